@@ -1,0 +1,270 @@
+"""The run's configuration: one strict JSON file, typed sections, overrides `section.key=value`, errors that name the field.
+
+The official M3AE hyper-parameters are the defaults (arXiv 2205.14204 and its public code).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from m3ae_fast.errors import UserError
+
+# (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
+SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+T = TypeVar("T", bound=Section)
+
+
+class RunConfig(Section):
+    dir: Path = Path("runs/m3ae")  # checkpoints, metrics, TensorBoard events and pictures go here
+    seed: int = 42
+
+
+class ModelConfig(Section):
+    """Everything that defines the network. `size` fills the widths and depths that are not given."""
+
+    size: Literal["small", "base", "large", "huge"] | None = "large"
+    emb_dim: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    dec_emb_dim: int = Field(512, gt=0)
+    dec_depth: int = Field(8, gt=0)
+    dec_num_heads: int = Field(16, gt=0)
+    mlp_ratio: float = Field(4, gt=0)
+    output_head_depth: int = Field(0, ge=0)  # hidden layers of the output heads
+    use_type_embedding: bool = True
+    drop: float = Field(0.0, ge=0, lt=1)
+    att_drop: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    image_size: int = Field(256, gt=0)  # pixels
+    patch_size: int = Field(16, gt=0)  # pixels
+    channels: Literal[1, 3, 4] = 3
+    image_mean: tuple[float, ...] = (0.5762, 0.5503, 0.5213)  # cc12m's, of pixels / 255
+    image_std: tuple[float, ...] = (0.3207, 0.3169, 0.3307)
+    text_length: int = Field(64, gt=0)  # tokens; longer captions are cut
+    vocab_size: int = Field(30522, ge=0)  # 0 builds an image-only MAE without text weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_size(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        size = data.get("size", "large")
+        preset = dict(zip(("emb_dim", "depth", "num_heads"), SIZES.get(size, ()))) if isinstance(size, str) else {}
+        return preset | data
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        for width, heads in (("emb_dim", "num_heads"), ("dec_emb_dim", "dec_num_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(f"{width} {getattr(self, width)} does not divide by {heads} {getattr(self, heads)}")
+            if getattr(self, width) % 4:
+                raise ValueError(f"{width} {getattr(self, width)} is no multiple of 4, as sin-cos positions need")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} does not divide by patch_size {self.patch_size}")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
+        if min(self.image_std) <= 0:
+            raise ValueError("image_std must be above 0")
+        return self
+
+    @property
+    def patches_per_image(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in a patch: rows x columns x channels."""
+        return self.patch_size**2 * self.channels
+
+
+class MaskingConfig(Section):
+    image_ratio: float = Field(0.75, ge=0, le=1)
+    text_ratio: float = Field(0.75, ge=0, le=1)
+    per: Literal["sample", "batch"] = "sample"  # "batch": one mask for the whole batch, as the official code draws it
+
+
+class LossConfig(Section):
+    image_weight: float = Field(1.0, ge=0)
+    text_weight: float = Field(0.5, ge=0)
+    image_all_tokens: bool = False  # loss on all patches, not only the masked ones
+    text_all_tokens: bool = False
+    norm_pix: bool = False  # MAE's per-patch standardised targets
+
+
+class SourceConfig(Section):
+    shards: str | list[str]  # brace patterns, globs, pipe: commands, URLs
+    weight: float | None = Field(None, gt=0)  # relative share of the samples; none: by size
+    modality: Literal["auto", "paired", "image", "text"] = "auto"
+
+
+class DataConfig(Section):
+    train: list[SourceConfig] = Field(min_length=1)
+    val: list[SourceConfig] = []
+    tokenizer: str | None = None  # a tokenizer.json, a BERT vocab.txt or a hub name
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that RandomResizedCrop keeps
+    flip: bool = True
+    shuffle_shards: int = Field(16, gt=0)  # shards whose samples are shuffled together
+    workers: int | None = Field(None, ge=0)  # loader processes a rank; none: what the cores allow
+    prefetch: int = Field(4, gt=0)  # batches each worker prepares ahead
+    cache_dir: Path | None = None  # copies of remote shards, indexes of read-only folders
+    max_bad_fraction: float = Field(0.1, ge=0, le=1)  # more broken samples than this stop the run
+
+    @model_validator(mode="after")
+    def _possible(self) -> DataConfig:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale {[low, high]} must be two shares with 0 < low <= high <= 1")
+        for name in ("train", "val"):
+            weights = [source.weight for source in getattr(self, name)]
+            if any(w is None for w in weights) and any(w is not None for w in weights):
+                raise ValueError(f"{name}: give every source a weight, or none")
+        return self
+
+
+class OptimConfig(Section):
+    peak_lr: float = Field(1.5e-4, gt=0)  # for a batch of 256; scaled by global_batch / 256
+    init_lr: float = Field(0.0, ge=0)  # scaled likewise
+    end_lr: float = Field(0.0, ge=0)  # scaled likewise
+    warmup_epochs: float = Field(5, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float | None = Field(None, gt=0)  # global norm
+
+
+class TrainConfig(Section):
+    global_batch: int = Field(4096, gt=0)  # samples an optimiser step, over all ranks
+    micro_batch: int | None = Field(None, gt=0)  # samples a rank and forward pass; none: no accumulation
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)  # instead of epochs
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the transformer blocks
+    log_every: int = Field(10, gt=0)  # steps
+    eval_every: int | None = Field(None, gt=0)  # steps; none: at the end alone
+    eval_samples: int = Field(1024, gt=0)  # held-out samples an evaluation looks at
+    save_every: int = Field(1000, gt=0)  # steps
+    keep: int = Field(2, gt=0)  # checkpoints kept
+    pictures: int = Field(6, ge=0)  # samples in reconstructions.png
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give epochs or steps, and not both")
+        return self
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(size="large"))
+    masking: MaskingConfig = MaskingConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    deepspeed: dict[str, Any] | None = {}  # passed to DeepSpeed; null: plain torch
+
+    @property
+    def zero_stage(self) -> int:
+        section = (self.deepspeed or {}).get("zero_optimization") or {}
+        return section.get("stage", 0) if isinstance(section, dict) else 0
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a JSON config file and apply `section.key=value` overrides (values are JSON, or else plain strings).
+
+    Raises:
+        UserError: the file is missing or no JSON, or a field is unknown, of the wrong type or impossible.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror}); give --config an existing file") from None
+    except ValueError as error:
+        raise UserError(f"config {path}: is no JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config {path}: must hold one JSON object")
+    for override in overrides or []:
+        _apply(data, override)
+    return parse(Config, data, f"config {path}")
+
+
+def parse(section: type[T], data: Any, where: str) -> T:
+    """Validate plain JSON data. Raises UserError with one line that names the first wrong field."""
+    try:
+        return section.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_describe(section, error)}") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {override}: write it as section.key=value")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *parents, last = name.split(".")
+    node: Any = data
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else _item(node, parent, override)
+        if node is None:
+            raise UserError(f"--set {override}: {parent} is null in the file; set it as a whole")
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"--set {override}: {'.'.join(parents)} is a value, not a section")
+
+
+def _item(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+        return node[int(key)]
+    raise UserError(f"--set {override}: there is no {key!r} at this place")
+
+
+def _describe(section: type[Section], error: ValidationError) -> str:
+    first, *others = error.errors()
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(section, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        text = f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
+    elif first["type"] == "missing":
+        text = f"{where} is missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        got = "" if isinstance(first["input"], dict) else f" (got {json.dumps(first['input'], default=str)[:80]})"
+        text = f"{where}: {message}{got}" if where else message
+    return text + (f" (and {len(others)} more)" if others else "")
+
+
+def _fields_at(section: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section that `loc` points to."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next((t for t in (annotation, *getattr(annotation, "__args__", ())) if _is_section(t)), section)
+    return list(section.model_fields)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

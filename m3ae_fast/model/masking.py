@@ -1,0 +1,19 @@
+"""Which tokens are hidden from the encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kept(length: int, ratio: float) -> int:
+    """How many of `length` tokens stay visible: int(length * (1 - ratio)), as the official code rounds."""
+    return int(length * (1.0 - ratio))
+
+
+def draw_mask(length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """Random mask, bool [length], True where masked: the `kept` positions with the smallest noise stay visible."""
+    noise = torch.rand(length, generator=generator)
+    mask = torch.ones(length, dtype=torch.bool)
+    mask[noise.argsort()[: kept(length, ratio)]] = False
+    return mask
