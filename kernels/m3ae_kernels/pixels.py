@@ -1,0 +1,83 @@
+"""Patches straight from images, in plain torch: shared by `patch_embed` and `masked_pixel_loss`.
+
+Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C in the order (row, column, channel).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .dispatch import check_index
+
+NORM_PIX_EPS = 1e-6
+
+
+def check_pixels(
+    images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """Checks the image arguments; returns (scale, shift) a channel, with pixel * scale + shift = (pixel / 255 - mean) /
+    std for uint8 images, and two empty lists for floating images, which are taken as they are.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, C, H, W]")
+    channels, height, width = images.shape[1:]
+    if not 1 <= channels <= 4:
+        raise ValueError(f"images has {channels} channels, expected 1 to 4")
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {patch_size}")
+    check_index("patch_ids", patch_ids, (None,), images)
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise TypeError(f"images must be uint8 or floating, not {images.dtype}")
+        if mean is not None or std is not None:
+            raise ValueError("floating images are taken as they are: mean and std must be None")
+        return [], []
+    if mean is None or std is None or len(mean) != channels or len(std) != channels:
+        raise ValueError(f"uint8 images need mean and std with one number for each of their {channels} channels")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {tuple(std)}")
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+@lru_cache(maxsize=32)
+def _per_element(values: tuple[float, ...], patch_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype).repeat(patch_size**2).to(device)
+
+
+def take_patches(
+    images: Tensor,
+    patch_ids: Tensor,
+    patch_size: int,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised; negative ids count from the end."""
+    grid_h, grid_w = images.shape[2] // patch_size, images.shape[3] // patch_size
+    blocks = images.unflatten(3, (grid_w, patch_size)).unflatten(2, (grid_h, patch_size)).permute(0, 2, 4, 3, 5, 1)
+    ids = patch_ids.long()
+    image, patch = ids // (grid_h * grid_w), ids % (grid_h * grid_w)
+    rows_NK = blocks[image, patch // grid_w, patch % grid_w].flatten(1).to(dtype)
+    if not scale:
+        return rows_NK
+    scale_K = _per_element(tuple(scale), patch_size, dtype, images.device)
+    shift_K = _per_element(tuple(shift), patch_size, dtype, images.device)
+    return torch.addcmul(shift_K, rows_NK, scale_K, out=rows_NK)
+
+
+def put_patches(rows: Tensor, images: Tensor, patch_size: int) -> Tensor:
+    """The images [B, C, H, W] whose patches, all of them and in order, are rows [B * patches, K]."""
+    grid_h, grid_w = images.shape[2] // patch_size, images.shape[3] // patch_size
+    blocks = rows.view(images.shape[0], grid_h, grid_w, patch_size, patch_size, images.shape[1])
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
+
+
+def standardise(target: Tensor) -> Tensor:
+    """Each row to mean 0 and variance 1, as MAE's norm_pix_loss does it: unbiased variance, eps 1e-6."""
+    var, mean = torch.var_mean(target, dim=1, keepdim=True)
+    return (target - mean) * (var + NORM_PIX_EPS).rsqrt()

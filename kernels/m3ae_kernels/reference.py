@@ -1,0 +1,93 @@
+"""Every op again in a few lines of plain, differentiable torch: what tests and benchmarks compare with.
+
+Same arguments and results as the ops, written to be read: nothing is chunked, everything is kept. Sums run in the dtype
+of the inputs, so float64 inputs give the numbers to trust.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def patches(
+    images: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
+) -> Tensor:
+    """All patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised where they are uint8."""
+    x_BCHW = images.to(dtype)
+    if mean is not None and std is not None:
+        mean_C, std_C = (torch.tensor(v, dtype=dtype, device=images.device)[:, None, None] for v in (mean, std))
+        x_BCHW = (x_BCHW / 255 - mean_C) / std_C
+    x = x_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, patch_size**2 * images.shape[1])
+
+
+def patch_embed(
+    images: Tensor,
+    patch_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    patch_size: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Tensor:
+    """See `m3ae_kernels.patch_embed`."""
+    return F.linear(patches(images, patch_size, mean, std, weight.dtype)[patch_ids.long()], weight, bias)
+
+
+def gather_tokens(
+    x: Tensor, rows: Tensor, *, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """See `m3ae_kernels.gather_tokens`."""
+    y = x[rows.long()]
+    return y if norm_weight is None else F.layer_norm(y, y.shape[1:], norm_weight, norm_bias, eps)
+
+
+def scatter_tokens(x: Tensor, src: Tensor, fill: Tensor, fill_ids: Tensor, table: Tensor, table_ids: Tensor) -> Tensor:
+    """See `m3ae_kernels.scatter_tokens`."""
+
+    def rows_or_zero(rows: Tensor, ids: Tensor) -> Tensor:
+        return F.pad(rows, (0, 0, 0, 1))[torch.where(ids < 0, len(rows), ids).long()]
+
+    token = torch.where(src[:, None] >= 0, rows_or_zero(x, src), rows_or_zero(fill, fill_ids))
+    return token + rows_or_zero(table, table_ids)
+
+
+def masked_pixel_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    images: Tensor,
+    patch_ids: Tensor,
+    row_weight: Tensor,
+    *,
+    patch_size: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    norm_pix: bool = False,
+) -> Tensor:
+    """See `m3ae_kernels.masked_pixel_loss`."""
+    prediction = F.linear(hidden, weight, bias).to(row_weight.dtype)
+    target = patches(images, patch_size, mean, std, row_weight.dtype)[patch_ids.long()]
+    if norm_pix:
+        target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
+    return ((prediction - target).square().mean(1) * row_weight).sum()
+
+
+def masked_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    row_weight: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See `m3ae_kernels.masked_token_loss`."""
+    logits = F.linear(hidden, weight, bias).to(row_weight.dtype)
+    row_loss = F.cross_entropy(logits, targets.long(), reduction="none", label_smoothing=label_smoothing)
+    row_loss = row_loss + z_loss * logits.logsumexp(1).square()
+    return (row_loss * row_weight).sum(), logits.argmax(1) == targets
