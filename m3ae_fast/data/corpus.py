@@ -1,0 +1,223 @@
+"""The shards of a run, counted before training starts, and read sample by sample."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data.decode import BadSample
+from m3ae_fast.data.index import MISSING, IndexedShard, Modality, caption_of, index_shards
+from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.errors import UserError
+
+MAX_IMAGE_BYTES = 1 << 28
+MAX_CAPTION_BYTES = 1 << 16  # a longer text is cut here; a JSON member must be within
+_OPEN_SHARDS = 64
+_RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample, or a whole shard (key ""), that cannot be used."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}{'/' if self.key else ''}{self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards that hold samples, and what each trains."""
+
+    shards: list[IndexedShard]
+    modalities: list[Modality]
+    weight: float | None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples a shard."""
+        return [shard.summary.samples for shard in self.shards]
+
+    def has(self, modality: Modality) -> bool:
+        return modality in self.modalities
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All sources of a run or of an evaluation."""
+
+    sources: list[Source]
+    store: ShardStore
+    damaged: list[Skipped] = field(default_factory=list)  # shards that are not whole
+
+    @property
+    def samples(self) -> int:
+        """Samples an epoch, broken ones included."""
+        return sum(sum(source.sizes) for source in self.sources)
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """Samples of each shard of each source."""
+        return [source.sizes for source in self.sources]
+
+    @property
+    def weights(self) -> list[float] | None:
+        return None if self.sources[0].weight is None else [source.weight for source in self.sources]
+
+    @property
+    def has_captions(self) -> bool:
+        return any(source.has("paired") or source.has("text") for source in self.sources)
+
+    @property
+    def has_images(self) -> bool:
+        return any(source.has("paired") or source.has("image") for source in self.sources)
+
+
+def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
+    """Find all shards and count their samples, indexing those that have no index yet.
+
+    Args:
+        sources: at least one.
+        store: where copies of remote shards go.
+        progress: show a bar on stderr while indexing.
+
+    Raises:
+        UserError: a pattern matches nothing, a shard cannot be read, or a source has no sample of its modality.
+    """
+    corpus = Corpus([], store)
+    for config in sources:
+        shards = index_shards(expand(config.shards), store, progress)
+        for shard in shards:
+            if shard.summary.damage:
+                reason = f"the tar {shard.summary.damage}; {shard.summary.samples} samples of it are used"
+                corpus.damaged.append(Skipped(shard.shard, "", reason))
+        shards = [shard for shard in shards if shard.summary.samples]
+        if not shards:
+            raise UserError(
+                f"shards {config.shards!r}: no sample in them (pictures jpg, jpeg, png, webp; captions txt, json)"
+            )
+        modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
+        if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
+            raise UserError(f"shards {config.shards!r}: nothing in them is {config.modality!r}; change its modality")
+        corpus.sources.append(Source(shards, modalities, config.weight))
+    return corpus
+
+
+def _holds(shard: IndexedShard, modality: Modality) -> bool:
+    images, captions = shard.summary.images, shard.summary.captions
+    return {"paired": images and captions, "image": images, "text": captions}[modality] > 0
+
+
+class Raw(NamedTuple):
+    """A sample's bytes; None where its shard trains without them."""
+
+    image: bytes | None
+    caption: str | None
+
+
+class _Open(NamedTuple):
+    fd: int
+    table: np.ndarray
+
+
+class Reader:
+    """Reads any sample of a source by itself. Keeps the shards used last open."""
+
+    def __init__(self, source: Source, store: ShardStore):
+        self.source, self.store = source, store
+        self._starts = np.concatenate(([0], np.cumsum(source.sizes)))
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._failed: dict[int, tuple[float, OSError]] = {}
+
+    def find(self, sample: int) -> tuple[int, int]:
+        """Shard and row of a sample that is given by its number in file order."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])
+
+    def key(self, shard: int, row: int) -> str:
+        """The sample's key in its shard. Raises OSError where the shard cannot be read."""
+        return self._get(shard).table["key"][row].decode("utf-8", "replace")
+
+    def read(self, shard: int, row: int) -> Raw:
+        """Bytes and caption of one sample.
+
+        Raises:
+            BadSample: a part that its shard trains is missing, cut short, too large, or no text.
+            OSError: the shard cannot be read.
+        """
+        fd, table = self._get(shard)
+        entry, modality = table[row], self.source.modalities[shard]
+        image = caption = None
+        if modality != "text":
+            image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "picture")
+        if modality != "image":
+            caption = _read_caption(fd, entry)
+        return Raw(image, caption)
+
+    def _get(self, shard: int) -> _Open:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        when, error = self._failed.get(shard, (-_RETRY_S, None))
+        if time.monotonic() - when < _RETRY_S:
+            raise error
+        try:
+            indexed = self.source.shards[shard]
+            table = indexed.table()
+            fd = os.open(self.store.path(indexed.shard), os.O_RDONLY)
+            if os.fstat(fd).st_size != indexed.summary.size:
+                os.close(fd)
+                raise ValueError("it has changed since it was indexed")
+        except (OSError, ValueError) as error:
+            failure = OSError(f"the shard cannot be read ({error})")
+            self._failed[shard] = time.monotonic(), failure
+            raise failure from None
+        self._open[shard] = _Open(fd, table)
+        if len(self._open) > _OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1].fd)
+        return self._open[shard]
+
+    def close(self) -> None:
+        for entry in self._open.values():
+            os.close(entry.fd)
+        self._open.clear()
+
+
+def _read(fd: int, offset: int, size: int, limit: int, what: str) -> bytes:
+    if offset == MISSING:
+        raise BadSample(f"no {what}")
+    if size > limit:
+        raise BadSample(f"the {what} has {size} bytes, more than {limit}")
+    data = os.pread(fd, int(size), int(offset))
+    if len(data) != size:
+        raise BadSample(f"the shard ends inside the {what}")
+    return data
+
+
+def _read_caption(fd: int, entry: np.void) -> str:
+    if entry["json"]:
+        try:
+            caption = caption_of(_read(fd, entry["text_offset"], entry["text_size"], MAX_CAPTION_BYTES, "json"))
+        except ValueError:
+            caption = None
+        if caption is None:
+            raise BadSample("no caption in the json")
+        return caption
+    size = min(int(entry["text_size"]), MAX_CAPTION_BYTES)
+    data = _read(fd, entry["text_offset"], size, MAX_CAPTION_BYTES, "caption")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if size < entry["text_size"] and error.start > size - 4:
+            return data[: error.start].decode("utf-8")  # cut within a character
+        raise BadSample("the caption is not UTF-8") from None

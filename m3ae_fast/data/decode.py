@@ -1,0 +1,130 @@
+"""Bytes of a picture -> uint8 [C, S, S].
+
+Shapes: C channels (1 grey, 3 RGB, 4 RGBA), H x W the picture's own pixels, S x S what the model sees.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as torchvision_decode
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+MAX_PIXELS = 1 << 27  # a larger picture is taken for a decompression bomb
+# Nothing else is tried: Pillow would hand an EPS file to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_TORCHVISION_MODES = {
+    "JPEG": ("L", "RGB"),
+    "PNG": ("1", "L", "P", "RGB", "I;16"),
+    "WEBP": ("RGB",),
+}
+_READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_TRIES = 10  # torchvision's
+_RATIO = (3 / 4, 4 / 3)  # width / height
+
+# MAX_PIXELS is our own limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used, and why."""
+
+
+def decode_image(data: bytes, channels: int) -> Tensor:
+    """Decode a picture upright (EXIF) to uint8 [C, H, W]; transparent parts become white unless C = 4.
+
+    Raises:
+        BadSample: no picture, a broken one, or one of more than MAX_PIXELS.
+    """
+    if not data:
+        raise BadSample("the picture is empty")
+    try:
+        header = Image.open(BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from None
+    except Exception:  # noqa: BLE001 - Pillow raises anything on hostile input
+        raise BadSample("not a picture in a known format") from None
+    if header.width * header.height > MAX_PIXELS:
+        raise BadSample(f"the picture has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
+    native = header.mode in _TORCHVISION_MODES.get(header.format, ()) and "transparency" not in header.info
+    if native and channels in _READ_MODES:
+        try:
+            return _decode_with_torchvision(data, channels)
+        except RuntimeError:
+            pass  # Pillow may know better
+    try:
+        return _decode_with_pillow(header, channels)
+    except Exception as error:  # noqa: BLE001 - see above
+        raise BadSample(f"the picture is broken ({error})") from None
+
+
+def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns of buffers it may not write to
+    image = torchvision_decode(encoded, _READ_MODES[channels], apply_exif_orientation=True)
+    return image if image.dtype == torch.uint8 else F.to_dtype(image, torch.uint8, scale=True)
+
+
+def _decode_with_pillow(image: Image.Image, channels: int) -> Tensor:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if channels != 4 and image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    pixels = torch.from_numpy(np.array(image.convert(_PIL_MODES[channels])))  # [H, W, C] or [H, W]
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def random_crop(image: Tensor, size: int, scale: tuple[float, float], flip: bool, generator: torch.Generator) -> Tensor:
+    """RandomResizedCrop with torchvision's distribution, bicubic and antialiased, then a flip in half of the cases.
+
+    Args:
+        image: uint8 [C, H, W].
+        size: S.
+        scale: least and greatest share of the area that is kept.
+        flip: whether to mirror at all.
+        generator: where all randomness comes from; the numbers drawn are always as many.
+    """
+    draws = torch.rand(4 * _TRIES + 1, generator=generator).tolist()
+    top, left, height, width = _draw_box(image.shape[-2], image.shape[-1], scale, draws)
+    crop = _resize(image[:, top : top + height, left : left + width], size, size)
+    return (crop.flip(-1) if flip and draws[-1] < 0.5 else crop).contiguous()
+
+
+def _draw_box(height: int, width: int, scale: tuple[float, float], draws: list[float]) -> tuple[int, int, int, int]:
+    """Top, left, height, width as torchvision.transforms.RandomResizedCrop.get_params chooses them."""
+    for i in range(0, 4 * _TRIES, 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
+        low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+        ratio = math.exp(low + (high - low) * draws[i + 1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[i + 2] * (height - h + 1)), int(draws[i + 3] * (width - w + 1)), h, w
+    # no box fits: the largest central one of an allowed ratio
+    w, h = width, height
+    if width / height < _RATIO[0]:
+        h = round(width / _RATIO[0])
+    elif width / height > _RATIO[1]:
+        w = round(height * _RATIO[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """The central square of uint8 [C, H, W], scaled to [C, S, S] (bicubic, antialiased)."""
+    side = min(image.shape[-2:])
+    top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
+    return _resize(image[:, top : top + side, left : left + side], size, size).contiguous()
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)

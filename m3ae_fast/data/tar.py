@@ -1,0 +1,101 @@
+"""Where the members of a tar file lie, found without reading their contents (POSIX.1-2001 pax and GNU formats)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+BLOCK = 512
+_REGULAR = (b"0", b"\0", b"7")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: their size field means nothing
+_MAX_EXTENSION = 1 << 20  # bytes of a long-name or pax record; more is garbage
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: `size` bytes at `offset`."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def scan_tar(path: Path) -> tuple[list[Member], str | None]:
+    """List the regular files of an uncompressed tar, and say what is wrong with it (None where nothing is).
+
+    Members before damage are listed, one that the end of the file cuts short included. Raises OSError where the file
+    cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        return _scan(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
+    members: list[Member] = []
+    name: str | None = None  # given ahead of the header by a long-name or pax record
+    size: int | None = None
+    position = 0
+    while position < end:
+        header = os.pread(fd, BLOCK, position)
+        if not header.strip(b"\0"):
+            return members, None if len(header) == BLOCK else f"ends inside a header at byte {position}"
+        if len(header) < BLOCK or not _checksum_ok(header):
+            return members, f"no tar header at byte {position}"
+        kind = header[156:157]
+        stored = _number(header[124:136]) if size is None else size
+        if kind in _WITHOUT_DATA:
+            stored = 0
+        data = position + BLOCK
+        if kind in (b"L", b"x"):
+            if stored > _MAX_EXTENSION or data + stored > end:
+                return members, f"broken extended header at byte {position}"
+            record = os.pread(fd, stored, data)
+            if kind == b"L":
+                name = _text(record)
+            else:
+                pax = _pax(record)
+                name = pax.get("path", name)
+                size = int(pax["size"]) if pax.get("size", "").isdecimal() else size
+        elif kind not in (b"g", b"K"):
+            if kind in _REGULAR:
+                members.append(Member(name if name is not None else _name(header), data, stored))
+            name = size = None
+        if data + stored > end:
+            return members, f"ends inside the member at byte {position}"
+        position = data + -(-stored // BLOCK) * BLOCK
+    return members, "has no end mark, so it may be cut short" if end else "is empty"
+
+
+def _checksum_ok(header: bytes) -> bool:
+    try:
+        return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    except ValueError:
+        return False
+
+
+def _number(field: bytes) -> int:
+    if field[0] & 0x80:  # GNU: big-endian binary, for sizes from 8 GiB
+        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def _name(header: bytes) -> str:
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+
+
+def _pax(record: bytes) -> dict[str, str]:
+    """Records "LENGTH KEY=VALUE\\n", as far as they make sense."""
+    found, position = {}, 0
+    while position < len(record):
+        length, _, _ = record[position:].partition(b" ")
+        if not length.isdigit() or int(length) <= len(length):
+            break
+        key, _, value = record[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
+        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        position += int(length)
+    return found

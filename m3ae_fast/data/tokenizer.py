@@ -1,0 +1,102 @@
+"""Captions -> token ids, without special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from m3ae_fast.errors import UserError
+
+UNKNOWN = "[UNK]"
+SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
+
+
+class CaptionTokenizer:
+    """A tokenizer that cuts captions at `max_length` tokens and adds nothing to them."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int):
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self.max_length = max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id + 1."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    def encode(self, caption: str) -> np.ndarray:
+        """Token ids, int64 [n], n <= max_length."""
+        return np.array(
+            self._tokenizer.encode(caption, add_special_tokens=False).ids[: self.max_length], dtype=np.int64
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary's entry for an id, "" where it has none."""
+        return self._tokenizer.id_to_token(int(token_id)) or ""
+
+
+def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) -> CaptionTokenizer:
+    """Load a `tokenizer.json`, a BERT `vocab.txt` (lower-cased), or a tokenizer of the Hugging Face hub.
+
+    Args:
+        name: the file's path, or the hub's name, such as `bert-base-uncased`.
+        max_length: tokens a caption is cut at.
+        vocab_size: rows of the model's text embedding, to be compared; None: any.
+
+    Raises:
+        UserError: the file is missing or no tokenizer, the hub does not answer, or `vocab_size` is not the tokenizer's.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            tokenizer = _from_vocab(path) if path.suffix == ".txt" else Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises just that
+            raise UserError(f"data.tokenizer {name}: not a tokenizer.json or BERT vocab.txt ({error})") from None
+    elif path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
+        raise UserError(f"data.tokenizer {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
+    else:
+        try:
+            tokenizer = Tokenizer.from_pretrained(name)
+        except Exception:  # noqa: BLE001 - see above
+            raise UserError(
+                f"data.tokenizer {name}: neither a file nor to be had from the Hugging Face hub; "
+                "download its tokenizer.json and name that file"
+            ) from None
+    captions = CaptionTokenizer(tokenizer, max_length)
+    if vocab_size is not None and captions.vocab_size != vocab_size:
+        raise UserError(
+            f"data.tokenizer {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "
+            f"set model.vocab_size to {captions.vocab_size}"
+        )
+    return captions
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A lower-cased WordPiece tokenizer as BERT's, of at most `vocab_size` tokens, from captions."""
+    tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def _from_vocab(path: Path) -> Tokenizer:
+    vocab = models.WordPiece.read_file(str(path))
+    if UNKNOWN not in vocab:
+        raise ValueError(f"no {UNKNOWN} in it")
+    return _bert(models.WordPiece(vocab, unk_token=UNKNOWN))
+
+
+def _bert(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
