@@ -75,7 +75,11 @@ def _index(args: argparse.Namespace) -> None:
 def _train_tokenizer(args: argparse.Namespace) -> None:
     if args.vocab_size <= len(SPECIAL):
         raise UserError(f"--vocab-size {args.vocab_size}: must be above {len(SPECIAL)}, the number of special tokens")
-    tokenizer = train_tokenizer(_captions(args.shards, ShardStore(args.cache_dir)), args.vocab_size)
+    tokenizer = train_tokenizer(list(_captions(args.shards, ShardStore(args.cache_dir))), args.vocab_size)
+    if tokenizer.get_vocab_size() > args.vocab_size:
+        raise UserError(
+            f"--vocab-size {args.vocab_size}: the captions' characters alone need {tokenizer.get_vocab_size()}"
+        )
     try:
         tokenizer.save(str(args.out))
     except Exception as error:  # noqa: BLE001 - the library raises just that

@@ -42,7 +42,7 @@ def expand(patterns: str | list[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             names = expand_urls(pattern)
-        except (ValueError, KeyError) as error:  # unbalanced braces, a missing WDS_ variable
+        except (ValueError, AssertionError) as error:  # unbalanced braces, a missing WDS_ variable
             raise UserError(f"shards {pattern!r}: not a valid pattern ({error})") from None
         for name in names:
             shards += [name] if is_remote(name) else _local(name)

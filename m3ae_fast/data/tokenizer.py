@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +79,24 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
     return captions
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A lower-cased WordPiece tokenizer as BERT's, of at most `vocab_size` tokens, from captions."""
+def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A lower-cased WordPiece tokenizer as BERT's, of at most `vocab_size` tokens. The same captions give the same one."""
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+    # The trainer numbers what it is not given in hash order, and breaks ties by number. It would also take what it is
+    # given for special tokens, so the tokenizer is made anew from its vocabulary.
+    symbols = sorted({symbol for caption in captions for symbol in _symbols(tokenizer, caption)})
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *symbols], show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
+    tokenizer = _bert(models.WordPiece(tokenizer.get_vocab(), unk_token=UNKNOWN))
+    tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
+
+
+def _symbols(tokenizer: Tokenizer, caption: str) -> Iterator[str]:
+    """The characters of a caption as WordPiece writes them: with ## inside a word."""
+    for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption)):
+        yield word[0]
+        yield from ("##" + character for character in word[1:])
 
 
 def _from_vocab(path: Path) -> Tokenizer:
