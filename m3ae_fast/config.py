@@ -8,9 +8,9 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from m3ae_fast.errors import UserError
 
@@ -19,10 +19,11 @@ SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
 
 T = TypeVar("T", bound=Section)
+Channels = Annotated[tuple[float, ...], Strict(False)]  # one number a channel; a JSON array is no tuple when strict
 
 
 class RunConfig(Section):
@@ -49,8 +50,8 @@ class ModelConfig(Section):
     image_size: int = Field(256, gt=0)  # pixels
     patch_size: int = Field(16, gt=0)  # pixels
     channels: Literal[1, 3, 4] = 3
-    image_mean: tuple[float, ...] = (0.5762, 0.5503, 0.5213)  # cc12m's, of pixels / 255
-    image_std: tuple[float, ...] = (0.3207, 0.3169, 0.3307)
+    image_mean: Channels = (0.5762, 0.5503, 0.5213)  # cc12m's, of pixels / 255
+    image_std: Channels = (0.3207, 0.3169, 0.3307)
     text_length: int = Field(64, gt=0)  # tokens; longer captions are cut
     vocab_size: int = Field(30522, ge=0)  # 0 builds an image-only MAE without text weights
 
@@ -205,7 +206,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def parse(section: type[T], data: Any, where: str) -> T:
     """Validate plain JSON data. Raises UserError with one line that names the first wrong field."""
     try:
-        return section.model_validate_json(json.dumps(data), strict=True)
+        return section.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise UserError(f"{where}: {_describe(section, error)}") from None
 

@@ -1,8 +1,22 @@
 """The one exception that stands for a user's mistake."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """A mistake in config, data, checkpoint or command line: one line that names the thing and what to do.
 
     Programs of this package print it without a traceback and exit with code 2.
     """
+
+
+def exit_cleanly(main: Callable[[], int]) -> int:
+    """Run a program's main; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -38,7 +38,7 @@ class Sample:
     """One picture, one caption, or both."""
 
     key: str  # for messages
-    image: Tensor | None = None  # uint8 [C, H, W]
+    image: Tensor | None = None  # [C, H, W], uint8 or floating and already normalised
     image_mask: Tensor | None = None  # bool [L], True = masked
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
@@ -58,7 +58,7 @@ class PackedBatch:
     """All that a forward pass reads. Index tensors are int32; -1 means none."""
 
     keys: list[str]
-    images: Tensor  # uint8 [B, C, H, W]
+    images: Tensor  # [B, C, H, W], uint8 or floating and already normalised
     # encoder input: see m3ae_kernels.scatter_tokens
     patch_ids: Tensor  # [N] picture * L + patch
     encoder: Segments  # T rows
@@ -122,8 +122,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
         image_seen, text_seen = np.flatnonzero(~image_mask), np.flatnonzero(~text_mask)
         first_patch = picture * length
 
-        none = np.full(1 + len(image_seen) + len(text_seen), -1)
-        src, words = none.copy(), none
+        encoder_lens.append(1 + len(image_seen) + len(text_seen))
+        src, words = np.full(encoder_lens[-1], -1), np.full(encoder_lens[-1], -1)
         src[1 : 1 + len(image_seen)] = patches + np.arange(len(image_seen))
         words[1 + len(image_seen) :] = tokens[text_seen]
         parts["patch_ids"].append(first_patch + image_seen)
@@ -133,8 +133,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
 
         # decoder rows: 0 cls, then patches, then text
         text_at = 1 + len(image_mask)
-        rows = text_at + len(text_mask)
-        src, mask_ids = np.full(rows, -1), np.full(rows, -1)
+        decoder_lens.append(text_at + len(text_mask))
+        src, mask_ids = np.full(decoder_lens[-1], -1), np.full(decoder_lens[-1], -1)
         src[0] = encoder_row
         src[1 + image_seen] = encoder_row + 1 + np.arange(len(image_seen))
         src[text_at + text_seen] = encoder_row + 1 + len(image_seen) + np.arange(len(text_seen))
@@ -156,14 +156,12 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
         parts["text_targets"].append(tokens[text_loss])
         parts["text_row_weight"].append(np.full(len(text_loss), 1 / max(len(text_loss), 1)))
 
-        encoder_lens.append(len(src_rows := none))
-        decoder_lens.append(rows)
         loss_lens.append(len(image_loss) + len(text_loss))
         picture += sample.image is not None
         captions += sample.tokens is not None
         patches += len(image_seen)
-        encoder_row += len(src_rows)
-        decoder_row += rows
+        encoder_row += encoder_lens[-1]
+        decoder_row += decoder_lens[-1]
         loss_row += loss_lens[-1]
 
     shape = (geometry.channels, geometry.image_size, geometry.image_size)
@@ -191,8 +189,8 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
     if sample.image is not None:
         image_mask = sample.image_mask.numpy()
         shape = (geometry.channels, geometry.image_size, geometry.image_size)
-        if sample.image.shape != shape or sample.image.dtype != torch.uint8:
-            raise ValueError(f"{sample.key}: picture is {sample.image.dtype} {tuple(sample.image.shape)}, not uint8 {shape}")
+        if sample.image.shape != shape:
+            raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {shape}")
         if image_mask.shape != (geometry.patches_per_image,):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
     if sample.tokens is not None:

@@ -1,0 +1,1 @@
+"""What turns a model into a training run: ranks, optimiser, ZeRO, checkpoints, metrics."""

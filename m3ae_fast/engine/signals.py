@@ -1,0 +1,42 @@
+"""Ctrl-C, SIGTERM and a vanished launcher ask the run to save and leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import psutil
+
+
+class StopRequest:
+    """`asked` turns true at the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._parents = _launcher_chain()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        # the deepspeed launcher repeats a terminal's Ctrl-C as SIGTERM: only a second Ctrl-C means "now"
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            raise KeyboardInterrupt
+        self.reason = self.reason or signal.Signals(number).name
+
+    @property
+    def asked(self) -> bool:
+        if not self.reason and self._parents and _launcher_chain() != self._parents:
+            self.reason = "the launcher is gone"
+        return bool(self.reason)
+
+
+def _launcher_chain() -> tuple[int, int] | None:
+    """(parent, grandparent) under the deepspeed launcher, whose outer process does not pass SIGTERM on when it dies."""
+    try:
+        parent = psutil.Process(os.getppid())
+        if any("deepspeed.launcher.launch" in word for word in parent.cmdline()):
+            return parent.pid, parent.ppid()
+    except psutil.Error:
+        pass
+    return None

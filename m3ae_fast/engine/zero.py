@@ -1,0 +1,152 @@
+"""DeepSpeed: ZeRO stages 0-3, offload and whatever else its config section asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from m3ae_fast.config import Config
+from m3ae_fast.engine.core import MOMENTS, State, collect, prime, set_lr
+from m3ae_fast.engine.distributed import Ranks
+from m3ae_fast.engine.optim import build_adamw
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE, Losses
+from m3ae_fast.model.packing import PackedBatch
+
+
+class DeepSpeedEngine:
+    """The same interface as TorchEngine, run by deepspeed.initialize."""
+
+    def __init__(self, model: M3AE, config: Config, ranks: Ranks) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.model, self.config, self.ranks = model, config, ranks
+        self.stage = config.zero_stage
+        deepspeed.init_distributed(init_method=None, dist_init_required=False)
+        offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        model.to(ranks.device)
+        optimizer = build_adamw(model, config.optim, cpu_offload=offload != "none")
+        self.ds, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world)
+        )
+
+    def step(self, batches: Sequence[PackedBatch], lr: float) -> tuple[list[Losses], Tensor]:
+        self.ds.train()
+        set_lr(self.ds.optimizer, lr)
+        results, norm = [], None
+        for i, batch in enumerate(batches):
+            losses = self.ds(batch)
+            self.ds.backward(losses.loss, scale_wrt_gas=False)
+            if self.stage == 0 and i == len(batches) - 1:  # DeepSpeed has no norm to tell at stage 0
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+            self.ds.step()
+            results.append(losses)
+        return results, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm)
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> Losses:
+        self.ds.eval()
+        return self.ds(batch)
+
+    def state(self) -> State | None:
+        if self.stage == 0:
+            return collect(self.model, lambda p: p, lambda p, key: self._inner.state[p][key], self.ranks.is_main)
+        self._prime_if_new()
+        return collect(self.model, safe_get_full_fp32_param, safe_get_full_optimizer_state, self.ranks.is_main)
+
+    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
+        self._prime(step)
+        for name, p in self.model.named_parameters():
+            self._set(p, get(f"model/{name}"), None)
+            for key in MOMENTS:
+                self._set(p, get(f"{key}/{name}"), key)
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
+
+    def _prime_if_new(self) -> None:
+        if not self._inner.state:
+            self._prime(0)
+
+    def _prime(self, step: int) -> None:
+        zero = self.ds.optimizer
+        if self.stage < 3:
+            prime(self._inner, step)
+            if self.stage > 0:
+                zero._lazy_init_hp_params_optimizer_state()  # links each weight to its part of the moments
+            return
+        # ZeRO-3 lends its inner optimiser one flat partition at a time
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            group = self._inner.param_groups[zero.sub_group_to_group_id[i]]
+            group["params"] = [flat]
+            prime(self._inner, step)
+            group["params"] = []
+
+    def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Write a whole float32 tensor into this rank's part of weight `p` (key None) or of its moment `key`."""
+        if self.stage == 0:
+            (p.data if key is None else self._inner.state[p][key]).copy_(value)
+        elif self.stage < 3:
+            if key is None:
+                p.data.copy_(value)
+                safe_set_full_fp32_param(p, value)
+            else:
+                safe_set_full_optimizer_state(p, value, key)
+        else:
+            # the whole-tensor setters reject a size that does not divide by the ranks: cut the part here
+            part = p.ds_tensor.numel()
+            flat = nn.functional.pad(value.flatten(), (0, part * self.ranks.world - value.numel()))
+            mine = flat[part * self.ranks.rank :][:part]
+            if key is None:
+                p.ds_tensor.data.copy_(mine)
+                safe_set_local_fp32_param(p, mine)
+            else:
+                safe_set_local_optimizer_state(p, mine, key)
+
+
+def deepspeed_config(config: Config, world: int) -> dict:
+    """The `deepspeed` section with what the rest of the config says filled in.
+
+    Raises:
+        UserError: the section sets something that belongs to another section.
+    """
+    section = dict(config.deepspeed or {})
+    owners = {
+        "train_batch_size": "train.global_batch",
+        "train_micro_batch_size_per_gpu": "train.micro_batch",
+        "gradient_accumulation_steps": "train.global_batch / (train.micro_batch x ranks)",
+        "gradient_clipping": "optim.clip_grad",
+        "optimizer": "optim",
+        "scheduler": "optim",
+        "bf16": "train.precision",
+        "fp16": "train.precision",
+    }
+    for key, owner in owners.items():
+        if key in section:
+            raise UserError(f"config: deepspeed.{key} is set from {owner}; remove it from the deepspeed section")
+    micro = config.train.micro_batch or config.train.global_batch // world
+    section["train_micro_batch_size_per_gpu"] = micro
+    section["gradient_accumulation_steps"] = config.train.global_batch // (micro * world)
+    section["gradient_clipping"] = config.optim.clip_grad or 0.0
+    section.setdefault("steps_per_print", 10**9)  # the trainer reports
+    section.setdefault("zero_allow_untested_optimizer", True)  # apex's FusedAdam
+    if config.train.precision == "bf16":
+        if config.zero_stage == 0:
+            # DeepSpeed's own bf16 without ZeRO takes one optimiser step too many; autocast on float32 weights is right.
+            # No module list: gradients are reduced in float32.
+            section["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        else:
+            section["bf16"] = {"enabled": True}
+    return section

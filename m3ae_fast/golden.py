@@ -1,0 +1,144 @@
+"""Golden files: the official JAX implementation's numbers, read into our model and batch.
+
+A file is an .npz of parameters under their flax paths, one batch, and what the official model computed from them.
+
+Shapes: S samples, L patches, X text positions, C channels, H = W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.packing import Sample
+
+# our name -> flax path
+_NAMES = {
+    r"patch_embed\.(weight|bias)": r"image_embedding/\1",
+    r"encoder_input\.cls_token": r"cls_token",
+    r"encoder_input\.text_embedding": r"text_embedding/embedding",
+    r"encoder_input\.(image|text)_type": r"encoder_\1_type_embedding",
+    r"decoder_input\.proj\.(weight|bias)": r"decoder_input_projection/\1",
+    r"decoder_input\.unshuffle\.(image|text)_mask": r"\1_mask_embedding",
+    r"decoder_input\.unshuffle\.(image|text)_type": r"decoder_\1_type_embedding",
+    r"(encoder|decoder)\.blocks\.(\d+)\.norm1\.(weight|bias)": r"\1/Block_\2/LayerNorm_0/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.norm2\.(weight|bias)": r"\1/Block_\2/LayerNorm_1/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)": r"\1/Block_\2/Attention_0/Dense_0/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"\1/Block_\2/Attention_0/Dense_1/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"\1/Block_\2/TransformerMLP_0/\3/\4",
+    r"(encoder|decoder)\.norm\.(weight|bias)": r"\1/LayerNorm_0/\2",
+    r"(image|text)_mlp\.norms\.(\d+)\.(weight|bias)": r"decoder_\1_output/LayerNorm_\2/\3",
+    r"(image|text)_mlp\.layers\.(\d+)\.(weight|bias)": r"decoder_\1_output/Dense_\2/\3",
+    r"(image|text)_head\.(weight|bias)": r"decoder_\1_output/Dense_last/\2",
+}
+
+
+def flax_name(name: str, head_depth: int) -> str:
+    """The flax path of our parameter `name`: `encoder.norm.weight` -> `encoder/LayerNorm_0/scale`."""
+    for pattern, template in _NAMES.items():
+        if match := re.fullmatch(pattern, name):
+            path = match.expand(template).replace("Dense_last", f"Dense_{head_depth}")
+            return re.sub("weight$", "scale" if "LayerNorm" in path else "kernel", path)
+    raise KeyError(name)
+
+
+@dataclass
+class Golden:
+    """One golden file."""
+
+    path: Path
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Golden:
+        """Raises UserError where the file is missing or not of this format."""
+        path = Path(path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            meta = json.loads(arrays.pop("meta").tobytes())
+            return cls(path, arrays, meta)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: is no golden file ({error})") from None
+
+    def get(self, key: str) -> np.ndarray | None:
+        return self.arrays.get(key)
+
+    @property
+    def optim(self) -> OptimConfig:
+        m = self.meta
+        return OptimConfig(
+            weight_decay=m["weight_decay"], betas=tuple(m["betas"]), eps=m["adam_eps"], clip_grad=m["clip_gradient"]
+        )
+
+    def build_model(self, dtype: torch.dtype = torch.float32) -> M3AE:
+        """Our model of this file's config, with its parameters."""
+        c, m = self.meta["config"], self.meta
+        same = (
+            "emb_dim depth num_heads dec_emb_dim dec_depth dec_num_heads mlp_ratio output_head_depth use_type_embedding"
+        )
+        data = {name: c[name] for name in same.split()}
+        data |= {"size": None, "image_size": m["image_size"], "patch_size": m["patch"], "text_length": m["text_len"]}
+        data |= {"vocab_size": m["vocab"], "channels": len(self.arrays["in/mean"])}
+        data |= {f"image_{k}": self.arrays[f"in/{k}"].astype(float).tolist() for k in ("mean", "std")}
+        loss = LossConfig(
+            image_weight=m["image_loss_weight"],
+            text_weight=m["text_loss_weight"],
+            image_all_tokens=m["all_token_loss"],
+            text_all_tokens=m["all_token_loss"],
+        )
+        model = M3AE(parse(ModelConfig, data, str(self.path)), loss)
+        self.load_parameters(model)
+        return model.to(dtype)
+
+    def parameter(self, group: str, name: str) -> Tensor:
+        """`params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
+        path = flax_name(name, self.meta["config"]["output_head_depth"])
+        array = torch.from_numpy(self.arrays[f"{group}/{path}"])
+        return array.T if path.endswith("kernel") else array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
+
+    @torch.no_grad()
+    def load_parameters(self, model: M3AE) -> None:
+        for name, p in model.named_parameters():
+            p.copy_(self.parameter("params", name))
+
+    def samples(self, masked: bool = True) -> list[Sample]:
+        """The batch with its masks, or with everything visible."""
+        images, text = self.get("in/image_u8"), self.get("in/text")
+        size = len(text if images is None else images)
+        samples = []
+        for i in range(size):
+            sample = Sample(key=f"{self.path.name}[{i}]")
+            if images is not None:
+                sample.image = torch.from_numpy(images[i]).permute(2, 0, 1).contiguous()
+                sample.image_mask = torch.from_numpy(self.arrays["in/image_mask"][i] > 0) & masked
+            if text is not None:
+                valid = self.valid(i)
+                sample.tokens = torch.from_numpy(text[i])[valid]
+                sample.text_mask = torch.from_numpy(self.arrays["in/text_mask"][i] > 0)[valid] & masked
+            samples.append(sample)
+        return samples
+
+    def valid(self, i: int) -> Tensor:
+        """bool [X]: text positions of sample i that are not padding."""
+        return torch.from_numpy(self.arrays["in/text_padding_mask"][i] == 0)
+
+    def kept(self, modality: str) -> np.ndarray:
+        """Visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
+        restore = self.arrays[f"in/{modality}_ids_restore"]
+        ratio = self.meta["config"][f"{modality}_mask_ratio"]
+        return np.argsort(restore)[: int(len(restore) * (1.0 - ratio))]

@@ -1,0 +1,135 @@
+"""Pre-norm ViT blocks over packed rows.
+
+Shapes: T rows, R query rows (R = T but in a pruned last block), D width, H heads, S samples.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from m3ae_kernels import gather_tokens
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.packing import Segments
+
+EPS = 1e-6  # of every LayerNorm, flax's default
+
+
+class QKV(nn.Linear):
+    """One matmul for queries, keys and values; with `rows`, queries of those rows alone."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim)
+
+    def forward(self, x_TD: Tensor, rows_R: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if rows_R is None:
+            return super().forward(x_TD).chunk(3, dim=-1)
+        dim = self.in_features
+        q_RD = F.linear(gather_tokens(x_TD, rows_R), self.weight[:dim], self.bias[:dim])
+        return q_RD, *F.linear(x_TD, self.weight[dim:], self.bias[dim:]).chunk(2, dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, att_drop: float, drop: float) -> None:
+        super().__init__()
+        self.num_heads, self.att_drop = num_heads, att_drop
+        self.qkv = QKV(dim)
+        self.proj = nn.Linear(dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None, queries: Segments) -> Tensor:
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv(x_TD, rows_R))
+        out_RHd = packed_attention(q, k, v, queries, keys, self.att_drop if self.training else 0.0)
+        return self.drop(self.proj(out_RHd.flatten(1)))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x_RD), approximate="tanh"))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: the branch is dropped for whole samples (arXiv 1603.09382)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
+        if self.p == 0 or not self.training:
+            return x_RD
+        lengths_S = segments.cu_seqlens.diff()
+        keep_S = (torch.rand(len(lengths_S), device=x_RD.device) >= self.p).to(x_RD.dtype) / (1 - self.p)
+        return x_RD * keep_S.repeat_interleave(lengths_S, output_size=segments.rows)[:, None]
+
+
+class Block(nn.Module):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, drop: float, att_drop: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(dim, num_heads, att_drop, drop)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None = None, queries: Segments | None = None
+    ) -> Tensor:
+        """[T, D] -> [T, D], or [R, D] where `rows_R` names the rows that are wanted and `queries` their samples."""
+        queries = queries or keys
+        branch_RD = self.attn(self.norm1(x_TD), keys, rows_R, queries)
+        x_RD = (x_TD if rows_R is None else gather_tokens(x_TD, rows_R)) + self.drop_path(branch_RD, queries)
+        return x_RD + self.drop_path(self.mlp(self.norm2(x_RD)), queries)
+
+
+class RowNorm(nn.LayerNorm):
+    """LayerNorm of all rows, or of the chosen ones in one pass."""
+
+    def forward(self, x_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        if rows_R is None:
+            return super().forward(x_TD)
+        return gather_tokens(x_TD, rows_R, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps)
+
+
+class Transformer(nn.Module):
+    """Blocks and the final norm, which the caller applies to the rows it wants."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4,
+        *,
+        drop: float = 0.0,
+        att_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, drop, att_drop, drop_path) for _ in range(depth))
+        self.norm = RowNorm(dim, eps=EPS)
+        self.checkpointing = False
+
+    def forward(
+        self, x_TD: Tensor, segments: Segments, rows_M: Tensor | None = None, queries: Segments | None = None
+    ) -> Tensor:
+        """[T, D] -> [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D]."""
+        *body, last = self.blocks
+        for block in body:
+            x_TD = self._run(block, x_TD, segments)
+        return self._run(last, x_TD, segments, rows_M, queries)
+
+    def _run(self, block: Block, *args) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
