@@ -82,7 +82,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
         )
     try:
         tokenizer.save(str(args.out))
-    except Exception as error:  # noqa: BLE001 - the library raises just that
+    except Exception as error:  # the library raises just that
         raise UserError(f"--out {args.out}: cannot be written ({error})") from None
     print(f"{args.out}: {tokenizer.get_vocab_size():,} tokens")
 

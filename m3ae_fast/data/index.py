@@ -1,7 +1,7 @@
 """What a shard holds and where: one small sidecar file a shard, so that any sample is read by itself.
 
-A sidecar is one line of JSON (`Summary`) and a NumPy array (`table`), written beside the shard, or into the cache folder
-where that is not possible. It is made on first use and again when the shard's size or modification time changes.
+A sidecar is one line of JSON (`Summary`) and a NumPy array (`table`), written beside the shard, or into the cache
+folder where that is not possible. It is made on first use and again when the shard's size or modification time changes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class IndexedShard:
 
 
 def index_shards(shards: Sequence[str], store: ShardStore, progress: bool = False) -> list[IndexedShard]:
-    """Summaries of all shards in order, from their sidecars or made now. One process of a node makes them, the others wait.
+    """All shards in order, from their sidecars or indexed now: one process of a node does that, the others wait.
 
     Raises:
         UserError: a shard cannot be read or fetched.

@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 class MicroBatches(Sampler[list[int]]):
     """Positions of one rank's micro-batches, `accumulation` of them a step.
 
-    Step s takes positions s * G to (s + 1) * G, G = micro_batch * world * accumulation; within it micro-batches go round
-    the ranks. Positions from `end` on do not exist; a micro-batch may come out short or empty, but each rank has as many.
+    Step s takes positions s * G to (s + 1) * G, G = micro_batch * world * accumulation; within it micro-batches go
+    round the ranks. Positions from `end` on do not exist: a micro-batch may come out short or empty, but all ranks have
+    equally many.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ def build_loader(
 ) -> DataLoader[PackedBatch]:
     """A loader that yields `accumulation` micro-batches a step for steps start_step to steps - 1.
 
-    Training goes through the corpus for ever, shuffled and augmented; evaluation (`train=False`) takes every sample once
-    in file order, the central square, with masks that are the same each time. Samples that cannot be used are left out of
-    their batch and listed in `batch.skipped`.
+    Training goes through the corpus for ever, shuffled and augmented; evaluation (`train=False`) takes every sample
+    once in file order, the central square, with masks that are the same each time. Samples that cannot be used are left
+    out of their batch and listed in `batch.skipped`.
 
     Args:
         data: crop, shuffling, workers and prefetch.

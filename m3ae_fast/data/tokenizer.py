@@ -58,14 +58,14 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
     if path.is_file():
         try:
             tokenizer = _from_vocab(path) if path.suffix == ".txt" else Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises just that
+        except Exception as error:  # the library raises just that
             raise UserError(f"data.tokenizer {name}: not a tokenizer.json or BERT vocab.txt ({error})") from None
     elif path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
         raise UserError(f"data.tokenizer {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
     else:
         try:
             tokenizer = Tokenizer.from_pretrained(name)
-        except Exception:  # noqa: BLE001 - see above
+        except Exception:
             raise UserError(
                 f"data.tokenizer {name}: neither a file nor to be had from the Hugging Face hub; "
                 "download its tokenizer.json and name that file"
@@ -80,7 +80,10 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A lower-cased WordPiece tokenizer as BERT's, of at most `vocab_size` tokens. The same captions give the same one."""
+    """A lower-cased WordPiece tokenizer as BERT's. The same captions give the same one.
+
+    It has `vocab_size` tokens, fewer where the captions give no more, more where their characters alone do.
+    """
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
     # The trainer numbers what it is not given in hash order, and breaks ties by number. It would also take what it is
     # given for special tokens, so the tokenizer is made anew from its vocabulary.
