@@ -47,7 +47,10 @@ def gather_tokens(
 
 @torch.library.custom_op("m3ae::gather_rows", mutates_args=())
 def gather_rows_op(x: Tensor, rows: Tensor, impl: str) -> Tensor:
-    choose_impl(impl, x.device)
+    if choose_impl(impl, x.device) == "triton":
+        from .triton_impl.rows import take_rows
+
+        return take_rows(x, rows)
     return x.index_select(0, rows)
 
 
@@ -58,7 +61,10 @@ def _(x, rows, impl):
 
 @torch.library.custom_op("m3ae::gather_rows_backward", mutates_args=())
 def gather_rows_backward_op(grad: Tensor, rows: Tensor, count: int, impl: str) -> Tensor:
-    choose_impl(impl, grad.device)
+    if choose_impl(impl, grad.device) == "triton":
+        from .triton_impl.rows import place_rows
+
+        return place_rows(grad, rows, count)
     return _spread(grad, rows, count)
 
 
@@ -90,7 +96,10 @@ def gather_norm_op(
     x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y [M, D], mean [M], reciprocal standard deviation [M])."""
-    choose_impl(impl, x.device)
+    if choose_impl(impl, x.device) == "triton":
+        from .triton_impl.norm import gather_norm
+
+        return gather_norm(x, rows, weight, bias, eps)
     acc = accumulator(x.dtype)
     y_MD, mean, rstd = torch.native_layer_norm(
         x.index_select(0, rows).to(acc), [x.shape[1]], weight.to(acc), bias.to(acc), eps
@@ -109,7 +118,10 @@ def gather_norm_backward_op(
     grad: Tensor, x: Tensor, rows: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, and of the norm's weight and bias in the accumulator dtype."""
-    choose_impl(impl, x.device)
+    if choose_impl(impl, x.device) == "triton":
+        from .triton_impl.norm import gather_norm_backward
+
+        return gather_norm_backward(grad, x, rows, weight, mean, rstd)
     acc = accumulator(x.dtype)
     grad_MD, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad.to(acc),

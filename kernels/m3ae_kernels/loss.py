@@ -19,11 +19,11 @@ def unit_weights(row_weight: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight_M / unit, unit
 
 
-def empty_grads(
+def room_for_grads(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, hidden_grad: bool, param_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own, and bias [V] in the
-    accumulator's; empty where not wanted."""
+    accumulator's; no elements where not wanted."""
     return (
         hidden.new_empty(hidden.shape if hidden_grad else 0, dtype=dtype),
         weight.new_empty(weight.shape if param_grad else 0),

@@ -64,7 +64,10 @@ def patch_embed_op(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    choose_impl(impl, images.device)
+    if choose_impl(impl, images.device) == "triton":
+        from .triton_impl.patch_embed import patch_embed
+
+        return patch_embed(images, patch_ids, weight, bias, patch_size, scale, shift, dtype)
     acc = accumulator(dtype)
     weight_KD, bias_D = weight.to(dtype).t(), bias.to(dtype)
     out_ND = images.new_empty(len(patch_ids), weight.shape[0], dtype=dtype)
@@ -92,18 +95,23 @@ def patch_embed_backward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of weight and bias in the accumulator dtype, and of images, empty without a weight."""
-    choose_impl(impl, images.device)
+    impl = choose_impl(impl, images.device)
     dtype, acc = grad.dtype, accumulator(grad.dtype)
     grad_weight, grad_bias, grad_images = _empty_grads(grad, images, weight, patch_size)
-    grad_weight.zero_()
     with no_autocast(images):
-        for ids_N, grad_ND in zip(patch_ids.split(CHUNK_ROWS), grad.split(CHUNK_ROWS)):
-            patches_NK = take_patches(images, ids_N, patch_size, scale, shift, acc).to(dtype)
-            grad_weight += grad_ND.t() @ patches_NK
+        if impl == "triton":
+            from .triton_impl.patch_embed import patch_embed_dweight
+
+            patch_embed_dweight(grad, images, patch_ids, patch_size, scale, shift, grad_weight)
+        else:
+            grad_weight.zero_()
+            for ids_N, grad_ND in zip(patch_ids.split(CHUNK_ROWS), grad.split(CHUNK_ROWS)):
+                patches_NK = take_patches(images, ids_N, patch_size, scale, shift, acc).to(dtype)
+                grad_weight += grad_ND.t() @ patches_NK
         torch.sum(grad, 0, dtype=acc, out=grad_bias)
         if weight is not None:
             count = images[:, 0].numel() // patch_size**2
-            rows = segment_sum(grad @ weight.to(dtype), patch_ids, count, images.dtype)
+            rows = segment_sum(grad @ weight.to(dtype), patch_ids, count, images.dtype, impl)
             grad_images = put_patches(rows, images, patch_size)
     return grad_weight, grad_bias, grad_images
 

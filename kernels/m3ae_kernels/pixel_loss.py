@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast, wants_grad
-from .loss import empty_grads, save_grads, scale_grads, unit_weights
+from .loss import room_for_grads, save_grads, scale_grads, unit_weights
 from .pixels import check_pixels, standardise, take_patches
 
 CHUNK_ROWS = 1024  # of the torch implementation
@@ -83,34 +83,23 @@ def pixel_loss_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss, row losses, unit, and the gradients of hidden, weight and bias divided by unit)."""
-    choose_impl(impl, hidden.device)
-    acc = accumulator(dtype)
-    share_M, unit = unit_weights(row_weight, acc)
+    share_M, unit = unit_weights(row_weight, accumulator(dtype))
     row_loss_M = torch.empty_like(share_M)
-    grad_hidden, grad_weight, grad_bias = empty_grads(hidden, weight, dtype, hidden_grad, param_grad)
-    sum_KD = torch.zeros_like(grad_weight, dtype=acc)
-    grad_bias.zero_()
-    with no_autocast(hidden):
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            error_MK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc)
-            if norm_pix:
-                error_MK = standardise(error_MK)
-            torch.sub(torch.addmm(bias, hidden[rows], weight.t()), error_MK, out=error_MK)
-            row_loss_M[rows] = torch.linalg.vector_norm(error_MK, dim=1).square_().div_(error_MK.shape[1])
-            if not (hidden_grad or param_grad):
-                continue
-            slope_MK = error_MK.mul_(share_M[rows, None] * (2 / error_MK.shape[1]))
-            slope_low_MK = slope_MK.to(dtype)
-            if hidden_grad:
-                torch.mm(slope_low_MK, weight, out=grad_hidden[rows])
-            if param_grad:
-                sum_KD += slope_low_MK.t() @ hidden[rows]
-                grad_bias += slope_MK.sum(0)
-        if param_grad:
-            grad_weight.copy_(sum_KD)
-    return torch.dot(row_loss_M, row_weight.to(acc)), row_loss_M, unit, grad_hidden, grad_weight, grad_bias
+    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
+    if choose_impl(impl, hidden.device) == "triton":
+        from .triton_impl.pixel_loss import pixel_loss
+    else:
+        pixel_loss = _pixel_loss
+    if not len(hidden):
+        for grad in grads:
+            grad.zero_()
+    else:
+        with no_autocast(hidden):
+            pixel_loss(
+                hidden.to(dtype), weight.to(dtype), bias.to(dtype), share_M, images, patch_ids, patch_size, scale,
+                shift, norm_pix, row_loss_M, *grads,
+            )  # fmt: skip
+    return torch.dot(row_loss_M, row_weight.to(row_loss_M.dtype)), row_loss_M, unit, *grads
 
 
 @pixel_loss_op.register_fake
@@ -131,8 +120,47 @@ def _(
     impl,
 ):
     row_loss = row_weight.new_empty(hidden.shape[0], dtype=accumulator(dtype))
-    grads = empty_grads(hidden, weight, dtype, hidden_grad, param_grad)
+    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
     return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads
+
+
+def _pixel_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    share: Tensor,
+    images: Tensor,
+    patch_ids: Tensor,
+    patch_size: int,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    norm_pix: bool,
+    row_loss: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    """Fills row_loss [M], and the gradients that have room; hidden, weight and bias have one dtype."""
+    dtype, acc = hidden.dtype, share.dtype
+    sum_KD = torch.zeros_like(grad_weight, dtype=acc)
+    grad_bias.zero_()
+    for start in range(0, len(hidden), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        error_MK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc)
+        if norm_pix:
+            error_MK = standardise(error_MK)
+        torch.sub(torch.addmm(bias, hidden[rows], weight.t()), error_MK, out=error_MK)
+        row_loss[rows] = torch.linalg.vector_norm(error_MK, dim=1).square_().div_(error_MK.shape[1])
+        if not (grad_hidden.numel() or grad_weight.numel()):
+            continue
+        slope_MK = error_MK.mul_(share[rows, None] * (2 / error_MK.shape[1]))
+        slope_low_MK = slope_MK.to(dtype)
+        if grad_hidden.numel():
+            torch.mm(slope_low_MK, weight, out=grad_hidden[rows])
+        if grad_weight.numel():
+            sum_KD += slope_low_MK.t() @ hidden[rows]
+            grad_bias += slope_MK.sum(0)
+    grad_weight.copy_(sum_KD)
 
 
 def _backward(ctx, upstream, *_):

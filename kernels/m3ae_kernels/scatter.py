@@ -57,7 +57,10 @@ def _rows_or_zero(rows_ND: Tensor, ids_T: Tensor, dtype: torch.dtype) -> Tensor:
 def scatter_tokens_op(
     x: Tensor, src: Tensor, fill: Tensor, fill_ids: Tensor, table: Tensor, table_ids: Tensor, impl: str
 ) -> Tensor:
-    choose_impl(impl, x.device)
+    if choose_impl(impl, x.device) == "triton":
+        from .triton_impl.rows import scatter_tokens
+
+        return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
     acc = torch.promote_types(x.dtype, torch.float32)
     out_TD = x.new_empty(len(src), x.shape[1])
     chunks = (ids.split(CHUNK_ROWS) for ids in (src, fill_ids, table_ids))
@@ -72,6 +75,19 @@ def _(x, src, fill, fill_ids, table, table_ids, impl):
     return x.new_empty(src.shape[0], x.shape[1])
 
 
+def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor:
+    """out [count, D], out[src[t]] = grad[t] where src[t] >= 0, zero where no t points."""
+    if impl == "triton":
+        from .triton_impl.rows import place_rows
+
+        return place_rows(grad_TD, src_T, count)
+    # Turned into a gather: where each row went, with a last entry for what came from elsewhere.
+    places = src_T.new_full((count + 1,), -1)
+    index_T = torch.where(src_T < 0, count, src_T).long()
+    places.scatter_(0, index_T, torch.arange(len(src_T), dtype=src_T.dtype, device=src_T.device))
+    return _rows_or_zero(grad_TD, places[:-1], grad_TD.dtype)
+
+
 @torch.library.custom_op("m3ae::scatter_tokens_backward", mutates_args=())
 def scatter_tokens_backward_op(
     grad: Tensor,
@@ -84,21 +100,15 @@ def scatter_tokens_backward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, fill and table, whose rows `counts` holds; -1 there: not wanted, no rows."""
-    choose_impl(impl, grad.device)
+    impl = choose_impl(impl, grad.device)
     x_rows, fill_rows, table_rows = counts
     grad_x, grad_fill, grad_table = _empty_grads(grad, counts, fill_dtype, table_dtype)
-    if x_rows > 0 and len(src):
-        # Where each row of x went; the last entry takes what came from elsewhere.
-        places = src.new_full((x_rows + 1,), -1)
-        index_T = torch.where(src < 0, x_rows, src).long()
-        places.scatter_(0, index_T, torch.arange(len(src), dtype=src.dtype, device=src.device))
-        grad_x = _rows_or_zero(grad, places[:-1], grad.dtype)
-    elif x_rows > 0:
-        grad_x.zero_()
+    if x_rows > 0:
+        grad_x = _place_rows(grad, src, x_rows, impl)
     if fill_rows >= 0:
-        grad_fill = segment_sum(grad, torch.where(src < 0, fill_ids, -1), fill_rows, fill_dtype)
+        grad_fill = segment_sum(grad, torch.where(src < 0, fill_ids, -1), fill_rows, fill_dtype, impl)
     if table_rows >= 0:
-        grad_table = segment_sum(grad, table_ids, table_rows, table_dtype)
+        grad_table = segment_sum(grad, table_ids, table_rows, table_dtype, impl)
     return grad_x, grad_fill, grad_table
 
 

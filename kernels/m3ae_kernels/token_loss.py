@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, check_index, choose_impl, compute_dtype, no_autocast, wants_grad
-from .loss import empty_grads, save_grads, scale_grads, unit_weights
+from .loss import room_for_grads, save_grads, scale_grads, unit_weights
 
-# The torch implementation makes logits for as many rows as fit CHUNK_BYTES, large enough for the matmuls, and takes their
-# softmax in float32 for as many at a time as fit SOFTMAX_BYTES, small enough for the caches.
+# The torch implementation makes logits for as many rows as fit CHUNK_BYTES, large enough for the matmuls, and takes
+# their softmax in float32 for as many at a time as fit SOFTMAX_BYTES, small enough for the caches.
 CHUNK_BYTES = 32 << 20
 SOFTMAX_BYTES = 8 << 20
 
@@ -41,9 +41,10 @@ def masked_token_loss(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        (the scalar loss, float32 (float64 for float64 hidden); correct [M] bool: argmax == target, the first of equals).
-        The matmuls run in autocast's dtype where it is on, else in that of hidden; the softmax in float32. Gradients
-        for hidden, weight, bias and row_weight; the first three are computed in the forward pass, where they are wanted.
+        (the scalar loss, float32 (float64 for float64 hidden); correct [M] bool: argmax == target, the first of
+        equals). The matmuls run in autocast's dtype where it is on, else in that of hidden; the softmax in float32.
+        Gradients for hidden, weight, bias and row_weight; the first three are computed in the forward pass, where they
+        are wanted.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
@@ -76,71 +77,98 @@ def token_loss_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss, row losses, unit, the gradients of hidden, weight and bias divided by unit, correct)."""
-    choose_impl(impl, hidden.device)
-    acc, vocab = accumulator(dtype), weight.shape[0]
-    share_M, unit = unit_weights(row_weight, acc)
+    share_M, unit = unit_weights(row_weight, accumulator(dtype))
     row_loss_M = torch.empty_like(share_M)
     correct_M = torch.empty_like(targets, dtype=torch.bool)
-    grad_hidden, grad_weight, grad_bias = empty_grads(hidden, weight, dtype, hidden_grad, param_grad)
-    grad_bias.zero_()
-    chunk = min(len(hidden), max(1, CHUNK_BYTES // (vocab * dtype.itemsize)))
-    several = chunk < len(hidden)
-    sum_VD = torch.zeros_like(grad_weight, dtype=acc) if several else grad_weight
-    logits_CV = hidden.new_empty(chunk, vocab, dtype=dtype)
-    softmax_rows = min(chunk, max(1, SOFTMAX_BYTES // (vocab * acc.itemsize)))
-    softmax_CV = hidden.new_empty(softmax_rows, vocab, dtype=acc)
-
-    def softmax(rows: slice, logits_CV: Tensor) -> None:
-        """Turns logits into the slope of each row's loss to them, and fills in row losses, correct and bias's sum."""
-        target_C1 = targets[rows, None].long()
-        log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
-        # Any column gives the log-partition; the target's keeps the digits that the loss is made of.
-        log_p_target_C1 = log_p_CV.gather(1, target_C1)
-        lse_C1 = logits_CV.gather(1, target_C1) - log_p_target_C1
-        loss_C1 = -(1 - label_smoothing) * log_p_target_C1 + z_loss * lse_C1.square()
-        if label_smoothing:
-            loss_C1 -= label_smoothing * log_p_CV.mean(1, keepdim=True)
-        row_loss_M[rows] = loss_C1[:, 0]
-        correct_M[rows] = logits_CV.argmax(1) == targets[rows]
-        if not (hidden_grad or param_grad):
-            return
-        slope_CV = log_p_CV.exp_()
-        if z_loss:
-            slope_CV *= 1 + 2 * z_loss * lse_C1
-        if label_smoothing:
-            slope_CV -= label_smoothing / vocab
-        slope_CV.scatter_add_(1, target_C1, slope_CV.new_full((1, 1), label_smoothing - 1).expand_as(target_C1))
-        if param_grad:
-            grad_bias.addmv_(slope_CV.t(), share_M[rows])
-        logits_CV.copy_(slope_CV)
-
-    with no_autocast(hidden):
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-        for start in range(0, len(hidden), chunk):
-            hidden_CD, share_C1 = hidden[start : start + chunk], share_M[start : start + chunk, None]
-            slope_CV = torch.addmm(bias, hidden_CD, weight.t(), out=logits_CV[: len(hidden_CD)])
-            for first in range(0, len(hidden_CD), softmax_rows):
-                part_CV = slope_CV[first : first + softmax_rows]
-                softmax(slice(start + first, start + first + len(part_CV)), part_CV)
-            # Row weights scale the narrow matrices, not the wide one.
-            if hidden_grad:
-                torch.mul(slope_CV @ weight, share_C1, out=grad_hidden[start : start + chunk])
-            if param_grad:
-                product_VD = slope_CV.t() @ (hidden_CD * share_C1).to(dtype)
-                sum_VD.add_(product_VD) if several else sum_VD.copy_(product_VD)
-        if param_grad and several:
-            grad_weight.copy_(sum_VD)
-        if param_grad and not len(hidden):
-            grad_weight.zero_()
-    loss = torch.dot(row_loss_M, row_weight.to(acc))
-    return loss, row_loss_M, unit, grad_hidden, grad_weight, grad_bias, correct_M
+    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
+    if choose_impl(impl, hidden.device) == "triton":
+        from .triton_impl.token_loss import token_loss
+    else:
+        token_loss = _token_loss
+    if not len(hidden):
+        for grad in grads:
+            grad.zero_()
+    else:
+        with no_autocast(hidden):
+            token_loss(
+                hidden.to(dtype), weight.to(dtype), bias.to(dtype), share_M, targets, label_smoothing, z_loss,
+                row_loss_M, correct_M, *grads,
+            )  # fmt: skip
+    return torch.dot(row_loss_M, row_weight.to(row_loss_M.dtype)), row_loss_M, unit, *grads, correct_M
 
 
 @token_loss_op.register_fake
 def _(hidden, weight, bias, row_weight, targets, label_smoothing, z_loss, dtype, hidden_grad, param_grad, impl):
     row_loss = row_weight.new_empty(hidden.shape[0], dtype=accumulator(dtype))
-    grads = empty_grads(hidden, weight, dtype, hidden_grad, param_grad)
+    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
     return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads, torch.empty_like(targets, dtype=torch.bool)
+
+
+def _token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    share: Tensor,
+    targets: Tensor,
+    smoothing: float,
+    z_loss: float,
+    row_loss: Tensor,
+    correct: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    """Fills row_loss [M], correct [M], and the gradients that have room; hidden, weight and bias have one dtype."""
+    dtype, acc, vocab = hidden.dtype, share.dtype, weight.shape[0]
+    wanted = bool(grad_hidden.numel() or grad_weight.numel())
+    grad_bias.zero_()
+    chunk = min(len(hidden), max(1, CHUNK_BYTES // (vocab * dtype.itemsize)))
+    logits_CV = hidden.new_empty(chunk, vocab)
+    softmax_rows = min(chunk, max(1, SOFTMAX_BYTES // (vocab * acc.itemsize)))
+    softmax_CV = hidden.new_empty(softmax_rows, vocab, dtype=acc)
+    sum_VD = torch.zeros_like(grad_weight, dtype=acc) if chunk < len(hidden) else None
+
+    def softmax(rows: slice, logits_CV: Tensor) -> None:
+        """Turns logits into the slope of each row's loss to them, and fills in row losses, correct and bias's sum."""
+        target_C1 = targets[rows, None].long()
+        correct[rows] = logits_CV.argmax(1) == targets[rows]
+        log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
+        # Any column gives the log-partition; the target's keeps the digits that the loss is made of.
+        log_p_target_C1 = log_p_CV.gather(1, target_C1)
+        lse_C1 = logits_CV.gather(1, target_C1) - log_p_target_C1
+        loss_C1 = -(1 - smoothing) * log_p_target_C1 + z_loss * lse_C1.square()
+        if smoothing:
+            loss_C1 -= smoothing * log_p_CV.mean(1, keepdim=True)
+        row_loss[rows] = loss_C1[:, 0]
+        if not wanted:
+            return
+        slope_CV = log_p_CV.exp_()
+        if z_loss:
+            slope_CV *= 1 + 2 * z_loss * lse_C1
+        if smoothing:
+            slope_CV -= smoothing / vocab
+        slope_CV.scatter_add_(1, target_C1, slope_CV.new_full((1, 1), smoothing - 1).expand_as(target_C1))
+        if grad_bias.numel():
+            grad_bias.addmv_(slope_CV.t(), share[rows])
+        logits_CV.copy_(slope_CV)
+
+    for start in range(0, len(hidden), chunk):
+        hidden_CD, share_C1 = hidden[start : start + chunk], share[start : start + chunk, None]
+        slope_CV = torch.addmm(bias, hidden_CD, weight.t(), out=logits_CV[: len(hidden_CD)])
+        for first in range(0, len(hidden_CD), softmax_rows):
+            part_CV = slope_CV[first : first + softmax_rows]
+            softmax(slice(start + first, start + first + len(part_CV)), part_CV)
+        # Row weights scale the narrow matrices, not the wide one.
+        if grad_hidden.numel():
+            torch.mul(slope_CV @ weight, share_C1, out=grad_hidden[start : start + chunk])
+        if grad_weight.numel():
+            product_VD = slope_CV.t() @ (hidden_CD * share_C1).to(dtype)
+            if sum_VD is None:
+                grad_weight.copy_(product_VD)
+            else:
+                sum_VD += product_VD
+    if sum_VD is not None:
+        grad_weight.copy_(sum_VD)
 
 
 def _backward(ctx, upstream, *_):

@@ -1,0 +1,89 @@
+"""What the kernels share: pixels by patch and position, launch settings, dtypes.
+
+Inside the kernels patches are ordered (channel, row, column), in which P neighbours lie side by side in an image; the
+launchers permute weights, a small copy, so that callers see (row, column, channel).
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import accumulator
+
+ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def launcher(launch: Callable) -> Callable:
+    """Makes the device of the first tensor current: Triton launches on the current one."""
+
+    @wraps(launch)
+    def on_device(tensor: Tensor, *arguments):
+        with torch.cuda.device_of(tensor):
+            return launch(tensor, *arguments)
+
+    return on_device
+
+
+def acc_type(dtype: torch.dtype) -> tl.dtype:
+    return ACC[accumulator(dtype)]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32: as torch.get_float32_matmul_precision says, on tensor cores either way (three
+    TF32 products keep about float32's precision). AMD's matrix cores take float32 itself."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def to_kernel_order(weight: Tensor, patch_size: int, dim: int) -> Tensor:
+    """A copy with dimension `dim` of P * P * C elements reordered from (row, column, channel) to the kernels' order."""
+    parts = weight.unflatten(dim, (patch_size**2, -1))
+    return parts.transpose(dim, dim + 1).flatten(dim, dim + 1).contiguous()
+
+
+def from_kernel_order(weight: Tensor, patch_size: int, dim: int) -> Tensor:
+    """The inverse of `to_kernel_order`."""
+    parts = weight.unflatten(dim, (-1, patch_size**2))
+    return parts.transpose(dim, dim + 1).flatten(dim, dim + 1).contiguous()
+
+
+def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:
+    """The keyword arguments of every kernel that calls `load_pixels`."""
+    channels, height, width = images.shape[1:]
+    pad = [0.0] * (4 - len(scale))
+    named = zip(("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3"), [*scale, *pad, *shift, *pad])
+    return dict(named) | {"P": patch_size, "C": channels, "H": height, "W": width, "NORMALISE": bool(scale)}
+
+
+@triton.jit
+def patch_starts(ids, P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+    """The offset of each patch's first pixel; int64, as a batch of images may pass 2^31 pixels."""
+    grid_w: tl.constexpr = W // P
+    patches: tl.constexpr = grid_w * (H // P)
+    patch = ids % patches
+    return (ids // patches).to(tl.int64) * (C * H * W) + (patch // grid_w) * (P * W) + patch % grid_w * P
+
+
+@triton.jit
+def load_pixels(
+    images, starts, k, mask, s0, s1, s2, s3, b0, b1, b2, b3,
+    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, NORMALISE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Elements k of the patches that start at `starts` [rows, 1] or [1, rows]; k is shaped to broadcast with them."""
+    channel = k // (P * P)
+    offset = channel * (H * W) + k % (P * P) // P * W + k % P
+    x = tl.load(images + starts + offset, mask=mask, other=0).to(ACC)
+    if NORMALISE:
+        scale = tl.where(channel == 0, s0, tl.where(channel == 1, s1, tl.where(channel == 2, s2, s3)))
+        shift = tl.where(channel == 0, b0, tl.where(channel == 1, b1, tl.where(channel == 2, b2, b3)))
+        x = x * scale + shift
+    return x

@@ -1,0 +1,39 @@
+"""Block sizes by kernel, element size and architecture, as JSON files beside this one.
+
+`sm_90.json` and its like hold for every kernel the launch settings of 16-bit inputs ("16") and of wider ones ("32");
+`benchmarks/gpu.py --tune` rewrites them. Nothing is tuned at run time: every rank runs the same code.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+INTERPRETER = "interpreter"
+# By compute capability; other NVIDIA devices, all with less shared memory, take FALLBACK.
+NVIDIA = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+FALLBACK = "sm_89"
+AMD = "gfx942"
+
+
+@lru_cache
+def table(arch: str) -> dict[str, dict[str, dict[str, int]]]:
+    """The settings of an architecture: {kernel: {"16" | "32": {setting: value}}}."""
+    return json.loads((FOLDER / f"{arch}.json").read_text())
+
+
+@lru_cache
+def arch_of(device: torch.device) -> str:
+    """The name of the table for a device; a CPU runs the kernels on Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if torch.version.hip:
+        return AMD
+    return NVIDIA.get(torch.cuda.get_device_capability(device), FALLBACK)
+
+
+def config(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """The launch settings of a kernel, a fresh dict."""
+    return dict(table(arch_of(device))[kernel]["16" if dtype.itemsize == 2 else "32"])
