@@ -187,10 +187,8 @@ class Reader:
             os.close(self._open.popitem(last=False)[1].fd)
         return self._open[shard]
 
-    def close(self) -> None:
-        for entry in self._open.values():
-            os.close(entry.fd)
-        self._open.clear()
+    def __reduce__(self):
+        return Reader, (self.source, self.store)  # open files do not go to other processes
 
 
 def _read(fd: int, offset: int, size: int, limit: int, what: str) -> bytes:

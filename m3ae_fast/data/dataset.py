@@ -25,6 +25,7 @@ from m3ae_fast.model.packing import Geometry, Sample
 
 # What a random number is for, so that no two uses share a stream.
 _CROP, _MASK, _BATCH_MASK = range(3)
+FETCHING = "fetch shards ahead"  # the thread's name
 
 
 @dataclass(frozen=True)
@@ -133,4 +134,4 @@ class Samples(Dataset):
         if self._ahead.get(source) != shards:
             self._ahead[source] = shards
             names = [self._readers[source].source.shards[shard].shard for shard in shards]
-            threading.Thread(target=self._store.fetch_ahead, args=(names,), daemon=True).start()
+            threading.Thread(target=self._store.fetch_ahead, args=(names,), name=FETCHING, daemon=True).start()

@@ -21,18 +21,19 @@ from torchvision.transforms.v2 import functional as F
 MAX_PIXELS = 1 << 27  # a larger picture is taken for a decompression bomb
 # Nothing else is tried: Pillow would hand an EPS file to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_TORCHVISION_MODES = {
-    "JPEG": ("L", "RGB"),
-    "PNG": ("1", "L", "P", "RGB", "I;16"),
-    "WEBP": ("RGB",),
+_TORCHVISION_MODES = {  # by format and C: what torchvision's decoder reads, and converts rightly
+    ("JPEG", 1): ("L", "RGB"),
+    ("JPEG", 3): ("L", "RGB"),
+    ("PNG", 1): ("1", "L", "P", "RGB", "I;16"),
+    ("PNG", 3): ("1", "L", "P", "RGB", "I;16"),
+    ("WEBP", 3): ("RGB",),
 }
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TRIES = 10  # torchvision's
 _RATIO = (3 / 4, 4 / 3)  # width / height
 
-# MAX_PIXELS is our own limit.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd pictures: they are used or reported, nothing between
 
 
 class BadSample(Exception):
@@ -55,8 +56,8 @@ def decode_image(data: bytes, channels: int) -> Tensor:
         raise BadSample("not a picture in a known format") from None
     if header.width * header.height > MAX_PIXELS:
         raise BadSample(f"the picture has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
-    native = header.mode in _TORCHVISION_MODES.get(header.format, ()) and "transparency" not in header.info
-    if native and channels in _READ_MODES:
+    modes = _TORCHVISION_MODES.get((header.format, channels), ())
+    if header.mode in modes and "transparency" not in header.info:
         try:
             return _decode_with_torchvision(data, channels)
         except RuntimeError:

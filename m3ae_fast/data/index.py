@@ -89,12 +89,12 @@ def index_shards(shards: Sequence[str], store: ShardStore, progress: bool = Fals
 
 
 def _bar(entries: Iterator[IndexedShard], total: int, progress: bool) -> Iterator[IndexedShard]:
-    if not progress:
-        return entries
     from rich.console import Console
     from rich.progress import track
 
-    return track(entries, "indexing shards", total=total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    return track(entries, "indexing shards", total=total, console=console, transient=True, disable=hidden)
 
 
 def _sidecars(shard: str, store: ShardStore) -> list[Path]:

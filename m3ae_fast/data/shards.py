@@ -27,6 +27,7 @@ from m3ae_fast.errors import UserError
 FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make room
 ATTEMPTS = 3
 TIMEOUT_S = 60
+ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -106,12 +107,14 @@ class ShardStore:
         if not self.is_cached(shard):
             return Path(shard)
         copy = self.cache_dir / "shards" / self.name(shard)
-        if not copy.exists():
-            with self.lock(copy.name):
-                if not copy.exists():
-                    self._fetch(shard, copy)
-        os.utime(copy)  # used now: the last to make room for others
-        return copy
+        while True:
+            try:
+                os.utime(copy)  # used now: the last to make room for others
+                return copy
+            except FileNotFoundError:
+                with self.lock(copy.name):
+                    if not copy.exists():
+                        self._fetch(shard, copy)
 
     def fetch_ahead(self, shards: list[str]) -> None:
         """Fetch those of `shards` that no other process is fetching. A failure is left to whoever reads the shard."""
@@ -136,7 +139,7 @@ class ShardStore:
             handle, partial = tempfile.mkstemp(prefix="partial-", dir=copy.parent)
             try:
                 with os.fdopen(handle, "wb") as out:
-                    self._make_room(keep=copy.parent / partial)
+                    self._make_room()
                     _copy(shard, out)
                 os.replace(partial, copy)
                 return
@@ -148,15 +151,22 @@ class ShardStore:
             finally:
                 Path(partial).unlink(missing_ok=True)
 
-    def _make_room(self, keep: Path) -> None:
+    def _make_room(self) -> None:
         """Remove the copies used longest ago until FREE_SHARE of the disk is free. Open ones stay readable (POSIX)."""
-        copies = [path for path in keep.parent.iterdir() if path != keep and not path.name.startswith("partial-")]
-        copies.sort(key=lambda path: path.stat().st_mtime)
-        for path in copies:
+        for path in sorted((self.cache_dir / "shards").iterdir(), key=_mtime):
+            if path.name.startswith("partial-") and time.time() - _mtime(path) < ABANDONED_S:
+                continue
             usage = shutil.disk_usage(self.cache_dir)
             if usage.free >= FREE_SHARE * usage.total:
                 return
             path.unlink(missing_ok=True)
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process makes room too
+        return 0.0
 
 
 def _copy(shard: str, out: BinaryIO) -> None:

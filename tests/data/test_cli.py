@@ -1,0 +1,45 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import caption, members, write_tar
+
+from m3ae_fast.data import load_tokenizer
+from m3ae_fast.data.__main__ import main
+
+
+def test_index(tmp_path, capsys):
+    write_tar(tmp_path / "a-0.tar", members(range(3)))
+    write_tar(tmp_path / "a-1.tar", members(range(1200), "text"))
+    (tmp_path / "a-2.tar").write_bytes(b"garbage" * 200)
+    assert main(["index", str(tmp_path / "a-*.tar"), "--cache-dir", str(tmp_path / "cache")]) == 0
+    out = capsys.readouterr().out
+    assert sum(os.path.exists(tmp_path / f"a-{i}.tar.index") for i in range(3)) == 3
+    for text in ("paired", "text", "no tar header", "1,203", "3 shards"):
+        assert text in out
+
+
+def test_train_tokenizer(tmp_path, capsys):
+    shards = write_tar(tmp_path / "a.tar", members(range(40)))
+    out = tmp_path / "tokenizer.json"
+    arguments = ["train-tokenizer", shards, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--vocab-size"]
+    assert main([*arguments, "100"]) == 0
+    tokenizer = load_tokenizer(str(out), 8)
+    assert tokenizer.decode(tokenizer.encode(caption(3))) == caption(3)
+    assert f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
+    for size in ("5", "20", "-1"):
+        assert main([*arguments, size]) == 2
+        assert "--vocab-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["index", "none.tar"], ["train-tokenizer", "{}", "--vocab-size", "99", "--out", "."]]
+)
+def test_mistakes_give_one_line(tmp_path, arguments):
+    shards = write_tar(tmp_path / "a.tar", members(range(3)))
+    arguments = [argument.format(shards) for argument in arguments] + ["--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run([sys.executable, "-m", "m3ae_fast.data", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

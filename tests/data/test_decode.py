@@ -1,0 +1,205 @@
+import struct
+import zlib
+from contextlib import suppress
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+
+from m3ae_fast.data.decode import BadSample, _draw_box, centre_crop, decode_image, random_crop
+
+
+def encode(image, fmt, **options):
+    out = BytesIO()
+    image.save(out, fmt, **options)
+    return out.getvalue()
+
+
+def gradient(mode="RGB", size=(48, 32)):
+    """A smooth picture, which survives JPEG."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    rgb = np.stack([255 * x, 255 * y, 255 * (1 - x)], -1).astype(np.uint8)
+    return Image.fromarray(rgb).convert(mode)
+
+
+def close(image, reference, tolerance):
+    expected = torch.from_numpy(np.array(reference)).reshape(*reference.size[::-1], -1).permute(2, 0, 1)
+    assert image.dtype == torch.uint8
+    assert image.shape == expected.shape
+    assert (image.int() - expected.int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize(
+    "source, fmt, tolerance",
+    [
+        ("RGB", "JPEG", 12),
+        ("L", "JPEG", 12),
+        ("CMYK", "JPEG", 12),
+        ("RGB", "PNG", 1),
+        ("L", "PNG", 1),
+        ("1", "PNG", 1),
+        ("P", "PNG", 1),
+        ("RGB", "WEBP", 30),
+        ("RGB", "GIF", 1),
+        ("RGB", "BMP", 1),
+        ("RGB", "TIFF", 1),
+    ],
+)
+def test_formats_and_modes(source, fmt, tolerance, channels, mode):
+    data = encode(gradient(source), fmt, **({"quality": 100} if fmt in ("JPEG", "WEBP") else {}))
+    close(decode_image(data, channels), Image.open(BytesIO(data)).convert("RGB").convert(mode), tolerance)
+
+
+def test_cmyk_looks_as_before():
+    close(decode_image(encode(gradient("CMYK"), "JPEG", quality=100), 3), gradient(), 16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_not_clipped(fmt, channels):
+    values = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
+    image = decode_image(encode(Image.fromarray(values), fmt), channels)
+    assert (image[0].int() - torch.from_numpy((values / 257).astype(np.int32))).abs().max() <= 1
+
+
+def test_16_bit_rgb_png():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + struct.pack(">3H", 65535, 32896, 257) * 4 for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert (decode_image(data, 3)[:, 0, 0].int() - torch.tensor([255, 128, 1])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_become_white(mode):
+    image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    image.paste((0, 0, 200, 255), (0, 0, 8, 16))
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    decoded = decode_image(encode(image, "PNG"), 3)
+    assert decoded[:, 0, 15].tolist() == [255, 255, 255]
+    assert decoded[0, 0, 0] < 100
+    if mode == "RGBA":
+        assert decode_image(encode(image, "PNG"), 4)[:, 0, 15].tolist() == [200, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fmt, mode", [("JPEG", "RGB"), ("JPEG", "CMYK")])
+def test_pictures_stand_upright(fmt, mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    data = encode(gradient(mode), fmt, exif=exif, quality=100)
+    close(decode_image(data, 3), gradient().rotate(-90, expand=True), 20)
+
+
+def test_animations_give_their_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    for fmt in ("GIF", "WEBP", "PNG"):
+        data = encode(
+            frames[0], fmt, save_all=True, append_images=frames[1:], **({"lossless": True} if fmt == "WEBP" else {})
+        )
+        assert decode_image(data, 3)[:, 0, 0].tolist() == pytest.approx([255, 0, 0], abs=2)
+
+
+WHOLE = picture(0, (64, 64))
+PNG = picture(0, (64, 64), fmt="PNG")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        b"GIF89a",
+        b"plain text",
+        b"RIFF\0\0\0\0WEBPVP8 ",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow alone would start Ghostscript
+        WHOLE[:200],
+        WHOLE[: len(WHOLE) // 2],
+        WHOLE[:-60],
+        PNG[: len(PNG) // 2],
+        PNG[:100] + bytes(100) + PNG[200:],
+    ],
+)
+def test_broken_pictures(data):
+    with pytest.raises(BadSample):
+        decode_image(data, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Tag data")  # pytest undoes the module's own filter
+def test_random_damage_never_escapes():
+    """Whatever bytes are changed: a picture or a BadSample."""
+    random = np.random.RandomState(0)
+    sources = [WHOLE, PNG, encode(gradient(), "WEBP"), encode(gradient(), "GIF"), encode(gradient(), "TIFF")]
+    good = 0
+    for _ in range(400):
+        data = bytearray(sources[random.randint(len(sources))])
+        for position in random.randint(0, len(data), 5):
+            data[position] = random.randint(256)
+        with suppress(BadSample):
+            good += decode_image(bytes(data), 3).dtype == torch.uint8
+    assert 0 < good < 400
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (60_000, 60_000)])
+def test_decompression_bombs(size):
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    ihdr = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    idat = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(BadSample, match="pixels"):
+        decode_image(b"\x89PNG\r\n\x1a\n" + ihdr + idat, 3)
+
+
+def test_crops_are_torchvisions():
+    """The same box and the same resize, and boxes of the same distribution."""
+    image = decode_image(encode(gradient(size=(500, 400)), "JPEG"), 3)
+    generator = torch.Generator()
+    for seed in range(20):
+        found = random_crop(image, 64, (0.2, 1.0), False, generator.manual_seed(seed))
+        box = _draw_box(400, 500, (0.2, 1.0), torch.rand(41, generator=generator.manual_seed(seed)).tolist())
+        expected = F.resized_crop(image, *box, [64, 64], InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(found, expected)
+        assert found.is_contiguous()
+
+    torch.manual_seed(0)
+    theirs = RandomResizedCrop(64, scale=(0.2, 1.0))
+    theirs = np.array([list(theirs.make_params([image]).values()) for _ in range(4000)], dtype=float)
+    ours = np.array([_draw_box(400, 500, (0.2, 1.0), torch.rand(41).tolist()) for _ in range(4000)], dtype=float)
+    assert np.abs(theirs.mean(0) - ours.mean(0)).max() < 6
+    assert np.abs(theirs.std(0) - ours.std(0)).max() < 6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (7, 5)])
+def test_tiny_and_thin_pictures(size):
+    image = torch.full((3, *size), 77, dtype=torch.uint8)
+    for seed in range(5):
+        for crop in (
+            random_crop(image, 16, (0.2, 1.0), True, torch.Generator().manual_seed(seed)),
+            centre_crop(image, 16),
+        ):
+            assert crop.shape == (3, 16, 16)
+            assert (crop == 77).all()
+
+
+def test_flip():
+    image = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
+    flipped = 0
+    for seed in range(200):
+        plain = random_crop(image, 16, (0.5, 1.0), False, torch.Generator().manual_seed(seed))
+        crop = random_crop(image, 16, (0.5, 1.0), True, torch.Generator().manual_seed(seed))
+        assert torch.equal(crop, plain) or torch.equal(crop, plain.flip(-1))
+        flipped += not torch.equal(crop, plain)
+    assert 70 < flipped < 130
+
+
+def test_centre_crop():
+    image = torch.zeros(3, 20, 40, dtype=torch.uint8)
+    image[:, :, 10:30] = 200
+    assert (centre_crop(image, 10) == 200).all()
+    assert torch.equal(centre_crop(image[..., 10:30], 20), image[..., 10:30])

@@ -1,0 +1,205 @@
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import caption, members, picture, write_tar
+from webdataset.tariterators import group_by_keys
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data.corpus import Reader, open_corpus
+from m3ae_fast.data.decode import BadSample
+from m3ae_fast.data.index import MISSING, SUFFIX, index_shards
+from m3ae_fast.data.tar import scan_tar
+from m3ae_fast.errors import UserError
+
+LONG = "folder/" * 30 + "0001.jpg"
+
+
+@pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_scan_finds_what_tarfile_finds(tmp_path, fmt):
+    names = ["a.jpg", "ünïcode.txt", "x/y.z.json", "empty.txt", "d/" * 40 + "0.jpg"]
+    names += [LONG, "k" * 180 + ".txt"] if fmt != tarfile.USTAR_FORMAT else []
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=fmt) as tar:
+        folder = tarfile.TarInfo("d")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name == "empty.txt" else 500 + 37 * i
+            tar.addfile(info, io.BytesIO(os.urandom(info.size)))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(link)
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+    found, damage = scan_tar(path)
+    assert [tuple(m) for m in found] == expected
+    assert damage is None
+
+
+def test_scan_reads_binary_sizes(tmp_path):
+    info = tarfile.TarInfo("huge.jpg")
+    info.size = 9 << 30
+    path = tmp_path / "a.tar"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    found, damage = scan_tar(path)
+    assert found[0].size == 9 << 30
+    assert "ends inside" in damage
+
+
+def test_a_cut_tar_gives_its_readable_part(tmp_path, store):
+    files = list(members(range(4)))
+    whole = Path(write_tar(tmp_path / "whole.tar", files)).read_bytes()
+    offsets = [m.offset for m in scan_tar(tmp_path / "whole.tar")[0]]
+    for cut, samples, complete in ((offsets[5] + 3, 3, 5), (offsets[4] - 200, 2, 4), (offsets[4] - 512, 2, 4)):
+        path = tmp_path / f"{cut}.tar"
+        path.write_bytes(whole[:cut])
+        (shard,) = index_shards([str(path)], store)
+        assert (shard.summary.samples, shard.summary.damage is not None) == (samples, True)
+        corpus = open_corpus([SourceConfig(shards=str(path))], store)
+        assert [(s.shard, s.key) for s in corpus.damaged] == [(str(path), "")]
+        reader = Reader(corpus.sources[0], store)
+        for number in range(complete // 2):
+            assert reader.read(*reader.find(number)) == (files[2 * number][1], files[2 * number + 1][1].decode())
+        if complete % 2:
+            with pytest.raises(BadSample, match="ends inside the caption"):
+                reader.read(0, samples - 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"not a tar at all " * 1000, os.urandom(4096)])
+def test_garbage_is_no_shard(tmp_path, store, content):
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.tar.*no sample"):
+        open_corpus([SourceConfig(shards=str(bad))], store)
+    good = write_tar(tmp_path / "good.tar", members(range(3)))
+    corpus = open_corpus([SourceConfig(shards=[str(bad), good])], store)
+    assert corpus.samples == 3
+    assert str(bad) in str(corpus.damaged[0])
+
+
+def test_garbage_after_good_members(tmp_path, store):
+    path = tmp_path / "a.tar"
+    write_tar(path, members(range(3)))
+    offset = scan_tar(path)[0][4].offset - 512
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 512] = os.urandom(512)
+    path.write_bytes(data)
+    (shard,) = index_shards([str(path)], store)
+    assert shard.summary.samples == 2
+    assert f"no tar header at byte {offset}" in shard.summary.damage
+
+
+def test_grouping_is_webdatasets(tmp_path, store):
+    names = ["a.jpg", "a.seg.png", "a.txt", "b.x/c.jpg", "b.x/c.TXT", ".hidden.jpg", "d/._e.jpg", "e.JPeG", "f.cls"]
+    names += ["__meta__/g.jpg", "dir/h.webp", "dir/h.json", "a.jpg", "noext"]
+    path = write_tar(tmp_path / "a.tar", [(name, b"{}") for name in names])
+    files = [{"fname": n, "data": n, "__url__": path} for n in names if not n.startswith("__")]
+    expected = []
+    for sample in group_by_keys(files):
+        image = next((sample[s] for s in ("jpg", "jpeg", "png", "webp") if s in sample), None)
+        if image or "txt" in sample:
+            expected.append((sample["__key__"].encode(), image is not None, "txt" in sample))
+    table = index_shards([path], store)[0].table()
+    found = [(bytes(r["key"]), r["image_offset"] != MISSING, r["text_offset"] != MISSING) for r in table]
+    assert found == expected
+
+
+def test_json_captions(tmp_path, store):
+    contents = [b'{"caption": "a red cat"}', b'{"caption": null}', b"{broken", b'["caption"]', b"[" * 100_000]
+    files = [(f"{i}.{s}", c) for i, content in enumerate(contents) for s, c in (("jpg", picture(i)), ("json", content))]
+    files += [("9.jpg", picture(9)), ("9.txt", b"the txt wins"), ("9.json", b'{"caption": "not this"}')]
+    corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
+    assert corpus.sources[0].modalities == ["paired"]
+    reader = Reader(corpus.sources[0], store)
+    assert reader.read(0, 0).caption == "a red cat"
+    assert reader.read(0, 5).caption == "the txt wins"
+    for row in (1, 2, 3, 4):
+        with pytest.raises(BadSample, match="no caption"):
+            reader.read(0, row)
+
+
+def test_json_without_captions_is_image_only(tmp_path, store):
+    files = [(f"{i}.{s}", c) for i in range(3) for s, c in (("jpg", picture(i)), ("json", b'{"width": 3}'))]
+    corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
+    assert corpus.sources[0].modalities == ["image"]
+    assert corpus.has_images
+    assert not corpus.has_captions
+
+
+def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    assert index_shards([path], store)[0].summary.samples == 3
+    assert os.path.exists(path + SUFFIX)
+    summary = json.loads(Path(path + SUFFIX).read_bytes().split(b"\n")[0])
+    assert summary["samples"] == summary["images"] == summary["captions"] == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m3ae_fast.data.index.scan_tar", lambda path: pytest.fail("indexed again"))
+        assert index_shards([path], store)[0].summary.samples == 3
+    write_tar(path, members(range(5)))
+    assert index_shards([path], store)[0].summary.samples == 5
+    status = os.stat(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert index_shards([path], store)[0].summary.mtime_ns == status.st_mtime_ns + 1
+    for broken in (b"", b"{}", b"[1]\n", b"\xff\xfe", json.dumps(summary | {"version": 0}).encode()):
+        with open(path + SUFFIX, "wb") as file:
+            file.write(broken)
+        assert index_shards([path], store)[0].summary.samples == 5
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, store):
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    os.mkdir(path + SUFFIX)  # in the sidecar's way, even for root
+    (shard,) = index_shards([path], store)
+    assert shard.sidecar.parent == store.cache_dir / "index"
+    assert len(shard.table()) == 3
+    assert index_shards([path], store)[0] == shard
+    assert not list(tmp_path.glob("a.tar.index.*"))
+
+
+def test_hostile_keys(tmp_path, store):
+    keys = ["../../etc/passwd", "/abs/path", "new\nline\x1b[31m", "k" * 5000, "[bold]x", "ü" * 100]
+    path = write_tar(tmp_path / "a.tar", [(key + ".jpg", picture(1)) for key in keys])
+    corpus = open_corpus([SourceConfig(shards=path)], store)
+    reader = Reader(corpus.sources[0], store)
+    found = [reader.key(0, row) for row in range(corpus.samples)]
+    assert found[:2] == keys[:2]
+    assert all(key.isprintable() and len(key) <= 128 for key in found)
+    assert all(reader.read(0, row).image == picture(1) for row in range(corpus.samples))
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar" + SUFFIX, "cache"]
+
+
+def test_modality_can_be_set(tmp_path, store):
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    for modality in ("image", "text"):
+        corpus = open_corpus([SourceConfig(shards=path, modality=modality)], store)
+        raw = Reader(corpus.sources[0], store).read(0, 1)
+        assert raw == ((picture(1), None) if modality == "image" else (None, caption(1)))
+    images = write_tar(tmp_path / "b.tar", members(range(3), "image"))
+    for modality in ("text", "paired"):
+        with pytest.raises(UserError, match=f"nothing in them is '{modality}'"):
+            open_corpus([SourceConfig(shards=images, modality=modality)], store)
+
+
+def test_a_shard_that_changes_under_way_is_noticed(tmp_path, store):
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    reader = Reader(open_corpus([SourceConfig(shards=path)], store).sources[0], store)
+    with open(path, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(OSError, match="changed since it was indexed"):
+        reader.read(0, 0)
+
+
+def test_long_captions_are_cut_within_utf8(tmp_path, store):
+    files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
+    corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
+    reader = Reader(corpus.sources[0], store)
+    assert reader.read(0, 0).caption == "ü" * 32768
+    assert reader.read(0, 1).caption == "x" + "ü" * 32767
+    with pytest.raises(BadSample, match="UTF-8"):
+        reader.read(0, 2)

@@ -1,0 +1,293 @@
+import logging
+import pickle
+import threading
+from itertools import chain, islice
+
+import pytest
+import torch
+from conftest import WORDS, caption, members, picture, write_tar
+
+from m3ae_fast.config import MaskingConfig, SourceConfig
+from m3ae_fast.data import BadSamples, Skipped
+from m3ae_fast.data.dataset import FETCHING
+from m3ae_fast.data.decode import centre_crop, decode_image
+from m3ae_fast.data.loader import default_workers
+from m3ae_fast.errors import UserError
+
+
+@pytest.fixture
+def paired(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"paired-{i}.tar", members(range(i * 7, i * 7 + 5 + i)))
+    return str(tmp_path / "paired-*.tar")  # 18 samples
+
+
+def content(batch):
+    """(key, what the model would see of it) for each sample of a batch."""
+    found = []
+    for i, key in enumerate(batch.keys):
+        encoder, decoder = (
+            (s.cu_seqlens[i].item(), s.cu_seqlens[i + 1].item()) for s in (batch.encoder, batch.decoder)
+        )
+        image = batch.images[i].numpy().tobytes() if len(batch.images) == len(batch.keys) else None
+        tokens = batch.token_ids[slice(*encoder)].tolist()
+        rows = batch.encoder_table_ids[slice(*encoder)].tolist()
+        found.append((key, (image, tokens, rows, batch.mask_ids[slice(*decoder)].tolist())))
+    return found
+
+
+def stream(loader):
+    """The contents of all batches of a loader, one after the other."""
+    return [item for batch in loader for item in content(batch)]
+
+
+def by_step(load, shards, steps, *, world=1, accumulation=1, micro_batch, config=None, start=0):
+    """For each step the samples of all ranks in the order of their positions."""
+    options = {"world": world, "accumulation": accumulation, "micro_batch": micro_batch, "config": config}
+    ranks = [load(shards, rank=r, start_step=start, steps=steps, **options) for r in range(world)]
+    turns = [[item for batch in batches for item in content(batch)] for batches in zip(*ranks, strict=True)]
+    return [list(chain(*turns[i : i + accumulation])) for i in range(0, len(turns), accumulation)]
+
+
+def test_world_size_accumulation_and_workers_change_nothing(load, paired):
+    reference = by_step(load, paired, 4, micro_batch=12)
+    assert [len(step) for step in reference] == [12] * 4
+    for world, accumulation in ((2, 1), (1, 3), (2, 3), (4, 1), (12, 1)):
+        micro_batch = 12 // world // accumulation
+        assert by_step(load, paired, 4, world=world, accumulation=accumulation, micro_batch=micro_batch) == reference
+    for workers in (1, 2):
+        assert by_step(load, paired, 4, micro_batch=12, config={"workers": workers}) == reference
+
+
+def test_resume_goes_on_where_it_stopped(load, paired):
+    whole = by_step(load, paired, 9, micro_batch=5)
+    for start in (1, 4, 8):
+        assert by_step(load, paired, 9, micro_batch=5, start=start) == whole[start:]
+    assert by_step(load, paired, 9, micro_batch=5, start=9) == []
+
+
+def test_every_epoch_shows_each_sample_once_and_differently(load, paired):
+    batches = stream(load(paired, micro_batch=6, steps=6))
+    first, second = dict(batches[:18]), dict(batches[18:])
+    assert len(first) == 18
+    assert first.keys() == second.keys()
+    assert [key for key, _ in batches[:18]] != [key for key, _ in batches[18:]]
+    assert all(first[key][0] != second[key][0] for key in first)
+    assert sum(first[key][3] != second[key][3] for key in first) > 12
+
+
+def test_seeds_change_order_crops_and_masks(load, paired):
+    one, other = (stream(load(paired, micro_batch=6, steps=3, seed=seed)) for seed in (1, 2))
+    assert [key for key, _ in one] != [key for key, _ in other]
+    one, other = dict(one), dict(other)
+    assert all(one[key][0] != other[key][0] for key in one)
+    assert dict(stream(load(paired, micro_batch=6, steps=3, seed=1))) == one
+
+
+def test_the_global_generator_is_left_alone(load, paired):
+    for config in ({"workers": 0}, {"workers": 1}):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        stream(load(paired, steps=2, config=config))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_takes_every_sample_once(load, paired):
+    def evaluate(world, **options):
+        ranks = [load(paired, train=False, rank=r, world=world, micro_batch=4, **options) for r in range(world)]
+        return [item for batches in zip(*ranks, strict=True) for batch in batches for item in content(batch)]
+
+    reference = evaluate(1)
+    assert [key.rpartition("/")[2] for key, _ in reference] == [
+        f"{i * 7 + n:05d}" for i in range(3) for n in range(5 + i)
+    ]
+    assert evaluate(1) == reference
+    for world in (2, 3, 7):
+        assert evaluate(world) == reference
+    assert evaluate(2, steps=1) == reference[:8]
+    for number, (_, (image, *_)) in zip((0, 1, 2), reference):
+        assert image == centre_crop(decode_image(picture(number), 3), 32).numpy().tobytes()
+
+
+def test_captions_reach_the_batch(load, paired):
+    loader = load(paired, train=False, micro_batch=18, masking=MaskingConfig(image_ratio=0.5, text_ratio=0.0))
+    tokenizer = loader.dataset.tokenizer
+    numbers = [i * 7 + n for i in range(3) for n in range(5 + i)]
+    for number, (_, (_, tokens, _, _)) in zip(numbers, stream(loader), strict=True):
+        assert [t for t in tokens if t >= 0] == tokenizer.encode(caption(number)).tolist()
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_masks(load, paired, per):
+    masking = MaskingConfig(image_ratio=0.75, text_ratio=0.5, per=per)
+    batches = list(load(paired, micro_batch=9, steps=4, masking=masking))
+    visible = [[tuple(r for r in rows if 0 < r <= 16) for _, (_, _, rows, _) in content(batch)] for batch in batches]
+    assert all(len(rows) == 4 for step in visible for rows in step)
+    assert [len(set(step)) for step in visible] == [1] * 4 if per == "batch" else min(map(len, map(set, visible))) > 6
+    assert len({step[0] for step in visible}) > 2
+    # the official rule for text: masked among all positions, then cut to the caption
+    for batch in batches:
+        for key, (_, _, rows, mask_ids) in content(batch):
+            length = len(load(paired).dataset.tokenizer.encode(caption(int(key[-5:]))))
+            seen, masked = sum(r > 16 for r in rows), sum(m == 1 for m in mask_ids)
+            assert seen + masked == length
+            assert seen <= 4
+
+
+def test_sources_of_all_kinds_meet_in_one_batch(load, tmp_path):
+    write_tar(tmp_path / "p.tar", members(range(10)))
+    write_tar(tmp_path / "i.tar", members(range(10, 16), "image"))
+    write_tar(tmp_path / "t.tar", members(range(16, 20), "text"))
+    sources = [SourceConfig(shards=str(tmp_path / f"{name}.tar")) for name in "pit"]
+    for one in (sources, [SourceConfig(shards=str(tmp_path / "*.tar"))]):
+        (batch,) = load(one, micro_batch=20, steps=1)
+        assert not batch.skipped
+        assert sorted(int(key[-5:]) for key in batch.keys) == list(range(20))
+        assert (batch.image_count, batch.text_count) == (16, 14)
+    weighted = [source.model_copy(update={"weight": weight}) for source, weight in zip(sources, (1, 2, 1))]
+    keys = [key for batch in load(weighted, micro_batch=10, steps=10) for key in batch.keys]
+    assert [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"] == [25, 50, 25]
+
+
+def test_image_only_and_text_only(load, tmp_path):
+    images = write_tar(tmp_path / "i.tar", members(range(6), "image"))
+    texts = write_tar(tmp_path / "t.tar", members(range(6), "text"))
+    (batch,) = load(images, micro_batch=6, steps=1, tokenizer=False)
+    assert (len(batch.images), batch.text_count, len(batch.text_rows)) == (6, 0, 0)
+    (batch,) = load(texts, micro_batch=6, steps=1)
+    assert (len(batch.images), batch.image_count, len(batch.image_rows)) == (0, 0, 0)
+    assert batch.text_count == 6
+    with pytest.raises(UserError, match=r"data\.tokenizer: missing"):
+        load(texts, tokenizer=False)
+    paired = write_tar(tmp_path / "p.tar", members(range(6)))
+    (batch,) = load([SourceConfig(shards=paired, modality="image")], micro_batch=6, steps=1, tokenizer=False)
+    assert (batch.image_count, batch.text_count) == (6, 0)
+
+
+BAD = {
+    "broken": ([("x.jpg", picture(0)[:-300]), ("x.txt", b"a cat")], "broken"),
+    "empty picture": ([("x.jpg", b""), ("x.txt", b"a cat")], "empty"),
+    "no picture": ([("x.png", b"hello"), ("x.txt", b"a cat")], "not a picture"),
+    "no caption": ([("x.jpg", picture(0))], "no caption"),
+    "no image": ([("x.txt", b"a cat")], "no picture"),
+    "not utf-8": ([("x.jpg", picture(0)), ("x.txt", b"\xff\xfe\x00a")], "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
+    files, reason = BAD[name]
+    path = write_tar(tmp_path / "a.tar", [*members(range(3)), *files, *members(range(4, 8))])
+    (batch,) = load(path, micro_batch=8, steps=1, config={"workers": workers})
+    assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
+    (skipped,) = batch.skipped
+    assert (skipped.shard, skipped.key) == (path, "x")
+    assert reason in skipped.reason
+    assert str(skipped) == f"{path}/x: {skipped.reason}"
+    good = dict(stream(load(write_tar(tmp_path / "b.tar", [*members(range(4)), *members(range(4, 8))]), steps=2)))
+    for key, sample in content(batch):  # the others are what they are without it
+        assert good[key.replace("a.tar", "b.tar")] == sample
+
+
+def test_a_batch_may_be_empty(load, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", b"no") for i in range(4)])
+    (batch,) = load(path, micro_batch=4, steps=1, tokenizer=False)
+    assert (batch.keys, len(batch.skipped), batch.images.shape) == ([], 4, (0, 3, 32, 32))
+
+
+def test_a_shard_that_vanishes_is_counted(load, tmp_path):
+    paths = [write_tar(tmp_path / f"{i}.tar", members(range(i * 3, i * 3 + 3))) for i in range(2)]
+    loader = load(paths, micro_batch=6, steps=1)
+    (tmp_path / "1.tar").unlink()
+    (batch,) = loader
+    assert len(batch.keys) == 3
+    assert {skipped.shard for skipped in batch.skipped} == {paths[1]}
+    assert "cannot be read" in batch.skipped[0].reason
+
+
+def test_empty_captions_are_no_mistake(load, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", picture(0)), ("0.txt", b""), *members([1])])
+    (batch,) = load(path, micro_batch=2, steps=1)
+    assert not batch.skipped
+    assert batch.text_count == 2
+    assert len(batch.keys) == 2
+
+
+def test_fewer_shards_than_readers(load, tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(range(16)))
+    loaders = [load(path, rank=r, world=4, micro_batch=4, steps=1, config={"workers": 2}) for r in range(4)]
+    keys = [key for loader in loaders for batch in loader for key in batch.keys]
+    assert len(set(keys)) == 16
+
+
+def test_remote_shards_are_fetched_group_by_group(load, tmp_path, store):
+    for i in range(4):
+        write_tar(tmp_path / f"{i}.tar", members(range(i * 4, i * 4 + 4)))
+    loader = load(f"pipe:cat {tmp_path}/{{0..3}}.tar", micro_batch=4, steps=4, config={"shuffle_shards": 1})
+    copies = store.cache_dir / "shards"
+    for copy in copies.iterdir():
+        copy.unlink()
+    batches = iter(loader)
+    next(batches)
+    for thread in threading.enumerate():
+        if thread.name == FETCHING:
+            thread.join()
+    assert len(list(copies.iterdir())) == 2  # the next group's shard came without being asked for
+    assert len([key for batch in batches for key in batch.keys]) == 12
+
+
+def test_workers_may_be_spawned(load, paired):
+    """Where processes do not fork, the dataset travels pickled."""
+    samples = load(paired, micro_batch=4, steps=1).dataset
+    expected = [samples[position] for position in range(4)]
+    found = pickle.loads(pickle.dumps(samples)).__getitems__(range(4))
+    assert [sample.key for sample in found] == [sample.key for sample in expected]
+    assert all(torch.equal(a.image, b.image) and torch.equal(a.tokens, b.tokens) for a, b in zip(found, expected))
+
+
+def test_endless_training(load, paired):
+    batches = list(islice(load(paired, micro_batch=7), 10))
+    assert [len(batch.keys) for batch in batches] == [7] * 10
+
+
+def test_loader_can_be_used_again(load, paired):
+    for workers in (0, 2):
+        loader = load(paired, train=False, config={"workers": workers})
+        assert stream(loader) == stream(loader)
+
+
+def test_default_workers(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    for ranks, workers in (("1", 15), ("2", 7), ("8", 1), ("100", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert default_workers() == workers
+
+
+def test_too_many_bad_samples():
+    counter = BadSamples(0.1, samples=10_000)
+    counter.report([Skipped("a.tar", "7", "the picture is broken")])
+    counter.count(50, 50)  # too few to judge
+    counter.count(950, 50)
+    assert (counter.seen, counter.bad) == (1000, 100)
+    with pytest.raises(UserError, match=r"101 of 1001 samples cannot be used, such as a.tar/7: the picture is broken"):
+        counter.count(1, 1)
+    with pytest.raises(UserError):
+        BadSamples(0.1, samples=20).count(20, 3)
+    BadSamples(1.0, samples=20).count(500, 500)
+    with pytest.raises(UserError):
+        BadSamples(0.0, samples=20).count(500, 1)
+
+
+def test_bad_samples_are_logged_but_not_without_end(caplog):
+    counter = BadSamples(0.1, samples=1000)
+    with caplog.at_level(logging.WARNING):
+        counter.report([Skipped("a.tar", str(i), "no caption") for i in range(500)])
+    assert caplog.messages[0] == "skipped a.tar/0: no caption"
+    assert len(caplog.messages) == 21
+
+
+def test_words_are_known(load, paired):
+    """The fixtures' captions hold no unknown word, or the tests above would compare less than they seem to."""
+    tokenizer = load(paired).dataset.tokenizer
+    assert 1 not in tokenizer.encode(" ".join(WORDS))

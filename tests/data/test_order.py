@@ -1,0 +1,102 @@
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from m3ae_fast.data.order import BLOCK, FileOrder, Order, hash64, permutation
+
+
+def places(order, positions):
+    return [order.locate(position) for position in positions]
+
+
+@pytest.mark.parametrize("sizes", [[[5]], [[1, 1, 1]], [[7, 3, 11, 2, 5]], [[700, 900], [31], [5, 1, 1500, 2]]])
+@pytest.mark.parametrize("group", [1, 2, 3, 100])
+def test_every_epoch_holds_each_sample_once(sizes, group):
+    order = Order(sizes, None, group, seed=3)
+    everything = {(source, n) for source, shards in enumerate(sizes) for n in range(sum(shards))}
+    assert order.samples == len(everything)
+    for epoch in (0, 1, 5):
+        found = places(order, range(epoch * order.samples, (epoch + 1) * order.samples))
+        assert {place.epoch for place in found} == {epoch}
+        assert Counter((place.source, place.sample) for place in found) == Counter(everything)
+
+
+def test_epochs_and_seeds_differ():
+    def epoch(seed, number):
+        return places(Order([[50, 50, 50]], None, 2, seed), range(number * 150, (number + 1) * 150))
+
+    runs = [[place.sample for place in epoch(*run)] for run in ((0, 0), (0, 1), (1, 0))]
+    for one in range(3):
+        assert runs[one] != sorted(runs[one])
+        for other in range(one):
+            assert sum(a == b for a, b in zip(runs[one], runs[other])) < 10
+
+
+def test_is_a_pure_function_of_the_position():
+    make = lambda: Order([[30] * 9, [1000], [7, 8]], None, 4, seed=11)  # noqa: E731
+    straight = places(make(), range(4000))
+    positions = np.random.RandomState(0).permutation(4000)
+    jumping = make()
+    for position in positions[:800]:
+        assert jumping.locate(int(position)) == straight[position]
+    assert places(make(), [123_456_789_012]) == places(jumping, [123_456_789_012])
+
+
+def test_the_order_is_what_it_was():
+    """A changed order would make resumed runs differ from those of an older version."""
+    assert hash64(1, 2, 3) == 15020427595393229491
+    assert permutation(8, 42).tolist() == [4, 6, 7, 1, 3, 5, 0, 2]
+    order = Order([[5, 6], [4]], None, 2, 7)
+    known = {0: (0, 0, 6), 1: (1, 0, 0), 2: (0, 0, 2), 14: (0, 0, 10), 15: (1, 1, 2), 16: (1, 1, 0)}
+    assert {position: order.locate(position) for position in known} == known
+
+
+def test_groups_bound_the_shards_that_are_open_at_once():
+    order = Order([[10] * 12], None, 3, seed=5)
+    shards = [place.sample // 10 for place in places(order, range(120))]
+    groups = [set(shards[i : i + 30]) for i in range(0, 120, 30)]
+    assert all(len(group) == 3 for group in groups)
+    assert set.union(*groups) == set(range(12))
+    ahead = [set(order.sources[0].shards_after(i)) for i in (0, 29, 30, 89)]
+    assert ahead == [groups[1], groups[1], groups[2], groups[3]]
+    next_epoch = {place.sample // 10 for place in places(order, range(120, 150))}
+    assert set(order.sources[0].shards_after(119)) == next_epoch
+
+
+@pytest.mark.parametrize("weights", [[3, 1], [1, 1], [0.001, 0.999], [5, 2.5, 1, 1e-9]])
+def test_each_block_has_the_exact_shares(weights):
+    order = Order([[4000], [500], [7000], [900]][: len(weights)], weights, 4, seed=0)
+    shares = np.array(weights) / sum(weights)
+    sources = [place.source for place in places(order, range(order.samples))]
+    for start in range(0, len(sources) - BLOCK, BLOCK):
+        count = np.bincount(sources[start : start + BLOCK], minlength=len(weights))
+        assert np.abs(count - shares * BLOCK).max() <= 1.5
+    total = np.bincount(sources, minlength=len(weights))
+    assert np.abs(total - shares * len(sources)).max() <= 1
+
+
+def test_a_weighted_source_goes_through_its_samples_again_and_again():
+    order = Order([[10, 10], [3000]], [1, 1], 1, seed=0)
+    seen = [(p.epoch, p.sample) for p in places(order, range(3 * order.samples)) if p.source == 0]
+    assert len(seen) == pytest.approx(1.5 * order.samples, abs=3)
+    for epoch in range(100):
+        assert sorted(sample for e, sample in seen[epoch * 20 : epoch * 20 + 20] if e == epoch) == list(range(20))
+
+
+def test_seats_only_grow():
+    """Else a source's turn would come twice for one sample, or a block's count be negative."""
+    order = Order([[10_000]] * 5, [0.5, 0.3, 0.1, 0.0999, 0.0001], 1, seed=0)
+    seats = [order._seats(n) for n in range(3000)]
+    assert all(int(s.sum()) == n for n, s in enumerate(seats))
+    assert all(((b - a) >= 0).all() for a, b in pairwise(seats))
+
+
+def test_file_order_is_the_order_of_the_files():
+    order = FileOrder([[2, 3], [1], [4]])
+    assert [(p.source, p.sample) for p in places(order, range(order.samples))] == [
+        *((0, n) for n in range(5)),
+        (1, 0),
+        *((2, n) for n in range(4)),
+    ]

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+from conftest import caption
+from tokenizers import Tokenizer
+
+from m3ae_fast.data import load_tokenizer
+from m3ae_fast.data.tokenizer import SPECIAL, train_tokenizer
+from m3ae_fast.errors import UserError
+
+CAPTIONS = [caption(i) for i in range(40)]
+
+
+def test_json(tokenizer_file):
+    tokenizer = load_tokenizer(tokenizer_file, 8)
+    ids = tokenizer.encode("Red CAT, red  dög")
+    assert [tokenizer.token(i) for i in ids[:2]] == ["red", "cat"]
+    assert tokenizer.token(ids[2]) == "[UNK]"  # no comma in the training captions
+    assert ids.dtype == "int64"
+    assert not set(ids[:2]) & set(range(len(SPECIAL)))
+    assert tokenizer.decode(tokenizer.encode("red houses")) == "red houses"
+    assert tokenizer.token(10**6) == ""
+
+
+def test_truncation_and_empty_captions(tokenizer_file):
+    tokenizer = load_tokenizer(tokenizer_file, 5)
+    assert len(tokenizer.encode("red " * 50)) == 5
+    assert tokenizer.encode("").shape == tokenizer.encode(" \n\t").shape == (0,)
+
+
+def test_settings_in_the_file_do_not_matter(tmp_path, tokenizer_file):
+    plain = load_tokenizer(tokenizer_file, 8)
+    other = Tokenizer.from_file(tokenizer_file)
+    other.enable_padding(length=20)
+    other.enable_truncation(2)
+    other.save(str(tmp_path / "other.json"))
+    found = load_tokenizer(str(tmp_path / "other.json"), 8)
+    assert found.encode("red cat dog").tolist() == plain.encode("red cat dog").tolist()
+
+
+def test_vocab_txt(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##believ", "##able", "cat", "!"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = load_tokenizer(str(tmp_path / "vocab.txt"), 8, vocab_size=10)
+    assert tokenizer.encode("Unbelievable Cät! xyz").tolist() == [5, 6, 7, 8, 9, 1]
+    assert tokenizer.decode([5, 6, 7, 8]) == "unbelievable cat"
+
+
+def test_errors(tmp_path, tokenizer_file, monkeypatch):
+    size = load_tokenizer(tokenizer_file, 8).vocab_size
+    assert load_tokenizer(tokenizer_file, 8, vocab_size=size).vocab_size == size
+    with pytest.raises(UserError, match=f"has {size} tokens but model.vocab_size is 30522"):
+        load_tokenizer(tokenizer_file, 8, vocab_size=30522)
+    for name, content in (("a.json", "{}"), ("b.json", "no json"), ("vocab.txt", "cat\ndog\n"), ("empty.txt", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match="not a tokenizer"):
+            load_tokenizer(str(tmp_path / name), 8)
+    for name in ("none.json", "none/vocab.txt", str(tmp_path / "none"), str(tmp_path)):
+        with pytest.raises(UserError, match="no such file"):
+            load_tokenizer(name, 8)
+
+    def offline(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("m3ae_fast.data.tokenizer.Tokenizer.from_pretrained", offline)
+    with pytest.raises(UserError, match="bert-base-uncased: neither a file nor to be had from the Hugging Face hub"):
+        load_tokenizer("bert-base-uncased", 8)
+
+
+def test_hub_name(tokenizer_file, monkeypatch):
+    hub = {"org/name": Tokenizer.from_file(tokenizer_file)}
+    monkeypatch.setattr("m3ae_fast.data.tokenizer.Tokenizer.from_pretrained", hub.__getitem__)
+    assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
+
+
+def test_training_is_repeatable():
+    trained = [train_tokenizer(CAPTIONS, 100).to_str() for _ in range(3)]
+    assert trained[0] == trained[1] == trained[2]
+    vocab = Tokenizer.from_str(trained[0]).get_vocab()
+    assert [vocab[token] for token in SPECIAL] == list(range(len(SPECIAL)))
+    assert {"red", "house", "##r", "r"} <= set(vocab)
+
+
+def test_special_tokens_alone_are_special():
+    tokenizer = train_tokenizer(CAPTIONS, 100)
+    assert {token.content for token in tokenizer.get_added_tokens_decoder().values()} == set(SPECIAL)
+
+
+def test_the_committed_tokenizer_fits_its_captions(store):
+    from m3ae_fast.data.__main__ import _captions
+
+    folder = Path(__file__).parents[2] / "data" / "openclipart"
+    captions = list(_captions([str(folder / "train-{0000..0002}.tar")], store))
+    assert len(captions) == 1536
+    assert train_tokenizer(captions, 2048).to_str() == Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
