@@ -1,4 +1,4 @@
-"""The run's configuration: one strict JSON file, typed sections, overrides `section.key=value`, errors that name the field.
+"""The run's configuration: one strict JSON file, typed sections, `--set` overrides, errors that name fields.
 
 The official M3AE hyper-parameters are the defaults (arXiv 2205.14204 and its public code).
 """
@@ -79,6 +79,10 @@ class ModelConfig(Section):
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")
         return self
+
+    @property
+    def has_dropout(self) -> bool:
+        return max(self.drop, self.att_drop, self.drop_path) > 0
 
     @property
     def patches_per_image(self) -> int:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m3ae_fast.config import Config
 from m3ae_fast.errors import UserError
 
 STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
@@ -95,7 +96,7 @@ def read_info(path: Path) -> Info:
 
 
 def open_state(path: Path) -> Callable[[str], Tensor]:
-    """A reader of single tensors by name. Raises UserError, at once or later, where the file is damaged or lacks one."""
+    """A reader of single tensors by name. Raises UserError where the file is damaged, or later where it lacks one."""
     try:
         file = safe_open(path / STATE_FILE, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -110,6 +111,21 @@ def open_state(path: Path) -> Callable[[str], Tensor]:
             raise UserError(f"checkpoint {path}: has no tensor {name}; is it of another model config?") from None
 
     return get
+
+
+def check_fits(path: Path, info: Info, config: Config) -> None:
+    """Raises UserError where going on from the checkpoint under `config` would not be the same run."""
+    saved, wanted = info.config, config.model_dump(mode="json")
+    same = [("model", key) for key in wanted["model"]] + [("run", "seed"), ("train", "global_batch")]
+    for section, key in same:
+        was, now = saved.get(section, {}).get(key), wanted[section][key]
+        if was != now:
+            raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
+
+
+def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own tensors of a state, by parameter name."""
+    return {name.removeprefix("model/"): t for name, t in state.items() if name.startswith("model/")}
 
 
 def find(run_dir: Path, resume: str) -> Path | None:

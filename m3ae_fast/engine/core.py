@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3ae_fast.config import Config
@@ -23,6 +23,28 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Tensor]  # "model/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" -> float32 on the CPU
 
 
+class Engine(Protocol):
+    """One optimiser step over micro-batches, and whole-tensor state."""
+
+    model: M3AE
+    optimizer_name: str
+
+    def step(self, batches: Sequence[PackedBatch], lr: float) -> tuple[list[Losses], Tensor]:
+        """Forward, backward and update; gradients are summed over micro-batches and averaged over ranks.
+
+        Returns the micro-batches' losses and the global gradient norm before clipping.
+        """
+
+    def evaluate(self, batch: PackedBatch) -> Losses:
+        """Losses without gradients and dropout."""
+
+    def state(self) -> State | None:
+        """Whole tensors on rank 0, None elsewhere. Every rank must call it."""
+
+    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
+        """Take over a state after `step` updates; `get` gives its tensors by name, on every rank in the same order."""
+
+
 class TorchEngine:
     """Data parallel on torch alone: float32 weights, autocast for bf16."""
 
@@ -30,13 +52,12 @@ class TorchEngine:
         self.model = model.to(ranks.device)
         self.config, self.ranks = config, ranks
         self.optimizer = build_adamw(self.model, config.optim)
+        self.optimizer_name = name_of(self.optimizer)
         self.wrapped: nn.Module = self.model
         if ranks.world > 1:
             self.wrapped = nn.parallel.DistributedDataParallel(self.model)
 
     def step(self, batches: Sequence[PackedBatch], lr: float) -> tuple[list[Losses], Tensor]:
-        """Forward, backward and update. The losses' scale is the trainer's business: gradients are summed over
-        micro-batches and averaged over ranks. Returns the micro-batches' losses and the global gradient norm."""
         self.model.train()
         results = []
         for i, batch in enumerate(batches):
@@ -65,16 +86,21 @@ class TorchEngine:
         return torch.autocast(self.ranks.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def state(self) -> State | None:
-        """Whole tensors on rank 0, None elsewhere. Every rank must call it."""
+        if not self.optimizer.state:
+            prime(self.optimizer, 0)
         return collect(self.model, lambda p: p, lambda p, key: self.optimizer.state[p][key], self.ranks.is_main)
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
-        """Take over a state after `step` updates; `get` gives its tensors by name, on every rank in the same order."""
         prime(self.optimizer, step)
         for name, p in self.model.named_parameters():
             p.data.copy_(get(f"model/{name}"))
             for key in MOMENTS:
                 self.optimizer.state[p][key].copy_(get(f"{key}/{name}"))
+
+
+def name_of(optimizer: torch.optim.Optimizer) -> str:
+    """ "torch AdamW", "deepspeed FusedAdam", "apex FusedAdam"."""
+    return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -83,7 +109,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def prime(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Make the optimiser allocate its state, as after `step` updates with all moments 0. Parameters stay as they are."""
+    """Make the optimiser allocate its state, as after `step` updates with all moments 0. Parameters stay."""
     lrs = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in params]
@@ -120,7 +146,7 @@ def _walk(model: nn.Module, weight: Callable, moment: Callable) -> Iterator[tupl
             yield key, name, moment(p, key)
 
 
-def build_engine(model: M3AE, config: Config, ranks: Ranks) -> TorchEngine:
+def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
     """The engine that the config asks for."""
     if config.deepspeed is None:
         return TorchEngine(model, config, ranks)

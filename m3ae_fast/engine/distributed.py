@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from m3ae_fast.errors import UserError
+
+T = TypeVar("T")
 # deepspeed and torchrun both set these; plain `python` sets none
-_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -20,9 +26,9 @@ class Ranks:
     rank: int
     world: int
     local_rank: int
-    local_world: int
     device: torch.device
     control: dist.ProcessGroup  # gloo, for host numbers: no GPU ever waits for it
+    store: dist.Store
 
     @property
     def is_main(self) -> bool:
@@ -40,26 +46,56 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def barrier(self) -> None:
-        dist.barrier(group=self.control)
+    def gather(self, value) -> list:
+        """Every rank's picklable `value`, on every rank."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Run `work` on rank 0 and wait for it; a UserError of it is raised on every rank."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as caught:
+                error = str(caught)
+        if (error := self.from_main(error)) is not None:
+            raise UserError(error)
+        return result
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on the others, which find there what it wrote to disk."""
+        result = self.on_main(work)
+        return result if self.is_main else work()
+
+    def says(self, what: str) -> bool:
+        """True on the first rank that asks: an error that all ranks share is printed once."""
+        try:
+            return self.store.add(what, 1) == 1
+        except RuntimeError:  # the rank that held the store spoke and left
+            return False
 
 
 def start() -> Ranks:
     """Join the process group: nccl where there is CUDA, else gloo."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's name for it
-        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
+    # torchrun's name and deepspeed's for the ranks of this node
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    options = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+    if world == 1:
+        store: dist.Store = dist.HashStore()  # needs no address and no port
+    else:
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo" if device.type == "cpu" else "nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30), **options)
-    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-    return Ranks(rank, world, local_rank, int(os.environ["LOCAL_SIZE"]), device, control)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return Ranks(rank, world, local_rank, device, control, store)
 
 
 def stop() -> None:

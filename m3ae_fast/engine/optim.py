@@ -34,12 +34,12 @@ def build_adamw(model: nn.Module, config: OptimConfig, *, cpu_offload: bool = Fa
         for module in ("apex.optimizers", "deepspeed.ops.adam"):
             try:
                 return importlib.import_module(module).FusedAdam(groups, adam_w_mode=True, **options)
-            except Exception:  # noqa: BLE001 - apex without its extension, PyPI's other apex, no nvcc for DeepSpeed's
+            except Exception:  # apex without its extension, PyPI's other apex, no nvcc for DeepSpeed's
                 continue
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def learning_rate(step: int, config: OptimConfig, *, batch: int, warmup_steps: int, total_steps: int) -> float:
+def learning_rate(step: int, config: OptimConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
     """Learning rate of 0-based `step`: linear warm-up, then a cosine (optax.warmup_cosine_decay_schedule)."""
     scale = batch / 256
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))

@@ -18,7 +18,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from m3ae_fast.config import Config
-from m3ae_fast.engine.core import MOMENTS, State, collect, prime, set_lr
+from m3ae_fast.engine.core import MOMENTS, State, collect, name_of, prime, set_lr
 from m3ae_fast.engine.distributed import Ranks
 from m3ae_fast.engine.optim import build_adamw
 from m3ae_fast.errors import UserError
@@ -37,6 +37,7 @@ class DeepSpeedEngine:
         offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         model.to(ranks.device)
         optimizer = build_adamw(model, config.optim, cpu_offload=offload != "none")
+        self.optimizer_name = name_of(optimizer)
         self.ds, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world)
         )
@@ -60,9 +61,10 @@ class DeepSpeedEngine:
         return self.ds(batch)
 
     def state(self) -> State | None:
+        if not self._inner.state:
+            self._prime(0)
         if self.stage == 0:
             return collect(self.model, lambda p: p, lambda p, key: self._inner.state[p][key], self.ranks.is_main)
-        self._prime_if_new()
         return collect(self.model, safe_get_full_fp32_param, safe_get_full_optimizer_state, self.ranks.is_main)
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
@@ -75,10 +77,6 @@ class DeepSpeedEngine:
     @property
     def _inner(self) -> torch.optim.Optimizer:
         return getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
-
-    def _prime_if_new(self) -> None:
-        if not self._inner.state:
-            self._prime(0)
 
     def _prime(self, step: int) -> None:
         zero = self.ds.optimizer

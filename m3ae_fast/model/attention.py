@@ -114,7 +114,7 @@ def _dropout_attention(
 def segment_attention(
     q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each sample by itself, without padding. Returns [Q, H, D] and the log-sum-exp of the scores [H, Q]."""
+    """Attention of each sample by itself. Returns [Q, H, D] and the log-sum-exp of the scores [H, Q]."""
     out_QHD = torch.empty(q_QHD.shape, dtype=q_QHD.dtype, device=q_QHD.device)
     lse_HQ = torch.empty(q_QHD.shape[1], q_QHD.shape[0], dtype=_wide(q_QHD.dtype), device=q_QHD.device)
     scale = q_QHD.shape[-1] ** -0.5

@@ -7,7 +7,6 @@ D encoder width, E decoder width, L patches a picture, V vocabulary, S samples, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,7 +190,7 @@ class M3AE(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Normalised pixels [I, P*P*C] and logits [W, V] of the rows that carry loss. For pictures, not for training."""
+        """Normalised pixels [I, P*P*C] and logits [W, V] of the rows that carry loss."""
         hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
         return self.image_head.predict(hidden_IE), self.text_head.predict(hidden_WE) if self.text_head else None
 
@@ -209,7 +208,7 @@ class M3AE(nn.Module):
             [S, 1 + L + n, D]: cls token, patches (where there are images), text (where there is text); padding is 0.
 
         Raises:
-            ValueError: both are None, their batch sizes differ, padding precedes words, or a size does not fit the model.
+            ValueError: both are None, batch sizes differ, padding precedes words, or a size does not fit the model.
         """
         if images is None and text is None:
             raise ValueError("representation needs images, text or both")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
-    """[n] positions -> float32 [n, dim]: sines in the first half, cosines in the second, frequencies 10000^(-2i/dim)."""
+    """[n] positions -> float32 [n, dim]: first half sines, second half cosines, frequencies 10000^(-2i/dim)."""
     omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32) / (dim / 2.0))
     angles = torch.outer(positions.float(), omega)
     return torch.cat((angles.sin(), angles.cos()), dim=1)

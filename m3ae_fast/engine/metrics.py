@@ -1,0 +1,93 @@
+"""What a run tells: a progress bar, metrics.jsonl and TensorBoard events. Only the main rank has one of these."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from m3ae_fast.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Use as a context manager around the training loop."""
+
+    def __init__(self, run_dir: Path, start_step: int, total_steps: int) -> None:
+        """Raises UserError where `run_dir` cannot be written to."""
+        path = run_dir / METRICS_FILE
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _forget_after(path, start_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"run.dir {run_dir}: cannot be written to ({error.strerror})") from None
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[summary]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, summary="")
+
+    def __enter__(self) -> Metrics:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._file.close()
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """One JSON line, one point a scalar, one line for people."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._progress.update(self._task, summary=_summary(values))
+        self._progress.console.print(f"step {step}  " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text)
+
+
+def _summary(values: dict[str, Any]) -> str:
+    shown = {"loss": "loss {:.4f}", "samples_per_s": "{:.1f} samples/s", "data_wait": "waits {:.1%} for data"}
+    return "  ".join(form.format(values[name]) for name, form in shown.items() if name in values)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines beyond the step that a resumed run starts from, and a half-written last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,50 @@
+"""Finds a non-finite loss without making the GPU wait."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.model.m3ae import Losses
+
+_LAG = 2  # steps that may be under way on the GPU before the host waits for their loss
+
+
+class LossWatch:
+    """Remembers the losses of the last steps, with the keys of their samples, until they are known to be finite."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
+        self._bad = ""
+
+    def add(self, step: int, keys: list[str], losses: list[Losses]) -> None:
+        stacked, event = torch.stack([part.loss.detach() for part in losses]), None
+        if stacked.is_cuda:
+            stacked = stacked.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, keys, stacked, event))
+
+    def failed(self) -> bool:
+        """Whether a step whose loss is known by now was not finite."""
+        self._look(wait=False)
+        return bool(self._bad)
+
+    def first_bad(self) -> str:
+        """A description of the first non-finite step so far, "" where there is none. Waits for the GPU."""
+        self._look(wait=True)
+        return self._bad
+
+    def _look(self, wait: bool) -> None:
+        while self._pending and not self._bad:
+            step, keys, losses, event = self._pending[0]
+            if event is not None and not event.query():
+                if not wait and len(self._pending) <= _LAG:
+                    return
+                event.synchronize()
+            self._pending.popleft()
+            if not losses.isfinite().all():
+                shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+                self._bad = f"the loss of step {step} is not finite; samples: {shown}"

@@ -1,0 +1,66 @@
+"""FLOPs of matmuls (2 a multiply-add), forward and backward, per sample or per packed batch.
+
+Shapes: N rows of a sequence, D width. A block costs 24 D^2 N + 4 N^2 D forward (mlp_ratio 4), twice that backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.model.masking import kept
+from m3ae_fast.model.packing import PackedBatch
+
+
+def _block(dim: int, mlp_ratio: float, keys: float, queries: float, pairs: float) -> float:
+    """Forward FLOPs of one block: `keys` rows in, `queries` rows out, `pairs` query-key pairs."""
+    return (4 * keys + (4 + 4 * mlp_ratio) * queries) * dim**2 + 4 * pairs * dim
+
+
+def _heads(config: ModelConfig, image_rows: float, text_rows: float) -> float:
+    width, depth = config.dec_emb_dim, config.output_head_depth
+    hidden = 2 * depth * width**2
+    return image_rows * (hidden + 2 * width * config.patch_dim) + text_rows * (hidden + 2 * width * config.vocab_size)
+
+
+def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = True, text: bool = True) -> float:
+    """What the official code spends on one training sample, forward and backward.
+
+    It embeds all patches, pads captions to `text_length`, and runs both heads on every position (arXiv 2205.14204).
+    """
+    text = text and config.vocab_size > 0
+    patches = config.patches_per_image if image else 0
+    words = config.text_length if text else 0
+    seen = 1 + kept(patches, masking.image_ratio) + kept(words, masking.text_ratio)
+    rows = 1 + patches + words
+    embed = 2 * patches * config.patch_dim * config.emb_dim
+    forward = (
+        embed
+        + config.depth * _block(config.emb_dim, config.mlp_ratio, seen, seen, seen**2)
+        + 2 * seen * config.emb_dim * config.dec_emb_dim
+        + config.dec_depth * _block(config.dec_emb_dim, config.mlp_ratio, rows, rows, rows**2)
+        + _heads(config, patches, words)
+    )
+    return 3 * forward - embed  # pixels need no gradient
+
+
+def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
+    """What this engine spends on a packed batch, forward and backward. `batch` must still be on the CPU."""
+    encoder, decoder, loss = (_lengths(s.cu_seqlens) for s in (batch.encoder, batch.decoder, batch.loss))
+    embed = 2 * len(batch.patch_ids) * config.patch_dim * config.emb_dim
+    seen, rows, lossy = encoder.sum().item(), decoder.sum().item(), loss.sum().item()
+    width = config.dec_emb_dim
+    forward = (
+        embed
+        + config.depth * _block(config.emb_dim, config.mlp_ratio, seen, seen, (encoder**2).sum().item())
+        + 2 * seen * config.emb_dim * width
+        + (config.dec_depth - 1) * _block(width, config.mlp_ratio, rows, rows, (decoder**2).sum().item())
+        + _block(width, config.mlp_ratio, rows, lossy, (decoder * loss).sum().item())
+        + _heads(config, len(batch.image_rows), len(batch.text_rows))
+    )
+    return 3 * forward - embed
+
+
+def _lengths(cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens.diff().to(torch.float64)
