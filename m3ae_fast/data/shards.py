@@ -22,6 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+
 from m3ae_fast.errors import UserError
 
 FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make room
@@ -37,8 +40,6 @@ def expand(patterns: str | list[str]) -> list[str]:
     Raises:
         UserError: a pattern is malformed, matches nothing, or names a local shard that is not there.
     """
-    from webdataset.shardlists import expand_urls  # a second of imports that worker processes need not pay
-
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
@@ -185,8 +186,6 @@ def _open(shard: str):
         return urllib.request.urlopen(shard, timeout=TIMEOUT_S)  # gopen would need curl installed
     if not is_remote(shard):
         return open(shard, "rb")
-    from webdataset.gopen import gopen
-
     if shard.startswith("s3://"):
         shard = f"pipe:aws s3 cp {shlex.quote(shard)} -"
     return gopen(shard)
