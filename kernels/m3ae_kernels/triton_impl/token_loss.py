@@ -16,6 +16,7 @@ from .common import acc_type, cdiv, launcher, precision
 from .matmul import even_chunks, product
 
 WORKSPACE_BYTES = 256 << 20  # of one chunk: about 4000 rows of a vocabulary of 30522 in 16 bits
+PAD = 64  # rows of the workspace start on so many elements: wide stores, and what the products want
 SLOPE_ROWS = 512  # rows whose slopes one program writes and sums for the bias
 
 
@@ -64,7 +65,9 @@ def token_logits_kernel(
     tl.store(tile_max + at, largest, mask=m < M)
     tl.store(tile_sum + at, tl.sum(acc, 1), mask=m < M)
     if STORE:
-        tl.store(space + m.to(tl.int64)[:, None] * stride + n[None, :], acc, mask=(m < M)[:, None] & (n < V)[None, :])
+        # The padding is written too: its mask divides by 16, so that the stores are wide.
+        mask = (m < M)[:, None] & (n < stride)[None, :]
+        tl.store(space + m.to(tl.int64)[:, None] * stride + n[None, :], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -135,7 +138,7 @@ def token_slope_kernel(
     total = tl.zeros((BLOCK_N,), dtype=ACC)
     for m0 in range(block * ROWS, tl.minimum((block + 1) * ROWS, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        mask = (m < M)[:, None] & (n < V)[None, :]
+        mask = (m < M)[:, None] & (n < stride)[None, :]
         at = space + m.to(tl.int64)[:, None] * stride + n[None, :]
         f = tl.load(factor + tile.to(tl.int64) * M + m, mask=m < M, other=0)
         value = tl.load(at, mask=mask, other=0).to(ACC) * f[:, None]
@@ -173,7 +176,7 @@ def token_loss(
     rows_tile, slope_tile = config("token_rows", hidden.device, dtype), config("token_slope", hidden.device, dtype)
     width = tile["BLOCK_N"]
     tiles = cdiv(vocab, width)
-    stride = cdiv(vocab * dtype.itemsize, 16) * 16 // dtype.itemsize  # rows start on 16 bytes, as the products want
+    stride = cdiv(vocab, PAD) * PAD
     chunk = even_chunks(count, WORKSPACE_BYTES // (stride * dtype.itemsize), tile["BLOCK_M"])
     space = hidden.new_empty(chunk if wanted else 0, stride)
     sum_weight = torch.zeros_like(grad_weight, dtype=acc) if chunk < count else None

@@ -15,6 +15,8 @@ INTERPRETER = "interpreter"
 # By compute capability; other NVIDIA devices, all with less shared memory, take FALLBACK.
 NVIDIA = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 FALLBACK = "sm_89"
+# Multiply-adds in one rounding: Triton 3.9 and older do so by default, newer ones only when asked.
+FUSE = {"enable_fp_fusion": True}
 AMD = "gfx942"
 
 
@@ -36,4 +38,6 @@ def arch_of(device: torch.device) -> str:
 
 def config(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
     """The launch settings of a kernel, a fresh dict."""
-    return dict(table(arch_of(device))[kernel]["16" if dtype.itemsize == 2 else "32"])
+    arch = arch_of(device)
+    settings = table(arch)[kernel]["16" if dtype.itemsize == 2 else "32"]
+    return dict(settings) if arch == INTERPRETER else settings | FUSE

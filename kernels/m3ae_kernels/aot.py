@@ -1,0 +1,246 @@
+"""Compiles every kernel at every setting of the tuning tables, without a GPU, and reads what the compiler made of it.
+
+    python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_logits ...] [--jobs N]
+
+One line a kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
+instruction. Exit code 1 where one does not compile, spills, keeps arrays in local memory, asks for more shared memory
+than the chip has, or multiplies matrices without its tensor cores; 2 for a wrong argument.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+from . import tuning
+
+# Shared memory that one program may use (CUDA C programming guide, technical specifications by compute capability;
+# CDNA 3 architecture guide, local data share).
+SHARED_BYTES = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+DTYPES = {"bf16": "16", "fp32": "32"}
+MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
+
+# Sizes of M3AE-Large: what is constant in the kernels there.
+DIM, VOCAB, PATCHES = 512, 30522, {"P": 16, "C": 3, "H": 256, "W": 256, "NORMALISE": True}
+PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a kernel is called: pointer arguments by element type ("x": the dtype of the inputs), sizes that divide by
+    16, other sizes, floats, and constants; `whole_rows` is the power of two that a TILE of elements is cut to."""
+
+    module: str
+    kernel: str
+    pointers: dict[str, str]
+    aligned: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
+    constants: dict | None = None
+    matmul: bool = False
+    whole_rows: int = 0
+    table: str = ""
+
+
+def _pointers(**by_type: str) -> dict[str, str]:
+    return {name: kind for kind, names in by_type.items() for name in names.split()}
+
+
+CASES = [
+    Case(
+        "patch_embed", "patch_embed", _pointers(u8="images", i32="ids", x="weight bias out"),
+        ("D",), ("N",), PIXEL_FLOATS, PATCHES, matmul=True,
+    ),
+    Case(
+        "patch_embed", "patch_embed_dweight", _pointers(u8="images", i32="ids", x="grad", fp32="partial"),
+        ("D",), ("N", "split_rows"), PIXEL_FLOATS, PATCHES, matmul=True,
+    ),
+    Case("rows", "take_rows", _pointers(x="x out", i32="rows"), ("D", "stride"), ("M",), table="rows"),
+    Case("rows", "place_rows", _pointers(x="x out", i32="places"), ("D", "stride"), ("M",), table="rows"),
+    Case(
+        "rows", "scatter_tokens", _pointers(x="x fill table out", i32="src fill_ids table_ids"),
+        ("D",), ("T",), table="rows",
+    ),
+    Case(
+        "segment_sum", "segment_sum", _pointers(x="rows", i64="order", i32="starts", fp32="out"),
+        ("D", "stride"), ("count", "splits"),
+    ),
+    Case(
+        "norm", "gather_norm", _pointers(x="x weight bias y", i32="rows", fp32="mean rstd"),
+        ("D", "stride"), ("M",), ("eps",), whole_rows=DIM,
+    ),
+    Case(
+        "norm", "gather_norm_backward",
+        _pointers(x="grad x weight grad_x", i32="rows", fp32="mean rstd partial_weight partial_bias"),
+        ("D", "stride"), ("M", "share"), whole_rows=DIM,
+    ),
+    Case(
+        "pixel_loss", "patch_stats", _pointers(u8="images", i32="ids", fp32="mean rstd"),
+        (), ("N",), PIXEL_FLOATS, PATCHES | {"EPS": 1e-6}, whole_rows=1024,
+    ),
+    Case(
+        "pixel_loss", "pixel_error",
+        _pointers(x="hidden weight bias slope", u8="images", i32="ids", fp32="share mean rstd tile_loss tile_bias"),
+        ("D",), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
+    ),
+    Case(
+        "token_loss", "token_logits",
+        _pointers(
+            x="hidden weight bias space", i32="targets", fp32="tile_max tile_sum tile_total target_logit", i8="hit"
+        ),
+        ("D", "stride"), ("M", "V"), (), {"STORE": True, "SMOOTH": False}, matmul=True,
+    ),
+    Case(
+        "token_loss", "token_rows",
+        _pointers(
+            fp32="tile_max tile_sum tile_total target_logit share row_loss target_slope", i8="hit correct",
+            i32="targets"
+        ),
+        (), ("M", "V", "tiles"), ("smoothing", "z_loss"), {"STORE": True, "SMOOTH": True},
+    ),
+    Case(
+        "token_loss", "token_slope",
+        _pointers(x="space", fp32="factor target_slope share tile_bias", i32="targets"),
+        ("stride",), ("M", "V"), ("smoothing",), {"SMOOTH": True},
+    ),
+]  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What came out of one compilation; `problems` is empty where all is well."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    settings: str
+    registers: int = 0
+    spills: int = 0
+    local_bytes: int = 0
+    shared_bytes: int = 0
+    instruction: str = "-"
+    problems: tuple[str, ...] = ()
+
+
+def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | None = None) -> Report:
+    """Compiles one kernel for one architecture and dtype with the table's settings, or with those given."""
+    import importlib
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    table = tuning.table(arch)
+    width = DTYPES[dtype]
+    tile = dict(settings or table[case.table or case.kernel][width])
+    shown = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_')}={v}" for k, v in tile.items())
+    report = Report(case.kernel, arch, dtype, shown)
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages") if name in tile} | tuning.FUSE
+    if "TILE" in tile:
+        tile = {"BLOCK_M": max(1, tile.pop("TILE") // case.whole_rows), "BLOCK_D": case.whole_rows}
+    module = importlib.import_module(f".triton_impl.{case.module}", __package__)
+    kernel = getattr(module, f"{case.kernel}_kernel")
+    amd = arch.startswith("gfx")
+    known = {
+        "ACC": tl.float32,
+        "PRECISION": "tf32x3" if dtype == "fp32" and not amd else "ieee",
+        "TILE_WIDTH": table["token_logits"][width]["BLOCK_N"],
+        "ROWS": getattr(module, "SLOPE_ROWS", None),
+    }
+    constants = {k: v for k, v in (known | tile | (case.constants or {})).items() if k in kernel.arg_names}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in case.pointers:
+            kind = case.pointers[name]
+            signature[name] = "*" + (dtype if kind == "x" else kind)
+        else:
+            signature[name] = "fp32" if name in case.floats else "i32"
+        if name in case.pointers or name in case.aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    try:
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    except Exception as error:  # whatever the compiler raises is the finding
+        report.problems = (f"does not compile: {str(error).strip().splitlines()[-1] if str(error) else repr(error)}",)
+        return report
+    report.shared_bytes = compiled.metadata.shared
+    assembly = _read_amd(report, compiled.asm["amdgcn"]) if amd else _read_nvidia(report, compiled.asm["cubin"])
+    found = MATRIX_INSTRUCTION.search(assembly)
+    report.instruction = found.group(1).upper().removeprefix("V_") if found else "-"
+    problems = []
+    if report.spills or report.local_bytes:
+        problems.append(f"{report.spills} spills, {report.local_bytes} bytes of local memory")
+    if report.shared_bytes > SHARED_BYTES[arch]:
+        problems.append(f"shared memory {report.shared_bytes} > {SHARED_BYTES[arch]}")
+    if case.matmul and not found:
+        problems.append("no matrix instruction")
+    report.problems = tuple(problems)
+    return report
+
+
+def _read_nvidia(report: Report, cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, assembly = (
+            subprocess.run(
+                [knobs.nvidia.cuobjdump.path, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    report.registers = int(numbers["REG"])
+    report.local_bytes = int(numbers["STACK"]) + int(numbers["LOCAL"])
+    report.spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
+    return assembly
+
+
+def _read_amd(report: Report, assembly: str) -> str:
+    numbers = {name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", assembly, re.M)}
+    report.registers = numbers["vgpr_count"]
+    report.spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    report.local_bytes = numbers["private_segment_fixed_size"]
+    return assembly
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES), metavar="ARCH")
+    parser.add_argument("--kernel", nargs="+", choices=[c.kernel for c in CASES], metavar="KERNEL")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
+    args = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
+    work = [(case, arch, dtype) for case in cases for arch in args.arch for dtype in DTYPES]
+    form = "{:21} {:7} {:5} {:40} {:>4} {:>6} {:>6} {:>7}  {:8} {}"
+    print(form.format("kernel", "arch", "dtype", "settings", "regs", "spills", "local", "shared", "matrix", ""))
+    bad = 0
+    with ProcessPoolExecutor(max(1, args.jobs)) as pool:
+        for r in pool.map(compile_case, *zip(*work)):
+            verdict = "; ".join(r.problems)
+            bad += bool(verdict)
+            print(
+                form.format(
+                    r.kernel, r.arch, r.dtype, r.settings, r.registers, r.spills, r.local_bytes, r.shared_bytes,
+                    r.instruction, verdict,
+                ).rstrip(),
+                flush=True,
+            )  # fmt: skip
+    print(f"{len(work) - bad} of {len(work)} compilations are sound")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
