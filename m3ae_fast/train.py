@@ -218,7 +218,7 @@ def describe(engine: Engine, config: Config, ranks: Ranks, data: Data, step: int
 def mean_losses(losses: list[Losses], ranks: Ranks) -> dict[str, float]:
     """A step's losses over all ranks and micro-batches."""
     names = [field.name for field in dataclasses.fields(Losses)]
-    sums = ranks.sum([sum(float(getattr(part, name)) for part in losses) for name in names])
+    sums = ranks.sum([sum(getattr(part, name).item() for part in losses) for name in names])
     return {name: value / ranks.world for name, value in zip(names, sums)}
 
 
@@ -264,7 +264,7 @@ def save(
         metrics.say(f"saved {path}")
         if config.train.pictures:
             out = config.run.dir / "reconstructions.png"
-            draw_run(config, checkpoint.weights(state), data.val or data.train, data.tokenizer, out)
+            draw_run(config, checkpoint.weights(state), data.val or data.train, data.tokenizer, out, config.train.pictures)
 
     ranks.on_main(write)
 

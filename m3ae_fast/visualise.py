@@ -7,6 +7,8 @@ Shapes: L patches, K = P * P * C values of a patch, I masked patches, W masked w
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from m3ae_fast.config import Config
-from m3ae_fast.data import CaptionTokenizer, Corpus, build_loader
+from m3ae_fast.config import Config, parse
+from m3ae_fast.data import CaptionTokenizer, Corpus, ShardStore, build_loader, load_tokenizer, open_corpus
+from m3ae_fast.engine import checkpoint
+from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.m3ae import M3AE, load_weights
 from m3ae_fast.model.packing import Sample, pack
 
@@ -51,7 +55,12 @@ def draw_reconstructions(
 
 
 def draw_run(
-    config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None, path: Path
+    config: Config,
+    weights: dict[str, Tensor],
+    corpus: Corpus,
+    tokenizer: CaptionTokenizer | None,
+    path: Path,
+    pictures: int,
 ) -> None:
     """Pictures of samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights."""
     model = M3AE(config.model, config.loss)
@@ -59,9 +68,28 @@ def draw_run(
     loader = build_loader(
         config.data, corpus, tokenizer, model.geometry, config.masking, seed=config.run.seed, micro_batch=1, train=False
     )
-    count = min(config.train.pictures, corpus.samples)
+    count = min(pictures, corpus.samples)
     samples = [loader.dataset[i * corpus.samples // count] for i in range(count)]
     draw_reconstructions(model, [s for s in samples if isinstance(s, Sample)], tokenizer, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m m3ae_fast.visualise", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken) or a checkpoint folder")
+    parser.add_argument("--out", type=Path, help="default: RUN/reconstructions.png")
+    parser.add_argument("--pictures", type=int, default=12, help="samples shown (default: 12)")
+    args = parser.parse_args(argv)
+    path = checkpoint.find(Path(args.run), args.run)
+    config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
+    state = checkpoint.read_weights(path)
+    corpus = open_corpus(config.data.val or config.data.train, ShardStore(config.data.cache_dir), progress=True)
+    tokenizer = None
+    if config.model.vocab_size and config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.text_length, config.model.vocab_size)
+    out = args.out or Path(args.run) / "reconstructions.png"
+    draw_run(config, state, corpus, tokenizer, out, args.pictures)
+    print(f"drew {out}")
+    return 0
 
 
 def _row(model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device) -> Image.Image:
@@ -142,3 +170,7 @@ def _word(tokenizer: CaptionTokenizer | None, token: int) -> str:
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

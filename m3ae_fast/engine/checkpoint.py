@@ -113,6 +113,13 @@ def open_state(path: Path) -> Callable[[str], Tensor]:
     return get
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model's own tensors of a checkpoint. Raises UserError where it is damaged."""
+    get = open_state(path)
+    with safe_open(path / STATE_FILE, framework="pt") as file:
+        return weights({name: get(name) for name in file.keys() if name.startswith("model/")})  # noqa: SIM118
+
+
 def check_fits(path: Path, info: Info, config: Config) -> None:
     """Raises UserError where going on from the checkpoint under `config` would not be the same run."""
     saved, wanted = info.config, config.model_dump(mode="json")

@@ -63,6 +63,7 @@ class DeepSpeedEngine:
     def state(self) -> State | None:
         if not self._inner.state:
             self._prime(0)
+        self._link_moments()
         if self.stage == 0:
             return collect(self.model, lambda p: p, lambda p, key: self._inner.state[p][key], self.ranks.is_main)
         return collect(self.model, safe_get_full_fp32_param, safe_get_full_optimizer_state, self.ranks.is_main)
@@ -82,8 +83,7 @@ class DeepSpeedEngine:
         zero = self.ds.optimizer
         if self.stage < 3:
             prime(self._inner, step)
-            if self.stage > 0:
-                zero._lazy_init_hp_params_optimizer_state()  # links each weight to its part of the moments
+            self._link_moments()
             return
         # ZeRO-3 lends its inner optimiser one flat partition at a time
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -91,6 +91,13 @@ class DeepSpeedEngine:
             group["params"] = [flat]
             prime(self._inner, step)
             group["params"] = []
+
+    def _link_moments(self) -> None:
+        """Let each weight know its part of the moments. DeepSpeed does so after its first step, but for the first
+        parameter group alone."""
+        if self.stage in (1, 2):
+            self.ds.optimizer._hp_optimizer_states_linked = False
+            self.ds.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Write a whole float32 tensor into this rank's part of weight `p` (key None) or of its moment `key`."""

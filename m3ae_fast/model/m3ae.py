@@ -24,9 +24,9 @@ from m3ae_fast.model.transformer import EPS, Transformer
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-@dataclass(slots=True)
+@dataclass
 class Losses:
-    """0-d float32 tensors; `loss` is what to differentiate."""
+    """0-d float32 tensors; `loss` is what to differentiate, the others are detached."""
 
     loss: Tensor
     image_loss: Tensor

@@ -1,0 +1,105 @@
+"""Runs that are killed, stopped or moved go on as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from trainer import zero
+
+from m3ae_fast.engine import checkpoint
+
+SAVE = ["--set", "train.save_every=2", "--set", "train.keep=9"]
+
+
+def _cut(trainer, run: str, step: int) -> None:
+    """Make `run` look as if it had died after the checkpoint of `step`."""
+    for path in checkpoint.saved_steps(trainer.folder / run):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_resume_is_bitwise(trainer, stage):
+    """In bf16 too, where weights are rounded copies of float32 masters."""
+    options = [*zero(stage), *SAVE, "--set", "train.precision=bf16"]
+    trainer("run", *options)
+    whole = trainer.losses("run")
+    _cut(trainer, "run", 4)
+    trainer("run", *options, "--resume", "auto")
+    assert trainer.losses("run") == whole
+
+
+@pytest.mark.parametrize(("stage", "ranks", "then_stage", "then_ranks"), [(3, 2, 1, 1), (1, 1, 3, 2), (None, 1, 2, 2)])
+def test_resume_on_other_ranks_and_stage(trainer, stage, ranks, then_stage, then_ranks):
+    trainer("run", *zero(stage), *SAVE, ranks=ranks)
+    whole = np.array(trainer.losses("run"))
+    _cut(trainer, "run", 4)
+    trainer("run", *zero(then_stage), *SAVE, "--resume", "auto", ranks=then_ranks)
+    np.testing.assert_allclose(np.array(trainer.losses("run")), whole, rtol=2e-5)
+
+
+def test_sigkill_anywhere(trainer):
+    """Killed at three arbitrary moments, then finished: bit for bit the run that nobody touched."""
+    options = ["--set", "train.steps=40", "--set", "train.save_every=1"]
+    trainer("whole", *options)
+    for delay in (0.05, 0.4, 0.9):
+        process = trainer.start("killed", *options, "--resume", "auto")
+        metrics = trainer.folder / "killed/metrics.jsonl"
+        before = metrics.read_text() if metrics.exists() else ""
+        while process.poll() is None and (not metrics.exists() or len(metrics.read_text()) <= len(before)):
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+    trainer("killed", *options, "--resume", "auto")
+    assert trainer.losses("killed") == trainer.losses("whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave(trainer, number):
+    options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
+    process = trainer.start("run", *options)
+    _wait_for_steps(trainer, "run", process, 3)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert f"({number.name})" in out
+    steps = [line["step"] for line in map(json.loads, (trainer.folder / "run/metrics.jsonl").read_text().splitlines())]
+    assert trainer.checkpoints("run") == [f"step-{steps[-1]:08d}"]
+
+
+def test_dead_launcher_saves(trainer):
+    """The deepspeed launcher's outer process passes no signal on when it dies; the ranks notice."""
+    options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
+    process = trainer.start("run", *options, ranks=2, launcher="deepspeed")
+    _wait_for_steps(trainer, "run", process, 3)
+    process.terminate()
+    process.wait(timeout=60)
+    deadline = time.time() + 60
+    while not checkpoint.saved_steps(trainer.folder / "run"):
+        assert time.time() < deadline, process.communicate()[0]
+        time.sleep(0.2)
+
+
+def _wait_for_steps(trainer, run: str, process, count: int) -> None:
+    metrics = trainer.folder / run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= count):
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[0]
+
+
+def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
+    import torch
+
+    info = checkpoint.Info(1, 16, 42, {}, {})
+    good = checkpoint.save(tmp_path, {"model/w": torch.ones(3)}, info, keep=1)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(checkpoint.UserError, match="No space left"):
+        checkpoint.save(tmp_path, {"model/w": torch.zeros(3)}, checkpoint.Info(2, 32, 42, {}, {}), keep=1)
+    assert checkpoint.saved_steps(tmp_path) == [good]
+    assert os.listdir(tmp_path / "checkpoints") == [good.name]
+    assert checkpoint.open_state(good)("model/w").tolist() == [1, 1, 1]

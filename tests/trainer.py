@@ -1,0 +1,120 @@
+"""A tiny config and a way to run the trainer as users do, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CLIPART = ROOT / "data/openclipart"
+TINY = {
+    "model": {
+        "size": None,
+        "emb_dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "dec_emb_dim": 32,
+        "dec_depth": 2,
+        "dec_num_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "text_length": 16,
+        "vocab_size": 2048,
+    },
+    "data": {
+        "train": [{"shards": str(CLIPART / "train-0000.tar")}],
+        "val": [{"shards": str(CLIPART / "val-0000.tar")}],
+        "tokenizer": str(CLIPART / "tokenizer.json"),
+        "workers": 1,
+    },
+    "optim": {"peak_lr": 2e-2, "warmup_epochs": 0, "clip_grad": 1.0},
+    "train": {
+        "global_batch": 16,
+        "micro_batch": 4,
+        "steps": 6,
+        "precision": "fp32",
+        "log_every": 1,
+        "eval_samples": 32,
+        "pictures": 0,
+    },
+    "deepspeed": None,
+}
+
+
+def environment() -> dict[str, str]:
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in launched} | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Trainer:
+    """Runs m3ae_fast/train.py on the tiny config; every run has a folder of its own below `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "tiny.json"
+        self.config.write_text(json.dumps(TINY))
+
+    def command(self, run: str, *options: str, ranks: int = 1, launcher: str = "torchrun") -> list[str]:
+        script = [
+            str(ROOT / "m3ae_fast/train.py"),
+            "--config",
+            str(self.config),
+            "--set",
+            f"run.dir={self.folder / run}",
+        ]
+        script += options
+        if launcher == "deepspeed":
+            port = f"--master_port={free_port()}"
+            return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), port, *script]
+        if ranks == 1:
+            return [sys.executable, *script]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        return [*torchrun, "--master-port", str(free_port()), *script]
+
+    def start(self, run: str, *options: str, **kwargs) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command(run, *options, **kwargs),
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __call__(self, run: str, *options: str, code: int = 0, **kwargs) -> str:
+        """Run to the end and expect exit code `code`. Returns what was printed."""
+        process = self.start(run, *options, **kwargs)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == code, out
+        return out
+
+    def metrics(self, run: str, *names: str) -> list[tuple]:
+        """The named values of every logged training step."""
+        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        steps = [line for line in map(json.loads, lines) if "loss" in line]
+        return [tuple(line[name] for name in ("step", *names)) for line in steps]
+
+    def losses(self, run: str) -> list[tuple]:
+        return self.metrics(run, "loss", "image_loss", "text_loss", "grad_norm")
+
+    def checkpoints(self, run: str) -> list[str]:
+        return sorted(path.name for path in (self.folder / run / "checkpoints").iterdir())
+
+
+def zero(stage: int | None) -> list[str]:
+    """The --set option for plain torch (None) or a ZeRO stage."""
+    section = None if stage is None else {"zero_optimization": {"stage": stage}}
+    return ["--set", f"deepspeed={json.dumps(section)}"]
