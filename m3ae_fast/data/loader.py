@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -135,9 +136,20 @@ def collate(samples: Sequence[Sample | Skipped], geometry: Geometry) -> PackedBa
 
 
 def _start_worker(worker: int) -> None:
-    """Signals are the main process's business: it ends its workers itself."""
+    """Signals that a whole process group gets are the main process's business, which may want to save first.
+
+    A worker that died of one would stop it with an error.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_end, daemon=True).start()
+
+
+def _await_end() -> None:
+    """End the worker when it is the main process that terminates it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 class BadSamples:

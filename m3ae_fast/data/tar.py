@@ -39,10 +39,11 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
         header = os.pread(fd, BLOCK, position)
         if not header.strip(b"\0"):
             return members, None if len(header) == BLOCK else f"ends inside a header at byte {position}"
-        if len(header) < BLOCK or not _checksum_ok(header):
+        stored = _number(header[124:136])
+        if len(header) < BLOCK or stored is None or not _checksum_ok(header):
             return members, f"no tar header at byte {position}"
+        stored = stored if size is None else size
         kind = header[156:157]
-        stored = _number(header[124:136]) if size is None else size
         if kind in _WITHOUT_DATA:
             stored = 0
         data = position + BLOCK
@@ -67,16 +68,14 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
 
 
 def _checksum_ok(header: bytes) -> bool:
-    try:
-        return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    except ValueError:
-        return False
+    return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
 
 
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU: big-endian binary, for sizes from 8 GiB
+def _number(field: bytes) -> int | None:
+    if field[:1] >= b"\x80":  # GNU: big-endian binary, for sizes from 8 GiB
         return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    digits = field.split(b"\0", 1)[0].strip() or b"0"
+    return int(digits, 8) if digits.strip(b"01234567") == b"" else None
 
 
 def _text(field: bytes) -> str:

@@ -119,7 +119,6 @@ PNG = picture(0, (64, 64), fmt="PNG")
         b"GIF89a",
         b"plain text",
         b"RIFF\0\0\0\0WEBPVP8 ",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow alone would start Ghostscript
         WHOLE[:200],
         WHOLE[: len(WHOLE) // 2],
         WHOLE[:-60],
@@ -130,6 +129,12 @@ PNG = picture(0, (64, 64), fmt="PNG")
 def test_broken_pictures(data):
     with pytest.raises(BadSample):
         decode_image(data, 3)
+
+
+def test_postscript_is_not_run():
+    """Pillow alone would start Ghostscript."""
+    with pytest.raises(BadSample, match="not a picture in a known format"):
+        decode_image(encode(gradient(), "EPS"), 3)
 
 
 @pytest.mark.filterwarnings("ignore:Tag data")  # pytest undoes the module's own filter
@@ -147,7 +152,8 @@ def test_random_damage_never_escapes():
     assert 0 < good < 400
 
 
-@pytest.mark.parametrize("size", [(20_000, 20_000), (60_000, 60_000)])
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("size", [(12_000, 12_000), (20_000, 20_000), (60_000, 60_000)])
 def test_decompression_bombs(size):
     header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
     ihdr = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))

@@ -51,6 +51,17 @@ def test_scan_reads_binary_sizes(tmp_path):
     assert "ends inside" in damage
 
 
+def test_scan_of_a_header_that_is_wrong_but_checks_out(tmp_path):
+    for size in (b"99999999999\0", b"-0000000001\0", b"0x000000010\0", b"\xff" * 12):
+        header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
+        header[124:136] = size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        path = tmp_path / "a.tar"
+        path.write_bytes(bytes(header) + bytes(2048))
+        assert scan_tar(path)[1] is not None
+
+
 def test_a_cut_tar_gives_its_readable_part(tmp_path, store):
     files = list(members(range(4)))
     whole = Path(write_tar(tmp_path / "whole.tar", files)).read_bytes()
@@ -184,6 +195,16 @@ def test_modality_can_be_set(tmp_path, store):
     for modality in ("text", "paired"):
         with pytest.raises(UserError, match=f"nothing in them is '{modality}'"):
             open_corpus([SourceConfig(shards=images, modality=modality)], store)
+
+
+def test_few_files_are_open_at_once(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("m3ae_fast.data.corpus._OPEN_SHARDS", 2)
+    paths = [write_tar(tmp_path / f"{i}.tar", members([i])) for i in range(6)]
+    reader = Reader(open_corpus([SourceConfig(shards=paths)], store).sources[0], store)
+    before = len(os.listdir("/proc/self/fd"))
+    for shard in (0, 1, 2, 3, 4, 5, 0, 3):
+        assert reader.read(shard, 0).caption == caption(shard)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 def test_a_shard_that_changes_under_way_is_noticed(tmp_path, store):

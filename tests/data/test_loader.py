@@ -1,5 +1,7 @@
 import logging
+import multiprocessing
 import pickle
+import subprocess
 import threading
 from itertools import chain, islice
 
@@ -12,6 +14,7 @@ from m3ae_fast.data import BadSamples, Skipped
 from m3ae_fast.data.dataset import FETCHING
 from m3ae_fast.data.decode import centre_crop, decode_image
 from m3ae_fast.data.loader import default_workers
+from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.errors import UserError
 
 
@@ -149,6 +152,14 @@ def test_sources_of_all_kinds_meet_in_one_batch(load, tmp_path):
     assert [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"] == [25, 50, 25]
 
 
+def test_sources_with_the_same_samples_draw_on_their_own(load, tmp_path):
+    sources = [SourceConfig(shards=write_tar(tmp_path / f"{name}.tar", members(range(6)))) for name in "ab"]
+    seen = dict(stream(load(sources, micro_batch=12, steps=1)))
+    for number in range(6):
+        first, second = (seen[f"{tmp_path}/{name}.tar/{number:05d}"] for name in "ab")
+        assert first[0] != second[0]
+
+
 def test_image_only_and_text_only(load, tmp_path):
     images = write_tar(tmp_path / "i.tar", members(range(6), "image"))
     texts = write_tar(tmp_path / "t.tar", members(range(6), "text"))
@@ -204,6 +215,30 @@ def test_a_shard_that_vanishes_is_counted(load, tmp_path):
     assert len(batch.keys) == 3
     assert {skipped.shard for skipped in batch.skipped} == {paths[1]}
     assert "cannot be read" in batch.skipped[0].reason
+
+
+def test_a_shard_that_cannot_be_fetched_again_is_not_tried_for_every_sample(load, tmp_path, store, monkeypatch):
+    monkeypatch.setattr("m3ae_fast.data.shards.time.sleep", lambda seconds: None)
+    path = write_tar(tmp_path / "a.tar", members(range(6)))
+    loader = load(f"pipe:echo >> {tmp_path}/tries; cat {path}", micro_batch=6, train=False)
+    for file in (*(store.cache_dir / "shards").iterdir(), tmp_path / "a.tar", tmp_path / "tries"):
+        file.unlink()
+    (batch,) = loader
+    assert len(batch.skipped) == 6
+    assert len((tmp_path / "tries").read_text()) == ATTEMPTS
+
+
+def test_signals_are_left_to_the_main_process(load, paired):
+    batches = iter(load(paired, steps=40, config={"workers": 1, "prefetch": 1}))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for name in ("INT", "TERM"):  # as Ctrl-C and schedulers send them to all
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+        assert len(list(islice(batches, 10))) == 10
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_empty_captions_are_no_mistake(load, tmp_path):
