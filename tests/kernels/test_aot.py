@@ -1,0 +1,57 @@
+"""The compilation without a GPU: one sound kernel of each sort, and that what is unsound is called so."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from m3ae_kernels import tuning
+from m3ae_kernels.aot import CASES, compile_case
+
+CASE = {case.kernel: case for case in CASES}
+
+
+@pytest.mark.parametrize("arch, instruction", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "MFMA")])
+def test_matmul_kernel_is_sound(arch, instruction):
+    report = compile_case(CASE["token_logits"], arch, "bf16")
+    assert report.problems == ()
+    assert report.instruction == instruction
+    assert 32 < report.registers <= 512
+    assert report.shared_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        ((256, 128, 32, 4, 2), r"\d+ spills"),
+        ((128, 128, 128, 8, 6), "shared memory .* > 232448"),
+        ((100, 64, 32, 4, 2), "does not compile"),
+    ],
+)
+def test_unsound_settings_are_reported(settings, problem):
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    report = compile_case(CASE["token_logits"], "sm_90", "bf16", dict(zip(names, settings)))
+    assert any(re.match(problem, p) for p in report.problems), report
+
+
+def test_tables_name_every_kernel_and_nothing_else():
+    names = {case.table or case.kernel for case in CASES}
+    for path in tuning.FOLDER.glob("*.json"):
+        table = tuning.table(path.stem)
+        assert table.keys() == names, path.name
+        assert all(entry.keys() == {"16", "32"} for entry in table.values())
+        for width in ("16", "32"):
+            # A program of token_slope stays within one tile of token_logits, and those tiles cover the padding.
+            logits, slope = table["token_logits"][width]["BLOCK_N"], table["token_slope"][width]["BLOCK_N"]
+            assert logits % slope == 0 and logits % 64 == 0
+
+
+def test_command():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "m3ae_kernels.aot", "--arch", "sm_90", "--kernel", "take_rows"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2 of 2 compilations are sound" in result.stdout
+    interpreted = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert interpreted.returncode == 2 and "Traceback" not in interpreted.stderr

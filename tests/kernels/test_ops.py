@@ -1,0 +1,403 @@
+"""Every op against float64, and what the library promises of it.
+
+Runs on the torch implementations; test_interpreter.py runs this file again on the Triton ones.
+"""
+
+import importlib
+import os
+
+import m3ae_kernels
+import pytest
+import torch
+from m3ae_kernels import reference
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .cases import CASES, SMALL, Inputs, call, make, run
+
+TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
+# The interpreter's products are wrong in bfloat16: it multiplies the bits.
+LOW = [torch.float16] if TRITON else [torch.float16, torch.bfloat16]
+# What rounding the result once, or a sum of a few float32 terms in another order, may cost.
+FLOOR = {torch.float16: 2.5e-4, torch.bfloat16: 2e-3, torch.float32: 3e-7, torch.float64: 1e-15}
+
+
+def error(got: Tensor, true: Tensor) -> float:
+    """The distance relative to the true tensor's norm."""
+    assert got.shape == true.shape
+    return ((got.double() - true).norm() / true.norm().clamp(min=1e-30)).item() if true.numel() else 0.0
+
+
+def double(inputs: Inputs) -> Inputs:
+    return inputs.to(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_at_most_twice_that_of_torch(case, dtype):
+    inputs = make(case, dtype)
+    true = run(reference, case, double(inputs))
+    torch_like = run(reference, case, inputs)
+    for name, got in run(m3ae_kernels, case, inputs).items():
+        assert torch.isfinite(got).all()
+        if name in inputs.tensors:
+            assert got.dtype == inputs.tensors[name].dtype
+        allowed = 2 * error(torch_like[name], true[name]) + FLOOR[got.dtype]
+        assert error(got, true[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "vocab" not in c and "p32" not in c])
+def test_float64(case):
+    inputs = make(case, torch.float64)
+    true = run(reference, case, double(inputs))
+    # The kernels take scale, shift and eps as float32.
+    tolerance = 3e-7 if TRITON else 1e-12
+    for name, got in run(m3ae_kernels, case, inputs).items():
+        assert got.dtype == torch.float64
+        assert error(got, true[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize(
+    "case, sizes",
+    [
+        ("embed-float", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "floating": True}),
+        ("gather-some", {"tokens": 5, "rows": 3, "dim": 2}),
+        ("norm-some", {"tokens": 5, "rows": 3, "dim": 4, "norm": True}),
+        ("scatter-mask", {"tokens": 6, "rows": 4, "dim": 2, "fill": 2, "table": 3}),
+        ("pixel-norm", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "norm_pix": True}),
+        ("token-z", {"rows": 3, "dim": 2, "vocab": 5, "label_smoothing": 0.1, "z_loss": 0.1}),
+    ],
+)
+def test_gradcheck(case, sizes):
+    torch.manual_seed(0)
+    inputs = CASES[case][0](torch.float64, **sizes)
+    if "row_weight" in inputs.tensors:
+        inputs.tensors["row_weight"] = inputs.tensors["row_weight"].double().requires_grad_()
+    names = inputs.learned
+
+    def function(*tensors: Tensor) -> Tensor:
+        return call(m3ae_kernels, case, Inputs(inputs.tensors | dict(zip(names, tensors)), inputs.options))
+
+    # The kernels' float32 constants blur nothing here: both sides of gradcheck go through them.
+    assert torch.autograd.gradcheck(function, [inputs.tensors[name] for name in names])
+
+
+def upstreams(out: Tensor) -> dict[str, Tensor]:
+    """Gradients as autograd may hand them over."""
+    values = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    if out.dim() == 0:
+        return {
+            "scaled": values * 1024,
+            "of a slice": torch.stack([values, values])[1],
+            "expanded": values.reshape(1).expand(3)[2],
+        }
+    return {
+        "scaled": values * 1024,
+        "transposed": values.t().contiguous().t(),
+        "sliced": torch.cat([values, values], 1)[:, out.shape[1] :],
+        "strided": torch.stack([values, values], 2)[..., 1],
+        "expanded rows": values[:1].expand(out.shape),
+        "one number": values[0, 0].expand(out.shape),
+    }
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_any_upstream_gradient(case):
+    inputs = make(case, torch.float32)
+    for kind, upstream in upstreams(call(m3ae_kernels, case, inputs).detach()).items():
+        true = run(reference, case, double(inputs), upstream)
+        for name, got in run(m3ae_kernels, case, inputs, upstream).items():
+            assert error(got, true[name]) < 2e-6, (kind, name)
+
+
+@pytest.mark.parametrize("case", ["embed-p16", "gather-some", "norm-some", "scatter-mask", "pixel-p16", "token-some"])
+def test_inputs_of_any_stride(case):
+    """Transposed, sliced and offset inputs give what contiguous ones give."""
+    inputs = make(case, torch.float32)
+    expected = run(m3ae_kernels, case, inputs)
+
+    def awkward(t: Tensor) -> Tensor:
+        if t.dim() == 1:
+            return torch.stack([t, t], 1)[:, 1]
+        if t.dim() == 4:
+            return t.contiguous(memory_format=torch.channels_last)
+        return torch.cat([t, t], 1)[:, t.shape[1] :] if t.shape[0] % 2 else t.t().contiguous().t()
+
+    strided = {name: awkward(t.detach()).requires_grad_(t.requires_grad) for name, t in inputs.tensors.items()}
+    for name, got in run(m3ae_kernels, case, Inputs(strided, inputs.options)).items():
+        assert error(got, expected[name].double()) < 1e-6, name
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_backward_twice_and_partly(case):
+    """A second backward gives the same gradients, and wanting one gradient alone changes nothing."""
+    inputs = make(case, torch.float32)
+    expected = run(m3ae_kernels, case, inputs)
+    out = call(m3ae_kernels, case, inputs)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    names = inputs.learned
+    for _ in range(2):
+        grads = torch.autograd.grad(out, [inputs.tensors[n] for n in names], upstream, retain_graph=True)
+        assert all(torch.equal(g, expected[n]) for n, g in zip(names, grads))
+    for only in names:
+        alone = {n: t.detach().requires_grad_(n == only) if n in names else t for n, t in inputs.tensors.items()}
+        assert torch.equal(run(m3ae_kernels, case, Inputs(alone, inputs.options))[only], expected[only])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_runs_are_bitwise_equal(case):
+    first, second = (run(m3ae_kernels, case, make(case, torch.float32)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_no_grad_gives_the_same_result(case):
+    inputs = make(case, torch.float32)
+    expected = call(m3ae_kernels, case, inputs)
+    with torch.no_grad():
+        got = call(m3ae_kernels, case, inputs)
+    assert expected.requires_grad and not got.requires_grad
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c != "gather-some"])
+@pytest.mark.parametrize("other", LOW, ids=str)
+def test_mixed_dtypes(case, other):
+    """Weights wider or narrower than the activations: these set the dtype, gradients keep their own."""
+    activations = {"x", "hidden", "images", "row_weight"}
+    for outer, inner in ((torch.float32, other), (other, torch.float32)):
+        inputs = make(case, torch.float32)
+        inputs = inputs.to(outer, [n for n in inputs.learned if n in activations])
+        inputs = inputs.to(inner, [n for n in inputs.learned if n not in activations])
+        true = run(reference, case, double(inputs))
+        results = run(m3ae_kernels, case, inputs)
+        assert results["out"].dtype == (torch.float32 if "loss" in CASES[case][0].__name__ else outer)
+        for name, got in results.items():
+            assert name == "out" or got.dtype == inputs.tensors[name].dtype
+            assert error(got, true[name]) < (0.02 if other == torch.bfloat16 else 3e-3), name
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("case", SMALL)
+def test_autocast(case, dtype):
+    """Matmuls in autocast's dtype; results as torch's Linear and Embedding have them; gradients in the inputs' own."""
+    inputs = make(case, torch.float32)
+    true = run(reference, case, double(inputs))
+    with torch.autocast("cpu", dtype=dtype):
+        results = run(m3ae_kernels, case, inputs)
+    assert results["out"].dtype == (dtype if case.startswith("embed") else torch.float32)
+    matmul = case.split("-")[0] in ("embed", "pixel", "token")
+    for name, got in results.items():
+        assert name == "out" or got.dtype == torch.float32
+        distance = error(got, true[name])
+        assert distance < (0.02 if dtype == torch.bfloat16 else 3e-3), name
+        if matmul and name == "weight":
+            assert distance > 1e-5, "the matmul did not run in autocast's dtype"
+
+
+@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile_equals_eager(case, autocast):
+    inputs = make(case, torch.float32)
+    learned = [inputs.tensors[n] for n in inputs.learned]
+
+    def function(tensors: dict[str, Tensor]) -> Tensor:
+        return call(m3ae_kernels, case, Inputs(tensors, inputs.options))
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=LOW[0], enabled=autocast):
+        eager = function(inputs.tensors)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(inputs.tensors)
+    assert torch.equal(eager, compiled)
+    for a, b in zip(torch.autograd.grad(eager.sum(), learned), torch.autograd.grad(compiled.sum(), learned)):
+        assert torch.equal(a, b)
+
+
+def test_changing_row_counts_compile_once():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(m3ae_kernels.gather_tokens, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (3, 5, 8):
+        x = torch.randn(rows + 2, 8, requires_grad=True)
+        compiled(x, torch.arange(rows).int()).sum().backward()
+        assert x.grad.sum() == rows * 8
+    assert counter.frame_count == 1
+
+
+def ops(case: str):
+    """The registered op behind a case, and its arguments."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "m3ae":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    inputs = make(case, torch.float32)
+    with Record():
+        run(m3ae_kernels, case, inputs)
+    return calls
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_opcheck(case):
+    calls = ops(case)
+    assert calls
+    for func, args in calls:
+        # The recorded arguments are below autograd: those that learn say so again.
+        args = [
+            a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        ]
+        tests = list(torch.library.opcheck.__kwdefaults__["test_utils"])
+        if "backward" in func.name():  # has no formula of its own
+            tests.remove("test_autograd_registration")
+            args = [a.detach() if isinstance(a, Tensor) else a for a in args]
+        torch.library.opcheck(func, tuple(args), test_utils=tests)
+
+
+def largest_allocation(case: str, inputs: Inputs) -> int:
+    """The most bytes that one allocation of a run asked for, those inside the op included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run(m3ae_kernels, case, inputs)
+    return max(event.self_cpu_memory_usage for event in record.events())
+
+
+def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
+    """In chunks of a few rows the result is the same, and nothing of [M, V] or [M, K] is ever allocated."""
+    folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
+    token, pixel = (importlib.import_module(f"{folder}.{name}_loss") for name in ("token", "pixel"))
+    rows, vocab, patch = 401, 193, 192
+    torch.manual_seed(0)
+    token_inputs = CASES["token-z"][0](torch.float32, rows, dim=16, vocab=vocab, label_smoothing=0.1, z_loss=0.01)
+    pixel_inputs = CASES["pixel-p16"][0](torch.float32, rows, dim=16, batch=67, channels=3, patch=8)
+    cases = (("token-z", token_inputs, vocab), ("pixel-p16", pixel_inputs, patch))
+    whole = {}
+    for case, inputs, width in cases:
+        whole[case] = run(m3ae_kernels, case, inputs)
+        # One chunk holds them all: the measurement sees what it should.
+        assert largest_allocation(case, inputs) >= 4 * rows * width
+    if TRITON:
+        monkeypatch.setattr(token, "WORKSPACE_BYTES", 4 * 128 * 256)
+        monkeypatch.setattr(pixel, "WORKSPACE_BYTES", 4 * 128 * patch)
+    else:
+        monkeypatch.setattr(token, "CHUNK_BYTES", 4 * 97 * vocab)
+        monkeypatch.setattr(token, "SOFTMAX_BYTES", 4 * 23 * vocab)
+        monkeypatch.setattr(pixel, "CHUNK_ROWS", 97)
+    for case, inputs, width in cases:
+        for name, got in run(m3ae_kernels, case, inputs).items():
+            assert error(got, whole[case][name].double()) < 1e-6, name
+        assert largest_allocation(case, inputs) < 4 * rows * width / 2
+
+
+def test_correct_is_the_first_of_the_largest():
+    hidden = torch.zeros(4, 8)
+    bias = torch.zeros(200)
+    bias[[70, 3, 150]] = 2.0  # three equal largest, in three tiles
+    targets = torch.tensor([3, 70, 150, 0], dtype=torch.int32)
+    weight, row_weight = torch.zeros(200, 8), torch.ones(4)
+    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, bias, targets, row_weight)
+    assert correct.tolist() == [True, False, False, False]
+    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, torch.zeros(200), targets * 0, row_weight)
+    assert correct.all()
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e4])
+def test_row_weights_of_any_magnitude_in_float16(scale):
+    """Weights far from one neither vanish nor overflow in the stored gradients; a loss scale undoes 1e-7."""
+    for case in ("pixel-p16", "token-some"):
+        inputs = make(case, torch.float16)
+        upstream = torch.tensor(1.0)
+        expected = run(m3ae_kernels, case, inputs, upstream)
+        inputs.tensors["row_weight"] = inputs.tensors["row_weight"] * scale
+        got = run(m3ae_kernels, case, inputs, upstream / scale)
+        for name in inputs.learned:
+            assert error(got[name], expected[name].double()) < 1e-3, name
+
+
+def test_row_weights_have_gradients_and_may_all_be_zero():
+    for case in ("pixel-p16", "token-z"):
+        inputs = make(case, torch.float32)
+        inputs.tensors["row_weight"].requires_grad_()
+        true = run(reference, case, double(inputs))
+        assert error(run(m3ae_kernels, case, inputs)["row_weight"], true["row_weight"]) < 1e-6
+        inputs.tensors["row_weight"] = torch.zeros_like(inputs.tensors["row_weight"])
+        assert all((got == 0).all() for got in run(m3ae_kernels, case, inputs).values())
+
+
+def test_large_logits_stay_finite():
+    inputs = make("token-some", torch.float32)
+    inputs.tensors["bias"] = (inputs.tensors["bias"].detach() * 1e4).requires_grad_()
+    true = run(reference, "token-some", double(inputs))
+    for name, got in run(m3ae_kernels, "token-some", inputs).items():
+        assert torch.isfinite(got).all()
+        assert error(got, true[name]) < 2e-3, name
+
+
+def test_offsets_past_two_to_the_31():
+    """The last row of a tensor of more than 2^31 elements, of which only that row is ever touched."""
+    x = torch.empty(2**31 // 512 + 3, 512, dtype=torch.float16)
+    x[-1] = torch.arange(512)
+    rows = torch.tensor([len(x) - 1], dtype=torch.int32)
+    assert torch.equal(m3ae_kernels.gather_tokens(x, rows), x[-1:])
+    images = torch.empty(2**31 // (3 * 64 * 64) + 2, 3, 64, 64, dtype=torch.uint8)
+    images[-1] = 7
+    weight, bias = torch.ones(16, 8 * 8 * 3), torch.zeros(16)
+    ids = torch.tensor([len(images) * 64 - 1], dtype=torch.int32)
+    out = m3ae_kernels.patch_embed(images, ids, weight, bias, patch_size=8, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    assert torch.allclose(out, torch.full((1, 16), 7.0 * 8 * 8 * 3))
+
+
+def test_modules_are_the_ops_with_their_own_weights():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    ids, weight = torch.tensor([5, 0, 3], dtype=torch.int32), torch.rand(3)
+    pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    embed = m3ae_kernels.PatchEmbed(12, **pixels)
+    head = m3ae_kernels.MaskedPixelLoss(12, norm_pix=True, **pixels)
+    tokens = m3ae_kernels.MaskedTokenLoss(12, 31, label_smoothing=0.1, z_loss=0.01)
+    norm = m3ae_kernels.GatherNorm(12)
+    hidden = embed(images, ids)
+    assert torch.equal(hidden, m3ae_kernels.patch_embed(images, ids, embed.weight, embed.bias, **pixels))
+    assert norm(hidden, torch.tensor([2, 0], dtype=torch.int32)).shape == (2, 12)
+    loss = head(hidden, images, ids, weight)
+    target = reference.patches(images, 8, (0.5,) * 3, (0.25,) * 3, torch.float32)[ids.long()]
+    target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
+    by_hand = ((head.predict(hidden) - target).square().mean(1) * weight).sum()
+    assert torch.allclose(loss, by_hand)
+    text_loss, correct = tokens(hidden, ids, weight)
+    assert torch.equal(tokens.predict(hidden).argmax(1) == ids, correct)
+    (loss + text_loss).backward()
+    for module in (embed, head, tokens):
+        assert [name for name, _ in module.named_parameters()] == ["weight", "bias"]
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+        bound = (6 / sum(module.weight.shape)) ** 0.5
+        assert 0.9 * bound < module.weight.abs().max() <= bound
+        assert (module.bias == 0).all()
+
+
+@pytest.mark.parametrize(
+    "case, changes, error_type, message",
+    [
+        ("gather-some", {"rows": torch.zeros(3, dtype=torch.int64)}, TypeError, "rows must be int32"),
+        ("gather-some", {"x": torch.zeros(3)}, ValueError, r"x has shape \(3,\)"),
+        ("norm-some", {"norm_bias": None}, ValueError, "given together"),
+        ("scatter-mask", {"fill": torch.zeros(2, 5)}, ValueError, "fill has shape"),
+        ("scatter-mask", {"table_ids": torch.zeros(2).int()}, ValueError, "table_ids has shape"),
+        ("embed-p16", {"patch_size": 7}, ValueError, "do not divide into patches of 7"),
+        ("embed-p16", {"mean": None}, ValueError, "mean and std"),
+        ("embed-p16", {"std": (0.0, 1.0, 1.0)}, ValueError, "std must be positive"),
+        ("embed-float", {"mean": (0.5,) * 3}, ValueError, "taken as they are"),
+        ("embed-p16", {"images": torch.zeros(1, 5, 16, 16)}, ValueError, "5 channels"),
+        ("embed-p16", {"weight": torch.zeros(4, 3)}, ValueError, "weight has shape"),
+        ("pixel-p16", {"row_weight": torch.ones(2)}, ValueError, "row_weight has shape"),
+        ("token-some", {"hidden": torch.zeros(67, 512, dtype=torch.int32)}, TypeError, "hidden must be floating"),
+        ("token-some", {"impl": "cuda"}, ValueError, "impl is 'cuda'"),
+    ],
+)
+def test_mistakes_are_named(case, changes, error_type, message):
+    inputs = make(case, torch.float32)
+    function = getattr(m3ae_kernels, CASES[case][0].__name__)
+    with pytest.raises(error_type, match=message):
+        function(**inputs.tensors | inputs.options | changes)
