@@ -48,9 +48,6 @@ class Source:
         """Samples a shard."""
         return [shard.summary.samples for shard in self.shards]
 
-    def has(self, modality: Modality) -> bool:
-        return modality in self.modalities
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -76,11 +73,7 @@ class Corpus:
 
     @property
     def has_captions(self) -> bool:
-        return any(source.has("paired") or source.has("text") for source in self.sources)
-
-    @property
-    def has_images(self) -> bool:
-        return any(source.has("paired") or source.has("image") for source in self.sources)
+        return any(modality != "image" for source in self.sources for modality in source.modalities)
 
 
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
