@@ -1,6 +1,7 @@
 """Fused ops for masked autoencoders over images and text. Needs torch, and Triton where it runs on a GPU."""
 
 from .gather import GatherNorm, gather_tokens
+from .m3ae_loss import M3AEHeads, M3AELoss, m3ae_loss
 from .patch_embed import PatchEmbed, patch_embed
 from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
 from .scatter import scatter_tokens
@@ -8,10 +9,13 @@ from .token_loss import MaskedTokenLoss, masked_token_loss
 
 __all__ = [
     "GatherNorm",
+    "M3AEHeads",
+    "M3AELoss",
     "MaskedPixelLoss",
     "MaskedTokenLoss",
     "PatchEmbed",
     "gather_tokens",
+    "m3ae_loss",
     "masked_pixel_loss",
     "masked_token_loss",
     "patch_embed",

@@ -1,6 +1,6 @@
 """Every op against float64, and what the library promises of it.
 
-Runs on the torch implementations; test_interpreter.py runs this file again on the Triton ones.
+Runs on the torch implementations; test_kernel_interpreter.py runs this file again on the Triton ones.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cases import CASES, SMALL, Inputs, call, make, run
+from kernel_cases import CASES, SMALL, Inputs, call, make, run
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
 # The interpreter's products are wrong in bfloat16: it multiplies the bits.
@@ -375,6 +375,44 @@ def test_modules_are_the_ops_with_their_own_weights():
         bound = (6 / sum(module.weight.shape)) ** 0.5
         assert 0.9 * bound < module.weight.abs().max() <= bound
         assert (module.bias == 0).all()
+
+
+def test_m3ae_loss_is_its_parts():
+    """The one call, the module and the reference's parts agree in value and in every gradient."""
+    torch.manual_seed(0)
+    pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    heads = m3ae_kernels.M3AEHeads(16, 53, norm_pix=True, label_smoothing=0.1, z_loss=0.01, **pixels)
+    for p in heads.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(23, 16, requires_grad=True)
+    order = torch.randperm(23).int()
+    image_rows, text_rows = order[:7], order[7:18]
+    images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    patch_ids, image_weight = torch.randperm(12)[:7].int(), torch.rand(7)
+    targets, text_weight = torch.randint(0, 53, (11,)).int(), torch.rand(11)
+    batch = (images, patch_ids, image_weight, targets, text_weight)
+    weights = list(heads.parameters())
+    options = {"norm_pix": True, "label_smoothing": 0.1, "z_loss": 0.01}
+    by_module = heads(x, image_rows, text_rows, *batch)
+    by_function = m3ae_kernels.m3ae_loss(x, image_rows, text_rows, *weights, *batch, **pixels, **options)
+    norm_weight, norm_bias, *head_weights = weights
+
+    def rows(which: Tensor) -> Tensor:
+        return reference.gather_tokens(x, which, norm_weight=norm_weight, norm_bias=norm_bias)
+
+    image = reference.masked_pixel_loss(
+        rows(image_rows), *head_weights[:2], images, patch_ids, image_weight, norm_pix=True, **pixels
+    )
+    text, correct = reference.masked_token_loss(
+        rows(text_rows), *head_weights[2:], targets, text_weight, label_smoothing=0.1, z_loss=0.01
+    )
+    expected = torch.autograd.grad(image + text, [x, *weights])
+    for got in (by_module, by_function):
+        assert torch.equal(got.correct, correct)
+        assert torch.allclose(got.image, image) and torch.allclose(got.text, text)
+        assert torch.allclose(got.loss, image + text)
+        for a, b in zip(torch.autograd.grad(got.loss, [x, *weights]), expected):
+            assert error(a, b.double()) < 2e-6
 
 
 @pytest.mark.parametrize(
