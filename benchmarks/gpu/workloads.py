@@ -1,0 +1,207 @@
+"""The ops with their inputs, at M3AE-Large's sizes and at small odd ones, and what each must cost.
+
+Letters as in the kernels' docstrings: N, M, T rows, D width, K = P * P * C, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Cost = tuple[float, float]  # FLOPs, bytes
+
+
+@dataclass
+class Workload:
+    """An op, its inputs, and the least that its forward and backward cost with 16-bit inputs."""
+
+    name: str
+    op: str
+    tensors: dict[str, Tensor]
+    options: dict = field(default_factory=dict)
+    forward: Cost = (0, 0)
+    backward: Cost = (0, 0)
+
+    def call(self, module) -> Tensor:
+        """The op of `m3ae_kernels`, of its `reference`, or of anything with functions so named."""
+        result = getattr(module, self.op)(**self.tensors, **self.options)
+        return result[0] if isinstance(result, tuple) else result
+
+    @property
+    def learned(self) -> list[str]:
+        return [name for name, t in self.tensors.items() if t.requires_grad]
+
+    def upstream(self, out: Tensor) -> Tensor:
+        return torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out)
+
+    def run(self, module, upstream: Tensor | None = None) -> dict[str, Tensor]:
+        """The result ("out") and the gradient of every learned input."""
+        out = self.call(module)
+        upstream = self.upstream(out) if upstream is None else upstream.to(out.dtype)
+        learned = self.learned
+        grads = torch.autograd.grad(out, [self.tensors[name] for name in learned], upstream)
+        return {"out": out.detach()} | dict(zip(learned, grads))
+
+    def double(self) -> "Workload":
+        """The same values in float64."""
+        tensors = {
+            name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+            for name, t in self.tensors.items()
+        }
+        return Workload(self.name, self.op, tensors, self.options)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    samples: int
+    patch: int
+    grid: int  # patches a side
+    visible: int  # patches a sample
+    words: int  # a sample, of which a quarter is visible
+    encoder: int
+    decoder: int
+    vocab: int
+
+
+# 512 samples: 256 px, 75 % of the patches and of 64 words masked.
+LARGE = Sizes(samples=512, patch=16, grid=16, visible=64, words=64, encoder=1024, decoder=512, vocab=30522)
+ODD = Sizes(samples=5, patch=14, grid=3, visible=4, words=19, encoder=200, decoder=123, vocab=997)
+
+
+def workloads(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
+    """Every op once, one after another, so that only one set of inputs is alive."""
+    s = sizes
+    makers: list[Callable[..., Workload]] = [_patch_embed, _gather, _norm, _scatter_encoder, _scatter_decoder]
+    makers += [_pixel, _pixel_norm, _token]
+    for make in makers:
+        torch.manual_seed(0)
+        yield make(s, dtype, device)
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
+
+
+def _ids(rows: Tensor) -> Tensor:
+    return rows.to(torch.int32)
+
+
+def _images(s: Sizes, device: torch.device) -> tuple[Tensor, dict]:
+    side = s.grid * s.patch
+    images = torch.randint(0, 256, (s.samples, 3, side, side), dtype=torch.uint8, device=device)
+    return images, {"patch_size": s.patch, "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+
+
+def _patches(s: Sizes, visible: bool, device: torch.device) -> Tensor:
+    """Patch ids, drawn for each sample on its own."""
+    count = s.grid**2
+    order = torch.rand(s.samples, count, device=device).argsort(1)
+    chosen = order[:, : s.visible] if visible else order[:, s.visible :]
+    return _ids((chosen + torch.arange(s.samples, device=device)[:, None] * count).flatten())
+
+
+def _patch_embed(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    images, options = _images(s, device)
+    k, d = s.patch**2 * 3, s.encoder
+    tensors = {
+        "images": images,
+        "patch_ids": _patches(s, True, device),
+        "weight": _random(d, k, dtype=dtype, device=device, scale=k**-0.5),
+        "bias": _random(d, dtype=dtype, device=device),
+    }
+    n = len(tensors["patch_ids"])
+    cost = (2 * n * k * d, n * (k + 2 * d) + 2 * k * d)
+    return Workload("patch_embed", "patch_embed", tensors, options, cost, cost)
+
+
+def _loss_rows(s: Sizes) -> tuple[int, int]:
+    """Packed decoder rows, and those that carry loss."""
+    tokens = s.samples * (s.grid**2 + s.words)
+    return tokens, tokens - s.samples * (s.visible + s.words // 4)
+
+
+def _gather(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    t, m = _loss_rows(s)
+    d = s.decoder
+    tensors = {
+        "x": _random(t, d, dtype=dtype, device=device),
+        "rows": _ids(torch.randperm(t, device=device)[:m].sort().values),
+    }
+    return Workload("gather_tokens", "gather_tokens", tensors, {}, (0, 4 * m * d), (0, 2 * m * d + 2 * t * d))
+
+
+def _norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    work = _gather(s, dtype, device)
+    d = s.decoder
+    t, m = len(work.tensors["x"]), len(work.tensors["rows"])
+    work.name = "gather_tokens + LayerNorm"
+    work.tensors |= {name: _random(d, dtype=dtype, device=device) for name in ("norm_weight", "norm_bias")}
+    work.backward = (0, 4 * m * d + 2 * t * d)
+    return work
+
+
+def _scatter(s: Sizes, name: str, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
+    """Samples of `length` rows: n rows of x in all, the others from `fill`."""
+    t = s.samples * length
+    src = torch.full((t,), -1, dtype=torch.int32, device=device)
+    places = torch.randperm(t, device=device)[:n].sort().values
+    src[places] = torch.arange(n, dtype=torch.int32, device=device)
+    tensors = {
+        "x": _random(n, d, dtype=dtype, device=device),
+        "src": src,
+        "fill": _random(fill, d, dtype=dtype, device=device),
+        "fill_ids": _ids(torch.randint(0, fill, (t,), device=device)),
+        "table": _random(length, d, dtype=dtype, device=device),
+        "table_ids": _ids(torch.arange(t, device=device) % length),
+    }
+    traffic = 2 * d * (n + t)
+    return Workload(name, "scatter_tokens", tensors, {}, (0, traffic), (0, traffic + 2 * d * fill))
+
+
+def _scatter_encoder(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    length = 1 + s.visible + s.words // 4
+    n = s.samples * s.visible
+    return _scatter(s, "scatter_tokens, encoder", n, s.vocab, length, s.encoder, dtype, device)
+
+
+def _scatter_decoder(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    length = 1 + s.grid**2 + s.words
+    n = s.samples * (1 + s.visible + s.words // 4)
+    return _scatter(s, "scatter_tokens, decoder", n, 2, length, s.decoder, dtype, device)
+
+
+def _pixel(s: Sizes, dtype: torch.dtype, device: torch.device, norm_pix: bool = False) -> Workload:
+    images, options = _images(s, device)
+    ids = _patches(s, False, device)
+    k, d, m = s.patch**2 * 3, s.decoder, len(ids)
+    tensors = {
+        "hidden": _random(m, d, dtype=dtype, device=device),
+        "weight": _random(k, d, dtype=dtype, device=device, scale=d**-0.5),
+        "bias": _random(k, dtype=dtype, device=device),
+        "images": images,
+        "patch_ids": ids,
+        "row_weight": torch.rand(m, device=device) / m,
+    }
+    name = "masked_pixel_loss" + (", norm_pix" if norm_pix else "")
+    forward = (6 * m * d * k, m * (4 * d + k) + 4 * k * d)
+    return Workload(
+        name, "masked_pixel_loss", tensors, options | {"norm_pix": norm_pix}, forward, (0, 4 * m * d + 6 * k * d)
+    )
+
+
+def _pixel_norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    return _pixel(s, dtype, device, norm_pix=True)
+
+
+def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    m, d, v = s.samples * (s.words - s.words // 4), s.decoder, s.vocab
+    tensors = {
+        "hidden": _random(m, d, dtype=dtype, device=device),
+        "weight": _random(v, d, dtype=dtype, device=device, scale=d**-0.5),
+        "bias": _random(v, dtype=dtype, device=device),
+        "targets": _ids(torch.randint(0, v, (m,), device=device)),
+        "row_weight": torch.rand(m, device=device) / m,
+    }
+    forward = (6 * m * d * v, 4 * m * d + 4 * v * d)
+    return Workload("masked_token_loss", "masked_token_loss", tensors, {}, forward, (0, 4 * m * d + 4 * v * d))
