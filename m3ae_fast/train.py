@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
+
+# Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch.utils.data import DataLoader
@@ -127,6 +131,8 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
     precision = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     meter = Meter(config, ranks.world * peak_flops(ranks.device, precision))
     watch, bad = LossWatch(), BadSamples(config.data.max_bad_fraction, data.train.samples)
+    if ranks.is_main:
+        bad.report(data.train.damaged)
     with ranks.on_main(lambda: Metrics(run_dir, step, total_steps)) or nullcontext() as metrics:
         if metrics:
             metrics.say(describe(engine, config, ranks, data, step, total_steps))

@@ -88,6 +88,8 @@ def start() -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if world == 1:
         store: dist.Store = dist.HashStore()  # needs no address and no port
     else:
