@@ -1,0 +1,85 @@
+"""A plain image MAE (He et al., arXiv 2111.06377) with `PatchEmbed` and `MaskedPixelLoss` plugged in.
+
+    python kernels/examples/image_mae.py [--steps 300]
+
+Everything between the two ops is ordinary batched torch: the pictures stay uint8, no patch or target tensor exists, and
+the head's predictions never do either. Trains on made-up pictures in seconds on a CPU; uses a GPU where there is one.
+Shapes: B pictures, L patches a picture, V visible patches a picture, D width.
+"""
+
+import argparse
+
+import torch
+from m3ae_kernels import MaskedPixelLoss, PatchEmbed
+from torch import Tensor, nn
+
+SIDE, PATCH, MASK_RATIO = 64, 8, 0.75
+GRID = SIDE // PATCH
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+class ImageMAE(nn.Module):
+    """Encoder over visible patches, decoder over all, pixel loss on masked ones."""
+
+    def __init__(self, dim: int = 96, depth: int = 3, heads: int = 3) -> None:
+        super().__init__()
+        self.embed = PatchEmbed(dim, patch_size=PATCH, mean=MEAN, std=STD)
+        self.positions = nn.Parameter(0.5 * torch.randn(GRID**2, dim))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
+        self.decoder_positions = nn.Parameter(0.5 * torch.randn(GRID**2, dim))
+        self.encoder, self.decoder = _transformer(dim, depth, heads), _transformer(dim, 1, heads)
+        self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, 64, 64] uint8 -> scalar loss."""
+        batch, count = len(images), GRID**2
+        visible = round(count * (1 - MASK_RATIO))
+        order_BL = torch.rand(batch, count, device=images.device).argsort(1)
+        ids_BL = (order_BL + torch.arange(batch, device=images.device)[:, None] * count).to(torch.int32)
+        patches = self.embed(images, ids_BL[:, :visible].flatten())
+        x_BVD = self.encoder(patches.view(batch, visible, -1) + self.positions[order_BL[:, :visible]])
+        masked_BMD = self.mask_token.expand(batch, count - visible, -1)
+        y_BLD = self.decoder(torch.cat((x_BVD, masked_BMD), 1) + self.decoder_positions[order_BL])
+        rows = y_BLD[:, visible:].flatten(0, 1)
+        weight = torch.full((len(rows),), 1 / len(rows), device=images.device)  # the mean over masked patches
+        return self.loss(rows, images, ids_BL[:, visible:].flatten(), weight)
+
+
+def _transformer(dim: int, depth: int, heads: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
+
+
+def pictures(count: int, device: torch.device) -> Tensor:
+    """Smooth colour ramps [count, 3, 64, 64] uint8: easy to continue from a quarter of their patches."""
+    line = torch.linspace(-1, 1, SIDE, device=device)
+    slope = torch.randn(count, 3, 2, 1, 1, device=device)
+    waves = torch.sin(slope[:, :, 0] * line[:, None] + slope[:, :, 1] * line)
+    return ((waves + 1) * 127.5).to(torch.uint8)
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    """Trains and prints; returns the losses."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = ImageMAE().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    losses = []
+    for step in range(args.steps):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(pictures(args.batch, device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 20 == 0 or step == args.steps - 1:
+            print(f"step {step:4}  loss {losses[-1]:.4f}", flush=True)
+    return losses
+
+
+if __name__ == "__main__":
+    main()
