@@ -1,0 +1,44 @@
+"""Made-up training batches, in the engine's layout and in the padded one, from the same samples and masks."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.reference import PaddedBatch
+from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, TrainConfig
+from m3ae_fast.model.masking import draw_mask
+from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, pack
+
+WORDS = (8, 32)  # fewest and most valid tokens of a caption
+
+
+def make_config(model: ModelConfig, samples: int, *, masking: MaskingConfig | None = None, **train) -> Config:
+    """A config for engines that are fed by hand; `train` goes to its section."""
+    return Config(
+        model=model,
+        masking=masking or MaskingConfig(),
+        data=DataConfig(train=[SourceConfig(shards="none")]),
+        train=TrainConfig(global_batch=samples, steps=1, **train),
+        deepspeed=None,
+    )
+
+
+def make_batch(
+    config: Config, samples: int, *, seed: int = 0, words: tuple[int, int] = WORDS
+) -> tuple[PackedBatch, PaddedBatch]:
+    """Random pictures, captions of `words` tokens (uniform), and masks as the loader draws them."""
+    m, masking = config.model, config.masking
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (samples, m.channels, m.image_size, m.image_size), dtype=torch.uint8, generator=rng)
+    lengths = torch.randint(words[0], words[1] + 1, (samples,), generator=rng).tolist()
+    tokens = torch.randint(m.vocab_size, (samples, m.text_length), generator=rng)
+    image_mask = torch.stack([draw_mask(m.patches_per_image, masking.image_ratio, rng) for _ in range(samples)])
+    text_mask = torch.stack([draw_mask(m.text_length, masking.text_ratio, rng) for _ in range(samples)])
+    padding = torch.arange(m.text_length) >= torch.tensor(lengths)[:, None]
+
+    rows = zip(images, image_mask, tokens, text_mask, lengths)
+    packed = [Sample(str(i), im, mask, t[:n], tm[:n]) for i, (im, mask, t, tm, n) in enumerate(rows)]
+    geometry = Geometry(m.image_size, m.patch_size, m.channels, m.text_length)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (m.image_mean, m.image_std))
+    padded = PaddedBatch((images / 255 - mean) / std, image_mask, tokens.masked_fill(padding, 0), text_mask, padding)
+    return pack(packed, geometry), padded
