@@ -171,6 +171,18 @@ class TrainConfig(Section):
         return self
 
 
+_SET_ELSEWHERE = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch / (train.micro_batch x ranks)",
+    "gradient_clipping": "optim.clip_grad",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(size="large"))
@@ -181,10 +193,19 @@ class Config(Section):
     train: TrainConfig
     deepspeed: dict[str, Any] | None = {}  # passed to DeepSpeed; null: plain torch
 
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        section = (self.deepspeed or {}).get("zero_optimization", {})
+        if not isinstance(section, dict) or section.get("stage", 0) not in (0, 1, 2, 3):
+            raise ValueError("deepspeed.zero_optimization must be an object with a stage of 0, 1, 2 or 3")
+        for key, owner in _SET_ELSEWHERE.items():
+            if key in (self.deepspeed or {}):
+                raise ValueError(f"deepspeed.{key} is set from {owner}; remove it from the deepspeed section")
+        return self
+
     @property
     def zero_stage(self) -> int:
-        section = (self.deepspeed or {}).get("zero_optimization") or {}
-        return section.get("stage", 0) if isinstance(section, dict) else 0
+        return (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -14,9 +14,11 @@ class UserError(Exception):
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main; a UserError becomes one line on stderr and exit code 2."""
+    """Run a program's main; a UserError becomes one line on stderr and exit code 2, Ctrl-C code 130."""
     try:
         return main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130

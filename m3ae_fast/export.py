@@ -1,6 +1,6 @@
 """python -m m3ae_fast.export RUN OUT: the weights of a run as safetensors + config.json.
 
-    model = M3AE.from_pretrained(OUT)
+model = M3AE.from_pretrained(OUT)
 """
 
 from __future__ import annotations

@@ -136,6 +136,8 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
     with ranks.on_main(lambda: Metrics(run_dir, step, total_steps)) or nullcontext() as metrics:
         if metrics:
             metrics.say(describe(engine, config, ranks, data, step, total_steps))
+        if held_out and step == 0:
+            report_held_out(engine, held_out, step, ranks, metrics)
         while step < total_steps:
             started = time.perf_counter()
             batches = list(islice(stream, accumulation))
@@ -170,9 +172,7 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
             if step == total_steps or step % cfg.save_every == 0 or step % (cfg.eval_every or total_steps) == 0:
                 stop_if_not_finite(watch, ranks)
             if held_out and (step == total_steps or (cfg.eval_every and step % cfg.eval_every == 0)):
-                values = evaluate(engine, held_out, ranks)
-                if metrics:
-                    metrics.log(step, values)
+                report_held_out(engine, held_out, step, ranks, metrics)
             if step == total_steps or step % cfg.save_every == 0:
                 save(engine, step, config, ranks, data, geometry, metrics)
 
@@ -228,8 +228,10 @@ def mean_losses(losses: list[Losses], ranks: Ranks) -> dict[str, float]:
     return {name: value / ranks.world for name, value in zip(names, sums)}
 
 
-def evaluate(engine: Engine, loader: DataLoader[PackedBatch], ranks: Ranks) -> dict[str, float]:
-    """Losses on held-out samples: means over all their pictures and captions."""
+def report_held_out(
+    engine: Engine, loader: DataLoader[PackedBatch], step: int, ranks: Ranks, metrics: Metrics | None
+) -> None:
+    """Log the losses on held-out samples: means over all their pictures and captions."""
     sums = [0.0] * 5
     for batch in loader:
         images, captions = batch.image_count, batch.text_count
@@ -244,7 +246,8 @@ def evaluate(engine: Engine, loader: DataLoader[PackedBatch], ranks: Ranks) -> d
     if captions:
         values["val_text_loss"] = text_loss / captions
         values["val_text_accuracy"] = text_accuracy / captions
-    return values
+    if metrics:
+        metrics.log(step, values)
 
 
 def stop_if_not_finite(watch: LossWatch, ranks: Ranks) -> None:
@@ -270,7 +273,8 @@ def save(
         metrics.say(f"saved {path}")
         if config.train.pictures:
             out = config.run.dir / "reconstructions.png"
-            draw_run(config, checkpoint.weights(state), data.val or data.train, data.tokenizer, out, config.train.pictures)
+            weights, shown = checkpoint.weights(state), data.val or data.train
+            draw_run(config, weights, shown, data.tokenizer, out, config.train.pictures)
 
     ranks.on_main(write)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -38,9 +40,13 @@ class DeepSpeedEngine:
         model.to(ranks.device)
         optimizer = build_adamw(model, config.optim, cpu_offload=offload != "none")
         self.optimizer_name = name_of(optimizer)
-        self.ds, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world)
-        )
+        section = deepspeed_config(config, ranks.world)
+        try:
+            self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
+        except (ValueError, DeepSpeedConfigError, ZeRORuntimeException) as error:  # pydantic's errors are ValueErrors
+            raise UserError(
+                f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
+            ) from None
 
     def step(self, batches: Sequence[PackedBatch], lr: float) -> tuple[list[Losses], Tensor]:
         self.ds.train()
@@ -122,25 +128,8 @@ class DeepSpeedEngine:
 
 
 def deepspeed_config(config: Config, world: int) -> dict:
-    """The `deepspeed` section with what the rest of the config says filled in.
-
-    Raises:
-        UserError: the section sets something that belongs to another section.
-    """
-    section = dict(config.deepspeed or {})
-    owners = {
-        "train_batch_size": "train.global_batch",
-        "train_micro_batch_size_per_gpu": "train.micro_batch",
-        "gradient_accumulation_steps": "train.global_batch / (train.micro_batch x ranks)",
-        "gradient_clipping": "optim.clip_grad",
-        "optimizer": "optim",
-        "scheduler": "optim",
-        "bf16": "train.precision",
-        "fp16": "train.precision",
-    }
-    for key, owner in owners.items():
-        if key in section:
-            raise UserError(f"config: deepspeed.{key} is set from {owner}; remove it from the deepspeed section")
+    """The `deepspeed` section with what the rest of the config says filled in."""
+    section = dict(config.deepspeed)
     micro = config.train.micro_batch or config.train.global_batch // world
     section["train_micro_batch_size_per_gpu"] = micro
     section["gradient_accumulation_steps"] = config.train.global_batch // (micro * world)
