@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast
-from .pixels import check_pixels, put_patches, take_patches
+from .pixels import check_pixels, from_planar, put_patches, take_patches, to_planar
 from .segment_sum import segment_sum
 
 CHUNK_ROWS = 4096  # bounds the patches that the torch implementation holds at once
@@ -69,7 +69,7 @@ def patch_embed_op(
 
         return patch_embed(images, patch_ids, weight, bias, patch_size, scale, shift, dtype)
     acc = accumulator(dtype)
-    weight_KD, bias_D = weight.to(dtype).t(), bias.to(dtype)
+    weight_KD, bias_D = to_planar(weight.to(dtype), patch_size, 1).t(), bias.to(dtype)
     out_ND = images.new_empty(len(patch_ids), weight.shape[0], dtype=dtype)
     with no_autocast(images):
         for ids_N, rows_ND in zip(patch_ids.split(CHUNK_ROWS), out_ND.split(CHUNK_ROWS)):
@@ -104,14 +104,15 @@ def patch_embed_backward_op(
 
             patch_embed_dweight(grad, images, patch_ids, patch_size, scale, shift, grad_weight)
         else:
-            grad_weight.zero_()
+            sum_DK = torch.zeros_like(grad_weight)
             for ids_N, grad_ND in zip(patch_ids.split(CHUNK_ROWS), grad.split(CHUNK_ROWS)):
                 patches_NK = take_patches(images, ids_N, patch_size, scale, shift, acc).to(dtype)
-                grad_weight += grad_ND.t() @ patches_NK
+                sum_DK += grad_ND.t() @ patches_NK
+            grad_weight.copy_(from_planar(sum_DK, patch_size, 1))
         torch.sum(grad, 0, dtype=acc, out=grad_bias)
         if weight is not None:
             count = images[:, 0].numel() // patch_size**2
-            rows = segment_sum(grad @ weight.to(dtype), patch_ids, count, images.dtype, impl)
+            rows = segment_sum(grad @ to_planar(weight.to(dtype), patch_size, 1), patch_ids, count, images.dtype, impl)
             grad_images = put_patches(rows, images, patch_size)
     return grad_weight, grad_bias, grad_images
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast, wants_grad
 from .loss import room_for_grads, save_grads, scale_grads, unit_weights
-from .pixels import check_pixels, standardise, take_patches
+from .pixels import check_pixels, from_planar, standardise, take_patches, to_planar
 
 CHUNK_ROWS = 1024  # of the torch implementation
 
@@ -142,8 +142,8 @@ def _pixel_loss(
 ) -> None:
     """Fills row_loss [M], and the gradients that have room; hidden, weight and bias have one dtype."""
     dtype, acc = hidden.dtype, share.dtype
-    sum_KD = torch.zeros_like(grad_weight, dtype=acc)
-    grad_bias.zero_()
+    weight, bias = to_planar(weight, patch_size, 0), to_planar(bias, patch_size, 0)
+    sum_KD, sum_K = torch.zeros_like(weight, dtype=acc), torch.zeros_like(bias, dtype=acc)
     for start in range(0, len(hidden), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         error_MK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc)
@@ -159,8 +159,10 @@ def _pixel_loss(
             torch.mm(slope_low_MK, weight, out=grad_hidden[rows])
         if grad_weight.numel():
             sum_KD += slope_low_MK.t() @ hidden[rows]
-            grad_bias += slope_MK.sum(0)
-    grad_weight.copy_(sum_KD)
+            sum_K += slope_MK.sum(0)
+    if grad_weight.numel():
+        grad_weight.copy_(from_planar(sum_KD, patch_size, 0))
+        grad_bias.copy_(from_planar(sum_K, patch_size, 0))
 
 
 def _backward(ctx, upstream, *_):

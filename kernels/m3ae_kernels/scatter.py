@@ -11,8 +11,6 @@ from torch import Tensor
 from .dispatch import check_float, check_index, choose_impl
 from .segment_sum import segment_sum
 
-CHUNK_ROWS = 512  # the torch implementation's passes over a chunk stay in cache
-
 
 def scatter_tokens(
     x: Tensor, src: Tensor, fill: Tensor, fill_ids: Tensor, table: Tensor, table_ids: Tensor, *, impl: str = "auto"
@@ -46,11 +44,10 @@ def scatter_tokens(
     return scatter_tokens_op(x, src, fill, fill_ids, table, table_ids, impl)
 
 
-def _rows_or_zero(rows_ND: Tensor, ids_T: Tensor, dtype: torch.dtype) -> Tensor:
-    if not len(rows_ND):
-        return rows_ND.new_zeros(len(ids_T), rows_ND.shape[1], dtype=dtype)
-    out_TD = rows_ND.index_select(0, ids_T.clamp(min=0)).to(dtype)
-    return out_TD.masked_fill_((ids_T < 0)[:, None], 0)
+def _rows_or_zero(ids_T: Tensor, *parts: Tensor) -> Tensor:
+    """Rows of the parts, one below the other, by id; zero where an id is negative. Far faster on a CPU than masking."""
+    rows = torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1])))
+    return rows.index_select(0, torch.where(ids_T < 0, len(rows) - 1, ids_T))
 
 
 @torch.library.custom_op("m3ae::scatter_tokens", mutates_args=())
@@ -61,13 +58,13 @@ def scatter_tokens_op(
         from .triton_impl.rows import scatter_tokens
 
         return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
-    acc = torch.promote_types(x.dtype, torch.float32)
+    if len(fill) > len(src):  # a whole vocabulary: only the rows that are asked for
+        fill = fill.index_select(0, fill_ids.clamp(min=0))
+        rows = torch.arange(len(src), dtype=src.dtype, device=src.device)
+        fill_ids = torch.where(fill_ids < 0, -1, rows)
+    ids_T = torch.where(src >= 0, src, torch.where(fill_ids < 0, -1, fill_ids + len(x)))
     out_TD = x.new_empty(len(src), x.shape[1])
-    chunks = (ids.split(CHUNK_ROWS) for ids in (src, fill_ids, table_ids))
-    for out, src_T, fill_T, table_T in zip(out_TD.split(CHUNK_ROWS), *chunks):
-        token_TD = torch.where((src_T < 0)[:, None], _rows_or_zero(fill, fill_T, acc), _rows_or_zero(x, src_T, acc))
-        torch.add(token_TD, _rows_or_zero(table, table_T, acc), out=out)
-    return out_TD
+    return torch.add(_rows_or_zero(ids_T, x, fill), _rows_or_zero(table_ids, table), out=out_TD)
 
 
 @scatter_tokens_op.register_fake
@@ -85,7 +82,7 @@ def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor
     places = src_T.new_full((count + 1,), -1)
     index_T = torch.where(src_T < 0, count, src_T).long()
     places.scatter_(0, index_T, torch.arange(len(src_T), dtype=src_T.dtype, device=src_T.device))
-    return _rows_or_zero(grad_TD, places[:-1], grad_TD.dtype)
+    return _rows_or_zero(places[:-1], grad_TD)
 
 
 @torch.library.custom_op("m3ae::scatter_tokens_backward", mutates_args=())

@@ -15,6 +15,19 @@ def segment_sum(rows_TD: Tensor, ids_T: Tensor, count: int, dtype: torch.dtype, 
 
         return segment_sum(rows_TD, ids_T, count, dtype)
     wide = rows_TD if rows_TD.dtype == torch.float64 else rows_TD.float()
-    # padding_idx -1 is the id that embedding's backward leaves out.
-    sums = torch.ops.aten.embedding_dense_backward(wide, ids_T.clamp(min=-1).long(), count, -1, False)
-    return sums.to(dtype)
+    ids = ids_T.clamp(min=-1).long()
+    if count <= len(ids):
+        return _sums(wide, ids, count).to(dtype)
+    # Most rows of a large table are nobody's: the sums are made side by side, then placed; the last place is for
+    # negative ids.
+    ordered, order = torch.sort(ids, stable=True)
+    run = torch.cumsum(ordered.diff(prepend=ordered[:1]) != 0, 0)
+    sums = _sums(wide.index_select(0, order), run, len(ids))
+    out = rows_TD.new_zeros(count + 1, rows_TD.shape[1], dtype=dtype)
+    out.index_copy_(0, torch.where(ordered < 0, count, ordered), sums.index_select(0, run).to(dtype))
+    return out[:count]
+
+
+def _sums(rows_TD: Tensor, ids_T: Tensor, count: int) -> Tensor:
+    # Embedding's backward leaves the padding index out.
+    return torch.ops.aten.embedding_dense_backward(rows_TD, ids_T, count, -1, False)

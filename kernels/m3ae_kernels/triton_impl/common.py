@@ -1,7 +1,6 @@
 """What the kernels share: pixels by patch and position, launch settings, dtypes.
 
-Inside the kernels patches are ordered (channel, row, column), in which P neighbours lie side by side in an image; the
-launchers permute weights, a small copy, so that callers see (row, column, channel).
+Patches are planar here, see ../pixels.py.
 """
 
 from collections.abc import Callable
@@ -42,18 +41,6 @@ def precision(dtype: torch.dtype) -> str:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def to_kernel_order(weight: Tensor, patch_size: int, dim: int) -> Tensor:
-    """A copy with dimension `dim` of P * P * C elements reordered from (row, column, channel) to the kernels' order."""
-    parts = weight.unflatten(dim, (patch_size**2, -1))
-    return parts.transpose(dim, dim + 1).flatten(dim, dim + 1).contiguous()
-
-
-def from_kernel_order(weight: Tensor, patch_size: int, dim: int) -> Tensor:
-    """The inverse of `to_kernel_order`."""
-    parts = weight.unflatten(dim, (-1, patch_size**2))
-    return parts.transpose(dim, dim + 1).flatten(dim, dim + 1).contiguous()
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:

@@ -5,17 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..pixels import from_planar, to_planar
 from ..tuning import config
 from .common import (
     acc_type,
     cdiv,
-    from_kernel_order,
     launcher,
     load_pixels,
     patch_starts,
     pixel_arguments,
     precision,
-    to_kernel_order,
 )
 
 # Row splits of the weight's gradient: enough programs to fill the largest chips twice, whatever the device, so that the
@@ -30,7 +29,7 @@ def patch_embed_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P in the kernels' order.
+    """out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P, planar.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 2KD for uint8 and bfloat16. M3AE-Large at 512 samples (N 32768, K 768, D
     1024): 51.5 GFLOP, 52 us at 989 TFLOP/s; 94 MB, 28 us at 3.35 TB/s: bound by the tensor cores.
@@ -65,7 +64,7 @@ def patch_embed(
     tile = config("patch_embed", images.device, dtype)
     grid = (cdiv(rows, tile["BLOCK_M"]) * cdiv(dim, tile["BLOCK_N"]),)
     patch_embed_kernel[grid](
-        images, ids.contiguous(), to_kernel_order(weight.to(dtype), patch_size, 1), bias.contiguous(), out, rows, dim,
+        images, ids.contiguous(), to_planar(weight.to(dtype), patch_size, 1), bias.contiguous(), out, rows, dim,
         **pixel_arguments(images, patch_size, scale, shift), ACC=acc_type(dtype), PRECISION=precision(dtype), **tile,
     )  # fmt: skip
     return out
@@ -123,4 +122,4 @@ def patch_embed_dweight(grad: Tensor, images: Tensor, ids: Tensor, patch_size: i
         **pixel_arguments(images, patch_size, scale, shift),
         ACC=acc_type(grad.dtype), PRECISION=precision(grad.dtype), **tile,
     )  # fmt: skip
-    out.copy_(from_kernel_order(partial.sum(0), patch_size, 1))
+    out.copy_(from_planar(partial.sum(0), patch_size, 1))

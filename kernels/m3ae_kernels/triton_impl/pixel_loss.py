@@ -6,17 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import accumulator
+from ..pixels import from_planar, to_planar
 from ..tuning import config
 from .common import (
     acc_type,
     cdiv,
-    from_kernel_order,
     launcher,
     load_pixels,
     patch_starts,
     pixel_arguments,
     precision,
-    to_kernel_order,
 )
 from .matmul import even_chunks, product
 
@@ -115,7 +114,7 @@ def pixel_loss(
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     count, dim, patch = len(hidden), hidden.shape[1], weight.shape[0]
     hidden, images, ids = hidden.contiguous(), images.contiguous(), ids.contiguous()
-    weight, bias = to_kernel_order(weight, patch_size, 0), to_kernel_order(bias, patch_size, 0)
+    weight, bias = to_planar(weight, patch_size, 0), to_planar(bias, patch_size, 0)
     pixels = pixel_arguments(images, patch_size, scale, shift) | {"ACC": acc_type(dtype)}
     mean = rstd = share  # read only with norm_pix
     if norm_pix:
@@ -150,5 +149,5 @@ def pixel_loss(
             sum_weight += product(slope[:size].t(), hidden[rows], acc)
             sum_bias += tile_bias.sum(0)
     if grad_weight.numel():
-        grad_weight.copy_(from_kernel_order(sum_weight, patch_size, 0))
-        grad_bias.copy_(from_kernel_order(sum_bias, patch_size, 0))
+        grad_weight.copy_(from_planar(sum_weight, patch_size, 0))
+        grad_bias.copy_(from_planar(sum_bias, patch_size, 0))
