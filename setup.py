@@ -29,7 +29,7 @@ setup(
     description="Pre-training of multimodal masked autoencoders (M3AE), fast; with its kernels as a library",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license="MIT",
     python_requires=">=3.10",
     packages=[*find_packages(include=["m3ae_fast*"]), *find_packages("kernels")],
     package_dir={"m3ae_kernels": "kernels/m3ae_kernels"},

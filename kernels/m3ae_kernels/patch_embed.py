@@ -172,15 +172,15 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """images [B, C, H, W], patch_ids [N] int32 -> [N, dim]."""
+        """images [B, C, H, W], uint8, or floating and already normalised; patch_ids [N] int32 -> [N, dim]."""
         return patch_embed(
             images,
             patch_ids,
             self.weight,
             self.bias,
             patch_size=self.patch_size,
-            mean=self.mean,
-            std=self.std,
+            mean=self.mean if images.dtype == torch.uint8 else None,
+            std=self.std if images.dtype == torch.uint8 else None,
             impl=self.impl,
         )
 

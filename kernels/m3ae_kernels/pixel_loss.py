@@ -206,8 +206,8 @@ class MaskedPixelLoss(nn.Module):
             patch_ids,
             row_weight,
             patch_size=self.patch_size,
-            mean=self.mean,
-            std=self.std,
+            mean=self.mean if images.dtype == torch.uint8 else None,
+            std=self.std if images.dtype == torch.uint8 else None,
             norm_pix=self.norm_pix,
             impl=self.impl,
         )

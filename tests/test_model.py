@@ -1,0 +1,248 @@
+"""The model on packed batches: what golden files do not show."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.masking import draw_mask
+from m3ae_fast.model.packing import Sample, Segments, pack
+
+TINY = ModelConfig(
+    size=None,
+    emb_dim=24,
+    depth=2,
+    num_heads=3,
+    dec_emb_dim=16,
+    dec_depth=2,
+    dec_num_heads=2,
+    image_size=16,
+    patch_size=4,
+    text_length=9,
+    vocab_size=31,
+)
+PATCHES = TINY.patches_per_image
+
+
+def make_sample(seed: int, image: bool = True, words: int | None = 5, ratio: float = 0.75) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    sample = Sample(str(seed))
+    if image:
+        sample.image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+        sample.image_mask = draw_mask(PATCHES, ratio, generator)
+    if words is not None:
+        sample.tokens = torch.randint(0, 31, (words,), generator=generator)
+        sample.text_mask = draw_mask(9, ratio, generator)[:words]
+    return sample
+
+
+def make_model(config: ModelConfig = TINY, **loss) -> M3AE:
+    torch.manual_seed(0)
+    return M3AE(config, LossConfig(**loss))
+
+
+MIXED = [
+    make_sample(0),
+    make_sample(1, words=None),
+    make_sample(2, image=False, words=9),
+    make_sample(3, words=0),
+    make_sample(4, words=9),
+    make_sample(5, image=False, words=0),
+]
+
+
+def test_mixed_batch_is_the_mean_of_its_samples():
+    """Packing changes nothing: a batch of pictures, captions and pairs has the losses of its samples one by one."""
+    model = make_model()
+    together = model(pack(MIXED, model.geometry))
+    alone = [model(pack([sample], model.geometry)) for sample in MIXED]
+    image = sum(part.image_loss for part in alone) / sum(s.image is not None for s in MIXED)
+    text = sum(part.text_loss for part in alone) / sum(s.tokens is not None for s in MIXED)
+    torch.testing.assert_close(together.image_loss, image)
+    torch.testing.assert_close(together.text_loss, text)
+    torch.testing.assert_close(together.loss.detach(), image + 0.5 * text)
+
+
+def test_order_of_samples_changes_nothing():
+    model = make_model()
+    one, other = (model(pack(samples, model.geometry)).loss for samples in (MIXED, MIXED[::-1]))
+    torch.testing.assert_close(one, other)
+
+
+def test_empty_batch_has_zero_loss_and_gradients():
+    model = make_model()
+    losses = model(pack([], model.geometry))
+    losses.loss.backward()
+    assert losses.loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_mask_ratios(ratio):
+    """Nothing masked: no loss. All masked: the cls token alone is encoded."""
+    model = make_model()
+    batch = pack([make_sample(i, ratio=ratio) for i in range(3)], model.geometry)
+    losses = model(batch)
+    losses.loss.backward()
+    assert losses.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert (losses.loss == 0) == (ratio == 0)
+    if ratio == 1:
+        assert batch.encoder.rows == 3
+
+
+def test_pruned_last_block_equals_the_whole_one():
+    """Predictions of masked tokens are the same where only they are finished and where all tokens are."""
+    model = make_model()
+    everywhere = dataclasses.replace(model.geometry, image_all_tokens=True, text_all_tokens=True)
+    few, all_ = pack(MIXED, model.geometry), pack(MIXED, everywhere)
+    pixels, words = model.predict(few)
+    all_pixels, all_words = model.predict(all_)
+    image_mask = torch.cat([s.image_mask for s in MIXED if s.image is not None])
+    text_mask = torch.cat([s.text_mask for s in MIXED if s.tokens is not None])
+    torch.testing.assert_close(pixels, all_pixels[image_mask])
+    torch.testing.assert_close(words, all_words[text_mask])
+
+
+def test_image_only_model_has_no_text_weights():
+    model = make_model(TINY.model_copy(update={"vocab_size": 0}))
+    assert not [name for name, _ in model.named_parameters() if "text" in name]
+    losses = model(pack([make_sample(0, words=None)], model.geometry))
+    losses.loss.backward()
+    assert losses.text_loss == 0 and losses.image_loss > 0
+
+
+def test_norm_pix_loss_of_a_flat_picture_is_the_prediction_squared():
+    grey = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.3, 0.3, 0.3)}
+    model = make_model(TINY.model_copy(update=grey), norm_pix=True)
+    sample = make_sample(0, words=None)
+    sample.image = torch.full_like(sample.image, 77)
+    batch = pack([sample], model.geometry)
+    pixels, _ = model.predict(batch)
+    torch.testing.assert_close(model(batch).image_loss, pixels.square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_and_drop_path_act_in_training_alone():
+    model = make_model(TINY.model_copy(update={"drop": 0.2, "att_drop": 0.2, "drop_path": 0.3}))
+    batch = pack(MIXED, model.geometry)
+    torch.manual_seed(1)
+    first = model(batch).loss
+    first.backward()
+    second = model(batch).loss
+    torch.manual_seed(1)
+    again = model(batch).loss
+    assert first != second and first == again
+    model.eval()
+    assert model(batch).loss == model(batch).loss
+
+
+def test_drop_path_drops_whole_samples():
+    from m3ae_fast.model.transformer import DropPath
+
+    drop = DropPath(0.5)
+    lengths = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    torch.manual_seed(3)
+    out = torch.stack([drop(torch.ones(9, 2), Segments(lengths, 5, 9)) for _ in range(200)])
+    for start, end in ((0, 3), (3, 4), (4, 9)):
+        rows = out[:, start:end].flatten(1)
+        assert (rows == rows[:, :1]).all()
+        assert set(rows.unique().tolist()) == {0.0, 2.0}
+    assert abs(out.mean() - 1) < 0.15
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model = make_model()
+    batch = pack(MIXED, model.geometry)
+    model(batch).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.encoder.checkpointing = model.decoder.checkpointing = True
+    model(batch).loss.backward()
+    for p, grad in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_packed_attention_against_softmax(dtype):
+    """Lengths of 0, 1 and more; fewer queries than keys; gradients too."""
+    torch.manual_seed(0)
+    q_lens, k_lens = [0, 1, 3, 5], [2, 1, 7, 5]
+    q, k, v = (torch.randn(sum(n), 2, 8, dtype=dtype, requires_grad=True) for n in (q_lens, k_lens, k_lens))
+    segments = [
+        Segments(torch.tensor([0, *n]).cumsum(0).to(torch.int32), max(n), sum(n)) for n in (q_lens, k_lens)
+    ]
+    out = packed_attention(q, k, v, *segments)
+    grad = torch.randn_like(out)
+    got = (out, *torch.autograd.grad(out, (q, k, v), grad))
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    parts = [
+        torch.einsum("qhd,khd->hqk", a, b).div(8**0.5).softmax(-1) @ c.transpose(0, 1)
+        for a, b, c in zip(q64.split(q_lens), k64.split(k_lens), v64.split(k_lens))
+    ]
+    exact = torch.cat([part.transpose(0, 1) for part in parts])
+    exact = (exact, *torch.autograd.grad(exact, (q64, k64, v64), grad.double()))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for ours, theirs in zip(got, exact):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_op_is_a_good_citizen():
+    from m3ae_fast.model.attention import segment_attention
+
+    q, k, v = (torch.randn(6, 2, 4, requires_grad=True) for _ in range(3))
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    torch.library.opcheck(segment_attention, (q, k, v, cu, cu))
+
+
+def test_representation_of_float_and_byte_pictures_agrees():
+    model = make_model()
+    images = torch.stack([make_sample(i).image for i in range(3)])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TINY.image_mean, TINY.image_std))
+    floats = (images / 255 - mean) / std
+    torch.testing.assert_close(model.representation(images), model.representation(floats), rtol=1e-4, atol=1e-5)
+    text = torch.randint(0, 31, (3, 5))
+    assert model.representation(images, text).shape == (3, 1 + PATCHES + 5, 24)
+    assert model.representation(text=text).shape == (3, 6, 24)
+    padding = torch.tensor([[0, 0, 0, 1, 1]] * 3)
+    padded = model.representation(images, text, padding)
+    assert not padded[:, -2:].any()
+    torch.testing.assert_close(padded[:, :-2], model.representation(images, text[:, :3]))
+
+
+def test_representation_refuses_nonsense():
+    model = make_model()
+    with pytest.raises(ValueError, match="images, text or both"):
+        model.representation()
+    with pytest.raises(ValueError, match="must follow"):
+        model.representation(text=torch.zeros(1, 3, dtype=torch.long), padding_mask=torch.tensor([[1, 0, 0]]))
+    with pytest.raises(ValueError, match="shape"):
+        model.representation(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_pack_refuses_what_does_not_fit():
+    model = make_model()
+    with pytest.raises(ValueError, match="neither"):
+        pack([Sample("x")], model.geometry)
+    long = make_sample(0, words=9)
+    long.tokens, long.text_mask = torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.bool)
+    with pytest.raises(ValueError, match="tokens"):
+        pack([long], model.geometry)
+
+
+def test_draw_mask_counts():
+    generator = torch.Generator().manual_seed(0)
+    for length, ratio, visible in ((256, 0.75, 64), (64, 0.75, 16), (9, 0.75, 2), (16, 0, 16), (16, 1, 0), (10, 0.9, 0)):
+        assert (~draw_mask(length, ratio, generator)).sum() == visible  # int(10 * (1 - 0.9)) is 0 in floats
+    masks = torch.stack([draw_mask(16, 0.75, generator) for _ in range(2000)]).float()
+    assert (masks.mean(0) - 0.75).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large", "huge"])
+def test_sizes_build(size):
+    with torch.device("meta"):
+        model = M3AE(ModelConfig(size=size))
+    count = sum(p.numel() for p in model.parameters())
+    assert {"small": 74.8, "base": 150.8, "large": 376.2, "huge": 711.7}[size] == pytest.approx(count / 1e6, abs=0.1)

@@ -1,0 +1,104 @@
+"""The model is the official one: golden files, replayed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.golden import Golden, flax_name
+from m3ae_fast.verify import main, quantities, relative_error
+
+FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_golden(file):
+    golden = Golden.load(file)
+    names = set()
+    for name, ours, official, tolerance in quantities(golden, torch.device("cpu"), torch.float32):
+        names.add(name)
+        assert relative_error(ours, official) <= tolerance, name
+    arrays = {key.split("/")[0] for key in golden.arrays}
+    assert arrays == {"params", "in", "out", "grads", "params_after"}
+    for key in golden.arrays:  # nothing that the official model computed is left out
+        group, _, rest = key.partition("/")
+        wanted = {"out": rest, "grads": f"grad {rest}", "params_after": f"after {rest}"}.get(group)
+        assert wanted is None or wanted in names, key
+
+
+def test_exit_codes(tmp_path, capsys):
+    assert main([str(FILES[0])]) == 0
+    assert "of 1 file agree" in capsys.readouterr().out.splitlines()[-1]
+    arrays = dict(np.load(FILES[0]))
+    arrays["grads/encoder/LayerNorm_0/scale"] *= 1.001
+    np.savez(tmp_path / "bent.npz", **arrays)
+    assert main([str(FILES[0]), str(tmp_path / "bent.npz")]) == 1
+    out = capsys.readouterr().out
+    failed = [line for line in out.splitlines() if "FAIL" in line]
+    assert len(failed) == 1 and "grad encoder/LayerNorm_0/scale" in failed[0]
+    assert main([str(tmp_path / "bent.npz"), "--tolerance-scale", "100"]) == 0
+
+
+def test_nan_is_no_agreement(tmp_path):
+    arrays = dict(np.load(FILES[0]))
+    arrays["out/loss"] = np.float32("nan")
+    np.savez(tmp_path / "nan.npz", **arrays)
+    assert main([str(tmp_path / "nan.npz")]) == 1
+
+
+def test_clipping_is_optax(tmp_path):
+    """A small clip_gradient scales the first step's gradients; a wrong rule would show in the parameters after it."""
+    golden = Golden.load(next(f for f in FILES if f.stem == "paired"))
+    golden.meta |= {"clip_gradient": 0.01, "steps": 1}
+    after = [(n, o, g) for n, o, g, _ in quantities(golden, torch.device("cpu"), torch.float32) if n.startswith("after")]
+    norm = sum(float((g**2).sum()) for k, g in golden.arrays.items() if k.startswith("grads/")) ** 0.5
+    for name, ours, _ in after:
+        path = name.removeprefix("after ")
+        if path.endswith("Attention_0/Dense_0/bias"):
+            continue
+        p, grad = (golden.arrays[f"{group}/{path}"] for group in ("params", "grads"))
+        grad = grad * min(1, 0.01 / norm)
+        decay = golden.meta["weight_decay"] * (path in golden.meta["decayed"])
+        expected = p - golden.meta["lr"] * (grad / (np.abs(grad) + golden.meta["adam_eps"]) + decay * p)
+        expected = torch.from_numpy(expected)
+        expected = expected.T if path.endswith("kernel") else expected.reshape(ours.shape)
+        assert relative_error(ours, expected) < 2e-4, name
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        Golden.load(tmp_path / "missing.npz")
+    (tmp_path / "text.npz").write_text("no")
+    with pytest.raises(UserError, match="no golden file"):
+        Golden.load(tmp_path / "text.npz")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="no golden file"):
+        Golden.load(tmp_path / "other.npz")
+    shutil.copy(FILES[0], tmp_path / "cut.npz")
+    (tmp_path / "cut.npz").write_bytes(FILES[0].read_bytes()[:5000])
+    with pytest.raises(UserError, match="no golden file"):
+        Golden.load(tmp_path / "cut.npz")
+
+
+def test_every_parameter_has_its_flax_name():
+    for file in FILES:
+        golden = Golden.load(file)
+        depth = golden.meta["config"]["output_head_depth"]
+        ours = {flax_name(name, depth) for name, _ in golden.build_model().named_parameters()}
+        assert ours == {key.removeprefix("params/") for key in golden.arrays if key.startswith("params/")}
+
+
+def test_decay_groups_are_the_official_ones():
+    from m3ae_fast.engine.optim import parameter_groups
+
+    golden = Golden.load(FILES[-1])
+    model = golden.build_model()
+    decayed = {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
+    depth = golden.meta["config"]["output_head_depth"]
+    names = {flax_name(name, depth) for name, p in model.named_parameters() if id(p) in decayed}
+    assert sorted(names) == sorted(golden.meta["decayed"])
+    assert json.dumps(golden.meta["no_decay"])  # the list that the official code matches path parts against
