@@ -1,0 +1,151 @@
+"""A user's mistake is one line that names the thing, exit code 2, and nothing is written."""
+
+import json
+
+import pytest
+from trainer import CLIPART, ROOT, TINY
+
+from m3ae_fast import train
+from m3ae_fast.config import ModelConfig, load_config
+from m3ae_fast.errors import UserError, exit_cleanly
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Run train.py's main in this process with the tiny config; returns (exit code, stderr)."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+
+    def call(*options: str, file=config) -> tuple[int, str]:
+        options = ("--set", f"run.dir={tmp_path / 'run'}", *options)
+        try:
+            code = exit_cleanly(lambda: train.main(["--config", str(file), *options]))
+        except SystemExit as error:
+            code = error.code
+        return code, capsys.readouterr().err
+
+    call.folder = tmp_path
+    return call
+
+
+MISTAKES = [
+    (["optim.peek_lr=1"], "unknown key optim.peek_lr; did you mean peak_lr?"),
+    (["modell={}"], "unknown key modell; did you mean model?"),
+    (["data.train.0.shard=x"], "unknown key data.train.0.shard; did you mean shards?"),
+    (["train.steps=many"], "train.steps: input should be a valid integer"),
+    (["train.steps=1.5"], "train.steps: input should be a valid integer"),
+    (["train.steps=null"], "give epochs or steps"),
+    (["optim.betas=[0.9]"], "optim.betas"),
+    (["model.size=giant"], "model.size"),
+    (["model.emb_dim=33"], "emb_dim 33 does not divide by num_heads 4"),
+    (["model.image_size=30"], "image_size 30 does not divide by patch_size 8"),
+    (["model.channels=1"], "image_mean has 3 values for 1 channels"),
+    (["masking.image_ratio=1.5"], "masking.image_ratio"),
+    (["data.crop_scale=[0.9,0.1]"], "crop_scale"),
+    (["data.train=[]"], "data.train"),
+    (["data.train.0.shards=/nowhere/x.tar"], "/nowhere/x.tar"),
+    (["data.tokenizer=/nowhere/tokenizer.json"], "/nowhere/tokenizer.json"),
+    (["data.tokenizer=null"], "data.tokenizer"),
+    (["model.vocab_size=100"], "set model.vocab_size to 2048"),
+    (["train.global_batch=15"], "train.global_batch 15 does not divide by train.micro_batch 4 x 1 ranks"),
+    (["deepspeed.bf16={}"], "deepspeed.bf16 is set from train.precision"),
+    (["deepspeed.zero_optimization.stage=4"], "a stage of 0, 1, 2 or 3"),
+    (["nonsense"], "section.key=value"),
+    (["train.steps.x=1"], "train.steps is a value"),
+    (["data.train.7.shards=x"], "'7'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
+def test_mistakes(run, overrides, message):
+    if overrides == ["data.tokenizer=null"]:
+        message = "data.tokenizer: missing"
+    if overrides[0].startswith("deepspeed."):
+        overrides = ["deepspeed={}", *overrides]
+    code, err = run(*(word for o in overrides for word in ("--set", o)))
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in err
+    assert not (run.folder / "run").exists()
+
+
+def test_config_file_mistakes(run):
+    for name, text, message in [
+        ("missing.json", None, "cannot be read"),
+        ("broken.json", "{", "is no JSON"),
+        ("list.json", "[]", "must hold one JSON object"),
+        ("empty.json", "{}", "data is missing"),
+    ]:
+        file = run.folder / name
+        if text is not None:
+            file.write_text(text)
+        code, err = run(file=file)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_old_run_is_not_overwritten(run):
+    assert run()[0] == 0
+    code, err = run()
+    assert code == 2 and "already holds checkpoints" in err
+    code, err = run("--resume", "auto", "--set", "model.depth=3")
+    assert code == 2 and "model.depth = 2, the config says 3" in err
+    code, err = run("--resume", str(run.folder / "nothing"))
+    assert code == 2 and "neither a checkpoint nor a run folder" in err
+
+
+@pytest.mark.parametrize(("name", "text"), [("state.safetensors", b"\x00" * 64), ("state.json", b"{")])
+def test_damaged_checkpoint(run, name, text):
+    assert run()[0] == 0
+    (run.folder / "run/checkpoints/step-00000006" / name).write_bytes(text)
+    code, err = run("--resume", "auto")
+    assert code == 2 and f"{name} is damaged" in err
+
+
+def test_loss_that_is_not_finite(run):
+    options = ["optim.peak_lr=1e9", "optim.clip_grad=null", "train.steps=30", "train.save_every=1"]
+    code, err = run(*(word for o in options for word in ("--set", o)))
+    assert code == 2
+    assert "the loss of step" in err and "train-0000.tar/" in err and "optim.peak_lr" in err
+    assert (run.folder / "run/checkpoints").is_dir()  # what was saved before is still there
+
+
+def test_overrides_and_defaults():
+    config = load_config(
+        ROOT / "configs/quickstart.json", ["optim.peak_lr=0.1", "run.dir=x y", "data.train.0.weight=2", "model.depth=7"]
+    )
+    assert config.optim.peak_lr == 0.1 and str(config.run.dir) == "x y"
+    assert config.data.train[0].weight == 2 and config.model.depth == 7
+    large = ModelConfig()
+    assert (large.emb_dim, large.depth, large.num_heads, large.dec_emb_dim) == (1024, 24, 16, 512)
+    wide = ModelConfig(size="small", emb_dim=768)
+    assert (wide.emb_dim, wide.depth) == (768, 12)
+    with pytest.raises(UserError, match="unknown key"):
+        load_config(ROOT / "configs/quickstart.json", ["train.global_bach=1"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
+def test_dry_run(path, capsys):
+    """Every config is valid; the numbers are the known ones."""
+    assert train.main(["--config", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "ZeRO stage" in out
+    known = {"large": ("376,155,194", "209.9 G"), "base": ("150,757,434", "102.9 G"), "small": ("74,782,266", "71.2 G")}
+    for number in known.get(path.stem, ()):
+        assert number in out
+
+
+def test_learning_rate_is_optax_warmup_cosine():
+    from m3ae_fast.config import OptimConfig
+    from m3ae_fast.engine.optim import learning_rate
+
+    config = OptimConfig(peak_lr=1.0, init_lr=0.1, end_lr=0.01)
+    rates = [learning_rate(step, config, 512, 10, 110) for step in (0, 5, 10, 60, 110, 500)]
+    # twice the numbers of optax.warmup_cosine_decay_schedule(0.1, 1.0, 10, 110, 0.01): the batch is 2 x 256
+    assert rates == pytest.approx([0.2, 1.1, 2.0, 1.01, 0.02, 0.02])
+    assert learning_rate(0, config, 256, 0, 10) == 1.0
+
+
+def test_shards_of_the_repository_are_there():
+    assert (CLIPART / "README.md").is_file()

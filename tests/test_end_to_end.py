@@ -1,0 +1,75 @@
+"""What a user does on the first day, through the deepspeed launcher."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trainer import ROOT, environment
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import export
+from m3ae_fast.model.m3ae import M3AE
+
+
+def test_train_export_load(trainer):
+    """Two ranks with ZeRO-2 learn something; the run folder holds all it should; the export is the trained model."""
+    options = ["train.steps=60", "train.log_every=5", "train.eval_every=30", "train.pictures=3", "train.save_every=25"]
+    options += ['deepspeed={"zero_optimization":{"stage":2}}', "optim.peak_lr=8e-2"]
+    out = trainer("run", *(word for o in options for word in ("--set", o)), ranks=2, launcher="deepspeed")
+    assert "Traceback" not in out
+    run = trainer.folder / "run"
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line for line in lines if "val_image_loss" in line]
+    assert [line["step"] for line in held_out] == [0, 30, 60]
+    for name in ("val_image_loss", "val_text_loss"):
+        values = [line[name] for line in held_out]
+        assert values[2] < values[1] < values[0], name
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, *range(5, 61, 5)]
+    wanted = "image_loss text_loss text_accuracy lr grad_norm samples_per_s tokens_per_s mfu data_wait peak_memory_gb"
+    assert all(np.isfinite(line[name]) for line in steps for name in wanted.split())
+
+    assert trainer.checkpoints("run") == ["step-00000050", "step-00000060"]
+    assert list((run / "tensorboard").glob("events.*"))
+    with Image.open(run / "reconstructions.png") as picture:
+        assert picture.width > 3 * 160 and np.asarray(picture).std() > 10
+
+    assert export(run, trainer.folder / "out").name == "step-00000060"
+    model = M3AE.from_pretrained(trainer.folder / "out")
+    features = model.representation(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([[1, 2, 3]] * 2))
+    assert features.shape == (2, 1 + 16 + 3, 32) and features.isfinite().all()
+
+
+def test_export_of_every_stage_is_the_same_model(trainer):
+    for stage in (0, 3):
+        section = json.dumps({"zero_optimization": {"stage": stage}})
+        trainer(f"stage-{stage}", "--set", f"deepspeed={section}")
+        export(trainer.folder / f"stage-{stage}", trainer.folder / f"out-{stage}")
+    one, other = (M3AE.from_pretrained(trainer.folder / f"out-{stage}").state_dict() for stage in (0, 3))
+    for name in one.keys() - {n for n in one if n.endswith("qkv.bias")}:  # keys' bias: rounding that Adam blows up
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_export_mistakes(tmp_path):
+    with pytest.raises(UserError, match="neither a checkpoint nor a run"):
+        export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="no exported M3AE"):
+        M3AE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["verify", "export", "visualise", "train", "data"])
+def test_help_teaches(module):
+    command = [sys.executable, "-m", f"m3ae_fast.{module}", "--help"]
+    out = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0 and "usage:" in out.stdout and len(out.stdout) > 300, out
+
+
+def test_mistake_on_two_ranks_is_told_once(trainer):
+    out = trainer("run", "--set", "data.train.0.shards=/nowhere/x.tar", ranks=2, launcher="deepspeed", code=2)
+    assert out.count("error: ") == 1 and "Traceback" not in out
