@@ -12,10 +12,8 @@ import argparse
 import dataclasses
 import os
 import sys
-import time
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 # Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
@@ -31,6 +29,7 @@ from m3ae_fast.dry_run import report
 from m3ae_fast.engine import checkpoint, distributed
 from m3ae_fast.engine.core import Engine, build_engine
 from m3ae_fast.engine.distributed import Ranks
+from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.hardware import peak_flops, peak_memory
 from m3ae_fast.engine.meter import Counts, Meter
 from m3ae_fast.engine.metrics import Metrics
@@ -40,7 +39,7 @@ from m3ae_fast.engine.watch import LossWatch
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.attention import attention_backend
 from m3ae_fast.model.m3ae import M3AE, Losses
-from m3ae_fast.model.packing import Geometry, PackedBatch
+from m3ae_fast.model.packing import PackedBatch
 from m3ae_fast.visualise import draw_run
 
 
@@ -109,14 +108,13 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
     if cfg.compile:
         for block in (*model.encoder.blocks, *model.decoder.blocks):
             block.compile(dynamic=True)
-    geometry = model.geometry
     engine = build_engine(model, config, ranks)
     step = restore(engine, resumed, config, ranks) if resumed else 0
 
     loader = partial(
         build_loader,
         tokenizer=data.tokenizer,
-        geometry=geometry,
+        geometry=model.geometry,
         masking=config.masking,
         seed=config.run.seed,
         rank=ranks.rank,
@@ -124,7 +122,7 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
         micro_batch=micro_batch,
         pin_memory=ranks.device.type == "cuda",
     )
-    stream = iter(loader(config.data, data.train, accumulation=accumulation, start_step=step, steps=total_steps))
+    stream = loader(config.data, data.train, accumulation=accumulation, start_step=step, steps=total_steps)
     eval_steps = -(-cfg.eval_samples // (micro_batch * ranks.world))
     held_out = loader(config.data, data.val, train=False, steps=eval_steps) if data.val else None
 
@@ -138,13 +136,9 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
             metrics.say(describe(engine, config, ranks, data, step, total_steps))
         if held_out and step == 0:
             report_held_out(engine, held_out, step, ranks, metrics)
-        while step < total_steps:
-            started = time.perf_counter()
-            batches = list(islice(stream, accumulation))
-            waited = time.perf_counter() - started
-
+        for host, batches, waited in feed(stream, accumulation, ranks.device):
             # all that ranks agree on before a step: who asks to stop, and what the losses are means over
-            asked, failed, *sums = ranks.sum([stop.asked, watch.failed(), *Counts.of(batches, config)])
+            asked, failed, *sums = ranks.sum([stop.asked, watch.failed(), *Counts.of(host, config)])
             if asked or failed:
                 break
             counts = Counts(*sums)
@@ -157,28 +151,32 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
             if config.model.has_dropout:
                 torch.manual_seed(hash64(config.run.seed, step, ranks.rank) & 0xFFFFFFFF)
             lr = learning_rate(step, config.optim, cfg.global_batch, warmup_steps, total_steps)
-            losses, grad_norm = engine.step([batch.to(ranks.device) for batch in batches], lr)
+            losses, grad_norm = engine.step(batches, lr)
             step += 1
             watch.add(step, [key for batch in batches for key in batch.keys], losses)
 
             if metrics:
                 metrics.advance(step)
-            if step % cfg.log_every == 0 or step in (1, total_steps):
+            due_log, due_eval, due_save = (
+                step == total_steps or step % every == 0
+                for every in (cfg.log_every, cfg.eval_every or total_steps, cfg.save_every)
+            )
+            if due_log or step == 1:
                 values = mean_losses(losses, ranks)
                 if metrics:
                     shared = {"lr": lr, "grad_norm": float(grad_norm), "epoch": step / steps_an_epoch}
                     memory = {"peak_memory_gb": peak_memory(ranks.device) / 1e9, "skipped": bad.bad}
                     metrics.log(step, values | shared | meter.rates() | memory)
-            if step == total_steps or step % cfg.save_every == 0 or step % (cfg.eval_every or total_steps) == 0:
+            if due_eval or due_save:
                 stop_if_not_finite(watch, ranks)
-            if held_out and (step == total_steps or (cfg.eval_every and step % cfg.eval_every == 0)):
+            if due_eval and held_out:
                 report_held_out(engine, held_out, step, ranks, metrics)
-            if step == total_steps or step % cfg.save_every == 0:
-                save(engine, step, config, ranks, data, geometry, metrics)
+            if due_save:
+                save(engine, step, config, ranks, data, metrics)
 
         stop_if_not_finite(watch, ranks)
         if step < total_steps:
-            save(engine, step, config, ranks, data, geometry, metrics)
+            save(engine, step, config, ranks, data, metrics)
             if metrics:
                 metrics.say(f"stopped at step {step} ({stop.reason or 'asked by another rank'}); --resume auto goes on")
     return 0
@@ -260,9 +258,7 @@ def stop_if_not_finite(watch: LossWatch, ranks: Ranks) -> None:
             )
 
 
-def save(
-    engine: Engine, step: int, config: Config, ranks: Ranks, data: Data, geometry: Geometry, metrics: Metrics | None
-) -> None:
+def save(engine: Engine, step: int, config: Config, ranks: Ranks, data: Data, metrics: Metrics | None) -> None:
     """Checkpoint and pictures. Every rank must call it."""
     state = engine.state()
     seen = step * config.train.global_batch

@@ -8,7 +8,7 @@ A sample's encoder rows are [cls, visible patches, visible text]; its decoder ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
@@ -90,7 +90,11 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         return self._map(lambda t: t.pin_memory())
 
-    def _map(self, move) -> PackedBatch:
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that `stream` reads tensors that another stream made."""
+        self._map(lambda t: t.record_stream(stream) or t)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
         def one(value):
             if isinstance(value, Tensor):
                 return move(value)
