@@ -171,9 +171,7 @@ def test_packed_attention_against_softmax(dtype):
     torch.manual_seed(0)
     q_lens, k_lens = [0, 1, 3, 5], [2, 1, 7, 5]
     q, k, v = (torch.randn(sum(n), 2, 8, dtype=dtype, requires_grad=True) for n in (q_lens, k_lens, k_lens))
-    segments = [
-        Segments(torch.tensor([0, *n]).cumsum(0).to(torch.int32), max(n), sum(n)) for n in (q_lens, k_lens)
-    ]
+    segments = [Segments(torch.tensor([0, *n]).cumsum(0).to(torch.int32), max(n), sum(n)) for n in (q_lens, k_lens)]
     out = packed_attention(q, k, v, *segments)
     grad = torch.randn_like(out)
     got = (out, *torch.autograd.grad(out, (q, k, v), grad))
@@ -234,7 +232,14 @@ def test_pack_refuses_what_does_not_fit():
 
 def test_draw_mask_counts():
     generator = torch.Generator().manual_seed(0)
-    for length, ratio, visible in ((256, 0.75, 64), (64, 0.75, 16), (9, 0.75, 2), (16, 0, 16), (16, 1, 0), (10, 0.9, 0)):
+    for length, ratio, visible in (
+        (256, 0.75, 64),
+        (64, 0.75, 16),
+        (9, 0.75, 2),
+        (16, 0, 16),
+        (16, 1, 0),
+        (10, 0.9, 0),
+    ):
         assert (~draw_mask(length, ratio, generator)).sum() == visible  # int(10 * (1 - 0.9)) is 0 in floats
     masks = torch.stack([draw_mask(16, 0.75, generator) for _ in range(2000)]).float()
     assert (masks.mean(0) - 0.75).abs().max() < 0.05

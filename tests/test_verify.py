@@ -54,7 +54,9 @@ def test_clipping_is_optax(tmp_path):
     """A small clip_gradient scales the first step's gradients; a wrong rule would show in the parameters after it."""
     golden = Golden.load(next(f for f in FILES if f.stem == "paired"))
     golden.meta |= {"clip_gradient": 0.01, "steps": 1}
-    after = [(n, o, g) for n, o, g, _ in quantities(golden, torch.device("cpu"), torch.float32) if n.startswith("after")]
+    after = [
+        (n, o, g) for n, o, g, _ in quantities(golden, torch.device("cpu"), torch.float32) if n.startswith("after")
+    ]
     norm = sum(float((g**2).sum()) for k, g in golden.arrays.items() if k.startswith("grads/")) ** 0.5
     for name, ours, _ in after:
         path = name.removeprefix("after ")
