@@ -1,6 +1,6 @@
 """python -m m3ae_fast.export RUN OUT: the weights of a run as safetensors + config.json.
 
-model = M3AE.from_pretrained(OUT)
+`m3ae_fast.model.M3AE.from_pretrained(OUT)` loads them.
 """
 
 from __future__ import annotations
