@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,6 +42,11 @@ def precision(dtype: torch.dtype) -> str:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """The matrix, contiguous, with zero columns added up to a multiple of 16: odd widths would be loaded one by one."""
+    return F.pad(matrix, (0, -matrix.shape[1] % 16)).contiguous()
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:

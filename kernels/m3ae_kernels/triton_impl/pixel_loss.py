@@ -10,6 +10,7 @@ from ..pixels import from_planar, to_planar
 from ..tuning import config
 from .common import (
     acc_type,
+    aligned,
     cdiv,
     launcher,
     load_pixels,
@@ -112,9 +113,10 @@ def pixel_loss(
 ) -> None:
     """Fills row_loss [M], and the gradients that have room; hidden, weight and bias have one dtype."""
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
-    count, dim, patch = len(hidden), hidden.shape[1], weight.shape[0]
+    count, patch = len(hidden), len(weight)
     hidden, images, ids = hidden.contiguous(), images.contiguous(), ids.contiguous()
     weight, bias = to_planar(weight, patch_size, 0), to_planar(bias, patch_size, 0)
+    wide_hidden, wide_weight = aligned(hidden), aligned(weight)
     pixels = pixel_arguments(images, patch_size, scale, shift) | {"ACC": acc_type(dtype)}
     mean = rstd = share  # read only with norm_pix
     if norm_pix:
@@ -138,8 +140,8 @@ def pixel_loss(
         tile_loss = share.new_empty(tiles_n, size)
         tile_bias = share.new_empty(tiles_m if wanted else 0, patch)
         pixel_error_kernel[(tiles_m * tiles_n,)](
-            hidden[rows], weight, bias, images, ids[rows], share[rows], mean[rows], rstd[rows],
-            tile_loss, tile_bias, slope, size, dim, **pixels,
+            wide_hidden[rows], wide_weight, bias, images, ids[rows], share[rows], mean[rows], rstd[rows],
+            tile_loss, tile_bias, slope, size, wide_weight.shape[1], **pixels,
             NORM_PIX=norm_pix, GRAD=wanted, PRECISION=precision(dtype), **tile,
         )  # fmt: skip
         torch.div(tile_loss.sum(0), patch, out=row_loss[rows])
