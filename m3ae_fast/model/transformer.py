@@ -5,6 +5,8 @@ Shapes: T rows, R query rows (R = T but in a pruned last block), D width, H head
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from m3ae_kernels import gather_tokens
@@ -53,7 +55,15 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x_RD), approximate="tanh"))))
+        return self.drop(self.fc2(self.drop(gelu(self.fc1(x_RD)))))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh approximation (arXiv 1606.08415, section 2), which flax takes by default."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # 0.5 (1 + tanh(u)) = sigmoid(2 u): one cheap exponential, where a CPU's tanh takes several times longer
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class DropPath(nn.Module):
