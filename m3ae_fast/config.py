@@ -19,41 +19,46 @@ SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 T = TypeVar("T", bound=Section)
 Channels = Annotated[tuple[float, ...], Strict(False)]  # one number a channel; a JSON array is no tuple when strict
+# Upper bounds beyond all use, so that a slip of the keyboard is an error and no overflow or endless start.
+Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
+Layers = Annotated[int, Field(gt=0, le=1024)]
+Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
+Count = Annotated[int, Field(gt=0, le=1 << 40)]
 
 
 class RunConfig(Section):
     dir: Path = Path("runs/m3ae")  # checkpoints, metrics, TensorBoard events and pictures go here
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=1 << 63)
 
 
 class ModelConfig(Section):
     """Everything that defines the network. `size` fills the widths and depths that are not given."""
 
     size: Literal["small", "base", "large", "huge"] | None = "large"
-    emb_dim: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    dec_emb_dim: int = Field(512, gt=0)
-    dec_depth: int = Field(8, gt=0)
-    dec_num_heads: int = Field(16, gt=0)
-    mlp_ratio: float = Field(4, gt=0)
-    output_head_depth: int = Field(0, ge=0)  # hidden layers of the output heads
+    emb_dim: Size
+    depth: Layers
+    num_heads: Size
+    dec_emb_dim: Size = 512
+    dec_depth: Layers = 8
+    dec_num_heads: Size = 16
+    mlp_ratio: float = Field(4, gt=0, le=64)
+    output_head_depth: int = Field(0, ge=0, le=1024)  # hidden layers of the output heads
     use_type_embedding: bool = True
     drop: float = Field(0.0, ge=0, lt=1)
     att_drop: float = Field(0.0, ge=0, lt=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
-    image_size: int = Field(256, gt=0)  # pixels
-    patch_size: int = Field(16, gt=0)  # pixels
+    image_size: Size = 256  # pixels
+    patch_size: Size = 16  # pixels
     channels: Literal[1, 3, 4] = 3
     image_mean: Channels = (0.5762, 0.5503, 0.5213)  # cc12m's, of pixels / 255
     image_std: Channels = (0.3207, 0.3169, 0.3307)
-    text_length: int = Field(64, gt=0)  # tokens; longer captions are cut
-    vocab_size: int = Field(30522, ge=0)  # 0 builds an image-only MAE without text weights
+    text_length: Size = 64  # tokens; longer captions are cut
+    vocab_size: int = Field(30522, ge=0, le=1 << 24)  # 0 builds an image-only MAE without text weights
 
     @model_validator(mode="before")
     @classmethod
@@ -71,6 +76,10 @@ class ModelConfig(Section):
                 raise ValueError(f"{width} {getattr(self, width)} does not divide by {heads} {getattr(self, heads)}")
             if getattr(self, width) % 4:
                 raise ValueError(f"{width} {getattr(self, width)} is no multiple of 4, as sin-cos positions need")
+            if int(getattr(self, width) * self.mlp_ratio) == 0:
+                raise ValueError(
+                    f"mlp_ratio {self.mlp_ratio:g} leaves no hidden layer for {width} {getattr(self, width)}"
+                )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} does not divide by patch_size {self.patch_size}")
         for name in ("image_mean", "image_std"):
@@ -110,7 +119,7 @@ class LossConfig(Section):
 
 class SourceConfig(Section):
     shards: str | list[str]  # brace patterns, globs, pipe: commands, URLs
-    weight: float | None = Field(None, gt=0)  # relative share of the samples; none: by size
+    weight: float | None = Field(None, gt=0, le=1e12)  # relative share of the samples; none: by size
     modality: Literal["auto", "paired", "image", "text"] = "auto"
 
 
@@ -120,9 +129,9 @@ class DataConfig(Section):
     tokenizer: str | None = None  # a tokenizer.json, a BERT vocab.txt or a hub name
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that RandomResizedCrop keeps
     flip: bool = True
-    shuffle_shards: int = Field(16, gt=0)  # shards whose samples are shuffled together
-    workers: int | None = Field(None, ge=0)  # loader processes a rank; none: what the cores allow
-    prefetch: int = Field(4, gt=0)  # batches each worker prepares ahead
+    shuffle_shards: int = Field(16, gt=0, le=1 << 24)  # shards whose samples are shuffled together
+    workers: int | None = Field(None, ge=0, le=1024)  # loader processes a rank; none: what the cores allow
+    prefetch: int = Field(4, gt=0, le=1024)  # batches each worker prepares ahead
     cache_dir: Path | None = None  # copies of remote shards, indexes of read-only folders
     max_bad_fraction: float = Field(0.1, ge=0, le=1)  # more broken samples than this stop the run
 
@@ -138,31 +147,34 @@ class DataConfig(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     peak_lr: float = Field(1.5e-4, gt=0)  # for a batch of 256; scaled by global_batch / 256
     init_lr: float = Field(0.0, ge=0)  # scaled likewise
     end_lr: float = Field(0.0, ge=0)  # scaled likewise
-    warmup_epochs: float = Field(5, ge=0)
+    warmup_epochs: float = Field(5, ge=0, le=1e6)
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip_grad: float | None = Field(None, gt=0)  # global norm
 
 
 class TrainConfig(Section):
-    global_batch: int = Field(4096, gt=0)  # samples an optimiser step, over all ranks
-    micro_batch: int | None = Field(None, gt=0)  # samples a rank and forward pass; none: no accumulation
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)  # instead of epochs
+    global_batch: Batch = 4096  # samples an optimiser step, over all ranks
+    micro_batch: Batch | None = None  # samples a rank and forward pass; none: no accumulation
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    steps: Count | None = None  # instead of epochs
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the transformer blocks
-    log_every: int = Field(10, gt=0)  # steps
-    eval_every: int | None = Field(None, gt=0)  # steps; none: at the end alone
-    eval_samples: int = Field(1024, gt=0)  # held-out samples an evaluation looks at
-    save_every: int = Field(1000, gt=0)  # steps
-    keep: int = Field(2, gt=0)  # checkpoints kept
-    pictures: int = Field(6, ge=0)  # samples in reconstructions.png
+    log_every: Count = 10  # steps
+    eval_every: Count | None = None  # steps; none: at the end alone
+    eval_samples: Count = 1024  # held-out samples an evaluation looks at
+    save_every: Count = 1000  # steps
+    keep: Count = 2  # checkpoints kept
+    pictures: int = Field(6, ge=0, le=1000)  # samples in reconstructions.png
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -195,17 +207,28 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        section = (self.deepspeed or {}).get("zero_optimization", {})
-        if not isinstance(section, dict) or section.get("stage", 0) not in (0, 1, 2, 3):
+        zero = self._zero
+        if not isinstance(zero, dict) or not any(zero.get("stage", 0) is stage for stage in range(4)):
             raise ValueError("deepspeed.zero_optimization must be an object with a stage of 0, 1, 2 or 3")
+        if not isinstance(zero.get("offload_optimizer", {}), dict | None):
+            raise ValueError("deepspeed.zero_optimization.offload_optimizer must be an object with a device")
         for key, owner in _SET_ELSEWHERE.items():
             if key in (self.deepspeed or {}):
                 raise ValueError(f"deepspeed.{key} is set from {owner}; remove it from the deepspeed section")
         return self
 
     @property
+    def _zero(self) -> Any:
+        return (self.deepspeed or {}).get("zero_optimization", {})
+
+    @property
     def zero_stage(self) -> int:
-        return (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+        return self._zero.get("stage", 0)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether Adam runs on the CPU while the model is elsewhere (ZeRO-Offload)."""
+        return ((self._zero.get("offload_optimizer") or {}).get("device") or "none") != "none"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -216,10 +239,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give --config an existing file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"config {path}: is no JSON ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"config {path}: must hold one JSON object")
@@ -230,10 +253,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def parse(section: type[T], data: Any, where: str) -> T:
     """Validate plain JSON data. Raises UserError with one line that names the first wrong field."""
+    text = json.dumps(data)
+    if "\\u0000" in text:  # no file name may have one
+        raise UserError(f"{where}: holds a null character")
     try:
-        return section.model_validate_json(json.dumps(data))
+        return section.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"{where}: {_describe(section, error)}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values for one key JSON would silently take the last."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return data
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -241,8 +276,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise UserError(f"--set {override}: write it as section.key=value")
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
         value = text
     *parents, last = name.split(".")
     node: Any = data
@@ -260,7 +295,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _item(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+    if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
         return node[int(key)]
     raise UserError(f"--set {override}: there is no {key!r} at this place")
 

@@ -1,6 +1,7 @@
 """A user's mistake is one line that names the thing, exit code 2, and nothing is written."""
 
 import json
+from pathlib import Path
 
 import pytest
 from trainer import CLIPART, ROOT, TINY
@@ -51,6 +52,16 @@ MISTAKES = [
     (["train.global_batch=15"], "train.global_batch 15 does not divide by train.micro_batch 4 x 1 ranks"),
     (["deepspeed.bf16={}"], "deepspeed.bf16 is set from train.precision"),
     (["deepspeed.zero_optimization.stage=4"], "a stage of 0, 1, 2 or 3"),
+    (["deepspeed.zero_optimization.stage=true"], "a stage of 0, 1, 2 or 3"),
+    (["deepspeed.zero_optimization.offload_optimizer=cpu"], "must be an object with a device"),
+    (["optim.peak_lr=NaN"], "optim.peak_lr: input should be a finite number"),
+    (["optim.betas=[2,2]"], "optim.betas.0: input should be less than 1"),
+    (["run.seed=18446744073709551616"], "run.seed"),
+    (["model.depth=100000000000"], "model.depth"),
+    (["model.mlp_ratio=0.01"], "mlp_ratio 0.01 leaves no hidden layer"),
+    (["train.global_batch=1000000000000000000"], "train.global_batch"),
+    (['run.dir="a\\u0000b"'], "null character"),
+    (["data.train.².shards=x"], "'²'"),
     (["nonsense"], "section.key=value"),
     (["train.steps.x=1"], "train.steps is a value"),
     (["data.train.7.shards=x"], "'7'"),
@@ -76,6 +87,8 @@ def test_config_file_mistakes(run):
         ("missing.json", None, "cannot be read"),
         ("broken.json", "{", "is no JSON"),
         ("list.json", "[]", "must hold one JSON object"),
+        ("deep.json", "[" * 100_000, "is no JSON"),
+        ("twice.json", '{"data": {"train": 1, "train": 2}}', "the key 'train' is there twice"),
         ("empty.json", "{}", "data is missing"),
     ]:
         file = run.folder / name
@@ -121,6 +134,7 @@ def test_overrides_and_defaults():
     assert (large.emb_dim, large.depth, large.num_heads, large.dec_emb_dim) == (1024, 24, 16, 512)
     wide = ModelConfig(size="small", emb_dim=768)
     assert (wide.emb_dim, wide.depth) == (768, 12)
+    assert load_config(ROOT / "configs/quickstart.json", ['run={"seed":7}']).run.dir == Path("runs/m3ae")
     with pytest.raises(UserError, match="unknown key"):
         load_config(ROOT / "configs/quickstart.json", ["train.global_bach=1"])
 

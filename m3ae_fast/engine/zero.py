@@ -36,9 +36,8 @@ class DeepSpeedEngine:
         self.model, self.config, self.ranks = model, config, ranks
         self.stage = config.zero_stage
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
-        offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         model.to(ranks.device)
-        optimizer = build_adamw(model, config.optim, cpu_offload=offload != "none")
+        optimizer = build_adamw(model, config.optim, cpu_offload=config.offloads_optimizer)
         self.optimizer_name = name_of(optimizer)
         section = deepspeed_config(config, ranks.world)
         try:
