@@ -8,11 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "triton", "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str) -> str:
+    result = subprocess.run([sys.executable, "-m", *command], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
+    return result.stdout
+
 
 def test_ops_on_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "triton", "OMP_NUM_THREADS": "1"}
-    file = Path(__file__).with_name("test_kernel_ops.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+    out = run("pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_kernel_ops.py")))
+    assert " passed" in out and "skipped" not in out
+
+
+def test_the_kernels_equal_the_official_model():
+    out = run("m3ae_fast.verify", "tests/golden/paired.npz")
+    assert "agree with the official implementation" in out
