@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ class Golden:
             return cls(path, arrays, meta)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-        except (ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy and zipfile raise anything on hostile input
             raise UserError(f"{path}: is no golden file ({error})") from None
 
     def get(self, key: str) -> np.ndarray | None:
@@ -122,7 +121,7 @@ class Golden:
         size = len(text if images is None else images)
         samples = []
         for i in range(size):
-            sample = Sample(key=f"{self.path.name}[{i}]")
+            sample = Sample(key=f"sample {i}")
             if images is not None:
                 sample.image = torch.from_numpy(images[i]).permute(2, 0, 1).contiguous()
                 sample.image_mask = torch.from_numpy(self.arrays["in/image_mask"][i] > 0) & masked
@@ -134,8 +133,11 @@ class Golden:
         return samples
 
     def valid(self, i: int) -> Tensor:
-        """bool [X]: text positions of sample i that are not padding."""
-        return torch.from_numpy(self.arrays["in/text_padding_mask"][i] == 0)
+        """bool [X]: text positions of sample i that are not padding. Raises ValueError where padding precedes words."""
+        valid = self.arrays["in/text_padding_mask"][i] == 0
+        if (valid[1:] > valid[:-1]).any():
+            raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the words")
+        return torch.from_numpy(valid)
 
     def kept(self, modality: str) -> np.ndarray:
         """Visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""

@@ -9,6 +9,7 @@ Shapes: S samples, L patches, X text positions, T encoder rows, M decoder rows, 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +17,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from m3ae_fast.engine.optim import build_adamw, clip_by_global_norm
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import pack
@@ -116,12 +118,12 @@ def _steps(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
         optimizer.zero_grad(set_to_none=True)
         losses = model(batch)
         losses.loss.backward()
-        trajectory.append(losses.loss.detach().float().cpu())
+        trajectory.append(losses.loss.item())
         clip_by_global_norm(list(model.parameters()), golden.optim.clip_grad)
         for group in optimizer.param_groups:
             group["lr"] = golden.meta["lr"]
         optimizer.step()
-    yield "loss_trajectory", torch.stack(trajectory), torch.from_numpy(golden.arrays["out/loss_trajectory"]), TOLERANCE
+    yield "loss_trajectory", torch.tensor(trajectory), torch.from_numpy(golden.arrays["out/loss_trajectory"]), TOLERANCE
     for name, p in model.named_parameters():
         ours, official = p.detach().cpu(), golden.parameter("params_after", name)
         if name.endswith("qkv.bias"):
@@ -134,11 +136,28 @@ def _flax(golden: Golden, name: str) -> str:
     return flax_name(name, golden.meta["config"]["output_head_depth"])
 
 
+def _replay(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
+    """`quantities`, with a UserError for whatever a file lacks or has in a wrong shape."""
+    try:
+        yield from quantities(golden, device, dtype)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+
+
 def relative_error(ours: Tensor, official: Tensor) -> float:
-    """||ours - official|| / ||official||, in float64; the plain norm where the official one is 0."""
+    """||ours - official|| / ||official||, in float64; the plain norm where the official one is 0, infinite where the
+    shapes differ."""
     ours, official = ours.detach().double().cpu(), official.double()
     if ours.shape != official.shape:
-        raise UserError(f"shape {tuple(ours.shape)} is not the official {tuple(official.shape)}")
+        return math.inf
     scale = official.norm().item()
     return (ours - official).norm().item() / (scale or 1.0)
 
@@ -150,14 +169,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    console = Console(highlight=False, soft_wrap=True)
+    console, device = Console(highlight=False, soft_wrap=True), _device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     total = failed = 0
     for file in args.files:
-        console.print(f"[bold]{file}[/bold]")
-        for name, ours, official, tolerance in quantities(
-            Golden.load(file), torch.device(args.device), getattr(torch, args.dtype)
-        ):
+        console.print(f"[bold]{escape(file)}[/bold]")
+        for name, ours, official, tolerance in _replay(Golden.load(file), device, getattr(torch, args.dtype)):
             tolerance *= args.tolerance_scale
             error = relative_error(ours, official)
             good = error <= tolerance  # a NaN is not good
@@ -170,6 +187,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from m3ae_fast.errors import exit_cleanly
-
     sys.exit(exit_cleanly(main))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from official import Official, make_golden
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.verify import main, quantities, relative_error
 
@@ -124,6 +124,35 @@ def test_bad_files(tmp_path):
     (tmp_path / "cut.npz").write_bytes(FILES[0].read_bytes()[:5000])
     with pytest.raises(UserError, match="no golden file"):
         Golden.load(tmp_path / "cut.npz")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("params/cls_token", None, "params/cls_token"),
+        ("params/cls_token", np.zeros((3, 3)), "size"),
+        ("in/text", np.full((4, 12), 10**6), "index"),
+        ("in/text_padding_mask", np.eye(12)[:4], "padding must follow the words"),
+        ("meta", np.frombuffer(b"{}", np.uint8), "config"),
+    ],
+)
+def test_files_that_cannot_be_replayed(tmp_path, capsys, key, value, message):
+    arrays = dict(np.load(next(f for f in FILES if f.stem == "paired")))
+    if value is None:
+        del arrays[key]
+    else:
+        arrays[key] = value
+    np.savez(tmp_path / "[/odd].npz", **arrays)
+    assert exit_cleanly(lambda: main([str(tmp_path / "[/odd].npz")])) == 2
+    error = capsys.readouterr().err
+    assert "cannot be replayed" in error and message in error and error.count("\n") == 1
+
+
+def test_another_shape_is_no_agreement(tmp_path):
+    arrays = dict(np.load(FILES[0]))
+    arrays["out/loss_trajectory"] = arrays["out/loss_trajectory"][:-1]
+    np.savez(tmp_path / "short.npz", **arrays)
+    assert main([str(tmp_path / "short.npz")]) == 1
 
 
 def test_every_parameter_has_its_flax_name():
