@@ -142,8 +142,10 @@ def test_files_that_cannot_be_replayed(tmp_path, capsys, key, value, message):
         del arrays[key]
     else:
         arrays[key] = value
-    np.savez(tmp_path / "[/odd].npz", **arrays)
-    assert exit_cleanly(lambda: main([str(tmp_path / "[/odd].npz")])) == 2
+    file = tmp_path / "[/odd].npz"  # looks like markup
+    file.parent.mkdir()
+    np.savez(file, **arrays)
+    assert exit_cleanly(lambda: main([str(file)])) == 2
     error = capsys.readouterr().err
     assert "cannot be replayed" in error and message in error and error.count("\n") == 1
 
