@@ -1,7 +1,12 @@
 """The benchmarks compare like with like."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest has no reason to look for benchmarks/ by itself
 
 from benchmarks.reference import ReferenceM3AE
 from benchmarks.workload import make_batch, make_config

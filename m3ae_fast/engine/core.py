@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import Config
 from m3ae_fast.engine.distributed import Ranks
+from m3ae_fast.engine.memory import keep_freed_memory
 from m3ae_fast.engine.optim import build_adamw, clip_by_global_norm
 from m3ae_fast.model.m3ae import M3AE, Losses
 from m3ae_fast.model.packing import PackedBatch
@@ -49,6 +50,8 @@ class TorchEngine:
     """Data parallel on torch alone: float32 weights, autocast for bf16."""
 
     def __init__(self, model: M3AE, config: Config, ranks: Ranks) -> None:
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(ranks.device)
         self.config, self.ranks = config, ranks
         self.optimizer = build_adamw(self.model, config.optim)

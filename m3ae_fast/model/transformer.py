@@ -139,6 +139,11 @@ class Transformer(nn.Module):
             x_TD = self._run(block, x_TD, segments)
         return self._run(last, x_TD, segments, rows_M, queries)
 
+    def compile_blocks(self) -> None:
+        """torch.compile, for any number of rows; equal blocks share one graph."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
+
     def _run(self, block: Block, *args) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)

@@ -1,0 +1,46 @@
+"""Whole training steps of the same work: the plain reference, the expert's version, and this engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.reference import ReferenceTrainer
+from benchmarks.workload import WORDS, make_batch, make_config
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.engine.core import TorchEngine
+from m3ae_fast.engine.distributed import Ranks
+from m3ae_fast.model.m3ae import M3AE
+
+NAMES = ("reference", "expert", "engine")
+LR = 1e-5
+
+
+def build(
+    name: str,
+    model: ModelConfig,
+    samples: int,
+    ranks: Ranks,
+    *,
+    masking: MaskingConfig | None = None,
+    words: tuple[int, int] = WORDS,
+) -> Callable[[], Tensor]:
+    """A function that takes one step on a batch of `samples` and returns its loss, 0-d.
+
+    All contenders start from the same parameters and see the same batch.
+    """
+    config = make_config(model, samples, masking=masking, precision="bf16")
+    torch.manual_seed(0)
+    m3ae = M3AE(config.model, config.loss)
+    packed, padded = (batch.to(ranks.device) for batch in make_batch(config, samples, words=words))
+    if name == "engine":
+        m3ae.encoder.compile_blocks()
+        m3ae.decoder.compile_blocks()
+        engine = TorchEngine(m3ae, config, ranks)
+        return lambda: engine.step([packed], LR)[0][0].loss.detach()
+    state, expert = m3ae.state_dict(), name == "expert"
+    options = config.model, config.masking, config.loss, config.optim, state, ranks.device
+    trainer = ReferenceTrainer(*options, expert=expert)
+    return lambda: trainer.step(padded, LR)

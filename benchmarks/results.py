@@ -1,0 +1,66 @@
+"""Results on disk: one JSON file a benchmark, a table of named columns with where and when it was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import m3ae_fast
+
+FOLDER = Path(__file__).parent / "results"
+Row = dict[str, str | int | float | None]
+
+
+def about() -> dict[str, str | float]:
+    """Machine, versions and date; `load` is the machine's load average: above `cores`, others were busy here too."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "m3ae_fast": m3ae_fast.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
+
+
+def write(name: str, title: str, rows: list[Row]) -> Path:
+    """Writes NAME.json and prints the table."""
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    data = {"title": title, "about": about(), "rows": rows}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print("\n" + markdown(data))
+    return path
+
+
+def markdown(data: dict) -> str:
+    """One results file as a Markdown table under its title."""
+    a, columns = data["about"], list(data["rows"][0])
+    lines = [f"**{data['title']}** ({a['device']}, {a['cores']} cores, torch {a['torch']}, {a['date']})", ""]
+    lines.append("| " + " | ".join(columns) + " |")
+    numeric = [not isinstance(data["rows"][0][c], str) for c in columns]
+    lines.append("|" + "|".join("--:" if n else "---" for n in numeric) + "|")
+    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in data["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: str | int | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
