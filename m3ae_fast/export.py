@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.engine import checkpoint
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -23,14 +25,14 @@ def export(run: str | Path, out: str | Path) -> Path:
     Raises:
         UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
     """
-    path = checkpoint.find(Path(run), str(run))
+    path = checkpoint.locate(Path(run))
     info = checkpoint.read_info(path)
     config = parse(ModelConfig, info.config["model"], f"checkpoint {path}")
     weights = checkpoint.read_weights(path)
     try:
         write_pretrained(out, config, weights)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({error})") from None
     return path
 
 

@@ -30,7 +30,7 @@ from m3ae_fast.engine import checkpoint, distributed
 from m3ae_fast.engine.core import Engine, build_engine
 from m3ae_fast.engine.distributed import Ranks
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.hardware import peak_flops, peak_memory
+from m3ae_fast.engine.hardware import out_of_memory, peak_flops, peak_memory
 from m3ae_fast.engine.meter import Counts, Meter
 from m3ae_fast.engine.metrics import Metrics
 from m3ae_fast.engine.optim import learning_rate
@@ -67,17 +67,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    config = load_config(args.config, args.set)
-    if args.dry_run:
-        report(config)
-        return 0
     ranks = distributed.start()
     try:
+        config = ranks.from_main(ranks.on_main(lambda: load_config(args.config, args.set)))
+        if args.dry_run:
+            ranks.on_main(lambda: report(config))
+            return 0
         return train(config, args.resume, ranks)
-    except UserError as error:
-        if ranks.says("error"):
+    except (UserError, MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            error = UserError(
+                "out of memory: lower train.micro_batch, set train.activation_checkpointing, raise the ZeRO stage, or "
+                "choose a smaller model; --dry-run estimates what a config needs"
+            )
+        if not isinstance(error, UserError):
             raise
-        raise SystemExit(2) from error
+        if ranks.says("error"):
+            raise error from None
+        raise SystemExit(2) from None
     finally:
         distributed.stop()
 
@@ -123,15 +130,14 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
         pin_memory=ranks.device.type == "cuda",
     )
     stream = loader(config.data, data.train, accumulation=accumulation, start_step=step, steps=total_steps)
-    eval_steps = -(-cfg.eval_samples // (micro_batch * ranks.world))
-    held_out = loader(config.data, data.val, train=False, steps=eval_steps) if data.val else None
+    held_out = loader(config.data, data.val, train=False, samples=cfg.eval_samples) if data.val else None
 
     precision = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     meter = Meter(config, ranks.world * peak_flops(ranks.device, precision))
     watch, bad = LossWatch(), BadSamples(config.data.max_bad_fraction, data.train.samples)
     if ranks.is_main:
         bad.report(data.train.damaged)
-    with ranks.on_main(lambda: Metrics(run_dir, step, total_steps)) or nullcontext() as metrics:
+    with ranks.on_main(lambda: open_run(run_dir, step, total_steps)) or nullcontext() as metrics:
         if metrics:
             metrics.say(describe(engine, config, ranks, data, step, total_steps))
         if held_out and step == 0:
@@ -200,10 +206,20 @@ def open_data(config: Config, ranks: Ranks) -> Data:
     store = ShardStore(config.data.cache_dir)
     corpus = open_corpus(config.data.train, store, progress=ranks.is_main)
     val = open_corpus(config.data.val, store, progress=ranks.is_main) if config.data.val else None
+    if not config.model.vocab_size and any(part.has_captions for part in (corpus, val) if part):
+        raise UserError('model.vocab_size is 0, but the shards have captions; set "modality": "image" on their source')
     tokenizer = None
     if config.model.vocab_size and config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.text_length, config.model.vocab_size)
     return Data(corpus, val, tokenizer)
+
+
+def open_run(run_dir: Path, step: int, total_steps: int) -> Metrics:
+    """Take the run folder, and take out of it what an earlier attempt left there beyond `step`."""
+    metrics = Metrics(run_dir, step, total_steps)
+    for path in checkpoint.set_aside_after(run_dir, step):
+        metrics.say(f"the run goes on from step {step}: a later checkpoint is now {path}")
+    return metrics
 
 
 def describe(engine: Engine, config: Config, ranks: Ranks, data: Data, step: int, total_steps: int) -> str:
@@ -230,15 +246,15 @@ def report_held_out(
     engine: Engine, loader: DataLoader[PackedBatch], step: int, ranks: Ranks, metrics: Metrics | None
 ) -> None:
     """Log the losses on held-out samples: means over all their pictures and captions."""
-    sums = [0.0] * 5
+    sums = [0.0] * 6
     for batch in loader:
         images, captions = batch.image_count, batch.text_count
         part = engine.evaluate(batch.to(ranks.device))
         new = (images, float(part.image_loss) * images, captions)
-        new += (float(part.text_loss) * captions, float(part.text_accuracy) * captions)
+        new += (float(part.text_loss) * captions, float(part.text_accuracy) * captions, len(batch.skipped))
         sums = [a + b for a, b in zip(sums, new)]
-    images, image_loss, captions, text_loss, text_accuracy = ranks.sum(sums)
-    values = {}
+    images, image_loss, captions, text_loss, text_accuracy, skipped = ranks.sum(sums)
+    values = {"val_skipped": int(skipped)} if skipped else {}
     if images:
         values["val_image_loss"] = image_loss / images
     if captions:

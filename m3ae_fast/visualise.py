@@ -19,7 +19,7 @@ from torch import Tensor
 from m3ae_fast.config import Config, parse
 from m3ae_fast.data import CaptionTokenizer, Corpus, ShardStore, build_loader, load_tokenizer, open_corpus
 from m3ae_fast.engine import checkpoint
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.m3ae import M3AE, load_weights
 from m3ae_fast.model.packing import Sample, pack
 
@@ -34,7 +34,11 @@ BLACK, GREEN, RED, FAINT = (20, 20, 20), (0, 130, 50), (190, 30, 30), (130, 130,
 def draw_reconstructions(
     model: M3AE, samples: Sequence[Sample], tokenizer: CaptionTokenizer | None, path: Path
 ) -> None:
-    """Write a PNG with one row a sample. Visible patches and words are shown as they are, masked ones as predicted."""
+    """Write a PNG with one row a sample. Visible patches and words are shown as they are, masked ones as predicted.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -48,10 +52,13 @@ def draw_reconstructions(
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
     for i, row in enumerate(rows):
         sheet.paste(row, (0, 24 + i * (SIDE + GAP)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.png")
-    sheet.save(partial)
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def draw_run(
@@ -66,10 +73,17 @@ def draw_run(
     model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights")
     loader = build_loader(
-        config.data, corpus, tokenizer, model.geometry, config.masking, seed=config.run.seed, micro_batch=1, train=False
+        config.data,
+        corpus,
+        tokenizer,
+        model.geometry,
+        config.masking,
+        seed=config.run.seed,
+        micro_batch=1,
+        train=False,
+        samples=pictures,
     )
-    count = min(pictures, corpus.samples)
-    samples = [loader.dataset[i * corpus.samples // count] for i in range(count)]
+    samples = [loader.dataset[i] for i in range(len(loader))]
     draw_reconstructions(model, [s for s in samples if isinstance(s, Sample)], tokenizer, path)
 
 
@@ -79,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: RUN/reconstructions.png")
     parser.add_argument("--pictures", type=int, default=12, help="samples shown (default: 12)")
     args = parser.parse_args(argv)
-    path = checkpoint.find(Path(args.run), args.run)
+    path = checkpoint.locate(Path(args.run))
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     state = checkpoint.read_weights(path)
     corpus = open_corpus(config.data.val or config.data.train, ShardStore(config.data.cache_dir), progress=True)
@@ -87,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.model.vocab_size and config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.text_length, config.model.vocab_size)
     out = args.out or Path(args.run) / "reconstructions.png"
+    if args.pictures < 1:
+        raise UserError(f"--pictures {args.pictures}: must be 1 or more")
     draw_run(config, state, corpus, tokenizer, out, args.pictures)
     print(f"drew {out}")
     return 0

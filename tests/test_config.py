@@ -124,6 +124,20 @@ def test_loss_that_is_not_finite(run):
     assert (run.folder / "run/checkpoints").is_dir()  # what was saved before is still there
 
 
+def test_out_of_memory_says_what_to_do(run, monkeypatch):
+    def too_large(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "M3AE", too_large)
+    code, err = run()
+    assert code == 2 and err.startswith("error: out of memory: lower train.micro_batch") and err.count("\n") == 1
+
+
+def test_model_without_words_refuses_captions(run):
+    code, err = run("--set", "model.vocab_size=0")
+    assert code == 2 and 'set "modality": "image"' in err
+
+
 def test_overrides_and_defaults():
     config = load_config(
         ROOT / "configs/quickstart.json", ["optim.peak_lr=0.1", "run.dir=x y", "data.train.0.weight=2", "model.depth=7"]

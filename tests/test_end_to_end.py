@@ -70,6 +70,7 @@ def test_help_teaches(module):
     assert out.returncode == 0 and "usage:" in out.stdout and len(out.stdout) > 300, out
 
 
-def test_mistake_on_two_ranks_is_told_once(trainer):
-    out = trainer("run", "--set", "data.train.0.shards=/nowhere/x.tar", ranks=2, launcher="deepspeed", code=2)
+@pytest.mark.parametrize("mistake", ["train.stepps=1", "data.train.0.shards=/nowhere/x.tar"])
+def test_mistake_on_two_ranks_is_told_once(trainer, mistake):
+    out = trainer("run", "--set", mistake, ranks=2, launcher="deepspeed", code=2)
     assert out.count("error: ") == 1 and "Traceback" not in out

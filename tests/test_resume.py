@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from trainer import zero
 
 from m3ae_fast.engine import checkpoint
@@ -92,9 +93,49 @@ def _wait_for_steps(trainer, run: str, process, count: int) -> None:
     assert process.poll() is None, process.communicate()[0]
 
 
-def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
-    import torch
+def test_going_back_to_an_older_checkpoint(trainer):
+    """What came after it is set aside, and the run takes the same way again."""
+    trainer("run", *SAVE)
+    whole = trainer.losses("run")
+    out = trainer("run", *SAVE, "--resume", str(trainer.folder / "run/checkpoints/step-00000002"))
+    assert out.count("a later checkpoint is now") == 2
+    assert trainer.losses("run") == whole
+    steps = [f"step-{step:08d}" for step in (2, 4, 6)]
+    assert trainer.checkpoints("run") == [f"aside-{step}" for step in steps[1:]] + steps
 
+
+def _save(run_dir, step, **options):
+    return checkpoint.save(
+        run_dir, {"model/w": torch.full((3,), step)}, checkpoint.Info(step, 0, 42, {}, {}), **{"keep": 9, **options}
+    )
+
+
+def test_checkpoints_lie_in_order_of_steps(tmp_path):
+    paths = [_save(tmp_path, step) for step in (8, 99_999_999, 100_000_000)]
+    (tmp_path / "checkpoints/step-by-step").mkdir()
+    assert checkpoint.saved_steps(tmp_path) == paths
+    last = _save(tmp_path, 100_000_001, keep=2)
+    assert checkpoint.saved_steps(tmp_path) == [paths[-1], last]
+
+
+def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path):
+    one, two = _save(tmp_path, 1), _save(tmp_path, 2)
+    (two / checkpoint.STATE_FILE).unlink()
+    assert checkpoint.find(tmp_path, "auto") == one
+    assert _save(tmp_path, 2) == two
+    assert checkpoint.open_state(two)("model/w").tolist() == [2, 2, 2]
+
+
+def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
+    mine, other = _save(tmp_path / "mine", 1), _save(tmp_path / "other", 2)
+    (tmp_path / "link").symlink_to(mine)
+    assert checkpoint.find(tmp_path / "mine", str(tmp_path / "link")) == tmp_path / "link"
+    assert checkpoint.find(tmp_path / "new", str(tmp_path / "other")) == other
+    with pytest.raises(checkpoint.UserError, match="already holds checkpoints"):
+        checkpoint.find(tmp_path / "mine", str(other))
+
+
+def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     info = checkpoint.Info(1, 16, 42, {}, {})
     good = checkpoint.save(tmp_path, {"model/w": torch.ones(3)}, info, keep=1)
     monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))

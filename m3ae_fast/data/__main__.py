@@ -24,18 +24,12 @@ from m3ae_fast.data.decode import BadSample
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tokenizer import SPECIAL, train_tokenizer
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, exit_cleanly
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    args.run(args)
     return 0
 
 
@@ -99,4 +93,4 @@ def _captions(shards: list[str], store: ShardStore) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_cleanly(main))

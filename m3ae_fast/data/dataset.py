@@ -47,7 +47,7 @@ class Samples(Dataset):
         masking: ratios, and what shares a mask.
         augment: None: the central square as it is.
         seed: the run's.
-        global_batch: samples a step, over all ranks: with `masking.per` "batch" they share a mask.
+        share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Samples(Dataset):
         masking: MaskingConfig,
         augment: Augment | None,
         seed: int,
-        global_batch: int,
+        share_mask: int,
     ):
         self.order = order
         self.tokenizer = tokenizer
@@ -67,7 +67,7 @@ class Samples(Dataset):
         self.masking = masking
         self.augment = augment
         self.seed = seed
-        self.global_batch = global_batch
+        self.share_mask = share_mask
         self._store = corpus.store
         self._readers = [Reader(source, corpus.store) for source in corpus.sources]
         self._cached = [any(corpus.store.is_cached(s.shard) for s in source.shards) for source in corpus.sources]
@@ -86,7 +86,7 @@ class Samples(Dataset):
         except OSError as error:
             return Skipped(name, f"sample {row}", str(error))
         try:
-            return self._make(f"{name}/{key}", *reader.read(shard, row), place, position // self.global_batch)
+            return self._make(f"{name}/{key}", *reader.read(shard, row), place, position // self.share_mask)
         except (BadSample, OSError) as error:
             return Skipped(name, key, str(error))
 
@@ -94,13 +94,13 @@ class Samples(Dataset):
         """Called by the DataLoader: a whole micro-batch, which may be empty."""
         return [self[position] for position in positions]
 
-    def _make(self, name: str, picture: bytes | None, caption: str | None, place: Place, step: int) -> Sample:
+    def _make(self, name: str, picture: bytes | None, caption: str | None, place: Place, batch: int) -> Sample:
         sample = Sample(name)
         if picture is not None:
             sample.image = self._crop(decode_image(picture, self.geometry.channels), place)
         if caption is not None:
             sample.tokens = torch.from_numpy(self.tokenizer.encode(caption))
-        self._mask(sample, place, step)
+        self._mask(sample, place, batch)
         return sample
 
     def _crop(self, image: Tensor, place: Place) -> Tensor:
@@ -109,9 +109,9 @@ class Samples(Dataset):
         generator = self._seeded(_CROP, *place)
         return random_crop(image, self.geometry.image_size, self.augment.crop_scale, self.augment.flip, generator)
 
-    def _mask(self, sample: Sample, place: Place, step: int) -> None:
+    def _mask(self, sample: Sample, place: Place, batch: int) -> None:
         """Masks are drawn over the whole text length and cut to the caption, as the official code does."""
-        generator = self._seeded(_MASK, *place) if self.masking.per == "sample" else self._seeded(_BATCH_MASK, step)
+        generator = self._seeded(_MASK, *place) if self.masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
         image_mask = draw_mask(self.geometry.patches_per_image, self.masking.image_ratio, generator)
         text_mask = draw_mask(self.geometry.text_length, self.masking.text_ratio, generator)
         if sample.image is not None:

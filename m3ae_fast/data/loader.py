@@ -69,13 +69,14 @@ def build_loader(
     start_step: int = 0,
     steps: int | None = None,
     train: bool = True,
+    samples: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """A loader that yields `accumulation` micro-batches a step for steps start_step to steps - 1.
 
-    Training goes through the corpus for ever, shuffled and augmented; evaluation (`train=False`) takes every sample
-    once in file order, the central square, with masks that are the same each time. Samples that cannot be used are left
-    out of their batch and listed in `batch.skipped`.
+    Training goes through the corpus for ever, shuffled and augmented; evaluation (`train=False`) takes every sample, or
+    `samples` of them evenly, once in file order, the central square, with masks that are the same each time. Samples
+    that cannot be used are left out of their batch and listed in `batch.skipped`.
 
     Args:
         data: crop, shuffling, workers and prefetch.
@@ -88,8 +89,9 @@ def build_loader(
         micro_batch: samples a rank and micro-batch.
         accumulation: micro-batches a rank and step.
         start_step: the first step, to resume.
-        steps: the step to stop before; None: for ever in training, the whole corpus in evaluation.
+        steps: the step to stop before, in training; None: for ever.
         train: see above.
+        samples: how many samples to evaluate on; None: all.
         pin_memory: hand over batches in pinned memory.
 
     Raises:
@@ -101,14 +103,14 @@ def build_loader(
     if train:
         order: Order | FileOrder = Order(corpus.sizes, corpus.weights, data.shuffle_shards, seed)
         end, last = None, steps if steps is not None else 1 << 62
+        augment, share_mask = Augment(data.crop_scale, data.flip), global_batch
     else:
-        order = FileOrder(corpus.sizes)
-        whole = -(-corpus.samples // global_batch)
-        end, last = corpus.samples, whole if steps is None else min(steps, whole)
-    augment = Augment(data.crop_scale, data.flip) if train else None
+        order = FileOrder(corpus.sizes, samples)
+        end, last = order.samples, -(-order.samples // global_batch)
+        augment, share_mask = None, order.samples  # whatever the number of ranks
     workers = default_workers() if data.workers is None else data.workers
     return DataLoader(
-        Samples(corpus, order, tokenizer, geometry, masking, augment, seed, global_batch),
+        Samples(corpus, order, tokenizer, geometry, masking, augment, seed, share_mask),
         batch_sampler=MicroBatches(
             range(start_step, last), rank=rank, world=world, micro_batch=micro_batch, accumulation=accumulation, end=end
         ),

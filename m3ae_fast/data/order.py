@@ -159,13 +159,15 @@ class Order:
 
 
 class FileOrder:
-    """Every sample of every source once, as the shards have them: for evaluation."""
+    """Every sample of every source once, as the shards have them, or `count` evenly among them: for evaluation."""
 
-    def __init__(self, sizes: Sequence[Sequence[int]]):
+    def __init__(self, sizes: Sequence[Sequence[int]], count: int | None = None):
         self.starts = np.concatenate(([0], np.cumsum([sum(shards) for shards in sizes])))
-        self.samples = int(self.starts[-1])
+        self.total = int(self.starts[-1])
+        self.samples = self.total if count is None else min(count, self.total)
 
     def locate(self, position: int) -> Place:
         """The sample at `position`, which lies below `samples`."""
-        source = int(np.searchsorted(self.starts, position, side="right")) - 1
-        return Place(source, 0, position - int(self.starts[source]))
+        number = position * self.total // self.samples
+        source = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return Place(source, 0, number - int(self.starts[source]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -44,9 +45,16 @@ def folder(run_dir: Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells, -1 for any other name."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
 def saved_steps(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in folder(run_dir).glob("step-*") if (p / INFO_FILE).is_file() and (p / STATE_FILE).is_file())
+    whole = (p for p in folder(run_dir).glob("step-*") if (p / INFO_FILE).is_file() and (p / STATE_FILE).is_file())
+    return sorted((p for p in whole if step_of(p) >= 0), key=step_of)
 
 
 def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int) -> Path:
@@ -60,8 +68,8 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int) -> Path
         return target
     partial = folder(run_dir) / f".writing-{info.step:08d}-{os.getpid()}"
     try:
-        for leftover in folder(run_dir).glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in (*folder(run_dir).glob(".writing-*"), *folder(run_dir).glob(".removing-*"), target):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a save or a removal that was killed
         partial.mkdir(parents=True)
         save_file(state, partial / STATE_FILE)
         (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
@@ -73,8 +81,24 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int) -> Path
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"checkpoint {target}: cannot be written ({error}); the earlier ones are intact") from None
     for old in saved_steps(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        removed = old.with_name(f".removing-{old.name}")  # renamed first: it is whole or not there
+        old.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
     return target
+
+
+def set_aside_after(run_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints beyond `step`, from which a run goes on, so that none is taken for one of its own.
+
+    Returns their new names.
+    """
+    moved = []
+    for path in saved_steps(run_dir):
+        if step_of(path) > step:
+            aside = path.with_name(f"aside-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
 
 
 def _to_disk(path: Path) -> None:
@@ -136,25 +160,27 @@ def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means: "auto" (the last one, if any), "no", or a path (a checkpoint, or a run).
+    """The checkpoint that `--resume` means: "auto" (the last one, if any), "no", or a path for `locate`.
 
     Raises:
-        UserError: the path holds no checkpoint, or a run that must not be resumed already has checkpoints.
+        UserError: the path holds no checkpoint, or `run_dir` holds those of another run.
     """
-    if resume == "no":
-        if saved_steps(run_dir):
-            raise UserError(
-                f"{run_dir} already holds checkpoints; add --resume auto to go on, or choose another run.dir"
-            )
-        return None
+    own = saved_steps(run_dir)
     if resume == "auto":
-        return next(reversed(saved_steps(run_dir)), None)
-    path = Path(resume)
+        return own[-1] if own else None
+    path = None if resume == "no" else locate(Path(resume))
+    if own and (path is None or path.resolve() not in [p.resolve() for p in own]):
+        raise UserError(f"{run_dir} already holds checkpoints; add --resume auto to go on, or choose another run.dir")
+    return path
+
+
+def locate(path: Path) -> Path:
+    """`path` itself where it is a checkpoint, the last one where it is a run folder. Raises UserError for others."""
     if (path / INFO_FILE).is_file():
         return path
     found = saved_steps(path)
     if not found:
-        raise UserError(f"--resume {resume}: neither a checkpoint nor a run folder with one")
+        raise UserError(f"{path}: neither a checkpoint nor a run folder with one")
     return found[-1]
 
 

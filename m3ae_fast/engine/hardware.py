@@ -40,6 +40,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the GPU or this machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that torch held on the GPU, or the most that this process held in RAM."""
     if device.type == "cuda":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -20,16 +22,21 @@ class Metrics:
     """Use as a context manager around the training loop."""
 
     def __init__(self, run_dir: Path, start_step: int, total_steps: int) -> None:
-        """Raises UserError where `run_dir` cannot be written to."""
+        """Raises UserError where `run_dir` cannot be written to, or another run is writing to it."""
         path = run_dir / METRICS_FILE
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = (run_dir / ".lock").open("w")
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's it does not pass to loader workers
             _forget_after(path, start_step)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        except BlockingIOError:
+            raise UserError(f"run.dir {run_dir}: another run is writing to it; choose another run.dir") from None
         except OSError as error:
-            raise UserError(f"run.dir {run_dir}: cannot be written to ({error.strerror})") from None
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self.console = Console(highlight=False, soft_wrap=True)
+            raise UserError(f"run.dir {run_dir}: cannot be written to ({error.strerror or error})") from None
+        self._written = True
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -49,18 +56,25 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._board.close()
+        with contextlib.suppress(OSError):  # told by `log`
+            self._board.close()
         self._file.close()
+        self._lock.close()
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One JSON line, one point a scalar, one line for people."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        """One JSON line, one point a scalar, one line for people. A full disk stops the first two, not the run: its
+        weights may still find room."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            if self._written:
+                self.say(f"metrics cannot be written any more ({error.strerror or error})")
+            self._written = False
         self._progress.update(self._task, summary=_summary(values))
         self._progress.console.print(f"step {step}  " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
@@ -78,7 +92,9 @@ def _short(value: Any) -> str:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop lines beyond the step that a resumed run starts from, and a half-written last one."""
+    """Drop lines beyond the step that a resumed run starts from, and a half-written last one; all for a new run."""
+    if step == 0:
+        path.unlink(missing_ok=True)
     if not path.exists():
         return
     kept = []

@@ -1,12 +1,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import caption, members, write_tar
 
 from m3ae_fast.data import load_tokenizer
 from m3ae_fast.data.__main__ import main
+from m3ae_fast.errors import exit_cleanly
 
 
 def test_index(tmp_path, capsys):
@@ -29,7 +31,7 @@ def test_train_tokenizer(tmp_path, capsys):
     assert tokenizer.decode(tokenizer.encode(caption(3))) == caption(3)
     assert f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
     for size in ("5", "20", "-1"):
-        assert main([*arguments, size]) == 2
+        assert exit_cleanly(partial(main, [*arguments, size])) == 2
         assert "--vocab-size" in capsys.readouterr().err
 
 

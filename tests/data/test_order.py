@@ -100,3 +100,6 @@ def test_file_order_is_the_order_of_the_files():
         (1, 0),
         *((2, n) for n in range(4)),
     ]
+    some = FileOrder([[2, 3], [1], [4]], 5)
+    assert [(p.source, p.sample) for p in places(some, range(5))] == [(0, 0), (0, 2), (0, 4), (2, 0), (2, 2)]
+    assert FileOrder([[2]], 5).samples == 2

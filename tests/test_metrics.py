@@ -1,0 +1,58 @@
+"""What a run writes beside its checkpoints."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from m3ae_fast.engine.metrics import METRICS_FILE, Metrics
+from m3ae_fast.errors import UserError
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path):
+    with Metrics(tmp_path, 0, 9) as metrics:
+        for step in range(4):
+            metrics.log(step, {"loss": 1.0})
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    with Metrics(tmp_path, 2, 9) as metrics:
+        metrics.log(3, {"loss": 2.0})
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    with Metrics(tmp_path, 0, 9) as metrics:
+        metrics.log(0, {"val_loss": 3.0})
+    assert lines(tmp_path) == [{"step": 0, "val_loss": 3.0}]
+
+
+def test_one_folder_is_for_one_run(tmp_path):
+    program = "import pathlib, sys; from m3ae_fast.engine.metrics import Metrics\n"
+    program += "metrics = Metrics(pathlib.Path(sys.argv[1]), 0, 1); print('has it', flush=True); input()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(UserError, match="another run is writing"):
+            Metrics(tmp_path, 0, 1)
+        other.kill()
+    Metrics(tmp_path, 0, 1)
+
+
+def test_full_disk_is_told_once_and_the_run_goes_on(tmp_path, capsys):
+    with Metrics(tmp_path, 0, 9) as metrics, open("/dev/full", "wb", buffering=0) as full:
+        written, metrics._file = metrics._file, full
+        for step in (1, 2):
+            metrics.log(step, {"loss": 1.0})
+        metrics._file = written
+    out = capsys.readouterr().out
+    assert out.count("metrics cannot be written any more (No space left on device)") == 1
+    assert "step 2  loss 1" in out
+
+
+@pytest.mark.parametrize("name", ["[/red]", ":smile:", "[bold]"])
+def test_text_is_not_markup(tmp_path, capsys, name):
+    with Metrics(tmp_path / name, 0, 9) as metrics:
+        metrics.say(f"saved {tmp_path / name}")
+    assert f"/{name}\n" in capsys.readouterr().out
