@@ -30,7 +30,7 @@ from m3ae_fast.engine import checkpoint, distributed
 from m3ae_fast.engine.core import Engine, build_engine
 from m3ae_fast.engine.distributed import Ranks
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.hardware import out_of_memory, peak_flops, peak_memory
+from m3ae_fast.engine.hardware import has_compiler, out_of_memory, peak_flops, peak_memory
 from m3ae_fast.engine.meter import Counts, Meter
 from m3ae_fast.engine.metrics import Metrics
 from m3ae_fast.engine.optim import learning_rate
@@ -113,6 +113,8 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
     model = M3AE(config.model, config.loss)
     model.encoder.checkpointing = model.decoder.checkpointing = cfg.activation_checkpointing
     if cfg.compile:
+        if not has_compiler():
+            raise UserError("train.compile: needs a C++ compiler; install g++, or set train.compile=false")
         for block in (*model.encoder.blocks, *model.decoder.blocks):
             block.compile(dynamic=True)
     engine = build_engine(model, config, ranks)

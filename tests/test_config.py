@@ -133,6 +133,12 @@ def test_out_of_memory_says_what_to_do(run, monkeypatch):
     assert code == 2 and err.startswith("error: out of memory: lower train.micro_batch") and err.count("\n") == 1
 
 
+def test_compile_without_a_compiler(run, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    code, err = run("--set", "train.compile=true")
+    assert code == 2 and "set train.compile=false" in err
+
+
 def test_model_without_words_refuses_captions(run):
     code, err = run("--set", "model.vocab_size=0")
     assert code == 2 and 'set "modality": "image"' in err
