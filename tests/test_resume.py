@@ -73,12 +73,13 @@ def test_signals_save_and_leave(trainer, number):
     assert trainer.checkpoints("run") == [f"step-{steps[-1]:08d}"]
 
 
-def test_dead_launcher_saves(trainer):
-    """The deepspeed launcher's outer process passes no signal on when it dies; the ranks notice."""
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_dead_launcher_saves(trainer, launcher):
+    """A launcher that is killed passes no signal on, and deepspeed's outer one none at all; the ranks notice."""
     options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
-    process = trainer.start("run", *options, ranks=2, launcher="deepspeed")
+    process = trainer.start("run", *options, ranks=2, launcher=launcher)
     _wait_for_steps(trainer, "run", process, 3)
-    process.terminate()
+    process.kill()
     process.wait(timeout=60)
     deadline = time.time() + 60
     while not checkpoint.saved_steps(trainer.folder / "run"):

@@ -31,8 +31,11 @@ class StopRequest:
         return bool(self.reason)
 
 
-def _launcher_chain() -> tuple[int, int] | None:
-    """(parent, grandparent) under the deepspeed launcher, whose outer process does not pass SIGTERM on when it dies."""
+def _launcher_chain() -> tuple[int, ...] | None:
+    """The processes whose end should end this one: none under plain `python`, which may outlive its shell; torchrun's
+    agent; and deepspeed's inner and outer launcher, whose outer one passes no SIGTERM on when it dies."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return (os.getppid(),)
     try:
         parent = psutil.Process(os.getppid())
         if any("deepspeed.launcher.launch" in word for word in parent.cmdline()):
