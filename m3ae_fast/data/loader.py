@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,7 @@ def build_loader(
         end, last = order.samples, -(-order.samples // global_batch)
         augment, share_mask = None, order.samples  # whatever the number of ranks
     workers = default_workers() if data.workers is None else data.workers
+    _allow_open_files()
     return DataLoader(
         Samples(corpus, order, tokenizer, geometry, masking, augment, seed, share_mask),
         batch_sampler=MicroBatches(
@@ -122,6 +124,14 @@ def build_loader(
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # the DataLoader's own; the global one is the model's
     )
+
+
+def _allow_open_files() -> None:
+    """Workers hand over each tensor as an open file: many batches ahead are more than the usual soft limit of 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def default_workers() -> int:

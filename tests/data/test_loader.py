@@ -1,6 +1,7 @@
 import logging
 import multiprocessing
 import pickle
+import resource
 import subprocess
 import threading
 from itertools import chain, islice
@@ -118,6 +119,16 @@ def test_captions_reach_the_batch(load, paired):
     numbers = [i * 7 + n for i in range(3) for n in range(5 + i)]
     for number, (_, (_, tokens, _, _)) in zip(numbers, stream(loader), strict=True):
         assert [t for t in tokens if t >= 0] == tokenizer.encode(caption(number)).tolist()
+
+
+def test_many_batches_ahead_need_more_files_than_usual(load, paired):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        batches = list(load(paired, micro_batch=2, steps=20, config={"workers": 1, "prefetch": 20}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(batches) == 20
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
