@@ -27,7 +27,7 @@ def export(run: str | Path, out: str | Path) -> Path:
     """
     path = checkpoint.locate(Path(run))
     info = checkpoint.read_info(path)
-    config = parse(ModelConfig, info.config["model"], f"checkpoint {path}")
+    config = parse(ModelConfig, info.config.get("model"), f"checkpoint {path}")
     weights = checkpoint.read_weights(path)
     try:
         write_pretrained(out, config, weights)

@@ -108,7 +108,15 @@ def test_old_run_is_not_overwritten(run):
     assert code == 2 and "neither a checkpoint nor a run folder" in err
 
 
-@pytest.mark.parametrize(("name", "text"), [("state.safetensors", b"\x00" * 64), ("state.json", b"{")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("state.safetensors", b"\x00" * 64),
+        ("state.json", b"{"),
+        ("state.json", b"[]"),
+        ("state.json", b'{"step": "x", "samples": 0, "seed": 0, "config": {"model": 5}, "versions": {}}'),
+    ],
+)
 def test_damaged_checkpoint(run, name, text):
     assert run()[0] == 0
     (run.folder / "run/checkpoints/step-00000006" / name).write_bytes(text)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,7 +38,7 @@ class Info:
     step: int  # optimiser steps taken
     samples: int  # samples seen: the data position
     seed: int
-    config: dict[str, Any]
+    config: dict[str, dict[str, Any] | None]
     versions: dict[str, str]
 
 
@@ -112,10 +113,11 @@ def _to_disk(path: Path) -> None:
 def read_info(path: Path) -> Info:
     """Raises UserError where the checkpoint is damaged."""
     try:
-        return Info(**json.loads((path / INFO_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return TypeAdapter(Info).validate_json((path / INFO_FILE).read_bytes(), strict=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]  # pydantic's has several lines
         raise UserError(
-            f"checkpoint {path}: {INFO_FILE} is damaged ({error}); remove the folder to use an older one"
+            f"checkpoint {path}: {INFO_FILE} is damaged ({reason}); remove the folder to use an older one"
         ) from None
 
 
