@@ -1,5 +1,6 @@
 import logging
 import multiprocessing
+import os
 import pickle
 import resource
 import subprocess
@@ -123,7 +124,7 @@ def test_captions_reach_the_batch(load, paired):
 
 def test_many_batches_ahead_need_more_files_than_usual(load, paired):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64, hard))
     try:
         batches = list(load(paired, micro_batch=2, steps=20, config={"workers": 1, "prefetch": 20}))
     finally:
