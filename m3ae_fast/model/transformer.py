@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.linear import Linear, linear
 from m3ae_fast.model.packing import Segments
 
 EPS = 1e-6  # of every LayerNorm, flax's default
 
 
-class QKV(nn.Linear):
+class QKV(Linear):
     """One matmul for queries, keys and values; with `rows`, queries of those rows alone."""
 
     def __init__(self, dim: int) -> None:
@@ -29,8 +30,8 @@ class QKV(nn.Linear):
         if rows_R is None:
             return super().forward(x_TD).chunk(3, dim=-1)
         dim = self.in_features
-        q_RD = F.linear(gather_tokens(x_TD, rows_R), self.weight[:dim], self.bias[:dim])
-        return q_RD, *F.linear(x_TD, self.weight[dim:], self.bias[dim:]).chunk(2, dim=-1)
+        q_RD = linear(gather_tokens(x_TD, rows_R), self.weight[:dim], self.bias[:dim])
+        return q_RD, *linear(x_TD, self.weight[dim:], self.bias[dim:]).chunk(2, dim=-1)
 
 
 class Attention(nn.Module):
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.att_drop = num_heads, att_drop
         self.qkv = QKV(dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None, queries: Segments) -> Tensor:
@@ -50,8 +51,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_RD: Tensor) -> Tensor:
