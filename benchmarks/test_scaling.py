@@ -1,0 +1,61 @@
+"""Cost of the engine's step as one thing grows at a time: batch, vocabulary, text length, mask ratio."""
+
+import statistics
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pytest
+
+from benchmarks import results
+from benchmarks.alone import measure
+
+SMALL = {"size": "small", "image_size": 224}
+BATCH = 16  # where the batch is not what grows
+SERIES = {
+    "batch": [(n, {"samples": n}) for n in (8, 16, 32, 64, 128)],
+    "vocabulary": [(v, {"model": SMALL | {"vocab_size": v}}) for v in (1_000, 8_000, 30_522, 60_000)],
+    # all captions as long as they may be
+    "text length": [(n, {"model": SMALL | {"text_length": n}, "words": (n, n)}) for n in (16, 64, 256)],
+    "mask ratio": [(r, {"masking": {"image_ratio": r, "text_ratio": r}}) for r in (0.25, 0.5, 0.75, 0.9)],
+}
+ROWS: list[results.Row] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def write():
+    yield
+    if not ROWS:
+        return
+    results.write("scaling", f"How the engine scales (small, 224 px, batch {BATCH} where it does not grow)", ROWS)
+    figure, axes = plt.subplots(2, len(SERIES), figsize=(3.2 * len(SERIES), 5), squeeze=False)
+    for column, what in enumerate(SERIES):
+        rows = [row for row in ROWS if row["what grows"] == what]
+        for line, quantity in enumerate(("samples/s", "peak MB")):
+            axis = axes[line][column]
+            axis.plot([float(row["to"]) for row in rows], [row[quantity] for row in rows], marker="o")
+            axis.set(xlabel=what, ylabel="" if column else quantity, xscale="linear" if "ratio" in what else "log")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(results.FOLDER / "scaling.png", dpi=110)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("what", SERIES)
+def test_scaling(benchmark, what):
+    def run() -> None:
+        for value, change in SERIES[what]:
+            spec = {"model": SMALL, "samples": BATCH} | change
+            alone = measure("engine", rounds=3, **spec)
+            speed = spec["samples"] / statistics.median(alone.seconds)
+            row = {"what grows": what, "to": str(value), "samples/s": speed, "peak MB": alone.peak_bytes / 1e6}
+            ROWS.append(row)
+
+    benchmark.pedantic(run, rounds=1)
+    peaks = [row["peak MB"] for row in ROWS if row["what grows"] == what]
+    if what == "batch":
+        assert peaks[-1] < 1.3 * peaks[0] * 128 / 8, "memory grows no faster than the batch"
+    if what == "vocabulary":
+        assert peaks[-1] < 2 * peaks[0], "logits never exist as a whole"
