@@ -1,7 +1,6 @@
-"""One contender in a process of its own: start-up, speed and peak memory of its training steps.
+"""A contender in a process of its own, which takes steps when asked to.
 
-`measure(...)` starts `python -m benchmarks.alone JSON`, which prints an `Alone` as JSON. On a CPU the memory is the
-peak of the process's resident memory during a step, on a GPU that of torch's allocator.
+So that contenders can take turns and yet share nothing: neither the allocator's settings nor memory nor threads.
 """
 
 from __future__ import annotations
@@ -14,28 +13,63 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass
 class Alone:
-    startup: float  # seconds from the start of the process to the end of the first step: imports, model, compilation
-    seconds: list[float]  # of the steps after the second
-    peak_bytes: int  # in a step, above parameters, gradients and optimiser state
-    parameters: int
+    """Contender `name`, at work in another process until the `with` block ends.
 
+    Args:
+        name: of `contenders.NAMES`.
+        model: fields of ModelConfig.
+        samples: the batch.
+        env: environment variables to add.
+        options: `masking` (fields of MaskingConfig) and `words`, as `contenders.build` takes them.
+    """
 
-def measure(name: str, model: dict, samples: int, *, rounds: int = 3, env: dict[str, str] | None = None, **options):
-    """An Alone of contender `name`. `model`: fields of ModelConfig; `options`: arguments of `contenders.build`."""
-    spec = {"name": name, "model": model, "samples": samples, "rounds": rounds, "options": options}
-    command = [sys.executable, "-m", "benchmarks.alone", json.dumps(spec)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.PIPE, text=True, check=True
-    )
-    return Alone(**json.loads(done.stdout.splitlines()[-1]))
+    startup: float  # seconds from the process's start to the end of its first step: imports, model, compilation
+    losses: list[float]  # of the first two steps
+
+    def __init__(self, name: str, model: dict, samples: int, *, env: dict[str, str] | None = None, **options) -> None:
+        spec = {"name": name, "model": model, "samples": samples, "options": options}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.alone", json.dumps(spec)],
+            cwd=ROOT,
+            env=os.environ | {"GOMP_SPINCOUNT": "1000"} | (env or {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.startup, self.losses = self._answer()
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        return self._ask("step")
+
+    def peak_bytes(self) -> int:
+        """The most memory during one more step, above parameters, gradients and optimiser state. On a CPU of the
+        process's resident memory, on a GPU of torch's allocator."""
+        return self._ask("peak")
+
+    def _ask(self, what: str):
+        print(what, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the contender left with exit code {self._process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
 
 
 def peak_above(function: Callable[[], object], device) -> int:
@@ -70,7 +104,8 @@ def _age() -> float:
     return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def main(spec: dict) -> Alone:
+def serve(spec: dict) -> None:
+    """Build the contender, report its start-up, then answer one line a question."""
     import torch
 
     from benchmarks.contenders import build
@@ -78,25 +113,29 @@ def main(spec: dict) -> Alone:
     from m3ae_fast.engine import distributed
     from m3ae_fast.model.m3ae import M3AE
 
+    answers, sys.stdout = sys.stdout, sys.stderr
     ranks = distributed.start()
     model, options = ModelConfig(**spec["model"]), spec["options"]
-    options["masking"] = MaskingConfig(**options.pop("masking", {}))
+    options["masking"] = MaskingConfig(**options.get("masking", {}))
     step = build(spec["name"], model, spec["samples"], ranks, **options)
-    step().item()
+    first = step().item()
     startup = _age()
-    step().item()
-    seconds = []
-    for _ in range(spec["rounds"]):
-        start = time.perf_counter()
-        step().item()
-        seconds.append(time.perf_counter() - start)
+    answer = (startup, (first, step().item()))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in M3AE(model).parameters())
-    peak = peak_above(step, ranks.device) - 4 * parameters  # gradients, which every step makes and drops
+        gradients = 4 * sum(p.numel() for p in M3AE(model).parameters())  # every step makes and drops them
+    while True:
+        print(json.dumps(answer), file=answers, flush=True)
+        what = sys.stdin.readline().strip()
+        if what == "step":
+            start = time.perf_counter()
+            step().item()
+            answer = time.perf_counter() - start
+        elif what == "peak":
+            answer = peak_above(step, ranks.device) - gradients
+        else:
+            break
     distributed.stop()
-    return Alone(startup, seconds, peak, parameters)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported
-    print(json.dumps(asdict(main(json.loads(sys.argv[1])))))
+    serve(json.loads(sys.argv[1]))

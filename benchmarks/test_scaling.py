@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from benchmarks import results
-from benchmarks.alone import measure
+from benchmarks.alone import Alone
 
 SMALL = {"size": "small", "image_size": 224}
 BATCH = 16  # where the batch is not what grows
@@ -48,10 +48,10 @@ def test_scaling(benchmark, what):
     def run() -> None:
         for value, change in SERIES[what]:
             spec = {"model": SMALL, "samples": BATCH} | change
-            alone = measure("engine", rounds=3, **spec)
-            speed = spec["samples"] / statistics.median(alone.seconds)
-            row = {"what grows": what, "to": str(value), "samples/s": speed, "peak MB": alone.peak_bytes / 1e6}
-            ROWS.append(row)
+            with Alone("engine", **spec) as engine:
+                speed = spec["samples"] / statistics.median(engine.step() for _ in range(3))
+                row = {"what grows": what, "to": str(value), "samples/s": speed, "peak MB": engine.peak_bytes() / 1e6}
+                ROWS.append(row)
 
     benchmark.pedantic(run, rounds=1)
     peaks = [row["peak MB"] for row in ROWS if row["what grows"] == what]

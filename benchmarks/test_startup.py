@@ -3,22 +3,23 @@
 import tempfile
 
 from benchmarks import results
-from benchmarks.alone import measure
+from benchmarks.alone import Alone
 
 MODEL, SAMPLES = {"size": "small", "image_size": 224}, 2  # a step itself takes little
+
+
+def launch(name: str, cache: str) -> float:
+    with Alone(name, MODEL, SAMPLES, env={"TORCHINDUCTOR_CACHE_DIR": cache}) as contender:
+        return contender.startup
 
 
 def test_startup(benchmark):
     rows = []
     for name in ("expert", "engine"):
         with tempfile.TemporaryDirectory() as cache:
-            env = {"TORCHINDUCTOR_CACHE_DIR": cache}
-            cold = measure(name, MODEL, SAMPLES, rounds=1, env=env).startup
-            if name == "expert":
-                warm = measure(name, MODEL, SAMPLES, rounds=1, env=env).startup
-            else:
-                options = {"rounds": 1, "env": env}
-                warm = benchmark.pedantic(measure, (name, MODEL, SAMPLES), options, rounds=1).startup
+            cold = launch(name, cache)
+            engine = name == "engine"
+            warm = benchmark.pedantic(launch, (name, cache), rounds=1) if engine else launch(name, cache)
             rows.append({"implementation": name, "first launch, s": cold, "next launch, s": warm})
     results.write("startup", "Launch to first step, compilation included (small, batch 2)", rows)
     expert, engine = rows
