@@ -34,6 +34,7 @@ from m3ae_fast.engine.hardware import has_compiler, out_of_memory, peak_flops, p
 from m3ae_fast.engine.meter import Counts, Meter
 from m3ae_fast.engine.metrics import Metrics
 from m3ae_fast.engine.optim import learning_rate
+from m3ae_fast.engine.profile import TRACE_FILE, profiler
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.engine.watch import LossWatch
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -60,6 +61,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="auto: go on from the last checkpoint in run.dir, or start; no (default): start a new run; "
         "PATH: go on from that checkpoint or run folder",
     )
+    parser.add_argument(
+        "--profile", action="store_true", help=f"write {TRACE_FILE} into run.dir: a torch profiler trace of some steps"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the config, print sizes and memory, and leave")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             ranks.on_main(lambda: report(config))
             return 0
-        return train(config, args.resume, ranks)
+        return train(config, args.resume, ranks, args.profile)
     except (UserError, MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             error = UserError(
@@ -98,7 +102,7 @@ class Data:
     tokenizer: CaptionTokenizer | None
 
 
-def train(config: Config, resume: str, ranks: Ranks) -> int:
+def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> int:
     """Train to the end, or until somebody asks to stop. Returns the exit code."""
     stop = StopRequest()
     cfg, run_dir = config.train, config.run.dir
@@ -115,8 +119,8 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
     if cfg.compile:
         if not has_compiler():
             raise UserError("train.compile: needs a C++ compiler; install g++, or set train.compile=false")
-        for block in (*model.encoder.blocks, *model.decoder.blocks):
-            block.compile(dynamic=True)
+        model.encoder.compile_blocks()
+        model.decoder.compile_blocks()
     engine = build_engine(model, config, ranks)
     step = restore(engine, resumed, config, ranks) if resumed else 0
 
@@ -139,7 +143,10 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
     watch, bad = LossWatch(), BadSamples(config.data.max_bad_fraction, data.train.samples)
     if ranks.is_main:
         bad.report(data.train.damaged)
-    with ranks.on_main(lambda: open_run(run_dir, step, total_steps)) or nullcontext() as metrics:
+    with (
+        ranks.on_main(lambda: open_run(run_dir, step, total_steps)) or nullcontext() as metrics,
+        profiler(run_dir if profile and ranks.is_main else None) as trace,
+    ):
         if metrics:
             metrics.say(describe(engine, config, ranks, data, step, total_steps))
         if held_out and step == 0:
@@ -163,6 +170,8 @@ def train(config: Config, resume: str, ranks: Ranks) -> int:
             step += 1
             watch.add(step, [key for batch in batches for key in batch.keys], losses)
 
+            if trace:
+                trace.step()
             if metrics:
                 metrics.advance(step)
             due_log, due_eval, due_save = (

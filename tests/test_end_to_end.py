@@ -1,5 +1,6 @@
 """What a user does on the first day, through the deepspeed launcher."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -74,3 +75,10 @@ def test_help_teaches(module):
 def test_mistake_on_two_ranks_is_told_once(trainer, mistake):
     out = trainer("run", "--set", mistake, ranks=2, launcher="deepspeed", code=2)
     assert out.count("error: ") == 1 and "Traceback" not in out
+
+
+def test_profile_writes_a_trace(trainer):
+    trainer("run", "--profile", "--set", "train.steps=9")
+    with gzip.open(trainer.folder / "run/trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "m3ae_fast::segment_attention" in names

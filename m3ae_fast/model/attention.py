@@ -30,10 +30,25 @@ def packed_attention(
     """softmax(q k^T / sqrt(D)) v within each sample; `queries` and `keys` hold the same samples. Returns [Q, H, D]."""
     if len(q_QHD) == 0:
         return q_QHD * 1.0 + 0.0 * (k_KHD.sum() + v_KHD.sum())  # keeps a gradient, of zeros
-    if q_QHD.is_cuda and q_QHD.dtype in (torch.bfloat16, torch.float16):
-        flash = _flash()
-        if flash is not None and (dropout_p == 0 or flash.takes_dropout):
-            return flash(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
+    # flash kernels want heads of a multiple of 8 values
+    if q_QHD.is_cuda and q_QHD.dtype in (torch.bfloat16, torch.float16) and q_QHD.shape[-1] % 8 == 0:
+        return _flash_attention(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
+    return _sample_attention(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
+
+
+@torch.compiler.disable  # what is installed cannot all be traced; a graph ends before each call
+def _flash_attention(
+    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments, dropout_p: float
+) -> Tensor:
+    flash = _flash()
+    if flash is None or (dropout_p and not flash.takes_dropout):
+        return _sample_attention(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
+    return flash(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
+
+
+def _sample_attention(
+    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments, dropout_p: float
+) -> Tensor:
     if dropout_p:
         return _dropout_attention(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
     return segment_attention(q_QHD, k_KHD, v_KHD, queries.cu_seqlens, keys.cu_seqlens)[0]

@@ -1,0 +1,22 @@
+"""--profile: a torch profiler trace of a few steps, for chrome://tracing or ui.perfetto.dev."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+WAIT, WARMUP, ACTIVE = 4, 1, 3  # steps: compile and settle, start the profiler, record
+TRACE_FILE = "trace.json.gz"
+
+
+def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.profile | None]:
+    """A profiler whose `step()` is to be called after every step; it writes run_dir/trace.json.gz. None: none."""
+    if run_dir is None:
+        return nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(str(run_dir / TRACE_FILE)),
+        record_shapes=True,
+    )
