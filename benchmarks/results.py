@@ -37,10 +37,10 @@ def _cpu() -> str:
     return platform.processor() or "CPU"
 
 
-def write(name: str, title: str, rows: list[Row]) -> Path:
+def write(name: str, title: str, rows: list[Row], folder: Path = FOLDER) -> Path:
     """Writes NAME.json and prints the table."""
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     data = {"title": title, "about": about(), "rows": rows}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print("\n" + markdown(data))
@@ -52,7 +52,7 @@ def markdown(data: dict) -> str:
     a, columns = data["about"], list(data["rows"][0])
     lines = [f"**{data['title']}** ({a['device']}, {a['cores']} cores, torch {a['torch']}, {a['date']})", ""]
     lines.append("| " + " | ".join(columns) + " |")
-    numeric = [not isinstance(data["rows"][0][c], str) for c in columns]
+    numeric = [not any(isinstance(row[c], str) for row in data["rows"]) for c in columns]
     lines.append("|" + "|".join("--:" if n else "---" for n in numeric) + "|")
     lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in data["rows"]]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,6 @@
 """The benchmarks compare like with like."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest has no reason to look for benchmarks/ by itself
 
+from benchmarks import results, step_gpu, table
+from benchmarks.alone import Alone
 from benchmarks.reference import ReferenceM3AE
 from benchmarks.workload import make_batch, make_config
 from m3ae_fast.config import ModelConfig
@@ -35,3 +38,59 @@ def test_references_do_the_engines_work(expert):
     grads = {name: p.grad for name, p in reference.named_parameters()}
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_results_become_the_readmes_tables(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    rows = [{"what": "a", "samples/s": 1234.5}, {"what": "b", "samples/s": None}]
+    results.write("step", "Steps", rows, tmp_path)
+    assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "**Steps**" in text and "| a | 1,234 |" in text and "| b | - |" in text
+
+
+def test_table_needs_its_markers(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
+    assert table.START in capsys.readouterr().err
+
+
+def test_a_contender_works_alone():
+    with Alone("reference", TINY.model_dump(mode="json"), 2) as contender:
+        first, second = contender.losses
+        assert first > second  # it learns
+        assert contender.startup > contender.step() > 0
+        assert contender.peak_bytes() > -4 * 200_000  # less its gradients
+
+
+def test_gpu_steps(tmp_path, monkeypatch):
+    """The table, where one contender has no memory left."""
+
+    class Fake:
+        startup = 9.0
+
+        def __init__(self, name, model, samples):
+            if name == "expert":
+                raise RuntimeError("left")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def step(self):
+            return 0.5
+
+        def peak_bytes(self):
+            return 2e9
+
+    monkeypatch.setattr(step_gpu, "Alone", Fake)
+    path = step_gpu.run(tmp_path, cases=[({"size": "small"}, 8)])
+    expert, engine = json.loads(path.read_text())["rows"]
+    assert expert["samples/s"] is None
+    assert (engine["samples/s"], engine["peak GB"], engine["start-up s"]) == (16, 2, 9)
+    assert engine["reference MFU"] > 0

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu [--tune] [--quick]: checks every kernel on the GPU and times it beside its rivals.
+"""python -m benchmarks.gpu [--tune] [--quick] [--step]: checks every kernel on the GPU and times it beside its rivals.
 
 Exit code 1 where a check fails, 2 where there is no GPU.
 """
@@ -75,11 +75,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--tune", action="store_true", help="first find block sizes for this GPU and write its table")
     parser.add_argument("--quick", action="store_true", help="checks alone, no timing")
+    parser.add_argument("--step", action="store_true", help="whole training steps instead; needs m3ae_fast")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON and Markdown files")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device on this machine; nothing to measure", file=sys.stderr)
         return 2
+    if args.step:
+        from ..step_gpu import run
+
+        run(args.results)
+        return 0
     device = CudaDevice()
     print(f"{device.name}, torch {torch.__version__}", flush=True)
     if args.tune:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ONEDNN = torch.backends.mkldnn.is_available()  # asked in a compiled function it would end the graph
+
 
 class Linear(nn.Linear):
     def forward(self, x_RI: Tensor) -> Tensor:
@@ -19,7 +21,7 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """As torch.nn.functional.linear; in float32 on an x86 CPU through oneDNN, where torch takes MKL, which reaches half
     of that on AMD."""
     plain = x_RI.dtype == weight_OI.dtype == torch.float32 and x_RI.device.type == "cpu" and len(x_RI) > 0
-    if plain and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
+    if plain and ONEDNN and not torch.is_autocast_enabled("cpu"):
         return onednn_linear(x_RI, weight_OI, bias_O)
     return F.linear(x_RI, weight_OI, bias_O)
 

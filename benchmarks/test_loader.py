@@ -1,0 +1,112 @@
+"""The loader alone, from JPEG shards made here, and the share of the quickstart's steps that waits for data."""
+
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import decode_image, encode_jpeg
+from torchvision.transforms import v2
+
+from benchmarks import results
+from m3ae_fast.config import DataConfig, MaskingConfig, SourceConfig
+from m3ae_fast.data import ShardStore, build_loader, load_tokenizer, open_corpus
+from m3ae_fast.model.packing import Geometry
+
+ROOT = Path(__file__).parents[1]
+PICTURES, HEIGHT, WIDTH, BATCH = 512, 400, 500, 64
+MOST = 1.3  # times what decoding and cropping alone take: the loader reads shards, tokenises, masks and packs besides
+ROWS: list[results.Row] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def write():
+    yield
+    if ROWS:
+        results.write("loader", f"Loading, one core, JPEG pictures of {WIDTH} x {HEIGHT} pixels", ROWS)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Soft shapes with some grain: JPEGs of about 50 kB, as photographs have."""
+    folder, rng = tmp_path_factory.mktemp("shards"), torch.Generator().manual_seed(0)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(PICTURES // 2):
+                soft = torch.rand(1, 3, 25, 32, generator=rng) * 255
+                image = torch.nn.functional.interpolate(soft, (HEIGHT, WIDTH), mode="bicubic")[0]
+                image += 8 * torch.randn(1, HEIGHT, WIDTH, generator=rng)
+                jpeg = encode_jpeg(image.clamp(0, 255).to(torch.uint8), quality=85).numpy().tobytes()
+                for ending, data in (("jpg", jpeg), ("txt", b"a picture of a red house by the sea")):
+                    info = tarfile.TarInfo(f"{i:05}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", [224, 256])
+def test_loader(benchmark, shards, one_thread, size):
+    """Index, decoding, augmentation, tokens, masks, packing, beside torchvision's decoding and crop by themselves."""
+    data = DataConfig(train=[SourceConfig(shards=f"{shards}/{{0..1}}.tar")], workers=0)
+    corpus = open_corpus(data.train, ShardStore(None))
+    tokenizer = load_tokenizer(str(ROOT / "data/openclipart/tokenizer.json"), 64, 2048)
+    options = {"seed": 0, "micro_batch": BATCH, "steps": 1 << 30}
+    stream = iter(build_loader(data, corpus, tokenizer, Geometry(size, 16, 3, 64), MaskingConfig(), **options))
+
+    with tarfile.open(shards / "0.tar") as tar:
+        jpegs = [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg")]
+    jpegs = itertools.cycle(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs)
+    transform = v2.Compose(
+        [v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
+    )
+    seconds: dict[str, list[float]] = {"torchvision alone": [], "this loader": []}
+
+    def torchvision() -> None:
+        start = time.perf_counter()
+        for _ in range(BATCH):
+            transform(decode_image(next(jpegs)))
+        seconds["torchvision alone"].append(time.perf_counter() - start)
+
+    def loader() -> None:
+        start = time.perf_counter()
+        assert len(next(stream).keys) == BATCH
+        seconds["this loader"].append(time.perf_counter() - start)
+
+    loader()
+    seconds["this loader"].clear()
+    benchmark.pedantic(loader, setup=torchvision, rounds=12)
+    for name, times in seconds.items():
+        ROWS.append({"what": f"{name}, {size} px", "samples/s": BATCH / statistics.median(times), "waiting": None})
+    ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
+    assert ratio < MOST, f"{ratio:.2f} times torchvision's time"
+
+
+def test_data_wait(benchmark, tmp_path):
+    """What the quickstart's steps wait for the next batch, once it runs."""
+    options = ["train.steps=50", "train.log_every=10", "train.pictures=0", f"run.dir={tmp_path}", "data.val=[]"]
+    command = [sys.executable, str(ROOT / "m3ae_fast/train.py"), "--config", "configs/quickstart.json"]
+    command += [word for option in options for word in ("--set", option)]
+    run = {"cwd": ROOT, "check": True, "capture_output": True, "env": os.environ | {"GOMP_SPINCOUNT": "1000"}}
+    benchmark.pedantic(lambda: subprocess.run(command, **run), rounds=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steady = [line for line in lines if "data_wait" in line and line["step"] > 10]
+    share = statistics.median(line["data_wait"] for line in steady)
+    speed = statistics.median(line["samples_per_s"] for line in steady)
+    ROWS.append({"what": "quickstart, training", "samples/s": speed, "waiting": f"{share:.1%}"})
+    assert share < 0.02

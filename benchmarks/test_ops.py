@@ -1,0 +1,90 @@
+"""Each op, forward and backward: this engine's beside eager torch, at M3AE-Small's widths on a CPU (32 samples) and at
+M3AE-Large's on a GPU (512 samples; `python -m benchmarks.gpu` says much more there)."""
+
+from functools import partial
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import results
+from benchmarks.alone import peak_above
+from benchmarks.gpu.measure import CpuDevice, CudaDevice, measure
+from benchmarks.gpu.rivals import rivals
+from benchmarks.gpu.workloads import LARGE, Sizes, Workload, workloads
+from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.packing import Segments
+
+DEVICE = CudaDevice() if torch.cuda.is_available() else CpuDevice()
+SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, decoder=512, vocab=30522)
+SIZES = LARGE if torch.cuda.is_available() else SMALL
+ROWS: list[results.Row] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def write():
+    yield
+    if ROWS:
+        results.write("ops", f"Ops in bf16 at {SIZES.samples} samples (loss ops make their gradients forward)", ROWS)
+
+
+def attention(heads: int = 16) -> tuple[Workload, dict]:
+    """The decoder's self-attention over captions of 8 to 32 tokens; eager torch pads to the longest, with a mask."""
+    torch.manual_seed(0)
+    lengths = 1 + SIZES.grid**2 + torch.randint(8, 33, (SIZES.samples,))
+    rows, longest = int(lengths.sum()), int(lengths.max())
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE.device)
+    segments = Segments(ends, longest, rows)
+    valid = (torch.arange(longest) < lengths[:, None]).to(DEVICE.device)
+    place = valid.flatten().nonzero()[:, 0]
+    shape = (rows, heads, SIZES.decoder // heads)
+
+    def packed(q, k, v):
+        return packed_attention(q, k, v, segments, segments)
+
+    def padded(q, k, v):
+        wide = (x.new_zeros(valid.numel(), *shape[1:]).index_copy(0, place, x) for x in (q, k, v))
+        q, k, v = (x.unflatten(0, valid.shape).transpose(1, 2) for x in wide)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
+        return out.transpose(1, 2).flatten(0, 1)[place]
+
+    qkv = {n: torch.randn(shape, dtype=torch.bfloat16, device=DEVICE.device).requires_grad_() for n in "qkv"}
+    ours, eager = (SimpleNamespace(attention=f) for f in (packed, padded))
+    return Workload("attention", "attention", qkv), {"m3ae_kernels": ours, "eager": eager}
+
+
+def case(index: int) -> tuple[Workload, dict]:
+    """The op of that index, alone in memory, and who can run it."""
+    if index == 0:
+        return attention()
+    work = next(islice(workloads(SIZES, torch.bfloat16, DEVICE.device), index - 1, None))
+    return work, rivals(work, compiled=False)
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_op(benchmark, index):
+    work, modules = case(index)
+    modules = {"engine": modules["m3ae_kernels"], "eager": modules["eager"]}
+    learned = [work.tensors[name] for name in work.learned]
+    outs = {name: work.call(module) for name, module in modules.items()}
+    upstream = {name: work.upstream(out) for name, out in outs.items()}
+
+    def both(name: str) -> None:
+        work.run(modules[name], upstream[name])
+
+    def backward(name: str) -> None:
+        torch.autograd.grad(outs[name], learned, upstream[name], retain_graph=True)
+
+    phases = {"forward": lambda name: work.call(modules[name]), "backward": backward, "both": both}
+    row: results.Row = {"op": work.name}
+    for phase, run in phases.items():
+        times = measure(DEVICE, {name: partial(run, name) for name in modules}, rounds=3, repeats=3)
+        row |= {f"{phase} ms": times["engine"].p50, f"{phase} eager": times["eager"].p50}
+    outs.clear()
+    for name, column in (("engine", "peak MB"), ("eager", "peak eager")):
+        row[column] = peak_above(partial(both, name), DEVICE.device) / 1e6
+    ROWS.append(row)
+    benchmark.pedantic(both, ("engine",), rounds=3)
+    benchmark.extra_info |= row

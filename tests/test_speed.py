@@ -1,0 +1,132 @@
+"""What makes the engine fast must not change its numbers, nor wait, nor compile again."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.engine.hardware import has_compiler
+from m3ae_fast.model import attention
+from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.linear import linear
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.masking import draw_mask
+from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, Segments, pack
+
+TINY = ModelConfig(
+    size=None, emb_dim=24, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=2, dec_num_heads=2,
+    image_size=32, patch_size=8, text_length=12, vocab_size=50,
+)  # fmt: skip
+
+
+def _batch(kinds: str, seed: int) -> PackedBatch:
+    """Samples of these kinds: p paired, i picture alone, t text alone."""
+    rng = torch.Generator().manual_seed(seed)
+    samples = []
+    for kind in kinds:
+        sample = Sample(kind)
+        if kind in "pi":
+            sample.image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=rng)
+            sample.image_mask = draw_mask(16, 0.75, rng)
+        if kind in "pt":
+            length = int(torch.randint(4, 13, (), generator=rng))
+            sample.tokens = torch.randint(50, (length,), generator=rng)
+            sample.text_mask = draw_mask(12, 0.75, rng)[:length]
+        samples.append(sample)
+    return pack(samples, Geometry(32, 8, 3, 12))
+
+
+def _segments(lengths: list[int]) -> Segments:
+    return Segments(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max(lengths), sum(lengths))
+
+
+# equal lengths share a matmul; a sample may have no queries; no sample at all
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([5, 5, 3, 5, 1], [5, 5, 3, 5, 1]), ([2, 0, 4, 2, 2], [7, 3, 9, 7, 6]), ([1], [1]), ([0, 0], [2, 3])],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+def test_packed_attention(monkeypatch, queries, keys, chunk, dtype, tolerance):
+    monkeypatch.setattr(attention, "CHUNK_SCORES", chunk)
+    torch.manual_seed(0)
+    wide = torch.randn(sum(keys), 3, 2, 8, dtype=dtype).requires_grad_()  # q, k, v as slices, as the model has them
+    q, k, v = wide[: sum(queries), 0], wide[:, 1], wide[:, 2]
+    out = packed_attention(q, k, v, _segments(queries), _segments(keys))
+    grad = torch.randn(out.shape, dtype=dtype)
+    (got,) = torch.autograd.grad(out, wide, grad)
+
+    exact = wide.detach().double().requires_grad_()
+    parts = zip(exact[: sum(queries), 0].split(queries), exact[:, 1].split(keys), exact[:, 2].split(keys))
+    expected = torch.cat(
+        [((q.transpose(0, 1) @ k.permute(1, 2, 0)) * 8**-0.5).softmax(-1) @ v.transpose(0, 1) for q, k, v in parts], 1
+    ).transpose(0, 1)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.double(), expected_grad, rtol=tolerance, atol=2 * tolerance)
+
+
+def test_large_scores_do_not_overflow():
+    q = torch.full((4, 1, 8), 100.0)
+    out = packed_attention(q, q, torch.eye(4, 8)[:, None], _segments([4]), _segments([4]))
+    torch.testing.assert_close(out[:, 0, :4], torch.full((4, 4), 0.25))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_linear(rows):
+    """oneDNN's matmul on the CPU, forward and backward, against float64."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).requires_grad_() for shape in ((rows, 5), (9, 5), (9,))]
+    grad = torch.randn(rows, 9)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got, expected = linear(*inputs), F.linear(*exact)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    pairs = zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, exact, grad.double()))
+    for ours, right in pairs:
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_are_right_and_compile_once(monkeypatch):
+    """Batches of other sizes and kinds reuse the graphs of the first ones; eager numbers come out."""
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)  # restored afterwards
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    plain = M3AE(TINY)
+    compiled = M3AE(TINY)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.encoder.compile_blocks()
+    compiled.decoder.compile_blocks()
+    for step, kinds in enumerate(("pppp", "pit", "tttpp", "i", "tp", "iiippp")):
+        batch = _batch(kinds, step)
+        losses = [model(batch).loss for model in (plain, compiled)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=2e-5, atol=0)
+        for model, loss in zip((plain, compiled), losses):
+            model.zero_grad()
+            loss.backward()
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        graphs = counters["stats"]["unique_graphs"]
+        if step == 1:
+            warm = graphs
+    assert graphs == warm == 3  # encoder, decoder, the decoder's last block
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose host could wait")
+def test_a_step_never_waits_for_the_gpu():
+    device = torch.device("cuda")
+    model = M3AE(TINY).to(device)
+    batch = _batch("ppit", 0).to(device)
+    for mode in ("default", "error"):  # kernels are compiled and loaded in the first round
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(batch).loss
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
