@@ -5,11 +5,14 @@ Shapes: R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+import platform
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN = torch.backends.mkldnn.is_available()  # asked in a compiled function it would end the graph
+# asked here, since in a compiled function the question would end the graph
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
 class Linear(nn.Linear):
