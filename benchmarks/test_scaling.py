@@ -29,14 +29,22 @@ def write():
     if not ROWS:
         return
     results.write("scaling", f"How the engine scales (small, 224 px, batch {BATCH} where it does not grow)", ROWS)
+    draw(ROWS)
+
+
+def draw(rows: list[results.Row]) -> None:
+    """Writes scaling.png."""
     figure, axes = plt.subplots(2, len(SERIES), figsize=(3.2 * len(SERIES), 5), squeeze=False)
     for column, what in enumerate(SERIES):
-        rows = [row for row in ROWS if row["what grows"] == what]
+        mine = [row for row in rows if row["what grows"] == what]
+        values = [float(row["to"]) for row in mine]
         for line, quantity in enumerate(("samples/s", "peak MB")):
             axis = axes[line][column]
-            axis.plot([float(row["to"]) for row in rows], [row[quantity] for row in rows], marker="o")
+            axis.plot(values, [row[quantity] for row in mine], marker="o")
             axis.set(xlabel=what, ylabel="" if column else quantity, xscale="linear" if "ratio" in what else "log")
-            axis.set_ylim(bottom=0)
+            axis.set_xticks(values, [row["to"] for row in mine])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0, top=1.1 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(results.FOLDER / "scaling.png", dpi=110)
@@ -56,6 +64,6 @@ def test_scaling(benchmark, what):
     benchmark.pedantic(run, rounds=1)
     peaks = [row["peak MB"] for row in ROWS if row["what grows"] == what]
     if what == "batch":
-        assert peaks[-1] < 1.3 * peaks[0] * 128 / 8, "memory grows no faster than the batch"
+        assert peaks[-1] < 1.1 * 2 * peaks[-2], "memory grows no faster than the batch"
     if what == "vocabulary":
         assert peaks[-1] < 2 * peaks[0], "logits never exist as a whole"
