@@ -44,6 +44,7 @@ def draw(rows: list[results.Row]) -> None:
             axis.set(xlabel=what, ylabel="" if column else quantity, xscale="linear" if "ratio" in what else "log")
             axis.set_xticks(values, [row["to"] for row in mine])
             axis.minorticks_off()
+            axis.tick_params(axis="x", labelsize=7)
             axis.set_ylim(bottom=0, top=1.1 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
     figure.tight_layout()
