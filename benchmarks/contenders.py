@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.reference import ReferenceTrainer
 from benchmarks.workload import WORDS, make_batch, make_config
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.engine.core import TorchEngine
+from m3ae_fast.engine.core import build_engine
 from m3ae_fast.engine.distributed import Ranks
 from m3ae_fast.model.m3ae import M3AE
 
@@ -38,7 +38,7 @@ def build(
     if name == "engine":
         m3ae.encoder.compile_blocks()
         m3ae.decoder.compile_blocks()
-        engine = TorchEngine(m3ae, config, ranks)
+        engine = build_engine(m3ae, config, ranks)
         return lambda: engine.step([packed], LR)[0][0].loss.detach()
     state, expert = m3ae.state_dict(), name == "expert"
     options = config.model, config.masking, config.loss, config.optim, state, ranks.device

@@ -50,8 +50,6 @@ class TorchEngine:
     """Data parallel on torch alone: float32 weights, autocast for bf16."""
 
     def __init__(self, model: M3AE, config: Config, ranks: Ranks) -> None:
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
         self.model = model.to(ranks.device)
         self.config, self.ranks = config, ranks
         self.optimizer = build_adamw(self.model, config.optim)
@@ -151,6 +149,8 @@ def _walk(model: nn.Module, weight: Callable, moment: Callable) -> Iterator[tupl
 
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
     """The engine that the config asks for."""
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     if config.deepspeed is None:
         return TorchEngine(model, config, ranks)
     from m3ae_fast.engine.zero import DeepSpeedEngine
