@@ -263,6 +263,14 @@ def largest_allocation(case: str, inputs: Inputs) -> int:
     return max(event.self_cpu_memory_usage for event in record.events())
 
 
+def test_norm_in_chunks_of_rows(monkeypatch):
+    inputs = make("norm-some", torch.float32)
+    monkeypatch.setattr(importlib.import_module("m3ae_kernels.gather"), "CHUNK_ROWS", 13)
+    true = run(reference, "norm-some", double(inputs))
+    for name, got in run(m3ae_kernels, "norm-some", inputs).items():
+        assert error(got, true[name]) < 1e-6, name
+
+
 def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
     """In chunks of a few rows the result is the same, and nothing of [M, V] or [M, K] is ever allocated."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
