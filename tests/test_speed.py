@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.engine.hardware import has_compiler
-from m3ae_fast.model import attention
+from m3ae_fast.model import segment_attention
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.linear import linear
 from m3ae_fast.model.m3ae import M3AE
@@ -52,7 +52,7 @@ def _segments(lengths: list[int]) -> Segments:
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
 def test_packed_attention(monkeypatch, queries, keys, chunk, dtype, tolerance):
-    monkeypatch.setattr(attention, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(segment_attention, "CHUNK_SCORES", chunk)
     torch.manual_seed(0)
     wide = torch.randn(sum(keys), 3, 2, 8, dtype=dtype).requires_grad_()  # q, k, v as slices, as the model has them
     q, k, v = wide[: sum(queries), 0], wide[:, 1], wide[:, 2]
@@ -91,9 +91,9 @@ def test_linear(rows):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_are_right_and_compile_once(monkeypatch):
+@torch._functorch.config.patch(activation_memory_budget=1.0)  # restored afterwards
+def test_compiled_blocks_are_right_and_compile_once():
     """Batches of other sizes and kinds reuse the graphs of the first ones; eager numbers come out."""
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)  # restored afterwards
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)

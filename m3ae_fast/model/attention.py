@@ -3,25 +3,21 @@
 Shapes: Q query rows, K key rows, H heads, D values a head.
 
 On CUDA in bf16/fp16 this is FlashAttention's varlen kernel: flash-attn where it is installed (FA4, FA3, FA2), else
-`torch.nn.attention.varlen`. Everywhere else it is one attention a sample, written for the CPU.
+`torch.nn.attention.varlen`. Everywhere else it is `segment_attention`, written for the CPU.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast.model import cpu_attention
 from m3ae_fast.model.packing import Segments
-
-CHUNK_SCORES = 1 << 20  # scores that one batched matmul makes on the CPU: a few MB, which stay in the caches
+from m3ae_fast.model.segment_attention import segment_attention
 
 
 def packed_attention(
@@ -58,7 +54,9 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Name of what `packed_attention` runs on, for logs."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _flash() is not None:
         return _flash().name
-    return "per-sample"
+    if device.type == "cpu" and dtype == torch.bfloat16 and cpu_attention.kernels() is not None:
+        return "AVX-512 bf16"
+    return "torch, per sample"
 
 
 class _Flash:
@@ -123,135 +121,3 @@ def _dropout_attention(
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         outs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)[0].transpose(0, 1))
     return torch.cat(outs)
-
-
-# Samples of equal lengths go through one batched matmul, as many as have scores for the cache: there is no padding and
-# no mask. Probabilities are powers of 2, which torch computes several times faster on a CPU than those of e.
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Samples with equally many queries and equally many keys."""
-
-    q_starts: list[int]
-    k_starts: list[int]
-    q_len: int
-    k_len: int
-
-
-def _groups(cu_queries: Tensor, cu_keys: Tensor, heads: int) -> Iterator[_Group]:
-    """Cuts the samples that have queries into groups. On a GPU this waits for the device; the flash kernels do not."""
-    by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for (q, q_end), (k, k_end) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist())):
-        if q_end > q:
-            by_size[q_end - q, k_end - k].append((q, k))
-    for (q_len, k_len), starts in by_size.items():
-        size = max(1, CHUNK_SCORES // (heads * q_len * max(k_len, 1)))
-        for first in range(0, len(starts), size):
-            q_starts, k_starts = zip(*starts[first : first + size])
-            yield _Group(list(q_starts), list(k_starts), q_len, k_len)
-
-
-def _rows(starts: list[int], length: int, device: torch.device) -> Tensor:
-    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten().to(device)
-
-
-def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
-    """[samples * H, length, D], contiguous."""
-    if len(starts) == 1:
-        return x_THD[starts[0] : starts[0] + length].transpose(0, 1).contiguous()
-    rows = x_THD.index_select(0, _rows(starts, length, x_THD.device))
-    return rows.unflatten(0, (len(starts), length)).transpose(1, 2).flatten(0, 1)
-
-
-def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None:
-    """The inverse of `_take`."""
-    rows = x_BnD.unflatten(0, (len(starts), -1)).transpose(1, 2).flatten(0, 1)
-    if len(starts) == 1:
-        out_THD[starts[0] : starts[0] + length] = rows
-    else:
-        out_THD.index_copy_(0, _rows(starts, length, x_BnD.device), rows)
-
-
-def _powers(scores_Bqk: Tensor, scale: float, shift_Bq1: Tensor) -> Tensor:
-    """2 ** (scale * scores - shift), in place."""
-    return torch.add(-shift_Bq1, scores_Bqk, alpha=scale, out=scores_Bqk).exp2_()
-
-
-@torch.library.custom_op("m3ae_fast::segment_attention", mutates_args=())
-def segment_attention(
-    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Attention of each sample by itself. Returns [Q, H, D] and the base-2 log-sum-exp of the scores, [Q, H, 1]."""
-    out_QHD = torch.empty(q_QHD.shape, dtype=q_QHD.dtype, device=q_QHD.device)
-    lse_QH1 = torch.empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype), device=q_QHD.device)
-    scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
-    for group in _groups(cu_queries, cu_keys, q_QHD.shape[1]):
-        q = _take(q_QHD, group.q_starts, group.q_len)
-        k, v = (_take(x, group.k_starts, group.k_len) for x in (k_KHD, v_KHD))
-        scores_Bqk = torch.bmm(q, k.mT).to(lse_QH1.dtype)
-        top_Bq1 = scores_Bqk.amax(-1, keepdim=True).mul_(scale)
-        p_Bqk = _powers(scores_Bqk, scale, top_Bq1)
-        sum_Bq1 = p_Bqk.sum(-1, keepdim=True)
-        out = torch.bmm(p_Bqk.to(v.dtype), v).div_(sum_Bq1)
-        _put(out, out_QHD, group.q_starts, group.q_len)
-        _put(top_Bq1 + sum_Bq1.log2(), lse_QH1, group.q_starts, group.q_len)
-    return out_QHD, lse_QH1
-
-
-@segment_attention.register_fake
-def _(q_QHD, k_KHD, v_KHD, cu_queries, cu_keys):
-    lse_QH1 = q_QHD.new_empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype))
-    return torch.empty(q_QHD.shape, dtype=q_QHD.dtype, device=q_QHD.device), lse_QH1
-
-
-@torch.library.custom_op("m3ae_fast::segment_attention_backward", mutates_args=())
-def segment_attention_backward(
-    grad_QHD: Tensor,
-    q_QHD: Tensor,
-    k_KHD: Tensor,
-    v_KHD: Tensor,
-    lse_QH1: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. The probabilities are computed again."""
-    dq, dk, dv = _empty_grads(q_QHD, k_KHD, v_KHD)
-    for x in (dk, dv):
-        x.zero_()  # samples without queries
-    scale = q_QHD.shape[-1] ** -0.5
-    for group in _groups(cu_queries, cu_keys, q_QHD.shape[1]):
-        q, grad, lse = (_take(x, group.q_starts, group.q_len) for x in (q_QHD, grad_QHD, lse_QH1))
-        k, v = (_take(x, group.k_starts, group.k_len) for x in (k_KHD, v_KHD))
-        p_Bqk = _powers(torch.bmm(q, k.mT).to(lse.dtype), scale * math.log2(math.e), lse).to(q.dtype)
-        _put(torch.bmm(p_Bqk.mT, grad), dv, group.k_starts, group.k_len)
-        ds_Bqk = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p_Bqk, -1, p_Bqk.dtype)
-        _put(torch.bmm(ds_Bqk, k).mul_(scale), dq, group.q_starts, group.q_len)
-        _put(torch.bmm(ds_Bqk.mT, q).mul_(scale), dk, group.k_starts, group.k_len)
-    return dq, dk, dv
-
-
-@segment_attention_backward.register_fake
-def _(grad_QHD, q_QHD, k_KHD, v_KHD, lse_QH1, cu_queries, cu_keys):
-    return _empty_grads(q_QHD, k_KHD, v_KHD)
-
-
-def _empty_grads(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, cu_queries, cu_keys = inputs
-    ctx.save_for_backward(q, k, v, output[1], cu_queries, cu_keys)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad_QHD, _):
-    return *segment_attention_backward(grad_QHD, *ctx.saved_tensors), None, None
-
-
-segment_attention.register_autograd(_backward, setup_context=_save)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

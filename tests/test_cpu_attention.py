@@ -1,0 +1,119 @@
+"""The CPU's bf16 attention kernel against float64, and what happens where it cannot be built."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from m3ae_fast.model import cpu_attention
+from m3ae_fast.model.segment_attention import segment_attention, segment_attention_backward
+
+kernel = pytest.mark.skipif(not cpu_attention._cpu_flags() >= cpu_attention._NEEDS, reason="needs AVX-512 bf16")
+SHAPES = {  # heads, values a head, queries, keys
+    "one key": (1, 16, [1], [1]),
+    "decoder": (4, 32, [217, 229, 198], [217, 229, 198]),
+    "encoder": (6, 64, [55, 3, 61, 8, 9, 16, 17], [55, 3, 61, 8, 9, 16, 17]),
+    "pruned": (3, 48, [0, 5, 31, 0, 2], [4, 37, 33, 1, 200]),
+    "wide": (2, 128, [7, 90], [7, 91]),
+    "no rows": (2, 32, [], []),
+    "no queries": (2, 32, [0, 0], [3, 5]),
+}
+
+
+def ends(lengths: list[int]) -> Tensor:
+    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+
+
+def inputs(shape: str, scale: float = 1.5) -> tuple[Tensor, ...]:
+    """grad, q, k, v, ends of the queries and of the keys; q, k, v are slices of one tensor, as in the model."""
+    heads, dim, queries, keys = SHAPES[shape]
+    torch.manual_seed(0)
+    qkv = (scale * torch.randn(sum(keys), 3 * heads * dim)).bfloat16()
+    q, k, v = (x.unflatten(-1, (heads, dim)) for x in qkv.chunk(3, dim=-1))
+    q = q[: sum(queries)]
+    return torch.randn(q.shape).bfloat16(), q, k, v, ends(queries), ends(keys)
+
+
+def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *cu: Tensor) -> dict[str, Tensor]:
+    out, lse = segment_attention(q, k, v, *cu)
+    grads = segment_attention_backward(grad, q, k, v, lse, *cu)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads)))
+
+
+@kernel
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_equals_float64(shape):
+    *tensors, cu_queries, cu_keys = inputs(shape)
+    assert cpu_attention.takes(tensors[1])
+    exact = run(*(x.double() for x in tensors), cu_queries, cu_keys)
+    for name, got in run(*tensors, cu_queries, cu_keys).items():
+        assert got.shape == exact[name].shape
+        assert got.dtype == (torch.float32 if name == "lse" else torch.bfloat16)
+        assert (got.double() - exact[name]).norm() <= 4e-3 * exact[name].norm(), name
+
+
+@kernel
+def test_results_do_not_depend_on_threads_or_strides():
+    *tensors, cu_queries, cu_keys = inputs("pruned")
+    expected = run(*tensors, cu_queries, cu_keys)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for name, got in run(*tensors, cu_queries, cu_keys).items():
+                assert torch.equal(got, expected[name])
+    finally:
+        torch.set_num_threads(threads)
+    odd = [torch.zeros(len(x), x.shape[1] * x.shape[2] + 5, dtype=x.dtype) for x in tensors]
+    strided = [pad[:, : x[0].numel()].unflatten(1, x.shape[1:]).copy_(x) for pad, x in zip(odd, tensors)]
+    across = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in tensors]
+    for others in (strided, across):
+        for name, got in run(*others, cu_queries, cu_keys).items():
+            assert torch.equal(got, expected[name])
+
+
+@kernel
+def test_large_scores_and_what_is_not_finite():
+    *tensors, cu_queries, cu_keys = inputs("pruned", scale=60)
+    for name, got in run(*tensors, cu_queries, cu_keys).items():
+        assert got.isfinite().all(), name
+    tensors[2][5, 0, 3] = torch.nan  # a key of the second sample's first head
+    out = run(*tensors, cu_queries, cu_keys)["out"]
+    assert out[:5, 0].isnan().all()
+    assert out[:5, 1:].isfinite().all() and out[5:].isfinite().all()
+
+
+@kernel
+def test_built_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cpu_attention._build()
+    built = library.stat().st_mtime_ns
+    assert cpu_attention._build() == library and library.stat().st_mtime_ns == built
+    assert list(library.parent.iterdir()) == [library]
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("/no/such/compiler", "No such file"), ("false", "exit status 1")])
+def test_torch_takes_over_without_a_compiler(monkeypatch, tmp_path, caplog, compiler, reason):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(cpu_attention, "_cpu_flags", lambda: cpu_attention._NEEDS)
+    cpu_attention.kernels.cache_clear()
+    try:
+        tensors = inputs("pruned")
+        assert not cpu_attention.takes(tensors[1])
+        assert reason in caplog.text and "half the speed" in caplog.text
+        assert run(*tensors)["out"].isfinite().all()
+    finally:
+        cpu_attention.kernels.cache_clear()
+
+
+def test_torch_takes_over_on_other_cpus_and_kinds(monkeypatch):
+    _, q, *_ = inputs("pruned")
+    assert not cpu_attention.takes(q.float())
+    assert not cpu_attention.takes(q[..., :24])
+    monkeypatch.setattr(cpu_attention, "_cpu_flags", set)
+    cpu_attention.kernels.cache_clear()
+    try:
+        assert not cpu_attention.takes(q)
+    finally:
+        cpu_attention.kernels.cache_clear()
