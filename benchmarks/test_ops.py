@@ -14,7 +14,7 @@ from benchmarks.alone import peak_above
 from benchmarks.gpu.measure import CpuDevice, CudaDevice, measure
 from benchmarks.gpu.rivals import rivals
 from benchmarks.gpu.workloads import LARGE, Sizes, Workload, workloads
-from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.attention import packed_attention, padded_attention
 from m3ae_fast.model.packing import Segments
 
 DEVICE = CudaDevice() if torch.cuda.is_available() else CpuDevice()
@@ -37,18 +37,13 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
     rows, longest = int(lengths.sum()), int(lengths.max())
     ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE.device)
     segments = Segments(ends, longest, rows)
-    valid = (torch.arange(longest) < lengths[:, None]).to(DEVICE.device)
-    place = valid.flatten().nonzero()[:, 0]
     shape = (rows, heads, SIZES.decoder // heads)
 
     def packed(q, k, v):
         return packed_attention(q, k, v, segments, segments)
 
     def padded(q, k, v):
-        wide = (x.new_zeros(valid.numel(), *shape[1:]).index_copy(0, place, x) for x in (q, k, v))
-        q, k, v = (x.unflatten(0, valid.shape).transpose(1, 2) for x in wide)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
-        return out.transpose(1, 2).flatten(0, 1)[place]
+        return padded_attention(q, k, v, segments, segments)
 
     qkv = {n: torch.randn(shape, dtype=torch.bfloat16, device=DEVICE.device).requires_grad_() for n in "qkv"}
     ours, eager = (SimpleNamespace(attention=f) for f in (packed, padded))

@@ -237,10 +237,13 @@ def describe(engine: Engine, config: Config, ranks: Ranks, data: Data, step: int
     """The lines a run begins with."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+    model = config.model
+    dims = {model.emb_dim // model.num_heads, model.dec_emb_dim // model.dec_num_heads}
+    backends = {attention_backend(ranks.device, dtype, dim, model.att_drop > 0) for dim in dims}
     kind = "plain torch" if config.deepspeed is None else f"DeepSpeed ZeRO stage {config.zero_stage}"
     return (
         f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.train.precision}, {kind}, "
-        f"attention: {attention_backend(ranks.device, dtype)}, optimiser: {engine.optimizer_name}\n"
+        f"attention: {' and '.join(sorted(backends))}, optimiser: {engine.optimizer_name}\n"
         f"{data.train.samples:,} samples, batch {config.train.global_batch}, "
         f"steps {step} to {total_steps}, run folder {config.run.dir}"
     )

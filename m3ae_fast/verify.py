@@ -115,7 +115,7 @@ def _steps(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
     optimizer = build_adamw(model, golden.optim)
     trajectory = []
     for _ in range(golden.meta["steps"]):
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses = model(batch)
         losses.loss.backward()
         trajectory.append(losses.loss.item())

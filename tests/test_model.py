@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.attention import packed_attention, padded_attention
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Sample, Segments, pack
@@ -165,14 +165,15 @@ def test_activation_checkpointing_changes_no_gradient():
         torch.testing.assert_close(p.grad, grad)
 
 
+@pytest.mark.parametrize("attention", [packed_attention, padded_attention])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_packed_attention_against_softmax(dtype):
+def test_attention_against_softmax(dtype, attention):
     """Lengths of 0, 1 and more; fewer queries than keys; gradients too."""
     torch.manual_seed(0)
     q_lens, k_lens = [0, 1, 3, 5], [2, 1, 7, 5]
     q, k, v = (torch.randn(sum(n), 2, 8, dtype=dtype, requires_grad=True) for n in (q_lens, k_lens, k_lens))
     segments = [Segments(torch.tensor([0, *n]).cumsum(0).to(torch.int32), max(n), sum(n)) for n in (q_lens, k_lens)]
-    out = packed_attention(q, k, v, *segments)
+    out = attention(q, k, v, *segments)
     grad = torch.randn_like(out)
     got = (out, *torch.autograd.grad(out, (q, k, v), grad))
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))

@@ -16,7 +16,7 @@ from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, Segments, pack
 
 TINY = ModelConfig(
-    size=None, emb_dim=24, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=2, dec_num_heads=2,
+    size=None, emb_dim=32, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=2, dec_num_heads=2,
     image_size=32, patch_size=8, text_length=12, vocab_size=50,
 )  # fmt: skip
 

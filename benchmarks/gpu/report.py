@@ -11,9 +11,11 @@ from .check import Check
 from .measure import Timing
 from .workloads import Cost
 
-# Dense 16-bit tensor-core FLOP/s and memory bytes/s, from NVIDIA's data sheets (SXM); the first name found counts.
+# Dense 16-bit tensor-core FLOP/s and memory bytes/s, from NVIDIA's data sheets; the first name found counts.
 PEAKS = {
     "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
     "H100": (989e12, 3.35e12),
     "A100-SXM4-40": (312e12, 1.555e12),
     "A100": (312e12, 2.039e12),

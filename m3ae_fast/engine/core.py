@@ -56,7 +56,9 @@ class TorchEngine:
         self.optimizer_name = name_of(self.optimizer)
         self.wrapped: nn.Module = self.model
         if ranks.world > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(self.model)
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def step(self, batches: Sequence[PackedBatch], lr: float) -> tuple[list[Losses], Tensor]:
         self.model.train()
@@ -73,7 +75,7 @@ class TorchEngine:
         norm = clip_by_global_norm(list(self.model.parameters()), self.config.optim.clip_grad)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # to None; the fused Adams take no argument
         return results, norm
 
     @torch.no_grad()

@@ -86,6 +86,8 @@ def start() -> Ranks:
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"rank {rank} wants GPU {local_rank} of this node, which has {count}: start fewer ranks")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:

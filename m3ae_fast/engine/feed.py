@@ -33,7 +33,7 @@ def feed(loader: Iterable[PackedBatch], accumulation: int, device: torch.device)
         if stream is None:
             return Fed(host, host, waited), None
         with torch.cuda.stream(stream):
-            moved = [batch.to(device) for batch in host]
+            moved = [batch.to(device, non_blocking=True) for batch in host]
             copied = torch.cuda.Event()
             copied.record()
         return Fed(host, moved, waited), copied

@@ -13,6 +13,7 @@ import torch
 _BF16_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
@@ -49,7 +50,8 @@ def has_compiler() -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the GPU or this machine has no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's and CUDA's
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -19,10 +19,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_adamw(model: nn.Module, config: OptimConfig, *, cpu_offload: bool = False) -> torch.optim.Optimizer:
+def build_adamw(
+    model: nn.Module, config: OptimConfig, *, cpu_offload: bool = False, partitioned: bool = False
+) -> torch.optim.Optimizer:
     """The first that is there: NVIDIA apex's FusedAdam, DeepSpeed's, torch's fused AdamW.
 
-    `cpu_offload`: DeepSpeed's CPU Adam, which ZeRO-Offload wants.
+    `cpu_offload`: DeepSpeed's CPU Adam, which ZeRO-Offload wants. `partitioned`: ZeRO-3 steps one part of a group at a
+    time, which apex's, counting steps a group, cannot follow.
     """
     groups = parameter_groups(model, config.weight_decay)
     options = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
@@ -30,8 +33,9 @@ def build_adamw(model: nn.Module, config: OptimConfig, *, cpu_offload: bool = Fa
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    if next(model.parameters()).is_cuda:
-        for module in ("apex.optimizers", "deepspeed.ops.adam"):
+    first = next(model.parameters())
+    if first.is_cuda and first.dtype != torch.float64:
+        for module in ("deepspeed.ops.adam",) if partitioned else ("apex.optimizers", "deepspeed.ops.adam"):
             try:
                 return importlib.import_module(module).FusedAdam(groups, adam_w_mode=True, **options)
             except Exception:  # apex without its extension, PyPI's other apex, no nvcc for DeepSpeed's

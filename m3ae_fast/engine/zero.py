@@ -37,7 +37,8 @@ class DeepSpeedEngine:
         self.stage = config.zero_stage
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
-        optimizer = build_adamw(model, config.optim, cpu_offload=config.offloads_optimizer)
+        options = {"cpu_offload": config.offloads_optimizer, "partitioned": self.stage == 3}
+        optimizer = build_adamw(model, config.optim, **options)
         self.optimizer_name = name_of(optimizer)
         section = deepspeed_config(config, ranks.world)
         try:

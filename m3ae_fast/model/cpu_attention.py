@@ -28,17 +28,16 @@ _FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"
 _log = logging.getLogger(__name__)
 
 
-def takes(q_QHD: Tensor) -> bool:
-    """Whether the kernels are here and can work on queries of this kind."""
-    right = q_QHD.dtype == torch.bfloat16 and q_QHD.device.type == "cpu" and q_QHD.shape[-1] % 16 == 0
-    return right and kernels() is not None
+def takes(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether the kernels are here and work on such queries."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 16 == 0 and kernels() is not None
 
 
 def forward(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> tuple[Tensor, Tensor]:
     """See `segment_attention`; where there are queries there must be keys."""
     q, k, v = (_rows(x) for x in (q_QHD, k_KHD, v_KHD))
-    out_QHD = torch.empty(q.shape, dtype=q.dtype)
-    lse_QH1 = torch.empty(*q.shape[:2], 1)
+    out_QHD = q.new_empty(q.shape)
+    lse_QH1 = q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
     _run(kernels().forward, q, k, v, cu_queries, cu_keys, out_QHD.data_ptr(), lse_QH1.data_ptr())
     return out_QHD, lse_QH1
 
@@ -54,7 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `segment_attention_backward`."""
     grad, q, k, v = (_rows(x) for x in (grad_QHD, q_QHD, k_KHD, v_KHD))
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     rest = (grad.data_ptr(), grad.stride(0), lse_QH1.data_ptr(), *(x.data_ptr() for x in grads))
     _run(kernels().backward, q, k, v, cu_queries, cu_keys, *rest)
     return grads

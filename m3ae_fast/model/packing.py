@@ -84,7 +84,7 @@ class PackedBatch:
     text_count: float
     skipped: list = field(default_factory=list)  # samples the loader could not use
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:

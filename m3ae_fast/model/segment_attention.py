@@ -1,4 +1,4 @@
-"""Attention of each sample of a packed batch by itself: the op of CPUs, and of GPUs in float32.
+"""Attention of each sample of a packed batch by itself, on a CPU.
 
 Shapes: Q query rows, K key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
 
@@ -34,7 +34,7 @@ class _Group:
 
 
 def _groups(cu_queries: Tensor, cu_keys: Tensor, heads: int) -> Iterator[_Group]:
-    """Cuts the samples that have queries into groups. On a GPU this waits for the device; the flash kernels do not."""
+    """Cuts the samples that have queries into groups."""
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for (q, q_end), (k, k_end) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist())):
         if q_end > q:
@@ -46,15 +46,15 @@ def _groups(cu_queries: Tensor, cu_keys: Tensor, heads: int) -> Iterator[_Group]
             yield _Group(list(q_starts), list(k_starts), q_len, k_len)
 
 
-def _rows(starts: list[int], length: int, device: torch.device) -> Tensor:
-    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten().to(device)
+def _rows(starts: list[int], length: int) -> Tensor:
+    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
 
 
 def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
     """[samples * H, length, D], contiguous."""
     if len(starts) == 1:
         return x_THD[starts[0] : starts[0] + length].transpose(0, 1).contiguous()
-    rows = x_THD.index_select(0, _rows(starts, length, x_THD.device))
+    rows = x_THD.index_select(0, _rows(starts, length))
     return rows.unflatten(0, (len(starts), length)).transpose(1, 2).flatten(0, 1)
 
 
@@ -64,7 +64,7 @@ def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None
     if len(starts) == 1:
         out_THD[starts[0] : starts[0] + length] = rows
     else:
-        out_THD.index_copy_(0, _rows(starts, length, x_BnD.device), rows)
+        out_THD.index_copy_(0, _rows(starts, length), rows)
 
 
 def _powers(scores_Bqk: Tensor, scale: float, shift_Bq1: Tensor) -> Tensor:
@@ -77,10 +77,10 @@ def segment_attention(
     q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v of each sample, and the base-2 log-sum-exp of its scores, [Q, H, 1]."""
-    if cpu_attention.takes(q_QHD):
+    if cpu_attention.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
         return cpu_attention.forward(q_QHD, k_KHD, v_KHD, cu_queries, cu_keys)
-    out_QHD = torch.empty(q_QHD.shape, dtype=q_QHD.dtype, device=q_QHD.device)
-    lse_QH1 = torch.empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype), device=q_QHD.device)
+    out_QHD = q_QHD.new_empty(q_QHD.shape)
+    lse_QH1 = q_QHD.new_empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype))
     scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
     for group in _groups(cu_queries, cu_keys, q_QHD.shape[1]):
         q = _take(q_QHD, group.q_starts, group.q_len)
@@ -98,7 +98,7 @@ def segment_attention(
 @segment_attention.register_fake
 def _(q_QHD, k_KHD, v_KHD, cu_queries, cu_keys):
     lse_QH1 = q_QHD.new_empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype))
-    return torch.empty(q_QHD.shape, dtype=q_QHD.dtype, device=q_QHD.device), lse_QH1
+    return q_QHD.new_empty(q_QHD.shape), lse_QH1
 
 
 @torch.library.custom_op("m3ae_fast::segment_attention_backward", mutates_args=())
@@ -112,7 +112,7 @@ def segment_attention_backward(
     cu_keys: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. The probabilities are computed again."""
-    if cpu_attention.takes(q_QHD):
+    if cpu_attention.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
         return cpu_attention.backward(grad_QHD, q_QHD, k_KHD, v_KHD, lse_QH1, cu_queries, cu_keys)
     dq, dk, dv = _empty_grads(q_QHD, k_KHD, v_KHD)
     for x in (dk, dv):
@@ -135,7 +135,7 @@ def _(grad_QHD, q_QHD, k_KHD, v_KHD, lse_QH1, cu_queries, cu_keys):
 
 
 def _empty_grads(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    return tuple(x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx, inputs, output):

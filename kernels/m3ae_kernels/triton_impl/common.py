@@ -46,7 +46,8 @@ def cdiv(a: int, b: int) -> int:
 
 def aligned(matrix: Tensor) -> Tensor:
     """The matrix, contiguous, with zero columns added up to a multiple of 16: odd widths would be loaded one by one."""
-    return F.pad(matrix, (0, -matrix.shape[1] % 16)).contiguous()
+    extra = -matrix.shape[1] % 16
+    return F.pad(matrix, (0, extra)) if extra else matrix.contiguous()
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:
