@@ -239,7 +239,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give --config an existing file") from None
     except (ValueError, RecursionError) as error:

@@ -84,6 +84,11 @@ def main(argv: list[str] | None = None) -> int:
                 "out of memory: lower train.micro_batch, set train.activation_checkpointing, raise the ZeRO stage, or "
                 "choose a smaller model; --dry-run estimates what a config needs"
             )
+        if "DataLoader worker" in str(error):
+            error = UserError(
+                "a loader worker was killed, perhaps for want of memory: lower data.workers or data.prefetch; "
+                "--resume auto goes on from the last checkpoint"
+            )
         if not isinstance(error, UserError):
             raise
         if ranks.says("error"):

@@ -132,6 +132,27 @@ def test_loss_that_is_not_finite(run):
     assert (run.folder / "run/checkpoints").is_dir()  # what was saved before is still there
 
 
+def test_weights_that_are_not_finite_are_not_saved(run):
+    options = ["optim.peak_lr=1e300", "optim.clip_grad=null", "train.save_every=1"]
+    code, err = run(*(word for o in options for word in ("--set", o)))
+    assert code == 2 and "is not finite" in err and "optim.peak_lr" in err
+    assert not list((run.folder / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"wall_clock_breakdown": True}, "deepspeed.wall_clock_breakdown does not work here"),
+        ({"flops_profiler": {"enabled": True}}, "deepspeed.flops_profiler does not work here"),
+        ({"pipeline": 5}, "refuses the deepspeed section"),
+    ],
+)
+def test_deepspeed_sections_that_fail(run, section, message):
+    section = {"zero_optimization": {"stage": 1}} | section
+    code, err = run("--set", f"deepspeed={json.dumps(section)}")
+    assert code == 2 and message in err
+
+
 def test_out_of_memory_says_what_to_do(run, monkeypatch):
     def too_large(*_):
         raise MemoryError

@@ -18,8 +18,9 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path):
     with Metrics(tmp_path, 0, 9) as metrics:
         for step in range(4):
             metrics.log(step, {"loss": 1.0})
-    with (tmp_path / METRICS_FILE).open("a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
+    with (tmp_path / METRICS_FILE).open("ab") as file:
+        file.write(b'\xff\xfe\n[1]\n5\n{"step": "x"}\n{"step": null}\n')  # somebody else's
+        file.write(b'{"step": 4, "lo')  # killed while writing
     with Metrics(tmp_path, 2, 9) as metrics:
         metrics.log(3, {"loss": 2.0})
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
@@ -38,6 +39,16 @@ def test_one_folder_is_for_one_run(tmp_path):
             Metrics(tmp_path, 0, 1)
         other.kill()
     Metrics(tmp_path, 0, 1)
+
+
+@pytest.mark.parametrize("reader", ["head -1", "true", "cat > /dev/full"])
+def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
+    program = "import pathlib, sys; from m3ae_fast.engine.metrics import Metrics\n"
+    program += "with Metrics(pathlib.Path(sys.argv[1]), 0, 1) as metrics:\n"
+    program += "    for step in range(3000): metrics.log(step, {'loss': 1.0})\n"
+    program += "(pathlib.Path(sys.argv[1]) / 'done').touch()"
+    subprocess.run(["sh", "-c", f'"$0" -c "$1" "$2" | {reader}', sys.executable, program, str(tmp_path)])
+    assert (tmp_path / "done").exists() and len(lines(tmp_path)) == 3000
 
 
 def test_full_disk_is_told_once_and_the_run_goes_on(tmp_path, capsys):

@@ -145,3 +145,14 @@ def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     assert checkpoint.saved_steps(tmp_path) == [good]
     assert os.listdir(tmp_path / "checkpoints") == [good.name]
     assert checkpoint.open_state(good)("model/w").tolist() == [1, 1, 1]
+
+
+def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
+    info, poison = checkpoint.Info(2, 32, 42, {}, {}), {"model/w": torch.tensor([1.0, torch.nan])}
+    with pytest.raises(checkpoint.UserError, match=r"not written, since model/w is not finite"):
+        checkpoint.save(tmp_path, poison, info, keep=1)
+    assert checkpoint.saved_steps(tmp_path) == []
+    path = checkpoint.save(tmp_path, {"model/w": torch.ones(2)}, info, keep=1)
+    checkpoint.save_file(poison, path / checkpoint.STATE_FILE)
+    with pytest.raises(checkpoint.UserError, match=r"model/w is not finite; remove the folder"):
+        checkpoint.open_state(path)("model/w")

@@ -45,11 +45,13 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_float(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raises TypeError or ValueError unless `tensor` is floating with this shape (None: any size)."""
+def check_float(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """Raises TypeError or ValueError unless `tensor` is floating with this shape (None: any size) on the device of
+    `like`."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating, not {tensor.dtype}")
     _check_shape(name, tensor, shape)
+    _check_device(name, tensor, like)
 
 
 def check_index(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
@@ -57,11 +59,22 @@ def check_index(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: 
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, not {tensor.dtype}")
     _check_shape(name, tensor, shape)
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, the other tensors are on {like.device}")
+    _check_device(name, tensor, like)
+
+
+def check_range(name: str, ids: Tensor, rows: int, *, none: bool = False) -> None:
+    """Raises IndexError unless all ids are below `rows` and, but with `none`, not negative. It reads the values: for
+    CPU code alone, inside an op."""
+    if len(ids) and (ids.max() >= rows or (ids.min() < 0 and not none)):
+        raise IndexError(f"{name} is out of range: from {ids.min()} to {ids.max()}, with {rows} rows to choose from")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape)):
         want = ", ".join("?" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{want}]")
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, the other tensors are on {like.device}")

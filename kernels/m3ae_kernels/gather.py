@@ -36,14 +36,14 @@ def gather_tokens(
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
-    check_float("x", x, (None, None))
+    check_float("x", x, (None, None), x)
     check_index("rows", rows, (None,), x)
     if norm_weight is None and norm_bias is None:
         return gather_rows_op(x, rows, impl)
     if norm_weight is None or norm_bias is None:
         raise ValueError("norm_weight and norm_bias must be given together")
-    check_float("norm_weight", norm_weight, (x.shape[1],))
-    check_float("norm_bias", norm_bias, (x.shape[1],))
+    check_float("norm_weight", norm_weight, (x.shape[1],), x)
+    check_float("norm_bias", norm_bias, (x.shape[1],), x)
     return gather_norm_op(x, rows, norm_weight, norm_bias, eps, impl)[0]
 
 

@@ -46,8 +46,8 @@ def patch_embed(
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
-    check_float("weight", weight, (None, patch_size**2 * images.shape[1]))
-    check_float("bias", bias, (weight.shape[0],))
+    check_float("weight", weight, (None, patch_size**2 * images.shape[1]), images)
+    check_float("bias", bias, (weight.shape[0],), images)
     dtype = compute_dtype(images, weight)
     return patch_embed_op(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, impl)
 

@@ -53,10 +53,10 @@ def masked_pixel_loss(
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
-    check_float("hidden", hidden, (patch_ids.shape[0], None))
-    check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[1]))
-    check_float("bias", bias, (weight.shape[0],))
-    check_float("row_weight", row_weight, (hidden.shape[0],))
+    check_float("hidden", hidden, (patch_ids.shape[0], None), hidden)
+    check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[1]), hidden)
+    check_float("bias", bias, (weight.shape[0],), hidden)
+    check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
     dtype = compute_dtype(hidden, weight)
     hidden_grad, param_grad = wants_grad(hidden), wants_grad(weight, bias)
     return pixel_loss_op(

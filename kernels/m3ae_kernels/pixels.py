@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .dispatch import check_index
+from .dispatch import check_index, check_range
 
 NORM_PIX_EPS = 1e-6
 WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
@@ -50,8 +50,8 @@ def check_pixels(
 
 
 def to_planar(weight: Tensor, patch_size: int, dim: int) -> Tensor:
-    """A copy with dimension `dim` of K elements reordered from (row, column, channel) to (channel, row, column)."""
-    return weight.unflatten(dim, (patch_size**2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    """Contiguous, dimension `dim` of K elements reordered from (row, column, channel) to (channel, row, column)."""
+    return weight.unflatten(dim, (patch_size**2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1).contiguous()
 
 
 def from_planar(weight: Tensor, patch_size: int, dim: int) -> Tensor:
@@ -82,6 +82,7 @@ def take_patches(
     if images.storage_offset() * images.element_size() % width:
         images = images.clone()
     blocks = images.view(WIDE[width]).unflatten(3, (grid_w, -1)).unflatten(2, (grid_h, patch_size))
+    check_range("patch_ids", patch_ids, len(images) * grid_h * grid_w)
     ids = patch_ids.long()
     image, patch = ids // (grid_h * grid_w), ids % (grid_h * grid_w)
     lines = blocks.permute(0, 2, 4, 1, 3, 5)[image, patch // grid_w, patch % grid_w]

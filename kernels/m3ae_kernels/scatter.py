@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import check_float, check_index, choose_impl
+from .dispatch import check_float, check_index, check_range, choose_impl
 from .segment_sum import segment_sum
 
 
@@ -35,9 +35,9 @@ def scatter_tokens(
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
-    check_float("x", x, (None, None))
-    check_float("fill", fill, (None, x.shape[1]))
-    check_float("table", table, (None, x.shape[1]))
+    check_float("x", x, (None, None), x)
+    check_float("fill", fill, (None, x.shape[1]), x)
+    check_float("table", table, (None, x.shape[1]), x)
     check_index("src", src, (None,), x)
     check_index("fill_ids", fill_ids, (src.shape[0],), x)
     check_index("table_ids", table_ids, (src.shape[0],), x)
@@ -58,6 +58,8 @@ def scatter_tokens_op(
         from .triton_impl.rows import scatter_tokens
 
         return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
+    for name, ids, rows in (("src", src, x), ("fill_ids", fill_ids, fill), ("table_ids", table_ids, table)):
+        check_range(name, ids, len(rows), none=True)
     if len(fill) > len(src):  # a whole vocabulary: only the rows that are asked for
         fill = fill.index_select(0, fill_ids.clamp(min=0))
         rows = torch.arange(len(src), dtype=src.dtype, device=src.device)

@@ -49,11 +49,11 @@ def masked_token_loss(
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
-    check_float("hidden", hidden, (None, None))
-    check_float("weight", weight, (None, hidden.shape[1]))
-    check_float("bias", bias, (weight.shape[0],))
+    check_float("hidden", hidden, (None, None), hidden)
+    check_float("weight", weight, (None, hidden.shape[1]), hidden)
+    check_float("bias", bias, (weight.shape[0],), hidden)
     check_index("targets", targets, (hidden.shape[0],), hidden)
-    check_float("row_weight", row_weight, (hidden.shape[0],))
+    check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
     dtype = compute_dtype(hidden, weight)
     loss, *_, correct = token_loss_op(
         hidden, weight, bias, row_weight, targets, label_smoothing, z_loss,

@@ -94,11 +94,11 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
             if shard.summary.damage:
                 reason = f"the tar {shard.summary.damage}; {shard.summary.samples} samples of it are used"
                 corpus.damaged.append(Skipped(shard.shard, "", reason))
+        damage = next((f"; {shard.shard} {shard.summary.damage}" for shard in shards if shard.summary.damage), "")
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
-            raise UserError(
-                f"shards {config.shards!r}: no sample in them (pictures jpg, jpeg, png, webp; captions txt, json)"
-            )
+            kinds = "pictures jpg, jpeg, png, webp; captions txt, json"
+            raise UserError(f"shards {config.shards!r}: no sample in them ({kinds}){damage}")
         modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
         if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
             raise UserError(f"shards {config.shards!r}: nothing in them is {config.modality!r}; change its modality")
@@ -186,7 +186,7 @@ class Reader:
 
 def _read(fd: int, offset: int, size: int, limit: int, what: str) -> bytes:
     if offset == MISSING:
-        raise BadSample(f"no {what}")
+        raise BadSample(f'no {what} (the "modality" of its source decides what is needed)')
     if size > limit:
         raise BadSample(f"the {what} has {size} bytes, more than {limit}")
     data = os.pread(fd, int(size), int(offset))

@@ -18,13 +18,12 @@ from typing import Literal
 
 import numpy as np
 
-from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 
 Modality = Literal["paired", "image", "text"]
 
-SUFFIX = ".index"
 VERSION = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1
@@ -98,8 +97,8 @@ def _bar(entries: Iterator[IndexedShard], total: int, progress: bool) -> Iterato
 
 
 def _sidecars(shard: str, store: ShardStore) -> list[Path]:
-    in_cache = store.cache_dir / "index" / (store.name(shard) + SUFFIX)
-    return [in_cache] if store.is_cached(shard) else [Path(shard + SUFFIX), in_cache]
+    in_cache = store.cache_dir / "index" / (store.name(shard) + INDEX_SUFFIX)
+    return [in_cache] if store.is_cached(shard) else [Path(shard + INDEX_SUFFIX), in_cache]
 
 
 def _load(shard: str, store: ShardStore) -> IndexedShard | None:
@@ -211,7 +210,10 @@ def caption_of(data: bytes) -> str | None:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     caption = content.get("caption") if isinstance(content, dict) else None
-    return caption if isinstance(caption, str) else None
+    if not isinstance(caption, str):
+        return None
+    caption.encode()  # JSON can hold half a surrogate pair, which is no text: a ValueError
+    return caption
 
 
 def _clean(key: str) -> bytes:

@@ -31,6 +31,7 @@ FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make roo
 ATTEMPTS = 3
 TIMEOUT_S = 60
 ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
+INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -59,7 +60,9 @@ def is_remote(shard: str) -> bool:
 
 def _local(name: str) -> list[str]:
     name = os.path.expanduser(name.removeprefix("file://").removeprefix("file:"))
-    found = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
+    found = [name]
+    if glob.has_magic(name) and not os.path.exists(name):
+        found = sorted(path for path in glob.glob(name) if not path.endswith(INDEX_SUFFIX))
     if not found:
         raise UserError(f"shards {name!r}: matches no file")
     for path in found:

@@ -71,6 +71,12 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
                 "download its tokenizer.json and name that file"
             ) from None
     captions = CaptionTokenizer(tokenizer, max_length)
+    try:
+        captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
+    except Exception as error:
+        raise UserError(
+            f"data.tokenizer {name}: fails on words it does not know ({error}); give it an unknown token"
+        ) from None
     if vocab_size is not None and captions.vocab_size != vocab_size:
         raise UserError(
             f"data.tokenizer {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "

@@ -62,11 +62,17 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int) -> Path
     """Write a checkpoint beside the others and only then give it its name; older ones than the last `keep` go.
 
     Raises:
-        UserError: the disk refuses; the earlier checkpoints are as they were.
+        UserError: a tensor is not finite, or the disk refuses; the earlier checkpoints are as they were.
     """
     target = folder(run_dir) / f"step-{info.step:08d}"
     if target in saved_steps(run_dir):
         return target
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"checkpoint {target}: not written, since {name} is not finite; the earlier ones are intact: "
+                "lower optim.peak_lr, or set optim.clip_grad"
+            )
     partial = folder(run_dir) / f".writing-{info.step:08d}-{os.getpid()}"
     try:
         for leftover in (*folder(run_dir).glob(".writing-*"), *folder(run_dir).glob(".removing-*"), target):
@@ -132,9 +138,12 @@ def open_state(path: Path) -> Callable[[str], Tensor]:
 
     def get(name: str) -> Tensor:
         try:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
         except SafetensorError:
             raise UserError(f"checkpoint {path}: has no tensor {name}; is it of another model config?") from None
+        if not tensor.isfinite().all():
+            raise UserError(f"checkpoint {path}: {name} is not finite; remove the folder to use an older one")
+        return tensor
 
     return get
 

@@ -18,6 +18,14 @@ from m3ae_fast.errors import UserError
 METRICS_FILE = "metrics.jsonl"
 
 
+class _Console(Console):
+    """Goes on silently when whoever reads the output has left (`| head`): rich's own would end the run."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Metrics:
     """Use as a context manager around the training loop."""
 
@@ -36,7 +44,7 @@ class Metrics:
         except OSError as error:
             raise UserError(f"run.dir {run_dir}: cannot be written to ({error.strerror or error})") from None
         self._written = True
-        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -76,10 +84,11 @@ class Metrics:
                 self.say(f"metrics cannot be written any more ({error.strerror or error})")
             self._written = False
         self._progress.update(self._task, summary=_summary(values))
-        self._progress.console.print(f"step {step}  " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+        self.say(f"step {step}  " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text)
+        with contextlib.suppress(OSError):  # output into a file on a full disk
+            self._progress.console.print(text)
 
 
 def _summary(values: dict[str, Any]) -> str:
@@ -98,12 +107,10 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # not one of ours
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

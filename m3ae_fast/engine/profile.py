@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 WAIT, WARMUP, ACTIVE = 4, 1, 3  # steps: compile and settle, start the profiler, record
 TRACE_FILE = "trace.json.gz"
 
+_log = logging.getLogger(__name__)
+
 
 def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.profile | None]:
     """A profiler whose `step()` is to be called after every step; it writes run_dir/trace.json.gz. None: none."""
@@ -17,6 +20,16 @@ def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.prof
         return nullcontext()
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
-        on_trace_ready=lambda profile: profile.export_chrome_trace(str(run_dir / TRACE_FILE)),
+        on_trace_ready=lambda profile: _write(profile, run_dir / TRACE_FILE),
         record_shapes=True,
     )
+
+
+def _write(profile: torch.profiler.profile, path: Path) -> None:
+    """Write the trace; where that fails the run goes on without."""
+    try:
+        profile.export_chrome_trace(str(path))
+    except (OSError, RuntimeError) as error:
+        _log.warning("--profile: %s cannot be written (%s)", path, error)
+        if path.is_file():
+            path.unlink()

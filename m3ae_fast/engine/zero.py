@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 
 import deepspeed
 import torch
-from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from m3ae_fast.config import Config
 from m3ae_fast.engine.core import MOMENTS, State, collect, name_of, prime, set_lr
 from m3ae_fast.engine.distributed import Ranks
+from m3ae_fast.engine.hardware import out_of_memory
 from m3ae_fast.engine.optim import build_adamw
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE, Losses
@@ -43,7 +42,9 @@ class DeepSpeedEngine:
         section = deepspeed_config(config, ranks.world)
         try:
             self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
-        except (ValueError, DeepSpeedConfigError, ZeRORuntimeException) as error:  # pydantic's errors are ValueErrors
+        except Exception as error:  # asserts, missing packages, pydantic's errors: whatever its sections come upon
+            if out_of_memory(error):
+                raise
             raise UserError(
                 f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
             ) from None
@@ -128,13 +129,21 @@ class DeepSpeedEngine:
 
 
 def deepspeed_config(config: Config, world: int) -> dict:
-    """The `deepspeed` section with what the rest of the config says filled in."""
+    """The `deepspeed` section with what the rest of the config says filled in.
+
+    Raises:
+        UserError: it asks for timers that fail here.
+    """
     section = dict(config.deepspeed)
+    for key in ("wall_clock_breakdown", "flops_profiler"):
+        asked = section.get(key)
+        if asked.get("enabled") if isinstance(asked, dict) else asked:
+            raise UserError(f"config: deepspeed.{key} does not work here; use --profile")
     micro = config.train.micro_batch or config.train.global_batch // world
     section["train_micro_batch_size_per_gpu"] = micro
     section["gradient_accumulation_steps"] = config.train.global_batch // (micro * world)
     section["gradient_clipping"] = config.optim.clip_grad or 0.0
-    section.setdefault("steps_per_print", 10**9)  # the trainer reports
+    section["steps_per_print"] = section.get("steps_per_print") or 10**9  # the trainer reports
     section.setdefault("zero_allow_untested_optimizer", True)  # apex's FusedAdam
     if config.train.precision == "bf16":
         if config.zero_stage == 0:

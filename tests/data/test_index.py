@@ -11,7 +11,8 @@ from webdataset.tariterators import group_by_keys
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.corpus import Reader, open_corpus
 from m3ae_fast.data.decode import BadSample
-from m3ae_fast.data.index import MISSING, SUFFIX, index_shards
+from m3ae_fast.data.index import MISSING, index_shards
+from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.errors import UserError
 
@@ -122,14 +123,15 @@ def test_grouping_is_webdatasets(tmp_path, store):
 
 def test_json_captions(tmp_path, store):
     contents = [b'{"caption": "a red cat"}', b'{"caption": null}', b"{broken", b'["caption"]', b"[" * 100_000]
+    contents.append(b'{"caption": "half a \\ud800 pair"}')
     files = [(f"{i}.{s}", c) for i, content in enumerate(contents) for s, c in (("jpg", picture(i)), ("json", content))]
     files += [("9.jpg", picture(9)), ("9.txt", b"the txt wins"), ("9.json", b'{"caption": "not this"}')]
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
     assert corpus.sources[0].modalities == ["paired"]
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "a red cat"
-    assert reader.read(0, 5).caption == "the txt wins"
-    for row in (1, 2, 3, 4):
+    assert reader.read(0, 6).caption == "the txt wins"
+    for row in (1, 2, 3, 4, 5):
         with pytest.raises(BadSample, match="no caption"):
             reader.read(0, row)
 
@@ -144,8 +146,8 @@ def test_json_without_captions_is_image_only(tmp_path, store):
 def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     assert index_shards([path], store)[0].summary.samples == 3
-    assert os.path.exists(path + SUFFIX)
-    summary = json.loads(Path(path + SUFFIX).read_bytes().split(b"\n")[0])
+    assert os.path.exists(path + INDEX_SUFFIX)
+    summary = json.loads(Path(path + INDEX_SUFFIX).read_bytes().split(b"\n")[0])
     assert summary["samples"] == summary["images"] == summary["captions"] == 3
 
     with monkeypatch.context() as patch:
@@ -157,14 +159,14 @@ def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert index_shards([path], store)[0].summary.mtime_ns == status.st_mtime_ns + 1
     for broken in (b"", b"{}", b"[1]\n", b"\xff\xfe", json.dumps(summary | {"version": 0}).encode()):
-        with open(path + SUFFIX, "wb") as file:
+        with open(path + INDEX_SUFFIX, "wb") as file:
             file.write(broken)
         assert index_shards([path], store)[0].summary.samples == 5
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, store):
     path = write_tar(tmp_path / "a.tar", members(range(3)))
-    os.mkdir(path + SUFFIX)  # in the sidecar's way, even for root
+    os.mkdir(path + INDEX_SUFFIX)  # in the sidecar's way, even for root
     (shard,) = index_shards([path], store)
     assert shard.sidecar.parent == store.cache_dir / "index"
     assert len(shard.table()) == 3
@@ -181,7 +183,7 @@ def test_hostile_keys(tmp_path, store):
     assert found[:2] == keys[:2]
     assert all(key.isprintable() and len(key) <= 128 for key in found)
     assert all(reader.read(0, row).image == picture(1) for row in range(corpus.samples))
-    assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar" + SUFFIX, "cache"]
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar" + INDEX_SUFFIX, "cache"]
 
 
 def test_modality_can_be_set(tmp_path, store):

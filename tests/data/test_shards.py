@@ -59,9 +59,10 @@ def samples(url, store):
 def test_expand(tmp_path):
     for i in range(3):
         (tmp_path / f"s-{i}.tar").write_bytes(b"")
+        (tmp_path / f"s-{i}.tar.index").write_bytes(b"")
     every = [str(tmp_path / f"s-{i}.tar") for i in range(3)]
     assert expand(str(tmp_path / "s-{0..2}.tar")) == every
-    assert expand(str(tmp_path / "s-*.tar")) == every
+    assert expand(str(tmp_path / "s-*.tar")) == expand(str(tmp_path / "s-*")) == every  # without the sidecars
     assert expand([f"file:{every[0]}", f"file://{every[1]}"]) == every[:2]
     assert expand("::".join(every[1:])) == every[1:]
     assert expand("https://host/x-{00..02}.tar") == [f"https://host/x-0{i}.tar" for i in range(3)]

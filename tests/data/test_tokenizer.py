@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from conftest import caption
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from m3ae_fast.data import load_tokenizer
 from m3ae_fast.data.tokenizer import SPECIAL, train_tokenizer
@@ -55,6 +55,9 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match="not a tokenizer"):
             load_tokenizer(str(tmp_path / name), 8)
+    Tokenizer(models.WordLevel({"cat": 0}, unk_token="[UNK]")).save(str(tmp_path / "knows-all.json"))
+    with pytest.raises(UserError, match=r"fails on words it does not know .* give it an unknown token"):
+        load_tokenizer(str(tmp_path / "knows-all.json"), 8)
     for name in ("none.json", "none/vocab.txt", str(tmp_path / "none"), str(tmp_path)):
         with pytest.raises(UserError, match="no such file"):
             load_tokenizer(name, 8)

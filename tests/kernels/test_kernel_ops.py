@@ -110,7 +110,10 @@ def test_any_upstream_gradient(case):
             assert error(got, true[name]) < 2e-6, (kind, name)
 
 
-@pytest.mark.parametrize("case", ["embed-p16", "gather-some", "norm-some", "scatter-mask", "pixel-p16", "token-some"])
+STRIDED = ("embed-p16", "embed-one", "gather-some", "norm-some", "scatter-mask", "pixel-p16", "pixel-one", "token-some")
+
+
+@pytest.mark.parametrize("case", STRIDED)
 def test_inputs_of_any_stride(case):
     """Transposed, sliced and offset inputs give what contiguous ones give."""
     inputs = make(case, torch.float32)
@@ -438,6 +441,8 @@ def test_m3ae_loss_is_its_parts():
         ("embed-p16", {"weight": torch.zeros(4, 3)}, ValueError, "weight has shape"),
         ("pixel-p16", {"row_weight": torch.ones(2)}, ValueError, "row_weight has shape"),
         ("token-some", {"hidden": torch.zeros(67, 512, dtype=torch.int32)}, TypeError, "hidden must be floating"),
+        ("embed-p16", {"bias": torch.zeros(123, device="meta")}, ValueError, "bias is on meta"),
+        ("norm-some", {"norm_weight": torch.zeros(123, device="meta")}, ValueError, "norm_weight is on meta"),
         ("token-some", {"impl": "cuda"}, ValueError, "impl is 'cuda'"),
     ],
 )
@@ -446,3 +451,23 @@ def test_mistakes_are_named(case, changes, error_type, message):
     function = getattr(m3ae_kernels, CASES[case][0].__name__)
     with pytest.raises(error_type, match=message):
         function(**inputs.tensors | inputs.options | changes)
+
+
+@pytest.mark.skipif(TRITON, reason="on a GPU indices are trusted")
+@pytest.mark.parametrize(
+    "case, name, index",
+    [
+        ("embed-p16", "patch_ids", -1),
+        ("embed-p16", "patch_ids", 10**6),
+        ("pixel-p16", "patch_ids", -1),
+        ("gather-some", "rows", 101),
+        ("scatter-mask", "src", 97),
+        ("scatter-mask", "fill_ids", 2),
+        ("scatter-mask", "table_ids", 131),
+    ],
+)
+def test_indices_out_of_range_are_errors_on_the_cpu(case, name, index):
+    inputs = make(case, torch.float32)
+    inputs.tensors[name][0] = index
+    with pytest.raises(IndexError):
+        call(m3ae_kernels, case, inputs)
