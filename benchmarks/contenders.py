@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference import ReferenceTrainer
-from benchmarks.workload import WORDS, make_batch, make_config
+from benchmarks.workload import PRECISION, WORDS, make_batch, make_config
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.engine.core import build_engine
 from m3ae_fast.engine.distributed import Ranks
@@ -29,9 +29,10 @@ def build(
 ) -> Callable[[], Tensor]:
     """A function that takes one step on a batch of `samples` and returns its loss, 0-d.
 
-    All contenders start from the same parameters and see the same batch.
+    All contenders start from the same parameters and see the same batch. The expert and the engine compute in bf16
+    where the machine is faster in it.
     """
-    config = make_config(model, samples, masking=masking, precision="bf16")
+    config = make_config(model, samples, masking=masking, precision=PRECISION)
     torch.manual_seed(0)
     m3ae = M3AE(config.model, config.loss)
     packed, padded = (batch.to(ranks.device) for batch in make_batch(config, samples, words=words))
@@ -40,7 +41,6 @@ def build(
         m3ae.decoder.compile_blocks()
         engine = build_engine(m3ae, config, ranks)
         return lambda: engine.step([packed], LR)[0][0].loss.detach()
-    state, expert = m3ae.state_dict(), name == "expert"
-    options = config.model, config.masking, config.loss, config.optim, state, ranks.device
-    trainer = ReferenceTrainer(*options, expert=expert)
+    expert = name == "expert"
+    trainer = ReferenceTrainer(config, m3ae.state_dict(), ranks.device, expert=expert)
     return lambda: trainer.step(padded, LR)

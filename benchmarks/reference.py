@@ -3,7 +3,7 @@
 `ReferenceM3AE` computes what the official JAX code computes: it embeds all patches and then drops the masked, pads
 captions to `text_length`, runs every block on every row, and makes logits and pixels for all positions. With
 `expert=False` attention is softmax(q k^T) v spelled out, as there. With `expert=True` it is what one makes of
-the same by hand: scaled_dot_product_attention, bf16 autocast, torch.compile, fused AdamW.
+the same by hand: scaled_dot_product_attention, torch.compile, fused AdamW, and bf16 autocast where that is faster.
 
 Its parameters have the names of `m3ae_fast.model.m3ae.M3AE`'s, so that `load_state_dict` takes them over.
 
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast.config import LossConfig, MaskingConfig, ModelConfig, OptimConfig
+from m3ae_fast.config import Config, LossConfig, MaskingConfig, ModelConfig
 from m3ae_fast.engine.optim import parameter_groups
 from m3ae_fast.model.masking import kept
 from m3ae_fast.model.positions import sincos_1d, sincos_2d
@@ -183,33 +184,31 @@ def masked_mean(error_BN: Tensor, mask_BN: Tensor) -> Tensor:
 class ReferenceTrainer:
     """Forward, backward and AdamW of a ReferenceM3AE that starts from `state`.
 
-    `expert`: False, float32 and eager; True, bf16 autocast, torch.compile and fused AdamW.
+    `expert`: False, float32 and eager; True, torch.compile, fused AdamW, and autocast where train.precision is bf16.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        masking: MaskingConfig,
-        loss: LossConfig,
-        optim: OptimConfig,
+        config: Config,
         state: dict[str, Tensor],
         device: torch.device,
         *,
         expert: bool,
     ) -> None:
-        self.model = ReferenceM3AE(config, masking, loss, expert=expert).to(device)
+        optim = config.optim
+        self.model = ReferenceM3AE(config.model, config.masking, config.loss, expert=expert).to(device)
         self.model.load_state_dict(state)
         groups = parameter_groups(self.model, optim.weight_decay)
         options = {"fused": True} if expert else {}
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, **options)
-        self.device, self.expert = device, expert
+        bf16 = expert and config.train.precision == "bf16"
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else contextlib.nullcontext
         if expert:
             self.model.compile()
 
     def step(self, batch: PaddedBatch, lr: float) -> Tensor:
         """One update. Returns the loss before it."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.expert else contextlib.nullcontext()
-        with autocast:
+        with self.autocast():
             loss = self.model(batch)
         loss.backward()
         for group in self.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a benchmark, a table of named columns with where and when it was measured."""
+"""Results on disk: in a machine's folder a JSON file a benchmark, a table of named columns with where and when."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 import m3ae_fast
+from benchmarks import machine_folder
+from m3ae_fast.cpu import this_cpu
 
-FOLDER = Path(__file__).parent / "results"
 Row = dict[str, str | int | float | None]
 
 
 def about() -> dict[str, str | float]:
     """Machine, versions and date; `load` is the machine's load average: above `cores`, others were busy here too."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": _device(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -30,15 +31,20 @@ def about() -> dict[str, str | float]:
     }
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "CPU"
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return this_cpu().name or platform.processor() or "CPU"
 
 
-def write(name: str, title: str, rows: list[Row], folder: Path = FOLDER) -> Path:
-    """Writes NAME.json and prints the table."""
+def here() -> Path:
+    """This machine's folder."""
+    return machine_folder(_device())
+
+
+def write(name: str, title: str, rows: list[Row], folder: Path | None = None) -> Path:
+    """Writes NAME.json into `folder`, this machine's if None, and prints the table."""
+    folder = folder or here()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     data = {"title": title, "about": about(), "rows": rows}

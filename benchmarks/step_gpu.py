@@ -21,8 +21,9 @@ CASES = (({"size": "small"}, 1024), ({"size": "base"}, 512), ({"size": "large"},
 WARMUP, ROUNDS = 3, 10
 
 
-def run(folder: Path, cases: Sequence[tuple[dict, int]] = CASES) -> Path:
-    """Measures each case (fields of ModelConfig, batch), writes step-gpu.json into `folder`, and prints the table.
+def run(folder: Path | None = None, cases: Sequence[tuple[dict, int]] = CASES) -> Path:
+    """Measures each case (fields of ModelConfig, batch), writes step-gpu.json into `folder` (None: this machine's),
+    and prints the table.
 
     A contender that leaves, for want of memory mostly, has no numbers.
     """

@@ -14,11 +14,13 @@ from benchmarks.alone import peak_above
 from benchmarks.gpu.measure import CpuDevice, CudaDevice, measure
 from benchmarks.gpu.rivals import rivals
 from benchmarks.gpu.workloads import LARGE, Sizes, Workload, workloads
+from benchmarks.workload import PRECISION
 from m3ae_fast.model.attention import packed_attention, padded_attention
 from m3ae_fast.model.packing import Segments
 
 DEVICE = CudaDevice() if torch.cuda.is_available() else CpuDevice()
 SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, decoder=512, vocab=30522)
+DTYPE = torch.bfloat16 if PRECISION == "bf16" else torch.float32
 SIZES = LARGE if torch.cuda.is_available() else SMALL
 ROWS: list[results.Row] = []
 
@@ -27,7 +29,8 @@ ROWS: list[results.Row] = []
 def write():
     yield
     if ROWS:
-        results.write("ops", f"Ops in bf16 at {SIZES.samples} samples (loss ops make their gradients forward)", ROWS)
+        title = f"Ops in {PRECISION} at {SIZES.samples} samples (loss ops make their gradients forward)"
+        results.write("ops", title, ROWS)
 
 
 def attention(heads: int = 16) -> tuple[Workload, dict]:
@@ -45,7 +48,7 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
     def padded(q, k, v):
         return padded_attention(q, k, v, segments, segments)
 
-    qkv = {n: torch.randn(shape, dtype=torch.bfloat16, device=DEVICE.device).requires_grad_() for n in "qkv"}
+    qkv = {n: torch.randn(shape, dtype=DTYPE, device=DEVICE.device).requires_grad_() for n in "qkv"}
     ours, eager = (SimpleNamespace(attention=f) for f in (packed, padded))
     return Workload("attention", "attention", qkv), {"m3ae_kernels": ours, "eager": eager}
 
@@ -54,7 +57,7 @@ def case(index: int) -> tuple[Workload, dict]:
     """The op of that index, alone in memory, and who can run it."""
     if index == 0:
         return attention()
-    work = next(islice(workloads(SIZES, torch.bfloat16, DEVICE.device), index - 1, None))
+    work = next(islice(workloads(SIZES, DTYPE, DEVICE.device), index - 1, None))
     return work, rivals(work, compiled=False)
 
 

@@ -48,7 +48,7 @@ def draw(rows: list[results.Row]) -> None:
             axis.set_ylim(bottom=0, top=1.1 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(results.FOLDER / "scaling.png", dpi=110)
+    figure.savefig(results.here() / "scaling.png", dpi=110)
     plt.close(figure)
 
 

@@ -6,9 +6,12 @@ import torch
 
 from benchmarks.reference import PaddedBatch
 from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, TrainConfig
+from m3ae_fast.engine.hardware import fast_precision
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, pack
 
+# what the expert and the engine compute in: the faster one here
+PRECISION = fast_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 WORDS = (8, 32)  # fewest and most valid tokens of a caption
 
 

@@ -166,7 +166,7 @@ class TrainConfig(Section):
     micro_batch: Batch | None = None  # samples a rank and forward pass; none: no accumulation
     epochs: float | None = Field(None, gt=0, le=1e6)
     steps: Count | None = None  # instead of epochs
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it faster
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the transformer blocks
     log_every: Count = 10  # steps

@@ -38,22 +38,26 @@ def report(config: Config, world: int | None = None) -> None:
     activations = micro * _activation_bytes(config, batch)
     table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB a GPU")
     for stage in range(4):
-        rows = [share / 1e9 for share in (*zero_bytes(parameters, stage, world, config.train.precision), activations)]
+        rows = [share / 1e9 for share in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
         mark = " (this config)" if config.deepspeed is not None and stage == config.zero_stage else ""
         table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
     console.print(table)
     console.print("activations are an estimate: what autograd keeps of each block, in the run's precision")
 
 
-def zero_bytes(parameters: int, stage: int, world: int, precision: str) -> tuple[float, float, float]:
+def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[float, float, float]:
     """Bytes a GPU holds of (weights, gradients, fp32 master weights and Adam moments); ZeRO, arXiv 1910.02054."""
-    master = 4 if precision == "bf16" and stage > 0 else 0  # stage 0 keeps float32 weights
+    master = 4 if bf16 and stage > 0 else 0  # stage 0 keeps float32 weights
     size = 2 if master else 4
     return (
         size * parameters / (world if stage >= 3 else 1),
         size * parameters / (world if stage >= 2 else 1),
         (8 + master) * parameters / (world if stage >= 1 else 1),
     )
+
+
+def _bf16(config: Config) -> bool:
+    return config.train.precision != "fp32"  # auto is bf16 on the GPUs that the table is about
 
 
 def _words(config: Config) -> int:
@@ -75,7 +79,7 @@ def _typical(config: Config, model: M3AE) -> PackedBatch:
 def _activation_bytes(config: Config, batch: PackedBatch) -> float:
     """A block keeps, a row of width D: 2 norms, q, k, v, attention, 2 residual sums, and the MLP's hidden twice."""
     m = config.model
-    size = 2 if config.train.precision == "bf16" else 4
+    size = 2 if _bf16(config) else 4
     kept = 1 if config.train.activation_checkpointing else 8 + 2 * m.mlp_ratio
     blocks = m.depth * batch.encoder.rows * m.emb_dim + m.dec_depth * batch.decoder.rows * m.dec_emb_dim
     return size * kept * blocks

@@ -30,7 +30,14 @@ from m3ae_fast.engine import checkpoint, distributed
 from m3ae_fast.engine.core import Engine, build_engine
 from m3ae_fast.engine.distributed import Ranks
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.hardware import has_compiler, out_of_memory, peak_flops, peak_memory
+from m3ae_fast.engine.hardware import (
+    fast_precision,
+    has_compiler,
+    out_of_memory,
+    peak_flops,
+    peak_memory,
+    settle_precision,
+)
 from m3ae_fast.engine.meter import Counts, Meter
 from m3ae_fast.engine.metrics import Metrics
 from m3ae_fast.engine.optim import learning_rate
@@ -77,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             ranks.on_main(lambda: report(config))
             return 0
+        config = ranks.from_main(settle_precision(config, ranks.device))
         return train(config, args.resume, ranks, args.profile)
     except (UserError, MemoryError, RuntimeError) as error:
         if out_of_memory(error):
@@ -245,9 +253,12 @@ def describe(engine: Engine, config: Config, ranks: Ranks, data: Data, step: int
     model = config.model
     dims = {model.emb_dim // model.num_heads, model.dec_emb_dim // model.dec_num_heads}
     backends = {attention_backend(ranks.device, dtype, dim, model.att_drop > 0) for dim in dims}
+    precision = config.train.precision
+    if precision == "bf16" and fast_precision(ranks.device) == "fp32":
+        precision = "bf16 (fp32 is faster here)"
     kind = "plain torch" if config.deepspeed is None else f"DeepSpeed ZeRO stage {config.zero_stage}"
     return (
-        f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.train.precision}, {kind}, "
+        f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {precision}, {kind}, "
         f"attention: {' and '.join(sorted(backends))}, optimiser: {engine.optimizer_name}\n"
         f"{data.train.samples:,} samples, batch {config.train.global_batch}, "
         f"steps {step} to {total_steps}, run folder {config.run.dir}"

@@ -44,9 +44,12 @@ def test_results_become_the_readmes_tables(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
     rows = [{"what": "a", "samples/s": 1234.5}, {"what": "b", "samples/s": None}]
-    results.write("step", "Steps", rows, tmp_path)
-    assert table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
+    for name, title in (("step", "Steps"), ("ops", "Ops")):
+        results.write(name, title, rows, tmp_path / "results/some-cpu")
+    assert table.main(["--readme", str(readme), "--results", str(tmp_path / "results")]) == 0
     text = readme.read_text()
+    assert "(results/some-cpu/README.md)" in text and "Ops" not in text
+    assert "**Ops**" in (tmp_path / "results/some-cpu/README.md").read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
     assert "**Steps**" in text and "| a | 1,234 |" in text and "| b | - |" in text
 

@@ -18,7 +18,6 @@ from .rivals import rivals
 from .tune import tune
 from .workloads import LARGE, ODD, Sizes, Workload, workloads
 
-RESULTS = Path(__file__).parents[1] / "results"
 SECONDS = 420  # after which no further rival is compiled or timed
 
 
@@ -76,7 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tune", action="store_true", help="first find block sizes for this GPU and write its table")
     parser.add_argument("--quick", action="store_true", help="checks alone, no timing")
     parser.add_argument("--step", action="store_true", help="whole training steps instead; needs m3ae_fast")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON and Markdown files")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder for what is written; benchmarks/results/GPU if not given",
+    )
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device on this machine; nothing to measure", file=sys.stderr)

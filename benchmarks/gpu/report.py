@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import machine_folder
 from .check import Check
 from .measure import Timing
 from .workloads import Cost
@@ -88,11 +89,11 @@ def markdown(about: dict[str, str], checks: list[Check], rows: list[Row], sizes:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, about: dict[str, str], checks: list[Check], rows: list[Row], sizes: str) -> list[Path]:
-    """Writes NAME.json and NAME.md, NAME by device and date; returns their paths."""
+def write(folder: Path | None, about: dict[str, str], checks: list[Check], rows: list[Row], sizes: str) -> list[Path]:
+    """Writes kernels.json and kernels.md into `folder`, the GPU's own if None; returns their paths."""
+    folder = folder or machine_folder(about["device"])
     folder.mkdir(parents=True, exist_ok=True)
-    device = "".join(c if c.isalnum() else "-" for c in about["device"]).strip("-").lower()
-    paths = [folder / f"kernels-{device}-{about['date']}.{ending}" for ending in ("json", "md")]
+    paths = [folder / f"kernels.{ending}" for ending in ("json", "md")]
     data = {"about": about, "sizes": sizes, "checks": [asdict(c) for c in checks], "rows": [asdict(r) for r in rows]}
     paths[0].write_text(json.dumps(data, indent=1) + "\n")
     paths[1].write_text(markdown(about, checks, rows, sizes))

@@ -1,4 +1,4 @@
-"""What the machine can do: peak FLOP/s and memory in use."""
+"""What the machine can do: the faster precision, peak FLOP/s, memory in use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import shutil
 import time
 
 import torch
+
+from m3ae_fast.config import Config
+from m3ae_fast.cpu import this_cpu
 
 # dense bf16 tensor-core peaks from NVIDIA's and AMD's data sheets, FLOP/s
 _BF16_PEAKS = {
@@ -21,6 +24,19 @@ _BF16_PEAKS = {
     "RTX 4090": 165e12,
     "MI300X": 1307e12,
 }
+
+
+def fast_precision(device: torch.device) -> str:
+    """ "bf16" or "fp32": in which of the two matmuls are faster. Alike on both, bf16 would win for its memory."""
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else this_cpu().bf16
+    return "bf16" if fast else "fp32"
+
+
+def settle_precision(config: Config, device: torch.device) -> Config:
+    """`config` with train.precision "auto" decided for `device`."""
+    if config.train.precision != "auto":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": fast_precision(device)})})
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

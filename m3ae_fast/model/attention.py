@@ -79,7 +79,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int, d
         return flash.name
     if device.type == "cuda" or dropout:
         return "padded SDPA"
-    return "AVX-512 bf16" if cpu_attention.takes(dtype, device, head_dim) else "torch, per sample"
+    return "AVX-512" if cpu_attention.takes(dtype, device, head_dim) else "torch, per sample"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Attention in bf16 on CPUs with AVX-512 bf16: cpu_attention.c, built by the system's C compiler when first needed.
+"""Attention on CPUs with AVX-512: cpu_attention.c, built by the system's C compiler when first needed.
 
 Shapes: Q query rows, K key rows, H heads, D values a head.
 """
@@ -20,17 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from m3ae_fast.cpu import this_cpu
+
 SOURCE = Path(__file__).with_name("cpu_attention.c")
-_NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}  # as /proc/cpuinfo names them
-_FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-mfma"]
-_FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
+_FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+_NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 _log = logging.getLogger(__name__)
 
 
 def takes(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     """Whether the kernels are here and work on such queries."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 16 == 0 and kernels() is not None
+    return device.type == "cpu" and head_dim % 16 == 0 and kernels(dtype) is not None
 
 
 def forward(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ def forward(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_
     q, k, v = (_rows(x) for x in (q_QHD, k_KHD, v_KHD))
     out_QHD = q.new_empty(q.shape)
     lse_QH1 = q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
-    _run(kernels().forward, q, k, v, cu_queries, cu_keys, out_QHD.data_ptr(), lse_QH1.data_ptr())
+    _run(kernels(q.dtype).forward, q, k, v, cu_queries, cu_keys, out_QHD.data_ptr(), lse_QH1.data_ptr())
     return out_QHD, lse_QH1
 
 
@@ -55,7 +56,7 @@ def backward(
     grad, q, k, v = (_rows(x) for x in (grad_QHD, q_QHD, k_KHD, v_KHD))
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     rest = (grad.data_ptr(), grad.stride(0), lse_QH1.data_ptr(), *(x.data_ptr() for x in grads))
-    _run(kernels().backward, q, k, v, cu_queries, cu_keys, *rest)
+    _run(kernels(q.dtype).backward, q, k, v, cu_queries, cu_keys, *rest)
     return grads
 
 
@@ -87,12 +88,17 @@ def _run(kernel, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: T
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
-    """The compiled kernels; None where the CPU lacks the instructions or there is no C compiler."""
-    if not _cpu_flags() >= _NEEDS:
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled kernels; None for other types, where the CPU lacks the instructions, or without a C compiler."""
+    cpu = this_cpu()
+    if dtype == torch.float32 and cpu.flags >= _NEEDS:
+        flags = []
+    elif dtype == torch.bfloat16 and cpu.flags >= _NEEDS | {"avx512_bf16"}:
+        flags = ["-mavx512bf16", "-DBF16", *(["-DPAIRS"] if cpu.pairs else [])]
+    else:
         return None
     try:
-        library = ctypes.CDLL(str(_build()))
+        library = ctypes.CDLL(str(_build(flags)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         _log.warning("attention runs on torch, at half the speed: %s cannot be built (%s)", SOURCE.name, *reason)
@@ -104,18 +110,10 @@ def kernels() -> ctypes.CDLL | None:
     return library
 
 
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def _build() -> Path:
+def _build(flags: list[str]) -> Path:
     """Compile into the user's cache, unless that has been done. Raises OSError or CalledProcessError."""
     compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
-    command = [*compiler, *_FLAGS]
+    command = [*compiler, *_FLAGS, *flags]
     name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_fast"
     library = folder / f"cpu_attention-{name}.so"

@@ -2,7 +2,7 @@
 
 Shapes: Q query rows, K key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
 
-In bf16, on CPUs that have AVX-512 bf16, it is the kernel of `cpu_attention`. Else it is torch: samples of equal lengths
+In bf16 and float32 on CPUs with AVX-512 it is the kernel of `cpu_attention`. Else it is torch: samples of equal lengths
 go through one batched matmul, as many as have scores for the cache, so there is no padding and no mask. Probabilities
 are powers of 2, which torch computes several times faster on a CPU than those of e.
 """

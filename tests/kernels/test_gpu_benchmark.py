@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from m3ae_kernels import tuning  # noqa: E402
 
+import benchmarks  # noqa: E402
 from benchmarks.gpu.__main__ import benchmark  # noqa: E402
 from benchmarks.gpu.check import check_all  # noqa: E402
 from benchmarks.gpu.measure import CpuDevice, measure  # noqa: E402
@@ -47,14 +48,15 @@ def test_checks_pass_and_see_errors():
     assert found == {"masked_pixel_loss", "masked_pixel_loss, norm_pix"}
 
 
-def test_benchmark_and_report(tmp_path, capsys):
+def test_benchmark_and_report(tmp_path, monkeypatch, capsys):
     rows = benchmark(CpuDevice(), ODD, torch.float32, compiled=False, rounds=1, repeats=1)
     assert len(rows) == 8 * 3 * 2
     assert {r.variant for r in rows} >= {"m3ae_kernels", "eager"}
     assert all(0 < r.p20_ms <= r.p50_ms <= r.p80_ms for r in rows)
     assert "masked_token_loss" in capsys.readouterr().out
-    json_path, markdown_path = write(tmp_path, environment("NVIDIA Some/Card"), check_all(CPU), rows, "small")
-    assert json_path.name.startswith("kernels-nvidia-some-card-")
+    monkeypatch.setattr(benchmarks, "RESULTS", tmp_path)
+    json_path, markdown_path = write(None, environment("NVIDIA Some/Card"), check_all(CPU), rows, "small")
+    assert json_path == tmp_path / "nvidia-some-card/kernels.json"
     assert len(json.loads(json_path.read_text())["rows"]) == len(rows)
     table = markdown_path.read_text()
     assert "24 of 24 checks" in table and table.count("| masked_token_loss |") == 6
