@@ -8,8 +8,10 @@ Shapes: C channels, S x S pixels, L patches a picture, n tokens of a caption.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,15 @@ class Augment:
 
     crop_scale: tuple[float, float]
     flip: bool
+
+
+class _Draft(NamedTuple):
+    """A sample but for its picture, of which it has the bytes."""
+
+    sample: Sample | Skipped
+    picture: bytes | None = None
+    place: Place | None = None
+    skip: Callable[[str], Skipped] | None = None  # of a reason
 
 
 class Samples(Dataset):
@@ -76,32 +87,44 @@ class Samples(Dataset):
 
     def __getitem__(self, position: int) -> Sample | Skipped:
         """The sample at `position`, or why there is none."""
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
+        """Called by the DataLoader: a whole micro-batch, which may be empty.
+
+        Everything else comes before the pictures: between two of them, which fill the caches, it takes twice as long.
+        """
+        drafts = [self._without_picture(position) for position in positions]
+        return [self._with_picture(draft) for draft in drafts]
+
+    def _without_picture(self, position: int) -> _Draft:
         place = self.order.locate(position)
         self._fetch_ahead(position)
         reader = self._readers[place.source]
         shard, row = reader.find(place.sample)
-        name = reader.source.shards[shard].shard
+        name, key = reader.source.shards[shard].shard, f"sample {row}"
         try:
             key = reader.key(shard, row)
-        except OSError as error:
-            return Skipped(name, f"sample {row}", str(error))
-        try:
-            return self._make(f"{name}/{key}", *reader.read(shard, row), place, position // self.share_mask)
+            picture, caption = reader.read(shard, row)
         except (BadSample, OSError) as error:
-            return Skipped(name, key, str(error))
-
-    def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
-        """Called by the DataLoader: a whole micro-batch, which may be empty."""
-        return [self[position] for position in positions]
-
-    def _make(self, name: str, picture: bytes | None, caption: str | None, place: Place, batch: int) -> Sample:
-        sample = Sample(name)
+            return _Draft(Skipped(name, key, str(error)))
+        sample = Sample(f"{name}/{key}")
+        image_mask, text_mask = self._masks(place, position // self.share_mask)
         if picture is not None:
-            sample.image = self._crop(decode_image(picture, self.geometry.channels), place)
+            sample.image_mask = image_mask
         if caption is not None:
             sample.tokens = torch.from_numpy(self.tokenizer.encode(caption))
-        self._mask(sample, place, batch)
-        return sample
+            sample.text_mask = text_mask[: len(sample.tokens)].clone()
+        return _Draft(sample, picture, place, partial(Skipped, name, key))
+
+    def _with_picture(self, draft: _Draft) -> Sample | Skipped:
+        if draft.picture is None:
+            return draft.sample
+        try:
+            draft.sample.image = self._crop(decode_image(draft.picture, self.geometry.channels), draft.place)
+        except BadSample as error:
+            return draft.skip(str(error))
+        return draft.sample
 
     def _crop(self, image: Tensor, place: Place) -> Tensor:
         if self.augment is None:
@@ -109,15 +132,13 @@ class Samples(Dataset):
         generator = self._seeded(_CROP, *place)
         return random_crop(image, self.geometry.image_size, self.augment.crop_scale, self.augment.flip, generator)
 
-    def _mask(self, sample: Sample, place: Place, batch: int) -> None:
-        """Masks are drawn over the whole text length and cut to the caption, as the official code does."""
+    def _masks(self, place: Place, batch: int) -> tuple[Tensor, Tensor]:
+        """Of patches and of words, over the whole text length, as the official code draws them."""
         generator = self._seeded(_MASK, *place) if self.masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
-        image_mask = draw_mask(self.geometry.patches_per_image, self.masking.image_ratio, generator)
-        text_mask = draw_mask(self.geometry.text_length, self.masking.text_ratio, generator)
-        if sample.image is not None:
-            sample.image_mask = image_mask
-        if sample.tokens is not None:
-            sample.text_mask = text_mask[: len(sample.tokens)].clone()
+        return (
+            draw_mask(self.geometry.patches_per_image, self.masking.image_ratio, generator),
+            draw_mask(self.geometry.text_length, self.masking.text_ratio, generator),
+        )
 
     def _seeded(self, *key: int) -> torch.Generator:
         # torch's generator takes 32 bits of a seed
