@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, mode
 
 from m3ae_fast.errors import UserError
 
+MAX_VOCAB = 1 << 24
 # (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
@@ -58,7 +59,7 @@ class ModelConfig(Section):
     image_mean: Channels = (0.5762, 0.5503, 0.5213)  # cc12m's, of pixels / 255
     image_std: Channels = (0.3207, 0.3169, 0.3307)
     text_length: Size = 64  # tokens; longer captions are cut
-    vocab_size: int = Field(30522, ge=0, le=1 << 24)  # 0 builds an image-only MAE without text weights
+    vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)  # 0 builds an image-only MAE without text weights
 
     @model_validator(mode="before")
     @classmethod

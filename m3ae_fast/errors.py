@@ -14,10 +14,13 @@ class UserError(Exception):
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main; a UserError becomes one line on stderr and exit code 2, Ctrl-C code 130."""
+    """Run a program's main; a UserError becomes one line on stderr and exit code 2, Ctrl-C code 130.
+
+    So does what the system refuses, such as a full disk.
+    """
     try:
         return main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
+from m3ae_kernels.dispatch import choose_impl
 from torch.utils.data import DataLoader
 
 from m3ae_fast.config import Config, load_config
@@ -117,6 +118,10 @@ class Data:
 
 def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> int:
     """Train to the end, or until somebody asks to stop. Returns the exit code."""
+    try:
+        choose_impl("auto", ranks.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     stop = StopRequest()
     cfg, run_dir = config.train, config.run.dir
     micro_batch, accumulation = split_batch(config, ranks.world)
@@ -162,6 +167,8 @@ def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> i
     ):
         if metrics:
             metrics.say(describe(engine, config, ranks, data, step, total_steps))
+            if step >= total_steps:
+                metrics.say("nothing is left to do; for more, raise train.epochs or train.steps")
         if held_out and step == 0:
             report_held_out(engine, held_out, step, ranks, metrics)
         for host, batches, waited in feed(stream, accumulation, ranks.device):

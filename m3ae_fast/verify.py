@@ -140,7 +140,7 @@ def _replay(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterato
     """`quantities`, with a UserError for whatever a file lacks or has in a wrong shape."""
     try:
         yield from quantities(golden, device, dtype)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
 

@@ -52,12 +52,15 @@ def draw_reconstructions(
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
     for i, row in enumerate(rows):
         sheet.paste(row, (0, 24 + i * (SIDE + GAP)))
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a PNG file")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(partial, format="PNG")
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 

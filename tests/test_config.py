@@ -13,18 +13,19 @@ from m3ae_fast.errors import UserError, exit_cleanly
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """Run train.py's main in this process with the tiny config; returns (exit code, stderr)."""
+    """Run train.py's main in this process with the tiny config; returns (exit code, stderr, or stdout with `out`)."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))
 
-    def call(*options: str, file=config) -> tuple[int, str]:
+    def call(*options: str, file=config, out=False) -> tuple[int, str]:
         options = ("--set", f"run.dir={tmp_path / 'run'}", *options)
         try:
             code = exit_cleanly(lambda: train.main(["--config", str(file), *options]))
         except SystemExit as error:
             code = error.code
-        return code, capsys.readouterr().err
+        said = capsys.readouterr()
+        return code, said.out if out else said.err
 
     call.folder = tmp_path
     return call
@@ -114,6 +115,7 @@ def test_old_run_is_not_overwritten(run):
         ("state.safetensors", b"\x00" * 64),
         ("state.json", b"{"),
         ("state.json", b"[]"),
+        ("state.json", b'{"step": -4, "samples": 0, "seed": 0, "config": {}, "versions": {}}'),
         ("state.json", b'{"step": "x", "samples": 0, "seed": 0, "config": {"model": 5}, "versions": {}}'),
     ],
 )
@@ -122,6 +124,24 @@ def test_damaged_checkpoint(run, name, text):
     (run.folder / "run/checkpoints/step-00000006" / name).write_bytes(text)
     code, err = run("--resume", "auto")
     assert code == 2 and f"{name} is damaged" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("M3AE_KERNELS_IMPL", "cuda"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "2"), ("RANK", "1")]
+)
+def test_environment_that_makes_no_sense(run, monkeypatch, name, value):
+    for unset in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(unset, raising=False)
+    monkeypatch.setenv(name, value)
+    code, err = run()
+    assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err
+    assert (value if value == "cuda" else name if name in err else "MASTER_ADDR") in err
+
+
+def test_resuming_a_finished_run_says_so(run):
+    assert run()[0] == 0
+    code, out = run("--resume", "auto", out=True)
+    assert code == 0 and "nothing is left to do" in out
 
 
 def test_loss_that_is_not_finite(run):

@@ -42,6 +42,7 @@ def test_train_export_load(trainer):
 
     assert export(run, trainer.folder / "out").name == "step-00000060"
     model = M3AE.from_pretrained(trainer.folder / "out")
+    assert len({path.stat().st_mode for path in (trainer.folder / "out").iterdir()}) == 1
     features = model.representation(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([[1, 2, 3]] * 2))
     assert features.shape == (2, 1 + 16 + 3, 32) and features.isfinite().all()
 
@@ -54,6 +55,14 @@ def test_export_of_every_stage_is_the_same_model(trainer):
     one, other = (M3AE.from_pretrained(trainer.folder / f"out-{stage}").state_dict() for stage in (0, 3))
     for name in one.keys() - {n for n in one if n.endswith("qkv.bias")}:  # keys' bias: rounding that Adam blows up
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("out", [".", "/dev/full/a.png"])
+def test_pictures_that_cannot_be_written(trainer, out):
+    trainer("run")
+    command = [sys.executable, "-m", "m3ae_fast.visualise", str(trainer.folder / "run"), "--out", out]
+    done = subprocess.run(command, env=environment(), cwd=trainer.folder, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_export_mistakes(tmp_path):

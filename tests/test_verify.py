@@ -1,6 +1,7 @@
 """The model is the official one: golden files, replayed."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -131,15 +132,20 @@ def test_bad_files(tmp_path):
     [
         ("params/cls_token", None, "params/cls_token"),
         ("params/cls_token", np.zeros((3, 3)), "size"),
-        ("in/text", np.full((4, 12), 10**6), "index"),
+        ("in/text", np.full((4, 12), 10**6), "out of range"),
         ("in/text_padding_mask", np.eye(12)[:4], "padding must follow the words"),
-        ("meta", np.frombuffer(b"{}", np.uint8), "config"),
+        ("meta", lambda meta: {}, "config"),
+        ("meta", lambda meta: meta | {"lr": 10**400}, "too large"),
+        ("meta", lambda meta: meta | {"config": meta["config"] | {"image_mask_ratio": -math.inf}}, "infinity"),
     ],
 )
 def test_files_that_cannot_be_replayed(tmp_path, capsys, key, value, message):
     arrays = dict(np.load(next(f for f in FILES if f.stem == "paired")))
     if value is None:
         del arrays[key]
+    elif key == "meta":
+        meta = value(json.loads(arrays["meta"].tobytes()))
+        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     else:
         arrays[key] = value
     file = tmp_path / "[/odd].npz"  # looks like markup

@@ -47,13 +47,17 @@ def masked_token_loss(
         are wanted.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
+        TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
     """
     check_float("hidden", hidden, (None, None), hidden)
     check_float("weight", weight, (None, hidden.shape[1]), hidden)
     check_float("bias", bias, (weight.shape[0],), hidden)
     check_index("targets", targets, (hidden.shape[0],), hidden)
     check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
+    if not len(weight):
+        raise ValueError("weight has no rows: there must be a vocabulary")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}, it must be from 0 to 1")
     dtype = compute_dtype(hidden, weight)
     loss, *_, correct = token_loss_op(
         hidden, weight, bias, row_weight, targets, label_smoothing, z_loss,

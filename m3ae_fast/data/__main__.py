@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from m3ae_fast.config import SourceConfig
+from m3ae_fast.config import MAX_VOCAB, SourceConfig
 from m3ae_fast.data.corpus import Reader, open_corpus
 from m3ae_fast.data.decode import BadSample
 from m3ae_fast.data.index import index_shards
@@ -67,8 +67,11 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
-    if args.vocab_size <= len(SPECIAL):
-        raise UserError(f"--vocab-size {args.vocab_size}: must be above {len(SPECIAL)}, the number of special tokens")
+    if not len(SPECIAL) < args.vocab_size <= MAX_VOCAB:
+        raise UserError(
+            f"--vocab-size {args.vocab_size}: must be above {len(SPECIAL)}, the number of special tokens, "
+            f"and at most {MAX_VOCAB}"
+        )
     tokenizer = train_tokenizer(list(_captions(args.shards, ShardStore(args.cache_dir))), args.vocab_size)
     if tokenizer.get_vocab_size() > args.vocab_size:
         raise UserError(

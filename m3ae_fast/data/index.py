@@ -64,10 +64,15 @@ class IndexedShard:
 
     def table(self) -> np.ndarray:
         """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
-        where there is none), `json` (the caption is the member's "caption" field) and `key` (UTF-8)."""
+        where there is none), `json` (the caption is the member's "caption" field) and `key` (UTF-8).
+
+        Raises OSError where the sidecar cannot be read."""
         with open(self.sidecar, "rb") as file:
             file.readline()
-            return np.load(file, allow_pickle=False)
+            try:
+                return np.load(file, allow_pickle=False)
+            except (EOFError, ValueError):
+                raise OSError(f"its index {self.sidecar} is damaged; delete that file") from None
 
 
 def index_shards(shards: Sequence[str], store: ShardStore, progress: bool = False) -> list[IndexedShard]:

@@ -10,7 +10,9 @@ import fcntl
 import glob
 import gzip
 import hashlib
+import math
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -31,7 +33,9 @@ FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make roo
 ATTEMPTS = 3
 TIMEOUT_S = 60
 ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
+MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -43,6 +47,8 @@ def expand(patterns: str | list[str]) -> list[str]:
     """
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if math.prod(abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(pattern)) > MAX_SHARDS:
+            raise UserError(f"shards {pattern!r}: is more than {MAX_SHARDS:,} names")
         try:
             names = expand_urls(pattern)
         except (ValueError, AssertionError) as error:  # unbalanced braces, a missing WDS_ variable
@@ -70,6 +76,10 @@ def _local(name: str) -> list[str]:
             raise UserError(f"shards {path!r}: is a folder; name its tars, as in {os.path.join(path, '*.tar')!r}")
         if not os.path.exists(path):
             raise UserError(f"shards {path!r}: no such file")
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"shards {path!r}: the name is not UTF-8; rename the file") from None
     return found
 
 

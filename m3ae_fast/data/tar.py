@@ -38,7 +38,8 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
     while position < end:
         header = os.pread(fd, BLOCK, position)
         if not header.strip(b"\0"):
-            return members, None if len(header) == BLOCK else f"ends inside a header at byte {position}"
+            whole = len(header) == BLOCK
+            return members, _after_end(fd, position) if whole else f"ends inside a header at byte {position}"
         stored = _number(header[124:136])
         if len(header) < BLOCK or stored is None or not _checksum_ok(header):
             return members, f"no tar header at byte {position}"
@@ -65,6 +66,15 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
             return members, f"ends inside the member at byte {position}"
         position = data + -(-stored // BLOCK) * BLOCK
     return members, "has no end mark, so it may be cut short" if end else "is empty"
+
+
+def _after_end(fd: int, position: int) -> str | None:
+    """What follows the end mark at `position`: zeros, or another tar that was appended to this one."""
+    while chunk := os.pread(fd, 1 << 20, position):
+        if chunk.count(0) < len(chunk):
+            return f"goes on after its end mark at byte {position}; join tars with tar --concatenate, not cat"
+        position += len(chunk)
+    return None
 
 
 def _checksum_ok(header: bytes) -> bool:

@@ -17,10 +17,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,8 +35,8 @@ STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
 class Info:
     """What a checkpoint knows beside its tensors."""
 
-    step: int  # optimiser steps taken
-    samples: int  # samples seen: the data position
+    step: Annotated[int, Field(ge=0, lt=1 << 53)]  # optimiser steps taken
+    samples: Annotated[int, Field(ge=0)]  # samples seen: the data position
     seed: int
     config: dict[str, dict[str, Any] | None]
     versions: dict[str, str]
@@ -80,6 +80,7 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int) -> Path
         partial.mkdir(parents=True)
         save_file(state, partial / STATE_FILE)
         (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors would let nobody else read it
         for path in (partial / STATE_FILE, partial / INFO_FILE, partial):
             _to_disk(path)
         partial.rename(target)

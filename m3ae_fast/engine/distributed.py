@@ -53,12 +53,12 @@ class Ranks:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Run `work` on rank 0 and wait for it; a UserError of it is raised on every rank."""
+        """Run `work` on rank 0 and wait for it; a UserError of it is raised on every rank, and an OSError as one."""
         result, error = None, None
         if self.is_main:
             try:
                 result = work()
-            except UserError as caught:
+            except (UserError, OSError) as caught:
                 error = str(caught)
         if (error := self.from_main(error)) is not None:
             raise UserError(error)
@@ -78,12 +78,18 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group: nccl where there is CUDA, else gloo."""
+    """Join the process group: nccl where there is CUDA, else gloo.
+
+    Raises:
+        UserError: what a launcher sets in the environment makes no sense, or this node has too few GPUs.
+    """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torchrun's name and deepspeed's for the ranks of this node
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
-    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= world:
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world} in the environment: ranks are numbered from 0")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
@@ -91,15 +97,25 @@ def start() -> Ranks:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
     if world == 1:
         store: dist.Store = dist.HashStore()  # needs no address and no port
     else:
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        except ValueError as error:
+            raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Ranks(rank, world, local_rank, device, control, store)
+
+
+def _number(name: str) -> int:
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} in the environment: must be a whole number; deepspeed and torchrun set it")
+    return int(value)
 
 
 def stop() -> None:

@@ -7,6 +7,7 @@ D encoder width, E decoder width, L patches a picture, V vocabulary, S samples, 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,6 +272,7 @@ def write_pretrained(folder: str | Path, config: ModelConfig, state: dict[str, T
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in state.items()}, folder / MODEL_FILE)
     (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors would let nobody else read it
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -30,7 +30,7 @@ def test_train_tokenizer(tmp_path, capsys):
     tokenizer = load_tokenizer(str(out), 8)
     assert tokenizer.decode(tokenizer.encode(caption(3))) == caption(3)
     assert f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
-    for size in ("5", "20", "-1"):
+    for size in ("5", "20", "-1", "1000000000000"):
         assert exit_cleanly(partial(main, [*arguments, size])) == 2
         assert "--vocab-size" in capsys.readouterr().err
 

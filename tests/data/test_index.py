@@ -94,6 +94,25 @@ def test_garbage_is_no_shard(tmp_path, store, content):
     assert str(bad) in str(corpus.damaged[0])
 
 
+def test_tars_joined_by_cat_are_noticed(tmp_path, store):
+    paths = [Path(write_tar(tmp_path / f"{i}.tar", members(range(3)))) for i in range(2)]
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(path.read_bytes() for path in paths))
+    (shard,) = index_shards([str(joined)], store)
+    assert shard.summary.samples == 3 and "goes on after its end mark" in shard.summary.damage
+    (shard,) = index_shards([str(paths[0])], store)
+    assert shard.summary.damage is None
+
+
+def test_a_damaged_sidecar_is_named(tmp_path, store):
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    (shard,) = index_shards([path], store)
+    shard.sidecar.write_bytes(shard.sidecar.read_bytes().splitlines(keepends=True)[0])
+    reader = Reader(open_corpus([SourceConfig(shards=path)], store).sources[0], store)
+    with pytest.raises(OSError, match=r"a\.tar\.index is damaged; delete that file"):
+        reader.read(0, 0)
+
+
 def test_garbage_after_good_members(tmp_path, store):
     path = tmp_path / "a.tar"
     write_tar(path, members(range(3)))

@@ -80,9 +80,12 @@ def test_expand(tmp_path):
         ("{tmp}", "is a folder"),
         ([], "matches nothing"),
         ("${{NOT_SET_ANYWHERE}}/a.tar", "not a valid pattern"),
+        ("{tmp}/{{0..99999}}-{{000..999}}.tar", "more than 10,000,000 names"),
+        ("{tmp}/*.odd", "the name is not UTF-8"),
     ],
 )
 def test_expand_errors(tmp_path, pattern, message):
+    (tmp_path / "\udcff.odd").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         expand(pattern.format(tmp=tmp_path) if pattern else pattern)
 

@@ -443,6 +443,8 @@ def test_m3ae_loss_is_its_parts():
         ("token-some", {"hidden": torch.zeros(67, 512, dtype=torch.int32)}, TypeError, "hidden must be floating"),
         ("embed-p16", {"bias": torch.zeros(123, device="meta")}, ValueError, "bias is on meta"),
         ("norm-some", {"norm_weight": torch.zeros(123, device="meta")}, ValueError, "norm_weight is on meta"),
+        ("token-some", {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
+        ("token-some", {"weight": torch.zeros(0, 512), "bias": torch.zeros(0)}, ValueError, "no rows"),
         ("token-some", {"impl": "cuda"}, ValueError, "impl is 'cuda'"),
     ],
 )
