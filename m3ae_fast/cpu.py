@@ -32,7 +32,7 @@ def this_cpu() -> Cpu:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    # of the first core; equal names of later ones are the same on all
+    # all cores are alike: the last one speaks for them
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     name = re.sub(r"\((R|TM)\)", "", fields.get("model name", ""))
     return Cpu(fields.get("vendor_id", ""), name, frozenset(fields.get("flags", "").split()))

@@ -161,6 +161,7 @@ def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> i
     watch, bad = LossWatch(), BadSamples(config.data.max_bad_fraction, data.train.samples)
     if ranks.is_main:
         bad.report(data.train.damaged)
+    stop.listen()
     with (
         ranks.on_main(lambda: open_run(run_dir, step, total_steps)) or nullcontext() as metrics,
         profiler(run_dir if profile and ranks.is_main else None) as trace,

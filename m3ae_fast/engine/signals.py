@@ -10,11 +10,17 @@ import psutil
 
 
 class StopRequest:
-    """`asked` turns true at the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """`asked` turns true at the first SIGINT or SIGTERM after `listen`; a second SIGINT ends the process at once.
+
+    Made early, since it must know the launcher before that can vanish; until `listen` a signal ends the process, which
+    has nothing to save yet.
+    """
 
     def __init__(self) -> None:
         self.reason = ""
         self._parents = _launcher_chain()
+
+    def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
