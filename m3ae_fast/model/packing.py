@@ -8,9 +8,9 @@ A sample's encoder rows are [cls, visible patches, visible text]; its decoder ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import accumulate
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ class Geometry:
     @property
     def patches_per_image(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of a picture."""
+        return self.channels, self.image_size, self.image_size
 
 
 @dataclass(slots=True)
@@ -115,73 +120,63 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
         ValueError: a sample has neither picture nor caption, or a shape does not fit `geometry`.
     """
     length = geometry.patches_per_image
+    checked = [_check(sample, geometry) for sample in samples]
     images = [sample.image for sample in samples if sample.image is not None]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in _PARTS}
-    encoder_lens, decoder_lens, loss_lens = [], [], []
-    picture = patches = encoder_row = decoder_row = loss_row = 0
-    captions = 0
+    captions = sum(sample.tokens is not None for sample in samples)
 
-    for sample in samples:
-        image_mask, text_mask, tokens = _check(sample, geometry)
-        image_seen, text_seen = np.flatnonzero(~image_mask), np.flatnonzero(~text_mask)
-        first_patch = picture * length
+    # over the decoder's rows: what each is, and whether it is masked
+    patches_S = _lengths(image_mask for image_mask, _, _ in checked)
+    words_S = _lengths(text_mask for _, text_mask, _ in checked)
+    rows_S = 1 + patches_S + words_S
+    sample_U = np.repeat(np.arange(len(samples)), rows_S)
+    place_U = np.arange(len(sample_U)) - (np.cumsum(rows_S) - rows_S)[sample_U]  # 0 cls, then patches, then text
+    patch_U = (place_U > 0) & (place_U <= patches_S[sample_U])
+    text_U = place_U > patches_S[sample_U]
+    masked_U = _flat([part for image_mask, text_mask, _ in checked for part in (_SEEN, image_mask, text_mask)], bool)
+    seen_U = ~masked_U
 
-        encoder_lens.append(1 + len(image_seen) + len(text_seen))
-        src, words = np.full(encoder_lens[-1], -1), np.full(encoder_lens[-1], -1)
-        src[1 : 1 + len(image_seen)] = patches + np.arange(len(image_seen))
-        words[1 + len(image_seen) :] = tokens[text_seen]
-        parts["patch_ids"].append(first_patch + image_seen)
-        parts["encoder_src"].append(src)
-        parts["token_ids"].append(words)
-        parts["encoder_table_ids"].append(np.concatenate(([0], 1 + image_seen, 1 + length + text_seen)))
+    # what lies behind each row: a picture's patch, a caption's token, a place in [patch positions, text positions]
+    patch_id_U = np.cumsum(patch_U) - 1
+    token_U = np.full(len(sample_U), -1)
+    token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
+    table_U = np.where(text_U, length + place_U - 1 - patches_S[sample_U], place_U - 1)
 
-        # decoder rows: 0 cls, then patches, then text
-        text_at = 1 + len(image_mask)
-        decoder_lens.append(text_at + len(text_mask))
-        src, mask_ids = np.full(decoder_lens[-1], -1), np.full(decoder_lens[-1], -1)
-        src[0] = encoder_row
-        src[1 + image_seen] = encoder_row + 1 + np.arange(len(image_seen))
-        src[text_at + text_seen] = encoder_row + 1 + len(image_seen) + np.arange(len(text_seen))
-        mask_ids[1:text_at][image_mask] = 0
-        mask_ids[text_at:][text_mask] = 1
-        parts["decoder_src"].append(src)
-        parts["mask_ids"].append(mask_ids)
-        parts["decoder_table_ids"].append(
-            np.concatenate(([-1], np.arange(len(image_mask)), length + np.arange(len(text_mask))))
-        )
-
-        image_loss = np.flatnonzero(image_mask | geometry.image_all_tokens)
-        text_loss = np.flatnonzero(text_mask | geometry.text_all_tokens)
-        parts["loss_rows"].append(decoder_row + np.concatenate((1 + image_loss, text_at + text_loss)))
-        parts["image_rows"].append(loss_row + np.arange(len(image_loss)))
-        parts["image_patch_ids"].append(first_patch + image_loss)
-        parts["image_row_weight"].append(np.full(len(image_loss), 1 / max(len(image_loss), 1)))
-        parts["text_rows"].append(loss_row + len(image_loss) + np.arange(len(text_loss)))
-        parts["text_targets"].append(tokens[text_loss])
-        parts["text_row_weight"].append(np.full(len(text_loss), 1 / max(len(text_loss), 1)))
-
-        loss_lens.append(len(image_loss) + len(text_loss))
-        picture += sample.image is not None
-        captions += sample.tokens is not None
-        patches += len(image_seen)
-        encoder_row += encoder_lens[-1]
-        decoder_row += decoder_lens[-1]
-        loss_row += loss_lens[-1]
-
-    shape = (geometry.channels, geometry.image_size, geometry.image_size)
+    # the encoder's rows are those seen, in the same order
+    seen_patch_U = patch_U & seen_U
+    loss_U = (patch_U & (masked_U | geometry.image_all_tokens)) | (text_U & (masked_U | geometry.text_all_tokens))
+    patch_M = patch_U[loss_U]
+    count = partial(np.bincount, minlength=len(samples))
+    image_loss_S, text_loss_S = count(sample_U[patch_U & loss_U]), count(sample_U[text_U & loss_U])
+    weight_I, weight_W = (np.repeat(1 / np.maximum(n, 1), n) for n in (image_loss_S, text_loss_S))
+    index = {
+        "patch_ids": patch_id_U[seen_patch_U],
+        "encoder_src": np.where(seen_patch_U, np.cumsum(seen_patch_U) - 1, -1)[seen_U],
+        "token_ids": token_U[seen_U],
+        "encoder_table_ids": 1 + table_U[seen_U],  # its table begins with cls
+        "decoder_src": np.where(seen_U, np.cumsum(seen_U) - 1, -1),
+        "mask_ids": np.where(seen_U, -1, text_U),
+        "decoder_table_ids": table_U,
+        "loss_rows": np.flatnonzero(loss_U),
+        "image_rows": np.flatnonzero(patch_M),
+        "image_patch_ids": patch_id_U[patch_U & loss_U],
+        "text_rows": np.flatnonzero(~patch_M),
+        "text_targets": token_U[text_U & loss_U],
+    }
     return PackedBatch(
         keys=[sample.key for sample in samples],
-        images=torch.stack(images) if images else torch.empty((0, *shape), dtype=torch.uint8),
-        encoder=_segments(encoder_lens),
-        decoder=_segments(decoder_lens),
-        loss=_segments(loss_lens),
-        image_count=float(picture),
+        images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
+        encoder=_segments(count(sample_U[seen_U])),
+        decoder=_segments(rows_S),
+        loss=_segments(image_loss_S + text_loss_S),
+        image_row_weight=torch.from_numpy(weight_I.astype(np.float32)),
+        text_row_weight=torch.from_numpy(weight_W.astype(np.float32)),
+        image_count=float(len(images)),
         text_count=float(captions),
-        **{name: _join(arrays, name) for name, arrays in parts.items()},
+        **{name: torch.from_numpy(rows.astype(np.int32)) for name, rows in index.items()},
     )
 
 
-_PARTS = [f.name for f in fields(PackedBatch) if f.type == "Tensor" and f.name != "images"]
+_SEEN = np.zeros(1, dtype=bool)  # cls is never masked
 
 
 def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -192,9 +187,8 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
         raise ValueError(f"{sample.key}: has neither picture nor caption")
     if sample.image is not None:
         image_mask = sample.image_mask.numpy()
-        shape = (geometry.channels, geometry.image_size, geometry.image_size)
-        if sample.image.shape != shape:
-            raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {shape}")
+        if sample.image.shape != geometry.image_shape:
+            raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
         if image_mask.shape != (geometry.patches_per_image,):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
     if sample.tokens is not None:
@@ -204,11 +198,14 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
     return image_mask, text_mask, tokens
 
 
-def _segments(lengths: list[int]) -> Segments:
-    ends = [0, *accumulate(lengths)]
-    return Segments(torch.tensor(ends, dtype=torch.int32), max(lengths, default=0), ends[-1])
+def _lengths(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return np.array([len(array) for array in arrays], dtype=np.int64)
 
 
-def _join(arrays: list[np.ndarray], name: str) -> Tensor:
-    dtype = np.float32 if name.endswith("weight") else np.int32
-    return torch.from_numpy(np.concatenate(arrays).astype(dtype) if arrays else np.empty(0, dtype))
+def _flat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays, dtype=dtype) if arrays else np.empty(0, dtype)
+
+
+def _segments(lengths_S: np.ndarray) -> Segments:
+    ends = np.concatenate(([0], np.cumsum(lengths_S)))
+    return Segments(torch.from_numpy(ends.astype(np.int32)), int(lengths_S.max(initial=0)), int(ends[-1]))
