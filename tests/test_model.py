@@ -1,6 +1,7 @@
 """The model on packed batches: what golden files do not show."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_order_of_samples_changes_nothing():
     model = make_model()
     one, other = (model(pack(samples, model.geometry)).loss for samples in (MIXED, MIXED[::-1]))
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("samples", [MIXED, MIXED[:1], []])
+def test_batch_survives_the_way_between_processes(samples):
+    batch = pack(samples, make_model().geometry)
+    batch.skipped = ["one"]
+    for field in dataclasses.fields(batch):
+        sent, received = (getattr(b, field.name) for b in (batch, pickle.loads(pickle.dumps(batch))))
+        if isinstance(sent, Segments):
+            assert (received.max_seqlen, received.rows) == (sent.max_seqlen, sent.rows)
+            sent, received = sent.cu_seqlens, received.cu_seqlens
+        if isinstance(sent, torch.Tensor):
+            torch.testing.assert_close(received, sent, rtol=0, atol=0)  # dtypes too
+        else:
+            assert received == sent
 
 
 def test_empty_batch_has_zero_loss_and_gradients():
