@@ -10,8 +10,9 @@ from m3ae_fast.engine.hardware import fast_precision
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, pack
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # what the expert and the engine compute in: the faster one here
-PRECISION = fast_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+PRECISION = fast_precision(DEVICE)
 WORDS = (8, 32)  # fewest and most valid tokens of a caption
 
 

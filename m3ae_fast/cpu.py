@@ -35,4 +35,6 @@ def this_cpu() -> Cpu:
     # all cores are alike: the last one speaks for them
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     name = re.sub(r"\((R|TM)\)", "", fields.get("model name", ""))
+    if name and not re.search(r"\d", name):  # what a virtual machine calls "AMD EPYC" can be any of them
+        name += f", family {fields.get('cpu family')} model {fields.get('model')}"
     return Cpu(fields.get("vendor_id", ""), name, frozenset(fields.get("flags", "").split()))
