@@ -14,10 +14,8 @@ class UserError(Exception):
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main; a UserError becomes one line on stderr and exit code 2, Ctrl-C code 130.
-
-    So does what the system refuses, such as a full disk.
-    """
+    """Run a program's main; a UserError, or what the system refuses (a full disk), becomes one line on stderr and exit
+    code 2, Ctrl-C code 130."""
     try:
         return main()
     except (UserError, OSError) as error:
