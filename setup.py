@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["m3ae_fast*"]), *find_packages("kernels")],
     package_dir={"m3ae_kernels": "kernels/m3ae_kernels"},
-    package_data={"m3ae_kernels": ["tuning/*.json"], "m3ae_fast": ["model/*.c"]},
+    package_data={"m3ae_kernels": ["tuning/*.json"], "m3ae_fast": ["model/cpu/*.c"]},
     install_requires=KERNELS,
     extras_require={"train": TRAIN, "dev": TRAIN + DEV, "flash": ["flash-attn"]},
 )

@@ -106,15 +106,20 @@ def _age() -> float:
 
 def serve(spec: dict) -> None:
     """Build the contender, report its start-up, then answer one line a question."""
+    from m3ae_fast.engine.ranks import join_ranks
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    with join_ranks() as ranks:
+        _serve(spec, ranks, answers)
+
+
+def _serve(spec: dict, ranks, answers) -> None:
     import torch
 
     from benchmarks.contenders import build
     from m3ae_fast.config import MaskingConfig, ModelConfig
-    from m3ae_fast.engine import distributed
     from m3ae_fast.model.m3ae import M3AE
 
-    answers, sys.stdout = sys.stdout, sys.stderr
-    ranks = distributed.start()
     model, options = ModelConfig(**spec["model"]), spec["options"]
     options["masking"] = MaskingConfig(**options.get("masking", {}))
     step = build(spec["name"], model, spec["samples"], ranks, **options)
@@ -134,7 +139,6 @@ def serve(spec: dict) -> None:
             answer = peak_above(step, ranks.device) - gradients
         else:
             break
-    distributed.stop()
 
 
 if __name__ == "__main__":

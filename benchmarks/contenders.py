@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.reference import ReferenceTrainer
 from benchmarks.workload import PRECISION, WORDS, make_batch, make_config
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.engine.core import build_engine
-from m3ae_fast.engine.distributed import Ranks
+from m3ae_fast.engine.build import build_engine
+from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.model.m3ae import M3AE
 
 NAMES = ("reference", "expert", "engine")
@@ -40,7 +40,7 @@ def build(
         m3ae.encoder.compile_blocks()
         m3ae.decoder.compile_blocks()
         engine = build_engine(m3ae, config, ranks)
-        return lambda: engine.step([packed], LR)[0][0].loss.detach()
+        return lambda: engine.step([packed], packed.counts, LR)[0][0].loss.detach()
     expert = name == "expert"
     trainer = ReferenceTrainer(config, m3ae.state_dict(), ranks.device, expert=expert)
     return lambda: trainer.step(padded, LR)

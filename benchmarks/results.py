@@ -12,7 +12,7 @@ import torch
 
 import m3ae_fast
 from benchmarks import machine_folder
-from m3ae_fast.cpu import this_cpu
+from m3ae_fast.hardware import this_cpu
 
 Row = dict[str, str | int | float | None]
 

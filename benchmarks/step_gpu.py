@@ -14,7 +14,7 @@ import torch
 from benchmarks import results
 from benchmarks.alone import Alone
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.engine.hardware import peak_flops
+from m3ae_fast.hardware import peak_flops
 from m3ae_fast.model.flops import reference_flops
 
 CASES = (({"size": "small"}, 1024), ({"size": "base"}, 512), ({"size": "large"}, 256))  # 256 px, 64 text tokens

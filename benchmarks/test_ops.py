@@ -16,7 +16,7 @@ from benchmarks.gpu.rivals import rivals
 from benchmarks.gpu.workloads import LARGE, Sizes, Workload, workloads
 from benchmarks.workload import PRECISION
 from m3ae_fast.model.attention import packed_attention, padded_attention
-from m3ae_fast.model.packing import Segments
+from m3ae_fast.model.batch import Segments
 
 DEVICE = CudaDevice() if torch.cuda.is_available() else CpuDevice()
 SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, decoder=512, vocab=30522)

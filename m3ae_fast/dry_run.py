@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from m3ae_fast.config import Config
+from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import PackedBatch, Sample, pack
+from m3ae_fast.model.packing import Sample, pack
 
 CAPTION_SHARE = 1 / 3  # of text_length, for the sample that stands for all: CC12M captions have about 20 words of 64
 
@@ -39,7 +40,7 @@ def report(config: Config, world: int | None = None) -> None:
     table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB a GPU")
     for stage in range(4):
         rows = [share / 1e9 for share in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
-        mark = " (this config)" if config.deepspeed is not None and stage == config.zero_stage else ""
+        mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
     console.print(table)
     console.print("activations are an estimate: what autograd keeps of each block, in the run's precision")

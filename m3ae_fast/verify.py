@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from m3ae_fast.engine.optim import build_adamw, clip_by_global_norm
+from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.model.m3ae import M3AE

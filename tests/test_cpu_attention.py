@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3ae_fast.cpu import Cpu, this_cpu
-from m3ae_fast.model import cpu_attention
-from m3ae_fast.model.segment_attention import segment_attention, segment_attention_backward
+from m3ae_fast.hardware import Cpu, this_cpu
+from m3ae_fast.model.cpu import avx512
+from m3ae_fast.model.cpu.attention import segment_attention, segment_attention_backward
 
 BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have, largest relative error
     "float32": (torch.float32, "GenuineIntel", set(), 3e-6),
@@ -34,11 +34,11 @@ def cpu(monkeypatch):
     """Calls with (vendor, flags) make this CPU pass for another."""
 
     def pretend(vendor: str, flags: set[str]) -> None:
-        monkeypatch.setattr(cpu_attention, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
-        cpu_attention.kernels.cache_clear()
+        monkeypatch.setattr(avx512, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
+        avx512.kernels.cache_clear()
 
     yield pretend
-    cpu_attention.kernels.cache_clear()
+    avx512.kernels.cache_clear()
 
 
 @pytest.fixture(params=BUILDS)
@@ -46,7 +46,7 @@ def build(request, cpu) -> tuple[torch.dtype, float]:
     """(dtype, largest relative error) of a build that is now in use."""
     dtype, vendor, needs, error = BUILDS[request.param]
     flags = this_cpu().flags
-    if not flags >= cpu_attention._NEEDS | needs:
+    if not flags >= avx512._NEEDS | needs:
         pytest.skip("this CPU has no AVX-512 or no bf16 in it")
     cpu(vendor, flags)
     return dtype, error
@@ -63,7 +63,7 @@ def inputs(shape: str, dtype: torch.dtype = torch.float32, scale: float = 1.5) -
 
 
 def takes(q: Tensor) -> bool:
-    return cpu_attention.takes(q.dtype, q.device, q.shape[-1])
+    return avx512.takes(q.dtype, q.device, q.shape[-1])
 
 
 def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *cu: Tensor) -> dict[str, Tensor]:
@@ -115,9 +115,9 @@ def test_large_scores_and_what_is_not_finite(build):
 
 def test_built_once(monkeypatch, tmp_path, build):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = cpu_attention._build([])
+    library = avx512._build([])
     built = library.stat().st_mtime_ns
-    assert cpu_attention._build([]) == library and library.stat().st_mtime_ns == built
+    assert avx512._build([]) == library and library.stat().st_mtime_ns == built
     assert list(library.parent.iterdir()) == [library]
 
 
@@ -125,7 +125,7 @@ def test_built_once(monkeypatch, tmp_path, build):
 def test_torch_takes_over_without_a_compiler(monkeypatch, tmp_path, caplog, cpu, compiler, reason):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
-    cpu("GenuineIntel", cpu_attention._NEEDS)
+    cpu("GenuineIntel", avx512._NEEDS)
     tensors = inputs("pruned")
     assert not takes(tensors[1])
     assert reason in caplog.text and "half the speed" in caplog.text
@@ -136,7 +136,7 @@ def test_torch_takes_over_on_other_cpus_and_kinds(cpu):
     _, q, *_ = inputs("pruned")
     assert not takes(q.double()) and not takes(q.half())
     assert not takes(q[..., :24])
-    cpu("GenuineIntel", cpu_attention._NEEDS)
+    cpu("GenuineIntel", avx512._NEEDS)
     assert not takes(q.bfloat16())
     cpu("GenuineIntel", set())
     assert not takes(q)

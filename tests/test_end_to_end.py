@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainer import ROOT, environment
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.model.m3ae import M3AE
+from tests.helpers.trainer import ROOT, environment
 
 
 def test_train_export_load(trainer):
@@ -69,7 +69,7 @@ def test_export_mistakes(tmp_path):
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="no exported M3AE"):
+    with pytest.raises(UserError, match="not an exported M3AE"):
         M3AE.from_pretrained(tmp_path)
 
 

@@ -205,7 +205,7 @@ def test_attention_against_softmax(dtype, attention):
 
 
 def test_attention_op_is_a_good_citizen():
-    from m3ae_fast.model.segment_attention import segment_attention
+    from m3ae_fast.model.cpu.attention import segment_attention
 
     q, k, v = (torch.randn(6, 2, 4, requires_grad=True) for _ in range(3))
     cu = torch.tensor([0, 2, 6], dtype=torch.int32)

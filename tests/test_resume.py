@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from trainer import zero
 
 from m3ae_fast.engine import checkpoint
+from tests.helpers.trainer import zero
 
 SAVE = ["--set", "train.save_every=2", "--set", "train.keep=9"]
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.engine.hardware import has_compiler
-from m3ae_fast.model import segment_attention
+from m3ae_fast.hardware import has_compiler
 from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.linear import linear
+from m3ae_fast.model.cpu import attention as segment_attention
+from m3ae_fast.model.cpu.linear import linear
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, Segments, pack

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import Official, make_golden
 
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.verify import main, quantities, relative_error
+from tests.helpers.official import Official, make_golden
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -172,7 +172,7 @@ def test_every_parameter_has_its_flax_name():
 
 
 def test_decay_groups_are_the_official_ones():
-    from m3ae_fast.engine.optim import parameter_groups
+    from m3ae_fast.engine.optimizer import parameter_groups
 
     golden = Golden.load(FILES[-1])
     model = golden.build_model()

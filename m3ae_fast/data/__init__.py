@@ -1,7 +1,10 @@
 """From shards on disk or elsewhere to packed batches."""
 
-from m3ae_fast.data.corpus import Corpus, Skipped, open_corpus
-from m3ae_fast.data.loader import BadSamples, build_loader
+from m3ae_fast.data.bad_samples import BadSamples, Skipped
+from m3ae_fast.data.corpus import Corpus, open_corpus
+from m3ae_fast.data.dataset import Preparation
+from m3ae_fast.data.loader import Share, eval_loader, train_loader
+from m3ae_fast.data.opening import Data, open_data, open_tokenizer
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.data.tokenizer import CaptionTokenizer, load_tokenizer
 
@@ -9,9 +12,15 @@ __all__ = [
     "BadSamples",
     "CaptionTokenizer",
     "Corpus",
+    "Data",
+    "Preparation",
     "ShardStore",
+    "Share",
     "Skipped",
-    "build_loader",
+    "eval_loader",
     "load_tokenizer",
     "open_corpus",
+    "open_data",
+    "open_tokenizer",
+    "train_loader",
 ]

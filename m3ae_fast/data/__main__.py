@@ -19,9 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from m3ae_fast.config import MAX_VOCAB, SourceConfig
-from m3ae_fast.data.corpus import Reader, open_corpus
-from m3ae_fast.data.decode import BadSample
+from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import index_shards
+from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tokenizer import SPECIAL, train_tokenizer
 from m3ae_fast.errors import UserError, exit_cleanly

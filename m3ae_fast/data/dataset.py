@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from m3ae_fast.config import MaskingConfig
-from m3ae_fast.data.corpus import Corpus, Reader, Skipped
-from m3ae_fast.data.decode import BadSample, centre_crop, decode_image, random_crop
+from m3ae_fast.data.bad_samples import BadSample, Skipped
+from m3ae_fast.data.corpus import Corpus
+from m3ae_fast.data.crops import centre_crop, random_crop
+from m3ae_fast.data.images import decode_image
 from m3ae_fast.data.order import FileOrder, Order, Place, hash64
+from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tokenizer import CaptionTokenizer
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, Sample
@@ -38,11 +41,21 @@ class Augment:
     flip: bool
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """How a sample becomes the model's input."""
+
+    geometry: Geometry  # the model's sizes
+    masking: MaskingConfig
+    tokenizer: CaptionTokenizer | None  # None where there are no captions
+    seed: int  # the run's
+
+
 class _Draft(NamedTuple):
-    """A sample but for its picture, of which it has the bytes."""
+    """A sample but for its image, of which it has the bytes."""
 
     sample: Sample | Skipped
-    picture: bytes | None = None
+    image: bytes | None = None
     place: Place | None = None
     skip: Callable[[str], Skipped] | None = None  # of a reason
 
@@ -53,11 +66,8 @@ class Samples(Dataset):
     Args:
         corpus: where samples come from.
         order: which one stands where.
-        tokenizer: for captions; needed where the corpus has any.
-        geometry: the model's sizes.
-        masking: ratios, and what shares a mask.
+        preparation: how they become the model's input.
         augment: None: the central square as it is.
-        seed: the run's.
         share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
     """
 
@@ -65,20 +75,15 @@ class Samples(Dataset):
         self,
         corpus: Corpus,
         order: Order | FileOrder,
-        tokenizer: CaptionTokenizer | None,
-        geometry: Geometry,
-        masking: MaskingConfig,
+        preparation: Preparation,
         augment: Augment | None,
-        seed: int,
         share_mask: int,
     ):
         self.order = order
-        self.tokenizer = tokenizer
-        self.geometry = geometry
-        self.masking = masking
+        self.preparation = preparation
         self.augment = augment
-        self.seed = seed
         self.share_mask = share_mask
+        self.has_captions = corpus.has_captions
         self._store = corpus.store
         self._readers = [Reader(source, corpus.store) for source in corpus.sources]
         self._cached = [any(corpus.store.is_cached(s.shard) for s in source.shards) for source in corpus.sources]
@@ -92,12 +97,12 @@ class Samples(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
         """Called by the DataLoader: a whole micro-batch, which may be empty.
 
-        Everything else comes before the pictures: between two of them, which fill the caches, it takes twice as long.
+        Everything else comes before the images: between two of them, which fill the caches, it takes twice as long.
         """
-        drafts = [self._without_picture(position) for position in positions]
-        return [self._with_picture(draft) for draft in drafts]
+        drafts = [self._without_image(position) for position in positions]
+        return [self._with_image(draft) for draft in drafts]
 
-    def _without_picture(self, position: int) -> _Draft:
+    def _without_image(self, position: int) -> _Draft:
         place = self.order.locate(position)
         self._fetch_ahead(position)
         reader = self._readers[place.source]
@@ -105,44 +110,46 @@ class Samples(Dataset):
         name, key = reader.source.shards[shard].shard, f"sample {row}"
         try:
             key = reader.key(shard, row)
-            picture, caption = reader.read(shard, row)
+            image, caption = reader.read(shard, row)
         except (BadSample, OSError) as error:
             return _Draft(Skipped(name, key, str(error)))
         sample = Sample(f"{name}/{key}")
         image_mask, text_mask = self._masks(place, position // self.share_mask)
-        if picture is not None:
+        if image is not None:
             sample.image_mask = image_mask
         if caption is not None:
-            sample.tokens = torch.from_numpy(self.tokenizer.encode(caption))
+            sample.tokens = torch.from_numpy(self.preparation.tokenizer.encode(caption))
             sample.text_mask = text_mask[: len(sample.tokens)].clone()
-        return _Draft(sample, picture, place, partial(Skipped, name, key))
+        return _Draft(sample, image, place, partial(Skipped, name, key))
 
-    def _with_picture(self, draft: _Draft) -> Sample | Skipped:
-        if draft.picture is None:
+    def _with_image(self, draft: _Draft) -> Sample | Skipped:
+        if draft.image is None:
             return draft.sample
         try:
-            draft.sample.image = self._crop(decode_image(draft.picture, self.geometry.channels), draft.place)
+            draft.sample.image = self._crop(decode_image(draft.image, self.preparation.geometry.channels), draft.place)
         except BadSample as error:
             return draft.skip(str(error))
         return draft.sample
 
     def _crop(self, image: Tensor, place: Place) -> Tensor:
+        size = self.preparation.geometry.image_size
         if self.augment is None:
-            return centre_crop(image, self.geometry.image_size)
+            return centre_crop(image, size)
         generator = self._seeded(_CROP, *place)
-        return random_crop(image, self.geometry.image_size, self.augment.crop_scale, self.augment.flip, generator)
+        return random_crop(image, size, self.augment.crop_scale, self.augment.flip, generator)
 
     def _masks(self, place: Place, batch: int) -> tuple[Tensor, Tensor]:
-        """Of patches and of words, over the whole text length, as the official code draws them."""
-        generator = self._seeded(_MASK, *place) if self.masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
+        """Of patches and of text tokens, over the whole text length, as the official code draws them."""
+        geometry, masking = self.preparation.geometry, self.preparation.masking
+        generator = self._seeded(_MASK, *place) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
         return (
-            draw_mask(self.geometry.patches_per_image, self.masking.image_ratio, generator),
-            draw_mask(self.geometry.text_length, self.masking.text_ratio, generator),
+            draw_mask(geometry.patches_per_image, masking.image_ratio, generator),
+            draw_mask(geometry.text_length, masking.text_ratio, generator),
         )
 
     def _seeded(self, *key: int) -> torch.Generator:
         # torch's generator takes 32 bits of a seed
-        return self._generator.manual_seed(hash64(self.seed, *key) & 0xFFFFFFFF)
+        return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)
 
     def _fetch_ahead(self, position: int) -> None:
         """When a group of shards is begun, fetch the next one in the background."""

@@ -1,50 +1,62 @@
-"""Brings the micro-batches of each step to the device, one step ahead of the computation."""
+"""Brings the micro-batches of each step to the device."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 
-from m3ae_fast.model.packing import PackedBatch
+from m3ae_fast.model.batch import PackedBatch
 
 
-class Fed(NamedTuple):
+@dataclass(frozen=True)
+class Fed:
     """The micro-batches of one step."""
 
     host: list[PackedBatch]
     device: list[PackedBatch]
     waited: float  # seconds that this rank waited for the loader
+    agreed: Callable[[], list[float]]  # waits for what `agree` began
 
 
-def feed(loader: Iterable[PackedBatch], accumulation: int, device: torch.device) -> Iterator[Fed]:
-    """Steps of `accumulation` micro-batches. On CUDA the next step's copies run on a stream of their own while this
-    one computes."""
+def feed(
+    loader: Iterable[PackedBatch],
+    accumulation: int,
+    device: torch.device,
+    agree: Callable[[list[PackedBatch]], Callable[[], list[float]]],
+) -> Iterator[Fed]:
+    """Steps of `accumulation` micro-batches. `agree` begins a sum over ranks for each.
+
+    Each is fetched when the one before has been launched. A GPU is still at work on that one then: waiting for the
+    loader, summing over ranks, and copying, on a stream of its own, all go on beside the computation.
+    """
     batches = iter(loader)
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def fetch() -> tuple[Fed, torch.cuda.Event | None]:
+    move = _copier(device)
+    while True:
         started = time.perf_counter()
         host = list(islice(batches, accumulation))
+        if not host:
+            return
         waited = time.perf_counter() - started
-        if stream is None:
-            return Fed(host, host, waited), None
+        agreed = agree(host)
+        yield Fed(host, move(host), waited, agreed)
+
+
+def _copier(device: torch.device) -> Callable[[list[PackedBatch]], list[PackedBatch]]:
+    if device.type != "cuda":
+        return lambda host: host
+    stream = torch.cuda.Stream(device)
+
+    def move(host: list[PackedBatch]) -> list[PackedBatch]:
         with torch.cuda.stream(stream):
             moved = [batch.to(device, non_blocking=True) for batch in host]
-            copied = torch.cuda.Event()
-            copied.record()
-        return Fed(host, moved, waited), copied
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for batch in moved:
+            batch.record_stream(current)
+        return moved
 
-    fed, copied = fetch()
-    while fed.host:
-        following = fetch()
-        if copied is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(copied)
-            for batch in fed.device:
-                batch.record_stream(current)
-        yield fed
-        fed, copied = following
+    return move

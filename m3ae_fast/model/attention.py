@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.model import cpu_attention
-from m3ae_fast.model.packing import Segments
-from m3ae_fast.model.segment_attention import segment_attention
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.cpu import avx512
+from m3ae_fast.model.cpu.attention import segment_attention
 
 
 def packed_attention(
@@ -79,7 +79,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int, d
         return flash.name
     if device.type == "cuda" or dropout:
         return "padded SDPA"
-    return "AVX-512" if cpu_attention.takes(dtype, device, head_dim) else "torch, per sample"
+    return "AVX-512" if avx512.takes(dtype, device, head_dim) else "torch, per sample"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.masking import kept
-from m3ae_fast.model.packing import PackedBatch
 
 
 def _block(dim: int, mlp_ratio: float, keys: float, queries: float, pairs: float) -> float:

@@ -6,28 +6,27 @@ D encoder width, E decoder width, L patches a picture, V vocabulary, S samples, 
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
-from m3ae_fast.config import LossConfig, ModelConfig, parse
-from m3ae_fast.errors import UserError
-from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, pack
-from m3ae_fast.model.positions import sincos_1d, sincos_2d
+from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model.batch import LossCounts, PackedBatch
+from m3ae_fast.model.packing import Geometry, Sample, pack
+from m3ae_fast.model.positions import Positions
+from m3ae_fast.model.pretrained import load_weights, read_pretrained, write_pretrained
 from m3ae_fast.model.transformer import EPS, Transformer
 
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
+class Losses(NamedTuple):
+    """0-d float32 tensors; `loss` is what to differentiate, the others are detached.
 
-@dataclass
-class Losses:
-    """0-d float32 tensors; `loss` is what to differentiate, the others are detached."""
+    A tuple, since DeepSpeed finds what it differentiates in tuples, lists and dicts alone.
+    """
 
     loss: Tensor
     image_loss: Tensor
@@ -45,10 +44,10 @@ class EncoderInput(nn.Module):
         self.image_type = nn.Parameter(torch.empty(1, dim)) if config.use_type_embedding else None
         self.text_type = nn.Parameter(torch.empty(1, dim)) if config.use_type_embedding and config.vocab_size else None
         self.text_embedding = nn.Parameter(torch.empty(config.vocab_size, dim)) if config.vocab_size else None
-        _add_positions(self, config, dim)
+        self.positions = Positions(config, dim)
 
     def forward(self, patches_ND: Tensor, batch: PackedBatch) -> Tensor:
-        table = torch.cat((self.cls_token, *_typed_positions(self)))
+        table = torch.cat((self.cls_token, *self.positions(self.image_type, self.text_type)))
         words_VD = table[:0] if self.text_embedding is None else self.text_embedding
         return scatter_tokens(patches_ND, batch.encoder_src, words_VD, batch.token_ids, table, batch.encoder_table_ids)
 
@@ -73,27 +72,12 @@ class Unshuffle(nn.Module):
         self.text_mask = nn.Parameter(torch.empty(1, dim)) if config.vocab_size else None
         self.image_type = nn.Parameter(torch.empty(1, dim)) if config.use_type_embedding else None
         self.text_type = nn.Parameter(torch.empty(1, dim)) if config.use_type_embedding and config.vocab_size else None
-        _add_positions(self, config, dim)
+        self.positions = Positions(config, dim)
 
     def forward(self, x_TE: Tensor, batch: PackedBatch) -> Tensor:
         masks = self.image_mask if self.text_mask is None else torch.cat((self.image_mask, self.text_mask))
-        table = torch.cat(_typed_positions(self))
+        table = torch.cat(self.positions(self.image_type, self.text_type))
         return scatter_tokens(x_TE, batch.decoder_src, masks, batch.mask_ids, table, batch.decoder_table_ids)
-
-
-def _add_positions(module: nn.Module, config: ModelConfig, dim: int) -> None:
-    side = config.image_size // config.patch_size
-    module.register_buffer("image_positions", sincos_2d(dim, side), persistent=False)
-    words = config.text_length if config.vocab_size else 0
-    module.register_buffer("text_positions", sincos_1d(dim, torch.arange(words)), persistent=False)
-
-
-def _typed_positions(module: nn.Module) -> tuple[Tensor, Tensor]:
-    image, text = module.image_positions, module.text_positions
-    return (
-        image if module.image_type is None else image + module.image_type,
-        text if module.text_type is None else text + module.text_type,
-    )
 
 
 class HeadMLP(nn.Module):
@@ -176,16 +160,22 @@ class M3AE(nn.Module):
         hidden_WE = self.text_mlp(self.decoder.norm(x_ME, batch.text_rows)) if self.text_mlp else None
         return hidden_IE, hidden_WE
 
-    def forward(self, batch: PackedBatch) -> Losses:
-        """Losses of a packed batch. A modality that the batch lacks has loss 0 and zero gradients."""
+    def forward(self, batch: PackedBatch, counts: LossCounts | None = None) -> Losses:
+        """Losses of a packed batch. A modality that the batch lacks has loss 0 and zero gradients.
+
+        Args:
+            batch: on the model's device.
+            counts: pictures and captions that the losses are means over: of a whole step, per rank, where the batch is
+                a part of it. None: those of the batch.
+        """
+        images, captions = (count or 1.0 for count in counts or batch.counts)
         hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
-        image_sum = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight)
-        image_loss = image_sum / (batch.image_count or 1.0)
+        image_loss = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight) / images
         text_loss = text_accuracy = torch.zeros_like(image_loss)
         if self.text_head is not None:
             text_sum, correct_W = self.text_head(hidden_WE, batch.text_targets, batch.text_row_weight)
-            text_loss = text_sum / (batch.text_count or 1.0)
-            text_accuracy = (correct_W * batch.text_row_weight).sum() / (batch.text_count or 1.0)
+            text_loss = text_sum / captions
+            text_accuracy = (correct_W * batch.text_row_weight).sum() / captions
         loss = self.loss_config.image_weight * image_loss + self.loss_config.text_weight * text_loss
         return Losses(loss, image_loss.detach(), text_loss.detach(), text_accuracy)
 
@@ -251,40 +241,7 @@ class M3AE(nn.Module):
         Raises:
             UserError: a file is missing, damaged or does not fit the other.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        try:
-            data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            state = load_file(folder / MODEL_FILE)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder}: no exported M3AE ({error}); make one with python -m m3ae_fast.export") from None
-        model = cls(parse(ModelConfig, data, f"{folder / CONFIG_FILE}"))
-        load_weights(model, state, f"{folder / MODEL_FILE}")
+        config, state = read_pretrained(folder)
+        model = cls(config)
+        load_weights(model, state, str(folder))
         return model
-
-
-def write_pretrained(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in state.items()}, folder / MODEL_FILE)
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors would let nobody else read it
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Strict load. Raises UserError naming the first weight that does not fit."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state:
-            raise UserError(f"{where}: lacks the weight {name}; is it of another model config?")
-        if name not in own:
-            raise UserError(f"{where}: has a weight {name} that this model lacks; is it of another model config?")
-        if own[name].shape != state[name].shape:
-            raise UserError(
-                f"{where}: {name} is {list(state[name].shape)}, the model config wants {list(own[name].shape)}"
-            )
-    model.load_state_dict(state)

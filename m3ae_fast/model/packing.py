@@ -1,20 +1,22 @@
-"""Samples of any kind -> one flat batch of tokens, its row maps and its loss rows. Runs on the CPU, in the loader.
+"""Samples of any kind -> one packed batch. Runs on the CPU, in the loader.
 
-Shapes: S samples, B pictures, L patches a picture, C channels, H = W pixels, N visible patches,
-T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.
+Shapes: S samples, B pictures, L patches a picture, T encoder rows, U decoder rows, M decoder rows that carry loss,
+I of them patches, W of them text tokens.
 
 A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from m3ae_fast.model.batch import LossCounts, PackedBatch, Segments
 
 
 @dataclass(frozen=True)
@@ -49,91 +51,6 @@ class Sample:
     text_mask: Tensor | None = None  # bool [n]
 
 
-@dataclass(slots=True)
-class Segments:
-    """Where the samples lie among packed rows: sample s is rows[cu_seqlens[s] : cu_seqlens[s + 1]]."""
-
-    cu_seqlens: Tensor  # int32 [S + 1]
-    max_seqlen: int
-    rows: int
-
-
-@dataclass(slots=True)
-class PackedBatch:
-    """All that a forward pass reads. Index tensors are int32; -1 means none."""
-
-    keys: list[str]
-    images: Tensor  # [B, C, H, W], uint8 or floating and already normalised
-    # encoder input: see m3ae_kernels.scatter_tokens
-    patch_ids: Tensor  # [N] picture * L + patch
-    encoder: Segments  # T rows
-    encoder_src: Tensor  # [T] row of the patch embeddings
-    token_ids: Tensor  # [T] row of the text embedding
-    encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
-    # decoder input
-    decoder: Segments  # U rows
-    decoder_src: Tensor  # [U] encoder row
-    mask_ids: Tensor  # [U] 0 patch mask embedding, 1 text mask embedding
-    decoder_table_ids: Tensor  # [U] row of [patch positions, text positions]
-    # rows that carry loss
-    loss: Segments  # M rows
-    loss_rows: Tensor  # [M] decoder row
-    image_rows: Tensor  # [I] row among the M
-    image_patch_ids: Tensor  # [I] picture * L + patch
-    image_row_weight: Tensor  # float32 [I] 1 / (rows of this picture)
-    text_rows: Tensor  # [W] row among the M
-    text_targets: Tensor  # [W] token id
-    text_row_weight: Tensor  # float32 [W] 1 / (rows of this caption)
-    # what the losses are divided by; a trainer puts its share of the global counts here
-    image_count: float
-    text_count: float
-    skipped: list = field(default_factory=list)  # samples the loader could not use
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedBatch:
-        return self._map(lambda t: t.pin_memory())
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator that `stream` reads tensors that another stream made."""
-        self._map(lambda t: t.record_stream(stream) or t)
-
-    def __reduce__(self):
-        """Between processes go two tensors, not eighteen: a quarter of a millisecond each, while training waits."""
-        others = {f.name: getattr(self, f.name) for f in fields(self)}
-        segments = {name: others.pop(name) for name in _SEGMENTS}
-        rows = [others.pop(name) for name in _ROWS] + [s.cu_seqlens for s in segments.values()]
-        joined, lengths = torch.cat([r.view(torch.int32) for r in rows]), [len(r) for r in rows]
-        return _rejoin, (joined, lengths, [(s.max_seqlen, s.rows) for s in segments.values()], others)
-
-    def _map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
-        def one(value):
-            if isinstance(value, Tensor):
-                return move(value)
-            if isinstance(value, Segments):
-                return Segments(move(value.cu_seqlens), value.max_seqlen, value.rows)
-            return value
-
-        return PackedBatch(**{f.name: one(getattr(self, f.name)) for f in fields(self)})
-
-
-_SEGMENTS = [f.name for f in fields(PackedBatch) if f.type == "Segments"]
-_ROWS = [f.name for f in fields(PackedBatch) if f.type == "Tensor" and f.name != "images"]
-
-
-def _rejoin(joined: Tensor, lengths: list[int], segments: list[tuple[int, int]], others: dict) -> PackedBatch:
-    """The batch that `__reduce__` took apart."""
-    pieces = joined.split(lengths)
-    rows = {name: piece.view(_dtype(name)) for name, piece in zip(_ROWS, pieces)}
-    ends = zip(_SEGMENTS, pieces[len(_ROWS) :], segments)
-    return PackedBatch(**others, **rows, **{name: Segments(cu_seqlens, *sizes) for name, cu_seqlens, sizes in ends})
-
-
-def _dtype(rows: str) -> torch.dtype:
-    return torch.float32 if rows.endswith("weight") else torch.int32
-
-
 def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
     """Lay `samples` out in one PackedBatch.
 
@@ -150,57 +67,58 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
 
     # over the decoder's rows: what each is, and whether it is masked
     patches_S = _lengths(image_mask for image_mask, _, _ in checked)
-    words_S = _lengths(text_mask for _, text_mask, _ in checked)
-    rows_S = 1 + patches_S + words_S
+    tokens_S = _lengths(text_mask for _, text_mask, _ in checked)
+    rows_S = 1 + patches_S + tokens_S
     sample_U = np.repeat(np.arange(len(samples)), rows_S)
     place_U = np.arange(len(sample_U)) - (np.cumsum(rows_S) - rows_S)[sample_U]  # 0 cls, then patches, then text
     patch_U = (place_U > 0) & (place_U <= patches_S[sample_U])
     text_U = place_U > patches_S[sample_U]
-    masked_U = _flat([part for image_mask, text_mask, _ in checked for part in (_SEEN, image_mask, text_mask)], bool)
-    seen_U = ~masked_U
+    masked_U = _flat([part for image_mask, text_mask, _ in checked for part in (_CLS, image_mask, text_mask)], bool)
+    visible_U = ~masked_U
 
-    # what lies behind each row: a picture's patch, a caption's token, a place in [patch positions, text positions]
+    # what lies behind each row: a picture's patch, a caption's token, its row of [patch positions, text positions]
     patch_id_U = np.cumsum(patch_U) - 1
     token_U = np.full(len(sample_U), -1)
     token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
     table_U = np.where(text_U, length + place_U - 1 - patches_S[sample_U], place_U - 1)
 
-    # the encoder's rows are those seen, in the same order
-    seen_patch_U = patch_U & seen_U
+    # the encoder's rows are the visible ones, in the same order
+    visible_patch_U = patch_U & visible_U
     loss_U = (patch_U & (masked_U | geometry.image_all_tokens)) | (text_U & (masked_U | geometry.text_all_tokens))
     patch_M = patch_U[loss_U]
     count = partial(np.bincount, minlength=len(samples))
     image_loss_S, text_loss_S = count(sample_U[patch_U & loss_U]), count(sample_U[text_U & loss_U])
-    weight_I, weight_W = (np.repeat(1 / np.maximum(n, 1), n) for n in (image_loss_S, text_loss_S))
+    weights = {
+        "image_row_weight": np.repeat(1 / np.maximum(image_loss_S, 1), image_loss_S),
+        "text_row_weight": np.repeat(1 / np.maximum(text_loss_S, 1), text_loss_S),
+    }
     rows = {
-        "patch_ids": patch_id_U[seen_patch_U],
-        "encoder_src": np.where(seen_patch_U, np.cumsum(seen_patch_U) - 1, -1)[seen_U],
-        "token_ids": token_U[seen_U],
-        "encoder_table_ids": 1 + table_U[seen_U],  # its table begins with cls
-        "decoder_src": np.where(seen_U, np.cumsum(seen_U) - 1, -1),
-        "mask_ids": np.where(seen_U, -1, text_U),
+        "patch_ids": patch_id_U[visible_patch_U],
+        "encoder_src": np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U],
+        "token_ids": token_U[visible_U],
+        "encoder_table_ids": 1 + table_U[visible_U],  # its table begins with cls
+        "decoder_src": np.where(visible_U, np.cumsum(visible_U) - 1, -1),
+        "mask_ids": np.where(visible_U, -1, text_U),
         "decoder_table_ids": table_U,
         "loss_rows": np.flatnonzero(loss_U),
         "image_rows": np.flatnonzero(patch_M),
         "image_patch_ids": patch_id_U[patch_U & loss_U],
         "text_rows": np.flatnonzero(~patch_M),
         "text_targets": token_U[text_U & loss_U],
-        "image_row_weight": weight_I,
-        "text_row_weight": weight_W,
     }
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
-        encoder=_segments(count(sample_U[seen_U])),
+        encoder=_segments(count(sample_U[visible_U])),
         decoder=_segments(rows_S),
         loss=_segments(image_loss_S + text_loss_S),
-        image_count=float(len(images)),
-        text_count=float(captions),
-        **{name: torch.from_numpy(array).to(_dtype(name)) for name, array in rows.items()},
+        counts=LossCounts(float(len(images)), float(captions)),
+        **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},
+        **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},
     )
 
 
-_SEEN = np.zeros(1, dtype=bool)  # cls is never masked
+_CLS = np.zeros(1, dtype=bool)  # cls is never masked
 
 
 def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

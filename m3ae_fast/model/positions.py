@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from m3ae_fast.config import ModelConfig
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
@@ -17,3 +19,23 @@ def sincos_2d(dim: int, side: int) -> Tensor:
     """float32 [side * side, dim], row-major; the first half comes from the column, the second from the row."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
+
+
+class Positions(nn.Module):
+    """The fixed position embeddings of patches and text tokens at one width."""
+
+    image: Tensor
+    text: Tensor
+
+    def __init__(self, config: ModelConfig, dim: int) -> None:
+        super().__init__()
+        text = sincos_1d(dim, torch.arange(config.text_length if config.vocab_size else 0))
+        self.register_buffer("image", sincos_2d(dim, config.image_size // config.patch_size), persistent=False)
+        self.register_buffer("text", text, persistent=False)
+
+    def forward(self, image_type: Tensor | None, text_type: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[L, dim] and [text_length, dim], with the modality's embedding [1, dim] added where there is one."""
+        return (
+            self.image if image_type is None else self.image + image_type,
+            self.text if text_type is None else self.text + text_type,
+        )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.linear import Linear, linear
-from m3ae_fast.model.packing import Segments
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.cpu.linear import Linear, linear
 
 EPS = 1e-6  # of every LayerNorm, flax's default
 MEMORY_BUDGET = 0.9  # of the activations; below 0.8 matmuls would be made again too

@@ -4,11 +4,11 @@ import sys
 from functools import partial
 
 import pytest
-from conftest import caption, members, write_tar
 
 from m3ae_fast.data import load_tokenizer
 from m3ae_fast.data.__main__ import main
 from m3ae_fast.errors import exit_cleanly
+from tests.helpers.shards import caption, members, write_tar
 
 
 def test_index(tmp_path, capsys):

@@ -6,12 +6,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from m3ae_fast.data.decode import BadSample, _draw_box, centre_crop, decode_image, random_crop
+from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.data.crops import _draw_box, centre_crop, random_crop
+from m3ae_fast.data.images import decode_image
+from tests.helpers.shards import picture
 
 
 def encode(image, fmt, **options):

@@ -5,16 +5,17 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import caption, members, picture, write_tar
 from webdataset.tariterators import group_by_keys
 
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data.corpus import Reader, open_corpus
-from m3ae_fast.data.decode import BadSample
+from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import MISSING, index_shards
+from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.errors import UserError
+from tests.helpers.shards import caption, members, picture, write_tar
 
 LONG = "folder/" * 30 + "0001.jpg"
 
@@ -218,7 +219,7 @@ def test_modality_can_be_set(tmp_path, store):
 
 
 def test_few_files_are_open_at_once(tmp_path, store, monkeypatch):
-    monkeypatch.setattr("m3ae_fast.data.corpus._OPEN_SHARDS", 2)
+    monkeypatch.setattr("m3ae_fast.data.reader._OPEN_SHARDS", 2)
     paths = [write_tar(tmp_path / f"{i}.tar", members([i])) for i in range(6)]
     reader = Reader(open_corpus([SourceConfig(shards=paths)], store).sources[0], store)
     before = len(os.listdir("/proc/self/fd"))

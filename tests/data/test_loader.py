@@ -9,15 +9,16 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from conftest import WORDS, caption, members, picture, write_tar
 
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import BadSamples, Skipped
+from m3ae_fast.data.crops import centre_crop
 from m3ae_fast.data.dataset import FETCHING
-from m3ae_fast.data.decode import centre_crop, decode_image
-from m3ae_fast.data.loader import default_workers
+from m3ae_fast.data.images import decode_image
 from m3ae_fast.data.shards import ATTEMPTS
+from m3ae_fast.data.workers import default_workers
 from m3ae_fast.errors import UserError
+from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_evaluation_takes_every_sample_once(load, paired):
 
 def test_captions_reach_the_batch(load, paired):
     loader = load(paired, train=False, micro_batch=18, masking=MaskingConfig(image_ratio=0.5, text_ratio=0.0))
-    tokenizer = loader.dataset.tokenizer
+    tokenizer = loader.dataset.preparation.tokenizer
     numbers = [i * 7 + n for i in range(3) for n in range(5 + i)]
     for number, (_, (_, tokens, _, _)) in zip(numbers, stream(loader), strict=True):
         assert [t for t in tokens if t >= 0] == tokenizer.encode(caption(number)).tolist()
@@ -143,7 +144,7 @@ def test_masks(load, paired, per):
     # the official rule for text: masked among all positions, then cut to the caption
     for batch in batches:
         for key, (_, _, rows, mask_ids) in content(batch):
-            length = len(load(paired).dataset.tokenizer.encode(caption(int(key[-5:]))))
+            length = len(load(paired).dataset.preparation.tokenizer.encode(caption(int(key[-5:]))))
             seen, masked = sum(r > 16 for r in rows), sum(m == 1 for m in mask_ids)
             assert seen + masked == length
             assert seen <= 4
@@ -158,7 +159,7 @@ def test_sources_of_all_kinds_meet_in_one_batch(load, tmp_path):
         (batch,) = load(one, micro_batch=20, steps=1)
         assert not batch.skipped
         assert sorted(int(key[-5:]) for key in batch.keys) == list(range(20))
-        assert (batch.image_count, batch.text_count) == (16, 14)
+        assert batch.counts == (16, 14)
     weighted = [source.model_copy(update={"weight": weight}) for source, weight in zip(sources, (1, 2, 1))]
     keys = [key for batch in load(weighted, micro_batch=10, steps=10) for key in batch.keys]
     assert [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"] == [25, 50, 25]
@@ -176,15 +177,15 @@ def test_image_only_and_text_only(load, tmp_path):
     images = write_tar(tmp_path / "i.tar", members(range(6), "image"))
     texts = write_tar(tmp_path / "t.tar", members(range(6), "text"))
     (batch,) = load(images, micro_batch=6, steps=1, tokenizer=False)
-    assert (len(batch.images), batch.text_count, len(batch.text_rows)) == (6, 0, 0)
+    assert (len(batch.images), batch.counts.captions, len(batch.text_rows)) == (6, 0, 0)
     (batch,) = load(texts, micro_batch=6, steps=1)
-    assert (len(batch.images), batch.image_count, len(batch.image_rows)) == (0, 0, 0)
-    assert batch.text_count == 6
+    assert (len(batch.images), batch.counts.images, len(batch.image_rows)) == (0, 0, 0)
+    assert batch.counts.captions == 6
     with pytest.raises(UserError, match=r"data\.tokenizer: missing"):
         load(texts, tokenizer=False)
     paired = write_tar(tmp_path / "p.tar", members(range(6)))
     (batch,) = load([SourceConfig(shards=paired, modality="image")], micro_batch=6, steps=1, tokenizer=False)
-    assert (batch.image_count, batch.text_count) == (6, 0)
+    assert batch.counts == (6, 0)
 
 
 BAD = {
@@ -257,7 +258,7 @@ def test_empty_captions_are_no_mistake(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", [("0.jpg", picture(0)), ("0.txt", b""), *members([1])])
     (batch,) = load(path, micro_batch=2, steps=1)
     assert not batch.skipped
-    assert batch.text_count == 2
+    assert batch.counts.captions == 2
     assert len(batch.keys) == 2
 
 
@@ -336,5 +337,5 @@ def test_bad_samples_are_logged_but_not_without_end(caplog):
 
 def test_words_are_known(load, paired):
     """The fixtures' captions hold no unknown word, or the tests above would compare less than they seem to."""
-    tokenizer = load(paired).dataset.tokenizer
+    tokenizer = load(paired).dataset.preparation.tokenizer
     assert 1 not in tokenizer.encode(" ".join(WORDS))

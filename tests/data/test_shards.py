@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import members, write_tar
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus, shards
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.shards import expand
 from m3ae_fast.errors import UserError
+from tests.helpers.shards import members, write_tar
 
 
 @pytest.fixture

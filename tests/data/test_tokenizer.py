@@ -1,12 +1,12 @@
 from pathlib import Path
 
 import pytest
-from conftest import caption
 from tokenizers import Tokenizer, models
 
 from m3ae_fast.data import load_tokenizer
 from m3ae_fast.data.tokenizer import SPECIAL, train_tokenizer
 from m3ae_fast.errors import UserError
+from tests.helpers.shards import caption
 
 CAPTIONS = [caption(i) for i in range(40)]
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from m3ae_fast.engine.metrics import METRICS_FILE, Metrics
+from m3ae_fast.engine.run_folder import LOCK_FILE, RunFolder
+from m3ae_fast.engine.run_log import METRICS_FILE, RunLog
 from m3ae_fast.errors import UserError
 
 
@@ -15,36 +16,49 @@ def lines(folder) -> list[dict]:
 
 
 def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path):
-    with Metrics(tmp_path, 0, 9) as metrics:
+    with RunLog(tmp_path, 0, 9) as metrics:
         for step in range(4):
             metrics.log(step, {"loss": 1.0})
     with (tmp_path / METRICS_FILE).open("ab") as file:
         file.write(b'\xff\xfe\n[1]\n5\n{"step": "x"}\n{"step": null}\n')  # somebody else's
         file.write(b'{"step": 4, "lo')  # killed while writing
-    with Metrics(tmp_path, 2, 9) as metrics:
+    with RunLog(tmp_path, 2, 9) as metrics:
         metrics.log(3, {"loss": 2.0})
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
-    with Metrics(tmp_path, 0, 9) as metrics:
+    with RunLog(tmp_path, 0, 9) as metrics:
         metrics.log(0, {"val_loss": 3.0})
     assert lines(tmp_path) == [{"step": 0, "val_loss": 3.0}]
 
 
 def test_one_folder_is_for_one_run(tmp_path):
-    program = "import pathlib, sys; from m3ae_fast.engine.metrics import Metrics\n"
-    program += "metrics = Metrics(pathlib.Path(sys.argv[1]), 0, 1); print('has it', flush=True); input()"
+    program = "import pathlib, sys; from m3ae_fast.engine.run_folder import RunFolder\n"
+    program += "folder = RunFolder(pathlib.Path(sys.argv[1])); print('has it', flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "has it\n"
-        with pytest.raises(UserError, match="another run is writing"):
-            Metrics(tmp_path, 0, 1)
+        with pytest.raises(UserError, match="another run is using it"):
+            RunFolder(tmp_path)
         other.kill()
-    Metrics(tmp_path, 0, 1)
+    with RunFolder(tmp_path) as folder:
+        (tmp_path / LOCK_FILE).unlink()  # by hand
+        folder.keep()
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
+            assert "another run is using it" in other.stderr.read()
+
+
+def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
+    with RunFolder(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    with RunFolder(tmp_path / "run") as folder:
+        (folder.path / METRICS_FILE).touch()
+    assert (tmp_path / "run" / METRICS_FILE).exists()
 
 
 @pytest.mark.parametrize("reader", ["head -1", "true", "cat > /dev/full"])
 def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
-    program = "import pathlib, sys; from m3ae_fast.engine.metrics import Metrics\n"
-    program += "with Metrics(pathlib.Path(sys.argv[1]), 0, 1) as metrics:\n"
+    program = "import pathlib, sys; from m3ae_fast.engine.run_log import RunLog\n"
+    program += "with RunLog(pathlib.Path(sys.argv[1]), 0, 1) as metrics:\n"
     program += "    for step in range(3000): metrics.log(step, {'loss': 1.0})\n"
     program += "(pathlib.Path(sys.argv[1]) / 'done').touch()"
     subprocess.run(["sh", "-c", f'"$0" -c "$1" "$2" | {reader}', sys.executable, program, str(tmp_path)])
@@ -52,7 +66,8 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
 
 
 def test_full_disk_is_told_once_and_the_run_goes_on(tmp_path, capsys):
-    with Metrics(tmp_path, 0, 9) as metrics, open("/dev/full", "wb", buffering=0) as full:
+    with RunLog(tmp_path, 0, 9) as metrics, open("/dev/full", "wb", buffering=0) as full:
+        metrics.begin()
         written, metrics._file = metrics._file, full
         for step in (1, 2):
             metrics.log(step, {"loss": 1.0})
@@ -64,6 +79,6 @@ def test_full_disk_is_told_once_and_the_run_goes_on(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["[/red]", ":smile:", "[bold]"])
 def test_text_is_not_markup(tmp_path, capsys, name):
-    with Metrics(tmp_path / name, 0, 9) as metrics:
+    with RunLog(tmp_path / name, 0, 9) as metrics:
         metrics.say(f"saved {tmp_path / name}")
     assert f"/{name}\n" in capsys.readouterr().out

@@ -1,11 +1,10 @@
-"""Bytes of a picture -> uint8 [C, S, S].
+"""Bytes of an image file -> uint8 [C, H, W].
 
-Shapes: C channels (1 grey, 3 RGB, 4 RGBA), H x W the picture's own pixels, S x S what the model sees.
+Shapes: C channels (1 grey, 3 RGB, 4 RGBA), H x W pixels.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from io import BytesIO
 
@@ -15,8 +14,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from m3ae_fast.data.bad_samples import BadSample
 
 MAX_PIXELS = 1 << 27  # a larger picture is taken for a decompression bomb
 # Nothing else is tried: Pillow would hand an EPS file to Ghostscript.
@@ -30,14 +30,8 @@ _TORCHVISION_MODES = {  # by format and C: what torchvision's decoder reads, and
 }
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_TRIES = 10  # torchvision's
-_RATIO = (3 / 4, 4 / 3)  # width / height
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd pictures: they are used or reported, nothing between
-
-
-class BadSample(Exception):
-    """A sample that cannot be used, and why."""
 
 
 def decode_image(data: bytes, channels: int) -> Tensor:
@@ -84,48 +78,3 @@ def _decode_with_pillow(image: Image.Image, channels: int) -> Tensor:
         image = Image.alpha_composite(white, image)
     pixels = torch.from_numpy(np.array(image.convert(_PIL_MODES[channels])))  # [H, W, C] or [H, W]
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-
-
-def random_crop(image: Tensor, size: int, scale: tuple[float, float], flip: bool, generator: torch.Generator) -> Tensor:
-    """RandomResizedCrop with torchvision's distribution, bicubic and antialiased, then a flip in half of the cases.
-
-    Args:
-        image: uint8 [C, H, W].
-        size: S.
-        scale: least and greatest share of the area that is kept.
-        flip: whether to mirror at all.
-        generator: where all randomness comes from; the numbers drawn are always as many.
-    """
-    draws = torch.rand(4 * _TRIES + 1, generator=generator).tolist()
-    top, left, height, width = _draw_box(image.shape[-2], image.shape[-1], scale, draws)
-    crop = _resize(image[:, top : top + height, left : left + width], size, size)
-    return (crop.flip(-1) if flip and draws[-1] < 0.5 else crop).contiguous()
-
-
-def _draw_box(height: int, width: int, scale: tuple[float, float], draws: list[float]) -> tuple[int, int, int, int]:
-    """Top, left, height, width as torchvision.transforms.RandomResizedCrop.get_params chooses them."""
-    for i in range(0, 4 * _TRIES, 4):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
-        low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
-        ratio = math.exp(low + (high - low) * draws[i + 1])
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(draws[i + 2] * (height - h + 1)), int(draws[i + 3] * (width - w + 1)), h, w
-    # no box fits: the largest central one of an allowed ratio
-    w, h = width, height
-    if width / height < _RATIO[0]:
-        h = round(width / _RATIO[0])
-    elif width / height > _RATIO[1]:
-        w = round(height * _RATIO[1])
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def centre_crop(image: Tensor, size: int) -> Tensor:
-    """The central square of uint8 [C, H, W], scaled to [C, S, S] (bicubic, antialiased)."""
-    side = min(image.shape[-2:])
-    top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
-    return _resize(image[:, top : top + side, left : left + side], size, size).contiguous()
-
-
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)

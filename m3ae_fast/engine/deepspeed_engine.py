@@ -1,9 +1,13 @@
-"""DeepSpeed: ZeRO stages 0-3, offload and whatever else its config section asks for."""
+"""DeepSpeed: ZeRO stages 0-3 and offload."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,31 +21,44 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from m3ae_fast.config import Config
-from m3ae_fast.engine.core import MOMENTS, State, collect, name_of, prime, set_lr
-from m3ae_fast.engine.distributed import Ranks
-from m3ae_fast.engine.hardware import out_of_memory
-from m3ae_fast.engine.optim import build_adamw
+from m3ae_fast.config import DeepSpeedConfig, OptimConfig
+from m3ae_fast.engine.interface import State
+from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, collect, name_of, prime, set_lr
+from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import out_of_memory
+from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.m3ae import M3AE, Losses
-from m3ae_fast.model.packing import PackedBatch
 
 
 class DeepSpeedEngine:
-    """The same interface as TorchEngine, run by deepspeed.initialize."""
+    """See `engine.interface.Engine`."""
 
-    def __init__(self, model: M3AE, config: Config, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: M3AE,
+        config: DeepSpeedConfig,
+        optim: OptimConfig,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        """`dtype`: what matmuls run in. Raises UserError where DeepSpeed refuses its section."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.model, self.config, self.ranks = model, config, ranks
-        self.stage = config.zero_stage
+        self.model, self.ranks = model, ranks
+        self.zero = config.zero_optimization
+        # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
-        options = {"cpu_offload": config.offloads_optimizer, "partitioned": self.stage == 3}
-        optimizer = build_adamw(model, config.optim, **options)
+        options = {"cpu_offload": self.zero.offloads_optimizer, "partitioned": self.zero.stage == 3}
+        optimizer = build_adamw(model, optim, **options)
         self.optimizer_name = name_of(optimizer)
-        section = deepspeed_config(config, ranks.world)
+        section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:
-            self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
+            with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints the machine's memory
+                self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
         except Exception as error:  # asserts, missing packages, pydantic's errors: whatever its sections come upon
             if out_of_memory(error):
                 raise
@@ -49,14 +66,16 @@ class DeepSpeedEngine:
                 f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
             ) from None
 
-    def step(self, batches: Sequence[PackedBatch], lr: float) -> tuple[list[Losses], Tensor]:
+    def step(self, batches: Sequence[PackedBatch], counts: LossCounts, lr: float) -> tuple[list[Losses], Tensor]:
         self.ds.train()
         set_lr(self.ds.optimizer, lr)
         results, norm = [], None
         for i, batch in enumerate(batches):
-            losses = self.ds(batch)
-            self.ds.backward(losses.loss, scale_wrt_gas=False)
-            if self.stage == 0 and i == len(batches) - 1:  # DeepSpeed has no norm to tell at stage 0
+            losses = self.ds(batch, counts)
+            # A new tensor: the hooks that DeepSpeed puts on the model's own output, which tell its optimiser when to
+            # reduce, would also divide its gradient by the number of micro-batches.
+            self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
+            if self.zero.stage == 0 and i == len(batches) - 1:  # DeepSpeed has no norm to tell at stage 0
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
             self.ds.step()
             results.append(losses)
@@ -71,7 +90,7 @@ class DeepSpeedEngine:
         if not self._inner.state:
             self._prime(0)
         self._link_moments()
-        if self.stage == 0:
+        if self.zero.stage == 0:
             return collect(self.model, lambda p: p, lambda p, key: self._inner.state[p][key], self.ranks.is_main)
         return collect(self.model, safe_get_full_fp32_param, safe_get_full_optimizer_state, self.ranks.is_main)
 
@@ -88,7 +107,7 @@ class DeepSpeedEngine:
 
     def _prime(self, step: int) -> None:
         zero = self.ds.optimizer
-        if self.stage < 3:
+        if self.zero.stage < 3:
             prime(self._inner, step)
             self._link_moments()
             return
@@ -102,22 +121,22 @@ class DeepSpeedEngine:
     def _link_moments(self) -> None:
         """Let each weight know its part of the moments. DeepSpeed does so after its first step, but for the first
         parameter group alone."""
-        if self.stage in (1, 2):
+        if self.zero.stage in (1, 2):
             self.ds.optimizer._hp_optimizer_states_linked = False
             self.ds.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Write a whole float32 tensor into this rank's part of weight `p` (key None) or of its moment `key`."""
-        if self.stage == 0:
+        if self.zero.stage == 0:
             (p.data if key is None else self._inner.state[p][key]).copy_(value)
-        elif self.stage < 3:
+        elif self.zero.stage < 3:
             if key is None:
                 p.data.copy_(value)
                 safe_set_full_fp32_param(p, value)
             else:
                 safe_set_full_optimizer_state(p, value, key)
         else:
-            # the whole-tensor setters reject a size that does not divide by the ranks: cut the part here
+            # the whole-tensor setters reject a size that is not divisible by the ranks: cut the part here
             part = p.ds_tensor.numel()
             flat = nn.functional.pad(value.flatten(), (0, part * self.ranks.world - value.numel()))
             mine = flat[part * self.ranks.rank :][:part]
@@ -128,28 +147,27 @@ class DeepSpeedEngine:
                 safe_set_local_optimizer_state(p, mine, key)
 
 
-def deepspeed_config(config: Config, world: int) -> dict:
-    """The `deepspeed` section with what the rest of the config says filled in.
-
-    Raises:
-        UserError: it asks for timers that fail here.
-    """
-    section = dict(config.deepspeed)
-    for key in ("wall_clock_breakdown", "flops_profiler"):
-        asked = section.get(key)
-        if asked.get("enabled") if isinstance(asked, dict) else asked:
-            raise UserError(f"config: deepspeed.{key} does not work here; use --profile")
-    micro = config.train.micro_batch or config.train.global_batch // world
-    section["train_micro_batch_size_per_gpu"] = micro
-    section["gradient_accumulation_steps"] = config.train.global_batch // (micro * world)
-    section["gradient_clipping"] = config.optim.clip_grad or 0.0
-    section["steps_per_print"] = section.get("steps_per_print") or 10**9  # the trainer reports
-    section.setdefault("zero_allow_untested_optimizer", True)  # apex's FusedAdam
-    if config.train.precision == "bf16":
-        if config.zero_stage == 0:
+def deepspeed_section(
+    config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.dtype, micro_batch: int, accumulation: int
+) -> dict[str, Any]:
+    """The `deepspeed` section with what the rest of the config says filled in, and nothing left to its defaults that
+    would wait for the GPU or lose digits."""
+    section = config.model_dump(exclude_none=True)
+    section |= {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip_grad or 0.0,
+        "steps_per_print": config.steps_per_print or 10**9,
+        "zero_allow_untested_optimizer": True,  # apex's FusedAdam
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice a step
+    }
+    if dtype == torch.bfloat16:
+        if config.zero_optimization.stage == 0:
             # DeepSpeed's own bf16 without ZeRO takes one optimiser step too many; autocast on float32 weights is right.
             # No module list: gradients are reduced in float32.
             section["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         else:
-            section["bf16"] = {"enabled": True}
+            # the check waits for the GPU and skips steps silently; `LossWatch` stops the run instead
+            section["bf16"] = {"enabled": True, "check_grad_overflow": False}
+            section["data_types"] = {"grad_accum_dtype": "fp32"}
     return section

@@ -2,7 +2,7 @@
 
 Shapes: Q query rows, K key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
 
-In bf16 and float32 on CPUs with AVX-512 it is the kernel of `cpu_attention`. Else it is torch: samples of equal lengths
+In bf16 and float32 on CPUs with AVX-512 it is the kernel of `avx512`. Else it is torch: samples of equal lengths
 go through one batched matmul, as many as have scores for the cache, so there is no padding and no mask. Probabilities
 are powers of 2, which torch computes several times faster on a CPU than those of e.
 """
@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from m3ae_fast.model import cpu_attention
+from m3ae_fast.model.cpu import avx512
 
 CHUNK_SCORES = 1 << 20  # scores that one batched matmul makes: a few MB, which stay in a CPU's caches
 
@@ -77,8 +77,8 @@ def segment_attention(
     q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v of each sample, and the base-2 log-sum-exp of its scores, [Q, H, 1]."""
-    if cpu_attention.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
-        return cpu_attention.forward(q_QHD, k_KHD, v_KHD, cu_queries, cu_keys)
+    if avx512.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
+        return avx512.forward(q_QHD, k_KHD, v_KHD, cu_queries, cu_keys)
     out_QHD = q_QHD.new_empty(q_QHD.shape)
     lse_QH1 = q_QHD.new_empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype))
     scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
@@ -112,8 +112,8 @@ def segment_attention_backward(
     cu_keys: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. The probabilities are computed again."""
-    if cpu_attention.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
-        return cpu_attention.backward(grad_QHD, q_QHD, k_KHD, v_KHD, lse_QH1, cu_queries, cu_keys)
+    if avx512.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
+        return avx512.backward(grad_QHD, q_QHD, k_KHD, v_KHD, lse_QH1, cu_queries, cu_keys)
     dq, dk, dv = _empty_grads(q_QHD, k_KHD, v_KHD)
     for x in (dk, dv):
         x.zero_()  # samples without queries

@@ -1,4 +1,4 @@
-"""Finds a non-finite loss without making the GPU wait."""
+"""Finds a loss or gradient norm that is not finite, without making the GPU wait."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ _LAG = 2  # steps that may be under way on the GPU before the host waits for the
 
 
 class LossWatch:
-    """Remembers the losses of the last steps, with the keys of their samples, until they are known to be finite."""
+    """Remembers losses and gradient norms of the last steps, with the keys of their samples, until they are known to be
+    finite."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self._bad = ""
 
-    def add(self, step: int, keys: list[str], losses: list[Losses]) -> None:
-        stacked, event = torch.stack([part.loss.detach() for part in losses]), None
+    def add(self, step: int, keys: list[str], losses: list[Losses], grad_norm: Tensor) -> None:
+        """What came of a step, whose samples are called `keys`."""
+        device = losses[0].loss.device
+        stacked = torch.stack([*(part.loss.detach() for part in losses), grad_norm.detach().to(device).float()])
+        event = None
         if stacked.is_cuda:
             stacked = stacked.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
@@ -39,12 +43,13 @@ class LossWatch:
 
     def _look(self, wait: bool) -> None:
         while self._pending and not self._bad:
-            step, keys, losses, event = self._pending[0]
+            step, keys, values, event = self._pending[0]
             if event is not None and not event.query():
                 if not wait and len(self._pending) <= _LAG:
                     return
                 event.synchronize()
             self._pending.popleft()
-            if not losses.isfinite().all():
+            if not values.isfinite().all():
+                what = "gradient norm" if values[:-1].isfinite().all() else "loss"
                 shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-                self._bad = f"the loss of step {step} is not finite; samples: {shown}"
+                self._bad = f"the {what} of step {step} is not finite; samples: {shown}"

@@ -1,4 +1,4 @@
-"""Counts of a step over all ranks, and the rates that come of them."""
+"""What a step went through, and the rates that come of it."""
 
 from __future__ import annotations
 
@@ -6,51 +6,48 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from m3ae_fast.config import Config
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.flops import executed_flops, reference_flops
-from m3ae_fast.model.packing import PackedBatch
 
 
-class Counts(NamedTuple):
-    """Of some micro-batches. Sums over ranks are Counts again."""
+class StepCounts(NamedTuple):
+    """Of some micro-batches. Sums over ranks are StepCounts again."""
 
     samples: float
     images: float
     captions: float
-    bad: float
-    tokens: float  # rows of cls, patches and words, seen or masked
+    skipped: float  # samples that could not be used
+    tokens: float  # rows of cls, patches and text tokens, visible or masked
     flops: float  # that the engine spends, forward and backward
 
     @classmethod
-    def of(cls, batches: Sequence[PackedBatch], config: Config) -> Counts:
+    def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
         """`batches` must still be on the CPU."""
-        each = [
-            (len(b.keys), b.image_count, b.text_count, len(b.skipped), b.decoder.rows, executed_flops(config.model, b))
-            for b in batches
-        ]
+        each = [(len(b.keys), *b.counts, len(b.skipped), b.decoder.rows, executed_flops(config, b)) for b in batches]
         return cls(*map(sum, zip(*each)))
 
 
-class Meter:
+class Throughput:
     """Rates between two log lines."""
 
-    def __init__(self, config: Config, peak_flops: float) -> None:
+    def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float) -> None:
         """`peak_flops`: FLOP/s of all ranks together."""
         self._peak = peak_flops
         paired, image, text = ((True, True), (True, False), (False, True))
         self._paired, self._image, self._text = (
-            reference_flops(config.model, config.masking, image=i, text=t) for i, t in (paired, image, text)
+            reference_flops(config, masking, image=i, text=t) for i, t in (paired, image, text)
         )
         self._start()
 
     def _start(self) -> None:
         self._since = time.perf_counter()
         self._waited = 0.0
-        self._counts = Counts(0, 0, 0, 0, 0, 0)
+        self._counts = StepCounts(0, 0, 0, 0, 0, 0)
 
-    def add(self, counts: Counts, waited: float) -> None:
+    def add(self, counts: StepCounts, waited: float) -> None:
         """A step over all ranks, and the seconds that this rank waited for its data."""
-        self._counts = Counts(*(a + b for a, b in zip(self._counts, counts)))
+        self._counts = StepCounts(*(a + b for a, b in zip(self._counts, counts)))
         self._waited += waited
 
     def rates(self) -> dict[str, float]:

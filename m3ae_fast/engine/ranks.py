@@ -1,9 +1,10 @@
-"""Ranks and devices, and what ranks agree on before every step."""
+"""Ranks and devices, and how ranks agree."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -34,26 +35,36 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
+    def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, of host numbers."""
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
-        return total.tolist()
+        return self.start_sum(values)()
 
-    def from_main(self, value):
+    def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin a `sum`; the result is waited for where it is called."""
+        total = torch.tensor(values, dtype=torch.float64)
+        work = dist.all_reduce(total, group=self.control, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            return total.tolist()
+
+        return wait
+
+    def from_main(self, value: T) -> T:
         """Rank 0's picklable `value`, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def gather(self, value) -> list:
+    def gather(self, value: T) -> list[T]:
         """Every rank's picklable `value`, on every rank."""
         values = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Run `work` on rank 0 and wait for it; a UserError of it is raised on every rank, and an OSError as one."""
+        """Run `work` on rank 0 and wait for it: its result there, None elsewhere. A UserError of it is raised on every
+        rank, and an OSError as one."""
         result, error = None, None
         if self.is_main:
             try:
@@ -64,10 +75,14 @@ class Ranks:
             raise UserError(error)
         return result
 
+    def told(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0 alone, on every rank; errors as in `on_main`. It must be picklable."""
+        return self.from_main(self.on_main(work))  # type: ignore[return-value]
+
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0, then on the others, which find there what it wrote to disk."""
         result = self.on_main(work)
-        return result if self.is_main else work()
+        return work() if result is None else result
 
     def says(self, what: str) -> bool:
         """True on the first rank that asks: an error that all ranks share is printed once."""
@@ -77,12 +92,22 @@ class Ranks:
             return False
 
 
-def start() -> Ranks:
-    """Join the process group: nccl where there is CUDA, else gloo.
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the process group, nccl where there is CUDA, else gloo, and leave it at the end: without that a ZeRO-3 run
+    on gloo ends in SIGABRT.
 
     Raises:
         UserError: what a launcher sets in the environment makes no sense, or this node has too few GPUs.
     """
+    try:
+        yield _join()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join() -> Ranks:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torchrun's name and deepspeed's for the ranks of this node
@@ -116,9 +141,3 @@ def _number(name: str) -> int:
     if not value.isdecimal():
         raise UserError(f"{name}={value} in the environment: must be a whole number; deepspeed and torchrun set it")
     return int(value)
-
-
-def stop() -> None:
-    """Leave the process group; without this a ZeRO-3 run on gloo ends in SIGABRT."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

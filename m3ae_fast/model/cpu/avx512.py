@@ -1,4 +1,4 @@
-"""Attention on CPUs with AVX-512: cpu_attention.c, built by the system's C compiler when first needed.
+"""Attention on CPUs with AVX-512: attention.c, built by the system's C compiler when first needed.
 
 Shapes: Q query rows, K key rows, H heads, D values a head.
 """
@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m3ae_fast.cpu import this_cpu
+from m3ae_fast.hardware import this_cpu
 
-SOURCE = Path(__file__).with_name("cpu_attention.c")
+SOURCE = Path(__file__).with_name("attention.c")
 _FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
@@ -116,7 +116,7 @@ def _build(flags: list[str]) -> Path:
     command = [*compiler, *_FLAGS, *flags]
     name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_fast"
-    library = folder / f"cpu_attention-{name}.so"
+    library = folder / f"attention-{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks may build at once: each moves a whole file

@@ -1,16 +1,20 @@
-"""What the machine can do: the faster precision, peak FLOP/s, memory in use."""
+"""What this machine is and can do: CPU, faster precision, peak FLOP/s, memory, compiler."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import re
 import resource
 import shutil
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from m3ae_fast.config import Config
-from m3ae_fast.cpu import this_cpu
 
 # dense bf16 tensor-core peaks from NVIDIA's and AMD's data sheets, FLOP/s
 _BF16_PEAKS = {
@@ -24,6 +28,40 @@ _BF16_PEAKS = {
     "RTX 4090": 165e12,
     "MI300X": 1307e12,
 }
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
+
+
+@dataclass(frozen=True)
+class Cpu:
+    vendor: str  # "GenuineIntel", "AuthenticAMD"; "" where unknown
+    name: str  # for people
+    flags: frozenset[str]  # instruction sets
+
+    @property
+    def pairs(self) -> bool:
+        """Whether AVX-512's products of bf16 pairs beat those of floats. AMD's are twice as fast; Intel's, measured on
+        Emerald Rapids, half as fast."""
+        return self.vendor == "AuthenticAMD" and "avx512_bf16" in self.flags
+
+    @property
+    def bf16(self) -> bool:
+        """Whether torch's matmuls are faster in bf16 than in float32."""
+        return self.pairs or "amx_bf16" in self.flags
+
+
+@functools.cache
+def this_cpu() -> Cpu:
+    """Read from what Linux tells of it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    # all cores are alike: the last one speaks for them
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    name = re.sub(r"\((R|TM)\)", "", fields.get("model name", ""))
+    if name and not re.search(r"\d", name):  # what a virtual machine calls "AMD EPYC" can be any of them
+        name += f", family {fields.get('cpu family')} model {fields.get('model')}"
+    return Cpu(fields.get("vendor_id", ""), name, frozenset(fields.get("flags", "").split()))
 
 
 def fast_precision(device: torch.device) -> str:
@@ -39,14 +77,23 @@ def settle_precision(config: Config, device: torch.device) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": fast_precision(device)})})
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What matmuls run in under a settled train.precision."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def data_sheet_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU called `name`, None where it is not known."""
+    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure utilisation against: the data sheet's for known GPUs in bf16, else what a large matmul reaches
     here, best of three."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in _BF16_PEAKS.items():
-            if part in name:
-                return peak
+        known = data_sheet_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -75,3 +122,12 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones. By default it hands large blocks back to the kernel at once,
+    and a step on the CPU then waits for 100,000 fresh pages. Does nothing where there is no glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast.cpu import this_cpu
+from m3ae_fast.hardware import this_cpu
 
 # asked here, since in a compiled function the question would end the graph
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"

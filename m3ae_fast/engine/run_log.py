@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,23 +25,13 @@ class _Console(Console):
             super().on_broken_pipe()
 
 
-class Metrics:
-    """Use as a context manager around the training loop."""
+class RunLog:
+    """Use as a context manager around the training loop. Nothing is written before `begin`."""
 
-    def __init__(self, run_dir: Path, start_step: int, total_steps: int) -> None:
-        """Raises UserError where `run_dir` cannot be written to, or another run is writing to it."""
-        path = run_dir / METRICS_FILE
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = (run_dir / ".lock").open("w")
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's it does not pass to loader workers
-            _forget_after(path, start_step)
-            self._file = path.open("ab", buffering=0)
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        except BlockingIOError:
-            raise UserError(f"run.dir {run_dir}: another run is writing to it; choose another run.dir") from None
-        except OSError as error:
-            raise UserError(f"run.dir {run_dir}: cannot be written to ({error.strerror or error})") from None
+    def __init__(self, folder: Path, start_step: int, total_steps: int) -> None:
+        self._folder, self._start = folder, start_step
+        self._file: BinaryIO | None = None
+        self._board: SummaryWriter | None = None
         self._written = True
         self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
@@ -58,23 +47,42 @@ class Metrics:
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, summary="")
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> RunLog:
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         with contextlib.suppress(OSError):  # told by `log`
-            self._board.close()
-        self._file.close()
-        self._lock.close()
+            if self._board is not None:
+                self._board.close()
+        if self._file is not None:
+            self._file.close()
+
+    def begin(self) -> None:
+        """Forget what an earlier attempt wrote beyond the step that this one starts from.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        if self._file is not None:
+            return
+        path = self._folder / METRICS_FILE
+        try:
+            _forget_after(path, self._start)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._start + 1)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"run.dir {self._folder}: cannot be written to ({error.strerror or error})") from None
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One JSON line, one point a scalar, one line for people. A full disk stops the first two, not the run: its
+        """One JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run: its
         weights may still find room."""
+        self.begin()
+        assert self._file is not None and self._board is not None
         try:
             self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
             for name, value in values.items():

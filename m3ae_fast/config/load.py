@@ -1,0 +1,84 @@
+"""JSON files and `--set` overrides -> validated sections."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from m3ae_fast.config.messages import describe
+from m3ae_fast.config.schema import Config, Section
+from m3ae_fast.errors import UserError
+
+T = TypeVar("T", bound=Section)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a JSON config file and apply `section.key=value` overrides (values are JSON, or else plain strings).
+
+    Raises:
+        UserError: the file is missing or not valid JSON, or a field is unknown, of the wrong type or impossible.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror}); give --config an existing file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config {path}: is not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config {path}: must hold one JSON object")
+    for override in overrides or []:
+        _apply(data, override)
+    return parse(Config, data, f"config {path}")
+
+
+def parse(section: type[T], data: Any, where: str) -> T:
+    """Validate plain JSON data. Raises UserError with one line that names the first wrong field."""
+    text = json.dumps(data)
+    if "\\u0000" in text:  # no file name may have one
+        raise UserError(f"{where}: holds a null character")
+    try:
+        return section.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{where}: {describe(section, error)}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values for one key JSON would silently take the last."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {override}: write it as section.key=value")
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        value = text
+    *parents, last = name.split(".")
+    node: Any = data
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else _item(node, parent, override)
+        if node is None:
+            raise UserError(f"--set {override}: {parent} is null in the file; set it as a whole")
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"--set {override}: {'.'.join(parents)} is a value, not a section")
+
+
+def _item(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+        return node[int(key)]
+    raise UserError(f"--set {override}: no such key or index: {key!r}")

@@ -1,0 +1,399 @@
+"""Every setting of a run: typed, strict sections whose fields say what they mean.
+
+The official M3AE hyper-parameters are the defaults (arXiv 2205.14204 and its public code). A string below a field is
+its description: docs/config.md is made from it by `python -m m3ae_fast.config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+MAX_VOCAB = 1 << 24
+# (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
+SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+
+# Upper bounds beyond all use, so that a slip of the keyboard is an error and no overflow or endless start.
+Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
+Layers = Annotated[int, Field(gt=0, le=1024)]
+Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
+Count = Annotated[int, Field(gt=0, le=1 << 40)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Channels = Annotated[tuple[float, ...], Strict(False)]  # a value per channel; a JSON array is no tuple when strict
+
+
+class Section(BaseModel):
+    """A part of the config. Unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunConfig(Section):
+    """Where a run lives."""
+
+    dir: Path = Path("runs/m3ae")
+    """Folder for checkpoints, metrics, TensorBoard events and pictures."""
+    seed: int = Field(42, ge=0, lt=1 << 63)
+    """Decides initial weights, order, crops and masks."""
+
+
+class ModelConfig(Section):
+    """Everything that defines the network."""
+
+    size: Literal["small", "base", "large", "huge"] | None = "large"
+    """Preset for `emb_dim`, `depth` and `num_heads` where they are not given."""
+    emb_dim: Size
+    """Encoder width."""
+    depth: Layers
+    """Encoder blocks."""
+    num_heads: Size
+    """Attention heads of an encoder block."""
+    dec_emb_dim: Size = 512
+    """Decoder width."""
+    dec_depth: Layers = 8
+    """Decoder blocks."""
+    dec_num_heads: Size = 16
+    """Attention heads of a decoder block."""
+    mlp_ratio: float = Field(4, gt=0, le=64)
+    """Hidden width of a block's MLP, as a multiple of its width."""
+    output_head_depth: int = Field(0, ge=0, le=1024)
+    """Hidden layers of the output heads."""
+    use_type_embedding: bool = True
+    """Whether image and text tokens get an embedding of their modality."""
+    drop: Rate = 0.0
+    """Dropout after projections and MLP layers."""
+    att_drop: Rate = 0.0
+    """Dropout of attention weights."""
+    drop_path: Rate = 0.0
+    """Stochastic depth: the share of samples for which a block's branch is dropped."""
+    image_size: Size = 256
+    """Height and width of an image, in pixels."""
+    patch_size: Size = 16
+    """Height and width of a patch, in pixels."""
+    channels: Literal[1, 3, 4] = 3
+    """1 grey, 3 RGB, 4 RGBA."""
+    image_mean: Channels = (0.5762, 0.5503, 0.5213)
+    """Per channel, of pixels / 255. The default is CC12M's."""
+    image_std: Channels = (0.3207, 0.3169, 0.3307)
+    """Per channel, of pixels / 255. The default is CC12M's."""
+    text_length: Size = 64
+    """Most text tokens of a caption; longer ones are cut."""
+    vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
+    """Text tokens that the tokenizer knows; 0 builds an image-only MAE without text weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_size(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        size = data.get("size", "large")
+        preset = dict(zip(("emb_dim", "depth", "num_heads"), SIZES.get(size, ()))) if isinstance(size, str) else {}
+        return preset | data
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        for dim_name, heads_name in (("emb_dim", "num_heads"), ("dec_emb_dim", "dec_num_heads")):
+            dim, heads = getattr(self, dim_name), getattr(self, heads_name)
+            if dim % heads:
+                raise ValueError(f"{dim_name} {dim} is not divisible by {heads_name} {heads}")
+            if dim % 4:
+                raise ValueError(f"{dim_name} {dim} is not a multiple of 4, as sin-cos positions need")
+            if int(dim * self.mlp_ratio) == 0:
+                raise ValueError(f"mlp_ratio {self.mlp_ratio:g} leaves no hidden layer for {dim_name} {dim}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
+        if min(self.image_std) <= 0:
+            raise ValueError("image_std must be above 0")
+        return self
+
+    @property
+    def has_dropout(self) -> bool:
+        return max(self.drop, self.att_drop, self.drop_path) > 0
+
+    @property
+    def patches_per_image(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in a patch: rows x columns x channels."""
+        return self.patch_size**2 * self.channels
+
+
+class MaskingConfig(Section):
+    """What the encoder does not see."""
+
+    image_ratio: float = Field(0.75, ge=0, le=1)
+    """Share of the patches that are masked."""
+    text_ratio: float = Field(0.75, ge=0, le=1)
+    """Share of the text tokens that are masked."""
+    per: Literal["sample", "batch"] = "sample"
+    """`batch`: one mask for the whole batch, as the official code draws it."""
+
+
+class LossConfig(Section):
+    """What the model is trained for."""
+
+    image_weight: float = Field(1.0, ge=0)
+    """Weight of the pixel loss."""
+    text_weight: float = Field(0.5, ge=0)
+    """Weight of the token loss."""
+    image_all_tokens: bool = False
+    """Loss on visible patches too."""
+    text_all_tokens: bool = False
+    """Loss on visible text tokens too."""
+    norm_pix: bool = False
+    """Targets standardised per patch, as MAE's (with the unbiased variance)."""
+
+
+class SourceConfig(Section):
+    """Shards that belong together."""
+
+    shards: str | list[str]
+    """Tars: paths, brace patterns, globs, URLs or `pipe:` commands."""
+    weight: float | None = Field(None, gt=0, le=1e12)
+    """Relative share of the samples; null: by size."""
+    modality: Literal["auto", "paired", "image", "text"] = "auto"
+    """What samples train; `auto`: whatever each shard holds."""
+
+
+class DataConfig(Section):
+    """What a run reads."""
+
+    train: list[SourceConfig] = Field(min_length=1)
+    """Sources of the training samples."""
+    val: list[SourceConfig] = []
+    """Sources of the held-out samples."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a BERT vocab.txt or a hub name."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Least and greatest share of the area that RandomResizedCrop keeps."""
+    flip: bool = True
+    """Mirror half of the images."""
+    shuffle_shards: int = Field(16, gt=0, le=1 << 24)
+    """Shards whose samples are shuffled together."""
+    workers: int | None = Field(None, ge=0, le=1024)
+    """Loader processes per rank; null: what the cores allow."""
+    prefetch: int = Field(4, gt=0, le=1024)
+    """Batches that each worker prepares ahead."""
+    cache_dir: Path | None = None
+    """Folder for copies of remote shards and indexes of read-only folders; null: `~/.cache/m3ae_fast`."""
+    max_bad_fraction: float = Field(0.1, ge=0, le=1)
+    """A larger share of broken samples stops the run."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> DataConfig:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale {[low, high]} must be two shares with 0 < low <= high <= 1")
+        for name in ("train", "val"):
+            weights = [source.weight for source in getattr(self, name)]
+            if any(w is None for w in weights) and any(w is not None for w in weights):
+                raise ValueError(f"{name}: give every source a weight, or none")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    peak_lr: float = Field(1.5e-4, gt=0)
+    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
+    init_lr: float = Field(0.0, ge=0)
+    """Learning rate of the first step; multiplied likewise."""
+    end_lr: float = Field(0.0, ge=0)
+    """Learning rate after the last step; multiplied likewise."""
+    warmup_epochs: float = Field(5, ge=0, le=1e6)
+    """Length of the warm-up; at most the whole run."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Of matmul weights and, as in the official code, LayerNorm scales."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    clip_grad: float | None = Field(None, gt=0)
+    """Largest global gradient norm; null: any."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    global_batch: Batch = 4096
+    """Samples per optimiser step, over all ranks."""
+    micro_batch: Batch | None = None
+    """Most samples per rank and forward pass; the largest divisor that fits is taken. Null: no accumulation."""
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """Length of the run; or give `steps`."""
+    steps: Count | None = None
+    """Length of the run in optimiser steps; or give `epochs`."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 where the hardware multiplies it faster."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile of the transformer blocks."""
+    log_every: Count = 10
+    """Steps between log lines."""
+    eval_every: Count | None = None
+    """Steps between evaluations; null: at the start and the end alone."""
+    eval_samples: Count = 1024
+    """Held-out samples of an evaluation."""
+    save_every: Count = 1000
+    """Steps between checkpoints."""
+    keep: Count = 2
+    """Checkpoints kept."""
+    pictures: int = Field(6, ge=0, le=1000)
+    """Samples in reconstructions.png, which is drawn with every checkpoint."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give epochs or steps, and not both")
+        return self
+
+
+class OffloadConfig(Section):
+    """Where ZeRO keeps what does not stay on the GPU."""
+
+    device: Literal["none", "cpu"] = "none"
+    """`cpu`: in this machine's memory."""
+    pin_memory: bool = False
+    """Page-locked memory: faster copies, less memory for others."""
+
+
+class ZeroConfig(Section):
+    """What ZeRO splits over ranks and how it communicates; the names are DeepSpeed's."""
+
+    stage: int = Field(0, ge=0, le=3)
+    """0: nothing is split; 1: optimiser state; 2: gradients too; 3: weights too."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass goes on."""
+    reduce_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
+    """Gradient elements that are reduced together."""
+    allgather_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
+    """Weights that are gathered together."""
+    reduce_scatter: bool = True
+    """Stages 1 and 2: reduce-scatter instead of all-reduce."""
+    contiguous_gradients: bool = True
+    """Copy gradients to one buffer as they come."""
+    round_robin_gradients: bool = False
+    """Stages 1 and 2: spread gradients over ranks in the order in which they come."""
+    offload_optimizer: OffloadConfig | None = None
+    """Optimiser state and step."""
+    offload_param: OffloadConfig | None = None
+    """Weights; stage 3 alone."""
+    sub_group_size: Annotated[int, Field(gt=0, le=1 << 40), Strict(False)] = 1_000_000_000
+    """Stage 3: elements that the optimiser updates at a time."""
+    stage3_prefetch_bucket_size: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 50_000_000
+    """Stage 3: weights gathered ahead."""
+    stage3_param_persistence_threshold: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 100_000
+    """Stage 3: smaller weights are kept whole on every rank."""
+    stage3_max_live_parameters: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
+    """Stage 3: weights that are whole at a time."""
+    stage3_max_reuse_distance: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
+    """Stage 3: weights needed again within so many elements stay whole."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ZeroConfig:
+        if self.offload_param is not None and self.offload_param.device != "none" and self.stage < 3:
+            raise ValueError(f"offload_param needs stage 3, not {self.stage}")
+        if self.offloads_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3")
+        return self
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether Adam runs on the CPU while the model is elsewhere (ZeRO-Offload, arXiv 2101.06840)."""
+        return self.offload_optimizer is not None and self.offload_optimizer.device != "none"
+
+
+# keys that DeepSpeed knows and another section owns
+_SET_ELSEWHERE = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch / (train.micro_batch x ranks)",
+    "gradient_clipping": "optim.clip_grad",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "compile": "train.compile",
+    "tensorboard": "run.dir",
+    "checkpoint": "run.dir",
+}
+# keys that DeepSpeed knows and that have no place in this trainer
+_NOT_SUPPORTED = {
+    "sequence_parallel_size": "a sample is one short sequence",
+    "tensor_parallel": "ranks are data-parallel; raise the ZeRO stage for larger models",
+    "pipeline": "ranks are data-parallel; raise the ZeRO stage for larger models",
+    "expert_parallel": "the model has no experts",
+    "wall_clock_breakdown": "use --profile",
+    "flops_profiler": "use --profile; --dry-run counts FLOPs",
+    "autotuning": "use --dry-run for the memory that a config needs",
+    "data_efficiency": "the loader is this trainer's own",
+    "managed_gradient_accumulation": "the trainer decides when gradients are reduced",
+    "gradient_allreduce_op": "gradients are averaged over ranks",
+}
+
+
+class DeepSpeedConfig(Section):
+    """What is passed to DeepSpeed beside what the other sections say."""
+
+    zero_optimization: ZeroConfig = ZeroConfig()
+    """ZeRO."""
+    communication_data_type: Literal["fp32", "bf16"] = "fp32"
+    """In what gradients are reduced."""
+    prescale_gradients: bool = False
+    """Divide gradients by the number of ranks before they are added up; stage 0 alone."""
+    steps_per_print: Count | None = None
+    """DeepSpeed's own log lines; null: none."""
+    comms_logger: dict[str, Any] | None = None
+    """DeepSpeed's log of collectives."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _owned(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for key, owner in _SET_ELSEWHERE.items():
+            if key in data:
+                raise ValueError(f"deepspeed.{key} is set from {owner}; remove it from the deepspeed section")
+        for key, reason in _NOT_SUPPORTED.items():
+            off = data.get(key) is False or (isinstance(data.get(key), dict) and data[key].get("enabled") is False)
+            if key in data and not off:
+                raise ValueError(f"deepspeed.{key} is not supported: {reason}; remove it from the deepspeed section")
+        return {key: value for key, value in data.items() if key not in _NOT_SUPPORTED}
+
+    @model_validator(mode="after")
+    def _possible(self) -> DeepSpeedConfig:
+        if self.prescale_gradients and self.zero_optimization.stage:
+            raise ValueError("prescale_gradients works with ZeRO stage 0 alone")
+        return self
+
+
+class Config(Section):
+    """A run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({"size": "large"}))
+    masking: MaskingConfig = MaskingConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
+    """Null: plain torch, data-parallel (DDP)."""
+
+    @property
+    def zero(self) -> ZeroConfig | None:
+        """None on plain torch."""
+        return self.deepspeed and self.deepspeed.zero_optimization

@@ -1,0 +1,70 @@
+"""Samples that cannot be used: what they are, and when there are too many."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from m3ae_fast.errors import UserError
+
+MIN_SEEN = 100  # samples before a share of bad ones means anything
+_LOGGED = 20  # bad samples that are named one by one
+
+_log = logging.getLogger(__name__)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample, or a whole shard (key ""), that cannot be used."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}{'/' if self.key else ''}{self.key}: {self.reason}"
+
+
+class BadSamples:
+    """Counts samples that could not be used, names them in the log, and stops a run that has too many.
+
+    Args:
+        max_fraction: the share of bad samples that is borne.
+        samples: samples an epoch; the share is looked at from MIN_SEEN samples on, or an epoch if that is fewer.
+    """
+
+    def __init__(self, max_fraction: float, samples: int):
+        self.max_fraction = max_fraction
+        self.least = max(1, min(MIN_SEEN, samples))
+        self.seen = self.bad = self._logged = 0
+        self._latest: Skipped | None = None
+
+    def report(self, skipped: Sequence[Skipped]) -> None:
+        """Log this rank's bad samples."""
+        for item in skipped:
+            self._latest = item
+            self._logged += 1
+            if self._logged <= _LOGGED:
+                _log.warning("skipped %s", item)
+            if self._logged == _LOGGED:
+                _log.warning("further bad samples are counted, not named")
+
+    def count(self, seen: int, bad: int) -> None:
+        """Add the counts of a step over all ranks; `seen` includes the bad ones.
+
+        Raises:
+            UserError: more than `max_fraction` of all samples so far are bad.
+        """
+        self.seen += seen
+        self.bad += bad
+        if self.seen >= self.least and self.bad > self.max_fraction * self.seen:
+            example = f", such as {self._latest}" if self._latest else ""
+            raise UserError(
+                f"{self.bad} of {self.seen} samples cannot be used{example}; "
+                f"repair the shards or raise data.max_bad_fraction ({self.max_fraction:g})"
+            )

@@ -1,0 +1,51 @@
+"""Everything a run reads, found and checked before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m3ae_fast.config import DataConfig, ModelConfig
+from m3ae_fast.data.corpus import Corpus, open_corpus
+from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.tokenizer import CaptionTokenizer, load_tokenizer
+from m3ae_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    train: Corpus
+    val: Corpus | None
+    tokenizer: CaptionTokenizer | None  # None for a model without text
+
+    @property
+    def shown(self) -> Corpus:
+        """Whose samples are drawn: the held-out ones where there are any."""
+        return self.val or self.train
+
+
+def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False) -> Data:
+    """Find shards and tokenizer, and check that they fit the model.
+
+    Raises:
+        UserError: a shard or the tokenizer is missing, broken, or does not fit.
+    """
+    store = ShardStore(config.cache_dir)
+    train = open_corpus(config.train, store, progress=progress)
+    val = open_corpus(config.val, store, progress=progress) if config.val else None
+    if not model.vocab_size:
+        for source in (source for corpus in (train, val) if corpus for source in corpus.sources):
+            if source.has_captions:
+                raise UserError(
+                    f"model.vocab_size is 0, but {source.shards[0].shard} has captions; "
+                    'set "modality": "image" on its source'
+                )
+    return Data(train, val, open_tokenizer(config, model))
+
+
+def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer | None:
+    """None where the model has no text or the config names no tokenizer. Raises UserError where it does not fit."""
+    if not model.vocab_size or not config.tokenizer:
+        return None
+    return load_tokenizer(config.tokenizer, model.text_length, model.vocab_size)

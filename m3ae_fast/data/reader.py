@@ -1,0 +1,123 @@
+"""Reads any sample of a source by itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.data.corpus import Source
+from m3ae_fast.data.index import MISSING, caption_of
+from m3ae_fast.data.shards import ShardStore
+
+MAX_IMAGE_BYTES = 1 << 28
+MAX_CAPTION_BYTES = 1 << 16  # a longer text is cut here; a JSON member must be within
+_OPEN_SHARDS = 64
+_RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
+
+
+class Raw(NamedTuple):
+    """A sample's bytes; None where its shard trains without them."""
+
+    image: bytes | None
+    caption: str | None
+
+
+class _Open(NamedTuple):
+    fd: int
+    table: np.ndarray
+
+
+class Reader:
+    """Keeps the shards used last open."""
+
+    def __init__(self, source: Source, store: ShardStore):
+        self.source, self.store = source, store
+        self._starts = np.concatenate(([0], np.cumsum(source.sizes)))
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._failed: dict[int, tuple[float, OSError]] = {}
+
+    def find(self, sample: int) -> tuple[int, int]:
+        """Shard and row of a sample that is given by its number in file order."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])
+
+    def key(self, shard: int, row: int) -> str:
+        """The sample's key in its shard. Raises OSError where the shard cannot be read."""
+        return self._get(shard).table["key"][row].decode("utf-8", "replace")
+
+    def read(self, shard: int, row: int) -> Raw:
+        """Bytes and caption of one sample.
+
+        Raises:
+            BadSample: a part that its shard trains is missing, cut short, too large, or no text.
+            OSError: the shard cannot be read.
+        """
+        fd, table = self._get(shard)
+        entry, modality = table[row], self.source.modalities[shard]
+        image = caption = None
+        if modality != "text":
+            image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "picture")
+        if modality != "image":
+            caption = _read_caption(fd, entry)
+        return Raw(image, caption)
+
+    def _get(self, shard: int) -> _Open:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        when, error = self._failed.get(shard, (-_RETRY_S, None))
+        if time.monotonic() - when < _RETRY_S:
+            raise error
+        try:
+            indexed = self.source.shards[shard]
+            table = indexed.table()
+            fd = os.open(self.store.path(indexed.shard), os.O_RDONLY)
+            if os.fstat(fd).st_size != indexed.summary.size:
+                os.close(fd)
+                raise ValueError("it has changed since it was indexed")
+        except (OSError, ValueError) as error:
+            failure = OSError(f"the shard cannot be read ({error})")
+            self._failed[shard] = time.monotonic(), failure
+            raise failure from None
+        self._open[shard] = _Open(fd, table)
+        if len(self._open) > _OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1].fd)
+        return self._open[shard]
+
+    def __reduce__(self):
+        return Reader, (self.source, self.store)  # open files do not go to other processes
+
+
+def _read(fd: int, offset: int, size: int, limit: int, what: str) -> bytes:
+    if offset == MISSING:
+        raise BadSample(f'no {what} (the "modality" of its source decides what is needed)')
+    if size > limit:
+        raise BadSample(f"the {what} has {size} bytes, more than {limit}")
+    data = os.pread(fd, int(size), int(offset))
+    if len(data) != size:
+        raise BadSample(f"the shard ends inside the {what}")
+    return data
+
+
+def _read_caption(fd: int, entry: np.void) -> str:
+    if entry["json"]:
+        try:
+            caption = caption_of(_read(fd, entry["text_offset"], entry["text_size"], MAX_CAPTION_BYTES, "json"))
+        except ValueError:
+            caption = None
+        if caption is None:
+            raise BadSample("no caption in the json")
+        return caption
+    size = min(int(entry["text_size"]), MAX_CAPTION_BYTES)
+    data = _read(fd, entry["text_offset"], size, MAX_CAPTION_BYTES, "caption")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if size < entry["text_size"] and error.start > size - 4:
+            return data[: error.start].decode("utf-8")  # cut within a character
+        raise BadSample("the caption is not UTF-8") from None

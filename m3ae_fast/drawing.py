@@ -1,0 +1,158 @@
+"""Reconstructions as a picture: original | masked | reconstruction, beside the caption with its masked tokens as
+predicted.
+
+Shapes: L patches, K = P * P * C values of a patch, I masked patches, W masked text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from m3ae_fast.config import Config
+from m3ae_fast.data import CaptionTokenizer, Corpus, Preparation, Share, eval_loader
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.model.pretrained import load_weights
+
+SIDE = 160  # pixels a picture is shown at
+TEXT_WIDTH = 420
+GAP = 8
+GREY = 127
+BLACK, GREEN, RED, FAINT = (20, 20, 20), (0, 130, 50), (190, 30, 30), (130, 130, 130)
+
+
+def draw_run(
+    config: Config,
+    weights: dict[str, Tensor],
+    corpus: Corpus,
+    tokenizer: CaptionTokenizer | None,
+    path: Path,
+    count: int,
+) -> None:
+    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights."""
+    model = M3AE(config.model, config.loss)
+    load_weights(model, weights, "the run's weights")
+    preparation = Preparation(model.geometry, config.masking, tokenizer, config.run.seed)
+    dataset = eval_loader(config.data, corpus, preparation, Share(micro_batch=1), count).dataset
+    samples = [dataset[i] for i in range(min(count, corpus.samples))]
+    draw_reconstructions(model, [s for s in samples if isinstance(s, Sample)], tokenizer, path)
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: M3AE, samples: Sequence[Sample], tokenizer: CaptionTokenizer | None, path: Path
+) -> None:
+    """Write a PNG with one row a sample. Visible patches and words are shown as they are, masked ones as predicted.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    rows = [_row(model, sample, tokenizer, device) for sample in samples]
+    model.train(was_training)
+    width = 3 * (SIDE + GAP) + TEXT_WIDTH
+    sheet = Image.new("RGB", (width, 24 + len(rows) * (SIDE + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    titles = ("original", "masked", "reconstruction", "caption: seen, predicted right, predicted wrong (true word)")
+    for i, title in enumerate(titles):
+        draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, 24 + i * (SIDE + GAP)))
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a PNG file")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _row(model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device) -> Image.Image:
+    pixels_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
+    row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, SIDE), "white")
+    if sample.image is not None:
+        for i, picture in enumerate(_pictures(model, sample, pixels_IK.float().cpu())):
+            row.paste(_show(picture), (GAP + i * (SIDE + GAP), 0))
+    if sample.tokens is not None and logits_WV is not None:
+        _write_caption(ImageDraw.Draw(row), model, sample, logits_WV.argmax(-1).cpu(), tokenizer)
+    return row
+
+
+def _pictures(model: M3AE, sample: Sample, pixels_IK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 [C, H, W] each: original, masked, reconstruction."""
+    c, lossy = model.config, _loss_places(sample.image_mask, model.loss_config.image_all_tokens)
+    patches_LK = _cut(sample.image, c.patch_size).float()
+    masked, rebuilt = patches_LK.clone(), patches_LK.clone()
+    masked[sample.image_mask] = GREY
+    mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
+    if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
+        normal = (patches_LK / 255 - mean) / std
+        spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
+        pixels_IK = pixels_IK * spread[lossy] + normal.mean(-1, keepdim=True)[lossy]
+    predicted = patches_LK.clone()
+    predicted[lossy] = (pixels_IK * std + mean) * 255
+    rebuilt[sample.image_mask] = predicted[sample.image_mask]
+    side = c.image_size // c.patch_size
+    return tuple(
+        _join(p.clamp(0, 255).round().to(torch.uint8), side, c.patch_size) for p in (patches_LK, masked, rebuilt)
+    )
+
+
+def _loss_places(mask: Tensor, everywhere: bool) -> Tensor:
+    return torch.ones_like(mask) if everywhere else mask
+
+
+def _cut(image: Tensor, patch: int) -> Tensor:
+    """[C, H, W] -> [L, P * P * C]."""
+    channels, height, width = image.shape
+    blocks = image.reshape(channels, height // patch, patch, width // patch, patch)
+    return blocks.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def _join(patches_LK: Tensor, side: int, patch: int) -> Tensor:
+    """[L, P * P * C] -> [C, H, W]."""
+    blocks = patches_LK.reshape(side, side, patch, patch, -1)
+    return blocks.permute(4, 0, 2, 1, 3).reshape(blocks.shape[-1], side * patch, side * patch)
+
+
+def _show(picture: Tensor) -> Image.Image:
+    array = picture.permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def _write_caption(
+    draw: ImageDraw.ImageDraw, model: M3AE, sample: Sample, guesses_W: Tensor, tokenizer: CaptionTokenizer | None
+) -> None:
+    lossy = _loss_places(sample.text_mask, model.loss_config.text_all_tokens)
+    guesses = dict(zip(lossy.nonzero()[:, 0].tolist(), guesses_W.tolist()))
+    x, y, font = 0, 0, _font(14)
+    for i, (token, masked) in enumerate(zip(sample.tokens.tolist(), sample.text_mask.tolist())):
+        word, colour = _word(tokenizer, token), BLACK
+        if masked:
+            right = guesses[i] == token
+            word, colour = (word, GREEN) if right else (f"{_word(tokenizer, guesses[i])} ({word})", RED)
+        width = draw.textlength(word + " ", font=font)
+        if x and x + width > TEXT_WIDTH - GAP:
+            x, y = 0, y + 20
+        draw.text((3 * (SIDE + GAP) + GAP + x, y), word, fill=colour, font=font)
+        x += width
+
+
+def _word(tokenizer: CaptionTokenizer | None, token: int) -> str:
+    return tokenizer.token(token) if tokenizer else str(token)
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,65 @@
+"""How a run is cut into steps, and the learning rate of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from m3ae_fast.config import OptimConfig, TrainConfig
+from m3ae_fast.errors import UserError
+
+
+def learning_rate(step: int, config: OptimConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of 0-based `step`: linear warm-up, then a cosine (optax.warmup_cosine_decay_schedule)."""
+    scale = batch / 256
+    init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
+    if step < warmup_steps:
+        return init + (peak - init) * step / warmup_steps
+    progress = min(step - warmup_steps, total_steps - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
+    """(micro_batch, accumulation) with global_batch = micro_batch x world x accumulation.
+
+    micro_batch is the largest divisor of a rank's share that is at most train.micro_batch. Raises UserError where the
+    ranks cannot share the batch.
+    """
+    share, rest = divmod(config.global_batch, world)
+    if rest:
+        raise UserError(
+            f"config: train.global_batch {config.global_batch} is not divisible by {world} ranks; "
+            f"{world * max(round(config.global_batch / world), 1)} is"
+        )
+    most = min(config.micro_batch or share, share)
+    micro = next(size for size in range(most, 0, -1) if share % size == 0)
+    return micro, share // micro
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of a run over a corpus of `samples`."""
+
+    train: TrainConfig
+    optim: OptimConfig
+    samples: int  # per epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(self.samples // self.train.global_batch, 1)
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps or max(round((self.train.epochs or 0) * self.steps_per_epoch), 1)
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(round(self.optim.warmup_epochs * self.steps_per_epoch), self.total_steps)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of 0-based `step`."""
+        return learning_rate(step, self.optim, self.train.global_batch, self.warmup_steps, self.total_steps)
+
+    def due(self, step: int, every: int | None) -> bool:
+        """Whether what happens `every` so many steps (None: at the end alone) happens after `step` of them."""
+        return step == self.total_steps or (every is not None and step % every == 0)

@@ -1,0 +1,69 @@
+"""Data parallel on torch alone: float32 weights, autocast for bf16."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast.config import OptimConfig
+from m3ae_fast.engine.interface import State
+from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, clip_by_global_norm, collect, name_of, prime, set_lr
+from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.model.batch import LossCounts, PackedBatch
+from m3ae_fast.model.m3ae import M3AE, Losses
+
+
+class TorchEngine:
+    """See `engine.interface.Engine`."""
+
+    def __init__(self, model: M3AE, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> None:
+        """`dtype`: what matmuls run in."""
+        self.model = model.to(ranks.device)
+        self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
+        self.optimizer = build_adamw(self.model, optim)
+        self.optimizer_name = name_of(self.optimizer)
+        self.ddp: nn.parallel.DistributedDataParallel | None = None
+        if ranks.world > 1:
+            self.ddp = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def step(self, batches: Sequence[PackedBatch], counts: LossCounts, lr: float) -> tuple[list[Losses], Tensor]:
+        self.model.train()
+        results = []
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync():
+                with self._autocast():
+                    losses = (self.ddp or self.model)(batch, counts)
+                losses.loss.backward()
+            results.append(losses)
+        norm = clip_by_global_norm(list(self.model.parameters()), self.clip_grad)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # to None; the fused Adams take no argument
+        return results, norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> Losses:
+        self.model.eval()
+        with self._autocast():
+            return self.model(batch)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def state(self) -> State | None:
+        if not self.optimizer.state:
+            prime(self.optimizer, 0)
+        return collect(self.model, lambda p: p, lambda p, key: self.optimizer.state[p][key], self.ranks.is_main)
+
+    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
+        prime(self.optimizer, step)
+        for name, p in self.model.named_parameters():
+            p.data.copy_(get(f"model/{name}"))
+            for key in MOMENTS:
+                self.optimizer.state[p][key].copy_(get(f"{key}/{name}"))

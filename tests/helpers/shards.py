@@ -1,0 +1,41 @@
+"""Small shards made on the spot."""
+
+import io
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "river"]
+
+
+def picture(number=0, size=(40, 30), mode="RGB", fmt="JPEG", **options):
+    """Encoded noise that depends on `number`."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    noise = np.random.RandomState(number).randint(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise.squeeze(-1) if channels == 1 else noise, mode=mode).save(out, fmt, **options)
+    return out.getvalue()
+
+
+def caption(number):
+    """Two to six words that depend on `number`."""
+    return " ".join(WORDS[(number * 7 + i) % len(WORDS)] for i in range(2 + number % 5))
+
+
+def members(numbers, kind="paired"):
+    """(name, bytes) of good samples."""
+    for number in numbers:
+        if kind != "text":
+            yield f"{number:05d}.jpg", picture(number)
+        if kind != "image":
+            yield f"{number:05d}.txt", caption(number).encode()
+
+
+def write_tar(path, files, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)

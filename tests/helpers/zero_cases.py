@@ -1,0 +1,150 @@
+"""Many engines, one after another in this process, on one rank or two: run by test_engine_parity.py.
+
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases matrix|options|configs
+
+Prints a line of JSON a case: its name, and (loss, gradient norm) of every step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3ae_fast.config import Config, load_config, parse
+from m3ae_fast.engine.build import build_engine
+from m3ae_fast.engine.ranks import Ranks, join_ranks
+from m3ae_fast.engine.schedule import split_batch
+from m3ae_fast.model import M3AE, Sample, draw_mask, pack
+from m3ae_fast.model.batch import LossCounts
+
+STEPS, BATCH, LR = 4, 16, 1e-2
+TINY = {
+    "size": None, "emb_dim": 32, "depth": 2, "num_heads": 4, "dec_emb_dim": 32, "dec_depth": 2, "dec_num_heads": 4,
+    "image_size": 16, "patch_size": 4, "text_length": 8, "vocab_size": 64,
+}  # fmt: skip
+SMALL_BUCKET = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}  # the model has about 70,000 weights
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+# options of ZeRO that change how gradients travel, one at a time
+OPTIONS = [
+    (stage, option)
+    for stage, options in (
+        (1, [{"reduce_scatter": False}, {"contiguous_gradients": False}, {"round_robin_gradients": True}]),
+        (2, [{"reduce_scatter": False}, {"contiguous_gradients": False}, {"round_robin_gradients": True}]),
+        (3, [{"stage3_param_persistence_threshold": 0}, {"sub_group_size": 1000}, {"stage3_max_live_parameters": 0}]),
+    )
+    for option in options
+]
+
+Case = tuple[str, Config]
+
+
+def _config(
+    world: int, stage: int | None, accumulation: int, precision: str, zero: dict[str, Any], **section: Any
+) -> Config:
+    data = {
+        "model": TINY,
+        "data": {"train": [{"shards": "none.tar"}]},
+        "optim": {"clip_grad": 1.0},
+        "train": {
+            "steps": STEPS,
+            "global_batch": BATCH,
+            "micro_batch": BATCH // world // accumulation,
+            "precision": precision,
+        },
+        "deepspeed": None if stage is None else {"zero_optimization": {"stage": stage} | zero, **section},
+    }
+    return parse(Config, data, "case")
+
+
+def matrix(world: int) -> Iterator[Case]:
+    """Stage x overlap x bucket x accumulation x precision."""
+    for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2, 3)):
+        ways = [("", {})]
+        if stage:
+            ways = [
+                (f" overlap={overlap} bucket={'small' if bucket else 'default'}", {"overlap_comm": overlap} | bucket)
+                for overlap, bucket in itertools.product((False, True), ({}, SMALL_BUCKET))
+            ]
+        for (way, zero), accumulation in itertools.product(ways, (1, 2)):
+            name = f"{precision} stage={stage}{way} accumulation={accumulation}"
+            yield name, _config(world, stage, accumulation, precision, zero)
+
+
+def options(world: int) -> Iterator[Case]:
+    """Every other setting of the deepspeed section that this machine can run, in float32."""
+    for stage, option in OPTIONS:
+        yield f"stage={stage} {option}", _config(world, stage, 2, "fp32", option | SMALL_BUCKET)
+    yield "stage=0 prescale", _config(world, 0, 2, "fp32", {}, prescale_gradients=True)
+
+
+def configs(world: int) -> Iterator[Case]:
+    """The shipped configs as they are but for their sizes, in the precision of a GPU; and each on plain torch."""
+    for path in CONFIGS:
+        whole = load_config(path)
+        model = TINY | {"vocab_size": 64 if whole.model.vocab_size else 0}
+        parts = 2 if whole.train.micro_batch else 1
+        train = whole.train.model_dump(mode="json") | {"global_batch": BATCH, "micro_batch": BATCH // world // parts}
+        made = whole.model_dump(mode="json") | {"model": model, "train": train | {"precision": "bf16"}}
+        made["optim"]["clip_grad"] = 1.0
+        if made["deepspeed"]:
+            made["deepspeed"]["zero_optimization"] |= SMALL_BUCKET
+        yield path.name, parse(Config, made, path.name)
+        plain = made | {"deepspeed": None, "train": made["train"] | {"compile": False, "micro_batch": None}}
+        yield f"{path.name} plain", parse(Config, plain, path.name)
+
+
+def samples(step: int, text: bool) -> list[Sample]:
+    """Captions of all lengths, an image without one, and one without an image: counts that differ by rank."""
+    generator = torch.Generator().manual_seed(step)
+    made = []
+    for i in range(BATCH):
+        sample = Sample(key=f"{step}/{i}")
+        if i != 5 or not text:
+            sample.image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+            sample.image_mask = draw_mask(16, 0.75, generator)
+        if i != 2 and text:
+            sample.tokens = torch.randint(0, 64, (i % 9,), generator=generator)
+            sample.text_mask = draw_mask(len(sample.tokens), 0.5, generator)
+        made.append(sample)
+    return made
+
+
+def run(ranks: Ranks, config: Config) -> list[tuple[float, float]]:
+    torch.manual_seed(0)
+    model = M3AE(config.model, config.loss)
+    engine = build_engine(model, config, ranks)
+    micro, accumulation = split_batch(config.train, ranks.world)
+    found = []
+    for step in range(STEPS):
+        everything = samples(step, text=config.model.vocab_size > 0)
+        images = sum(sample.image is not None for sample in everything)
+        captions = sum(sample.tokens is not None for sample in everything)
+        counts = LossCounts(images / ranks.world, captions / ranks.world)
+        starts = [(turn * ranks.world + ranks.rank) * micro for turn in range(accumulation)]
+        batches = [pack(everything[start : start + micro], model.geometry) for start in starts]
+        losses, norm = engine.step(batches, counts, LR)
+        (loss,) = ranks.sum([sum(part.loss.item() for part in losses)])
+        found.append((loss / ranks.world, float(norm)))
+    return found
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    cases = {"matrix": matrix, "options": options, "configs": configs}[sys.argv[1]]
+    with join_ranks() as ranks:
+        torch.set_num_threads(1)
+        for name, config in cases(ranks.world):
+            found = run(ranks, config)
+            if ranks.is_main:
+                print(json.dumps([name, found]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

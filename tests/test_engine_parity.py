@@ -1,0 +1,70 @@
+"""One config gives one loss curve, whatever trains it and however a step is split."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers.trainer import ROOT, environment, free_port, zero
+from tests.helpers.zero_cases import CONFIGS
+
+PLAIN = "stage=None accumulation=1"
+
+
+def _curves(which: str, ranks: int) -> dict[str, np.ndarray]:
+    """By case: [steps, (loss, gradient norm)]."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command = [*launcher, "--master-port", str(free_port()), "-m", "tests.helpers.zero_cases", which]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: np.array(curve) for name, curve in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def matrix() -> dict[int, dict[str, np.ndarray]]:
+    return {ranks: _curves("matrix", ranks) for ranks in (1, 2)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_float32_curves_are_plain_torchs(matrix, ranks):
+    expected = matrix[1][f"fp32 {PLAIN}"]
+    assert np.ptp(expected[:, 0]) > 0.3  # the curve moves
+    cases = {name: curve for name, curve in matrix[ranks].items() if name.startswith("fp32")}
+    assert len(cases) == 28
+    for name, curve in cases.items():
+        np.testing.assert_allclose(curve, expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_curves_stay_near(matrix, ranks):
+    """ZeRO keeps bf16 weights with float32 masters: near plain torch's autocast, not on it."""
+    expected, exact = (matrix[1][f"{precision} {PLAIN}"] for precision in ("bf16", "fp32"))
+    assert (expected != exact).all()
+    cases = {name: curve for name, curve in matrix[ranks].items() if name.startswith("bf16")}
+    assert len(cases) == 28
+    for name, curve in cases.items():
+        np.testing.assert_allclose(curve, expected, rtol=1e-2, err_msg=name)
+
+
+def test_other_settings_of_the_deepspeed_section_change_nothing(matrix):
+    curves = _curves("options", 2)
+    assert len(curves) == 10
+    for name, curve in curves.items():
+        np.testing.assert_allclose(curve, matrix[1][f"fp32 {PLAIN}"], rtol=1e-5, err_msg=name)
+
+
+def test_shipped_configs_train_as_plain_torch_does():
+    """Their own deepspeed section, compiled blocks and accumulation, on two ranks, in bf16, with small sizes."""
+    curves = _curves("configs", 2)
+    assert len(curves) == 2 * len(CONFIGS) >= 12
+    for path in CONFIGS:
+        np.testing.assert_allclose(curves[path.name], curves[f"{path.name} plain"], rtol=1e-2, err_msg=path.name)
+
+
+@pytest.mark.parametrize("stage", [None, 3])
+def test_the_trainer_gives_the_same_curve_on_two_ranks(trainer, stage):
+    trainer("one", *zero(None))
+    trainer("two", *zero(stage), ranks=2)
+    np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(trainer.losses("one")), rtol=2e-5)
