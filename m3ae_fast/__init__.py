@@ -1,3 +1,5 @@
 """Pre-training of multimodal masked autoencoders (M3AE, arXiv 2205.14204) and their relatives, fast."""
 
-__version__ = "0.1.0"
+from m3ae_kernels.version import __version__
+
+__all__ = ["__version__"]

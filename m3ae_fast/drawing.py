@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from m3ae_fast.config import Config
-from m3ae_fast.data import CaptionTokenizer, Corpus, Preparation, Share, eval_loader
+from m3ae_fast.data import CaptionTokenizer, Corpus, Preparation, eval_samples
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import Sample, pack
@@ -39,9 +39,7 @@ def draw_run(
     model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights")
     preparation = Preparation(model.geometry, config.masking, tokenizer, config.run.seed)
-    dataset = eval_loader(config.data, corpus, preparation, Share(micro_batch=1), count).dataset
-    samples = [dataset[i] for i in range(min(count, corpus.samples))]
-    draw_reconstructions(model, [s for s in samples if isinstance(s, Sample)], tokenizer, path)
+    draw_reconstructions(model, eval_samples(corpus, preparation, count), tokenizer, path)
 
 
 @torch.no_grad()
@@ -81,35 +79,36 @@ def draw_reconstructions(
 def _row(model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device) -> Image.Image:
     pixels_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
     row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, SIDE), "white")
-    if sample.image is not None:
-        for i, picture in enumerate(_pictures(model, sample, pixels_IK.float().cpu())):
-            row.paste(_show(picture), (GAP + i * (SIDE + GAP), 0))
-    if sample.tokens is not None and logits_WV is not None:
-        _write_caption(ImageDraw.Draw(row), model, sample, logits_WV.argmax(-1).cpu(), tokenizer)
+    if sample.image is not None and sample.image_mask is not None:
+        shown = _images(model, sample.image, sample.image_mask, pixels_IK.float().cpu())
+        for i, image in enumerate(shown):
+            row.paste(_show(image), (GAP + i * (SIDE + GAP), 0))
+    if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
+        guesses_W = logits_WV.argmax(-1).cpu()
+        _write_caption(ImageDraw.Draw(row), model, sample.tokens, sample.text_mask, guesses_W, tokenizer)
     return row
 
 
-def _pictures(model: M3AE, sample: Sample, pixels_IK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor) -> list[Tensor]:
     """uint8 [C, H, W] each: original, masked, reconstruction."""
-    c, lossy = model.config, _loss_places(sample.image_mask, model.loss_config.image_all_tokens)
-    patches_LK = _cut(sample.image, c.patch_size).float()
+    c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
+    patches_LK = _cut(image, c.patch_size).float()
     masked, rebuilt = patches_LK.clone(), patches_LK.clone()
-    masked[sample.image_mask] = GREY
+    masked[mask_L] = GREY
     mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
     if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
         normal = (patches_LK / 255 - mean) / std
         spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
-        pixels_IK = pixels_IK * spread[lossy] + normal.mean(-1, keepdim=True)[lossy]
+        pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
     predicted = patches_LK.clone()
-    predicted[lossy] = (pixels_IK * std + mean) * 255
-    rebuilt[sample.image_mask] = predicted[sample.image_mask]
+    predicted[with_loss] = (pixels_IK * std + mean) * 255
+    rebuilt[mask_L] = predicted[mask_L]
     side = c.image_size // c.patch_size
-    return tuple(
-        _join(p.clamp(0, 255).round().to(torch.uint8), side, c.patch_size) for p in (patches_LK, masked, rebuilt)
-    )
+    whole = (patches_LK, masked, rebuilt)
+    return [_join(p.clamp(0, 255).round().to(torch.uint8), side, c.patch_size) for p in whole]
 
 
-def _loss_places(mask: Tensor, everywhere: bool) -> Tensor:
+def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
     return torch.ones_like(mask) if everywhere else mask
 
 
@@ -126,19 +125,24 @@ def _join(patches_LK: Tensor, side: int, patch: int) -> Tensor:
     return blocks.permute(4, 0, 2, 1, 3).reshape(blocks.shape[-1], side * patch, side * patch)
 
 
-def _show(picture: Tensor) -> Image.Image:
-    array = picture.permute(1, 2, 0).numpy()
+def _show(image_CHW: Tensor) -> Image.Image:
+    array = image_CHW.permute(1, 2, 0).numpy()
     image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def _write_caption(
-    draw: ImageDraw.ImageDraw, model: M3AE, sample: Sample, guesses_W: Tensor, tokenizer: CaptionTokenizer | None
+    draw: ImageDraw.ImageDraw,
+    model: M3AE,
+    tokens: Tensor,
+    mask: Tensor,
+    guesses_W: Tensor,
+    tokenizer: CaptionTokenizer | None,
 ) -> None:
-    lossy = _loss_places(sample.text_mask, model.loss_config.text_all_tokens)
-    guesses = dict(zip(lossy.nonzero()[:, 0].tolist(), guesses_W.tolist()))
-    x, y, font = 0, 0, _font(14)
-    for i, (token, masked) in enumerate(zip(sample.tokens.tolist(), sample.text_mask.tolist())):
+    with_loss = _with_loss(mask, model.loss_config.text_all_tokens)
+    guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), guesses_W.tolist()))
+    x, y, font = 0.0, 0, _font(14)
+    for i, (token, masked) in enumerate(zip(tokens.tolist(), mask.tolist())):
         word, colour = _word(tokenizer, token), BLACK
         if masked:
             right = guesses[i] == token

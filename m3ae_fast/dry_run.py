@@ -1,4 +1,4 @@
-"""What a config means, without training: parameters, FLOPs a sample, and memory a GPU by ZeRO stage."""
+"""What a config means, without training: sizes, FLOPs, how a batch is split, memory, loader cores and communication."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from m3ae_fast.config import Config
+from m3ae_fast.data import open_data
+from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.hardware import data_sheet_peak
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
@@ -14,71 +17,128 @@ from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Sample, pack
 
 CAPTION_SHARE = 1 / 3  # of text_length, for the sample that stands for all: CC12M captions have about 20 words of 64
+UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
+DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
 
 
-def report(config: Config, world: int | None = None) -> None:
-    """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes)."""
+def report(config: Config, world: int | None = None, *, data: bool = True) -> None:
+    """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes).
+
+    Raises:
+        UserError: what a start would fail on: the batch cannot be shared among the GPUs and, with `data`, shards or
+            tokenizer are missing or do not fit the model.
+    """
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     parameters = sum(p.numel() for p in model.parameters())
     batch = _typical(config, model)
-    micro = config.train.micro_batch or config.train.global_batch // (world or 1)
-    world = world or max(config.train.global_batch // micro, 1)
+    world = world or max(config.train.global_batch // (config.train.micro_batch or config.train.global_batch), 1)
+    micro, accumulation = split_batch(config.train, world)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"parameters            {parameters:,}")
-    official = reference_flops(config.model, config.masking)
-    console.print(
-        f"FLOPs a sample        {official / 1e9:,.1f} G forward and backward, as the official code computes it"
-    )
-    ours = executed_flops(config.model, batch)
-    console.print(f"                      {ours / 1e9:,.1f} G in this engine, for a caption of {_words(config)} tokens")
-    console.print(
-        f"batch                 {config.train.global_batch} = {world} GPUs x {micro} samples"
-        f" x {max(config.train.global_batch // (world * micro), 1)} accumulated"
-    )
-    activations = micro * _activation_bytes(config, batch)
-    table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB a GPU")
-    for stage in range(4):
-        rows = [share / 1e9 for share in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
-        mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
-        table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
-    console.print(table)
+    official, ours = reference_flops(config.model, config.masking), executed_flops(config.model, batch)
+    lines = [
+        ("parameters", f"{parameters:,}"),
+        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward, as the official code computes it"),
+        ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {_caption(config)} tokens"),
+        (
+            "batch",
+            f"{config.train.global_batch} = {world} GPUs x {micro} samples x {accumulation} accumulated"
+            + (" (train.micro_batch is a maximum)" if micro != config.train.micro_batch else ""),
+        ),
+        ("network", _network(config, parameters, world, accumulation)),
+        ("loader", _loader_cores(ours)),
+    ]
+    if data:
+        found = open_data(config.data, config.model, progress=True)
+        schedule = Schedule(config.train, config.optim, found.train.samples)
+        held_out = f", {found.val.samples:,} held out" if found.val else ""
+        lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
+    for name, text in lines:
+        console.print(f"{name:21} {text}")
+    console.print(_memory_table(config, parameters, world, micro * _activation_bytes(config, batch)))
     console.print("activations are an estimate: what autograd keeps of each block, in the run's precision")
 
 
 def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[float, float, float]:
-    """Bytes a GPU holds of (weights, gradients, fp32 master weights and Adam moments); ZeRO, arXiv 1910.02054."""
+    """Bytes per GPU of (weights, gradients, fp32 master weights and Adam moments); ZeRO, arXiv 1910.02054. Gradients
+    are accumulated in float32."""
     master = 4 if bf16 and stage > 0 else 0  # stage 0 keeps float32 weights
-    size = 2 if master else 4
     return (
-        size * parameters / (world if stage >= 3 else 1),
-        size * parameters / (world if stage >= 2 else 1),
+        (2 if master else 4) * parameters / (world if stage >= 3 else 1),
+        4 * parameters / (world if stage >= 2 else 1),
         (8 + master) * parameters / (world if stage >= 1 else 1),
     )
+
+
+def network_bytes(
+    parameters: int, stage: int | None, world: int, accumulation: int, bf16: bool, fp32_sums: bool
+) -> int:
+    """Bytes that a GPU sends per optimiser step. `stage` None: DDP; `fp32_sums`: gradients are reduced in float32.
+
+    An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients travel once a
+    step, but with stages 2 and 3, which keep parts alone, for each micro-batch; DeepSpeed reduces them to their owners
+    by all-reduce in stages 1 and 2. Weights are gathered once after the step, in stage 3 for every forward and backward
+    pass.
+    """
+    half = parameters * (world - 1) / world
+    weights = (2 if bf16 and stage else 4) * half
+    gradients = (4 if fp32_sums or not (bf16 and stage) else 2) * half
+    if not stage:
+        return round(2 * gradients)
+    if stage < 3:
+        return round(2 * gradients * (accumulation if stage == 2 else 1) + weights)
+    return round((gradients + 2 * weights) * accumulation)
+
+
+def _network(config: Config, parameters: int, world: int, accumulation: int) -> str:
+    stage = None if config.zero is None else config.zero.stage
+    fp32_sums = config.deepspeed is None or config.deepspeed.communication_data_type == "fp32"
+    sent = network_bytes(parameters, stage, world, accumulation, _bf16(config), fp32_sums)
+    return f"{sent / 1e9:,.2f} GB sent per GPU and step"
+
+
+def _loader_cores(flops: float) -> str:
+    peak = data_sheet_peak("H100")
+    assert peak is not None
+    rate = UTILISATION * peak / flops
+    return (
+        f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for the {rate:,.0f} samples/s of an H100 at {UTILISATION:.0%} "
+        "of its peak"
+    )
+
+
+def _memory_table(config: Config, parameters: int, world: int, activations: float) -> Table:
+    table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB per GPU")
+    for stage in range(4):
+        rows = [share / 1e9 for share in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
+        mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
+        table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
+    return table
 
 
 def _bf16(config: Config) -> bool:
     return config.train.precision != "fp32"  # auto is bf16 on the GPUs that the table is about
 
 
-def _words(config: Config) -> int:
+def _caption(config: Config) -> int:
+    """Tokens of the typical caption."""
     return round(config.model.text_length * CAPTION_SHARE) if config.model.vocab_size else 0
 
 
 def _typical(config: Config, model: M3AE) -> PackedBatch:
-    """One picture with a caption of usual length, masked."""
+    """One image with a caption of usual length, masked."""
     m, masking = config.model, config.masking
     generator = torch.Generator().manual_seed(0)
     sample = Sample("typical", torch.zeros(m.channels, m.image_size, m.image_size, dtype=torch.uint8))
     sample.image_mask = draw_mask(m.patches_per_image, masking.image_ratio, generator)
     if m.vocab_size:
-        sample.tokens = torch.zeros(_words(config), dtype=torch.int64)
+        sample.tokens = torch.zeros(_caption(config), dtype=torch.int64)
         sample.text_mask = draw_mask(len(sample.tokens), masking.text_ratio, generator)
     return pack([sample], model.geometry)
 
 
 def _activation_bytes(config: Config, batch: PackedBatch) -> float:
-    """A block keeps, a row of width D: 2 norms, q, k, v, attention, 2 residual sums, and the MLP's hidden twice."""
+    """A block keeps, per row of width D: 2 norms, q, k, v, attention, 2 residual sums, and the MLP's hidden twice."""
     m = config.model
     size = 2 if _bf16(config) else 4
     kept = 1 if config.train.activation_checkpointing else 8 + 2 * m.mlp_ratio

@@ -50,9 +50,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help=f"write {TRACE_FILE} into run.dir: a torch profiler trace of some steps"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the config, print sizes and memory, and exit")
+    dry = parser.add_argument_group("looking at a config without training")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, shards and tokenizer, print sizes, memory and communication, and exit",
+    )
+    dry.add_argument("--world", type=int, metavar="N", help="for N GPUs (default: as many as need no accumulation)")
+    dry.add_argument("--no-data", action="store_true", help="leave out shards and tokenizer, which lie elsewhere")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.world is not None or args.no_data) and not args.dry_run:
+        parser.error("--world and --no-data go with --dry-run")
+    if args.world is not None and args.world < 1:
+        parser.error(f"--world {args.world}: must be 1 or more")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             config = ranks.told(lambda: load_config(args.config, args.set))
             if args.dry_run:
-                ranks.on_main(lambda: report(config))
+                ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
                 return 0
             config = ranks.told(lambda: settle_precision(config, ranks.device))
             return train(config, args.resume, ranks, args.profile)

@@ -1,12 +1,18 @@
 """A user's mistake is one line that names the thing, exit code 2, and nothing is written."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from m3ae_fast import train
-from m3ae_fast.config import ModelConfig, load_config
+from m3ae_fast.__main__ import COMMANDS
+from m3ae_fast.config import ModelConfig, TrainConfig, load_config
+from m3ae_fast.config.__main__ import page
+from m3ae_fast.dry_run import network_bytes
+from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.errors import UserError, exit_cleanly
 from tests.helpers.trainer import CLIPART, ROOT, TINY
 
@@ -222,7 +228,7 @@ def test_overrides_and_defaults():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
 def test_dry_run(path, capsys):
     """Every config is valid; the numbers are the known ones."""
-    assert train.main(["--config", str(path), "--dry-run"]) == 0
+    assert train.main(["--config", str(path), "--dry-run", "--no-data"]) == 0
     out = capsys.readouterr().out
     assert "ZeRO stage" in out
     known = {"large": ("376,155,194", "209.9 G"), "base": ("150,757,434", "102.9 G"), "small": ("74,782,266", "71.2 G")}
@@ -243,3 +249,71 @@ def test_learning_rate_is_optax_warmup_cosine():
 
 def test_shards_of_the_repository_are_there():
     assert (CLIPART / "README.md").is_file()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 64, 512])
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!q]*.json")), ids=lambda p: p.stem)
+def test_shipped_configs_start_on_any_number_of_gpus(path, world):
+    config = load_config(path).train
+    micro, accumulation = split_batch(config, world)
+    assert micro * accumulation * world == config.global_batch and micro <= config.micro_batch
+    assert micro == config.micro_batch or accumulation == 1  # powers of two: no smaller than it must be
+
+
+def test_a_micro_batch_is_the_largest_divisor_that_fits():
+    config = TrainConfig(global_batch=360, micro_batch=50, steps=1)
+    assert [split_batch(config, world) for world in (1, 3, 8, 360)] == [(45, 8), (40, 3), (45, 1), (1, 1)]
+    assert split_batch(TrainConfig(global_batch=360, steps=1), 4) == (90, 1)
+    with pytest.raises(UserError, match="360 is not divisible by 7 ranks"):
+        split_batch(config, 7)
+
+
+def test_dry_run_fails_on_what_a_start_would_fail_on(run):
+    assert run("--dry-run")[0] == 0
+    for mistake, message in (
+        ("data.train.0.shards=/nowhere/x.tar", "/nowhere/x.tar"),
+        ("data.tokenizer=/nowhere/tokenizer.json", "no such file"),
+        ("data.tokenizer=null", "data.tokenizer: missing"),
+        ("model.vocab_size=100", "set model.vocab_size to 2048"),
+    ):
+        code, err = run("--dry-run", "--set", mistake)
+        assert code == 2 and message in err
+        assert run("--dry-run", "--no-data", "--set", mistake)[0] == 0
+    code, err = run("--dry-run", "--world", "3")
+    assert code == 2 and "train.global_batch 16 is not divisible by 3 ranks; 15 is" in err
+
+
+def test_dry_run_says_what_travels(run):
+    code, out = run("--dry-run", "--world", "4", "--set", "train.micro_batch=3", out=True)
+    assert code == 0 and "16 = 4 GPUs x 2 samples x 2 accumulated" in out
+    for needed in ("sent per GPU and step", "cores per GPU", "GB per GPU", "512 samples, 512 held out"):
+        assert needed in out
+    one, many = (network_bytes(1000, 0, world, 1, False, True) for world in (1, 1000))
+    assert one == 0 and many == pytest.approx(8000, rel=2e-3)  # an all-reduce sends everything twice
+    assert network_bytes(1000, 2, 2, 4, True, True) == 4 * 2 * 2000 + 1000
+    assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 2 * 1000)
+
+
+def test_the_page_of_settings_is_current():
+    assert page() == (ROOT / "docs/config.md").read_text(), "make it anew: python -m m3ae_fast.config > docs/config.md"
+
+
+def test_every_setting_is_explained():
+    text = page()
+    assert "| None |" not in text
+    for name in ("peak_lr", "micro_batch", "overlap_comm", "crop_scale"):
+        assert f"| `{name}` |" in text
+
+
+def test_every_program_is_listed():
+    """`python -m m3ae_fast` names whatever can be run."""
+    programs = {
+        path.stem if path.name != "__main__.py" else path.parent.name
+        for path in (ROOT / "m3ae_fast").rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    assert programs - {"m3ae_fast"} == set(COMMANDS)
+    listed = subprocess.run([sys.executable, "-m", "m3ae_fast"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+    wrong = subprocess.run([sys.executable, "-m", "m3ae_fast", "tran"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1

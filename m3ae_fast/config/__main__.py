@@ -33,7 +33,7 @@ def _table(name: str, section: type[BaseModel], note: str | None = None) -> str:
     # a section without a docstring of its own would show its base's
     about = " ".join(filter(None, (section.__doc__ if section is not Section else "", note)))
     lines = [f"## {name}", "", about, "", "| key | default | meaning |", "|---|---|---|"]
-    nested = []
+    nested: list[tuple[str, type[BaseModel]]] = []
     for key, field in section.model_fields.items():
         lines.append(f"| `{key}` | {_default(section, key, field)} | {field.description} |")
         inner = section_of(field.annotation)

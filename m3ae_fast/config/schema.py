@@ -396,4 +396,4 @@ class Config(Section):
     @property
     def zero(self) -> ZeroConfig | None:
         """None on plain torch."""
-        return self.deepspeed and self.deepspeed.zero_optimization
+        return None if self.deepspeed is None else self.deepspeed.zero_optimization

@@ -3,7 +3,7 @@
 from m3ae_fast.data.bad_samples import BadSamples, Skipped
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.dataset import Preparation
-from m3ae_fast.data.loader import Share, eval_loader, train_loader
+from m3ae_fast.data.loader import Share, eval_loader, eval_samples, train_loader
 from m3ae_fast.data.opening import Data, open_data, open_tokenizer
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.data.tokenizer import CaptionTokenizer, load_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "Share",
     "Skipped",
     "eval_loader",
+    "eval_samples",
     "load_tokenizer",
     "open_corpus",
     "open_data",

@@ -91,7 +91,7 @@ def _captions(shards: list[str], store: ShardStore) -> Iterator[str]:
         reader = Reader(source, store)
         for sample in range(sum(source.sizes)):
             try:
-                yield reader.read(*reader.find(sample)).caption
+                yield reader.read(*reader.find(sample)).caption or ""
             except (BadSample, OSError):
                 continue  # counted where it matters, in training
 

@@ -50,7 +50,8 @@ class Corpus:
 
     @property
     def weights(self) -> list[float] | None:
-        return None if self.sources[0].weight is None else [source.weight for source in self.sources]
+        given = [source.weight for source in self.sources if source.weight is not None]
+        return given or None  # the config has all or none
 
     @property
     def has_captions(self) -> bool:

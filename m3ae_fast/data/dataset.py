@@ -54,13 +54,13 @@ class Preparation:
 class _Draft(NamedTuple):
     """A sample but for its image, of which it has the bytes."""
 
-    sample: Sample | Skipped
-    image: bytes | None = None
-    place: Place | None = None
-    skip: Callable[[str], Skipped] | None = None  # of a reason
+    sample: Sample
+    image: bytes | None
+    place: Place
+    skip: Callable[[str], Skipped]  # of a reason
 
 
-class Samples(Dataset):
+class Samples(Dataset[Sample | Skipped]):
     """Reads, decodes, augments, tokenises and masks the samples at given positions.
 
     Args:
@@ -100,9 +100,9 @@ class Samples(Dataset):
         Everything else comes before the images: between two of them, which fill the caches, it takes twice as long.
         """
         drafts = [self._without_image(position) for position in positions]
-        return [self._with_image(draft) for draft in drafts]
+        return [draft if isinstance(draft, Skipped) else self._with_image(draft) for draft in drafts]
 
-    def _without_image(self, position: int) -> _Draft:
+    def _without_image(self, position: int) -> _Draft | Skipped:
         place = self.order.locate(position)
         self._fetch_ahead(position)
         reader = self._readers[place.source]
@@ -112,12 +112,13 @@ class Samples(Dataset):
             key = reader.key(shard, row)
             image, caption = reader.read(shard, row)
         except (BadSample, OSError) as error:
-            return _Draft(Skipped(name, key, str(error)))
+            return Skipped(name, key, str(error))
         sample = Sample(f"{name}/{key}")
         image_mask, text_mask = self._masks(place, position // self.share_mask)
         if image is not None:
             sample.image_mask = image_mask
         if caption is not None:
+            assert self.preparation.tokenizer is not None  # the loader asks for one
             sample.tokens = torch.from_numpy(self.preparation.tokenizer.encode(caption))
             sample.text_mask = text_mask[: len(sample.tokens)].clone()
         return _Draft(sample, image, place, partial(Skipped, name, key))

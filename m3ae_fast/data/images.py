@@ -50,7 +50,7 @@ def decode_image(data: bytes, channels: int) -> Tensor:
         raise BadSample("not a picture in a known format") from None
     if header.width * header.height > MAX_PIXELS:
         raise BadSample(f"the picture has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
-    modes = _TORCHVISION_MODES.get((header.format, channels), ())
+    modes = _TORCHVISION_MODES.get((header.format or "", channels), ())
     if header.mode in modes and "transparency" not in header.info:
         try:
             return _decode_with_torchvision(data, channels)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,18 +81,16 @@ def index_shards(shards: Sequence[str], store: ShardStore, progress: bool = Fals
     Raises:
         UserError: a shard cannot be read or fetched.
     """
-    known = [_load(shard, store) for shard in shards]
-    if None in known:
-        with store.lock("index"):
-            todo = [i for i, entry in enumerate(known) if entry is None]
-            with ThreadPoolExecutor(_THREADS) as pool:
-                made = pool.map(lambda i: _load(shards[i], store) or _make(shards[i], store), todo)
-                for i, entry in zip(todo, _bar(made, len(todo), progress)):
-                    known[i] = entry
-    return known
+    found = {i: entry for i, shard in enumerate(shards) if (entry := _load(shard, store)) is not None}
+    todo = [i for i in range(len(shards)) if i not in found]
+    if todo:
+        with store.lock("index"), ThreadPoolExecutor(_THREADS) as pool:
+            made = pool.map(lambda i: _load(shards[i], store) or _make(shards[i], store), todo)
+            found |= zip(todo, _bar(made, len(todo), progress))
+    return [found[i] for i in range(len(shards))]
 
 
-def _bar(entries: Iterator[IndexedShard], total: int, progress: bool) -> Iterator[IndexedShard]:
+def _bar(entries: Iterator[IndexedShard], total: int, progress: bool) -> Iterable[IndexedShard]:
     from rich.console import Console
     from rich.progress import track
 
@@ -143,16 +141,14 @@ def _make(shard: str, store: ShardStore) -> IndexedShard:
         captions=int((table["text_offset"] != MISSING).sum()),
         damage=damage,
     )
-    reason = None
+    reason: str | None = None
     for sidecar in _sidecars(shard, store):
         try:
             _write(sidecar, summary, table)
             return IndexedShard(shard, summary, sidecar)
         except OSError as error:
-            reason = error
-    raise UserError(
-        f"index {sidecar}: cannot be written ({reason.strerror}); set data.cache_dir to a folder to write to"
-    )
+            reason = error.strerror
+    raise UserError(f"index {sidecar}: cannot be written ({reason}); set data.cache_dir to a folder to write to")
 
 
 def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
@@ -186,7 +182,8 @@ def _tabulate(members: list[Member], fd: int) -> np.ndarray:
 
 def _group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Neighbours with the same key are a sample, as in WebDataset; a repeated suffix begins another one."""
-    key, files = None, {}
+    key = ""
+    files: dict[str, Member] = {}
     for member in members:
         match = _KEY_AND_SUFFIX.match(member.name)
         if match is None or _META.match(member.name):

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples
 from m3ae_fast.data.order import FileOrder, Order
+from m3ae_fast.data.tokenizer import require_tokenizer
 from m3ae_fast.data.workers import allow_open_files, default_workers, start_worker
-from m3ae_fast.errors import UserError
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.packing import Geometry, Sample, pack
 
@@ -105,19 +106,24 @@ def eval_loader(
     return _loader(config, dataset, MicroBatches(steps, share, order.samples), pin_memory)
 
 
+def eval_samples(corpus: Corpus, preparation: Preparation, count: int) -> list[Sample]:
+    """The usable ones of `count` samples that lie evenly over `corpus`, as an evaluation sees them."""
+    order = FileOrder(corpus.sizes, count)
+    dataset = Samples(corpus, order, preparation, None, share_mask=order.samples)
+    return [sample for i in range(order.samples) if isinstance(sample := dataset[i], Sample)]
+
+
 def _loader(
     config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool
 ) -> DataLoader[PackedBatch]:
-    preparation = samples.preparation
-    if preparation.tokenizer is None and samples.has_captions:
-        raise UserError('data.tokenizer: missing, but the shards have captions; name one, or set modality "image"')
+    require_tokenizer(samples.preparation.tokenizer, samples.has_captions)
     workers = default_workers() if config.workers is None else config.workers
     allow_open_files()
     return DataLoader(
-        samples,
+        cast("Dataset[PackedBatch]", samples),  # which `collate` makes of its samples
         batch_sampler=micro_batches,
         num_workers=workers,
-        collate_fn=partial(collate, geometry=preparation.geometry),
+        collate_fn=partial(collate, geometry=samples.preparation.geometry),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         prefetch_factor=config.prefetch if workers else None,

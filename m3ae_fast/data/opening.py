@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.data.tokenizer import CaptionTokenizer, load_tokenizer
+from m3ae_fast.data.tokenizer import CaptionTokenizer, load_tokenizer, require_tokenizer
 from m3ae_fast.errors import UserError
 
 
@@ -41,7 +41,9 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
                     f"model.vocab_size is 0, but {source.shards[0].shard} has captions; "
                     'set "modality": "image" on its source'
                 )
-    return Data(train, val, open_tokenizer(config, model))
+    data = Data(train, val, open_tokenizer(config, model))
+    require_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))
+    return data
 
 
 def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer | None:

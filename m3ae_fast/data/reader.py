@@ -70,9 +70,10 @@ class Reader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        when, error = self._failed.get(shard, (-_RETRY_S, None))
-        if time.monotonic() - when < _RETRY_S:
-            raise error
+        if shard in self._failed:
+            when, error = self._failed[shard]
+            if time.monotonic() - when < _RETRY_S:
+                raise error
         try:
             indexed = self.source.shards[shard]
             table = indexed.table()

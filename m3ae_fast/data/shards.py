@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
@@ -187,7 +187,8 @@ def _copy(shard: str, out: BinaryIO) -> None:
     with _open(shard) as source:
         head = _read_up_to(source, len(_GZIP_MAGIC))
         joined = _Joined(head, source)
-        shutil.copyfileobj(gzip.GzipFile(fileobj=joined) if head == _GZIP_MAGIC else joined, out, 1 << 20)
+        plain = gzip.GzipFile(fileobj=cast(BinaryIO, joined)) if head == _GZIP_MAGIC else joined
+        shutil.copyfileobj(cast(BinaryIO, plain), out, 1 << 20)
         if joined.expected is not None and joined.total != joined.expected:
             raise OSError(f"got {joined.total} of {joined.expected} bytes")
     if not out.tell():

@@ -67,7 +67,7 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
             tokenizer = Tokenizer.from_pretrained(name)
         except Exception:
             raise UserError(
-                f"data.tokenizer {name}: neither a file nor to be had from the Hugging Face hub; "
+                f"data.tokenizer {name}: neither a file nor available from the Hugging Face hub; "
                 "download its tokenizer.json and name that file"
             ) from None
     captions = CaptionTokenizer(tokenizer, max_length)
@@ -83,6 +83,12 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
             f"set model.vocab_size to {captions.vocab_size}"
         )
     return captions
+
+
+def require_tokenizer(tokenizer: CaptionTokenizer | None, has_captions: bool) -> None:
+    """Raises UserError where there are captions and no tokenizer."""
+    if tokenizer is None and has_captions:
+        raise UserError('data.tokenizer: missing, but the shards have captions; name one, or set modality "image"')
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:

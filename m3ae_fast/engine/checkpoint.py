@@ -161,7 +161,7 @@ def check_fits(path: Path, info: Info, config: Config) -> None:
     saved, wanted = info.config, config.model_dump(mode="json")
     same = [("model", key) for key in wanted["model"]] + [("run", "seed"), ("train", "global_batch")]
     for section, key in same:
-        was, now = saved.get(section, {}).get(key), wanted[section][key]
+        was, now = (saved.get(section) or {}).get(key), wanted[section][key]
         if was != now:
             raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
 

@@ -49,7 +49,7 @@ class DeepSpeedEngine:
         self.model, self.ranks = model, ranks
         self.zero = config.zero_optimization
         # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         options = {"cpu_offload": self.zero.offloads_optimizer, "partitioned": self.zero.stage == 3}
@@ -76,7 +76,7 @@ class DeepSpeedEngine:
             # reduce, would also divide its gradient by the number of micro-batches.
             self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
             if self.zero.stage == 0 and i == len(batches) - 1:  # DeepSpeed has no norm to tell at stage 0
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             self.ds.step()
             results.append(losses)
         return results, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm)
@@ -137,11 +137,12 @@ class DeepSpeedEngine:
                 safe_set_full_optimizer_state(p, value, key)
         else:
             # the whole-tensor setters reject a size that is not divisible by the ranks: cut the part here
-            part = p.ds_tensor.numel()
+            own: Tensor = p.ds_tensor  # type: ignore[attr-defined]
+            part = own.numel()
             flat = nn.functional.pad(value.flatten(), (0, part * self.ranks.world - value.numel()))
             mine = flat[part * self.ranks.rank :][:part]
             if key is None:
-                p.ds_tensor.data.copy_(mine)
+                own.data.copy_(mine)
                 safe_set_local_fp32_param(p, mine)
             else:
                 safe_set_local_optimizer_state(p, mine, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay touches matmul weights and, as in the official code, LayerNorm scales; not biases and embeddings."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (decayed if name.endswith(".weight") else others).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -31,7 +33,7 @@ def build_adamw(
     time, which apex's, counting steps a group, cannot follow.
     """
     groups = parameter_groups(model, config.weight_decay)
-    options = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -58,9 +58,9 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's picklable `value`, on every rank."""
-        values = [None] * self.world
+        values: list[T | None] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
-        return values
+        return cast("list[T]", values)
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 and wait for it: its result there, None elsewhere. A UserError of it is raised on every
@@ -77,7 +77,7 @@ class Ranks:
 
     def told(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0 alone, on every rank; errors as in `on_main`. It must be picklable."""
-        return self.from_main(self.on_main(work))  # type: ignore[return-value]
+        return cast(T, self.from_main(self.on_main(work)))
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0, then on the others, which find there what it wrote to disk."""

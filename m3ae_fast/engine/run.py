@@ -220,7 +220,7 @@ class Run:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.model.parameters())
         dims = {model.emb_dim // model.num_heads, model.dec_emb_dim // model.dec_num_heads}
         backends = {attention_backend(device, dtype, dim, model.att_drop > 0) for dim in dims}
-        precision = config.train.precision
+        precision: str = config.train.precision
         if precision == "bf16" and fast_precision(device) == "fp32":
             precision = "bf16 (fp32 is faster here)"
         kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
@@ -242,5 +242,10 @@ def _restore(engine: Engine, path: Path, config: Config, ranks: Ranks) -> int:
     info = ranks.told(lambda: checkpoint.read_info(path))
     checkpoint.check_fits(path, info, config)
     read = ranks.on_main(lambda: checkpoint.open_state(path))
-    engine.load_state(info.step, lambda name: ranks.told(lambda: read(name)))  # type: ignore[misc]
+
+    def own(name: str) -> Tensor:
+        assert read is not None  # asked on the main rank alone
+        return read(name)
+
+    engine.load_state(info.step, lambda name: ranks.told(lambda: own(name)))
     return info.step

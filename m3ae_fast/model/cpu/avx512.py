@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def forward(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_
     q, k, v = (_rows(x) for x in (q_QHD, k_KHD, v_KHD))
     out_QHD = q.new_empty(q.shape)
     lse_QH1 = q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
-    _run(kernels(q.dtype).forward, q, k, v, cu_queries, cu_keys, out_QHD.data_ptr(), lse_QH1.data_ptr())
+    _run("forward", q, k, v, cu_queries, cu_keys, out_QHD.data_ptr(), lse_QH1.data_ptr())
     return out_QHD, lse_QH1
 
 
@@ -54,9 +55,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `segment_attention_backward`."""
     grad, q, k, v = (_rows(x) for x in (grad_QHD, q_QHD, k_KHD, v_KHD))
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rest = (grad.data_ptr(), grad.stride(0), lse_QH1.data_ptr(), *(x.data_ptr() for x in grads))
-    _run(kernels(q.dtype).backward, q, k, v, cu_queries, cu_keys, *rest)
+    _run("backward", q, k, v, cu_queries, cu_keys, *rest)
     return grads
 
 
@@ -65,13 +66,15 @@ def _rows(x_THD: Tensor) -> Tensor:
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 
-def _run(kernel, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, *rest: int) -> None:
+def _run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, *rest: int) -> None:
     """All heads of all samples, on as many threads as torch has. They are Python's: torch's own wait for each other
     after every op, these once."""
     cu_queries, cu_keys = (cu.to(torch.int32).contiguous() for cu in (cu_queries, cu_keys))
+    kernel = getattr(kernels(q.dtype), name)
     samples, heads = len(cu_queries) - 1, q.shape[1]
     pointers, strides = zip(*((x.data_ptr(), x.stride(0)) for x in (q, k, v)))
-    task, done = ctypes.c_long(0), []
+    task = ctypes.c_long(0)
+    done: list[int] = []
 
     def work() -> None:
         ends = cu_queries.data_ptr(), cu_keys.data_ptr()
@@ -92,7 +95,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels; None for other types, where the CPU lacks the instructions, or without a C compiler."""
     cpu = this_cpu()
     if dtype == torch.float32 and cpu.flags >= _NEEDS:
-        flags = []
+        flags: list[str] = []
     elif dtype == torch.bfloat16 and cpu.flags >= _NEEDS | {"avx512_bf16"}:
         flags = ["-mavx512bf16", "-DBF16", *(["-DPAIRS"] if cpu.pairs else [])]
     else:
@@ -104,7 +107,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         _log.warning("attention runs on torch, at half the speed: %s cannot be built (%s)", SOURCE.name, *reason)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    inputs = [*[pointer] * 3, *[number] * 3, *[pointer] * 2, *[number] * 3]
+    inputs: list[Any] = [*[pointer] * 3, *[number] * 3, *[pointer] * 2, *[number] * 3]
     library.forward.argtypes = [*inputs, *[pointer] * 3]
     library.backward.argtypes = [*inputs, pointer, number, *[pointer] * 5]
     return library

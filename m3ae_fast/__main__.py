@@ -1,0 +1,41 @@
+"""python -m m3ae_fast: lists the commands, and runs them: `m3ae-fast train --config FILE`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+COMMANDS = {
+    "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
+    "data": "tools for shards: index them, train a tokenizer on their captions",
+    "visualise": "draw reconstructions of a run's samples",
+    "export": "write a run's weights as safetensors + config.json",
+    "verify": "compare the model with golden files of the official implementation",
+    "config": "print every setting as a Markdown page",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast.COMMAND; --help on each)", "", *lines]
+    )
+
+
+def run() -> int:
+    """Run the command that sys.argv names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; python -m m3ae_fast lists them", file=sys.stderr)
+        return 2
+    sys.argv = [f"m3ae-fast {name}", *sys.argv[2:]]
+    runpy.run_module(f"m3ae_fast.{name}", run_name="__main__", alter_sys=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
