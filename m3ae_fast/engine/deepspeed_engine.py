@@ -52,8 +52,7 @@ class DeepSpeedEngine:
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
-        options = {"cpu_offload": self.zero.offloads_optimizer, "partitioned": self.zero.stage == 3}
-        optimizer = build_adamw(model, optim, **options)
+        optimizer = build_adamw(model, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:
@@ -160,6 +159,7 @@ def deepspeed_section(
         "gradient_clipping": optim.clip_grad or 0.0,
         "steps_per_print": config.steps_per_print or 10**9,
         "zero_allow_untested_optimizer": True,  # apex's FusedAdam
+        "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice a step
     }
     if dtype == torch.bfloat16:

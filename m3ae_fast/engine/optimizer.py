@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.interface import State
+
+_log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,31 +28,32 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_adamw(
-    model: nn.Module, config: OptimConfig, *, cpu_offload: bool = False, partitioned: bool = False
+    model: nn.Module, config: OptimConfig, *, on_cpu: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
-    """The first that is there: NVIDIA apex's FusedAdam, DeepSpeed's, torch's fused AdamW.
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam where that is installed and fits.
 
-    `cpu_offload`: DeepSpeed's CPU Adam, which ZeRO-Offload wants. `partitioned`: ZeRO-3 steps one part of a group at a
-    time, which apex's, counting steps a group, cannot follow.
+    DeepSpeed's own Adams are extensions that every new machine has to compile; the one for CPUs takes as long as
+    torch's.
+
+    Args:
+        model: its parameters, on their final device.
+        config: decay rates, epsilon and weight decay; the learning rate is set before each step.
+        on_cpu: the parameters are on a GPU, but will be updated on the CPU (ZeRO-Offload).
+        partitioned: ZeRO-3 steps one part of a group at a time, which apex's, counting steps per group, cannot follow.
     """
     groups = parameter_groups(model, config.weight_decay)
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
-    if cpu_offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     first = next(model.parameters())
-    if first.is_cuda and first.dtype != torch.float64:
-        for module in ("deepspeed.ops.adam",) if partitioned else ("apex.optimizers", "deepspeed.ops.adam"):
-            try:
-                return importlib.import_module(module).FusedAdam(groups, adam_w_mode=True, **options)
-            except Exception:  # apex without its extension, PyPI's other apex, no nvcc for DeepSpeed's
-                continue
+    if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
+        try:
+            return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
+        except Exception:  # not installed, without its extension, or PyPI's unrelated package of that name
+            _log.debug("no apex", exc_info=True)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """ "torch AdamW", "deepspeed FusedAdam", "apex FusedAdam"."""
+    """ "torch AdamW" or "apex FusedAdam"."""
     return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
 
 
@@ -82,7 +86,7 @@ def prime(optimizer: torch.optim.Optimizer, step: int) -> None:
         _set_step(optimizer.state[p], step)
     for group, lr in zip(optimizer.param_groups, lrs):
         group["lr"] = lr
-        _set_step(group, step)  # apex's and DeepSpeed's FusedAdam count here
+        _set_step(group, step)  # apex's FusedAdam counts here
 
 
 def _set_step(counter: dict, step: int) -> None:

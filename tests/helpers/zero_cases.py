@@ -31,13 +31,16 @@ TINY = {
 }  # fmt: skip
 SMALL_BUCKET = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}  # the model has about 70,000 weights
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+SPREAD = [{"reduce_scatter": False}, {"contiguous_gradients": False}, {"round_robin_gradients": True}]
+WHOLE = [{"stage3_param_persistence_threshold": 0}, {"sub_group_size": 1000}, {"stage3_max_live_parameters": 0}]
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # options of ZeRO that change how gradients travel, one at a time
 OPTIONS = [
     (stage, option)
     for stage, options in (
-        (1, [{"reduce_scatter": False}, {"contiguous_gradients": False}, {"round_robin_gradients": True}]),
-        (2, [{"reduce_scatter": False}, {"contiguous_gradients": False}, {"round_robin_gradients": True}]),
-        (3, [{"stage3_param_persistence_threshold": 0}, {"sub_group_size": 1000}, {"stage3_max_live_parameters": 0}]),
+        (1, [*SPREAD, OFFLOAD]),
+        (2, [*SPREAD, OFFLOAD]),
+        (3, [*WHOLE, OFFLOAD, OFFLOAD | {"offload_param": {"device": "cpu"}}]),
     )
     for option in options
 ]
