@@ -1,5 +1,4 @@
-"""Reconstructions as a picture: original | masked | reconstruction, beside the caption with its masked tokens as
-predicted.
+"""Reconstructions as a picture: image and caption as they are, as the encoder sees them, and as predicted.
 
 Shapes: L patches, K = P * P * C values of a patch, I masked patches, W masked text tokens.
 """
@@ -20,10 +19,12 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.model.pretrained import load_weights
 
-SIDE = 160  # pixels a picture is shown at
-TEXT_WIDTH = 420
+SIDE = 160  # pixels at which an image is shown
+TEXT_WIDTH = 440
 GAP = 8
 GREY = 127
+HIDDEN = "___"
+Colour = tuple[int, int, int]
 BLACK, GREEN, RED, FAINT = (20, 20, 20), (0, 130, 50), (190, 30, 30), (130, 130, 130)
 
 
@@ -46,7 +47,7 @@ def draw_run(
 def draw_reconstructions(
     model: M3AE, samples: Sequence[Sample], tokenizer: CaptionTokenizer | None, path: Path
 ) -> None:
-    """Write a PNG with one row a sample. Visible patches and words are shown as they are, masked ones as predicted.
+    """Write a PNG with a row for each sample.
 
     Raises:
         UserError: `path` cannot be written.
@@ -59,7 +60,7 @@ def draw_reconstructions(
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + len(rows) * (SIDE + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("original", "masked", "reconstruction", "caption: seen, predicted right, predicted wrong (true word)")
+    titles = ("original", "masked", "reconstruction", "caption; of its masked tokens green ones are predicted right")
     for i, title in enumerate(titles):
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
     for i, row in enumerate(rows):
@@ -84,8 +85,9 @@ def _row(model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device
         for i, image in enumerate(shown):
             row.paste(_show(image), (GAP + i * (SIDE + GAP), 0))
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
-        guesses_W = logits_WV.argmax(-1).cpu()
-        _write_caption(ImageDraw.Draw(row), model, sample.tokens, sample.text_mask, guesses_W, tokenizer)
+        with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
+        guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
+        _write_captions(ImageDraw.Draw(row), captions(sample.tokens, sample.text_mask, guesses, tokenizer))
     return row
 
 
@@ -131,31 +133,45 @@ def _show(image_CHW: Tensor) -> Image.Image:
     return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def _write_caption(
-    draw: ImageDraw.ImageDraw,
-    model: M3AE,
-    tokens: Tensor,
-    mask: Tensor,
-    guesses_W: Tensor,
-    tokenizer: CaptionTokenizer | None,
-) -> None:
-    with_loss = _with_loss(mask, model.loss_config.text_all_tokens)
-    guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), guesses_W.tolist()))
-    x, y, font = 0.0, 0, _font(14)
+def captions(
+    tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
+) -> dict[str, list[tuple[str, Colour]]]:
+    """A caption in three ways, as words and colours: itself, as the encoder sees it, and as predicted.
+
+    Args:
+        tokens: int [n].
+        mask: bool [n], True = masked.
+        guesses: the predicted token of each masked position.
+        tokenizer: None: tokens are shown as numbers.
+    """
+
+    def word(token: int) -> str:
+        return tokenizer.token(token) if tokenizer else str(token)
+
+    caption, visible, predicted = [], [], []
     for i, (token, masked) in enumerate(zip(tokens.tolist(), mask.tolist())):
-        word, colour = _word(tokenizer, token), BLACK
-        if masked:
-            right = guesses[i] == token
-            word, colour = (word, GREEN) if right else (f"{_word(tokenizer, guesses[i])} ({word})", RED)
-        width = draw.textlength(word + " ", font=font)
-        if x and x + width > TEXT_WIDTH - GAP:
-            x, y = 0, y + 20
-        draw.text((3 * (SIDE + GAP) + GAP + x, y), word, fill=colour, font=font)
-        x += width
+        caption.append((word(token), BLACK))
+        visible.append((HIDDEN, FAINT) if masked else (word(token), BLACK))
+        guess = guesses[i] if masked else token
+        predicted.append((word(guess), BLACK if not masked else GREEN if guess == token else RED))
+    return {"caption": caption, "masked": visible, "predicted": predicted}
 
 
-def _word(tokenizer: CaptionTokenizer | None, token: int) -> str:
-    return tokenizer.token(token) if tokenizer else str(token)
+def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> None:
+    left, y = 3 * (SIDE + GAP) + GAP, 0
+    font = _font(13)
+    for title, words in lines.items():
+        draw.text((left, y), title, fill=FAINT, font=_font(11))
+        x = indent = 64.0
+        for word, colour in words:
+            joined = word.removeprefix("##")  # WordPiece's mark of what goes on within a word
+            space = draw.textlength(" ", font=font) if joined == word and x > indent else 0
+            width = draw.textlength(joined, font=font)
+            if x + space + width > TEXT_WIDTH and x > indent:
+                x, y, space = indent, y + 16, 0
+            draw.text((left + x + space, y), joined, fill=colour, font=font)
+            x += space + width
+        y += 22
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

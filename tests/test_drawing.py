@@ -1,0 +1,40 @@
+"""Pictures show what the model sees and predicts."""
+
+import torch
+
+from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.drawing import BLACK, GREEN, GREY, HIDDEN, RED, _cut, _images, _join, captions
+from m3ae_fast.model.m3ae import M3AE
+
+SMALL = ModelConfig(
+    size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1,
+    image_size=12, patch_size=4, text_length=4, vocab_size=9, image_mean=(0.1, 0.5, 0.9), image_std=(0.2, 0.3, 0.4),
+)  # fmt: skip
+
+
+def test_joined_patches_are_the_image():
+    image = torch.arange(3 * 12 * 12).reshape(3, 12, 12)
+    assert torch.equal(_join(_cut(image, 4), 3, 4), image)
+    assert torch.equal(_cut(image, 4)[1].reshape(4, 4, 3), image[:, :4, 4:8].permute(1, 2, 0))
+
+
+def test_true_pixels_as_predictions_give_the_image_again():
+    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([True, False, True, True, False, False, True, False, True])
+    mean, std = (torch.tensor(values).repeat(16) for values in (SMALL.image_mean, SMALL.image_std))
+    normal = (_cut(image, 4) / 255 - mean) / std
+    for loss in (LossConfig(), LossConfig(norm_pix=True), LossConfig(image_all_tokens=True)):
+        pixels = normal if loss.image_all_tokens else normal[mask]
+        if loss.norm_pix:
+            pixels = (pixels - pixels.mean(1, keepdim=True)) / (pixels.var(1, keepdim=True) + 1e-6).sqrt()
+        original, masked, rebuilt = _images(M3AE(SMALL, loss), image, mask, pixels)
+        assert torch.equal(original, image) and torch.equal(rebuilt, image)
+        assert torch.equal((_cut(masked, 4) == GREY).all(1), mask)
+        assert torch.equal(_cut(masked, 4)[~mask], _cut(image, 4)[~mask])
+
+
+def test_right_words_are_green_and_wrong_ones_red():
+    shown = captions(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), {1: 5, 2: 7}, None)
+    assert shown["caption"] == [("4", BLACK), ("5", BLACK), ("6", BLACK)]
+    assert [word for word, _ in shown["masked"]] == ["4", HIDDEN, HIDDEN]
+    assert shown["predicted"] == [("4", BLACK), ("5", GREEN), ("7", RED)]
