@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
     "data": "tools for shards: index them, train a tokenizer on their captions",
     "visualise": "draw reconstructions of a run's samples",
+    "report": "write a run's curves, pictures and results as one page, report.html",
     "export": "write a run's weights as safetensors + config.json",
     "verify": "compare the model with golden files of the official implementation",
     "config": "print every setting as a Markdown page",
