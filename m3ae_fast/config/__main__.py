@@ -15,7 +15,7 @@ from m3ae_fast.config.schema import Config, Section
 HEAD = """# Settings
 
 All settings of a run, in the sections of its JSON file; `--set section.key=value` overrides any. Made from
-[m3ae_fast/config/schema.py](../m3ae_fast/config/schema.py) by `python -m m3ae_fast.config`.
+m3ae_fast/config/schema.py by `python -m m3ae_fast.config > docs/config.md`.
 """
 
 
