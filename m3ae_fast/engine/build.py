@@ -24,7 +24,8 @@ def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
         model.decoder.compile_blocks()
     dtype = dtype_of(config.train.precision)
     if config.deepspeed is None:
-        return TorchEngine(model, config.optim, dtype, ranks)
+        return TorchEngine(model, config.optim, dtype, ranks, config.train.ema)
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, config.deepspeed, config.optim, dtype, ranks, *split_batch(config.train, ranks.world))
+    share = split_batch(config.train, ranks.world)
+    return DeepSpeedEngine(model, config.deepspeed, config.optim, dtype, ranks, *share, config.train.ema)

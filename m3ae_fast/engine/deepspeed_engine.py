@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, collect, name_of, prime, set_lr
+from m3ae_fast.engine.optimizer import EMA, MOMENTS, build_adamw, collect, name_of, prime, set_lr, track_ema
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
@@ -43,8 +43,13 @@ class DeepSpeedEngine:
         ranks: Ranks,
         micro_batch: int,
         accumulation: int,
+        ema: float | None = None,
     ) -> None:
-        """`dtype`: what matmuls run in. Raises UserError where DeepSpeed refuses its section."""
+        """`dtype`: what matmuls run in; `ema`: decay of the weights' moving average.
+
+        Raises:
+            UserError: DeepSpeed refuses its section.
+        """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model, self.ranks = model, ranks
         self.zero = config.zero_optimization
@@ -54,6 +59,9 @@ class DeepSpeedEngine:
         model.to(ranks.device)
         optimizer = build_adamw(model, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
+        self.kinds = MOMENTS if ema is None else (*MOMENTS, EMA)
+        if ema is not None:
+            track_ema(optimizer, ema)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints the machine's memory
@@ -90,14 +98,16 @@ class DeepSpeedEngine:
             self._prime(0)
         self._link_moments()
         if self.zero.stage == 0:
-            return collect(self.model, lambda p: p, lambda p, key: self._inner.state[p][key], self.ranks.is_main)
-        return collect(self.model, safe_get_full_fp32_param, safe_get_full_optimizer_state, self.ranks.is_main)
+            weight, moment = (lambda p: p), (lambda p, key: self._inner.state[p][key])
+        else:
+            weight, moment = safe_get_full_fp32_param, safe_get_full_optimizer_state
+        return collect(self.model, self.kinds, weight, moment, self.ranks.is_main)
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
         self._prime(step)
         for name, p in self.model.named_parameters():
             self._set(p, get(f"model/{name}"), None)
-            for key in MOMENTS:
+            for key in self.kinds:
                 self._set(p, get(f"{key}/{name}"), key)
 
     @property

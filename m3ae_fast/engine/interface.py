@@ -14,7 +14,8 @@ from torch import Tensor
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.m3ae import M3AE, Losses
 
-State = dict[str, Tensor]  # "model/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" -> float32 on the CPU
+# "model/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and, with train.ema, "ema/NAME" -> float32 on the CPU
+State = dict[str, Tensor]
 
 
 class Engine(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from m3ae_fast.engine.interface import State
 _log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -72,6 +73,26 @@ def clip_by_global_norm(parameters: list[nn.Parameter], max_norm: float | None) 
     return norm
 
 
+def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Keep a moving average of the weights as one more tensor of the optimiser's state: whatever ZeRO stage shards that
+    state, and wherever it is saved, the average goes along. It begins as the weights after the first update."""
+
+    @torch.no_grad()
+    def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        averages, weights = [], []
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            state = optimizer.state[p]
+            if EMA in state:
+                averages.append(state[EMA])
+                weights.append(p.detach())
+            else:
+                state[EMA] = p.detach().clone()
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    optimizer.register_step_post_hook(update)
+
+
 def prime(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Make the optimiser allocate its state, as after `step` updates with all moments 0. Parameters stay."""
     lrs = [group["lr"] for group in optimizer.param_groups]
@@ -95,20 +116,28 @@ def _set_step(counter: dict, step: int) -> None:
 
 
 def collect(
-    model: nn.Module, weight: Callable[[Tensor], Tensor], moment: Callable[[Tensor, str], Tensor], keep: bool
+    model: nn.Module,
+    kinds: Sequence[str],
+    weight: Callable[[Tensor], Tensor],
+    moment: Callable[[Tensor, str], Tensor],
+    keep: bool,
 ) -> State | None:
-    """Gather whole float32 tensors one by one; `keep` says whether this rank wants them."""
+    """Gather whole float32 tensors one by one: weights, and the `kinds` of optimiser state. `keep` says whether this
+    rank wants them."""
     state: State = {}
-    for kind, name, tensor in _walk(model, weight, moment):
+    for kind, name, tensor in _walk(model, kinds, weight, moment):
         if keep:
             state[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
     return state if keep else None
 
 
 def _walk(
-    model: nn.Module, weight: Callable[[Tensor], Tensor], moment: Callable[[Tensor, str], Tensor]
+    model: nn.Module,
+    kinds: Sequence[str],
+    weight: Callable[[Tensor], Tensor],
+    moment: Callable[[Tensor, str], Tensor],
 ) -> Iterator[tuple[str, str, Tensor]]:
     for name, p in model.named_parameters():
         yield "model", name, weight(p)
-        for key in MOMENTS:
+        for key in kinds:
             yield key, name, moment(p, key)

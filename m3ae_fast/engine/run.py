@@ -21,6 +21,7 @@ from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.loss_watch import LossWatch
+from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.run_log import RunLog
@@ -243,9 +244,11 @@ def _restore(engine: Engine, path: Path, config: Config, ranks: Ranks) -> int:
     checkpoint.check_fits(path, info, config)
     read = ranks.on_main(lambda: checkpoint.open_state(path))
 
+    had_ema = (info.config.get("train") or {}).get("ema") is not None
+
     def own(name: str) -> Tensor:
         assert read is not None  # asked on the main rank alone
-        return read(name)
+        return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))  # an average may begin later
 
     engine.load_state(info.step, lambda name: ranks.told(lambda: own(name)))
     return info.step

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, clip_by_global_norm, collect, name_of, prime, set_lr
+from m3ae_fast.engine.optimizer import (
+    EMA,
+    MOMENTS,
+    build_adamw,
+    clip_by_global_norm,
+    collect,
+    name_of,
+    prime,
+    set_lr,
+    track_ema,
+)
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.m3ae import M3AE, Losses
@@ -19,12 +29,17 @@ from m3ae_fast.model.m3ae import M3AE, Losses
 class TorchEngine:
     """See `engine.interface.Engine`."""
 
-    def __init__(self, model: M3AE, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> None:
-        """`dtype`: what matmuls run in."""
+    def __init__(
+        self, model: M3AE, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks, ema: float | None = None
+    ) -> None:
+        """`dtype`: what matmuls run in; `ema`: decay of the weights' moving average."""
         self.model = model.to(ranks.device)
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
         self.optimizer = build_adamw(self.model, optim)
         self.optimizer_name = name_of(self.optimizer)
+        self.kinds = MOMENTS if ema is None else (*MOMENTS, EMA)
+        if ema is not None:
+            track_ema(self.optimizer, ema)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
             self.ddp = nn.parallel.DistributedDataParallel(
@@ -59,11 +74,12 @@ class TorchEngine:
     def state(self) -> State | None:
         if not self.optimizer.state:
             prime(self.optimizer, 0)
-        return collect(self.model, lambda p: p, lambda p, key: self.optimizer.state[p][key], self.ranks.is_main)
+        state = self.optimizer.state
+        return collect(self.model, self.kinds, lambda p: p, lambda p, key: state[p][key], self.ranks.is_main)
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
         prime(self.optimizer, step)
         for name, p in self.model.named_parameters():
             p.data.copy_(get(f"model/{name}"))
-            for key in MOMENTS:
+            for key in self.kinds:
                 self.optimizer.state[p][key].copy_(get(f"{key}/{name}"))

@@ -1,0 +1,61 @@
+"""The moving average of the weights is what its formula says, whatever shards it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine.optimizer import EMA, track_ema
+from tests.helpers.trainer import zero
+
+OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
+
+
+def test_the_average_is_the_formulas():
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
+    track_ema(optimizer, 0.9)
+    expected = None
+    for _ in range(4):
+        p.grad = torch.randn(5)
+        optimizer.step()
+        expected = p.detach().clone() if expected is None else 0.9 * expected + 0.1 * p.detach()
+    torch.testing.assert_close(optimizer.state[p][EMA], expected)
+
+
+def _average(trainer, run: str, step: int) -> dict[str, torch.Tensor]:
+    get = checkpoint.open_state(trainer.folder / run / f"checkpoints/step-{step:08d}")
+    return {name: get(name) for name in ("ema/encoder.norm.weight", "ema/text_head.weight", "model/text_head.weight")}
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (3, 2)])
+def test_zero_shards_it_and_a_checkpoint_has_it_whole(trainer, stage, ranks):
+    trainer("plain", *zero(None), *OPTIONS)
+    trainer("zero", *zero(stage), *OPTIONS, ranks=ranks)
+    for name, expected in _average(trainer, "plain", 6).items():
+        np.testing.assert_allclose(_average(trainer, "zero", 6)[name], expected, rtol=2e-3, atol=1e-4)
+    apart = _average(trainer, "zero", 6)
+    assert not torch.allclose(apart["ema/text_head.weight"], apart["model/text_head.weight"], atol=1e-4)
+
+
+def test_a_resumed_run_has_the_same_average(trainer):
+    trainer("run", *zero(1), *OPTIONS)
+    whole = _average(trainer, "run", 6)
+    shutil.rmtree(trainer.folder / "run/checkpoints/step-00000006")
+    trainer("run", *zero(1), *OPTIONS, "--resume", "auto")
+    assert all(torch.equal(whole[name], now) for name, now in _average(trainer, "run", 6).items())
+
+
+def test_it_may_begin_later_and_goes_on_after_a_resume(trainer):
+    trainer("run", *zero(2), *OPTIONS[2:], "--set", "train.steps=4")
+    config = json.loads((trainer.folder / "run/checkpoints/step-00000004/state.json").read_text())["config"]
+    assert config["train"]["ema"] is None
+    trainer("run", *zero(2), *OPTIONS, "--resume", "auto")
+    get = checkpoint.open_state(trainer.folder / "run/checkpoints/step-00000006")
+    before = checkpoint.open_state(trainer.folder / "run/checkpoints/step-00000004")
+    one, two = (get(f"{kind}/text_head.bias") for kind in ("ema", "model"))
+    assert one.abs().sum() > 0 and not torch.equal(one, two)
+    assert not torch.equal(one, before("model/text_head.bias"))
