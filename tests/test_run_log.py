@@ -1,11 +1,15 @@
 """What a run writes beside its checkpoints."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from m3ae_fast.engine.loggers import WANDB_ID_FILE
 from m3ae_fast.engine.run_folder import LOCK_FILE, RunFolder
 from m3ae_fast.engine.run_log import METRICS_FILE, RunLog
 from m3ae_fast.errors import UserError
@@ -82,3 +86,49 @@ def test_text_is_not_markup(tmp_path, capsys, name):
     with RunLog(tmp_path / name, 0, 9) as metrics:
         metrics.say(f"saved {tmp_path / name}")
     assert f"/{name}\n" in capsys.readouterr().out
+
+
+def test_tensorboard_has_scalars_and_pictures(tmp_path):
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    with RunLog(tmp_path, 0, 9) as log:
+        log.log(3, {"loss": 1.5})
+        log.picture(3, "reconstructions", tmp_path / "a.png")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (point,) = events.Scalars("loss")
+    assert (point.step, point.value) == (3, 1.5)
+    (picture,) = events.Images("reconstructions")
+    assert (picture.step, picture.width, picture.height) == (3, 8, 6)
+
+
+def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    ids = []
+    for start in (0, 3, 0):
+        with RunLog(tmp_path, start, 9, ["wandb"], {"train": {"steps": 9}}) as log:
+            log.log(start + 3, {"loss": 1.5})
+            log.picture(start + 3, "reconstructions", tmp_path / "a.png")
+        ids.append((tmp_path / WANDB_ID_FILE).read_text())
+    assert ids[0] == ids[1] != ids[2]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 3
+
+
+def test_wandb_without_an_account_is_one_line(tmp_path):
+    program = "import pathlib, sys; from m3ae_fast.engine.run_log import RunLog\n"
+    program += "from m3ae_fast.errors import exit_cleanly\n"
+    program += "log = RunLog(pathlib.Path(sys.argv[1]), 0, 1, ['wandb']); sys.exit(exit_cleanly(log.begin))"
+    account = ("WANDB_API_KEY", "WANDB_MODE", "HOME", "NETRC")
+    env = {k: v for k, v in os.environ.items() if k not in account} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "WANDB_MODE=offline" in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: run.loggers: wandb:"), done.stderr
+
+
+def test_plain_output_tells_the_time_left(tmp_path, capsys):
+    with RunLog(tmp_path, 10, 30) as log:
+        log._since -= 100
+        log.log(20, {"loss": 1.0})
+        log.log(20, {"val_loss": 1.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("eta 0:01:40") and "eta" not in second

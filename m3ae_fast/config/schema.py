@@ -40,6 +40,8 @@ class RunConfig(Section):
     """Folder for checkpoints, metrics, TensorBoard events and pictures."""
     seed: int = Field(42, ge=0, lt=1 << 63)
     """Decides initial weights, order, crops and masks."""
+    loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """Where metrics go beside metrics.jsonl. W&B heeds WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
 
 
 class ModelConfig(Section):

@@ -80,11 +80,15 @@ class Run:
         preparation = Preparation(model.geometry, config.masking, data.tokenizer, config.run.seed)
         steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
         peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
+        settings = config.model_dump(mode="json")
+        log = (
+            RunLog(config.run.dir, step, schedule.total_steps, config.run.loggers, settings) if ranks.is_main else None
+        )
         return cls(
             config,
             ranks,
             folder,
-            RunLog(config.run.dir, step, schedule.total_steps) if ranks.is_main else None,
+            log,
             data,
             share,
             schedule,
@@ -183,6 +187,7 @@ class Run:
                 out = config.run.dir / "reconstructions.png"
                 weights = checkpoint.weights(state)
                 draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
+                self.log.picture(self.step, "reconstructions", out)
 
         self.ranks.on_main(write)
 

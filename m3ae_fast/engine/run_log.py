@@ -1,17 +1,21 @@
-"""What a run tells: a progress bar, metrics.jsonl and TensorBoard events. Only the main rank has one of these."""
+"""What a run tells: a progress bar, metrics.jsonl, and loggers such as TensorBoard. Only the main rank has
+one of these."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
+from m3ae_fast.engine.loggers import LOGGERS, Logger
 from m3ae_fast.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -28,11 +32,21 @@ class _Console(Console):
 class RunLog:
     """Use as a context manager around the training loop. Nothing is written before `begin`."""
 
-    def __init__(self, folder: Path, start_step: int, total_steps: int) -> None:
-        self._folder, self._start = folder, start_step
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        total_steps: int,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        """`loggers`: names of `LOGGERS`; `config`: what they show of it."""
+        self._folder, self._start, self._total = folder, start_step, total_steps
+        self._names, self._config = loggers, config or {}
         self._file: BinaryIO | None = None
-        self._board: SummaryWriter | None = None
+        self._loggers: list[Logger] = []
         self._written = True
+        self._since = time.monotonic()
         self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -54,8 +68,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         with contextlib.suppress(OSError):  # told by `log`
-            if self._board is not None:
-                self._board.close()
+            for logger in self._loggers:
+                logger.close()
         if self._file is not None:
             self._file.close()
 
@@ -63,15 +77,16 @@ class RunLog:
         """Forget what an earlier attempt wrote beyond the step that this one starts from.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: the folder cannot be written to, or a logger cannot start.
         """
         if self._file is not None:
             return
         path = self._folder / METRICS_FILE
         try:
             _forget_after(path, self._start)
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._start + 1)
             self._file = path.open("ab", buffering=0)
+            for name in self._names:
+                self._loggers.append(LOGGERS[name](self._folder, self._start, self._config))
         except OSError as error:
             raise UserError(f"run.dir {self._folder}: cannot be written to ({error.strerror or error})") from None
 
@@ -82,17 +97,38 @@ class RunLog:
         """One JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run: its
         weights may still find room."""
         self.begin()
-        assert self._file is not None and self._board is not None
-        try:
+        assert self._file is not None
+        with self._room():
             self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            for logger in self._loggers:
+                logger.log(step, values)
+        self._progress.update(self._task, summary=_summary(values))
+        shown = [f"{name} {_short(value)}" for name, value in values.items()]
+        if "loss" in values and not self.console.is_terminal:  # on a terminal the bar shows it
+            shown.append(f"eta {self._left(step)}")
+        self.say("  ".join([f"step {step}", *shown]))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show an image file in the loggers."""
+        with self._room():
+            for logger in self._loggers:
+                logger.picture(step, name, path)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """A full disk is told once."""
+        try:
+            yield
         except OSError as error:
             if self._written:
                 self.say(f"metrics cannot be written any more ({error.strerror or error})")
             self._written = False
-        self._progress.update(self._task, summary=_summary(values))
-        self.say(f"step {step}  " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def _left(self, step: int) -> timedelta:
+        """The time that the rest of the run takes, at its pace so far."""
+        done = max(step - self._start, 1)
+        seconds = (time.monotonic() - self._since) / done * (self._total - step)
+        return timedelta(seconds=round(seconds))
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # output into a file on a full disk
