@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, PatchEmbed, scatter_tokens
+from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, PatchEmbed, head_inputs, m3ae_loss, scatter_tokens
 from torch import Tensor, nn
 
 from m3ae_fast.config import LossConfig, ModelConfig, parse
@@ -172,20 +172,29 @@ class M3AE(nn.Module):
         """Hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are finished."""
         x_UE = self.decoder_input(encoded_TD, batch)
         x_ME = self.decoder(x_UE, batch.decoder, batch.loss_rows, batch.loss)
-        hidden_IE = self.image_mlp(self.decoder.norm(x_ME, batch.image_rows))
-        hidden_WE = self.text_mlp(self.decoder.norm(x_ME, batch.text_rows)) if self.text_mlp else None
-        return hidden_IE, hidden_WE
+        return head_inputs(
+            x_ME,
+            norm=self.decoder.norm,
+            image_rows=batch.image_rows,
+            text_rows=batch.text_rows if self.text_head else None,
+            image_mlp=self.image_mlp,
+            text_mlp=self.text_mlp,
+        )
 
     def forward(self, batch: PackedBatch) -> Losses:
         """Losses of a packed batch. A modality that the batch lacks has loss 0 and zero gradients."""
-        hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
-        image_sum = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight)
-        image_loss = image_sum / (batch.image_count or 1.0)
-        text_loss = text_accuracy = torch.zeros_like(image_loss)
-        if self.text_head is not None:
-            text_sum, correct_W = self.text_head(hidden_WE, batch.text_targets, batch.text_row_weight)
-            text_loss = text_sum / (batch.text_count or 1.0)
-            text_accuracy = (correct_W * batch.text_row_weight).sum() / (batch.text_count or 1.0)
+        sums = m3ae_loss(
+            *self.decode(self.encode(batch), batch),
+            image_head=self.image_head,
+            images=batch.images,
+            patch_ids=batch.image_patch_ids,
+            image_row_weight=batch.image_row_weight,
+            text_head=self.text_head,
+            targets=batch.text_targets,
+            text_row_weight=batch.text_row_weight,
+        )
+        image_loss = sums.image / (batch.image_count or 1.0)
+        text_loss, text_accuracy = (total / (batch.text_count or 1.0) for total in (sums.text, sums.correct))
         loss = self.loss_config.image_weight * image_loss + self.loss_config.text_weight * text_loss
         return Losses(loss, image_loss.detach(), text_loss.detach(), text_accuracy)
 
