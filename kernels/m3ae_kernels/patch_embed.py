@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast, wants_grad
-from .pixels import check_pixels, from_cut, put_patches, take_patches, to_cut
+from .pixels import check_pixels, put_patches, take_patches, to_cut
 from .registry import Op
 from .segment_sum import segment_sum
 
@@ -76,11 +76,11 @@ def _forward(
         patch_embed(images, patch_ids, weight, bias_D, patch_size, scale, shift, out_ND)
         return out_ND, kept_NK
     acc = accumulator(dtype)
-    weight_KD = to_cut(weight.to(dtype), images, patch_size, 1).t()
+    weight_KD = weight.to(dtype).t()
     with no_autocast(images):
         for first in range(0, len(patch_ids), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
-            patches_NK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc)
+            patches_NK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc, channels_last=True)
             patches_NK = kept_NK[rows].copy_(patches_NK) if keep else patches_NK.to(dtype)
             torch.addmm(bias_D, patches_NK, weight_KD, out=out_ND[rows])
     return out_ND, kept_NK
@@ -97,15 +97,14 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     # The gradients of weight and bias need only the pixels.
     ctx.save_for_backward(images, patch_ids, output[1], weight if ctx.needs_input_grad[0] else None)
-    ctx.dtypes = images.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
 
 
 def _backward(ctx, grad, _):
     needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
-    grads = patch_embed_backward_op(grad, *ctx.saved_tensors, ctx.patch_size, ctx.scale, ctx.shift, needs, ctx.impl)
-    grad_images, grad_weight, grad_bias = (
-        g.to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)
-    )
+    options = ctx.patch_size, ctx.scale, ctx.shift, needs, *ctx.dtypes, ctx.impl
+    grads = patch_embed_backward_op(grad, *ctx.saved_tensors, *options)
+    grad_images, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs))
     return grad_images, None, grad_weight, grad_bias, *[None] * 6
 
 
@@ -119,26 +118,29 @@ def _gradients(
     scale: Sequence[float],
     shift: Sequence[float],
     needs: Sequence[bool],
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of images, and of weight and bias in the accumulator dtype; of those that `needs` wants,
-    the others have no elements."""
+    """Returns the gradients of images, weight and bias, of those that `needs` wants; the others have no elements."""
     impl, dtype = choose_impl(impl, images.device), grad.dtype
     grad_images, grad_weight, grad_bias = _empty_gradients(
-        grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, impl
+        grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
     )
     with no_autocast(images):
         if needs[1] and impl == "triton":
             from .triton_impl.patch_embed import patch_embed_dweight
 
             patch_embed_dweight(grad, images, patch_ids, patch_size, scale, shift, grad_weight)
+        elif needs[1] and len(grad) <= CHUNK_ROWS:
+            grad_weight = (grad.t() @ patches).to(weight_dtype)
         elif needs[1]:
-            sum_DK = torch.zeros_like(grad_weight)
+            sum_DK = torch.zeros_like(grad_weight, dtype=accumulator(dtype))
             for grad_ND, patches_NK in zip(grad.split(CHUNK_ROWS), patches.split(CHUNK_ROWS)):
                 sum_DK += grad_ND.t() @ patches_NK
-            grad_weight.copy_(from_cut(sum_DK, images, patch_size, 1))
+            grad_weight.copy_(sum_DK)
         if needs[2]:
-            torch.sum(grad, 0, dtype=grad_bias.dtype, out=grad_bias)
+            grad_bias = grad.sum(0) if bias_dtype == dtype else grad.sum(0, dtype=bias_dtype)
         if weight is not None:
             count = images[:, 0].numel() // patch_size**2
             rows = grad @ to_cut(weight.to(dtype), images, patch_size, 1)
@@ -147,12 +149,14 @@ def _gradients(
     return grad_images, grad_weight, grad_bias
 
 
-def _empty_gradients(grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, impl):
-    dim, size, acc = grad.shape[1], patch_size**2 * images.shape[1], accumulator(grad.dtype)
+def _empty_gradients(
+    grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
+):  # fmt: skip
+    dim, size = grad.shape[1], patch_size**2 * images.shape[1]
     return (
         images.new_empty(images.shape if needs[0] else 0),
-        grad.new_empty((dim, size) if needs[1] else 0, dtype=acc),
-        grad.new_empty(dim if needs[2] else 0, dtype=acc),
+        grad.new_empty((dim, size) if needs[1] else 0, dtype=weight_dtype),
+        grad.new_empty(dim if needs[2] else 0, dtype=bias_dtype),
     )
 
 

@@ -7,7 +7,6 @@ weight is permuted, a small copy, where the two differ.
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .dispatch import check_index, check_range
+from .wide import widest
 
 NORM_PIX_EPS = 1e-6
-WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
 
 
 def check_pixels(
@@ -84,8 +83,11 @@ def take_patches(
     scale: Sequence[float],
     shift: Sequence[float],
     dtype: torch.dtype,
+    *,
+    channels_last: bool = False,
 ) -> Tensor:
-    """Rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised."""
+    """Rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised; with `channels_last` in the order (row,
+    column, channel) whatever the images' memory."""
     channels = images.shape[1]
     if not len(patch_ids):
         return images.new_empty(0, channels * patch_size**2, dtype=dtype)
@@ -93,16 +95,19 @@ def take_patches(
     by_channel = planar(images)
     # With channels innermost a line of pixels is one of a single, wider channel.
     images = images.contiguous() if by_channel else images.permute(0, 2, 3, 1).flatten(2)[:, None]
-    # A patch's line of pixels is moved as a few wide elements: many times faster than byte by byte.
-    width = math.gcd(images.shape[3] // grid_w * images.element_size(), 16)
-    if images.storage_offset() * images.element_size() % width:
-        images = images.clone()
-    blocks = images.view(WIDE[width]).unflatten(3, (grid_w, -1)).unflatten(2, (grid_h, patch_size))
+    blocks = (
+        images.view(widest(images, images.shape[3] // grid_w))
+        .unflatten(3, (grid_w, -1))
+        .unflatten(2, (grid_h, patch_size))
+    )
     check_range("patch_ids", patch_ids, len(images) * grid_h * grid_w)
     ids = patch_ids.long()
     image, patch = ids // (grid_h * grid_w), ids % (grid_h * grid_w)
     lines = blocks.permute(0, 2, 4, 1, 3, 5)[image, patch // grid_w, patch % grid_w]
-    rows_NK = lines.view(images.dtype).flatten(1).to(dtype)
+    lines = lines.view(images.dtype)
+    if channels_last and by_channel:
+        lines, by_channel = torch.stack(lines.flatten(2).unbind(1), 2), False
+    rows_NK = lines.flatten(1).to(dtype)
     if not scale:
         return rows_NK
     scale_K, shift_K = (

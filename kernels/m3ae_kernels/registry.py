@@ -34,20 +34,38 @@ class Op:
         self.registered = torch.library.custom_op(f"m3ae::{name}", forward, mutates_args=())
         self.registered.register_fake(fake)
         self.eager = forward
+        refuse = _refusal(name, "second derivatives")
         if setup_context is None or backward is None:
+            self.transformed = _function(name, forward, _nothing, refuse).apply
             return
         self.registered.register_autograd(backward, setup_context=setup_context)
-        methods = {
-            "forward": forward,
-            "setup_context": setup_context,
-            "backward": once_differentiable(backward),
-            "vmap": _refusal(name, "torch.vmap; lay the samples out as rows of one call"),
-            "jvp": _refusal(name, "forward-mode differentiation"),
-        }
-        self.eager = type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()}).apply
+        once = once_differentiable(backward)
+
+        def formula(ctx, *grads):
+            # A nested transform would take the results for constants.
+            return refuse() if (torch._C._functorch.maybe_current_level() or 0) > 1 else once(ctx, *grads)
+
+        self.eager = self.transformed = _function(name, forward, setup_context, formula).apply
 
     def __call__(self, *args):
-        return (self.registered if traced(*args) else self.eager)(*args)
+        if traced(*args):
+            return self.registered(*args)
+        return (self.transformed if torch._C._are_functorch_transforms_active() else self.eager)(*args)
+
+
+def _function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type[Function]:
+    methods = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+        "vmap": _refusal(name, "torch.vmap; lay the samples out as rows of one call"),
+        "jvp": _refusal(name, "forward-mode differentiation"),
+    }
+    return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+
+def _nothing(ctx, inputs, output) -> None:
+    """`setup_context` of what is not differentiable."""
 
 
 def traced(*args) -> bool:

@@ -220,6 +220,49 @@ def test_compile_equals_eager(case, autocast):
         assert torch.equal(a, b)
 
 
+def test_inductor_equals_eager():
+    """All ops in one graph by the compiler that people use, its own kernels between them."""
+    torch.manual_seed(0)
+    pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    embed = m3ae_kernels.PatchEmbed(16, **pixels)
+    heads = m3ae_kernels.M3AEHeads(16, 31, **pixels)
+    table = torch.randn(12, 16, requires_grad=True)
+    images, ids = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8), torch.randperm(12)
+    targets = {"images": images, "patch_ids": ids[:6], "targets": torch.randint(0, 31, (6,))}
+    rows = {"image_rows": torch.arange(6), "text_rows": torch.arange(6, 12)}
+
+    def losses() -> Tensor:
+        x = m3ae_kernels.scatter_tokens(embed(images, ids), ids, table=table, table_ids=ids.flip(0))
+        x = m3ae_kernels.gather_tokens(torch.tanh(x), ids)
+        sums = heads(x, **rows, **targets)
+        return sums.image + sums.text
+
+    learned = [table, *embed.parameters(), *heads.parameters()]
+    torch._dynamo.reset()
+    eager, compiled = losses(), torch.compile(losses, fullgraph=True)()
+    assert torch.allclose(eager, compiled, rtol=1e-6)
+    for a, b in zip(torch.autograd.grad(eager, learned), torch.autograd.grad(compiled, learned)):
+        assert error(b, a.double()) < 2e-6
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unwritten_memory_is_never_read(case, poisoned):
+    inputs = make(case, torch.float32)
+    true = run(reference, case, double(inputs))
+    for name, got in run(m3ae_kernels, case, inputs).items():
+        assert error(got, true[name]) < 3e-6, name
+
+
 def test_changing_row_counts_compile_once():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

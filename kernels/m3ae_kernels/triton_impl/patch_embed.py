@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import accumulator
 from ..pixels import from_cut, to_cut
 from ..tuning import config
 from .common import (
@@ -120,7 +121,7 @@ def patch_embed_dweight(grad: Tensor, images: Tensor, ids: Tensor, patch_size: i
     blocks = cdiv(rows, tile["BLOCK_K"])
     split_blocks = cdiv(blocks, min(blocks, cdiv(TARGET_PROGRAMS, tiles)))
     splits = cdiv(blocks, split_blocks)
-    partial = out.new_empty(splits, *out.shape)
+    partial = out.new_empty(splits, *out.shape, dtype=accumulator(grad.dtype))
     patch_embed_dweight_kernel[(tiles, splits)](
         images, ids.contiguous(), grad.contiguous(), partial, rows, dim, split_blocks * tile["BLOCK_K"],
         **pixel_arguments(images, patch_size, scale, shift),

@@ -120,8 +120,9 @@ def token_loss(
         # The bias's gradient is that of one more column of the weight, whose inputs are ones: no further pass.
         columns = torch.cat((hidden[:, :last], hidden.new_ones(count, 1)), 1)
         columns = padded(columns, count, up(last + 1), dtype)
-    direct = grad_weight.dtype == acc and grad_weight.shape == (stride, columns.shape[1])
-    total = grad_weight if direct else hidden.new_empty(stride, columns.shape[1], dtype=acc)
+    shape = (stride if needs[1] or needs[2] else 0, columns.shape[1])
+    direct = grad_weight.dtype == acc and grad_weight.shape == shape
+    total = grad_weight if direct else hidden.new_empty(shape, dtype=acc)
     tile = config("token_rows", hidden.device, dtype)
     for start in range(0, count, chunk):
         rows = slice(start, min(start + chunk, count))
