@@ -10,7 +10,9 @@ ENV = "M3AE_KERNELS_IMPL"
 
 
 def choose_impl(impl: str, device: torch.device) -> str:
-    """`"triton"` or `"torch"`: the argument wins, then the environment variable M3AE_KERNELS_IMPL, then the device."""
+    """`"triton"` or `"torch"`: the argument wins, then the environment variable M3AE_KERNELS_IMPL, then the device.
+
+    Asked before an op, never in it: compiled graphs are cached by the op's arguments."""
     if impl == "auto":
         impl = os.environ.get(ENV, "auto")
     if impl == "auto":

@@ -43,10 +43,11 @@ def gather_tokens(
     """
     check_float("x", x, (None, None), x)
     check_index("rows", rows, (None,), x)
+    impl = choose_impl(impl, x.device)
     if norm_weight is None:
         if norm_bias is not None:
             raise ValueError("norm_bias needs a norm_weight")
-        if choose_impl(impl, x.device) == "torch" and not traced(x, rows):
+        if impl == "torch" and not traced(x, rows):
             return torch.embedding(x, rows)  # as fast as the op at any size, and half its cost a call
         return gather_rows(x, rows, impl)
     check_float("norm_weight", norm_weight, (x.shape[1],), x)
@@ -56,7 +57,7 @@ def gather_tokens(
 
 
 def _rows_forward(x: Tensor, rows: Tensor, impl: str) -> Tensor:
-    if choose_impl(impl, x.device) == "triton":
+    if impl == "triton":
         from .triton_impl.rows import take_rows
 
         return take_rows(x, rows)
@@ -79,7 +80,7 @@ def _rows_backward(ctx, grad):
 
 
 def _place_rows(grad: Tensor, rows: Tensor, count: int, impl: str) -> Tensor:
-    if choose_impl(impl, grad.device) == "triton":
+    if impl == "triton":
         from .triton_impl.rows import place_rows
 
         return place_rows(grad, rows, count)
@@ -100,7 +101,7 @@ def _norm_forward(
     x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y [M, D], mean [M], reciprocal standard deviation [M])."""
-    if choose_impl(impl, x.device) == "triton":
+    if impl == "triton":
         from .triton_impl.norm import gather_norm
 
         return gather_norm(x, rows, weight, bias, eps)
@@ -144,7 +145,7 @@ def _norm_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, and of the norm's weight and bias in the accumulator dtype; of those that `needs`
     wants, the others have no elements."""
-    if choose_impl(impl, x.device) == "triton":
+    if impl == "triton":
         from .triton_impl.norm import gather_norm_backward
 
         return gather_norm_backward(grad, x, rows, weight, mean, rstd, needs)

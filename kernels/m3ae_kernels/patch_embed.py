@@ -51,7 +51,8 @@ def patch_embed(
     check_float("weight", weight, (None, patch_size**2 * images.shape[1]), images)
     if bias is not None:
         check_float("bias", bias, (weight.shape[0],), images)
-    dtype, keep = compute_dtype(images, weight), wants_grad(weight)
+    dtype, impl = compute_dtype(images, weight), choose_impl(impl, images.device)
+    keep = impl == "torch" and wants_grad(weight)
     return patch_embed_op(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)[0]
 
 
@@ -67,10 +68,10 @@ def _forward(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (the embeddings, the patches [N, K] where they are to be kept and exist)."""
+    """Returns (the embeddings, the patches [N, K] where they are to be kept, which torch alone can)."""
     out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
     bias_D = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
-    if choose_impl(impl, images.device) == "triton":
+    if impl == "triton":
         from .triton_impl.patch_embed import patch_embed
 
         patch_embed(images, patch_ids, weight, bias_D, patch_size, scale, shift, out_ND)
@@ -87,7 +88,7 @@ def _forward(
 
 
 def _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl):
-    rows, keep = patch_ids.shape[0], keep and choose_impl(impl, images.device) == "torch"
+    rows = patch_ids.shape[0]
     out = images.new_empty(rows, weight.shape[0], dtype=dtype)
     return out, images.new_empty((rows, weight.shape[1]) if keep else 0, dtype=dtype)
 
@@ -123,7 +124,7 @@ def _gradients(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of images, weight and bias, of those that `needs` wants; the others have no elements."""
-    impl, dtype = choose_impl(impl, images.device), grad.dtype
+    dtype = grad.dtype
     grad_images, grad_weight, grad_bias = _empty_gradients(
         grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
     )

@@ -75,7 +75,7 @@ def masked_pixel_loss(
     if row_weight is not None:
         check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
     check_reduction(reduction)
-    dtype = compute_dtype(hidden, weight)
+    dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
     target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
     if reduction == "none":
         row_loss = pixel_rows_op(hidden, weight, bias, *target, impl)
@@ -104,7 +104,7 @@ def _forward(
     share_M, unit = unit_weights(row_weight)
     row_loss_M = torch.empty_like(share_M)
     grads = empty_gradients(hidden, weight, dtype, needs)
-    if choose_impl(impl, hidden.device) == "triton":
+    if impl == "triton":
         from .triton_impl.pixel_loss import pixel_loss
     else:
         pixel_loss = _pixel_loss

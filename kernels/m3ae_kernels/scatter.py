@@ -59,6 +59,7 @@ def scatter_tokens(
             check_index(f"{name}_ids", ids, (src.shape[0],), x)
         if order is not None:
             check_index(f"{name}_order", order, (src.shape[0],), x)
+    impl = choose_impl(impl, x.device)
     return scatter_tokens_op(x, src, fill, fill_ids, table, table_ids, fill_order, table_order, impl)
 
 
@@ -95,7 +96,7 @@ def _forward(
     table_order: Tensor | None,
     impl: str,
 ) -> Tensor:
-    if choose_impl(impl, x.device) == "triton":
+    if impl == "triton":
         from .triton_impl.rows import scatter_tokens
 
         return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
@@ -148,7 +149,6 @@ def _gradients(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, fill and table, whose rows `counts` holds; -1 there: not wanted, no rows."""
-    impl = choose_impl(impl, grad.device)
     x_rows, fill_rows, table_rows = counts
     orders = fill_order, table_order
     grad_x, grad_fill, grad_table = _empty_gradients(

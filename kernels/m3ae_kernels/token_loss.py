@@ -94,7 +94,7 @@ def masked_token_loss(
     check_reduction(reduction)
     if workspace is not None and workspace < 1:
         raise ValueError(f"workspace is {workspace} bytes, it must be positive")
-    dtype = compute_dtype(hidden, weight)
+    dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
     options = (ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace)
     if reduction == "none":
         loss, correct = token_rows_op(hidden, weight, bias, targets, *options, impl)
@@ -128,7 +128,6 @@ def _forward(
     row_loss_M = torch.empty_like(share_M)
     correct_M = targets.new_empty(len(targets) if return_correct else 0, dtype=torch.bool)
     grads = empty_gradients(hidden, weight, dtype, needs)
-    impl = choose_impl(impl, hidden.device)
     if impl == "triton":
         from .triton_impl.token_loss import token_loss
     else:
