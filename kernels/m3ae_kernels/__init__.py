@@ -6,6 +6,7 @@ from .patch_embed import PatchEmbed, patch_embed
 from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
 from .scatter import scatter_orders, scatter_tokens
 from .token_loss import MaskedTokenLoss, masked_token_loss
+from .version import __version__
 
 __all__ = [
     "GatherNorm",
@@ -14,6 +15,7 @@ __all__ = [
     "MaskedPixelLoss",
     "MaskedTokenLoss",
     "PatchEmbed",
+    "__version__",
     "gather_tokens",
     "head_inputs",
     "m3ae_loss",

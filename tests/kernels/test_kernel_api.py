@@ -7,11 +7,12 @@ import m3ae_kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import SMALL, Inputs, call, make, run
 from m3ae_kernels import reference
-from test_kernel_ops import double, error
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from tests.kernels.kernel_cases import SMALL, Inputs, call, make, run
+from tests.kernels.test_kernel_ops import double, error
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
 PIXELS = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -9,11 +9,12 @@ import os
 import m3ae_kernels
 import pytest
 import torch
-from kernel_cases import CASES, SMALL, Inputs, call, make, run
 from m3ae_kernels import reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels.kernel_cases import CASES, SMALL, Inputs, call, make, run
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
 # The interpreter's products are wrong in bfloat16: it multiplies the bits.

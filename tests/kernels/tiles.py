@@ -4,9 +4,10 @@ test_kernel_interpreter.py: only Triton's interpreter can."""
 import m3ae_kernels
 import pytest
 import torch
-from kernel_cases import make, run
 from m3ae_kernels import reference, tuning
-from test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401
+
+from tests.kernels.kernel_cases import make, run
+from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401
 
 ARCH = "sm_90"
 RAGGED = (
