@@ -126,7 +126,8 @@ class M3AEHeads(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Normalised pixels [I, K], and logits [W, V] where there is a text head."""
         image, text = self._inputs(x, image_rows, text_rows)
-        return self.image_head.predict(image), None if self.text_head is None else self.text_head.predict(text)
+        logits = None if self.text_head is None or text is None else self.text_head.predict(text)
+        return self.image_head.predict(image), logits
 
     def _inputs(self, x: Tensor, image_rows: Tensor, text_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return head_inputs(

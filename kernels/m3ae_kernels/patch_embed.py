@@ -211,7 +211,7 @@ class PatchEmbed(nn.Module):
         ).to(conv.weight)  # fmt: skip
         with torch.no_grad():
             embed.weight.copy_(conv.weight.permute(0, 2, 3, 1).flatten(1))
-            if embed.bias is not None:
+            if embed.bias is not None and conv.bias is not None:
                 embed.bias.copy_(conv.bias)
         for own, other in zip(embed.parameters(), conv.parameters()):
             own.requires_grad_(other.requires_grad)
@@ -226,7 +226,7 @@ class PatchEmbed(nn.Module):
         )  # fmt: skip
         with torch.no_grad():
             conv.weight.copy_(self.weight.view(-1, self.patch_size, self.patch_size, channels).permute(0, 3, 1, 2))
-            if conv.bias is not None:
+            if conv.bias is not None and self.bias is not None:
                 conv.bias.copy_(self.bias)
         for own, other in zip(conv.parameters(), self.parameters()):
             own.requires_grad_(other.requires_grad)

@@ -246,7 +246,8 @@ class MaskedPixelLoss(nn.Module):
         channels = linear.out_features // patch_size**2
         with torch.device("meta"):
             head = cls(linear.in_features, patch_size=patch_size, channels=channels, **options)
-        head.weight, head.bias = linear.weight, linear.bias
+        for name in ("weight", "bias"):
+            setattr(head, name, getattr(linear, name))
         return head
 
     def reset_parameters(self) -> None:

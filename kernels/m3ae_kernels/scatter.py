@@ -54,7 +54,7 @@ def scatter_tokens(
             raise ValueError(f"{name} and {name}_ids must be given together")
         if rows is None and order is not None:
             raise ValueError(f"{name}_order needs {name} and {name}_ids")
-        if rows is not None:
+        if rows is not None and ids is not None:
             check_float(name, rows, (None, x.shape[1]), x)
             check_index(f"{name}_ids", ids, (src.shape[0],), x)
         if order is not None:
@@ -156,9 +156,9 @@ def _gradients(
     )
     if x_rows > 0:
         grad_x = _place_rows(grad, src, x_rows, impl)
-    if fill_rows >= 0:
+    if fill_rows >= 0 and fill_ids is not None:
         grad_fill = segment_sum(grad, _filled(src, fill_ids), fill_rows, fill_dtype, impl, fill_order)
-    if table_rows >= 0:
+    if table_rows >= 0 and table_ids is not None:
         grad_table = segment_sum(grad, table_ids, table_rows, table_dtype, impl, table_order)
     return grad_x, grad_fill, grad_table
 

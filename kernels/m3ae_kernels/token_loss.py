@@ -4,6 +4,7 @@ Shapes: M rows, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -291,7 +292,7 @@ class MaskedTokenLoss(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
@@ -308,7 +309,8 @@ class MaskedTokenLoss(nn.Module):
         """The loss of a language model's head, whose parameters it shares; options as the constructor's."""
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, **options)
-        head.weight, head.bias = linear.weight, linear.bias
+        for name in ("weight", "bias"):
+            setattr(head, name, getattr(linear, name))
         return head
 
     def reset_parameters(self) -> None:

@@ -90,8 +90,9 @@ def scatter_tokens(
         tile = config("rows", x.device, x.dtype)
         grid = (cdiv(out.shape[0], tile["BLOCK_M"]), cdiv(out.shape[1], tile["BLOCK_D"]))
         given = {"FILL": fill is not None, "TABLE": table is not None}
-        tensors = (x, src, x if fill is None else fill, src if fill_ids is None else fill_ids)
-        tensors += (x if table is None else table, src if table_ids is None else table_ids)
+        tensors = [x, src]
+        for rows, ids in ((fill, fill_ids), (table, table_ids)):  # what is absent is not read
+            tensors += [x if rows is None else rows, src if ids is None else ids]
         scatter_tokens_kernel[grid](
             *(t.contiguous() for t in tensors), out, *out.shape, **given, ACC=acc_type(x.dtype), **tile
         )
