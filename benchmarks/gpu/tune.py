@@ -18,14 +18,13 @@ RUNS = {
     "patch_embed": "patch_embed",
     "patch_embed_dweight": "patch_embed",
     "rows": "scatter_tokens, decoder",
+    "invert": "gather_tokens",
     "segment_sum": "scatter_tokens, decoder",
     "gather_norm": "gather_tokens + LayerNorm",
     "gather_norm_backward": "gather_tokens + LayerNorm",
     "patch_stats": "masked_pixel_loss, norm_pix",
     "pixel_error": "masked_pixel_loss",
-    "token_logits": "masked_token_loss",
     "token_rows": "masked_token_loss",
-    "token_slope": "masked_token_loss",
 }
 
 
@@ -41,8 +40,8 @@ def candidates(settings: dict[str, int]) -> Iterator[dict[str, int]]:
         "TILE": (1024, 2048, 4096, 8192),
         "BLOCK_M": (4, 8, 16, 32),
         "BLOCK_D": (128, 256, 512),
-        "BLOCK_N": (64, 128, 256),
-        "BLOCK_T": (16, 32, 64),
+        "BLOCK_V": (1024, 2048, 4096, 8192),
+        "BLOCK": (512, 1024, 2048),
         "num_warps": (2, 4, 8),
     }
     names = [name for name in choices if name in settings]
@@ -65,7 +64,7 @@ def tune(device: CudaDevice | CpuDevice, sizes: Sizes, dtype: torch.dtype, log=p
             before = table[kernel][width]
             best, best_time = before, _time(device, work)
             for settings in candidates(before):
-                if not _fits(kernel, settings, table, width) or not _sound(cases[kernel], arch, dtype, settings):
+                if not _sound(cases[kernel], arch, dtype, settings):
                     continue
                 table[kernel][width] = settings
                 time = _time(device, work)
@@ -74,13 +73,6 @@ def tune(device: CudaDevice | CpuDevice, sizes: Sizes, dtype: torch.dtype, log=p
             table[kernel][width] = best
             log(f"{kernel}: {before} -> {best}, {work.name} {best_time:.3f} ms")
     write(arch, table)
-
-
-def _fits(kernel: str, settings: dict[str, int], table: dict, width: str) -> bool:
-    """Whether token_slope's programs stay within the tiles of token_logits."""
-    logits = settings if kernel == "token_logits" else table["token_logits"][width]
-    slope = settings if kernel == "token_slope" else table["token_slope"][width]
-    return logits["BLOCK_N"] % slope["BLOCK_N"] == 0
 
 
 def _sound(cases: list, arch: str, dtype: torch.dtype, settings: dict[str, int]) -> bool:

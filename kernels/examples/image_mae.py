@@ -28,21 +28,19 @@ class ImageMAE(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
         self.decoder_positions = nn.Parameter(0.5 * torch.randn(GRID**2, dim))
         self.encoder, self.decoder = _transformer(dim, depth, heads), _transformer(dim, 1, heads)
-        self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD)
+        self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD, reduction="mean")
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, 64, 64] uint8 -> scalar loss."""
         batch, count = len(images), GRID**2
         visible = round(count * (1 - MASK_RATIO))
         order_BL = torch.rand(batch, count, device=images.device).argsort(1)
-        ids_BL = (order_BL + torch.arange(batch, device=images.device)[:, None] * count).to(torch.int32)
+        ids_BL = order_BL + torch.arange(batch, device=images.device)[:, None] * count
         patches = self.embed(images, ids_BL[:, :visible].flatten())
         x_BVD = self.encoder(patches.view(batch, visible, -1) + self.positions[order_BL[:, :visible]])
         masked_BMD = self.mask_token.expand(batch, count - visible, -1)
         y_BLD = self.decoder(torch.cat((x_BVD, masked_BMD), 1) + self.decoder_positions[order_BL])
-        rows = y_BLD[:, visible:].flatten(0, 1)
-        weight = torch.full((len(rows),), 1 / len(rows), device=images.device)  # the mean over masked patches
-        return self.loss(rows, images, ids_BL[:, visible:].flatten(), weight)
+        return self.loss(y_BLD[:, visible:].flatten(0, 1), images, ids_BL[:, visible:].flatten())
 
 
 def _transformer(dim: int, depth: int, heads: int) -> nn.Module:

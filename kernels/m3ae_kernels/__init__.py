@@ -1,11 +1,12 @@
 """Fused ops for masked autoencoders over images and text. Needs torch, and Triton where it runs on a GPU."""
 
 from .gather import GatherNorm, gather_tokens
-from .m3ae_loss import M3AEHeads, M3AELoss, m3ae_loss
+from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
 from .patch_embed import PatchEmbed, patch_embed
 from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
-from .scatter import scatter_tokens
+from .scatter import scatter_orders, scatter_tokens
 from .token_loss import MaskedTokenLoss, masked_token_loss
+from .version import __version__
 
 __all__ = [
     "GatherNorm",
@@ -14,10 +15,13 @@ __all__ = [
     "MaskedPixelLoss",
     "MaskedTokenLoss",
     "PatchEmbed",
+    "__version__",
     "gather_tokens",
+    "head_inputs",
     "m3ae_loss",
     "masked_pixel_loss",
     "masked_token_loss",
     "patch_embed",
+    "scatter_orders",
     "scatter_tokens",
 ]

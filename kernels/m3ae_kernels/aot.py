@@ -1,6 +1,6 @@
 """Compiles every kernel at every setting of the tuning tables, without a GPU, and reads what the compiler made of it.
 
-    python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_logits ...] [--jobs N]
+    python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
 One line a kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
 instruction. Exit code 1 where one does not compile, spills, keeps arrays in local memory, asks for more shared memory
@@ -25,14 +25,15 @@ DTYPES = {"bf16": "16", "fp32": "32"}
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
 
 # Sizes of M3AE-Large: what is constant in the kernels there.
-DIM, VOCAB, PATCHES = 512, 30522, {"P": 16, "C": 3, "H": 256, "W": 256, "NORMALISE": True}
+DIM, PATCHES = 512, {"P": 16, "C": 3, "H": 256, "W": 256, "PLANAR": True, "NORMALISE": True}
 PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 
 
 @dataclass(frozen=True)
 class Case:
-    """How a kernel is called: pointer arguments by element type ("x": the dtype of the inputs), sizes that divide by
-    16, other sizes, floats, and constants; `whole_rows` is the power of two that a TILE of elements is cut to."""
+    """How a kernel is called: pointer arguments by element type ("x": the dtype of the inputs), sizes that are
+    multiples of 16, other sizes, floats, and constants; `whole_rows` is the power of two that a TILE of elements is cut
+    to."""
 
     module: str
     kernel: str
@@ -53,17 +54,17 @@ def _pointers(**by_type: str) -> dict[str, str]:
 CASES = [
     Case(
         "patch_embed", "patch_embed", _pointers(u8="images", i32="ids", x="weight bias out"),
-        ("D",), ("N",), PIXEL_FLOATS, PATCHES, matmul=True,
+        ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES, matmul=True,
     ),
     Case(
         "patch_embed", "patch_embed_dweight", _pointers(u8="images", i32="ids", x="grad", fp32="partial"),
         ("D",), ("N", "split_rows"), PIXEL_FLOATS, PATCHES, matmul=True,
     ),
     Case("rows", "take_rows", _pointers(x="x out", i32="rows"), ("D", "stride"), ("M",), table="rows"),
-    Case("rows", "place_rows", _pointers(x="x out", i32="places"), ("D", "stride"), ("M",), table="rows"),
+    Case("rows", "invert", _pointers(i32="places out"), (), ("M",)),
     Case(
         "rows", "scatter_tokens", _pointers(x="x fill table out", i32="src fill_ids table_ids"),
-        ("D",), ("T",), table="rows",
+        ("D",), ("T",), (), {"FILL": True, "TABLE": True}, table="rows",
     ),
     Case(
         "segment_sum", "segment_sum", _pointers(x="rows", i64="order", i32="starts", fp32="out"),
@@ -71,12 +72,12 @@ CASES = [
     ),
     Case(
         "norm", "gather_norm", _pointers(x="x weight bias y", i32="rows", fp32="mean rstd"),
-        ("D", "stride"), ("M",), ("eps",), whole_rows=DIM,
+        ("D", "stride"), ("M",), ("eps",), {"BIAS": True}, whole_rows=DIM,
     ),
     Case(
         "norm", "gather_norm_backward",
-        _pointers(x="grad x weight grad_x", i32="rows", fp32="mean rstd partial_weight partial_bias"),
-        ("D", "stride"), ("M", "share"), whole_rows=DIM,
+        _pointers(x="grad x weight grad_x", i32="source", fp32="mean rstd partial_weight partial_bias"),
+        ("D", "stride"), ("T", "share"), (), {"GRAD_X": True, "PARAMETERS": True}, whole_rows=DIM,
     ),
     Case(
         "pixel_loss", "patch_stats", _pointers(u8="images", i32="ids", fp32="mean rstd"),
@@ -85,27 +86,11 @@ CASES = [
     Case(
         "pixel_loss", "pixel_error",
         _pointers(x="hidden weight bias slope", u8="images", i32="ids", fp32="share mean rstd tile_loss tile_bias"),
-        ("D",), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
+        ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
     ),
     Case(
-        "token_loss", "token_logits",
-        _pointers(
-            x="hidden weight bias space", i32="targets", fp32="tile_max tile_sum tile_total target_logit", i8="hit"
-        ),
-        ("D", "stride"), ("M", "V"), (), {"STORE": True, "SMOOTH": False}, matmul=True,
-    ),
-    Case(
-        "token_loss", "token_rows",
-        _pointers(
-            fp32="tile_max tile_sum tile_total target_logit share row_loss target_slope", i8="hit correct",
-            i32="targets"
-        ),
-        (), ("M", "V", "tiles"), ("smoothing", "z_loss"), {"STORE": True, "SMOOTH": True},
-    ),
-    Case(
-        "token_loss", "token_slope",
-        _pointers(x="space", fp32="factor target_slope share tile_bias", i32="targets"),
-        ("stride",), ("M", "V"), ("smoothing",), {"SMOOTH": True},
+        "token_loss", "token_rows", _pointers(x="logits", i32="targets", fp32="share row_loss", i8="correct"),
+        ("stride",), ("V", "ignore_index"), ("smoothing", "z_loss"), {"GRAD": True, "CORRECT": True, "SMOOTH": True},
     ),
 ]  # fmt: skip
 
@@ -149,12 +134,10 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     known = {
         "ACC": tl.float32,
         "PRECISION": "tf32x3" if dtype == "fp32" and not amd else "ieee",
-        "TILE_WIDTH": table["token_logits"][width]["BLOCK_N"],
-        "ROWS": getattr(module, "SLOPE_ROWS", None),
     }
     constants = {k: v for k, v in (known | tile | (case.constants or {})).items() if k in kernel.arg_names}
     signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
+    for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
         if name in constants:
             signature[name] = "constexpr"
             continue
@@ -163,7 +146,7 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
             signature[name] = "*" + (dtype if kind == "x" else kind)
         else:
             signature[name] = "fp32" if name in case.floats else "i32"
-        if name in case.pointers or name in case.aligned:
+        if name in case.aligned or (name in case.pointers and not parameter.do_not_specialize_on_alignment):
             attributes[(index,)] = [["tt.divisibility", 16]]
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     try:

@@ -10,7 +10,9 @@ ENV = "M3AE_KERNELS_IMPL"
 
 
 def choose_impl(impl: str, device: torch.device) -> str:
-    """`"triton"` or `"torch"`: the argument wins, then the environment variable M3AE_KERNELS_IMPL, then the device."""
+    """`"triton"` or `"torch"`: the argument wins, then the environment variable M3AE_KERNELS_IMPL, then the device.
+
+    Asked before an op, never in it: compiled graphs are cached by the op's arguments."""
     if impl == "auto":
         impl = os.environ.get(ENV, "auto")
     if impl == "auto":
@@ -55,9 +57,10 @@ def check_float(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: 
 
 
 def check_index(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Raises TypeError or ValueError unless `tensor` holds int32 indices of this shape on the device of `like`."""
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, not {tensor.dtype}")
+    """Raises TypeError or ValueError unless `tensor` holds int32 or int64 indices of this shape on the device of
+    `like`."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
     _check_shape(name, tensor, shape)
     _check_device(name, tensor, like)
 

@@ -3,12 +3,16 @@
 Shapes: T packed rows, M chosen rows, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, check_index, choose_impl
+from .registry import Op, traced
+from .wide import put_rows
 
-CHUNK_ROWS = 2048  # that torch normalises at a time
+CHUNK_ROWS = 256  # that torch's backward normalises at a time: their copies stay in the cache
 
 
 def gather_tokens(
@@ -20,12 +24,13 @@ def gather_tokens(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """y = x[rows], LayerNorm'ed where the norm's parameters are given.
+    """y = x[rows], LayerNorm'ed where the norm's weight is given.
 
     Args:
         x: [T, D] floating.
-        rows: [M] int32, each at most once: the backward is then a scatter without atomics.
-        norm_weight, norm_bias: [D] floating, both or none.
+        rows: [M] int32 or int64, each at most once: the backward is then a scatter without atomics.
+        norm_weight: [D] floating, or None for no LayerNorm.
+        norm_bias: [D] floating, or None for none.
         eps: added to the (biased) variance.
         impl: "auto", "triton" or "torch".
 
@@ -38,41 +43,29 @@ def gather_tokens(
     """
     check_float("x", x, (None, None), x)
     check_index("rows", rows, (None,), x)
-    if norm_weight is None and norm_bias is None:
-        return gather_rows_op(x, rows, impl)
-    if norm_weight is None or norm_bias is None:
-        raise ValueError("norm_weight and norm_bias must be given together")
+    impl = choose_impl(impl, x.device)
+    if norm_weight is None:
+        if norm_bias is not None:
+            raise ValueError("norm_bias needs a norm_weight")
+        if impl == "torch" and not traced(x, rows):
+            return torch.embedding(x, rows)  # as fast as the op at any size, and half its cost a call
+        return gather_rows(x, rows, impl)
     check_float("norm_weight", norm_weight, (x.shape[1],), x)
-    check_float("norm_bias", norm_bias, (x.shape[1],), x)
-    return gather_norm_op(x, rows, norm_weight, norm_bias, eps, impl)[0]
+    if norm_bias is not None:
+        check_float("norm_bias", norm_bias, (x.shape[1],), x)
+    return gather_norm(x, rows, norm_weight, norm_bias, eps, impl)[0]
 
 
-@torch.library.custom_op("m3ae::gather_rows", mutates_args=())
-def gather_rows_op(x: Tensor, rows: Tensor, impl: str) -> Tensor:
-    if choose_impl(impl, x.device) == "triton":
+def _rows_forward(x: Tensor, rows: Tensor, impl: str) -> Tensor:
+    if impl == "triton":
         from .triton_impl.rows import take_rows
 
         return take_rows(x, rows)
     return x.index_select(0, rows)
 
 
-@gather_rows_op.register_fake
-def _(x, rows, impl):
+def _rows_fake(x, rows, impl):
     return x.new_empty(rows.shape[0], x.shape[1])
-
-
-@torch.library.custom_op("m3ae::gather_rows_backward", mutates_args=())
-def gather_rows_backward_op(grad: Tensor, rows: Tensor, count: int, impl: str) -> Tensor:
-    if choose_impl(impl, grad.device) == "triton":
-        from .triton_impl.rows import place_rows
-
-        return place_rows(grad, rows, count)
-    return grad.new_zeros(count, grad.shape[1]).index_copy_(0, rows.long(), grad)
-
-
-@gather_rows_backward_op.register_fake
-def _(grad, rows, count, impl):
-    return grad.new_empty(count, grad.shape[1])
 
 
 def _rows_setup_context(ctx, inputs, output):
@@ -83,77 +76,44 @@ def _rows_setup_context(ctx, inputs, output):
 
 def _rows_backward(ctx, grad):
     (rows,) = ctx.saved_tensors
-    return gather_rows_backward_op(grad, rows, ctx.count, ctx.impl), None, None
+    return gather_rows_backward(grad, rows, ctx.count, ctx.impl), None, None
 
 
-gather_rows_op.register_autograd(_rows_backward, setup_context=_rows_setup_context)
+def _place_rows(grad: Tensor, rows: Tensor, count: int, impl: str) -> Tensor:
+    if impl == "triton":
+        from .triton_impl.rows import place_rows
+
+        return place_rows(grad, rows, count)
+    out_TD = grad.new_zeros(count, grad.shape[1])
+    put_rows(out_TD, rows.long(), grad.contiguous())
+    return out_TD
 
 
-def _chunks(rows: int) -> list[slice]:
-    """The float32 copies of a chunk stay in the cache. They are needed: torch's bf16 LayerNorm sums the gradient of its
-    weight in bf16, which is 6 % off."""
-    return [slice(first, first + CHUNK_ROWS) for first in range(0, rows, CHUNK_ROWS)]
+gather_rows = Op("gather_rows", _rows_forward, _rows_fake, _rows_setup_context, _rows_backward)
+gather_rows_backward = Op(
+    "gather_rows_backward",
+    _place_rows,
+    lambda grad, rows, count, impl: grad.new_empty(count, grad.shape[1]),
+)
 
 
-@torch.library.custom_op("m3ae::gather_norm", mutates_args=())
-def gather_norm_op(
-    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: str
+def _norm_forward(
+    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y [M, D], mean [M], reciprocal standard deviation [M])."""
-    if choose_impl(impl, x.device) == "triton":
+    if impl == "triton":
         from .triton_impl.norm import gather_norm
 
         return gather_norm(x, rows, weight, bias, eps)
-    acc = accumulator(x.dtype)
-    y_MD = x.new_empty(rows.shape[0], x.shape[1])
-    mean, rstd = (x.new_empty(rows.shape[0], 1, dtype=acc) for _ in range(2))
-    for part in _chunks(rows.shape[0]):
-        chunk = x.index_select(0, rows[part]).to(acc)
-        y_MD[part], mean[part], rstd[part] = torch.native_layer_norm(
-            chunk, [x.shape[1]], weight.to(acc), bias.to(acc), eps
-        )
+    wide = accumulator(x.dtype)
+    shift = None if bias is None else bias.to(wide)
+    y_MD, mean, rstd = torch.native_layer_norm(x.index_select(0, rows), [x.shape[1]], weight.to(wide), shift, eps)
     return y_MD, mean.flatten(), rstd.flatten()
 
 
-@gather_norm_op.register_fake
-def _(x, rows, weight, bias, eps, impl):
+def _norm_fake(x, rows, weight, bias, eps, impl):
     stats = x.new_empty(rows.shape[0], dtype=accumulator(x.dtype))
     return x.new_empty(rows.shape[0], x.shape[1]), stats, torch.empty_like(stats)
-
-
-@torch.library.custom_op("m3ae::gather_norm_backward", mutates_args=())
-def gather_norm_backward_op(
-    grad: Tensor, x: Tensor, rows: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, and of the norm's weight and bias in the accumulator dtype."""
-    if choose_impl(impl, x.device) == "triton":
-        from .triton_impl.norm import gather_norm_backward
-
-        return gather_norm_backward(grad, x, rows, weight, mean, rstd)
-    acc = accumulator(x.dtype)
-    grad_x = x.new_zeros(x.shape)
-    grad_weight, grad_bias = (torch.zeros_like(weight, dtype=acc) for _ in range(2))
-    for part in _chunks(rows.shape[0]):
-        grad_chunk, *grads = torch.ops.aten.native_layer_norm_backward(
-            grad[part].to(acc),
-            x.index_select(0, rows[part]).to(acc),
-            [x.shape[1]],
-            mean[part, None],
-            rstd[part, None],
-            weight.to(acc),
-            weight.to(acc),  # the bias's value plays no part, only that there is one
-            [True, True, True],
-        )
-        grad_x.index_copy_(0, rows[part].long(), grad_chunk.to(x.dtype))
-        grad_weight += grads[0]
-        grad_bias += grads[1]
-    return grad_x, grad_weight, grad_bias
-
-
-@gather_norm_backward_op.register_fake
-def _(grad, x, rows, weight, mean, rstd, impl):
-    grad_weight = torch.empty_like(weight, dtype=accumulator(x.dtype))
-    return x.new_empty(x.shape), grad_weight, torch.empty_like(grad_weight)
 
 
 def _norm_setup_context(ctx, inputs, output):
@@ -161,30 +121,81 @@ def _norm_setup_context(ctx, inputs, output):
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, rows, weight, mean, rstd)
-    ctx.bias_dtype = bias.dtype
+    ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
 
 
 def _norm_backward(ctx, grad, _mean, _rstd):
     x, rows, weight, mean, rstd = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = gather_norm_backward_op(grad, x, rows, weight, mean, rstd, ctx.impl)
-    return grad_x, None, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None
+    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+    grads = gather_norm_backward(grad, x, rows, weight, mean, rstd, needs, ctx.impl)
+    dtypes = x.dtype, weight.dtype, ctx.bias_dtype
+    grad_x, grad_weight, grad_bias = (g.to(dtype) if need else None for g, dtype, need in zip(grads, dtypes, needs))
+    return grad_x, None, grad_weight, grad_bias, None, None
 
 
-gather_norm_op.register_autograd(_norm_backward, setup_context=_norm_setup_context)
+def _norm_gradients(
+    grad: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, and of the norm's weight and bias in the accumulator dtype; of those that `needs`
+    wants, the others have no elements."""
+    if impl == "triton":
+        from .triton_impl.norm import gather_norm_backward
+
+        return gather_norm_backward(grad, x, rows, weight, mean, rstd, needs)
+    grad_x, grad_weight, grad_bias = (
+        g.zero_() for g in _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl)
+    )
+    # In float32 whatever the dtype: torch sums 16-bit gradients of the weight in 16 bits, 6 % off.
+    scale_D, places, size = weight.to(mean.dtype), rows.long(), min(len(rows), CHUNK_ROWS)
+    same, low_CD, wide_2CD = x.dtype == mean.dtype, x.new_empty(size, x.shape[1]), mean.new_empty(2, size, x.shape[1])
+    for first in range(0, len(rows), CHUNK_ROWS):
+        part = slice(first, min(first + CHUNK_ROWS, len(rows)))
+        count = part.stop - first
+        grad_CD, x_CD = grad[part], torch.index_select(x, 0, rows[part], out=low_CD[:count])
+        if not same:
+            grad_CD, x_CD = wide_2CD[0, :count].copy_(grad_CD), wide_2CD[1, :count].copy_(x_CD)
+        norm = mean[part, None], rstd[part, None], scale_D, scale_D  # the bias's value plays no part
+        part_x, *sums = torch.ops.aten.native_layer_norm_backward(grad_CD, x_CD, [x.shape[1]], *norm, needs)
+        if needs[0]:
+            put_rows(grad_x, places[part], part_x if same else low_CD[:count].copy_(part_x))
+        for total, part_sum, need in zip((grad_weight, grad_bias), sums, needs[1:]):
+            if need:
+                total += part_sum
+    return grad_x, grad_weight, grad_bias
+
+
+def _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl):
+    wide = mean.dtype
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=wide),
+        weight.new_empty(weight.shape if needs[2] else 0, dtype=wide),
+    )
+
+
+gather_norm = Op("gather_norm", _norm_forward, _norm_fake, _norm_setup_context, _norm_backward)
+gather_norm_backward = Op("gather_norm_backward", _norm_gradients, _empty_gradients)
 
 
 class GatherNorm(nn.Module):
     """`gather_tokens` with the LayerNorm that it owns: weight [dim] (one) and bias [dim] (zero)."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-6, impl: str = "auto"):
+    def __init__(self, dim: int, *, eps: float = 1e-6, bias: bool = True, impl: str = "auto"):
         super().__init__()
         self.eps, self.impl = eps, impl
         self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x [T, dim], rows [M] int32, distinct -> [M, dim]."""
+        """x [T, dim], rows [M] int, distinct -> [M, dim]."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:
-        return f"dim={self.weight.shape[0]}, eps={self.eps}"
+        return f"dim={self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"

@@ -1,17 +1,40 @@
-"""What the two losses share: gradients made in the forward pass, and the autograd formula that hands them out."""
+"""What the two losses share: their reductions, and gradients made in the forward pass.
+
+Shapes: M rows, D width, V outputs of the head.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .dispatch import accumulator
 
+REDUCTIONS = ("sum", "mean", "none")
 
-def unit_weights(row_weight: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns (row weights divided by the largest magnitude, that magnitude, 0-d), of dtype `acc`.
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, it must be one of {', '.join(REDUCTIONS)}")
+
+
+def row_weights(
+    row_weight: Tensor | None, counted: Tensor | None, hidden: Tensor, acc: torch.dtype, reduction: str
+) -> Tensor:
+    """What the rows' losses are multiplied by before they are summed, [M] of dtype `acc`: the weights (ones if None),
+    for a mean divided by their sum over the rows that are `counted` (None: all). A mean over nothing is 0."""
+    weight_M = hidden.new_ones(hidden.shape[0], dtype=acc) if row_weight is None else row_weight.to(acc)
+    if reduction != "mean":
+        return weight_M
+    total = (weight_M if counted is None else torch.where(counted, weight_M, 0)).sum()
+    return weight_M / torch.where(total == 0, 1, total)
+
+
+def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (row weights divided by the largest magnitude, that magnitude, 0-d).
 
     The stored gradients are those of the scaled weights: weights such as 1e-6 would push them below what float16 holds.
     """
-    weight_M = row_weight.to(acc)
     if not len(weight_M):
         return weight_M.clone(), weight_M.new_ones(())
     unit = weight_M.abs().max()
@@ -19,33 +42,62 @@ def unit_weights(row_weight: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight_M / unit, unit
 
 
-def room_for_grads(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, hidden_grad: bool, param_grad: bool
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own, and bias [V] in the
-    accumulator's; no elements where not wanted."""
+    accumulator's, of those that `needs` wants; no elements for the others."""
     return (
-        hidden.new_empty(hidden.shape if hidden_grad else 0, dtype=dtype),
-        weight.new_empty(weight.shape if param_grad else 0),
-        weight.new_empty(weight.shape[0] if param_grad else 0, dtype=accumulator(dtype)),
+        hidden.new_empty(hidden.shape if needs[0] else 0, dtype=dtype),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=accumulator(dtype)),
     )
 
 
-def save_grads(ctx, inputs, output) -> None:
-    """`setup_context` of a loss op: inputs start with (hidden, weight, bias), outputs are (loss, row losses, unit, the
+def save_gradients(ctx, inputs, output) -> None:
+    """`setup_context` of a loss: inputs start with (hidden, weight, bias), outputs are (loss, row losses, unit, the
     gradients of hidden, weight and bias, others)."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:6])
-    ctx.dtypes = [t.dtype for t in inputs[:3]]
+    ctx.dtypes = _dtypes(inputs)
 
 
-def scale_grads(ctx, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of (hidden, weight, bias, row_weight) for the gradient of the loss."""
+def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss's `inputs`, of which (hidden, weight, bias, row_weight) are the first and only ones to
+    have any, for the gradient of the loss."""
     if upstream is None:
-        return None, None, None, None
+        return (None,) * inputs
     row_loss, unit, *grads = ctx.saved_tensors
-    scale = upstream * unit
     needs = ctx.needs_input_grad
+    scale = upstream * unit
     scaled = [(g * scale).to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)]
-    return *scaled, upstream * row_loss
+    return *scaled, upstream * row_loss if needs[3] else None, *[None] * (inputs - 4)
+
+
+def save_inputs(ctx, inputs, output) -> None:
+    """`setup_context` of a loss by rows, whose gradients are made in the backward: inputs start with (hidden, weight,
+    bias), outputs with the row losses."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+    ctx.save_for_backward(*tensors)
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.dtypes = _dtypes(inputs)
+
+
+def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs that `save_inputs` saved, for the gradients of the row losses: the summed loss once
+    more, with those for row weights. `loss(inputs, row_weight, needs)` calls it."""
+    if upstream is None:
+        return (None,) * len(ctx.others)
+    inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]
+    needs = ctx.needs_input_grad[:3]
+    _, _, unit, *grads = loss(inputs, upstream, needs)
+    scaled = [(g * unit).to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)]
+    return *scaled, *[None] * (len(inputs) - 3)
+
+
+def _dtypes(inputs) -> list[torch.dtype]:
+    hidden, weight, bias = inputs[:3]
+    return [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]

@@ -1,135 +1,136 @@
-"""Both losses of M3AE in one call, from the packed rows of the decoder.
+"""Both losses of M3AE from the packed rows of the decoder, with heads of one's own or of `M3AEHeads`.
 
-Shapes: T packed rows, D width, I rows with a pixel loss, W rows with a token loss, V vocabulary, K = P * P * C.
+Shapes: M packed rows, D width, I rows with a pixel loss, W rows with a token loss, V vocabulary, K = P * P * C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .gather import GatherNorm, gather_tokens
-from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
-from .token_loss import MaskedTokenLoss, masked_token_loss
+from .gather import GatherNorm
+from .pixel_loss import MaskedPixelLoss
+from .token_loss import MaskedTokenLoss
 
 
 class M3AELoss(NamedTuple):
-    """loss = image + text, scalars; correct [W] bool."""
+    """Sums over rows, each row times its weight: of the two losses, and of the texts' correct predictions (detached).
+    Scalars; those of text are 0 without a text head."""
 
-    loss: Tensor
     image: Tensor
     text: Tensor
     correct: Tensor
 
 
-def m3ae_loss(
+def head_inputs(
     x: Tensor,
-    image_rows: Tensor,
-    text_rows: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    image_weight: Tensor,
-    image_bias: Tensor,
-    text_weight: Tensor,
-    text_bias: Tensor,
-    images: Tensor,
-    patch_ids: Tensor,
-    image_row_weight: Tensor,
-    targets: Tensor,
-    text_row_weight: Tensor,
     *,
-    patch_size: int,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    norm_pix: bool = False,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    eps: float = 1e-6,
-    impl: str = "auto",
-) -> M3AELoss:
-    """The final LayerNorm on the rows that carry loss, in one pass for both modalities, and then both heads with their
-    losses: `gather_tokens`, `masked_pixel_loss` and `masked_token_loss`, where each argument is explained.
+    norm: Callable[[Tensor, Tensor], Tensor],
+    image_rows: Tensor,
+    text_rows: Tensor | None = None,
+    image_mlp: Callable[[Tensor], Tensor] | None = None,
+    text_mlp: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of both heads, with the final LayerNorm in one pass over them and nowhere else.
 
     Args:
-        x: [T, D] floating, the last block's output.
-        image_rows, text_rows: [I], [W] int32; no row twice.
-        norm_weight, norm_bias: [D], the final LayerNorm.
-        image_weight, image_bias: [K, D], [K]; text_weight, text_bias: [V, D], [V]: the heads.
-        images, patch_ids [I], image_row_weight [I]: the pixel loss's targets and weights.
-        targets [W], text_row_weight [W]: the token loss's.
+        x: [M, D] floating, the last block's output.
+        norm: a `GatherNorm`, or anything called as norm(x, rows).
+        image_rows: [I] int, distinct rows of x.
+        text_rows: [W] int, distinct and none of the image's; None for an image-only model.
+        image_mlp, text_mlp: hidden layers between the norm and a head; None for none.
+
+    Returns:
+        The image's [I, D] and the text's [W, D] or None.
+    """
+    rows = image_rows if text_rows is None else torch.cat((image_rows, text_rows))
+    image, text = norm(x, rows).tensor_split([image_rows.shape[0]])
+    image = image if image_mlp is None else image_mlp(image)
+    if text_rows is None:
+        return image, None
+    return image, text if text_mlp is None else text_mlp(text)
+
+
+def m3ae_loss(
+    image_hidden: Tensor,
+    text_hidden: Tensor | None = None,
+    *,
+    image_head: MaskedPixelLoss,
+    images: Tensor,
+    patch_ids: Tensor,
+    image_row_weight: Tensor | None = None,
+    text_head: MaskedTokenLoss | None = None,
+    targets: Tensor | None = None,
+    text_row_weight: Tensor | None = None,
+) -> M3AELoss:
+    """The losses of the rows that `head_inputs` returns. Each weight is read in its owner's forward alone, as ZeRO-3
+    asks.
+
+    Args:
+        image_hidden: [I, D]; text_hidden: [W, D], or None without a text head.
+        image_head, text_head: whose reduction is "sum"; text_head is None for an image-only model.
+        images: [B, C, H, W]; patch_ids: [I] int; image_row_weight: [I] floating, or None for ones: as in
+            `masked_pixel_loss`.
+        targets: [W] int; text_row_weight: [W] floating, or None for ones: as in `masked_token_loss`.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
-    rows = torch.cat((image_rows, text_rows))
-    hidden = gather_tokens(x, rows, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, impl=impl)
-    image_hidden, text_hidden = hidden.split((image_rows.shape[0], text_rows.shape[0]))
-    image = masked_pixel_loss(
-        image_hidden,
-        image_weight,
-        image_bias,
-        images,
-        patch_ids,
-        image_row_weight,
-        patch_size=patch_size,
-        mean=mean,
-        std=std,
-        norm_pix=norm_pix,
-        impl=impl,
-    )
-    text, correct = masked_token_loss(
-        text_hidden,
-        text_weight,
-        text_bias,
-        targets,
-        text_row_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        impl=impl,
-    )
-    return M3AELoss(image + text, image, text, correct)
+    image = image_head(image_hidden, images, patch_ids, image_row_weight)
+    if text_head is None:
+        return M3AELoss(image, torch.zeros_like(image), torch.zeros_like(image))
+    text, correct = text_head(text_hidden, targets, text_row_weight, return_correct=True)
+    correct = correct.to(text.dtype) if text_row_weight is None else correct * text_row_weight.detach()
+    return M3AELoss(image, text, correct.sum())
 
 
 class M3AEHeads(nn.Module):
-    """`m3ae_loss` with the LayerNorm (`norm`) and the heads (`image_head`, `text_head`) that it owns."""
+    """The final LayerNorm (`norm`), the hidden layers given (`image_mlp`, `text_mlp`) and the heads (`image_head`, and
+    `text_head` where there is a vocabulary) in one module."""
 
     def __init__(
         self,
         dim: int,
-        vocab: int,
+        vocab: int | None,
         *,
         patch_size: int,
         channels: int = 3,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         norm_pix: bool = False,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         eps: float = 1e-6,
+        image_mlp: nn.Module | None = None,
+        text_mlp: nn.Module | None = None,
         impl: str = "auto",
     ):
         super().__init__()
         self.norm = GatherNorm(dim, eps=eps, impl=impl)
+        self.image_mlp, self.text_mlp = image_mlp, text_mlp
         self.image_head = MaskedPixelLoss(
             dim, patch_size=patch_size, channels=channels, mean=mean, std=std, norm_pix=norm_pix, impl=impl
         )
-        self.text_head = MaskedTokenLoss(dim, vocab, label_smoothing=label_smoothing, z_loss=z_loss, impl=impl)
+        self.text_head = None
+        if vocab is not None:
+            self.text_head = MaskedTokenLoss(dim, vocab, label_smoothing=label_smoothing, z_loss=z_loss, impl=impl)
 
-    def forward(
-        self,
-        x: Tensor,
-        image_rows: Tensor,
-        text_rows: Tensor,
-        images: Tensor,
-        patch_ids: Tensor,
-        image_row_weight: Tensor,
-        targets: Tensor,
-        text_row_weight: Tensor,
-    ) -> M3AELoss:
-        """Arguments as in `m3ae_loss`. Each weight is read in its owner's forward alone, as ZeRO-3 asks."""
-        hidden = self.norm(x, torch.cat((image_rows, text_rows)))
-        image_hidden, text_hidden = hidden.split((image_rows.shape[0], text_rows.shape[0]))
-        image = self.image_head(image_hidden, images, patch_ids, image_row_weight)
-        text, correct = self.text_head(text_hidden, targets, text_row_weight)
-        return M3AELoss(image + text, image, text, correct)
+    def forward(self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None, **targets) -> M3AELoss:
+        """x and rows as in `head_inputs`; images, patch_ids, targets and row weights as in `m3ae_loss`."""
+        hidden = self._inputs(x, image_rows, text_rows)
+        return m3ae_loss(*hidden, image_head=self.image_head, text_head=self.text_head, **targets)
+
+    def predict(
+        self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalised pixels [I, K], and logits [W, V] where there is a text head."""
+        image, text = self._inputs(x, image_rows, text_rows)
+        logits = None if self.text_head is None or text is None else self.text_head.predict(text)
+        return self.image_head.predict(image), logits
+
+    def _inputs(self, x: Tensor, image_rows: Tensor, text_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return head_inputs(
+            x, norm=self.norm, image_rows=image_rows, text_rows=None if self.text_head is None else text_rows,
+            image_mlp=self.image_mlp, text_mlp=self.text_mlp,
+        )  # fmt: skip

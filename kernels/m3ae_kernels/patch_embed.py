@@ -1,4 +1,4 @@
-"""Patch embedding from the images themselves: cut, normalise, multiply; no patch tensor is stored.
+"""Patch embedding from the images themselves: cut, normalise, multiply.
 
 Shapes: B images, C channels, H x W pixels, P patch size, K = P * P * C, N rows, D width.
 """
@@ -8,144 +8,161 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast
-from .pixels import check_pixels, from_planar, put_patches, take_patches, to_planar
+from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast, wants_grad
+from .pixels import check_pixels, put_patches, take_patches, to_cut
+from .registry import Op
 from .segment_sum import segment_sum
 
-CHUNK_ROWS = 4096  # bounds the patches that the torch implementation holds at once
+CHUNK_ROWS = 4096  # bounds the float32 patches that the torch implementation holds at once
 
 
 def patch_embed(
     images: Tensor,
     patch_ids: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
     patch_size: int,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Embeds the chosen patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
 
     Args:
-        images: [B, C, H, W], C from 1 to 4; uint8, normalised as (x / 255 - mean) / std, or floating, taken as it is.
-        patch_ids: [N] int32, image * patches_per_image + patch, patches in row-major order.
+        images: [B, C, H, W], C from 1 to 4, contiguous or channels_last (else a copy is made); uint8, normalised as
+            (x / 255 - mean) / std, or floating, taken as it is.
+        patch_ids: [N] int32 or int64, image * patches_per_image + patch, patches in row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
-        bias: [D].
+        bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
         mean, std: a number a channel in units of [0, 1] pixels for uint8 images, None for floating ones.
         impl: "auto", "triton" or "torch".
 
     Returns:
         [N, D] in the dtype of the matmul: that of autocast where it is on (as torch's Linear), else that of floating
-        images, else that of the weight. Gradients for weight, bias, and floating images; the backward cuts the patches
-        again.
+        images, else that of the weight. Gradients for weight, bias, and floating images. For the weight's the Triton
+        implementation cuts the patches again in the backward; the torch implementation keeps them, [N, K].
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     check_float("weight", weight, (None, patch_size**2 * images.shape[1]), images)
-    check_float("bias", bias, (weight.shape[0],), images)
-    dtype = compute_dtype(images, weight)
-    return patch_embed_op(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, impl)
+    if bias is not None:
+        check_float("bias", bias, (weight.shape[0],), images)
+    dtype, impl = compute_dtype(images, weight), choose_impl(impl, images.device)
+    keep = impl == "torch" and wants_grad(weight)
+    return patch_embed_op(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)[0]
 
 
-@torch.library.custom_op("m3ae::patch_embed", mutates_args=())
-def patch_embed_op(
+def _forward(
     images: Tensor,
     patch_ids: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     patch_size: int,
     scale: Sequence[float],
     shift: Sequence[float],
     dtype: torch.dtype,
+    keep: bool,
     impl: str,
-) -> Tensor:
-    if choose_impl(impl, images.device) == "triton":
+) -> tuple[Tensor, Tensor]:
+    """Returns (the embeddings, the patches [N, K] where they are to be kept, which torch alone can)."""
+    out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
+    bias_D = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
+    if impl == "triton":
         from .triton_impl.patch_embed import patch_embed
 
-        return patch_embed(images, patch_ids, weight, bias, patch_size, scale, shift, dtype)
+        patch_embed(images, patch_ids, weight, bias_D, patch_size, scale, shift, out_ND)
+        return out_ND, kept_NK
     acc = accumulator(dtype)
-    weight_KD, bias_D = to_planar(weight.to(dtype), patch_size, 1).t(), bias.to(dtype)
-    out_ND = images.new_empty(len(patch_ids), weight.shape[0], dtype=dtype)
+    weight_KD = weight.to(dtype).t()
     with no_autocast(images):
-        for ids_N, rows_ND in zip(patch_ids.split(CHUNK_ROWS), out_ND.split(CHUNK_ROWS)):
-            patches_NK = take_patches(images, ids_N, patch_size, scale, shift, acc).to(dtype)
-            torch.addmm(bias_D, patches_NK, weight_KD, out=rows_ND)
-    return out_ND
+        for first in range(0, len(patch_ids), CHUNK_ROWS):
+            rows = slice(first, first + CHUNK_ROWS)
+            patches_NK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc, channels_last=True)
+            patches_NK = kept_NK[rows].copy_(patches_NK) if keep else patches_NK.to(dtype)
+            torch.addmm(bias_D, patches_NK, weight_KD, out=out_ND[rows])
+    return out_ND, kept_NK
 
 
-@patch_embed_op.register_fake
-def _(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, impl):
-    return images.new_empty(patch_ids.shape[0], weight.shape[0], dtype=dtype)
+def _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl):
+    rows = patch_ids.shape[0]
+    out = images.new_empty(rows, weight.shape[0], dtype=dtype)
+    return out, images.new_empty((rows, weight.shape[1]) if keep else 0, dtype=dtype)
 
 
-@torch.library.custom_op("m3ae::patch_embed_backward", mutates_args=())
-def patch_embed_backward_op(
+def _setup_context(ctx, inputs, output):
+    images, patch_ids, weight, bias, ctx.patch_size, ctx.scale, ctx.shift, _, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    # The gradients of weight and bias need only the pixels.
+    ctx.save_for_backward(images, patch_ids, output[1], weight if ctx.needs_input_grad[0] else None)
+    ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
+
+
+def _backward(ctx, grad, _):
+    needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
+    options = ctx.patch_size, ctx.scale, ctx.shift, needs, *ctx.dtypes, ctx.impl
+    grads = patch_embed_backward_op(grad, *ctx.saved_tensors, *options)
+    grad_images, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs))
+    return grad_images, None, grad_weight, grad_bias, *[None] * 6
+
+
+def _gradients(
     grad: Tensor,
     images: Tensor,
     patch_ids: Tensor,
+    patches: Tensor,
     weight: Tensor | None,
     patch_size: int,
     scale: Sequence[float],
     shift: Sequence[float],
+    needs: Sequence[bool],
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of weight and bias in the accumulator dtype, and of images, empty without a weight."""
-    impl = choose_impl(impl, images.device)
-    dtype, acc = grad.dtype, accumulator(grad.dtype)
-    grad_weight, grad_bias, grad_images = _empty_grads(grad, images, weight, patch_size)
+    """Returns the gradients of images, weight and bias, of those that `needs` wants; the others have no elements."""
+    dtype = grad.dtype
+    grad_images, grad_weight, grad_bias = _empty_gradients(
+        grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
+    )
     with no_autocast(images):
-        if impl == "triton":
+        if needs[1] and impl == "triton":
             from .triton_impl.patch_embed import patch_embed_dweight
 
             patch_embed_dweight(grad, images, patch_ids, patch_size, scale, shift, grad_weight)
-        else:
-            sum_DK = torch.zeros_like(grad_weight)
-            for ids_N, grad_ND in zip(patch_ids.split(CHUNK_ROWS), grad.split(CHUNK_ROWS)):
-                patches_NK = take_patches(images, ids_N, patch_size, scale, shift, acc).to(dtype)
+        elif needs[1] and len(grad) <= CHUNK_ROWS:
+            grad_weight = (grad.t() @ patches).to(weight_dtype)
+        elif needs[1]:
+            sum_DK = torch.zeros_like(grad_weight, dtype=accumulator(dtype))
+            for grad_ND, patches_NK in zip(grad.split(CHUNK_ROWS), patches.split(CHUNK_ROWS)):
                 sum_DK += grad_ND.t() @ patches_NK
-            grad_weight.copy_(from_planar(sum_DK, patch_size, 1))
-        torch.sum(grad, 0, dtype=acc, out=grad_bias)
+            grad_weight.copy_(sum_DK)
+        if needs[2]:
+            grad_bias = grad.sum(0) if bias_dtype == dtype else grad.sum(0, dtype=bias_dtype)
         if weight is not None:
             count = images[:, 0].numel() // patch_size**2
-            rows = segment_sum(grad @ to_planar(weight.to(dtype), patch_size, 1), patch_ids, count, images.dtype, impl)
+            rows = grad @ to_cut(weight.to(dtype), images, patch_size, 1)
+            rows = segment_sum(rows, patch_ids, count, images.dtype, impl)
             grad_images = put_patches(rows, images, patch_size)
-    return grad_weight, grad_bias, grad_images
+    return grad_images, grad_weight, grad_bias
 
 
-@patch_embed_backward_op.register_fake
-def _(grad, images, patch_ids, weight, patch_size, scale, shift, impl):
-    return _empty_grads(grad, images, weight, patch_size)
-
-
-def _empty_grads(grad, images, weight, patch_size):
-    grad_weight = grad.new_empty(grad.shape[1], patch_size**2 * images.shape[1], dtype=accumulator(grad.dtype))
-    grad_images = images.new_empty((0,) if weight is None else images.shape)
-    return grad_weight, grad_weight.new_empty(grad.shape[1]), grad_images
-
-
-def _setup_context(ctx, inputs, output):
-    images, patch_ids, weight, bias, ctx.patch_size, ctx.scale, ctx.shift, _, ctx.impl = inputs
-    # The gradients of weight and bias need only the pixels.
-    ctx.save_for_backward(images, patch_ids, weight if ctx.needs_input_grad[0] else None)
-    ctx.dtypes = weight.dtype, bias.dtype
-
-
-def _backward(ctx, grad):
-    images, patch_ids, weight = ctx.saved_tensors
-    grad_weight, grad_bias, grad_images = patch_embed_backward_op(
-        grad, images, patch_ids, weight, ctx.patch_size, ctx.scale, ctx.shift, ctx.impl
+def _empty_gradients(
+    grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
+):  # fmt: skip
+    dim, size = grad.shape[1], patch_size**2 * images.shape[1]
+    return (
+        images.new_empty(images.shape if needs[0] else 0),
+        grad.new_empty((dim, size) if needs[1] else 0, dtype=weight_dtype),
+        grad.new_empty(dim if needs[2] else 0, dtype=bias_dtype),
     )
-    weight_dtype, bias_dtype = ctx.dtypes
-    grad_images = None if weight is None else grad_images
-    return grad_images, None, grad_weight.to(weight_dtype), grad_bias.to(bias_dtype), None, None, None, None, None
 
 
-patch_embed_op.register_autograd(_backward, setup_context=_setup_context)
+patch_embed_op = Op("patch_embed", _forward, _fake, _setup_context, _backward)
+patch_embed_backward_op = Op("patch_embed_backward", _gradients, _empty_gradients)
 
 
 class PatchEmbed(nn.Module):
@@ -157,22 +174,71 @@ class PatchEmbed(nn.Module):
         *,
         patch_size: int,
         channels: int = 3,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        bias: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         impl: str = "auto",
     ):
         super().__init__()
         self.patch_size, self.mean, self.std, self.impl = patch_size, mean, std, impl
         self.weight = nn.Parameter(torch.empty(dim, patch_size**2 * channels))
-        self.bias = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
         self.reset_parameters()
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        impl: str = "auto",
+    ) -> "PatchEmbed":
+        """The same embedding as a convolution of patches: timm's `patch_embed.proj`, Hugging Face ViT's and ViT-MAE's
+        `embeddings.patch_embeddings.projection`. Copies its weights; mean and std are for uint8 images.
+
+        Raises:
+            ValueError: the convolution does more than embed square patches.
+        """
+        size = conv.kernel_size[0]
+        if (conv.kernel_size, conv.stride, conv.dilation) != ((size, size), (size, size), (1, 1)) or conv.groups != 1:
+            raise ValueError(f"{conv} does not embed patches: kernel and stride must be one square, with no groups")
+        if conv.padding not in ((0, 0), "valid"):
+            raise ValueError(f"{conv} pads its images: patches have no padding")
+        embed = cls(
+            conv.out_channels, patch_size=size, channels=conv.in_channels, bias=conv.bias is not None,
+            mean=mean, std=std, impl=impl,
+        ).to(conv.weight)  # fmt: skip
+        with torch.no_grad():
+            embed.weight.copy_(conv.weight.permute(0, 2, 3, 1).flatten(1))
+            if embed.bias is not None and conv.bias is not None:
+                embed.bias.copy_(conv.bias)
+        for own, other in zip(embed.parameters(), conv.parameters()):
+            own.requires_grad_(other.requires_grad)
+        return embed
+
+    def to_conv(self) -> nn.Conv2d:
+        """The convolution that embeds the same: of floating images, normalised before it."""
+        channels = self.weight.shape[1] // self.patch_size**2
+        conv = nn.Conv2d(
+            channels, len(self.weight), self.patch_size, self.patch_size, bias=self.bias is not None,
+            device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            conv.weight.copy_(self.weight.view(-1, self.patch_size, self.patch_size, channels).permute(0, 3, 1, 2))
+            if conv.bias is not None and self.bias is not None:
+                conv.bias.copy_(self.bias)
+        for own, other in zip(conv.parameters(), self.parameters()):
+            own.requires_grad_(other.requires_grad)
+        return conv
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """images [B, C, H, W], uint8, or floating and already normalised; patch_ids [N] int32 -> [N, dim]."""
+        """images [B, C, H, W], uint8, or floating and already normalised; patch_ids [N] int -> [N, dim]."""
         return patch_embed(
             images,
             patch_ids,
@@ -185,4 +251,5 @@ class PatchEmbed(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"dim={self.weight.shape[0]}, patch_size={self.patch_size}, mean={self.mean}, std={self.std}"
+        dim, bias = self.weight.shape[0], self.bias is not None
+        return f"dim={dim}, patch_size={self.patch_size}, bias={bias}, mean={self.mean}, std={self.std}"

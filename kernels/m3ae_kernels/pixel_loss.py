@@ -10,8 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast, wants_grad
-from .loss import room_for_grads, save_grads, scale_grads, unit_weights
-from .pixels import check_pixels, from_planar, standardise, take_patches, to_planar
+from .loss import (
+    check_reduction,
+    empty_gradients,
+    row_gradients,
+    row_weights,
+    save_gradients,
+    save_inputs,
+    scale_gradients,
+    unit_weights,
+)
+from .pixels import check_pixels, from_cut, standardise, take_patches, to_cut
+from .registry import Op
 
 CHUNK_ROWS = 1024  # of the torch implementation
 
@@ -19,57 +29,66 @@ CHUNK_ROWS = 1024  # of the torch implementation
 def masked_pixel_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     images: Tensor,
     patch_ids: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None = None,
     *,
     patch_size: int,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     norm_pix: bool = False,
+    reduction: str = "sum",
     impl: str = "auto",
 ) -> Tensor:
     """Sum over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
 
     Args:
         hidden: [M, D] floating.
-        weight: [P * P * C, D].
-        bias: [P * P * C].
-        images: [B, C, H, W], C from 1 to 4; uint8, normalised as (x / 255 - mean) / std, or floating, taken as it is.
-        patch_ids: [M] int32, the target of each row: image * patches_per_image + patch, patches in row-major order.
-        row_weight: [M] floating; carries every normalisation.
+        weight: [P * P * C, D], its rows in the order (row, column, channel).
+        bias: [P * P * C], or None for none.
+        images: [B, C, H, W], C from 1 to 4, contiguous or channels_last (else a copy is made); uint8, normalised as
+            (x / 255 - mean) / std, or floating, taken as it is.
+        patch_ids: [M] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
+            order.
+        row_weight: [M] floating, or None for ones.
         patch_size: P.
         mean, std: a number a channel in units of [0, 1] pixels for uint8 images, None for floating ones.
         norm_pix: standardise each target patch: unbiased variance, eps 1e-6 (He et al., arXiv 2111.06377, section 4.1).
+        reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [M].
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The scalar loss, float32 (float64 for float64 hidden). The matmuls run in autocast's dtype where it is on, else
-        in that of hidden. Gradients for hidden, weight, bias and row_weight; the first three are computed in the
-        forward pass, where they are wanted. None for images.
+        The loss, a scalar or [M], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype where it is
+        on, else in that of hidden. Gradients for hidden, weight, bias and row_weight; the first three are computed
+        where they are wanted, in the forward pass (with "none" in the backward, the matmuls once more). None for
+        images.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
+        TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     check_float("hidden", hidden, (patch_ids.shape[0], None), hidden)
     check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[1]), hidden)
-    check_float("bias", bias, (weight.shape[0],), hidden)
-    check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
-    dtype = compute_dtype(hidden, weight)
-    hidden_grad, param_grad = wants_grad(hidden), wants_grad(weight, bias)
-    return pixel_loss_op(
-        hidden, weight, bias, row_weight, images, patch_ids, patch_size, scale, shift, norm_pix,
-        dtype, hidden_grad, param_grad, impl,
-    )[0]  # fmt: skip
+    if bias is not None:
+        check_float("bias", bias, (weight.shape[0],), hidden)
+    if row_weight is not None:
+        check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
+    check_reduction(reduction)
+    dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
+    target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
+    if reduction == "none":
+        row_loss = pixel_rows_op(hidden, weight, bias, *target, impl)
+        return row_loss if row_weight is None else row_loss * row_weight.to(row_loss.dtype)
+    weight_M = row_weights(row_weight, None, hidden, accumulator(dtype), reduction)
+    needs = [wants_grad(hidden), wants_grad(weight), wants_grad(bias)]
+    return pixel_loss_op(hidden, weight, bias, weight_M, *target, needs, impl)[0]
 
 
-@torch.library.custom_op("m3ae::pixel_loss", mutates_args=())
-def pixel_loss_op(
+def _forward(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     row_weight: Tensor,
     images: Tensor,
     patch_ids: Tensor,
@@ -78,15 +97,14 @@ def pixel_loss_op(
     shift: Sequence[float],
     norm_pix: bool,
     dtype: torch.dtype,
-    hidden_grad: bool,
-    param_grad: bool,
+    needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss, row losses, unit, and the gradients of hidden, weight and bias divided by unit)."""
-    share_M, unit = unit_weights(row_weight, accumulator(dtype))
+    share_M, unit = unit_weights(row_weight)
     row_loss_M = torch.empty_like(share_M)
-    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
-    if choose_impl(impl, hidden.device) == "triton":
+    grads = empty_gradients(hidden, weight, dtype, needs)
+    if impl == "triton":
         from .triton_impl.pixel_loss import pixel_loss
     else:
         pixel_loss = _pixel_loss
@@ -94,34 +112,64 @@ def pixel_loss_op(
         for grad in grads:
             grad.zero_()
     else:
+        bias_K = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
         with no_autocast(hidden):
             pixel_loss(
-                hidden.to(dtype), weight.to(dtype), bias.to(dtype), share_M, images, patch_ids, patch_size, scale,
-                shift, norm_pix, row_loss_M, *grads,
+                hidden.to(dtype), weight.to(dtype), bias_K, share_M, images, patch_ids, patch_size, scale, shift,
+                norm_pix, needs, row_loss_M, *grads,
             )  # fmt: skip
-    return torch.dot(row_loss_M, row_weight.to(row_loss_M.dtype)), row_loss_M, unit, *grads
+    return torch.dot(row_loss_M, row_weight), row_loss_M, unit, *grads
 
 
-@pixel_loss_op.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    row_weight,
-    images,
-    patch_ids,
-    patch_size,
-    scale,
-    shift,
-    norm_pix,
-    dtype,
-    hidden_grad,
-    param_grad,
-    impl,
-):
-    row_loss = row_weight.new_empty(hidden.shape[0], dtype=accumulator(dtype))
-    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
+def _fake(
+    hidden, weight, bias, row_weight, images, patch_ids, patch_size, scale, shift, norm_pix, dtype, needs, impl
+):  # fmt: skip
+    row_loss = torch.empty_like(row_weight)
+    grads = empty_gradients(hidden, weight, dtype, needs)
     return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads
+
+
+def _rows_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    images: Tensor,
+    patch_ids: Tensor,
+    patch_size: int,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    norm_pix: bool,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    """Returns the row losses alone."""
+    ones_M = hidden.new_ones(len(hidden), dtype=accumulator(dtype))
+    target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
+    return _forward(hidden, weight, bias, ones_M, *target, [False] * 3, impl)[1]
+
+
+def _rows_fake(hidden, weight, bias, images, patch_ids, patch_size, scale, shift, norm_pix, dtype, impl):
+    return hidden.new_empty(hidden.shape[0], dtype=accumulator(dtype))
+
+
+def _rows_setup_context(ctx, inputs, output):
+    save_inputs(ctx, inputs, (output,))
+
+
+def _rows_backward(ctx, upstream):
+    def loss(inputs, row_weight, needs):
+        *inputs, impl = inputs
+        return pixel_loss_op(*inputs[:3], row_weight, *inputs[3:], needs, impl)
+
+    return row_gradients(ctx, upstream, loss)
+
+
+def _backward(ctx, upstream, *_):
+    return scale_gradients(ctx, upstream, 13)
+
+
+pixel_loss_op = Op("pixel_loss", _forward, _fake, save_gradients, _backward)
+pixel_rows_op = Op("pixel_rows", _rows_forward, _rows_fake, _rows_setup_context, _rows_backward)
 
 
 def _pixel_loss(
@@ -135,15 +183,16 @@ def _pixel_loss(
     scale: Sequence[float],
     shift: Sequence[float],
     norm_pix: bool,
+    needs: Sequence[bool],
     row_loss: Tensor,
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], and the gradients that have room; hidden, weight and bias have one dtype."""
+    """Fills row_loss [M], and the gradients that `needs` wants; hidden, weight and bias have one dtype."""
     dtype, acc = hidden.dtype, share.dtype
-    weight, bias = to_planar(weight, patch_size, 0), to_planar(bias, patch_size, 0)
-    sum_KD, sum_K = torch.zeros_like(weight, dtype=acc), torch.zeros_like(bias, dtype=acc)
+    weight, bias = to_cut(weight, images, patch_size, 0), to_cut(bias, images, patch_size, 0)
+    sum_KD, sum_K = torch.zeros_like(grad_weight, dtype=acc), torch.zeros_like(grad_bias)
     for start in range(0, len(hidden), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         error_MK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc)
@@ -151,25 +200,20 @@ def _pixel_loss(
             error_MK = standardise(error_MK)
         torch.sub(torch.addmm(bias, hidden[rows], weight.t()), error_MK, out=error_MK)
         row_loss[rows] = torch.linalg.vector_norm(error_MK, dim=1).square_().div_(error_MK.shape[1])
-        if not (grad_hidden.numel() or grad_weight.numel()):
+        if not any(needs):
             continue
         slope_MK = error_MK.mul_(share[rows, None] * (2 / error_MK.shape[1]))
         slope_low_MK = slope_MK.to(dtype)
-        if grad_hidden.numel():
+        if needs[0]:
             torch.mm(slope_low_MK, weight, out=grad_hidden[rows])
-        if grad_weight.numel():
+        if needs[1]:
             sum_KD += slope_low_MK.t() @ hidden[rows]
+        if needs[2]:
             sum_K += slope_MK.sum(0)
-    if grad_weight.numel():
-        grad_weight.copy_(from_planar(sum_KD, patch_size, 0))
-        grad_bias.copy_(from_planar(sum_K, patch_size, 0))
-
-
-def _backward(ctx, upstream, *_):
-    return *scale_grads(ctx, upstream), *[None] * 10
-
-
-pixel_loss_op.register_autograd(_backward, setup_context=save_grads)
+    if needs[1]:
+        grad_weight.copy_(from_cut(sum_KD, images, patch_size, 0))
+    if needs[2]:
+        grad_bias.copy_(from_cut(sum_K, images, patch_size, 0))
 
 
 class MaskedPixelLoss(nn.Module):
@@ -181,23 +225,38 @@ class MaskedPixelLoss(nn.Module):
         *,
         patch_size: int,
         channels: int = 3,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        bias: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         norm_pix: bool = False,
+        reduction: str = "sum",
         impl: str = "auto",
     ):
         super().__init__()
-        self.patch_size, self.mean, self.std, self.norm_pix, self.impl = patch_size, mean, std, norm_pix, impl
+        self.patch_size, self.mean, self.std, self.norm_pix = patch_size, mean, std, norm_pix
+        self.reduction, self.impl = reduction, impl
         self.weight = nn.Parameter(torch.empty(patch_size**2 * channels, dim))
-        self.bias = nn.Parameter(torch.empty(patch_size**2 * channels))
+        self.bias = nn.Parameter(torch.empty(patch_size**2 * channels)) if bias else None
         self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, patch_size: int, **options) -> "MaskedPixelLoss":
+        """The loss of a head such as ViT-MAE's `decoder_pred`, whose parameters it shares; options as the
+        constructor's."""
+        channels = linear.out_features // patch_size**2
+        with torch.device("meta"):
+            head = cls(linear.in_features, patch_size=patch_size, channels=channels, **options)
+        for name in ("weight", "bias"):
+            setattr(head, name, getattr(linear, name))
+        return head
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor) -> Tensor:
-        """hidden [M, dim], images [B, C, H, W], patch_ids [M] int32, row_weight [M] -> scalar."""
+    def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
+        """hidden [M, dim], images [B, C, H, W], patch_ids [M] int, row_weight [M] -> the loss, scalar or [M]."""
         return masked_pixel_loss(
             hidden,
             self.weight,
@@ -209,12 +268,14 @@ class MaskedPixelLoss(nn.Module):
             mean=self.mean if images.dtype == torch.uint8 else None,
             std=self.std if images.dtype == torch.uint8 else None,
             norm_pix=self.norm_pix,
+            reduction=self.reduction,
             impl=self.impl,
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
         """The predicted patches [M, P * P * channels] of hidden [M, dim], normalised as the targets are."""
-        return F.linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+        return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:
-        return f"dim={self.weight.shape[1]}, patch_size={self.patch_size}, norm_pix={self.norm_pix}"
+        dim, bias = self.weight.shape[1], self.bias is not None
+        return f"dim={dim}, patch_size={self.patch_size}, bias={bias}, norm_pix={self.norm_pix}"

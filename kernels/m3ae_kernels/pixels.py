@@ -1,12 +1,12 @@
 """Patches straight from images, in plain torch: shared by `patch_embed` and `masked_pixel_loss`.
 
-Inside the ops patches are planar, in the order (channel, row, column): P neighbours then lie side by side in an image.
-A weight is permuted, a small copy, so that callers see (row, column, channel).
+Inside the ops patches are cut so that neighbours lie side by side in the image: in the order (channel, row, column)
+from contiguous images, (row, column, channel) from those in channels_last memory. Callers see the latter alone: a
+weight is permuted, a small copy, where the two differ.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .dispatch import check_index, check_range
+from .wide import widest
 
 NORM_PIX_EPS = 1e-6
-WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
 
 
 def check_pixels(
@@ -49,19 +49,31 @@ def check_pixels(
     return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
 
 
-def to_planar(weight: Tensor, patch_size: int, dim: int) -> Tensor:
-    """Contiguous, dimension `dim` of K elements reordered from (row, column, channel) to (channel, row, column)."""
-    return weight.unflatten(dim, (patch_size**2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1).contiguous()
+def planar(images: Tensor) -> bool:
+    """Whether patches are cut from these images channel by channel."""
+    return images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last)
 
 
-def from_planar(weight: Tensor, patch_size: int, dim: int) -> Tensor:
-    """The inverse of `to_planar`."""
-    return weight.unflatten(dim, (-1, patch_size**2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+def to_cut(weight: Tensor, images: Tensor, patch_size: int, dim: int) -> Tensor:
+    """Contiguous, dimension `dim` of K elements reordered from (row, column, channel) to how `images` are cut."""
+    if planar(images) and images.shape[1] > 1:
+        weight = weight.unflatten(dim, (patch_size**2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    return weight.contiguous()
+
+
+def from_cut(weight: Tensor, images: Tensor, patch_size: int, dim: int) -> Tensor:
+    """The inverse of `to_cut`."""
+    if planar(images) and images.shape[1] > 1:
+        weight = weight.unflatten(dim, (-1, patch_size**2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    return weight
 
 
 @lru_cache(maxsize=32)
-def _per_element(values: tuple[float, ...], patch_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype).repeat_interleave(patch_size**2).to(device)
+def _per_element(
+    values: tuple[float, ...], size: int, planar: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    by_channel = torch.tensor(values, dtype=dtype)
+    return (by_channel.repeat_interleave(size) if planar else by_channel.repeat(size)).to(device)
 
 
 def take_patches(
@@ -71,34 +83,49 @@ def take_patches(
     scale: Sequence[float],
     shift: Sequence[float],
     dtype: torch.dtype,
+    *,
+    channels_last: bool = False,
 ) -> Tensor:
-    """Planar rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised."""
+    """Rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised; with `channels_last` in the order (row,
+    column, channel) whatever the images' memory."""
+    channels = images.shape[1]
     if not len(patch_ids):
-        return images.new_empty(0, images.shape[1] * patch_size**2, dtype=dtype)
+        return images.new_empty(0, channels * patch_size**2, dtype=dtype)
     grid_w, grid_h = images.shape[3] // patch_size, images.shape[2] // patch_size
-    # A patch's line of pixels is moved as a few wide elements: many times faster than byte by byte.
-    width = math.gcd(patch_size * images.element_size(), 16)
-    images = images.contiguous()
-    if images.storage_offset() * images.element_size() % width:
-        images = images.clone()
-    blocks = images.view(WIDE[width]).unflatten(3, (grid_w, -1)).unflatten(2, (grid_h, patch_size))
+    by_channel = planar(images)
+    # With channels innermost a line of pixels is one of a single, wider channel.
+    images = images.contiguous() if by_channel else images.permute(0, 2, 3, 1).flatten(2)[:, None]
+    blocks = (
+        images.view(widest(images, images.shape[3] // grid_w))
+        .unflatten(3, (grid_w, -1))
+        .unflatten(2, (grid_h, patch_size))
+    )
     check_range("patch_ids", patch_ids, len(images) * grid_h * grid_w)
     ids = patch_ids.long()
     image, patch = ids // (grid_h * grid_w), ids % (grid_h * grid_w)
     lines = blocks.permute(0, 2, 4, 1, 3, 5)[image, patch // grid_w, patch % grid_w]
-    rows_NK = lines.view(images.dtype).flatten(1).to(dtype)
+    lines = lines.view(images.dtype)
+    if channels_last and by_channel:
+        lines, by_channel = torch.stack(lines.flatten(2).unbind(1), 2), False
+    rows_NK = lines.flatten(1).to(dtype)
     if not scale:
         return rows_NK
-    scale_K = _per_element(tuple(scale), patch_size, dtype, images.device)
-    shift_K = _per_element(tuple(shift), patch_size, dtype, images.device)
+    scale_K, shift_K = (
+        _per_element(tuple(values), patch_size**2, by_channel, dtype, images.device) for values in (scale, shift)
+    )
     return torch.addcmul(shift_K, rows_NK, scale_K, out=rows_NK)
 
 
 def put_patches(rows: Tensor, images: Tensor, patch_size: int) -> Tensor:
-    """The images [B, C, H, W] whose patches, all of them and in order, are planar rows [B * patches, K]."""
-    grid_h, grid_w = images.shape[2] // patch_size, images.shape[3] // patch_size
-    blocks = rows.view(images.shape[0], grid_h, grid_w, images.shape[1], patch_size, patch_size)
-    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+    """Contiguous images [B, C, H, W] whose patches, all of them and in order, are rows [B * patches, K] as `images` are
+    cut."""
+    batch, channels, height, width = images.shape
+    grid, patch = (batch, height // patch_size, width // patch_size), (patch_size, patch_size)
+    if planar(images):
+        blocks = rows.view(*grid, channels, *patch).permute(0, 3, 1, 4, 2, 5)
+    else:
+        blocks = rows.view(*grid, *patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return blocks.reshape(images.shape)
 
 
 def standardise(target: Tensor) -> Tensor:

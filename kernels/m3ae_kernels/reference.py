@@ -27,11 +27,11 @@ def patch_embed(
     images: Tensor,
     patch_ids: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
     patch_size: int,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     """See `m3ae_kernels.patch_embed`."""
     return F.linear(patches(images, patch_size, mean, std, weight.dtype)[patch_ids.long()], weight, bias)
@@ -45,49 +45,80 @@ def gather_tokens(
     return y if norm_weight is None else F.layer_norm(y, y.shape[1:], norm_weight, norm_bias, eps)
 
 
-def scatter_tokens(x: Tensor, src: Tensor, fill: Tensor, fill_ids: Tensor, table: Tensor, table_ids: Tensor) -> Tensor:
+def scatter_tokens(
+    x: Tensor,
+    src: Tensor,
+    fill: Tensor | None = None,
+    fill_ids: Tensor | None = None,
+    table: Tensor | None = None,
+    table_ids: Tensor | None = None,
+) -> Tensor:
     """See `m3ae_kernels.scatter_tokens`."""
 
     def rows_or_zero(rows: Tensor, ids: Tensor) -> Tensor:
         return F.pad(rows, (0, 0, 0, 1))[torch.where(ids < 0, len(rows), ids).long()]
 
-    token = torch.where(src[:, None] >= 0, rows_or_zero(x, src), rows_or_zero(fill, fill_ids))
-    return token + rows_or_zero(table, table_ids)
+    token = rows_or_zero(x, src)
+    if fill is not None and fill_ids is not None:
+        token = torch.where(src[:, None] >= 0, token, rows_or_zero(fill, fill_ids))
+    return token if table is None or table_ids is None else token + rows_or_zero(table, table_ids)
 
 
 def masked_pixel_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     images: Tensor,
     patch_ids: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None = None,
     *,
     patch_size: int,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     norm_pix: bool = False,
+    reduction: str = "sum",
 ) -> Tensor:
     """See `m3ae_kernels.masked_pixel_loss`."""
+    row_weight = _ones(hidden) if row_weight is None else row_weight
     prediction = F.linear(hidden, weight, bias).to(row_weight.dtype)
     target = patches(images, patch_size, mean, std, row_weight.dtype)[patch_ids.long()]
     if norm_pix:
         target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
-    return ((prediction - target).square().mean(1) * row_weight).sum()
+    return _reduced((prediction - target).square().mean(1), row_weight, reduction)
 
 
 def masked_token_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None = None,
     *,
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    reduction: str = "sum",
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `m3ae_kernels.masked_token_loss`."""
+    counted = targets != ignore_index
+    row_weight = torch.where(counted, _ones(hidden) if row_weight is None else row_weight, 0)
     logits = F.linear(hidden, weight, bias).to(row_weight.dtype)
-    row_loss = F.cross_entropy(logits, targets.long(), reduction="none", label_smoothing=label_smoothing)
-    row_loss = row_loss + z_loss * logits.logsumexp(1).square()
-    return (row_loss * row_weight).sum(), logits.argmax(1) == targets
+    row_loss = F.cross_entropy(
+        logits, targets.long(), ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    if z_loss:
+        row_loss = row_loss + z_loss * torch.where(counted, logits.logsumexp(1).square(), 0)
+    loss = _reduced(row_loss, row_weight, reduction)
+    return (loss, logits.argmax(1) == targets) if return_correct else loss
+
+
+def _ones(hidden: Tensor) -> Tensor:
+    return hidden.new_ones(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _reduced(row_loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
+    weighted = row_loss * row_weight
+    if reduction == "none":
+        return weighted
+    return weighted.sum() / row_weight.sum() if reduction == "mean" else weighted.sum()

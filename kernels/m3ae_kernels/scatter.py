@@ -9,22 +9,34 @@ import torch
 from torch import Tensor
 
 from .dispatch import check_float, check_index, check_range, choose_impl
-from .segment_sum import segment_sum
+from .registry import Op
+from .segment_sum import segment_order, segment_sum
 
 
 def scatter_tokens(
-    x: Tensor, src: Tensor, fill: Tensor, fill_ids: Tensor, table: Tensor, table_ids: Tensor, *, impl: str = "auto"
+    x: Tensor,
+    src: Tensor,
+    fill: Tensor | None = None,
+    fill_ids: Tensor | None = None,
+    table: Tensor | None = None,
+    table_ids: Tensor | None = None,
+    *,
+    fill_order: Tensor | None = None,
+    table_order: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """out[t] = (x[src[t]] if src[t] >= 0 else fill[fill_ids[t]] if fill_ids[t] >= 0 else 0)
              + (table[table_ids[t]] if table_ids[t] >= 0 else 0)
 
     Args:
         x: [N, D] floating.
-        src: [T] int32, each row of x at most once: its backward is then a gather.
-        fill: [F, D] floating: mask embeddings, or a whole text embedding.
-        fill_ids: [T] int32.
-        table: [K, D] floating: positions and types.
-        table_ids: [T] int32.
+        src: [T] int32 or int64, each row of x at most once: its backward is then a gather.
+        fill: [F, D] floating: mask embeddings, or a whole text embedding; None for zeros.
+        fill_ids: [T] int32 or int64, with fill.
+        table: [K, D] floating: positions and types; None for zeros.
+        table_ids: [T] int32 or int64, with table.
+        fill_order, table_order: `scatter_orders(src, fill_ids, table_ids)`, where a loader made them: the backward then
+            sorts nothing.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -33,15 +45,38 @@ def scatter_tokens(
         fixed order, without atomics.
 
     Raises:
-        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
+        TypeError, ValueError: naming the argument whose dtype, shape or device is wrong, or that lacks its companion.
     """
     check_float("x", x, (None, None), x)
-    check_float("fill", fill, (None, x.shape[1]), x)
-    check_float("table", table, (None, x.shape[1]), x)
     check_index("src", src, (None,), x)
-    check_index("fill_ids", fill_ids, (src.shape[0],), x)
-    check_index("table_ids", table_ids, (src.shape[0],), x)
-    return scatter_tokens_op(x, src, fill, fill_ids, table, table_ids, impl)
+    for name, rows, ids, order in (("fill", fill, fill_ids, fill_order), ("table", table, table_ids, table_order)):
+        if (rows is None) != (ids is None):
+            raise ValueError(f"{name} and {name}_ids must be given together")
+        if rows is None and order is not None:
+            raise ValueError(f"{name}_order needs {name} and {name}_ids")
+        if rows is not None and ids is not None:
+            check_float(name, rows, (None, x.shape[1]), x)
+            check_index(f"{name}_ids", ids, (src.shape[0],), x)
+        if order is not None:
+            check_index(f"{name}_order", order, (src.shape[0],), x)
+    impl = choose_impl(impl, x.device)
+    return scatter_tokens_op(x, src, fill, fill_ids, table, table_ids, fill_order, table_order, impl)
+
+
+def scatter_orders(
+    src: Tensor, fill_ids: Tensor | None = None, table_ids: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(fill_order, table_order) of `scatter_tokens`, [T] int32 each, None for ids that are None: the orders in which
+    the backward sums the rows of fill and table. For a data loader, which has the time."""
+    return (
+        None if fill_ids is None else segment_order(_filled(src, fill_ids)),
+        None if table_ids is None else segment_order(table_ids),
+    )
+
+
+def _filled(src_T: Tensor, fill_ids_T: Tensor) -> Tensor:
+    """The ids of fill that count."""
+    return torch.where(src_T < 0, fill_ids_T, -1)
 
 
 def _rows_or_zero(ids_T: Tensor, *parts: Tensor) -> Tensor:
@@ -50,28 +85,90 @@ def _rows_or_zero(ids_T: Tensor, *parts: Tensor) -> Tensor:
     return rows.index_select(0, torch.where(ids_T < 0, len(rows) - 1, ids_T))
 
 
-@torch.library.custom_op("m3ae::scatter_tokens", mutates_args=())
-def scatter_tokens_op(
-    x: Tensor, src: Tensor, fill: Tensor, fill_ids: Tensor, table: Tensor, table_ids: Tensor, impl: str
+def _forward(
+    x: Tensor,
+    src: Tensor,
+    fill: Tensor | None,
+    fill_ids: Tensor | None,
+    table: Tensor | None,
+    table_ids: Tensor | None,
+    fill_order: Tensor | None,
+    table_order: Tensor | None,
+    impl: str,
 ) -> Tensor:
-    if choose_impl(impl, x.device) == "triton":
+    if impl == "triton":
         from .triton_impl.rows import scatter_tokens
 
         return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
-    for name, ids, rows in (("src", src, x), ("fill_ids", fill_ids, fill), ("table_ids", table_ids, table)):
-        check_range(name, ids, len(rows), none=True)
-    if len(fill) > len(src):  # a whole vocabulary: only the rows that are asked for
-        fill = fill.index_select(0, fill_ids.clamp(min=0))
-        rows = torch.arange(len(src), dtype=src.dtype, device=src.device)
-        fill_ids = torch.where(fill_ids < 0, -1, rows)
-    ids_T = torch.where(src >= 0, src, torch.where(fill_ids < 0, -1, fill_ids + len(x)))
+    parts, ids_T = [x], src
+    check_range("src", src, len(x), none=True)
+    if fill is not None and fill_ids is not None:
+        check_range("fill_ids", fill_ids, len(fill), none=True)
+        if len(fill) > len(src):  # a whole vocabulary: only the rows that are asked for
+            fill = fill.index_select(0, fill_ids.clamp(min=0))
+            fill_ids = torch.where(fill_ids < 0, -1, torch.arange(len(src), device=src.device))
+        parts.append(fill)
+        ids_T = torch.where(src >= 0, src, torch.where(fill_ids < 0, -1, fill_ids + len(x)))
+    if table is None or table_ids is None:
+        return _rows_or_zero(ids_T, *parts).to(x.dtype)
+    check_range("table_ids", table_ids, len(table), none=True)
     out_TD = x.new_empty(len(src), x.shape[1])
-    return torch.add(_rows_or_zero(ids_T, x, fill), _rows_or_zero(table_ids, table), out=out_TD)
+    return torch.add(_rows_or_zero(ids_T, *parts), _rows_or_zero(table_ids, table), out=out_TD)
 
 
-@scatter_tokens_op.register_fake
-def _(x, src, fill, fill_ids, table, table_ids, impl):
+def _fake(x, src, fill, fill_ids, table, table_ids, fill_order, table_order, impl):
     return x.new_empty(src.shape[0], x.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    x, src, fill, fill_ids, table, table_ids, fill_order, table_order, ctx.impl = inputs
+    ctx.save_for_backward(src, fill_ids, table_ids, fill_order, table_order)
+    parts = x, fill, table
+    ctx.rows = [-1 if part is None else part.shape[0] for part in parts]
+    ctx.dtypes = [x.dtype if part is None else part.dtype for part in parts[1:]]
+
+
+def _backward(ctx, grad):
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 4)]
+    counts = [rows if need else -1 for rows, need in zip(ctx.rows, needs)]
+    grads = scatter_tokens_backward_op(grad, *ctx.saved_tensors, counts, *ctx.dtypes, ctx.impl)
+    grad_x, grad_fill, grad_table = (g if need else None for g, need in zip(grads, needs))
+    return grad_x, None, grad_fill, None, grad_table, *[None] * 4
+
+
+def _gradients(
+    grad: Tensor,
+    src: Tensor,
+    fill_ids: Tensor | None,
+    table_ids: Tensor | None,
+    fill_order: Tensor | None,
+    table_order: Tensor | None,
+    counts: Sequence[int],
+    fill_dtype: torch.dtype,
+    table_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, fill and table, whose rows `counts` holds; -1 there: not wanted, no rows."""
+    x_rows, fill_rows, table_rows = counts
+    orders = fill_order, table_order
+    grad_x, grad_fill, grad_table = _empty_gradients(
+        grad, src, fill_ids, table_ids, *orders, counts, fill_dtype, table_dtype, impl
+    )
+    if x_rows > 0:
+        grad_x = _place_rows(grad, src, x_rows, impl)
+    if fill_rows >= 0 and fill_ids is not None:
+        grad_fill = segment_sum(grad, _filled(src, fill_ids), fill_rows, fill_dtype, impl, fill_order)
+    if table_rows >= 0 and table_ids is not None:
+        grad_table = segment_sum(grad, table_ids, table_rows, table_dtype, impl, table_order)
+    return grad_x, grad_fill, grad_table
+
+
+def _empty_gradients(
+    grad, src, fill_ids, table_ids, fill_order, table_order, counts, fill_dtype, table_dtype, impl
+):  # fmt: skip
+    dtypes = (grad.dtype, fill_dtype, table_dtype)
+    shapes = ((rows, grad.shape[1]) if rows >= 0 else (0, 0) for rows in counts)
+    return tuple(grad.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
 
 
 def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor:
@@ -87,54 +184,5 @@ def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor
     return _rows_or_zero(places[:-1], grad_TD)
 
 
-@torch.library.custom_op("m3ae::scatter_tokens_backward", mutates_args=())
-def scatter_tokens_backward_op(
-    grad: Tensor,
-    src: Tensor,
-    fill_ids: Tensor,
-    table_ids: Tensor,
-    counts: Sequence[int],
-    fill_dtype: torch.dtype,
-    table_dtype: torch.dtype,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, fill and table, whose rows `counts` holds; -1 there: not wanted, no rows."""
-    impl = choose_impl(impl, grad.device)
-    x_rows, fill_rows, table_rows = counts
-    grad_x, grad_fill, grad_table = _empty_grads(grad, counts, fill_dtype, table_dtype)
-    if x_rows > 0:
-        grad_x = _place_rows(grad, src, x_rows, impl)
-    if fill_rows >= 0:
-        grad_fill = segment_sum(grad, torch.where(src < 0, fill_ids, -1), fill_rows, fill_dtype, impl)
-    if table_rows >= 0:
-        grad_table = segment_sum(grad, table_ids, table_rows, table_dtype, impl)
-    return grad_x, grad_fill, grad_table
-
-
-@scatter_tokens_backward_op.register_fake
-def _(grad, src, fill_ids, table_ids, counts, fill_dtype, table_dtype, impl):
-    return _empty_grads(grad, counts, fill_dtype, table_dtype)
-
-
-def _empty_grads(grad, counts, fill_dtype, table_dtype):
-    dtypes = (grad.dtype, fill_dtype, table_dtype)
-    shapes = ((rows, grad.shape[1]) if rows >= 0 else (0, 0) for rows in counts)
-    return tuple(grad.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
-
-
-def _setup_context(ctx, inputs, output):
-    x, src, fill, fill_ids, table, table_ids, ctx.impl = inputs
-    ctx.save_for_backward(src, fill_ids, table_ids)
-    ctx.rows = (x.shape[0], fill.shape[0], table.shape[0])
-    ctx.dtypes = (fill.dtype, table.dtype)
-
-
-def _backward(ctx, grad):
-    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[4]
-    counts = [rows if need else -1 for rows, need in zip(ctx.rows, needs)]
-    grads = scatter_tokens_backward_op(grad, *ctx.saved_tensors, counts, *ctx.dtypes, ctx.impl)
-    grad_x, grad_fill, grad_table = (g if need else None for g, need in zip(grads, needs))
-    return grad_x, None, grad_fill, None, grad_table, None, None
-
-
-scatter_tokens_op.register_autograd(_backward, setup_context=_setup_context)
+scatter_tokens_op = Op("scatter_tokens", _forward, _fake, _setup_context, _backward)
+scatter_tokens_backward_op = Op("scatter_tokens_backward", _gradients, _empty_gradients)

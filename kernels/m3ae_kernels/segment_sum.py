@@ -7,20 +7,29 @@ import torch
 from torch import Tensor
 
 
-def segment_sum(rows_TD: Tensor, ids_T: Tensor, count: int, dtype: torch.dtype, impl: str) -> Tensor:
+def segment_order(ids: Tensor) -> Tensor:
+    """What `segment_sum` sorts by, where it is known before: [T] int32, the stable order of ids [T], negative first."""
+    return torch.argsort(ids.clamp(min=-1), stable=True).int()
+
+
+def segment_sum(
+    rows_TD: Tensor, ids_T: Tensor, count: int, dtype: torch.dtype, impl: str, order_T: Tensor | None = None
+) -> Tensor:
     """Returns out [count, D] of `dtype`, out[k] = sum of rows[t] over the t with ids[t] == k in order of t; negative
-    ids belong to nobody. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch"."""
+    ids belong to nobody. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch";
+    `order_T` is `segment_order(ids_T)`, made here where it is not given."""
     if impl == "triton":
         from .triton_impl.segment_sum import segment_sum
 
-        return segment_sum(rows_TD, ids_T, count, dtype)
+        return segment_sum(rows_TD, ids_T, count, dtype, order_T)
     wide = rows_TD if rows_TD.dtype == torch.float64 else rows_TD.float()
     ids = ids_T.clamp(min=-1).long()
     if count <= len(ids):
         return _sums(wide, ids, count).to(dtype)
     # Most rows of a large table are nobody's: the sums are made side by side, then placed; the last place is for
     # negative ids.
-    ordered, order = torch.sort(ids, stable=True)
+    order = torch.argsort(ids, stable=True) if order_T is None else order_T
+    ordered = ids.index_select(0, order)
     run = torch.cumsum(ordered.diff(prepend=ordered[:1]) != 0, 0)
     sums = _sums(wide.index_select(0, order), run, len(ids))
     out = rows_TD.new_zeros(count + 1, rows_TD.shape[1], dtype=dtype)

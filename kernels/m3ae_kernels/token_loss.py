@@ -3,130 +3,226 @@
 Shapes: M rows, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dispatch import accumulator, check_float, check_index, choose_impl, compute_dtype, no_autocast, wants_grad
-from .loss import room_for_grads, save_grads, scale_grads, unit_weights
+from .dispatch import (
+    accumulator,
+    check_float,
+    check_index,
+    check_range,
+    choose_impl,
+    compute_dtype,
+    no_autocast,
+    wants_grad,
+)
+from .loss import (
+    check_reduction,
+    empty_gradients,
+    row_gradients,
+    row_weights,
+    save_gradients,
+    save_inputs,
+    scale_gradients,
+    unit_weights,
+)
+from .registry import Op
 
-# The torch implementation makes logits for as many rows as fit CHUNK_BYTES, large enough for the matmuls, and takes
-# their softmax in float32 for as many at a time as fit SOFTMAX_BYTES, small enough for the caches.
-CHUNK_BYTES = 32 << 20
+# Logits held at once, in bytes: enough for the matmuls to run at full speed.
+WORKSPACE = {"triton": 256 << 20, "torch": 32 << 20}
+# The torch implementation takes the softmax in float32, for as many rows at a time as stay in the caches.
 SOFTMAX_BYTES = 8 << 20
 
 
 def masked_token_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None = None,
     *,
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    reduction: str = "sum",
+    return_correct: bool = False,
+    workspace: int | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sum over rows of row_weight[r] * (cross-entropy(logits[r], targets[r]) + z_loss * logsumexp(logits[r]) ** 2)
-    with logits = hidden @ weight.T + bias, and which rows the largest logit gets right.
+    with logits = hidden @ weight.T + bias.
 
     Args:
         hidden: [M, D] floating.
         weight: [V, D].
-        bias: [V].
-        targets: [M] int32 in [0, V).
-        row_weight: [M] floating; carries every normalisation.
+        bias: [V], or None for none.
+        targets: [M] int32 or int64 in [0, V), or `ignore_index`.
+        row_weight: [M] floating, or None for ones.
+        ignore_index: rows with this target have loss 0, no gradient, and are not correct.
         label_smoothing: as torch.nn.functional.cross_entropy has it.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
+        reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 where there are
+            none; "none": the summands, [M].
+        return_correct: return (loss, correct) rather than the loss alone.
+        workspace: bytes of logits held at once, at least one row; None: 256 MiB on a GPU, 32 MiB on a CPU.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        (the scalar loss, float32 (float64 for float64 hidden); correct [M] bool: argmax == target, the first of
-        equals). The matmuls run in autocast's dtype where it is on, else in that of hidden; the softmax in float32.
-        Gradients for hidden, weight, bias and row_weight; the first three are computed in the forward pass, where they
-        are wanted.
+        The loss, a scalar or [M], float32 (float64 for float64 hidden), and, where asked for, correct [M] bool: argmax
+        == target, the first of equals. The matmuls run in autocast's dtype where it is on, else in that of hidden; the
+        softmax in float32. Gradients for hidden, weight, bias and row_weight; the first three are computed where they
+        are wanted, in the forward pass (with "none" in the backward, the matmuls once more). Another target out of
+        range is an IndexError on a CPU and a loss of NaN on a GPU.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
     """
     check_float("hidden", hidden, (None, None), hidden)
     check_float("weight", weight, (None, hidden.shape[1]), hidden)
-    check_float("bias", bias, (weight.shape[0],), hidden)
+    if bias is not None:
+        check_float("bias", bias, (weight.shape[0],), hidden)
     check_index("targets", targets, (hidden.shape[0],), hidden)
-    check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
-    if not len(weight):
+    if row_weight is not None:
+        check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
+    if not weight.shape[0]:
         raise ValueError("weight has no rows: there must be a vocabulary")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, it must be from 0 to 1")
-    dtype = compute_dtype(hidden, weight)
-    loss, *_, correct = token_loss_op(
-        hidden, weight, bias, row_weight, targets, label_smoothing, z_loss,
-        dtype, wants_grad(hidden), wants_grad(weight, bias), impl,
-    )  # fmt: skip
-    return loss, correct
+    check_reduction(reduction)
+    if workspace is not None and workspace < 1:
+        raise ValueError(f"workspace is {workspace} bytes, it must be positive")
+    dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
+    options = (ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace)
+    if reduction == "none":
+        loss, correct = token_rows_op(hidden, weight, bias, targets, *options, impl)
+        loss = loss if row_weight is None else loss * row_weight.to(loss.dtype)
+    else:
+        counted = targets != ignore_index if reduction == "mean" else None
+        weight_M = row_weights(row_weight, counted, hidden, accumulator(dtype), reduction)
+        needs = [wants_grad(hidden), wants_grad(weight), wants_grad(bias)]
+        loss, *_, correct = token_loss_op(hidden, weight, bias, weight_M, targets, *options, needs, impl)
+    return (loss, correct) if return_correct else loss
 
 
-@torch.library.custom_op("m3ae::token_loss", mutates_args=())
-def token_loss_op(
+def _forward(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     row_weight: Tensor,
     targets: Tensor,
+    ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     dtype: torch.dtype,
-    hidden_grad: bool,
-    param_grad: bool,
+    return_correct: bool,
+    workspace: int | None,
+    needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss, row losses, unit, the gradients of hidden, weight and bias divided by unit, correct)."""
-    share_M, unit = unit_weights(row_weight, accumulator(dtype))
+    row_weight = row_weight.masked_fill(targets == ignore_index, 0)
+    share_M, unit = unit_weights(row_weight)
     row_loss_M = torch.empty_like(share_M)
-    correct_M = torch.empty_like(targets, dtype=torch.bool)
-    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
-    if choose_impl(impl, hidden.device) == "triton":
+    correct_M = targets.new_empty(len(targets) if return_correct else 0, dtype=torch.bool)
+    grads = empty_gradients(hidden, weight, dtype, needs)
+    if impl == "triton":
         from .triton_impl.token_loss import token_loss
     else:
         token_loss = _token_loss
+        check_range("targets", targets[targets != ignore_index], len(weight))
     if not len(hidden):
         for grad in grads:
             grad.zero_()
     else:
         with no_autocast(hidden):
             token_loss(
-                hidden.to(dtype), weight.to(dtype), bias.to(dtype), share_M, targets, label_smoothing, z_loss,
-                row_loss_M, correct_M, *grads,
+                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), share_M, targets,
+                ignore_index, label_smoothing, z_loss, workspace or WORKSPACE[impl], needs, row_loss_M, correct_M,
+                *grads,
             )  # fmt: skip
-    return torch.dot(row_loss_M, row_weight.to(row_loss_M.dtype)), row_loss_M, unit, *grads, correct_M
+    return torch.dot(row_loss_M, row_weight), row_loss_M, unit, *grads, correct_M
 
 
-@token_loss_op.register_fake
-def _(hidden, weight, bias, row_weight, targets, label_smoothing, z_loss, dtype, hidden_grad, param_grad, impl):
-    row_loss = row_weight.new_empty(hidden.shape[0], dtype=accumulator(dtype))
-    grads = room_for_grads(hidden, weight, dtype, hidden_grad, param_grad)
-    return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads, torch.empty_like(targets, dtype=torch.bool)
+def _fake(
+    hidden, weight, bias, row_weight, targets, ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace,
+    needs, impl,
+):  # fmt: skip
+    row_loss = torch.empty_like(row_weight)
+    grads = empty_gradients(hidden, weight, dtype, needs)
+    correct = targets.new_empty(targets.shape[0] if return_correct else 0, dtype=torch.bool)
+    return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads, correct
+
+
+def _rows_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    dtype: torch.dtype,
+    return_correct: bool,
+    workspace: int | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns (row losses, correct)."""
+    ones_M = hidden.new_ones(len(hidden), dtype=accumulator(dtype))
+    options = (ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace)
+    _, row_loss, *_, correct = _forward(hidden, weight, bias, ones_M, targets, *options, [False] * 3, impl)
+    return row_loss, correct
+
+
+def _rows_fake(
+    hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl
+):  # fmt: skip
+    row_loss = hidden.new_empty(hidden.shape[0], dtype=accumulator(dtype))
+    return row_loss, targets.new_empty(targets.shape[0] if return_correct else 0, dtype=torch.bool)
+
+
+def _rows_backward(ctx, upstream, _):
+    def loss(inputs, row_weight, needs):
+        *inputs, impl = inputs
+        return token_loss_op(*inputs[:3], row_weight, *inputs[3:], needs, impl)
+
+    return row_gradients(ctx, upstream, loss)
+
+
+def _backward(ctx, upstream, *_):
+    return scale_gradients(ctx, upstream, 13)
+
+
+token_loss_op = Op("token_loss", _forward, _fake, save_gradients, _backward)
+token_rows_op = Op("token_rows", _rows_forward, _rows_fake, save_inputs, _rows_backward)
 
 
 def _token_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     share: Tensor,
     targets: Tensor,
+    ignore_index: int,
     smoothing: float,
     z_loss: float,
+    workspace: int,
+    needs: Sequence[bool],
     row_loss: Tensor,
     correct: Tensor,
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], correct [M], and the gradients that have room; hidden, weight and bias have one dtype."""
+    """Fills row_loss [M], correct [M] where it has room, and the gradients that `needs` wants; hidden, weight and bias
+    have one dtype, and the share of an ignored row is 0."""
     dtype, acc, vocab = hidden.dtype, share.dtype, weight.shape[0]
-    wanted = bool(grad_hidden.numel() or grad_weight.numel())
+    bias = weight.new_zeros(vocab) if bias is None else bias
     grad_bias.zero_()
-    chunk = min(len(hidden), max(1, CHUNK_BYTES // (vocab * dtype.itemsize)))
+    chunk = min(len(hidden), max(1, workspace // (vocab * dtype.itemsize)))
     logits_CV = hidden.new_empty(chunk, vocab)
     softmax_rows = min(chunk, max(1, SOFTMAX_BYTES // (vocab * acc.itemsize)))
     softmax_CV = hidden.new_empty(softmax_rows, vocab, dtype=acc)
@@ -134,8 +230,10 @@ def _token_loss(
 
     def softmax(rows: slice, logits_CV: Tensor) -> None:
         """Turns logits into the slope of each row's loss to them, and fills in row losses, correct and bias's sum."""
-        target_C1 = targets[rows, None].long()
-        correct[rows] = logits_CV.max(1).indices == targets[rows]  # faster than argmax
+        ignored_C1 = targets[rows, None] == ignore_index
+        target_C1 = targets[rows, None].long().masked_fill(ignored_C1, 0)
+        if len(correct):
+            correct[rows] = logits_CV.max(1).indices == targets[rows]  # faster than argmax
         log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
         # Any column gives the log-partition; the target's keeps the digits that the loss is made of.
         log_p_target_C1 = log_p_CV.gather(1, target_C1)
@@ -143,8 +241,8 @@ def _token_loss(
         loss_C1 = -(1 - smoothing) * log_p_target_C1 + z_loss * lse_C1.square()
         if smoothing:
             loss_C1 -= smoothing * log_p_CV.mean(1, keepdim=True)
-        row_loss[rows] = loss_C1[:, 0]
-        if not wanted:
+        row_loss[rows] = loss_C1.masked_fill_(ignored_C1, 0)[:, 0]
+        if not any(needs):
             return
         slope_CV = log_p_CV.exp_()
         if z_loss:
@@ -152,7 +250,7 @@ def _token_loss(
         if smoothing:
             slope_CV -= smoothing / vocab
         slope_CV.scatter_add_(1, target_C1, slope_CV.new_full((1, 1), smoothing - 1).expand_as(target_C1))
-        if grad_bias.numel():
+        if needs[2]:
             grad_bias.addmv_(slope_CV.t(), share[rows])
         logits_CV.copy_(slope_CV)
 
@@ -163,9 +261,9 @@ def _token_loss(
             part_CV = slope_CV[first : first + softmax_rows]
             softmax(slice(start + first, start + first + len(part_CV)), part_CV)
         # Row weights scale the narrow matrices, not the wide one.
-        if grad_hidden.numel():
+        if needs[0]:
             torch.mul(slope_CV @ weight, share_C1, out=grad_hidden[start : start + chunk])
-        if grad_weight.numel():
+        if needs[1]:
             weighted_CD = (hidden_CD * share_C1).to(dtype)
             if sum_VD is not None:
                 sum_VD += slope_CV.t() @ weighted_CD
@@ -173,48 +271,66 @@ def _token_loss(
                 torch.mm(slope_CV.t(), weighted_CD, out=grad_weight)
             else:
                 grad_weight.copy_(slope_CV.t() @ weighted_CD)
-    if sum_VD is not None:
+    if needs[1] and sum_VD is not None:
         grad_weight.copy_(sum_VD)
-
-
-def _backward(ctx, upstream, *_):
-    return *scale_grads(ctx, upstream), *[None] * 7
-
-
-token_loss_op.register_autograd(_backward, setup_context=save_grads)
 
 
 class MaskedTokenLoss(nn.Module):
     """`masked_token_loss` with the head that it owns: weight [vocab, dim] (Xavier uniform), bias [vocab] (zero)."""
 
-    def __init__(self, dim: int, vocab: int, *, label_smoothing: float = 0.0, z_loss: float = 0.0, impl: str = "auto"):
+    def __init__(
+        self,
+        dim: int,
+        vocab: int,
+        *,
+        bias: bool = True,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: str = "sum",
+        workspace: int | None = None,
+        impl: str = "auto",
+    ):
         super().__init__()
-        self.label_smoothing, self.z_loss, self.impl = label_smoothing, z_loss, impl
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "reduction": reduction,
+            "workspace": workspace,
+            "impl": impl,
+        }
         self.weight = nn.Parameter(torch.empty(vocab, dim))
-        self.bias = nn.Parameter(torch.empty(vocab))
+        self.bias = nn.Parameter(torch.empty(vocab)) if bias else None
         self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
+        """The loss of a language model's head, whose parameters it shares; options as the constructor's."""
+        with torch.device("meta"):
+            head = cls(linear.in_features, linear.out_features, **options)
+        for name in ("weight", "bias"):
+            setattr(head, name, getattr(linear, name))
+        return head
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [M, dim], targets [M] int32, row_weight [M] -> (scalar loss, correct [M] bool)."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden [M, dim], targets [M] int, row_weight [M] -> the loss, scalar or [M]; with return_correct (loss,
+        correct [M] bool)."""
         return masked_token_loss(
-            hidden,
-            self.weight,
-            self.bias,
-            targets,
-            row_weight,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            impl=self.impl,
+            hidden, self.weight, self.bias, targets, row_weight, return_correct=return_correct, **self.options
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
         """The logits [M, vocab] of hidden [M, dim]."""
-        return F.linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+        return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:
-        vocab, dim = self.weight.shape
-        return f"dim={dim}, vocab={vocab}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}"
+        (vocab, dim), options = self.weight.shape, ", ".join(f"{k}={v}" for k, v in self.options.items())
+        return f"dim={dim}, vocab={vocab}, bias={self.bias is not None}, {options}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, PatchEmbed, scatter_tokens
+from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, PatchEmbed, head_inputs, m3ae_loss, scatter_tokens
 from torch import Tensor, nn
 
 from m3ae_fast.config import LossConfig, ModelConfig
@@ -156,26 +156,35 @@ class M3AE(nn.Module):
         """Hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are finished."""
         x_UE = self.decoder_input(encoded_TD, batch)
         x_ME = self.decoder(x_UE, batch.decoder, batch.loss_rows, batch.loss)
-        hidden_IE = self.image_mlp(self.decoder.norm(x_ME, batch.image_rows))
-        hidden_WE = self.text_mlp(self.decoder.norm(x_ME, batch.text_rows)) if self.text_mlp else None
-        return hidden_IE, hidden_WE
+        return head_inputs(
+            x_ME,
+            norm=self.decoder.norm,
+            image_rows=batch.image_rows,
+            text_rows=batch.text_rows if self.text_head else None,
+            image_mlp=self.image_mlp,
+            text_mlp=self.text_mlp,
+        )
 
     def forward(self, batch: PackedBatch, counts: LossCounts | None = None) -> Losses:
         """Losses of a packed batch. A modality that the batch lacks has loss 0 and zero gradients.
 
         Args:
             batch: on the model's device.
-            counts: pictures and captions that the losses are means over: of a whole step, per rank, where the batch is
-                a part of it. None: those of the batch.
+            counts: images and captions that the losses are means over: of a whole step, per rank, where the batch is a
+                part of it. None: those of the batch.
         """
         images, captions = (count or 1.0 for count in counts or batch.counts)
-        hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
-        image_loss = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight) / images
-        text_loss = text_accuracy = torch.zeros_like(image_loss)
-        if self.text_head is not None:
-            text_sum, correct_W = self.text_head(hidden_WE, batch.text_targets, batch.text_row_weight)
-            text_loss = text_sum / captions
-            text_accuracy = (correct_W * batch.text_row_weight).sum() / captions
+        sums = m3ae_loss(
+            *self.decode(self.encode(batch), batch),
+            image_head=self.image_head,
+            images=batch.images,
+            patch_ids=batch.image_patch_ids,
+            image_row_weight=batch.image_row_weight,
+            text_head=self.text_head,
+            targets=batch.text_targets,
+            text_row_weight=batch.text_row_weight,
+        )
+        image_loss, text_loss, text_accuracy = sums.image / images, sums.text / captions, sums.correct / captions
         loss = self.loss_config.image_weight * image_loss + self.loss_config.text_weight * text_loss
         return Losses(loss, image_loss.detach(), text_loss.detach(), text_accuracy)
 

@@ -17,16 +17,16 @@ MEAN, STD = (0.48, 0.45, 0.4, 0.5), (0.22, 0.23, 0.22, 0.3)
 class Inputs:
     """An op's tensors by name, its options, and which of the tensors have gradients."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | None]
     options: dict = field(default_factory=dict)
 
     @property
     def learned(self) -> list[str]:
-        return [name for name, t in self.tensors.items() if t.requires_grad]
+        return [name for name, t in self.tensors.items() if t is not None and t.requires_grad]
 
     def to(self, dtype: torch.dtype, names: list[str] | None = None) -> "Inputs":
         """The same values with the floating tensors, or those named, in another dtype."""
-        names = names or [name for name, t in self.tensors.items() if t.is_floating_point()]
+        names = names or [name for name, t in self.tensors.items() if t is not None and t.is_floating_point()]
         cast = {
             name: t.detach().to(dtype).requires_grad_(t.requires_grad) if name in names else t
             for name, t in self.tensors.items()
@@ -58,63 +58,78 @@ def _row_weight(rows: int) -> Tensor:
     return weight
 
 
-def patch_embed(dtype, rows, dim, batch, channels, patch, floating=False) -> Inputs:
+def _channels_last(images: Tensor) -> Tensor:
+    return images.detach().contiguous(memory_format=torch.channels_last).requires_grad_(images.requires_grad)
+
+
+def patch_embed(
+    dtype, rows, dim, batch, channels, patch, floating=False, channels_last=False, bias=True, ids=torch.int32
+) -> Inputs:
     images, patches = _images(batch, channels, patch, dtype if floating else torch.uint8)
     size = patch**2 * channels
     tensors = {
-        "images": images,
-        "patch_ids": torch.randperm(patches)[:rows].int(),
+        "images": _channels_last(images) if channels_last else images,
+        "patch_ids": torch.randperm(patches)[:rows].to(ids),
         "weight": _random(dim, size, dtype=dtype, scale=size**-0.5),
-        "bias": _random(dim, dtype=dtype),
     }
+    if bias:
+        tensors["bias"] = _random(dim, dtype=dtype)
     return Inputs(tensors, _pixel_options(channels, patch, images))
 
 
-def gather_tokens(dtype, tokens, rows, dim, norm=False) -> Inputs:
-    tensors = {"x": _random(tokens, dim, dtype=dtype), "rows": torch.randperm(tokens)[:rows].int()}
+def gather_tokens(dtype, tokens, rows, dim, norm=False, bias=True, ids=torch.int32) -> Inputs:
+    tensors = {"x": _random(tokens, dim, dtype=dtype), "rows": torch.randperm(tokens)[:rows].to(ids)}
     if norm:
-        tensors |= {"norm_weight": _random(dim, dtype=dtype), "norm_bias": _random(dim, dtype=dtype)}
+        tensors["norm_weight"] = _random(dim, dtype=dtype)
+    if norm and bias:
+        tensors["norm_bias"] = _random(dim, dtype=dtype)
     return Inputs(tensors)
 
 
-def scatter_tokens(dtype, tokens, rows, dim, fill, table) -> Inputs:
-    src = torch.full((tokens,), -1, dtype=torch.int32)
-    used = torch.randperm(rows)[: min(tokens, rows) * 3 // 4].int()  # some rows are nobody's
+def scatter_tokens(dtype, tokens, rows, dim, fill=None, table=None, ids=torch.int32) -> Inputs:
+    src = torch.full((tokens,), -1, dtype=ids)
+    used = torch.randperm(rows)[: min(tokens, rows) * 3 // 4].to(ids)  # some rows are nobody's
     src[torch.randperm(tokens)[: len(used)]] = used
-    tensors = {
-        "x": _random(rows, dim, dtype=dtype),
-        "src": src,
-        "fill": _random(fill, dim, dtype=dtype),
-        "fill_ids": torch.randint(-1, fill, (tokens,), dtype=torch.int32),
-        "table": _random(table, dim, dtype=dtype),
-        "table_ids": torch.randint(-1, table, (tokens,), dtype=torch.int32),
-    }
+    tensors = {"x": _random(rows, dim, dtype=dtype), "src": src}
+    for name, count in (("fill", fill), ("table", table)):
+        if count is not None:
+            tensors[name] = _random(count, dim, dtype=dtype)
+            tensors[f"{name}_ids"] = torch.randint(-1, count, (tokens,), dtype=ids)
     return Inputs(tensors)
 
 
-def masked_pixel_loss(dtype, rows, dim, batch, channels, patch, floating=False, norm_pix=False) -> Inputs:
+def masked_pixel_loss(
+    dtype, rows, dim, batch, channels, patch, floating=False, norm_pix=False, channels_last=False, bias=True,
+    ids=torch.int32, reduction="sum",
+) -> Inputs:  # fmt: skip
     images, patches = _images(batch, channels, patch, dtype if floating else torch.uint8)
     size = patch**2 * channels
     tensors = {
         "hidden": _random(rows, dim, dtype=dtype),
         "weight": _random(size, dim, dtype=dtype, scale=dim**-0.5),
-        "bias": _random(size, dtype=dtype),
-        "images": images.detach(),
-        "patch_ids": torch.randperm(patches)[:rows].int(),
+        "bias": _random(size, dtype=dtype) if bias else None,
+        "images": _channels_last(images.detach()) if channels_last else images.detach(),
+        "patch_ids": torch.randperm(patches)[:rows].to(ids),
         "row_weight": _row_weight(rows),
     }
-    return Inputs(tensors, _pixel_options(channels, patch, images) | {"norm_pix": norm_pix})
+    options = _pixel_options(channels, patch, images) | {"norm_pix": norm_pix, "reduction": reduction}
+    return Inputs(tensors, options)
 
 
-def masked_token_loss(dtype, rows, dim, vocab, label_smoothing=0.0, z_loss=0.0) -> Inputs:
+def masked_token_loss(
+    dtype, rows, dim, vocab, label_smoothing=0.0, z_loss=0.0, bias=True, ids=torch.int32, reduction="sum", ignored=False
+) -> Inputs:
     tensors = {
         "hidden": _random(rows, dim, dtype=dtype),
         "weight": _random(vocab, dim, dtype=dtype, scale=2 * dim**-0.5),
-        "bias": _random(vocab, dtype=dtype),
-        "targets": torch.randint(0, vocab, (rows,), dtype=torch.int32),
+        "bias": _random(vocab, dtype=dtype) if bias else None,
+        "targets": torch.randint(0, vocab, (rows,), dtype=ids),
         "row_weight": _row_weight(rows),
     }
-    return Inputs(tensors, {"label_smoothing": label_smoothing, "z_loss": z_loss})
+    if ignored:
+        tensors["targets"][1::3] = -100
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "reduction": reduction}
+    return Inputs(tensors, options)
 
 
 # Rows 0, 1 and prime; widths 48, 123 and 512; tiles left ragged on every side.
@@ -125,16 +140,36 @@ CASES = {
     "embed-p14": (patch_embed, {"rows": 67, "dim": 48, "batch": 12, "channels": 4, "patch": 14}),
     "embed-p32": (patch_embed, {"rows": 11, "dim": 512, "batch": 2, "channels": 1, "patch": 32}),
     "embed-float": (patch_embed, {"rows": 13, "dim": 48, "batch": 3, "channels": 3, "patch": 8, "floating": True}),
+    "embed-last": (
+        patch_embed,
+        {"rows": 29, "dim": 48, "batch": 6, "channels": 3, "patch": 14, "channels_last": True, "ids": torch.int64},
+    ),
+    "embed-float-last": (
+        patch_embed,
+        {"rows": 13, "dim": 48, "batch": 3, "channels": 3, "patch": 8, "floating": True, "channels_last": True}
+        | {"bias": False},
+    ),
     "gather-empty": (gather_tokens, {"tokens": 7, "rows": 0, "dim": 48}),
     "gather-one": (gather_tokens, {"tokens": 1, "rows": 1, "dim": 512}),
     "gather-some": (gather_tokens, {"tokens": 101, "rows": 67, "dim": 123}),
+    "gather-long": (gather_tokens, {"tokens": 31, "rows": 17, "dim": 48, "ids": torch.int64}),
     "norm-empty": (gather_tokens, {"tokens": 7, "rows": 0, "dim": 48, "norm": True}),
     "norm-one": (gather_tokens, {"tokens": 3, "rows": 1, "dim": 512, "norm": True}),
     "norm-some": (gather_tokens, {"tokens": 101, "rows": 67, "dim": 123, "norm": True}),
+    "norm-no-bias": (
+        gather_tokens,
+        {"tokens": 41, "rows": 23, "dim": 64, "norm": True, "bias": False, "ids": torch.int64},
+    ),
     "scatter-empty": (scatter_tokens, {"tokens": 0, "rows": 3, "dim": 48, "fill": 2, "table": 5}),
     "scatter-no-rows": (scatter_tokens, {"tokens": 11, "rows": 0, "dim": 48, "fill": 2, "table": 5}),
     "scatter-mask": (scatter_tokens, {"tokens": 641, "rows": 97, "dim": 123, "fill": 2, "table": 131}),
-    "scatter-vocab": (scatter_tokens, {"tokens": 37, "rows": 11, "dim": 512, "fill": 997, "table": 1}),
+    "scatter-vocab": (scatter_tokens, {"tokens": 37, "rows": 11, "dim": 512, "fill": 193, "table": 1}),
+    "scatter-long": (
+        scatter_tokens,
+        {"tokens": 37, "rows": 11, "dim": 48, "fill": 97, "table": 5, "ids": torch.int64},
+    ),
+    "scatter-no-fill": (scatter_tokens, {"tokens": 37, "rows": 11, "dim": 48, "table": 5}),
+    "scatter-x-alone": (scatter_tokens, {"tokens": 37, "rows": 11, "dim": 48}),
     "pixel-empty": (masked_pixel_loss, {"rows": 0, "dim": 48, "batch": 1, "channels": 3, "patch": 8}),
     "pixel-one": (masked_pixel_loss, {"rows": 1, "dim": 123, "batch": 1, "channels": 1, "patch": 8}),
     "pixel-p16": (masked_pixel_loss, {"rows": 37, "dim": 123, "batch": 8, "channels": 3, "patch": 16}),
@@ -146,15 +181,35 @@ CASES = {
         masked_pixel_loss,
         {"rows": 5, "dim": 512, "batch": 2, "channels": 3, "patch": 8, "floating": True, "norm_pix": True},
     ),
+    "pixel-mean-last": (
+        masked_pixel_loss,
+        {"rows": 21, "dim": 48, "batch": 4, "channels": 3, "patch": 14, "channels_last": True, "norm_pix": True}
+        | {"bias": False, "ids": torch.int64, "reduction": "mean"},
+    ),
+    "pixel-rows": (
+        masked_pixel_loss,
+        {"rows": 21, "dim": 123, "batch": 4, "channels": 1, "patch": 8, "reduction": "none"},
+    ),
     "token-empty": (masked_token_loss, {"rows": 0, "dim": 48, "vocab": 97}),
     "token-one": (masked_token_loss, {"rows": 1, "dim": 123, "vocab": 97}),
     "token-some": (masked_token_loss, {"rows": 67, "dim": 512, "vocab": 97}),
     "token-vocab": (masked_token_loss, {"rows": 3, "dim": 48, "vocab": 30522}),
     "token-smooth": (masked_token_loss, {"rows": 37, "dim": 48, "vocab": 131, "label_smoothing": 0.1}),
+    "token-mean": (
+        masked_token_loss,
+        {"rows": 37, "dim": 123, "vocab": 131, "z_loss": 0.01, "bias": False, "ids": torch.int64, "ignored": True}
+        | {"reduction": "mean"},
+    ),
+    "token-rows": (
+        masked_token_loss,
+        {"rows": 37, "dim": 48, "vocab": 64, "label_smoothing": 0.1, "ignored": True, "reduction": "none"},
+    ),
     "token-z": (masked_token_loss, {"rows": 37, "dim": 48, "vocab": 131, "label_smoothing": 0.1, "z_loss": 0.01}),
 }
 # One of each op, small: for the tests that look at something else than sizes.
-SMALL = ("embed-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16", "token-z")
+SMALL = (
+    "embed-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16", "pixel-rows", "token-z", "token-rows"
+)  # fmt: skip
 
 
 def make(case: str, dtype: torch.dtype, seed: int = 0) -> Inputs:

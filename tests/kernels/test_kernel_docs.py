@@ -1,26 +1,62 @@
-"""The README's example and the example file run as printed."""
+"""The README's examples and the example programs run as printed; the library stands alone."""
 
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import m3ae_kernels
+import pytest
+
 KERNELS = Path(__file__).parents[2] / "kernels"
+BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(encoding="utf-8"), re.S)
 
 
-def test_readme_example():
-    code = re.search(r"```python\n(import torch.*?)```", (KERNELS / "README.md").read_text(), re.S).group(1)
+def test_readme_examples():
+    assert len(BLOCKS) == 5
     names: dict = {}
-    exec(code, names)
-    assert names["loss"].isfinite() and names["correct"].shape == (480,)
+    for block in BLOCKS:
+        exec(block, names)
+    assert names["x"].shape == (49, 384) and names["normed"].shape == (3, 384) and names["y"].shape == (196, 384)
+    assert names["loss"].isfinite() and names["correct"].shape == (120,)
 
 
-def test_image_mae_learns():
-    command = [sys.executable, str(KERNELS / "examples/image_mae.py"), "--steps", "160"]
+def losses(example: str, *arguments: str) -> list[float]:
+    """What an example prints after the word "loss" or, of two models, after "fused" and the other's name."""
+    command = [sys.executable, str(KERNELS / "examples" / example), *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", result.stdout)]
-    assert losses[-1] < 0.4 * losses[0]
+    return [float(x) for x in re.findall(r"(?:loss|Training|fused) ([\d.]+)", result.stdout)]
+
+
+@pytest.mark.parametrize("example, steps", [("image_mae.py", "160"), ("masked_language_model.py", "60")])
+def test_example_learns(example, steps):
+    first, *_, last = losses(example, "--steps", steps)
+    assert last < 0.4 * first
+
+
+def test_hugging_face_vit_mae_has_equal_losses():
+    plain, fused = losses("hugging_face_vit_mae.py")
+    assert fused == pytest.approx(plain, abs=2e-6)
+
+
+def test_distribution_of_its_own(tmp_path):
+    """`pip install ./kernels` makes of this folder m3ae-kernels alone: the package, its tables, three requirements."""
+    source = tmp_path / "kernels"
+    shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    code = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    wheel = zipfile.ZipFile(next(source.glob("*.whl")))
+    names = wheel.namelist()
+    metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert f"Name: m3ae-kernels\nVersion: {m3ae_kernels.__version__}\n" in metadata
+    assert sorted(re.findall(r"^Requires-Dist: ([a-z]+)", metadata, re.M)) == ["numpy", "torch", "triton"]
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"m3ae_kernels"}
+    own = {str(path.relative_to(KERNELS)) for path in (KERNELS / "m3ae_kernels").rglob("*.[pj]*") if path.is_file()}
+    assert {name for name in own if "__pycache__" not in name} <= set(names)
 
 
 def test_triton_is_not_needed_on_a_cpu():

@@ -1,4 +1,5 @@
-"""The Triton kernels on Triton's interpreter: test_kernel_ops.py once more, in a process of its own.
+"""The Triton kernels on Triton's interpreter: test_kernel_ops.py and test_kernel_api.py once more, in a process of
+their own, and tiles.py in another.
 
 Triton decides at its import whether it interprets; the rest of the suite must not be interpreted.
 """
@@ -8,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "triton", "OMP_NUM_THREADS": "1"}
 
 
@@ -19,7 +21,13 @@ def run(*command: str) -> str:
 
 
 def test_ops_on_the_interpreter():
-    out = run("pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_kernel_ops.py")))
+    out = run("pytest", "-p", "no:cacheprovider", *(str(HERE / f"test_kernel_{name}.py") for name in ("ops", "api")))
+    assert " passed" in out and "skipped" not in out
+
+
+def test_shipped_tiles_on_the_interpreter():
+    """The block sizes of an H100's table, which are other than the interpreter's own: tiles wider than the inputs."""
+    out = run("pytest", "-p", "no:cacheprovider", str(HERE / "tiles.py"))
     assert " passed" in out and "skipped" not in out
 
 

@@ -66,7 +66,11 @@ def test_float64(case):
         ("norm-some", {"tokens": 5, "rows": 3, "dim": 4, "norm": True}),
         ("scatter-mask", {"tokens": 6, "rows": 4, "dim": 2, "fill": 2, "table": 3}),
         ("pixel-norm", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "norm_pix": True}),
+        ("pixel-rows", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "none"}),
+        ("pixel-mean-last", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "mean"}),
         ("token-z", {"rows": 3, "dim": 2, "vocab": 5, "label_smoothing": 0.1, "z_loss": 0.1}),
+        ("token-mean", {"rows": 4, "dim": 2, "vocab": 5, "ignored": True, "z_loss": 0.1, "reduction": "mean"}),
+        ("token-rows", {"rows": 4, "dim": 2, "vocab": 5, "ignored": True, "label_smoothing": 0.1, "reduction": "none"}),
     ],
 )
 def test_gradcheck(case, sizes):
@@ -95,10 +99,10 @@ def upstreams(out: Tensor) -> dict[str, Tensor]:
     return {
         "scaled": values * 1024,
         "transposed": values.t().contiguous().t(),
-        "sliced": torch.cat([values, values], 1)[:, out.shape[1] :],
-        "strided": torch.stack([values, values], 2)[..., 1],
+        "sliced": torch.cat([values, values], -1)[..., out.shape[-1] :],
+        "strided": torch.stack([values, values], -1)[..., 1],
         "expanded rows": values[:1].expand(out.shape),
-        "one number": values[0, 0].expand(out.shape),
+        "one number": values.flatten()[0].expand(out.shape),
     }
 
 
@@ -217,6 +221,49 @@ def test_compile_equals_eager(case, autocast):
         assert torch.equal(a, b)
 
 
+def test_inductor_equals_eager():
+    """All ops in one graph by the compiler that people use, its own kernels between them."""
+    torch.manual_seed(0)
+    pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    embed = m3ae_kernels.PatchEmbed(16, **pixels)
+    heads = m3ae_kernels.M3AEHeads(16, 31, **pixels)
+    table = torch.randn(12, 16, requires_grad=True)
+    images, ids = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8), torch.randperm(12)
+    targets = {"images": images, "patch_ids": ids[:6], "targets": torch.randint(0, 31, (6,))}
+    rows = {"image_rows": torch.arange(6), "text_rows": torch.arange(6, 12)}
+
+    def losses() -> Tensor:
+        x = m3ae_kernels.scatter_tokens(embed(images, ids), ids, table=table, table_ids=ids.flip(0))
+        x = m3ae_kernels.gather_tokens(torch.tanh(x), ids)
+        sums = heads(x, **rows, **targets)
+        return sums.image + sums.text
+
+    learned = [table, *embed.parameters(), *heads.parameters()]
+    torch._dynamo.reset()
+    eager, compiled = losses(), torch.compile(losses, fullgraph=True)()
+    assert torch.allclose(eager, compiled, rtol=1e-6)
+    for a, b in zip(torch.autograd.grad(eager, learned), torch.autograd.grad(compiled, learned)):
+        assert error(b, a.double()) < 2e-6
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", SMALL if TRITON else CASES)  # tiles.py has more
+def test_unwritten_memory_is_never_read(case, poisoned):
+    inputs = make(case, torch.float32)
+    true = run(reference, case, double(inputs))
+    for name, got in run(m3ae_kernels, case, inputs).items():
+        assert error(got, true[name]) < 3e-6, name
+
+
 def test_changing_row_counts_compile_once():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -278,7 +325,7 @@ def test_norm_in_chunks_of_rows(monkeypatch):
 def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
     """In chunks of a few rows the result is the same, and nothing of [M, V] or [M, K] is ever allocated."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
-    token, pixel = (importlib.import_module(f"{folder}.{name}_loss") for name in ("token", "pixel"))
+    pixel = importlib.import_module(f"{folder}.pixel_loss")
     rows, vocab, patch = 401, 193, 192
     torch.manual_seed(0)
     token_inputs = CASES["token-z"][0](torch.float32, rows, dim=16, vocab=vocab, label_smoothing=0.1, z_loss=0.01)
@@ -289,12 +336,11 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
         whole[case] = run(m3ae_kernels, case, inputs)
         # One chunk holds them all: the measurement sees what it should.
         assert largest_allocation(case, inputs) >= 4 * rows * width
+    token_inputs.options["workspace"] = 4 * 97 * 256
     if TRITON:
-        monkeypatch.setattr(token, "WORKSPACE_BYTES", 4 * 128 * 256)
         monkeypatch.setattr(pixel, "WORKSPACE_BYTES", 4 * 128 * patch)
     else:
-        monkeypatch.setattr(token, "CHUNK_BYTES", 4 * 97 * vocab)
-        monkeypatch.setattr(token, "SOFTMAX_BYTES", 4 * 23 * vocab)
+        monkeypatch.setattr(importlib.import_module("m3ae_kernels.token_loss"), "SOFTMAX_BYTES", 4 * 23 * vocab)
         monkeypatch.setattr(pixel, "CHUNK_ROWS", 97)
     for case, inputs, width in cases:
         for name, got in run(m3ae_kernels, case, inputs).items():
@@ -308,9 +354,9 @@ def test_correct_is_the_first_of_the_largest():
     bias[[70, 3, 150]] = 2.0  # three equal largest, in three tiles
     targets = torch.tensor([3, 70, 150, 0], dtype=torch.int32)
     weight, row_weight = torch.zeros(200, 8), torch.ones(4)
-    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, bias, targets, row_weight)
+    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, bias, targets, row_weight, return_correct=True)
     assert correct.tolist() == [True, False, False, False]
-    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, torch.zeros(200), targets * 0, row_weight)
+    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets * 0, row_weight, return_correct=True)
     assert correct.all()
 
 
@@ -377,7 +423,7 @@ def test_modules_are_the_ops_with_their_own_weights():
     target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
     by_hand = ((head.predict(hidden) - target).square().mean(1) * weight).sum()
     assert torch.allclose(loss, by_hand)
-    text_loss, correct = tokens(hidden, ids, weight)
+    text_loss, correct = tokens(hidden, ids, weight, return_correct=True)
     assert torch.equal(tokens.predict(hidden).argmax(1) == ids, correct)
     (loss + text_loss).backward()
     for module in (embed, head, tokens):
@@ -388,50 +434,64 @@ def test_modules_are_the_ops_with_their_own_weights():
         assert (module.bias == 0).all()
 
 
-def test_m3ae_loss_is_its_parts():
-    """The one call, the module and the reference's parts agree in value and in every gradient."""
+@pytest.mark.parametrize("vocab", [53, None])
+def test_m3ae_heads_are_their_parts(vocab):
+    """The module and the reference's parts agree in value and in every gradient, hidden layers between included."""
     torch.manual_seed(0)
     pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    heads = m3ae_kernels.M3AEHeads(16, 53, norm_pix=True, label_smoothing=0.1, z_loss=0.01, **pixels)
+    options = {"norm_pix": True, "label_smoothing": 0.1, "z_loss": 0.01}
+    mlps = {"image_mlp": torch.nn.Linear(16, 16), "text_mlp": torch.nn.Linear(16, 16) if vocab else None}
+    heads = m3ae_kernels.M3AEHeads(16, vocab, **pixels, **options, **mlps)
     for p in heads.parameters():
         torch.nn.init.normal_(p)
     x = torch.randn(23, 16, requires_grad=True)
     order = torch.randperm(23).int()
-    image_rows, text_rows = order[:7], order[7:18]
+    rows = {"image_rows": order[:7], "text_rows": order[7:18]}
     images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
     patch_ids, image_weight = torch.randperm(12)[:7].int(), torch.rand(7)
-    targets, text_weight = torch.randint(0, 53, (11,)).int(), torch.rand(11)
-    batch = (images, patch_ids, image_weight, targets, text_weight)
-    weights = list(heads.parameters())
-    options = {"norm_pix": True, "label_smoothing": 0.1, "z_loss": 0.01}
-    by_module = heads(x, image_rows, text_rows, *batch)
-    by_function = m3ae_kernels.m3ae_loss(x, image_rows, text_rows, *weights, *batch, **pixels, **options)
-    norm_weight, norm_bias, *head_weights = weights
+    targets, text_weight = torch.randint(0, vocab or 1, (11,)), torch.rand(11)
+    image_batch = {"images": images, "patch_ids": patch_ids, "image_row_weight": image_weight}
+    text_batch = {"targets": targets, "text_row_weight": text_weight}
+    got = heads(x, **rows, **image_batch, **text_batch)
 
-    def rows(which: Tensor) -> Tensor:
-        return reference.gather_tokens(x, which, norm_weight=norm_weight, norm_bias=norm_bias)
+    def hidden(which: Tensor, mlp: torch.nn.Module) -> Tensor:
+        return mlp(reference.gather_tokens(x, which, norm_weight=heads.norm.weight, norm_bias=heads.norm.bias))
 
+    image_head, text_head = heads.image_head, heads.text_head
+    image_hidden = hidden(rows["image_rows"], heads.image_mlp)
     image = reference.masked_pixel_loss(
-        rows(image_rows), *head_weights[:2], images, patch_ids, image_weight, norm_pix=True, **pixels
+        image_hidden, image_head.weight, image_head.bias, images, patch_ids, image_weight, norm_pix=True, **pixels
     )
-    text, correct = reference.masked_token_loss(
-        rows(text_rows), *head_weights[2:], targets, text_weight, label_smoothing=0.1, z_loss=0.01
-    )
-    expected = torch.autograd.grad(image + text, [x, *weights])
-    for got in (by_module, by_function):
-        assert torch.equal(got.correct, correct)
-        assert torch.allclose(got.image, image) and torch.allclose(got.text, text)
-        assert torch.allclose(got.loss, image + text)
-        for a, b in zip(torch.autograd.grad(got.loss, [x, *weights]), expected):
-            assert error(a, b.double()) < 2e-6
+    text = right = torch.zeros(())
+    pixels_predicted, logits = heads.predict(x, **rows)
+    assert torch.allclose(pixels_predicted, image_head.predict(image_hidden), atol=1e-5)
+    if vocab is None:
+        assert logits is None
+    else:
+        text_hidden = hidden(rows["text_rows"], heads.text_mlp)
+        text, correct = reference.masked_token_loss(
+            text_hidden, text_head.weight, text_head.bias, targets, text_weight,
+            label_smoothing=0.1, z_loss=0.01, return_correct=True,
+        )  # fmt: skip
+        right = (correct * text_weight).sum()
+        assert torch.equal(logits.argmax(1) == targets, correct)
+    assert all(torch.allclose(ours, theirs) for ours, theirs in zip(got, (image, text, right)))
+    learned = [x, *heads.parameters()]
+    expected = torch.autograd.grad(image + text, learned)
+    for ours, theirs in zip(torch.autograd.grad(got.image + got.text, learned), expected):
+        assert error(ours, theirs.double()) < 2e-6
 
 
 @pytest.mark.parametrize(
     "case, changes, error_type, message",
     [
-        ("gather-some", {"rows": torch.zeros(3, dtype=torch.int64)}, TypeError, "rows must be int32"),
+        ("gather-some", {"rows": torch.zeros(3)}, TypeError, "rows must be int32 or int64"),
         ("gather-some", {"x": torch.zeros(3)}, ValueError, r"x has shape \(3,\)"),
-        ("norm-some", {"norm_bias": None}, ValueError, "given together"),
+        ("norm-some", {"norm_weight": None}, ValueError, "norm_bias needs a norm_weight"),
+        ("scatter-mask", {"fill": None}, ValueError, "fill and fill_ids must be given together"),
+        ("scatter-no-fill", {"fill_order": torch.zeros(37).int()}, ValueError, "fill_order needs fill"),
+        ("pixel-p16", {"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+        ("token-some", {"workspace": 0}, ValueError, "workspace is 0 bytes"),
         ("scatter-mask", {"fill": torch.zeros(2, 5)}, ValueError, "fill has shape"),
         ("scatter-mask", {"table_ids": torch.zeros(2).int()}, ValueError, "table_ids has shape"),
         ("embed-p16", {"patch_size": 7}, ValueError, "do not divide into patches of 7"),
@@ -466,6 +526,8 @@ def test_mistakes_are_named(case, changes, error_type, message):
         ("scatter-mask", "src", 97),
         ("scatter-mask", "fill_ids", 2),
         ("scatter-mask", "table_ids", 131),
+        ("token-some", "targets", 97),
+        ("token-some", "targets", -1),
     ],
 )
 def test_indices_out_of_range_are_errors_on_the_cpu(case, name, index):

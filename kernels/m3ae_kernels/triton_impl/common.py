@@ -1,6 +1,6 @@
 """What the kernels share: pixels by patch and position, launch settings, dtypes.
 
-Patches are planar here, see ../pixels.py.
+Patches are cut as ../pixels.py says.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import accumulator
+from ..pixels import planar
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -33,21 +34,34 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: as torch.get_float32_matmul_precision says, on tensor cores either way (three
-    TF32 products keep about float32's precision). AMD's matrix cores take float32 itself."""
+    """How `tl.dot` multiplies float32: as torch's own matmuls are set to, on tensor cores either way (three TF32
+    products keep about float32's precision). AMD's matrix cores take float32 itself."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # torch.get_float32_matmul_precision raises where this newer setting was used; either sets this one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def aligned(matrix: Tensor) -> Tensor:
-    """The matrix, contiguous, with zero columns added up to a multiple of 16: odd widths would be loaded one by one."""
-    extra = -matrix.shape[1] % 16
-    return F.pad(matrix, (0, extra)) if extra else matrix.contiguous()
+def padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The matrix in `dtype`, contiguous, with zeros below and to its right up to this shape: odd widths would be loaded
+    one element at a time."""
+    if matrix.shape == (rows, columns):
+        return matrix.to(dtype).contiguous()
+    return F.pad(matrix.to(dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+
+
+def up(size: int, multiple: int = 16) -> int:
+    """The next multiple."""
+    return cdiv(size, multiple) * multiple
+
+
+def in_place(images: Tensor) -> Tensor:
+    """The images as kernels read them: contiguous, or in channels_last memory."""
+    return images.contiguous() if planar(images) else images
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:
@@ -55,26 +69,33 @@ def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: 
     channels, height, width = images.shape[1:]
     pad = [0.0] * (4 - len(scale))
     named = zip(("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3"), [*scale, *pad, *shift, *pad])
-    return dict(named) | {"P": patch_size, "C": channels, "H": height, "W": width, "NORMALISE": bool(scale)}
+    constants = {"P": patch_size, "C": channels, "H": height, "W": width}
+    return dict(named) | constants | {"PLANAR": planar(images), "NORMALISE": bool(scale)}
 
 
 @triton.jit
-def patch_starts(ids, P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+def patch_starts(ids, P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr):
     """The offset of each patch's first pixel; int64, as a batch of images may pass 2^31 pixels."""
     grid_w: tl.constexpr = W // P
     patches: tl.constexpr = grid_w * (H // P)
-    patch = ids % patches
-    return (ids // patches).to(tl.int64) * (C * H * W) + (patch // grid_w) * (P * W) + patch % grid_w * P
+    patch = (ids % patches).to(tl.int32)
+    pixel = patch // grid_w * (P * W) + patch % grid_w * P
+    return (ids // patches).to(tl.int64) * (C * H * W) + (pixel if PLANAR else pixel * C)
 
 
 @triton.jit
 def load_pixels(
     images, starts, k, mask, s0, s1, s2, s3, b0, b1, b2, b3,
-    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, NORMALISE: tl.constexpr, ACC: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Elements k of the patches that start at `starts` [rows, 1] or [1, rows]; k is shaped to broadcast with them."""
-    channel = k // (P * P)
-    offset = channel * (H * W) + k % (P * P) // P * W + k % P
+    if PLANAR:
+        channel = k // (P * P)
+        offset = channel * (H * W) + k % (P * P) // P * W + k % P
+    else:
+        channel = k % C
+        offset = k // (P * C) * (W * C) + k % (P * C)
     x = tl.load(images + starts + offset, mask=mask, other=0).to(ACC)
     if NORMALISE:
         scale = tl.where(channel == 0, s0, tl.where(channel == 1, s1, tl.where(channel == 2, s2, s3)))

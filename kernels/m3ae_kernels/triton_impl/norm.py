@@ -1,5 +1,7 @@
 """Kernels of `gather_tokens` with a LayerNorm."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -8,14 +10,15 @@ from torch import Tensor
 from ..dispatch import accumulator
 from ..tuning import config
 from .common import acc_type, cdiv, launcher
+from .rows import invert
 
 MAX_PARTIALS = 512  # programs of the backward, each with its own sums for weight and bias
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["rows"])
 def gather_norm_kernel(
     x, rows, weight, bias, y, mean, rstd, M, D, stride, eps,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = LayerNorm(x[rows]), BLOCK_M whole rows a program. Bytes 4MD in bfloat16: M3AE-Large's decoder output at 512
     samples (M 123k, D 512): 252 MB, 75 us at 3.35 TB/s."""
@@ -27,16 +30,18 @@ def gather_norm_kernel(
     mu = tl.sum(value, 1) / D
     centred = tl.where(mask, value - mu[:, None], 0)
     r = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    w = tl.load(weight + d, mask=d < D, other=0).to(ACC)
-    b = tl.load(bias + d, mask=d < D, other=0).to(ACC)
-    out = centred * r[:, None] * w[None, :] + b[None, :]
+    out = centred * r[:, None] * tl.load(weight + d, mask=d < D, other=0).to(ACC)[None, :]
+    if BIAS:
+        out += tl.load(bias + d, mask=d < D, other=0).to(ACC)[None, :]
     tl.store(y + m.to(tl.int64)[:, None] * D + d[None, :], out, mask=mask)
     tl.store(mean + m, mu, mask=m < M)
     tl.store(rstd + m, r, mask=m < M)
 
 
 @launcher
-def gather_norm(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def gather_norm(
+    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     count, dim = len(rows), x.shape[1]
     y = x.new_empty(count, dim)
@@ -44,9 +49,10 @@ def gather_norm(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, eps: floa
     rstd = torch.empty_like(mean)
     if count:
         tile = _whole_rows("gather_norm", x)
+        given = weight if bias is None else bias
         gather_norm_kernel[(cdiv(count, tile["BLOCK_M"]),)](
-            x, rows.contiguous(), weight.contiguous(), bias.contiguous(), y, mean, rstd, count, dim, x.stride(0), eps,
-            ACC=acc_type(x.dtype), **tile,
+            x, rows.contiguous(), weight.contiguous(), given.contiguous(), y, mean, rstd, count, dim, x.stride(0), eps,
+            BIAS=bias is not None, ACC=acc_type(x.dtype), **tile,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -58,60 +64,65 @@ def _whole_rows(name: str, x: Tensor) -> dict:
     return {"BLOCK_M": max(1, tile.pop("TILE") // block_d), "BLOCK_D": block_d} | tile
 
 
-@triton.jit(do_not_specialize=["M", "share"])
+@triton.jit(do_not_specialize=["T", "share"], do_not_specialize_on_alignment=["mean", "rstd"])
 def gather_norm_backward_kernel(
-    grad, x, rows, weight, mean, rstd, grad_x, partial_weight, partial_bias, M, D, stride, share,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, share,
+    GRAD_X: tl.constexpr, PARAMETERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of grad_x, and each program's sums over its `share` of rows for the weight's and bias's gradients
-    [programs, D].
+    """Each program's `share` of the rows of grad_x, zero where `source` is negative, and its sums for the weight's and
+    bias's gradients [programs, D].
 
-    Bytes at least 6MD in bfloat16: M3AE-Large at 512 samples (M 123k, D 512): 378 MB, 113 us at 3.35 TB/s.
+    Bytes at least 4MD + 2TD in bfloat16: M3AE-Large at 512 samples (M 123k, T 164k, D 512): 420 MB, 125 us at 3.35
+    TB/s.
     """
     pid = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0).to(ACC)
-    sum_w = tl.zeros((BLOCK_D,), dtype=ACC)
-    sum_b = tl.zeros((BLOCK_D,), dtype=ACC)
-    end = tl.minimum((pid + 1) * share, M)
-    for m0 in range(pid * share, end, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        mask = (m < end)[:, None] & (d < D)[None, :]
-        row = tl.load(rows + m, mask=m < end, other=0).to(tl.int64)
-        g = tl.load(grad + m.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0).to(ACC)
-        value = tl.load(x + row[:, None] * stride + d[None, :], mask=mask, other=0).to(ACC)
-        mu = tl.load(mean + m, mask=m < end, other=0)
-        r = tl.load(rstd + m, mask=m < end, other=0)
+    # One sum a lane: across the program's threads they are added once, at the end.
+    sum_w = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
+    sum_b = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
+    end = tl.minimum((pid + 1) * share, T)
+    for t0 in range(pid * share, end, BLOCK_M):
+        t = t0 + tl.arange(0, BLOCK_M)
+        m = tl.load(source + t, mask=t < end, other=-1).to(tl.int64)
+        mask = (m >= 0)[:, None] & (d < D)[None, :]
+        g = tl.load(grad + m[:, None] * D + d[None, :], mask=mask, other=0).to(ACC)
+        value = tl.load(x + t.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0).to(ACC)
+        mu = tl.load(mean + m, mask=m >= 0, other=0)
+        r = tl.load(rstd + m, mask=m >= 0, other=0)
         normed = tl.where(mask, (value - mu[:, None]) * r[:, None], 0)
-        gw = g * w[None, :]
-        along = tl.sum(gw * normed, 1) / D
-        level = tl.sum(gw, 1) / D
-        out = (gw - normed * along[:, None] - level[:, None]) * r[:, None]
-        tl.store(grad_x + row[:, None] * D + d[None, :], out, mask=mask)
-        sum_w += tl.sum(g * normed, 0)
-        sum_b += tl.sum(g, 0)
-    at = pid.to(tl.int64) * D + d
-    tl.store(partial_weight + at, sum_w, mask=d < D)
-    tl.store(partial_bias + at, sum_b, mask=d < D)
+        if GRAD_X:
+            gw = g * w[None, :]
+            along = tl.sum(gw * normed, 1) / D
+            level = tl.sum(gw, 1) / D
+            out = (gw - normed * along[:, None] - level[:, None]) * r[:, None]
+            tl.store(grad_x + t.to(tl.int64)[:, None] * D + d[None, :], out, mask=(t < end)[:, None] & (d < D)[None, :])
+        if PARAMETERS:
+            sum_w += g * normed
+            sum_b += g
+    if PARAMETERS:
+        at = pid.to(tl.int64) * D + d
+        tl.store(partial_weight + at, tl.sum(sum_w, 0), mask=d < D)
+        tl.store(partial_bias + at, tl.sum(sum_b, 0), mask=d < D)
 
 
 @launcher
 def gather_norm_backward(
-    grad: Tensor, x: Tensor, rows: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    grad: Tensor, x: Tensor, rows: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    count, dim = grad.shape
-    grad_x = x.new_zeros(x.shape)
-    if not count:
-        empty = mean.new_zeros(dim)
-        return grad_x, empty, empty.clone()
+    count, dim = x.shape
+    grad_x = x.new_empty(x.shape if needs[0] else 0)
+    parameters = needs[1] or needs[2]
     tile = _whole_rows("gather_norm_backward", x)
     share = cdiv(cdiv(count, tile["BLOCK_M"]), MAX_PARTIALS) * tile["BLOCK_M"]
-    programs = cdiv(count, share)
-    partial = mean.new_empty(2, programs, dim)
-    gather_norm_backward_kernel[(programs,)](
-        grad.contiguous(), x, rows.contiguous(), weight.contiguous(), mean, rstd, grad_x, partial[0], partial[1],
-        count, dim, x.stride(0), share, ACC=acc_type(x.dtype), **tile,
-    )  # fmt: skip
-    grad_weight, grad_bias = partial.sum(1).unbind()
-    return grad_x, grad_weight.clone(), grad_bias.clone()
+    programs = cdiv(count, share) if count else 0
+    partial_weight, partial_bias = (mean.new_empty(programs if parameters else 0, dim) for _ in range(2))
+    if programs:
+        gather_norm_backward_kernel[(programs,)](
+            grad.contiguous(), x, invert(rows, count), weight.contiguous(), mean, rstd, grad_x, partial_weight,
+            partial_bias, count, dim, x.stride(0), share,
+            GRAD_X=needs[0], PARAMETERS=parameters, ACC=acc_type(x.dtype), **tile,
+        )  # fmt: skip
+    empty = mean.new_empty(0)
+    return grad_x, partial_weight.sum(0) if needs[1] else empty, partial_bias.sum(0) if needs[2] else empty.clone()

@@ -1,20 +1,23 @@
 """Kernels of `patch_embed`."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pixels import from_planar, to_planar
+from ..dispatch import accumulator
+from ..pixels import from_cut, to_cut
 from ..tuning import config
 from .common import (
     acc_type,
     cdiv,
+    in_place,
     launcher,
     load_pixels,
+    padded,
     patch_starts,
     pixel_arguments,
     precision,
+    up,
 )
 
 # Row splits of the weight's gradient: enough programs to fill the largest chips twice, whatever the device, so that the
@@ -22,14 +25,15 @@ from .common import (
 TARGET_PROGRAMS = 264
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids", "bias"])
 def patch_embed_kernel(
-    images, ids, weight, bias, out, N, D, s0, s1, s2, s3, b0, b1, b2, b3,
-    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, NORMALISE: tl.constexpr,
+    images, ids, weight, bias, out, N, D, stride, s0, s1, s2, s3, b0, b1, b2, b3,
+    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P, planar.
+    """out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P, and the weight's rows
+    start `stride` elements apart.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 2KD for uint8 and bfloat16. M3AE-Large at 512 samples (N 32768, K 768, D
     1024): 51.5 GFLOP, 52 us at 989 TFLOP/s; 94 MB, 28 us at 3.35 TB/s: bound by the tensor cores.
@@ -39,15 +43,15 @@ def patch_embed_kernel(
     pid = tl.program_id(0)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W)
+    starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = load_pixels(
             images, starts[:, None], k[None, :], (m < N)[:, None] & (k < K)[None, :],
-            s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, NORMALISE, ACC,
+            s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC,
         )  # fmt: skip
-        w = tl.load(weight + n[None, :] * K + k[:, None], mask=(n < D)[None, :] & (k < K)[:, None], other=0)
+        w = tl.load(weight + n[None, :] * stride + k[:, None], mask=(n < D)[None, :] & (k < stride)[:, None], other=0)
         acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
     acc += tl.load(bias + n, mask=n < D, other=0).to(ACC)[None, :]
     tl.store(out + m.to(tl.int64)[:, None] * D + n[None, :], acc, mask=(m < N)[:, None] & (n < D)[None, :])
@@ -55,25 +59,26 @@ def patch_embed_kernel(
 
 @launcher
 def patch_embed(
-    images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, patch_size: int, scale, shift, dtype: torch.dtype
-) -> Tensor:
-    images, rows, dim = images.contiguous(), len(ids), weight.shape[0]
-    out = images.new_empty(rows, dim, dtype=dtype)
+    images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, patch_size: int, scale, shift, out: Tensor
+) -> None:
+    """Fills out [N, D], in whose dtype bias is and the matmul runs."""
     if not out.numel():
-        return out
+        return
+    (rows, dim), dtype, stride = out.shape, out.dtype, up(weight.shape[1])
+    images = in_place(images)
     tile = config("patch_embed", images.device, dtype)
     grid = (cdiv(rows, tile["BLOCK_M"]) * cdiv(dim, tile["BLOCK_N"]),)
     patch_embed_kernel[grid](
-        images, ids.contiguous(), to_planar(weight.to(dtype), patch_size, 1), bias.contiguous(), out, rows, dim,
+        images, ids.contiguous(), padded(to_cut(weight, images, patch_size, 1), dim, stride, dtype), bias.contiguous(),
+        out, rows, dim, stride,
         **pixel_arguments(images, patch_size, scale, shift), ACC=acc_type(dtype), PRECISION=precision(dtype), **tile,
     )  # fmt: skip
-    return out
 
 
-@triton.jit(do_not_specialize=["N", "split_rows"])
+@triton.jit(do_not_specialize=["N", "split_rows"], do_not_specialize_on_alignment=["ids"])
 def patch_embed_dweight_kernel(
     images, ids, grad, partial, N, D, split_rows, s0, s1, s2, s3, b0, b1, b2, b3,
-    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, NORMALISE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -93,10 +98,10 @@ def patch_embed_dweight_kernel(
     for r0 in range(split * split_rows, tl.minimum((split + 1) * split_rows, N), BLOCK_K):
         r = r0 + tl.arange(0, BLOCK_K)
         g = tl.load(grad + r.to(tl.int64)[:, None] * D + m[None, :], mask=(r < N)[:, None] & (m < D)[None, :], other=0)
-        starts = patch_starts(tl.load(ids + r, mask=r < N, other=0), P, C, H, W)
+        starts = patch_starts(tl.load(ids + r, mask=r < N, other=0), P, C, H, W, PLANAR)
         x = load_pixels(
             images, starts[:, None], n[None, :], (r < N)[:, None] & (n < PATCH)[None, :],
-            s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, NORMALISE, ACC,
+            s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC,
         )  # fmt: skip
         acc = tl.dot(tl.trans(g), x.to(g.dtype), acc, input_precision=PRECISION, out_dtype=ACC)
     out = partial + split.to(tl.int64) * D * PATCH + m[:, None] * PATCH + n[None, :]
@@ -110,16 +115,16 @@ def patch_embed_dweight(grad: Tensor, images: Tensor, ids: Tensor, patch_size: i
     if not rows or not out.numel():
         out.zero_()
         return
-    images = images.contiguous()
+    images = in_place(images)
     tile = config("patch_embed_dweight", images.device, grad.dtype)
     tiles = cdiv(dim, tile["BLOCK_M"]) * cdiv(out.shape[1], tile["BLOCK_N"])
     blocks = cdiv(rows, tile["BLOCK_K"])
     split_blocks = cdiv(blocks, min(blocks, cdiv(TARGET_PROGRAMS, tiles)))
     splits = cdiv(blocks, split_blocks)
-    partial = out.new_empty(splits, *out.shape)
+    partial = out.new_empty(splits, *out.shape, dtype=accumulator(grad.dtype))
     patch_embed_dweight_kernel[(tiles, splits)](
         images, ids.contiguous(), grad.contiguous(), partial, rows, dim, split_blocks * tile["BLOCK_K"],
         **pixel_arguments(images, patch_size, scale, shift),
         ACC=acc_type(grad.dtype), PRECISION=precision(grad.dtype), **tile,
     )  # fmt: skip
-    out.copy_(from_planar(partial.sum(0), patch_size, 1))
+    out.copy_(from_cut(partial.sum(0), images, patch_size, 1))

@@ -1,33 +1,37 @@
 """Kernels of `masked_pixel_loss`."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import accumulator
-from ..pixels import from_planar, to_planar
+from ..pixels import from_cut, to_cut
 from ..tuning import config
 from .common import (
     acc_type,
-    aligned,
     cdiv,
+    in_place,
     launcher,
     load_pixels,
+    padded,
     patch_starts,
     pixel_arguments,
     precision,
+    up,
 )
-from .matmul import even_chunks, product
+from .matmul import add_product, even_chunks, workspace_rows
 
 NORM_PIX_EPS = tl.constexpr(1e-6)
 WORKSPACE_BYTES = 24 << 20  # slopes of one chunk: half of an H100's second-level cache
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids", "mean", "rstd"])
 def patch_stats_kernel(
     images, ids, mean, rstd, N, s0, s1, s2, s3, b0, b1, b2, b3,
-    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, NORMALISE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Each patch's mean and 1 / sqrt(unbiased variance + eps). Bytes NK for uint8: 98304 patches of 768 in 23 us at
@@ -36,9 +40,9 @@ def patch_stats_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_D)
     mask = (m < N)[:, None] & (k < K)[None, :]
-    starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W)
+    starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
     x = load_pixels(
-        images, starts[:, None], k[None, :], mask, s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, NORMALISE, ACC
+        images, starts[:, None], k[None, :], mask, s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC
     )
     mu = tl.sum(tl.where(mask, x, 0), 1) / K
     centred = tl.where(mask, x - mu[:, None], 0)
@@ -46,17 +50,20 @@ def patch_stats_kernel(
     tl.store(rstd + m, 1 / tl.sqrt(tl.sum(centred * centred, 1) / (K - 1) + EPS), mask=m < N)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["bias", "ids", "share", "mean", "rstd", "tile_loss", "tile_bias"],
+)
 def pixel_error_kernel(
-    hidden, weight, bias, images, ids, share, mean, rstd, tile_loss, tile_bias, slope, N, D,
+    hidden, weight, bias, images, ids, share, mean, rstd, tile_loss, tile_bias, slope, N, D, stride,
     s0, s1, s2, s3, b0, b1, b2, b3,
-    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, NORMALISE: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     NORM_PIX: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Predictions hidden [N, D] @ weight [K, D].T + bias against the pixels, one tile a program: the tile's squared
     errors by row (tile_loss [tiles of K, N]), and, where gradients are wanted, the slopes share[r] * 2 / K * error
-    (slope [N, K]) and their sums by column (tile_bias [tiles of N, K]).
+    (slope [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N, K]).
 
     FLOPs 2NDK; bytes at least N(2D + K + 2K) + 2KD. M3AE-Large at 512 samples (N 98304, D 512, K 768): 77 GFLOP, 78 us
     at 989 TFLOP/s; 328 MB, 98 us at 3.35 TB/s, of which the slopes, 151 MB, stay in the second-level cache chunk by
@@ -75,12 +82,12 @@ def pixel_error_kernel(
         h = tl.load(
             hidden + m.to(tl.int64)[:, None] * D + d[None, :], mask=(m < N)[:, None] & (d < D)[None, :], other=0
         )
-        w = tl.load(weight + n[None, :] * D + d[:, None], mask=(n < K)[None, :] & (d < D)[:, None], other=0)
+        w = tl.load(weight + n[None, :] * D + d[:, None], mask=(n < stride)[None, :] & (d < D)[:, None], other=0)
         acc = tl.dot(h, w, acc, input_precision=PRECISION, out_dtype=ACC)
     mask = (m < N)[:, None] & (n < K)[None, :]
-    starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W)
+    starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
     target = load_pixels(
-        images, starts[:, None], n[None, :], mask, s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, NORMALISE, ACC
+        images, starts[:, None], n[None, :], mask, s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC
     )
     if NORM_PIX:
         mu = tl.load(mean + m, mask=m < N, other=0)
@@ -90,7 +97,8 @@ def pixel_error_kernel(
     tl.store(tile_loss + tile_n * N + m, tl.sum(error * error, 1), mask=m < N)
     if GRAD:
         error *= tl.load(share + m, mask=m < N, other=0)[:, None] * (2 / K)
-        tl.store(slope + m.to(tl.int64)[:, None] * K + n[None, :], error, mask=mask)
+        inside = (m < N)[:, None] & (n < stride)[None, :]
+        tl.store(slope + m.to(tl.int64)[:, None] * stride + n[None, :], error, mask=inside)
         tl.store(tile_bias + tile_m * K + n, tl.sum(error, 0), mask=n < K)
 
 
@@ -106,17 +114,19 @@ def pixel_loss(
     scale,
     shift,
     norm_pix: bool,
+    needs: Sequence[bool],
     row_loss: Tensor,
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], and the gradients that have room; hidden, weight and bias have one dtype."""
+    """Fills row_loss [M], and the gradients that `needs` wants; hidden, weight and bias have one dtype."""
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
-    count, patch = len(hidden), len(weight)
-    hidden, images, ids = hidden.contiguous(), images.contiguous(), ids.contiguous()
-    weight, bias = to_planar(weight, patch_size, 0), to_planar(bias, patch_size, 0)
-    wide_hidden, wide_weight = aligned(hidden), aligned(weight)
+    (count, dim), patch = hidden.shape, len(weight)
+    wide, stride = up(dim), up(patch)  # rows start on 16 bytes: what wide loads and the vendors' products want
+    images, ids, bias = in_place(images), ids.contiguous(), to_cut(bias, images, patch_size, 0)
+    hidden = padded(hidden, count, wide, dtype)
+    weight = padded(to_cut(weight, images, patch_size, 0), stride, wide, dtype)
     pixels = pixel_arguments(images, patch_size, scale, shift) | {"ACC": acc_type(dtype)}
     mean = rstd = share  # read only with norm_pix
     if norm_pix:
@@ -127,29 +137,33 @@ def pixel_loss(
         grid = (cdiv(count, tile["BLOCK_M"]),)
         patch_stats_kernel[grid](images, ids, mean, rstd, count, **pixels, EPS=NORM_PIX_EPS, **tile)
     tile = config("pixel_error", images.device, dtype)
-    wanted = bool(grad_hidden.numel() or grad_weight.numel())
-    chunk = even_chunks(count, WORKSPACE_BYTES // (patch * dtype.itemsize), tile["BLOCK_M"])
-    slope = hidden.new_empty(chunk if wanted else 0, patch)
-    sum_weight = torch.zeros_like(weight if grad_weight.numel() else grad_weight, dtype=acc)
-    sum_bias = torch.zeros_like(grad_bias)
+    most = max(1, WORKSPACE_BYTES // (stride * dtype.itemsize))
+    chunk = even_chunks(count, most, tile["BLOCK_M"])
+    slope = hidden.new_empty(workspace_rows(count, most) if any(needs) else 0, stride)
+    total = hidden.new_empty(weight.shape if needs[1] else 0, dtype=acc)
+    total_bias = torch.zeros_like(grad_bias)
     tiles_n = cdiv(patch, tile["BLOCK_N"])
     for start in range(0, count, chunk):
         rows = slice(start, min(start + chunk, count))
         size = rows.stop - start
         tiles_m = cdiv(size, tile["BLOCK_M"])
         tile_loss = share.new_empty(tiles_n, size)
-        tile_bias = share.new_empty(tiles_m if wanted else 0, patch)
+        tile_bias = share.new_empty(tiles_m if any(needs) else 0, patch)
         pixel_error_kernel[(tiles_m * tiles_n,)](
-            wide_hidden[rows], wide_weight, bias, images, ids[rows], share[rows], mean[rows], rstd[rows],
-            tile_loss, tile_bias, slope, size, wide_weight.shape[1], **pixels,
-            NORM_PIX=norm_pix, GRAD=wanted, PRECISION=precision(dtype), **tile,
+            hidden[rows], weight, bias, images, ids[rows], share[rows], mean[rows], rstd[rows],
+            tile_loss, tile_bias, slope, size, wide, stride, **pixels,
+            NORM_PIX=norm_pix, GRAD=any(needs), PRECISION=precision(dtype), **tile,
         )  # fmt: skip
         torch.div(tile_loss.sum(0), patch, out=row_loss[rows])
-        if grad_hidden.numel():
+        if needs[0] and wide == dim:
             torch.mm(slope[:size], weight, out=grad_hidden[rows])
-        if grad_weight.numel():
-            sum_weight += product(slope[:size].t(), hidden[rows], acc)
-            sum_bias += tile_bias.sum(0)
-    if grad_weight.numel():
-        grad_weight.copy_(from_planar(sum_weight, patch_size, 0))
-        grad_bias.copy_(from_planar(sum_bias, patch_size, 0))
+        elif needs[0]:
+            grad_hidden[rows] = (slope[:size] @ weight)[:, :dim]
+        if needs[1]:
+            add_product(total, slope[:size].t(), hidden[rows], start == 0)
+        if needs[2]:
+            total_bias += tile_bias.sum(0)
+    if needs[1]:
+        grad_weight.copy_(from_cut(total[:patch, :dim], images, patch_size, 0))
+    if needs[2]:
+        grad_bias.copy_(from_cut(total_bias, images, patch_size, 0))

@@ -14,7 +14,7 @@ SPLIT_ROWS = 128  # rows of an average run that one program sums
 MAX_SPLITS = 256
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["order", "starts"])
 def segment_sum_kernel(
     rows, order, starts, out, count, D, stride, splits,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,12 +43,15 @@ def segment_sum_kernel(
 
 
 @launcher
-def segment_sum(rows: Tensor, ids: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+def segment_sum(rows: Tensor, ids: Tensor, count: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
     dim = rows.shape[1]
     if not (count and dim and len(rows)):
         return rows.new_zeros(count, dim, dtype=dtype)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    sorted_ids, order = torch.sort(ids, stable=True)
+    if order is None:
+        sorted_ids, order = torch.sort(ids, stable=True)
+    else:
+        sorted_ids = ids.index_select(0, order)
     bounds = torch.arange(count + 1, dtype=ids.dtype, device=ids.device)
     starts = torch.searchsorted(sorted_ids, bounds, out_int32=True)
     splits = min(MAX_SPLITS, cdiv(len(rows), count * SPLIT_ROWS))
@@ -57,6 +60,6 @@ def segment_sum(rows: Tensor, ids: Tensor, count: int, dtype: torch.dtype) -> Te
     tile = config("segment_sum", rows.device, rows.dtype)
     grid = (splits * count, cdiv(dim, tile["BLOCK_D"]))
     segment_sum_kernel[grid](
-        rows, order, starts, out, count, dim, rows.stride(0), splits, ACC=acc_type(rows.dtype), **tile
+        rows, order.contiguous(), starts, out, count, dim, rows.stride(0), splits, ACC=acc_type(rows.dtype), **tile
     )
     return out[0] if splits == 1 else out.sum(0).to(dtype)

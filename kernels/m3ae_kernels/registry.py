@@ -1,0 +1,82 @@
+"""Each op in two forms that share one implementation and one formula for its gradients.
+
+`torch.library` knows the op, for torch.compile, torch.export and dispatch modes such as FakeTensorMode. Everything else
+takes an autograd.Function, whose call costs a fraction of the dispatcher's and which torch.func.grad understands.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+class Op:
+    """`m3ae::name`, called with positional arguments.
+
+    Args:
+        name: the op's.
+        forward: the implementation, annotated for torch.library.
+        fake: same arguments; returns empty tensors of the right shapes and dtypes.
+        setup_context, backward: as torch.library.register_autograd wants them; none: not differentiable.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable,
+        fake: Callable,
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+    ) -> None:
+        self.registered = torch.library.custom_op(f"m3ae::{name}", forward, mutates_args=())
+        self.registered.register_fake(fake)
+        self.eager = forward
+        refuse = _refusal(name, "second derivatives")
+        if setup_context is None or backward is None:
+            self.transformed = _function(name, forward, _nothing, refuse).apply
+            return
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        once = once_differentiable(backward)
+
+        def formula(ctx, *grads):
+            # A nested transform would take the results for constants.
+            return refuse() if (torch._C._functorch.maybe_current_level() or 0) > 1 else once(ctx, *grads)
+
+        self.eager = self.transformed = _function(name, forward, setup_context, formula).apply
+
+    def __call__(self, *args):
+        if traced(*args):
+            return self.registered(*args)
+        return (self.transformed if torch._C._are_functorch_transforms_active() else self.eager)(*args)
+
+
+def _function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type[Function]:
+    methods = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+        "vmap": _refusal(name, "torch.vmap; lay the samples out as rows of one call"),
+        "jvp": _refusal(name, "forward-mode differentiation"),
+    }
+    return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+
+def _nothing(ctx, inputs, output) -> None:
+    """`setup_context` of what is not differentiable."""
+
+
+def traced(*args) -> bool:
+    """Whether something looks at the ops that are called rather than at their results alone."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(isinstance(arg, Tensor) and type(arg) not in PLAIN for arg in args)
+
+
+def _refusal(name: str, what: str) -> Callable:
+    def refuse(*_):
+        raise NotImplementedError(f"m3ae_kernels: {name} does not support {what}")
+
+    return refuse

@@ -1,0 +1,242 @@
+"""What those who come from torch, Liger, timm or transformers count on. Runs on either implementation, as
+test_kernel_ops.py does."""
+
+import os
+
+import m3ae_kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from m3ae_kernels import reference
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from tests.kernels.kernel_cases import SMALL, Inputs, call, make, run
+from tests.kernels.test_kernel_ops import double, error
+
+TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
+PIXELS = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_loss_is_cross_entropy(reduction, smoothing):
+    """Value and gradients of torch's own, ignored rows among them, without row weights or bias."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(19, 12, requires_grad=True), torch.randn(31, 12, requires_grad=True)
+    targets = torch.randint(0, 31, (19,))
+    targets[::4] = -100
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    got, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets, return_correct=True, **options)
+    logits = hidden @ weight.t()
+    expected = F.cross_entropy(logits, targets, **options)
+    assert torch.allclose(got, expected, rtol=1e-5)
+    assert torch.equal(correct, logits.argmax(1) == targets)
+    upstream = torch.randn(got.shape)
+    for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight), upstream) for loss in (got, expected))):
+        assert error(a, b.double()) < 2e-6
+
+
+def test_ignored_rows_leave_no_trace():
+    """Any ignore_index, any weight: loss 0, no gradient, not correct."""
+    inputs = make("token-some", torch.float32)
+    targets, weights = inputs.tensors["targets"], torch.rand(67) + 0.5
+    ignored = torch.arange(67) % 3 == 0
+    inputs.tensors |= {"targets": torch.where(ignored, 5000, targets), "row_weight": weights}
+    inputs.tensors["row_weight"][ignored] = float("inf")
+    inputs.options |= {"ignore_index": 5000, "return_correct": True}
+    loss, correct = m3ae_kernels.masked_token_loss(**inputs.tensors, **inputs.options)
+    assert not correct[ignored].any()
+    hidden = inputs.tensors["hidden"]
+    grad = torch.autograd.grad(loss, hidden)[0]
+    assert (grad[ignored] == 0).all() and (grad[~ignored] != 0).any(1).all()
+    kept = {n: t if n in ("weight", "bias") else t[~ignored] for n, t in inputs.tensors.items()}
+    assert torch.allclose(loss, reference.masked_token_loss(**kept), rtol=1e-5)
+    inputs.tensors["targets"] = torch.full((67,), 5000)
+    inputs.tensors["row_weight"] = None
+    for reduction in ("sum", "mean", "none"):
+        result = run(m3ae_kernels, "token-some", Inputs(inputs.tensors, inputs.options | {"reduction": reduction}))
+        assert all((value == 0).all() for value in result.values())
+
+
+@pytest.mark.parametrize("target", [-1, 97, 2**31 - 1, -(2**31)])
+def test_a_target_out_of_range_shows_in_its_loss_and_nowhere_else(target):
+    """On a CPU it is an IndexError."""
+    inputs = make("token-some", torch.float32)
+    inputs.options |= {"reduction": "none", "return_correct": True}
+    expected, right = m3ae_kernels.masked_token_loss(**inputs.tensors, **inputs.options)
+    inputs.tensors["targets"][7] = target
+    if not TRITON:
+        with pytest.raises(IndexError, match="targets is out of range"):
+            m3ae_kernels.masked_token_loss(**inputs.tensors, **inputs.options)
+        return
+    loss, correct = m3ae_kernels.masked_token_loss(**inputs.tensors, **inputs.options)
+    others = torch.arange(67) != 7
+    assert loss[7].isnan() and not correct[7]
+    assert torch.equal(loss[others], expected[others]) and torch.equal(correct[others], right[others])
+
+
+@pytest.mark.parametrize("case", ["pixel-p16", "token-z"])
+def test_reductions_agree(case):
+    inputs = make(case, torch.float32)
+    sums = {}
+    for reduction in ("sum", "mean", "none"):
+        inputs.options["reduction"] = reduction
+        sums[reduction] = call(m3ae_kernels, case, inputs)
+    weight = inputs.tensors["row_weight"]
+    assert torch.allclose(sums["none"].sum(), sums["sum"]) and torch.allclose(sums["sum"] / weight.sum(), sums["mean"])
+    weight.requires_grad_()
+    for reduction in ("sum", "mean", "none"):
+        inputs.options["reduction"] = reduction
+        true = run(reference, case, double(inputs))
+        for name, got in run(m3ae_kernels, case, inputs).items():
+            assert error(got, true[name]) < 3e-6, (reduction, name)
+
+
+@pytest.mark.parametrize("case", [*SMALL, "token-mean", "norm-no-bias", "embed-last"])
+def test_frozen_tensors_get_no_gradient_and_change_no_other(case):
+    inputs = make(case, torch.float32)
+    expected = run(m3ae_kernels, case, inputs)
+    for frozen in inputs.learned if len(inputs.learned) > 1 else ():
+        tensors = inputs.tensors | {frozen: inputs.tensors[frozen].detach()}
+        results = run(m3ae_kernels, case, Inputs(tensors, inputs.options))
+        assert results.keys() == expected.keys() - {frozen}
+        for name, got in results.items():
+            assert error(got, expected[name].double()) < 1e-6, (frozen, name)
+
+
+def test_frozen_heads_cost_no_gradient_memory():
+    """With the weight frozen nothing of its size is allocated; with the bias frozen no more is done for it."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64), torch.randn(4096)
+    targets = torch.randint(0, 4096, (8,))
+
+    def largest() -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            m3ae_kernels.masked_token_loss(hidden, weight, bias, targets).backward()
+        return max(event.self_cpu_memory_usage for event in record.events())
+
+    assert largest() < 4 * weight.numel()
+    weight.requires_grad_()
+    assert largest() >= 4 * weight.numel()
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_torch_func_grad(case):
+    inputs = make(case, torch.float32)
+    expected = run(m3ae_kernels, case, inputs, torch.ones_like(call(reference, case, inputs)))
+    names = inputs.learned
+
+    def summed(*tensors: Tensor) -> Tensor:
+        return call(m3ae_kernels, case, Inputs(inputs.tensors | dict(zip(names, tensors)), inputs.options)).sum()
+
+    learned = [inputs.tensors[name].detach() for name in names]
+    for name, got in zip(names, torch.func.grad(summed, tuple(range(len(names))))(*learned)):
+        assert error(got, expected[name].double()) < 1e-6, name
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
+def test_other_transforms_are_refused_in_one_line(case):
+    inputs = make(case, torch.float32)
+    name = inputs.learned[0]
+    learned = inputs.tensors[name].detach()
+
+    def function(tensor: Tensor) -> Tensor:
+        return call(m3ae_kernels, case, Inputs(inputs.tensors | {name: tensor}, inputs.options))
+
+    with pytest.raises(NotImplementedError, match=r"^m3ae_kernels: [a-z_]+ does not support torch.vmap; lay"):
+        torch.func.vmap(function)(learned[None])
+    with pytest.raises(NotImplementedError, match=r"^m3ae_kernels: [a-z_]+ does not support forward-mode diff"):
+        torch.func.jvp(function, (learned,), (learned,))
+    once = torch.func.grad(lambda tensor: function(tensor).sum())
+    with pytest.raises(NotImplementedError, match=r"^m3ae_kernels: [a-z_]+ does not support second derivatives$"):
+        torch.func.grad(lambda tensor: once(tensor).sum())(learned)
+
+
+def test_the_orders_of_a_loader_change_nothing():
+    for case in ("scatter-mask", "scatter-vocab", "scatter-long"):
+        inputs = make(case, torch.float32)
+        expected = run(m3ae_kernels, case, inputs)
+        ids = [inputs.tensors[name] for name in ("src", "fill_ids", "table_ids")]
+        orders = dict(zip(("fill_order", "table_order"), m3ae_kernels.scatter_orders(*ids)))
+        assert all(order.dtype == torch.int32 for order in orders.values())
+        for name, got in run(m3ae_kernels, case, Inputs(inputs.tensors, inputs.options | orders)).items():
+            assert torch.equal(got, expected[name]), name
+    assert m3ae_kernels.scatter_orders(ids[0]) == (None, None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patch_embed_from_and_to_convolutions(bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 12, 8, 8, bias=bias)
+    conv.weight.requires_grad_(False)
+    images = torch.randn(2, 3, 16, 24)
+    embed = m3ae_kernels.PatchEmbed.from_conv(conv)
+    expected = conv(images).flatten(2).transpose(1, 2).flatten(0, 1)
+    assert torch.allclose(embed(images, torch.arange(12)), expected, atol=1e-5)
+    assert not embed.weight.requires_grad and (embed.bias is not None) == bias
+    back = embed.to_conv()
+    assert back.state_dict().keys() == conv.state_dict().keys() and not back.weight.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), conv.parameters()))
+    uint8 = (images * 50 + 128).clamp(0, 255).to(torch.uint8)
+    normalised = (uint8 / 255 - 0.5) / 0.25
+    of_pixels = m3ae_kernels.PatchEmbed.from_conv(conv, mean=PIXELS["mean"], std=PIXELS["std"])
+    assert torch.allclose(of_pixels(uint8, torch.arange(12)), embed(normalised, torch.arange(12)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"stride": 4}, "kernel and stride"),
+        ({"stride": 8, "padding": 1}, "pads its images"),
+        ({"stride": 8, "groups": 3}, "no groups"),
+    ],
+)
+def test_other_convolutions_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        m3ae_kernels.PatchEmbed.from_conv(nn.Conv2d(3, 12, 8, **options))
+
+
+def test_heads_from_linear_share_its_parameters():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        linear = nn.Linear(12, 31, bias=bias)
+        head = m3ae_kernels.MaskedTokenLoss.from_linear(linear, reduction="mean")
+        assert head.weight is linear.weight and head.bias is linear.bias
+        hidden, targets = torch.randn(5, 12), torch.randint(0, 31, (5,))
+        assert torch.allclose(head(hidden, targets), F.cross_entropy(linear(hidden), targets))
+        assert torch.equal(head.predict(hidden), linear(hidden))
+    linear = nn.Linear(12, 192)
+    head = m3ae_kernels.MaskedPixelLoss.from_linear(linear, norm_pix=True, **PIXELS)
+    assert [name for name, _ in head.named_parameters()] == ["weight", "bias"] and head.weight is linear.weight
+    images, ids = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.arange(4)
+    hidden = torch.randn(4, 12)
+    expected = reference.masked_pixel_loss(hidden, linear.weight, linear.bias, images, ids, norm_pix=True, **PIXELS)
+    assert torch.allclose(head(hidden, images, ids), expected)
+
+
+def test_torchs_newer_precision_settings_are_heeded():
+    """They make torch.get_float32_matmul_precision() raise."""
+    from m3ae_kernels.triton_impl.common import precision
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            matmul.fp32_precision = setting
+            assert precision(torch.float32) == expected
+        assert precision(torch.bfloat16) == "ieee"
+        inputs = make("pixel-p16", torch.float32)
+        assert error(call(m3ae_kernels, "pixel-p16", inputs), call(reference, "pixel-p16", double(inputs))) < 1e-6
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_channels_last_images_are_read_where_they_lie():
+    for case in ("embed-last", "pixel-mean-last"):
+        inputs = make(case, torch.float32)
+        images = inputs.tensors["images"]
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+            run(m3ae_kernels, case, inputs)
+        copied = [e for e in record.events() if e.name in ("aten::clone", "aten::copy_") and e.input_shapes]
+        assert not any(list(images.shape) in e.input_shapes for e in copied)
