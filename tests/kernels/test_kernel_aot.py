@@ -1,5 +1,6 @@
 """The compilation without a GPU: one sound kernel of each sort, and that what is unsound is called so."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -51,3 +52,22 @@ def test_command():
     assert "2 of 2 compilations are sound" in result.stdout
     interpreted = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert interpreted.returncode == 2 and "Traceback" not in interpreted.stderr
+
+
+def test_what_may_lie_anywhere_compiles_once():
+    """Ids and numbers by row come from callers or from the middle of a tensor: whether they start on 16 bytes changes
+    from step to step, and must not change the kernel."""
+    anywhere = {
+        "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "share", "row_loss", "correct",
+    }  # fmt: skip
+    seen = set()
+    for case in CASES:
+        kernel = getattr(importlib.import_module(f"m3ae_kernels.triton_impl.{case.module}"), f"{case.kernel}_kernel")
+        for parameter in kernel.params:
+            kind = case.pointers.get(parameter.name)
+            if parameter.name in anywhere and kind not in (None, "x"):
+                seen.add(parameter.name)
+                assert parameter.do_not_specialize_on_alignment, (case.kernel, parameter.name)
+            if parameter.name in ("M", "N", "T", "share", "splits", "split_rows", "ignore_index") and kind is None:
+                assert parameter.do_not_specialize, (case.kernel, parameter.name)
+    assert seen == anywhere
