@@ -1,5 +1,7 @@
 """What makes the engine fast must not change its numbers, nor wait, nor compile again."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,15 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.engine.throughput import StepCounts
 from m3ae_fast.hardware import has_compiler
 from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.batch import INDEX_ROWS, PackedBatch, Segments
 from m3ae_fast.model.cpu import attention as segment_attention
 from m3ae_fast.model.cpu.linear import linear
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import Geometry, PackedBatch, Sample, Segments, pack
+from m3ae_fast.model.packing import Geometry, Sample, pack, rounded
 
 TINY = ModelConfig(
     size=None, emb_dim=32, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=2, dec_num_heads=2,
@@ -21,7 +25,10 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
-def _batch(kinds: str, seed: int) -> PackedBatch:
+GEOMETRY = Geometry(32, 8, 3, 12)
+
+
+def _batch(kinds: str, seed: int, geometry: Geometry = GEOMETRY, **options) -> PackedBatch:
     """Samples of these kinds: p paired, i picture alone, t text alone."""
     rng = torch.Generator().manual_seed(seed)
     samples = []
@@ -35,7 +42,7 @@ def _batch(kinds: str, seed: int) -> PackedBatch:
             sample.tokens = torch.randint(50, (length,), generator=rng)
             sample.text_mask = draw_mask(12, 0.75, rng)[:length]
         samples.append(sample)
-    return pack(samples, Geometry(32, 8, 3, 12))
+    return pack(samples, geometry, **options)
 
 
 def _segments(lengths: list[int]) -> Segments:
@@ -88,6 +95,71 @@ def test_linear(rows):
     pairs = zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, exact, grad.double()))
     for ours, right in pairs:
         torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
+
+
+KINDS = ["p" * 20 + "iitt", "i", "ttt", "p", ""]
+
+
+@pytest.mark.parametrize("all_tokens", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_repeating_shapes_change_no_result(kinds, all_tokens):
+    torch.manual_seed(0)
+    model = M3AE(TINY)
+    geometry = replace(GEOMETRY, image_all_tokens=all_tokens[0], text_all_tokens=all_tokens[1])
+    exact, padded = (_batch(kinds, 1, geometry, repeat_shapes=repeat) for repeat in (False, True))
+    results = []
+    for batch in (padded, exact):
+        model.zero_grad()
+        losses = model(batch)
+        losses.loss.backward()
+        results.append((*losses, *[p.grad for p in model.parameters()]))
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    # rates and utilisation count what was asked for
+    assert StepCounts.of([padded], TINY) == StepCounts.of([exact], TINY)
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_padding_is_apart(kinds):
+    exact, padded = (_batch(kinds, 2, repeat_shapes=repeat) for repeat in (False, True))
+    S = len(kinds)
+    for name in ("encoder", "decoder", "loss"):
+        few, more = getattr(exact, name), getattr(padded, name)
+        assert more.rows == rounded(few.rows) == more.cu_seqlens[-1]
+        assert torch.equal(more.cu_seqlens[: S + 1], few.cu_seqlens) or name == "loss"
+        if name != "loss":
+            assert more.max_seqlen == few.max_seqlen
+    for name in ("image", "text"):
+        weights = [getattr(b, f"{name}_row_weight") for b in (exact, padded)]
+        assert len(weights[1]) == rounded(len(weights[0]))
+        assert torch.equal(weights[1][weights[1] > 0], weights[0])
+    for name in ("loss_rows", "image_rows", "text_rows"):
+        rows = getattr(padded, name)
+        assert len(rows.unique()) == len(rows), "a gather reads each row at most once"
+
+
+def test_nothing_attends_to_padding():
+    """What padding rows hold reaches no other row: not even NaNs do."""
+    torch.manual_seed(0)
+    model = M3AE(TINY)
+    exact, padded = (_batch("ppit", 2, repeat_shapes=repeat) for repeat in (False, True))
+    rows = exact.encoder.rows
+    assert padded.encoder.rows > rows
+    expected = model.encode(exact)
+    model.encoder_input.register_forward_hook(lambda *args: args[-1].index_fill(0, torch.arange(rows, 64), torch.nan))
+    torch.testing.assert_close(model.encode(padded)[:rows], expected)
+
+
+def test_shapes_repeat():
+    shapes = {
+        tuple(len(getattr(batch, name)) for name in INDEX_ROWS)
+        for batch in (_batch("p" * 48 + "iitt", seed, repeat_shapes=True) for seed in range(20))
+    }
+    assert len(shapes) <= 4
+    sizes = [rounded(rows) for rows in range(40_000)]
+    assert sizes == sorted(sizes) and sizes[0] == 0
+    assert all(rows <= size < rows + max(64, rows / 127) for rows, size in enumerate(sizes))
+    assert len(set(sizes[30_000:])) < 60
 
 
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")

@@ -134,5 +134,5 @@ def _loader(
 
 def collate(samples: Sequence[Sample | Skipped], geometry: Geometry) -> PackedBatch:
     """Pack the usable ones of a micro-batch, maybe none; the others are the batch's `skipped`."""
-    batch = pack([sample for sample in samples if isinstance(sample, Sample)], geometry)
+    batch = pack([sample for sample in samples if isinstance(sample, Sample)], geometry, repeat_shapes=True)
     return replace(batch, skipped=tuple(sample for sample in samples if isinstance(sample, Skipped)))

@@ -24,8 +24,13 @@ class StepCounts(NamedTuple):
     @classmethod
     def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
         """`batches` must still be on the CPU."""
-        each = [(len(b.keys), *b.counts, len(b.skipped), b.decoder.rows, executed_flops(config, b)) for b in batches]
+        each = [(len(b.keys), *b.counts, len(b.skipped), _tokens(b), executed_flops(config, b)) for b in batches]
         return cls(*map(sum, zip(*each)))
+
+
+def _tokens(batch: PackedBatch) -> int:
+    """Decoder rows, without padding."""
+    return int(batch.decoder.cu_seqlens[len(batch.keys)])
 
 
 class Throughput:

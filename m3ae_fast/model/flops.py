@@ -6,7 +6,6 @@ Shapes: N rows of a sequence, D width. A block costs 24 D^2 N + 4 N^2 D forward 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.batch import PackedBatch
@@ -46,21 +45,26 @@ def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = T
 
 
 def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """What this engine spends on a packed batch, forward and backward. `batch` must still be on the CPU."""
-    encoder, decoder, loss = (_lengths(s.cu_seqlens) for s in (batch.encoder, batch.decoder, batch.loss))
-    embed = 2 * len(batch.patch_ids) * config.patch_dim * config.emb_dim
-    seen, rows, lossy = encoder.sum().item(), decoder.sum().item(), loss.sum().item()
+    """What this engine spends on the samples of a packed batch, forward and backward; padding does not count. `batch`
+    must still be on the CPU."""
+    encoder, decoder = (s.cu_seqlens[: len(batch.keys) + 1].diff() for s in (batch.encoder, batch.decoder))
+    image, text = batch.image_row_weight > 0, batch.text_row_weight > 0
+    patches, image_rows, text_rows = (int(real.sum()) for real in (batch.encoder_src >= 0, image, text))
+    lossy_M = batch.loss_rows[torch.cat((batch.image_rows[image], batch.text_rows[text]))]
+    keys_M = decoder.repeat_interleave(decoder)[lossy_M]
+    embed = 2 * patches * config.patch_dim * config.emb_dim
+    seen, rows, lossy = int(encoder.sum()), int(decoder.sum()), len(lossy_M)
     width = config.dec_emb_dim
     forward = (
         embed
-        + config.depth * _block(config.emb_dim, config.mlp_ratio, seen, seen, (encoder**2).sum().item())
+        + config.depth * _block(config.emb_dim, config.mlp_ratio, seen, seen, _pairs(encoder))
         + 2 * seen * config.emb_dim * width
-        + (config.dec_depth - 1) * _block(width, config.mlp_ratio, rows, rows, (decoder**2).sum().item())
-        + _block(width, config.mlp_ratio, rows, lossy, (decoder * loss).sum().item())
-        + _heads(config, len(batch.image_rows), len(batch.text_rows))
+        + (config.dec_depth - 1) * _block(width, config.mlp_ratio, rows, rows, _pairs(decoder))
+        + _block(width, config.mlp_ratio, rows, lossy, int(keys_M.sum()))
+        + _heads(config, image_rows, text_rows)
     )
     return 3 * forward - embed
 
 
-def _lengths(cu_seqlens: Tensor) -> Tensor:
-    return cu_seqlens.diff().to(torch.float64)
+def _pairs(lengths_S: torch.Tensor) -> int:
+    return int(lengths_S.long().square().sum())

@@ -1,14 +1,14 @@
 """Samples of any kind -> one packed batch. Runs on the CPU, in the loader.
 
-Shapes: S samples, B pictures, L patches a picture, T encoder rows, U decoder rows, M decoder rows that carry loss,
-I of them patches, W of them text tokens.
+Shapes: S samples, P samples and segments of padding, B pictures, L patches a picture, T encoder rows, U decoder rows,
+M decoder rows that carry loss, I of them patches, W of them text tokens.
 
 A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,70 +51,100 @@ class Sample:
     text_mask: Tensor | None = None  # bool [n]
 
 
-def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
+FEWEST_ROWS, SHARE = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
+
+
+def rounded(rows: int) -> int:
+    """`rows` rounded up to one of few counts, so that the shapes of batches repeat. Never falls as `rows` grows."""
+    multiple = max(FEWEST_ROWS, 1 << max(rows // SHARE, 1).bit_length() - 1)
+    return -(-rows // multiple) * multiple
+
+
+def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool = False) -> PackedBatch:
     """Lay `samples` out in one PackedBatch.
 
     The image loss is a mean over pictures of the mean over their loss rows, the text loss a mean over captions of the
     mean over theirs, an empty caption counting as 0 (official M3AE).
 
+    Args:
+        samples: maybe none.
+        geometry: the model's.
+        repeat_shapes: round row counts up, with rows of no sample in segments of their own and with loss rows of
+            weight 0. Losses and gradients stay; matmul libraries, compilers and allocators meet few shapes.
+
     Raises:
         ValueError: a sample has neither picture nor caption, or a shape does not fit `geometry`.
     """
-    length = geometry.patches_per_image
+    length, S = geometry.patches_per_image, len(samples)
+    size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]
     images = [sample.image for sample in samples if sample.image is not None]
     captions = sum(sample.tokens is not None for sample in samples)
 
-    # over the decoder's rows: what each is, and whether it is masked
+    # over the decoder's rows: what each is, and whether it is masked; padding comes last and is nothing
     patches_S = _lengths(image_mask for image_mask, _, _ in checked)
     tokens_S = _lengths(text_mask for _, text_mask, _ in checked)
-    rows_S = 1 + patches_S + tokens_S
-    sample_U = np.repeat(np.arange(len(samples)), rows_S)
-    place_U = np.arange(len(sample_U)) - (np.cumsum(rows_S) - rows_S)[sample_U]  # 0 cls, then patches, then text
-    patch_U = (place_U > 0) & (place_U <= patches_S[sample_U])
-    text_U = place_U > patches_S[sample_U]
-    masked_U = _flat([part for image_mask, text_mask, _ in checked for part in (_CLS, image_mask, text_mask)], bool)
-    visible_U = ~masked_U
+    rows_P = _padded(1 + patches_S + tokens_S, size)  # of samples, then of padding
+    padding = np.zeros(len(rows_P) - S, np.int64)
+    patches_P = np.concatenate((patches_S, padding))
+    sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
+    place_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
+    real_U = sample_U < S
+    patch_U = (place_U > 0) & (place_U <= patches_P[sample_U])
+    text_U = real_U & (place_U > patches_P[sample_U])
+    masked_U = np.zeros(len(sample_U), bool)
+    masked_U[real_U] = _flat(
+        [part for image_mask, text_mask, _ in checked for part in (_CLS, image_mask, text_mask)], bool
+    )
+    visible_U = real_U & ~masked_U
 
     # what lies behind each row: a picture's patch, a caption's token, its row of [patch positions, text positions]
     patch_id_U = np.cumsum(patch_U) - 1
     token_U = np.full(len(sample_U), -1)
     token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
-    table_U = np.where(text_U, length + place_U - 1 - patches_S[sample_U], place_U - 1)
+    table_U = np.where(text_U, length + place_U - 1 - patches_P[sample_U], np.where(real_U, place_U - 1, -1))
 
     # the encoder's rows are the visible ones, in the same order
     visible_patch_U = patch_U & visible_U
-    loss_U = (patch_U & (masked_U | geometry.image_all_tokens)) | (text_U & (masked_U | geometry.text_all_tokens))
-    patch_M = patch_U[loss_U]
-    count = partial(np.bincount, minlength=len(samples))
-    image_loss_S, text_loss_S = count(sample_U[patch_U & loss_U]), count(sample_U[text_U & loss_U])
+    seen_P = _padded(np.bincount(sample_U[visible_U], minlength=S), size)
+    patches, seen = int(np.count_nonzero(visible_patch_U)), int(seen_P.sum())
+
+    # rows that carry loss
+    image_loss_U = patch_U & (masked_U | geometry.image_all_tokens)
+    text_loss_U = text_U & (masked_U | geometry.text_all_tokens)
+    count = partial(np.bincount, minlength=len(rows_P))
+    image_weight_P, text_weight_P = (1 / np.maximum(count(sample_U[x]), 1) for x in (image_loss_U, text_loss_U))
+    loss_M = _with_others(image_loss_U | text_loss_U, size)
+    image_I, text_W = (loss_M[_with_others(x[loss_M], size)] for x in (image_loss_U, text_loss_U))
+    place_in_M = np.zeros(len(sample_U), np.int64)
+    place_in_M[loss_M] = np.arange(len(loss_M))
     weights = {
-        "image_row_weight": np.repeat(1 / np.maximum(image_loss_S, 1), image_loss_S),
-        "text_row_weight": np.repeat(1 / np.maximum(text_loss_S, 1), text_loss_S),
+        "image_row_weight": image_loss_U[image_I] * image_weight_P[sample_U[image_I]],
+        "text_row_weight": text_loss_U[text_W] * text_weight_P[sample_U[text_W]],
     }
     rows = {
-        "patch_ids": patch_id_U[visible_patch_U],
-        "encoder_src": np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U],
-        "token_ids": token_U[visible_U],
-        "encoder_table_ids": 1 + table_U[visible_U],  # its table begins with cls
+        "patch_ids": _extended(patch_id_U[visible_patch_U], size(patches), 0),
+        "encoder_src": _extended(np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U], seen, -1),
+        "token_ids": _extended(token_U[visible_U], seen, -1),
+        "encoder_table_ids": _extended(1 + table_U[visible_U], seen, -1),  # its table begins with cls
         "decoder_src": np.where(visible_U, np.cumsum(visible_U) - 1, -1),
-        "mask_ids": np.where(visible_U, -1, text_U),
+        "mask_ids": np.where(masked_U, text_U, -1),
         "decoder_table_ids": table_U,
-        "loss_rows": np.flatnonzero(loss_U),
-        "image_rows": np.flatnonzero(patch_M),
-        "image_patch_ids": patch_id_U[patch_U & loss_U],
-        "text_rows": np.flatnonzero(~patch_M),
-        "text_targets": token_U[text_U & loss_U],
+        "loss_rows": loss_M,
+        "image_rows": place_in_M[image_I],
+        "image_patch_ids": np.maximum(patch_id_U, 0)[image_I],  # where the weight is 0, any
+        "text_rows": place_in_M[text_W],
+        "text_targets": np.maximum(token_U, 0)[text_W],
     }
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
-        encoder=_segments(count(sample_U[visible_U])),
-        decoder=_segments(rows_S),
-        loss=_segments(image_loss_S + text_loss_S),
+        encoder=_segments(seen_P),
+        decoder=_segments(rows_P),
+        loss=_segments(count(sample_U[loss_M])),
         counts=LossCounts(float(len(images)), float(captions)),
-        **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},
-        **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},
+        **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},  # type: ignore[arg-type]
+        **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
     )
 
 
@@ -128,13 +158,13 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
     if sample.image is None and sample.tokens is None:
         raise ValueError(f"{sample.key}: has neither picture nor caption")
     if sample.image is not None:
-        image_mask = sample.image_mask.numpy()
+        image_mask = sample.image_mask.numpy()  # type: ignore[union-attr]
         if sample.image.shape != geometry.image_shape:
             raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
         if image_mask.shape != (geometry.patches_per_image,):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
     if sample.tokens is not None:
-        text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()
+        text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
             raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
     return image_mask, text_mask, tokens
@@ -151,3 +181,24 @@ def _flat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
 def _segments(lengths_S: np.ndarray) -> Segments:
     ends = np.concatenate(([0], np.cumsum(lengths_S)))
     return Segments(torch.from_numpy(ends.astype(np.int32)), int(lengths_S.max(initial=0)), int(ends[-1]))
+
+
+def _padded(lengths_S: np.ndarray, size: Callable[[int], int]) -> np.ndarray:
+    """Lengths of the samples, and of segments no longer than theirs that make `size` of their rows."""
+    rows, longest = int(lengths_S.sum()), int(lengths_S.max(initial=1))
+    missing = size(rows) - rows
+    pieces = [min(longest, missing - first) for first in range(0, missing, longest)]
+    return np.concatenate((lengths_S, np.array(pieces, np.int64)))
+
+
+def _with_others(wanted_N: np.ndarray, size: Callable[[int], int]) -> np.ndarray:
+    """Where `wanted` is true, and the last places where it is not, `size` in all; in ascending order."""
+    count = int(np.count_nonzero(wanted_N))
+    others = np.flatnonzero(~wanted_N)
+    chosen_N = wanted_N.copy()
+    chosen_N[others[len(others) - (size(count) - count) :]] = True
+    return np.flatnonzero(chosen_N)
+
+
+def _extended(ids: np.ndarray, size: int, fill: int) -> np.ndarray:
+    return np.concatenate((ids, np.full(size - len(ids), fill)))
