@@ -163,8 +163,8 @@ class SourceConfig(Section):
     """Tars: paths, brace patterns, globs, URLs or `pipe:` commands."""
     weight: float | None = Field(None, gt=0, le=1e12)
     """Relative share of the samples; null: by size."""
-    modality: Literal["auto", "paired", "image", "text"] = "auto"
-    """What samples train; `auto`: whatever each shard holds."""
+    modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
+    """What samples train. `any`: what each has; `auto`: what all of a shard have or, where they differ, `any`."""
 
 
 class DataConfig(Section):

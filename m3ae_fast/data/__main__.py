@@ -52,13 +52,14 @@ def _parser() -> argparse.ArgumentParser:
 def _index(args: argparse.Namespace) -> None:
     shards = index_shards(expand(args.shards), ShardStore(args.cache_dir), progress=True)
     table = Table("shard", "modality")
-    for name in ("samples", "pictures", "captions", "bytes"):
+    for name in ("samples", "paired", "picture alone", "caption alone", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("damage")
-    totals = [0, 0, 0, 0]
+    totals = [0] * 5
     for shard in shards:
         found = shard.summary
-        counts = [found.samples, found.images, found.captions, found.size]
+        alone = found.images - found.paired, found.captions - found.paired
+        counts = [found.samples, found.paired, *alone, found.size]
         totals = [total + count for total, count in zip(totals, counts)]
         modality = found.modality if found.samples else "-"
         table.add_row(escape(shard.shard), modality, *(f"{n:,}" for n in counts), escape(found.damage or ""))

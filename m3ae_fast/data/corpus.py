@@ -27,7 +27,13 @@ class Source:
 
     @property
     def has_captions(self) -> bool:
-        return any(modality != "image" for modality in self.modalities)
+        return self.shard_with_captions is not None
+
+    @property
+    def shard_with_captions(self) -> str | None:
+        """The first shard whose captions are trained on."""
+        shards = zip(self.shards, self.modalities)
+        return next((s.shard for s, modality in shards if modality != "image" and s.summary.captions), None)
 
 
 @dataclass(frozen=True)
@@ -89,5 +95,5 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
 
 
 def _holds(shard: IndexedShard, modality: Modality) -> bool:
-    images, captions = shard.summary.images, shard.summary.captions
-    return {"paired": images and captions, "image": images, "text": captions}[modality] > 0
+    found = shard.summary
+    return {"any": found.samples, "paired": found.paired, "image": found.images, "text": found.captions}[modality] > 0

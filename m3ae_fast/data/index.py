@@ -22,9 +22,9 @@ from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 
-Modality = Literal["paired", "image", "text"]
+Modality = Literal["any", "paired", "image", "text"]
 
-VERSION = 1
+VERSION = 2
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1
 _MAX_KEY = 128  # bytes that messages show
@@ -46,12 +46,18 @@ class Summary:
     samples: int  # that have a picture or a caption
     images: int
     captions: int
+    paired: int  # that have both
     damage: str | None  # what is wrong with the tar; its readable part is indexed
 
     @property
     def modality(self) -> Modality:
-        """What the shard trains: a shard with any pictures and any captions is paired."""
-        return "paired" if self.images and self.captions else "image" if self.images else "text"
+        """What the shard trains: `any` where its samples are of several kinds, and each trains what it has."""
+        kinds: dict[Modality, int] = {
+            "paired": self.paired,
+            "image": self.images - self.paired,
+            "text": self.captions - self.paired,
+        }
+        return next((kind for kind, count in kinds.items() if count == self.samples), "any")
 
 
 @dataclass(frozen=True)
@@ -132,13 +138,15 @@ def _make(shard: str, store: ShardStore) -> IndexedShard:
             table = _tabulate(members, file.fileno())
     except OSError as error:
         raise UserError(f"shard {shard}: cannot be read ({error.strerror or error})") from None
+    has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
     summary = Summary(
         version=VERSION,
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         samples=len(table),
-        images=int((table["image_offset"] != MISSING).sum()),
-        captions=int((table["text_offset"] != MISSING).sum()),
+        images=int(has_image.sum()),
+        captions=int(has_caption.sum()),
+        paired=int((has_image & has_caption).sum()),
         damage=damage,
     )
     reason: str | None = None

@@ -36,10 +36,9 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
     val = open_corpus(config.val, store, progress=progress) if config.val else None
     if not model.vocab_size:
         for source in (source for corpus in (train, val) if corpus for source in corpus.sources):
-            if source.has_captions:
+            if shard := source.shard_with_captions:
                 raise UserError(
-                    f"model.vocab_size is 0, but {source.shards[0].shard} has captions; "
-                    'set "modality": "image" on its source'
+                    f'model.vocab_size is 0, but {shard} has captions; set "modality": "image" on its source'
                 )
     data = Data(train, val, open_tokenizer(config, model))
     require_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))

@@ -21,7 +21,7 @@ _RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
 
 
 class Raw(NamedTuple):
-    """A sample's bytes; None where its shard trains without them."""
+    """A sample's bytes; None where it trains without them."""
 
     image: bytes | None
     caption: str | None
@@ -60,9 +60,9 @@ class Reader:
         fd, table = self._get(shard)
         entry, modality = table[row], self.source.modalities[shard]
         image = caption = None
-        if modality != "text":
+        if modality in ("paired", "image") or (modality == "any" and entry["image_offset"] != MISSING):
             image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "picture")
-        if modality != "image":
+        if modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING):
             caption = _read_caption(fd, entry)
         return Raw(image, caption)
 

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,16 @@ def test_json_captions(tmp_path, store):
     files = [(f"{i}.{s}", c) for i, content in enumerate(contents) for s, c in (("jpg", picture(i)), ("json", content))]
     files += [("9.jpg", picture(9)), ("9.txt", b"the txt wins"), ("9.json", b'{"caption": "not this"}')]
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
-    assert corpus.sources[0].modalities == ["paired"]
+    assert corpus.sources[0].modalities == ["any"]
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "a red cat"
     assert reader.read(0, 6).caption == "the txt wins"
     for row in (1, 2, 3, 4, 5):
+        assert reader.read(0, row) == (picture(row), None)
+    paired = replace(corpus.sources[0], modalities=["paired"])
+    for row in (1, 2, 3, 4, 5):
         with pytest.raises(BadSample, match="no caption"):
-            reader.read(0, row)
+            Reader(paired, store).read(0, row)
 
 
 def test_json_without_captions_is_image_only(tmp_path, store):
@@ -168,7 +172,7 @@ def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
     assert index_shards([path], store)[0].summary.samples == 3
     assert os.path.exists(path + INDEX_SUFFIX)
     summary = json.loads(Path(path + INDEX_SUFFIX).read_bytes().split(b"\n")[0])
-    assert summary["samples"] == summary["images"] == summary["captions"] == 3
+    assert summary["samples"] == summary["images"] == summary["captions"] == summary["paired"] == 3
 
     with monkeypatch.context() as patch:
         patch.setattr("m3ae_fast.data.index.scan_tar", lambda path: pytest.fail("indexed again"))
@@ -216,6 +220,22 @@ def test_modality_can_be_set(tmp_path, store):
     for modality in ("text", "paired"):
         with pytest.raises(UserError, match=f"nothing in them is '{modality}'"):
             open_corpus([SourceConfig(shards=images, modality=modality)], store)
+
+
+def test_the_modality_of_a_shard_is_what_all_its_samples_are(tmp_path, store):
+    kinds = {"paired": [*members(range(3))], "image": [*members(range(3, 5), "image")], "text": [*members([5], "text")]}
+    for name, files in kinds.items():
+        corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / f"{name}.tar", files))], store)
+        assert corpus.sources[0].modalities == [name]
+        assert corpus.has_captions == (name != "image")
+    path = write_tar(tmp_path / "all.tar", [*kinds["text"], *kinds["paired"], *kinds["image"]])
+    corpus = open_corpus([SourceConfig(shards=path)], store)
+    assert corpus.sources[0].modalities == ["any"] and corpus.has_captions
+    found = corpus.sources[0].shards[0].summary
+    assert (found.samples, found.images, found.captions, found.paired) == (6, 5, 4, 3)
+    unpaired = write_tar(tmp_path / "unpaired.tar", [*kinds["text"], *kinds["image"]])
+    with pytest.raises(UserError, match="nothing in them is 'paired'"):
+        open_corpus([SourceConfig(shards=unpaired, modality="paired")], store)
 
 
 def test_few_files_are_open_at_once(tmp_path, store, monkeypatch):

@@ -188,6 +188,23 @@ def test_image_only_and_text_only(load, tmp_path):
     assert batch.counts == (6, 0)
 
 
+def test_a_shard_may_mix_what_its_samples_have(load, tmp_path):
+    mixed = [*members(range(5)), *members(range(5, 8), "image"), *members(range(8, 10), "text")]
+    path = write_tar(tmp_path / "a.tar", mixed)
+    for sources in (path, [SourceConfig(shards=path, modality="any")]):
+        (batch,) = load(sources, micro_batch=10, steps=1)
+        assert not batch.skipped
+        assert batch.counts == (8, 7)
+    for modality, counts in (("paired", (5, 5)), ("image", (8, 0)), ("text", (0, 7))):
+        (batch,) = load([SourceConfig(shards=path, modality=modality)], micro_batch=10, steps=1)
+        assert batch.counts == counts and len(batch.skipped) == 10 - max(counts)
+    # a sample draws the same crop and masks whatever its neighbours are
+    (batch,) = load([SourceConfig(shards=path, modality="any")], micro_batch=10, train=False)
+    alone = write_tar(tmp_path / "b.tar", members(range(5)))
+    (pairs,) = load([SourceConfig(shards=alone)], micro_batch=5, train=False)
+    assert torch.equal(batch.images[:5], pairs.images)
+
+
 BAD = {
     "broken": ([("x.jpg", picture(0)[:-300]), ("x.txt", b"a cat")], "broken"),
     "empty picture": ([("x.jpg", b""), ("x.txt", b"a cat")], "empty"),
@@ -203,7 +220,9 @@ BAD = {
 def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
     files, reason = BAD[name]
     path = write_tar(tmp_path / "a.tar", [*members(range(3)), *files, *members(range(4, 8))])
-    (batch,) = load(path, micro_batch=8, steps=1, config={"workers": workers})
+    # by itself a shard would train what each sample has; a source that is paired misses the other part
+    sources = [SourceConfig(shards=path, modality="paired")]
+    (batch,) = load(sources, micro_batch=8, steps=1, config={"workers": workers})
     assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
     (skipped,) = batch.skipped
     assert (skipped.shard, skipped.key) == (path, "x")
