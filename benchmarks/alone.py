@@ -1,6 +1,6 @@
-"""A contender in a process of its own, which takes steps when asked to.
+"""An implementation in a process of its own, which takes steps when asked to.
 
-So that contenders can take turns and yet share nothing: neither the allocator's settings nor memory nor threads.
+So that implementations can take turns and yet share nothing: neither the allocator's settings nor memory nor threads.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ROOT = Path(__file__).parents[1]
 
 
 class Alone:
-    """Contender `name`, at work in another process until the `with` block ends.
+    """Implementation `name`, at work in another process until the `with` block ends.
 
     Args:
-        name: of `contenders.NAMES`.
+        name: of `implementations.NAMES`.
         model: fields of ModelConfig.
         samples: the batch.
         env: environment variables to add.
-        options: `masking` (fields of MaskingConfig) and `words`, as `contenders.build` takes them.
+        options: `masking` (fields of MaskingConfig) and `words`, as `implementations.build` takes them.
     """
 
     startup: float  # seconds from the process's start to the end of its first step: imports, model, compilation
@@ -60,7 +60,7 @@ class Alone:
     def _answer(self):
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the contender left with exit code {self._process.wait()}")
+            raise RuntimeError(f"the process ended with exit code {self._process.wait()}")
         return json.loads(line)
 
     def __enter__(self) -> Alone:
@@ -105,7 +105,7 @@ def _age() -> float:
 
 
 def serve(spec: dict) -> None:
-    """Build the contender, report its start-up, then answer one line a question."""
+    """Build the implementation, report its start-up, then answer one line per question."""
     from m3ae_fast.engine.ranks import join_ranks
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -116,7 +116,7 @@ def serve(spec: dict) -> None:
 def _serve(spec: dict, ranks, answers) -> None:
     import torch
 
-    from benchmarks.contenders import build
+    from benchmarks.implementations import build
     from m3ae_fast.config import MaskingConfig, ModelConfig
     from m3ae_fast.model.m3ae import M3AE
 

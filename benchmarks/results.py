@@ -1,37 +1,42 @@
-"""Results on disk: in a machine's folder a JSON file a benchmark, a table of named columns with where and when."""
+"""Results on disk: in a machine's folder a JSON file per benchmark, a table of named columns with where and when."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+import triton
 
 import m3ae_fast
-from benchmarks import machine_folder
 from m3ae_fast.hardware import this_cpu
 
+RESULTS = Path(__file__).parent / "results"  # holds a folder per machine
 Row = dict[str, str | int | float | None]
 
 
 def about() -> dict[str, str | float]:
     """Machine, versions and date; `load` is the machine's load average: above `cores`, others were busy here too."""
     return {
-        "device": _device(),
+        "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "m3ae_fast": m3ae_fast.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
 
-def _device() -> str:
+def device_name() -> str:
+    """What this machine is named by: its GPU, or else its CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return this_cpu().name or platform.processor() or "CPU"
@@ -39,22 +44,35 @@ def _device() -> str:
 
 def here() -> Path:
     """This machine's folder."""
-    return machine_folder(_device())
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
-def write(name: str, title: str, rows: list[Row], folder: Path | None = None) -> Path:
-    """Writes NAME.json into `folder`, this machine's if None, and prints the table."""
-    folder = folder or here()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    data = {"title": title, "about": about(), "rows": rows}
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print("\n" + markdown(data))
+def write(name: str, title: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
+    """`save`, and print the table."""
+    path = save(name, title, rows, folder)
+    print("\n" + markdown(path))
     return path
 
 
-def markdown(data: dict) -> str:
-    """One results file as a Markdown table under its title."""
+def save(name: str, title: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
+    """Write NAME.json into `folder`, this machine's if None: whole, or not at all. All rows have the same columns."""
+    folder = folder or here()
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / f"{name}.json", folder / f".{name}.json"
+    data = {"title": title, "about": about(), "rows": rows}
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a results file, none where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def markdown(path: Path) -> str:
+    """A results file as a Markdown table under its title."""
+    data = json.loads(path.read_text(encoding="utf-8"))
     a, columns = data["about"], list(data["rows"][0])
     lines = [f"**{data['title']}** ({a['device']}, {a['cores']} cores, torch {a['torch']}, {a['date']})", ""]
     lines.append("| " + " | ".join(columns) + " |")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-from benchmarks import RESULTS
-from benchmarks.results import markdown
+from benchmarks.results import RESULTS, markdown
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-HEADLINES = ("step", "memory", "step-gpu")  # what the README itself shows
-ALL = ("step", "memory", "ops", "scaling", "loader", "startup", "step-gpu")
+HEADLINES = ("step", "memory", "gpu-step")  # what the README itself shows
+ALL = ("step", "memory", "ops", "scaling", "loader", "startup")
+ALL += ("gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 
 
@@ -25,14 +24,13 @@ def machines(folder: Path) -> list[Path]:
 def tables(machine: Path, names: tuple[str, ...]) -> str:
     """Those results of a machine that are there."""
     files = (machine / f"{name}.json" for name in names)
-    return "\n".join(markdown(json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists())
+    return "\n".join(markdown(file) for file in files if file.exists())
 
 
 def page(machine: Path) -> str:
     """All results of a machine."""
     plot = f"\n![Speed and memory as one thing grows]({PLOT})\n" if (machine / PLOT).exists() else ""
-    kernels = "\nThe kernels: [kernels.md](kernels.md).\n" if (machine / "kernels.md").exists() else ""
-    return f"# {machine.name}\n\nMade by `python -m benchmarks.table`.\n\n{tables(machine, ALL)}{plot}{kernels}"
+    return f"# {machine.name}\n\nMade by `python -m benchmarks.table`.\n\n{tables(machine, ALL)}{plot}"
 
 
 def section(folder: Path, readme: Path) -> str:

@@ -1,6 +1,5 @@
 """The loader alone, from JPEG shards made here, and the share of the quickstart's steps that waits for data."""
 
-import io
 import itertools
 import json
 import os
@@ -13,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import decode_image, encode_jpeg
+from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from benchmarks import results
+from benchmarks.shards import make_shards
 from m3ae_fast.config import DataConfig, MaskingConfig, SourceConfig
-from m3ae_fast.data import ShardStore, build_loader, load_tokenizer, open_corpus
+from m3ae_fast.data import Preparation, ShardStore, Share, load_tokenizer, open_corpus, train_loader
 from m3ae_fast.model.packing import Geometry
 
 ROOT = Path(__file__).parents[1]
@@ -36,19 +36,8 @@ def write():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """Soft shapes with some grain: JPEGs of about 50 kB, as photographs have."""
-    folder, rng = tmp_path_factory.mktemp("shards"), torch.Generator().manual_seed(0)
-    for shard in range(2):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for i in range(PICTURES // 2):
-                soft = torch.rand(1, 3, 25, 32, generator=rng) * 255
-                image = torch.nn.functional.interpolate(soft, (HEIGHT, WIDTH), mode="bicubic")[0]
-                image += 8 * torch.randn(1, HEIGHT, WIDTH, generator=rng)
-                jpeg = encode_jpeg(image.clamp(0, 255).to(torch.uint8), quality=85).numpy().tobytes()
-                for ending, data in (("jpg", jpeg), ("txt", b"a picture of a red house by the sea")):
-                    info = tarfile.TarInfo(f"{i:05}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, 2, PICTURES, (HEIGHT, WIDTH), vocab=2048, words=(8, 8))
     return folder
 
 
@@ -65,9 +54,9 @@ def test_loader(benchmark, shards, one_thread, size):
     """Index, decoding, augmentation, tokens, masks, packing, beside torchvision's decoding and crop by themselves."""
     data = DataConfig(train=[SourceConfig(shards=f"{shards}/{{0..1}}.tar")], workers=0)
     corpus = open_corpus(data.train, ShardStore(None))
-    tokenizer = load_tokenizer(str(ROOT / "data/openclipart/tokenizer.json"), 64, 2048)
-    options = {"seed": 0, "micro_batch": BATCH, "steps": 1 << 30}
-    stream = iter(build_loader(data, corpus, tokenizer, Geometry(size, 16, 3, 64), MaskingConfig(), **options))
+    tokenizer = load_tokenizer(str(shards / "vocab.txt"), 64, 2048)
+    preparation = Preparation(Geometry(size, 16, 3, 64), MaskingConfig(), tokenizer, seed=0)
+    stream = iter(train_loader(data, corpus, preparation, Share(BATCH), range(1 << 30)))
 
     with tarfile.open(shards / "0.tar") as tar:
         jpegs = [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg")]

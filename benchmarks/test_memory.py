@@ -1,19 +1,19 @@
-"""Peak memory of a training step above parameters, gradients and optimiser state; each contender in its own process."""
+"""Peak memory of a training step above parameters, gradients and optimiser state; each implementation in a process."""
 
 from benchmarks import results
 from benchmarks.alone import Alone
-from benchmarks.contenders import NAMES
+from benchmarks.implementations import BASELINES
 
 MOST = 0.6  # of the expert's
 
 
 def test_memory(benchmark):
     def peak(name: str) -> int:
-        with Alone(name, {"size": "small", "image_size": 224}, samples) as contender:
-            return contender.peak_bytes()
+        with Alone(name, {"size": "small", "image_size": 224}, samples) as process:
+            return process.peak_bytes()
 
     samples = 32
-    peaks = {name: peak(name) for name in NAMES[:2]}
+    peaks = {name: peak(name) for name in BASELINES}
     peaks["engine"] = benchmark.pedantic(peak, ("engine",), rounds=1)
     rows = []
     for name, size in peaks.items():

@@ -2,18 +2,18 @@
 M3AE-Large's on a GPU (512 samples; `python -m benchmarks.gpu` says much more there)."""
 
 from functools import partial
-from itertools import islice
 from types import SimpleNamespace
 
+import m3ae_kernels
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import results
 from benchmarks.alone import peak_above
-from benchmarks.gpu.measure import CpuDevice, CudaDevice, measure
-from benchmarks.gpu.rivals import rivals
-from benchmarks.gpu.workloads import LARGE, Sizes, Workload, workloads
+from benchmarks.baselines import baselines
+from benchmarks.measure import CpuDevice, CudaDevice, measure
+from benchmarks.ops import LARGE, OPS, Sizes, Workload, make
 from benchmarks.workload import PRECISION
 from m3ae_fast.model.attention import packed_attention, padded_attention
 from m3ae_fast.model.batch import Segments
@@ -50,21 +50,20 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
 
     qkv = {n: torch.randn(shape, dtype=DTYPE, device=DEVICE.device).requires_grad_() for n in "qkv"}
     ours, eager = (SimpleNamespace(attention=f) for f in (packed, padded))
-    return Workload("attention", "attention", qkv), {"m3ae_kernels": ours, "eager": eager}
+    return Workload("attention", "attention", qkv, ("q",)), {"engine": ours, "eager": eager}
 
 
-def case(index: int) -> tuple[Workload, dict]:
-    """The op of that index, alone in memory, and who can run it."""
-    if index == 0:
+def case(name: str) -> tuple[Workload, dict]:
+    """An op, and who runs it."""
+    if name == "attention":
         return attention()
-    work = next(islice(workloads(SIZES, DTYPE, DEVICE.device), index - 1, None))
-    return work, rivals(work, compiled=False)
+    work = make(name, SIZES, DTYPE, DEVICE.device)
+    return work, {"engine": m3ae_kernels, "eager": baselines(work, compiled=False)["eager"]}
 
 
-@pytest.mark.parametrize("index", range(9))
-def test_op(benchmark, index):
-    work, modules = case(index)
-    modules = {"engine": modules["m3ae_kernels"], "eager": modules["eager"]}
+@pytest.mark.parametrize("name", ["attention", *OPS])
+def test_op(benchmark, name):
+    work, modules = case(name)
     learned = [work.tensors[name] for name in work.learned]
     outs = {name: work.call(module) for name, module in modules.items()}
     upstream = {name: work.upstream(out) for name, out in outs.items()}

@@ -9,8 +9,8 @@ MODEL, SAMPLES = {"size": "small", "image_size": 224}, 2  # a step itself takes 
 
 
 def launch(name: str, cache: str) -> float:
-    with Alone(name, MODEL, SAMPLES, env={"TORCHINDUCTOR_CACHE_DIR": cache}) as contender:
-        return contender.startup
+    with Alone(name, MODEL, SAMPLES, env={"TORCHINDUCTOR_CACHE_DIR": cache}) as process:
+        return process.startup
 
 
 def test_startup(benchmark):

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.alone import Alone
-from benchmarks.contenders import NAMES
+from benchmarks.implementations import BASELINES, NAMES
 from benchmarks.workload import DEVICE, PRECISION
 from m3ae_fast.hardware import peak_flops
 
@@ -49,11 +49,11 @@ def test_step(benchmark, size, samples):
             assert alone[name].losses == pytest.approx(alone["reference"].losses, rel=1e-2), "bf16 beside float32"
         seconds: dict[str, list[float]] = {name: [] for name in NAMES}
 
-        def rivals() -> None:
-            for name in NAMES[:2]:
+        def baselines() -> None:
+            for name in BASELINES:
                 seconds[name].append(alone[name].step())
 
-        benchmark.pedantic(lambda: seconds["engine"].append(alone["engine"].step()), setup=rivals, rounds=ROUNDS)
+        benchmark.pedantic(lambda: seconds["engine"].append(alone["engine"].step()), setup=baselines, rounds=ROUNDS)
 
     ratios = {}
     for name in NAMES:
@@ -65,7 +65,7 @@ def test_step(benchmark, size, samples):
         row["the engine's speed-up"] = ratios[name]
         row["best samples/s"] = samples / min(seconds[name])
         ROWS.append(row)
-    benchmark.extra_info |= {f"speed-up over {name}": ratios[name] for name in NAMES[:2]}
+    benchmark.extra_info |= {f"speed-up over {name}": ratios[name] for name in BASELINES}
     if size == "small":
         reference, expert = least()
         assert ratios["reference"] >= reference and ratios["expert"] >= expert, ratios

@@ -9,7 +9,7 @@ from rich.table import Table
 from m3ae_fast.config import Config
 from m3ae_fast.data import open_data
 from m3ae_fast.engine.schedule import Schedule, split_batch
-from m3ae_fast.hardware import data_sheet_peak
+from m3ae_fast.hardware import data_sheet
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
@@ -98,9 +98,9 @@ def _network(config: Config, parameters: int, world: int, accumulation: int) -> 
 
 
 def _loader_cores(flops: float) -> str:
-    peak = data_sheet_peak("H100")
-    assert peak is not None
-    rate = UTILISATION * peak / flops
+    peaks = data_sheet("H100")
+    assert peaks is not None
+    rate = UTILISATION * peaks.flops / flops
     return (
         f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for the {rate:,.0f} samples/s of an H100 at {UTILISATION:.0%} "
         "of its peak"

@@ -11,22 +11,33 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from m3ae_fast.config import Config
+if TYPE_CHECKING:
+    from m3ae_fast.config import Config
 
-# dense bf16 tensor-core peaks from NVIDIA's and AMD's data sheets, FLOP/s
-_BF16_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
+
+class Peaks(NamedTuple):
+    """What a GPU does at most, from its data sheet."""
+
+    flops: float  # dense bf16 on tensor cores, FLOP/s
+    bandwidth: float  # of its memory, bytes/s
+
+
+# by a part of the GPU's name: the first one that is found counts
+_PEAKS = {
+    "H200": Peaks(989e12, 4.8e12),
+    "H100 PCIe": Peaks(756e12, 2.0e12),
+    "H100 NVL": Peaks(835e12, 3.9e12),
+    "H100": Peaks(989e12, 3.35e12),
+    "B200": Peaks(2250e12, 8.0e12),
+    "A100-SXM4-40": Peaks(312e12, 1.555e12),
+    "A100": Peaks(312e12, 2.039e12),
+    "L40S": Peaks(362e12, 0.864e12),
+    "RTX 4090": Peaks(165e12, 1.008e12),
+    "MI300X": Peaks(1307e12, 5.3e12),
 }
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
 
@@ -82,18 +93,18 @@ def dtype_of(precision: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def data_sheet_peak(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU called `name`, None where it is not known."""
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+def data_sheet(name: str) -> Peaks | None:
+    """Peaks of the GPU called `name`, None where it is not known."""
+    return next((peaks for part, peaks in _PEAKS.items() if part in name), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure utilisation against: the data sheet's for known GPUs in bf16, else what a large matmul reaches
     here, best of three."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        known = data_sheet_peak(torch.cuda.get_device_name(device))
+        known = data_sheet(torch.cuda.get_device_name(device))
         if known is not None:
-            return known
+            return known.flops
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")

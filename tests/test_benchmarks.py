@@ -1,16 +1,13 @@
 """The benchmarks compare like with like."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest has no reason to look for benchmarks/ by itself
-
-from benchmarks import results, step_gpu, table
+from benchmarks import results, table
 from benchmarks.alone import Alone
+from benchmarks.gpu import step as gpu_step
 from benchmarks.reference import ReferenceM3AE
 from benchmarks.workload import make_batch, make_config
 from m3ae_fast.config import ModelConfig
@@ -61,16 +58,16 @@ def test_table_needs_its_markers(tmp_path, capsys):
     assert table.START in capsys.readouterr().err
 
 
-def test_a_contender_works_alone():
-    with Alone("reference", TINY.model_dump(mode="json"), 2) as contender:
-        first, second = contender.losses
+def test_an_implementation_works_alone():
+    with Alone("reference", TINY.model_dump(mode="json"), 2) as process:
+        first, second = process.losses
         assert first > second  # it learns
-        assert contender.startup > contender.step() > 0
-        assert contender.peak_bytes() > -4 * 200_000  # less its gradients
+        assert process.startup > process.step() > 0
+        assert process.peak_bytes() > -4 * 200_000  # less its gradients
 
 
 def test_gpu_steps(tmp_path, monkeypatch):
-    """The table, where one contender has no memory left."""
+    """The table, where one implementation has no memory left."""
 
     class Fake:
         startup = 9.0
@@ -91,8 +88,8 @@ def test_gpu_steps(tmp_path, monkeypatch):
         def peak_bytes(self):
             return 2e9
 
-    monkeypatch.setattr(step_gpu, "Alone", Fake)
-    path = step_gpu.run(tmp_path, cases=[({"size": "small"}, 8)])
+    monkeypatch.setattr(gpu_step, "Alone", Fake)
+    path = gpu_step.run(tmp_path, cases=[({"size": "small"}, 8)])
     expert, engine = json.loads(path.read_text())["rows"]
     assert expert["samples/s"] is None
     assert (engine["samples/s"], engine["peak GB"], engine["start-up s"]) == (16, 2, 9)

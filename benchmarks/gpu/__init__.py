@@ -1,4 +1,5 @@
-"""`python -m benchmarks.gpu`: the kernels on this machine's GPU, checked and timed. Needs torch, triton and numpy."""
+"""`python -m benchmarks.gpu`: the kernels on this machine's GPU, checked, tuned and timed, with torch, triton and numpy
+alone; and whole training steps."""
 
 import sys
 from importlib.util import find_spec

@@ -10,8 +10,8 @@ import torch
 from m3ae_kernels import tuning
 from m3ae_kernels.aot import CASES, SHARED_BYTES, compile_case
 
-from .measure import CpuDevice, CudaDevice, measure
-from .workloads import Sizes, Workload, workloads
+from benchmarks.measure import CpuDevice, CudaDevice, measure
+from benchmarks.ops import OPS, Sizes, Workload, make
 
 # Which workload runs a kernel.
 RUNS = {
@@ -59,7 +59,7 @@ def tune(device: CudaDevice | CpuDevice, sizes: Sizes, dtype: torch.dtype, log=p
     cases = {}
     for case in CASES:
         cases.setdefault(case.table or case.kernel, []).append(case)
-    for work in workloads(sizes, dtype, device.device):
+    for work in (make(name, sizes, dtype, device.device) for name in OPS):
         for kernel in (k for k, name in RUNS.items() if name == work.name):
             before = table[kernel][width]
             best, best_time = before, _time(device, work)

@@ -3,26 +3,23 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import m3ae_kernels
 import pytest
 import torch
+from m3ae_kernels import reference, tuning
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from m3ae_kernels import tuning  # noqa: E402
-
-import benchmarks  # noqa: E402
-from benchmarks.gpu.__main__ import benchmark  # noqa: E402
-from benchmarks.gpu.check import check_all  # noqa: E402
-from benchmarks.gpu.measure import CpuDevice, measure  # noqa: E402
-from benchmarks.gpu.report import environment, least_ms, write  # noqa: E402
-from benchmarks.gpu.tune import RUNS, candidates, tune  # noqa: E402
-from benchmarks.gpu.tune import write as write_table  # noqa: E402
-from benchmarks.gpu.workloads import ODD, workloads  # noqa: E402
+from benchmarks import results
+from benchmarks.gpu.__main__ import check_and_time
+from benchmarks.gpu.check import check_all_small, check_timed
+from benchmarks.gpu.timing import least_ms
+from benchmarks.gpu.tune import RUNS, candidates, tune
+from benchmarks.gpu.tune import write as write_table
+from benchmarks.measure import CpuDevice, measure
+from benchmarks.ops import ODD, OPS, make
+from tests.helpers.trainer import ROOT
 
 CPU = torch.device("cpu")
 
@@ -35,7 +32,7 @@ def test_no_gpu_is_one_line_and_exit_code_2():
 
 
 def test_checks_pass_and_see_errors():
-    checks = check_all(CPU)
+    checks = check_all_small(CPU)
     assert len(checks) == 24
     assert all(not c.problems and 0 <= c.worst <= 1 for c in checks), checks
 
@@ -44,22 +41,43 @@ def test_checks_pass_and_see_errors():
 
     names = ("patch_embed", "gather_tokens", "scatter_tokens", "masked_token_loss")
     module = SimpleNamespace(masked_pixel_loss=wrong, **{name: getattr(m3ae_kernels, name) for name in names})
-    found = {c.op for c in check_all(CPU, module=module) if c.problems}
+    found = {c.op for c in check_all_small(CPU, module=module) if c.problems}
     assert found == {"masked_pixel_loss", "masked_pixel_loss, norm_pix"}
 
 
-def test_benchmark_and_report(tmp_path, monkeypatch, capsys):
-    rows = benchmark(CpuDevice(), ODD, torch.float32, compiled=False, rounds=1, repeats=1)
-    assert len(rows) == 8 * 3 * 2
-    assert {r.variant for r in rows} >= {"m3ae_kernels", "eager"}
-    assert all(0 < r.p20_ms <= r.p50_ms <= r.p80_ms for r in rows)
+@pytest.mark.parametrize("name", OPS)
+def test_a_reference_in_chunks_is_the_reference(name):
+    work = make(name, replace(ODD, samples=3), torch.float64, CPU)
+    upstream = work.upstream(work.call(reference).detach())
+    whole, chunked = work.run(reference, upstream), work.run_in_chunks(reference, upstream, 4)
+    assert whole.keys() == chunked.keys()
+    for key in whole:
+        got, expected = chunked[key].double(), whole[key].double()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_what_is_timed_is_checked():
+    """Also in parts that the odd sizes are too small for."""
+
+    def wrong(images, patch_ids, **options):
+        out = m3ae_kernels.patch_embed(images, patch_ids, **options)
+        return torch.cat((out[:-2], 1.5 * out[-2:]))
+
+    work = make("patch_embed", ODD, torch.bfloat16, CPU)
+    assert not check_timed(work).problems
+    assert check_timed(work, SimpleNamespace(patch_embed=wrong)).problems
+
+
+def test_checks_and_times_are_written(tmp_path, capsys):
+    checks = []
+    check_and_time(CpuDevice(), checks, tmp_path, ODD, compiled=False, rounds=1, repeats=1)
+    assert len(checks) == 8 + 24 and not any(c.problems for c in checks)
+    rows = results.read(tmp_path / "gpu-ops.json")
+    assert {row["implementation"] for row in rows} >= {"m3ae_kernels", "eager", "matmuls alone"}
+    assert len(rows) == 3 * (8 * 2 + 4 + hasattr(torch.nn.functional, "linear_cross_entropy"))
+    assert all(0 < row["p20 ms"] <= row["p50 ms"] <= row["p80 ms"] for row in rows)
+    assert [row["verdict"] for row in results.read(tmp_path / "gpu-checks.json")] == ["ok"] * 32
     assert "masked_token_loss" in capsys.readouterr().out
-    monkeypatch.setattr(benchmarks, "RESULTS", tmp_path)
-    json_path, markdown_path = write(None, environment("NVIDIA Some/Card"), check_all(CPU), rows, "small")
-    assert json_path == tmp_path / "nvidia-some-card/kernels.json"
-    assert len(json.loads(json_path.read_text())["rows"]) == len(rows)
-    table = markdown_path.read_text()
-    assert "24 of 24 checks" in table and table.count("| masked_token_loss |") == 6
 
 
 def test_roofline():
@@ -77,7 +95,7 @@ def test_measure_takes_turns():
 
 
 def test_workloads_cover_what_is_tuned():
-    assert {work.name for work in workloads(ODD, torch.float32, CPU)} >= set(RUNS.values())
+    assert OPS.keys() >= set(RUNS.values())
     assert RUNS.keys() == tuning.table("sm_90").keys()
 
 

@@ -22,10 +22,10 @@ WARMUP, ROUNDS = 3, 10
 
 
 def run(folder: Path | None = None, cases: Sequence[tuple[dict, int]] = CASES) -> Path:
-    """Measures each case (fields of ModelConfig, batch), writes step-gpu.json into `folder` (None: this machine's),
+    """Measures each case (fields of ModelConfig, batch), writes gpu-step.json into `folder` (None: this machine's),
     and prints the table.
 
-    A contender that leaves, for want of memory mostly, has no numbers.
+    An implementation that fails, for want of memory mostly, has no numbers.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = peak_flops(device, torch.bfloat16)
@@ -36,13 +36,13 @@ def run(folder: Path | None = None, cases: Sequence[tuple[dict, int]] = CASES) -
             row: results.Row = {"size": fields["size"] or "other", "batch": samples, "implementation": name}
             row |= {"samples/s": None, "reference MFU": None, "peak GB": None, "start-up s": None}
             try:
-                with Alone(name, fields, samples) as contender:
+                with Alone(name, fields, samples) as process:
                     for _ in range(WARMUP):
-                        contender.step()
-                    speed = samples / statistics.median(contender.step() for _ in range(ROUNDS))
+                        process.step()
+                    speed = samples / statistics.median(process.step() for _ in range(ROUNDS))
                     row |= {"samples/s": speed, "reference MFU": speed * flops / peak}
-                    row |= {"peak GB": contender.peak_bytes() / 1e9, "start-up s": contender.startup}
+                    row |= {"peak GB": process.peak_bytes() / 1e9, "start-up s": process.startup}
             except RuntimeError as error:
                 print(f"{row['size']}, {name}: {error}")
             rows.append(row)
-    return results.write("step-gpu", "Training step on a GPU, 256 px, captions of 8 to 32 of 64 tokens", rows, folder)
+    return results.write("gpu-step", "Training step on a GPU, 256 px, captions of 8 to 32 of 64 tokens", rows, folder)

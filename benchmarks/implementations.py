@@ -1,4 +1,5 @@
-"""Whole training steps of the same work: the plain reference, the expert's version, and this engine."""
+"""Whole training steps of the same work: the two baselines, which are the plain reference and the expert's version, and
+this engine."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.model.m3ae import M3AE
 
-NAMES = ("reference", "expert", "engine")
+BASELINES = ("reference", "expert")
+NAMES = (*BASELINES, "engine")
 LR = 1e-5
 
 
@@ -29,7 +31,7 @@ def build(
 ) -> Callable[[], Tensor]:
     """A function that takes one step on a batch of `samples` and returns its loss, 0-d.
 
-    All contenders start from the same parameters and see the same batch. The expert and the engine compute in bf16
+    All implementations start from the same parameters and see the same batch. The expert and the engine compute in bf16
     where the machine is faster in it.
     """
     config = make_config(model, samples, masking=masking, precision=PRECISION)

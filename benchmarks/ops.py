@@ -3,8 +3,10 @@
 Letters as in the kernels' docstrings: N, M, T rows, D width, K = P * P * C, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +16,15 @@ Cost = tuple[float, float]  # FLOPs, bytes
 
 @dataclass
 class Workload:
-    """An op, its inputs, and the least that its forward and backward cost with 16-bit inputs."""
+    """An op, its inputs, and the least that its forward and backward cost with 16-bit inputs.
+
+    The op goes row by row over the inputs called `rows`.
+    """
 
     name: str
     op: str
     tensors: dict[str, Tensor]
+    rows: tuple[str, ...]
     options: dict = field(default_factory=dict)
     forward: Cost = (0, 0)
     backward: Cost = (0, 0)
@@ -43,13 +49,26 @@ class Workload:
         grads = torch.autograd.grad(out, [self.tensors[name] for name in learned], upstream)
         return {"out": out.detach()} | dict(zip(learned, grads))
 
-    def double(self) -> "Workload":
-        """The same values in float64."""
+    def run_in_chunks(self, module, upstream: Tensor, chunks: int) -> dict[str, Tensor]:
+        """As `run`, a part of the rows at a time: with so much less memory, and with sums over parts in float32."""
+        size = -(-len(self.tensors[self.rows[0]]) // chunks)
+        parts = zip(*(self.tensors[name].detach().split(size) for name in self.rows))
+        upstreams = upstream.split(size) if upstream.dim() else [upstream] * chunks
+        pieces: dict[str, list[Tensor]] = {}
+        for part, grad in zip(parts, upstreams):
+            own = {n: t.requires_grad_(self.tensors[n].requires_grad) for n, t in zip(self.rows, part)}
+            for name, result in replace(self, tensors=self.tensors | own).run(module, grad).items():
+                pieces.setdefault(name, []).append(result)
+        joined = {name for name in pieces if name in self.rows or (name == "out" and upstream.dim())}
+        return {name: torch.cat(p) if name in joined else sum(t.float() for t in p) for name, p in pieces.items()}
+
+    def cast(self, dtype: torch.dtype) -> Workload:
+        """The same values in another floating dtype."""
         tensors = {
-            name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+            name: t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
             for name, t in self.tensors.items()
         }
-        return Workload(self.name, self.op, tensors, self.options)
+        return replace(self, tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -69,14 +88,12 @@ LARGE = Sizes(samples=512, patch=16, grid=16, visible=64, words=64, encoder=1024
 ODD = Sizes(samples=5, patch=14, grid=3, visible=4, words=19, encoder=200, decoder=123, vocab=997)
 
 
-def workloads(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
-    """Every op once, one after another, so that only one set of inputs is alive."""
-    s = sizes
-    makers: list[Callable[..., Workload]] = [_patch_embed, _gather, _norm, _scatter_encoder, _scatter_decoder]
-    makers += [_pixel, _pixel_norm, _token]
-    for make in makers:
-        torch.manual_seed(0)
-        yield make(s, dtype, device)
+def make(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    """The workload of `OPS` so named; the same values each time."""
+    torch.manual_seed(0)
+    work = OPS[name](sizes, dtype, device)
+    work.name = name
+    return work
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -112,7 +129,7 @@ def _patch_embed(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload
     }
     n = len(tensors["patch_ids"])
     cost = (2 * n * k * d, n * (k + 2 * d) + 2 * k * d)
-    return Workload("patch_embed", "patch_embed", tensors, options, cost, cost)
+    return Workload("", "patch_embed", tensors, ("patch_ids",), options, cost, cost)
 
 
 def _loss_rows(s: Sizes) -> tuple[int, int]:
@@ -128,20 +145,19 @@ def _gather(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
         "x": _random(t, d, dtype=dtype, device=device),
         "rows": _ids(torch.randperm(t, device=device)[:m].sort().values),
     }
-    return Workload("gather_tokens", "gather_tokens", tensors, {}, (0, 4 * m * d), (0, 2 * m * d + 2 * t * d))
+    return Workload("", "gather_tokens", tensors, ("rows",), {}, (0, 4 * m * d), (0, 2 * m * d + 2 * t * d))
 
 
 def _norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     work = _gather(s, dtype, device)
     d = s.decoder
     t, m = len(work.tensors["x"]), len(work.tensors["rows"])
-    work.name = "gather_tokens + LayerNorm"
     work.tensors |= {name: _random(d, dtype=dtype, device=device) for name in ("norm_weight", "norm_bias")}
     work.backward = (0, 4 * m * d + 2 * t * d)
     return work
 
 
-def _scatter(s: Sizes, name: str, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
+def _scatter(s: Sizes, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
     """Samples of `length` rows: n rows of x in all, the others from `fill`."""
     t = s.samples * length
     src = torch.full((t,), -1, dtype=torch.int32, device=device)
@@ -156,19 +172,20 @@ def _scatter(s: Sizes, name: str, n: int, fill: int, length: int, d: int, dtype,
         "table_ids": _ids(torch.arange(t, device=device) % length),
     }
     traffic = 2 * d * (n + t)
-    return Workload(name, "scatter_tokens", tensors, {}, (0, traffic), (0, traffic + 2 * d * fill))
+    rows = ("src", "fill_ids", "table_ids")
+    return Workload("", "scatter_tokens", tensors, rows, {}, (0, traffic), (0, traffic + 2 * d * fill))
 
 
 def _scatter_encoder(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     length = 1 + s.visible + s.words // 4
     n = s.samples * s.visible
-    return _scatter(s, "scatter_tokens, encoder", n, s.vocab, length, s.encoder, dtype, device)
+    return _scatter(s, n, s.vocab, length, s.encoder, dtype, device)
 
 
 def _scatter_decoder(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     length = 1 + s.grid**2 + s.words
     n = s.samples * (1 + s.visible + s.words // 4)
-    return _scatter(s, "scatter_tokens, decoder", n, 2, length, s.decoder, dtype, device)
+    return _scatter(s, n, 2, length, s.decoder, dtype, device)
 
 
 def _pixel(s: Sizes, dtype: torch.dtype, device: torch.device, norm_pix: bool = False) -> Workload:
@@ -183,11 +200,10 @@ def _pixel(s: Sizes, dtype: torch.dtype, device: torch.device, norm_pix: bool = 
         "patch_ids": ids,
         "row_weight": torch.rand(m, device=device) / m,
     }
-    name = "masked_pixel_loss" + (", norm_pix" if norm_pix else "")
-    forward = (6 * m * d * k, m * (4 * d + k) + 4 * k * d)
-    return Workload(
-        name, "masked_pixel_loss", tensors, options | {"norm_pix": norm_pix}, forward, (0, 4 * m * d + 6 * k * d)
-    )
+    options |= {"norm_pix": norm_pix}
+    rows = ("hidden", "patch_ids", "row_weight")
+    forward, backward = (6 * m * d * k, m * (4 * d + k) + 4 * k * d), (0, 4 * m * d + 6 * k * d)
+    return Workload("", "masked_pixel_loss", tensors, rows, options, forward, backward)
 
 
 def _pixel_norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
@@ -204,4 +220,17 @@ def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
         "row_weight": torch.rand(m, device=device) / m,
     }
     forward = (6 * m * d * v, 4 * m * d + 4 * v * d)
-    return Workload("masked_token_loss", "masked_token_loss", tensors, {}, forward, (0, 4 * m * d + 4 * v * d))
+    rows = ("hidden", "targets", "row_weight")
+    return Workload("", "masked_token_loss", tensors, rows, {}, forward, (0, 4 * m * d + 4 * v * d))
+
+
+OPS: dict[str, Callable[[Sizes, torch.dtype, torch.device], Workload]] = {
+    "patch_embed": _patch_embed,
+    "gather_tokens": _gather,
+    "gather_tokens + LayerNorm": _norm,
+    "scatter_tokens, encoder": _scatter_encoder,
+    "scatter_tokens, decoder": _scatter_decoder,
+    "masked_pixel_loss": _pixel,
+    "masked_pixel_loss, norm_pix": _pixel_norm,
+    "masked_token_loss": _token,
+}

@@ -1,0 +1,100 @@
+"""What the ops are timed beside: plain torch, torch.compile of it, their matmuls alone on cuBLAS, and the losses of
+torch and of other libraries, where they are there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from m3ae_kernels import reference
+from torch import Tensor
+
+from benchmarks.ops import Workload
+
+CHUNKS = 4  # of rows, where logits are made a part at a time
+LIGER_CHUNKS = 16  # its `chunk_mem_const`: as few chunks; with its default there are 48 at M3AE-Large's sizes
+
+
+def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
+    """Modules by name, each with a function named as the op."""
+    found: dict[str, Callable] = {"eager": getattr(reference, work.op)}
+    if compiled:
+        found["torch.compile"] = torch.compile(getattr(reference, work.op))
+    if work.op == "patch_embed":
+        found["matmuls alone"] = _patches_given(work)
+    if work.op.endswith("_loss"):
+        found["matmuls alone"] = lambda hidden, weight, **_: _Matmuls.apply(hidden, weight)
+    if work.op == "masked_token_loss":
+        makers = {"torch linear_cross_entropy": _torch, "Liger": _liger, "ml-cross-entropy": _cce}
+        found |= {name: loss for name, make in makers.items() if (loss := make()) is not None}
+    return {name: SimpleNamespace(**{work.op: function}) for name, function in found.items()}
+
+
+def _patches_given(work: Workload) -> Callable[..., Tensor]:
+    """The patch embedding where the chosen patches were cut and normalised before."""
+    weight, ids = work.tensors["weight"], work.tensors["patch_ids"].long()
+    rows = reference.patches(work.tensors["images"], dtype=weight.dtype, **work.options)[ids]
+    return lambda images, patch_ids, weight, bias, **_: F.linear(rows, weight, bias)
+
+
+class _Matmuls(torch.autograd.Function):
+    """The three matmuls of a head with its loss, outputs taken for their gradients, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        grads, total = [], torch.zeros_like(weight, dtype=torch.float32)
+        for part in hidden.tensor_split(CHUNKS):
+            out = part @ weight.t()
+            grads.append(out @ weight)
+            total += out.t() @ part
+        ctx.save_for_backward(torch.cat(grads), total.to(weight.dtype))
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
+# The libraries' losses are means over rows, without row weights or accuracy.
+
+
+def _torch() -> Callable[..., Tensor] | None:
+    if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
+        return None
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)  # the backward pass is timed by itself
+
+    def loss(hidden, weight, bias, targets, row_weight) -> Tensor:
+        return F.linear_cross_entropy(hidden, weight, targets.long(), linear_bias=bias, options=options)
+
+    return loss
+
+
+def _liger() -> Callable[..., Tensor] | None:
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+    except ImportError:
+        return None
+    parameters = inspect.signature(Liger.forward).parameters.values()
+    set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}  # older ones lack the second
+    options = [set_here.get(p.name, p.default) for p in list(parameters)[5:]]  # after ctx and the four tensors
+
+    def loss(hidden, weight, bias, targets, row_weight) -> Tensor:
+        result = Liger.apply(hidden, weight, targets.long(), bias, *options)
+        return result[0] if isinstance(result, tuple) else result
+
+    return loss
+
+
+def _cce() -> Callable[..., Tensor] | None:
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        return None
+
+    def loss(hidden, weight, bias, targets, row_weight) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets.long(), bias=bias)
+
+    return loss

@@ -1,0 +1,35 @@
+"""Shards made on the spot, with pictures about as heavy as photographs."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.io import encode_jpeg
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def make_shards(
+    folder: Path, shards: int, samples: int, size: tuple[int, int], *, vocab: int, words: tuple[int, int]
+) -> None:
+    """Write FOLDER/0.tar and so on with `samples` in all: JPEGs of `size` (height, width), soft shapes with some grain,
+    about 50 kB at 400 x 500; captions of `words` (fewest and most) tokens. FOLDER/vocab.txt has `vocab` tokens."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = [*SPECIAL, *(f"w{i}" for i in range(vocab - len(SPECIAL)))]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(shard, samples, shards):
+                soft = torch.rand(1, 3, 25, 32, generator=rng) * 255
+                image = F.interpolate(soft, size, mode="bicubic")[0] + 8 * torch.randn(1, *size, generator=rng)
+                jpeg = encode_jpeg(image.clamp(0, 255).to(torch.uint8), quality=85).numpy().tobytes()
+                length = int(torch.randint(words[0], words[1] + 1, (), generator=rng))
+                ids = torch.randint(len(SPECIAL), vocab, (length,), generator=rng).tolist()
+                for ending, data in (("jpg", jpeg), ("txt", " ".join(tokens[i] for i in ids).encode())):
+                    info = tarfile.TarInfo(f"{i:05}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
