@@ -40,6 +40,8 @@ class RunConfig(Section):
     """Folder for checkpoints, metrics, TensorBoard events and pictures."""
     seed: int = Field(42, ge=0, lt=1 << 63)
     """Decides initial weights, order, crops and masks."""
+    stall_timeout: float = Field(300, gt=0)
+    """Seconds for which a rank or a loader may stand still before the run ends, with exit code 75."""
 
 
 class ModelConfig(Section):
