@@ -1,5 +1,12 @@
 """Pre-training of multimodal masked autoencoders (M3AE, arXiv 2205.14204) and their relatives, fast."""
 
-from m3ae_kernels.version import __version__
-
 __all__ = ["__version__"]
+
+
+def __getattr__(name: str) -> str:
+    """The version, read where it is asked for: m3ae_kernels imports torch, which takes a second."""
+    if name == "__version__":
+        from m3ae_kernels.version import __version__
+
+        return __version__
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

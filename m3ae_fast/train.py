@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from functools import partial
 
+if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` heeds what came meanwhile
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 # Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -22,6 +25,7 @@ from m3ae_fast.dry_run import report
 from m3ae_fast.engine.failures import explain
 from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.profiler import TRACE_FILE, profiler
+from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks, join_ranks
 from m3ae_fast.engine.run import Run
 from m3ae_fast.engine.run_folder import RunFolder
@@ -69,15 +73,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with join_ranks() as ranks:
+    with (
+        StopRequest() as stop,
+        join_ranks() as ranks,
+        Pulse(ranks.rank, ranks.world, ranks.side_store, stop) as pulse,
+    ):
+        stop.joined(pulse.tell_stop)
         try:
             config = ranks.told(lambda: load_config(args.config, args.set))
             if args.dry_run:
                 ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
                 return 0
+            pulse.timeout = config.run.stall_timeout
             config = ranks.told(lambda: settle_precision(config, ranks.device))
-            return train(config, args.resume, ranks, args.profile)
+            return train(config, args.resume, ranks, stop, pulse, args.profile)
         except Exception as error:
+            if pulse.stop_told():  # a rank that left before the first step has taken its connections with it
+                return 0
             told = explain(error)
             if told is None:
                 raise
@@ -86,24 +98,23 @@ def main(argv: list[str] | None = None) -> int:
             raise SystemExit(2) from None
 
 
-def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> int:
+def train(config: Config, resume: str, ranks: Ranks, stop: StopRequest, pulse: Pulse, profile: bool = False) -> int:
     """Train to the end, or until somebody asks to stop. Returns the exit code."""
-    stop = StopRequest()
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        run = Run.set_up(config, resume, ranks, folder)
+        run = Run.set_up(config, resume, ranks, folder, pulse)
         stop.listen()
         trace_dir = config.run.dir if profile and ranks.is_main else None
         with run.log or nullcontext(), profiler(trace_dir) as trace:
             run.announce()
             if run.step == 0:
-                run.evaluate()
-            for fed in feed(run.train_loader, run.share.accumulation, ranks.device, partial(run.begin_agreement, stop)):
+                run.evaluate(stop)
+            for fed in feed(run.batches(), run.share.accumulation, ranks.device, partial(run.begin_agreement, stop)):
                 counts = run.agree(fed)
                 if counts is None:
                     break
                 losses, grad_norm = run.take_step(fed, counts)
                 run.log_step(losses, grad_norm)
-                run.evaluate()
+                run.evaluate(stop)
                 run.save_if_due()
                 if trace:
                     trace.step()

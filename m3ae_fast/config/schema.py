@@ -42,6 +42,8 @@ class RunConfig(Section):
     """Decides initial weights, order, crops and masks."""
     loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Where metrics go beside metrics.jsonl. W&B heeds WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
+    stall_timeout: float = Field(300, gt=0)
+    """Seconds for which a rank or a loader may stand still before the run ends, with exit code 75."""
 
 
 class ModelConfig(Section):

@@ -16,7 +16,7 @@ from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.tokenizer import require_tokenizer
-from m3ae_fast.data.workers import allow_open_files, default_workers, start_worker
+from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.packing import Geometry, Sample, pack
 
@@ -119,7 +119,7 @@ def _loader(
     require_tokenizer(samples.preparation.tokenizer, samples.has_captions)
     workers = default_workers() if config.workers is None else config.workers
     allow_open_files()
-    return DataLoader(
+    return Loader(
         cast("Dataset[PackedBatch]", samples),  # which `collate` makes of its samples
         batch_sampler=micro_batches,
         num_workers=workers,

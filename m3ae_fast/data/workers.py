@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
 import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
+from torch.utils.data import DataLoader
+
+T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def default_workers() -> int:
@@ -24,13 +31,33 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+class Loader(DataLoader[T_co]):
+    """A DataLoader whose workers leave signals to the main process from their first moment."""
+
+    def __iter__(self) -> Any:
+        with _signals_blocked():
+            return super().__iter__()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is forked meanwhile inherits the mask, and so do its threads."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(worker: int) -> None:
     """Signals that a whole process group gets are the main process's business, which may want to save first.
 
-    A worker that died of one would stop it with an error.
+    A worker that died of one would stop it with an error. All are blocked here already (`Loader`).
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.set_wakeup_fd(-1)  # the main process's
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # where workers are spawned
     threading.Thread(target=_await_end, daemon=True).start()
 
 

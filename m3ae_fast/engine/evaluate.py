@@ -6,16 +6,20 @@ from collections.abc import Iterable
 
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.model.batch import PackedBatch
 
 
-def evaluate(engine: Engine, loader: Iterable[PackedBatch], ranks: Ranks) -> dict[str, float]:
-    """Means over all pictures and captions of `loader`, whose ranks' batches are parts of one set: what to log.
+def evaluate(engine: Engine, loader: Iterable[PackedBatch], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
+    """Means over all pictures and captions of `loader`, whose ranks' batches are parts of one set: what to log. None
+    where a rank is asked to stop.
 
     Every rank must call it, with equally many batches.
     """
     sums = [0.0] * 6
     for batch in loader:
+        if any(ranks.sum([stop.asked])):
+            return None
         images, captions = batch.counts
         losses = engine.evaluate(batch.to(ranks.device))
         part = (

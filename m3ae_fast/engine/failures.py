@@ -5,6 +5,9 @@ from __future__ import annotations
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
 
+# gloo's words and the store's for a process at the other end that is no more
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "failed to send")
+
 
 def explain(error: BaseException) -> UserError | None:
     """What to tell the user, None where the error is ours."""
@@ -20,4 +23,6 @@ def explain(error: BaseException) -> UserError | None:
             "a loader worker was killed, perhaps for want of memory: lower data.workers or data.prefetch; "
             "--resume auto goes on from the last checkpoint"
         )
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
+        return UserError("another rank has ended; its output says why. --resume auto goes on from the last checkpoint")
     return None

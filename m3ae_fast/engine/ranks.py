@@ -18,6 +18,7 @@ T = TypeVar("T")
 # deepspeed and torchrun both set these; plain `python` sets none
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 TIMEOUT = timedelta(minutes=30)
+CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run in which nothing moves
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup  # gloo, for host numbers: no GPU ever waits for it
     store: dist.Store
+    side_store: dist.Store  # the same through a connection of its own, for threads
 
     @property
     def is_main(self) -> bool:
@@ -132,8 +134,9 @@ def _join() -> Ranks:
             raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return Ranks(rank, world, local_rank, device, control, store)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    side_store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+    return Ranks(rank, world, local_rank, device, control, store, side_store)
 
 
 def _number(name: str) -> int:

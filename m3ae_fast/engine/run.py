@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.optimizer import EMA
+from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.run_log import RunLog
@@ -41,6 +42,7 @@ class Run:
 
     config: Config
     ranks: Ranks
+    pulse: Pulse
     folder: RunFolder | None  # on the main rank alone, as the log
     log: RunLog | None
     data: Data
@@ -56,7 +58,7 @@ class Run:
     step: int
 
     @classmethod
-    def set_up(cls, config: Config, resume: str, ranks: Ranks, folder: RunFolder | None) -> Run:
+    def set_up(cls, config: Config, resume: str, ranks: Ranks, folder: RunFolder | None, pulse: Pulse) -> Run:
         """Find the checkpoint to go on from, open the data, build model and engine.
 
         Raises:
@@ -87,6 +89,7 @@ class Run:
         return cls(
             config,
             ranks,
+            pulse,
             folder,
             log,
             data,
@@ -109,6 +112,10 @@ class Run:
         if self.log:
             self.bad.report(self.data.train.damaged)
             self.log.say(self._describe())
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """This rank's micro-batches, one after the other."""
+        return self.pulse.watch(self.train_loader, "training")
 
     def begin_agreement(self, stop: StopRequest, batches: list[PackedBatch]) -> Callable[[], list[float]]:
         """Begin to sum over ranks what they must agree on before a step: whether anybody wants to stop, and counts."""
@@ -133,6 +140,7 @@ class Run:
 
     def take_step(self, fed: Fed, counts: LossCounts) -> tuple[list[Losses], Tensor]:
         """One optimiser step. Returns the micro-batches' losses and the gradient norm."""
+        self.pulse.mark(f"step {self.step + 1}")
         if self.step == self.start:
             self._begin()
         if self.config.model.has_dropout:
@@ -156,14 +164,15 @@ class Run:
             values |= {"peak_memory_gb": peak_memory(self.ranks.device) / 1e9, "skipped": self.bad.bad}
             self.log.log(self.step, values)
 
-    def evaluate(self) -> None:
-        """Log the losses on held-out samples, where there are any and it is due."""
+    def evaluate(self, stop: StopRequest) -> None:
+        """Log the losses on held-out samples, where there are any and it is due; not where a rank is asked to stop."""
         due = self.step == 0 or self.schedule.due(self.step, self.config.train.eval_every)
         if self.eval_loader is None or not due:
             return
         self.stop_if_not_finite()
-        values = evaluate(self.engine, self.eval_loader, self.ranks)
-        if self.log:
+        batches = self.pulse.watch(self.eval_loader, f"evaluating after step {self.step}")
+        values = evaluate(self.engine, batches, self.ranks, stop)
+        if self.log and values is not None:
             self.log.log(self.step, values)
 
     def save_if_due(self) -> None:
@@ -173,6 +182,7 @@ class Run:
 
     def save(self) -> None:
         """Checkpoint and reconstructions. Every rank must call it."""
+        self.pulse.mark(f"saving step {self.step}")
         config, state = self.config, self.engine.state()
 
         def write() -> None:
@@ -196,7 +206,7 @@ class Run:
         self.stop_if_not_finite()
         if self.step == self.schedule.total_steps:
             return
-        if self.step > self.start:
+        if self.step > self.start and not self.schedule.due(self.step, self.config.train.save_every):
             self.save()
         if self.log:
             reason = stop.reason or "asked by another rank"

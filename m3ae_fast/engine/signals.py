@@ -1,51 +1,142 @@
-"""Ctrl-C, SIGTERM and a vanished launcher ask the run to save and leave."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and a vanished launcher ask the run to save and leave."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import psutil
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can announce the end of a job's time with SIGUSR1
+_TICK_S = 0.25  # between looks at the launcher
+_GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
+_JOIN_S = 60.0  # for a rank that is to leave to meet the others, whom it must tell
+_GONE = (0,)
+_TWICE_S = 2.0  # a launcher repeats a terminal's Ctrl-C; only a later one means "now"
+
 
 class StopRequest:
-    """`asked` turns true at the first SIGINT or SIGTERM after `listen`; a second SIGINT ends the process at once.
+    """`asked` turns true at the first signal, or when the launcher is gone; a later Ctrl-C ends the process at once.
 
-    Made early, since it must know the launcher before that can vanish; until `listen` a signal ends the process, which
-    has nothing to save yet.
+    Before `listen` there is nothing to save: the process ends by itself, with exit code 0, whatever it is doing. Use
+    as a context manager, in the main thread. A thread of its own heeds the signals, since Python's handlers wait while
+    the main thread is in a library.
     """
 
     def __init__(self) -> None:
         self.reason = ""
         self._parents = _launcher_chain()
+        self._listening = self._leaving = False
+        self._first_interrupt = float("inf")
+        self._tell: Callable[[str], bool] | None = None
+        self._lock = threading.Lock()
+        self._joined = threading.Event()
+        if int(os.environ.get("WORLD_SIZE", "1") or 1) == 1:
+            self._joined.set()
 
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+    def __enter__(self) -> StopRequest:
+        self._wakes, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._old_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a program blocks them while it imports torch
+        return self
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        # the deepspeed launcher repeats a terminal's Ctrl-C as SIGTERM: only a second Ctrl-C means "now"
-        if number == signal.SIGINT and self.reason == "SIGINT":
-            raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+    def __exit__(self, *_: object) -> None:
+        with self._lock:  # from here on there is nothing to interrupt
+            self._listening = True
+        signal.set_wakeup_fd(self._old_wake)
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_IGN if self._leaving else handler)
+        os.close(self._wake)  # ends the watcher
+        if not self._leaving:
+            self._watcher.join(_GRACE_S)
 
     @property
     def asked(self) -> bool:
-        if not self.reason and self._parents and _launcher_chain() != self._parents:
-            self.reason = "the launcher is gone"
         return bool(self.reason)
+
+    def ask(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def joined(self, tell: Callable[[str], bool]) -> None:
+        """From now on `tell` gets the reason to other ranks when this one is to leave before `listen`; it says whether
+        this is the first to do so."""
+        self._tell = tell
+        self._joined.set()
+
+    def listen(self) -> None:
+        """From now on the run looks at `asked`, and saves."""
+        self._listening = True
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._leaving:
+            raise SystemExit(0)
+        self.ask(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            self._first_interrupt = min(self._first_interrupt, time.monotonic())
+            if time.monotonic() - self._first_interrupt > _TWICE_S:
+                raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        while True:
+            if select.select([self._wakes], [], [], _TICK_S)[0]:
+                numbers = os.read(self._wakes, 64)
+                if not numbers:
+                    os.close(self._wakes)
+                    return
+                for number in numbers:
+                    if number in SIGNALS:
+                        self.ask(signal.Signals(number).name)
+            if not self.asked and ((chain := _launcher_chain()) != self._parents or chain == _GONE):
+                self.ask("the launcher is gone")
+            if self.asked and not self._listening:
+                self._leave()
+
+    def _leave(self) -> None:
+        """End a process that has nothing to save: by an exception in the main thread, or else at once."""
+        self._joined.wait(_JOIN_S)
+        first = True
+        if self._tell:
+            with contextlib.suppress(Exception):  # the store has gone with the process that held it
+                first = self._tell(self.reason)
+        with self._lock:
+            if self._listening:  # meanwhile it has begun to train, or ended
+                return
+            if first:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"stopped before the first step ({self.reason}); nothing to save\n".encode())
+            self._leaving = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(_GRACE_S)
+        kill_children()  # the commands of `pipe:` shards
+        os._exit(0)
+
+
+def kill_children() -> None:
+    """End all processes that this one started, as one must that leaves without tidying up."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def _launcher_chain() -> tuple[int, ...] | None:
     """The processes whose end should end this one: none under plain `python`, which may outlive its shell; torchrun's
-    agent; and deepspeed's inner and outer launcher, whose outer one passes no SIGTERM on when it dies."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return (os.getppid(),)
-    try:
+    agent; and deepspeed's inner and outer launcher, whose outer one passes no SIGTERM on when it dies. _GONE where a
+    launcher started this process and is no more."""
+    elastic, deepspeed = ("TORCHELASTIC_RUN_ID" in os.environ, "CROSS_SIZE" in os.environ)
+    with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
+        if elastic and "python" in os.path.basename(parent.exe()):  # not the init that takes in orphans
+            return (parent.pid,)
         if any("deepspeed.launcher.launch" in word for word in parent.cmdline()):
             return parent.pid, parent.ppid()
-    except psutil.Error:
-        pass
-    return None
+    return _GONE if elastic or deepspeed else None

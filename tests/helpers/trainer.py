@@ -84,7 +84,7 @@ class Trainer:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         return [*torchrun, "--master-port", str(free_port()), *script]
 
-    def start(self, run: str, *options: str, **kwargs) -> subprocess.Popen:
+    def start(self, run: str, *options: str, start_new_session: bool = False, **kwargs) -> subprocess.Popen:
         return subprocess.Popen(
             self.command(run, *options, **kwargs),
             env=environment(),
@@ -92,6 +92,7 @@ class Trainer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=start_new_session,
         )
 
     def __call__(self, run: str, *options: str, code: int = 0, **kwargs) -> str:

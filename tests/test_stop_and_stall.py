@@ -1,0 +1,237 @@
+"""Signals, launchers that vanish, and ranks or loaders that stand still: small programs around the parts that see to
+them, and the trainer while it starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+from tests.helpers.trainer import ROOT, environment
+
+STUCK = "pipe:sleep 100; cat /nowhere"  # a shard that makes the start endless
+
+
+def program(code: str, **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", **variables},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+STARTING = """
+    import threading
+    from m3ae_fast.engine.signals import StopRequest
+    with StopRequest() as stop:
+        print("ready", flush=True)
+        {}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("busy", ["threading.Event().wait()", "input()", "while True: pass"])
+def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
+    process = program(STARTING.format(busy))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out = process.stdout.read()  # communicate() would end the input
+    assert (process.wait(20), out) == (0, f"stopped before the first step ({number.name}); nothing to save\n")
+
+
+def test_a_library_that_swallows_the_end_is_ended_all_the_same():
+    process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))  # keeps even the interpreter
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)  # which interrupts the C library's sleep
+    assert process.wait(20) == 0
+    process.stdout.close()
+    swallow = """
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:
+                pass
+    """
+    process = program(STARTING.format("import time") + textwrap.indent(textwrap.dedent(swallow), "    " * 2))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+def test_what_came_while_the_program_was_imported_is_heeded():
+    code = """
+        import os, signal, time
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        from m3ae_fast.engine.signals import StopRequest
+        with StopRequest():
+            time.sleep(60)
+    """
+    process = program(code)
+    assert "(SIGUSR1)" in process.communicate(timeout=20)[0] and process.returncode == 0
+
+
+def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
+    code = """
+        import time
+        from m3ae_fast.engine import signals
+        with signals.StopRequest() as stop:
+            stop.listen()
+            print("ready", flush=True)
+            while not stop.asked: time.sleep(0.01)
+            print(stop.reason, flush=True)
+            time.sleep(60)
+    """
+    process = program(code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # a launcher's, of the same key
+    assert process.stdout.readline() == "SIGINT\n"
+    time.sleep(2.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=20)[0]
+
+
+def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
+    code = """
+        import threading, time
+        from m3ae_fast.engine.signals import StopRequest
+        with StopRequest() as stop:
+            print("ready", flush=True)
+            input()
+            stop.joined(lambda reason: print("told", reason, flush=True))
+            time.sleep(60)
+    """
+    process = program(code, WORLD_SIZE="2")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    out, _ = process.communicate("\n", timeout=20)
+    assert (process.returncode, out) == (0, "told SIGTERM\n")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_process_whose_launcher_died_leaves(when):
+    child = "import sys; sys.stdin.readline()\n" if when == "before" else ""
+    child += textwrap.dedent(STARTING.format("threading.Event().wait()"))
+    code = f"""
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if {when == "after"}: child.stdout.readline()
+        print(child.pid, flush=True)
+        input()
+    """
+    launcher = program(code, TORCHELASTIC_RUN_ID="1")
+    child = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()  # which also closes the child's input
+    launcher.communicate()
+    child.wait(20)
+
+
+PULSE = """
+    import subprocess, sys, time
+    import torch.distributed as dist
+    from m3ae_fast.engine.pulse import Pulse
+    from m3ae_fast.engine.signals import StopRequest
+    store = dist.TCPStore("127.0.0.1", 0, 1, True)
+    pulses = [Pulse(rank, {world}, store.clone(), StopRequest()) for rank in range({world})]
+    for pulse in pulses: pulse.timeout = 1.0
+"""
+
+
+def pulses(world: int, code: str) -> tuple[int, str]:
+    process = program(textwrap.dedent(PULSE.format(world=world)) + textwrap.dedent(code))
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def test_a_silent_rank_ends_the_run_and_is_named():
+    code = """
+        with pulses[0] as pulse:
+            pulse.mark("step 7")
+            with pulses[1] as other:
+                other.mark("step 6")
+                time.sleep(0.5)
+            time.sleep(60)
+    """
+    assert pulses(2, code) == (
+        75,
+        "error: rank 0, step 7: for 1 s, no sign of life from rank 1 (last: step 6); --resume auto goes on\n",
+    )
+
+
+def test_a_frozen_rank_0_is_noticed_by_the_others():
+    code, out = pulses(3, "with pulses[2] as pulse: time.sleep(60)")
+    assert code == 75 and "rank 2, starting: for 1 s, no sign of life from rank 0 (last: joining)" in out
+
+
+def test_a_rank_that_computes_is_waited_for():
+    code = """
+        with pulses[0] as pulse, pulses[1]:
+            until = time.monotonic() + 3
+            while time.monotonic() < until: pass
+        print("whole")
+    """
+    assert pulses(2, code) == (0, "whole\n")
+
+
+HUNG = """
+    def batches():
+        child = subprocess.Popen([sys.executable, "-c", {child!r}])
+        yield 1
+        time.sleep(2.5)  # the child's batch does not come
+        child.kill()
+    with pulses[0] as pulse:
+        print(list(pulse.watch(batches(), "training")))
+"""
+
+
+def test_a_hung_loader_ends_the_run_and_a_slow_one_does_not():
+    code, out = pulses(1, HUNG.format(child="import time; time.sleep(60)"))
+    assert code == 75 and "rank 0, waiting for its loader: for 1 s, its loader workers do nothing" in out
+    assert pulses(1, HUNG.format(child="while True: pass")) == (0, "[1]\n")
+    downloading = (
+        "import time\nwith open('/dev/null', 'wb') as f:\n  while True: f.write(b'x' * 9999); time.sleep(0.05)"
+    )
+    assert pulses(1, HUNG.format(child=downloading)) == (0, "[1]\n")
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("deepspeed", 1)])
+def test_a_start_is_left_by_all_and_leaves_nothing(trainer, launcher, ranks):
+    """Signalled at one rank while another fetches its data, or orphaned by a launcher that was killed."""
+    source = json.dumps([{"shards": STUCK}])
+    process = trainer.start("run", "--set", f"data.train={source}", ranks=ranks, launcher=launcher)
+    run = trainer.folder / "run"
+    while not run.exists():  # it has joined, and begun
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    time.sleep(0.5)
+    script = str(ROOT / "m3ae_fast/train.py")
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if script in child.cmdline() and not any("launch" in word for word in child.cmdline())
+    ]
+    assert len(found) == ranks
+    if launcher == "torchrun":
+        found[-1].terminate()
+    else:
+        process.kill()
+    psutil.wait_procs(found, timeout=20)
+    assert not any(child.is_running() for child in found)
+    out, _ = process.communicate(timeout=20)
+    if launcher == "torchrun":
+        assert process.returncode == 0, out
+    assert out.count("nothing to save") == 1 and "Traceback" not in out and "error" not in out.lower()
+    assert not run.exists() or os.listdir(run) == [".lock"]
