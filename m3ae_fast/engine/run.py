@@ -124,7 +124,7 @@ class Run:
             self.bad.report(batch.skipped)
         self.bad.count(int(counts.samples + counts.skipped), int(counts.skipped))
         self.throughput.add(counts, fed.waited)
-        return LossCounts(counts.images / self.ranks.world, counts.captions / self.ranks.world)
+        return LossCounts(counts.loss_image / self.ranks.world, counts.loss_text / self.ranks.world)
 
     def take_step(self, fed: Fed, counts: LossCounts) -> tuple[list[Losses], Tensor]:
         """One optimiser step. Returns the micro-batches' losses and the gradient norm."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.packing import Geometry, Sample, pack
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import load_weights, read_pretrained, write_pretrained
-from m3ae_fast.model.transformer import EPS, Transformer
+from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
 
 
 class Losses(NamedTuple):
@@ -83,8 +82,9 @@ class Unshuffle(nn.Module):
 class HeadMLP(nn.Module):
     """The hidden layers of an output head: LayerNorm, then (Linear, GELU, LayerNorm), residual from the second on."""
 
-    def __init__(self, dim: int, depth: int) -> None:
+    def __init__(self, dim: int, depth: int, gelu: Gelu) -> None:
         super().__init__()
+        self.gelu = gelu
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=EPS) for _ in range(depth + 1 if depth else 0))
 
@@ -93,7 +93,7 @@ class HeadMLP(nn.Module):
             return x
         x = self.norms[0](x)
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms[1:])):
-            y = norm(F.gelu(layer(x), approximate="tanh"))
+            y = norm(gelu(layer(x), self.gelu))
             x = x + y if i else y
         return x
 
@@ -110,17 +110,17 @@ class M3AE(nn.Module):
             "mean": config.image_mean,
             "std": config.image_std,
         }
-        drops = {"drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
+        options = {"gelu": config.gelu, "drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
         mlp_ratio, head_depth, width = config.mlp_ratio, config.output_head_depth, config.dec_emb_dim
 
         self.patch_embed = PatchEmbed(config.emb_dim, **pixels)
         self.encoder_input = EncoderInput(config)
-        self.encoder = Transformer(config.emb_dim, config.depth, config.num_heads, mlp_ratio, **drops)
+        self.encoder = Transformer(config.emb_dim, config.depth, config.num_heads, mlp_ratio, **options)
         self.decoder_input = DecoderInput(config)
-        self.decoder = Transformer(width, config.dec_depth, config.dec_num_heads, mlp_ratio, **drops)
-        self.image_mlp = HeadMLP(width, head_depth)
+        self.decoder = Transformer(width, config.dec_depth, config.dec_num_heads, mlp_ratio, **options)
+        self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
-        self.text_mlp = HeadMLP(width, head_depth) if config.vocab_size else None
+        self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
         self.text_head = MaskedTokenLoss(width, config.vocab_size) if config.vocab_size else None
         self.reset_parameters()
 
@@ -143,7 +143,13 @@ class M3AE(nn.Module):
     def geometry(self) -> Geometry:
         c, loss = self.config, self.loss_config
         return Geometry(
-            c.image_size, c.patch_size, c.channels, c.text_length, loss.image_all_tokens, loss.text_all_tokens
+            c.image_size,
+            c.patch_size,
+            c.channels,
+            c.text_length,
+            loss.image_all_tokens,
+            loss.text_all_tokens,
+            loss.per == "batch",
         )
 
     def encode(self, batch: PackedBatch) -> Tensor:
@@ -165,17 +171,19 @@ class M3AE(nn.Module):
 
         Args:
             batch: on the model's device.
-            counts: pictures and captions that the losses are means over: of a whole step, per rank, where the batch is
-                a part of it. None: those of the batch.
+            counts: what the losses are means over: of a whole step, per rank, where the batch is a part of it. None:
+                the batch's own.
         """
-        images, captions = (count or 1.0 for count in counts or batch.counts)
+        image_terms, text_terms = (count or 1.0 for count in counts or batch.counts)
         hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
-        image_loss = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight) / images
+        image_loss = (
+            self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight) / image_terms
+        )
         text_loss = text_accuracy = torch.zeros_like(image_loss)
         if self.text_head is not None:
             text_sum, correct_W = self.text_head(hidden_WE, batch.text_targets, batch.text_row_weight)
-            text_loss = text_sum / captions
-            text_accuracy = (correct_W * batch.text_row_weight).sum() / captions
+            text_loss = text_sum / text_terms
+            text_accuracy = (correct_W * batch.text_row_weight).sum() / text_terms
         loss = self.loss_config.image_weight * image_loss + self.loss_config.text_weight * text_loss
         return Losses(loss, image_loss.detach(), text_loss.detach(), text_accuracy)
 

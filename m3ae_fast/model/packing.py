@@ -29,6 +29,7 @@ class Geometry:
     text_length: int
     image_all_tokens: bool = False  # loss on visible patches too
     text_all_tokens: bool = False
+    loss_per_batch: bool = False  # losses are means over tokens, not over samples
 
     @property
     def patches_per_image(self) -> int:
@@ -55,7 +56,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
     """Lay `samples` out in one PackedBatch.
 
     The image loss is a mean over pictures of the mean over their loss rows, the text loss a mean over captions of the
-    mean over theirs, an empty caption counting as 0 (official M3AE).
+    mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
+    its loss rows (official MAE).
 
     Raises:
         ValueError: a sample has neither picture nor caption, or a shape does not fit `geometry`.
@@ -88,10 +90,15 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
     patch_M = patch_U[loss_U]
     count = partial(np.bincount, minlength=len(samples))
     image_loss_S, text_loss_S = count(sample_U[patch_U & loss_U]), count(sample_U[text_U & loss_U])
-    weights = {
-        "image_row_weight": np.repeat(1 / np.maximum(image_loss_S, 1), image_loss_S),
-        "text_row_weight": np.repeat(1 / np.maximum(text_loss_S, 1), text_loss_S),
-    }
+    if geometry.loss_per_batch:
+        counts = LossCounts(float(image_loss_S.sum()), float(text_loss_S.sum()))
+        weights = {"image_row_weight": np.ones(image_loss_S.sum()), "text_row_weight": np.ones(text_loss_S.sum())}
+    else:
+        counts = LossCounts(float(len(images)), float(captions))
+        weights = {
+            "image_row_weight": np.repeat(1 / np.maximum(image_loss_S, 1), image_loss_S),
+            "text_row_weight": np.repeat(1 / np.maximum(text_loss_S, 1), text_loss_S),
+        }
     rows = {
         "patch_ids": patch_id_U[visible_patch_U],
         "encoder_src": np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U],
@@ -112,7 +119,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
         encoder=_segments(count(sample_U[visible_U])),
         decoder=_segments(rows_S),
         loss=_segments(image_loss_S + text_loss_S),
-        counts=LossCounts(float(len(images)), float(captions)),
+        captions=captions,
+        counts=counts,
         **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},
     )
