@@ -18,18 +18,8 @@ import numpy as np
 from m3ae_fast.errors import UserError
 
 
-class _InertType(type):
-    """What is done to a class that stands in for another has no effect either."""
-
-    def __setitem__(cls, key: Any, value: Any) -> None:
-        pass
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        pass
-
-
-class Inert(metaclass=_InertType):
-    """An instance of a global that was not loaded, `path`; or what a call of it would have returned."""
+class Inert:
+    """An instance of a global that was not loaded, `path`, or what a call of it would have returned."""
 
     path = ""
     args: tuple = ()
@@ -40,10 +30,10 @@ class Inert(metaclass=_InertType):
         inert.args = args
         return inert
 
-    # `self` may be the class: a pickle can do anything to what it has loaded
+    # `self` may be the class: a pickle can ask for anything of what it has loaded
     def __setstate__(*self_and_state: Any) -> None:
         if len(self_and_state) == 2:
-            self, self.state = self_and_state
+            self_and_state[0].state = self_and_state[1]
 
     def __call__(self, *_: Any, **__: Any) -> Inert:
         return self
@@ -57,68 +47,75 @@ class Inert(metaclass=_InertType):
     extend = add = append
 
 
-class _Builder(Inert):
-    """A global that builds something: calls `build`, and is as inert otherwise."""
+class _Builder:
+    """A global that builds something; as inert otherwise."""
 
-    __slots__ = ("build",)
+    def __init__(self, build: Callable) -> None:
+        self._build = build
 
-    def __new__(cls, build: Callable) -> _Builder:
-        builder = object.__new__(cls)
-        builder.build = build
-        return builder
-
-    def __setstate__(*_: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         pass
 
-    def __call__(self, *args: Any, **_: Any) -> Any:
-        return self.build(*args)
+    def __call__(self, *args: Any) -> Any:
+        return self._build(*args)
 
 
 class _DType(Inert):
     """numpy.dtype(code, ...), whose state is (version, byte order, ...)."""
 
-    def plain(self) -> np.dtype:
-        """Raises ValueError for what is no number."""
+    path = "numpy.dtype"
+
+    def plain(self) -> np.dtype | None:
+        """None for what is no number."""
         code = self.args[0] if self.args else None
-        if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
-            raise ValueError(f"arrays of dtype {code!r}")
-        order = self.state[1] if isinstance(self.state, tuple) and len(self.state) > 1 else "="
-        return np.dtype(code).newbyteorder(order if order in ("<", ">") else "=")
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):
+            return None
+        swapped = isinstance(self.state, tuple) and ">" in self.state
+        return np.dtype(code).newbyteorder(">" if swapped else "<")
 
 
 class _Array(np.ndarray):
-    """What `_reconstruct` returns, before it has its state (version, shape, dtype, Fortran order, bytes)."""
+    """What `_reconstruct` returns: empty until it is given (version, shape, dtype, Fortran order, bytes)."""
 
     def __setstate__(self, state: Any) -> None:  # type: ignore[override]
         _, shape, dtype, fortran, data = state
         array = _from_buffer(data, dtype, shape, "F" if fortran else "C")
-        super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes("A")))
+        if isinstance(array, np.ndarray):
+            super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes("A")))  # type: ignore[arg-type]
 
 
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
-    plain = dtype.plain() if isinstance(dtype, _DType) else _refuse(dtype)
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray | Inert:
+    """An array; `Inert` where its elements are not numbers. Raises ValueError or TypeError for impossible arguments."""
+    plain = dtype.plain() if isinstance(dtype, _DType) else None
+    if plain is None:
+        return Inert(dtype)
+    if not isinstance(data, bytes | bytearray):
+        raise TypeError(f"an array of {type(data).__name__}")
     shape = tuple(map(int, shape)) if isinstance(shape, tuple | list) else (int(shape),)
-    array = np.frombuffer(bytearray(data) if isinstance(data, bytes | bytearray) else _refuse(data), plain)
-    return array.reshape(shape, order="F" if order == "F" else "C")
+    return np.frombuffer(bytearray(data), plain).reshape(shape, order="F" if order == "F" else "C")
 
 
-def _scalar(dtype: Any, data: Any) -> np.generic:
-    return _from_buffer(data, dtype, ())[()]
+def _reconstruct(*_: Any) -> np.ndarray:
+    return np.ndarray.__new__(_Array, (0,), "b")
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
+def _scalar(dtype: Any, data: Any) -> Any:
+    array = _from_buffer(data, dtype, ())
+    return array[()] if isinstance(array, np.ndarray) else array
+
+
+def _encode(text: str, encoding: str) -> bytes:
     """How protocols below 3 write bytes."""
-    return text.encode("latin-1") if isinstance(text, str) and encoding in ("latin1", "latin-1") else _refuse(encoding)
+    return str(text).encode("latin-1")
 
 
-def _refuse(what: Any) -> Any:
-    raise ValueError(f"an array made of {type(what).__name__}")
-
-
-_BUILDERS: dict[tuple[str, str], Callable] = {
-    ("numeric", "_frombuffer"): _from_buffer,
-    ("multiarray", "_reconstruct"): lambda *_: np.ndarray.__new__(_Array, (0,), "b"),
-    ("multiarray", "scalar"): _scalar,
+_BUILDERS: dict[str, Callable] = {
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "numpy.core.multiarray._reconstruct": _reconstruct,
+    "numpy.core.multiarray.scalar": _scalar,
+    "_codecs.encode": _encode,
+    "builtins.bytes": lambda: b"",  # what protocols below 3 write for an empty one
+    "collections.OrderedDict": dict,
 }
 
 
@@ -130,19 +127,12 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
         if path not in self._stand_ins:
-            self._stand_ins[path] = _stand_in(module, name, path)
+            known = path.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")  # by version
+            if known in _BUILDERS:
+                self._stand_ins[path] = _Builder(_BUILDERS[known])
+            else:
+                self._stand_ins[path] = type("Inert", (_DType if path == "numpy.dtype" else Inert,), {"path": path})
         return self._stand_ins[path]
-
-
-def _stand_in(module: str, name: str, path: str) -> Any:
-    part = re.fullmatch(r"numpy\._?core\.(numeric|multiarray)", module)
-    if part and (part[1], name) in _BUILDERS:
-        return _Builder(_BUILDERS[part[1], name])
-    if path == "_codecs.encode":
-        return _Builder(_encode)
-    if path == "collections.OrderedDict":
-        return _Builder(dict)
-    return type("Inert", (_DType if path == "numpy.dtype" else Inert,), {"path": path})
 
 
 def load(path: Path) -> Any:

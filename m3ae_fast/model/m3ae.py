@@ -6,6 +6,8 @@ D encoder width, E decoder width, L patches a picture, V vocabulary, S samples, 
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +17,12 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.batch import LossCounts, PackedBatch
+from m3ae_fast.model.card import model_card
+from m3ae_fast.model.hub import push_folder
 from m3ae_fast.model.packing import Geometry, Sample, pack
 from m3ae_fast.model.positions import Positions
-from m3ae_fast.model.pretrained import load_weights, read_pretrained, write_pretrained
+from m3ae_fast.model.pretrained import Pretrained, load_weights, read_pretrained, write_pretrained
+from m3ae_fast.model.tokenizer import CaptionTokenizer
 from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
 
 
@@ -104,20 +109,21 @@ class M3AE(nn.Module):
     def __init__(self, config: ModelConfig, loss: LossConfig | None = None) -> None:
         super().__init__()
         self.config, self.loss_config = config, loss or LossConfig()
+        self.tokenizer: CaptionTokenizer | None = None  # the export's, for captions as text
         pixels = {
             "patch_size": config.patch_size,
             "channels": config.channels,
             "mean": config.image_mean,
             "std": config.image_std,
         }
-        options = {"gelu": config.gelu, "drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
+        drops = {"drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
         mlp_ratio, head_depth, width = config.mlp_ratio, config.output_head_depth, config.dec_emb_dim
 
         self.patch_embed = PatchEmbed(config.emb_dim, **pixels)
         self.encoder_input = EncoderInput(config)
-        self.encoder = Transformer(config.emb_dim, config.depth, config.num_heads, mlp_ratio, **options)
+        self.encoder = Transformer(config.emb_dim, config.depth, config.num_heads, mlp_ratio, gelu=config.gelu, **drops)
         self.decoder_input = DecoderInput(config)
-        self.decoder = Transformer(width, config.dec_depth, config.dec_num_heads, mlp_ratio, **options)
+        self.decoder = Transformer(width, config.dec_depth, config.dec_num_heads, mlp_ratio, gelu=config.gelu, **drops)
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
         self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
@@ -239,17 +245,39 @@ class M3AE(nn.Module):
         return out.unflatten(0, (size, -1))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (the weights as they are) into `folder`."""
-        write_pretrained(folder, self.config, self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> M3AE:
-        """Load what `save_pretrained` or `python -m m3ae_fast.export` wrote.
+        """Write weights (as they are), config, tokenizer and a model card into `folder`, whole or not at all.
 
         Raises:
-            UserError: a file is missing, damaged or does not fit the other.
+            UserError: the folder holds something else, or cannot be written.
         """
-        config, state = read_pretrained(folder)
-        model = cls(config)
-        load_weights(model, state, str(folder))
+        card = model_card(Path(folder).name, self.config)
+        write_pretrained(folder, Pretrained(self.config, self.state_dict(), self.tokenizer), card)
+
+    def push_to_hub(self, name: str, private: bool = False) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub as `name` (owner/name). Returns its address.
+
+        Raises:
+            UserError: nobody is logged in, or the hub refuses or does not answer.
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent, name.rpartition("/")[2])
+            self.save_pretrained(folder)
+            return push_folder(folder, name, private)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> M3AE:
+        """Load what `save_pretrained`, `python -m m3ae_fast.export` or `python -m m3ae_fast.convert` wrote: a folder,
+        or the name of a model on the Hugging Face hub (owner/name).
+
+        Its `tokenizer` comes along where there is one. Where the source is an encoder alone, a warning says so, and the
+        decoder has random weights.
+
+        Raises:
+            UserError: a file is missing, damaged or does not fit the other, or the hub does not answer.
+        """
+        found = read_pretrained(source)
+        model = cls(found.config)
+        if not load_weights(model, found.state, str(source)):
+            warnings.warn(f"{source} holds an encoder alone: the decoder has random weights", stacklevel=2)
+        model.tokenizer = found.tokenizer
         return model
