@@ -1,6 +1,9 @@
-"""python -m m3ae_fast.export RUN OUT: the weights of a run as safetensors + config.json.
+"""python -m m3ae_fast.export RUN OUT: the weights of a run as a folder that M3AE.from_pretrained(OUT) loads.
 
-`m3ae_fast.model.M3AE.from_pretrained(OUT)` loads them.
+It holds model.safetensors, config.json, the tokenizer, how pictures are prepared, and a model card.
+
+  --format timm      the image encoder alone, for timm.create_model("local-dir:OUT", pretrained=True)
+  --push OWNER/NAME  also uploads OUT to the Hugging Face hub (log in with `hf auth login` first)
 """
 
 from __future__ import annotations
@@ -9,40 +12,56 @@ import argparse
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
+from m3ae_fast.convert.run import RunWeights, read_run
+from m3ae_fast.convert.run_card import run_section
+from m3ae_fast.convert.timm_model import write_timm
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.model.card import model_card
+from m3ae_fast.model.hub import push_folder
+from m3ae_fast.model.pretrained import Pretrained, write_pretrained
 
-from m3ae_fast.config import ModelConfig, parse
-from m3ae_fast.engine import checkpoint
-from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.model.m3ae import write_pretrained
 
+def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None) -> RunWeights:
+    """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
 
-def export(run: str | Path, out: str | Path) -> Path:
-    """Write float32 weights and model config of a run (its last checkpoint) or of one checkpoint to the folder `out`.
+    Args:
+        run: a run folder or a checkpoint.
+        out: a new folder, or an earlier export, which is replaced.
+        format: "m3ae", or "timm" for the image encoder as timm's VisionTransformer.
+        name: what the model card calls the model; None: as the folder.
 
-    Whatever ZeRO stage trained it: checkpoints hold whole tensors. Returns the checkpoint that was read.
+    Returns:
+        What was read.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
     """
-    path = checkpoint.locate(Path(run))
-    info = checkpoint.read_info(path)
-    config = parse(ModelConfig, info.config.get("model"), f"checkpoint {path}")
-    weights = checkpoint.read_weights(path)
-    try:
-        write_pretrained(out, config, weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({error})") from None
-    return path
+    found = read_run(Path(run))
+    config, state = found.weights.config, found.weights.state
+    if format == "timm":
+        write_timm(out, config, state)
+        return found
+    card = model_card(name or str(out), config, run_section(found))
+    write_pretrained(out, Pretrained(config, state, found.weights.tokenizer), card)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m m3ae_fast.export", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m m3ae_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken) or a checkpoint folder")
-    parser.add_argument("out", metavar="OUT", help="folder for model.safetensors and config.json")
+    parser.add_argument("out", metavar="OUT", help="a new folder, or an earlier export, which is replaced")
+    parser.add_argument(
+        "--format", choices=["m3ae", "timm"], default="m3ae", help="whose folder OUT is (default: m3ae)"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face hub under this name")
+    parser.add_argument("--private", action="store_true", help="with --push: a model made by it is private")
     args = parser.parse_args(argv)
-    path = export(args.run, args.out)
-    print(f"exported {path} to {args.out}")
+    found = export(args.run, args.out, args.format, args.push)
+    print("\n  ".join([f"exported {found.path} to {args.out}", *found.weights.notes]))
+    if args.push:
+        print(f"pushed to {push_folder(args.out, args.push, args.private)}")
     return 0
 
 

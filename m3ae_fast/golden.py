@@ -8,7 +8,6 @@ Shapes: S samples, L patches, X text positions, C channels, H = W pixels.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,38 +17,10 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
+from m3ae_fast.convert.flax_names import flax_name, from_flax
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import Sample
-
-# our name -> flax path
-_NAMES = {
-    r"patch_embed\.(weight|bias)": r"image_embedding/\1",
-    r"encoder_input\.cls_token": r"cls_token",
-    r"encoder_input\.text_embedding": r"text_embedding/embedding",
-    r"encoder_input\.(image|text)_type": r"encoder_\1_type_embedding",
-    r"decoder_input\.proj\.(weight|bias)": r"decoder_input_projection/\1",
-    r"decoder_input\.unshuffle\.(image|text)_mask": r"\1_mask_embedding",
-    r"decoder_input\.unshuffle\.(image|text)_type": r"decoder_\1_type_embedding",
-    r"(encoder|decoder)\.blocks\.(\d+)\.norm1\.(weight|bias)": r"\1/Block_\2/LayerNorm_0/\3",
-    r"(encoder|decoder)\.blocks\.(\d+)\.norm2\.(weight|bias)": r"\1/Block_\2/LayerNorm_1/\3",
-    r"(encoder|decoder)\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)": r"\1/Block_\2/Attention_0/Dense_0/\3",
-    r"(encoder|decoder)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"\1/Block_\2/Attention_0/Dense_1/\3",
-    r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"\1/Block_\2/TransformerMLP_0/\3/\4",
-    r"(encoder|decoder)\.norm\.(weight|bias)": r"\1/LayerNorm_0/\2",
-    r"(image|text)_mlp\.norms\.(\d+)\.(weight|bias)": r"decoder_\1_output/LayerNorm_\2/\3",
-    r"(image|text)_mlp\.layers\.(\d+)\.(weight|bias)": r"decoder_\1_output/Dense_\2/\3",
-    r"(image|text)_head\.(weight|bias)": r"decoder_\1_output/Dense_last/\2",
-}
-
-
-def flax_name(name: str, head_depth: int) -> str:
-    """The flax path of our parameter `name`: `encoder.norm.weight` -> `encoder/LayerNorm_0/scale`."""
-    for pattern, template in _NAMES.items():
-        if match := re.fullmatch(pattern, name):
-            path = match.expand(template).replace("Dense_last", f"Dense_{head_depth}")
-            return re.sub("weight$", "scale" if "LayerNorm" in path else "kernel", path)
-    raise KeyError(name)
 
 
 @dataclass
@@ -107,8 +78,7 @@ class Golden:
     def parameter(self, group: str, name: str) -> Tensor:
         """`params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
         path = flax_name(name, self.meta["config"]["output_head_depth"])
-        array = torch.from_numpy(self.arrays[f"{group}/{path}"])
-        return array.T if path.endswith("kernel") else array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
+        return from_flax(path, self.arrays[f"{group}/{path}"])
 
     @torch.no_grad()
     def load_parameters(self, model: M3AE) -> None:

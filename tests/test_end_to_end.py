@@ -40,7 +40,7 @@ def test_train_export_load(trainer):
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.width > 3 * 160 and np.asarray(picture).std() > 10
 
-    assert export(run, trainer.folder / "out").name == "step-00000060"
+    assert export(run, trainer.folder / "out").path.name == "step-00000060"
     model = M3AE.from_pretrained(trainer.folder / "out")
     assert len({path.stat().st_mode for path in (trainer.folder / "out").iterdir()}) == 1
     features = model.representation(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([[1, 2, 3]] * 2))
@@ -73,7 +73,7 @@ def test_export_mistakes(tmp_path):
         M3AE.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["verify", "export", "visualise", "train", "data"])
+@pytest.mark.parametrize("module", ["verify", "export", "convert", "visualise", "train", "data"])
 def test_help_teaches(module):
     command = [sys.executable, "-m", f"m3ae_fast.{module}", "--help"]
     out = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)

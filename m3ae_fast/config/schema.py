@@ -89,6 +89,12 @@ class ModelConfig(Section):
     """Most text tokens of a caption; longer ones are cut."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
     """Text tokens that the tokenizer knows; 0 builds an image-only MAE without text weights."""
+    gelu: Literal["tanh", "exact"] = "tanh"
+    """GELU's tanh approximation, as the official M3AE has it, or the exact one, as MAE and timm have it."""
+    positions: Literal["sincos", "stored"] = "sincos"
+    """Position embeddings of patches: computed, or stored with the weights, as MAE does. Training changes neither."""
+    init_from: str | None = None
+    """Folder of an export, or a hub name: a new run starts from its weights. One without a decoder gets a new one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -156,6 +162,8 @@ class LossConfig(Section):
     """Loss on visible text tokens too."""
     norm_pix: bool = False
     """Targets standardised per patch, as MAE's (with the unbiased variance)."""
+    per: Literal["sample", "batch"] = "sample"
+    """`sample`: the mean over samples of their means over tokens; `batch`: the mean over all tokens, as MAE's."""
 
 
 class SourceConfig(Section):

@@ -6,7 +6,7 @@ from m3ae_fast.data.dataset import Preparation
 from m3ae_fast.data.loader import Share, eval_loader, eval_samples, train_loader
 from m3ae_fast.data.opening import Data, open_data, open_tokenizer
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.data.tokenizer import CaptionTokenizer, load_tokenizer
+from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
 
 __all__ = [
     "BadSamples",

@@ -24,8 +24,8 @@ from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore, expand
-from m3ae_fast.data.tokenizer import SPECIAL, train_tokenizer
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.model.tokenizer import SPECIAL, train_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,9 +24,9 @@ from m3ae_fast.data.crops import centre_crop, random_crop
 from m3ae_fast.data.images import decode_image
 from m3ae_fast.data.order import FileOrder, Order, Place, hash64
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.tokenizer import CaptionTokenizer
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, Sample
+from m3ae_fast.model.tokenizer import CaptionTokenizer
 
 # What a random number is for, so that no two uses share a stream.
 _CROP, _MASK, _BATCH_MASK = range(3)

@@ -15,10 +15,10 @@ from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples
 from m3ae_fast.data.order import FileOrder, Order
-from m3ae_fast.data.tokenizer import require_tokenizer
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.packing import Geometry, Sample, pack
+from m3ae_fast.model.tokenizer import require_tokenizer
 
 
 @dataclass(frozen=True)

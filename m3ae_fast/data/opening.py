@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.data.tokenizer import CaptionTokenizer, load_tokenizer, require_tokenizer
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer, require_tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from m3ae_fast.model.batch import PackedBatch
 
 
 def evaluate(engine: Engine, loader: Iterable[PackedBatch], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
-    """Means over all pictures and captions of `loader`, whose ranks' batches are parts of one set: what to log. None
-    where a rank is asked to stop.
+    """Means over the whole of `loader`, whose ranks' batches are parts of one set: what to log. None where a rank is
+    asked to stop.
 
     Every rank must call it, with equally many batches.
     """
@@ -20,22 +20,22 @@ def evaluate(engine: Engine, loader: Iterable[PackedBatch], ranks: Ranks, stop: 
     for batch in loader:
         if any(ranks.sum([stop.asked])):
             return None
-        images, captions = batch.counts
+        image, text = batch.counts
         losses = engine.evaluate(batch.to(ranks.device))
         part = (
-            images,
-            float(losses.image_loss) * images,
-            captions,
-            float(losses.text_loss) * captions,
-            float(losses.text_accuracy) * captions,
+            image,
+            float(losses.image_loss) * image,
+            text,
+            float(losses.text_loss) * text,
+            float(losses.text_accuracy) * text,
             len(batch.skipped),
         )
         sums = [a + b for a, b in zip(sums, part)]
-    images, image_loss, captions, text_loss, text_accuracy, skipped = ranks.sum(sums)
+    image, image_loss, text, text_loss, text_accuracy, skipped = ranks.sum(sums)
     values: dict[str, float] = {"val_skipped": int(skipped)} if skipped else {}
-    if images:
-        values["val_image_loss"] = image_loss / images
-    if captions:
-        values["val_text_loss"] = text_loss / captions
-        values["val_text_accuracy"] = text_accuracy / captions
+    if image:
+        values["val_image_loss"] = image_loss / image
+    if text:
+        values["val_text_loss"] = text_loss / text
+        values["val_text_accuracy"] = text_accuracy / text
     return values

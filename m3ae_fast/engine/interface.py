@@ -27,7 +27,7 @@ class Engine(Protocol):
 
         Args:
             batches: this rank's micro-batches, on its device.
-            counts: pictures and captions of the whole step, per rank: what each micro-batch's losses are divided by.
+            counts: what the losses of the whole step are means over, per rank: each micro-batch's are divided by it.
             lr: learning rate of the update.
 
         Returns:

@@ -19,6 +19,7 @@ from m3ae_fast.engine import checkpoint
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.feed import Fed
+from m3ae_fast.engine.initial_weights import constants, start_from
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.optimizer import EMA
@@ -54,6 +55,8 @@ class Run:
     throughput: Throughput
     watch: LossWatch
     bad: BadSamples
+    fixed: dict[str, Tensor]  # weights that training does not change
+    started: str  # from what other weights, for the log
     start: int
     step: int
 
@@ -76,8 +79,14 @@ class Run:
 
         torch.manual_seed(config.run.seed)
         model = M3AE(config.model, config.loss)
+        started = ""
+        if config.model.init_from and not found:
+            started = start_from(model, config.model.init_from, ranks)
+        step, read = _open_checkpoint(found, config, ranks) if found else (0, None)
+        fixed = constants(model, read)
         engine = build_engine(model, config, ranks)
-        step = _restore(engine, found, config, ranks) if found else 0
+        if read:
+            engine.load_state(step, read)
 
         preparation = Preparation(model.geometry, config.masking, data.tokenizer, config.run.seed)
         steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
@@ -103,6 +112,8 @@ class Run:
             Throughput(config.model, config.masking, peak),
             LossWatch(),
             BadSamples(config.data.max_bad_fraction, data.train.samples),
+            fixed,
+            started,
             start=step,
             step=step,
         )
@@ -136,7 +147,7 @@ class Run:
             self.bad.report(batch.skipped)
         self.bad.count(int(counts.samples + counts.skipped), int(counts.skipped))
         self.throughput.add(counts, fed.waited)
-        return LossCounts(counts.images / self.ranks.world, counts.captions / self.ranks.world)
+        return LossCounts(counts.loss_image / self.ranks.world, counts.loss_text / self.ranks.world)
 
     def take_step(self, fed: Fed, counts: LossCounts) -> tuple[list[Losses], Tensor]:
         """One optimiser step. Returns the micro-batches' losses and the gradient norm."""
@@ -187,6 +198,7 @@ class Run:
 
         def write() -> None:
             assert self.folder and self.log and state is not None
+            state.update({f"model/{name}": tensor for name, tensor in self.fixed.items()})
             self.folder.keep()
             seen = self.step * config.train.global_batch
             info = checkpoint.Info(
@@ -247,23 +259,22 @@ class Run:
             f"{self.data.train.samples:,} samples, batch {config.train.global_batch} = {self.ranks.world} ranks x "
             f"{self.share.micro_batch * self.share.accumulation} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
+            *([self.started] if self.started else []),
         ]
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
         return "\n".join(lines)
 
 
-def _restore(engine: Engine, path: Path, config: Config, ranks: Ranks) -> int:
-    """Load a checkpoint into the engine. Returns the step to go on from."""
+def _open_checkpoint(path: Path, config: Config, ranks: Ranks) -> tuple[int, Callable[[str], Tensor]]:
+    """The step to go on from, and a reader of the checkpoint's tensors, which all ranks call in the same order."""
     info = ranks.told(lambda: checkpoint.read_info(path))
     checkpoint.check_fits(path, info, config)
     read = ranks.on_main(lambda: checkpoint.open_state(path))
-
     had_ema = (info.config.get("train") or {}).get("ema") is not None
 
     def own(name: str) -> Tensor:
         assert read is not None  # asked on the main rank alone
         return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))  # an average may begin later
 
-    engine.load_state(info.step, lambda name: ranks.told(lambda: own(name)))
-    return info.step
+    return info.step, lambda name: ranks.told(lambda: own(name))

@@ -17,6 +17,8 @@ class StepCounts(NamedTuple):
     samples: float
     images: float
     captions: float
+    loss_image: float  # what the losses are means over
+    loss_text: float
     skipped: float  # samples that could not be used
     tokens: float  # rows of cls, patches and text tokens, visible or masked
     flops: float  # that the engine spends, forward and backward
@@ -24,7 +26,10 @@ class StepCounts(NamedTuple):
     @classmethod
     def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
         """`batches` must still be on the CPU."""
-        each = [(len(b.keys), *b.counts, len(b.skipped), _tokens(b), executed_flops(config, b)) for b in batches]
+        each = []
+        for b in batches:
+            samples = len(b.keys), len(b.images), b.captions
+            each.append((*samples, *b.counts, len(b.skipped), _tokens(b), executed_flops(config, b)))
         return cls(*map(sum, zip(*each)))
 
 
@@ -48,7 +53,7 @@ class Throughput:
     def _start(self) -> None:
         self._since = time.perf_counter()
         self._waited = 0.0
-        self._counts = StepCounts(0, 0, 0, 0, 0, 0)
+        self._counts = StepCounts(*[0] * len(StepCounts._fields))
 
     def add(self, counts: StepCounts, waited: float) -> None:
         """A step over all ranks, and the seconds that this rank waited for its data."""

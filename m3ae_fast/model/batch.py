@@ -33,10 +33,10 @@ SEGMENTS = ("encoder", "decoder", "loss")
 
 
 class LossCounts(NamedTuple):
-    """Pictures and captions that the losses are means over."""
+    """What the losses are means over: pictures and captions, or patches and text tokens (`loss.per`)."""
 
-    images: float
-    captions: float
+    image: float
+    text: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,12 @@ class PackedBatch:
     loss_rows: Tensor  # [M] decoder row
     image_rows: Tensor  # [I] row among the M
     image_patch_ids: Tensor  # [I] picture * L + patch
-    image_row_weight: Tensor  # float32 [I] 1 / (rows of this picture)
+    image_row_weight: Tensor  # float32 [I] 1 / (rows of this picture), or 1
     text_rows: Tensor  # [W] row among the M
     text_targets: Tensor  # [W] token id
-    text_row_weight: Tensor  # float32 [W] 1 / (rows of this caption)
-    counts: LossCounts  # pictures and captions here, empty captions included
+    text_row_weight: Tensor  # float32 [W] 1 / (rows of this caption), or 1
+    captions: int  # empty ones included
+    counts: LossCounts
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:

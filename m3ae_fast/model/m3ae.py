@@ -6,20 +6,24 @@ D encoder width, E decoder width, L patches a picture, V vocabulary, S samples, 
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, PatchEmbed, head_inputs, m3ae_loss, scatter_tokens
 from torch import Tensor, nn
 
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.batch import LossCounts, PackedBatch
+from m3ae_fast.model.card import model_card
+from m3ae_fast.model.hub import push_folder
 from m3ae_fast.model.packing import Geometry, Sample, pack
 from m3ae_fast.model.positions import Positions
-from m3ae_fast.model.pretrained import load_weights, read_pretrained, write_pretrained
-from m3ae_fast.model.transformer import EPS, Transformer
+from m3ae_fast.model.pretrained import Pretrained, load_weights, read_pretrained, write_pretrained
+from m3ae_fast.model.tokenizer import CaptionTokenizer
+from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
 
 
 class Losses(NamedTuple):
@@ -83,8 +87,9 @@ class Unshuffle(nn.Module):
 class HeadMLP(nn.Module):
     """The hidden layers of an output head: LayerNorm, then (Linear, GELU, LayerNorm), residual from the second on."""
 
-    def __init__(self, dim: int, depth: int) -> None:
+    def __init__(self, dim: int, depth: int, gelu: Gelu) -> None:
         super().__init__()
+        self.gelu = gelu
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=EPS) for _ in range(depth + 1 if depth else 0))
 
@@ -93,7 +98,7 @@ class HeadMLP(nn.Module):
             return x
         x = self.norms[0](x)
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms[1:])):
-            y = norm(F.gelu(layer(x), approximate="tanh"))
+            y = norm(gelu(layer(x), self.gelu))
             x = x + y if i else y
         return x
 
@@ -104,6 +109,7 @@ class M3AE(nn.Module):
     def __init__(self, config: ModelConfig, loss: LossConfig | None = None) -> None:
         super().__init__()
         self.config, self.loss_config = config, loss or LossConfig()
+        self.tokenizer: CaptionTokenizer | None = None  # the export's, for captions as text
         pixels = {
             "patch_size": config.patch_size,
             "channels": config.channels,
@@ -115,12 +121,12 @@ class M3AE(nn.Module):
 
         self.patch_embed = PatchEmbed(config.emb_dim, **pixels)
         self.encoder_input = EncoderInput(config)
-        self.encoder = Transformer(config.emb_dim, config.depth, config.num_heads, mlp_ratio, **drops)
+        self.encoder = Transformer(config.emb_dim, config.depth, config.num_heads, mlp_ratio, gelu=config.gelu, **drops)
         self.decoder_input = DecoderInput(config)
-        self.decoder = Transformer(width, config.dec_depth, config.dec_num_heads, mlp_ratio, **drops)
-        self.image_mlp = HeadMLP(width, head_depth)
+        self.decoder = Transformer(width, config.dec_depth, config.dec_num_heads, mlp_ratio, gelu=config.gelu, **drops)
+        self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
-        self.text_mlp = HeadMLP(width, head_depth) if config.vocab_size else None
+        self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
         self.text_head = MaskedTokenLoss(width, config.vocab_size) if config.vocab_size else None
         self.reset_parameters()
 
@@ -143,7 +149,13 @@ class M3AE(nn.Module):
     def geometry(self) -> Geometry:
         c, loss = self.config, self.loss_config
         return Geometry(
-            c.image_size, c.patch_size, c.channels, c.text_length, loss.image_all_tokens, loss.text_all_tokens
+            c.image_size,
+            c.patch_size,
+            c.channels,
+            c.text_length,
+            loss.image_all_tokens,
+            loss.text_all_tokens,
+            loss.per == "batch",
         )
 
     def encode(self, batch: PackedBatch) -> Tensor:
@@ -170,10 +182,10 @@ class M3AE(nn.Module):
 
         Args:
             batch: on the model's device.
-            counts: images and captions that the losses are means over: of a whole step, per rank, where the batch is a
-                part of it. None: those of the batch.
+            counts: what the losses are means over: of a whole step, per rank, where the batch is a part of it. None:
+                the batch's own.
         """
-        images, captions = (count or 1.0 for count in counts or batch.counts)
+        image_terms, text_terms = (count or 1.0 for count in counts or batch.counts)
         sums = m3ae_loss(
             *self.decode(self.encode(batch), batch),
             image_head=self.image_head,
@@ -184,7 +196,8 @@ class M3AE(nn.Module):
             targets=batch.text_targets,
             text_row_weight=batch.text_row_weight,
         )
-        image_loss, text_loss, text_accuracy = sums.image / images, sums.text / captions, sums.correct / captions
+        image_loss = sums.image / image_terms
+        text_loss, text_accuracy = sums.text / text_terms, sums.correct / text_terms
         loss = self.loss_config.image_weight * image_loss + self.loss_config.text_weight * text_loss
         return Losses(loss, image_loss.detach(), text_loss.detach(), text_accuracy)
 
@@ -240,17 +253,39 @@ class M3AE(nn.Module):
         return out.unflatten(0, (size, -1))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (the weights as they are) into `folder`."""
-        write_pretrained(folder, self.config, self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> M3AE:
-        """Load what `save_pretrained` or `python -m m3ae_fast.export` wrote.
+        """Write weights (as they are), config, tokenizer and a model card into `folder`, whole or not at all.
 
         Raises:
-            UserError: a file is missing, damaged or does not fit the other.
+            UserError: the folder holds something else, or cannot be written.
         """
-        config, state = read_pretrained(folder)
-        model = cls(config)
-        load_weights(model, state, str(folder))
+        card = model_card(Path(folder).name, self.config)
+        write_pretrained(folder, Pretrained(self.config, self.state_dict(), self.tokenizer), card)
+
+    def push_to_hub(self, name: str, private: bool = False) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub as `name` (owner/name). Returns its address.
+
+        Raises:
+            UserError: nobody is logged in, or the hub refuses or does not answer.
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent, name.rpartition("/")[2])
+            self.save_pretrained(folder)
+            return push_folder(folder, name, private)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> M3AE:
+        """Load what `save_pretrained`, `python -m m3ae_fast.export` or `python -m m3ae_fast.convert` wrote: a folder,
+        or the name of a model on the Hugging Face hub (owner/name).
+
+        Its `tokenizer` comes along where there is one. Where the source is an encoder alone, a warning says so, and the
+        decoder has random weights.
+
+        Raises:
+            UserError: a file is missing, damaged or does not fit the other, or the hub does not answer.
+        """
+        found = read_pretrained(source)
+        model = cls(found.config)
+        if not load_weights(model, found.state, str(source)):
+            warnings.warn(f"{source} holds an encoder alone: the decoder has random weights", stacklevel=2)
+        model.tokenizer = found.tokenizer
         return model

@@ -29,6 +29,7 @@ class Geometry:
     text_length: int
     image_all_tokens: bool = False  # loss on visible patches too
     text_all_tokens: bool = False
+    loss_per_batch: bool = False  # losses are means over tokens, not over samples
 
     @property
     def patches_per_image(self) -> int:
@@ -64,7 +65,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     """Lay `samples` out in one PackedBatch.
 
     The image loss is a mean over pictures of the mean over their loss rows, the text loss a mean over captions of the
-    mean over theirs, an empty caption counting as 0 (official M3AE).
+    mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
+    its loss rows (official MAE).
 
     Args:
         samples: maybe none.
@@ -113,7 +115,13 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     image_loss_U = patch_U & (masked_U | geometry.image_all_tokens)
     text_loss_U = text_U & (masked_U | geometry.text_all_tokens)
     count = partial(np.bincount, minlength=len(rows_P))
-    image_weight_P, text_weight_P = (1 / np.maximum(count(sample_U[x]), 1) for x in (image_loss_U, text_loss_U))
+    image_loss_P, text_loss_P = count(sample_U[image_loss_U]), count(sample_U[text_loss_U])
+    if geometry.loss_per_batch:
+        counts = LossCounts(float(image_loss_P.sum()), float(text_loss_P.sum()))
+        image_weight_P = text_weight_P = np.ones(len(rows_P))
+    else:
+        counts = LossCounts(float(len(images)), float(captions))
+        image_weight_P, text_weight_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
     loss_M = _with_others(image_loss_U | text_loss_U, size)
     image_I, text_W = (loss_M[_with_others(x[loss_M], size)] for x in (image_loss_U, text_loss_U))
     place_in_M = np.zeros(len(sample_U), np.int64)
@@ -142,7 +150,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         encoder=_segments(seen_P),
         decoder=_segments(rows_P),
         loss=_segments(count(sample_U[loss_M])),
-        counts=LossCounts(float(len(images)), float(captions)),
+        captions=captions,
+        counts=counts,
         **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},  # type: ignore[arg-type]
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
     )

@@ -22,15 +22,16 @@ def sincos_2d(dim: int, side: int) -> Tensor:
 
 
 class Positions(nn.Module):
-    """The fixed position embeddings of patches and text tokens at one width."""
+    """The fixed position embeddings of patches and text tokens at one width; stored ones are in the state dict."""
 
     image: Tensor
     text: Tensor
 
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
+        side = config.image_size // config.patch_size
         text = sincos_1d(dim, torch.arange(config.text_length if config.vocab_size else 0))
-        self.register_buffer("image", sincos_2d(dim, config.image_size // config.patch_size), persistent=False)
+        self.register_buffer("image", sincos_2d(dim, side), persistent=config.positions == "stored")
         self.register_buffer("text", text, persistent=False)
 
     def forward(self, image_type: Tensor | None, text_type: Tensor | None) -> tuple[Tensor, Tensor]:

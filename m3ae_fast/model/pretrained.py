@@ -1,44 +1,135 @@
-"""A model as a folder that others can load: weights in safetensors, sizes in config.json."""
+"""A model as a folder that others can load: weights in safetensors, sizes in config.json, its tokenizer beside them."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.hub import find_folder
+from m3ae_fast.model.output_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILE,
+    output_folder,
+    write_tensors,
+)
+from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
 
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+# what a file without a decoder holds; it may lack all of the rest, but no part of it
+ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
+# settings that change what the weights compute, and no tensor's shape
+_UNSEEN = ("num_heads", "gelu", "image_mean", "image_std")
 
 
-def write_pretrained(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors. Raises OSError or SafetensorError where the disk refuses."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in state.items()}, folder / MODEL_FILE)
-    (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors would let nobody else read it
+@dataclass(frozen=True)
+class Pretrained:
+    """What such a folder holds."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]  # by parameter name; that of the encoder alone, or of everything
+    tokenizer: CaptionTokenizer | None = None
+
+    @property
+    def has_decoder(self) -> bool:
+        return not is_encoder(self.state)
 
 
-def read_pretrained(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """What `write_pretrained` wrote. Raises UserError where a file is missing or damaged."""
-    folder = Path(folder)
+def is_encoder(names: Iterable[str]) -> bool:
+    """Whether weights of these names are an encoder alone."""
+    return all(name.startswith(ENCODER) for name in names)
+
+
+def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = None) -> None:
+    """Write `model` as a folder that `read_pretrained` reads, whole or not at all. `card`: its README.md.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    with output_folder(folder) as path:
+        write_tensors(path / MODEL_FILE, model.state)
+        config = model.config.model_dump_json(indent=2, exclude={"init_from"})
+        (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        (path / PREPROCESSOR_FILE).write_text(json.dumps(_preprocessing(model.config), indent=2) + "\n")
+        if model.tokenizer is not None:
+            model.tokenizer.save(path / TOKENIZER_FILE)
+        if card is not None:
+            (path / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _preprocessing(config: ModelConfig) -> dict[str, Any]:
+    """How a picture becomes the input, in the words of transformers' image processors: the central square, bicubic."""
+    size = config.image_size
+    return {
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # Pillow's bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": config.image_mean,
+        "image_std": config.image_std,
+    }
+
+
+def read_pretrained(source: str | Path) -> Pretrained:
+    """What `write_pretrained` wrote into a folder, or what the hub has under a name.
+
+    Raises:
+        UserError: there is no such folder or model, or a file is missing or damaged.
+    """
+    folder = find_folder(source)
     try:
         data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         state = load_file(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: not an exported M3AE ({error}); make one with python -m m3ae_fast.export") from None
-    return parse(ModelConfig, data, f"{folder / CONFIG_FILE}"), state
+        raise UserError(f"{source}: not an exported M3AE ({error}); make one with python -m m3ae_fast.export") from None
+    if isinstance(data, dict) and "architecture" in data:
+        raise UserError(f"{source}: not an exported M3AE but a timm model; convert it with python -m m3ae_fast.convert")
+    config = parse(ModelConfig, data, f"{folder / CONFIG_FILE}")
+    tokenizer, path = None, folder / TOKENIZER_FILE
+    if config.vocab_size and path.is_file():
+        tokenizer = load_tokenizer(str(path), config.text_length, config.vocab_size, label="tokenizer")
+    return Pretrained(config, state, tokenizer)
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Strict load. Raises UserError naming the first weight that does not fit."""
+def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
+    """Raises UserError naming the first setting under which the weights of `start` would compute something else."""
+    unseen = (*_UNSEEN, "dec_num_heads") if start.has_decoder else _UNSEEN
+    for name in unseen:
+        was, now = getattr(start.config, name), getattr(config, name)
+        if was != now:
+            raise UserError(f"model.init_from {where}: was made with model.{name} = {was}, the config says {now}")
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> bool:
+    """Strict load, but that the decoder may be missing as a whole, and then stays. Returns whether it was there.
+
+    Raises:
+        UserError: naming the first weight that does not fit.
+    """
+    check_weights(model, state, where)
+    model.load_state_dict(state, strict=False)
+    return not is_encoder(state)
+
+
+def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """As `load_weights`, without loading."""
     own = model.state_dict()
+    if is_encoder(state):
+        own = {name: tensor for name, tensor in own.items() if name.startswith(ENCODER)}
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
             raise UserError(f"{where}: lacks the weight {name}; is it of another model config?")
@@ -48,4 +139,5 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
             raise UserError(
                 f"{where}: {name} is {list(state[name].shape)}, the model config wants {list(own[name].shape)}"
             )
-    model.load_state_dict(state)
+        if not state[name].isfinite().all():
+            raise UserError(f"{where}: {name} is not finite")

@@ -6,6 +6,7 @@ Shapes: T rows, R query rows (R = T but in a pruned last block), D width, H head
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias
 
 import torch
 import torch._functorch.config
@@ -19,6 +20,7 @@ from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu.linear import Linear, linear
 
 EPS = 1e-6  # of every LayerNorm, flax's default
+Gelu: TypeAlias = Literal["tanh", "exact"]
 MEMORY_BUDGET = 0.9  # of the activations; below 0.8 matmuls would be made again too
 
 
@@ -51,18 +53,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int, drop: float) -> None:
+    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__()
+        self.gelu = gelu
         self.fc1 = Linear(dim, hidden_dim)
         self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(gelu(self.fc1(x_RD)))))
+        return self.drop(self.fc2(self.drop(gelu(self.fc1(x_RD), self.gelu))))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The tanh approximation (arXiv 1606.08415, section 2), which flax takes by default."""
+def gelu(x: Tensor, kind: Gelu) -> Tensor:
+    """x times the normal distribution function of x, or its tanh approximation (arXiv 1606.08415, section 2)."""
+    if kind == "exact":
+        return F.gelu(x)
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     # 0.5 (1 + tanh(u)) = sigmoid(2 u): one cheap exponential, where a CPU's tanh takes several times longer
@@ -86,13 +91,13 @@ class DropPath(nn.Module):
 
 class Block(nn.Module):
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, drop: float, att_drop: float, drop_path: float
+        self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float, drop_path: float
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, num_heads, att_drop, drop)
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), gelu, drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(
@@ -124,12 +129,15 @@ class Transformer(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4,
         *,
+        gelu: Gelu = "tanh",
         drop: float = 0.0,
         att_drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, drop, att_drop, drop_path) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop, drop_path) for _ in range(depth)
+        )
         self.norm = RowNorm(dim, eps=EPS)
         self.checkpointing = False
 

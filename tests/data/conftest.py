@@ -4,8 +4,8 @@ import pytest
 
 from m3ae_fast.config import DataConfig, MaskingConfig, SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, load_tokenizer, open_corpus, train_loader
-from m3ae_fast.data.tokenizer import train_tokenizer
 from m3ae_fast.model.packing import Geometry
+from m3ae_fast.model.tokenizer import train_tokenizer
 from tests.helpers.shards import caption
 
 

@@ -177,10 +177,10 @@ def test_image_only_and_text_only(load, tmp_path):
     images = write_tar(tmp_path / "i.tar", members(range(6), "image"))
     texts = write_tar(tmp_path / "t.tar", members(range(6), "text"))
     (batch,) = load(images, micro_batch=6, steps=1, tokenizer=False)
-    assert (len(batch.images), batch.counts.captions, len(batch.text_rows)) == (6, 0, 0)
+    assert (len(batch.images), batch.captions, len(batch.text_rows)) == (6, 0, 0)
     (batch,) = load(texts, micro_batch=6, steps=1)
-    assert (len(batch.images), batch.counts.images, len(batch.image_rows)) == (0, 0, 0)
-    assert batch.counts.captions == 6
+    assert (len(batch.images), batch.counts.image, len(batch.image_rows)) == (0, 0, 0)
+    assert batch.captions == 6
     with pytest.raises(UserError, match=r"data\.tokenizer: missing"):
         load(texts, tokenizer=False)
     paired = write_tar(tmp_path / "p.tar", members(range(6)))
@@ -277,7 +277,7 @@ def test_empty_captions_are_no_mistake(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", [("0.jpg", picture(0)), ("0.txt", b""), *members([1])])
     (batch,) = load(path, micro_batch=2, steps=1)
     assert not batch.skipped
-    assert batch.counts.captions == 2
+    assert batch.captions == 2
     assert len(batch.keys) == 2
 
 

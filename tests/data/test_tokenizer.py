@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from m3ae_fast.data import load_tokenizer
-from m3ae_fast.data.tokenizer import SPECIAL, train_tokenizer
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.tokenizer import SPECIAL, train_tokenizer
 from tests.helpers.shards import caption
 
 CAPTIONS = [caption(i) for i in range(40)]
@@ -65,14 +65,14 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
     def offline(name):
         raise OSError("no network")
 
-    monkeypatch.setattr("m3ae_fast.data.tokenizer.Tokenizer.from_pretrained", offline)
+    monkeypatch.setattr("m3ae_fast.model.tokenizer.Tokenizer.from_pretrained", offline)
     with pytest.raises(UserError, match="bert-base-uncased: neither a file nor to be had from the Hugging Face hub"):
         load_tokenizer("bert-base-uncased", 8)
 
 
 def test_hub_name(tokenizer_file, monkeypatch):
     hub = {"org/name": Tokenizer.from_file(tokenizer_file)}
-    monkeypatch.setattr("m3ae_fast.data.tokenizer.Tokenizer.from_pretrained", hub.__getitem__)
+    monkeypatch.setattr("m3ae_fast.model.tokenizer.Tokenizer.from_pretrained", hub.__getitem__)
     assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
 
 

@@ -38,18 +38,25 @@ class CaptionTokenizer:
         """Text of some ids."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json."""
+        self._tokenizer.save(str(path))
+
     def token(self, token_id: int) -> str:
         """The vocabulary's entry for an id, "" where it has none."""
         return self._tokenizer.id_to_token(int(token_id)) or ""
 
 
-def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) -> CaptionTokenizer:
+def load_tokenizer(
+    name: str, max_length: int, vocab_size: int | None = None, label: str = "data.tokenizer"
+) -> CaptionTokenizer:
     """Load a `tokenizer.json`, a BERT `vocab.txt` (lower-cased), or a tokenizer of the Hugging Face hub.
 
     Args:
         name: the file's path, or the hub's name, such as `bert-base-uncased`.
         max_length: tokens a caption is cut at.
         vocab_size: rows of the model's text embedding, to be compared; None: any.
+        label: what a message begins with, before the name.
 
     Raises:
         UserError: the file is missing or no tokenizer, the hub does not answer, or `vocab_size` is not the tokenizer's.
@@ -59,15 +66,15 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
         try:
             tokenizer = _from_vocab(path) if path.suffix == ".txt" else Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises just that
-            raise UserError(f"data.tokenizer {name}: not a tokenizer.json or BERT vocab.txt ({error})") from None
+            raise UserError(f"{label} {name}: not a tokenizer.json or BERT vocab.txt ({error})") from None
     elif path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
-        raise UserError(f"data.tokenizer {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
+        raise UserError(f"{label} {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
     else:
         try:
             tokenizer = Tokenizer.from_pretrained(name)
         except Exception:
             raise UserError(
-                f"data.tokenizer {name}: neither a file nor available from the Hugging Face hub; "
+                f"{label} {name}: neither a file nor available from the Hugging Face hub; "
                 "download its tokenizer.json and name that file"
             ) from None
     captions = CaptionTokenizer(tokenizer, max_length)
@@ -75,11 +82,11 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
         captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
     except Exception as error:
         raise UserError(
-            f"data.tokenizer {name}: fails on words it does not know ({error}); give it an unknown token"
+            f"{label} {name}: fails on words it does not know ({error}); give it an unknown token"
         ) from None
     if vocab_size is not None and captions.vocab_size != vocab_size:
         raise UserError(
-            f"data.tokenizer {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "
+            f"{label} {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "
             f"set model.vocab_size to {captions.vocab_size}"
         )
     return captions

@@ -1,0 +1,58 @@
+"""python -m m3ae_fast.convert SOURCE OUT: weights of other programs as a folder that M3AE.from_pretrained loads.
+
+SOURCE is one of
+  FILE.pkl           a checkpoint of the official JAX code, M3AE or MAE (nothing that it names is run)
+  FILE.pth           a checkpoint of facebookresearch/mae: pre-training, an encoder alone, fine-tuned
+  FILE.safetensors   weights of a timm VisionTransformer
+  FOLDER             a run folder, a checkpoint or an export of this program, or a model that timm saved
+  OWNER/NAME         any such folder on the Hugging Face hub
+
+OUT can be loaded, fine-tuned, and trained on: set model.init_from to it and the sizes in its config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from m3ae_fast.convert.result import Converted
+from m3ae_fast.convert.source import read_source
+from m3ae_fast.convert.vit import ViTOptions
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.model.card import model_card
+from m3ae_fast.model.pretrained import Pretrained, is_encoder, write_pretrained
+from m3ae_fast.model.tokenizer import load_tokenizer
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m m3ae_fast.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE", help="file, folder, or name on the hub")
+    parser.add_argument("out", metavar="OUT", help="folder for the weights, their config and tokenizer")
+    parser.add_argument("--tokenizer", help="tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer")
+    parser.add_argument("--num-heads", type=int, help="of a .pth or .safetensors of no published width")
+    parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
+    args = parser.parse_args(argv)
+    found = read_source(args.source, ViTOptions(args.num_heads, args.dec_num_heads))
+    tokenizer = found.tokenizer
+    if args.tokenizer:
+        config = found.config
+        tokenizer = load_tokenizer(args.tokenizer, config.text_length, config.vocab_size, label="--tokenizer")
+    card = model_card(args.out, found.config, f"Converted from: {found.kind}.\n")
+    write_pretrained(args.out, Pretrained(found.config, found.state, tokenizer), card)
+    print(_summary(found, args.out, tokenizer is not None))
+    return 0
+
+
+def _summary(found: Converted, out: str, tokenizer: bool) -> str:
+    parameters = sum(tensor.numel() for tensor in found.state.values())
+    what = "an encoder" if is_encoder(found.state) else "encoder and decoder"
+    lines = [f"{found.kind}: {what}, {parameters:,} weights, written to {out}", *found.notes]
+    if found.config.vocab_size and not tokenizer:
+        lines.append("no tokenizer in it: add --tokenizer to encode captions as text")
+    return "\n  ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

@@ -1,0 +1,55 @@
+"""What a model card says of the run that made the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from typing import Any
+
+from m3ae_fast.convert.run import RunWeights
+from m3ae_fast.engine.run_log import METRICS_FILE
+
+_SHOWN = ("masking", "loss", "optim", "train")  # sections; the others name this machine's folders
+
+
+def run_section(run: RunWeights) -> str:
+    """Markdown: data, steps, the last metrics up to this checkpoint, settings."""
+    info, config = run.info, run.info.config
+    data = [f"- `{_public(shards)}`" for shards in _shards(config.get("data") or {})]
+    lines = ["## Training", "", f"{info.step:,} steps, {info.samples:,} samples seen, of", "", *data, ""]
+    metrics = _last_metrics(run)
+    if metrics:
+        lines += ["| metric | value | after step |", "|---|--:|--:|"]
+        lines += [f"| {name} | {value:.4g} | {step:,} |" for name, (value, step) in metrics.items()]
+        lines.append("")
+    versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
+    settings = {name: config[name] for name in _SHOWN if name in config}
+    return "\n".join([*lines, f"With {versions}.", "", "```json", json.dumps(settings, indent=2), "```", ""])
+
+
+def _shards(data: dict[str, Any]) -> list[str]:
+    patterns = [source.get("shards", "") for source in data.get("train", [])]
+    return [one for pattern in patterns for one in ([pattern] if isinstance(pattern, str) else pattern)]
+
+
+def _public(shards: str) -> str:
+    """Without what may be a secret: the user of a URL, and its query."""
+    return re.sub(r"(\w+://)[^/@\s]*@", r"\1", re.sub(r"\?\S*", "", shards))
+
+
+def _last_metrics(run: RunWeights) -> dict[str, tuple[float, int]]:
+    """By name: the value of the last line that has it, up to the checkpoint's step, and the step of that line."""
+    wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
+    found: dict[str, tuple[float, int]] = {}
+    try:
+        lines = (run.path.parents[1] / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a checkpoint that was moved
+        return found
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # not one of the run's
+            values = json.loads(line)
+            if values["step"] <= run.info.step:
+                shown = {name: float(value) for name, value in values.items() if wanted.fullmatch(name)}
+                found |= {name: (value, values["step"]) for name, value in shown.items()}
+    return found

@@ -1,0 +1,107 @@
+"""What a file or folder holds, and the reader for it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from m3ae_fast.convert.jax_checkpoint import read_jax_checkpoint
+from m3ae_fast.convert.result import Converted
+from m3ae_fast.convert.run import is_run, read_run
+from m3ae_fast.convert.timm_model import is_timm_folder, read_timm_folder
+from m3ae_fast.convert.vit import ViTOptions, from_vit
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.hub import find_folder
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import check_weights, read_pretrained
+
+_ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+
+
+def read_source(source: str, heads: ViTOptions) -> Converted:
+    """Recognise and convert a file, a folder, or a model of the hub.
+
+    Raises:
+        UserError: it is none of what is known, is damaged, or holds what an M3AE cannot represent.
+    """
+    try:
+        found = _recognise(source, heads)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: cannot be converted ({type(error).__name__}: {reason}); is it whole?") from None
+    with torch.device("meta"):
+        model = M3AE(found.config)
+    check_weights(model, found.state, source)
+    return found
+
+
+def _recognise(source: str, heads: ViTOptions) -> Converted:
+    path = find_folder(source)
+    if path.is_dir():
+        return _read_folder(path, source, heads)
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_OLD_TORCH))
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
+    if not head:
+        raise UserError(f"{source}: is empty")
+    if path.suffix == ".safetensors":
+        return _read_vit(_read_safetensors(path), {}, heads, source)
+    if head.startswith(_ZIP) or head == _OLD_TORCH:
+        saved = _read_torch(path)
+        weights = saved.get("model", saved.get("state_dict", saved)) if isinstance(saved, dict) else None
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise UserError(f"{source}: not an MAE checkpoint: holds no dictionary of weights")
+        args = saved.get("args")
+        return _read_vit(weights, vars(args) if isinstance(args, argparse.Namespace) else {}, heads, source)
+    return read_jax_checkpoint(path)
+
+
+def _read_folder(path: Path, source: str, heads: ViTOptions) -> Converted:
+    if is_run(path):
+        return read_run(path).weights
+    if is_timm_folder(path):
+        return read_timm_folder(path, heads)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{source}: a folder with neither checkpoints nor an exported model")
+    found = read_pretrained(source)
+    return Converted("exported M3AE", found.config, found.state, (), found.tokenizer)
+
+
+def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Converted:
+    config, state = from_vit(weights, heads, source)
+    notes = ["pictures are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are"]
+    if "decoder_embed.weight" in weights:
+        norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""
+        wanted = norm_pix or "loss.norm_pix=true if MAE was trained with --norm_pix_loss"
+        notes.append(f"to train on with MAE's loss, set loss.per=batch and {wanted}")
+        return Converted("MAE checkpoint", config, state, tuple(notes))
+    if "norm.weight" not in weights:
+        notes.append("its last norm (fc_norm) acted on the mean of the patches; here it acts on each token")
+    return Converted("encoder of an MAE or a timm ViT", config, state, tuple(notes))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+
+
+def _read_torch(path: Path) -> Any:
+    """With `weights_only`, which builds tensors and containers alone; MAE's own checkpoints also hold a Namespace."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file leads to
+        named = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
+        reason = f"names {named[1]}, which is not loaded" if named else (str(error).splitlines() or ["?"])[0][:200]
+        raise UserError(f"{path}: cannot be read as weights of torch ({reason})") from None

@@ -1,0 +1,158 @@
+"""timm's VisionTransformer, as the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
+
+Shapes: D width, L patches, C channels, P patch size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.convert.result import Converted
+from m3ae_fast.convert.vit import ViTOptions, from_vit
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
+from m3ae_fast.model.positions import sincos_2d
+
+_ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
+_CARD = """# {name}
+
+The image encoder of an M3AE as timm's VisionTransformer: image positions and the type embedding are in pos_embed.
+
+```python
+import timm
+
+model = timm.create_model("local-dir:{folder}", pretrained=True)  # on the hub: hf-hub:OWNER/{name}
+tokens = model.forward_features(images)  # [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
+```
+
+Images are pixels / 255 of the central square, minus {mean}, over {std}. Without config.json:
+`timm.models.VisionTransformer({arguments})`, whose LayerNorms have eps 1e-6.
+"""
+
+
+def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Write the encoder as config.json, model.safetensors and README.md, whole or not at all.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    arguments = model_arguments(config)
+    about = {
+        "architecture": "vit_base_patch16_224",  # any of its class: model_args holds everything
+        "num_classes": 0,
+        "num_features": config.emb_dim,
+        "global_pool": "token",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [config.channels, config.image_size, config.image_size],
+            "fixed_input_size": True,
+            "mean": config.image_mean,
+            "std": config.image_std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "custom_load": False,
+        },
+    }
+    card = _CARD.format(
+        name=Path(folder).name,
+        folder=folder,
+        channels=config.channels,
+        size=config.image_size,
+        patches=config.patches_per_image,
+        emb_dim=config.emb_dim,
+        mean=config.image_mean,
+        std=config.image_std,
+        arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+    )
+    with output_folder(folder) as path:
+        write_tensors(path / MODEL_FILE, timm_weights(config, state))
+        (path / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (path / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Keywords of timm's VisionTransformer."""
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.channels,
+        "embed_dim": config.emb_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "act_layer": _ACT_LAYERS[config.gelu],
+        "num_classes": 0,
+        "global_pool": "token",
+    }
+
+
+def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's weights by timm's names."""
+    side = config.image_size // config.patch_size
+    positions_LD = state.get("encoder_input.positions.image", sincos_2d(config.emb_dim, side))
+    if config.use_type_embedding:
+        positions_LD = positions_LD + state["encoder_input.image_type"]
+    patch = config.patch_size
+    weights = {
+        "cls_token": state["encoder_input.cls_token"][None],
+        "pos_embed": torch.cat((torch.zeros_like(positions_LD[:1]), positions_LD))[None],
+        "patch_embed.proj.weight": state["patch_embed.weight"]
+        .unflatten(1, (patch, patch, config.channels))
+        .permute(0, 3, 1, 2),
+        "patch_embed.proj.bias": state["patch_embed.bias"],
+    }
+    parts = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    return weights | parts
+
+
+def is_timm_folder(folder: Path) -> bool:
+    return "architecture" in _about(folder)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def read_timm_folder(folder: Path, heads: ViTOptions) -> Converted:
+    """Convert a VisionTransformer that timm saved, or `write_timm`.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model is one that an M3AE cannot represent.
+    """
+    about = _about(folder)
+    arguments, pretrained = about.get("model_args") or {}, about.get("pretrained_cfg") or about
+    where = str(folder)
+    activation = arguments.get("act_layer") or "gelu"
+    gelu = {name: kind for kind, name in _ACT_LAYERS.items()}.get(activation)
+    if gelu is None:
+        raise UserError(f"{where}: has the activation {activation}, which an M3AE cannot represent")
+    if arguments.get("norm_layer") not in (None, "layernorm"):
+        raise UserError(f"{where}: has the norm {arguments['norm_layer']}, which an M3AE cannot represent")
+    options = replace(heads, gelu=gelu)
+    if heads.num_heads is None:
+        options = replace(options, num_heads=arguments.get("num_heads"))
+    if "mean" in pretrained and "std" in pretrained:
+        options = replace(options, mean=tuple(pretrained["mean"]), std=tuple(pretrained["std"]))
+    try:
+        weights = load_file(folder / MODEL_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: {MODEL_FILE} cannot be read ({error})") from None
+    config, state = from_vit(weights, options, where)
+    return Converted(f"timm model {about['architecture']}", config, state)

@@ -1,0 +1,55 @@
+"""The README.md of a folder of weights, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+import json
+
+from m3ae_fast.config import ModelConfig
+
+# the hub's name for a licence that it does not list; the text asks for the real one
+_CARD = """---
+library_name: m3ae-fast
+license: other
+tags: [{tags}]
+---
+
+# {name}
+
+{what}, arXiv 2205.14204: a ViT encoder, {depth} blocks {emb_dim} wide, of {size} x {size} pictures in patches of
+{patch} x {patch}{text}.
+
+```python
+from m3ae_fast.model import M3AE
+
+model = M3AE.from_pretrained("{name}")
+features = model.representation(images)  # uint8 [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
+```
+
+Licence: to be filled in, by whoever publishes these weights; that of the training data may limit it.
+{run}
+## Model
+
+```json
+{config}
+```
+"""
+
+
+def model_card(name: str, config: ModelConfig, run: str = "") -> str:
+    """`name`: of the folder or on the hub. `run`: Markdown about the run that the weights come from."""
+    c = config
+    what = "A multimodal masked autoencoder (M3AE)" if c.vocab_size else "An image-only masked autoencoder (MAE, M3AE)"
+    return _CARD.format(
+        name=name,
+        what=what,
+        tags="masked-autoencoder, " + ("image-text" if c.vocab_size else "image-feature-extraction"),
+        depth=c.depth,
+        emb_dim=c.emb_dim,
+        size=c.image_size,
+        patch=c.patch_size,
+        patches=c.patches_per_image,
+        channels=c.channels,
+        text=f" and of captions of up to {c.text_length} tokens" if c.vocab_size else "",
+        run=f"\n{run}" if run else "",
+        config=json.dumps(c.model_dump(mode="json", exclude={"init_from"}), indent=2),
+    )

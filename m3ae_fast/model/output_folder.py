@@ -1,0 +1,74 @@
+"""Folders of weights that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from m3ae_fast.errors import UserError
+
+MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
+FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
+_MARK = {"format": "pt", "written_by": "m3ae_fast"}
+
+
+@contextmanager
+def output_folder(out: str | Path) -> Iterator[Path]:
+    """An empty folder to fill with FILES, which takes the place of `out` when the block ends.
+
+    Raises:
+        UserError: `out` is a file, or a folder that holds anything but an earlier output of this package; or the disk
+            refuses. `out` is as it was, then and after any other exception.
+    """
+    target = Path(out).resolve()
+    _check_free(out, target)
+    partial, old = (target.with_name(f".{word}-{target.name}-{os.getpid()}") for word in ("writing", "removing"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            path.chmod(0o666 & partial.stat().st_mode)  # safetensors would let nobody else read its file
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{out}: cannot be written ({reason})") from None
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_free(out: str | Path, target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{out}: is a file; name a folder")
+    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not found:
+        return
+    others = sorted(found - set(FILES))
+    if others or not _is_ours(target / MODEL_FILE):
+        what = others[0] if others else "a model of another program"
+        raise UserError(f"{out}: already holds {what}; name a new folder")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("written_by") == _MARK["written_by"]
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """As safetensors, with the mark by which `output_folder` knows them again."""
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=_MARK)
