@@ -15,8 +15,9 @@ from benchmarks.baselines import baselines
 from benchmarks.measure import CpuDevice, CudaDevice, measure
 from benchmarks.ops import LARGE, OPS, Sizes, Workload, make
 from benchmarks.workload import PRECISION
-from m3ae_fast.model.attention import packed_attention, padded_attention
+from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.padded import padded_attention
 
 DEVICE = CudaDevice() if torch.cuda.is_available() else CpuDevice()
 SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, decoder=512, vocab=30522)
@@ -40,17 +41,17 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
     rows, longest = int(lengths.sum()), int(lengths.max())
     ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE.device)
     segments = Segments(ends, longest, rows)
-    shape = (rows, heads, SIZES.decoder // heads)
+    shape = (rows, 3, heads, SIZES.decoder // heads)
 
-    def packed(q, k, v):
-        return packed_attention(q, k, v, segments, segments)
+    def packed(qkv):
+        return packed_attention(None, qkv, segments, segments)
 
-    def padded(q, k, v):
-        return padded_attention(q, k, v, segments, segments)
+    def padded(qkv):
+        return padded_attention(*qkv.unbind(1), segments, segments)
 
-    qkv = {n: torch.randn(shape, dtype=DTYPE, device=DEVICE.device).requires_grad_() for n in "qkv"}
+    tensors = {"qkv": torch.randn(shape, dtype=DTYPE, device=DEVICE.device).requires_grad_()}
     ours, eager = (SimpleNamespace(attention=f) for f in (packed, padded))
-    return Workload("attention", "attention", qkv, ("q",)), {"engine": ours, "eager": eager}
+    return Workload("attention", "attention", tensors, ("qkv",)), {"engine": ours, "eager": eager}
 
 
 def case(name: str) -> tuple[Workload, dict]:

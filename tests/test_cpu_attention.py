@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.hardware import Cpu, this_cpu
-from m3ae_fast.model.cpu import avx512
-from m3ae_fast.model.cpu.attention import segment_attention, segment_attention_backward
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.cpu import native
+from m3ae_fast.model.cpu.attention import cpu_kernel
 
 BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have, largest relative error
     "float32": (torch.float32, "GenuineIntel", set(), 3e-6),
     "bf16 as floats": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, 4e-3),
     "bf16 in pairs": (torch.bfloat16, "AuthenticAMD", {"avx512_bf16"}, 4e-3),
 }
+PER_SAMPLE = "torch, per sample"
 SHAPES = {  # heads, values a head, queries, keys
     "one key": (1, 16, [1], [1]),
     "decoder": (4, 32, [217, 229, 198], [217, 229, 198]),
@@ -25,8 +27,9 @@ SHAPES = {  # heads, values a head, queries, keys
 }
 
 
-def ends(lengths: list[int]) -> Tensor:
-    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+def segments(lengths: list[int]) -> Segments:
+    ends = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    return Segments(ends, max(lengths, default=0), sum(lengths))
 
 
 @pytest.fixture
@@ -34,11 +37,11 @@ def cpu(monkeypatch):
     """Calls with (vendor, flags) make this CPU pass for another."""
 
     def pretend(vendor: str, flags: set[str]) -> None:
-        monkeypatch.setattr(avx512, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
-        avx512.kernels.cache_clear()
+        monkeypatch.setattr(native, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
+        native.kernels.cache_clear()
 
     yield pretend
-    avx512.kernels.cache_clear()
+    native.kernels.cache_clear()
 
 
 @pytest.fixture(params=BUILDS)
@@ -46,42 +49,45 @@ def build(request, cpu) -> tuple[torch.dtype, float]:
     """(dtype, largest relative error) of a build that is now in use."""
     dtype, vendor, needs, error = BUILDS[request.param]
     flags = this_cpu().flags
-    if not flags >= avx512._NEEDS | needs:
+    if not flags >= native._NEEDS | needs:
         pytest.skip("this CPU has no AVX-512 or no bf16 in it")
     cpu(vendor, flags)
     return dtype, error
 
 
-def inputs(shape: str, dtype: torch.dtype = torch.float32, scale: float = 1.5) -> tuple[Tensor, ...]:
-    """grad, q, k, v, ends of the queries and of the keys; q, k, v are slices of one tensor, as in the model."""
+def inputs(shape: str, dtype: torch.dtype = torch.float32, scale: float = 1.5) -> tuple:
+    """grad, q, k, v, segments of the queries and of the keys; q, k, v are slices of one tensor, as in the model."""
     heads, dim, queries, keys = SHAPES[shape]
     torch.manual_seed(0)
     qkv = (scale * torch.randn(sum(keys), 3 * heads * dim)).to(dtype)
     q, k, v = (x.unflatten(-1, (heads, dim)) for x in qkv.chunk(3, dim=-1))
     q = q[: sum(queries)]
-    return torch.randn(q.shape).to(dtype), q, k, v, ends(queries), ends(keys)
+    return torch.randn(q.shape).to(dtype), q, k, v, segments(queries), segments(keys)
 
 
-def takes(q: Tensor) -> bool:
-    return avx512.takes(q.dtype, q.device, q.shape[-1])
+def name(q: Tensor) -> str:
+    return cpu_kernel(q.dtype, q.shape[-1]).name
 
 
-def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *cu: Tensor) -> dict[str, Tensor]:
-    out, lse = segment_attention(q, k, v, *cu)
-    grads = segment_attention_backward(grad, q, k, v, lse, *cu)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads)))
+def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> dict[str, Tensor]:
+    """Outputs and gradients, which are slices of one tensor that nothing else is written to."""
+    kernel = cpu_kernel(q.dtype, q.shape[-1])
+    out, lse = kernel.forward(q, k, v, queries, keys)
+    dq, dkv = q.new_full(q.shape, torch.nan), k.new_full((len(k), 2, *k.shape[1:]), torch.nan)
+    kernel.backward(grad, q, k, v, out, lse, dq, *dkv.unbind(1), queries, keys)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dkv[:, 0], "dv": dkv[:, 1]}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_equals_float64(build, shape):
     dtype, error = build
     *tensors, cu_queries, cu_keys = inputs(shape, dtype)
-    assert takes(tensors[1])
+    assert name(tensors[1]) != PER_SAMPLE
     exact = run(*(x.double() for x in tensors), cu_queries, cu_keys)
-    for name, got in run(*tensors, cu_queries, cu_keys).items():
-        assert got.shape == exact[name].shape
-        assert got.dtype == (torch.float32 if name == "lse" else dtype)
-        assert (got.double() - exact[name]).norm() <= error * (1 + exact[name].norm()), name
+    for part, got in run(*tensors, cu_queries, cu_keys).items():
+        assert got.shape == exact[part].shape
+        assert got.dtype == (torch.float32 if part == "lse" else dtype)
+        assert (got.double() - exact[part]).norm() <= error * (1 + exact[part].norm()), part
 
 
 def test_results_do_not_depend_on_threads_or_strides(build):
@@ -91,22 +97,22 @@ def test_results_do_not_depend_on_threads_or_strides(build):
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            for name, got in run(*tensors, cu_queries, cu_keys).items():
-                assert torch.equal(got, expected[name])
+            for part, got in run(*tensors, cu_queries, cu_keys).items():
+                assert torch.equal(got, expected[part])
     finally:
         torch.set_num_threads(threads)
     odd = [torch.zeros(len(x), x.shape[1] * x.shape[2] + 5, dtype=x.dtype) for x in tensors]
     strided = [pad[:, : x[0].numel()].unflatten(1, x.shape[1:]).copy_(x) for pad, x in zip(odd, tensors)]
     across = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in tensors]
     for others in (strided, across):
-        for name, got in run(*others, cu_queries, cu_keys).items():
-            assert torch.equal(got, expected[name])
+        for part, got in run(*others, cu_queries, cu_keys).items():
+            assert torch.equal(got, expected[part])
 
 
 def test_large_scores_and_what_is_not_finite(build):
     *tensors, cu_queries, cu_keys = inputs("pruned", build[0], scale=60)
-    for name, got in run(*tensors, cu_queries, cu_keys).items():
-        assert got.isfinite().all(), name
+    for part, got in run(*tensors, cu_queries, cu_keys).items():
+        assert got.isfinite().all(), part
     tensors[2][5, 0, 3] = torch.nan  # a key of the second sample's first head
     out = run(*tensors, cu_queries, cu_keys)["out"]
     assert out[:5, 0].isnan().all()
@@ -115,9 +121,9 @@ def test_large_scores_and_what_is_not_finite(build):
 
 def test_built_once(monkeypatch, tmp_path, build):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = avx512._build([])
+    library = native._build([])
     built = library.stat().st_mtime_ns
-    assert avx512._build([]) == library and library.stat().st_mtime_ns == built
+    assert native._build([]) == library and library.stat().st_mtime_ns == built
     assert list(library.parent.iterdir()) == [library]
 
 
@@ -125,18 +131,18 @@ def test_built_once(monkeypatch, tmp_path, build):
 def test_torch_takes_over_without_a_compiler(monkeypatch, tmp_path, caplog, cpu, compiler, reason):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
-    cpu("GenuineIntel", avx512._NEEDS)
+    cpu("GenuineIntel", native._NEEDS)
     tensors = inputs("pruned")
-    assert not takes(tensors[1])
+    assert name(tensors[1]) == PER_SAMPLE
     assert reason in caplog.text and "half the speed" in caplog.text
     assert run(*tensors)["out"].isfinite().all()
 
 
 def test_torch_takes_over_on_other_cpus_and_kinds(cpu):
     _, q, *_ = inputs("pruned")
-    assert not takes(q.double()) and not takes(q.half())
-    assert not takes(q[..., :24])
-    cpu("GenuineIntel", avx512._NEEDS)
-    assert not takes(q.bfloat16())
+    assert name(q.double()) == name(q.half()) == PER_SAMPLE
+    assert name(q[..., :24]) == PER_SAMPLE
+    cpu("GenuineIntel", native._NEEDS)
+    assert name(q.bfloat16()) == PER_SAMPLE
     cpu("GenuineIntel", set())
-    assert not takes(q)
+    assert name(q) == PER_SAMPLE

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.model.attention import packed_attention, padded_attention
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Sample, Segments, pack
@@ -178,37 +177,6 @@ def test_activation_checkpointing_changes_no_gradient():
     model(batch).loss.backward()
     for p, grad in zip(model.parameters(), expected):
         torch.testing.assert_close(p.grad, grad)
-
-
-@pytest.mark.parametrize("attention", [packed_attention, padded_attention])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_attention_against_softmax(dtype, attention):
-    """Lengths of 0, 1 and more; fewer queries than keys; gradients too."""
-    torch.manual_seed(0)
-    q_lens, k_lens = [0, 1, 3, 5], [2, 1, 7, 5]
-    q, k, v = (torch.randn(sum(n), 2, 8, dtype=dtype, requires_grad=True) for n in (q_lens, k_lens, k_lens))
-    segments = [Segments(torch.tensor([0, *n]).cumsum(0).to(torch.int32), max(n), sum(n)) for n in (q_lens, k_lens)]
-    out = attention(q, k, v, *segments)
-    grad = torch.randn_like(out)
-    got = (out, *torch.autograd.grad(out, (q, k, v), grad))
-    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
-    parts = [
-        torch.einsum("qhd,khd->hqk", a, b).div(8**0.5).softmax(-1) @ c.transpose(0, 1)
-        for a, b, c in zip(q64.split(q_lens), k64.split(k_lens), v64.split(k_lens))
-    ]
-    exact = torch.cat([part.transpose(0, 1) for part in parts])
-    exact = (exact, *torch.autograd.grad(exact, (q64, k64, v64), grad.double()))
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    for ours, theirs in zip(got, exact):
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
-
-
-def test_attention_op_is_a_good_citizen():
-    from m3ae_fast.model.cpu.attention import segment_attention
-
-    q, k, v = (torch.randn(6, 2, 4, requires_grad=True) for _ in range(3))
-    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
-    torch.library.opcheck(segment_attention, (q, k, v, cu, cu))
 
 
 def test_representation_of_float_and_byte_pictures_agrees():

@@ -13,7 +13,7 @@ from m3ae_fast.engine.throughput import StepCounts
 from m3ae_fast.hardware import has_compiler
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.batch import INDEX_ROWS, PackedBatch, Segments
-from m3ae_fast.model.cpu import attention as segment_attention
+from m3ae_fast.model.cpu import attention as per_sample
 from m3ae_fast.model.cpu.linear import linear
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask
@@ -59,11 +59,11 @@ def _segments(lengths: list[int]) -> Segments:
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
 def test_packed_attention(monkeypatch, queries, keys, chunk, dtype, tolerance):
-    monkeypatch.setattr(segment_attention, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(per_sample, "CHUNK_SCORES", chunk)
     torch.manual_seed(0)
     wide = torch.randn(sum(keys), 3, 2, 8, dtype=dtype).requires_grad_()  # q, k, v as slices, as the model has them
-    q, k, v = wide[: sum(queries), 0], wide[:, 1], wide[:, 2]
-    out = packed_attention(q, k, v, _segments(queries), _segments(keys))
+    q = wide[: sum(queries), 0]
+    out = packed_attention(q, wide[:, 1:], _segments(queries), _segments(keys))
     grad = torch.randn(out.shape, dtype=dtype)
     (got,) = torch.autograd.grad(out, wide, grad)
 
@@ -79,7 +79,7 @@ def test_packed_attention(monkeypatch, queries, keys, chunk, dtype, tolerance):
 
 def test_large_scores_do_not_overflow():
     q = torch.full((4, 1, 8), 100.0)
-    out = packed_attention(q, q, torch.eye(4, 8)[:, None], _segments([4]), _segments([4]))
+    out = packed_attention(q, torch.stack((q, torch.eye(4, 8)[:, None]), 1), _segments([4]), _segments([4]))
     torch.testing.assert_close(out[:, 0, :4], torch.full((4, 4), 0.25))
 
 

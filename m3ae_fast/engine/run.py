@@ -32,7 +32,7 @@ from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.engine.throughput import StepCounts, Throughput
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, peak_flops, peak_memory
-from m3ae_fast.model.attention import attention_backend
+from m3ae_fast.model.attention import describe
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.m3ae import M3AE, Losses
 
@@ -120,9 +120,11 @@ class Run:
 
     def announce(self) -> None:
         """Say what the run is, and name the shards that are not whole."""
+        config, dtype = self.config, dtype_of(self.config.train.precision)
+        attention = describe(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a GPU's is tried
         if self.log:
             self.bad.report(self.data.train.damaged)
-            self.log.say(self._describe())
+            self.log.say(self._describe(attention))
 
     def batches(self) -> Iterator[PackedBatch]:
         """This rank's micro-batches, one after the other."""
@@ -241,13 +243,10 @@ class Run:
             for path in checkpoint.set_aside_after(self.config.run.dir, self.start):
                 self.log.say(f"the run goes on from step {self.start}: a later checkpoint is now {path}")
 
-    def _describe(self) -> str:
+    def _describe(self, attention: str) -> str:
         """The lines a run begins with."""
-        config, model, device = self.config, self.config.model, self.ranks.device
-        dtype = dtype_of(config.train.precision)
+        config, device = self.config, self.ranks.device
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.model.parameters())
-        dims = {model.emb_dim // model.num_heads, model.dec_emb_dim // model.dec_num_heads}
-        backends = {attention_backend(device, dtype, dim, model.att_drop > 0) for dim in dims}
         precision: str = config.train.precision
         if precision == "bf16" and fast_precision(device) == "fp32":
             precision = "bf16 (fp32 is faster here)"
@@ -255,7 +254,7 @@ class Run:
         accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
         lines = [
             f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
-            f"attention: {' and '.join(sorted(backends))}, optimiser: {self.engine.optimizer_name}",
+            f"attention: {attention}, optimiser: {self.engine.optimizer_name}",
             f"{self.data.train.samples:,} samples, batch {config.train.global_batch} = {self.ranks.world} ranks x "
             f"{self.share.micro_batch * self.share.accumulation} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",

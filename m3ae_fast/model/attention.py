@@ -1,144 +1,136 @@
 """Attention over packed sequences: every sample attends to itself alone.
 
-Shapes: Q query rows, K key rows, H heads, D values a head; S samples, N rows of the longest.
+One op, forward and backward, on a CPU and on a GPU: torch.compile traces it like any other, and the gradient of
+queries, keys and values is written as the one tensor that the matmul before it wants. What computes it is a `Kernel`:
+on CUDA the fastest that is installed (`cuda_attention`), on a CPU one made for it (`cpu.attention`).
 
-On CUDA in bf16/fp16 this is FlashAttention's varlen kernel: flash-attn where it is installed (FA4, FA3, FA2), else
-`torch.nn.attention.varlen`. On a CPU it is `segment_attention`. Neither pads. What they do not take (dropout, float32
-on CUDA, old GPUs) goes through torch's scaled_dot_product_attention, padded.
+Shapes: T rows, Q query rows, H heads, D values a head.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.model import cuda_attention
 from m3ae_fast.model.batch import Segments
-from m3ae_fast.model.cpu import avx512
-from m3ae_fast.model.cpu.attention import segment_attention
+from m3ae_fast.model.cpu.attention import cpu_kernel
+from m3ae_fast.model.kernel import Kernel
+from m3ae_fast.model.masking import kept
+from m3ae_fast.model.padded import padded_attention
 
 
 def packed_attention(
-    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments, dropout_p: float = 0.0
+    q_QHD: Tensor | None, kv_TnHD: Tensor, queries: Segments, keys: Segments, dropout_p: float = 0.0
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each sample; `queries` and `keys` hold the same samples. Returns [Q, H, D]."""
-    if len(q_QHD) == 0:
-        return q_QHD * 1.0 + 0.0 * (k_KHD.sum() + v_KHD.sum())  # keeps a gradient, of zeros
-    if q_QHD.is_cuda:
-        return _cuda_attention(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
+    """softmax(q k^T / sqrt(D)) v within each sample.
+
+    Args:
+        q_QHD: queries of some rows; None: of all rows, in `kv_TnHD`.
+        kv_TnHD: [T, 2, H, D] keys and values, or [T, 3, H, D] queries, keys and values.
+        queries: where the samples' queries lie.
+        keys: where the same samples' keys lie; a sample with queries has keys.
+        dropout_p: above 0 each sample is padded to the longest.
+
+    Returns:
+        [Q, H, D].
+    """
     if dropout_p:
-        return padded_attention(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
-    return segment_attention(q_QHD, k_KHD, v_KHD, queries.cu_seqlens, keys.cu_seqlens)[0]
+        return padded_attention(*_parts(q_QHD, kv_TnHD), queries, keys, dropout_p)
+    return attention_op(q_QHD, kv_TnHD, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)[0]
 
 
-@torch.compiler.disable  # what is installed cannot all be traced; a graph ends before each call
-def _cuda_attention(
-    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments, dropout_p: float
-) -> Tensor:
-    flash = _flash(q_QHD.dtype, q_QHD.shape[-1], dropout_p > 0)
-    if flash is None:
-        return padded_attention(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
-    return flash(q_QHD, k_KHD, v_KHD, queries, keys, dropout_p)
+def _parts(q_QHD: Tensor | None, kv_TnHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = kv_TnHD.unbind(1) if q_QHD is None else (q_QHD, *kv_TnHD.unbind(1))
+    return q, k, v
 
 
-def padded_attention(
-    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments, dropout_p: float = 0.0
-) -> Tensor:
-    """The same by scaled_dot_product_attention, each sample padded to the longest."""
-    places_Q = _padded_places(queries)
-    q_SHND, k_SHND, v_SHND = (
-        x.new_zeros((len(segments.cu_seqlens) - 1) * segments.max_seqlen, *x.shape[1:])
-        .index_copy(0, _padded_places(segments), x)
-        .unflatten(0, (-1, segments.max_seqlen))
-        .transpose(1, 2)
-        for x, segments in ((q_QHD, queries), (k_KHD, keys), (v_KHD, keys))
-    )
-    valid_SN = torch.arange(keys.max_seqlen, device=q_QHD.device) < keys.cu_seqlens.diff()[:, None]
-    out_SHND = F.scaled_dot_product_attention(
-        q_SHND, k_SHND, v_SHND, attn_mask=valid_SN[:, None, None], dropout_p=dropout_p
-    )
-    return out_SHND.transpose(1, 2).flatten(0, 1)[places_Q]
-
-
-def _padded_places(segments: Segments) -> Tensor:
-    """Where each row lies among the S * N padded ones."""
-    starts_S, lengths_S = segments.cu_seqlens[:-1], segments.cu_seqlens.diff()
-    shift_S = segments.max_seqlen * torch.arange(len(starts_S), device=starts_S.device) - starts_S
-    rows = torch.arange(segments.rows, device=starts_S.device)
-    return rows + shift_S.repeat_interleave(lengths_S, output_size=segments.rows)
-
-
-def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool) -> str:
-    """Name of what `packed_attention` runs on, for logs."""
-    if device.type == "cuda" and (flash := _flash(dtype, head_dim, dropout)) is not None:
-        return flash.name
-    if device.type == "cuda" or dropout:
+def describe(config: ModelConfig, masking: MaskingConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What attention runs on in the encoder and in the decoder, for people. On CUDA this is when kernels are tried."""
+    if config.att_drop:
         return "padded SDPA"
-    return "AVX-512" if avx512.takes(dtype, device, head_dim) else "torch, per sample"
+    patches, words = config.patches_per_image, config.text_length if config.vocab_size else 0
+    seen = 1 + kept(patches, masking.image_ratio) + kept(words, masking.text_ratio)
+    sizes = ((config.emb_dim, config.num_heads, seen), (config.dec_emb_dim, config.dec_num_heads, 1 + patches + words))
+    find = cuda_attention.try_out if device.type == "cuda" else kernel_for
+    encoder, decoder = (find(device, dtype, heads, dim // heads, length).name for dim, heads, length in sizes)
+    return encoder if encoder == decoder else f"{encoder} (encoder), {decoder} (decoder)"
 
 
-@dataclass(frozen=True)
-class _Flash:
-    """One varlen kernel behind one signature."""
-
-    name: str
-    run: Callable
-    max_dim: int = 256
-    takes_dropout: bool = False
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, dropout_p: float) -> Tensor:
-        options = {"dropout_p": dropout_p} if self.takes_dropout else {}
-        out = self.run(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen, **options)
-        return out[0] if isinstance(out, tuple) else out
+def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
+    """What attention of samples of about `length` keys runs on. On CUDA the first question of a kind takes a second,
+    for a trial of what is installed."""
+    if device.type == "cuda":
+        return cuda_attention.choose(device, dtype, heads, head_dim, length)
+    return cpu_kernel(dtype, head_dim)
 
 
-@functools.cache
-def _flash(dtype: torch.dtype, head_dim: int, dropout: bool) -> _Flash | None:
-    """The fastest varlen kernel that is installed, made for this GPU, and takes such heads."""
-    major = torch.cuda.get_device_capability()[0]
-    if dtype not in (torch.bfloat16, torch.float16) or major < 8 or head_dim % 8:
-        return None
-    makers = {9: (_fa3, _fa4), 10: (_fa4,)}.get(major, ())
-    for make in (*makers, _fa2, _torch_varlen):
-        try:
-            flash = make()
-        except Exception:  # not installed, too old, or broken by what it stands on
-            continue
-        if head_dim <= flash.max_dim and (flash.takes_dropout or not dropout):
-            return flash
-    return None
+@torch.library.custom_op("m3ae_fast::packed_attention", mutates_args=())
+def attention_op(
+    q: Tensor | None, kv: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
+) -> tuple[Tensor, Tensor]:
+    """Returns (out [Q, H, D], the kernel's log-sum-exps [H, Q])."""
+    q, k, v = _parts(q, kv)
+    if not len(q):
+        return _empty(q)
+    kernel = kernel_for(q.device, q.dtype, q.shape[1], q.shape[2], max_keys)
+    queries, keys = Segments(cu_queries, max_queries, len(q)), Segments(cu_keys, max_keys, len(k))
+    return kernel.forward(q, k, v, queries, keys)
 
 
-def _fa4() -> _Flash:
-    from flash_attn.cute import flash_attn_varlen_func as varlen
-
-    if "max_seqlen_q" not in inspect.signature(varlen).parameters:
-        raise ImportError("the FA4 that flash-attn 2 brought along has no varlen backward")
-
-    def call(q, k, v, cu_q, cu_k, max_q, max_k):
-        return varlen(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k)
-
-    return _Flash("flash-attn 4", call, max_dim=256 if torch.cuda.get_device_capability()[0] == 9 else 128)
+def _empty(q_QHD: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q_QHD.dtype, torch.float32)
+    return q_QHD.new_empty(q_QHD.shape), q_QHD.new_empty((q_QHD.shape[1], q_QHD.shape[0]), dtype=wide)
 
 
-def _fa3() -> _Flash:
-    from flash_attn_interface import flash_attn_varlen_func
-
-    return _Flash("flash-attn 3", flash_attn_varlen_func)
-
-
-def _fa2() -> _Flash:
-    from flash_attn import flash_attn_varlen_func
-
-    return _Flash("flash-attn 2", flash_attn_varlen_func, takes_dropout=True)
+@attention_op.register_fake
+def _(q, kv, cu_queries, cu_keys, max_queries, max_keys):
+    return _empty(kv[:, 0] if q is None else q)
 
 
-def _torch_varlen() -> _Flash:
-    from torch.nn.attention.varlen import varlen_attn
+@torch.library.custom_op("m3ae_fast::packed_attention_backward", mutates_args=())
+def attention_backward_op(
+    grad: Tensor,
+    q: Tensor | None,
+    kv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of q (without q no rows) and of kv, contiguous."""
+    dq, dkv = _empty_grads(q, kv)
+    parts, grads = _parts(q, kv), _parts(None if q is None else dq, dkv)
+    if not len(parts[0]):
+        return dq, dkv.zero_()
+    kernel = kernel_for(kv.device, kv.dtype, kv.shape[2], kv.shape[3], max_keys)
+    queries, keys = Segments(cu_queries, max_queries, len(parts[0])), Segments(cu_keys, max_keys, len(kv))
+    kernel.backward(grad.contiguous(), *parts, out, lse, *grads, queries, keys)
+    return dq, dkv
 
-    return _Flash("torch varlen", varlen_attn)
+
+@attention_backward_op.register_fake
+def _(grad, q, kv, out, lse, cu_queries, cu_keys, max_queries, max_keys):
+    return _empty_grads(q, kv)
+
+
+def _empty_grads(q: Tensor | None, kv: Tensor) -> tuple[Tensor, Tensor]:
+    return kv.new_empty(0) if q is None else q.new_empty(q.shape), kv.new_empty(kv.shape)
+
+
+def _save(ctx, inputs, output):
+    q, kv, cu_queries, cu_keys, *ctx.longest = inputs
+    ctx.save_for_backward(q, kv, *output, cu_queries, cu_keys)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_QHD, _):
+    q, *others = ctx.saved_tensors  # asked for once: activation checkpointing makes them again each time
+    dq, dkv = attention_backward_op(grad_QHD, q, *others, *ctx.longest)
+    return None if q is None else dq, dkv, None, None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_save)

@@ -30,12 +30,15 @@ class QKV(Linear):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 3 * dim)
 
-    def forward(self, x_TD: Tensor, rows_R: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x_TD: Tensor, rows_R: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Queries [R, D] of `rows_R` and [T, 2 D], or None and [T, 3 D]."""
         if rows_R is None:
-            return super().forward(x_TD).chunk(3, dim=-1)
+            return None, super().forward(x_TD)
         dim = self.in_features
         q_RD = linear(gather_tokens(x_TD, rows_R), self.weight[:dim], self.bias[:dim])
-        return q_RD, *linear(x_TD, self.weight[dim:], self.bias[dim:]).chunk(2, dim=-1)
+        return q_RD, linear(x_TD, self.weight[dim:], self.bias[dim:])
 
 
 class Attention(nn.Module):
@@ -47,8 +50,10 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None, queries: Segments) -> Tensor:
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv(x_TD, rows_R))
-        out_RHd = packed_attention(q, k, v, queries, keys, self.att_drop if self.training else 0.0)
+        q_RD, kv = self.qkv(x_TD, rows_R)
+        q_RHd = None if q_RD is None else q_RD.unflatten(-1, (self.num_heads, -1))
+        kv_TnHd = kv.unflatten(-1, (3 if q_RD is None else 2, self.num_heads, -1))
+        out_RHd = packed_attention(q_RHd, kv_TnHd, queries, keys, self.att_drop if self.training else 0.0)
         return self.drop(self.proj(out_RHd.flatten(1)))
 
 

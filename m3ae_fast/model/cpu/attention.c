@@ -206,7 +206,12 @@ typedef struct {
     long m, n, d;
 } Head;
 
-static int forward_head(Head h, value *out, float *lse, long heads, Scratch *scratch) {
+typedef struct {
+    value *q, *k, *v;
+    long q_row, k_row, v_row;
+} Gradients;
+
+static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *scratch) {
     const long m = h.m, n = h.n, d = h.d, M = round_up(m, ROWS), N = round_up(n, LANES);
     if (!reserve(scratch, (M * d + ROWS * N + 2 * N * d) / PER + ROWS * N + ROWS * d, 6)) return 0;
     unit *q = take(scratch, M * d / PER), *p = take(scratch, ROWS * N / PER);
@@ -232,17 +237,16 @@ static int forward_head(Head h, value *out, float *lse, long heads, Scratch *scr
             }
             const float total = _mm512_reduce_add_ps(sum);
             inverse[r] = 1 / total;
-            if (i + r < m) lse[(i + r) * heads] = shift + log2f(total);
+            if (i + r < m) lse[i + r] = shift + log2f(total);
         }
         product(p, N / PER, 1, v, o, d, N / PER, d);
-        store_rows(o, m - i < ROWS ? m - i : ROWS, d, inverse, 1, out + i * heads * d, heads * d);
+        store_rows(o, m - i < ROWS ? m - i : ROWS, d, inverse, 1, out + i * out_row, out_row);
     }
     return 1;
 }
 
-static int backward_head(Head h, const value *g, long g_row, const float *lse, value *dq, value *dk, value *dv, long heads,
-                         Scratch *scratch) {
-    const long m = h.m, n = h.n, d = h.d, M = round_up(m, ROWS), N = round_up(n, LANES), row = heads * d;
+static int backward_head(Head h, const value *g, long g_row, const float *lse, Gradients to, Scratch *scratch) {
+    const long m = h.m, n = h.n, d = h.d, M = round_up(m, ROWS), N = round_up(n, LANES);
     const size_t units = (4 * M * d + 3 * N * d + ROWS * N + 2 * M * N) / PER;
     if (!reserve(scratch, units + 2 * ROWS * N + ROWS * d, 13)) return 0;
     unit *q = take(scratch, M * d / PER), *grad = take(scratch, M * d / PER), *ds = take(scratch, ROWS * N / PER);
@@ -265,7 +269,7 @@ static int backward_head(Head h, const value *g, long g_row, const float *lse, v
             __m512 mean[PER];
             for (int e = 0; e < PER; e++) { /* p in place of s, and the mean of dp under p */
                 const int valid = i + r + e < m;
-                const __m512 shift = _mm512_set1_ps(valid ? lse[(i + r + e) * heads] : 0);
+                const __m512 shift = _mm512_set1_ps(valid ? lse[i + r + e] : 0);
                 float *s_row = s + (r + e) * N, *dp_row = dp + (r + e) * N;
                 __m512 sum = _mm512_setzero_ps();
                 for (long j = 0; j < N; j += LANES) {
@@ -288,52 +292,69 @@ static int backward_head(Head h, const value *g, long g_row, const float *lse, v
             }
         }
         product(ds, N / PER, 1, k_joined, c, d, N / PER, d);
-        store_rows(c, m - i < ROWS ? m - i : ROWS, d, &root, 0, dq + i * row, row);
+        store_rows(c, m - i < ROWS ? m - i : ROWS, d, &root, 0, to.q + i * to.q_row, to.q_row);
     }
     for (long j = 0; j < n; j += ROWS) {
         const long rows = n - j < ROWS ? n - j : ROWS;
         product(p_joined + j, 1, N, grad_joined, c, d, M / PER, d);
-        store_rows(c, rows, d, &one, 0, dv + j * row, row);
+        store_rows(c, rows, d, &one, 0, to.v + j * to.v_row, to.v_row);
         product(ds_joined + j, 1, N, q_joined, c, d, M / PER, d);
-        store_rows(c, rows, d, &root, 0, dk + j * row, row);
+        store_rows(c, rows, d, &root, 0, to.k + j * to.k_row, to.k_row);
     }
     return 1;
 }
 
-/* ---- all heads of all samples. Results are [rows, heads, d], contiguous. Return 0 where memory is short. ---- */
+/* ---- all heads of all samples ---- */
 
-static Head head_at(const value *q, const value *k, const value *v, long q_row, long k_row, long v_row,
-                    const int32_t *cu_q, const int32_t *cu_k, long sample, long head, long d) {
-    const long at_q = cu_q[sample], at_k = cu_k[sample];
-    const Head h = {q + at_q * q_row + head * d, k + at_k * k_row + head * d, v + at_k * v_row + head * d,
-                    q_row, k_row, v_row, cu_q[sample + 1] - at_q, cu_k[sample + 1] - at_k, d};
+/* What one call works on. native.py knows the same fields. A row of q, k, v, out, grad or a gradient holds all heads side
+   by side; rows are `_row` values apart. */
+typedef struct {
+    const value *q, *k, *v;
+    long q_row, k_row, v_row;
+    const int32_t *cu_q, *cu_k; /* where each sample begins */
+    long samples, heads, d, queries;
+    value *out;
+    long out_row;
+    float *lse; /* [heads, queries], of powers of 2 */
+    const value *grad;
+    long grad_row;
+    Gradients to;
+    long next; /* the first task that no thread has taken */
+} Work;
+
+static Head head_at(const Work *w, long sample, long head) {
+    const long at_q = w->cu_q[sample], at_k = w->cu_k[sample], column = head * w->d;
+    const Head h = {w->q + at_q * w->q_row + column, w->k + at_k * w->k_row + column, w->v + at_k * w->v_row + column,
+                    w->q_row, w->k_row, w->v_row, w->cu_q[sample + 1] - at_q, w->cu_k[sample + 1] - at_k, w->d};
     return h;
 }
 
-int forward(const value *q, const value *k, const value *v, long q_row, long k_row, long v_row, const int32_t *cu_q,
-            const int32_t *cu_k, long samples, long heads, long d, value *out, float *lse, long *next) {
+static int forward_task(const Work *w, long sample, long head, Scratch *scratch) {
+    const Head h = head_at(w, sample, head);
+    const long at = w->cu_q[sample];
+    return !h.m || forward_head(h, w->out + at * w->out_row + head * w->d, w->out_row, w->lse + head * w->queries + at, scratch);
+}
+
+static int backward_task(const Work *w, long sample, long head, Scratch *scratch) {
+    const long at_q = w->cu_q[sample], at_k = w->cu_k[sample], column = head * w->d;
+    Gradients to = w->to;
+    to.q += at_q * to.q_row + column;
+    to.k += at_k * to.k_row + column;
+    to.v += at_k * to.v_row + column;
+    return backward_head(head_at(w, sample, head), w->grad + at_q * w->grad_row + column, w->grad_row,
+                         w->lse + head * w->queries + at_q, to, scratch);
+}
+
+static int run(Work *w, int (*task)(const Work *, long, long, Scratch *)) {
     Scratch scratch = {NULL, 0, 0};
     int ok = 1;
-    for (long t; ok && (t = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < samples * heads;) {
-        const long sample = t / heads, head = t % heads, at = cu_q[sample] * heads + head;
-        const Head h = head_at(q, k, v, q_row, k_row, v_row, cu_q, cu_k, sample, head, d);
-        if (h.m) ok = forward_head(h, out + at * d, lse + at, heads, &scratch);
-    }
+    for (long t; ok && (t = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->samples * w->heads;)
+        ok = task(w, t / w->heads, t % w->heads, &scratch);
     free(scratch.memory);
     return ok;
 }
 
-int backward(const value *q, const value *k, const value *v, long q_row, long k_row, long v_row, const int32_t *cu_q,
-             const int32_t *cu_k, long samples, long heads, long d, const value *grad, long grad_row, const float *lse,
-             value *dq, value *dk, value *dv, long *next) {
-    Scratch scratch = {NULL, 0, 0};
-    int ok = 1;
-    for (long t; ok && (t = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < samples * heads;) {
-        const long sample = t / heads, head = t % heads, at_q = cu_q[sample] * heads + head, at_k = cu_k[sample] * heads + head;
-        const Head h = head_at(q, k, v, q_row, k_row, v_row, cu_q, cu_k, sample, head, d);
-        ok = backward_head(h, grad + cu_q[sample] * grad_row + head * d, grad_row, lse + at_q, dq + at_q * d, dk + at_k * d,
-                           dv + at_k * d, heads, &scratch);
-    }
-    free(scratch.memory);
-    return ok;
-}
+/* Every thread makes the same call. 0 where memory is short. */
+int forward(Work *w) { return run(w, forward_task); }
+
+int backward(Work *w) { return run(w, backward_task); }

@@ -2,7 +2,7 @@
 
 Shapes: Q query rows, K key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
 
-In bf16 and float32 on CPUs with AVX-512 it is the kernel of `avx512`. Else it is torch: samples of equal lengths
+In bf16 and float32 on CPUs with AVX-512 it is the kernel of `native`. Else it is torch: samples of equal lengths
 go through one batched matmul, as many as have scores for the cache, so there is no padding and no mask. Probabilities
 are powers of 2, which torch computes several times faster on a CPU than those of e.
 """
@@ -18,7 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from m3ae_fast.model.cpu import avx512
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.cpu.native import native_kernel
+from m3ae_fast.model.kernel import Kernel
 
 CHUNK_SCORES = 1 << 20  # scores that one batched matmul makes: a few MB, which stay in a CPU's caches
 
@@ -72,84 +74,53 @@ def _powers(scores_Bqk: Tensor, scale: float, shift_Bq1: Tensor) -> Tensor:
     return torch.add(-shift_Bq1, scores_Bqk, alpha=scale, out=scores_Bqk).exp2_()
 
 
-@torch.library.custom_op("m3ae_fast::segment_attention", mutates_args=())
-def segment_attention(
-    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v of each sample, and the base-2 log-sum-exp of its scores, [Q, H, 1]."""
-    if avx512.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
-        return avx512.forward(q_QHD, k_KHD, v_KHD, cu_queries, cu_keys)
+def _forward(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
     out_QHD = q_QHD.new_empty(q_QHD.shape)
-    lse_QH1 = q_QHD.new_empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype))
+    lse_HQ = q_QHD.new_empty((q_QHD.shape[1], len(q_QHD)), dtype=torch.promote_types(q_QHD.dtype, torch.float32))
     scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
-    for group in _groups(cu_queries, cu_keys, q_QHD.shape[1]):
+    for group in _groups(queries.cu_seqlens, keys.cu_seqlens, q_QHD.shape[1]):
         q = _take(q_QHD, group.q_starts, group.q_len)
         k, v = (_take(x, group.k_starts, group.k_len) for x in (k_KHD, v_KHD))
-        scores_Bqk = torch.bmm(q, k.mT).to(lse_QH1.dtype)
+        scores_Bqk = torch.bmm(q, k.mT).to(lse_HQ.dtype)
         top_Bq1 = scores_Bqk.amax(-1, keepdim=True).mul_(scale)
         p_Bqk = _powers(scores_Bqk, scale, top_Bq1)
         sum_Bq1 = p_Bqk.sum(-1, keepdim=True)
         out = torch.bmm(p_Bqk.to(v.dtype), v).div_(sum_Bq1)
         _put(out, out_QHD, group.q_starts, group.q_len)
-        _put(top_Bq1 + sum_Bq1.log2(), lse_QH1, group.q_starts, group.q_len)
-    return out_QHD, lse_QH1
+        _put(top_Bq1 + sum_Bq1.log2(), lse_HQ.t()[..., None], group.q_starts, group.q_len)
+    return out_QHD, lse_HQ
 
 
-@segment_attention.register_fake
-def _(q_QHD, k_KHD, v_KHD, cu_queries, cu_keys):
-    lse_QH1 = q_QHD.new_empty((*q_QHD.shape[:2], 1), dtype=_wide(q_QHD.dtype))
-    return q_QHD.new_empty(q_QHD.shape), lse_QH1
-
-
-@torch.library.custom_op("m3ae_fast::segment_attention_backward", mutates_args=())
-def segment_attention_backward(
+def _backward(
     grad_QHD: Tensor,
     q_QHD: Tensor,
     k_KHD: Tensor,
     v_KHD: Tensor,
-    lse_QH1: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. The probabilities are computed again."""
-    if avx512.takes(q_QHD.dtype, q_QHD.device, q_QHD.shape[-1]):
-        return avx512.backward(grad_QHD, q_QHD, k_KHD, v_KHD, lse_QH1, cu_queries, cu_keys)
-    dq, dk, dv = _empty_grads(q_QHD, k_KHD, v_KHD)
+    out_QHD: Tensor,
+    lse_HQ: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    queries: Segments,
+    keys: Segments,
+) -> None:
+    """The probabilities are computed again."""
     for x in (dk, dv):
         x.zero_()  # samples without queries
     scale = q_QHD.shape[-1] ** -0.5
-    for group in _groups(cu_queries, cu_keys, q_QHD.shape[1]):
-        q, grad, lse = (_take(x, group.q_starts, group.q_len) for x in (q_QHD, grad_QHD, lse_QH1))
+    for group in _groups(queries.cu_seqlens, keys.cu_seqlens, q_QHD.shape[1]):
+        q, grad, lse = (_take(x, group.q_starts, group.q_len) for x in (q_QHD, grad_QHD, lse_HQ.t()[..., None]))
         k, v = (_take(x, group.k_starts, group.k_len) for x in (k_KHD, v_KHD))
         p_Bqk = _powers(torch.bmm(q, k.mT).to(lse.dtype), scale * math.log2(math.e), lse).to(q.dtype)
         _put(torch.bmm(p_Bqk.mT, grad), dv, group.k_starts, group.k_len)
         ds_Bqk = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p_Bqk, -1, p_Bqk.dtype)
         _put(torch.bmm(ds_Bqk, k).mul_(scale), dq, group.q_starts, group.q_len)
         _put(torch.bmm(ds_Bqk.mT, q).mul_(scale), dk, group.k_starts, group.k_len)
-    return dq, dk, dv
 
 
-@segment_attention_backward.register_fake
-def _(grad_QHD, q_QHD, k_KHD, v_KHD, lse_QH1, cu_queries, cu_keys):
-    return _empty_grads(q_QHD, k_KHD, v_KHD)
+PER_SAMPLE = Kernel("torch, per sample", _forward, _backward)
 
 
-def _empty_grads(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in inputs)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, cu_queries, cu_keys = inputs
-    ctx.save_for_backward(q, k, v, output[1], cu_queries, cu_keys)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad_QHD, _):
-    return *segment_attention_backward(grad_QHD, *ctx.saved_tensors), None, None
-
-
-segment_attention.register_autograd(_backward, setup_context=_save)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def cpu_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
+    """The fastest for such heads on this CPU."""
+    return native_kernel(dtype, head_dim) or PER_SAMPLE

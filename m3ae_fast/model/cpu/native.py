@@ -15,13 +15,15 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3ae_fast.hardware import this_cpu
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.kernel import Kernel
 
 SOURCE = Path(__file__).with_name("attention.c")
 _FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -30,35 +32,45 @@ _NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _log = logging.getLogger(__name__)
 
 
-def takes(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
-    """Whether the kernels are here and work on such queries."""
-    return device.type == "cpu" and head_dim % 16 == 0 and kernels(dtype) is not None
+class _Work(ctypes.Structure):
+    """`Work` of attention.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((name, ctypes.c_long) for name in ("q_row", "k_row", "v_row")),
+        *((name, ctypes.c_void_p) for name in ("cu_q", "cu_k")),
+        *((name, ctypes.c_long) for name in ("samples", "heads", "d", "queries")),
+        ("out", ctypes.c_void_p),
+        ("out_row", ctypes.c_long),
+        ("lse", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("grad_row", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv")),
+        *((name, ctypes.c_long) for name in ("dq_row", "dk_row", "dv_row")),
+        ("next", ctypes.c_long),
+    ]
 
 
-def forward(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> tuple[Tensor, Tensor]:
-    """See `segment_attention`; where there are queries there must be keys."""
+def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
+    """The compiled kernel for such heads, where there is one."""
+    library = kernels(dtype) if head_dim % 16 == 0 else None
+    return None if library is None else Kernel("AVX-512", partial(_forward, library), partial(_backward, library))
+
+
+def _forward(
+    library: ctypes.CDLL, q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments
+) -> tuple[Tensor, Tensor]:
     q, k, v = (_rows(x) for x in (q_QHD, k_KHD, v_KHD))
     out_QHD = q.new_empty(q.shape)
-    lse_QH1 = q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
-    _run("forward", q, k, v, cu_queries, cu_keys, out_QHD.data_ptr(), lse_QH1.data_ptr())
-    return out_QHD, lse_QH1
+    lse_HQ = q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
+    _run(library.forward, queries, keys, q=q, k=k, v=v, out=out_QHD, lse=lse_HQ)
+    return out_QHD, lse_HQ
 
 
-def backward(
-    grad_QHD: Tensor,
-    q_QHD: Tensor,
-    k_KHD: Tensor,
-    v_KHD: Tensor,
-    lse_QH1: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `segment_attention_backward`."""
-    grad, q, k, v = (_rows(x) for x in (grad_QHD, q_QHD, k_KHD, v_KHD))
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    rest = (grad.data_ptr(), grad.stride(0), lse_QH1.data_ptr(), *(x.data_ptr() for x in grads))
-    _run("backward", q, k, v, cu_queries, cu_keys, *rest)
-    return grads
+def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries: Segments, keys: Segments) -> None:
+    tensors = {"grad": grad, "q": q, "k": k, "v": v}
+    rows = {name: _rows(x) for name, x in tensors.items()}
+    _run(library.backward, queries, keys, **rows, lse=lse, dq=dq, dk=dk, dv=dv)
 
 
 def _rows(x_THD: Tensor) -> Tensor:
@@ -66,24 +78,26 @@ def _rows(x_THD: Tensor) -> Tensor:
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 
-def _run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, *rest: int) -> None:
+def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor, **tensors: Tensor) -> None:
     """All heads of all samples, on as many threads as torch has. They are Python's: torch's own wait for each other
     after every op, these once."""
-    cu_queries, cu_keys = (cu.to(torch.int32).contiguous() for cu in (cu_queries, cu_keys))
-    kernel = getattr(kernels(q.dtype), name)
-    samples, heads = len(cu_queries) - 1, q.shape[1]
-    pointers, strides = zip(*((x.data_ptr(), x.stride(0)) for x in (q, k, v)))
-    task = ctypes.c_long(0)
+    cu_queries, cu_keys = (segments.cu_seqlens.to(torch.int32).contiguous() for segments in (queries, keys))
+    samples, (rows, heads, dim) = len(cu_queries) - 1, q.shape
+    tensors["q"] = q
+    work = _Work(
+        cu_q=cu_queries.data_ptr(), cu_k=cu_keys.data_ptr(), lse=lse.data_ptr(), samples=samples, heads=heads, d=dim,
+        queries=rows, **{name: x.data_ptr() for name, x in tensors.items()},
+        **{f"{name}_row": x.stride(0) for name, x in tensors.items()},
+    )  # fmt: skip
     done: list[int] = []
 
-    def work() -> None:
-        ends = cu_queries.data_ptr(), cu_keys.data_ptr()
-        done.append(kernel(*pointers, *strides, *ends, samples, heads, q.shape[2], *rest, ctypes.byref(task)))
+    def take_part() -> None:
+        done.append(function(ctypes.byref(work)))
 
-    threads = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), samples * heads) - 1)]
+    threads = [threading.Thread(target=take_part) for _ in range(min(torch.get_num_threads(), samples * heads) - 1)]
     for thread in threads:
         thread.start()
-    work()
+    take_part()
     for thread in threads:
         thread.join()
     if sum(done) <= len(threads):
@@ -95,7 +109,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels; None for other types, where the CPU lacks the instructions, or without a C compiler."""
     cpu = this_cpu()
     if dtype == torch.float32 and cpu.flags >= _NEEDS:
-        flags: list[str] = []
+        flags = []
     elif dtype == torch.bfloat16 and cpu.flags >= _NEEDS | {"avx512_bf16"}:
         flags = ["-mavx512bf16", "-DBF16", *(["-DPAIRS"] if cpu.pairs else [])]
     else:
@@ -106,10 +120,8 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         _log.warning("attention runs on torch, at half the speed: %s cannot be built (%s)", SOURCE.name, *reason)
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    inputs: list[Any] = [*[pointer] * 3, *[number] * 3, *[pointer] * 2, *[number] * 3]
-    library.forward.argtypes = [*inputs, *[pointer] * 3]
-    library.backward.argtypes = [*inputs, pointer, number, *[pointer] * 5]
+    for function in (library.forward, library.backward):
+        function.argtypes = [ctypes.POINTER(_Work)]
     return library
 
 

@@ -1,0 +1,28 @@
+"""What an attention kernel is, whoever wrote it and wherever it runs.
+
+Shapes: Q query rows, K key rows, H heads, D values a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from m3ae_fast.model.batch import Segments
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """softmax(q k^T / sqrt(D)) v of each sample, and its gradients.
+
+    Inputs are q [Q, H, D] and k, v [K, H, D], maybe slices of one tensor, contiguous in their last two dimensions;
+    `out` is [Q, H, D], `lse` float32 (float64 for float64) [H, Q]: what `backward` wants to know of the scores' sums.
+    """
+
+    name: str  # for logs
+    forward: Callable[[Tensor, Tensor, Tensor, Segments, Segments], tuple[Tensor, Tensor]]
+    """(q, k, v, queries, keys) -> (out, lse)."""
+    backward: Callable[..., None]
+    """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk, dv, maybe such slices too."""

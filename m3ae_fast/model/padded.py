@@ -1,0 +1,77 @@
+"""Attention with every sample padded to the longest, in plain torch: on every device, in every dtype, differentiable.
+
+Shapes: Q query rows, K key rows, H heads, D values a head; S samples, N query and M key rows of the longest.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.kernel import Kernel
+
+_NEVER = -1e30  # a score that no softmax gives weight to, and yet no infinity, whose differences are NaN
+
+
+def padded_attention(
+    q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments, dropout_p: float = 0.0
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v within each sample, by scaled_dot_product_attention."""
+    q_SHND = _pad(q_QHD, queries)
+    k_SHMD, v_SHMD = (_pad(x, keys) for x in (k_KHD, v_KHD))
+    out_SHND = F.scaled_dot_product_attention(q_SHND, k_SHMD, v_SHMD, attn_mask=_valid(keys), dropout_p=dropout_p)
+    return _unpad(out_SHND, queries)
+
+
+def _pad(x_QHD: Tensor, segments: Segments) -> Tensor:
+    """[S, H, N, D], zero where a sample has no row."""
+    samples = len(segments.cu_seqlens) - 1
+    out = x_QHD.new_zeros(samples * segments.max_seqlen, *x_QHD.shape[1:])
+    return out.index_copy(0, _places(segments), x_QHD).unflatten(0, (samples, -1)).transpose(1, 2)
+
+
+def _unpad(x_SHND: Tensor, segments: Segments) -> Tensor:
+    return x_SHND.transpose(1, 2).flatten(0, 1)[_places(segments)]
+
+
+def _places(segments: Segments) -> Tensor:
+    """Where each row lies among the S * N padded ones."""
+    starts_S, lengths_S = segments.cu_seqlens[:-1], segments.cu_seqlens.diff()
+    shift_S = segments.max_seqlen * torch.arange(len(starts_S), device=starts_S.device) - starts_S
+    rows = torch.arange(segments.rows, device=starts_S.device)
+    return rows + shift_S.repeat_interleave(lengths_S, output_size=segments.rows)
+
+
+def _valid(keys: Segments) -> Tensor:
+    """Bool [S, 1, 1, M]: which keys exist."""
+    lengths_S = keys.cu_seqlens.diff()
+    return (torch.arange(keys.max_seqlen, device=lengths_S.device) < lengths_S[:, None])[:, None, None]
+
+
+def _scores(q_SHND: Tensor, k_SHMD: Tensor, keys: Segments) -> Tensor:
+    scores = (q_SHND @ k_SHMD.mT).to(torch.promote_types(q_SHND.dtype, torch.float32)) * q_SHND.shape[-1] ** -0.5
+    return scores.masked_fill(~_valid(keys), _NEVER)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
+    scores = _scores(_pad(q, queries), _pad(k, keys), keys)
+    lse_SHN1 = scores.logsumexp(-1, keepdim=True)
+    out = (scores - lse_SHN1).exp().to(v.dtype) @ _pad(v, keys)
+    return _unpad(out, queries), _unpad(lse_SHN1, queries)[..., 0].t().contiguous()
+
+
+def _backward(grad, q, k, v, out, lse, dq, dk, dv, queries: Segments, keys: Segments) -> None:
+    grad_SHND, q_SHND, lse_SHN1 = (_pad(x, queries) for x in (grad, q, lse.t()[..., None]))
+    k_SHMD, v_SHMD = (_pad(x, keys) for x in (k, v))
+    p_SHNM = (_scores(q_SHND, k_SHMD, keys) - lse_SHN1).exp()
+    slope = (grad_SHND @ v_SHMD.mT).to(p_SHNM.dtype)
+    mean = (_pad(out, queries) * grad_SHND).sum(-1, keepdim=True, dtype=p_SHNM.dtype)
+    ds_SHNM = (p_SHNM * (slope - mean) * q.shape[-1] ** -0.5).to(q.dtype)
+    dq.copy_(_unpad(ds_SHNM @ k_SHMD, queries))
+    dk.copy_(_unpad(ds_SHNM.mT @ q_SHND, keys))
+    dv.copy_(_unpad(p_SHNM.to(grad.dtype).mT @ grad_SHND, keys))
+
+
+PADDED = Kernel("padded matmuls", _forward, _backward)

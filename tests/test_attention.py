@@ -1,0 +1,352 @@
+"""The attention op and the choice of what computes it, against float64; kernels of others by stand-ins."""
+
+import itertools
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.model import attention, cuda_attention
+from m3ae_fast.model.attention import attention_op, describe, kernel_for, packed_attention
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.kernel import Kernel
+from m3ae_fast.model.padded import PADDED, padded_attention
+from m3ae_fast.model.transformer import Block
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+QUERIES, KEYS = [0, 1, 3, 5], [2, 1, 7, 5]
+
+
+def segments(lengths: list[int]) -> Segments:
+    return Segments(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths), sum(lengths))
+
+
+def inputs(dtype: torch.dtype, whole: bool, dim: int = 8) -> tuple:
+    """q or None, keys and values, segments of the queries and of the keys."""
+    torch.manual_seed(0)
+    lengths = KEYS if whole else QUERIES
+    kv = torch.randn(sum(KEYS), 3 if whole else 2, 2, dim, dtype=dtype).requires_grad_()
+    q = None if whole else torch.randn(sum(QUERIES), 2, dim, dtype=dtype).requires_grad_()
+    return q, kv, segments(lengths), segments(KEYS)
+
+
+def softmax_attention(q: Tensor | None, kv: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    q, k, v = kv.unbind(1) if q is None else (q, *kv.unbind(1))
+    ends = zip(itertools.pairwise(queries.cu_seqlens.tolist()), itertools.pairwise(keys.cu_seqlens.tolist()))
+    parts = [
+        torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]).div(q.shape[-1] ** 0.5).softmax(-1) @ v[c:d].transpose(0, 1)
+        for (a, b), (c, d) in ends
+    ]
+    return torch.cat([part.transpose(0, 1) for part in parts])
+
+
+def padded(q: Tensor | None, kv: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    return padded_attention(*(kv.unbind(1) if q is None else (q, *kv.unbind(1))), queries, keys)
+
+
+def gradients(out: Tensor, q: Tensor | None, kv: Tensor) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    grad = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    return torch.autograd.grad(out, [x for x in (q, kv) if x is not None], grad)
+
+
+@pytest.fixture(params=["cpu", "padded matmuls", "scaled_dot_product_attention"])
+def attend(request, monkeypatch):
+    if request.param == "padded matmuls":
+        monkeypatch.setattr(attention, "kernel_for", lambda *_: PADDED)
+    return padded if request.param.startswith("scaled") else packed_attention
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
+)
+def test_attention_against_softmax(attend, dtype, tolerance, whole):
+    """Lengths of 0, 1 and more; fewer queries than keys; gradients too."""
+    q, kv, *ends = inputs(dtype, whole)
+    out = attend(q, kv, *ends)
+    q64, kv64 = (x if x is None else x.detach().double().requires_grad_() for x in (q, kv))
+    exact = softmax_attention(q64, kv64, *ends)
+    pairs = zip((out, *gradients(out, q, kv)), (exact, *gradients(exact, q64, kv64)))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_op_is_a_good_citizen(whole):
+    for dtype in (torch.float64, torch.float32):
+        q, kv, queries, keys = inputs(dtype, whole, dim=16)
+        arguments = (q, kv, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
+        torch.library.opcheck(attention_op, arguments)
+    q, kv, *ends = inputs(torch.float64, whole)
+    torch.autograd.gradcheck(
+        lambda *x: packed_attention(*x, *ends) if q is not None else packed_attention(None, *x, *ends),
+        (kv,) if whole else (q, kv),
+    )
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_block_is_one_graph(pruned):
+    torch.manual_seed(0)
+    block = Block(32, 2, 4, drop=0.0, att_drop=0.0, drop_path=0.0)
+    x = torch.randn(sum(KEYS), 32)
+    rows = (torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14][: sum(QUERIES)], dtype=torch.int32), segments(QUERIES))
+    arguments = (x, segments(KEYS), *(rows if pruned else ()))
+    expected, got = (
+        block(*arguments),
+        torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")(*arguments),
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(out.sum(), list(block.parameters())) for out in (expected, got)]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_is_one_tensor():
+    """The matmul before gets what it wants: nothing is concatenated or copied."""
+    _, kv, *ends = inputs(torch.float32, True)
+    seen = []
+    x = kv.detach().flatten(1).requires_grad_()
+    x.register_hook(lambda grad: seen.append(grad.is_contiguous()))
+    out = packed_attention(None, (x * 1).unflatten(1, kv.shape[1:]), *ends)
+    names = set()
+    node = out.grad_fn
+    while node is not None:
+        names.add(type(node).__name__)
+        node = next((n for n, _ in node.next_functions if n is not None), None)
+    out.sum().backward()
+    assert seen == [True]
+    assert not [n for n in names if any(word in n for word in ("Cat", "Stack", "Clone", "Select", "Slice"))], names
+
+
+def test_no_queries_and_no_rows():
+    for q_lengths, k_lengths in (([0, 0], [2, 3]), ([0], [0])):
+        kv = torch.randn(sum(k_lengths), 2, 2, 8).requires_grad_()
+        q = torch.empty(0, 2, 8).requires_grad_()
+        out = packed_attention(q, kv, segments(q_lengths), segments(k_lengths))
+        out.sum().backward()
+        assert out.shape == (0, 2, 8) and q.grad.shape == q.shape and not kv.grad.any()
+
+
+def test_dropout_drops():
+    _, kv, *ends = inputs(torch.float32, True)
+    torch.manual_seed(0)
+    assert not torch.equal(packed_attention(None, kv, *ends, 0.5), packed_attention(None, kv, *ends, 0.5))
+
+
+# ---- kernels of others: modules that compute with torch what the real ones compute, and take the same arguments ----
+
+
+def fill(grads: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
+    for grad, value in zip(grads, right):
+        grad.copy_(value)
+
+
+class StandIns:
+    """Modules to import, and what was called. `slow`: of these, `sleep`ing; `wrong`: with other results."""
+
+    def __init__(self, wrong: str = "") -> None:
+        self.calls: list[str] = []
+        self.wrong = wrong
+
+    def forward(self, name: str, q, k, v, ends: tuple) -> tuple[Tensor, Tensor]:
+        self.calls.append(f"{name} forward")
+        assert q.dim() == 3 and ends[0].dtype == torch.int32 and isinstance(ends[2], int)
+        queries, keys = Segments(ends[0], ends[2], len(q)), Segments(ends[1], ends[3], len(k))
+        out, lse = PADDED.forward(q, k, v, queries, keys)
+        return (out + 1 if name == self.wrong else out), lse
+
+    def backward(self, name: str, grad, q, k, v, out, lse, ends: tuple) -> tuple[Tensor, ...]:
+        self.calls.append(f"{name} backward")
+        queries, keys = Segments(ends[0], ends[2], len(q)), Segments(ends[1], ends[3], len(k))
+        grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        PADDED.backward(grad, q, k, v, out, lse, *grads, queries, keys)
+        return grads
+
+    def flash_attn_2(self) -> dict[str, ModuleType]:
+        module = ModuleType("flash_attn.flash_attn_interface")
+
+        def _flash_attn_varlen_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        ):  # fmt: skip
+            assert dropout_p == 0 and softmax_scale == q.shape[-1] ** -0.5 and not causal
+            ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            return *self.forward("2", q, k, v, ends), None, None
+
+        def _flash_attn_varlen_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+            deterministic, rng_state=None,
+        ):  # fmt: skip
+            assert dropout_p == 0 and softmax_scale == q.shape[-1] ** -0.5 and not causal and not softcap
+            ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            fill((dq, dk, dv), self.backward("2", dout, q, k, v, out, softmax_lse, ends))
+
+        module._flash_attn_varlen_forward = _flash_attn_varlen_forward
+        module._flash_attn_varlen_backward = _flash_attn_varlen_backward
+        return {"flash_attn": ModuleType("flash_attn"), "flash_attn.flash_attn_interface": module}
+
+    def flash_attn_3(self) -> dict[str, ModuleType]:
+        module = ModuleType("flash_attn_interface")
+
+        def _flash_attn_forward(
+            q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+            max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None, causal=False,
+        ):  # fmt: skip
+            assert softmax_scale == q.shape[-1] ** -0.5
+            return *self.forward("3", q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)), None, None
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+            max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        ):  # fmt: skip
+            assert softmax_scale == q.shape[-1] ** -0.5
+            ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            fill((dq, dk, dv), self.backward("3", dout, q, k, v, out, softmax_lse, ends))
+
+        module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+        return {"flash_attn_interface": module}
+
+    def flash_attn_4(self) -> dict[str, ModuleType]:
+        module = ModuleType("flash_attn.cute.interface")
+
+        def _flash_attn_fwd(
+            q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+            max_seqlen_k=None, softmax_scale=None, causal=False, return_lse=False,
+        ):  # fmt: skip
+            assert return_lse
+            return self.forward("4", q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
+
+        def _flash_attn_bwd(
+            q, k, v, out, dout, lse, softmax_scale=None, causal=False, cu_seqlens_q=None, cu_seqlens_k=None,
+            max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
+        ):  # fmt: skip
+            ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            fill((dq, dk, dv), self.backward("4", dout, q, k, v, out, lse, ends))
+
+        module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
+        names = ("flash_attn", "flash_attn.cute", module.__name__)
+        return dict(zip(names, (ModuleType("flash_attn"), ModuleType("flash_attn.cute"), module)))
+
+    def install(self, monkeypatch, *names: str) -> None:
+        for name in names:
+            for path, module in getattr(self, name)().items():
+                monkeypatch.setitem(sys.modules, path, module)
+
+    def install_in_torch(self, monkeypatch) -> None:
+        def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask):
+            assert dropout_p == 0 and not is_causal and not return_debug_mask
+            return *self.forward("torch", q, k, v, (cu_q, cu_k, max_q, max_k)), None, None, None
+
+        def backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, state, unused):
+            assert dropout_p == 0 and not is_causal and state.shape == (2,) and unused.numel() == 0
+            return self.backward("torch", grad, q, k, v, out, lse, (cu_q, cu_k, max_q, max_k))
+
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Nothing is chosen yet, and no device to wait for."""
+    monkeypatch.setattr(cuda_attention, "_chosen", {})
+    monkeypatch.setattr(cuda_attention, "SAMPLES", 2)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+
+
+@pytest.mark.parametrize("name", list(cuda_attention.MAKERS))
+@pytest.mark.parametrize("whole", [True, False])
+def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
+    stand_ins = StandIns()
+    stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
+    if name == "flash-attn 4":
+        stand_ins.install(monkeypatch, "flash_attn_4")
+    stand_ins.install_in_torch(monkeypatch)
+    kernel = cuda_attention.MAKERS[name]()
+    assert kernel.name == name
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: kernel)
+    q, kv, *ends = inputs(torch.float32, whole)
+    out = packed_attention(q, kv, *ends)
+    got = (out, *gradients(out, q, kv))
+    short = name.split()[-1] if name[0] == "f" else "torch"
+    assert stand_ins.calls == [f"{short} forward", f"{short} backward"]
+    exact = softmax_attention(q, kv, *ends)
+    for ours, theirs in zip(got, (exact, *gradients(exact, q, kv))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplog):
+    """Time is what the stand-ins say."""
+    stand_ins = StandIns(wrong="3")
+    stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
+    stand_ins.install_in_torch(monkeypatch)
+    seconds = {"flash-attn 2": 1.0, "torch varlen": 2.0}
+    monkeypatch.setattr(cuda_attention, "_seconds", lambda kernel, *_: seconds[kernel.name])
+    with caplog.at_level(logging.INFO):
+        assert cuda_attention.choose(CPU, BF16, 2, 16, 9).name == "flash-attn 2"
+    assert "flash-attn 4 is not installed (No module named 'flash_attn.cute'" in caplog.text
+    assert "flash-attn 3 is left out: its results are off by" in caplog.text
+    assert "torch varlen takes 2000.000 ms" in caplog.text
+    # asked again, nothing is tried again; another length is another question when it is asked at the start
+    stand_ins.calls.clear()
+    assert cuda_attention.choose(CPU, BF16, 2, 16, 300).name == "flash-attn 2" and not stand_ins.calls
+    seconds["torch varlen"] = 0.5
+    assert cuda_attention.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
+    assert cuda_attention.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
+    assert [cuda_attention.choose(CPU, BF16, 2, 16, n).name for n in (12, 290)] == ["flash-attn 2", "torch varlen"]
+
+
+def test_what_does_not_work_is_left_out(monkeypatch, caplog):
+    """A build that cannot be loaded, and one for another GPU; then padding remains, as for float32."""
+
+    def broken() -> Kernel:
+        raise ImportError("libcudart.so.11: cannot open shared object file")
+
+    def elsewhere(*_) -> None:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    makers = {"old": broken, "new": lambda: Kernel("new", elsewhere, elsewhere)}
+    monkeypatch.setattr(cuda_attention, "MAKERS", makers)
+    assert cuda_attention.choose(CPU, BF16, 2, 16, 9) is PADDED
+    assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
+    monkeypatch.setattr(cuda_attention, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
+    assert cuda_attention.choose(CPU, torch.float32, 2, 16, 9) is PADDED
+
+
+def test_times_are_measured(monkeypatch):
+    slow = Kernel("slow", lambda *x: [PADDED.forward(*x) for _ in range(40)][-1], PADDED.backward)
+    fast = Kernel("fast", PADDED.forward, PADDED.backward)
+    for order in ((slow, fast), (fast, slow)):
+        makers = {kernel.name: lambda kernel=kernel: kernel for kernel in order}
+        assert cuda_attention.fastest(makers, *cuda_attention._example(CPU, BF16, 2, 16, 9)) is fast
+
+
+def test_a_run_names_its_kernels(monkeypatch):
+    """Each side's, tried for its own length before the first step."""
+    asked = []
+
+    def try_out(device, dtype, heads, head_dim, length):
+        asked.append((heads, head_dim, length))
+        return Kernel("wide" if head_dim > 16 else "narrow", PADDED.forward, PADDED.backward)
+
+    monkeypatch.setattr(cuda_attention, "try_out", try_out)
+    config = ModelConfig(
+        size=None, emb_dim=64, depth=1, num_heads=2, dec_emb_dim=48, dec_depth=1, dec_num_heads=3,
+        image_size=32, patch_size=8, text_length=12, vocab_size=50,
+    )  # fmt: skip
+    text = describe(config, MaskingConfig(), torch.device("cuda"), BF16)
+    assert text == "wide (encoder), narrow (decoder)" and asked == [(2, 32, 1 + 4 + 3), (3, 16, 1 + 16 + 12)]
+    assert describe(config, MaskingConfig(), CPU, torch.float64) == "torch, per sample"
+    dropout = config.model_copy(update={"att_drop": 0.1})
+    assert describe(dropout, MaskingConfig(), CPU, BF16) == "padded SDPA"
+
+
+def test_devices_have_their_own_kernels(monkeypatch):
+    monkeypatch.setattr(cuda_attention, "choose", lambda *question: question)
+    cuda = torch.device("cuda", 0)
+    assert kernel_for(cuda, BF16, 2, 16, 9) == (cuda, BF16, 2, 16, 9)
+    assert isinstance(kernel_for(CPU, BF16, 2, 16, 9), Kernel)
