@@ -7,7 +7,7 @@ import sys
 
 COMMANDS = {
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
-    "data": "tools for shards: index them, train a tokenizer on their captions",
+    "data": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "visualise": "draw reconstructions of a run's samples",
     "report": "write a run's curves, pictures and results as one page, report.html",
     "export": "write a run's weights as safetensors + config.json",

@@ -28,7 +28,7 @@ def random_crop(image: Tensor, size: int, scale: tuple[float, float], flip: bool
     """
     draws = torch.rand(4 * _TRIES + 1, generator=generator).tolist()
     top, left, height, width = _draw_box(image.shape[-2], image.shape[-1], scale, draws)
-    crop = _resize(image[:, top : top + height, left : left + width], size, size)
+    crop = resize(image[:, top : top + height, left : left + width], size, size)
     return (crop.flip(-1) if flip and draws[-1] < 0.5 else crop).contiguous()
 
 
@@ -54,8 +54,8 @@ def centre_crop(image: Tensor, size: int) -> Tensor:
     """The central square of uint8 [C, H, W], scaled to [C, S, S] (bicubic, antialiased)."""
     side = min(image.shape[-2:])
     top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
-    return _resize(image[:, top : top + side, left : left + side], size, size).contiguous()
+    return resize(image[:, top : top + side, left : left + side], size, size).contiguous()
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)

@@ -1,0 +1,38 @@
+"""index: what is in shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from m3ae_fast.data.index import index_shards
+from m3ae_fast.data.shards import ShardStore, expand
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("index", parents=[common], help="write the shards' indexes and show what is in them")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    shards = index_shards(expand(args.shards), ShardStore(args.cache_dir), progress=True)
+    table = Table("shard", "modality")
+    for name in ("samples", "paired", "picture alone", "caption alone", "bytes"):
+        table.add_column(name, justify="right")
+    table.add_column("damage")
+    totals = [0] * 5
+    for shard in shards:
+        found = shard.summary
+        alone = found.images - found.paired, found.captions - found.paired
+        counts = [found.samples, found.paired, *alone, found.size]
+        totals = [total + count for total, count in zip(totals, counts)]
+        modality = found.modality if found.samples else "-"
+        table.add_row(escape(shard.shard), modality, *(f"{n:,}" for n in counts), escape(found.damage or ""))
+    table.add_section()
+    table.add_row(f"{len(shards):,} shards", "", *(f"{n:,}" for n in totals), "")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

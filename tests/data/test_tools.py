@@ -1,0 +1,310 @@
+"""Shards made of folders, HDF5 files and Hugging Face datasets."""
+
+import io
+import json
+import os
+import re
+import tarfile
+from functools import partial
+
+import datasets
+import h5py
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from m3ae_fast.data.__main__ import main
+from m3ae_fast.data.images import decode_image
+from m3ae_fast.data.shards import INDEX_SUFFIX
+from m3ae_fast.data.tools import writer
+from m3ae_fast.errors import exit_cleanly
+from tests.helpers.shards import caption, picture
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of five pictures, of which the first three have captions."""
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(5):
+            (tmp_path / "in" / name / f"{i}.jpg").write_bytes(picture(i, size=(80, 60)))
+            if i < 3:
+                (tmp_path / "in" / name / f"{i}.txt").write_text(f"a {name}, {caption(i)}\n")
+    return tmp_path / "in"
+
+
+def make(command, *arguments, workers=1):
+    return exit_cleanly(partial(main, [command, *map(str, arguments), "--workers", str(workers)]))
+
+
+def contents(out, pattern="*.tar"):
+    """Samples of all shards by path: {suffix: bytes}."""
+    samples = {}
+    for path in sorted(out.glob(pattern)):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                samples.setdefault((path.name, key), {})[suffix] = tar.extractfile(member).read()
+    return list(samples.values())
+
+
+def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
+    (pictures / "dog" / "4.jpg").write_bytes(picture(1)[:-200])
+    out = tmp_path / "out"
+    assert make("from-folder", pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
+    said = capsys.readouterr().out
+    for text in ("9 samples in 3 shards", "6 paired, 3 pictures alone", "1 samples cannot be used", "is broken"):
+        assert text in said
+    assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]
+    samples = {json.loads(sample["json"])["path"]: sample for sample in contents(out)}
+    assert sorted(samples) == [
+        f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(5) if (name, i) != ("dog", 4)
+    ]
+    for path, sample in samples.items():
+        name, number = path[:3], int(path[4])
+        assert sample["cls"] == str(["cat", "dog"].index(name)).encode()
+        assert json.loads(sample["json"]) == {"path": path, "class_name": name, "label": int(sample["cls"])}
+        assert sample.get("txt") == (f"a {name}, {caption(number)}".encode() if number < 3 else None)
+        assert decode_image(sample["jpg"], 3).shape == (3, 30, 40)
+    assert list(samples) != sorted(samples)  # shuffled
+    assert len(list(out.glob("*" + INDEX_SUFFIX))) == 3
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, pictures):
+    options = ("--samples-per-shard", "3", "--held-out", "0.2")
+    assert make("from-folder", pictures, tmp_path / "one", *options) == 0
+    assert make("from-folder", pictures, tmp_path / "two", *options, workers=3) == 0
+    names = [path.name for path in sorted((tmp_path / "one").glob("*.tar"))]
+    assert names == [f"train-{i:05d}.tar" for i in range(3)] + ["val-00000.tar"]
+    for name in (*names, "classes.json", "conversion.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    seen = [json.loads(sample["json"])["path"] for sample in contents(tmp_path / "one")]
+    assert len(seen) == len(set(seen)) == 10
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert make("from-folder", pictures, whole, "--samples-per-shard", "3") == 0
+    done, shrink = [], writer.shrink
+
+    def stop(*arguments):
+        done.append(1)
+        if len(done) == 5:
+            raise OSError(28, "No space left on device")
+        return shrink(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "shrink", stop)
+        assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 2
+    assert "No space left on device); whole shards are kept" in capsys.readouterr().err
+    assert [path.name for path in sorted(out.iterdir())] == ["classes.json", "conversion.json", "train-00000.tar"]
+    (out / ".train-00001.tar.partial").write_bytes(b"of a process that was killed")
+    assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0
+    assert not list(out.glob(".*"))
+    for path in whole.glob("*.tar"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "shrink", lambda *arguments: pytest.fail("converted again"))
+        assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0
+    for change in (["--short-side", "20"], ["--flat"]):
+        assert make("from-folder", pictures, out, "--samples-per-shard", "3", *change) == 2
+        assert "holds another conversion" in capsys.readouterr().err
+
+
+TABLES = {
+    "csv": '\ufefffile_name,caption\ncat/0.jpg,"one, two"\ncat/0.jpg,three\ndog/1.jpg,\n',
+    "tsv": "path\tTEXT\ncat/0.jpg\tone, two\ncat/0.jpg\tthree\ndog/1.jpg\t\n",
+    "jsonl": '{"image": "cat/0.jpg", "caption": "one, two"}\n\n{"image": "./cat/0.jpg", "caption": "three"}\n'
+    '{"image": "dog/1.jpg", "caption": null}\n',
+}
+
+
+@pytest.mark.parametrize("kind", [*TABLES, "parquet"])
+def test_captions_from_a_table(tmp_path, pictures, kind):
+    table = tmp_path / f"captions.{kind}"
+    if kind == "parquet":
+        rows = {"image": ["cat/0.jpg", "cat/0.jpg", "dog/1.jpg"], "caption": ["one, two", "three", None]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), table)
+    else:
+        table.write_text(TABLES[kind])
+    assert make("from-folder", pictures, tmp_path / "out", "--captions", table, "--flat", "--keep-order") == 0
+    samples = contents(tmp_path / "out")
+    found = [(json.loads(sample["json"])["path"], sample.get("txt")) for sample in samples]
+    others = [(f"{name}/{i}.jpg", None) for name in ("cat", "dog") for i in range(5)][1:]
+    assert found == [("cat/0.jpg", b"one, two"), ("cat/0.jpg", b"three"), *others]
+    assert not any("cls" in sample for sample in samples)
+
+
+def test_small_jpegs_stay_as_they_are(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(picture(1))
+    grey = picture(2, mode="L", fmt="PNG")
+    (tmp_path / "in" / "b.png").write_bytes(grey)
+    (tmp_path / "in" / "c.jpg").write_bytes(picture(3, mode="CMYK"))
+    (tmp_path / "in" / ".hidden.jpg").write_bytes(b"nothing")
+    assert make("from-folder", tmp_path / "in", tmp_path / "out", "--keep-order") == 0
+    first, second, third = (sample["jpg"] for sample in contents(tmp_path / "out"))
+    assert first == picture(1)
+    assert Image.open(io.BytesIO(second)).format == "JPEG"
+    assert (decode_image(second, 3).float() - decode_image(grey, 3).float()).abs().mean() < 3
+    assert Image.open(tmp_path / "in" / "c.jpg").mode == "CMYK" and third != picture(3, mode="CMYK")
+
+
+def test_the_same_labels_for_held_out_classes(tmp_path, pictures, capsys):
+    (tmp_path / "classes.json").write_text('["bird", "dog", "cat"]')
+    assert make("from-folder", pictures, tmp_path / "out", "--classes", tmp_path / "classes.json") == 0
+    for sample in contents(tmp_path / "out"):
+        assert sample["cls"] == {"cat": b"2", "dog": b"1"}[json.loads(sample["json"])["class_name"]]
+    (tmp_path / "classes.json").write_text('["dog"]')
+    assert make("from-folder", pictures, tmp_path / "other", "--classes", tmp_path / "classes.json") == 2
+    assert "'cat'" in capsys.readouterr().err
+
+
+def _hdf5(path, **fields):
+    with h5py.File(path, "w") as file:
+        for name, values in fields.items():
+            if isinstance(values[0], bytes):
+                data = file.create_dataset(name, len(values), h5py.vlen_dtype(np.uint8))
+                for i, value in enumerate(values):
+                    data[i] = np.frombuffer(value, np.uint8)
+            else:
+                file[name] = values
+    return path
+
+
+def test_hdf5_of_pairs_and_of_text(tmp_path):
+    captions = [caption(i).encode() for i in range(4)] + ["grün".encode(), b""]
+    path = _hdf5(tmp_path / "pairs.hdf5", jpg=[picture(i) for i in range(6)], caption=captions)
+    assert make("from-hdf5", path, tmp_path / "out", "--keep-order") == 0
+    samples = contents(tmp_path / "out")
+    assert [sample.get("txt", b"") for sample in samples] == captions
+    assert [sample["jpg"] for sample in samples] == [picture(i) for i in range(6)]
+    path = _hdf5(tmp_path / "text.hdf5", text=["one", "two", "three"])
+    assert make("from-hdf5", path, tmp_path / "text", "--keep-order") == 0
+    assert contents(tmp_path / "text") == [{"txt": b"one"}, {"txt": b"two"}, {"txt": b"three"}]
+
+
+def test_hdf5_of_imagenet(tmp_path):
+    parts = {"train_jpg": [picture(i) for i in range(5)], "train_labels": [3, 1, 4, 1, 5]}
+    parts |= {"val_jpg": [picture(i) for i in range(5, 7)], "val_labels": [9, 2]}
+    path = _hdf5(tmp_path / "imagenet.hdf5", **parts)
+    assert make("from-hdf5", path, tmp_path / "out", "--samples-per-shard", "2", workers=2) == 0
+    found = [{(sample["jpg"], int(sample["cls"])) for sample in contents(tmp_path / "out", p)} for p in ("t*r", "v*r")]
+    assert found == [set(zip(parts[f"{name}_jpg"], parts[f"{name}_labels"])) for name in ("train", "val")]
+
+
+@pytest.fixture
+def dataset():
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "caption": [datasets.Value("string")],
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "id": datasets.Value("int64"),
+        }
+    )
+    rows = {
+        "image": [{"bytes": picture(i), "path": None} for i in range(4)],
+        "caption": [["one", "two"], ["three"], [], ["four", "five", "six"]],
+        "label": [0, 1, -1, 1],
+        "id": [10, 11, 12, 13],
+    }
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_a_dataset_on_disk(tmp_path, dataset):
+    dataset.save_to_disk(tmp_path / "saved")
+    assert make("from-hf", tmp_path / "saved", tmp_path / "out", "--keep-order") == 0
+    samples = contents(tmp_path / "out")
+    expected = [
+        (0, "one", 0),
+        (0, "two", 0),
+        (1, "three", 1),
+        (2, None, None),
+        *((3, w, 1) for w in ["four", "five", "six"]),
+    ]
+    assert len(samples) == len(expected)
+    for sample, (number, text, label) in zip(samples, expected):
+        assert sample["jpg"] == picture(number)
+        assert sample.get("txt") == (text and text.encode())
+        assert sample.get("cls") == (None if label is None else str(label).encode())
+    assert json.loads(samples[0]["json"]) == {"class_name": "cat", "label": 0}
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
+
+
+def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
+    plain = dataset.map(lambda row: {"title": "a " + str(row["id"])}, remove_columns="caption")
+    datasets.DatasetDict(train=plain.select(range(3)), test=plain.select([3])).save_to_disk(tmp_path / "saved")
+    names = ["--caption-column", "title", "--label-column", "id"]
+    assert make("from-hf", tmp_path / "saved", tmp_path / "out", *names) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["test-00000.tar", "train-00000.tar"]
+    assert {(s["txt"], s["cls"]) for s in contents(tmp_path / "out")} == {
+        (b"a %d" % i, b"%d" % i) for i in range(10, 14)
+    }
+    assert make("from-hf", tmp_path / "saved", tmp_path / "one", "--split", "test", *names) == 0
+    assert [path.name for path in (tmp_path / "one").glob("*.tar")] == ["test-00000.tar"]
+    assert make("from-hf", tmp_path / "saved", tmp_path / "two", "--held-out", "0.5") == 2
+    assert "has splits of its own (train, test)" in capsys.readouterr().err
+
+
+def _mistakes(folder):
+    """Arguments and what must be said of them; nothing may be written."""
+    (folder / "empty").mkdir()
+    (folder / "in" / "captions.csv").write_text("image,caption\ncat/0.jpg,one\ncat/77.jpg,two\n")
+    (folder / "in" / "columns.csv").write_text("a,b\n1,2\n")
+    (folder / "in" / "broken.jsonl").write_text('{"image": "cat/0.jpg", "caption": "one"}\n{"image"\n')
+    (folder / "no.hdf5").write_bytes(b"no")
+    _hdf5(folder / "other.hdf5", images=[1, 2])
+    _hdf5(folder / "uneven.hdf5", jpg=[picture(1)], caption=["one", "two"])
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("mine")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "a.jpg").write_bytes(b"no picture")
+    table = ["from-folder", folder / "in", "OUT", "--captions"]
+    yield ["from-folder", folder / "empty", "OUT"], "no picture in it"
+    yield ["from-folder", folder / "nowhere", "OUT"], "is not a folder"
+    yield ["from-folder", folder / "broken", "OUT"], "no sample can be used, such as"
+    yield [*table, folder / "in/captions.csv"], "1 of 2 rows name pictures that are not in .*'cat/77.jpg' .row 2."
+    yield [*table, folder / "in/columns.csv"], "has a, b; name one with --image-column"
+    yield [*table, folder / "in/captions.csv", "--caption-column", "title"], "--caption-column title"
+    yield [*table, folder / "in/broken.jsonl"], "row 2 cannot be read"
+    yield [*table, folder / "in/none.csv"], "No such file"
+    yield [*table, folder / "in/cat/0.txt"], "must be a .csv"
+    yield ["from-folder", folder / "in", folder / "full"], "is not empty"
+    yield ["from-folder", folder / "in", "OUT", "--quality", "0"], "must be from 1 to 100"
+    yield ["from-folder", folder / "in", "OUT", "--held-out", "1"], "--held-out 1"
+    yield ["from-hdf5", folder / "no.hdf5", "OUT"], "not an HDF5 file"
+    yield ["from-hdf5", folder / "none.hdf5", "OUT"], "No such file"
+    yield ["from-hdf5", folder / "other.hdf5", "OUT"], "has images, but needs jpg"
+    yield ["from-hdf5", folder / "uneven.hdf5", "OUT"], "different lengths .jpg 1, caption 2."
+    yield ["from-hf", folder / "empty", "OUT"], "cannot be loaded"
+    datasets.Dataset.from_dict({"number": [1]}).save_to_disk(folder / "saved")
+    yield ["from-hf", folder / "saved", "OUT", "--split", "none"], "--split none: .* has train"
+    yield ["from-hf", folder / "saved", "OUT"], "has number; name --image-column"
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):
+    mistakes = list(_mistakes(tmp_path))
+    capsys.readouterr()
+    for number, (arguments, message) in enumerate(mistakes):
+        out = tmp_path / f"out-{number}"
+        assert make(*[out if argument == "OUT" else argument for argument in arguments]) == 2, message
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and re.search(message, said), said
+        assert not out.exists()
+    assert os.listdir(tmp_path / "full") == ["mine.txt"]
+
+
+def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
+    from m3ae_fast.data.tools.claim import claimed
+
+    with claimed(tmp_path / "out", {"source": {}, "settings": {}}, None):
+        assert make("from-folder", pictures, tmp_path / "out") == 2
+    assert "another process is converting" in capsys.readouterr().err
