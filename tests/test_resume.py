@@ -1,6 +1,5 @@
 """Runs that are killed, stopped or moved go on as if nothing had happened."""
 
-import json
 import os
 import shutil
 import signal
