@@ -43,11 +43,22 @@ class Corpus:
     sources: list[Source]
     store: ShardStore
     damaged: list[Skipped] = field(default_factory=list)  # shards that are not whole
+    counted: list[tuple[int, int]] = field(default_factory=list)  # by source: shards that cannot be read, of how many
 
     @property
     def samples(self) -> int:
         """Samples an epoch, broken ones included."""
         return sum(sum(source.sizes) for source in self.sources)
+
+    def require(self, max_bad_fraction: float) -> None:
+        """Raises UserError where a larger share of the shards cannot be read: their samples count as bad ones."""
+        for lost, of in self.counted:
+            if lost > max_bad_fraction * of:
+                named = next(item for item in self.damaged if item.reason.startswith("cannot be read"))
+                raise UserError(
+                    f"{lost} of {of} shards cannot be read, such as {named}; "
+                    f"repair them or raise data.max_bad_fraction ({max_bad_fraction:g})"
+                )
 
     @property
     def sizes(self) -> list[list[int]]:
@@ -73,15 +84,22 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         progress: show a bar on stderr while indexing.
 
     Raises:
-        UserError: a pattern matches nothing, a shard cannot be read, or a source has no sample of its modality.
+        UserError: a pattern matches nothing, no shard of a source can be read, or it has no sample of its modality.
     """
     corpus = Corpus([], store)
     for config in sources:
-        shards = index_shards(expand(config.shards), store, progress)
+        lost: list[Skipped] = []
+        shards = index_shards(expand(config.shards), store, progress, lost)
+        corpus.damaged.extend(lost)
+        corpus.counted.append((len(lost), len(lost) + len(shards)))
         for shard in shards:
             if shard.summary.damage:
-                reason = f"the tar {shard.summary.damage}; {shard.summary.samples} samples of it are used"
+                where = f" (its copy: {store.copy(shard.shard)})" if store.is_cached(shard.shard) else ""
+                reason = f"the tar{where} {shard.summary.damage}; {shard.summary.samples} samples of it are used"
                 corpus.damaged.append(Skipped(shard.shard, "", reason))
+        if not shards:
+            others = f"; nor can {len(lost) - 1} others" if len(lost) > 1 else ""
+            raise UserError(f"shard {lost[0]}{others}")
         damage = next((f"; {shard.shard} {shard.summary.damage}" for shard in shards if shard.summary.damage), "")
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:

@@ -6,6 +6,7 @@ folder where that is not possible. It is made on first use and again when the sh
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,14 +15,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
+from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
-from m3ae_fast.data.tar import Member, scan_tar
+from m3ae_fast.data.tar import Member, open_regular, scan_tar
 from m3ae_fast.errors import UserError
 
+T = TypeVar("T")
 Modality = Literal["any", "paired", "image", "text"]
 
 VERSION = 2
@@ -29,6 +33,9 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1
 _MAX_KEY = 128  # bytes that messages show
 _MAX_JSON = 1 << 20  # bytes
+_MAX_SUMMARY = 1 << 16  # bytes
+_OFFSETS = ("image_offset", "image_size", "text_offset", "text_size")
+_MAX_FILE = 1 << 60  # bytes
 _THREADS = 8
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL
@@ -36,17 +43,20 @@ _KEY_AND_SUFFIX = re.compile(
 _META = re.compile(r"^__[^/]*__($|/)")  # WebDataset skips these
 
 
+_Count = Annotated[int, Field(ge=0, le=_MAX_FILE)]
+
+
 @dataclass(frozen=True)
 class Summary:
     """The first line of a sidecar."""
 
     version: int
-    size: int  # bytes of the tar
+    size: _Count  # bytes of the tar
     mtime_ns: int
-    samples: int  # that have a picture or a caption
-    images: int
-    captions: int
-    paired: int  # that have both
+    samples: _Count  # that have a picture or a caption
+    images: _Count
+    captions: _Count
+    paired: _Count  # that have both
     damage: str | None  # what is wrong with the tar; its readable part is indexed
 
     @property
@@ -58,6 +68,9 @@ class Summary:
             "text": self.captions - self.paired,
         }
         return next((kind for kind, count in kinds.items() if count == self.samples), "any")
+
+
+_SUMMARY = TypeAdapter(Summary)
 
 
 @dataclass(frozen=True)
@@ -73,30 +86,65 @@ class IndexedShard:
         where there is none), `json` (the caption is the member's "caption" field) and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""
-        with open(self.sidecar, "rb") as file:
-            file.readline()
-            try:
-                return np.load(file, allow_pickle=False)
-            except (EOFError, ValueError):
-                raise OSError(f"its index {self.sidecar} is damaged; delete that file") from None
+        with open_regular(self.sidecar) as file:
+            _, _, data = file.read().partition(b"\n")
+        try:
+            return _parse_table(data, self.summary.samples)
+        except (ValueError, SyntaxError, TypeError, EOFError) as error:  # numpy's, of a header that is not its own
+            raise OSError(f"its index {self.sidecar} is damaged ({error}); delete that file") from None
 
 
-def index_shards(shards: Sequence[str], store: ShardStore, progress: bool = False) -> list[IndexedShard]:
-    """All shards in order, from their sidecars or indexed now: one process of a node does that, the others wait.
+class Unreadable(UserError):
+    """A shard that cannot be read or fetched."""
+
+
+def index_shards(
+    shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
+) -> list[IndexedShard]:
+    """All shards in order, from their sidecars or indexed now: one process of a node does that for a shard, the others
+    wait. Those that cannot be read go to `lost`, where it is given.
 
     Raises:
-        UserError: a shard cannot be read or fetched.
+        UserError: there is no `lost` and a shard cannot be read or fetched, or an index cannot be written.
     """
-    found = {i: entry for i, shard in enumerate(shards) if (entry := _load(shard, store)) is not None}
-    todo = [i for i in range(len(shards)) if i not in found]
-    if todo:
-        with store.lock("index"), ThreadPoolExecutor(_THREADS) as pool:
-            made = pool.map(lambda i: _load(shards[i], store) or _make(shards[i], store), todo)
-            found |= zip(todo, _bar(made, len(todo), progress))
-    return [found[i] for i in range(len(shards))]
+
+    def find(shard: str) -> IndexedShard | Unreadable:
+        try:
+            if entry := _load(shard, store):
+                return entry
+            path = store.path(shard)  # before the lock, which is not to be held while bytes move
+            with store.lock(f"index-{store.name(shard)}"):
+                return _load(shard, store) or _make(shard, path, store)
+        except Unreadable as error:
+            return error
+        except OSError as error:
+            return Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})")
+
+    found: list[IndexedShard] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        entries = pool.map(find, shards)
+        for shard, entry in zip(shards, _bar(entries, len(shards), progress)):
+            if isinstance(entry, IndexedShard):
+                found.append(entry)
+            elif lost is None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise entry
+            else:
+                lost.append(Skipped(shard, "", str(entry).removeprefix(f"shard {shard}: ")))
+    return found
 
 
-def _bar(entries: Iterator[IndexedShard], total: int, progress: bool) -> Iterable[IndexedShard]:
+def index_again(indexed: IndexedShard, store: ShardStore) -> IndexedShard:
+    """A new entry for a shard whose sidecar or copy turned out damaged. Raises OSError where it is not the same shard
+    any more, or cannot be read."""
+    with store.lock(f"index-{store.name(indexed.shard)}"):
+        made = _make(indexed.shard, store.path(indexed.shard), store)
+    if (made.summary.samples, made.summary.size) != (indexed.summary.samples, indexed.summary.size):
+        raise OSError("it has changed since it was indexed")
+    return made
+
+
+def _bar(entries: Iterator[T], total: int, progress: bool) -> Iterable[T]:
     from rich.console import Console
     from rich.progress import track
 
@@ -116,12 +164,12 @@ def _load(shard: str, store: ShardStore) -> IndexedShard | None:
         status = None if store.is_cached(shard) else os.stat(shard)
         sidecars = _sidecars(shard, store)
     except OSError as error:
-        raise UserError(f"shard {shard}: cannot be read ({error.strerror})") from None
+        raise Unreadable(f"shard {shard}: cannot be read ({error.strerror})") from None
     for sidecar in sidecars:
         try:
-            with open(sidecar, "rb") as file:
-                summary = Summary(**json.loads(file.readline()))
-        except (OSError, ValueError, TypeError):
+            with open_regular(sidecar) as file:
+                summary = _SUMMARY.validate_json(os.pread(file.fileno(), _MAX_SUMMARY, 0).split(b"\n")[0], strict=True)
+        except (OSError, ValueError):
             continue
         fits = status is None or (summary.size, summary.mtime_ns) == (status.st_size, status.st_mtime_ns)
         if fits and summary.version == VERSION:
@@ -129,15 +177,17 @@ def _load(shard: str, store: ShardStore) -> IndexedShard | None:
     return None
 
 
-def _make(shard: str, store: ShardStore) -> IndexedShard:
+def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
+    """`path`: the file that holds the shard. A copy that is damaged is fetched again, once."""
     try:
-        path = store.path(shard)
-        status = os.stat(path)
-        members, damage = scan_tar(path)
-        with open(path, "rb") as file:
+        status, members, damage = os.stat(path), *scan_tar(path)
+        if damage and store.is_cached(shard):
+            path = store.again(shard)
+            status, members, damage = os.stat(path), *scan_tar(path)
+        with open_regular(path) as file:
             table = _tabulate(members, file.fileno())
     except OSError as error:
-        raise UserError(f"shard {shard}: cannot be read ({error.strerror or error})") from None
+        raise Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})") from None
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
     summary = Summary(
         version=VERSION,
@@ -183,9 +233,33 @@ def _tabulate(members: list[Member], fd: int) -> np.ndarray:
             nothing = Member("", MISSING, 0)
             image, text = image or nothing, text or nothing
             rows.append((image.offset, image.size, text.offset, text.size, from_json, _clean(key)))
-    width = max([1, *(len(row[-1]) for row in rows)])
-    offsets = [(name, "<i8") for name in ("image_offset", "image_size", "text_offset", "text_size")]
-    return np.array(rows, dtype=[*offsets, ("json", "?"), ("key", f"S{width}")])
+    return np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
+
+
+def _row(width: int) -> np.dtype:
+    """A row of the table, with keys of `width` bytes."""
+    return np.dtype([*((name, "<i8") for name in _OFFSETS), ("json", "?"), ("key", f"S{width}")])
+
+
+def _parse_table(data: bytes, samples: int) -> np.ndarray:
+    """What `np.save` wrote, read without believing it. Raises ValueError, and what numpy raises for its header."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("of another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    width = dtype["key"].itemsize if dtype.names and "key" in dtype.names else 0
+    rest = data[file.tell() :]
+    if (
+        shape != (samples,)
+        or not 0 < width <= _MAX_KEY
+        or dtype != _row(width)
+        or len(rest) != samples * dtype.itemsize
+    ):
+        raise ValueError("not a table of its samples")
+    table = np.frombuffer(rest, dtype)
+    if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 2)):
+        raise ValueError("offsets or sizes that no file has")
+    return table
 
 
 def _group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:

@@ -34,6 +34,9 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
     store = ShardStore(config.cache_dir)
     train = open_corpus(config.train, store, progress=progress)
     val = open_corpus(config.val, store, progress=progress) if config.val else None
+    for corpus in (train, val):
+        if corpus:
+            corpus.require(config.max_bad_fraction)
     if not model.vocab_size:
         for source in (source for corpus in (train, val) if corpus for source in corpus.sources):
             if shard := source.shard_with_captions:

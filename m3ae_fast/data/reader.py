@@ -11,8 +11,9 @@ import numpy as np
 
 from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.corpus import Source
-from m3ae_fast.data.index import MISSING, caption_of
+from m3ae_fast.data.index import MISSING, IndexedShard, caption_of, index_again
 from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.errors import UserError
 
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 16  # a longer text is cut here; a JSON member must be within
@@ -75,20 +76,30 @@ class Reader:
             if time.monotonic() - when < _RETRY_S:
                 raise error
         try:
-            indexed = self.source.shards[shard]
-            table = indexed.table()
-            fd = os.open(self.store.path(indexed.shard), os.O_RDONLY)
-            if os.fstat(fd).st_size != indexed.summary.size:
-                os.close(fd)
-                raise ValueError("it has changed since it was indexed")
-        except (OSError, ValueError) as error:
+            entry = self._open_shard(self.source.shards[shard])
+        except (OSError, UserError) as error:
             failure = OSError(f"the shard cannot be read ({error})")
             self._failed[shard] = time.monotonic(), failure
             raise failure from None
-        self._open[shard] = _Open(fd, table)
+        self._open[shard] = entry
         if len(self._open) > _OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].fd)
         return self._open[shard]
+
+    def _open_shard(self, indexed: IndexedShard) -> _Open:
+        """Raises OSError or UserError where the shard cannot be read, or is not the one that was indexed."""
+        path = self.store.path(indexed.shard)
+        if os.stat(path).st_size != indexed.summary.size:
+            if not self.store.is_cached(indexed.shard):
+                raise OSError("it has changed since it was indexed")
+            path = self.store.again(indexed.shard)
+            if os.stat(path).st_size != indexed.summary.size:
+                raise OSError(f"its copy {path} is not what was indexed; delete {indexed.sidecar} to index it anew")
+        try:
+            table = indexed.table()
+        except OSError:
+            table = index_again(indexed, self.store).table()
+        return _Open(os.open(path, os.O_RDONLY | os.O_CLOEXEC), table)
 
     def __reduce__(self):
         return Reader, (self.source, self.store)  # open files do not go to other processes

@@ -1,42 +1,37 @@
 """Shard names as users write them, and where their bytes lie on this machine.
 
 A plain local tar is read in place. Everything else (URLs, `pipe:` commands, gzipped tars) is copied into the cache
-folder once a node: into a temporary file, then renamed, under a lock that all processes of the node respect.
+folder once a node: into a temporary file, then renamed, under a lock of this shard that all processes of the node
+respect. Several users may share the folder where its mode and their umask let them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import glob
-import gzip
 import hashlib
 import math
 import os
 import re
-import shlex
 import shutil
-import tempfile
+import stat
 import time
-import urllib.error
-import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
 
-from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
+from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 from m3ae_fast.errors import UserError
 
 FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make room
-ATTEMPTS = 3
-TIMEOUT_S = 60
 ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 def expand(patterns: str | list[str]) -> list[str]:
@@ -76,6 +71,8 @@ def _local(name: str) -> list[str]:
             raise UserError(f"shards {path!r}: is a folder; name its tars, as in {os.path.join(path, '*.tar')!r}")
         if not os.path.exists(path):
             raise UserError(f"shards {path!r}: no such file")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"shards {path!r}: is a pipe or a device; name a file, or 'pipe:cat {path}'")
         try:
             path.encode()
         except UnicodeEncodeError:
@@ -116,25 +113,42 @@ class ShardStore:
         tail = "".join(c if c.isalnum() or c in "-_." else "_" for c in shard)[-40:]
         return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{tail}"
 
+    def copy(self, shard: str) -> Path:
+        """Where the copy of a shard that is not read in place lies."""
+        return self.cache_dir / "shards" / self.name(shard)
+
     def path(self, shard: str) -> Path:
         """The file that holds the shard's tar, fetched first if need be. Raises OSError where that fails."""
         if not self.is_cached(shard):
             return Path(shard)
-        copy = self.cache_dir / "shards" / self.name(shard)
+        copy = self.copy(shard)
         while True:
             try:
-                os.utime(copy)  # used now: the last to make room for others
-                return copy
+                with contextlib.suppress(PermissionError):  # another user's
+                    os.utime(copy)  # used now: the last to make room for others
+                    return copy
+                if copy.is_file():
+                    return copy
             except FileNotFoundError:
-                with self.lock(copy.name):
+                with self.lock(copy.name):  # for this shard alone: who wants another one does not wait
                     if not copy.exists():
                         self._fetch(shard, copy)
+
+    def again(self, shard: str) -> Path:
+        """`path`, of a new copy: the old one turned out damaged. Raises OSError where the shard is read in place, or
+        cannot be fetched."""
+        copy = self.copy(shard)
+        if not self.is_cached(shard):
+            raise OSError(f"{shard} is damaged")
+        with self.lock(copy.name):
+            self._fetch(shard, copy)
+        return copy
 
     def fetch_ahead(self, shards: list[str]) -> None:
         """Fetch those of `shards` that no other process is fetching. A failure is left to whoever reads the shard."""
         for shard in filter(self.is_cached, shards):
             try:
-                copy = self.cache_dir / "shards" / self.name(shard)
+                copy = self.copy(shard)
                 with self.lock(copy.name, wait=False):
                     if not copy.exists():
                         self._fetch(shard, copy)
@@ -144,26 +158,33 @@ class ShardStore:
     @contextmanager
     def lock(self, name: str, wait: bool = True) -> Iterator[None]:
         """Hold a lock of this node. Raises BlockingIOError where another process has it and `wait` is false."""
-        with open(self.cache_dir / "locks" / name, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        path = self.cache_dir / "locks" / name
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:  # another user's
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
+        finally:
+            os.close(fd)
 
     def _fetch(self, shard: str, copy: Path) -> None:
+        """Put a new copy in place of any old one, which those who have it open can go on reading."""
         for attempt in range(ATTEMPTS):
-            handle, partial = tempfile.mkstemp(prefix="partial-", dir=copy.parent)
+            partial = copy.with_name(f"partial-{uuid.uuid4().hex}")
             try:
-                with os.fdopen(handle, "wb") as out:
+                with open(partial, "x+b") as out:  # the umask decides who may read it
                     self._make_room()
-                    _copy(shard, out)
+                    download(shard, out)
                 os.replace(partial, copy)
                 return
-            except Exception as error:  # handlers of all schemes, decompression included, raise what they like
-                gone = isinstance(error, urllib.error.HTTPError) and error.code < 500
-                if gone or attempt == ATTEMPTS - 1 or not is_remote(shard):
+            except OSError as error:
+                if isinstance(error, NotThere) or attempt == ATTEMPTS - 1 or not is_remote(shard):
                     raise OSError(f"cannot fetch {shard}: {error}") from error
-                time.sleep(2.0**attempt)
+                time.sleep(retry_after(error, attempt))
             finally:
-                Path(partial).unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
         """Remove the copies used longest ago until FREE_SHARE of the disk is free. Open ones stay readable (POSIX)."""
@@ -173,7 +194,8 @@ class ShardStore:
             usage = shutil.disk_usage(self.cache_dir)
             if usage.free >= FREE_SHARE * usage.total:
                 return
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's
+                path.unlink(missing_ok=True)
 
 
 def _mtime(path: Path) -> float:
@@ -181,48 +203,3 @@ def _mtime(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:  # another process makes room too
         return 0.0
-
-
-def _copy(shard: str, out: BinaryIO) -> None:
-    with _open(shard) as source:
-        head = _read_up_to(source, len(_GZIP_MAGIC))
-        joined = _Joined(head, source)
-        plain = gzip.GzipFile(fileobj=cast(BinaryIO, joined)) if head == _GZIP_MAGIC else joined
-        shutil.copyfileobj(cast(BinaryIO, plain), out, 1 << 20)
-        if joined.expected is not None and joined.total != joined.expected:
-            raise OSError(f"got {joined.total} of {joined.expected} bytes")
-    if not out.tell():
-        raise OSError("got no bytes")
-
-
-def _open(shard: str):
-    if shard.startswith(("http://", "https://")):
-        return urllib.request.urlopen(shard, timeout=TIMEOUT_S)  # gopen would need curl installed
-    if not is_remote(shard):
-        return open(shard, "rb")
-    if shard.startswith("s3://"):
-        shard = f"pipe:aws s3 cp {shlex.quote(shard)} -"
-    return gopen(shard)
-
-
-def _read_up_to(source, size: int) -> bytes:
-    head = b""
-    while len(head) < size and (more := source.read(size - len(head))):
-        head += more
-    return head
-
-
-class _Joined:
-    """A stream with its first bytes put back, that counts what was read."""
-
-    def __init__(self, head: bytes, rest):
-        self.head, self.rest, self.total = head, rest, 0
-        length = rest.headers.get("Content-Length") if hasattr(rest, "headers") else None
-        self.expected = int(length) if length else None
-
-    def read(self, size: int = -1) -> bytes:
-        data, self.head = (self.head, b"") if self.head else (self.rest.read(size), b"")
-        if len(data) > size >= 0:
-            data, self.head = data[:size], data[size:]
-        self.total += len(data)
-        return data

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: their size field means nothing
 _MAX_EXTENSION = 1 << 20  # bytes of a long-name or pax record; more is garbage
+_MAX_SIZE = 1 << 60  # bytes of a member; more is garbage
 
 
 class Member(NamedTuple):
@@ -26,8 +28,25 @@ def scan_tar(path: Path) -> tuple[list[Member], str | None]:
     Members before damage are listed, one that the end of the file cuts short included. Raises OSError where the file
     cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         return _scan(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+def is_whole_tar(fd: int, size: int) -> bool:
+    """Whether a file of `size` bytes begins with a tar header and ends with its end mark."""
+    header, end = os.pread(fd, BLOCK, 0), os.pread(fd, BLOCK, max(0, size - BLOCK))
+    begins = len(header) == BLOCK and (_checksum_ok(header) if header.strip(b"\0") else size >= 2 * BLOCK)
+    return begins and len(end) == BLOCK and not end.strip(b"\0")
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read, unbuffered. Raises OSError where it cannot be, or is a pipe or a device, on which to wait
+    could take for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{path} is not a regular file")
+    return cast(BinaryIO, open(fd, "rb", buffering=0))
 
 
 def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
@@ -44,6 +63,8 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
         if len(header) < BLOCK or stored is None or not _checksum_ok(header):
             return members, f"no tar header at byte {position}"
         stored = stored if size is None else size
+        if stored > _MAX_SIZE:
+            return members, f"no tar header at byte {position}"
         kind = header[156:157]
         if kind in _WITHOUT_DATA:
             stored = 0
@@ -57,7 +78,7 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
             else:
                 pax = _pax(record)
                 name = pax.get("path", name)
-                size = int(pax["size"]) if pax.get("size", "").isdecimal() else size
+                size = _decimal(pax["size"]) if "size" in pax else size
         elif kind not in (b"g", b"K"):
             if kind in _REGULAR:
                 members.append(Member(name if name is not None else _name(header), data, stored))
@@ -101,10 +122,18 @@ def _pax(record: bytes) -> dict[str, str]:
     """Records "LENGTH KEY=VALUE\\n", as far as they make sense."""
     found, position = {}, 0
     while position < len(record):
-        length, _, _ = record[position:].partition(b" ")
-        if not length.isdigit() or int(length) <= len(length):
+        digits, _, _ = record[position : position + 16].partition(b" ")
+        length = _decimal(digits.decode("ascii", "replace")) or 0
+        if length <= len(digits):
             break
-        key, _, value = record[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
+        key, _, value = record[position + len(digits) + 1 : position + length - 1].partition(b"=")
         found[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        position += int(length)
+        position += length
     return found
+
+
+def _decimal(digits: str) -> int | None:
+    """The number, None for what is none; more than 19 digits are `_MAX_SIZE` + 1, as nothing has so many bytes."""
+    if not (digits.isascii() and digits.isdecimal()):
+        return None
+    return int(digits) if len(digits) <= 19 else _MAX_SIZE + 1

@@ -127,7 +127,7 @@ class Pulse:
 
     def _look(self) -> None:
         if self._idle > self.timeout:
-            self._end_process("its loader workers do nothing and give nothing: does the disk of the shards answer?")
+            self._end_process("its loader workers do nothing and give nothing (does the disk of the shards answer?)")
         silent = {rank: other for rank, other in self._others.items() if other.silent > self.timeout}
         if silent:
             names = ", ".join(map(str, silent))

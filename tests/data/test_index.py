@@ -106,13 +106,29 @@ def test_tars_joined_by_cat_are_noticed(tmp_path, store):
     assert shard.summary.damage is None
 
 
-def test_a_damaged_sidecar_is_named(tmp_path, store):
-    path = write_tar(tmp_path / "a.tar", members(range(3)))
+@pytest.mark.parametrize("cut", [1, 100, 2000])
+def test_a_cut_sidecar_is_made_again(tmp_path, store, cut):
+    path = write_tar(tmp_path / "a.tar", members(range(300)))
     (shard,) = index_shards([path], store)
-    shard.sidecar.write_bytes(shard.sidecar.read_bytes().splitlines(keepends=True)[0])
+    whole = shard.sidecar.read_bytes()
+    shard.sidecar.write_bytes(whole[:-cut])
+    with pytest.raises(OSError, match=r"a\.tar\.index is damaged .*; delete that file"):
+        shard.table()
     reader = Reader(open_corpus([SourceConfig(shards=path)], store).sources[0], store)
-    with pytest.raises(OSError, match=r"a\.tar\.index is damaged; delete that file"):
-        reader.read(0, 0)
+    assert reader.read(0, 0).image == picture(0)
+    assert shard.sidecar.read_bytes() == whole
+
+
+def test_one_bad_shard_among_many_is_skipped_and_counted(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("m3ae_fast.data.shards.ATTEMPTS", 1)
+    paths = [write_tar(tmp_path / f"{i}.tar", members(range(3))) for i in range(10)]
+    gone = f"pipe:cat {tmp_path}/none.tar"
+    corpus = open_corpus([SourceConfig(shards=[*paths[:5], gone, *paths[5:]])], store)
+    assert corpus.samples == 30
+    assert [(skipped.shard, skipped.reason[:14]) for skipped in corpus.damaged] == [(gone, "cannot be read")]
+    corpus.require(0.1)
+    with pytest.raises(UserError, match=r"1 of 11 shards cannot be read, such as .*none.tar.*data.max_bad_fraction"):
+        corpus.require(0.05)
 
 
 def test_garbage_after_good_members(tmp_path, store):

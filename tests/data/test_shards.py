@@ -1,9 +1,11 @@
+import contextlib
 import gzip
 import http.server
 import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -11,45 +13,73 @@ from pathlib import Path
 import pytest
 
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data import ShardStore, open_corpus, shards
+from m3ae_fast.data import ShardStore, download, open_corpus, shards
 from m3ae_fast.data.index import index_shards
+from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import expand
 from m3ae_fast.errors import UserError
-from tests.helpers.shards import members, write_tar
+from tests.helpers.shards import members, picture, write_tar
 
 
 @pytest.fixture
 def server(tmp_path):
-    """(url, Counter of requested paths) of a folder on the local host."""
+    """(url, folder that is served, Counter of requested paths) on the local host. What follows a path's `?` is a fault,
+    which `?once` shows to the first request alone."""
     folder = tmp_path / "served"
     folder.mkdir()
     requests = Counter()
+    ended = threading.Event()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
             requests[self.path] += 1
-            if self.path.startswith("/short"):  # promises more than it sends
-                self.send_response(200)
-                self.send_header("Content-Length", "100000")
-                self.end_headers()
-                self.wfile.write(b"x" * 1000)
-            elif self.path.startswith("/flaky") and requests[self.path] == 1:
-                self.send_error(503)
-            else:
-                super().do_GET()
+            path, _, fault = self.path.partition("?")
+            if fault.endswith("-once") and requests[self.path] > 1:
+                return super().do_GET()
+            fault = fault.removesuffix("-once")
+            if fault.isdigit():
+                self.send_response(int(fault))
+                self.send_header("Retry-After", "7" if fault == "429" else "Wed, 21 Oct 2015 07:28:00 GMT")
+                return self.end_headers()
+            if not fault:
+                return super().do_GET()
+            whole = (folder / path[1:]).read_bytes()
+            self.send_response(200)
+            if fault == "short":  # promises more than it sends
+                self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            if fault in ("short", "cut"):
+                self.wfile.write(whole[:-2000])
+            elif fault == "html":
+                self.wfile.write(b"<!DOCTYPE html><html><body>Please log in.</body></html>")
+            elif fault == "silent":
+                ended.wait(20)
+            elif fault == "trickle":
+                for i in range(len(whole)):
+                    self.wfile.write(whole[i : i + 1])
+                    if ended.wait(0.02):
+                        break
 
         def log_message(self, *args):
             pass
 
+        def handle(self):
+            with contextlib.suppress(ConnectionError):  # the client had enough
+                super().handle()
+
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}", folder, requests
+        ended.set()
         httpd.shutdown()
 
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    """The waits between tries, in seconds, which are not slept."""
+    waits = []
+    monkeypatch.setattr(shards.time, "sleep", waits.append)
+    return waits
 
 
 def samples(url, store):
@@ -99,15 +129,121 @@ def test_http(server, store):
     assert requests == {"/0.tar": 1, "/1.tar": 1}
 
 
-def test_http_errors(server, store, no_waiting):
+def test_failures_that_pass_are_tried_again(server, store, no_waiting):
     url, folder, requests = server
-    write_tar(folder / "flaky.tar", members(range(3)))
-    assert samples(url + "/flaky.tar", store) == 3
-    for path, tries in (("/missing.tar", 1), ("/short.tar", 3)):
-        with pytest.raises(UserError, match=f"shard {url}{path}: cannot be read"):
-            samples(url + path, store)
-        assert requests[path] == tries
-    assert not list((store.cache_dir / "shards").glob("partial-*"))
+    write_tar(folder / "a.tar", members(range(3)))
+    for fault in ("408", "425", "429", "500", "503", "short", "cut", "html"):
+        assert samples(f"{url}/a.tar?{fault}-once", store) == 3, fault
+        assert requests[f"/a.tar?{fault}-once"] == 2
+    assert no_waiting == [1, 1, 7, 1, 1, 1, 1, 1]  # 7 as its Retry-After says
+
+
+@pytest.mark.parametrize(
+    ("fault", "tries", "words"),
+    [
+        ("404", 1, "HTTP Error 404"),
+        ("403", 1, "HTTP Error 403"),
+        ("429", download.ATTEMPTS, "HTTP Error 429"),
+        ("short", download.ATTEMPTS, "got .* of .* bytes"),
+        ("cut", download.ATTEMPTS, "not a tar with its end mark"),
+        ("html", download.ATTEMPTS, "not a tar .*55 bytes that begin with '<!DOCTYPE html>"),
+    ],
+)
+def test_a_failure_that_stays_is_told_and_nothing_is_kept(server, store, no_waiting, fault, tries, words):
+    url, folder, requests = server
+    write_tar(folder / "a.tar", members(range(3)))
+    with pytest.raises(UserError, match=rf"shard {url}/a.tar\?{fault}: cannot be read .*{words}"):
+        samples(f"{url}/a.tar?{fault}", store)
+    assert requests[f"/a.tar?{fault}"] == tries
+    assert not list((store.cache_dir / "shards").iterdir())
+
+
+@pytest.mark.parametrize("fault", ["silent", "trickle"])
+def test_a_server_that_is_slow_beyond_use_is_given_up(server, store, no_waiting, monkeypatch, fault):
+    for name, value in (("TIMEOUT_S", 0.3), ("SLOW_S", 0.3)):
+        monkeypatch.setattr(download, name, value)
+    monkeypatch.setattr(shards, "ATTEMPTS", 1)
+    write_tar(server[1] / "a.tar", members(range(3)))
+    with pytest.raises(UserError, match="timed out" if fault == "silent" else "slower than 4096"):
+        samples(f"{server[0]}/a.tar?{fault}", store)
+
+
+def test_a_try_has_an_end_however_fast_it_is(tmp_path, store, no_waiting, monkeypatch):
+    monkeypatch.setattr(download, "LONGEST_S", 0.3)
+    monkeypatch.setattr(shards, "ATTEMPTS", 1)
+    with pytest.raises(UserError, match=r"took more than 0\.3 s"):
+        samples("pipe:cat /dev/zero", store)
+    monkeypatch.setattr(download, "TIMEOUT_S", 1.0)
+    with pytest.raises(UserError, match="no byte for 1 s"):
+        samples("pipe:echo x; sleep 60", store)
+
+
+def test_a_download_keeps_nobody_from_other_shards(server, tmp_path, store):
+    """A run whose server never answers, and another one beside it."""
+    write_tar(server[1] / "a.tar", members(range(3)))
+    index = threading.Thread(target=lambda: index_shards([server[0] + "/a.tar?silent"], store, lost=[]), daemon=True)
+    index.start()
+    while not server[2]:
+        time.sleep(0.01)
+    assert samples(server[0] + "/a.tar", store) == 3
+    assert samples(write_tar(tmp_path / "local.tar", members(range(4))), store) == 4
+    assert index.is_alive()
+
+
+def test_a_copy_that_turns_out_damaged_is_fetched_again_once(server, store):
+    url, folder, requests = server
+    write_tar(folder / "a.tar", members(range(3)))
+    shard = url + "/a.tar"
+    store.copy(shard).write_bytes(b"<html>")  # as an older version kept it
+    assert samples(shard, store) == 3 and requests["/a.tar"] == 1
+    whole = store.copy(shard).read_bytes()
+    store.copy(shard).write_bytes(whole[:3000])
+    corpus = open_corpus([SourceConfig(shards=shard)], store)
+    assert Reader(corpus.sources[0], store).read(0, 2).image == picture(2)
+    assert requests["/a.tar"] == 2
+    write_tar(folder / "a.tar", members(range(5)))  # now it is another shard
+    store.copy(shard).write_bytes(b"")
+    with pytest.raises(OSError, match=rf"its copy {store.copy(shard)} is not what was indexed; delete "):
+        Reader(corpus.sources[0], store).read(0, 2)
+    assert requests["/a.tar"] == 3
+
+
+def test_one_cache_serves_several_users(server, store, monkeypatch):
+    """Copies are as readable as the umask lets them be, and those of others are neither touched nor in the way."""
+    url, folder, requests = server
+    write_tar(folder / "a.tar", members(range(3)))
+    old = os.umask(0o002)
+    try:
+        copy = store.path(url + "/a.tar")
+        assert copy.stat().st_mode & 0o777 == 0o664
+        assert (store.cache_dir / "locks" / copy.name).stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(old)
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shards.os, "utime", refuse)
+    assert store.path(url + "/a.tar") == copy
+    opened, real = [], os.open
+    monkeypatch.setattr(
+        shards.os, "open", lambda p, f, *m: refuse(p) if f & os.O_RDWR else opened.append(p) or real(p, f)
+    )
+    with store.lock(copy.name), pytest.raises(BlockingIOError), store.lock(copy.name, wait=False):
+        pass
+    assert len(opened) == 2 and requests["/a.tar"] == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_could_be_waited_on_for_ever_is_no_shard(tmp_path, store, kind):
+    path = "/dev/zero"
+    if kind == "pipe":
+        os.mkfifo(path := str(tmp_path / "a.tar"))
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        samples(path, store)
+    good = write_tar(tmp_path / "good.tar", members(range(3)))
+    os.symlink(path, good + ".index")  # in place of a sidecar
+    assert samples(good, store) == 3
 
 
 def test_pipe(tmp_path, store, no_waiting):

@@ -1,0 +1,167 @@
+"""Copies a shard from wherever it lies into a file, within bounds of silence, slowness and time, if it is a tar."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import gzip
+import io
+import os
+import select
+import shlex
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from webdataset.gopen import Pipe, gopen
+
+from m3ae_fast.data.tar import is_whole_tar
+
+TIMEOUT_S = 60.0  # without a byte
+SLOWEST = 4096.0  # bytes per second over SLOW_S; slower is an error
+SLOW_S = 120.0
+LONGEST_S = 4 * 3600.0  # for one try
+ATTEMPTS = 5
+MAX_WAIT_S = 300.0  # between two, whatever the server asks for
+RETRIED = {408, 425, 429}  # of the 4xx: timeout, too early, too many requests
+_CHUNK = 1 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class NotThere(OSError):
+    """What no further try would change."""
+
+
+def download(shard: str, out: BinaryIO) -> None:
+    """Write the tar behind a URL, a `pipe:` command or a gzipped file to `out`, which must be empty.
+
+    Raises:
+        NotThere: the server says that there is no such thing.
+        OSError: anything else: too slow, cut short, not a tar. `retry_after` in seconds, where a server names it.
+    """
+    try:
+        with _open(shard) as chunks:
+            source = io.BufferedReader(_Stream(_paced(chunks)), _CHUNK)
+            zipped = source.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC)
+            shutil.copyfileobj(gzip.GzipFile(fileobj=source) if zipped else source, out, _CHUNK)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code < 500 and error.code not in RETRIED:
+                raise NotThere(f"{error}") from error
+            raise _with_wait(OSError(f"{error}"), error.headers.get("Retry-After")) from error
+    except OSError:
+        raise
+    except Exception as error:  # handlers of all schemes, decompression included, raise what they like
+        raise OSError(str(error)) from error
+    out.flush()
+    if not out.tell():
+        raise OSError("got no bytes")
+    if not is_whole_tar(out.fileno(), out.tell()):
+        raise OSError(f"what came is not a tar with its end mark ({_begin(out)})")
+
+
+def retry_after(error: OSError, attempt: int) -> float:
+    """Seconds to wait after try number `attempt`, from 0, has failed."""
+    return min(MAX_WAIT_S, max(2.0**attempt, getattr(error, "retry_after", 0.0)))
+
+
+def _with_wait(error: OSError, header: str | None) -> OSError:
+    """The error, with what a Retry-After header says: seconds, or a date (RFC 9110)."""
+    seconds = 0.0
+    if header and header.strip().isascii() and header.strip().isdecimal():
+        seconds = float(header[:9])
+    elif header:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    error.retry_after = seconds  # type: ignore[attr-defined]
+    return error
+
+
+def _begin(out: BinaryIO) -> str:
+    head = os.pread(out.fileno(), 60, 0)
+    return f"{out.tell():,} bytes that begin with {head.decode('ascii', 'replace').split(chr(0))[0]!r}"
+
+
+@contextmanager
+def _open(shard: str) -> Iterator[Iterator[bytes]]:
+    """The bytes as they come."""
+    if shard.startswith(("http://", "https://")):  # gopen would need curl installed
+        with urllib.request.urlopen(shard, timeout=TIMEOUT_S) as response:
+            yield _of_http(response)
+    elif "://" not in shard and not shard.startswith("pipe:"):
+        with open(shard, "rb") as file:
+            yield iter(lambda: file.read(_CHUNK), b"")
+    else:
+        source = gopen(f"pipe:aws s3 cp {shlex.quote(shard)} -" if shard.startswith("s3://") else shard)
+        if not isinstance(source, Pipe):
+            with source:
+                yield iter(lambda: source.read(_CHUNK), b"")
+            return
+        try:
+            yield _of_command(source)
+        except BaseException:
+            source.proc.kill()  # or closing would wait for it
+            source.ignore_errors = True
+            raise
+        finally:
+            source.close()  # raises where the command failed
+
+
+def _of_http(response) -> Iterator[bytes]:
+    promised, got = response.headers.get("Content-Length"), 0
+    while chunk := response.read1(_CHUNK):
+        got += len(chunk)
+        yield chunk
+    if promised is not None and got != int(promised):
+        raise OSError(f"got {got:,} of {int(promised):,} bytes")
+
+
+def _of_command(source: Pipe) -> Iterator[bytes]:
+    fd = source.stream.fileno()
+    silent = 0.0
+    while silent < TIMEOUT_S:
+        if not select.select([fd], [], [], 1.0)[0]:
+            silent += 1.0
+            continue
+        silent = 0.0
+        if not (chunk := os.read(fd, _CHUNK)):
+            return
+        yield chunk
+    raise OSError(f"no byte for {TIMEOUT_S:g} s")
+
+
+def _paced(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks, unless they come too slowly or for too long."""
+    start = since = time.monotonic()
+    got = 0
+    for chunk in chunks:
+        yield chunk
+        got += len(chunk)
+        now = time.monotonic()
+        if now - start > LONGEST_S:
+            raise OSError(f"took more than {LONGEST_S:g} s")
+        if now - since > SLOW_S:
+            if got < SLOWEST * (now - since):
+                raise OSError(f"{got / (now - since):.0f} bytes/s: slower than {SLOWEST:g}")
+            since, got = now, 0
+
+
+class _Stream(io.RawIOBase):
+    """Chunks as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while len(self._rest) < len(_GZIP_MAGIC) and (chunk := next(self._chunks, b"")):
+            self._rest += chunk
+        part, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
