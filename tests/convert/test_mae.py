@@ -1,0 +1,181 @@
+"""Checkpoints of facebookresearch/mae: features, losses, and what an M3AE cannot be."""
+
+import argparse
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from m3ae_fast.config import LossConfig
+from m3ae_fast.convert.__main__ import main
+from m3ae_fast.convert.result import IMAGENET
+from m3ae_fast.errors import UserError
+from m3ae_fast.model import M3AE, Sample, pack
+from m3ae_fast.model.batch import LossCounts
+from tests.convert.official_pickle import Call
+from tests.helpers.mae import MAE, SIZE
+
+HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
+
+
+def make(seed: int = 0) -> tuple[MAE, torch.Tensor, torch.Tensor]:
+    """An MAE, uint8 pictures, and the same as it sees them."""
+    torch.manual_seed(seed)
+    mae = MAE()
+    images = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+    return mae, images, (images / 255 - mean) / std
+
+
+def convert(tmp_path, saved, *options: str) -> M3AE:
+    torch.save(saved, tmp_path / "mae.pth")
+    assert main([str(tmp_path / "mae.pth"), str(tmp_path / "out"), *HEADS, *options]) == 0
+    return M3AE.from_pretrained(tmp_path / "out")
+
+
+def masks() -> list[torch.Tensor]:
+    """Of other lengths each: else a mean over patches would be one over pictures."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(9, generator=generator) < share for share in (0.3, 0.6, 0.8, 0.95)]
+
+
+@torch.no_grad()
+def test_features_are_maes(tmp_path, capsys):
+    mae, images, normal = make()
+    model = convert(tmp_path, {"model": mae.state_dict(), "epoch": 3})
+    torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
+    assert "set loss.per=batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_loss_and_gradients_are_maes_over_any_parts_of_a_step(tmp_path, norm_pix):
+    mae, images, normal = make()
+    expected = mae.loss(normal, torch.stack(masks()), norm_pix)
+    expected.backward()
+    start = convert(tmp_path, {"model": mae.state_dict()})
+    model = M3AE(start.config, LossConfig(per="batch", norm_pix=norm_pix))
+    model.load_state_dict(start.state_dict())
+    samples = [Sample(str(i), image, mask) for i, (image, mask) in enumerate(zip(images, masks()))]
+    whole = pack(samples, model.geometry)
+    torch.testing.assert_close(model(whole).loss, expected.detach(), rtol=1e-5, atol=0)
+    parts = [pack(samples[:3], model.geometry), pack(samples[3:], model.geometry)]  # as of two micro-batches or ranks
+    counts = LossCounts(*map(sum, zip(*(part.counts for part in parts))))
+    assert counts == whole.counts == (sum(mask.sum().item() for mask in masks()), 0)
+    loss = sum(model(part, counts).loss for part in parts)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for ours, theirs in (
+        (model.decoder.blocks[0].mlp.fc1.weight, mae.decoder_blocks[0].mlp.fc1.weight),
+        (model.encoder.blocks[0].attn.qkv.weight, mae.blocks[0].attn.qkv.weight),
+        (model.patch_embed.weight, mae.patch_embed.proj.weight),
+    ):
+        grad = theirs.grad if theirs.ndim == 2 else theirs.grad.permute(0, 2, 3, 1).flatten(1)
+        torch.testing.assert_close(ours.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_over_samples_is_another(tmp_path):
+    mae, images, _ = make()
+    start = convert(tmp_path, {"model": mae.state_dict()})
+    samples = [Sample(str(i), image, mask) for i, (image, mask) in enumerate(zip(images, masks()))]
+    per_batch = dataclasses.replace(start.geometry, loss_per_batch=True)
+    one, other = (start(pack(samples, geometry)).loss for geometry in (start.geometry, per_batch))
+    assert abs(one - other) > 1e-3
+
+
+@torch.no_grad()
+def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
+    mae, images, normal = make()
+    weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
+    with pytest.warns(UserWarning, match="an encoder alone: the decoder has random weights"):
+        model = convert(tmp_path, {"model": weights})
+    torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_fine_tuned_encoder_keeps_its_norm_of_the_mean(tmp_path, capsys):
+    """Mean pooling before the last norm: the norm's weights are there, to be put to the same use."""
+    mae, images, normal = make()
+    weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
+    weights = {
+        name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in weights.items()
+    }
+    saved = {"model": weights | {"head.weight": torch.zeros(5, 24), "head.bias": torch.zeros(5)}}
+    with pytest.warns(UserWarning, match="an encoder alone"):
+        model = convert(tmp_path, saved | {"args": argparse.Namespace(lr=1.0, device="cuda")})
+    assert "fc_norm) acted on the mean" in capsys.readouterr().out
+    rows = []
+    model.encoder.norm.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
+    model.representation(images)
+    pooled = rows[0].unflatten(0, (4, -1))[:, 1:].mean(1)
+    expected = mae.norm(mae.tokens(normal, before_norm=True)[:, 1:].mean(1))
+    torch.testing.assert_close(model.encoder.norm(pooled), expected, rtol=0, atol=2e-5)
+
+
+def test_arguments_of_the_run_are_told(tmp_path, capsys):
+    mae, _, _ = make()
+    convert(tmp_path, {"model": mae.state_dict(), "args": argparse.Namespace(norm_pix_loss=True)})
+    assert "set loss.per=batch and loss.norm_pix=true\n" in capsys.readouterr().out
+
+
+def extra(weights):
+    weights["blocks.0.ls1.gamma"] = torch.ones(24)
+
+
+def cut(weights):
+    del weights["blocks.1.mlp.fc1.bias"]
+
+
+def other(weights):
+    for name in list(weights):
+        weights[f"resnet.{name}"] = weights.pop(name)
+
+
+def moved(weights):
+    weights["decoder_pos_embed"] = torch.ones_like(weights["decoder_pos_embed"])
+
+
+def wide(weights):
+    weights["norm.weight"] = torch.ones(25)
+
+
+MISTAKES = {
+    extra: "has a weight blocks.0.ls1.gamma, which an M3AE cannot represent",
+    cut: "lacks the weight blocks.1.mlp.fc1.bias",
+    other: "not an MAE or a timm VisionTransformer: lacks the weight cls_token",
+    moved: "decoder_pos_embed moves the cls token",
+    wide: "encoder.norm.weight is [25], the model config wants [24]",
+}
+
+
+@pytest.mark.parametrize("change", MISTAKES, ids=lambda change: change.__name__)
+def test_weights_that_do_not_fit_are_named(tmp_path, change):
+    weights = dict(make()[0].state_dict())
+    change(weights)
+    with pytest.raises(UserError) as caught:
+        convert(tmp_path, {"model": weights})
+    assert MISTAKES[change] in str(caught.value) and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["mae.pth"]
+
+
+def test_heads_that_the_file_does_not_tell_are_asked_for(tmp_path):
+    torch.save({"model": make()[0].state_dict()}, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="heads are 24 wide; give --num-heads"):
+        main([str(tmp_path / "mae.pth"), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="emb_dim 24 is not divisible by num_heads 5"):
+        main([str(tmp_path / "mae.pth"), str(tmp_path / "out"), "--num-heads", "5", "--dec-num-heads", "2"])
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_hostile_and_damaged_files_run_nothing(tmp_path, monkeypatch, old_format):
+    monkeypatch.chdir(tmp_path)
+    options = {"_use_new_zipfile_serialization": not old_format}
+    torch.save({"model": Call(exec, "open('PWNED', 'w').close()")}, "mae.pth", **options)
+    with pytest.raises(UserError, match=r"which is not loaded|cannot be read as weights"):
+        main(["mae.pth", "out"])
+    torch.save({"model": make()[0].state_dict()}, "mae.pth", **options)
+    data = (tmp_path / "mae.pth").read_bytes()
+    (tmp_path / "mae.pth").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError) as caught:
+        main(["mae.pth", "out"])
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == ["mae.pth"]
