@@ -6,8 +6,9 @@ D encoder width, E decoder width, L patches a picture, V vocabulary, S samples, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,15 @@ from torch import Tensor, nn
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.packing import Geometry, Sample, pack
+from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import load_weights, read_pretrained, write_pretrained
 from m3ae_fast.model.transformer import EPS, Transformer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from m3ae_fast.data.tokenizer import CaptionTokenizer
 
 
 class Losses(NamedTuple):
@@ -104,6 +111,7 @@ class M3AE(nn.Module):
     def __init__(self, config: ModelConfig, loss: LossConfig | None = None) -> None:
         super().__init__()
         self.config, self.loss_config = config, loss or LossConfig()
+        self.tokenizer: CaptionTokenizer | None = None  # what `encode` cuts texts with; set by whoever loads the model
         pixels = {
             "patch_size": config.patch_size,
             "channels": config.channels,
@@ -146,13 +154,26 @@ class M3AE(nn.Module):
             c.image_size, c.patch_size, c.channels, c.text_length, loss.image_all_tokens, loss.text_all_tokens
         )
 
-    def encode(self, batch: PackedBatch) -> Tensor:
+    def forward_encoder(self, batch: PackedBatch) -> Tensor:
         """[T, D] encoder rows after the final LayerNorm."""
         patches_ND = self.patch_embed(batch.images, batch.patch_ids)
         x_TD = self.encoder(self.encoder_input(patches_ND, batch), batch.encoder)
         return self.encoder.norm(x_TD)
 
-    def decode(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+    def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
+        """float32 [S, D] features of each sample's visible rows, after the final LayerNorm. Differentiable.
+
+        Args:
+            batch: on the model's device.
+            pool: "mean" of all rows but cls, or the row of "cls".
+        """
+        x_TD = self.encoder_input(self.patch_embed(batch.images, batch.patch_ids), batch)
+        if pool == "mean":
+            return mean_of_tokens(self.encoder.norm(self.encoder(x_TD, batch.encoder)), batch.encoder)
+        cls_rows_S = batch.encoder.cu_seqlens[:-1]
+        return self.encoder.norm(self.encoder(x_TD, batch.encoder, cls_rows_S, only_cls(batch.encoder))).float()
+
+    def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are finished."""
         x_UE = self.decoder_input(encoded_TD, batch)
         x_ME = self.decoder(x_UE, batch.decoder, batch.loss_rows, batch.loss)
@@ -169,7 +190,7 @@ class M3AE(nn.Module):
                 a part of it. None: those of the batch.
         """
         images, captions = (count or 1.0 for count in counts or batch.counts)
-        hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
+        hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         image_loss = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight) / images
         text_loss = text_accuracy = torch.zeros_like(image_loss)
         if self.text_head is not None:
@@ -182,7 +203,7 @@ class M3AE(nn.Module):
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Normalised pixels [I, P*P*C] and logits [W, V] of the rows that carry loss."""
-        hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
+        hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         return self.image_head.predict(hidden_IE), self.text_head.predict(hidden_WE) if self.text_head else None
 
     def representation(
@@ -225,10 +246,40 @@ class M3AE(nn.Module):
             samples.append(sample)
             places.append(place)
         device = self.encoder_input.cls_token.device
-        encoded_TD = self.encode(pack(samples, self.geometry).to(device))
+        encoded_TD = self.forward_encoder(pack(samples, self.geometry).to(device))
         flat = torch.stack(places).flatten().nonzero()[:, 0].to(device)
         out = encoded_TD.new_zeros(size * len(places[0]), encoded_TD.shape[1]).index_copy(0, flat, encoded_TD)
         return out.unflatten(0, (size, -1))
+
+    def encode(
+        self,
+        images: Sequence[Image | Tensor] | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        pool: Pool = "mean",
+        batch: int = 64,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+    ) -> Tensor:
+        """Pooled features of images, texts, or pairs of them, unmasked and without gradients.
+
+        Args:
+            images: PIL images or uint8 tensors [C, H, W] of any size, of which the central square is taken, or floating
+                tensors [C, image_size, image_size], already normalised; or None.
+            texts: for which the model's `tokenizer` is needed; or None.
+            pool: "mean" over all tokens but cls, after the final LayerNorm, or the "cls" token.
+            batch: samples per forward pass.
+            precision: of matmuls; "auto": bf16 where the hardware multiplies it faster.
+
+        Returns:
+            float32 [S, D] on the model's device.
+
+        Raises:
+            ValueError: both are None, their numbers differ, or an image does not fit the model.
+            UserError: there are texts, and the model has no tokenizer.
+        """
+        from m3ae_fast.encoding import encode  # decodes and tokenises, with parts that stand above this one
+
+        return encode(self, images, texts, pool=pool, batch=batch, precision=precision)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (the weights as they are) into `folder`."""
