@@ -24,7 +24,7 @@ from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision
 from m3ae_fast.model.batch import PackedBatch
-from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.model.pooling import Pool
 from m3ae_fast.progress import track
@@ -43,7 +43,7 @@ class Features:
 
 
 def encode_corpus(
-    model: M3AE,
+    model: MultimodalEncoder,
     corpus: Corpus,
     data: DataConfig,
     config: EncodeConfig,
@@ -80,7 +80,7 @@ def encode_corpus(
 
 
 def encoding_loader(
-    model: M3AE, corpus: Corpus, data: DataConfig, share: Share, device: torch.device
+    model: MultimodalEncoder, corpus: Corpus, data: DataConfig, share: Share, device: torch.device
 ) -> DataLoader[PackedBatch]:
     """Unmasked batches of all samples in file order. Raises UserError where captions have no tokenizer."""
     if corpus.has_captions:
@@ -89,7 +89,7 @@ def encoding_loader(
     return eval_loader(data, corpus, preparation, share, pin_memory=device.type == "cuda")
 
 
-def require_tokenizer(model: M3AE) -> None:
+def require_tokenizer(model: MultimodalEncoder) -> None:
     """Raises UserError where the model cannot take text."""
     if not model.config.vocab_size:
         raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images alone")
@@ -98,7 +98,7 @@ def require_tokenizer(model: M3AE) -> None:
 
 
 @contextmanager
-def encoding(model: M3AE, precision: str, device: torch.device) -> Iterator[None]:
+def encoding(model: MultimodalEncoder, precision: str, device: torch.device) -> Iterator[None]:
     """Inference with the model as it is in evaluation; the weights are cast once for all batches within."""
     was_training = model.training
     model.eval()
@@ -111,7 +111,7 @@ def encoding(model: M3AE, precision: str, device: torch.device) -> Iterator[None
 
 
 def _one_behind(
-    model: M3AE, batches: Iterable[PackedBatch], pool: Pool, device: torch.device
+    model: MultimodalEncoder, batches: Iterable[PackedBatch], pool: Pool, device: torch.device
 ) -> Iterator[tuple[PackedBatch, Tensor]]:
     """Each batch with its features, handed out when the next one has been launched: a GPU never waits for a copy."""
     last = None
@@ -133,7 +133,7 @@ def _check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float
 
 
 def encode(
-    model: M3AE,
+    model: MultimodalEncoder,
     images: Sequence[Image | Tensor] | None,
     texts: Sequence[str] | None,
     *,
@@ -159,7 +159,7 @@ def encode(
     return torch.cat(parts)
 
 
-def _sample(model: M3AE, number: int, image: Image | Tensor | None, text: str | None) -> Sample:
+def _sample(model: MultimodalEncoder, number: int, image: Image | Tensor | None, text: str | None) -> Sample:
     sample = Sample(str(number))
     if image is not None:
         sample.image = prepare_image(model, image)
@@ -171,7 +171,7 @@ def _sample(model: M3AE, number: int, image: Image | Tensor | None, text: str | 
     return sample
 
 
-def prepare_image(model: M3AE, image: Image | Tensor) -> Tensor:
+def prepare_image(model: MultimodalEncoder, image: Image | Tensor) -> Tensor:
     """[C, image_size, image_size] on the CPU: uint8, or as it is where it is floating. Raises ValueError where an image
     does not fit the model."""
     channels, size = model.config.channels, model.config.image_size
