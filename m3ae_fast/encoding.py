@@ -1,14 +1,16 @@
 """Features of the frozen encoder: of what Python holds in memory, and of whole shards.
 
-Shapes: S samples, C channels, D encoder width, N samples of a corpus.
+Shapes: S samples, C channels, L patches a picture, D encoder width, N samples of a corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -26,9 +28,10 @@ from m3ae_fast.hardware import dtype_of, fast_precision
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.packing import Sample, pack
-from m3ae_fast.model.pooling import Pool
+from m3ae_fast.model.pooling import Pool, mean_of_tokens
 from m3ae_fast.progress import track
 
+T = TypeVar("T")
 UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
 
 
@@ -39,6 +42,7 @@ class Features:
     keys: list[str]
     features_ND: Tensor  # float32, on the CPU
     labels_N: Tensor | None  # int64 ids of classes; None for a corpus without labels
+    patches_NLD: Tensor | None  # float16, on the CPU
     skipped: list[Skipped]
 
 
@@ -50,6 +54,7 @@ def encode_corpus(
     ranks: Ranks,
     *,
     title: str = "encoding",
+    patches: bool = False,
 ) -> Features:
     """Pooled features of the central square and the caption of every sample, whole on every rank.
 
@@ -59,6 +64,7 @@ def encode_corpus(
         data: workers, prefetch and max_bad_fraction.
         config: pooling, batch and precision.
         title: of the progress bar.
+        patches: keep the features of all patches too.
 
     Raises:
         UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.
@@ -66,17 +72,39 @@ def encode_corpus(
     batches = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
     shown = track(batches, title, len(batches), show=ranks.is_main)
     with encoding(model, config.precision, ranks.device):
+        encode = partial(_pool_and_patches if patches else _pool, model, pool=config.pool)
         own = [
-            (batch.keys, pooled_SD.cpu(), batch.labels, batch.skipped)
-            for batch, pooled_SD in _one_behind(model, shown, config.pool, ranks.device)
+            _Part(
+                batch.keys,
+                pooled_SD.cpu(),
+                patches_SLD if patches_SLD is None else patches_SLD.cpu(),
+                batch.labels,
+                batch.skipped,
+            )
+            for batch, (pooled_SD, patches_SLD) in _one_behind(encode, shown, ranks.device)
         ]
     # rank r's b-th batch is the stream's number b x world + r
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
-    keys, features, labels, skipped = (list(part) for part in zip(*parts))
+    keys, pooled, patches_SLD, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
     skipped = list(chain.from_iterable(skipped))
     _check_skipped(skipped, corpus.samples, data.max_bad_fraction)
-    labels_N = None if any(part is None for part in labels) else torch.cat(labels)
-    return Features(list(chain.from_iterable(keys)), torch.cat(features), labels_N, skipped)
+    return Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches_SLD), skipped)
+
+
+class _Part(NamedTuple):
+    """Of a batch."""
+
+    keys: list[str]
+    pooled_SD: Tensor
+    patches_SLD: Tensor | None
+    labels_S: Tensor | None
+    skipped: tuple[Skipped, ...]
+
+
+def _join(parts: list[Tensor | None]) -> Tensor | None:
+    """None where a part is missing."""
+    whole = [part for part in parts if part is not None]
+    return torch.cat(whole) if len(whole) == len(parts) else None
 
 
 def encoding_loader(
@@ -111,17 +139,29 @@ def encoding(model: MultimodalEncoder, precision: str, device: torch.device) -> 
 
 
 def _one_behind(
-    model: MultimodalEncoder, batches: Iterable[PackedBatch], pool: Pool, device: torch.device
-) -> Iterator[tuple[PackedBatch, Tensor]]:
-    """Each batch with its features, handed out when the next one has been launched: a GPU never waits for a copy."""
+    encode: Callable[[PackedBatch], T], batches: Iterable[PackedBatch], device: torch.device
+) -> Iterator[tuple[PackedBatch, T]]:
+    """Each batch with what it gives, handed out when the next one has been launched: a GPU never waits for a copy."""
     last = None
     for batch in batches:
-        pooled_SD = model.pooled(batch.to(device, non_blocking=True), pool)
+        encoded = encode(batch.to(device, non_blocking=True))
         if last:
             yield last
-        last = batch, pooled_SD
+        last = batch, encoded
     if last:
         yield last
+
+
+def _pool(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Tensor, None]:
+    return model.pooled(batch, pool), None
+
+
+def _pool_and_patches(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Tensor, Tensor]:
+    rows_TD = model.forward_encoder(batch)
+    cls_S = batch.encoder.cu_seqlens[:-1].long()
+    patches_L = torch.arange(1, 1 + model.config.patches_per_image, device=rows_TD.device)
+    pooled_SD = rows_TD[cls_S].float() if pool == "cls" else mean_of_tokens(rows_TD, batch.encoder)
+    return pooled_SD, rows_TD[cls_S[:, None] + patches_L].half()
 
 
 def _check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:

@@ -33,7 +33,7 @@ class KnnConfig(Section):
 class TransferConfig(Section):
     """A transfer task on a trained model."""
 
-    run: RunConfig
+    run: RunConfig = RunConfig()
     data: DataConfig
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
