@@ -77,8 +77,11 @@ class Golden:
 
     def parameter(self, group: str, name: str) -> Tensor:
         """`params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
-        path = flax_name(name, self.meta["config"]["output_head_depth"])
-        return from_flax(path, self.arrays[f"{group}/{path}"])
+        return self.at(f"{group}/{flax_name(name, self.meta['config']['output_head_depth'])}")
+
+    def at(self, key: str) -> Tensor:
+        """The array of a parameter in our layout."""
+        return from_flax(key, self.arrays[key])
 
     @torch.no_grad()
     def load_parameters(self, model: M3AE) -> None:

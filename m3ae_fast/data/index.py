@@ -11,11 +11,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -24,8 +24,8 @@ from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, open_regular, scan_tar
 from m3ae_fast.errors import UserError
+from m3ae_fast.progress import track
 
-T = TypeVar("T")
 Modality = Literal["any", "paired", "image", "text"]
 
 VERSION = 2
@@ -34,12 +34,13 @@ MISSING = -1
 _MAX_KEY = 128  # bytes that messages show
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
-_OFFSETS = ("image_offset", "image_size", "text_offset", "text_size")
+_OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json") for what in ("offset", "size"))
 _MAX_FILE = 1 << 60  # bytes
 _THREADS = 8
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL
 )  # WebDataset's: up to the first dot of the basename
+_NOTHING = Member("", MISSING, 0)
 _META = re.compile(r"^__[^/]*__($|/)")  # WebDataset skips these
 
 
@@ -83,7 +84,8 @@ class IndexedShard:
 
     def table(self) -> np.ndarray:
         """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
-        where there is none), `json` (the caption is the member's "caption" field) and `key` (UTF-8).
+        where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
+        `json_offset`, `json_size` (members that may hold a label) and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:
@@ -123,7 +125,7 @@ def index_shards(
     found: list[IndexedShard] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = pool.map(find, shards)
-        for shard, entry in zip(shards, _bar(entries, len(shards), progress)):
+        for shard, entry in zip(shards, track(entries, "indexing shards", len(shards), show=progress)):
             if isinstance(entry, IndexedShard):
                 found.append(entry)
             elif lost is None:
@@ -142,15 +144,6 @@ def index_again(indexed: IndexedShard, store: ShardStore) -> IndexedShard:
     if (made.summary.samples, made.summary.size) != (indexed.summary.samples, indexed.summary.size):
         raise OSError("it has changed since it was indexed")
     return made
-
-
-def _bar(entries: Iterator[T], total: int, progress: bool) -> Iterable[T]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)
-    return track(entries, "indexing shards", total=total, console=console, transient=True, disable=hidden)
 
 
 def _sidecars(shard: str, store: ShardStore) -> list[Path]:
@@ -230,9 +223,8 @@ def _tabulate(members: list[Member], fd: int) -> np.ndarray:
         if text is None and "json" in files and _has_caption(fd, files["json"]):
             text, from_json = files["json"], True
         if image or text:
-            nothing = Member("", MISSING, 0)
-            image, text = image or nothing, text or nothing
-            rows.append((image.offset, image.size, text.offset, text.size, from_json, _clean(key)))
+            parts = [member or _NOTHING for member in (image, text, files.get("cls"), files.get("json"))]
+            rows.append((*(number for part in parts for number in (part.offset, part.size)), from_json, _clean(key)))
     return np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
 
 
@@ -257,7 +249,7 @@ def _parse_table(data: bytes, samples: int) -> np.ndarray:
     ):
         raise ValueError("not a table of its samples")
     table = np.frombuffer(rest, dtype)
-    if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 2)):
+    if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 4)):
         raise ValueError("offsets or sizes that no file has")
     return table
 

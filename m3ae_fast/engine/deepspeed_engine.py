@@ -23,7 +23,17 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import EMA, MOMENTS, build_adamw, collect, name_of, prime, set_lr, track_ema
+from m3ae_fast.engine.optimizer import (
+    EMA,
+    MOMENTS,
+    build_adamw,
+    collect,
+    name_of,
+    parameter_groups,
+    prime,
+    set_lr,
+    track_ema,
+)
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
@@ -57,7 +67,12 @@ class DeepSpeedEngine:
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
-        optimizer = build_adamw(model, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
+        optimizer = build_adamw(
+            parameter_groups(model, optim.weight_decay),
+            optim,
+            on_cpu=self.zero.offloads_optimizer,
+            partitioned=self.zero.stage == 3,
+        )
         self.optimizer_name = name_of(optimizer)
         self.kinds = MOMENTS if ema is None else (*MOMENTS, EMA)
         if ema is not None:

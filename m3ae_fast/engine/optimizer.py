@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_adamw(
-    model: nn.Module, config: OptimConfig, *, on_cpu: bool = False, partitioned: bool = False
+    groups: list[dict], config: OptimConfig, *, on_cpu: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
     """torch's fused AdamW, or NVIDIA apex's FusedAdam where that is installed and fits.
 
@@ -37,14 +37,13 @@ def build_adamw(
     torch's.
 
     Args:
-        model: its parameters, on their final device.
-        config: decay rates, epsilon and weight decay; the learning rate is set before each step.
+        groups: parameters, on their final device, with their weight decay.
+        config: decay rates and epsilon; the learning rate is set before each step.
         on_cpu: the parameters are on a GPU, but will be updated on the CPU (ZeRO-Offload).
         partitioned: ZeRO-3 steps one part of a group at a time, which apex's, counting steps per group, cannot follow.
     """
-    groups = parameter_groups(model, config.weight_decay)
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
-    first = next(model.parameters())
+    first = groups[0]["params"][0]
     if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
         try:
             return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
@@ -59,8 +58,9 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """`lr`, times a group's `lr_scale` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()

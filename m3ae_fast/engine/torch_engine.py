@@ -17,6 +17,7 @@ from m3ae_fast.engine.optimizer import (
     clip_by_global_norm,
     collect,
     name_of,
+    parameter_groups,
     prime,
     set_lr,
     track_ema,
@@ -35,7 +36,7 @@ class TorchEngine:
         """`dtype`: what matmuls run in; `ema`: decay of the weights' moving average."""
         self.model = model.to(ranks.device)
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
-        self.optimizer = build_adamw(self.model, optim)
+        self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
         self.optimizer_name = name_of(self.optimizer)
         self.kinds = MOMENTS if ema is None else (*MOMENTS, EMA)
         if ema is not None:

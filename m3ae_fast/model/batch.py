@@ -79,6 +79,7 @@ class PackedBatch:
     text_row_weight: Tensor  # float32 [W] 1 / (rows of this caption), or 1
     captions: int  # empty ones included
     counts: LossCounts
+    labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None where there are none
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:

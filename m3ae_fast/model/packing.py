@@ -50,6 +50,7 @@ class Sample:
     image_mask: Tensor | None = None  # bool [L], True = masked
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
+    label: int | None = None  # id of its class
 
 
 FEWEST_ROWS, SHARE = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
@@ -152,6 +153,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         loss=_segments(count(sample_U[loss_M])),
         captions=captions,
         counts=counts,
+        labels=_labels(samples),
         **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},  # type: ignore[arg-type]
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
     )
@@ -177,6 +179,12 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
             raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
     return image_mask, text_mask, tokens
+
+
+def _labels(samples: Sequence[Sample]) -> Tensor | None:
+    """None where a sample has none."""
+    labels = [sample.label for sample in samples if sample.label is not None]
+    return torch.tensor(labels, dtype=torch.int64) if len(labels) == len(samples) else None
 
 
 def _lengths(arrays: Iterable[np.ndarray]) -> np.ndarray:

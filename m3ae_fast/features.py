@@ -1,0 +1,167 @@
+"""Features of every sample of some shards, by the frozen encoder, unmasked, as a table.
+
+python -m m3ae_fast.features runs/large 'imagenet/val-*.tar' --out val.parquet
+python -m m3ae_fast.features out/ 'shards/*.tar' --out captions.npz --modality text --pool cls
+
+FILE has the arrays or columns `keys` and `shards` [N], `features` float32 [N, D], `labels` [N] where any are found (-1
+or "" for a sample without), and with --patches `patches` float16 [N, L, D] (in parquet [N, L * D]).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from m3ae_fast.config.transfer import TransferConfig, transfer_config
+from m3ae_fast.data import Corpus, ShardStore, open_corpus
+from m3ae_fast.data.labels import Label, read_labels
+from m3ae_fast.encoding import encode_corpus
+from m3ae_fast.engine.failures import explain
+from m3ae_fast.engine.ranks import Ranks, join_ranks
+from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.hardware import keep_freed_memory
+from m3ae_fast.transfer.models import MODEL_HELP, load_model
+
+NPZ, PARQUET = ".npz", ".parquet"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m m3ae_fast.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, brace patterns, globs, URLs")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .parquet or .npz file to write")
+    parser.add_argument("--pool", choices=("mean", "cls"), help="mean over all tokens but cls (default), or cls itself")
+    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+    parser.add_argument(
+        "--modality",
+        choices=("image", "text", "paired"),
+        default="image",
+        help="what the encoder sees of a sample (default: image)",
+    )
+    parser.add_argument("--patches", action="store_true", help="the features of all patches too; they take much room")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set encode.batch=256"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with join_ranks() as ranks:
+        try:
+            config = ranks.told(lambda: _settings(args))
+            ranks.on_main(lambda: _check_out(args.out))
+            arrays = make_features(args, config, ranks)
+            ranks.on_main(lambda: _write(args.out, arrays))
+        except Exception as error:
+            told = explain(error)
+            if told is None:
+                raise
+            if ranks.says("error"):  # once, by the first rank that comes here
+                raise told from None
+            raise SystemExit(2) from None
+        if ranks.is_main:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            print(f"{args.out}: {shapes}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> TransferConfig:
+    given: dict = {"data": {"train": [{"shards": args.shards, "modality": args.modality}]}}
+    if args.pool:
+        given["encode"] = {"pool": args.pool}
+    if args.patches and args.modality == "text":
+        raise UserError("--patches: texts have none; choose another --modality")
+    return transfer_config(given, args.set)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in (NPZ, PARQUET):
+        raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it or choose another name")
+    if out.suffix == PARQUET and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"--out {out}: needs pyarrow; install it (pip install pyarrow), or name an {NPZ} file")
+
+
+def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> dict[str, np.ndarray]:
+    """The arrays that FILE holds, on every rank. Raises UserError where model or shards cannot be used."""
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    model = load_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
+    model.to(ranks.device)
+    store = ShardStore(config.data.cache_dir)
+    corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
+    labels = read_labels(corpus, args.labels, progress=ranks.is_main)
+    numbered = _number(corpus)
+    found = encode_corpus(model, numbered, config.data, config.encode, ranks, patches=args.patches)
+    assert found.labels_N is not None
+    numbers = found.labels_N.numpy()
+    arrays = _names(corpus, numbers, found.keys) | {"features": found.features_ND.numpy()}
+    everything = [label for own in labels for label in own]
+    if any(label is not None for label in everything):
+        arrays["labels"] = _label_array([everything[number] for number in numbers])
+    if found.patches_NLD is not None:
+        arrays["patches"] = found.patches_NLD.numpy()
+    return arrays
+
+
+def _number(corpus: Corpus) -> Corpus:
+    """The corpus with each sample's number in place of its label: samples that cannot be read leave gaps."""
+    starts = np.cumsum([0, *(sum(source.sizes) for source in corpus.sources)])
+    sources = [replace(s, labels=np.arange(sum(s.sizes)) + start) for s, start in zip(corpus.sources, starts)]
+    return replace(corpus, sources=sources)
+
+
+def _names(corpus: Corpus, numbers: np.ndarray, keys: list[str]) -> dict[str, np.ndarray]:
+    shards = [shard for source in corpus.sources for shard in source.shards]
+    ends = np.cumsum([shard.summary.samples for shard in shards])
+    names = [shards[i].shard for i in np.searchsorted(ends, numbers, side="right")]
+    bare = [key.removeprefix(f"{name}/") for key, name in zip(keys, names)]
+    return {"keys": np.array(bare, dtype=str), "shards": np.array(names, dtype=str)}
+
+
+def _label_array(labels: list[Label | None]) -> np.ndarray:
+    if any(isinstance(label, str) for label in labels):
+        return np.array(["" if label is None else str(label) for label in labels])
+    return np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+
+
+def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write FILE, which is whole or not there. Raises UserError where the disk refuses."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            if out.suffix == NPZ:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            else:
+                _write_parquet(file, arrays)
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+
+
+def _write_parquet(file, arrays: dict[str, np.ndarray]) -> None:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    columns = {}
+    for name, array in arrays.items():
+        flat = pyarrow.array(array.reshape(-1))
+        width = array[:1].size
+        columns[name] = flat if array.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, width)
+    parquet.write_table(pyarrow.table(columns), file)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))
