@@ -106,9 +106,12 @@ class Golden:
 
     def parameter(self, group: str, name: str) -> Tensor:
         """`params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
-        path = flax_name(name, self.meta["config"]["output_head_depth"])
-        array = torch.from_numpy(self.arrays[f"{group}/{path}"])
-        return array.T if path.endswith("kernel") else array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
+        return self.at(f"{group}/{flax_name(name, self.meta['config']['output_head_depth'])}")
+
+    def at(self, key: str) -> Tensor:
+        """The array of a parameter in our layout."""
+        array = torch.from_numpy(self.arrays[key])
+        return array.T if key.endswith("kernel") else array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
 
     @torch.no_grad()
     def load_parameters(self, model: M3AE) -> None:

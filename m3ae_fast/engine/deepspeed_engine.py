@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, collect, name_of, prime, set_lr
+from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, collect, name_of, parameter_groups, prime, set_lr
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
@@ -53,7 +53,7 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         options = {"cpu_offload": self.zero.offloads_optimizer, "partitioned": self.zero.stage == 3}
-        optimizer = build_adamw(model, optim, **options)
+        optimizer = build_adamw(parameter_groups(model, optim.weight_decay), optim, **options)
         self.optimizer_name = name_of(optimizer)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:

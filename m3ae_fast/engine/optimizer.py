@@ -23,20 +23,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_adamw(
-    model: nn.Module, config: OptimConfig, *, cpu_offload: bool = False, partitioned: bool = False
+    groups: list[dict], config: OptimConfig, *, cpu_offload: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
-    """The first that is there: NVIDIA apex's FusedAdam, DeepSpeed's, torch's fused AdamW.
+    """Of `groups` with their weight decay. The first that is there: NVIDIA apex's FusedAdam, DeepSpeed's, torch's fused
+    AdamW.
 
     `cpu_offload`: DeepSpeed's CPU Adam, which ZeRO-Offload wants. `partitioned`: ZeRO-3 steps one part of a group at a
     time, which apex's, counting steps a group, cannot follow.
     """
-    groups = parameter_groups(model, config.weight_decay)
     options = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    first = next(model.parameters())
+    first = groups[0]["params"][0]
     if first.is_cuda and first.dtype != torch.float64:
         for module in ("deepspeed.ops.adam",) if partitioned else ("apex.optimizers", "deepspeed.ops.adam"):
             try:
@@ -52,8 +52,9 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """`lr`, times a group's `lr_scale` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()

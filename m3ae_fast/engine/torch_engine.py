@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, clip_by_global_norm, collect, name_of, prime, set_lr
+from m3ae_fast.engine.optimizer import (
+    MOMENTS,
+    build_adamw,
+    clip_by_global_norm,
+    collect,
+    name_of,
+    parameter_groups,
+    prime,
+    set_lr,
+)
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.m3ae import M3AE, Losses
@@ -23,7 +32,7 @@ class TorchEngine:
         """`dtype`: what matmuls run in."""
         self.model = model.to(ranks.device)
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
-        self.optimizer = build_adamw(self.model, optim)
+        self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
         self.optimizer_name = name_of(self.optimizer)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:

@@ -1,34 +1,25 @@
-"""python -m m3ae_fast.verify FILE.npz ...: is this model the official M3AE?
-
-Rebuilds the model of each golden file, loads its parameters, replays its masks, and compares every number that the
-official implementation computed: outputs, losses, gradients, features, and some AdamW steps.
+"""Files of pre-training: outputs, losses, gradients, features, and some AdamW steps.
 
 Shapes: S samples, L patches, X text positions, T encoder rows, M decoder rows, D and E widths.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
 
-from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm
-from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm, parameter_groups, set_lr
 from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import pack
+from m3ae_fast.verify.quantity import Quantity
 
 TOLERANCE = 2e-5  # outputs, losses, gradients in float32
 TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW: its division turns rounding into step-sized differences
-Quantity = tuple[str, Tensor, Tensor, float]  # name, ours, official, tolerance
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
@@ -67,7 +58,7 @@ def _encoder_outputs(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
             text[1].append(golden.arrays["out/encoder_text"][i][valid])
     for name, (ours, official) in (("cls", cls), ("image", image), ("text", text)):
         if ours:
-            yield f"encoder_{name}", _rows(ours), _rows(official), TOLERANCE
+            yield Quantity(f"encoder_{name}", _rows(ours), _rows(official), TOLERANCE)
 
 
 def _rows(parts: list) -> Tensor:
@@ -80,10 +71,10 @@ def _decoder_outputs(golden: Golden, model: M3AE, device: torch.device) -> Itera
     samples = golden.samples()
     pixels_IK, logits_WV = model.predict(pack(samples, everywhere).to(device))
     if (official := golden.get("out/image_output")) is not None:
-        yield "image_output", pixels_IK, torch.from_numpy(official).flatten(0, 1), TOLERANCE
+        yield Quantity("image_output", pixels_IK, torch.from_numpy(official).flatten(0, 1), TOLERANCE)
     if (official := golden.get("out/text_output")) is not None:
         valid = torch.stack([golden.valid(i) for i in range(len(samples))])
-        yield "text_output", logits_WV, torch.from_numpy(official)[valid], TOLERANCE
+        yield Quantity("text_output", logits_WV, torch.from_numpy(official)[valid], TOLERANCE)
 
 
 def _losses_and_gradients(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
@@ -92,9 +83,9 @@ def _losses_and_gradients(golden: Golden, model: M3AE, batch) -> Iterator[Quanti
     losses.loss.backward()
     for name in ("loss", "image_loss", "text_loss", "text_accuracy"):
         if (official := golden.get(f"out/{name}")) is not None:
-            yield name, getattr(losses, name).detach(), torch.as_tensor(official), TOLERANCE
+            yield Quantity(name, getattr(losses, name).detach(), torch.as_tensor(official), TOLERANCE)
     for name, p in model.named_parameters():
-        yield f"grad {_flax(golden, name)}", p.grad, golden.parameter("grads", name), TOLERANCE
+        yield Quantity(f"grad {_flax(golden, name)}", p.grad, golden.parameter("grads", name), TOLERANCE)
 
 
 def _representation(golden: Golden, model: M3AE, official: np.ndarray, device: torch.device) -> Quantity:
@@ -107,12 +98,12 @@ def _representation(golden: Golden, model: M3AE, official: np.ndarray, device: t
     valid = torch.ones(official.shape[:2], dtype=torch.bool)
     if padding is not None:
         valid[:, -padding.shape[1] :] = torch.from_numpy(padding) == 0
-    return "representation", ours.detach().cpu()[valid], torch.from_numpy(official)[valid], TOLERANCE
+    return Quantity("representation", ours.detach().cpu()[valid], torch.from_numpy(official)[valid], TOLERANCE)
 
 
 def _steps(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
     golden.load_parameters(model)
-    optimizer = build_adamw(model, golden.optim)
+    optimizer = build_adamw(parameter_groups(model, golden.optim.weight_decay), golden.optim)
     trajectory = []
     for _ in range(golden.meta["steps"]):
         optimizer.zero_grad()
@@ -120,71 +111,18 @@ def _steps(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
         losses.loss.backward()
         trajectory.append(losses.loss.item())
         clip_by_global_norm(list(model.parameters()), golden.optim.clip_grad)
-        for group in optimizer.param_groups:
-            group["lr"] = golden.meta["lr"]
+        set_lr(optimizer, golden.meta["lr"])
         optimizer.step()
-    yield "loss_trajectory", torch.tensor(trajectory), torch.from_numpy(golden.arrays["out/loss_trajectory"]), TOLERANCE
+    yield Quantity(
+        "loss_trajectory", torch.tensor(trajectory), torch.from_numpy(golden.arrays["out/loss_trajectory"]), TOLERANCE
+    )
     for name, p in model.named_parameters():
         ours, official = p.detach().cpu(), golden.parameter("params_after", name)
         if name.endswith("qkv.bias"):
             # softmax does not see the keys' bias: its gradient is rounding alone, which Adam blows up to steps
             ours, official = (torch.stack((b.chunk(3)[0], b.chunk(3)[2])) for b in (ours, official))
-        yield f"after {_flax(golden, name)}", ours, official, TOLERANCE_AFTER_STEPS
+        yield Quantity(f"after {_flax(golden, name)}", ours, official, TOLERANCE_AFTER_STEPS)
 
 
 def _flax(golden: Golden, name: str) -> str:
     return flax_name(name, golden.meta["config"]["output_head_depth"])
-
-
-def _replay(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """`quantities`, with a UserError for whatever a file lacks or has in a wrong shape."""
-    try:
-        yield from quantities(golden, device, dtype)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
-
-
-def relative_error(ours: Tensor, official: Tensor) -> float:
-    """||ours - official|| / ||official||, in float64; the plain norm where the official one is 0, infinite where the
-    shapes differ."""
-    ours, official = ours.detach().double().cpu(), official.double()
-    if ours.shape != official.shape:
-        return math.inf
-    scale = official.norm().item()
-    return (ours - official).norm().item() / (scale or 1.0)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m m3ae_fast.verify", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="+", metavar="FILE.npz", help="golden files of the official implementation")
-    parser.add_argument("--tolerance-scale", type=float, default=1.0, help="widen every tolerance by this factor")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    console, device = Console(highlight=False, soft_wrap=True), _device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    total = failed = 0
-    for file in args.files:
-        console.print(f"[bold]{escape(file)}[/bold]")
-        for name, ours, official, tolerance in _replay(Golden.load(file), device, getattr(torch, args.dtype)):
-            tolerance *= args.tolerance_scale
-            error = relative_error(ours, official)
-            good = error <= tolerance  # a NaN is not good
-            total, failed = total + 1, failed + (not good)
-            mark = "[green]ok  [/green]" if good else "[red]FAIL[/red]"
-            console.print(f"  {mark} {error:9.2e} <= {tolerance:.0e}  {name}")
-    files = f"{len(args.files)} file" + "s" * (len(args.files) != 1)
-    console.print(f"{total - failed} of {total} quantities of {files} agree with the official implementation")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_cleanly(main))

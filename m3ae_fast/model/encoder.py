@@ -1,0 +1,136 @@
+"""The half of M3AE that downstream tasks keep: a ViT encoder over patches and text.
+
+Shapes: T encoder rows, N visible patches, D width, L patches a picture, V vocabulary, S samples, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from m3ae_kernels import PatchEmbed, scatter_tokens
+from torch import Tensor, nn
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.model.packing import Geometry, Sample, pack
+from m3ae_fast.model.positions import Positions
+from m3ae_fast.model.transformer import Transformer
+
+
+def pixel_options(config: ModelConfig) -> dict[str, Any]:
+    """How the ops read pictures."""
+    return {
+        "patch_size": config.patch_size,
+        "channels": config.channels,
+        "mean": config.image_mean,
+        "std": config.image_std,
+    }
+
+
+def drop_options(config: ModelConfig) -> dict[str, float]:
+    return {"drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
+
+
+class EncoderInput(nn.Module):
+    """Patch embeddings, words and cls tokens -> encoder rows, with positions and types."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.emb_dim
+        self.cls_token = nn.Parameter(torch.empty(1, dim))
+        self.image_type = nn.Parameter(torch.empty(1, dim)) if config.use_type_embedding else None
+        self.text_type = nn.Parameter(torch.empty(1, dim)) if config.use_type_embedding and config.vocab_size else None
+        self.text_embedding = nn.Parameter(torch.empty(config.vocab_size, dim)) if config.vocab_size else None
+        self.positions = Positions(config, dim)
+
+    def forward(self, patches_ND: Tensor, batch: PackedBatch) -> Tensor:
+        table = torch.cat((self.cls_token, *self.positions(self.image_type, self.text_type)))
+        words_VD = table[:0] if self.text_embedding is None else self.text_embedding
+        return scatter_tokens(patches_ND, batch.encoder_src, words_VD, batch.token_ids, table, batch.encoder_table_ids)
+
+
+class MultimodalEncoder(nn.Module):
+    """Patch and text embeddings and the transformer over them. Its weights are empty until `reset_parameters`, or until
+    they are loaded."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.emb_dim, **pixel_options(config))
+        self.encoder_input = EncoderInput(config)
+        self.encoder = Transformer(
+            config.emb_dim, config.depth, config.num_heads, config.mlp_ratio, **drop_options(config)
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The official initialisation: Xavier-uniform matmuls, N(0, 1) words, N(0, 0.02) other embeddings."""
+        for name, p in self.named_parameters():
+            if name.endswith("text_embedding"):
+                nn.init.normal_(p)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif not name.endswith("weight"):
+                nn.init.normal_(p, std=0.02)
+            elif p.ndim == 2:
+                nn.init.xavier_uniform_(p)
+            else:
+                nn.init.ones_(p)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What `pack` needs to know."""
+        c = self.config
+        return Geometry(c.image_size, c.patch_size, c.channels, c.text_length)
+
+    def encode(self, batch: PackedBatch) -> Tensor:
+        """[T, D] encoder rows after the final LayerNorm."""
+        patches_ND = self.patch_embed(batch.images, batch.patch_ids)
+        x_TD = self.encoder(self.encoder_input(patches_ND, batch), batch.encoder)
+        return self.encoder.norm(x_TD)
+
+    def representation(
+        self, images: Tensor | None = None, text: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Encoder output on unmasked input: the features for downstream work. Differentiable.
+
+        Args:
+            images: [S, C, H, W], uint8, or floating and already normalised; or None.
+            text: int [S, n] token ids, n <= text_length; or None.
+            padding_mask: [S, n], nonzero where `text` is padding; None: no padding.
+
+        Returns:
+            [S, 1 + L + n, D]: cls token, patches (where there are images), text (where there is text); padding is 0.
+
+        Raises:
+            ValueError: both are None, batch sizes differ, padding precedes words, or a size does not fit the model.
+        """
+        if images is None and text is None:
+            raise ValueError("representation needs images, text or both")
+        size = len(text if images is None else images)
+        if images is not None and text is not None and len(text) != size:
+            raise ValueError(f"{size} images and {len(text)} texts")
+        lengths = [self.config.patches_per_image if images is not None else 0] * size
+        samples, places = [], []
+        for i in range(size):
+            sample = Sample(key=str(i))
+            place = torch.ones(1 + lengths[i], dtype=torch.bool)
+            if images is not None:
+                sample.image, sample.image_mask = images[i], torch.zeros(lengths[i], dtype=torch.bool)
+            if text is not None:
+                valid = torch.ones(text.shape[1], dtype=torch.bool)
+                if padding_mask is not None:
+                    valid = padding_mask[i].cpu() == 0
+                if valid.sort(descending=True).values.ne(valid).any():
+                    raise ValueError(f"text {i}: padding must follow the words")
+                sample.tokens = text[i].cpu()[valid]
+                sample.text_mask = torch.zeros(len(sample.tokens), dtype=torch.bool)
+                place = torch.cat((place, valid))
+            samples.append(sample)
+            places.append(place)
+        device = self.encoder_input.cls_token.device
+        encoded_TD = self.encode(pack(samples, self.geometry).to(device))
+        flat = torch.stack(places).flatten().nonzero()[:, 0].to(device)
+        out = encoded_TD.new_zeros(size * len(places[0]), encoded_TD.shape[1]).index_copy(0, flat, encoded_TD)
+        return out.unflatten(0, (size, -1))

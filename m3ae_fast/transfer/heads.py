@@ -1,0 +1,95 @@
+"""Pooled features and the classification heads on them, as the official code has them (young-geng/m3ae_public,
+`LinearCLS` and `ViTClassifier` of m3ae/model.py).
+
+Shapes: S samples, T encoder rows, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.transformer import EPS
+
+Pool = Literal["cls", "mean"]
+BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut off at +-2
+
+
+def pool_rows(encoded_TD: Tensor, segments: Segments, pool: Pool) -> Tensor:
+    """[S, D] in the dtype of `encoded_TD`: the cls row of each sample, or the mean of its other rows (0 for a sample
+    that has none). Differentiable."""
+    if pool == "cls":
+        return encoded_TD[segments.cu_seqlens[:-1].long()]
+    lengths_S = segments.cu_seqlens.diff().long() - 1
+    sample = torch.arange(len(lengths_S), device=encoded_TD.device)
+    sample_of_row = sample.repeat_interleave(lengths_S, output_size=segments.rows - len(lengths_S))
+    rows = torch.arange(len(sample_of_row), device=encoded_TD.device) + sample_of_row + 1  # without the cls rows
+    dtype = torch.promote_types(encoded_TD.dtype, torch.float32)
+    sums_SD = torch.segment_reduce(encoded_TD[rows].to(dtype), "sum", lengths=lengths_S, unsafe=True)
+    return (sums_SD / lengths_S.clamp(min=1)[:, None]).to(encoded_TD.dtype)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm over samples without scale and bias, as flax's.
+
+    The running variance takes the biased variance of a batch; torch's BatchNorm1d would take the unbiased one.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        mean_D, var_D = self.mean, self.var
+        if self.training:
+            var_D, mean_D = torch.var_mean(x_SD, dim=0, correction=0)
+            self.mean.lerp_(mean_D.detach(), BATCH_NORM_MOMENTUM)
+            self.var.lerp_(var_D.detach(), BATCH_NORM_MOMENTUM)
+        return (x_SD - mean_D) * (var_D + BATCH_NORM_EPS).rsqrt()
+
+
+class LinearProbeHead(nn.Module):
+    """BatchNorm without scale and bias, then a linear layer: pooled features [S, D] -> logits [S, K].
+
+    In training mode the statistics are those of the features it is given: give it a whole step's.
+    """
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(dim)
+        self.linear = nn.Linear(dim, classes)
+        init_linear(self.linear)
+
+    def forward(self, features_SD: Tensor) -> Tensor:
+        return self.linear(self.norm(features_SD))
+
+
+class FineTuneHead(nn.Module):
+    """LayerNorm (eps 1e-6), then a linear layer: pooled features [S, D] -> logits [S, K]."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.linear = nn.Linear(dim, classes)
+        init_linear(self.linear)
+
+    def forward(self, features_SD: Tensor) -> Tensor:
+        return self.linear(self.norm(features_SD))
+
+
+@torch.no_grad()
+def init_linear(linear: nn.Linear) -> None:
+    """flax's default: weights of variance 1 / inputs from a normal distribution cut off at two standard deviations
+    (`lecun_normal`), bias 0."""
+    std = math.sqrt(1 / linear.in_features) / _TRUNCATED_STD
+    nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(linear.bias)

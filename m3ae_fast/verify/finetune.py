@@ -1,0 +1,147 @@
+"""Files of the official fine-tuning: features, logits, loss and gradients of a classifier, and steps of AdamW with
+layer-wise learning rates.
+
+The official classifier has two parameters of the decoder, which nothing reads; ours has no decoder.
+
+Shapes: S samples, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.config import ModelConfig, OptimConfig, parse
+from m3ae_fast.engine.optimizer import build_adamw, set_lr
+from m3ae_fast.engine.schedule import learning_rate
+from m3ae_fast.golden import Golden, flax_name
+from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.transfer.classifier import Classifier
+from m3ae_fast.transfer.heads import FineTuneHead
+from m3ae_fast.transfer.layer_decay import layer_of, lr_scale, parameter_groups
+from m3ae_fast.verify.quantity import Quantity
+
+TOLERANCE = 3e-6
+TOLERANCE_GRADIENT = 5e-6
+TOLERANCE_AFTER_STEPS = 1e-4
+TOLERANCE_CHANGE = 1e-2  # of what the steps changed
+OFFICIAL_BATCH = 256  # the peak lr is not scaled by the batch, which is as if it were this one
+
+
+def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
+    model = _build(golden).to(device, dtype)
+    batch = _batch(golden, model.backbone).to(device)
+    labels_SK = torch.from_numpy(golden.arrays["in/soft_labels"]).to(device, dtype)
+    features_SD = model.features(batch)
+    logits_SK = model.head(features_SD)
+    loss = soft_cross_entropy(logits_SK, labels_SK)
+    for name, ours in (("features", features_SD), ("logits", logits_SK), ("loss", loss)):
+        yield Quantity(name, ours.detach(), torch.from_numpy(golden.arrays[f"out/{name}"]), TOLERANCE)
+    loss.backward()
+    for name, p in model.named_parameters():
+        path = flax_path(name)
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        yield Quantity(f"grad {path}", grad, golden.at(f"grads/{path}"), TOLERANCE_GRADIENT)
+    yield from _layers(golden, model)
+    yield from _steps(golden, model, batch, labels_SK, decay=False)
+    yield from _steps(golden, model, batch, labels_SK, decay=True)
+
+
+def soft_cross_entropy(logits_SK: Tensor, labels_SK: Tensor) -> Tensor:
+    """Mean over samples of -sum(label * log softmax)."""
+    return -(labels_SK * logits_SK.log_softmax(1)).sum(1).mean()
+
+
+def flax_path(name: str) -> str:
+    """The flax path of our classifier's parameter `name`."""
+    if name.startswith("backbone."):
+        return "base_model/" + flax_name(name.removeprefix("backbone."), 0)
+    heads = {"head.norm.weight": "LayerNorm_0/scale", "head.norm.bias": "LayerNorm_0/bias"}
+    return heads.get(name) or re.sub(r"head\.linear\.", "Dense_0/", name).replace("weight", "kernel")
+
+
+def _build(golden: Golden) -> Classifier:
+    m = golden.meta
+    data = {"size": None, "vocab_size": 0, "image_size": m["size"], "patch_size": m["patch"]}
+    data |= {name: m[name] for name in ("emb_dim", "depth", "num_heads", "mlp_ratio")}
+    data["use_type_embedding"] = "params/base_model/encoder_image_type_embedding" in golden.arrays
+    data |= {f"image_{k}": golden.arrays[f"in/{k}"].astype(float).tolist() for k in ("mean", "std")}
+    config = parse(ModelConfig, data, str(golden.path))
+    pool = "mean" if m["global_pool"] else "cls"
+    model = Classifier(MultimodalEncoder(config), FineTuneHead(config.emb_dim, m["C"]), pool)
+    _load(golden, model)
+    return model
+
+
+@torch.no_grad()
+def _load(golden: Golden, model: Classifier) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(golden.at(f"params/{flax_path(name)}"))
+
+
+def _batch(golden: Golden, backbone: MultimodalEncoder) -> PackedBatch:
+    visible = torch.zeros(backbone.config.patches_per_image, dtype=torch.bool)
+    images = torch.from_numpy(golden.arrays["in/image_u8"]).permute(0, 3, 1, 2)
+    return pack([Sample(str(i), image.contiguous(), visible) for i, image in enumerate(images)], backbone.geometry)
+
+
+def _layers(golden: Golden, model: Classifier) -> Iterator[Quantity]:
+    """Layers and their factors, of every parameter."""
+    depth, names = golden.meta["depth"], [name for name, _ in model.named_parameters()]
+    ours = [layer_of(name, depth) for name in names]
+    official = [golden.meta["layer_id"][flax_path(name)] for name in names]
+    yield Quantity("layer_id", torch.tensor(ours), torch.tensor(official), 0.0)
+    scales = [lr_scale(layer, depth, golden.meta["layer_decay"]) for layer in range(depth + 2)]
+    official = [golden.meta["lr_scale"][str(layer)] for layer in range(depth + 2)]
+    yield Quantity("lr_scale", torch.tensor(scales), torch.tensor(official), TOLERANCE)
+
+
+def _steps(
+    golden: Golden, model: Classifier, batch: PackedBatch, labels_SK: Tensor, *, decay: bool
+) -> Iterator[Quantity]:
+    """Steps on one batch; `decay`: with the weight decay that the official script means, but does not apply."""
+    m, suffix, text = golden.meta, "_decay" * decay, " with decay" * decay
+    _load(golden, model)
+    optim = OptimConfig(
+        init_lr=m["lr_init_value"], peak_lr=m["lr_peak_value"], end_lr=m["lr_end_value"],
+        betas=(m["b1"], m["b2"]), eps=m["adam_eps"],
+    )  # fmt: skip
+    groups = parameter_groups(model, m["depth"], m["weight_decay"] * decay, m["layer_decay"])
+    optimizer = build_adamw(groups, optim)
+    layers = {name: layer_of(name, m["depth"]) for name, _ in model.named_parameters()}
+    by_layer = {str(layers[name]): p for name, p in model.named_parameters()}  # any parameter of each
+    losses, accuracies, lrs = [], [], {layer: [] for layer in by_layer}
+    for step in range(m["steps"]):
+        optimizer.zero_grad()
+        logits_SK = model(batch)
+        loss = soft_cross_entropy(logits_SK, labels_SK)
+        loss.backward()
+        losses.append(loss.item())
+        accuracies.append((logits_SK.argmax(1) == labels_SK.argmax(1)).double().mean().item())
+        set_lr(optimizer, learning_rate(step, optim, OFFICIAL_BATCH, m["warmup_steps"], m["total_steps"]))
+        optimizer.step()
+        for layer, p in by_layer.items():
+            lrs[layer].append(next(g["lr"] for g in optimizer.param_groups if any(p is q for q in g["params"])))
+    official = torch.from_numpy(golden.arrays[f"out/loss_trajectory{suffix}"])
+    yield Quantity(f"loss_trajectory{suffix}", torch.tensor(losses), official, TOLERANCE)
+    if not decay:
+        official = torch.from_numpy(golden.arrays["out/accuracy_trajectory"])
+        yield Quantity("accuracy_trajectory", torch.tensor(accuracies), official, TOLERANCE)
+        for layer, values in sorted(lrs.items()):
+            yield Quantity(
+                f"lr of layer {layer}", torch.tensor(values), torch.tensor(m["lr_by_layer"][layer]), TOLERANCE
+            )
+    for name, p in model.named_parameters():
+        path = flax_path(name)
+        before, after = golden.at(f"params/{path}"), golden.at(f"params_after{suffix}/{path}")
+        ours = p.detach().cpu()
+        if name.endswith("qkv.bias"):
+            # softmax does not see the keys' bias: its gradient is rounding alone, which Adam blows up to steps
+            before, after, ours = (torch.stack((b.chunk(3)[0], b.chunk(3)[2])) for b in (before, after, ours))
+        yield Quantity(f"after{text} {path}", ours, after, TOLERANCE_AFTER_STEPS)
+        yield Quantity(f"change{text} {path}", ours - before, after - before, TOLERANCE_CHANGE)

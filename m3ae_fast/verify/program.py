@@ -1,0 +1,65 @@
+"""python -m m3ae_fast.verify FILE.npz ...: does this model compute what the official M3AE does?
+
+Rebuilds the model of each golden file, loads its parameters, and compares every number that the official
+implementation computed. Files of pre-training hold outputs, losses, gradients, features, and some AdamW steps; files of
+a linear probe or of fine-tuning hold logits, gradients, losses, learning rates, and parameters after some steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.golden import Golden
+from m3ae_fast.verify import finetune, linear_probe, pretraining
+from m3ae_fast.verify.quantity import Quantity, relative_error
+
+# by an array that files of that kind alone have
+_KINDS = {"in/features": linear_probe.quantities, "in/soft_labels": finetune.quantities}
+
+
+def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
+    """All comparisons of one file, of whatever kind it is. Raises UserError for whatever it lacks or has in a wrong
+    shape."""
+    replay = next((replay for key, replay in _KINDS.items() if key in golden.arrays), pretraining.quantities)
+    try:
+        yield from replay(golden, device, dtype)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m m3ae_fast.verify", description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE.npz", help="golden files of the official implementation")
+    parser.add_argument("--tolerance-scale", type=float, default=1.0, help="widen every tolerance by this factor")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    console, device = Console(highlight=False, soft_wrap=True), _device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    total = failed = 0
+    for file in args.files:
+        console.print(f"[bold]{escape(file)}[/bold]")
+        for name, ours, official, tolerance in quantities(Golden.load(file), device, getattr(torch, args.dtype)):
+            tolerance *= args.tolerance_scale
+            error = relative_error(ours, official)
+            good = error <= tolerance  # a NaN is not good
+            total, failed = total + 1, failed + (not good)
+            mark = "[green]ok  [/green]" if good else "[red]FAIL[/red]"
+            console.print(f"  {mark} {error:9.2e} <= {tolerance:.0e}  {name}")
+    files = f"{len(args.files)} file" + "s" * (len(args.files) != 1)
+    console.print(f"{total - failed} of {total} quantities of {files} agree with the official implementation")
+    return 1 if failed else 0
