@@ -21,6 +21,7 @@ TRAIN = [
     "torchvision",
     "webdataset",
 ]
+TRANSFER = ["pyarrow", "scikit-learn"]
 DEV = ["matplotlib", "pytest", "pytest-benchmark", "ruff"]
 
 setup(
@@ -35,5 +36,10 @@ setup(
     package_dir={"m3ae_kernels": "kernels/m3ae_kernels"},
     package_data={"m3ae_kernels": ["tuning/*.json"], "m3ae_fast": ["model/cpu/*.c"]},
     install_requires=KERNELS,
-    extras_require={"train": TRAIN, "dev": TRAIN + DEV, "flash": ["flash-attn"]},
+    extras_require={
+        "train": TRAIN,
+        "transfer": TRAIN + TRANSFER,
+        "dev": TRAIN + TRANSFER + DEV,
+        "flash": ["flash-attn"],
+    },
 )

@@ -31,7 +31,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(data, dict):
         raise UserError(f"config {path}: must hold one JSON object")
     for override in overrides or []:
-        _apply(data, override)
+        apply_override(data, override)
     return parse(Config, data, f"config {path}")
 
 
@@ -55,7 +55,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in plain JSON data. Raises UserError where that is no such text or place."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise UserError(f"--set {override}: write it as section.key=value")

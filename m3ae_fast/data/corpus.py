@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.index import IndexedShard, Modality, index_shards
@@ -19,6 +21,7 @@ class Source:
     shards: list[IndexedShard]
     modalities: list[Modality]
     weight: float | None
+    labels: np.ndarray | None = None  # int64, of all samples in file order: see data.labels
 
     @property
     def sizes(self) -> list[int]:

@@ -114,6 +114,8 @@ class Samples(Dataset):
         except (BadSample, OSError) as error:
             return _Draft(Skipped(name, key, str(error)))
         sample = Sample(f"{name}/{key}")
+        if reader.source.labels is not None:
+            sample.label = int(reader.source.labels[place.sample])
         image_mask, text_mask = self._masks(place, position // self.share_mask)
         if image is not None:
             sample.image_mask = image_mask

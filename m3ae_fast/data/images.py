@@ -57,7 +57,7 @@ def decode_image(data: bytes, channels: int) -> Tensor:
         except RuntimeError:
             pass  # Pillow may know better
     try:
-        return _decode_with_pillow(header, channels)
+        return pixels_of(header, channels)
     except Exception as error:
         raise BadSample(f"the picture is broken ({error})") from None
 
@@ -68,7 +68,8 @@ def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:
     return image if image.dtype == torch.uint8 else F.to_dtype(image, torch.uint8, scale=True)
 
 
-def _decode_with_pillow(image: Image.Image, channels: int) -> Tensor:
+def pixels_of(image: Image.Image, channels: int) -> Tensor:
+    """uint8 [C, H, W] of a Pillow image, upright; transparent parts become white unless C = 4."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -21,10 +21,11 @@ import numpy as np
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
+from m3ae_fast.progress import track
 
 Modality = Literal["paired", "image", "text"]
 
-VERSION = 1
+VERSION = 2
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1
 _MAX_KEY = 128  # bytes that messages show
@@ -33,6 +34,7 @@ _THREADS = 8
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL
 )  # WebDataset's: up to the first dot of the basename
+_NOTHING = Member("", MISSING, 0)
 _META = re.compile(r"^__[^/]*__($|/)")  # WebDataset skips these
 
 
@@ -64,7 +66,8 @@ class IndexedShard:
 
     def table(self) -> np.ndarray:
         """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
-        where there is none), `json` (the caption is the member's "caption" field) and `key` (UTF-8).
+        where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
+        `json_offset`, `json_size` (members that may hold a label) and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""
         with open(self.sidecar, "rb") as file:
@@ -87,18 +90,9 @@ def index_shards(shards: Sequence[str], store: ShardStore, progress: bool = Fals
             todo = [i for i, entry in enumerate(known) if entry is None]
             with ThreadPoolExecutor(_THREADS) as pool:
                 made = pool.map(lambda i: _load(shards[i], store) or _make(shards[i], store), todo)
-                for i, entry in zip(todo, _bar(made, len(todo), progress)):
+                for i, entry in zip(todo, track(made, "indexing shards", len(todo), show=progress)):
                     known[i] = entry
     return known
-
-
-def _bar(entries: Iterator[IndexedShard], total: int, progress: bool) -> Iterator[IndexedShard]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)
-    return track(entries, "indexing shards", total=total, console=console, transient=True, disable=hidden)
 
 
 def _sidecars(shard: str, store: ShardStore) -> list[Path]:
@@ -176,11 +170,10 @@ def _tabulate(members: list[Member], fd: int) -> np.ndarray:
         if text is None and "json" in files and _has_caption(fd, files["json"]):
             text, from_json = files["json"], True
         if image or text:
-            nothing = Member("", MISSING, 0)
-            image, text = image or nothing, text or nothing
-            rows.append((image.offset, image.size, text.offset, text.size, from_json, _clean(key)))
+            parts = [member or _NOTHING for member in (image, text, files.get("cls"), files.get("json"))]
+            rows.append((*(number for part in parts for number in (part.offset, part.size)), from_json, _clean(key)))
     width = max([1, *(len(row[-1]) for row in rows)])
-    offsets = [(name, "<i8") for name in ("image_offset", "image_size", "text_offset", "text_size")]
+    offsets = [(f"{part}_{what}", "<i8") for part in ("image", "text", "cls", "json") for what in ("offset", "size")]
     return np.array(rows, dtype=[*offsets, ("json", "?"), ("key", f"S{width}")])
 
 

@@ -78,6 +78,7 @@ class PackedBatch:
     text_targets: Tensor  # [W] token id
     text_row_weight: Tensor  # float32 [W] 1 / (rows of this caption)
     counts: LossCounts  # pictures and captions here, empty captions included
+    labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None where there are none
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:

@@ -5,7 +5,8 @@ Shapes: T encoder rows, N visible patches, D width, L patches a picture, V vocab
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
@@ -14,8 +15,14 @@ from torch import Tensor, nn
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.packing import Geometry, Sample, pack
+from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from m3ae_fast.data.tokenizer import CaptionTokenizer
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
@@ -57,6 +64,7 @@ class MultimodalEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer: CaptionTokenizer | None = None  # what `encode` cuts texts with; set by whoever loads the model
         self.patch_embed = PatchEmbed(config.emb_dim, **pixel_options(config))
         self.encoder_input = EncoderInput(config)
         self.encoder = Transformer(
@@ -84,11 +92,55 @@ class MultimodalEncoder(nn.Module):
         c = self.config
         return Geometry(c.image_size, c.patch_size, c.channels, c.text_length)
 
-    def encode(self, batch: PackedBatch) -> Tensor:
+    def forward_encoder(self, batch: PackedBatch) -> Tensor:
         """[T, D] encoder rows after the final LayerNorm."""
-        patches_ND = self.patch_embed(batch.images, batch.patch_ids)
-        x_TD = self.encoder(self.encoder_input(patches_ND, batch), batch.encoder)
-        return self.encoder.norm(x_TD)
+        return self.encoder.norm(self.encoder(self._input(batch), batch.encoder))
+
+    def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
+        """[S, D] features of each sample's visible rows, after the final LayerNorm; at least float32. Differentiable.
+
+        Args:
+            batch: on the model's device.
+            pool: "mean" of all rows but cls (0 where there is no other), or the row of "cls".
+        """
+        if pool == "mean":
+            return mean_of_tokens(self.forward_encoder(batch), batch.encoder)
+        cls_rows_S = batch.encoder.cu_seqlens[:-1]
+        cls_SD = self.encoder.norm(self.encoder(self._input(batch), batch.encoder, cls_rows_S, only_cls(batch.encoder)))
+        return cls_SD.to(torch.promote_types(cls_SD.dtype, torch.float32))
+
+    def _input(self, batch: PackedBatch) -> Tensor:
+        return self.encoder_input(self.patch_embed(batch.images, batch.patch_ids), batch)
+
+    def encode(
+        self,
+        images: Sequence[Image | Tensor] | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        pool: Pool = "mean",
+        batch: int = 64,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+    ) -> Tensor:
+        """Pooled features of images, texts, or pairs of them, unmasked and without gradients.
+
+        Args:
+            images: PIL images or uint8 tensors [C, H, W] of any size, of which the central square is taken, or floating
+                tensors [C, image_size, image_size], already normalised; or None.
+            texts: for which the model's `tokenizer` is needed; or None.
+            pool: "mean" over all tokens but cls, after the final LayerNorm, or the "cls" token.
+            batch: samples per forward pass.
+            precision: of matmuls; "auto": bf16 where the hardware multiplies it faster.
+
+        Returns:
+            float32 [S, D] on the model's device.
+
+        Raises:
+            ValueError: both are None, their numbers differ, or an image does not fit the model.
+            UserError: there are texts, and the model has no tokenizer.
+        """
+        from m3ae_fast.encoding import encode  # decodes and tokenises, with parts that stand above this one
+
+        return encode(self, images, texts, pool=pool, batch=batch, precision=precision)
 
     def representation(
         self, images: Tensor | None = None, text: Tensor | None = None, padding_mask: Tensor | None = None
@@ -130,7 +182,7 @@ class MultimodalEncoder(nn.Module):
             samples.append(sample)
             places.append(place)
         device = self.encoder_input.cls_token.device
-        encoded_TD = self.encode(pack(samples, self.geometry).to(device))
+        encoded_TD = self.forward_encoder(pack(samples, self.geometry).to(device))
         flat = torch.stack(places).flatten().nonzero()[:, 0].to(device)
         out = encoded_TD.new_zeros(size * len(places[0]), encoded_TD.shape[1]).index_copy(0, flat, encoded_TD)
         return out.unflatten(0, (size, -1))

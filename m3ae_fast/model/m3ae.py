@@ -104,7 +104,7 @@ class M3AE(MultimodalEncoder):
         loss = self.loss_config
         return replace(super().geometry, image_all_tokens=loss.image_all_tokens, text_all_tokens=loss.text_all_tokens)
 
-    def decode(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+    def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are finished."""
         x_UE = self.decoder_input(encoded_TD, batch)
         x_ME = self.decoder(x_UE, batch.decoder, batch.loss_rows, batch.loss)
@@ -121,7 +121,7 @@ class M3AE(MultimodalEncoder):
                 a part of it. None: those of the batch.
         """
         images, captions = (count or 1.0 for count in counts or batch.counts)
-        hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
+        hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         image_loss = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight) / images
         text_loss = text_accuracy = torch.zeros_like(image_loss)
         if self.text_head is not None:
@@ -134,7 +134,7 @@ class M3AE(MultimodalEncoder):
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Normalised pixels [I, P*P*C] and logits [W, V] of the rows that carry loss."""
-        hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
+        hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         return self.image_head.predict(hidden_IE), self.text_head.predict(hidden_WE) if self.text_head else None
 
     def save_pretrained(self, folder: str | Path) -> None:

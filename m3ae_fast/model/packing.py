@@ -49,6 +49,7 @@ class Sample:
     image_mask: Tensor | None = None  # bool [L], True = masked
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
+    label: int | None = None  # id of its class
 
 
 def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
@@ -113,6 +114,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
         decoder=_segments(rows_S),
         loss=_segments(image_loss_S + text_loss_S),
         counts=LossCounts(float(len(images)), float(captions)),
+        labels=_labels(samples),
         **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},
     )
@@ -138,6 +140,12 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
             raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
     return image_mask, text_mask, tokens
+
+
+def _labels(samples: Sequence[Sample]) -> Tensor | None:
+    """None where a sample has none."""
+    labels = [sample.label for sample in samples if sample.label is not None]
+    return torch.tensor(labels, dtype=torch.int64) if len(labels) == len(samples) else None
 
 
 def _lengths(arrays: Iterable[np.ndarray]) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What a pre-trained representation is worth: downstream tasks on its features or from its weights."""
+"""What a representation is worth: tasks on a trained model. `python -m m3ae_fast.transfer --help` lists them."""

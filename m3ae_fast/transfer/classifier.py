@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.transfer.heads import Pool, pool_rows
+from m3ae_fast.model.pooling import Pool
 
 
 class Classifier(nn.Module):
@@ -21,7 +21,7 @@ class Classifier(nn.Module):
 
     def features(self, batch: PackedBatch) -> Tensor:
         """[S, D] what the head reads."""
-        return pool_rows(self.backbone.encode(batch), batch.encoder, self.pool)
+        return self.backbone.pooled(batch, self.pool)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         return self.head(self.features(batch))

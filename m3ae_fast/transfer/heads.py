@@ -1,37 +1,20 @@
-"""Pooled features and the classification heads on them, as the official code has them (young-geng/m3ae_public,
+"""Classification heads on pooled features, as the official code has them (young-geng/m3ae_public,
 `LinearCLS` and `ViTClassifier` of m3ae/model.py).
 
-Shapes: S samples, T encoder rows, D width, K classes.
+Shapes: S samples, D width, K classes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.transformer import EPS
 
-Pool = Literal["cls", "mean"]
 BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut off at +-2
-
-
-def pool_rows(encoded_TD: Tensor, segments: Segments, pool: Pool) -> Tensor:
-    """[S, D] in the dtype of `encoded_TD`: the cls row of each sample, or the mean of its other rows (0 for a sample
-    that has none). Differentiable."""
-    if pool == "cls":
-        return encoded_TD[segments.cu_seqlens[:-1].long()]
-    lengths_S = segments.cu_seqlens.diff().long() - 1
-    sample = torch.arange(len(lengths_S), device=encoded_TD.device)
-    sample_of_row = sample.repeat_interleave(lengths_S, output_size=segments.rows - len(lengths_S))
-    rows = torch.arange(len(sample_of_row), device=encoded_TD.device) + sample_of_row + 1  # without the cls rows
-    dtype = torch.promote_types(encoded_TD.dtype, torch.float32)
-    sums_SD = torch.segment_reduce(encoded_TD[rows].to(dtype), "sum", lengths=lengths_S, unsafe=True)
-    return (sums_SD / lengths_S.clamp(min=1)[:, None]).to(encoded_TD.dtype)
 
 
 class BatchNorm(nn.Module):

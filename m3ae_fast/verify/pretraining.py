@@ -36,7 +36,7 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
 
 @torch.no_grad()
 def _encoder_outputs(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
-    encoded_TD = model.encode(batch).float().cpu()
+    encoded_TD = model.forward_encoder(batch).float().cpu()
     starts = batch.encoder.cu_seqlens.tolist()
     samples = golden.samples()
     cls, image, text = ([], []), ([], []), ([], [])

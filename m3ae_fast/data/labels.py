@@ -1,0 +1,183 @@
+"""Labels of samples: read from their shards, checked, and turned into class ids.
+
+A label is the whole number in a sample's `.cls` member, or a whole number or text in a field of its `.json` member.
+Numbers are class ids, and -1 leaves the sample out; texts are class names, numbered in sorted order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from m3ae_fast.data.corpus import Corpus, Source
+from m3ae_fast.data.index import MISSING, IndexedShard
+from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.errors import UserError
+from m3ae_fast.progress import track
+
+MAX_CLASSES = 1 << 20
+LEFT_OUT = -1
+_MAX_BYTES = 1 << 20  # of a member that holds a label
+
+Label = int | str
+Classes = Sequence[Label]  # by id
+
+
+@dataclass(frozen=True, eq=False)
+class _Part(IndexedShard):
+    """Some samples of a shard."""
+
+    rows: np.ndarray  # int64
+
+    def table(self) -> np.ndarray:
+        return super().table()[self.rows]
+
+
+def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
+    """The label of every sample of each source in file order, None where it has none.
+
+    Args:
+        corpus: from `open_corpus`.
+        field: "cls", or "json." and the name of a field.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: `field` is neither, a shard cannot be read, or a label is neither a whole number nor text.
+    """
+    if field != "cls" and not (field.startswith("json.") and len(field) > len("json.")):
+        raise UserError(f"labels {field!r}: must be cls, or json.FIELD such as json.label")
+    shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
+    labels: list[list[Label | None]] = [[] for _ in corpus.sources]
+    for number, shard in track(shards, "reading labels", len(shards), show=progress):
+        labels[number] += _read_shard(shard, corpus.store, field)
+    return labels
+
+
+def label_corpus(
+    corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False
+) -> tuple[Corpus, Classes]:
+    """The labelled samples of a corpus, with ids of their classes in `Source.labels`.
+
+    Args:
+        corpus, field, progress: as in `read_labels`.
+        classes: those of the training samples; None: these are the training samples, and define them.
+
+    Returns:
+        The corpus without the samples of label -1, and the classes by id.
+
+    Raises:
+        UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
+            a class has no training sample, or there is one class alone; and as `read_labels` does.
+    """
+    where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
+    labels = read_labels(corpus, field, progress=progress)
+    _refuse_missing(corpus, labels, where, field)
+    used = {label for source in labels for label in source if label is not None} - {LEFT_OUT}
+    if not used:
+        raise UserError(f"{where}: no sample has a label ({field}) other than -1")
+    if classes is None:
+        classes = _define_classes(used, where, field)
+    ids = {label: number for number, label in enumerate(classes)} | {LEFT_OUT: LEFT_OUT}
+    for label in used:
+        if label not in ids:
+            raise UserError(
+                f"{where}: no training sample has the label {label!r} ({field}); add some, or leave these out by -1"
+            )
+    sources = [
+        _choose(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
+        for source, own in zip(corpus.sources, labels)
+    ]
+    return replace(corpus, sources=[source for source in sources if source.shards]), classes
+
+
+def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str, field: str) -> None:
+    missing = sum(label is None for own in labels for label in own)
+    if not missing:
+        return
+    total = sum(len(own) for own in labels)
+    source, row = next((i, own.index(None)) for i, own in enumerate(labels) if None in own)
+    for shard in corpus.sources[source].shards:
+        if row < shard.summary.samples:
+            break
+        row -= shard.summary.samples
+    key = shard.table()["key"][row].decode("utf-8", "replace")
+    raise UserError(
+        f"{where}: {missing:,} of {total:,} samples have no label ({field}), such as {shard.shard}/{key}; name another "
+        "member with --labels, or label them: -1 leaves a sample out"
+    )
+
+
+def _define_classes(used: set[Label], where: str, field: str) -> Classes:
+    names = sorted(label for label in used if isinstance(label, str))
+    if names and len(names) < len(used):
+        raise UserError(f"{where}: some labels ({field}) are numbers and some are text, such as {names[0]!r}")
+    if len(used) == 1:
+        raise UserError(f"{where}: all samples have the label {next(iter(used))!r} ({field}); two classes are needed")
+    if names:
+        return names
+    numbers = {label for label in used if isinstance(label, int)}
+    low, high = min(numbers), max(numbers)
+    if low < 0 or high >= MAX_CLASSES:
+        raise UserError(
+            f"{where}: the label {low if low < 0 else high} ({field}) is out of range; class ids go from 0 to "
+            f"{MAX_CLASSES - 1}, and -1 leaves a sample out"
+        )
+    empty = next((number for number in range(high) if number not in numbers), None)
+    if empty is not None:
+        raise UserError(
+            f"{where}: labels ({field}) go up to {high}, but no sample has {empty}; number classes from 0 without "
+            "gaps, or use names"
+        )
+    return range(high + 1)
+
+
+def _choose(source: Source, ids: np.ndarray) -> Source:
+    """The samples of a source that have a class."""
+    shards: list[IndexedShard] = []
+    modalities, start = [], 0
+    for shard, modality in zip(source.shards, source.modalities):
+        rows = np.flatnonzero(ids[start : start + shard.summary.samples] != LEFT_OUT)
+        start += shard.summary.samples
+        if len(rows):
+            summary = replace(shard.summary, samples=len(rows))
+            shards.append(_Part(shard.shard, summary, shard.sidecar, rows))
+            modalities.append(modality)
+    return replace(source, shards=shards, modalities=modalities, labels=ids[ids != LEFT_OUT])
+
+
+def _read_shard(shard: IndexedShard, store: ShardStore, field: str) -> list[Label | None]:
+    member = "cls" if field == "cls" else "json"
+    labels: list[Label | None] = []
+    try:
+        table = shard.table()
+        with open(store.path(shard.shard), "rb") as file:
+            for offset, size, key in zip(*(table[name] for name in (f"{member}_offset", f"{member}_size", "key"))):
+                if offset == MISSING:
+                    labels.append(None)
+                    continue
+                data = os.pread(file.fileno(), min(int(size), _MAX_BYTES), int(offset))
+                labels.append(_parse(data, field, f"{shard.shard}/{key.decode('utf-8', 'replace')}"))
+    except OSError as error:
+        raise UserError(f"shard {shard.shard}: cannot be read ({error.strerror or error})") from None
+    return labels
+
+
+def _parse(data: bytes, field: str, where: str) -> Label | None:
+    if field == "cls":
+        text = data.decode("utf-8", "replace").strip()
+        if not re.fullmatch(r"-?[0-9]{1,18}", text):
+            raise UserError(f"{where}: its cls holds {text[:40]!r}, not a whole number")
+        return int(text)
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: its json is not valid JSON") from None
+    value = content.get(field.removeprefix("json.")) if isinstance(content, dict) else None
+    if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: {field} is {json.dumps(value)[:40]}, neither a whole number nor text")

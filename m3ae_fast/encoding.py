@@ -1,0 +1,188 @@
+"""Features of the frozen encoder: of what Python holds in memory, and of whole shards.
+
+Shapes: S samples, C channels, D encoder width, N samples of a corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from m3ae_fast.config import DataConfig, MaskingConfig
+from m3ae_fast.config.transfer import EncodeConfig
+from m3ae_fast.data import Corpus, Preparation, Share, Skipped, eval_loader
+from m3ae_fast.data.crops import centre_crop
+from m3ae_fast.data.images import pixels_of
+from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import dtype_of, fast_precision
+from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.model.pooling import Pool
+from m3ae_fast.progress import track
+
+UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of the samples that could be read, in file order."""
+
+    keys: list[str]
+    features_ND: Tensor  # float32, on the CPU
+    labels_N: Tensor | None  # int64 ids of classes; None for a corpus without labels
+    skipped: list[Skipped]
+
+
+def encode_corpus(
+    model: MultimodalEncoder,
+    corpus: Corpus,
+    data: DataConfig,
+    config: EncodeConfig,
+    ranks: Ranks,
+    *,
+    title: str = "encoding",
+) -> Features:
+    """Pooled features of the central square and the caption of every sample, whole on every rank.
+
+    Args:
+        model: on the device of `ranks`.
+        corpus: what its sources' modalities say is encoded: images, texts, or pairs. Labels go along.
+        data: workers, prefetch and max_bad_fraction.
+        config: pooling, batch and precision.
+        title: of the progress bar.
+
+    Raises:
+        UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.
+    """
+    batches = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
+    shown = track(batches, title, len(batches), show=ranks.is_main)
+    with encoding(model, config.precision, ranks.device):
+        own = [
+            (batch.keys, pooled_SD.cpu(), batch.labels, batch.skipped)
+            for batch, pooled_SD in _one_behind(model, shown, config.pool, ranks.device)
+        ]
+    # rank r's b-th batch is the stream's number b x world + r
+    parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
+    keys, features, labels, skipped = (list(part) for part in zip(*parts))
+    skipped = list(chain.from_iterable(skipped))
+    _check_skipped(skipped, corpus.samples, data.max_bad_fraction)
+    labels_N = None if any(part is None for part in labels) else torch.cat(labels)
+    return Features(list(chain.from_iterable(keys)), torch.cat(features), labels_N, skipped)
+
+
+def encoding_loader(
+    model: MultimodalEncoder, corpus: Corpus, data: DataConfig, share: Share, device: torch.device
+) -> DataLoader[PackedBatch]:
+    """Unmasked batches of all samples in file order. Raises UserError where captions have no tokenizer."""
+    if corpus.has_captions:
+        require_tokenizer(model)
+    preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
+    return eval_loader(data, corpus, preparation, share, pin_memory=device.type == "cuda")
+
+
+def require_tokenizer(model: MultimodalEncoder) -> None:
+    """Raises UserError where the model cannot take text."""
+    if not model.config.vocab_size:
+        raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images alone")
+    if model.tokenizer is None:
+        raise UserError("the model has no tokenizer: name the one it was trained with (data.tokenizer, M3AE.tokenizer)")
+
+
+@contextmanager
+def encoding(model: MultimodalEncoder, precision: str, device: torch.device) -> Iterator[None]:
+    """Inference with the model as it is in evaluation; the weights are cast once for all batches within."""
+    was_training = model.training
+    model.eval()
+    dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _one_behind(
+    model: MultimodalEncoder, batches: Iterable[PackedBatch], pool: Pool, device: torch.device
+) -> Iterator[tuple[PackedBatch, Tensor]]:
+    """Each batch with its features, handed out when the next one has been launched: a GPU never waits for a copy."""
+    last = None
+    for batch in batches:
+        pooled_SD = model.pooled(batch.to(device, non_blocking=True), pool)
+        if last:
+            yield last
+        last = batch, pooled_SD
+    if last:
+        yield last
+
+
+def _check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
+    if len(skipped) == samples or len(skipped) > max_fraction * samples:
+        raise UserError(
+            f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "
+            f"repair the shards or raise data.max_bad_fraction ({max_fraction:g})"
+        )
+
+
+def encode(
+    model: MultimodalEncoder,
+    images: Sequence[Image | Tensor] | None,
+    texts: Sequence[str] | None,
+    *,
+    pool: Pool,
+    batch: int,
+    precision: str,
+) -> Tensor:
+    """See `M3AE.encode`."""
+    if images is None and texts is None:
+        raise ValueError("encode needs images, texts or both")
+    if images is not None and texts is not None and len(images) != len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} texts")
+    if texts is not None:
+        require_tokenizer(model)
+    count = len(images if images is not None else texts or [])
+    device = model.encoder_input.cls_token.device
+    parts = [torch.empty(0, model.config.emb_dim, device=device)]
+    with encoding(model, precision, device):
+        for start in range(0, count, batch):
+            numbers = range(start, min(start + batch, count))
+            samples = [_sample(model, i, images[i] if images else None, texts[i] if texts else None) for i in numbers]
+            parts.append(model.pooled(pack(samples, model.geometry).to(device), pool))
+    return torch.cat(parts)
+
+
+def _sample(model: MultimodalEncoder, number: int, image: Image | Tensor | None, text: str | None) -> Sample:
+    sample = Sample(str(number))
+    if image is not None:
+        sample.image = prepare_image(model, image)
+        sample.image_mask = torch.zeros(model.config.patches_per_image, dtype=torch.bool)
+    if text is not None:
+        assert model.tokenizer is not None
+        sample.tokens = torch.from_numpy(model.tokenizer.encode(text))
+        sample.text_mask = torch.zeros(len(sample.tokens), dtype=torch.bool)
+    return sample
+
+
+def prepare_image(model: MultimodalEncoder, image: Image | Tensor) -> Tensor:
+    """[C, image_size, image_size] on the CPU: uint8, or as it is where it is floating. Raises ValueError where an image
+    does not fit the model."""
+    channels, size = model.config.channels, model.config.image_size
+    if isinstance(image, Image):
+        return centre_crop(pixels_of(image, channels), size)
+    if image.ndim != 3 or image.shape[0] != channels:
+        raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
+    if image.is_floating_point():
+        if image.shape[1:] != (size, size):
+            raise ValueError(f"a floating image has shape {list(image.shape)}, not {[channels, size, size]}")
+        return image.cpu()
+    if image.dtype != torch.uint8:
+        raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
+    return centre_crop(image.cpu(), size)

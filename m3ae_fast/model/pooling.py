@@ -1,0 +1,32 @@
+"""One feature vector per sample from the encoder's rows.
+
+Shapes: T encoder rows, S samples, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.model.batch import Segments
+
+Pool = Literal["mean", "cls"]
+
+
+def mean_of_tokens(x_TD: Tensor, segments: Segments) -> Tensor:
+    """[S, D], at least float32: the mean over each sample's rows but the first, cls; 0 where there is no other."""
+    lengths_S = segments.cu_seqlens.diff()
+    samples = len(lengths_S)
+    sample_T = torch.repeat_interleave(lengths_S, output_size=segments.rows)
+    sample_T = sample_T.index_fill(0, segments.cu_seqlens[:-1].long(), samples)  # cls rows add up to one not wanted
+    wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    sums_SD = wide_TD.new_zeros(samples + 1, x_TD.shape[1]).index_add(0, sample_T, wide_TD)
+    return sums_SD[:samples] / (lengths_S - 1).clamp(min=1)[:, None]
+
+
+def only_cls(segments: Segments) -> Segments:
+    """The same samples with one row each."""
+    starts = torch.arange(len(segments.cu_seqlens), dtype=torch.int32, device=segments.cu_seqlens.device)
+    return Segments(starts, min(segments.max_seqlen, 1), len(starts) - 1)

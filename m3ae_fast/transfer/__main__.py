@@ -1,0 +1,113 @@
+"""What the representation of a trained model is worth.
+
+python -m m3ae_fast.transfer knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
+python -m m3ae_fast.transfer knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
+
+Labels are whole numbers in KEY.cls, or numbers or names in a field of KEY.json. OUT gets result.json and
+TensorBoard events. Several ranks share the work: torchrun --nproc-per-node 8 -m m3ae_fast.transfer ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3ae_fast.config.transfer import TransferConfig, transfer_config
+from m3ae_fast.engine.failures import explain
+from m3ae_fast.engine.ranks import Ranks, join_ranks
+from m3ae_fast.engine.run_folder import RunFolder
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.hardware import keep_freed_memory
+from m3ae_fast.transfer.job import Job, refuse_existing, write_result
+from m3ae_fast.transfer.models import MODEL_HELP, load_model
+
+
+class Task(NamedTuple):
+    """A module of this package with `run(job) -> result`."""
+
+    about: str
+    trains: bool = True  # has --train and --labels
+
+
+TASKS = {
+    "knn": Task("k-nearest-neighbour accuracy of frozen features"),
+}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m m3ae_fast.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, task in TASKS.items():
+        command = tasks.add_parser(name, help=task.about, description=task.about)
+        command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
+        if task.trains:
+            command.add_argument(
+                "--train", nargs="+", required=True, metavar="SHARDS", help=f"training samples, {shards}"
+            )
+            command.add_argument(
+                "--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)"
+            )
+        command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help="held-out samples, likewise")
+        command.add_argument(
+            "--modality",
+            choices=("image", "text", "paired"),
+            default="image",
+            help="what the encoder sees of a sample (default: image)",
+        )
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set knn.k=10"
+        )
+        command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    with join_ranks() as ranks:
+        try:
+            config = ranks.told(lambda: _config(args))
+            perform(args, config, ranks)
+            return 0
+        except Exception as error:
+            told = explain(error)
+            if told is None:
+                raise
+            if ranks.says("error"):  # once, by the first rank that comes here
+                raise told from None
+            raise SystemExit(2) from None
+
+
+def _config(args: argparse.Namespace) -> TransferConfig:
+    val = [{"shards": args.val, "modality": args.modality}]
+    train = [{"shards": args.train, "modality": args.modality}] if TASKS[args.task].trains else val
+    return transfer_config({"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}, args.set)
+
+
+def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> None:
+    """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
+    ranks.on_main(lambda: refuse_existing(config.run.dir))
+    started = time.perf_counter()
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    text = args.modality != "image"
+    model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext():
+        job = Job(args, config, ranks, model.to(ranks.device).eval())
+        result: dict[str, Any] = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
+        result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
+        result |= {"seconds": round(time.perf_counter() - started, 1), "config": config.model_dump(mode="json")}
+        ranks.on_main(lambda: write_result(config.run.dir, result))
+        job.say(f"{args.task}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, int | float)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

@@ -1,0 +1,89 @@
+"""What every task is given, and how its result is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.config.transfer import TransferConfig
+from m3ae_fast.data import Corpus, ShardStore, open_corpus
+from m3ae_fast.data.labels import Classes, label_corpus
+from m3ae_fast.encoding import Features, encode_corpus
+from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+
+RESULT_FILE = "result.json"
+
+
+@dataclass
+class Job:
+    """One task on one model."""
+
+    args: Namespace  # the task's own options
+    config: TransferConfig
+    ranks: Ranks
+    model: M3AE  # on the ranks' device
+
+    @property
+    def out(self) -> Path:
+        return self.config.run.dir
+
+    def open(self, sources: Sequence[SourceConfig]) -> Corpus:
+        """Their samples, labelled or not. Raises UserError as `open_corpus` does."""
+        store = ShardStore(self.config.data.cache_dir)
+        corpus = self.ranks.main_first(lambda: open_corpus(sources, store, progress=self.ranks.is_main))
+        for damaged in corpus.damaged:
+            self.say(str(damaged))
+        return corpus
+
+    def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
+        """Training and validation samples that have a class, and the classes by id.
+
+        Raises:
+            UserError: as `open_corpus` and `label_corpus` do.
+        """
+        field, progress = self.args.labels, self.ranks.is_main
+        train, val = self.open(self.config.data.train), self.open(self.config.data.val)
+        classes: Classes | None = None
+        labelled = []
+        for corpus in (train, val):
+            found, classes = label_corpus(corpus, field, classes, progress=progress)
+            labelled.append(found)
+            self.say(f"{found.samples:,} of {corpus.samples:,} samples have one of {len(classes)} classes")
+        assert classes is not None
+        return labelled[0], labelled[1], classes
+
+    def encode(self, corpus: Corpus, title: str) -> Features:
+        """Pooled features of all samples. Raises UserError as `encode_corpus` does."""
+        return encode_corpus(self.model, corpus, self.config.data, self.config.encode, self.ranks, title=title)
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.ranks.is_main:
+            print(text, flush=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError where `out` holds a result."""
+    if (out / RESULT_FILE).exists():
+        raise UserError(f"--out {out}: already holds a {RESULT_FILE}; choose another folder")
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    """Write result.json, which is whole or not there, and its numbers as TensorBoard scalars."""
+    with SummaryWriter(str(out / "tensorboard")) as board:
+        for name, value in result.items():
+            if isinstance(value, int | float):
+                board.add_scalar(f"result/{name}", value)
+    partial = out / f".{RESULT_FILE}.partial"
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, out / RESULT_FILE)

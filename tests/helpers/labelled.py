@@ -1,0 +1,53 @@
+"""Labelled shards and a tiny run, small enough for a second."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast.config import Config
+from m3ae_fast.engine import checkpoint
+from m3ae_fast.model.m3ae import M3AE
+from tests.helpers.shards import WORDS, write_tar
+from tests.helpers.trainer import TINY
+
+COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (230, 50, 40)}  # the classes, in sorted order
+NAMES = list(COLOURS)
+
+
+def coloured(number, colour):
+    """A picture of noise around one colour."""
+    noise = np.random.RandomState(number).randint(-30, 30, (40, 40, 3))
+    out = io.BytesIO()
+    Image.fromarray((np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def labelled_members(numbers, labels=None):
+    """(name, bytes): a picture of one of three colours, a caption that names it, its class as number and as name.
+
+    labels: by number: written in place of the right class id; None: no cls and no json.
+    """
+    for number in numbers:
+        colour = NAMES[number % 3]
+        label = (labels or {}).get(number, number % 3)
+        yield f"{number:05d}.png", coloured(number, colour)
+        yield f"{number:05d}.txt", f"{colour} {WORDS[number % len(WORDS)]}".encode()
+        if label is not None:
+            yield f"{number:05d}.cls", str(label).encode()
+            name = NAMES[label] if label in range(3) else label
+            yield f"{number:05d}.json", json.dumps({"name": name, "label": label}).encode()
+
+
+def labelled_tar(path, numbers, labels=None):
+    return write_tar(path, labelled_members(numbers, labels))
+
+
+def tiny_run(folder, **model):
+    """A run folder with one checkpoint of an untrained tiny model."""
+    config = Config.model_validate({**TINY, "model": {**TINY["model"], **model}}, strict=False)
+    weights = {f"model/{name}": p for name, p in M3AE(config.model).state_dict().items()}
+    info = checkpoint.Info(1, 16, 0, config.model_dump(mode="json"), checkpoint.versions())
+    checkpoint.save(folder, weights, info, keep=1)
+    return folder

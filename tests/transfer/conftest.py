@@ -1,0 +1,34 @@
+import json
+
+import pytest
+import torch
+
+from m3ae_fast.transfer.__main__ import main
+from tests.helpers.labelled import labelled_tar, tiny_run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run folder."""
+    torch.manual_seed(0)
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Training and validation shards of three classes."""
+    folder = tmp_path_factory.mktemp("shards")
+    return labelled_tar(folder / "train.tar", range(48)), labelled_tar(folder / "val.tar", range(100, 118))
+
+
+@pytest.fixture
+def transfer(run, shards, tmp_path):
+    """transfer(task, *options, ...) -> what result.json holds."""
+
+    def perform(task, *options, model=run, train=shards[0], val=shards[1], out="out"):
+        data = ["--val", val] + (["--train", train] if train else [])
+        fixed = ["--out", str(tmp_path / out), "--set", "data.workers=0"]
+        assert main([task, str(model), *data, *fixed, *options]) == 0
+        return json.loads((tmp_path / out / "result.json").read_text())
+
+    return perform

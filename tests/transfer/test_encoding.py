@@ -1,0 +1,101 @@
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.config import DataConfig, SourceConfig
+from m3ae_fast.config.transfer import EncodeConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.encoding import encode_corpus
+from m3ae_fast.engine.ranks import join_ranks
+from m3ae_fast.errors import UserError
+from m3ae_fast.transfer.models import load_model
+from tests.helpers.labelled import labelled_members
+from tests.helpers.shards import write_tar
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return load_model(str(run), text=True).eval()
+
+
+def images(count, size=32):
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_are_pooled_from_the_representation(model, pool):
+    pictures, text = images(5), "a red house by the river"
+    tokens = torch.from_numpy(model.tokenizer.encode(text)).expand(5, -1)
+    for expected, given in (
+        (model.representation(pictures), {"images": list(pictures)}),
+        (model.representation(None, tokens), {"texts": [text] * 5}),
+        (model.representation(pictures, tokens), {"images": list(pictures), "texts": [text] * 5}),
+    ):
+        pooled = expected[:, 0] if pool == "cls" else expected[:, 1:].mean(1)
+        found = model.encode(**given, pool=pool, batch=2, precision="fp32")
+        torch.testing.assert_close(found, pooled, rtol=1e-5, atol=1e-5)
+        assert not found.requires_grad
+
+
+def test_images_come_as_pil_or_tensors_of_any_size(model):
+    pixels = images(1, 32)[0]
+    pil = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    config = model.config
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    normalised = (pixels / 255 - mean) / std
+    first, second, third = (model.encode(images=[x], precision="fp32") for x in (pixels, pil, normalised))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, third, rtol=1e-4, atol=1e-4)
+    assert model.encode(images=[images(1, 50)[0], pil.convert("L"), pil.resize((64, 20))]).shape == (3, 32)
+    assert model.encode(images=[]).shape == model.encode(texts=[]).shape == (0, 32)
+    with torch.no_grad():
+        empty = model.encode(texts=[""])
+    assert not empty.any()  # of an empty caption only cls is left
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "needs images, texts or both"),
+        ({"images": [], "texts": ["a"]}, "0 images and 1 texts"),
+        ({"images": [torch.zeros(1, 32, 32, dtype=torch.uint8)]}, "has shape"),
+        ({"images": [torch.zeros(3, 40, 40)]}, "a floating image has shape"),
+        ({"images": [torch.zeros(3, 32, 32, dtype=torch.int64)]}, "neither uint8 nor floating"),
+    ],
+)
+def test_what_cannot_be_encoded_is_a_value_error(model, given, message):
+    with pytest.raises(ValueError, match=message):
+        model.encode(**given)
+
+
+def test_texts_need_a_tokenizer(run):
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_model(str(run), text=False).encode(texts=["a cat"])
+
+
+def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_samples(model, tmp_path):
+    files = dict(labelled_members(range(7), {5: -1}))
+    files["00002.png"] = b"broken"
+    corpus = open_corpus(
+        [SourceConfig(shards=write_tar(tmp_path / "a.tar", files.items()), modality="image")], ShardStore(tmp_path)
+    )
+    labelled, _ = label_corpus(corpus, "cls")
+    data = DataConfig(train=[SourceConfig(shards="x")], workers=0, max_bad_fraction=0.2)
+    with join_ranks() as ranks:
+        found = encode_corpus(model, labelled, data, EncodeConfig(batch=2, precision="fp32"), ranks)
+        with pytest.raises(UserError, match=r"1 of 6 samples cannot be used, such as .*00002: not a picture"):
+            encode_corpus(model, labelled, data.model_copy(update={"max_bad_fraction": 0}), EncodeConfig(), ranks)
+    assert [key.rsplit("/")[-1] for key in found.keys] == ["00000", "00001", "00003", "00004", "00006"]
+    assert found.labels_N.tolist() == [0, 1, 0, 1, 0]
+    pil = [Image.open(BytesIO(files[f"{i:05d}.png"])) for i in (0, 1, 3, 4, 6)]
+    torch.testing.assert_close(found.features_ND, model.encode(images=pil, precision="fp32"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_training_model_is_left_in_training_mode(model):
+    model.train()
+    model.encode(images=list(images(1)))
+    assert model.training
+    model.eval()

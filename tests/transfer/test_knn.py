@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import export
+from m3ae_fast.transfer.knn import knn_scores
+from m3ae_fast.transfer.metrics import accuracies
+from tests.helpers.labelled import labelled_tar, tiny_run
+
+
+def test_votes_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(200, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    labels = torch.randint(0, 7, (200,), generator=generator)
+    judge = KNeighborsClassifier(
+        20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07), algorithm="brute"
+    ).fit(bank, labels)
+    scores = knn_scores(bank, labels, queries, 7, 20, 0.07)
+    torch.testing.assert_close(
+        scores / scores.sum(1, keepdim=True),
+        torch.from_numpy(judge.predict_proba(queries)).float(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
+    scores = knn_scores(torch.eye(3), torch.arange(3), torch.eye(3), 3, 20, 1e-3)
+    assert scores.isfinite().all()
+    assert accuracies(scores, torch.arange(3)) == {"top1": 1.0}
+
+
+def test_accuracies_are_shares_of_the_best_scores():
+    scores = torch.arange(8.0).expand(4, 8)
+    assert accuracies(scores, torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
+
+
+def test_colours_are_told_apart(transfer, run, tmp_path):
+    result = transfer("knn", "--labels", "json.name")
+    assert (result["task"], result["top1"], result["classes"], result["val_samples"]) == ("knn", 1.0, 3, 18)
+    assert list((tmp_path / "out/tensorboard").iterdir())
+    untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")
+    assert 0 <= untrained["top1"] <= 1
+    export(run, tmp_path / "exported")
+    assert transfer("knn", model=tmp_path / "exported", out="export")["top1"] == 1.0
+
+
+def test_a_result_is_never_written_over(transfer, tmp_path):
+    transfer("knn")
+    before = (tmp_path / "out/result.json").read_bytes()
+    with pytest.raises(UserError, match=r"already holds a result.json"):
+        transfer("knn")
+    assert (tmp_path / "out/result.json").read_bytes() == before
+
+
+def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path):
+    image_only = tiny_run(tmp_path / "image-only", vocab_size=0)
+    foreign = labelled_tar(tmp_path / "foreign.tar", range(6), dict.fromkeys(range(6), 9))
+    for options, more, message in (
+        (["--set", "knn.kay=3"], {}, "unknown key knn.kay; did you mean k?"),
+        ([], {"model": tmp_path / "nothing"}, "not an exported M3AE"),
+        ([], {"val": foreign}, "no training sample has the label 9"),
+        (["--labels", "txt"], {}, "must be cls, or json.FIELD"),
+        (["--modality", "text"], {"model": image_only}, "is an image-only model, which cannot take text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            transfer("knn", *options, **more)
+        assert not (tmp_path / "out").exists()
