@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
                 ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
                 return 0
             pulse.timeout = config.run.stall_timeout
-            config = ranks.told(lambda: settle_precision(config, ranks.device))
+            settled = ranks.told(lambda: settle_precision(config.train, ranks.device))
+            config = config.model_copy(update={"train": settled})
             return train(config, args.resume, ranks, stop, pulse, args.profile)
         except Exception as error:
             if pulse.stop_told():  # a rank that left before the first step has taken its connections with it

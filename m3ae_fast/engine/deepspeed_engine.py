@@ -23,22 +23,11 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import (
-    EMA,
-    MOMENTS,
-    build_adamw,
-    collect,
-    name_of,
-    parameter_groups,
-    prime,
-    set_lr,
-    track_ema,
-)
+from m3ae_fast.engine.optimizer import EMA, MOMENTS, build_adamw, collect, name_of, prime, set_lr, track_ema
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
-from m3ae_fast.model.batch import LossCounts, PackedBatch
-from m3ae_fast.model.m3ae import M3AE, Losses
+from m3ae_fast.model.batch import PackedBatch
 
 
 class DeepSpeedEngine:
@@ -46,7 +35,8 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: M3AE,
+        model: nn.Module,
+        groups: list[dict],
         config: DeepSpeedConfig,
         optim: OptimConfig,
         dtype: torch.dtype,
@@ -55,7 +45,7 @@ class DeepSpeedEngine:
         accumulation: int,
         ema: float | None = None,
     ) -> None:
-        """`dtype`: what matmuls run in; `ema`: decay of the weights' moving average.
+        """`groups`: of the optimiser; `dtype`: what matmuls run in; `ema`: decay of the weights' moving average.
 
         Raises:
             UserError: DeepSpeed refuses its section.
@@ -67,12 +57,7 @@ class DeepSpeedEngine:
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
-        optimizer = build_adamw(
-            parameter_groups(model, optim.weight_decay),
-            optim,
-            on_cpu=self.zero.offloads_optimizer,
-            partitioned=self.zero.stage == 3,
-        )
+        optimizer = build_adamw(groups, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
         self.kinds = MOMENTS if ema is None else (*MOMENTS, EMA)
         if ema is not None:
@@ -88,7 +73,7 @@ class DeepSpeedEngine:
                 f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
             ) from None
 
-    def step(self, batches: Sequence[PackedBatch], counts: LossCounts, lr: float) -> tuple[list[Losses], Tensor]:
+    def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         self.ds.train()
         set_lr(self.ds.optimizer, lr)
         results, norm = [], None
@@ -104,7 +89,7 @@ class DeepSpeedEngine:
         return results, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm)
 
     @torch.no_grad()
-    def evaluate(self, batch: PackedBatch) -> Losses:
+    def evaluate(self, batch: PackedBatch) -> Any:
         self.ds.eval()
         return self.ds(batch)
 
