@@ -91,7 +91,7 @@ class Golden:
     def samples(self, masked: bool = True) -> list[Sample]:
         """The batch with its masks, or with everything visible."""
         images, text = self.get("in/image_u8"), self.get("in/text")
-        size = len(text if images is None else images)
+        size = next(len(array) for array in (images, text) if array is not None)
         samples = []
         for i in range(size):
             sample = Sample(key=f"sample {i}")

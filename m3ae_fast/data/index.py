@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -216,7 +216,7 @@ def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
 
 
 def _tabulate(members: list[Member], fd: int) -> np.ndarray:
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for key, files in _group(members):
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
         text, from_json = files.get("txt"), False

@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=True)
 
-    def _run(self, block: Block, *args) -> Tensor:
+    def _run(self, block: nn.Module, *args) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

@@ -65,7 +65,9 @@ def _replay(
         if step == 0:
             for name in ("kernel", "bias"):
                 official = golden.at(f"{variant}/grad0/{name}")
-                yield Quantity(f"{variant} grad {name}", tensors[name].grad.clone(), official, TOLERANCE_GRADIENT)
+                grad = tensors[name].grad
+                assert grad is not None
+                yield Quantity(f"{variant} grad {name}", grad.clone(), official, TOLERANCE_GRADIENT)
         lr = learning_rate(step, schedule, meta["B"], warmup_steps, meta["steps"])
         set_lr(optimizer, lr)
         optimizer.step()
