@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,14 +29,15 @@ def check_and_time(
     device: CpuDevice | CudaDevice,
     checks: list[Check],
     folder: Path | None = None,
-    sizes: Sizes = LARGE,
     *,
+    sizes: Sizes = LARGE,
+    small: Sizes = ODD,
     quick: bool = False,
     compiled: bool = True,
     rounds: int = 5,
     repeats: int = 10,
 ) -> None:
-    """Every op: the inputs to be timed are checked, then timed; then small odd sizes are checked in all dtypes.
+    """Every op: the inputs to be timed are checked, then timed; then `small` odd sizes are checked in all dtypes.
 
     `quick`: nothing is timed. Fills `checks`, and writes gpu-checks.json and gpu-ops.json into `folder` (None: this
     machine's) as it goes.
@@ -62,14 +64,15 @@ def check_and_time(
         torch._dynamo.reset()
     for dtype in DTYPES:
         for name in OPS:
-            checked(check_small(name, dtype, device.device, ODD))
+            checked(check_small(name, dtype, device.device, small))
 
 
 def _verdict(check: Check) -> str:
     return "; ".join(check.problems) or f"ok, {check.worst:.2f} of the allowed error"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, **options: Any) -> int:
+    """`options`: of `check_and_time`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="checks alone, no timing")
@@ -94,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             for dtype in (torch.bfloat16, torch.float32):
                 tune(CudaDevice(), LARGE, dtype)
         else:
-            check_and_time(CudaDevice(), checks, args.results, quick=args.quick)
+            check_and_time(CudaDevice(), checks, args.results, quick=args.quick, **options)
     return 1 if any(c.problems for c in checks) else 0
 
 

@@ -70,7 +70,7 @@ def test_what_is_timed_is_checked():
 
 def test_checks_and_times_are_written(tmp_path, capsys):
     checks = []
-    check_and_time(CpuDevice(), checks, tmp_path, ODD, compiled=False, rounds=1, repeats=1)
+    check_and_time(CpuDevice(), checks, tmp_path, sizes=ODD, compiled=False, rounds=1, repeats=1)
     assert len(checks) == 8 + 24 and not any(c.problems for c in checks)
     rows = results.read(tmp_path / "gpu-ops.json")
     assert {row["implementation"] for row in rows} >= {"m3ae_kernels", "eager", "matmuls alone"}

@@ -1,0 +1,74 @@
+"""python -m tests.rehearsal [PYTEST OPTIONS]: run the CUDA path without a GPU, and name the lines that did not run.
+
+Every function of the project that mentions CUDA must run to its last line, on stand-ins where it must be; what cannot
+is listed in LEFT with the reason. Exit code 1 where a line is left that nobody explained, or is explained and runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FILES = ("m3ae_fast/**/*.py", "kernels/m3ae_kernels/**/*.py", "benchmarks/*.py", "benchmarks/gpu/*.py")
+# (file, a part of the line): why it does not run here
+LEFT = {
+    ("m3ae_fast/model/attention.py", ""): "has stand-ins of its own for every kernel that may be installed",
+    ("kernels/m3ae_kernels/aot.py", ""): "compiles for GPUs and needs none; CI compiles all kernels with it",
+    ("benchmarks/gpu/step.py", ""): "starts processes: tests/test_benchmarks.py",
+    ("benchmarks/gpu/__main__.py", "run"): "as above",
+    ("benchmarks/gpu/__main__.py", "for dtype in (torch.bfloat16"): "tests/kernels/test_gpu_benchmark.py tunes",
+    ("benchmarks/gpu/__main__.py", "tune("): "as above",
+}
+
+
+def main(options: list[str]) -> int:
+    # Triton's interpreter is slow, and wrong in bf16 (triton-lang/triton#11584): kernels run in one rehearsal alone
+    os.environ |= {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "torch"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    import coverage
+    import pytest
+
+    measured = coverage.Coverage(
+        data_file=None, source=[str(ROOT / top) for top in ("m3ae_fast", "kernels", "benchmarks")]
+    )
+    measured.start()
+    failed = pytest.main([str(Path(__file__).parent), "-o", "python_files=rehearse_*.py", *options])
+    measured.stop()
+    if failed:
+        return int(failed)
+    return report(measured)
+
+
+def report(measured) -> int:
+    from tests.rehearsal.cuda_lines import cuda_functions
+
+    total = ran = 0
+    unexplained, used = [], set()
+    for path in sorted({p for pattern in FILES for p in ROOT.glob(pattern)}):
+        functions = cuda_functions(path)
+        if not functions:
+            continue
+        name = str(path.relative_to(ROOT))
+        _, statements, _, missing, _ = measured.analysis2(str(path))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for function, numbers in functions.items():
+            mine = numbers & set(statements)
+            left = sorted(mine & set(missing))
+            total, ran = total + len(mine), ran + len(mine) - len(left)
+            for number in left:
+                text = lines[number - 1].strip()
+                key = next((k for k in LEFT if name.startswith(k[0]) and k[1] in text), None)
+                used.add(key)
+                if key is None:
+                    unexplained.append(f"{name}:{number} in {function}: {text}")
+    print(f"{ran} of {total} lines of the CUDA path ran without a GPU")
+    for key, why in LEFT.items():
+        print(f"left: {' '.join(key).strip()}: {why}" + ("" if key in used else " (but all of it ran)"))
+    print("\n".join(f"nobody explains: {line}" for line in unexplained))
+    return 1 if unexplained or LEFT.keys() - used else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

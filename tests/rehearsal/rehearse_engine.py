@@ -1,0 +1,170 @@
+"""What the engine does on a GPU alone: copies beside the computation, a watch that does not wait, optimisers, ranks."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from m3ae_fast import hardware
+from m3ae_fast.config import DataConfig, MaskingConfig, OptimConfig, SourceConfig
+from m3ae_fast.data import Preparation, ShardStore, Share, load_tokenizer, open_corpus, train_loader
+from m3ae_fast.engine.feed import feed
+from m3ae_fast.engine.loss_watch import LossWatch
+from m3ae_fast.engine.optimizer import build_adamw, name_of, set_lr
+from m3ae_fast.engine.ranks import join_ranks
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import Losses
+from m3ae_fast.model.packing import Geometry
+from tests.helpers.trainer import CLIPART
+from tests.helpers.zero_cases import samples
+from tests.rehearsal.fake_cuda import CUDA, FakeCuda
+from tests.rehearsal.stand_ins import BrokenAdam, FusedAdam, install
+
+GEOMETRY = Geometry(16, 4, 3, 8)
+
+
+def batches(count: int):
+    from m3ae_fast.model import pack
+
+    return [pack(samples(i, text=True), GEOMETRY) for i in range(count)]
+
+
+def test_batches_are_copied_on_a_stream_of_their_own(cuda):
+    def agree(host):
+        cuda.events.append("agree")
+        return lambda: []
+
+    steps = []
+    for fed in feed(batches(4), 2, CUDA, agree):
+        steps.append(fed)
+        cuda.events.append("computed")
+    assert [len(fed.device) for fed in steps] == [2, 2]
+    for host, device in zip(steps[1].host, steps[1].device):
+        assert device.keys == host.keys and torch.equal(device.images, host.images)
+    seen = [event for event in cuda.events if event != "current reads"]
+    assert seen == ["agree", "on side", "off side", "current waits for side", "computed"] * 2
+    reads = sum(isinstance(getattr(device, f.name), torch.Tensor) for f in dataclasses.fields(device)) + 3
+    assert cuda.events.count("current reads") == 4 * reads  # every tensor, that of the three segments too
+
+
+def test_pinned_batches_come_from_the_loader(cuda):
+    data = DataConfig(train=[SourceConfig(shards=str(CLIPART / "train-0000.tar"))], workers=1)
+    tokenizer = load_tokenizer(str(CLIPART / "tokenizer.json"), 8)
+    preparation = Preparation(GEOMETRY, MaskingConfig(), tokenizer, seed=0)
+    loader = train_loader(
+        data, open_corpus(data.train, ShardStore(None)), preparation, Share(4), range(2), pin_memory=True
+    )
+    assert [len(batch.keys) for batch in loader] == [4, 4]
+    assert cuda.pinned.count((4, 3, 16, 16)) == 2
+
+
+def losses(value: float) -> list[Losses]:
+    return [Losses(*(torch.tensor(v) for v in (value, 0.0, 0.0, 0.0)))]
+
+
+def test_a_bad_loss_is_found_without_waiting(cuda):
+    watch, norm = LossWatch(), torch.tensor(1.0)
+    cuda.late = 4  # the GPU is behind
+    for step, value in enumerate((1.0, float("nan"), 1.0)):
+        watch.add(step, [f"sample {step}"], losses(value), norm)
+        if step < 2:
+            assert not watch.failed() and "wait for event" not in cuda.events
+    cuda.late = 100
+    assert not watch.failed()  # three steps under way: it waits for the first
+    assert cuda.events.count("wait for event") == 1
+    assert "the loss of step 1 is not finite; samples: sample 1" in watch.first_bad()
+    assert watch.failed()
+
+
+@pytest.mark.parametrize(
+    ("apex", "deepspeed", "partitioned", "taken"),
+    [
+        (FusedAdam, FusedAdam, False, "apex"),
+        (FusedAdam, FusedAdam, True, "deepspeed"),
+        (BrokenAdam, FusedAdam, False, "deepspeed"),
+        (None, FusedAdam, False, "deepspeed"),
+        (None, BrokenAdam, False, "torch"),
+        (None, None, True, "torch"),
+    ],
+)
+def test_the_first_optimiser_that_works_is_taken(monkeypatch, cuda, apex, deepspeed, partitioned, taken):
+    for module, adam in (("apex.optimizers", apex), ("deepspeed.ops.adam", deepspeed)):
+        own = {} if adam is None else {"FusedAdam": type("FusedAdam", (adam,), {"__module__": module})}
+        install(monkeypatch, module, **own)
+    model = torch.nn.Linear(3, 3).to(CUDA)
+    optimizer = build_adamw(model, OptimConfig(), partitioned=partitioned)
+    assert name_of(optimizer).split()[0] == taken
+    model(torch.ones(1, 3)).sum().backward()
+    set_lr(optimizer, 0.1)
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
+def test_an_offloaded_optimiser_is_deepspeeds(monkeypatch, cuda):
+    adam = type("DeepSpeedCPUAdam", (FusedAdam,), {"__init__": lambda self, groups, adamw_mode, **options: None})
+    install(monkeypatch, "deepspeed.ops.adam", DeepSpeedCPUAdam=adam)
+    assert type(build_adamw(torch.nn.Linear(3, 3).to(CUDA), OptimConfig(), cpu_offload=True)) is adam
+
+
+def test_ranks_meet_on_nccl(cuda, monkeypatch):
+    backends = []
+    begin = torch.distributed.init_process_group  # the stand-in, which falls back to gloo
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **o: backends.append(backend) or begin(backend, **o)
+    )
+    with join_ranks() as ranks:
+        assert ranks.device == CUDA and ranks.sum([1.5, 2]) == [1.5, 2]
+    assert backends == ["nccl"] and "set_device cuda:0" in cuda.events
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"LOCAL_RANK": "1"}, "rank 0 wants GPU 1 of this node, which has 1"),
+        ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2"}, "start ranks with deepspeed or torchrun"),
+    ],
+)
+def test_a_wrong_launch_is_told(cuda, monkeypatch, environment, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), join_ranks():
+        pass
+
+
+def test_without_a_gpu_ranks_share_the_cores(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    with join_ranks() as ranks:
+        assert ranks.device.type == "cpu"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp32")])
+def test_precision_follows_the_gpu(capability, precision):
+    with FakeCuda(capability=capability):
+        assert hardware.fast_precision(CUDA) == precision
+
+
+def test_peaks_are_the_data_sheets_or_measured(monkeypatch, cuda):
+    assert hardware.peak_flops(CUDA, torch.bfloat16) == 989e12
+    monkeypatch.setattr(hardware.torch, "randn", lambda *size, **_: torch.zeros(2, 2))
+    assert hardware.peak_flops(CUDA, torch.float32) > 0
+    assert cuda.events.count("synchronize") == 4
+    with FakeCuda(name="a card of tomorrow"):
+        assert hardware.peak_flops(CUDA, torch.bfloat16) > 0
+    assert hardware.peak_flops(torch.device("cpu"), torch.float32) > 0
+
+
+def test_memory_is_the_gpus_or_the_process(cuda):
+    assert hardware.peak_memory(CUDA) == 123_000_000
+    assert hardware.peak_memory(torch.device("cpu")) > 50e6
+
+
+def test_a_gpu_without_memory_left_is_known():
+    assert hardware.out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert hardware.out_of_memory(torch.OutOfMemoryError())
+    assert not hardware.out_of_memory(RuntimeError("CUDA error: an illegal memory access"))

@@ -1,0 +1,64 @@
+"""What the kernels ask of the GPU before they are launched, and the official numbers on the CUDA path."""
+
+import runpy
+import sys
+
+import pytest
+import torch
+from m3ae_kernels import tuning
+from m3ae_kernels.dispatch import choose_impl
+from m3ae_kernels.triton_impl.matmul import product
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.helpers.trainer import ROOT
+from tests.rehearsal.fake_cuda import CUDA, FakeCuda
+
+
+@pytest.fixture(autouse=True)
+def fresh_tables():
+    tuning.arch_of.cache_clear()
+    yield
+    tuning.arch_of.cache_clear()
+
+
+def test_a_gpu_gets_triton(monkeypatch):
+    monkeypatch.delenv("M3AE_KERNELS_IMPL")
+    assert choose_impl("auto", CUDA) == "triton" and choose_impl("torch", CUDA) == "torch"
+    assert choose_impl("auto", torch.device("cpu")) == "torch"
+    with pytest.raises(ValueError, match="impl is 'cuda'"):
+        choose_impl("cuda", CUDA)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((8, 6), "sm_89")]
+)
+def test_tables_follow_the_gpu(capability, arch):
+    with FakeCuda(capability=capability):
+        assert tuning.arch_of(CUDA) == arch
+        assert tuning.config("rows", CUDA, torch.bfloat16)["num_warps"] > 0
+    assert tuning.arch_of(torch.device("cpu")) == "interpreter"
+
+
+def test_tables_of_amd(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert tuning.arch_of(CUDA) == "gfx942"
+
+
+def test_gradients_of_weights_are_summed_in_float32():
+    with FakeTensorMode():
+        a = torch.empty(4, 6, device="cuda", dtype=torch.bfloat16)
+        out = product(a, a.t(), torch.float32)
+        assert (out.dtype, out.device.type, tuple(out.shape)) == (torch.float32, "cuda", (4, 4))
+    a = torch.randn(4, 6)
+    torch.testing.assert_close(product(a, a.t(), torch.float32), a @ a.t())
+
+
+def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):
+    """Triton kernels, and attention as CUDA has it for float32."""
+    monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
+    golden = min((ROOT / "tests/golden").glob("*.npz"), key=lambda path: path.stat().st_size)
+    monkeypatch.setattr(sys, "argv", ["verify", str(golden), "--device", "cuda"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("m3ae_fast.verify", run_name="__main__")
+    assert done.value.code == 0
+    assert "agree with the official implementation" in capsys.readouterr().out

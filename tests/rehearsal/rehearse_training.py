@@ -1,0 +1,50 @@
+"""The trainer on a GPU that is not there learns what it learns on the CPU."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3ae_fast.train import main
+from tests.helpers.trainer import TINY
+from tests.rehearsal.fake_cuda import FakeCuda
+from tests.rehearsal.stand_ins import FusedAdam, install
+
+
+def train(folder: Path, name: str, *options: str, resume: str = "no", profile: bool = False) -> np.ndarray:
+    """Losses and gradient norms of each step."""
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    sizes = ["train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.eval_samples=4"]
+    settings = [*sizes, f"run.dir={folder / name}", *options]
+    arguments = ["--config", str(folder / "tiny.json"), "--resume", resume, *(["--profile"] if profile else [])]
+    assert main([*arguments, *(word for setting in settings for word in ("--set", setting))]) == 0
+    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    return np.array([[line["loss"], line["text_loss"], line["grad_norm"]] for line in lines if "loss" in line])
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> np.ndarray:
+    return train(tmp_path_factory.mktemp("cpu"), "run")
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, expected, stage):
+    monkeypatch.setattr("m3ae_fast.engine.run.peak_flops", lambda device, dtype: 1e12)  # measuring it takes a minute
+    install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
+    section = "null" if stage is None else json.dumps({"zero_optimization": {"stage": stage}})
+    with FakeCuda() as cuda:
+        first = train(tmp_path, "run", f"deepspeed={section}", "train.save_every=1", "train.keep=9", profile=True)
+        if stage is None:  # DeepSpeed lives once in a process
+            (tmp_path / "run/checkpoints/step-00000002").rename(tmp_path / "away")
+            again = train(tmp_path, "run", "deepspeed=null", resume="auto")
+            np.testing.assert_allclose(again[-1], first[-1], rtol=1e-6)
+    np.testing.assert_allclose(first, expected, rtol=1e-4)
+    assert "on 1 x cuda" in (out := capsys.readouterr().out) and "FusedAdam" in out
+    assert cuda.events[0] == "set_device cuda:0" and "current waits for side" in cuda.events
+
+
+def test_an_unknown_implementation_of_the_kernels_is_told(tmp_path, monkeypatch, cuda):
+    monkeypatch.setenv("M3AE_KERNELS_IMPL", "tritn")
+    with pytest.raises(Exception, match="it must be one of auto, triton, torch"):
+        train(tmp_path, "run", "deepspeed=null")

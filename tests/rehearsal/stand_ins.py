@@ -1,0 +1,41 @@
+"""Modules that are installed on GPU machines alone."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+
+class FusedAdam(torch.optim.AdamW):
+    """As apex and DeepSpeed have it: a flag for AdamW, and one count of steps per group."""
+
+    def __init__(self, params, *, adam_w_mode: bool, **options) -> None:
+        assert adam_w_mode
+        super().__init__(params, **options)
+
+    def step(self, closure=None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+
+
+class BrokenAdam:
+    """As where the extension of apex was not built, or DeepSpeed finds no nvcc."""
+
+    def __init__(self, *_, **__) -> None:
+        raise RuntimeError("Please install nvcc")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents) -> None:
+    """Put a module in place, of which `contents` are attributes. None of them: an import fails."""
+    parts = name.split(".")
+    if contents and len(parts) > 1 and parts[0] not in sys.modules:
+        monkeypatch.setitem(sys.modules, parts[0], ModuleType(parts[0]))
+    module = None
+    if contents:
+        module = ModuleType(name)
+        vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
