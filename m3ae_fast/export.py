@@ -12,20 +12,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from m3ae_fast.convert.run import RunWeights, read_run
+from m3ae_fast.convert.result import Converted
+from m3ae_fast.convert.run import read_run
 from m3ae_fast.convert.run_card import run_section
 from m3ae_fast.convert.timm_model import write_timm
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.hub import push_folder
-from m3ae_fast.model.pretrained import Pretrained, write_pretrained
+from m3ae_fast.model.output_folder import CONFIG_FILE
+from m3ae_fast.model.pretrained import Pretrained, read_pretrained, write_pretrained
 
 
-def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None) -> RunWeights:
+def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None) -> Converted:
     """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
 
     Args:
-        run: a run folder or a checkpoint.
+        run: a run folder or a checkpoint, or an export, to change its format or to push it.
         out: a new folder, or an earlier export, which is replaced.
         format: "m3ae", or "timm" for the image encoder as timm's VisionTransformer.
         name: what the model card calls the model; None: as the folder.
@@ -36,13 +38,18 @@ def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | N
     Raises:
         UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
     """
-    found = read_run(Path(run))
-    config, state = found.weights.config, found.weights.state
+    if (Path(run) / CONFIG_FILE).is_file():
+        exported = read_pretrained(run)
+        found = Converted(f"export {run}", exported.config, exported.state, tokenizer=exported.tokenizer)
+        about = ""
+    else:
+        trained = read_run(Path(run))
+        found, about = trained.weights, run_section(trained)
     if format == "timm":
-        write_timm(out, config, state)
-        return found
-    card = model_card(name or str(out), config, run_section(found))
-    write_pretrained(out, Pretrained(config, state, found.weights.tokenizer), card)
+        write_timm(out, found.config, found.state)
+    else:
+        card = model_card(name or str(out), found.config, about)
+        write_pretrained(out, Pretrained(found.config, found.state, found.tokenizer), card)
     return found
 
 
@@ -50,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m m3ae_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken) or a checkpoint folder")
+    parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken), checkpoint or export")
     parser.add_argument("out", metavar="OUT", help="a new folder, or an earlier export, which is replaced")
     parser.add_argument(
         "--format", choices=["m3ae", "timm"], default="m3ae", help="whose folder OUT is (default: m3ae)"
@@ -59,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="with --push: a model made by it is private")
     args = parser.parse_args(argv)
     found = export(args.run, args.out, args.format, args.push)
-    print("\n  ".join([f"exported {found.path} to {args.out}", *found.weights.notes]))
+    print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
     if args.push:
         print(f"pushed to {push_folder(args.out, args.push, args.private)}")
     return 0

@@ -40,7 +40,7 @@ def test_train_export_load(trainer):
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.width > 3 * 160 and np.asarray(picture).std() > 10
 
-    assert export(run, trainer.folder / "out").path.name == "step-00000060"
+    assert export(run, trainer.folder / "out").kind.endswith("step-00000060")
     model = M3AE.from_pretrained(trainer.folder / "out")
     assert len({path.stat().st_mode for path in (trainer.folder / "out").iterdir()}) == 1
     features = model.representation(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([[1, 2, 3]] * 2))

@@ -1,0 +1,127 @@
+"""What an export carries, and the hub."""
+
+import json
+import os
+import shutil
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import main
+from m3ae_fast.model import M3AE
+from tests.helpers.trainer import CLIPART
+
+
+def losses_of(run) -> dict:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_export_needs_nothing_else(run, tmp_path, monkeypatch):
+    """Tokenizer, sizes, normalisation and crop lie beside the weights."""
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(tmp_path)
+    model = M3AE.from_pretrained("out")
+    ids = model.tokenizer.encode("a red apple")
+    assert len(ids) and model.tokenizer.vocab_size == model.config.vocab_size == 2048
+    assert model.representation(text=torch.from_numpy(ids)[None]).isfinite().all()
+    prepared = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert prepared["crop_size"] == {"height": 32, "width": 32} and prepared["size"] == {"shortest_edge": 32}
+    np.testing.assert_allclose(prepared["image_mean"], model.config.image_mean)
+    model.save_pretrained("again")
+    again = M3AE.from_pretrained("again")
+    assert (again.tokenizer.encode("a red apple") == ids).all()
+    assert all((again.state_dict()[name] == tensor).all() for name, tensor in model.state_dict().items())
+
+
+def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("state.json"):
+        path.write_text(path.read_text().replace(str(CLIPART / "tokenizer.json"), "/nowhere/tokenizer.json"))
+    assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert "the tokenizer is left out: data.tokenizer /nowhere/tokenizer.json: no such file" in capsys.readouterr().out
+    assert M3AE.from_pretrained(tmp_path / "out").tokenizer is None
+
+
+def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("state.json"):
+        text = path.read_text().replace(str(CLIPART), "https://me:secret@host/d")
+        path.write_text(text.replace(".tar", ".tar?key=secret"))
+    assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: m3ae-fast\nlicense: other\n") and "Licence: to be filled in" in card
+    assert "6 steps, 96 samples seen" in card and "`https://host/d/train-0000.tar`" in card and "secret" not in card
+    assert f"| val_image_loss | {losses_of(run)['val_image_loss']:.4g} | 6 |" in card
+    assert '"emb_dim": 32' in card and '"global_batch": 16' in card
+
+
+class Hub:
+    """A folder of models, instead of the hub."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def snapshot_download(self, name: str, allow_patterns: list[str]) -> str:
+        if not (self.folder / name).is_dir():
+            raise OfflineModeIsEnabled("no network in tests\nsecond line")
+        assert "model.safetensors" in allow_patterns
+        return str(self.folder / name)
+
+    def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+        self.private = private
+        (self.folder / name).mkdir(parents=True, exist_ok=exist_ok)
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id: str, folder_path, commit_message: str) -> None:
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setenv("HF_TOKEN", "token")
+    monkeypatch.chdir(tmp_path)
+    return hub
+
+
+def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
+    assert main([str(run), "out", "--push", "me/tiny", "--private"]) == 0
+    assert "pushed to https://hub/me/tiny" in capsys.readouterr().out and hub.private
+    assert "# me/tiny" in (tmp_path / "hub/me/tiny/README.md").read_text()
+    model = M3AE.from_pretrained("me/tiny")
+    assert model.push_to_hub("me/again") == "https://hub/me/again" and not hub.private
+    again = M3AE.from_pretrained("me/again")
+    assert all((again.state_dict()[name] == tensor).all() for name, tensor in model.state_dict().items())
+    assert again.tokenizer.encode("a red apple").tolist() == model.tokenizer.encode("a red apple").tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("me/other", r"me/other: no such folder, and the hub cannot be reached \(no network in tests second line\)"),
+        ("nowhere", "nowhere: no such folder; name an export, or a model of the hub as owner/name"),
+        ("a/b/c", "no such folder"),
+    ],
+)
+def test_model_that_is_not_there(hub, name, message):
+    with pytest.raises(UserError, match=message):
+        M3AE.from_pretrained(name)
+
+
+def test_push_without_token_or_network(hub, tmp_path, monkeypatch):
+    model = M3AE(ModelConfig(size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1))
+    monkeypatch.setattr(hub, "upload_folder", lambda **_: (_ for _ in ()).throw(ConnectionError("reset")))
+    with pytest.raises(UserError, match=r"me/x: cannot be pushed, the hub cannot be reached \(reset\)"):
+        model.push_to_hub("me/x")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="run `hf auth login`"):
+        model.push_to_hub("me/x")
+    assert os.listdir(tmp_path) == ["hub"]

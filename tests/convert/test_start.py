@@ -1,0 +1,108 @@
+"""Runs that start from other weights (model.init_from), and what stays fixed in them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.convert.__main__ import main as convert
+from m3ae_fast.engine.initial_weights import start_from
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import export
+from m3ae_fast.model import M3AE
+from tests.helpers.mae import MAE
+from tests.helpers.trainer import TINY, zero
+
+
+def lines(trainer, run: str) -> list[dict]:
+    return [json.loads(line) for line in (trainer.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_starts_where_another_ended(trainer, run):
+    """On two ranks with ZeRO-3: the held-out losses before the first step are those after the other's last."""
+    export(run, trainer.folder / "start")
+    out = trainer(
+        "run", "--set", f"model.init_from={trainer.folder / 'start'}", "--set", "train.steps=1", *zero(3), ranks=2
+    )
+    assert f"weights from {trainer.folder / 'start'}\n" in out
+    ended = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    for name in ("val_image_loss", "val_text_loss"):
+        assert lines(trainer, "run")[0][name] == pytest.approx(ended[name], rel=1e-5)
+    export(trainer.folder / "run", trainer.folder / "out")
+    assert "init_from" not in json.loads((trainer.folder / "out/config.json").read_text())
+
+
+def test_converted_mae_trains_on_with_its_positions(trainer):
+    """Stored positions stay as they are, to the bit, through bf16 weights, checkpoints, a resumed run and an export;
+    without a decoder a new one is drawn."""
+    torch.manual_seed(0)
+    mae = MAE().state_dict()
+    encoder = {name: tensor for name, tensor in mae.items() if not name.startswith(("decoder", "mask"))}
+    torch.save({"model": encoder}, trainer.folder / "mae.pth")
+    assert convert([str(trainer.folder / "mae.pth"), str(trainer.folder / "mae"), "--num-heads", "3"]) == 0
+    config = json.loads((trainer.folder / "mae/config.json").read_text())
+    config |= {"init_from": str(trainer.folder / "mae"), "dec_emb_dim": 16, "dec_depth": 1, "dec_num_heads": 2}
+    tiny = json.loads(trainer.config.read_text()) | {"model": config, "loss": {"per": "batch", "norm_pix": True}}
+    tiny["data"] = {key: value for key, value in tiny["data"].items() if key != "tokenizer"}
+    for source in (*tiny["data"]["train"], *tiny["data"]["val"]):
+        source["modality"] = "image"
+    trainer.config.write_text(json.dumps(tiny))
+    options = ["--set", "train.precision=bf16", *zero(1)]
+    out = trainer("run", *options, "--set", "train.steps=2")
+    assert "which has no decoder: the decoder starts anew" in out
+    out = trainer("run", *options, "--set", "train.steps=4", "--resume", "auto")
+    assert "weights from" not in out
+    assert [line["step"] for line in lines(trainer, "run") if "loss" in line] == [1, 2, 3, 4]
+    export(trainer.folder / "run", trainer.folder / "out")
+    model = M3AE.from_pretrained(trainer.folder / "out")
+    assert (model.encoder_input.positions.image == mae["pos_embed"][0, 1:]).all()
+    assert not torch.equal(model.encoder.norm.bias, mae["norm.bias"])
+
+
+def shorter(folder):
+    state = load_file(folder / "model.safetensors")
+    state["encoder.blocks.0.attn.qkv.weight"] = state["encoder.blocks.0.attn.qkv.weight"][:-1].clone()
+    save_file(state, folder / "model.safetensors")
+
+
+def other_heads(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_heads": 8}))
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def no_folder(folder):
+    folder.rename(folder.with_name("elsewhere"))
+
+
+MISTAKES = {
+    shorter: "encoder.blocks.0.attn.qkv.weight is [95, 32], the model config wants [96, 32]",
+    other_heads: "was made with model.num_heads = 8, the config says 4",
+    no_weights: "not an exported M3AE",
+    no_folder: "no such folder",
+}
+
+
+@pytest.mark.parametrize("change", MISTAKES, ids=lambda change: change.__name__)
+def test_weights_that_do_not_fit_are_named(tmp_path, run, change):
+    export(run, tmp_path / "start")
+    change(tmp_path / "start")
+    alone = SimpleNamespace(on_main=lambda work: work(), from_main=lambda value: value)
+    model = M3AE(ModelConfig(**TINY["model"]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        start_from(model, str(tmp_path / "start"), alone)
+    assert MISTAKES[change] in str(caught.value) and "\n" not in str(caught.value)
+    assert all((before[name] == tensor).all() for name, tensor in model.state_dict().items())
+
+
+def test_run_that_cannot_start_says_so_in_a_line_and_leaves_nothing(trainer):
+    out = trainer("run", "--set", "model.init_from=nowhere", code=2)
+    assert "error: nowhere: no such folder; name an export" in out and "Traceback" not in out
+    assert not (trainer.folder / "run").exists()

@@ -1,0 +1,115 @@
+"""The image encoder to timm's VisionTransformer and back."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.convert.__main__ import main
+from m3ae_fast.convert.timm_model import write_timm
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import main as export
+from m3ae_fast.model import M3AE
+
+TINY = {
+    "size": None,
+    "emb_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "dec_emb_dim": 16,
+    "dec_depth": 1,
+    "dec_num_heads": 2,
+    "image_size": 24,
+    "patch_size": 8,
+    "vocab_size": 11,
+}
+
+
+def make(**settings) -> tuple[M3AE, torch.Tensor, torch.Tensor]:
+    """A model, uint8 pictures, and the same as it sees them."""
+    config = ModelConfig(**TINY | settings)
+    torch.manual_seed(0)
+    model = M3AE(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    images = torch.randint(0, 256, (3, config.channels, 24, 24), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+    return model, images, (images / 255 - mean) / std
+
+
+CASES = {
+    "types": {},
+    "no types, wide": {"use_type_embedding": False, "mlp_ratio": 2.5},
+    "MAE's": {"gelu": "exact", "positions": "stored", "vocab_size": 0},
+    "grey": {"channels": 1, "image_mean": [0.4], "image_std": [0.2]},
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+@torch.no_grad()
+def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
+    model, images, normal = make(**settings)
+    if settings.get("positions") == "stored":
+        model.encoder_input.positions.image.add_(torch.randn(9, 24))
+    write_timm(tmp_path / "timm", model.config, model.state_dict())
+    vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    ours = model.representation(images)
+    torch.testing.assert_close(vit.forward_features(normal), ours, rtol=0, atol=2e-5)
+    torch.testing.assert_close(vit(normal), ours[:, 0], rtol=0, atol=2e-5)
+    assert vit.pretrained_cfg["mean"] == list(model.config.image_mean)
+
+    assert main([str(tmp_path / "timm"), str(tmp_path / "back")]) == 0
+    with pytest.warns(UserWarning, match="an encoder alone"):
+        back = M3AE.from_pretrained(tmp_path / "back")
+    assert back.config.image_std == model.config.image_std and back.config.gelu == model.config.gelu
+    torch.testing.assert_close(back.representation(images), ours, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_model_of_timms_own_comes_in(tmp_path):
+    torch.manual_seed(0)
+    options = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    for p in vit.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    timm.models.save_for_hf(vit, str(tmp_path / "timm"), safe_serialization=True)
+    assert main([str(tmp_path / "timm"), str(tmp_path / "out")]) == 0
+    with pytest.warns(UserWarning, match="an encoder alone"):
+        model = M3AE.from_pretrained(tmp_path / "out")
+    images = torch.rand(2, 3, 24, 24)
+    torch.testing.assert_close(model.representation(images), vit.forward_features(images), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_values": 1.0}, "has a weight blocks.0.ls1.gamma, which"),
+        ({"reg_tokens": 2}, "11 of them do not fill a square picture"),
+        ({"act_layer": "relu"}, "has the activation relu, which"),
+        ({"qk_norm": True}, "has a weight blocks.0.attn.k_norm"),
+    ],
+)
+def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
+    options = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **options, **settings)
+    timm.models.save_for_hf(vit, str(tmp_path / "timm"), safe_serialization=True)
+    with pytest.raises(UserError) as caught:
+        main([str(tmp_path / "timm"), str(tmp_path / "out")])
+    assert message in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_timm_folder_is_not_taken_for_an_export(tmp_path):
+    model, _, _ = make()
+    write_timm(tmp_path / "timm", model.config, model.state_dict())
+    with pytest.raises(UserError, match="a timm model; convert it"):
+        M3AE.from_pretrained(tmp_path / "timm")
+    assert json.loads((tmp_path / "timm/config.json").read_text())["model_args"]["act_layer"] == "gelu_tanh"
+
+
+def test_run_is_exported_for_timm(run, tmp_path):
+    assert export([str(run), str(tmp_path / "timm"), "--format", "timm"]) == 0
+    vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    assert vit.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)
