@@ -175,7 +175,7 @@ class M3AE(nn.Module):
         if self.text_head is not None:
             text_sum, correct_W = self.text_head(hidden_WE, batch.text_targets, batch.text_row_weight)
             text_loss = text_sum / captions
-            text_accuracy = (correct_W * batch.text_row_weight).sum() / captions
+            text_accuracy = (correct_W * batch.text_row_share).sum() / captions
         loss = self.loss_config.image_weight * image_loss + self.loss_config.text_weight * text_loss
         return Losses(loss, image_loss.detach(), text_loss.detach(), text_accuracy)
 

@@ -49,13 +49,15 @@ class Sample:
     image_mask: Tensor | None = None  # bool [L], True = masked
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
+    loss_weight: float = 1.0  # factor of its losses
 
 
 def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
     """Lay `samples` out in one PackedBatch.
 
     The image loss is a mean over pictures of the mean over their loss rows, the text loss a mean over captions of the
-    mean over theirs, an empty caption counting as 0 (official M3AE).
+    mean over theirs, an empty caption counting as 0 (official M3AE). A sample's `loss_weight` multiplies its rows'
+    weights, and nothing else.
 
     Raises:
         ValueError: a sample has neither picture nor caption, or a shape does not fit `geometry`.
@@ -88,9 +90,11 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
     patch_M = patch_U[loss_U]
     count = partial(np.bincount, minlength=len(samples))
     image_loss_S, text_loss_S = count(sample_U[patch_U & loss_U]), count(sample_U[text_U & loss_U])
+    loss_weight_S = np.array([sample.loss_weight for sample in samples], dtype=np.float64)
     weights = {
-        "image_row_weight": np.repeat(1 / np.maximum(image_loss_S, 1), image_loss_S),
-        "text_row_weight": np.repeat(1 / np.maximum(text_loss_S, 1), text_loss_S),
+        "image_row_weight": np.repeat(loss_weight_S / np.maximum(image_loss_S, 1), image_loss_S),
+        "text_row_weight": np.repeat(loss_weight_S / np.maximum(text_loss_S, 1), text_loss_S),
+        "text_row_share": np.repeat(1 / np.maximum(text_loss_S, 1), text_loss_S),
     }
     rows = {
         "patch_ids": patch_id_U[visible_patch_U],
