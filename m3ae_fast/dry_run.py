@@ -50,7 +50,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
     ]
     if data:
         found = open_data(config.data, config.model, progress=True)
-        schedule = Schedule(config.train, config.optim, found.train.samples)
+        schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
         held_out = f", {found.val.samples:,} held out" if found.val else ""
         lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
     for name, text in lines:

@@ -294,6 +294,13 @@ def test_dry_run_says_what_travels(run):
     assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 2 * 1000)
 
 
+def test_repeats_lengthen_an_epoch(run):
+    for repeats, steps in ((1, 32), (3, 96)):
+        options = ("train.steps=null", "train.epochs=1", f"data.repeats={repeats}")
+        _, out = run("--dry-run", *(word for option in options for word in ("--set", option)), out=True)
+        assert f"; {steps} steps" in out
+
+
 def test_the_page_of_settings_is_current():
     assert page() == (ROOT / "docs/config.md").read_text(), "make it anew: python -m m3ae_fast.config > docs/config.md"
 

@@ -66,6 +66,24 @@ def test_mixed_batch_is_the_mean_of_its_samples():
     torch.testing.assert_close(together.loss.detach(), image + 0.5 * text)
 
 
+def test_loss_weights_multiply_losses_and_leave_accuracy_and_counts():
+    model = make_model()
+    plain = model(pack(MIXED, model.geometry))
+    weights = [0.5, 2.0, 0.1, 1.0, 0.0, 3.0]
+    weighted = [dataclasses.replace(sample, loss_weight=weight) for sample, weight in zip(MIXED, weights)]
+    together = model(pack(weighted, model.geometry))
+    alone = [model(pack([sample], model.geometry)) for sample in MIXED]
+    for name, has in (
+        ("image_loss", [s.image is not None for s in MIXED]),
+        ("text_loss", [s.tokens is not None for s in MIXED]),
+    ):
+        expected = sum(w * getattr(part, name) for w, part in zip(weights, alone)) / sum(has)
+        torch.testing.assert_close(getattr(together, name), expected)
+    assert together.text_accuracy == plain.text_accuracy
+    doubled = model(pack([dataclasses.replace(sample, loss_weight=2.0) for sample in MIXED], model.geometry))
+    torch.testing.assert_close(doubled.loss, 2 * plain.loss)
+
+
 def test_order_of_samples_changes_nothing():
     model = make_model()
     one, other = (model(pack(samples, model.geometry)).loss for samples in (MIXED, MIXED[::-1]))

@@ -63,6 +63,7 @@ def m3ae_loss(
     text_head: MaskedTokenLoss | None = None,
     targets: Tensor | None = None,
     text_row_weight: Tensor | None = None,
+    correct_weight: Tensor | None = None,
 ) -> M3AELoss:
     """The losses of the rows that `head_inputs` returns. Each weight is read in its owner's forward alone, as ZeRO-3
     asks.
@@ -73,6 +74,7 @@ def m3ae_loss(
         images: [B, C, H, W]; patch_ids: [I] int; image_row_weight: [I] floating, or None for ones: as in
             `masked_pixel_loss`.
         targets: [W] int; text_row_weight: [W] floating, or None for ones: as in `masked_token_loss`.
+        correct_weight: [W] floating, of the correct predictions; None for text_row_weight.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
@@ -81,7 +83,8 @@ def m3ae_loss(
     if text_head is None:
         return M3AELoss(image, torch.zeros_like(image), torch.zeros_like(image))
     text, correct = text_head(text_hidden, targets, text_row_weight, return_correct=True)
-    correct = correct.to(text.dtype) if text_row_weight is None else correct * text_row_weight.detach()
+    counted = text_row_weight if correct_weight is None else correct_weight
+    correct = correct.to(text.dtype) if counted is None else correct * counted.detach()
     return M3AELoss(image, text, correct.sum())
 
 

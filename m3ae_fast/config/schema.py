@@ -173,6 +173,8 @@ class SourceConfig(Section):
     """Tars: paths, brace patterns, globs, URLs or `pipe:` commands."""
     weight: float | None = Field(None, gt=0, le=1e12)
     """Relative share of the samples; null: by size."""
+    loss_weight: float = Field(1.0, ge=0, le=1e6)
+    """Factor of these samples' losses, beside others' 1; their number counts in the means as it is."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
     """What samples train. `any`: what each has; `auto`: what all of a shard have or, where they differ, `any`."""
 
@@ -190,6 +192,8 @@ class DataConfig(Section):
     """Least and greatest share of the area that RandomResizedCrop keeps."""
     flip: bool = True
     """Mirror half of the images."""
+    repeats: int = Field(1, gt=0, le=1 << 16)
+    """Views (crops and masks) of each sample in an epoch, from one decoding; an epoch has so many times the steps."""
     shuffle_shards: int = Field(16, gt=0, le=1 << 24)
     """Shards whose samples are shuffled together."""
     workers: int | None = Field(None, ge=0, le=1024)

@@ -21,6 +21,7 @@ class Source:
     shards: list[IndexedShard]
     modalities: list[Modality]
     weight: float | None
+    loss_weight: float = 1.0
     labels: np.ndarray | None = None  # int64, of all samples in file order: see data.labels
 
     @property
@@ -111,7 +112,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
         if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
             raise UserError(f"shards {config.shards!r}: nothing in them is {config.modality!r}; change its modality")
-        corpus.sources.append(Source(shards, modalities, config.weight))
+        corpus.sources.append(Source(shards, modalities, config.weight, config.loss_weight))
     return corpus
 
 

@@ -1,6 +1,7 @@
 """Positions of the stream -> samples for the model.
 
-A sample's crop, flip and masks depend on (seed, source, epoch, sample) alone.
+A sample's crop, flip and masks depend on (seed, source, epoch, sample, view) alone. With `repeats` R, positions R k to
+R k + R - 1 are the views of the order's k-th sample.
 
 Shapes: C channels, S x S pixels, L patches a picture, n tokens of a caption.
 """
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -52,12 +54,18 @@ class Preparation:
 
 
 class _Draft(NamedTuple):
-    """A sample but for its image, of which it has the bytes."""
+    """Views of a sample but for their images, of which it has the bytes."""
 
-    sample: Sample
+    samples: list[Sample]
+    views: Sequence[int]
     image: bytes | None
     place: Place
     skip: Callable[[str], Skipped]  # of a reason
+
+
+def _key(place: Place, view: int) -> tuple[int, ...]:
+    """What a view's random numbers depend on."""
+    return (*place, view) if view else place
 
 
 class Samples(Dataset[Sample | Skipped]):
@@ -69,6 +77,7 @@ class Samples(Dataset[Sample | Skipped]):
         preparation: how they become the model's input.
         augment: None: the central square as it is.
         share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
+        repeats: views of a sample, which follow each other.
     """
 
     def __init__(
@@ -78,11 +87,13 @@ class Samples(Dataset[Sample | Skipped]):
         preparation: Preparation,
         augment: Augment | None,
         share_mask: int,
+        repeats: int = 1,
     ):
         self.order = order
         self.preparation = preparation
         self.augment = augment
         self.share_mask = share_mask
+        self.repeats = repeats
         self.has_captions = corpus.has_captions
         self._store = corpus.store
         self._readers = [Reader(source, corpus.store) for source in corpus.sources]
@@ -99,12 +110,17 @@ class Samples(Dataset[Sample | Skipped]):
 
         Everything else comes before the images: between two of them, which fill the caches, it takes twice as long.
         """
-        drafts = [self._without_image(position) for position in positions]
-        return [draft if isinstance(draft, Skipped) else self._with_image(draft) for draft in drafts]
+        groups = [list(views) for _, views in groupby(positions, lambda position: position // self.repeats)]
+        drafts = [self._without_image(views) for views in groups]
+        return [
+            sample for draft in drafts for sample in (self._with_image(draft) if isinstance(draft, _Draft) else draft)
+        ]
 
-    def _without_image(self, position: int) -> _Draft | Skipped:
-        place = self.order.locate(position)
-        self._fetch_ahead(position)
+    def _without_image(self, positions: Sequence[int]) -> _Draft | list[Skipped]:
+        """The views of one sample that stand at `positions`."""
+        turn = positions[0] // self.repeats
+        place = self.order.locate(turn)
+        self._fetch_ahead(turn)
         reader = self._readers[place.source]
         shard, row = reader.find(place.sample)
         name, key = reader.source.shards[shard].shard, f"sample {row}"
@@ -112,39 +128,47 @@ class Samples(Dataset[Sample | Skipped]):
             key = reader.key(shard, row)
             image, caption = reader.read(shard, row)
         except (BadSample, OSError) as error:
-            return Skipped(name, key, str(error))
-        sample = Sample(f"{name}/{key}")
-        if reader.source.labels is not None:
-            sample.label = int(reader.source.labels[place.sample])
-        image_mask, text_mask = self._masks(place, position // self.share_mask)
-        if image is not None:
-            sample.image_mask = image_mask
+            return [Skipped(name, key, str(error))] * len(positions)
+        tokens, labels = None, reader.source.labels
         if caption is not None:
             assert self.preparation.tokenizer is not None  # the loader asks for one
-            sample.tokens = torch.from_numpy(self.preparation.tokenizer.encode(caption))
-            sample.text_mask = text_mask[: len(sample.tokens)].clone()
-        return _Draft(sample, image, place, partial(Skipped, name, key))
+            tokens = torch.from_numpy(self.preparation.tokenizer.encode(caption))
+        views = [position % self.repeats for position in positions]
+        samples = []
+        for position, view in zip(positions, views):
+            sample = Sample(f"{name}/{key}", tokens=tokens, loss_weight=reader.source.loss_weight)
+            if labels is not None:
+                sample.label = int(labels[place.sample])
+            image_mask, text_mask = self._masks(_key(place, view), position // self.share_mask)
+            if image is not None:
+                sample.image_mask = image_mask
+            if tokens is not None:
+                sample.text_mask = text_mask[: len(tokens)].clone()
+            samples.append(sample)
+        return _Draft(samples, views, image, place, partial(Skipped, name, key))
 
-    def _with_image(self, draft: _Draft) -> Sample | Skipped:
+    def _with_image(self, draft: _Draft) -> Sequence[Sample | Skipped]:
         if draft.image is None:
-            return draft.sample
+            return draft.samples
         try:
-            draft.sample.image = self._crop(decode_image(draft.image, self.preparation.geometry.channels), draft.place)
+            image = decode_image(draft.image, self.preparation.geometry.channels)
         except BadSample as error:
-            return draft.skip(str(error))
-        return draft.sample
+            return [draft.skip(str(error))] * len(draft.samples)
+        for sample, view in zip(draft.samples, draft.views):
+            sample.image = self._crop(image, _key(draft.place, view))
+        return draft.samples
 
-    def _crop(self, image: Tensor, place: Place) -> Tensor:
+    def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         size = self.preparation.geometry.image_size
         if self.augment is None:
             return centre_crop(image, size)
-        generator = self._seeded(_CROP, *place)
+        generator = self._seeded(_CROP, *key)
         return random_crop(image, size, self.augment.crop_scale, self.augment.flip, generator)
 
-    def _masks(self, place: Place, batch: int) -> tuple[Tensor, Tensor]:
+    def _masks(self, key: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
         """Of patches and of text tokens, over the whole text length, as the official code draws them."""
         geometry, masking = self.preparation.geometry, self.preparation.masking
-        generator = self._seeded(_MASK, *place) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
+        generator = self._seeded(_MASK, *key) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
         return (
             draw_mask(geometry.patches_per_image, masking.image_ratio, generator),
             draw_mask(geometry.text_length, masking.text_ratio, generator),
@@ -154,11 +178,11 @@ class Samples(Dataset[Sample | Skipped]):
         # torch's generator takes 32 bits of a seed
         return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)
 
-    def _fetch_ahead(self, position: int) -> None:
+    def _fetch_ahead(self, turn: int) -> None:
         """When a group of shards is begun, fetch the next one in the background."""
         if not any(self._cached) or isinstance(self.order, FileOrder):
             return
-        source, index = self.order.turn(position)
+        source, index = self.order.turn(turn)
         if not self._cached[source]:
             return
         shards = self.order.sources[source].shards_after(index)

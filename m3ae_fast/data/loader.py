@@ -71,7 +71,7 @@ def train_loader(
     Samples that cannot be used are left out of their batch and listed in `batch.skipped`.
 
     Args:
-        config: crop, shuffling, workers and prefetch.
+        config: crop, repeats, shuffling, workers and prefetch.
         corpus: from `open_corpus`.
         preparation: how a sample becomes the model's input.
         share: this rank's.
@@ -83,7 +83,7 @@ def train_loader(
     """
     order = Order(corpus.sizes, corpus.weights, config.shuffle_shards, preparation.seed)
     augment = Augment(config.crop_scale, config.flip)
-    samples = Samples(corpus, order, preparation, augment, share_mask=share.global_batch)
+    samples = Samples(corpus, order, preparation, augment, share_mask=share.global_batch, repeats=config.repeats)
     return _loader(config, samples, MicroBatches(steps, share), pin_memory)
 
 

@@ -60,7 +60,7 @@ class Run(Loop):
         found = ranks.told(lambda: checkpoint.find(config.run.dir, resume))
         share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
         data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main))
-        schedule = Schedule(cfg, config.optim, data.train.samples)
+        schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
 
         torch.manual_seed(config.run.seed)
         model = M3AE(config.model, config.loss)
@@ -172,11 +172,13 @@ class Run(Loop):
         if precision == "bf16" and fast_precision(device) == "fp32":
             precision = "bf16 (fp32 is faster here)"
         kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
+        views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
         accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
         lines = [
             f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
             f"attention: {attention}, optimiser: {self.engine.optimizer_name}",
-            f"{self.data.train.samples:,} samples, batch {config.train.global_batch} = {self.ranks.world} ranks x "
+            f"{self.data.train.samples:,} samples{views}, "
+            f"batch {config.train.global_batch} = {self.ranks.world} ranks x "
             f"{self.share.micro_batch * self.share.accumulation} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
             *([self.started] if self.started else []),

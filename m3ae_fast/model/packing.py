@@ -51,6 +51,7 @@ class Sample:
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
+    loss_weight: float = 1.0  # factor of its losses
 
 
 FEWEST_ROWS, SHARE = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
@@ -67,7 +68,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
     The image loss is a mean over pictures of the mean over their loss rows, the text loss a mean over captions of the
     mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
-    its loss rows (official MAE).
+    its loss rows (official MAE). A sample's `loss_weight` multiplies its rows' weights, and nothing else.
 
     Args:
         samples: maybe none.
@@ -119,17 +120,20 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     image_loss_P, text_loss_P = count(sample_U[image_loss_U]), count(sample_U[text_loss_U])
     if geometry.loss_per_batch:
         counts = LossCounts(float(image_loss_P.sum()), float(text_loss_P.sum()))
-        image_weight_P = text_weight_P = np.ones(len(rows_P))
+        image_share_P = text_share_P = np.ones(len(rows_P))
     else:
         counts = LossCounts(float(len(images)), float(captions))
-        image_weight_P, text_weight_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
+        image_share_P, text_share_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
+    loss_weight_P = np.ones(len(rows_P))
+    loss_weight_P[:S] = [sample.loss_weight for sample in samples]
     loss_M = _with_others(image_loss_U | text_loss_U, size)
     image_I, text_W = (loss_M[_with_others(x[loss_M], size)] for x in (image_loss_U, text_loss_U))
     place_in_M = np.zeros(len(sample_U), np.int64)
     place_in_M[loss_M] = np.arange(len(loss_M))
     weights = {
-        "image_row_weight": image_loss_U[image_I] * image_weight_P[sample_U[image_I]],
-        "text_row_weight": text_loss_U[text_W] * text_weight_P[sample_U[text_W]],
+        "image_row_weight": image_loss_U[image_I] * (loss_weight_P * image_share_P)[sample_U[image_I]],
+        "text_row_weight": text_loss_U[text_W] * (loss_weight_P * text_share_P)[sample_U[text_W]],
+        "text_row_share": text_loss_U[text_W] * text_share_P[sample_U[text_W]],
     }
     rows = {
         "patch_ids": _extended(patch_id_U[visible_patch_U], size(patches), 0),

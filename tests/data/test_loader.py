@@ -173,6 +173,47 @@ def test_sources_with_the_same_samples_draw_on_their_own(load, tmp_path):
         assert first[0] != second[0]
 
 
+def test_a_source_has_a_loss_weight_beside_its_share(load, tmp_path):
+    sources = [SourceConfig(shards=write_tar(tmp_path / f"{n}.tar", members(range(4)))) for n in "ab"]
+    (plain,) = load(sources, micro_batch=8, train=False)
+    sources[1] = sources[1].model_copy(update={"loss_weight": 0.25})
+    (weighted,) = load(sources, micro_batch=8, train=False)
+    for name in ("image_row_weight", "text_row_weight"):
+        one, other = getattr(plain, name), getattr(weighted, name)
+        assert (other / one).unique_consecutive().tolist() == [1.0, 0.25]
+    assert torch.equal(plain.text_row_share, weighted.text_row_share)
+    assert torch.equal(plain.text_row_share, plain.text_row_weight)
+    assert plain.counts == weighted.counts == (8, 8)
+
+
+def test_repeats_are_views_of_one_decoding(load, paired, monkeypatch):
+    decoded = []
+
+    def count(*arguments):
+        decoded.append(1)
+        return decode_image(*arguments)
+
+    monkeypatch.setattr("m3ae_fast.data.dataset.decode_image", count)
+    once = stream(load(paired, micro_batch=6, steps=6))
+    assert len(decoded) == 36
+    views = stream(load(paired, micro_batch=6, steps=12, config={"repeats": 2}))
+    assert len(decoded) == 36 + 36
+    assert views[::2] == once  # the first view is the only one there is without repeats
+    for (key, first), (same_key, second) in zip(views[::2], views[1::2], strict=True):
+        assert key == same_key and first[0] != second[0]  # another crop
+    assert sum(first[2:] != second[2:] for (_, first), (_, second) in zip(views[::2], views[1::2])) > 24  # masks
+
+
+def test_repeats_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
+    config = {"repeats": 3}
+    reference = by_step(load, paired, 4, micro_batch=12, config=config)
+    for world, accumulation in ((2, 1), (1, 3), (12, 1)):
+        options = {"world": world, "accumulation": accumulation, "micro_batch": 12 // world // accumulation}
+        assert by_step(load, paired, 4, config=config, **options) == reference
+    assert by_step(load, paired, 4, micro_batch=12, config={**config, "workers": 2}) == reference
+    assert by_step(load, paired, 4, micro_batch=12, config=config, start=2) == reference[2:]
+
+
 def test_image_only_and_text_only(load, tmp_path):
     images = write_tar(tmp_path / "i.tar", members(range(6), "image"))
     texts = write_tar(tmp_path / "t.tar", members(range(6), "text"))
