@@ -28,6 +28,11 @@ class CaptionTokenizer:
         """The highest id + 1."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
+    @property
+    def definition(self) -> str:
+        """All of it, as tokenizer.json has it."""
+        return self._tokenizer.to_str()
+
     def encode(self, caption: str) -> np.ndarray:
         """Token ids, int64 [n], n <= max_length."""
         return np.array(

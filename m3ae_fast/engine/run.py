@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from m3ae_kernels.dispatch import choose_impl
@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m3ae_fast.config import Config
-from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, open_data, train_loader
+from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, fingerprint, open_data, train_loader
 from m3ae_fast.data.order import hash64
 from m3ae_fast.drawing import draw_run
-from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.build import build_engine
+from m3ae_fast.engine.cautions import MemoryGrowth, cautions
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import Engine
@@ -53,11 +54,24 @@ class Run:
     throughput: Throughput
     watch: LossWatch
     bad: BadSamples
+    stream: dict[str, str]  # fingerprint of the data
+    notes: list[str]  # what a user should know before it starts
     start: int
     step: int
+    unproven: int | None = None  # step of the checkpoint of which it is not known yet whether it is good
+    growth: MemoryGrowth = field(default_factory=MemoryGrowth)
+    proven: int | None = None  # step of which an evaluation was finite
 
     @classmethod
-    def set_up(cls, config: Config, resume: str, ranks: Ranks, folder: RunFolder | None, pulse: Pulse) -> Run:
+    def set_up(
+        cls,
+        config: Config,
+        resume: str,
+        ranks: Ranks,
+        folder: RunFolder | None,
+        pulse: Pulse,
+        with_changes: bool = False,
+    ) -> Run:
         """Find the checkpoint to go on from, open the data, build model and engine.
 
         Raises:
@@ -68,15 +82,22 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from None
         cfg = config.train
-        found = ranks.told(lambda: checkpoint.find(config.run.dir, resume))
+        found = ranks.told(lambda: resuming.find(config.run.dir, resume))
         share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
         data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main))
         schedule = Schedule(cfg, config.optim, data.train.samples)
+        stream = fingerprint(data)
+        notes = cautions(config, data, schedule)
+        if found:
+            info = ranks.told(lambda: checkpoint.read_info(found))
+            notes += resuming.check_fits(found, info, config, stream, with_changes)
+            if resume == "auto":
+                notes += ranks.told(lambda: resuming.passed_over(config.run.dir))
 
         torch.manual_seed(config.run.seed)
         model = M3AE(config.model, config.loss)
         engine = build_engine(model, config, ranks)
-        step = _restore(engine, found, config, ranks) if found else 0
+        step = resuming.restore(engine, found, ranks) if found else 0
 
         preparation = Preparation(model.geometry, config.masking, data.tokenizer, config.run.seed)
         steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
@@ -98,6 +119,8 @@ class Run:
             Throughput(config.model, config.masking, peak),
             LossWatch(),
             BadSamples(config.data.max_bad_fraction, data.train.samples),
+            stream,
+            notes,
             start=step,
             step=step,
         )
@@ -106,7 +129,7 @@ class Run:
         """Say what the run is, and name the shards that are not whole."""
         if self.log:
             self.bad.report(self.data.train.damaged)
-            self.log.say(self._describe())
+            self.log.say("\n".join([self._describe(), *(f"note: {note}" for note in self.notes)]))
 
     def batches(self) -> Iterator[PackedBatch]:
         """This rank's micro-batches, one after the other."""
@@ -114,7 +137,9 @@ class Run:
 
     def begin_agreement(self, stop: StopRequest, batches: list[PackedBatch]) -> Callable[[], list[float]]:
         """Begin to sum over ranks what they must agree on before a step: whether anybody wants to stop, and counts."""
-        own = (stop.asked, self.watch.failed(), *StepCounts.of(batches, self.config.model))
+        failed = self.watch.failed()
+        proven = self.unproven is not None and self.watch.finite_through > self.unproven
+        own = (stop.asked, failed, proven, *StepCounts.of(batches, self.config.model))
         return self.ranks.start_sum(own)
 
     def agree(self, fed: Fed) -> LossCounts | None:
@@ -123,7 +148,9 @@ class Run:
         Raises:
             UserError: too many samples cannot be used.
         """
-        asked, failed, *sums = fed.agreed()
+        asked, failed, proven, *sums = fed.agreed()
+        if proven == self.ranks.world:
+            self._mark_good("the next step's loss is finite")
         if asked or failed:
             return None
         counts = StepCounts(*sums)
@@ -156,8 +183,10 @@ class Run:
             values = {name: value / self.ranks.world for name, value in zip(Losses._fields, sums)}
             values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
             values |= {"epoch": self.step / self.schedule.steps_per_epoch, **self.throughput.rates()}
-            values |= {"peak_memory_gb": peak_memory(self.ranks.device) / 1e9, "skipped": self.bad.bad}
-            self.log.log(self.step, values)
+            memory = peak_memory(self.ranks.device) / 1e9
+            self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad})
+            if grown := self.growth.look(self.step - self.start, memory):
+                self.log.say(f"note: {grown}")
 
     def evaluate(self, stop: StopRequest) -> None:
         """Log the losses on held-out samples, where there are any and it is due; not where a rank is asked to stop."""
@@ -169,6 +198,8 @@ class Run:
         values = evaluate(self.engine, batches, self.ranks, stop)
         if self.log and values is not None:
             self.log.log(self.step, values)
+        if values and all(map(math.isfinite, values.values())):
+            self.proven = self.step
 
     def save_if_due(self) -> None:
         if self.schedule.due(self.step, self.config.train.save_every):
@@ -185,7 +216,7 @@ class Run:
             self.folder.keep()
             seen = self.step * config.train.global_batch
             info = checkpoint.Info(
-                self.step, seen, config.run.seed, config.model_dump(mode="json"), checkpoint.versions()
+                self.step, seen, config.run.seed, config.model_dump(mode="json"), checkpoint.versions(), self.stream
             )
             self.log.say(f"saved {checkpoint.save(config.run.dir, state, info, config.train.keep)}")
             if config.train.pictures:
@@ -194,10 +225,21 @@ class Run:
                 draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
 
         self.ranks.on_main(write)
+        self.unproven = self.step
+        if self.proven == self.step:
+            self._mark_good("the losses of an evaluation are finite")
+
+    def _mark_good(self, why: str) -> None:
+        if self.log and self.unproven is not None:
+            checkpoint.mark(self.config.run.dir, self.unproven, checkpoint.GOOD, why)
+            checkpoint.prune(self.config.run.dir, self.config.train.keep)
+        self.unproven = None
 
     def finish(self, stop: StopRequest) -> None:
         """Where the run was stopped early, save what it has."""
         self.stop_if_not_finite()
+        if self.log and self.bad.bad:
+            self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
         if self.step == self.schedule.total_steps:
             return
         if self.step > self.start and not self.schedule.due(self.step, self.config.train.save_every):
@@ -209,12 +251,18 @@ class Run:
 
     def stop_if_not_finite(self) -> None:
         """Raises UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
-        for found in self.ranks.gather(self.watch.first_bad()):
-            if found:
-                raise UserError(
-                    f"{found}. The last good checkpoint is intact: look at these samples, or go on from it with a "
-                    "lower optim.peak_lr, optim.clip_grad=1.0, or train.precision=fp32"
-                )
+        watch = self.watch
+        found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
+        bad = [(step, text) for text, step, _ in found if step is not None]
+        if self.unproven is not None and min(through for *_, through in found) > self.unproven:
+            self._mark_good("the next step's loss is finite")
+        if bad:
+            step, text = min(bad)
+            advice = self.ranks.told(lambda: resuming.judge(self.config.run.dir, step))
+            raise UserError(
+                f"{text}. {advice}: look at these samples, or go on with a lower optim.peak_lr, optim.clip_grad=1.0, "
+                "or train.precision=fp32"
+            )
 
     def _begin(self) -> None:
         """Now that there is a step to take, put away what an earlier attempt left beyond it."""
@@ -245,17 +293,3 @@ class Run:
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
         return "\n".join(lines)
-
-
-def _restore(engine: Engine, path: Path, config: Config, ranks: Ranks) -> int:
-    """Load a checkpoint into the engine. Returns the step to go on from."""
-    info = ranks.told(lambda: checkpoint.read_info(path))
-    checkpoint.check_fits(path, info, config)
-    read = ranks.on_main(lambda: checkpoint.open_state(path))
-
-    def own(name: str) -> Tensor:
-        assert read is not None  # asked on the main rank alone
-        return read(name)
-
-    engine.load_state(info.step, lambda name: ranks.told(lambda: own(name)))
-    return info.step
