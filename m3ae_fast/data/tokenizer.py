@@ -28,6 +28,15 @@ class CaptionTokenizer:
         """The highest id + 1."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
+    def shared_id(self) -> tuple[str, str, int] | None:
+        """Two tokens that have one id, and that; None where all differ."""
+        words: dict[int, str] = {}
+        for word, number in self._tokenizer.get_vocab().items():
+            if number in words:
+                return min(words[number], word), max(words[number], word), number
+            words[number] = word
+        return None
+
     @property
     def definition(self) -> str:
         """All of it, as tokenizer.json has it."""
@@ -82,6 +91,10 @@ def load_tokenizer(name: str, max_length: int, vocab_size: int | None = None) ->
         raise UserError(
             f"data.tokenizer {name}: fails on words it does not know ({error}); give it an unknown token"
         ) from None
+    if twice := captions.shared_id():
+        raise UserError(
+            f"data.tokenizer {name}: {twice[0]!r} and {twice[1]!r} have the id {twice[2]}; give each its own"
+        )
     if vocab_size is not None and captions.vocab_size != vocab_size:
         raise UserError(
             f"data.tokenizer {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "

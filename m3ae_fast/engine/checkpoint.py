@@ -191,6 +191,13 @@ def _open_state(path: Path) -> Any:
     try:
         if expected not in (None, _sha256(path / STATE_FILE)):
             raise OSError("its checksum is not the one it was written with")
+    except OSError as error:
+        raise _damaged(path, STATE_FILE, error) from None
+    return _tensors(path)
+
+
+def _tensors(path: Path) -> Any:
+    try:
         return safe_open(path / STATE_FILE, framework="pt")
     except (OSError, SafetensorError) as error:
         raise _damaged(path, STATE_FILE, error) from None
@@ -202,7 +209,7 @@ def _lacks(path: Path, name: str) -> UserError:
 
 def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises UserError where the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
-    with safe_open(path / STATE_FILE, framework="pt") as file:
+    with _tensors(path) as file:
         names = set(file.keys())
         for name, shape in shapes.items():
             if name not in names:
@@ -217,7 +224,7 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The model's own tensors of a checkpoint. Raises UserError where it is damaged."""
     get = open_state(path)
-    with safe_open(path / STATE_FILE, framework="pt") as file:
+    with _tensors(path) as file:
         names = [name for name in file.keys() if name.startswith("model/")]  # noqa: SIM118
     return weights({name: get(name) for name in names})
 
