@@ -52,6 +52,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "PATH: go on from that checkpoint or run folder",
     )
     parser.add_argument(
+        "--resume-with-changes",
+        action="store_true",
+        help="go on although shards, tokenizer, crops or masks are not the checkpoint's: it will be another run",
+    )
+    parser.add_argument(
         "--profile", action="store_true", help=f"write {TRACE_FILE} into run.dir: a torch profiler trace of some steps"
     )
     dry = parser.add_argument_group("looking at a config without training")
@@ -87,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             pulse.timeout = config.run.stall_timeout
             settled = ranks.told(lambda: settle_precision(config.train, ranks.device))
             config = config.model_copy(update={"train": settled})
-            return train(config, args.resume, ranks, stop, pulse, args.profile)
+            return train(config, args, ranks, stop, pulse)
         except Exception as error:
             if pulse.stop_told():  # a rank that left before the first step has taken its connections with it
                 return 0
@@ -99,12 +104,12 @@ def main(argv: list[str] | None = None) -> int:
             raise SystemExit(2) from None
 
 
-def train(config: Config, resume: str, ranks: Ranks, stop: StopRequest, pulse: Pulse, profile: bool = False) -> int:
+def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequest, pulse: Pulse) -> int:
     """Train to the end, or until somebody asks to stop. Returns the exit code."""
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        run = Run.set_up(config, resume, ranks, folder, pulse)
+        run = Run.set_up(config, args.resume, ranks, folder, pulse, args.resume_with_changes)
         stop.listen()
-        trace_dir = config.run.dir if profile and ranks.is_main else None
+        trace_dir = config.run.dir if args.profile and ranks.is_main else None
         with run.log or nullcontext(), profiler(trace_dir) as trace:
             run.announce()
             if run.step == 0:

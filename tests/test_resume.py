@@ -1,16 +1,21 @@
 """Runs that are killed, stopped or moved go on as if nothing had happened."""
 
+import json
 import os
 import shutil
 import signal
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from m3ae_fast.engine import checkpoint
-from tests.helpers.trainer import zero
+from m3ae_fast.config import Config, parse
+from m3ae_fast.engine import checkpoint, resuming
+from m3ae_fast.errors import UserError
+from tests.helpers.trainer import CLIPART, TINY, zero
 
 SAVE = ["--set", "train.save_every=2", "--set", "train.keep=9"]
 
@@ -75,7 +80,7 @@ def test_signals_to_the_process_group_save_and_leave(trainer, number, options):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     assert f"({number.name})" in out and "Traceback" not in out
-    assert trainer.checkpoints("run") == [f"step-{trainer.losses('run')[-1][0]:08d}"]
+    assert trainer.checkpoints("run")[-1] == f"step-{trainer.losses('run')[-1][0]:08d}"
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
@@ -110,6 +115,120 @@ def test_going_back_to_an_older_checkpoint(trainer):
     assert trainer.checkpoints("run") == [f"aside-{step}" for step in steps[1:]] + steps
 
 
+def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
+    trainer("run", *SAVE, "--set", "train.steps=2")
+    shards = json.dumps([{"shards": str(CLIPART / "train-0001.tar")}])
+    options = ["--resume", "auto", "--set", "train.steps=3", "--set", f"data.train={shards}"]
+    out = trainer("run", *options, code=2)
+    assert "was made with data.train = 1 shards with" in out and "--resume-with-changes goes on all the same" in out
+    out = trainer("run", *options, "--resume-with-changes")
+    assert "note: data.train was 1 shards with" in out and "note: train.steps was 2 and is 3 from here on" in out
+    assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3]
+
+
+def test_what_a_resumed_run_may_change(tmp_path):
+    config = parse(Config, TINY, "tiny")
+    stream = {"data.train": "1 shards", "data.tokenizer": "9 tokens"}
+    info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, stream)
+
+    def fits(section: str, stream=stream, with_changes=False, **values) -> list[str]:
+        part = getattr(config, section).model_copy(update=values)
+        return resuming.check_fits(tmp_path, info, config.model_copy(update={section: part}), stream, with_changes)
+
+    assert fits("run", dir=tmp_path) == fits("data", workers=7, cache_dir=tmp_path) == fits("train", keep=9) == []
+    for section, values in (("model", {"depth": 3}), ("run", {"seed": 1}), ("train", {"global_batch": 32})):
+        with pytest.raises(UserError, match=f"was made with {section}.{next(iter(values))} = "):
+            fits(section, with_changes=True, **values)
+    for section, values in (
+        ("data", {"shuffle_shards": 3}),
+        ("data", {"crop_scale": (0.5, 1.0)}),
+        ("data", {"flip": False}),
+        ("masking", {"image_ratio": 0.5}),
+        ("run", {"stream": stream | {"data.tokenizer": "8 tokens"}}),
+    ):
+        with pytest.raises(UserError, match="not the same stream of samples; --resume-with-changes"):
+            fits(section, **values)
+        assert len(fits(section, with_changes=True, **values)) == 1
+    assert fits("optim", peak_lr=0.5) == ["optim.peak_lr was 0.02 and is 0.5 from here on"]
+    assert fits("train", steps=7, precision="bf16", log_every=2) == [
+        "train.steps was 6 and is 7 from here on",
+        "train.precision was fp32 and is bf16 from here on",
+    ]
+    old = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {})  # without a fingerprint
+    assert resuming.check_fits(tmp_path, old, config, stream) == []
+
+
+def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
+    """The first update makes weights that are finite and of no use: they are saved before anybody can know."""
+    options = ["--set", "train.save_every=1", "--set", "train.keep=1", "--set", "optim.clip_grad=null"]
+    trainer("run", *options, "--set", "train.steps=3")
+    run = trainer.folder / "run"
+    assert trainer.checkpoints("run") == ["step-00000003"]  # good, by the evaluation at the end
+    assert checkpoint.is_good(checkpoint.saved_steps(run)[0])
+    wild = [*options, "--resume", "auto", "--set", "train.steps=9", "--set", "optim.peak_lr=1e30"]
+    out = trainer("run", *wild, code=2)
+    assert "step-00000004 has failed by that" in out and "the last good checkpoint is" in out
+    assert trainer.checkpoints("run") == ["step-00000003", "step-00000004"]
+    out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=5")
+    assert "step-00000004 is passed over: step 5, the first from its weights, was not finite" in out
+    assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3, 4, 5]
+
+
+def test_keep_never_removes_the_last_good_one(tmp_path):
+    for step in range(1, 6):
+        _save(tmp_path, step, keep=2)
+        if step in (1, 2):
+            checkpoint.mark(tmp_path, step, checkpoint.GOOD, "")
+    assert [checkpoint.step_of(path) for path in checkpoint.saved_steps(tmp_path)] == [2, 4, 5]
+    checkpoint.mark(tmp_path, 4, checkpoint.GOOD, "")
+    checkpoint.prune(tmp_path, 2)
+    assert [checkpoint.step_of(path) for path in checkpoint.saved_steps(tmp_path)] == [4, 5]
+
+
+def test_auto_passes_over_what_has_failed(tmp_path):
+    one, two, three = (_save(tmp_path, step) for step in (1, 2, 3))
+    assert "no checkpoint is known to be good" in resuming.judge(tmp_path, 4)
+    assert resuming.find(tmp_path, "auto") == two
+    assert len(resuming.passed_over(tmp_path)) == 1 and str(three) in resuming.passed_over(tmp_path)[0]
+    checkpoint.mark(tmp_path, 2, checkpoint.GOOD, "")
+    assert resuming.judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is not to blame
+    assert resuming.find(tmp_path, "auto") == two
+    assert resuming.find(tmp_path, str(three)) == three
+    for path in (one, two):
+        checkpoint.mark(tmp_path, checkpoint.step_of(path), checkpoint.FAILED, "")
+    with pytest.raises(UserError, match="no checkpoint of it gave a finite loss"):
+        resuming.find(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(1, 3), torch.ones(6), torch.ones(3, dtype=torch.float64), None])
+def test_tensors_of_another_shape_or_type_are_refused_before_anything_is_copied(tmp_path, tensor):
+    state = {} if tensor is None else {"model/w": tensor}
+    path = checkpoint.save(tmp_path, state | {"model/b": torch.ones(2)}, checkpoint.Info(1, 0, 42, {}, {}), keep=9)
+    checkpoint.check_tensors(path, {"model/b": (2,)})
+    words = "has no tensor model/w" if tensor is None else r"model/w is F\d+ \[.*the model wants F32 \[3\]"
+    with pytest.raises(UserError, match=words):
+        checkpoint.check_tensors(path, {"model/b": (2,), "model/w": (3,)})
+
+
+def test_the_trainer_checks_the_whole_state(trainer):
+    """One moment of one weight is of a shape that would broadcast."""
+    trainer("run", *SAVE)
+    path = checkpoint.saved_steps(trainer.folder / "run")[-1]
+    state = load_file(path / checkpoint.STATE_FILE)
+    name = next(name for name, t in state.items() if name.startswith("exp_avg_sq/") and t.ndim == 2 and len(t) > 1)
+    checkpoint.save_file(state | {name: state[name][:1].contiguous()}, path / checkpoint.STATE_FILE)
+    info = json.loads((path / checkpoint.INFO_FILE).read_text()) | {"sha256": {}}
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(info))
+    out = trainer("run", *SAVE, "--set", "train.steps=8", "--resume", "auto", code=2)
+    assert f"{name} is F32 [1, " in out and out.count("\n") == 1
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
+    path = _save(tmp_path, 1).rename(tmp_path / "checkpoints/step-00000007")
+    with pytest.raises(UserError, match="it is of step 1"):
+        checkpoint.read_info(path)
+
+
 def _save(run_dir, step, **options):
     return checkpoint.save(
         run_dir, {"model/w": torch.full((3,), step)}, checkpoint.Info(step, 0, 42, {}, {}), **{"keep": 9, **options}
@@ -127,7 +246,7 @@ def test_checkpoints_lie_in_order_of_steps(tmp_path):
 def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path):
     one, two = _save(tmp_path, 1), _save(tmp_path, 2)
     (two / checkpoint.STATE_FILE).unlink()
-    assert checkpoint.find(tmp_path, "auto") == one
+    assert resuming.find(tmp_path, "auto") == one
     assert _save(tmp_path, 2) == two
     assert checkpoint.open_state(two)("model/w").tolist() == [2, 2, 2]
 
@@ -135,17 +254,17 @@ def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path):
 def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
     mine, other = _save(tmp_path / "mine", 1), _save(tmp_path / "other", 2)
     (tmp_path / "link").symlink_to(mine)
-    assert checkpoint.find(tmp_path / "mine", str(tmp_path / "link")) == tmp_path / "link"
-    assert checkpoint.find(tmp_path / "new", str(tmp_path / "other")) == other
-    with pytest.raises(checkpoint.UserError, match="already holds checkpoints"):
-        checkpoint.find(tmp_path / "mine", str(other))
+    assert resuming.find(tmp_path / "mine", str(tmp_path / "link")) == tmp_path / "link"
+    assert resuming.find(tmp_path / "new", str(tmp_path / "other")) == other
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        resuming.find(tmp_path / "mine", str(other))
 
 
 def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     info = checkpoint.Info(1, 16, 42, {}, {})
     good = checkpoint.save(tmp_path, {"model/w": torch.ones(3)}, info, keep=1)
     monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(checkpoint.UserError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         checkpoint.save(tmp_path, {"model/w": torch.zeros(3)}, checkpoint.Info(2, 32, 42, {}, {}), keep=1)
     assert checkpoint.saved_steps(tmp_path) == [good]
     assert os.listdir(tmp_path / "checkpoints") == [good.name]
@@ -154,10 +273,13 @@ def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
 
 def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
     info, poison = checkpoint.Info(2, 32, 42, {}, {}), {"model/w": torch.tensor([1.0, torch.nan])}
-    with pytest.raises(checkpoint.UserError, match=r"not written, since model/w is not finite"):
+    with pytest.raises(UserError, match=r"not written, since model/w is not finite"):
         checkpoint.save(tmp_path, poison, info, keep=1)
     assert checkpoint.saved_steps(tmp_path) == []
     path = checkpoint.save(tmp_path, {"model/w": torch.ones(2)}, info, keep=1)
     checkpoint.save_file(poison, path / checkpoint.STATE_FILE)
-    with pytest.raises(checkpoint.UserError, match=r"model/w is not finite; remove the folder"):
+    with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum"):
+        checkpoint.open_state(path)
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info)))  # as before there were checksums
+    with pytest.raises(UserError, match=r"model/w is not finite; remove the folder"):
         checkpoint.open_state(path)("model/w")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -48,6 +50,35 @@ def test_one_folder_is_for_one_run(tmp_path):
         folder.keep()
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
             assert "another run is using it" in other.stderr.read()
+
+
+def test_the_lock_outlives_its_file(tmp_path):
+    program = (
+        "import pathlib, sys; from m3ae_fast.engine.run_folder import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
+    )
+    with RunFolder(tmp_path / "run") as folder:
+        (folder.path / LOCK_FILE).unlink()
+        second = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True)
+        assert "another run is using it" in second.stderr
+        assert folder.keep() and not folder.keep()
+        worker = os.fork()  # as loader workers, which may outlive the run by some seconds
+        if worker == 0:
+            signal.pause()
+    RunFolder(tmp_path / "run").__exit__()
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+
+
+def test_a_folder_that_is_removed_under_way_is_told_and_made_again(tmp_path, capsys):
+    with RunFolder(tmp_path / "run") as folder, RunLog(folder.path, 0, 9) as metrics:
+        metrics.log(1, {"loss": 1.0})
+        shutil.rmtree(folder.path)
+        for step in (2, 3):
+            metrics.log(step, {"loss": 1.0})
+        assert folder.keep()
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
+    captured = capsys.readouterr()
+    assert captured.out.count("was removed: what it held is lost") == 1 and "Traceback" not in captured.err
 
 
 def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):

@@ -3,6 +3,7 @@
 from m3ae_fast.data.bad_samples import BadSamples, Skipped
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.dataset import Preparation
+from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.loader import Share, eval_loader, eval_samples, train_loader
 from m3ae_fast.data.opening import Data, open_data, open_tokenizer
 from m3ae_fast.data.shards import ShardStore
@@ -19,6 +20,7 @@ __all__ = [
     "Skipped",
     "eval_loader",
     "eval_samples",
+    "fingerprint",
     "load_tokenizer",
     "open_corpus",
     "open_data",

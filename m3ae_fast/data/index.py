@@ -92,8 +92,9 @@ class IndexedShard:
             _, _, data = file.read().partition(b"\n")
         try:
             return _parse_table(data, self.summary.samples)
-        except (ValueError, SyntaxError, TypeError, EOFError) as error:  # numpy's, of a header that is not its own
-            raise OSError(f"its index {self.sidecar} is damaged ({error}); delete that file") from None
+        except Exception as error:  # numpy's parser raises what it likes of a header that is not its own
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
 
 class Unreadable(UserError):

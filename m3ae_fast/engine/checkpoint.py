@@ -2,7 +2,9 @@
 
 run.dir/checkpoints/step-00001234/
     state.safetensors   float32 weights and Adam moments, whole tensors by parameter name
-    state.json          step, samples seen, seeds, config, versions
+    state.json          step, samples seen, seeds, config, versions, the data's fingerprint, checksums of other files
+    good                a loss computed from its weights was finite
+    failed              one was not: `--resume auto` passes over it
 
 M3AE models are at most a few billion bytes, so one rank writes one file: simpler than a file a rank, and resuming on
 another number of ranks or another ZeRO stage needs no conversion.
@@ -10,12 +12,14 @@ another number of ranks or another ZeRO stage needs no conversion.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.errors import UserError
 
 STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
+GOOD, FAILED = "good", "failed"
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Info:
     seed: int
     config: dict[str, dict[str, Any] | None]
     versions: dict[str, str]
+    stream: dict[str, str] = field(default_factory=dict)  # what data it was trained on: `data.fingerprint`
+    sha256: dict[str, str] = field(default_factory=dict)  # by file
 
 
 def folder(run_dir: Path) -> Path:
@@ -59,8 +65,8 @@ def saved_steps(run_dir: Path) -> list[Path]:
 
 
 def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, *, section: str = "optim") -> Path:
-    """Write a checkpoint beside the others and only then give it its name; older ones than the last `keep` go.
-    `section` of the config is where the optimiser is set.
+    """Write a checkpoint beside the others and only then give it its name; then `prune`. `section` of the config is
+    where the optimiser is set.
 
     Raises:
         UserError: a tensor is not finite, or the disk refuses; the earlier checkpoints are as they were.
@@ -80,6 +86,7 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, *, sect
             shutil.rmtree(leftover, ignore_errors=True)  # of a save or a removal that was killed
         partial.mkdir(parents=True)
         save_file(state, partial / STATE_FILE)
+        info = replace(info, sha256={STATE_FILE: _sha256(partial / STATE_FILE)})
         (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
         shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors would let nobody else read it
         for path in (partial / STATE_FILE, partial / INFO_FILE, partial):
@@ -89,11 +96,33 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, *, sect
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"checkpoint {target}: cannot be written ({error}); the earlier ones are intact") from None
-    for old in saved_steps(run_dir)[:-keep]:
-        removed = old.with_name(f".removing-{old.name}")  # renamed first: it is whole or not there
-        old.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+    prune(run_dir, keep)
     return target
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` and the last one that is known to be good."""
+    saved = saved_steps(run_dir)
+    good = [path for path in saved if is_good(path)][-1:]
+    for old in saved[:-keep]:
+        if old not in good:
+            removed = old.with_name(f".removing-{old.name}")  # renamed first: it is whole or not there
+            old.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def is_good(path: Path) -> bool:
+    return (path / GOOD).exists()
+
+
+def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:
+    """Note that the checkpoint of `step` is GOOD or has FAILED. Returns it, None where there is none."""
+    path = folder(run_dir) / f"step-{step:08d}"
+    if path not in saved_steps(run_dir):
+        return None
+    with contextlib.suppress(OSError):  # a full disk: then nothing is known of it
+        (path / as_what).write_text(why + "\n", encoding="utf-8")
+    return path
 
 
 def set_aside_after(run_dir: Path, step: int) -> list[Path]:
@@ -118,31 +147,39 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, file: str, error: object) -> UserError:
+    reason = " ".join(str(error).split())[:200]  # pydantic's has several lines
+    return UserError(f"checkpoint {path}: {file} is damaged ({reason}); remove the folder to use an older one")
+
+
 def read_info(path: Path) -> Info:
     """Raises UserError where the checkpoint is damaged."""
     try:
-        return TypeAdapter(Info).validate_json((path / INFO_FILE).read_bytes(), strict=True)
+        info = TypeAdapter(Info).validate_json((path / INFO_FILE).read_bytes(), strict=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]  # pydantic's has several lines
-        raise UserError(
-            f"checkpoint {path}: {INFO_FILE} is damaged ({reason}); remove the folder to use an older one"
-        ) from None
+        raise _damaged(path, INFO_FILE, error) from None
+    if step_of(path) not in (-1, info.step):
+        raise _damaged(path, INFO_FILE, f"it is of step {info.step}")
+    return info
 
 
 def open_state(path: Path) -> Callable[[str], Tensor]:
     """A reader of single tensors by name. Raises UserError where the file is damaged, or later where it lacks one."""
-    try:
-        file = safe_open(path / STATE_FILE, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {path}: {STATE_FILE} is damaged ({error}); remove the folder to use an older one"
-        ) from None
+    file = _open_state(path)
 
     def get(name: str) -> Tensor:
         try:
             tensor = file.get_tensor(name)
         except SafetensorError:
-            raise UserError(f"checkpoint {path}: has no tensor {name}; is it of another model config?") from None
+            raise _lacks(path, name) from None
         if not tensor.isfinite().all():
             raise UserError(f"checkpoint {path}: {name} is not finite; remove the folder to use an older one")
         return tensor
@@ -150,44 +187,52 @@ def open_state(path: Path) -> Callable[[str], Tensor]:
     return get
 
 
+def _open_state(path: Path) -> Any:
+    expected = read_info(path).sha256.get(STATE_FILE)
+    try:
+        if expected not in (None, _sha256(path / STATE_FILE)):
+            raise OSError("its checksum is not the one it was written with")
+    except OSError as error:
+        raise _damaged(path, STATE_FILE, error) from None
+    return _tensors(path)
+
+
+def _tensors(path: Path) -> Any:
+    try:
+        return safe_open(path / STATE_FILE, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, STATE_FILE, error) from None
+
+
+def _lacks(path: Path, name: str) -> UserError:
+    return UserError(f"checkpoint {path}: has no tensor {name}; is it of another model config?")
+
+
+def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError where the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
+    with _tensors(path) as file:
+        names = set(file.keys())
+        for name, shape in shapes.items():
+            if name not in names:
+                raise _lacks(path, name)
+            part = file.get_slice(name)
+            if (found := tuple(part.get_shape())) != shape or part.get_dtype() != "F32":
+                raise UserError(
+                    f"checkpoint {path}: {name} is {part.get_dtype()} {list(found)}, the model wants F32 {list(shape)}"
+                )
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The model's own tensors of a checkpoint. Raises UserError where it is damaged."""
     get = open_state(path)
-    with safe_open(path / STATE_FILE, framework="pt") as file:
-        return weights({name: get(name) for name in file.keys() if name.startswith("model/")})  # noqa: SIM118
-
-
-def check_fits(path: Path, info: Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
-    """Raises UserError where going on from the checkpoint would not be the same run: where it and the `wanted` sections
-    differ in a `same` (section, key)."""
-    saved = info.config
-    if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
-        model = parse(ModelConfig, saved["model"], f"checkpoint {path}")
-        saved = saved | {"model": model.model_dump(mode="json")}
-    for section, key in same:
-        was, now = (saved.get(section) or {}).get(key), wanted[section][key]
-        if was != now:
-            raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
+    with _tensors(path) as file:
+        names = [name for name in file.keys() if name.startswith("model/")]  # noqa: SIM118
+    return weights({name: get(name) for name in names})
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's own tensors of a state, by parameter name."""
     return {name.removeprefix("model/"): t for name, t in state.items() if name.startswith("model/")}
-
-
-def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means: "auto" (the last one, if any), "no", or a path for `locate`.
-
-    Raises:
-        UserError: the path holds no checkpoint, or `run_dir` holds those of another run.
-    """
-    own = saved_steps(run_dir)
-    if resume == "auto":
-        return own[-1] if own else None
-    path = None if resume == "no" else locate(Path(resume))
-    if own and (path is None or path.resolve() not in [p.resolve() for p in own]):
-        raise UserError(f"{run_dir} already holds checkpoints; add --resume auto to go on, or choose another run.dir")
-    return path
 
 
 def locate(path: Path) -> Path:

@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         model.to(ranks.device)
         optimizer = build_adamw(groups, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
-        self.kinds = MOMENTS if ema is None else (*MOMENTS, EMA)
+        self.kinds: tuple[str, ...] = MOMENTS if ema is None else (*MOMENTS, EMA)
         if ema is not None:
             track_ema(optimizer, ema)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)

@@ -32,6 +32,7 @@ class Engine(Protocol):
 
     model: nn.Module
     optimizer_name: str
+    kinds: tuple[str, ...]  # of optimiser state: keys of `State` before the parameter's name
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         """Forward, backward and update; gradients are summed over micro-batches and averaged over ranks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import BadSamples, Share
 from m3ae_fast.data.order import hash64
-from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine import checkpoint, resuming
+from m3ae_fast.engine.cautions import MemoryGrowth
 from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import Engine, State
 from m3ae_fast.engine.loss_watch import LossWatch
@@ -47,8 +48,12 @@ class Loop:
     train_loader: DataLoader[PackedBatch]
     watch: LossWatch
     bad: BadSamples
+    stream: dict[str, str]  # fingerprint of the data
     start: int
     step: int
+    unproven: int | None = None  # step of the checkpoint of which it is not known yet whether it is good
+    proven: int | None = None  # step of which an evaluation was finite
+    growth: MemoryGrowth = field(default_factory=MemoryGrowth)
 
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         """What to sum over ranks of a step's micro-batches, which are still on the CPU."""
@@ -75,11 +80,15 @@ class Loop:
 
     def begin_agreement(self, stop: StopRequest, batches: list[PackedBatch]) -> Callable[[], list[float]]:
         """Begin to sum over ranks what they must agree on before a step: whether anybody wants to stop, and counts."""
-        return self.ranks.start_sum((stop.asked, self.watch.failed(), *self.count(batches)))
+        failed = self.watch.failed()
+        proven = self.unproven is not None and self.watch.finite_through > self.unproven
+        return self.ranks.start_sum((stop.asked, failed, proven, *self.count(batches)))
 
     def agreed(self, fed: Fed) -> list[float] | None:
         """The counts of the next step over all ranks; None where a rank asks to stop or has failed."""
-        asked, failed, *sums = fed.agreed()
+        asked, failed, proven, *sums = fed.agreed()
+        if proven == self.ranks.world:
+            self._mark_good("the next step's loss is finite")
         if asked or failed:
             return None
         for batch in fed.host:
@@ -108,8 +117,10 @@ class Loop:
             values = {name: value / self.ranks.world for name, value in zip(losses[0]._fields, sums)}
             values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
             values |= {"epoch": self.step / self.schedule.steps_per_epoch, **self.rates()}
-            values |= {"peak_memory_gb": peak_memory(self.ranks.device) / 1e9, "skipped": self.bad.bad}
-            self.log.log(self.step, values)
+            memory = peak_memory(self.ranks.device) / 1e9
+            self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad})
+            if grown := self.growth.look(self.step - self.start, memory):
+                self.log.say(f"note: {grown}")
 
     def save_if_due(self) -> None:
         if self.schedule.due(self.step, self.loop.save_every):
@@ -126,16 +137,28 @@ class Loop:
             self.folder.keep()
             whole = self.complete(state)
             seen = self.step * self.loop.global_batch
-            info = checkpoint.Info(self.step, seen, self.run.seed, self.sections, checkpoint.versions())
+            versions = checkpoint.versions()
+            info = checkpoint.Info(self.step, seen, self.run.seed, self.sections, versions, self.stream)
             path = checkpoint.save(self.run.dir, whole, info, self.loop.keep, section=self.schedule.optim.SECTION)
             self.log.say(f"saved {path}")
             self.after_save(whole)
 
         self.ranks.on_main(write)
+        self.unproven = self.step
+        if self.proven == self.step:
+            self._mark_good("the losses of an evaluation are finite")
+
+    def _mark_good(self, why: str) -> None:
+        if self.log and self.unproven is not None:
+            checkpoint.mark(self.run.dir, self.unproven, checkpoint.GOOD, why)
+            checkpoint.prune(self.run.dir, self.loop.keep)
+        self.unproven = None
 
     def finish(self, stop: StopRequest) -> None:
         """Where the run was stopped early, save what it has."""
         self.stop_if_not_finite()
+        if self.log and self.bad.bad:
+            self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
         if self.step == self.schedule.total_steps:
             return
         if self.step > self.start and not self.schedule.due(self.step, self.loop.save_every):
@@ -147,13 +170,18 @@ class Loop:
 
     def stop_if_not_finite(self) -> None:
         """Raises UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
-        for found in self.ranks.gather(self.watch.first_bad()):
-            if found:
-                section = self.schedule.optim.SECTION
-                raise UserError(
-                    f"{found}. The last good checkpoint is intact: look at these samples, or go on from it with a "
-                    f"lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.loop.SECTION}.precision=fp32"
-                )
+        watch = self.watch
+        found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
+        bad = [(step, text) for text, step, _ in found if step is not None]
+        if self.unproven is not None and min(through for *_, through in found) > self.unproven:
+            self._mark_good("the next step's loss is finite")
+        if bad:
+            step, text = min(bad)
+            section, advice = self.schedule.optim.SECTION, self.ranks.told(lambda: resuming.judge(self.run.dir, step))
+            raise UserError(
+                f"{text}. {advice}: look at these samples, or go on with a lower {section}.peak_lr, "
+                f"{section}.clip_grad=1.0, or {self.loop.SECTION}.precision=fp32"
+            )
 
     def _begin(self) -> None:
         """Now that there is a step to take, put away what an earlier attempt left beyond it."""
@@ -163,38 +191,24 @@ class Loop:
                 self.log.say(f"the run goes on from step {self.start}: a later checkpoint is now {path}")
 
 
-def open_checkpoint(
-    path: Path, ranks: Ranks, sections: dict[str, Any], same: Iterable[tuple[str, str]]
+def restore(
+    engine: Engine, path: Path, ranks: Ranks, sections: dict[str, Any], same: Iterable[tuple[str, str]]
 ) -> tuple[int, Callable[[str], Tensor]]:
-    """A checkpoint to go on from. Every rank must call it.
+    """Load a checkpoint into the engine. Every rank must call it.
 
     Args:
+        engine: of the run that goes on.
         path: the checkpoint.
         ranks: who reads.
-        sections, same: see `checkpoint.check_fits`.
+        sections, same: see `resuming.check_same`.
 
     Returns:
-        Its step, and a reader of its tensors by name, for every rank in the same order.
+        The step to go on from, and a reader of further tensors, for every rank in the same order.
 
     Raises:
         UserError: the checkpoint is damaged or of another run.
     """
-    info = ranks.told(lambda: checkpoint.read_info(path))
-    checkpoint.check_fits(path, info, sections, same)
-    read = ranks.on_main(lambda: checkpoint.open_state(path))
-    had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
-
-    def own(name: str) -> Tensor:
-        assert read is not None  # asked on the main rank alone
-        return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))  # an average may begin later
-
-    return info.step, lambda name: ranks.told(lambda: own(name))
-
-
-def restore(
-    engine: Engine, path: Path, ranks: Ranks, sections: dict[str, Any], same: Iterable[tuple[str, str]]
-) -> tuple[int, Callable[[str], Tensor]]:
-    """`open_checkpoint`, loaded into the engine."""
-    step, read = open_checkpoint(path, ranks, sections, same)
+    resuming.check_same(path, ranks.told(lambda: checkpoint.read_info(path)), sections, same)
+    step, read = resuming.open_checkpoint(path, engine.model, ranks, ema=EMA in engine.kinds)
     engine.load_state(step, read)
     return step, read

@@ -20,6 +20,8 @@ class LossWatch:
     def __init__(self) -> None:
         self._pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self._bad = ""
+        self.bad_step: int | None = None  # the first whose loss or gradient norm was not finite
+        self.finite_through = 0  # the last that is known to have been finite
 
     def add(self, step: int, keys: list[str], losses: Sequence[StepLosses], grad_norm: Tensor) -> None:
         """What came of a step, whose samples are called `keys`."""
@@ -50,7 +52,10 @@ class LossWatch:
                     return
                 event.synchronize()
             self._pending.popleft()
-            if not values.isfinite().all():
+            if values.isfinite().all():
+                self.finite_through = step
+            else:
+                self.bad_step = step
                 what = "gradient norm" if values[:-1].isfinite().all() else "loss"
                 shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
                 self._bad = f"the {what} of step {step} is not finite; samples: {shown}"

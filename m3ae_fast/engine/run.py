@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m3ae_fast.config import Config
-from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, open_data, train_loader
+from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, fingerprint, open_data, train_loader
 from m3ae_fast.drawing import draw_run
-from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.build import build_engine
+from m3ae_fast.engine.cautions import cautions
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.initial_weights import constants, start_from
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.loop import Loop, open_checkpoint
+from m3ae_fast.engine.loop import Loop
 from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
@@ -44,9 +46,18 @@ class Run(Loop):
     throughput: Throughput
     fixed: dict[str, Tensor]  # weights that training does not change
     started: str  # from what other weights, for the log
+    notes: list[str]  # what a user should know before it starts
 
     @classmethod
-    def set_up(cls, config: Config, resume: str, ranks: Ranks, folder: RunFolder | None, pulse: Pulse) -> Run:
+    def set_up(
+        cls,
+        config: Config,
+        resume: str,
+        ranks: Ranks,
+        folder: RunFolder | None,
+        pulse: Pulse,
+        with_changes: bool = False,
+    ) -> Run:
         """Find the checkpoint to go on from, open the data, build model and engine.
 
         Raises:
@@ -57,19 +68,23 @@ class Run(Loop):
         except ValueError as error:
             raise UserError(str(error)) from None
         cfg = config.train
-        found = ranks.told(lambda: checkpoint.find(config.run.dir, resume))
+        found = ranks.told(lambda: resuming.find(config.run.dir, resume))
         share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
         data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main))
         schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
 
+        stream, notes = fingerprint(data), cautions(config, data, schedule)
+        if found:
+            info = ranks.told(lambda: checkpoint.read_info(found))
+            notes += resuming.check_fits(found, info, config, stream, with_changes)
+            if resume == "auto":
+                notes += ranks.told(lambda: resuming.passed_over(config.run.dir))
+
         torch.manual_seed(config.run.seed)
         model = M3AE(config.model, config.loss)
-        sections, started = config.model_dump(mode="json"), ""
-        step, read = 0, None
+        started, step, read = "", 0, None
         if found:
-            same = [("model", key) for key in sections["model"] if key != "init_from"]
-            same += [("run", "seed"), ("train", "global_batch")]
-            step, read = open_checkpoint(found, ranks, sections, same)
+            step, read = resuming.open_checkpoint(found, model, ranks, ema=cfg.ema is not None)
         elif config.model.init_from:
             started = start_from(model, config.model.init_from, ranks)
         fixed = constants(model, read)
@@ -79,7 +94,7 @@ class Run(Loop):
 
         preparation = Preparation(model.geometry, config.masking, data.tokenizer, config.run.seed)
         steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
-        held_out, log = None, None
+        held_out, log, sections = None, None, config.model_dump(mode="json")
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
         if ranks.is_main:
@@ -105,6 +120,8 @@ class Run(Loop):
             bad=BadSamples(config.data.max_bad_fraction, data.train.samples),
             fixed=fixed,
             started=started,
+            stream=stream,
+            notes=notes,
             start=step,
             step=step,
         )
@@ -115,7 +132,7 @@ class Run(Loop):
         attention = describe(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a GPU's is tried
         if self.log:
             self.bad.report(self.data.train.damaged)
-            self.log.say(self._describe(attention))
+            self.log.say("\n".join([self._describe(attention), *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
@@ -151,6 +168,8 @@ class Run(Loop):
         values = evaluate(self.engine, batches, self.ranks, stop)
         if self.log and values is not None:
             self.log.log(self.step, values)
+        if values and all(map(math.isfinite, values.values())):
+            self.proven = self.step
 
     def complete(self, state: State) -> State:
         return state | {f"model/{name}": tensor for name, tensor in self.fixed.items()}

@@ -16,8 +16,9 @@ LOCK_FILE = ".lock"
 class RunFolder:
     """Holds the folder from its making until `close`; use as a context manager.
 
-    The lock is POSIX's (`lockf`): it ends with this process, however that ends, and unlike flock's does not pass to
-    loader workers.
+    Two locks: POSIX's on a file, which all file systems know, and flock's on the folder itself, which outlives that
+    file where it is known. Both end with this process, however that ends: the first does not pass to loader workers,
+    and they drop the second.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,35 +29,54 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
-        self._lock = self._take()
+        self._lock: BinaryIO | None = None
+        self._folder_lock: int | None = None
+        os.register_at_fork(after_in_child=self._unlock_folder)
+        self._take()
 
-    def keep(self) -> None:
-        """Take the lock anew where its file was removed. Raises UserError where another run was faster."""
+    def keep(self) -> bool:
+        """Take the lock anew where its file or the folder was removed, and say whether it was. Raises UserError where
+        another run was faster."""
+        assert self._lock is not None
         try:
-            same = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK_FILE))
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK_FILE)):
+                return False
         except OSError:
-            same = False
-        if not same:
-            self._lock.close()
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise self._unwritable(error) from None
-            self._lock = self._take()
+            pass
+        self._unlock()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._take()
+        return True
 
-    def _take(self) -> BinaryIO:
+    def _take(self) -> None:
         try:
-            lock = (self.path / LOCK_FILE).open("wb")
+            self._folder_lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(self._folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise
+            self._lock = (self.path / LOCK_FILE).open("wb")
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise UserError(f"run.dir {self.path}: another run is using it; choose another run.dir") from None
         except OSError as error:
+            self._unlock()
             raise self._unwritable(error) from None
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            if isinstance(error, BlockingIOError):
-                raise UserError(f"run.dir {self.path}: another run is using it; choose another run.dir") from None
-            raise self._unwritable(error) from None
-        return lock
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        self._unlock_folder()
+
+    def _unlock_folder(self) -> None:
+        if self._folder_lock is not None:
+            os.close(self._folder_lock)
+        self._folder_lock = None
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"run.dir {self.path}: cannot be written to ({error.strerror or error})")
@@ -68,4 +88,4 @@ class RunFolder:
         """Let go; a folder that was made here and holds nothing else goes too."""
         if self._made and os.listdir(self.path) == [LOCK_FILE]:
             shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
+        self._unlock()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -62,16 +63,27 @@ class RunLog:
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, summary="")
 
     def __enter__(self) -> RunLog:
+        self._old_hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+        self._close()
+        threading.excepthook = self._old_hook
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread prints a traceback when the disk refuses, which `log` tells anyway."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            self._old_hook(args)
+
+    def _close(self) -> None:
         with contextlib.suppress(OSError):  # told by `log`
             for logger in self._loggers:
                 logger.close()
         if self._file is not None:
             self._file.close()
+        self._file, self._loggers = None, []
 
     def begin(self) -> None:
         """Forget what an earlier attempt wrote beyond the step that this one starts from.
@@ -83,6 +95,7 @@ class RunLog:
             return
         path = self._folder / METRICS_FILE
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             _forget_after(path, self._start)
             self._file = path.open("ab", buffering=0)
             for name in self._names:
@@ -96,6 +109,9 @@ class RunLog:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run: its
         weights may still find room."""
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            self.say(f"{self._folder / METRICS_FILE} was removed: what it held is lost")
+            self._close()
         self.begin()
         assert self._file is not None
         with self._room():
@@ -150,9 +166,11 @@ def _forget_after(path: Path, step: int) -> None:
         path.unlink(missing_ok=True)
     if not path.exists():
         return
+    if not path.is_file():
+        raise OSError(f"{path.name} is not a regular file")
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # not one of ours
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # not one of ours
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     partial = path.with_suffix(".partial")

@@ -43,7 +43,7 @@ class TorchEngine:
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
         self.optimizer = build_adamw(groups, optim)
         self.optimizer_name = name_of(self.optimizer)
-        self.kinds = MOMENTS if ema is None else (*MOMENTS, EMA)
+        self.kinds: tuple[str, ...] = MOMENTS if ema is None else (*MOMENTS, EMA)
         if ema is not None:
             track_ema(self.optimizer, ema)
         self.ddp: nn.parallel.DistributedDataParallel | None = None

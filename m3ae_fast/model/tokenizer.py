@@ -28,6 +28,20 @@ class CaptionTokenizer:
         """The highest id + 1."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
+    def shared_id(self) -> tuple[str, str, int] | None:
+        """Two tokens that have one id, and that; None where all differ."""
+        words: dict[int, str] = {}
+        for word, number in self._tokenizer.get_vocab().items():
+            if number in words:
+                return min(words[number], word), max(words[number], word), number
+            words[number] = word
+        return None
+
+    @property
+    def definition(self) -> str:
+        """All of it, as tokenizer.json has it."""
+        return self._tokenizer.to_str()
+
     def encode(self, caption: str) -> np.ndarray:
         """Token ids, int64 [n], n <= max_length."""
         return np.array(
@@ -84,6 +98,10 @@ def load_tokenizer(
         raise UserError(
             f"{label} {name}: fails on words it does not know ({error}); give it an unknown token"
         ) from None
+    if twice := captions.shared_id():
+        raise UserError(
+            f"data.tokenizer {name}: {twice[0]!r} and {twice[1]!r} have the id {twice[2]}; give each its own"
+        )
     if vocab_size is not None and captions.vocab_size != vocab_size:
         raise UserError(
             f"{label} {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "

@@ -1,0 +1,30 @@
+"""What a training stream is made of, in a few words that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from m3ae_fast.data.opening import Data
+
+
+def fingerprint(data: Data) -> dict[str, str]:
+    """By name, what a resumed run must find again: shards with sizes and order, weights of sources, tokenizer.
+
+    Folders do not matter: shards may move.
+    """
+    shards = [
+        [shard.shard.rpartition("/")[2], shard.summary.size, shard.summary.samples, modality]
+        for source in data.train.sources
+        for shard, modality in zip(source.shards, source.modalities)
+    ]
+    ends = [len(source.shards) for source in data.train.sources]
+    what = _hash([shards, ends, data.train.weights])
+    stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
+    if data.tokenizer is not None:
+        stream["data.tokenizer"] = f"{data.tokenizer.vocab_size:,} tokens, {_hash(data.tokenizer.definition)}"
+    return stream
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]

@@ -1,0 +1,44 @@
+"""What a user should know and would not see: told once, none of it an error."""
+
+from __future__ import annotations
+
+from m3ae_fast.config import Config, ModelConfig
+from m3ae_fast.data import Data
+from m3ae_fast.engine.schedule import Schedule
+
+_SETTLED_STEPS = 50  # after which memory should not grow much any more
+_GROWTH = 1.5
+
+
+def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
+    """What is odd about a run, a line each."""
+    notes = []
+    wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
+    if wanted > schedule.warmup_steps:
+        notes.append(
+            f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is cut to the "
+            f"run's {schedule.warmup_steps:,}: the learning rate never falls"
+        )
+    fields = ModelConfig.model_fields
+    default = all(getattr(config.model, name) == fields[name].default for name in ("image_mean", "image_std"))
+    shards = [shard for source in data.train.sources for shard in source.shards if shard.summary.images]
+    if default and shards and not any("cc12m" in shard.shard.lower() for shard in shards):
+        notes.append("model.image_mean and image_std are their defaults, CC12M's; set them to those of your images")
+    return notes
+
+
+class MemoryGrowth:
+    """Notices peak memory that goes on growing when a run should have settled."""
+
+    def __init__(self) -> None:
+        self._settled: float | None = None
+
+    def look(self, steps: int, gigabytes: float) -> str | None:
+        """What to tell after so many steps of this attempt, None where there is nothing."""
+        if steps < _SETTLED_STEPS:
+            return None
+        before, self._settled = self._settled, self._settled or gigabytes
+        if before is None or gigabytes < _GROWTH * before:
+            return None
+        self._settled = gigabytes
+        return f"peak memory has grown from {before:.2f} to {gigabytes:.2f} GB since the run settled"
