@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "m3ae_fast/__init__.py").re
 KERNELS = ["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy"]
 TRAIN = [
     "deepspeed>=0.16",
+    "huggingface_hub",
     "pillow",
     "psutil",
     "pydantic>=2",
@@ -21,7 +22,7 @@ TRAIN = [
     "torchvision",
     "webdataset",
 ]
-DEV = ["matplotlib", "pytest", "pytest-benchmark", "ruff"]
+DEV = ["matplotlib", "pytest", "pytest-benchmark", "ruff", "timm"]
 
 setup(
     name="m3ae-fast",

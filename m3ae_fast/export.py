@@ -48,7 +48,7 @@ def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | N
     if format == "timm":
         write_timm(out, found.config, found.state)
     else:
-        card = model_card(name or str(out), found.config, about)
+        card = model_card(name or Path(out).resolve().name, found.config, about)
         write_pretrained(out, Pretrained(found.config, found.state, found.tokenizer), card)
     return found
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.source import read_source
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.tokenizer:
         config = found.config
         tokenizer = load_tokenizer(args.tokenizer, config.text_length, config.vocab_size, label="--tokenizer")
-    card = model_card(args.out, found.config, f"Converted from: {found.kind}.\n")
+    card = model_card(Path(args.out).resolve().name, found.config, f"Converted from: {found.kind}.\n")
     write_pretrained(args.out, Pretrained(found.config, found.state, tokenizer), card)
     print(_summary(found, args.out, tokenizer is not None))
     return 0
