@@ -159,5 +159,5 @@ def read_timm_folder(folder: Path, heads: ViTOptions) -> Converted:
         weights = load_file(folder / MODEL_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: {MODEL_FILE} cannot be read ({error})") from None
-    config, state = from_vit(weights, options, where)
-    return Converted(f"timm model {about['architecture']}", config, state)
+    config, state, notes = from_vit(weights, options, where)
+    return Converted(config, state, kind=f"timm model {about['architecture']}", notes=tuple(notes))
