@@ -20,7 +20,7 @@ from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.hub import push_folder
 from m3ae_fast.model.output_folder import CONFIG_FILE
-from m3ae_fast.model.pretrained import Pretrained, read_pretrained, write_pretrained
+from m3ae_fast.model.pretrained import read_pretrained, write_pretrained
 
 
 def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None) -> Converted:
@@ -40,7 +40,7 @@ def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | N
     """
     if (Path(run) / CONFIG_FILE).is_file():
         exported = read_pretrained(run)
-        found = Converted(f"export {run}", exported.config, exported.state, tokenizer=exported.tokenizer)
+        found = Converted(exported.config, exported.state, exported.tokenizer, kind=f"export {run}")
         about = ""
     else:
         trained = read_run(Path(run))
@@ -48,8 +48,8 @@ def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | N
     if format == "timm":
         write_timm(out, found.config, found.state)
     else:
-        card = model_card(name or str(out), found.config, about)
-        write_pretrained(out, Pretrained(found.config, found.state, found.tokenizer), card)
+        card = model_card(name or Path(out).resolve().name, found.config, about)
+        write_pretrained(out, found, card)
     return found
 
 

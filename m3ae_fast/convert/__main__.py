@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.source import read_source
 from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.card import model_card
-from m3ae_fast.model.pretrained import Pretrained, is_encoder, write_pretrained
+from m3ae_fast.model.pretrained import write_pretrained
 from m3ae_fast.model.tokenizer import load_tokenizer
 
 
@@ -35,21 +37,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
     args = parser.parse_args(argv)
     found = read_source(args.source, ViTOptions(args.num_heads, args.dec_num_heads))
-    tokenizer = found.tokenizer
     if args.tokenizer:
-        config = found.config
-        tokenizer = load_tokenizer(args.tokenizer, config.text_length, config.vocab_size, label="--tokenizer")
-    card = model_card(args.out, found.config, f"Converted from: {found.kind}.\n")
-    write_pretrained(args.out, Pretrained(found.config, found.state, tokenizer), card)
-    print(_summary(found, args.out, tokenizer is not None))
+        sizes = found.config.text_length, found.config.vocab_size
+        found = replace(found, tokenizer=load_tokenizer(args.tokenizer, *sizes, label="--tokenizer"))
+    card = model_card(Path(args.out).resolve().name, found.config, f"Converted from: {found.kind}.\n")
+    write_pretrained(args.out, found, card)
+    print(_summary(found, args.out))
     return 0
 
 
-def _summary(found: Converted, out: str, tokenizer: bool) -> str:
+def _summary(found: Converted, out: str) -> str:
     parameters = sum(tensor.numel() for tensor in found.state.values())
-    what = "an encoder" if is_encoder(found.state) else "encoder and decoder"
+    what = "encoder and decoder" if found.has_decoder else "an encoder"
     lines = [f"{found.kind}: {what}, {parameters:,} weights, written to {out}", *found.notes]
-    if found.config.vocab_size and not tokenizer:
+    if found.config.vocab_size and found.tokenizer is None:
         lines.append("no tokenizer in it: add --tokenizer to encode captions as text")
     return "\n  ".join(lines)
 

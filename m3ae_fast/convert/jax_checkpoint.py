@@ -55,7 +55,7 @@ def read_jax_checkpoint(path: Path) -> Converted:
     if config.vocab_size:
         words = _flag(variant, "tokenizer", "bert-base-uncased")
         notes.append(f"its captions were tokens of {words}")
-    return Converted(f"official {kind} checkpoint{steps}", config, state, tuple(notes))
+    return Converted(config, state, kind=f"official {kind} checkpoint{steps}", notes=tuple(notes))
 
 
 def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from m3ae_fast.config import ModelConfig
-from m3ae_fast.model.tokenizer import CaptionTokenizer
+from m3ae_fast.model.pretrained import Pretrained
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
 
 
 @dataclass(frozen=True)
-class Converted:
-    """Weights of another program as ours."""
+class Converted(Pretrained):
+    """Weights of another program, or of a run, as ours."""
 
-    kind: str  # what the source was recognised as
-    config: ModelConfig
-    state: dict[str, Tensor]  # by our names; of an encoder alone, or of everything
+    kind: str = ""  # what the source was recognised as
     notes: tuple[str, ...] = ()  # what the user should know
-    tokenizer: CaptionTokenizer | None = None

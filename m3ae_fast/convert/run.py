@@ -39,7 +39,7 @@ def read_run(run: Path) -> RunWeights:
     config = parse(ModelConfig, info.config.get("model"), f"checkpoint {path}")
     state = checkpoint.read_weights(path)
     tokenizer, notes = _tokenizer(config, (info.config.get("data") or {}).get("tokenizer"))
-    return RunWeights(path, info, Converted(f"checkpoint {path}", config, state, notes, tokenizer))
+    return RunWeights(path, info, Converted(config, state, tokenizer, kind=f"checkpoint {path}", notes=notes))
 
 
 def _tokenizer(config: ModelConfig, name: str | None) -> tuple[CaptionTokenizer | None, tuple[str, ...]]:

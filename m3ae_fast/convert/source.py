@@ -73,20 +73,19 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Converted:
     if not (path / "config.json").is_file():
         raise UserError(f"{source}: a folder with neither checkpoints nor an exported model")
     found = read_pretrained(source)
-    return Converted("exported M3AE", found.config, found.state, (), found.tokenizer)
+    return Converted(found.config, found.state, found.tokenizer, kind="exported M3AE")
 
 
 def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Converted:
-    config, state = from_vit(weights, heads, source)
-    notes = ["pictures are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are"]
+    config, state, notes = from_vit(weights, heads, source)
+    notes.append("pictures are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are")
+    kind = "encoder of an MAE or a timm ViT"
     if "decoder_embed.weight" in weights:
         norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""
         wanted = norm_pix or "loss.norm_pix=true if MAE was trained with --norm_pix_loss"
         notes.append(f"to train on with MAE's loss, set loss.per=batch and {wanted}")
-        return Converted("MAE checkpoint", config, state, tuple(notes))
-    if "norm.weight" not in weights:
-        notes.append("its last norm (fc_norm) acted on the mean of the patches; here it acts on each token")
-    return Converted("encoder of an MAE or a timm ViT", config, state, tuple(notes))
+        kind = "MAE checkpoint"
+    return Converted(config, state, kind=kind, notes=tuple(notes))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -23,14 +23,20 @@ from m3ae_fast.model.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, ou
 from m3ae_fast.model.positions import sincos_2d
 
 _ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
-_CARD = """# {name}
+_CARD = """---
+library_name: timm
+license: other
+tags: [image-feature-extraction, masked-autoencoder]
+---
+
+# {name}
 
 The image encoder of an M3AE as timm's VisionTransformer: image positions and the type embedding are in pos_embed.
 
 ```python
 import timm
 
-model = timm.create_model("local-dir:{folder}", pretrained=True)  # on the hub: hf-hub:OWNER/{name}
+model = timm.create_model("local-dir:{name}", pretrained=True)  # on the hub: hf-hub:OWNER/{name}
 tokens = model.forward_features(images)  # [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
 ```
 
@@ -67,8 +73,7 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
         },
     }
     card = _CARD.format(
-        name=Path(folder).name,
-        folder=folder,
+        name=Path(folder).resolve().name,
         channels=config.channels,
         size=config.image_size,
         patches=config.patches_per_image,
@@ -154,5 +159,5 @@ def read_timm_folder(folder: Path, heads: ViTOptions) -> Converted:
         weights = load_file(folder / MODEL_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: {MODEL_FILE} cannot be read ({error})") from None
-    config, state = from_vit(weights, options, where)
-    return Converted(f"timm model {about['architecture']}", config, state)
+    config, state, notes = from_vit(weights, options, where)
+    return Converted(config, state, kind=f"timm model {about['architecture']}", notes=tuple(notes))

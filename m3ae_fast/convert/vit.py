@@ -46,15 +46,19 @@ class ViTOptions:
     gelu: str = "exact"
 
 
-def from_vit(weights: dict[str, Tensor], options: ViTOptions, where: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights of an MAE, or of its encoder alone where the file has no decoder.
+def from_vit(
+    weights: dict[str, Tensor], options: ViTOptions, where: str
+) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
+    """Config and weights of an MAE, or of its encoder alone where the file has no decoder, and what to know of them.
 
     Raises:
         UserError: a weight is missing, or is one that an M3AE cannot represent.
     """
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
+    notes = []
     if "norm.weight" not in theirs and "fc_norm.weight" in theirs:
         theirs = {name.replace("fc_norm.", "norm."): tensor for name, tensor in theirs.items()}
+        notes.append("its last norm (fc_norm) acted on the mean of the patches; here it acts on each token")
     for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in theirs or theirs[name].ndim != axes:
             raise UserError(f"{where}: not an MAE or a timm VisionTransformer: lacks the weight {name} of {axes} axes")
@@ -74,7 +78,7 @@ def from_vit(weights: dict[str, Tensor], options: ViTOptions, where: str) -> tup
     state = {name: _ours(name, take, where) for name in own}
     for name in sorted(theirs.keys() - taken):
         raise UserError(f"{where}: has a weight {name}, which an M3AE cannot represent")
-    return config, state
+    return config, state, notes
 
 
 def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:

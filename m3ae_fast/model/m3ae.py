@@ -166,7 +166,7 @@ class M3AE(MultimodalEncoder):
         Raises:
             UserError: the folder holds something else, or cannot be written.
         """
-        card = model_card(Path(folder).name, self.config)
+        card = model_card(Path(folder).resolve().name, self.config)
         write_pretrained(folder, Pretrained(self.config, self.state_dict(), self.tokenizer), card)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:

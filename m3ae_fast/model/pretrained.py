@@ -28,8 +28,8 @@ from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
 
 # what a file without a decoder holds; it may lack all of the rest, but no part of it
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
-# settings that change what the weights compute, and no tensor's shape
-_UNSEEN = ("num_heads", "gelu", "image_mean", "image_std")
+# settings that change what the weights compute, and not their shapes
+_UNSEEN = ("positions", "gelu", "num_heads", "image_mean", "image_std")
 
 
 @dataclass(frozen=True)

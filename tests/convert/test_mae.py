@@ -10,6 +10,7 @@ import torch
 from m3ae_fast.config import LossConfig
 from m3ae_fast.convert.__main__ import main
 from m3ae_fast.convert.result import IMAGENET
+from m3ae_fast.engine.throughput import StepCounts
 from m3ae_fast.errors import UserError
 from m3ae_fast.model import M3AE, Sample, pack
 from m3ae_fast.model.batch import LossCounts
@@ -62,6 +63,8 @@ def test_loss_and_gradients_are_maes_over_any_parts_of_a_step(tmp_path, norm_pix
     parts = [pack(samples[:3], model.geometry), pack(samples[3:], model.geometry)]  # as of two micro-batches or ranks
     counts = LossCounts(*map(sum, zip(*(part.counts for part in parts))))
     assert counts == whole.counts == (sum(mask.sum().item() for mask in masks()), 0)
+    step = StepCounts.of(parts, model.config)  # what ranks add up
+    assert (step.images, step.loss_image, step.loss_text) == (4, *counts)
     loss = sum(model(part, counts).loss for part in parts)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.convert.__main__ import main as convert
+from m3ae_fast.engine import checkpoint
 from m3ae_fast.engine.initial_weights import start_from
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
@@ -106,3 +107,15 @@ def test_run_that_cannot_start_says_so_in_a_line_and_leaves_nothing(trainer):
     out = trainer("run", "--set", "model.init_from=nowhere", code=2)
     assert "error: nowhere: no such folder; name an export" in out and "Traceback" not in out
     assert not (trainer.folder / "run").exists()
+
+
+def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
+    path = checkpoint.saved_steps(run)[-1]
+    info = checkpoint.read_info(path)
+    config = parse(Config, info.config, "run")
+    for name in ("gelu", "positions", "init_from"):
+        del info.config["model"][name]
+    checkpoint.check_fits(path, info, config)
+    changed = parse(Config, info.config | {"model": info.config["model"] | {"gelu": "exact"}}, "run")
+    with pytest.raises(UserError, match=r"was made with model\.gelu = tanh, the config says exact"):
+        checkpoint.check_fits(path, info, changed)
