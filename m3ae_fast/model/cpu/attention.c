@@ -285,23 +285,30 @@ static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *s
     flip(k, N, d / PER, k_flipped);
     join_rows(h.v, h.v_row, n, N, d, v);
     for (long i = 0; i < m; i += BLOCK) {
-        float inverse[BLOCK];
+        float shift[BLOCK], total[BLOCK], inverse[BLOCK];
         const long rows = m - i < BLOCK ? m - i : BLOCK;
         product(q + i * d / PER, k_flipped, s, BLOCK, N, d / PER);
-        for (long r = 0; r < rows; r++) {
-            float *row = s + r * N;
-            __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (long r = 0; r < rows; r++) { /* all rows' maxima first: a row's sum then waits for nothing */
+            const float *row = s + r * N;
+            __m512 top = _mm512_set1_ps(-INFINITY);
             for (long j = 0; j < n; j += LANES) top = _mm512_mask_max_ps(top, lanes(n - j), top, _mm512_loadu_ps(row + j));
-            const float shift = scale * _mm512_reduce_max_ps(top);
+            shift[r] = scale * _mm512_reduce_max_ps(top);
+        }
+        for (long r = 0; r < rows; r++) {
+            const float *row = s + r * N;
+            const __m512 less = _mm512_set1_ps(shift[r]);
+            __m512 sum = _mm512_setzero_ps();
             for (long j = 0; j < N; j += LANES) {
-                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(scale), _mm512_set1_ps(shift));
+                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(scale), less);
                 const __m512 y = _mm512_maskz_mov_ps(lanes(n > j ? n - j : 0), power_of_2(x));
                 sum = _mm512_add_ps(sum, y);
                 put(p + (r * N + j) / PER, y);
             }
-            const float total = _mm512_reduce_add_ps(sum);
-            inverse[r] = 1 / total;
-            lse[i + r] = shift + log2f(total);
+            total[r] = _mm512_reduce_add_ps(sum);
+        }
+        for (long r = 0; r < rows; r++) {
+            inverse[r] = 1 / total[r];
+            lse[i + r] = shift[r] + log2f(total[r]);
         }
         product(p, v, o, BLOCK, d, N / PER);
         store_rows(o, rows, d, inverse, 1, out + i * out_row, out_row);
