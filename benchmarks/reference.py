@@ -3,7 +3,8 @@
 `ReferenceM3AE` computes what the official JAX code computes: it embeds all patches and then drops the masked, pads
 captions to `text_length`, runs every block on every row, and makes logits and pixels for all positions. With
 `expert=False` attention is softmax(q k^T) v spelled out, as there. With `expert=True` it is what one makes of
-the same by hand: scaled_dot_product_attention, torch.compile, fused AdamW, and bf16 autocast where that is faster.
+the same by hand: visible patches alone are embedded, pixels and logits are made for masked, valid positions alone,
+scaled_dot_product_attention, torch.compile, fused AdamW, and bf16 autocast where that is faster.
 
 Its parameters have the names of `m3ae_fast.model.m3ae.M3AE`'s, so that `load_state_dict` takes them over.
 
@@ -37,6 +38,28 @@ class PaddedBatch:
     tokens_BX: Tensor  # int64, 0 where padded
     text_mask_BX: Tensor  # bool, drawn over all X positions
     padding_BX: Tensor  # bool, True = padding
+    # what the expert's loader adds, so that its step neither searches nor waits
+    masked_image_BM: Tensor  # int64, the masked patches of each picture
+    masked_text_W: Tensor  # int64, the masked, valid tokens among B * X
+    text_weight_W: Tensor  # float32, 1 / (B * those of the same caption)
+
+    @classmethod
+    def of(
+        cls, images_BCHW: Tensor, image_mask_BL: Tensor, tokens_BX: Tensor, text_mask_BX: Tensor, padding_BX: Tensor
+    ):
+        """With the rest found. All pictures have equally many masked patches."""
+        masked_BX = text_mask_BX & ~padding_BX
+        weight_BX = 1 / (len(masked_BX) * masked_BX.sum(1, keepdim=True).clamp(min=1)).expand_as(masked_BX)
+        return cls(
+            images_BCHW,
+            image_mask_BL,
+            tokens_BX,
+            text_mask_BX,
+            padding_BX,
+            image_mask_BL.nonzero()[:, 1].unflatten(0, (len(image_mask_BL), -1)),
+            masked_BX.flatten().nonzero()[:, 0],
+            weight_BX[masked_BX],
+        )
 
     def to(self, device: torch.device) -> PaddedBatch:
         return PaddedBatch(*(t.to(device) for t in vars(self).values()))
@@ -100,7 +123,7 @@ class ReferenceM3AE(nn.Module):
     def __init__(self, config: ModelConfig, masking: MaskingConfig, loss: LossConfig, *, expert: bool) -> None:
         super().__init__()
         dim, width = config.emb_dim, config.dec_emb_dim
-        self.config, self.masking, self.loss = config, masking, loss
+        self.config, self.masking, self.loss, self.expert = config, masking, loss, expert
 
         def row(size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(1, size))
@@ -132,16 +155,20 @@ class ReferenceM3AE(nn.Module):
         """The weighted sum of both losses, 0-d."""
         patches_BLK = self.patchify(batch.images_BCHW)
         encoder, decoder = self.encoder_input, self.decoder_input["unshuffle"]
-        image = self.patch_embed(patches_BLK) + self.encoder_image_positions + encoder["image_type"]
-        words = F.embedding(batch.tokens_BX, encoder["text_embedding"])
-        text = words + self.encoder_text_positions + encoder["text_type"]
-
         image_order = batch.image_mask_BL.int().argsort(dim=1, stable=True)  # visible first
         text_order = batch.text_mask_BX.int().argsort(dim=1, stable=True)
-        seen_image = image_order[:, : kept(image.shape[1], self.masking.image_ratio)]
-        seen_text = text_order[:, : kept(text.shape[1], self.masking.text_ratio)]
+        seen_image = image_order[:, : kept(image_order.shape[1], self.masking.image_ratio)]
+        seen_text = text_order[:, : kept(text_order.shape[1], self.masking.text_ratio)]
+
+        image_types = self.encoder_image_positions + encoder["image_type"]
+        words = F.embedding(batch.tokens_BX, encoder["text_embedding"])
+        text = words + self.encoder_text_positions + encoder["text_type"]
+        if self.expert:
+            image = self.patch_embed(take(patches_BLK, seen_image)) + image_types[seen_image]
+        else:
+            image = take(self.patch_embed(patches_BLK) + image_types, seen_image)
         cls = encoder["cls_token"].expand(len(image), 1, -1)
-        x_BKD = torch.cat((cls, take(image, seen_image), take(text, seen_text)), 1)
+        x_BKD = torch.cat((cls, image, take(text, seen_text)), 1)
         seen_padding = batch.padding_BX.gather(1, seen_text)
         x_BKD = self.encoder(x_BKD, pad_left(seen_padding, 1 + seen_image.shape[1]))
 
@@ -154,11 +181,23 @@ class ReferenceM3AE(nn.Module):
         x_BND = self.decoder(torch.cat((cls, image, text), 1), pad_left(batch.padding_BX, 1 + image.shape[1]))
         _, image, text = x_BND.split((1, image.shape[1], text.shape[1]), 1)
 
+        if self.expert:
+            return self.loss_of_masked(image, text, patches_BLK, batch)
         error_BL = (self.image_head(image).float() - patches_BLK).square().mean(-1)
         image_loss = masked_mean(error_BL, batch.image_mask_BL)
         logits_BXV = self.text_head(text).float()
         error_BX = F.cross_entropy(logits_BXV.flatten(0, 1), batch.tokens_BX.flatten(), reduction="none")
         text_loss = masked_mean(error_BX.view_as(batch.tokens_BX), batch.text_mask_BX & ~batch.padding_BX)
+        return self.loss.image_weight * image_loss + self.loss.text_weight * text_loss
+
+    def loss_of_masked(self, image_BLD: Tensor, text_BXD: Tensor, patches_BLK: Tensor, batch: PaddedBatch) -> Tensor:
+        """The same from predictions for the masked, valid positions alone. Every picture has equally many masked."""
+        hidden_image = take(image_BLD, batch.masked_image_BM).flatten(0, 1)
+        target_image = take(patches_BLK, batch.masked_image_BM).flatten(0, 1)
+        image_loss = (self.image_head(hidden_image).float() - target_image).square().mean()
+        logits_WV = self.text_head(text_BXD.flatten(0, 1)[batch.masked_text_W]).float()
+        error_W = F.cross_entropy(logits_WV, batch.tokens_BX.flatten()[batch.masked_text_W], reduction="none")
+        text_loss = (error_W * batch.text_weight_W).sum()
         return self.loss.image_weight * image_loss + self.loss.text_weight * text_loss
 
 

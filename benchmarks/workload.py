@@ -45,5 +45,5 @@ def make_batch(
     packed = [Sample(str(i), im, mask, t[:n], tm[:n]) for i, (im, mask, t, tm, n) in enumerate(rows)]
     geometry = Geometry(m.image_size, m.patch_size, m.channels, m.text_length)
     mean, std = (torch.tensor(v)[:, None, None] for v in (m.image_mean, m.image_std))
-    padded = PaddedBatch((images / 255 - mean) / std, image_mask, tokens.masked_fill(padding, 0), text_mask, padding)
+    padded = PaddedBatch.of((images / 255 - mean) / std, image_mask, tokens.masked_fill(padding, 0), text_mask, padding)
     return pack(packed, geometry, repeat_shapes=True), padded

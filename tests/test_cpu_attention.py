@@ -10,10 +10,11 @@ from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu import native
 from m3ae_fast.model.cpu.attention import cpu_kernel
 
-BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have, largest relative error
-    "float32": (torch.float32, "GenuineIntel", set(), 3e-6),
-    "bf16 as floats": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, 4e-3),
-    "bf16 in pairs": (torch.bfloat16, "AuthenticAMD", {"avx512_bf16"}, 4e-3),
+BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have and may have not, largest relative error
+    "float32": (torch.float32, "GenuineIntel", set(), set(), 3e-6),
+    "bf16 as floats": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, {"amx_tile"}, 4e-3),
+    "bf16 in pairs": (torch.bfloat16, "AuthenticAMD", {"avx512_bf16"}, {"amx_tile"}, 4e-3),
+    "bf16 in tiles": (torch.bfloat16, "GenuineIntel", {"avx512_bf16", "amx_tile", "amx_bf16"}, set(), 4e-3),
 }
 PER_SAMPLE = "torch, per sample"
 SHAPES = {  # heads, values a head, queries, keys
@@ -38,20 +39,20 @@ def cpu(monkeypatch):
 
     def pretend(vendor: str, flags: set[str]) -> None:
         monkeypatch.setattr(native, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
-        native.kernels.cache_clear()
+        native.load.cache_clear()
 
     yield pretend
-    native.kernels.cache_clear()
+    native.load.cache_clear()
 
 
 @pytest.fixture(params=BUILDS)
 def build(request, cpu) -> tuple[torch.dtype, float]:
     """(dtype, largest relative error) of a build that is now in use."""
-    dtype, vendor, needs, error = BUILDS[request.param]
+    dtype, vendor, needs, without, error = BUILDS[request.param]
     flags = this_cpu().flags
     if not flags >= native._NEEDS | needs:
-        pytest.skip("this CPU has no AVX-512 or no bf16 in it")
-    cpu(vendor, flags)
+        pytest.skip("this CPU lacks the instructions")
+    cpu(vendor, flags - without)
     return dtype, error
 
 
@@ -82,7 +83,8 @@ def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: 
 def test_kernel_equals_float64(build, shape):
     dtype, error = build
     *tensors, cu_queries, cu_keys = inputs(shape, dtype)
-    assert name(tensors[1]) != PER_SAMPLE
+    tiles = dtype == torch.bfloat16 and tensors[1].shape[-1] % 32 == 0 and "amx_tile" in native.this_cpu().flags
+    assert name(tensors[1]) == ("AMX" if tiles else "AVX-512")
     exact = run(*(x.double() for x in tensors), cu_queries, cu_keys)
     for part, got in run(*tensors, cu_queries, cu_keys).items():
         assert got.shape == exact[part].shape
@@ -121,9 +123,9 @@ def test_large_scores_and_what_is_not_finite(build):
 
 def test_built_once(monkeypatch, tmp_path, build):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = native._build([])
+    library = native._compiled(())
     built = library.stat().st_mtime_ns
-    assert native._build([]) == library and library.stat().st_mtime_ns == built
+    assert native._compiled(()) == library and library.stat().st_mtime_ns == built
     assert list(library.parent.iterdir()) == [library]
 
 

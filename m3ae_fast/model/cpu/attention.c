@@ -1,13 +1,18 @@
-/* Attention of packed sequences, forward and backward, for CPUs with AVX-512.
+/* Attention of packed sequences, forward and backward, for CPUs with AVX-512, and with AMX where it is there.
 
    A task is one head of one sample: its scores never leave the core's caches. Threads call the same entry point and
    take tasks from a shared counter; each task writes rows of its own, so results do not depend on their number.
 
    BF16: queries, keys, values and gradients are bf16, else float. PAIRS: products are sums of bf16 pairs, two neighbours
-   along the summed axis: one instruction multiplies 16 x 2 bf16 and adds to 16 floats. Else they are of floats. What an
-   instruction multiplies in one lane is a unit here. Sums are of floats either way.
+   along the summed axis: one instruction multiplies 16 x 2 bf16 and adds to 16 floats. TILES: so does AMX, 16 x 16 x 16
+   pairs at a time. Else they are of floats. What an instruction multiplies in one lane is a unit here. Sums are of floats
+   either way.
 
    Shapes: m queries, n keys, d values a head; M and N are m and n rounded up. */
+
+#ifdef TILES
+#define PAIRS
+#endif
 
 #include <immintrin.h>
 #include <math.h>
@@ -16,7 +21,13 @@
 #include <string.h>
 
 #define LANES 16 /* floats of a vector */
-#define ROWS 8   /* rows of a tile; 8 rows of 3 vectors fill the registers */
+#ifdef TILES
+#define BLOCK 32 /* rows of a block, whose scores are made together: two tiles */
+#define ALIGN 32 /* what M and N are multiples of */
+#else
+#define BLOCK 8 /* 8 rows of 3 vectors fill the registers */
+#define ALIGN 16
+#endif
 
 #ifdef BF16
 typedef uint16_t value;
@@ -95,25 +106,44 @@ static void join_rows(const value *x, long row, long n, long N, long d, unit *ds
         }
 }
 
-/* dst[p][j] = unit p of row j: the summed axis is d. dst is [d / PER, N]. */
-static void transpose(const value *x, long row, long n, long N, long d, unit *dst) {
-    const __m512i steps = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                             _mm512_set1_epi32((int)row));
-    const long words = sizeof(value) * d / 4; /* of 32 bits, in a row */
-    for (long j = 0; j < N; j += LANES) {
-        const value *first = x + (j < n ? j : 0) * row;
-        const __mmask16 valid = lanes(n > j ? n - j : 0);
-        for (long w = 0; w < words; w++) {
-            const void *at = (const char *)first + 4 * w;
-            const __m512i word = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, steps, at, sizeof(value));
-#if defined(BF16) && !defined(PAIRS)
-            _mm512_storeu_si512(dst + 2 * w * N + j, _mm512_slli_epi32(word, 16));
-            _mm512_storeu_si512(dst + (2 * w + 1) * N + j, _mm512_and_si512(word, _mm512_set1_epi32(0xFFFF0000)));
-#else
-            _mm512_storeu_si512(dst + w * N + j, word);
-#endif
-        }
+/* 16 x 16 numbers of 32 bits, rows to columns: of pairs of numbers, of pairs of pairs, then of 128 bits. */
+static inline void flip_square(__m512i x[16]) {
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
     }
+    for (int i = 0; i < 16; i += 4)
+        for (int e = 0; e < 2; e++) {
+            x[i + 2 * e] = _mm512_unpacklo_epi64(y[i + e], y[i + e + 2]);
+            x[i + 2 * e + 1] = _mm512_unpackhi_epi64(y[i + e], y[i + e + 2]);
+        }
+    for (int c = 0; c < 4; c++) {
+        const __m512i even = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88), odd = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
+        const __m512i even_after = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
+        const __m512i odd_after = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
+        y[c] = _mm512_shuffle_i32x4(even, even_after, 0x88);
+        y[4 + c] = _mm512_shuffle_i32x4(odd, odd_after, 0x88);
+        y[8 + c] = _mm512_shuffle_i32x4(even, even_after, 0xdd);
+        y[12 + c] = _mm512_shuffle_i32x4(odd, odd_after, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) x[i] = y[i];
+}
+
+/* dst [columns, rows] = the transpose of src [rows, columns], of 32 bits each; both counts are multiples of 8. */
+static void flip(const void *src, long rows, long columns, void *dst) {
+    const uint32_t *from = src;
+    uint32_t *to = dst;
+    for (long r = 0; r < rows; r += 16)
+        for (long c = 0; c < columns; c += 16) {
+            __m512i x[16];
+            for (int i = 0; i < 16; i++)
+                x[i] = r + i < rows ? _mm512_maskz_loadu_epi32(lanes(columns - c), from + (r + i) * columns + c)
+                                    : _mm512_setzero_si512();
+            flip_square(x);
+            for (int i = 0; i < 16 && c + i < columns; i++)
+                _mm512_mask_storeu_epi32(to + (c + i) * rows + r, lanes(rows - r), x[i]);
+        }
 }
 
 /* scale * c[i][:] into rows of a result. */
@@ -124,60 +154,92 @@ static void store_rows(const float *c, long rows, long d, const float *scale, lo
     }
 }
 
-/* ---- products ---- */
+/* ---- products: c [rows, columns] = a [rows, units] b [units, columns], all contiguous ---- */
 
-/* c[i][:] = sum over p of a[i * a_row + p * a_step] * b[p][:] for ROWS rows and `vectors` vectors. */
-static inline __attribute__((always_inline)) void tile(const unit *a, long a_row, long a_step, const unit *b, long b_row,
-                                                       float *c, long c_row, long units, const int vectors) {
-    __m512 sum[ROWS][3];
+#ifdef TILES
+/* `rows`, `columns` and twice `units` are multiples of 32. */
+static void product(const unit *a, const unit *b, float *c, long rows, long columns, long units) {
+    for (long i = 0; i < rows; i += 32)
+        for (long j = 0; j < columns; j += 32) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (long p = 0; p < units; p += 16) {
+                _tile_loadd(4, a + i * units + p, 4 * units);
+                _tile_loadd(5, a + (i + 16) * units + p, 4 * units);
+                _tile_loadd(6, b + p * columns + j, 4 * columns);
+                _tile_loadd(7, b + p * columns + j + 16, 4 * columns);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, c + i * columns + j, 4 * columns);
+            _tile_stored(1, c + i * columns + j + 16, 4 * columns);
+            _tile_stored(2, c + (i + 16) * columns + j, 4 * columns);
+            _tile_stored(3, c + (i + 16) * columns + j + 16, 4 * columns);
+        }
+}
+#else
+/* 8 rows and `vectors` vectors. */
+static inline __attribute__((always_inline)) void tile(const unit *a, const unit *b, float *c, long columns, long units,
+                                                       const int vectors) {
+    __m512 sum[8][3];
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < 8; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
     for (long p = 0; p < units; p++)
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++)
+        for (int i = 0; i < 8; i++)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++)
-                sum[i][v] = multiply_add(a[i * a_row + p * a_step], b + p * b_row + v * LANES, sum[i][v]);
+                sum[i][v] = multiply_add(a[i * units + p], b + p * columns + v * LANES, sum[i][v]);
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < 8; i++)
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + i * c_row + v * LANES, sum[i][v]);
+        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + i * columns + v * LANES, sum[i][v]);
 }
 
-/* ROWS rows of a product; `columns` is a multiple of LANES. */
-static void product(const unit *a, long a_row, long a_step, const unit *b, float *c, long columns, long units, long row) {
-    for (long j = 0; j < columns;) {
-        const long left = (columns - j) / LANES;
-        const int vectors = left == 4 || left == 2 ? 2 : left == 1 ? 1 : 3;
-        if (vectors == 3) tile(a, a_row, a_step, b + j, row, c + j, row, units, 3);
-        if (vectors == 2) tile(a, a_row, a_step, b + j, row, c + j, row, units, 2);
-        if (vectors == 1) tile(a, a_row, a_step, b + j, row, c + j, row, units, 1);
-        j += vectors * LANES;
-    }
+/* `rows` is a multiple of 8, `columns` of LANES. */
+static void product(const unit *a, const unit *b, float *c, long rows, long columns, long units) {
+    for (long i = 0; i < rows; i += 8)
+        for (long j = 0; j < columns;) {
+            const long left = (columns - j) / LANES;
+            const int vectors = left == 4 || left == 2 ? 2 : left == 1 ? 1 : 3;
+            if (vectors == 3) tile(a + i * units, b + j, c + i * columns + j, columns, units, 3);
+            if (vectors == 2) tile(a + i * units, b + j, c + i * columns + j, columns, units, 2);
+            if (vectors == 1) tile(a + i * units, b + j, c + i * columns + j, columns, units, 1);
+            j += vectors * LANES;
+        }
 }
+#endif
 
-/* 2 ** x, x <= 0, to 3e-6 relative in bf16 and 2e-7 in float: Taylor's polynomial on [-1/2, 1/2]. */
+/* ---- one head of one sample ---- */
+
+/* 2 ** x, x <= 0: on [-1/2, 1/2] the cubic of least relative error, 7.5e-5, a thirtieth of bf16's; in float Taylor's
+   polynomial, 2e-7. */
 static inline __m512 power_of_2(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-126), x); /* in this order a NaN stays one */
+    x = _mm512_max_ps(_mm512_set1_ps(-100), x); /* no denormals, which are slow; in this order a NaN stays one */
     const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #ifdef BF16
-    __m512 y = _mm512_set1_ps(1.33335581e-3f);
+    __m512 y = _mm512_set1_ps(5.517166e-2f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.24261112f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.69326099f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.99992807f));
 #else
     __m512 y = _mm512_set1_ps(1.52527338e-5f);
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.54035304e-4f));
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.33335581e-3f));
-#endif
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.61812911e-3f));
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.55041087e-2f));
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.40226507e-1f));
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.93147181e-1f));
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+#endif
     return _mm512_scalef_ps(y, _mm512_sub_ps(x, r));
 }
-
-/* ---- one head of one sample ---- */
 
 typedef struct {
     char *memory;
@@ -212,95 +274,108 @@ typedef struct {
 } Gradients;
 
 static int forward_head(Head h, value *out, long out_row, float *lse, Scratch *scratch) {
-    const long m = h.m, n = h.n, d = h.d, M = round_up(m, ROWS), N = round_up(n, LANES);
-    if (!reserve(scratch, (M * d + ROWS * N + 2 * N * d) / PER + ROWS * N + ROWS * d, 6)) return 0;
-    unit *q = take(scratch, M * d / PER), *p = take(scratch, ROWS * N / PER);
-    unit *k = take(scratch, N * d / PER), *v = take(scratch, N * d / PER);
-    float *s = take(scratch, ROWS * N), *o = take(scratch, ROWS * d);
+    const long m = h.m, n = h.n, d = h.d, M = round_up(m, ALIGN), N = round_up(n, ALIGN);
+    if (!reserve(scratch, (M * d + BLOCK * N + 3 * N * d) / PER + BLOCK * N + BLOCK * d, 7)) return 0;
+    unit *q = take(scratch, M * d / PER), *p = take(scratch, BLOCK * N / PER);
+    unit *k = take(scratch, N * d / PER), *k_flipped = take(scratch, N * d / PER), *v = take(scratch, N * d / PER);
+    float *s = take(scratch, BLOCK * N), *o = take(scratch, BLOCK * d);
     const float scale = 1.44269504f / sqrtf((float)d);
     copy_rows(h.q, h.q_row, m, M, d, q);
-    transpose(h.k, h.k_row, n, N, d, k);
+    copy_rows(h.k, h.k_row, n, N, d, k);
+    flip(k, N, d / PER, k_flipped);
     join_rows(h.v, h.v_row, n, N, d, v);
-    for (long i = 0; i < m; i += ROWS) {
-        float inverse[ROWS];
-        product(q + i * d / PER, d / PER, 1, k, s, N, d / PER, N);
-        for (long r = 0; r < ROWS; r++) {
-            float *row = s + r * N;
-            __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long i = 0; i < m; i += BLOCK) {
+        float shift[BLOCK], total[BLOCK], inverse[BLOCK];
+        const long rows = m - i < BLOCK ? m - i : BLOCK;
+        product(q + i * d / PER, k_flipped, s, BLOCK, N, d / PER);
+        for (long r = 0; r < rows; r++) { /* all rows' maxima first: a row's sum then waits for nothing */
+            const float *row = s + r * N;
+            __m512 top = _mm512_set1_ps(-INFINITY);
             for (long j = 0; j < n; j += LANES) top = _mm512_mask_max_ps(top, lanes(n - j), top, _mm512_loadu_ps(row + j));
-            const float shift = scale * _mm512_reduce_max_ps(top);
+            shift[r] = scale * _mm512_reduce_max_ps(top);
+        }
+        for (long r = 0; r < rows; r++) {
+            const float *row = s + r * N;
+            const __m512 less = _mm512_set1_ps(shift[r]);
+            __m512 sum = _mm512_setzero_ps();
             for (long j = 0; j < N; j += LANES) {
-                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(scale), _mm512_set1_ps(shift));
-                const __m512 y = _mm512_maskz_mov_ps(lanes(n - j), power_of_2(x));
+                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(scale), less);
+                const __m512 y = _mm512_maskz_mov_ps(lanes(n > j ? n - j : 0), power_of_2(x));
                 sum = _mm512_add_ps(sum, y);
                 put(p + (r * N + j) / PER, y);
             }
-            const float total = _mm512_reduce_add_ps(sum);
-            inverse[r] = 1 / total;
-            if (i + r < m) lse[i + r] = shift + log2f(total);
+            total[r] = _mm512_reduce_add_ps(sum);
         }
-        product(p, N / PER, 1, v, o, d, N / PER, d);
-        store_rows(o, m - i < ROWS ? m - i : ROWS, d, inverse, 1, out + i * out_row, out_row);
+        for (long r = 0; r < rows; r++) {
+            inverse[r] = 1 / total[r];
+            lse[i + r] = shift[r] + log2f(total[r]);
+        }
+        product(p, v, o, BLOCK, d, N / PER);
+        store_rows(o, rows, d, inverse, 1, out + i * out_row, out_row);
     }
     return 1;
 }
 
-static int backward_head(Head h, const value *g, long g_row, const float *lse, Gradients to, Scratch *scratch) {
-    const long m = h.m, n = h.n, d = h.d, M = round_up(m, ROWS), N = round_up(n, LANES);
-    const size_t units = (4 * M * d + 3 * N * d + ROWS * N + 2 * M * N) / PER;
-    if (!reserve(scratch, units + 2 * ROWS * N + ROWS * d, 13)) return 0;
-    unit *q = take(scratch, M * d / PER), *grad = take(scratch, M * d / PER), *ds = take(scratch, ROWS * N / PER);
-    unit *q_joined = take(scratch, M * d / PER), *grad_joined = take(scratch, M * d / PER);
-    unit *k = take(scratch, N * d / PER), *v = take(scratch, N * d / PER), *k_joined = take(scratch, N * d / PER);
-    unit *p_joined = take(scratch, M * N / PER), *ds_joined = take(scratch, M * N / PER);
-    float *s = take(scratch, ROWS * N), *dp = take(scratch, ROWS * N), *c = take(scratch, ROWS * d);
-    const float one = 1, root = 1 / sqrtf((float)d), scale = 1.44269504f * root;
+/* Blocks of keys; a column is a query, so that what belongs to a query is a vector. */
+static int backward_head(Head h, const value *out, long out_row, const value *g, long g_row, const float *lse, Gradients to,
+                         Scratch *scratch) {
+    const long m = h.m, n = h.n, d = h.d, M = round_up(m, ALIGN), N = round_up(n, ALIGN);
+    const size_t units = (6 * M * d + 4 * N * d + 2 * BLOCK * M + M * N) / PER;
+    if (!reserve(scratch, units + 2 * BLOCK * M + BLOCK * d + 2 * M * d + 2 * M, 20)) return 0;
+    unit *q = take(scratch, M * d / PER), *q_flipped = take(scratch, M * d / PER), *q_joined = take(scratch, M * d / PER);
+    unit *grad = take(scratch, M * d / PER), *grad_flipped = take(scratch, M * d / PER);
+    unit *grad_joined = take(scratch, M * d / PER);
+    unit *k = take(scratch, N * d / PER), *v = take(scratch, N * d / PER);
+    unit *k_joined = take(scratch, N * d / PER), *k_across = take(scratch, N * d / PER);
+    unit *p = take(scratch, BLOCK * M / PER), *ds = take(scratch, BLOCK * M / PER), *ds_joined = take(scratch, M * N / PER);
+    float *s = take(scratch, BLOCK * M), *dp = take(scratch, BLOCK * M), *c = take(scratch, BLOCK * d);
+    float *dq_across = take(scratch, M * d), *dq = take(scratch, M * d), *sums = take(scratch, M), *mean = take(scratch, M);
+    const float one = 1, root = 1 / sqrtf((float)d);
+    const __m512 scale = _mm512_set1_ps(1.44269504f * root);
     copy_rows(h.q, h.q_row, m, M, d, q);
     copy_rows(g, g_row, m, M, d, grad);
+    copy_rows(h.k, h.k_row, n, N, d, k);
+    copy_rows(h.v, h.v_row, n, N, d, v);
+    flip(q, M, d / PER, q_flipped);
+    flip(grad, M, d / PER, grad_flipped);
     join_rows(h.q, h.q_row, m, M, d, q_joined);
     join_rows(g, g_row, m, M, d, grad_joined);
-    transpose(h.k, h.k_row, n, N, d, k);
-    transpose(h.v, h.v_row, n, N, d, v);
     join_rows(h.k, h.k_row, n, N, d, k_joined);
-    for (long i = 0; i < m; i += ROWS) {
-        product(q + i * d / PER, d / PER, 1, k, s, N, d / PER, N);
-        product(grad + i * d / PER, d / PER, 1, v, dp, N, d / PER, N);
-        for (long r = 0; r < ROWS; r += PER) {
-            __m512 mean[PER];
-            for (int e = 0; e < PER; e++) { /* p in place of s, and the mean of dp under p */
-                const int valid = i + r + e < m;
-                const __m512 shift = _mm512_set1_ps(valid ? lse[i + r + e] : 0);
-                float *s_row = s + (r + e) * N, *dp_row = dp + (r + e) * N;
-                __m512 sum = _mm512_setzero_ps();
-                for (long j = 0; j < N; j += LANES) {
-                    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s_row + j), _mm512_set1_ps(scale), shift);
-                    const __m512 y = _mm512_maskz_mov_ps(valid ? lanes(n - j) : 0, power_of_2(x));
-                    _mm512_storeu_ps(s_row + j, y);
-                    sum = _mm512_fmadd_ps(y, _mm512_loadu_ps(dp_row + j), sum);
-                }
-                mean[e] = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-            }
-            for (long j = 0; j < N; j += LANES) {
-                __m512 p_rows[PER], ds_rows[PER];
+    flip(k_joined, N / PER, d, k_across);
+    for (long i = 0; i < M; i++) { /* the mean of dp under p is out times grad; p of what is no query is nothing */
+        __m512 sum = _mm512_setzero_ps();
+        for (long j = 0; i < m && j < d; j += LANES)
+            sum = _mm512_fmadd_ps(load(out + i * out_row + j), load(g + i * g_row + j), sum);
+        mean[i] = _mm512_reduce_add_ps(sum);
+        sums[i] = i < m ? lse[i] : 1e30f;
+    }
+    for (long j = 0; j < N; j += BLOCK) {
+        product(k + j * d / PER, q_flipped, s, BLOCK, M, d / PER);
+        product(v + j * d / PER, grad_flipped, dp, BLOCK, M, d / PER);
+        for (long r = 0; r < BLOCK; r += PER)
+            for (long i = 0; i < M; i += LANES) {
+                __m512 slopes[PER];
                 for (int e = 0; e < PER; e++) {
-                    p_rows[e] = _mm512_loadu_ps(s + (r + e) * N + j);
-                    ds_rows[e] = _mm512_mul_ps(p_rows[e], _mm512_sub_ps(_mm512_loadu_ps(dp + (r + e) * N + j), mean[e]));
-                    put(ds + ((r + e) * N + j) / PER, ds_rows[e]);
+                    const long at = (r + e) * M + i;
+                    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + at), scale, _mm512_loadu_ps(sums + i));
+                    const __m512 y = _mm512_maskz_mov_ps(j + r + e < n ? 0xFFFF : 0, power_of_2(x));
+                    slopes[e] = _mm512_mul_ps(y, _mm512_sub_ps(_mm512_loadu_ps(dp + at), _mm512_loadu_ps(mean + i)));
+                    put(p + at / PER, y);
+                    put(ds + at / PER, slopes[e]);
                 }
-                put_rows(p_joined + (i + r) / PER * N + j, p_rows);
-                put_rows(ds_joined + (i + r) / PER * N + j, ds_rows);
+                put_rows(ds_joined + (j + r) / PER * M + i, slopes);
             }
+        const long rows = n - j < BLOCK ? n - j : BLOCK;
+        if (rows > 0) {
+            product(p, grad_joined, c, BLOCK, d, M / PER);
+            store_rows(c, rows, d, &one, 0, to.v + j * to.v_row, to.v_row);
+            product(ds, q_joined, c, BLOCK, d, M / PER);
+            store_rows(c, rows, d, &root, 0, to.k + j * to.k_row, to.k_row);
         }
-        product(ds, N / PER, 1, k_joined, c, d, N / PER, d);
-        store_rows(c, m - i < ROWS ? m - i : ROWS, d, &root, 0, to.q + i * to.q_row, to.q_row);
     }
-    for (long j = 0; j < n; j += ROWS) {
-        const long rows = n - j < ROWS ? n - j : ROWS;
-        product(p_joined + j, 1, N, grad_joined, c, d, M / PER, d);
-        store_rows(c, rows, d, &one, 0, to.v + j * to.v_row, to.v_row);
-        product(ds_joined + j, 1, N, q_joined, c, d, M / PER, d);
-        store_rows(c, rows, d, &root, 0, to.k + j * to.k_row, to.k_row);
-    }
+    product(k_across, ds_joined, dq_across, d, M, N / PER);
+    flip(dq_across, d, M, dq);
+    store_rows(dq, m, d, &root, 0, to.q, to.q_row);
     return 1;
 }
 
@@ -341,15 +416,29 @@ static int backward_task(const Work *w, long sample, long head, Scratch *scratch
     to.q += at_q * to.q_row + column;
     to.k += at_k * to.k_row + column;
     to.v += at_k * to.v_row + column;
-    return backward_head(head_at(w, sample, head), w->grad + at_q * w->grad_row + column, w->grad_row,
-                         w->lse + head * w->queries + at_q, to, scratch);
+    return backward_head(head_at(w, sample, head), w->out + at_q * w->out_row + column, w->out_row,
+                         w->grad + at_q * w->grad_row + column, w->grad_row, w->lse + head * w->queries + at_q, to, scratch);
 }
 
 static int run(Work *w, int (*task)(const Work *, long, long, Scratch *)) {
     Scratch scratch = {NULL, 0, 0};
     int ok = 1;
+#ifdef TILES /* 8 tiles of 16 rows of 64 bytes; afterwards the thread's tiles are what they were */
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } before, config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    _tile_storeconfig(&before);
+    _tile_loadconfig(&config);
+#endif
     for (long t; ok && (t = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->samples * w->heads;)
         ok = task(w, t / w->heads, t % w->heads, &scratch);
+#ifdef TILES
+    if (before.palette) _tile_loadconfig(&before);
+    else _tile_release();
+#endif
     free(scratch.memory);
     return ok;
 }

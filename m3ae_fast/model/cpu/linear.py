@@ -26,9 +26,6 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     plain = x_RI.dtype == weight_OI.dtype == torch.float32 and x_RI.device.type == "cpu" and len(x_RI) > 0
     if plain and ONEDNN and not torch.is_autocast_enabled("cpu"):
         return onednn_linear(x_RI, weight_OI, bias_O)
-    if x_RI.device.type == "cpu" and torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
-        b = torch.get_autocast_dtype("cpu")
-        return onednn_linear(x_RI.to(b), weight_OI.to(b), bias_O.to(b))
     return F.linear(x_RI, weight_OI, bias_O)
 
 
@@ -48,8 +45,6 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_RO):
     x_RI, weight_OI = ctx.saved_tensors
-    if x_RI.dtype != torch.float32:
-        return grad_RO @ weight_OI, grad_RO.t() @ x_RI, grad_RO.sum(0)
     need_x, need_weight, need_bias = ctx.needs_input_grad
     grad_x = onednn_linear(grad_RO, weight_OI.t(), None) if need_x else None
     grad_weight = onednn_linear(grad_RO.t(), x_RI.t(), None) if need_weight else None

@@ -1,4 +1,4 @@
-"""Attention on CPUs with AVX-512: attention.c, built by the system's C compiler when first needed.
+"""Attention on CPUs with AVX-512, and with AMX: attention.c, built by the system's C compiler when first needed.
 
 Shapes: Q query rows, K key rows, H heads, D values a head.
 """
@@ -17,6 +17,7 @@ import tempfile
 import threading
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from m3ae_fast.model.kernel import Kernel
 SOURCE = Path(__file__).with_name("attention.c")
 _FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_TILES = {"amx_tile", "amx_bf16"}
 
 _log = logging.getLogger(__name__)
 
@@ -51,10 +53,41 @@ class _Work(ctypes.Structure):
     ]
 
 
+class Build(NamedTuple):
+    """A way to compile attention.c."""
+
+    name: str  # for logs
+    flags: tuple[str, ...]  # the compiler's
+
+
 def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
     """The compiled kernel for such heads, where there is one."""
-    library = kernels(dtype) if head_dim % 16 == 0 else None
-    return None if library is None else Kernel("AVX-512", partial(_forward, library), partial(_backward, library))
+    build = best_build(dtype, head_dim)
+    if build is None or (library := load(build)) is None:
+        return None
+    return Kernel(build.name, partial(_forward, library), partial(_backward, library))
+
+
+def best_build(dtype: torch.dtype, head_dim: int) -> Build | None:
+    """None for other types and heads, and where the CPU lacks the instructions."""
+    cpu = this_cpu()
+    if head_dim % 16 or not cpu.flags >= _NEEDS:
+        return None
+    if dtype == torch.float32:
+        return Build("AVX-512", ())
+    if dtype != torch.bfloat16 or "avx512_bf16" not in cpu.flags:
+        return None
+    flags = ("-mavx512bf16", "-DBF16")
+    if head_dim % 32 == 0 and cpu.flags >= _TILES and _may_use_tiles():
+        return Build("AMX", (*flags, "-mamx-tile", "-mamx-bf16", "-DTILES"))
+    return Build("AVX-512", (*flags, "-DPAIRS") if cpu.pairs else flags)
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Asks Linux for this process's use of AMX's registers (its documentation, arch/x86/xstate)."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def _forward(
@@ -70,7 +103,7 @@ def _forward(
 def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries: Segments, keys: Segments) -> None:
     tensors = {"grad": grad, "q": q, "k": k, "v": v}
     rows = {name: _rows(x) for name, x in tensors.items()}
-    _run(library.backward, queries, keys, **rows, lse=lse, dq=dq, dk=dk, dv=dv)
+    _run(library.backward, queries, keys, **rows, out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
 
 def _rows(x_THD: Tensor) -> Tensor:
@@ -105,17 +138,10 @@ def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor,
 
 
 @functools.cache
-def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled kernels; None for other types, where the CPU lacks the instructions, or without a C compiler."""
-    cpu = this_cpu()
-    if dtype == torch.float32 and cpu.flags >= _NEEDS:
-        flags = []
-    elif dtype == torch.bfloat16 and cpu.flags >= _NEEDS | {"avx512_bf16"}:
-        flags = ["-mavx512bf16", "-DBF16", *(["-DPAIRS"] if cpu.pairs else [])]
-    else:
-        return None
+def load(build: Build) -> ctypes.CDLL | None:
+    """The compiled kernels; None without a C compiler."""
     try:
-        library = ctypes.CDLL(str(_build(flags)))
+        library = ctypes.CDLL(str(_compiled(build.flags)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         _log.warning("attention runs on torch, at half the speed: %s cannot be built (%s)", SOURCE.name, *reason)
@@ -125,7 +151,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library
 
 
-def _build(flags: list[str]) -> Path:
+def _compiled(flags: tuple[str, ...]) -> Path:
     """Compile into the user's cache, unless that has been done. Raises OSError or CalledProcessError."""
     compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
     command = [*compiler, *_FLAGS, *flags]
