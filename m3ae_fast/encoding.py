@@ -74,7 +74,7 @@ def encode_corpus(
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
     keys, features, labels, skipped = (list(part) for part in zip(*parts))
     skipped = list(chain.from_iterable(skipped))
-    _check_skipped(skipped, corpus.samples, data.max_bad_fraction)
+    check_skipped(skipped, corpus.samples, data.max_bad_fraction)
     labels_N = None if any(part is None for part in labels) else torch.cat(labels)
     return Features(list(chain.from_iterable(keys)), torch.cat(features), labels_N, skipped)
 
@@ -124,7 +124,8 @@ def _one_behind(
         yield last
 
 
-def _check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
+def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
+    """Raises UserError where none, or too few, of the samples could be used."""
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
         raise UserError(
             f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "
