@@ -21,8 +21,8 @@ TRAIN = [
     "torchvision",
     "webdataset",
 ]
-TRANSFER = ["pyarrow", "scikit-learn", "timm>=1.0.15"]
-DEV = ["matplotlib", "pytest", "pytest-benchmark", "ruff"]
+TRANSFER = ["pyarrow", "scikit-learn", "scipy", "timm>=1.0.15"]
+DEV = ["foolbox", "matplotlib", "pytest", "pytest-benchmark", "ruff"]
 
 setup(
     name="m3ae-fast",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from m3ae_fast.config.load import apply_override, parse
 from m3ae_fast.config.schema import (
     Batch,
     Beta,
+    Count,
     DataConfig,
     DeepSpeedConfig,
     LoopConfig,
@@ -18,6 +19,21 @@ from m3ae_fast.config.schema import (
     RunConfig,
     Section,
 )
+
+CorruptionKind = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "speckle_noise",
+    "gaussian_blur",
+    "defocus_blur",
+    "zoom_blur",
+    "brightness",
+    "contrast",
+    "saturate",
+    "pixelate",
+    "jpeg",
+]
 
 
 class EncodeConfig(Section):
@@ -91,6 +107,25 @@ class FineTuneConfig(LoopConfig, OptimConfig):
         return 1.0
 
 
+class RobustnessConfig(Section):
+    """Accuracy on attacked and on corrupted pictures."""
+
+    epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
+    """L-infinity bounds of PGD, in units of 1/255."""
+    steps: Count = 10
+    """Steps of PGD."""
+    step_size: float = Field(0.25, gt=0)
+    """Of PGD, as a share of epsilon."""
+    corruptions: list[CorruptionKind] = list(get_args(CorruptionKind))
+    """Of ImageNet-C."""
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]
+    """From 1 to 5."""
+    samples: Count | None = None
+    """Held-out samples, spread evenly; null: all."""
+    batch: Batch = 64
+    """Samples per forward pass."""
+
+
 class TransferConfig(Section):
     """A transfer task on a trained model."""
 
@@ -99,6 +134,7 @@ class TransferConfig(Section):
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
     finetune: FineTuneConfig = FineTuneConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
 
 
 def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:

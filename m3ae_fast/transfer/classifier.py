@@ -24,6 +24,7 @@ from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
 
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
+CLASSIFIER_HELP = "the OUT folder of a linear or finetune task"
 HEADS = {"linear": LinearProbeHead, "finetune": FineTuneHead}
 
 
@@ -40,6 +41,16 @@ class ClassifierConfig(Section):
     """What the encoder sees."""
     classes: list[int | str]
     """Labels by class id."""
+
+
+def read_config(folder: str | Path) -> ClassifierConfig:
+    """What the classifier saved in `folder` is. Raises UserError where there is none."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a classifier ({error}); name {CLASSIFIER_HELP}") from None
+    return parse(ClassifierConfig, data, str(path))
 
 
 class Classifier(nn.Module):
@@ -85,14 +96,11 @@ class Classifier(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Classifier:
         """What `save_pretrained` wrote, on the CPU. Raises UserError where a file is missing or damaged."""
         folder = Path(folder)
+        model = cls(read_config(folder))
         try:
-            data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             state = load_file(folder / MODEL_FILE)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{folder}: not a classifier ({error}); name the --out folder of a linear or finetune task"
-            ) from None
-        model = cls(parse(ClassifierConfig, data, f"{folder / CONFIG_FILE}"))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / MODEL_FILE}: cannot be read ({error}); train the classifier again") from None
         load_weights(model, state, str(folder))
         if (folder / TOKENIZER_FILE).exists() and model.config.model.vocab_size:
             sizes = model.config.model

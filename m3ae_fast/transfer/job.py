@@ -20,7 +20,6 @@ from m3ae_fast.encoding import Features, encode_corpus
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.m3ae import M3AE
 
 RESULT_FILE = "result.json"
 
@@ -33,7 +32,7 @@ class Job:
     config: TransferConfig
     ranks: Ranks
     folder: RunFolder | None  # OUT, on the main rank alone
-    model: M3AE  # on the ranks' device
+    model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
 
     @property
     def out(self) -> Path:
