@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from m3ae_fast.config.load import apply_override, parse
-from m3ae_fast.config.schema import Batch, DataConfig, RunConfig, Section
+from m3ae_fast.config.schema import (
+    Batch,
+    Beta,
+    Count,
+    DataConfig,
+    DeepSpeedConfig,
+    LoopConfig,
+    OptimConfig,
+    Rate,
+    RunConfig,
+    Section,
+)
+
+CorruptionKind = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "speckle_noise",
+    "gaussian_blur",
+    "defocus_blur",
+    "zoom_blur",
+    "brightness",
+    "contrast",
+    "saturate",
+    "pixelate",
+    "jpeg",
+]
 
 
 class EncodeConfig(Section):
@@ -30,6 +56,76 @@ class KnnConfig(Section):
     """A neighbour's vote is exp(cosine similarity / temperature)."""
 
 
+class FineTuneConfig(LoopConfig, OptimConfig):
+    """Fine-tuning of the encoder with a classification head.
+
+    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch.
+    """
+
+    SECTION: ClassVar[str] = "finetune"
+
+    pool: Literal["mean", "cls"] = "cls"
+    """What the head reads: `cls`, the cls token; `mean`, all other tokens."""
+    layer_decay: float = Field(0.6, gt=0, le=1)
+    """Learning rate of a layer as a share of the next one's."""
+    drop_path: Rate = 0.1
+    """Stochastic depth of every block."""
+    label_smoothing: Rate = 0.1
+    """Share of a label that goes to all classes evenly."""
+    mixup: float = Field(0.8, ge=0, le=100)
+    """Alpha of mixup; 0: none. Pictures are mixed only where they are all that the encoder sees."""
+    cutmix: float = Field(1.0, ge=0, le=100)
+    """Alpha of cutmix; 0: none."""
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    """How often cutmix is taken where mixup could be too."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment of the training pictures; null: none."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an average of the weights, which is then evaluated and saved; null: none."""
+    deepspeed: DeepSpeedConfig | None = None
+    """As in training; null: plain torch."""
+
+    global_batch: Batch = 1024
+    """Samples per optimiser step, over all ranks."""
+    peak_lr: float = Field(1e-3, gt=0)
+    """Learning rate after warm-up."""
+    init_lr: float = Field(0.0, ge=0)
+    """Learning rate of the first step."""
+    end_lr: float = Field(0.0, ge=0)
+    """Learning rate after the last step."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Of matmul weights."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's decay rates."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, data: Any) -> Any:
+        return {"epochs": 100} | data if isinstance(data, dict) and "steps" not in data else data
+
+    def lr_factor(self, global_batch: int) -> float:
+        return 1.0
+
+
+class RobustnessConfig(Section):
+    """Accuracy on attacked and on corrupted pictures."""
+
+    epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
+    """L-infinity bounds of PGD, in units of 1/255."""
+    steps: Count = 10
+    """Steps of PGD."""
+    step_size: float = Field(0.25, gt=0)
+    """Of PGD, as a share of epsilon."""
+    corruptions: list[CorruptionKind] = list(get_args(CorruptionKind))
+    """Of ImageNet-C."""
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]
+    """From 1 to 5."""
+    samples: Count | None = None
+    """Held-out samples, spread evenly; null: all."""
+    batch: Batch = 64
+    """Samples per forward pass."""
+
+
 class TransferConfig(Section):
     """A transfer task on a trained model."""
 
@@ -37,6 +133,8 @@ class TransferConfig(Section):
     data: DataConfig
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
+    finetune: FineTuneConfig = FineTuneConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
 
 
 def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:

@@ -31,8 +31,12 @@ from m3ae_fast.model.packing import Geometry, Sample
 from m3ae_fast.model.tokenizer import CaptionTokenizer
 
 # What a random number is for, so that no two uses share a stream.
-_CROP, _MASK, _BATCH_MASK = range(3)
+_CROP, _MASK, _BATCH_MASK, _TRANSFORM = range(4)
 FETCHING = "fetch shards ahead"  # the thread's name
+
+
+# uint8 [C, S, S] and a seed -> the same shape; all that it draws comes from the seed
+Transform = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Samples(Dataset[Sample | Skipped]):
         augment: None: the central square as it is.
         share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
         repeats: views of a sample, which follow each other.
+        transform: of each picture, cropped; None: none.
     """
 
     def __init__(
@@ -88,12 +93,14 @@ class Samples(Dataset[Sample | Skipped]):
         augment: Augment | None,
         share_mask: int,
         repeats: int = 1,
+        transform: Transform | None = None,
     ):
         self.order = order
         self.preparation = preparation
         self.augment = augment
         self.share_mask = share_mask
         self.repeats = repeats
+        self.transform = transform
         self.has_captions = corpus.has_captions
         self._store = corpus.store
         self._readers = [Reader(source, corpus.store) for source in corpus.sources]
@@ -155,7 +162,8 @@ class Samples(Dataset[Sample | Skipped]):
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):
-            sample.image = self._crop(image, _key(draft.place, view))
+            key = _key(draft.place, view)
+            sample.image = self._transform(self._crop(image, key), key)
         return draft.samples
 
     def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
@@ -164,6 +172,11 @@ class Samples(Dataset[Sample | Skipped]):
             return centre_crop(image, size)
         generator = self._seeded(_CROP, *key)
         return random_crop(image, size, self.augment.crop_scale, self.augment.flip, generator)
+
+    def _transform(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
+        if self.transform is None:
+            return image
+        return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key))
 
     def _masks(self, key: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
         """Of patches and of text tokens, over the whole text length, as the official code draws them."""

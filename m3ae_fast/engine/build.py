@@ -22,7 +22,8 @@ def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
     """Of pre-training. Arguments and errors as in `make_engine`."""
     groups = parameter_groups(model, config.optim.weight_decay)
     transformers = (model.encoder, model.decoder)
-    return make_engine(model, groups, transformers, config.train, config.optim, config.deepspeed, ranks)
+    train, optim = config.train, config.optim
+    return make_engine(model, groups, transformers, train, optim, config.deepspeed, ranks, train.ema)
 
 
 def make_engine(
@@ -33,6 +34,7 @@ def make_engine(
     optim: OptimConfig,
     deepspeed: DeepSpeedConfig | None,
     ranks: Ranks,
+    ema: float | None = None,
 ) -> Engine:
     """An engine for `model`, which it moves to the ranks' device.
 
@@ -44,6 +46,7 @@ def make_engine(
         optim: of AdamW.
         deepspeed: None: plain torch.
         ranks: who takes part.
+        ema: decay of the weights' moving average in the optimiser's state; None: none.
 
     Raises:
         UserError: the config asks for what this machine lacks.
@@ -60,8 +63,8 @@ def make_engine(
             transformer.compile_blocks()
     dtype = dtype_of(loop.precision)
     if deepspeed is None:
-        return TorchEngine(model, groups, optim, dtype, ranks, loop.ema)
+        return TorchEngine(model, groups, optim, dtype, ranks, ema)
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 
     share = split_batch(loop, ranks.world)
-    return DeepSpeedEngine(model, groups, deepspeed, optim, dtype, ranks, *share, loop.ema)
+    return DeepSpeedEngine(model, groups, deepspeed, optim, dtype, ranks, *share, ema)

@@ -19,23 +19,31 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.engine.failures import explain
+from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks, join_ranks
 from m3ae_fast.engine.run_folder import RunFolder
+from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
 from m3ae_fast.transfer.job import Job, refuse_existing, write_result
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 
 
 class Task(NamedTuple):
-    """A module of this package with `run(job) -> result`."""
+    """A module of this package with `run(job) -> result`, which is None where a run was stopped before its end."""
 
     about: str
     trains: bool = True  # has --train and --labels
+    resumes: bool = False  # has --resume
+    classifies: bool = False  # MODEL is a classifier; has --labels
 
 
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features"),
+    "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
+    "robustness": Task("accuracy of a classifier on attacked and on corrupted pictures", trains=False, classifies=True),
 }
 
 
@@ -46,38 +54,54 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
         command = tasks.add_parser(name, help=task.about, description=task.about)
-        command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        command.add_argument("model", metavar="MODEL", help=CLASSIFIER_HELP if task.classifies else MODEL_HELP)
         shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
         if task.trains:
             command.add_argument(
                 "--train", nargs="+", required=True, metavar="SHARDS", help=f"training samples, {shards}"
             )
+        if task.trains or task.classifies:
             command.add_argument(
                 "--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)"
             )
         command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help="held-out samples, likewise")
-        command.add_argument(
-            "--modality",
-            choices=("image", "text", "paired"),
-            default="image",
-            help="what the encoder sees of a sample (default: image)",
-        )
+        if not task.classifies:
+            command.add_argument(
+                "--modality",
+                choices=("image", "text", "paired"),
+                default="image",
+                help="what the encoder sees of a sample (default: image)",
+            )
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set knn.k=10"
         )
+        if task.resumes:
+            command.add_argument(
+                "--resume",
+                default="no",
+                metavar="auto|no|PATH",
+                help="auto: go on from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
+            )
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with join_ranks() as ranks:
+    with (
+        StopRequest() as stop,
+        join_ranks() as ranks,
+        Pulse(ranks.rank, ranks.world, ranks.side_store, stop) as pulse,
+    ):
+        stop.joined(pulse.tell_stop)
         try:
             config = ranks.told(lambda: _config(args))
-            perform(args, config, ranks)
+            perform(args, config, ranks, stop, pulse)
             return 0
         except Exception as error:
+            if pulse.stop_told():  # a rank that left before there was anything to save
+                return 0
             told = explain(error)
             if told is None:
                 raise
@@ -87,22 +111,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(args: argparse.Namespace) -> TransferConfig:
+    if TASKS[args.task].classifies:
+        args.modality = read_config(args.model).modality
     val = [{"shards": args.val, "modality": args.modality}]
     train = [{"shards": args.train, "modality": args.modality}] if TASKS[args.task].trains else val
     return transfer_config({"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}, args.set)
 
 
-def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> None:
+def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks, stop: StopRequest, pulse: Pulse) -> None:
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    text = args.modality != "image"
-    model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
-    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext():
-        job = Job(args, config, ranks, model.to(ranks.device).eval())
-        result: dict[str, Any] = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
+    model: M3AE | Classifier
+    if TASKS[args.task].classifies:
+        model = Classifier.from_pretrained(args.model)
+    else:
+        text = args.modality != "image"
+        model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
+        job = Job(args, config, ranks, folder, model.to(ranks.device).eval(), stop, pulse)
+        result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
+        if result is None:
+            return
         result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
         result |= {"seconds": round(time.perf_counter() - started, 1), "config": config.model_dump(mode="json")}
         ranks.on_main(lambda: write_result(config.run.dir, result))

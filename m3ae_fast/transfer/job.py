@@ -17,9 +17,11 @@ from m3ae_fast.config.transfer import TransferConfig
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.encoding import Features, encode_corpus
+from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.engine.run_folder import RunFolder
+from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.m3ae import M3AE
 
 RESULT_FILE = "result.json"
 
@@ -31,7 +33,10 @@ class Job:
     args: Namespace  # the task's own options
     config: TransferConfig
     ranks: Ranks
-    model: M3AE  # on the ranks' device
+    folder: RunFolder | None  # OUT, on the main rank alone
+    model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
+    stop: StopRequest
+    pulse: Pulse
 
     @property
     def out(self) -> Path:

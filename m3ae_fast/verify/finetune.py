@@ -22,9 +22,7 @@ from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.packing import Sample, pack
-from m3ae_fast.model.pooling import Pool
-from m3ae_fast.transfer.classifier import Classifier
-from m3ae_fast.transfer.heads import FineTuneHead
+from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.layer_decay import layer_of, lr_scale, parameter_groups
 from m3ae_fast.verify.quantity import Quantity
 
@@ -69,8 +67,15 @@ def _build(golden: Golden) -> Classifier:
     data["use_type_embedding"] = "params/base_model/encoder_image_type_embedding" in golden.arrays
     data |= {f"image_{k}": golden.arrays[f"in/{k}"].astype(float).tolist() for k in ("mean", "std")}
     config = parse(ModelConfig, data, str(golden.path))
-    pool: Pool = "mean" if m["global_pool"] else "cls"
-    model = Classifier(MultimodalEncoder(config), FineTuneHead(config.emb_dim, m["C"]), pool)
+    model = Classifier(
+        ClassifierConfig(
+            model=config,
+            head="finetune",
+            pool="mean" if m["global_pool"] else "cls",
+            modality="image",
+            classes=list(range(m["C"])),
+        )
+    )
     _load(golden, model)
     return model
 

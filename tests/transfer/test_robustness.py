@@ -1,0 +1,169 @@
+"""Attacks and corruptions are what they are said to be, and the task counts right."""
+
+import colorsys
+import json
+from typing import get_args
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.transfer import CorruptionKind
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.transfer.__main__ import main
+from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
+from m3ae_fast.transfer.corruptions import KINDS, SEVERITIES, Corruption, saturate
+from m3ae_fast.transfer.robustness_pgd import pgd
+
+SIZES = ModelConfig(
+    size=None, emb_dim=32, depth=2, num_heads=4, image_size=32, patch_size=8, text_length=16, vocab_size=2048
+)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A folder with a classifier whose head reads the colour of the picture."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("classifier")
+    config = ClassifierConfig(model=SIZES, head="linear", pool="mean", modality="image", classes=[0, 1, 2])
+    model = Classifier(config)
+    model.backbone.reset_parameters()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.1])
+def test_pgd_is_foolboxs(epsilon):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    images, labels = torch.rand(6, 3, 4, 4), torch.arange(6) % 4
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 4, steps=7, random_start=False)
+    criterion = foolbox.criteria.Misclassification(labels)
+    theirs = attack.run(foolbox.PyTorchModel(model, bounds=(0, 1)), images, criterion, epsilon=epsilon)
+    ours = pgd(model, images, labels, torch.zeros_like(images), epsilon, 7, epsilon / 4)
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours, images)
+
+
+def test_an_attack_stays_within_its_bounds_and_raises_the_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4)).eval()
+    images, labels = torch.rand(8, 3, 4, 4), torch.arange(8) % 4
+    start = torch.rand_like(images) * 2 - 1
+    attacked = pgd(model, images, labels, start, 0.05, 10, 0.0125)
+    assert (attacked - images).abs().max() <= 0.05 + 1e-6
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    before, after = (nn.functional.cross_entropy(model(x), labels) for x in (images, attacked))
+    assert after > before + 0.05
+
+
+def test_the_config_names_every_corruption():
+    assert set(get_args(CorruptionKind)) == set(KINDS)
+
+
+def _picture(size=48):
+    """uint8 [3, H, W]: smooth, with edges, of many colours."""
+    rows, columns = np.mgrid[0:size, 0:size] / size
+    planes = [rows, columns, (rows + columns > 1) * 0.6 + 0.2]
+    return torch.from_numpy((np.stack(planes) * 230 + 10).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind):
+    image = _picture()
+    found = [Corruption(kind, severity)(image, 7) for severity in SEVERITIES]
+    assert all(each.shape == image.shape and each.dtype == torch.uint8 for each in found)
+    assert torch.equal(found[2], Corruption(kind, 3)(image, 7))
+    noisy = kind.endswith("noise")
+    assert noisy != torch.equal(found[2], Corruption(kind, 3)(image, 8))
+    differences = [(each.double() - image.double()).abs().mean().item() for each in found]
+    if kind == "saturate":  # first less of it, then more
+        assert differences[0] < differences[1] and differences[2] < differences[4]
+    else:
+        assert differences == sorted(differences) and differences[0] > 0.3
+
+
+def test_brightness_and_saturation_are_those_of_hsv():
+    image = torch.randint(256, (3, 5, 5), dtype=torch.uint8)
+    for kind, change in (
+        ("brightness", lambda h, s, v: (h, s, min(v + 0.3, 1))),
+        ("saturate", lambda h, s, v: (h, min(s * 2, 1), v)),
+    ):
+        found = Corruption(kind, 3)(image, 0).permute(1, 2, 0).reshape(-1, 3)
+        for pixel, ours in zip(image.permute(1, 2, 0).reshape(-1, 3) / 255, found):
+            expected = colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel.tolist())))
+            assert ours.tolist() == pytest.approx([255 * x for x in expected], abs=1.01)
+    grey = np.full((1, 1, 3), 0.5)
+    assert saturate(grey, (5, 0.1), None)[0, 0].tolist() == pytest.approx(colorsys.hsv_to_rgb(0, 0.1, 0.5))
+
+
+def test_noises_have_the_size_that_is_said():
+    grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
+    noise = (Corruption("gaussian_noise", 1)(grey, 0).double() - 127.5) / 255
+    assert noise.std().item() == pytest.approx(0.08, rel=0.02)
+    noise = (Corruption("speckle_noise", 1)(grey, 0).double() - 127.5) / 255
+    assert noise.std().item() == pytest.approx(0.15 * 0.502, rel=0.02)
+    shot = Corruption("shot_noise", 1)(grey, 0).double() / 255
+    assert shot.std().item() == pytest.approx((0.502 / 60) ** 0.5, rel=0.02)
+    impulses = Corruption("impulse_noise", 5)(grey, 0)
+    assert (impulses == 255).double().mean().item() == pytest.approx(0.27 / 2, rel=0.05)
+    assert (impulses == 0).double().mean().item() == pytest.approx(0.27 / 2, rel=0.05)
+
+
+def test_blurs_keep_an_even_picture_and_spread_a_point():
+    even = torch.full((3, 40, 40), 100, dtype=torch.uint8)
+    point = torch.zeros(3, 41, 41, dtype=torch.uint8)
+    point[:, 20, 20] = 255
+    for kind in ("gaussian_blur", "defocus_blur", "zoom_blur"):
+        assert (Corruption(kind, 3)(even, 0).int() - 100).abs().max() <= 1
+    disk = Corruption("defocus_blur", 1)(point, 0)[0] > 0
+    rows, columns = np.mgrid[-20:21, -20:21]
+    assert (disk.numpy() == (rows**2 + columns**2 <= 9)).all()
+
+
+def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, shards):
+    options = ["--set", "robustness.epsilons=[1e-6,8]", "--set", 'robustness.corruptions=["jpeg","contrast"]']
+    result = transfer("robustness", *options, model=classifier, train=None)
+    assert result["task"] == "robustness" and list(result["pgd"]) == ["1e-06/255", "8/255"]
+    assert result["pgd"]["1e-06/255"] == result["top1"]  # no attack to speak of
+    assert result["pgd"]["8/255"] < result["top1"]
+    assert [len(found) for found in result["corruptions"].values()] == [5, 5]
+    every = np.mean(list(result["corruptions"].values()))
+    assert result["mean_corruption_top1"] == pytest.approx(every)
+    assert result["val_samples"] == 18
+
+
+def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
+    quick = {"global_batch": 16, "epochs": 4, "warmup_epochs": 0, "peak_lr": 3e-3, "mixup": 0, "cutmix": 0}
+    options = [o for k, v in quick.items() for o in ("--set", f"finetune.{k}={json.dumps(v)}")]
+    tuned = transfer("finetune", "--set", "finetune.rand_augment=null", *options, out="tuned")
+    light = ["--set", "robustness.epsilons=[64]", "--set", "robustness.corruptions=[]", "--set", "robustness.batch=5"]
+    result = transfer("robustness", *light, model=tmp_path / "tuned", train=None, out="attacked")
+    assert result["top1"] == pytest.approx(tuned["top1"]) and result["pgd"]["64/255"] < result["top1"]
+    assert "mean_corruption_top1" not in result
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "robustness.severities=[6]"], "less than or equal to 5"),
+        (["--set", 'robustness.corruptions=["fog"]'], "robustness.corruptions"),
+        (["--labels", "json.name"], "no training sample has the label 'blue'"),
+        (["--labels", "text.x"], "must be cls"),
+    ],
+)
+def test_mistakes_are_one_line(classifier, shards, tmp_path, capsys, options, message):
+    command = ["robustness", str(classifier), "--val", shards[1], "--out", str(tmp_path / "out")]
+    assert exit_cleanly(lambda: main([*command, *options])) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_a_classifier(run, shards, tmp_path, capsys):
+    command = ["robustness", str(run), "--val", shards[1], "--out", str(tmp_path / "out")]
+    assert exit_cleanly(lambda: main(command)) == 2
+    assert "not a classifier" in capsys.readouterr().err
