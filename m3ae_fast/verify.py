@@ -25,6 +25,7 @@ from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import pack
+from m3ae_fast.vqgan_golden import vqgan_quantities
 
 TOLERANCE = 2e-5  # outputs, losses, gradients in float32
 TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW: its division turns rounding into step-sized differences
@@ -137,9 +138,10 @@ def _flax(golden: Golden, name: str) -> str:
 
 
 def _replay(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """`quantities`, with a UserError for whatever a file lacks or has in a wrong shape."""
+    """`quantities` or those of a VQGAN, with a UserError for whatever a file lacks or has in a wrong shape."""
+    replay = vqgan_quantities if "codebook_size" in golden.meta else quantities
     try:
-        yield from quantities(golden, device, dtype)
+        yield from replay(golden, device, dtype)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
@@ -170,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     console, device = Console(highlight=False, soft_wrap=True), _device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     total = failed = 0
     for file in args.files:
         console.print(f"[bold]{escape(file)}[/bold]")

@@ -69,8 +69,9 @@ class IndexedShard:
     sidecar: Path
 
     def table(self) -> np.ndarray:
-        """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
-        where there is none), `json` (the caption is the member's "caption" field) and `key` (UTF-8).
+        """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size`, `ids_offset`,
+        `ids_size` in bytes (offset MISSING where there is none), `json` (the caption is the member's "caption" field)
+        and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""
         with open(self.sidecar, "rb") as file:
@@ -173,23 +174,26 @@ def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
 
 
 def _tabulate(members: list[Member], fd: int) -> np.ndarray:
-    rows = []
-    for key, files in _group(members):
+    rows: list[tuple] = []
+    for key, files in group(members):
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
         text, from_json = files.get("txt"), False
         if text is None and "json" in files and _has_caption(fd, files["json"]):
             text, from_json = files["json"], True
         if image or text:
             nothing = Member("", MISSING, 0)
-            image, text = image or nothing, text or nothing
-            rows.append((image.offset, image.size, text.offset, text.size, from_json, _clean(key)))
+            parts = (image or nothing, text or nothing, files.get("ids", nothing))
+            rows.append((*(place for part in parts for place in (part.offset, part.size)), from_json, _clean(key)))
     width = max([1, *(len(row[-1]) for row in rows)])
-    offsets = [(name, "<i8") for name in ("image_offset", "image_size", "text_offset", "text_size")]
+    offsets = [(f"{part}_{place}", "<i8") for part in ("image", "text", "ids") for place in ("offset", "size")]
     return np.array(rows, dtype=[*offsets, ("json", "?"), ("key", f"S{width}")])
 
 
-def _group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbours with the same key are a sample, as in WebDataset; a repeated suffix begins another one."""
+def group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Key and members by suffix of each sample.
+
+    Neighbours with the same key are a sample, as in WebDataset; a repeated suffix begins another one.
+    """
     key = ""
     files: dict[str, Member] = {}
     for member in members:

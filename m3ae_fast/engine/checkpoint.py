@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3ae_fast.config import Config
+from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.errors import UserError
 
 STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
@@ -158,7 +158,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def check_fits(path: Path, info: Info, config: Config) -> None:
     """Raises UserError where going on from the checkpoint under `config` would not be the same run."""
-    saved, wanted = info.config, config.model_dump(mode="json")
+    saved, wanted = dict(info.config), config.model_dump(mode="json")
+    # settings that are younger than the checkpoint have their defaults
+    saved["model"] = parse(ModelConfig, saved.get("model"), f"checkpoint {path}").model_dump(mode="json")
     same = [("model", key) for key in wanted["model"]] + [("run", "seed"), ("train", "global_batch")]
     for section, key in same:
         was, now = (saved.get(section) or {}).get(key), wanted[section][key]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.model.batch import PackedBatch
 
 
-def evaluate(engine: Engine, loader: Iterable[PackedBatch], ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    engine: Engine, loader: Iterable[PackedBatch], ranks: Ranks, complete: Callable[[PackedBatch], PackedBatch]
+) -> dict[str, float]:
     """Means over all pictures and captions of `loader`, whose ranks' batches are parts of one set: what to log.
 
-    Every rank must call it, with equally many batches.
+    `complete` makes on the device what a batch still lacks. Every rank must call it, with equally many batches.
     """
     sums = [0.0] * 6
     for batch in loader:
         images, captions = batch.counts
-        losses = engine.evaluate(batch.to(ranks.device))
+        losses = engine.evaluate(complete(batch.to(ranks.device)))
         part = (
             images,
             float(losses.image_loss) * images,

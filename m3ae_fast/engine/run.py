@@ -31,6 +31,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, peak_flops, peak_memory
 from m3ae_fast.model.attention import attention_backend
 from m3ae_fast.model.batch import LossCounts, PackedBatch
+from m3ae_fast.model.image_tokens import with_image_targets
 from m3ae_fast.model.m3ae import M3AE, Losses
 
 
@@ -76,7 +77,17 @@ class Run:
         engine = build_engine(model, config, ranks)
         step = _restore(engine, found, config, ranks) if found else 0
 
-        preparation = Preparation(model.geometry, config.masking, data.tokenizer, config.run.seed)
+        tokens, vqgan = config.data.image_tokens, data.image_tokenizer
+        preparation = Preparation(
+            model.geometry,
+            config.masking,
+            data.tokenizer,
+            config.run.seed,
+            image_tokenizer=vqgan if tokens == "workers" else None,
+            stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
+        )
+        if vqgan and tokens == "device":
+            vqgan.to(ranks.device)
         steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
         peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
         return cls(
@@ -132,7 +143,8 @@ class Run:
             self._begin()
         if self.config.model.has_dropout:
             torch.manual_seed(hash64(self.config.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
-        losses, grad_norm = self.engine.step(fed.device, counts, self.schedule.lr(self.step))
+        batches = [self._complete(batch) for batch in fed.device]
+        losses, grad_norm = self.engine.step(batches, counts, self.schedule.lr(self.step))
         self.step += 1
         self.watch.add(self.step, [key for batch in fed.host for key in batch.keys], losses, grad_norm)
         if self.log:
@@ -157,7 +169,7 @@ class Run:
         if self.eval_loader is None or not due:
             return
         self.stop_if_not_finite()
-        values = evaluate(self.engine, self.eval_loader, self.ranks)
+        values = evaluate(self.engine, self.eval_loader, self.ranks, self._complete)
         if self.log:
             self.log.log(self.step, values)
 
@@ -205,6 +217,13 @@ class Run:
                     f"{found}. The last good checkpoint is intact: look at these samples, or go on from it with a "
                     "lower optim.peak_lr, optim.clip_grad=1.0, or train.precision=fp32"
                 )
+
+    def _complete(self, batch: PackedBatch) -> PackedBatch:
+        """Make the image targets that are made on the device."""
+        vqgan = self.data.image_tokenizer
+        if vqgan is None or self.config.data.image_tokens != "device":
+            return batch
+        return with_image_targets(batch, vqgan, self.config.model)
 
     def _begin(self) -> None:
         """Now that there is a step to take, put away what an earlier attempt left beyond it."""

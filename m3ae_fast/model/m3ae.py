@@ -119,7 +119,11 @@ class M3AE(nn.Module):
         self.decoder_input = DecoderInput(config)
         self.decoder = Transformer(width, config.dec_depth, config.dec_num_heads, mlp_ratio, **drops)
         self.image_mlp = HeadMLP(width, head_depth)
-        self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
+        self.image_head: MaskedPixelLoss | MaskedTokenLoss
+        if config.image_targets == "vqgan":
+            self.image_head = MaskedTokenLoss(width, config.codebook_size)
+        else:
+            self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
         self.text_mlp = HeadMLP(width, head_depth) if config.vocab_size else None
         self.text_head = MaskedTokenLoss(width, config.vocab_size) if config.vocab_size else None
         self.reset_parameters()
@@ -170,7 +174,7 @@ class M3AE(nn.Module):
         """
         images, captions = (count or 1.0 for count in counts or batch.counts)
         hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
-        image_loss = self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight) / images
+        image_loss = self._image_loss(hidden_IE, batch) / images
         text_loss = text_accuracy = torch.zeros_like(image_loss)
         if self.text_head is not None:
             text_sum, correct_W = self.text_head(hidden_WE, batch.text_targets, batch.text_row_weight)
@@ -179,9 +183,15 @@ class M3AE(nn.Module):
         loss = self.loss_config.image_weight * image_loss + self.loss_config.text_weight * text_loss
         return Losses(loss, image_loss.detach(), text_loss.detach(), text_accuracy)
 
+    def _image_loss(self, hidden_IE: Tensor, batch: PackedBatch) -> Tensor:
+        if isinstance(self.image_head, MaskedTokenLoss):
+            return self.image_head(hidden_IE, batch.image_targets, batch.image_row_weight)[0]
+        return self.image_head(hidden_IE, batch.images, batch.image_patch_ids, batch.image_row_weight)
+
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Normalised pixels [I, P*P*C] and logits [W, V] of the rows that carry loss."""
+        """Of the rows that carry loss: normalised pixels [I, P*P*C], or logits [I, codebook] of image ids, and logits
+        [W, V]."""
         hidden_IE, hidden_WE = self.decode(self.encode(batch), batch)
         return self.image_head.predict(hidden_IE), self.text_head.predict(hidden_WE) if self.text_head else None
 

@@ -50,6 +50,7 @@ class Sample:
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
     loss_weight: float = 1.0  # factor of its losses
+    image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
 
 
 def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
@@ -60,7 +61,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
     weights, and nothing else.
 
     Raises:
-        ValueError: a sample has neither picture nor caption, or a shape does not fit `geometry`.
+        ValueError: a sample has neither picture nor caption, a shape does not fit `geometry`, or some pictures have
+            ids and some have none.
     """
     length = geometry.patches_per_image
     checked = [_check(sample, geometry) for sample in samples]
@@ -110,6 +112,10 @@ def pack(samples: Sequence[Sample], geometry: Geometry) -> PackedBatch:
         "text_rows": np.flatnonzero(~patch_M),
         "text_targets": token_U[text_U & loss_U],
     }
+    ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
+    if ids and len(ids) < len(images):
+        raise ValueError(f"{len(ids)} of {len(images)} pictures have image_ids")
+    rows["image_targets"] = _flat(ids, np.int64)[rows["image_patch_ids"]] if ids else np.empty(0, dtype=np.int64)
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
@@ -137,6 +143,8 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
             raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
         if image_mask.shape != (geometry.patches_per_image,):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
+        if sample.image_ids is not None and sample.image_ids.shape != image_mask.shape:
+            raise ValueError(f"{sample.key}: image_ids has shape {tuple(sample.image_ids.shape)}")
     if sample.tokens is not None:
         text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:

@@ -210,7 +210,7 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
         about["label"] = record.label
     if about:
         files["json"] = json.dumps(about, sort_keys=True).encode()
-    return files
+    return files | record.members
 
 
 def _example(skipped: Sequence[Skipped]) -> str:
