@@ -203,8 +203,8 @@ class DataConfig(Section):
     """Folder for copies of remote shards and indexes of read-only folders; null: `~/.cache/m3ae_fast`."""
     image_tokenizer: Path | None = None
     """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
-    image_tokens: Literal["workers", "device", "shards"] = "workers"
-    """Where ids are made: in the loader's workers, on the training device, or ahead of time (`tokenize-images`)."""
+    image_tokens: Literal["device", "workers", "shards"] = "device"
+    """Where ids are made: on the training device, in the loader's workers, or ahead of time (`tokenize-images`)."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
     """A larger share of broken samples stops the run."""
 
