@@ -93,8 +93,7 @@ def test_order_of_samples_changes_nothing():
 
 @pytest.mark.parametrize("samples", [MIXED, MIXED[:1], []])
 def test_batch_survives_the_way_between_processes(samples):
-    batch = pack(samples, make_model().geometry)
-    batch.skipped = ["one"]
+    batch = dataclasses.replace(pack(samples, make_model().geometry), skipped=("one",))
     for field in dataclasses.fields(batch):
         sent, received = (getattr(b, field.name) for b in (batch, pickle.loads(pickle.dumps(batch))))
         if isinstance(sent, Segments):

@@ -225,7 +225,9 @@ def describe(out: Path, converted: Converted) -> str:
     told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shards ({told})"]
     if c.left_out:
-        lines.append(f"{c.left_out:,} samples cannot be used and were left out{_example(c.skipped)}")
+        lines.append(
+            f"{c.left_out:,} of {c.samples + c.left_out:,} cannot be used and were left out{_example(c.skipped)}"
+        )
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
         lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
     return "\n".join(lines)
