@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from m3ae_fast.config import Config
-from m3ae_fast.data import CaptionTokenizer, Corpus, Preparation, eval_samples
+from m3ae_fast.data import CaptionTokenizer, Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.model.vqgan import VQGAN
 
 SIDE = 160  # pixels at which an image is shown
 TEXT_WIDTH = 440
@@ -40,14 +41,21 @@ def draw_run(
     model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights")
     preparation = Preparation(model.geometry, config.masking, tokenizer, config.run.seed)
-    draw_reconstructions(model, eval_samples(corpus, preparation, count), tokenizer, path)
+    vqgan = open_image_tokenizer(config.data, config.model)
+    draw_reconstructions(model, eval_samples(corpus, preparation, count), tokenizer, path, vqgan)
 
 
 @torch.no_grad()
 def draw_reconstructions(
-    model: M3AE, samples: Sequence[Sample], tokenizer: CaptionTokenizer | None, path: Path
+    model: M3AE,
+    samples: Sequence[Sample],
+    tokenizer: CaptionTokenizer | None,
+    path: Path,
+    vqgan: VQGAN | None = None,
 ) -> None:
-    """Write a PNG with a row for each sample.
+    """Write a PNG with a row for each sample. Visible patches and words are shown as they are, masked ones as
+    predicted; where the image targets are ids of `vqgan`, the whole picture is what it makes of the true ids and the
+    predicted.
 
     Raises:
         UserError: `path` cannot be written.
@@ -55,7 +63,7 @@ def draw_reconstructions(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    rows = [_row(model, sample, tokenizer, device) for sample in samples]
+    rows = [_row(model, sample, tokenizer, device, vqgan) for sample in samples]
     model.train(was_training)
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + len(rows) * (SIDE + GAP)), "white")
@@ -77,11 +85,16 @@ def draw_reconstructions(
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def _row(model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device) -> Image.Image:
-    pixels_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
+def _row(
+    model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device, vqgan: VQGAN | None
+) -> Image.Image:
+    output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
     row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, SIDE), "white")
     if sample.image is not None and sample.image_mask is not None:
-        shown = _images(model, sample.image, sample.image_mask, pixels_IK.float().cpu())
+        output_IK = output_IK.float().cpu()
+        shown = _images(model, sample.image, sample.image_mask, None if vqgan else output_IK)
+        if vqgan:
+            shown.append(_decoded(model, vqgan, sample.image, sample.image_mask, output_IK))
         for i, image in enumerate(shown):
             row.paste(_show(image), (GAP + i * (SIDE + GAP), 0))
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
@@ -91,12 +104,24 @@ def _row(model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device
     return row
 
 
-def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor) -> list[Tensor]:
-    """uint8 [C, H, W] each: original, masked, reconstruction."""
+def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
+    """uint8 [C, H, W]: the picture of the true ids where visible and the predicted ones where masked."""
+    ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
+    predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
+    side = model.config.image_size // model.config.patch_size
+    picture = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, side, side))[0]
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
+    """uint8 [C, H, W] each: original, masked and, where pixels are predicted, reconstruction."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(image, c.patch_size).float()
     masked, rebuilt = patches_LK.clone(), patches_LK.clone()
     masked[mask_L] = GREY
+    side = c.image_size // c.patch_size
+    if pixels_IK is None:
+        return [_join(p.to(torch.uint8), side, c.patch_size) for p in (patches_LK, masked)]
     mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
     if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
         normal = (patches_LK / 255 - mean) / std
@@ -105,7 +130,6 @@ def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor) -> li
     predicted = patches_LK.clone()
     predicted[with_loss] = (pixels_IK * std + mean) * 255
     rebuilt[mask_L] = predicted[mask_L]
-    side = c.image_size // c.patch_size
     whole = (patches_LK, masked, rebuilt)
     return [_join(p.clamp(0, 255).round().to(torch.uint8), side, c.patch_size) for p in whole]
 

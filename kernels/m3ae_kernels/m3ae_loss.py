@@ -56,9 +56,10 @@ def m3ae_loss(
     image_hidden: Tensor,
     text_hidden: Tensor | None = None,
     *,
-    image_head: MaskedPixelLoss,
-    images: Tensor,
-    patch_ids: Tensor,
+    image_head: MaskedPixelLoss | MaskedTokenLoss,
+    images: Tensor | None = None,
+    patch_ids: Tensor | None = None,
+    image_targets: Tensor | None = None,
     image_row_weight: Tensor | None = None,
     text_head: MaskedTokenLoss | None = None,
     targets: Tensor | None = None,
@@ -73,13 +74,18 @@ def m3ae_loss(
         image_head, text_head: whose reduction is "sum"; text_head is None for an image-only model.
         images: [B, C, H, W]; patch_ids: [I] int; image_row_weight: [I] floating, or None for ones: as in
             `masked_pixel_loss`.
+        image_targets: [I] int, the patches' token ids: of a `MaskedTokenLoss` as image_head, in place of images and
+            patch_ids.
         targets: [W] int; text_row_weight: [W] floating, or None for ones: as in `masked_token_loss`.
         correct_weight: [W] floating, of the correct predictions; None for text_row_weight.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
-    image = image_head(image_hidden, images, patch_ids, image_row_weight)
+    if isinstance(image_head, MaskedTokenLoss):
+        image = image_head(image_hidden, image_targets, image_row_weight)
+    else:
+        image = image_head(image_hidden, images, patch_ids, image_row_weight)
     if text_head is None:
         return M3AELoss(image, torch.zeros_like(image), torch.zeros_like(image))
     text, correct = text_head(text_hidden, targets, text_row_weight, return_correct=True)

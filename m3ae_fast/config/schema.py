@@ -89,6 +89,10 @@ class ModelConfig(Section):
     """Most text tokens of a caption; longer ones are cut."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
     """Text tokens that the tokenizer knows; 0 builds an image-only MAE without text weights."""
+    image_targets: Literal["pixels", "vqgan"] = "pixels"
+    """What is predicted of masked patches; `vqgan`: token ids of a frozen VQGAN (`data.image_tokenizer`)."""
+    codebook_size: int = Field(1024, gt=0, le=MAX_VOCAB)
+    """Token ids of the VQGAN; unused where pixels are predicted."""
     gelu: Literal["tanh", "exact"] = "tanh"
     """GELU's tanh approximation, as the official M3AE has it, or the exact one, as MAE and timm have it."""
     positions: Literal["sincos", "stored"] = "sincos"
@@ -122,6 +126,8 @@ class ModelConfig(Section):
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")
+        if self.image_targets == "vqgan" and self.channels != 3:
+            raise ValueError(f"image_targets vqgan needs 3 channels, not {self.channels}")
         return self
 
     @property
@@ -136,6 +142,11 @@ class ModelConfig(Section):
     def patch_dim(self) -> int:
         """Values in a patch: rows x columns x channels."""
         return self.patch_size**2 * self.channels
+
+    @property
+    def image_output_dim(self) -> int:
+        """Values that the image head gives for a patch."""
+        return self.codebook_size if self.image_targets == "vqgan" else self.patch_dim
 
 
 class MaskingConfig(Section):
@@ -202,6 +213,10 @@ class DataConfig(Section):
     """Batches that each worker prepares ahead."""
     cache_dir: Path | None = None
     """Folder for copies of remote shards and indexes of read-only folders; null: `~/.cache/m3ae_fast`."""
+    image_tokenizer: Path | None = None
+    """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
+    image_tokens: Literal["device", "workers", "shards"] = "device"
+    """Where ids are made: on the training device, in the loader's workers, or ahead of time (`tokenize-images`)."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
     """A larger share of broken samples stops the run."""
 
@@ -423,6 +438,19 @@ class Config(Section):
     train: TrainConfig
     deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
     """Null: plain torch, data-parallel (DDP)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        discrete = self.model.image_targets == "vqgan"
+        if discrete and self.data.image_tokenizer is None:
+            raise ValueError("data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN")
+        if discrete and self.loss.norm_pix:
+            raise ValueError("loss.norm_pix: is of pixels, and model.image_targets is vqgan")
+        if self.data.image_tokens == "shards" and self.data.repeats > 1:
+            raise ValueError(
+                "data.repeats: pictures with ids in the shards have one crop; tokenize-images --views makes several"
+            )
+        return self
 
     @property
     def zero(self) -> ZeroConfig | None:

@@ -5,7 +5,7 @@ from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.dataset import Preparation
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.loader import Share, eval_loader, eval_samples, train_loader
-from m3ae_fast.data.opening import Data, open_data, open_tokenizer
+from m3ae_fast.data.opening import Data, open_data, open_image_tokenizer, open_tokenizer
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
 
@@ -24,6 +24,7 @@ __all__ = [
     "load_tokenizer",
     "open_corpus",
     "open_data",
+    "open_image_tokenizer",
     "open_tokenizer",
     "train_loader",
 ]

@@ -29,6 +29,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, Sample
 from m3ae_fast.model.tokenizer import CaptionTokenizer
+from m3ae_fast.model.vqgan import VQGAN
 
 # What a random number is for, so that no two uses share a stream.
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM = range(4)
@@ -55,6 +56,8 @@ class Preparation:
     masking: MaskingConfig
     tokenizer: CaptionTokenizer | None  # None where there are no captions
     seed: int  # the run's
+    image_tokenizer: VQGAN | None = None  # that makes the pictures' token ids here
+    stored_codebook: int | None = None  # the pictures' ids lie in the shards, of so many codes
 
 
 class _Draft(NamedTuple):
@@ -119,9 +122,9 @@ class Samples(Dataset[Sample | Skipped]):
         """
         groups = [list(views) for _, views in groupby(positions, lambda position: position // self.repeats)]
         drafts = [self._without_image(views) for views in groups]
-        return [
-            sample for draft in drafts for sample in (self._with_image(draft) if isinstance(draft, _Draft) else draft)
-        ]
+        found = [s for draft in drafts for s in (self._with_image(draft) if isinstance(draft, _Draft) else draft)]
+        self._add_ids([sample for sample in found if isinstance(sample, Sample) and sample.image is not None])
+        return found
 
     def _without_image(self, positions: Sequence[int]) -> _Draft | list[Skipped]:
         """The views of one sample that stand at `positions`."""
@@ -134,6 +137,7 @@ class Samples(Dataset[Sample | Skipped]):
         try:
             key = reader.key(shard, row)
             image, caption = reader.read(shard, row)
+            ids = None if image is None else self._stored_ids(reader, shard, row)
         except (BadSample, OSError) as error:
             return [Skipped(name, key, str(error))] * len(positions)
         tokens, labels = None, reader.source.labels
@@ -143,7 +147,7 @@ class Samples(Dataset[Sample | Skipped]):
         views = [position % self.repeats for position in positions]
         samples = []
         for position, view in zip(positions, views):
-            sample = Sample(f"{name}/{key}", tokens=tokens, loss_weight=reader.source.loss_weight)
+            sample = Sample(f"{name}/{key}", tokens=tokens, loss_weight=reader.source.loss_weight, image_ids=ids)
             if labels is not None:
                 sample.label = int(labels[place.sample])
             image_mask, text_mask = self._masks(_key(place, view), position // self.share_mask)
@@ -159,6 +163,8 @@ class Samples(Dataset[Sample | Skipped]):
             return draft.samples
         try:
             image = decode_image(draft.image, self.preparation.geometry.channels)
+            if self.preparation.stored_codebook:
+                self._check_size(image)
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):
@@ -166,8 +172,36 @@ class Samples(Dataset[Sample | Skipped]):
             sample.image = self._transform(self._crop(image, key), key)
         return draft.samples
 
+    def _stored_ids(self, reader: Reader, shard: int, row: int) -> Tensor | None:
+        """Raises BadSample where there are none, or they do not fit the model."""
+        codes, length = self.preparation.stored_codebook, self.preparation.geometry.patches_per_image
+        if codes is None:
+            return None
+        ids = torch.from_numpy(reader.image_ids(shard, row))
+        if len(ids) != length:
+            raise BadSample(f"has {len(ids)} ids for {length} patches")
+        if not 0 <= ids.min() <= ids.max() < codes:
+            raise BadSample(f"has ids outside of the {codes} of the codebook")
+        return ids
+
+    def _check_size(self, image: Tensor) -> None:
+        size = self.preparation.geometry.image_size
+        if image.shape[-2:] != (size, size):
+            height, width = image.shape[-2:]
+            raise BadSample(f"has {width} x {height} pixels, but ids of {size} x {size}")
+
+    def _add_ids(self, samples: list[Sample]) -> None:
+        vqgan = self.preparation.image_tokenizer
+        if vqgan is None or not samples:
+            return
+        images = torch.stack([sample.image for sample in samples if sample.image is not None])
+        for sample, ids in zip(samples, vqgan.encode(images)):
+            sample.image_ids = ids
+
     def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         size = self.preparation.geometry.image_size
+        if self.preparation.stored_codebook:
+            return image  # the crop that its ids are of
         if self.augment is None:
             return centre_crop(image, size)
         generator = self._seeded(_CROP, *key)

@@ -28,13 +28,13 @@ from m3ae_fast.progress import track
 
 Modality = Literal["any", "paired", "image", "text"]
 
-VERSION = 2
+VERSION = 3
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1
 _MAX_KEY = 128  # bytes that messages show
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
-_OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json") for what in ("offset", "size"))
+_OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "ids") for what in ("offset", "size"))
 _MAX_FILE = 1 << 60  # bytes
 _THREADS = 8
 _KEY_AND_SUFFIX = re.compile(
@@ -85,7 +85,8 @@ class IndexedShard:
     def table(self) -> np.ndarray:
         """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
         where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
-        `json_offset`, `json_size` (members that may hold a label) and `key` (UTF-8).
+        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the picture's token ids)
+        and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:
@@ -218,13 +219,13 @@ def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
 
 def _tabulate(members: list[Member], fd: int) -> np.ndarray:
     rows: list[tuple[Any, ...]] = []
-    for key, files in _group(members):
+    for key, files in group(members):
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
         text, from_json = files.get("txt"), False
         if text is None and "json" in files and _has_caption(fd, files["json"]):
             text, from_json = files["json"], True
         if image or text:
-            parts = [member or _NOTHING for member in (image, text, files.get("cls"), files.get("json"))]
+            parts = [member or _NOTHING for member in (image, text, *map(files.get, ("cls", "json", "ids")))]
             rows.append((*(number for part in parts for number in (part.offset, part.size)), from_json, _clean(key)))
     return np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
 
@@ -250,13 +251,16 @@ def _parse_table(data: bytes, samples: int) -> np.ndarray:
     ):
         raise ValueError("not a table of its samples")
     table = np.frombuffer(rest, dtype)
-    if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 4)):
+    if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 5)):
         raise ValueError("offsets or sizes that no file has")
     return table
 
 
-def _group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbours with the same key are a sample, as in WebDataset; a repeated suffix begins another one."""
+def group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Key and members by suffix of each sample.
+
+    Neighbours with the same key are a sample, as in WebDataset; a repeated suffix begins another one.
+    """
     key = ""
     files: dict[str, Member] = {}
     for member in members:
@@ -293,6 +297,9 @@ def caption_of(data: bytes) -> str | None:
     return caption
 
 
+def printable(key: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in key)
+
+
 def _clean(key: str) -> bytes:
-    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in key[-_MAX_KEY:])
-    return printable.encode("utf-8", "replace")[-_MAX_KEY:]
+    return printable(key[-_MAX_KEY:]).encode("utf-8", "replace")[-_MAX_KEY:]

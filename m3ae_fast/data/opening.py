@@ -9,6 +9,7 @@ from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer, require_tokenizer
+from m3ae_fast.model.vqgan import VQGAN
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Data:
     train: Corpus
     val: Corpus | None
     tokenizer: CaptionTokenizer | None  # None for a model without text
+    image_tokenizer: VQGAN | None = None  # None where image targets are pixels
 
     @property
     def shown(self) -> Corpus:
@@ -43,7 +45,7 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
                 raise UserError(
                     f'model.vocab_size is 0, but {shard} has captions; set "modality": "image" on its source'
                 )
-    data = Data(train, val, open_tokenizer(config, model))
+    data = Data(train, val, open_tokenizer(config, model), open_image_tokenizer(config, model))
     require_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))
     return data
 
@@ -53,3 +55,12 @@ def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer |
     if not model.vocab_size or not config.tokenizer:
         return None
     return load_tokenizer(config.tokenizer, model.text_length, model.vocab_size)
+
+
+def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None:
+    """None where the image targets are pixels. Raises UserError where the VQGAN is missing or does not fit."""
+    if model.image_targets == "pixels" or config.image_tokenizer is None:
+        return None
+    vqgan = VQGAN.from_pretrained(config.image_tokenizer)
+    vqgan.check_fits(model.patch_size, model.codebook_size, f"data.image_tokenizer {config.image_tokenizer}")
+    return vqgan

@@ -11,12 +11,13 @@ import numpy as np
 
 from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.corpus import Source
-from m3ae_fast.data.index import MISSING, IndexedShard, caption_of, index_again
+from m3ae_fast.data.index import MISSING, IndexedShard, caption_of, index_again, printable
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 16  # a longer text is cut here; a JSON member must be within
+IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
 _OPEN_SHARDS = 64
 _RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
 
@@ -49,7 +50,7 @@ class Reader:
 
     def key(self, shard: int, row: int) -> str:
         """The sample's key in its shard. Raises OSError where the shard cannot be read."""
-        return self._get(shard).table["key"][row].decode("utf-8", "replace")
+        return printable(self._get(shard).table["key"][row].decode("utf-8", "replace"))
 
     def read(self, shard: int, row: int) -> Raw:
         """Bytes and caption of one sample.
@@ -66,6 +67,22 @@ class Reader:
         if modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING):
             caption = _read_caption(fd, entry)
         return Raw(image, caption)
+
+    def image_ids(self, shard: int, row: int) -> np.ndarray:
+        """The picture's token ids, made ahead of time: int64 [L].
+
+        Raises:
+            BadSample: there are none, or they are cut short.
+            OSError: the shard cannot be read.
+        """
+        fd, table = self._get(shard)
+        entry = table[row]
+        if entry["ids_offset"] == MISSING:
+            raise BadSample("no ids (make them with python -m m3ae_fast.data tokenize-images)")
+        data = _read(fd, entry["ids_offset"], entry["ids_size"], MAX_IMAGE_BYTES, "ids")
+        if len(data) % IDS_DTYPE.itemsize:
+            raise BadSample("the ids are cut short")
+        return np.frombuffer(data, IDS_DTYPE).astype(np.int64)
 
     def _get(self, shard: int) -> _Open:
         if shard in self._open:

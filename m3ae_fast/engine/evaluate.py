@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.ranks import Ranks
@@ -10,18 +10,25 @@ from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.model.batch import PackedBatch
 
 
-def evaluate(engine: Engine, loader: Iterable[PackedBatch], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
+def evaluate(
+    engine: Engine,
+    loader: Iterable[PackedBatch],
+    ranks: Ranks,
+    stop: StopRequest,
+    with_targets: Callable[[PackedBatch], PackedBatch],
+) -> dict[str, float] | None:
     """Means over the whole of `loader`, whose ranks' batches are parts of one set: what to log. None where a rank is
     asked to stop.
 
-    Every rank must call it, with equally many batches.
+    `with_targets` makes on the device the targets that a batch still lacks. Every rank must call it, with equally many
+    batches.
     """
     sums = [0.0] * 6
     for batch in loader:
         if any(ranks.sum([stop.asked])):
             return None
         image, text = batch.counts
-        losses = engine.evaluate(batch.to(ranks.device))
+        losses = engine.evaluate(with_targets(batch.to(ranks.device)))
         part = (
             image,
             float(losses.image_loss) * image,

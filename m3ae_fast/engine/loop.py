@@ -70,6 +70,10 @@ class Loop:
     def after_save(self, state: State) -> None:
         """What else is written with a checkpoint, on the main rank."""
 
+    def with_targets(self, batch: PackedBatch) -> PackedBatch:
+        """A batch on the device, with the targets that it still lacks."""
+        return batch
+
     def seed_step(self) -> None:
         """Make what the next step draws depend on the seed, the step and the rank alone."""
         torch.manual_seed(hash64(self.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
@@ -101,7 +105,8 @@ class Loop:
         if self.step == self.start:
             self._begin()
         self.seed_step()
-        losses, grad_norm = self.engine.step(fed.device, counts, self.schedule.lr(self.step))
+        batches = [self.with_targets(batch) for batch in fed.device]
+        losses, grad_norm = self.engine.step(batches, counts, self.schedule.lr(self.step))
         self.step += 1
         self.watch.add(self.step, [key for batch in fed.host for key in batch.keys], losses, grad_norm)
         if self.log:

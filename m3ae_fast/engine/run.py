@@ -33,6 +33,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, peak_flops
 from m3ae_fast.model.attention import describe
 from m3ae_fast.model.batch import LossCounts, PackedBatch
+from m3ae_fast.model.image_tokens import with_image_targets
 from m3ae_fast.model.m3ae import M3AE
 
 
@@ -92,7 +93,17 @@ class Run(Loop):
         if read:
             engine.load_state(step, read)
 
-        preparation = Preparation(model.geometry, config.masking, data.tokenizer, config.run.seed)
+        tokens, vqgan = config.data.image_tokens, data.image_tokenizer
+        preparation = Preparation(
+            model.geometry,
+            config.masking,
+            data.tokenizer,
+            config.run.seed,
+            image_tokenizer=vqgan if tokens == "workers" else None,
+            stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
+        )
+        if vqgan and tokens == "device":
+            vqgan.to(ranks.device)
         steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
         held_out, log, sections = None, None, config.model_dump(mode="json")
         if data.val:
@@ -155,6 +166,13 @@ class Run(Loop):
         if self.config.model.has_dropout:
             super().seed_step()
 
+    def with_targets(self, batch: PackedBatch) -> PackedBatch:
+        """Make the image targets that are made on the device."""
+        vqgan = self.data.image_tokenizer
+        if vqgan is None or self.config.data.image_tokens != "device":
+            return batch
+        return with_image_targets(batch, vqgan, self.config.model)
+
     def rates(self) -> dict[str, float]:
         return self.throughput.rates()
 
@@ -165,7 +183,7 @@ class Run(Loop):
             return
         self.stop_if_not_finite()
         batches = self.pulse.watch(self.eval_loader, f"evaluating after step {self.step}")
-        values = evaluate(self.engine, batches, self.ranks, stop)
+        values = evaluate(self.engine, batches, self.ranks, stop, self.with_targets)
         if self.log and values is not None:
             self.log.log(self.step, values)
         if values and all(map(math.isfinite, values.values())):

@@ -20,7 +20,9 @@ def _block(dim: int, mlp_ratio: float, keys: float, queries: float, pairs: float
 def _heads(config: ModelConfig, image_rows: float, text_rows: float) -> float:
     width, depth = config.dec_emb_dim, config.output_head_depth
     hidden = 2 * depth * width**2
-    return image_rows * (hidden + 2 * width * config.patch_dim) + text_rows * (hidden + 2 * width * config.vocab_size)
+    return image_rows * (hidden + 2 * width * config.image_output_dim) + text_rows * (
+        hidden + 2 * width * config.vocab_size
+    )
 
 
 def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = True, text: bool = True) -> float:

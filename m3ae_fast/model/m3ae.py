@@ -100,7 +100,11 @@ class M3AE(MultimodalEncoder):
             width, config.dec_depth, config.dec_num_heads, config.mlp_ratio, gelu=config.gelu, **drops
         )
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
-        self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
+        self.image_head: MaskedPixelLoss | MaskedTokenLoss
+        if config.image_targets == "vqgan":
+            self.image_head = MaskedTokenLoss(width, config.codebook_size)
+        else:
+            self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
         self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
         self.text_head = MaskedTokenLoss(width, config.vocab_size) if config.vocab_size else None
         self.reset_parameters()
@@ -142,6 +146,7 @@ class M3AE(MultimodalEncoder):
             image_head=self.image_head,
             images=batch.images,
             patch_ids=batch.image_patch_ids,
+            image_targets=batch.image_targets,
             image_row_weight=batch.image_row_weight,
             text_head=self.text_head,
             targets=batch.text_targets,
@@ -155,7 +160,8 @@ class M3AE(MultimodalEncoder):
 
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Normalised pixels [I, P*P*C] and logits [W, V] of the rows that carry loss."""
+        """Of the rows that carry loss: normalised pixels [I, P*P*C], or logits [I, codebook] of image ids, and logits
+        [W, V]."""
         hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         logits_WV = None if self.text_head is None or hidden_WE is None else self.text_head.predict(hidden_WE)
         return self.image_head.predict(hidden_IE), logits_WV

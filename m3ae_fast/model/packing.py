@@ -52,6 +52,7 @@ class Sample:
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
     loss_weight: float = 1.0  # factor of its losses
+    image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
 
 
 FEWEST_ROWS, SHARE = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
@@ -77,7 +78,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
             weight 0. Losses and gradients stay; matmul libraries, compilers and allocators meet few shapes.
 
     Raises:
-        ValueError: a sample has neither picture nor caption, or a shape does not fit `geometry`.
+        ValueError: a sample has neither picture nor caption, a shape does not fit `geometry`, or some pictures have
+            ids and some have none.
     """
     length, S = geometry.patches_per_image, len(samples)
     size = rounded if repeat_shapes else int
@@ -149,6 +151,13 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         "text_rows": place_in_M[text_W],
         "text_targets": np.maximum(token_U, 0)[text_W],
     }
+    ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
+    if ids and len(ids) < len(images):
+        raise ValueError(f"{len(ids)} of {len(images)} pictures have image_ids")
+    rows["image_targets"] = _flat([], np.int64)
+    if ids:
+        real_I = weights["image_row_weight"] != 0
+        rows["image_targets"] = np.where(real_I, _flat(ids, np.int64)[rows["image_patch_ids"]], 0)
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
@@ -178,6 +187,8 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
             raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
         if image_mask.shape != (geometry.patches_per_image,):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
+        if sample.image_ids is not None and sample.image_ids.shape != image_mask.shape:
+            raise ValueError(f"{sample.key}: image_ids has shape {tuple(sample.image_ids.shape)}")
     if sample.tokens is not None:
         text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:

@@ -2,7 +2,8 @@
 
 Rebuilds the model of each golden file, loads its parameters, and compares every number that the official
 implementation computed. Files of pre-training hold outputs, losses, gradients, features, and some AdamW steps; files of
-a linear probe or of fine-tuning hold logits, gradients, losses, learning rates, and parameters after some steps.
+a linear probe or of fine-tuning hold logits, gradients, losses, learning rates, and parameters after some steps; files
+of the image tokenizer hold features, ids, and decoded pictures.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from rich.markup import escape
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.golden import Golden
-from m3ae_fast.verify import finetune, linear_probe, pretraining
+from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.quantity import Quantity, relative_error
 
 # by an array that files of that kind alone have
-_KINDS = {"in/features": linear_probe.quantities, "in/soft_labels": finetune.quantities}
+_KINDS = {
+    "in/features": linear_probe.quantities,
+    "in/soft_labels": finetune.quantities,
+    "params/quantizer/codebook": vqgan.quantities,
+}
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     console, device = Console(highlight=False, soft_wrap=True), _device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     total = failed = 0
     for file in args.files:
         console.print(f"[bold]{escape(file)}[/bold]")

@@ -18,6 +18,7 @@ class Record:
     caption: str | None = None  # a blank one is none
     label: int | None = None
     about: dict[str, Any] = field(default_factory=dict)  # for the sample's json
+    members: dict[str, bytes] = field(default_factory=dict)  # more of its files, by suffix
 
 
 class Source(Protocol):

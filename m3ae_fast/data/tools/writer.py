@@ -210,7 +210,7 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
         about["label"] = record.label
     if about:
         files["json"] = json.dumps(about, sort_keys=True).encode()
-    return files
+    return files | record.members
 
 
 def _example(skipped: Sequence[Skipped]) -> str:
@@ -225,7 +225,9 @@ def describe(out: Path, converted: Converted) -> str:
     told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shards ({told})"]
     if c.left_out:
-        lines.append(f"{c.left_out:,} samples cannot be used and were left out{_example(c.skipped)}")
+        lines.append(
+            f"{c.left_out:,} of {c.samples + c.left_out:,} cannot be used and were left out{_example(c.skipped)}"
+        )
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
         lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
     return "\n".join(lines)

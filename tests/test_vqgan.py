@@ -1,0 +1,273 @@
+"""Image targets that are ids of a VQGAN: the official tokenizer, and the three places where ids are made."""
+
+import json
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from m3ae_fast.config import Config, DataConfig, LossConfig, MaskingConfig, ModelConfig, SourceConfig, parse
+from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
+from m3ae_fast.data.__main__ import main as data
+from m3ae_fast.data.images import decode_image
+from m3ae_fast.drawing import draw_reconstructions
+from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.golden import Golden
+from m3ae_fast.model.image_tokens import with_image_targets
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.masking import draw_mask
+from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.model.vqgan import VQGAN, VQGANConfig
+from m3ae_fast.model.vqgan_flax import convert_vqgan, from_flax
+from m3ae_fast.verify.vqgan import quantities
+from tests.helpers.shards import caption, members, picture, write_tar
+from tests.helpers.trainer import TINY
+
+GOLDEN = Path(__file__).parent / "golden/vqgan/vqgan.npz"
+SMALL = VQGANConfig(32, 1, (1, 1, 1, 1), 8, 16)  # a code for 8 x 8 pixels
+MODEL = ModelConfig(**{**TINY["model"], "vocab_size": 0, "image_targets": "vqgan", "codebook_size": 16})
+
+
+@pytest.fixture
+def vqgan():
+    torch.manual_seed(0)
+    return VQGAN(SMALL)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return M3AE(MODEL)
+
+
+def samples(count, ids=None):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(count):
+        image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator)
+        found.append(Sample(str(i), image, draw_mask(16, 0.75, generator), image_ids=None if ids is None else ids[i]))
+    return found
+
+
+def test_it_is_the_official_tokenizer():
+    compared = list(quantities(Golden.load(GOLDEN), torch.device("cpu"), torch.float32))
+    assert len(compared) == 8
+    for name, ours, official, tolerance in compared:
+        error = (ours - official).double().norm() / official.double().norm()
+        assert error <= tolerance and len(official), name
+
+
+def _flax_bytes(arrays):
+    """As flax.serialization.to_bytes writes them."""
+    tree = {}
+    for path, array in arrays.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        packed = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))
+        node[name] = msgpack.ExtType(1, packed)
+    return msgpack.packb(tree)
+
+
+def test_conversion_of_the_official_file_format(tmp_path):
+    arrays = {key: array for key, array in Golden.load(GOLDEN).arrays.items() if key.startswith("params/")}
+    (tmp_path / "tokenizer.msgpack").write_bytes(_flax_bytes(arrays))
+    convert_vqgan(tmp_path / "tokenizer.msgpack", tmp_path / "out")
+    loaded, direct = VQGAN.from_pretrained(tmp_path / "out"), from_flax(arrays, "golden")
+    assert loaded.config == direct.config == VQGANConfig(32, 1, (1, 1, 1, 2, 1), 24, 64)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), direct.state_dict().values(), strict=True)
+    )
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+    whole = (tmp_path / "tokenizer.msgpack").read_bytes()
+    lacking = {key: array for key, array in arrays.items() if "Conv_1/kernel" not in key}
+    strange = {**arrays, "params/encoder/Dense_0/kernel": np.zeros((2, 2), np.float32)}
+    wrong = {
+        "cut": (whole[:-100], "damaged"),
+        "garbage": (b"\xc1 garbage", "damaged"),
+        "number": (msgpack.packb(3), "is a int"),
+        "hostile": (
+            msgpack.packb({"params": msgpack.ExtType(1, msgpack.packb(((1 << 40,), "float32", b"")))}),
+            "damaged",
+        ),
+        "other": (_flax_bytes({"params/Dense_0/kernel": np.zeros((2, 2), np.float32)}), "not the weights of"),
+        "lacking": (_flax_bytes(lacking), "lacks the weight"),
+        "strange": (_flax_bytes(strange), "which a MaskGIT VQGAN lacks"),
+    }
+    for name, (content, message) in wrong.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            convert_vqgan(tmp_path / name, tmp_path / "none")
+    with pytest.raises(UserError, match="No such file"):
+        convert_vqgan(tmp_path / "nowhere", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="not a converted VQGAN"):
+        VQGAN.from_pretrained(tmp_path)
+
+
+def test_bytes_and_floats_have_the_same_ids(vqgan):
+    images = torch.stack([sample.image for sample in samples(11)])  # more than are encoded at a time
+    ids_BL = vqgan.encode(images)
+    assert ids_BL.shape == (11, 16) and ids_BL.dtype == torch.int32 and len(ids_BL.unique()) > 3
+    assert torch.equal(vqgan.encode(images / 255), ids_BL)
+    z_BE = vqgan.features(images / 255).flatten(0, 2)
+    nearest = torch.cdist(z_BE.double(), vqgan.codebook.double()).argmin(1)
+    assert torch.equal(nearest.view(11, 16).int(), ids_BL)
+    assert vqgan.encode(images[:0]).shape == (0, 16)
+    assert vqgan.decode(ids_BL.view(-1, 4, 4)).shape == images.shape
+
+
+def test_the_loss_is_the_cross_entropy_of_masked_patches(vqgan, model):
+    images = torch.stack([sample.image for sample in samples(3)])
+    ids_BL = vqgan.encode(images)
+    batch = pack(samples(3, ids_BL), model.geometry)
+    losses = model(batch)
+    losses.loss.backward()
+    logits_IK, _ = model.predict(batch)
+    masks = [sample.image_mask for sample in samples(3)]
+    parts = zip(logits_IK.split([int(mask.sum()) for mask in masks]), ids_BL, masks)
+    expected = torch.stack([F.cross_entropy(logits, ids[mask].long()) for logits, ids, mask in parts]).mean()
+    torch.testing.assert_close(losses.image_loss, expected)
+    assert model.image_head.weight.shape == (16, 32) and model.image_head.weight.grad.any()
+    # pictures that were normalised are put back before the tokenizer sees them
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MODEL.image_mean, MODEL.image_std))
+    for convert in (lambda image: image, lambda image: (image / 255 - mean) / std):
+        without = samples(3)
+        for sample in without:
+            sample.image = convert(sample.image)
+        found = with_image_targets(pack(without, model.geometry), vqgan, MODEL)
+        assert torch.equal(found.image_targets, batch.image_targets)
+    with pytest.raises(ValueError, match="targets"):
+        model(pack(samples(3), model.geometry))
+    with pytest.raises(ValueError, match="1 of 2 pictures have image_ids"):
+        pack([*samples(1, ids_BL), *samples(1)], model.geometry)
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_rows_of_no_sample_change_no_loss(vqgan, per):
+    model = M3AE(MODEL, LossConfig(per=per))
+    ids_BL = vqgan.encode(torch.stack([sample.image for sample in samples(3)]))
+    exact, longer = (pack(samples(3, ids_BL), model.geometry, repeat_shapes=again) for again in (False, True))
+    real_I = longer.image_row_weight != 0
+    assert len(real_I) > len(exact.image_targets) and torch.equal(longer.image_targets[real_I], exact.image_targets)
+    assert not longer.image_targets[~real_I].any()
+    assert torch.equal(
+        with_image_targets(pack(samples(3), model.geometry, repeat_shapes=True), vqgan, MODEL).image_targets,
+        longer.image_targets,
+    )
+    torch.testing.assert_close(model(longer).image_loss, model(exact).image_loss)
+
+
+def _loader(tmp_path, shards, train, **preparation):
+    store = ShardStore(tmp_path / "cache")
+    sources = [SourceConfig(shards=str(shards), modality="image")]
+    corpus = open_corpus(sources, store)
+    ready = Preparation(M3AE(MODEL).geometry, MaskingConfig(), None, 0, **preparation)
+    config, share = DataConfig(train=sources, workers=0), Share(4)
+    return train_loader(config, corpus, ready, share, range(3)) if train else eval_loader(config, corpus, ready, share)
+
+
+def test_ids_made_in_workers_and_on_the_device_agree(tmp_path, vqgan):
+    shards = write_tar(tmp_path / "a.tar", members(range(8), "image"))
+    here = list(_loader(tmp_path, shards, True, image_tokenizer=vqgan))
+    later = list(_loader(tmp_path, shards, True))
+    for one, other in zip(here, later, strict=True):
+        assert len(one.image_targets) == len(one.image_rows) and not len(other.image_targets)
+        assert torch.equal(with_image_targets(other, vqgan, MODEL).image_targets, one.image_targets)
+
+
+def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    vqgan.save_pretrained(tmp_path / "vqgan")
+    files = [*members(range(5)), *members(range(5, 6), "text"), ("6.jpg", picture(6)[:-300]), ("6.cls", b"3")]
+    shards = write_tar(
+        tmp_path / "a.tar", [*files, ("7.png", picture(7, fmt="PNG")), ("7.cls", b"4"), ("7.json", b"{}")]
+    )
+    arguments = ["tokenize-images", shards, "--vqgan", str(tmp_path / "vqgan"), "--image-size", "32"]
+    for name, options in (("train", ["--views", "3", "--samples-per-shard", "7"]), ("val", ["--centre"])):
+        assert data([*arguments, *options, "--out", str(tmp_path / name), "--workers", "2"]) == 0
+    assert "18 samples in 3 shards (15 paired, 3 pictures alone)" in capsys.readouterr().out
+
+    found = {}
+    for path in sorted((tmp_path / "train").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                found.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+    assert len(found) == 18
+    for number, sample in enumerate(found.values()):
+        assert sample.get("txt") == (caption(number // 3).encode() if number < 15 else None)
+        assert sample.get("cls") == (b"4" if number >= 15 else None)
+        ids = vqgan.encode(decode_image(sample["jpg"], 3)[None])[0]
+        assert np.frombuffer(sample["ids"], "<i4").tolist() == ids.tolist()
+    assert len({sample["jpg"] for sample in found.values()}) == 18  # every view is another crop
+
+    for name in ("train", "val"):
+        stored = list(_loader(tmp_path, tmp_path / name / "*.tar", name == "train", stored_codebook=16))
+        assert not any(batch.skipped for batch in stored)
+        for batch in stored:
+            assert torch.equal(with_image_targets(batch, vqgan, MODEL).image_targets, batch.image_targets)
+    for wrong, codes, reason in ((shards, 16, "no ids"), (tmp_path / "val/*.tar", 2, "outside of the 2")):
+        (batch, *_) = _loader(tmp_path, wrong, False, stored_codebook=codes)
+        assert not batch.keys and all(reason in str(item) for item in batch.skipped)
+
+    out = tmp_path / "none"
+    for option, message in (("--image-size=30", "not a multiple of the 8"), ("--views=0", "1 or more")):
+        assert exit_cleanly(partial(data, [*arguments, option, "--out", str(out)])) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_reconstructions_are_drawn_through_the_decoder(tmp_path, vqgan, model):
+    sheets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.image_head.bias, std=10)
+        draw_reconstructions(model, samples(2), None, tmp_path / "a.png", vqgan)
+        sheets.append(np.asarray(Image.open(tmp_path / "a.png")).astype(int))
+    changed = np.abs(sheets[0] - sheets[1]).max((0, 2)) > 0
+    assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # the third picture alone
+
+
+def test_mistakes(vqgan, tmp_path):
+    config = {"model": {**TINY["model"], "image_targets": "vqgan"}, "data": TINY["data"], "train": TINY["train"]}
+    with pytest.raises(UserError, match=r"data\.image_tokenizer: model\.image_targets vqgan needs"):
+        parse(Config, config, "config")
+    config["data"] = {**TINY["data"], "image_tokenizer": str(tmp_path)}
+    with pytest.raises(UserError, match=r"loss\.norm_pix"):
+        parse(Config, {**config, "loss": {"norm_pix": True}}, "config")
+    with pytest.raises(UserError, match="3 channels"):
+        parse(
+            Config,
+            {**config, "model": {**config["model"], "channels": 1, "image_mean": [0.5], "image_std": [1.0]}},
+            "c",
+        )
+    with pytest.raises(UserError, match=r"set model\.patch_size to 8"):
+        vqgan.check_fits(16, 16, "vqgan")
+    with pytest.raises(UserError, match=r"set model\.codebook_size to 16"):
+        vqgan.check_fits(8, 1024, "vqgan")
+
+
+def test_training_with_ids_made_on_the_device(trainer, vqgan):
+    vqgan.save_pretrained(trainer.folder / "vqgan")
+    options = [
+        "model.image_targets=vqgan",
+        "model.codebook_size=16",
+        f"data.image_tokenizer={trainer.folder / 'vqgan'}",
+    ]
+    options += ["train.steps=4", "train.pictures=2", "train.eval_samples=16"]
+    for where in ("device", "workers"):
+        trainer(where, *(word for o in [*options, f"data.image_tokens={where}"] for word in ("--set", o)))
+        assert (trainer.folder / where / "reconstructions.png").exists()
+    assert trainer.losses("device") == trainer.losses("workers")
+    lines = map(json.loads, (trainer.folder / "device/metrics.jsonl").read_text().splitlines())
+    held_out = [line["val_image_loss"] for line in lines if "val_image_loss" in line]
+    assert held_out[-1] < held_out[0] and abs(held_out[0] - np.log(16)) < 1
