@@ -75,8 +75,7 @@ def test_order_of_samples_changes_nothing():
 
 @pytest.mark.parametrize("samples", [MIXED, MIXED[:1], []])
 def test_batch_survives_the_way_between_processes(samples):
-    batch = pack(samples, make_model().geometry)
-    batch.skipped = ["one"]
+    batch = dataclasses.replace(pack(samples, make_model().geometry), skipped=("one",))
     for field in dataclasses.fields(batch):
         sent, received = (getattr(b, field.name) for b in (batch, pickle.loads(pickle.dumps(batch))))
         if isinstance(sent, Segments):
@@ -113,6 +112,10 @@ def test_mask_ratios(ratio):
 def test_pruned_last_block_equals_the_whole_one():
     """Predictions of masked tokens are the same where only they are finished and where all tokens are."""
     model = make_model()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):  # 0 at first, which would hide a wrong one
+                p.normal_(generator=torch.Generator().manual_seed(len(name)))
     everywhere = dataclasses.replace(model.geometry, image_all_tokens=True, text_all_tokens=True)
     few, all_ = pack(MIXED, model.geometry), pack(MIXED, everywhere)
     pixels, words = model.predict(few)
@@ -260,6 +263,80 @@ def test_draw_mask_counts():
         assert (~draw_mask(length, ratio, generator)).sum() == visible  # int(10 * (1 - 0.9)) is 0 in floats
     masks = torch.stack([draw_mask(16, 0.75, generator) for _ in range(2000)]).float()
     assert (masks.mean(0) - 0.75).abs().max() < 0.05
+
+
+def test_initial_weights_are_the_official_ones():
+    torch.manual_seed(0)
+    config = TINY.model_copy(update={"vocab_size": 3000, "output_head_depth": 1})
+    for name, p in M3AE(config).named_parameters():
+        values = p.detach().double()
+        if name.endswith("bias"):
+            assert not values.any(), name
+        elif values.ndim == 1:
+            assert (values == 1).all(), name
+        elif name.endswith("weight"):  # Xavier's uniform distribution: bounded, and flat up to the bound
+            bound = (6 / sum(values.shape)) ** 0.5
+            assert values.abs().max() <= bound and values.abs().max() > 0.97 * bound, name
+            assert abs(values.std() / bound - 3**-0.5) < 0.05, name
+        else:
+            std = 1.0 if name.endswith("text_embedding") else 0.02
+            assert abs(values.std() / std - 1) < 0.5 and abs(values.mean()) < 0.5 * std, name
+            assert name.endswith("text_embedding") or values.abs().max() < 0.1, name
+
+
+def test_dropout_follows_every_projection_and_both_mlp_layers():
+    """As the official code has it: attention's projection, fc1's activation, and fc2."""
+    from m3ae_fast.model.transformer import MLP, Attention
+
+    mlp = MLP(4, 1000, drop=0.5)
+    with torch.no_grad():
+        mlp.fc1.weight.zero_(), mlp.fc1.bias.fill_(3.0)
+        mlp.fc2.weight.fill_(1.0), mlp.fc2.bias.zero_()
+    whole = mlp.eval()(torch.ones(1, 4))[0, 0].item()
+    out = mlp.train()(torch.ones(200, 4))
+    kept = out[out != 0] / 2
+    assert 0.4 < (out == 0).float().mean() < 0.6  # after fc2
+    assert kept.std() > 0.01 * whole and abs(kept.mean() / whole - 1) < 0.02  # after fc1, of whose values half are gone
+    attention = Attention(8, 2, att_drop=0.0, drop=0.5)
+    segments = Segments(torch.tensor([0, 50], dtype=torch.int32), 50, 50)
+    assert 0.3 < (attention(torch.randn(50, 8), segments, None, segments) == 0).float().mean() < 0.7
+
+
+def test_flops_are_those_that_torch_counts():
+    """Of the matmuls outside attention and the heads' own kernels, which its counter does not see."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from m3ae_fast.model import flops
+    from m3ae_fast.model.transformer import Transformer
+
+    batch = pack(MIXED, make_model().geometry)
+    for dim, heads, segments, rows, queries in (
+        (24, 3, batch.encoder, None, None),
+        (16, 2, batch.decoder, batch.loss_rows, batch.loss),
+    ):
+        network = Transformer(dim, 3, heads, mlp_ratio=2.5)
+        x = torch.randn(segments.rows, dim, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            network(x, segments, rows, queries).sum().backward()
+        by_op = counter.get_flop_counts()["Global"]
+        linear = sum(count for op, count in by_op.items() if any(n in str(op) for n in ("aten.mm", "aten.addmm")))
+        n, m = segments.rows, queries.rows if queries else segments.rows
+        ours = 2 * flops._block(dim, 2.5, n, n, 0) + flops._block(dim, 2.5, n, m, 0)
+        assert linear == 3 * ours
+
+
+def test_attention_flops_are_two_products_of_pairs():
+    from m3ae_fast.model import flops
+
+    assert flops._block(8, 4, 5, 3, 15) - flops._block(8, 4, 5, 3, 0) == 2 * (2 * 15 * 8)
+    config, batch = TINY, pack(MIXED, make_model().geometry)
+    lengths = [s.cu_seqlens.diff().double() for s in (batch.encoder, batch.decoder, batch.loss)]
+    pairs = config.depth * 24 * (lengths[0] ** 2).sum() + 16 * (
+        (lengths[1] ** 2).sum() + (lengths[1] * lengths[2]).sum()
+    )
+    alone = sum(flops.executed_flops(config, pack([s], make_model().geometry)) for s in MIXED)
+    assert flops.executed_flops(config, batch) == pytest.approx(alone)  # samples do not attend to each other
+    assert flops.executed_flops(config, batch) > 3 * 4 * pairs
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large", "huge"])

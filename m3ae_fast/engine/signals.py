@@ -37,7 +37,7 @@ class StopRequest:
         self._tell: Callable[[str], bool] | None = None
         self._lock = threading.Lock()
         self._joined = threading.Event()
-        if int(os.environ.get("WORLD_SIZE", "1") or 1) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             self._joined.set()
 
     def __enter__(self) -> StopRequest:
