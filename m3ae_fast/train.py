@@ -16,11 +16,15 @@ from functools import partial
 
 # Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Row counts change with each step: segments of GPU memory that grow fragment less. CUDA reads it when it starts.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.dry_run import report
 from m3ae_fast.engine.failures import explain
 from m3ae_fast.engine.feed import feed
+from m3ae_fast.engine.garbage import GarbageCollection
 from m3ae_fast.engine.profiler import TRACE_FILE, profiler
 from m3ae_fast.engine.ranks import Ranks, join_ranks
 from m3ae_fast.engine.run import Run
@@ -93,7 +97,7 @@ def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> i
         run = Run.set_up(config, resume, ranks, folder)
         stop.listen()
         trace_dir = config.run.dir if profile and ranks.is_main else None
-        with run.log or nullcontext(), profiler(trace_dir) as trace:
+        with run.log or nullcontext(), run.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
             run.announce()
             if run.step == 0:
                 run.evaluate()
@@ -105,6 +109,7 @@ def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> i
                 run.log_step(losses, grad_norm)
                 run.evaluate()
                 run.save_if_due()
+                garbage.after_step(run.step)
                 if trace:
                     trace.step()
             run.finish(stop)

@@ -16,6 +16,7 @@ from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, op
 from m3ae_fast.data.order import hash64
 from m3ae_fast.drawing import draw_run
 from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine.background import Background
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.feed import Fed
@@ -28,7 +29,7 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.engine.throughput import StepCounts, Throughput
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, fast_precision, peak_flops, peak_memory
+from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, peak_memory
 from m3ae_fast.model.attention import attention_backend
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.m3ae import M3AE, Losses
@@ -50,6 +51,7 @@ class Run:
     eval_loader: DataLoader[PackedBatch] | None
     throughput: Throughput
     watch: LossWatch
+    saving: Background  # of checkpoints, on the main rank
     bad: BadSamples
     start: int
     step: int
@@ -62,9 +64,11 @@ class Run:
             UserError: something is missing, or does not fit something else.
         """
         try:
-            choose_impl("auto", ranks.device)
+            triton = choose_impl("auto", ranks.device) == "triton"
         except ValueError as error:
             raise UserError(str(error)) from None
+        if triton and ranks.device.type == "cuda" and (missing := missing_for_triton()):
+            raise UserError(f"Triton, which the kernels are written in, needs {' and '.join(missing)} on this machine")
         cfg = config.train
         found = ranks.told(lambda: checkpoint.find(config.run.dir, resume))
         share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
@@ -94,6 +98,7 @@ class Run:
             else None,
             Throughput(config.model, config.masking, peak),
             LossWatch(),
+            Background(),
             BadSamples(config.data.max_bad_fraction, data.train.samples),
             start=step,
             step=step,
@@ -107,7 +112,7 @@ class Run:
 
     def begin_agreement(self, stop: StopRequest, batches: list[PackedBatch]) -> Callable[[], list[float]]:
         """Begin to sum over ranks what they must agree on before a step: whether anybody wants to stop, and counts."""
-        own = (stop.asked, self.watch.failed(), *StepCounts.of(batches, self.config.model))
+        own = (stop.asked, self.watch.failed() or self.saving.failed(), *StepCounts.of(batches, self.config.model))
         return self.ranks.start_sum(own)
 
     def agree(self, fed: Fed) -> LossCounts | None:
@@ -167,31 +172,41 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Checkpoint and reconstructions. Every rank must call it."""
+        """Gather a checkpoint, then write it, and reconstructions, in the background. Every rank must call it.
+
+        Raises:
+            UserError: the save before this one has failed.
+        """
+        self.ranks.on_main(self.saving.wait)  # before there is a second state in memory
         config, state = self.config, self.engine.state()
+        seen = self.step * config.train.global_batch
+        info = checkpoint.Info(self.step, seen, config.run.seed, config.model_dump(mode="json"), checkpoint.versions())
 
         def write() -> None:
             assert self.folder and self.log and state is not None
             self.folder.keep()
-            seen = self.step * config.train.global_batch
-            info = checkpoint.Info(
-                self.step, seen, config.run.seed, config.model_dump(mode="json"), checkpoint.versions()
-            )
             self.log.say(f"saved {checkpoint.save(config.run.dir, state, info, config.train.keep)}")
             if config.train.pictures:
                 out = config.run.dir / "reconstructions.png"
                 weights = checkpoint.weights(state)
                 draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
 
-        self.ranks.on_main(write)
+        if self.ranks.is_main:
+            self.saving.start(write)
 
     def finish(self, stop: StopRequest) -> None:
-        """Where the run was stopped early, save what it has."""
+        """Wait for the last save; where the run was stopped early, save what it has.
+
+        Raises:
+            UserError: on all ranks where a save has failed.
+        """
+        self.ranks.on_main(self.saving.wait)
         self.stop_if_not_finite()
         if self.step == self.schedule.total_steps:
             return
         if self.step > self.start:
             self.save()
+            self.ranks.on_main(self.saving.wait)
         if self.log:
             reason = stop.reason or "asked by another rank"
             saved = "" if self.step > self.start else "; nothing to save"

@@ -36,8 +36,12 @@ def read_pretrained(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]
     return parse(ModelConfig, data, f"{folder / CONFIG_FILE}"), state
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Strict load. Raises UserError naming the first weight that does not fit."""
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> None:
+    """Strict load; with `assign` the tensors themselves become the weights.
+
+    Raises:
+        UserError: naming the first weight that does not fit.
+    """
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         if name not in state:
@@ -48,4 +52,4 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
             raise UserError(
                 f"{where}: {name} is {list(state[name].shape)}, the model config wants {list(own[name].shape)}"
             )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
