@@ -44,15 +44,20 @@ def test_references_do_the_engines_work(expert):
 def test_results_become_the_readmes_tables(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
-    rows = [{"what": "a", "samples/s": 1234.5}, {"what": "b", "samples/s": None}]
-    for name, title in (("step", "Steps"), ("ops", "Ops")):
+    rates = {"reference": 2.0, "expert": 4.0, "engine": 10.0}
+    steps = [
+        {"size": "tiny", "batch": 3, "implementation": n, "samples/s": rate, table.SPEEDUP: 10 / rate}
+        for n, rate in rates.items()
+    ]
+    ops = [{"what": "a", "samples/s": 1234.5}, {"what": "b", "samples/s": None}]
+    for name, title, rows in (("step", "Steps", steps), ("ops", "Ops", ops)):
         results.write(name, title, rows, tmp_path / "results/some-cpu")
     assert table.main(["--readme", str(readme), "--results", str(tmp_path / "results")]) == 0
     text = readme.read_text()
-    assert "(results/some-cpu/README.md)" in text and "Ops" not in text
-    assert "**Ops**" in (tmp_path / "results/some-cpu/README.md").read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "**Steps**" in text and "| a | 1,234 |" in text and "| b | - |" in text
+    assert "(results/some-cpu/README.md) | tiny, 3 | 2 | 4 | 10 | 5.00 x | 2.50 x |" in text and "Ops" not in text
+    page = (tmp_path / "results/some-cpu/README.md").read_text()
+    assert "**Ops**" in page and "| a | 1,234 |" in page and "| b | - |" in page
 
 
 def test_table_needs_its_markers(tmp_path, capsys):
