@@ -10,7 +10,7 @@ COMMANDS = {
     "data": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "convert": "bring weights: official M3AE and MAE checkpoints, timm models, runs",
     "transfer": "measure a model: nearest neighbours, fine-tuning, robustness",
-    "features": "write a model's features of a data set as .npz, .safetensors or .parquet",
+    "features": "write a model's features of a data set as .npz or .parquet",
     "visualise": "draw reconstructions of a run's samples",
     "report": "write a run's curves, pictures and results as one page, report.html",
     "export": "write a run's weights as safetensors + config.json",
