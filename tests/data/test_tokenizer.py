@@ -66,7 +66,7 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("m3ae_fast.model.tokenizer.Tokenizer.from_pretrained", offline)
-    with pytest.raises(UserError, match="bert-base-uncased: neither a file nor to be had from the Hugging Face hub"):
+    with pytest.raises(UserError, match="bert-base-uncased: neither a file nor available from the Hugging Face hub"):
         load_tokenizer("bert-base-uncased", 8)
 
 
