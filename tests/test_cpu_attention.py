@@ -132,7 +132,9 @@ def test_lanes_past_the_last_key_are_no_keys(build):
     results = run(grad, q, k, v, *cu)
     for name in ("out", "lse", "dv"):  # the others are differences of equal numbers
         got = results[name]
-        assert (got.double() - exact[name]).norm() <= 2 * build[1] * (1 + exact[name].norm()), name
+        # dv's weights are exp2(score - lse): as exact as float32 is at the size of the scores
+        bound = 2 * build[1] + (2 * 2**-23 * float(scores.abs().max()) if name == "dv" else 0)
+        assert (got.double() - exact[name]).norm() <= bound * (1 + exact[name].norm()), name
 
 
 def test_built_once(monkeypatch, tmp_path, build):
