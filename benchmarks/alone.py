@@ -26,7 +26,7 @@ class Alone:
         model: fields of ModelConfig.
         samples: the batch.
         env: environment variables to add.
-        options: `masking` (fields of MaskingConfig) and `words`, as `implementations.build` takes them.
+        options: `masking` (fields of MaskingConfig), `words` and `batches`, as `implementations.build` takes them.
     """
 
     startup: float  # seconds from the process's start to the end of its first step: imports, model, compilation

@@ -3,6 +3,7 @@ this engine."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -28,21 +29,28 @@ def build(
     *,
     masking: MaskingConfig | None = None,
     words: tuple[int, int] = WORDS,
+    batches: int = 1,
 ) -> Callable[[], Tensor]:
     """A function that takes one step on a batch of `samples` and returns its loss, 0-d.
 
-    All implementations start from the same parameters and see the same batch. The expert and the engine compute in bf16
-    where the machine is faster in it.
+    All implementations start from the same parameters and see the same `batches`, again and again. The expert and the
+    engine compute in bf16 where the machine is faster in it.
     """
     config = make_config(model, samples, masking=masking, precision=PRECISION)
     torch.manual_seed(0)
     m3ae = M3AE(config.model, config.loss)
-    packed, padded = (batch.to(ranks.device) for batch in make_batch(config, samples, words=words))
+    made = (make_batch(config, samples, seed=seed, words=words) for seed in range(batches))
+    pairs = itertools.cycle([[batch.to(ranks.device) for batch in pair] for pair in made])
     if name == "engine":
         m3ae.encoder.compile_blocks()
         m3ae.decoder.compile_blocks()
         engine = build_engine(m3ae, config, ranks)
-        return lambda: engine.step([packed], packed.counts, LR)[0][0].loss.detach()
+
+        def step() -> Tensor:
+            packed, _ = next(pairs)
+            return engine.step([packed], packed.counts, LR)[0][0].loss.detach()
+
+        return step
     expert = name == "expert"
     trainer = ReferenceTrainer(config, m3ae.state_dict(), ranks.device, expert=expert)
-    return lambda: trainer.step(padded, LR)
+    return lambda: trainer.step(next(pairs)[1], LR)

@@ -26,6 +26,16 @@ class CpuDevice:
     def clear_cache(self) -> None:
         pass
 
+    def head_start(self) -> None:
+        pass
+
+    def stamp(self) -> float:
+        return time.perf_counter()
+
+    def between(self, pairs: list[tuple[float, float]]) -> list[float]:
+        """Milliseconds."""
+        return [1e3 * (end - start) for start, end in pairs]
+
     def time(self, function: Callable[[], object], repeats: int) -> list[float]:
         times = []
         for _ in range(repeats):
@@ -53,6 +63,20 @@ class CudaDevice:
 
     def clear_cache(self) -> None:
         self._scratch.zero_()
+
+    def head_start(self) -> None:
+        """Keep the GPU busy for some 20 ms, in which the host launches what is to be timed."""
+        torch.cuda._sleep(40_000_000)  # cycles
+
+    def stamp(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
+        """Milliseconds. Waits for the GPU."""
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
 
     def time(self, function: Callable[[], object], repeats: int) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
+from benchmarks import results
 from benchmarks.results import RESULTS, markdown
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-HEADLINES = ("step", "memory", "gpu-step")  # what the README itself shows
 ALL = ("step", "memory", "ops", "scaling", "loader", "startup")
 ALL += ("gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
+SPEEDUP = "the engine's speed-up"
 
 
 def machines(folder: Path) -> list[Path]:
@@ -34,13 +36,24 @@ def page(machine: Path) -> str:
 
 
 def section(folder: Path, readme: Path) -> str:
-    """The headlines of all machines."""
-    parts = []
+    """The training step on all machines: a row for each machine and size."""
+    lines = [
+        "| machine | size, batch | reference | expert | engine, samples/s | over the reference | over the expert |"
+    ]
+    lines += ["|---|---|--:|--:|--:|--:|--:|"]
     for machine in machines(folder):
-        if text := tables(machine, HEADLINES):
-            link = os.path.relpath(machine / "README.md", readme.parent)
-            parts.append(f"{text}\n[All results of this machine]({link})\n")
-    return "\n".join(parts)
+        if not (machine / "step.json").exists():
+            continue
+        steps = json.loads((machine / "step.json").read_text(encoding="utf-8"))
+        name = f"[{steps['about']['device']}]({os.path.relpath(machine / 'README.md', readme.parent)})"
+        by_case: dict[tuple, dict[str, results.Row]] = {}
+        for row in steps["rows"]:
+            by_case.setdefault((row["size"], row["batch"]), {})[row["implementation"]] = row
+        for (size, batch), rows in by_case.items():
+            cells = [f"{rows[who]['samples/s']:.3g}" for who in ("reference", "expert", "engine")]
+            cells += [f"{rows[who][SPEEDUP]:.2f} x" for who in ("reference", "expert")]
+            lines.append(f"| {name} | {size}, {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def rewrite(text: str, made: str) -> str:

@@ -38,8 +38,9 @@ def draw_run(
     count: int,
 ) -> None:
     """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights."""
-    model = M3AE(config.model, config.loss)
-    load_weights(model, weights, "the run's weights")
+    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
+        model = M3AE(config.model, config.loss)
+    load_weights(model, weights, "the run's weights", assign=True)
     preparation = Preparation(model.geometry, config.masking, tokenizer, config.run.seed)
     vqgan = open_image_tokenizer(config.data, config.model)
     draw_reconstructions(model, eval_samples(corpus, preparation, count), tokenizer, path, vqgan)

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def has_compiler() -> bool:
     """Whether there is a C++ compiler, as torch.compile needs."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"))
+
+
+def missing_for_triton() -> list[str]:
+    """What Triton needs to build its launchers on a GPU and does not find here."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+    missing = [] if any(shutil.which(name) for name in compilers if name) else ["a C compiler (apt install gcc)"]
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python.h (apt install python3-dev, or the -devel package)")
+    return missing
 
 
 def out_of_memory(error: BaseException) -> bool:

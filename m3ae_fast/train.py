@@ -19,11 +19,15 @@ if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` heeds
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 # Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Row counts change with each step: segments of GPU memory that grow fragment less. CUDA reads it when it starts.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.dry_run import report
 from m3ae_fast.engine.failures import explain
 from m3ae_fast.engine.feed import feed
+from m3ae_fast.engine.garbage import GarbageCollection
 from m3ae_fast.engine.profiler import TRACE_FILE, profiler
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks, join_ranks
@@ -110,7 +114,7 @@ def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequ
         run = Run.set_up(config, args.resume, ranks, folder, pulse, args.resume_with_changes)
         stop.listen()
         trace_dir = config.run.dir if args.profile and ranks.is_main else None
-        with run.log or nullcontext(), profiler(trace_dir) as trace:
+        with run.log or nullcontext(), run.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
             run.announce()
             if run.step == 0:
                 run.evaluate(stop)
@@ -122,6 +126,7 @@ def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequ
                 run.log_step(losses, grad_norm)
                 run.evaluate(stop)
                 run.save_if_due()
+                garbage.after_step(run.step)
                 if trace:
                     trace.step()
             run.finish(stop)

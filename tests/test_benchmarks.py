@@ -1,6 +1,8 @@
 """The benchmarks compare like with like."""
 
+import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ import torch
 from benchmarks import results, table
 from benchmarks.alone import Alone
 from benchmarks.gpu import step as gpu_step
+from benchmarks.gpu import trace
 from benchmarks.reference import ReferenceM3AE
 from benchmarks.workload import make_batch, make_config
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.m3ae import M3AE
+from tests.helpers.trainer import TINY as TRAINER_TINY
 
 TINY = ModelConfig(
     size=None, emb_dim=24, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=2, dec_num_heads=2,
@@ -40,15 +44,20 @@ def test_references_do_the_engines_work(expert):
 def test_results_become_the_readmes_tables(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
-    rows = [{"what": "a", "samples/s": 1234.5}, {"what": "b", "samples/s": None}]
-    for name, title in (("step", "Steps"), ("ops", "Ops")):
+    rates = {"reference": 2.0, "expert": 4.0, "engine": 10.0}
+    steps = [
+        {"size": "tiny", "batch": 3, "implementation": n, "samples/s": rate, table.SPEEDUP: 10 / rate}
+        for n, rate in rates.items()
+    ]
+    ops = [{"what": "a", "samples/s": 1234.5}, {"what": "b", "samples/s": None}]
+    for name, title, rows in (("step", "Steps", steps), ("ops", "Ops", ops)):
         results.write(name, title, rows, tmp_path / "results/some-cpu")
     assert table.main(["--readme", str(readme), "--results", str(tmp_path / "results")]) == 0
     text = readme.read_text()
-    assert "(results/some-cpu/README.md)" in text and "Ops" not in text
-    assert "**Ops**" in (tmp_path / "results/some-cpu/README.md").read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "**Steps**" in text and "| a | 1,234 |" in text and "| b | - |" in text
+    assert "(results/some-cpu/README.md) | tiny, 3 | 2 | 4 | 10 | 5.00 x | 2.50 x |" in text and "Ops" not in text
+    page = (tmp_path / "results/some-cpu/README.md").read_text()
+    assert "**Ops**" in page and "| a | 1,234 |" in page and "| b | - |" in page
 
 
 def test_table_needs_its_markers(tmp_path, capsys):
@@ -59,22 +68,39 @@ def test_table_needs_its_markers(tmp_path, capsys):
 
 
 def test_an_implementation_works_alone():
-    with Alone("reference", TINY.model_dump(mode="json"), 2) as process:
+    with Alone("reference", TINY.model_dump(mode="json"), 2, batches=1, words=(1, 12)) as process:
         first, second = process.losses
         assert first > second  # it learns
         assert process.startup > process.step() > 0
         assert process.peak_bytes() > -4 * 200_000  # less its gradients
 
 
-def test_gpu_steps(tmp_path, monkeypatch):
-    """The table, where one implementation has no memory left."""
+def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
+    """The trainer on DeepSpeed and on plain torch, with its loader; and an expert that has no memory left."""
 
+    def fail(case):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(gpu_step, "time_expert", fail)
+    monkeypatch.setattr(gpu_step, "SETTLED", 5)
+    monkeypatch.setattr(gpu_step, "STEPS", 15)
+    config = {name: TRAINER_TINY[name] for name in ("model", "optim", "train", "deepspeed")}
+    case = gpu_step.Case("tiny", config | {"model": config["model"] | {"vocab_size": 50}}, batch=4, samples=16)
+    gpu_step.run(tmp_path, [case])
+    rows = results.read(tmp_path / "gpu-step.json")
+    assert [row["implementation"] for row in rows] == ["engine, DeepSpeed", "engine, torch", "expert"]
+    assert [row["samples/s"] is None for row in rows] == [False, False, True]
+    assert all(0 <= row["data wait"] < 1 and row["reference MFU"] > 0 and row["peak GB"] > 0 for row in rows[:2])
+    assert not (tmp_path / "gpu-profile.json").exists()  # a CPU has no kernels
+    with pytest.raises(RuntimeError, match=r"zero_optimization\.stage"):
+        wrong = replace(case, config=config | {"deepspeed": {"zero_optimization": {"stage": 9}}})
+        gpu_step.time_trainer(wrong, tmp_path, tmp_path / "run", 1, plain=False)
+
+
+def test_the_expert_is_timed_on_changing_batches(monkeypatch):
     class Fake:
-        startup = 9.0
-
-        def __init__(self, name, model, samples):
-            if name == "expert":
-                raise RuntimeError("left")
+        def __init__(self, name, model, samples, **options):
+            assert (name, samples, options) == ("expert", 8, {"words": (8, 32), "batches": 4})
 
         def __enter__(self):
             return self
@@ -89,8 +115,38 @@ def test_gpu_steps(tmp_path, monkeypatch):
             return 2e9
 
     monkeypatch.setattr(gpu_step, "Alone", Fake)
-    path = gpu_step.run(tmp_path, cases=[({"size": "small"}, 8)])
-    expert, engine = json.loads(path.read_text())["rows"]
-    assert expert["samples/s"] is None
-    assert (engine["samples/s"], engine["peak GB"], engine["start-up s"]) == (16, 2, 9)
-    assert engine["reference MFU"] > 0
+    row = gpu_step.time_expert(gpu_step.Case("small", {"model": {"size": "small"}}, batch=8))
+    assert (row["samples/s"], row["peak GB"]) == (16, 2) and row["reference MFU"] > 0
+
+
+def test_shipped_configs_are_what_is_timed():
+    assert [(case.name, case.batch, case.model.size) for case in gpu_step.shipped()] == [
+        (name, 512, name) for name in ("large", "base", "small")
+    ]
+
+
+def test_a_trace_tells_where_the_time_goes(tmp_path):
+    def event(start, length, name, cat="kernel"):
+        return {"ph": "X", "ts": start, "dur": length, "name": name, "cat": cat}
+
+    kernels = {
+        "void flash::flash_fwd_kernel<cutlass>": "attention",
+        "nvjet_tst_128x256": "matmul",
+        "sm90_xmma_gemm_bf16": "matmul",
+        "triton_poi_fused_add_3": "elementwise",
+        "patch_embed_kernel": "own ops",
+        "void multi_tensor_apply_kernel<adam>": "optimiser",
+        "ncclDevKernel_AllReduce": "communication",
+        "Memcpy HtoD": "copies",
+    }
+    assert {name: trace.part_of(name) for name in kernels} == kernels
+    events = [event(100 * i, 90, name) for i, name in enumerate(kernels)]
+    events += [event(50, 100, "nvjet_on_another_stream"), event(0, 9, "aten::mm", "cpu_op")]
+    events += [event(0, 400, f"ProfilerStep#{i}", "user_annotation") for i in (5, 6)] + [{"ph": "M", "name": "meta"}]
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    spent = {row["part"]: row["ms per step"] for row in trace.breakdown(path)}
+    assert spent == pytest.approx(
+        {"communication": 0.045, "attention": 0.045, "own ops": 0.045, "optimiser": 0.045, "matmul": 0.14}
+        | {"copies": 0.045, "elementwise": 0.045, "idle": 0.03, "whole": 0.395}
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from m3ae_fast import train
 from m3ae_fast.__main__ import COMMANDS
-from m3ae_fast.config import ModelConfig, TrainConfig, load_config
+from m3ae_fast.config import Config, ModelConfig, TrainConfig, load_config, parse
 from m3ae_fast.config.__main__ import page
 from m3ae_fast.dry_run import network_bytes
 from m3ae_fast.engine.schedule import split_batch
@@ -120,21 +120,13 @@ def test_old_run_is_not_overwritten(run):
     assert code == 2 and "neither a checkpoint nor a run folder" in err
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("state.safetensors", b"\x00" * 64),
-        ("state.json", b"{"),
-        ("state.json", b"[]"),
-        ("state.json", b'{"step": -4, "samples": 0, "seed": 0, "config": {}, "versions": {}}'),
-        ("state.json", b'{"step": "x", "samples": 0, "seed": 0, "config": {"model": 5}, "versions": {}}'),
-    ],
-)
-def test_damaged_checkpoint(run, name, text):
+def test_damaged_checkpoint(run):
+    """Every kind of damage: test_hostile_files.py."""
     assert run()[0] == 0
-    (run.folder / "run/checkpoints/step-00000006" / name).write_bytes(text)
-    code, err = run("--resume", "auto")
-    assert code == 2 and f"{name} is damaged" in err
+    for name in ("state.safetensors", "state.json"):
+        (run.folder / "run/checkpoints/step-00000006" / name).write_bytes(b"{")
+        code, err = run("--resume", "auto")
+        assert code == 2 and f"{name} is damaged" in err
 
 
 @pytest.mark.parametrize(
@@ -324,3 +316,39 @@ def test_every_program_is_listed():
     assert all(f"\n  {name} " in listed for name in COMMANDS)
     wrong = subprocess.run([sys.executable, "-m", "m3ae_fast", "tran"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+def test_the_official_hyper_parameters_are_the_defaults():
+    """arXiv 2205.14204, its appendix and its public code."""
+    config = parse(Config, {"data": {"train": [{"shards": "a.tar"}]}, "train": {"epochs": 1}}, "test")
+    model, optim = config.model, config.optim
+    assert (model.emb_dim, model.depth, model.num_heads, model.mlp_ratio) == (1024, 24, 16, 4)
+    assert (model.dec_emb_dim, model.dec_depth, model.dec_num_heads, model.output_head_depth) == (512, 8, 16, 0)
+    assert (model.image_size, model.patch_size, model.text_length, model.vocab_size) == (256, 16, 64, 30522)
+    assert (model.drop, model.att_drop, model.drop_path, model.use_type_embedding) == (0, 0, 0, True)
+    assert model.image_mean == (0.5762, 0.5503, 0.5213) and model.image_std == (0.3207, 0.3169, 0.3307)
+    assert (config.masking.image_ratio, config.masking.text_ratio) == (0.75, 0.75)
+    assert (config.loss.image_weight, config.loss.text_weight, config.loss.norm_pix) == (1, 0.5, False)
+    assert (config.loss.image_all_tokens, config.loss.text_all_tokens) == (False, False)
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.clip_grad) == ((0.9, 0.95), 1e-8, 0.05, None)
+    assert (optim.peak_lr, optim.init_lr, optim.end_lr, optim.warmup_epochs) == (1.5e-4, 0, 0, 5)
+    assert (config.train.global_batch, config.data.crop_scale, config.data.flip) == (4096, (0.2, 1.0), True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"crop_scale": [0, 1]}}, "crop_scale"),
+        ({"data": {"crop_scale": [0.5, 0.4]}}, "crop_scale"),
+        ({"data": {"crop_scale": [0.5, 1.1]}}, "crop_scale"),
+        ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "give every source a weight, or none"),
+        ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "give every source a weight, or none"),
+        ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, and not both"),
+        ({"train": {"epochs": None}}, "give epochs or steps, and not both"),
+    ],
+)
+def test_settings_that_contradict_each_other(change, message):
+    data = {"data": {"train": [{"shards": "a.tar"}]}, "train": {"epochs": 1}}
+    parse(Config, data, "test")
+    with pytest.raises(UserError, match=message):
+        parse(Config, {name: values | change.get(name, {}) for name, values in data.items()}, "test")

@@ -121,6 +121,22 @@ def test_large_scores_and_what_is_not_finite(build):
     assert out[:5, 1:].isfinite().all() and out[5:].isfinite().all()
 
 
+def test_lanes_past_the_last_key_are_no_keys(build):
+    """All scores far below 0, and keys that are no multiple of 16: a lane of 0 would be the largest."""
+    grad, q, k, v, *cu = inputs("pruned", build[0], scale=8)
+    k = -q.abs().amax() * torch.ones_like(k)
+    q = q.abs().contiguous()
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) / q.shape[-1] ** 0.5
+    assert scores.max() < -100
+    exact = run(*(x.double() for x in (grad, q, k, v)), *cu)
+    results = run(grad, q, k, v, *cu)
+    for name in ("out", "lse", "dv"):  # the others are differences of equal numbers
+        got = results[name]
+        # dv's weights are exp2(score - lse): as exact as float32 is at the size of the scores
+        bound = 2 * build[1] + (2 * 2**-23 * float(scores.abs().max()) if name == "dv" else 0)
+        assert (got.double() - exact[name]).norm() <= bound * (1 + exact[name].norm()), name
+
+
 def test_built_once(monkeypatch, tmp_path, build):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = native._compiled(())

@@ -1,10 +1,13 @@
 """Pictures show what the model sees and predicts."""
 
+import numpy as np
 import torch
+from PIL import Image
 
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.drawing import BLACK, GREEN, GREY, HIDDEN, RED, _cut, _images, _join, captions
+from m3ae_fast.drawing import BLACK, GREEN, GREY, HIDDEN, RED, _cut, _images, _join, captions, draw_reconstructions
 from m3ae_fast.model.m3ae import M3AE
+from tests.test_model import make_model, make_sample
 
 SMALL = ModelConfig(
     size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1,
@@ -38,3 +41,14 @@ def test_right_words_are_green_and_wrong_ones_red():
     assert shown["caption"] == [("4", BLACK), ("5", BLACK), ("6", BLACK)]
     assert [word for word, _ in shown["masked"]] == ["4", HIDDEN, HIDDEN]
     assert shown["predicted"] == [("4", BLACK), ("5", GREEN), ("7", RED)]
+
+
+def test_a_sheet_shows_each_sample(tmp_path):
+    model = make_model()
+    samples = [make_sample(0), make_sample(1, words=None), make_sample(2, image=False)]
+    draw_reconstructions(model, samples, None, tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).astype(float)
+    rows = [sheet[24 + i * 168 :][:160] for i in range(3)]
+    assert [row[:, 8:168].std() > 5 for row in rows] == [True, True, False]
+    assert [row[:, 512:].std() > 1 for row in rows] == [True, False, True]
+    assert model.training

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None, **options: Any) -> int:
             run(args.results)
         elif args.tune:
             for dtype in (torch.bfloat16, torch.float32):
-                tune(CudaDevice(), LARGE, dtype)
+                tune(CudaDevice(), options.get("sizes", LARGE), dtype, args.results)
         else:
             check_and_time(CudaDevice(), checks, args.results, quick=args.quick, **options)
     return 1 if any(c.problems for c in checks) else 0

@@ -1,48 +1,140 @@
-"""Whole training steps on one GPU: the engine beside the expert's version, with the engine's reference MFU.
+"""Whole training as it ships, on this machine's GPUs: the trainer itself with its loader, on DeepSpeed and on plain
+torch, from shards with captions of changing lengths; and beside it the expert's version, whose batches wait on the GPU.
 
 Run by `python -m benchmarks.gpu --step`.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import results
-from benchmarks.alone import Alone
+from benchmarks.alone import ROOT, Alone
+from benchmarks.gpu.trace import breakdown
+from benchmarks.shards import make_shards
 from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.engine.profiler import ACTIVE, TRACE_FILE, WAIT, WARMUP
 from m3ae_fast.hardware import peak_flops
 from m3ae_fast.model.flops import reference_flops
 
-CASES = (({"size": "small"}, 1024), ({"size": "base"}, 512), ({"size": "large"}, 256))  # 256 px, 64 text tokens
-WARMUP, ROUNDS = 3, 10
+WORDS = (8, 32)  # of a caption, fewest and most
+LOG_EVERY = 5
+SETTLED = WAIT + WARMUP + ACTIVE + 2 * LOG_EVERY  # steps: compiled, profiled, and the trace written
+STEPS = SETTLED + 3 * LOG_EVERY
+EXPERT_WARMUP, EXPERT_ROUNDS, EXPERT_BATCHES = 3, 10, 4
 
 
-def run(folder: Path | None = None, cases: Sequence[tuple[dict, int]] = CASES) -> Path:
-    """Measures each case (fields of ModelConfig, batch), writes gpu-step.json into `folder` (None: this machine's),
-    and prints the table.
+@dataclass(frozen=True)
+class Case:
+    """A config that is timed with `batch` samples per GPU, from `samples` pictures."""
 
-    An implementation that fails, for want of memory mostly, has no numbers.
-    """
+    name: str
+    config: dict[str, Any]
+    batch: int = 512
+    samples: int = 2048
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig.model_validate(self.config["model"])
+
+
+def shipped() -> list[Case]:
+    """The configs of the paper's sizes, the largest first: the time may end."""
+    names = ("large", "base", "small")
+    return [Case(name, json.loads((ROOT / f"configs/{name}.json").read_text(encoding="utf-8"))) for name in names]
+
+
+def run(folder: Path | None = None, cases: Sequence[Case] | None = None) -> None:
+    """Time each case, print tables, and write gpu-step.json and gpu-profile.json into `folder` (None: this machine's)
+    after each run. What fails, for want of memory mostly, has no numbers."""
+    gpus = max(1, torch.cuda.device_count())
+    steps: list[results.Row] = []
+    parts: list[results.Row] = []
+    for case in shipped() if cases is None else cases:
+        with tempfile.TemporaryDirectory() as temporary:
+            shards = Path(temporary)
+            model = case.model
+            side = model.image_size * 5 // 4
+            make_shards(shards, 4, case.samples, (side, side * 5 // 4), vocab=model.vocab_size, words=WORDS)
+            for name in ("engine, DeepSpeed", "engine, torch", "expert"):
+                row: results.Row = {
+                    "size": case.name,
+                    "batch per GPU": case.batch,
+                    "GPUs": gpus,
+                    "implementation": name,
+                }
+                row |= dict.fromkeys(("samples/s", "reference MFU", "utilisation", "data wait", "peak GB"))
+                try:
+                    if name == "expert":
+                        row |= time_expert(case)
+                    else:
+                        run_dir = shards / name.replace(", ", "-")
+                        row |= time_trainer(case, shards, run_dir, gpus, plain=name == "engine, torch")
+                        own = breakdown(run_dir / TRACE_FILE)
+                        parts += [{"size": case.name, "implementation": name} | part for part in own]
+                except RuntimeError as error:
+                    print(f"{case.name}, {name}: {error}", flush=True)
+                steps.append(row)
+                path = results.save("gpu-step", "Training as it ships, captions of 8 to 32 tokens", steps, folder)
+                if parts:
+                    path = results.save("gpu-profile", "Where a step's time goes", parts, folder)
+                print(results.markdown(path), flush=True)
+
+
+def time_trainer(case: Case, shards: Path, run_dir: Path, gpus: int, *, plain: bool) -> results.Row:
+    """Run the trainer with --profile; what it logs once it is settled. Raises RuntimeError where it fails."""
+    config = {section: dict(values or {}) for section, values in case.config.items()}
+    config["run"] = {"dir": str(run_dir)}
+    config["data"] = {"train": [{"shards": f"{shards}/*.tar"}], "tokenizer": str(shards / "vocab.txt")}
+    config["train"] |= {"global_batch": case.batch * gpus, "micro_batch": case.batch, "steps": STEPS, "epochs": None}
+    config["train"] |= {"log_every": LOG_EVERY, "save_every": STEPS, "eval_every": None, "pictures": 0}
+    config["deepspeed"] = None if plain else case.config.get("deepspeed") or {}
+    file = shards / "config.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "m3ae_fast/train.py"), "--config", str(file), "--profile"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        out = process.communicate()[0]
+    finally:  # the time may end here
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        raise RuntimeError((out.strip().splitlines() or ["no output"])[-1])
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    settled = [line for line in lines if "samples_per_s" in line and line["step"] > SETTLED]
+    names = {
+        "samples/s": "samples_per_s",
+        "reference MFU": "mfu",
+        "utilisation": "utilisation",
+        "data wait": "data_wait",
+    }
+    row: results.Row = {column: statistics.median(line[name] for line in settled) for column, name in names.items()}
+    return row | {"peak GB": settled[-1]["peak_memory_gb"]}
+
+
+def time_expert(case: Case) -> results.Row:
+    """On one GPU. Raises RuntimeError where it fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = peak_flops(device, torch.bfloat16)
-    rows = []
-    for fields, samples in cases:
-        flops = reference_flops(ModelConfig(**fields), MaskingConfig())
-        for name in ("expert", "engine"):
-            row: results.Row = {"size": fields["size"] or "other", "batch": samples, "implementation": name}
-            row |= {"samples/s": None, "reference MFU": None, "peak GB": None, "start-up s": None}
-            try:
-                with Alone(name, fields, samples) as process:
-                    for _ in range(WARMUP):
-                        process.step()
-                    speed = samples / statistics.median(process.step() for _ in range(ROUNDS))
-                    row |= {"samples/s": speed, "reference MFU": speed * flops / peak}
-                    row |= {"peak GB": process.peak_bytes() / 1e9, "start-up s": process.startup}
-            except RuntimeError as error:
-                print(f"{row['size']}, {name}: {error}")
-            rows.append(row)
-    return results.write("gpu-step", "Training step on a GPU, 256 px, captions of 8 to 32 of 64 tokens", rows, folder)
+    with Alone("expert", case.config["model"], case.batch, words=WORDS, batches=EXPERT_BATCHES) as process:
+        for _ in range(EXPERT_WARMUP):
+            process.step()
+        speed = case.batch / statistics.median(process.step() for _ in range(EXPERT_ROUNDS))
+        flops = reference_flops(case.model, MaskingConfig())
+        mfu = speed * flops / peak_flops(device, torch.bfloat16)
+        return {"samples/s": speed, "reference MFU": mfu, "peak GB": process.peak_bytes() / 1e9}

@@ -210,7 +210,7 @@ class DataConfig(Section):
     workers: int | None = Field(None, ge=0, le=1024)
     """Loader processes per rank; null: what the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
-    """Batches that each worker prepares ahead."""
+    """Batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
     cache_dir: Path | None = None
     """Folder for copies of remote shards and indexes of read-only folders; null: `~/.cache/m3ae_fast`."""
     image_tokenizer: Path | None = None

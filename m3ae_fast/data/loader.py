@@ -15,6 +15,7 @@ from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
 from m3ae_fast.data.order import FileOrder, Order
+from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.packing import Geometry, Sample, pack
@@ -120,16 +121,18 @@ def _loader(
     config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool
 ) -> DataLoader[PackedBatch]:
     require_tokenizer(samples.preparation.tokenizer, samples.has_captions)
-    workers = default_workers() if config.workers is None else config.workers
+    geometry = samples.preparation.geometry
+    size = batch_bytes(geometry, micro_batches.share.micro_batch)
+    workers = min(default_workers(), most_workers(size)) if config.workers is None else config.workers
     allow_open_files()
     return Loader(
         cast("Dataset[PackedBatch]", samples),  # which `collate` makes of its samples
         batch_sampler=micro_batches,
         num_workers=workers,
-        collate_fn=partial(collate, geometry=samples.preparation.geometry),
+        collate_fn=partial(collate, geometry=geometry),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
-        prefetch_factor=config.prefetch if workers else None,
+        prefetch_factor=fitting_prefetch(config.prefetch, workers, size) if workers else None,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # the DataLoader's own; the global one is the model's
     )

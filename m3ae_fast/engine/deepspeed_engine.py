@@ -6,11 +6,16 @@ import contextlib
 import importlib
 import io
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for other devices, and warn of finding none
+
+import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,

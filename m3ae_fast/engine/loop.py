@@ -15,6 +15,7 @@ from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import BadSamples, Share
 from m3ae_fast.data.order import hash64
 from m3ae_fast.engine import checkpoint, resuming
+from m3ae_fast.engine.background import Background
 from m3ae_fast.engine.cautions import MemoryGrowth
 from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import Engine, State
@@ -54,6 +55,7 @@ class Loop:
     unproven: int | None = None  # step of the checkpoint of which it is not known yet whether it is good
     proven: int | None = None  # step of which an evaluation was finite
     growth: MemoryGrowth = field(default_factory=MemoryGrowth)
+    saving: Background = field(default_factory=Background)  # of checkpoints, on the main rank
 
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         """What to sum over ranks of a step's micro-batches, which are still on the CPU."""
@@ -67,7 +69,7 @@ class Loop:
         """What a checkpoint holds, from what the engine knows; on the main rank."""
         return state
 
-    def after_save(self, state: State) -> None:
+    def after_save(self, step: int, state: State) -> None:
         """What else is written with a checkpoint, on the main rank."""
 
     def with_targets(self, batch: PackedBatch) -> PackedBatch:
@@ -84,15 +86,15 @@ class Loop:
 
     def begin_agreement(self, stop: StopRequest, batches: list[PackedBatch]) -> Callable[[], list[float]]:
         """Begin to sum over ranks what they must agree on before a step: whether anybody wants to stop, and counts."""
-        failed = self.watch.failed()
-        proven = self.unproven is not None and self.watch.finite_through > self.unproven
+        failed = self.watch.failed() or self.saving.failed()
+        proven = self.unproven is not None and self.watch.finite_through > self.unproven and not self.saving.busy
         return self.ranks.start_sum((stop.asked, failed, proven, *self.count(batches)))
 
     def agreed(self, fed: Fed) -> list[float] | None:
         """The counts of the next step over all ranks; None where a rank asks to stop or has failed."""
         asked, failed, proven, *sums = fed.agreed()
         if proven == self.ranks.world:
-            self._mark_good("the next step's loss is finite")
+            self._has_proven()
         if asked or failed:
             return None
         for batch in fed.host:
@@ -133,34 +135,49 @@ class Loop:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Every rank must call it."""
+        """Gather a checkpoint, then write it in the background. Every rank must call it.
+
+        Raises:
+            UserError: the save before this one has failed.
+        """
         self.pulse.mark(f"saving step {self.step}")
-        state = self.engine.state()
+        self.ranks.on_main(self.saving.wait)  # before there is a second state in memory
+        step, state, proven = self.step, self.engine.state(), self.proven == self.step
+        seen = step * self.loop.global_batch
+        info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
 
         def write() -> None:
             assert self.folder and self.log and state is not None
             self.folder.keep()
             whole = self.complete(state)
-            seen = self.step * self.loop.global_batch
-            versions = checkpoint.versions()
-            info = checkpoint.Info(self.step, seen, self.run.seed, self.sections, versions, self.stream)
             path = checkpoint.save(self.run.dir, whole, info, self.loop.keep, section=self.schedule.optim.SECTION)
             self.log.say(f"saved {path}")
-            self.after_save(whole)
+            if proven:
+                self._mark_good(step, "the losses of an evaluation are finite")
+            self.after_save(step, whole)
 
-        self.ranks.on_main(write)
-        self.unproven = self.step
-        if self.proven == self.step:
-            self._mark_good("the losses of an evaluation are finite")
+        if self.ranks.is_main:
+            self.saving.start(write)
+        self.unproven = None if proven else step
 
-    def _mark_good(self, why: str) -> None:
+    def _mark_good(self, step: int, why: str) -> None:
+        """On the main rank, of a checkpoint that has been written."""
+        checkpoint.mark(self.run.dir, step, checkpoint.GOOD, why)
+        checkpoint.prune(self.run.dir, self.loop.keep)
+
+    def _has_proven(self) -> None:
+        """The step after the last checkpoint had a finite loss on all ranks."""
         if self.log and self.unproven is not None:
-            checkpoint.mark(self.run.dir, self.unproven, checkpoint.GOOD, why)
-            checkpoint.prune(self.run.dir, self.loop.keep)
+            self._mark_good(self.unproven, "the next step's loss is finite")
         self.unproven = None
 
     def finish(self, stop: StopRequest) -> None:
-        """Where the run was stopped early, save what it has."""
+        """Wait for the last save; where the run was stopped early, save what it has.
+
+        Raises:
+            UserError: on all ranks where a save has failed.
+        """
+        self.ranks.on_main(self.saving.wait)
         self.stop_if_not_finite()
         if self.log and self.bad.bad:
             self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
@@ -168,6 +185,7 @@ class Loop:
             return
         if self.step > self.start and not self.schedule.due(self.step, self.loop.save_every):
             self.save()
+            self.ranks.on_main(self.saving.wait)
         if self.log:
             reason = stop.reason or "asked by another rank"
             saved = "" if self.step > self.start else "; nothing to save"
@@ -179,7 +197,8 @@ class Loop:
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         bad = [(step, text) for text, step, _ in found if step is not None]
         if self.unproven is not None and min(through for *_, through in found) > self.unproven:
-            self._mark_good("the next step's loss is finite")
+            self.ranks.on_main(self.saving.wait)
+            self._has_proven()
         if bad:
             step, text = min(bad)
             section, advice = self.schedule.optim.SECTION, self.ranks.told(lambda: resuming.judge(self.run.dir, step))

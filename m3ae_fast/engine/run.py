@@ -30,7 +30,7 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.engine.throughput import StepCounts, Throughput
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, fast_precision, peak_flops
+from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops
 from m3ae_fast.model.attention import describe
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.image_tokens import with_image_targets
@@ -65,9 +65,11 @@ class Run(Loop):
             UserError: something is missing, or does not fit something else.
         """
         try:
-            choose_impl("auto", ranks.device)
+            triton = choose_impl("auto", ranks.device) == "triton"
         except ValueError as error:
             raise UserError(str(error)) from None
+        if triton and ranks.device.type == "cuda" and (missing := missing_for_triton()):
+            raise UserError(f"Triton, which the kernels are written in, needs {' and '.join(missing)} on this machine")
         cfg = config.train
         found = ranks.told(lambda: resuming.find(config.run.dir, resume))
         share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
@@ -192,14 +194,14 @@ class Run(Loop):
     def complete(self, state: State) -> State:
         return state | {f"model/{name}": tensor for name, tensor in self.fixed.items()}
 
-    def after_save(self, state: State) -> None:
+    def after_save(self, step: int, state: State) -> None:
         """Reconstructions."""
         config = self.config
         if config.train.pictures and self.log:
             out = config.run.dir / "reconstructions.png"
             weights = checkpoint.weights(state)
             draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
-            self.log.picture(self.step, "reconstructions", out)
+            self.log.picture(step, "reconstructions", out)
 
     def _describe(self, attention: str) -> str:
         """The lines a run begins with."""

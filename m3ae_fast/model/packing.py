@@ -8,7 +8,7 @@ A sample's encoder rows are [cls, visible patches, visible text]; its decoder ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,7 +90,10 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     # over the decoder's rows: what each is, and whether it is masked; padding comes last and is nothing
     patches_S = _lengths(image_mask for image_mask, _, _ in checked)
     tokens_S = _lengths(text_mask for _, text_mask, _ in checked)
-    rows_P = _padded(1 + patches_S + tokens_S, size)  # of samples, then of padding
+    images_M = size(_losses(checked, 0, geometry.image_all_tokens))
+    texts_M = size(_losses(checked, 1, geometry.text_all_tokens))
+    rows_S = 1 + patches_S + tokens_S
+    rows_P = _padded(rows_S, max(size(int(rows_S.sum())), images_M + texts_M))  # of samples, then of padding
     padding = np.zeros(len(rows_P) - S, np.int64)
     patches_P = np.concatenate((patches_S, padding))
     sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
@@ -112,7 +115,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
     # the encoder's rows are the visible ones, in the same order
     visible_patch_U = patch_U & visible_U
-    seen_P = _padded(np.bincount(sample_U[visible_U], minlength=S), size)
+    seen_S = np.bincount(sample_U[visible_U], minlength=S)
+    seen_P = _padded(seen_S, size(int(seen_S.sum())))
     patches, seen = int(np.count_nonzero(visible_patch_U)), int(seen_P.sum())
 
     # rows that carry loss
@@ -128,8 +132,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         image_share_P, text_share_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
     loss_weight_P = np.ones(len(rows_P))
     loss_weight_P[:S] = [sample.loss_weight for sample in samples]
-    loss_M = _with_others(image_loss_U | text_loss_U, size)
-    image_I, text_W = (loss_M[_with_others(x[loss_M], size)] for x in (image_loss_U, text_loss_U))
+    image_I, text_W = _loss_rows(image_loss_U, images_M, text_loss_U, texts_M)
+    loss_M = np.sort(np.concatenate((image_I, text_W)))
     place_in_M = np.zeros(len(sample_U), np.int64)
     place_in_M[loss_M] = np.arange(len(loss_M))
     weights = {
@@ -215,21 +219,29 @@ def _segments(lengths_S: np.ndarray) -> Segments:
     return Segments(torch.from_numpy(ends.astype(np.int32)), int(lengths_S.max(initial=0)), int(ends[-1]))
 
 
-def _padded(lengths_S: np.ndarray, size: Callable[[int], int]) -> np.ndarray:
-    """Lengths of the samples, and of segments no longer than theirs that make `size` of their rows."""
-    rows, longest = int(lengths_S.sum()), int(lengths_S.max(initial=1))
-    missing = size(rows) - rows
+def _losses(checked: list[tuple[np.ndarray, np.ndarray, np.ndarray]], modality: int, all_tokens: bool) -> int:
+    """Tokens of a modality (0 image, 1 text) that carry loss."""
+    masks = [sample[modality] for sample in checked]
+    return sum(len(mask) if all_tokens else int(np.count_nonzero(mask)) for mask in masks)
+
+
+def _padded(lengths_S: np.ndarray, rows: int) -> np.ndarray:
+    """Lengths of the samples, and of segments no longer than theirs that make `rows` of their rows."""
+    longest, missing = int(lengths_S.max(initial=1)), rows - int(lengths_S.sum())
     pieces = [min(longest, missing - first) for first in range(0, missing, longest)]
     return np.concatenate((lengths_S, np.array(pieces, np.int64)))
 
 
-def _with_others(wanted_N: np.ndarray, size: Callable[[int], int]) -> np.ndarray:
-    """Where `wanted` is true, and the last places where it is not, `size` in all; in ascending order."""
-    count = int(np.count_nonzero(wanted_N))
-    others = np.flatnonzero(~wanted_N)
-    chosen_N = wanted_N.copy()
-    chosen_N[others[len(others) - (size(count) - count) :]] = True
-    return np.flatnonzero(chosen_N)
+def _loss_rows(image_U: np.ndarray, images: int, text_U: np.ndarray, texts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the image loss and of the text loss, `images` and `texts` in all: the last rows without a loss make up
+    the numbers. No row is in both, which the backward of `head_inputs` relies on."""
+    without = np.flatnonzero(~(image_U | text_U))
+    more_images, more_texts = images - int(np.count_nonzero(image_U)), texts - int(np.count_nonzero(text_U))
+    spare = without[len(without) - more_images - more_texts :]
+    return (
+        np.union1d(np.flatnonzero(image_U), spare[:more_images]),
+        np.union1d(np.flatnonzero(text_U), spare[more_images:]),
+    )
 
 
 def _extended(ids: np.ndarray, size: int, fill: int) -> np.ndarray:

@@ -10,19 +10,23 @@ from m3ae_fast.config import ModelConfig
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
     """[n] positions -> float32 [n, dim]: first half sines, second half cosines, frequencies 10000^(-2i/dim)."""
-    omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32) / (dim / 2.0))
+    omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device="cpu") / (dim / 2.0))
     angles = torch.outer(positions.float(), omega)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def sincos_2d(dim: int, side: int) -> Tensor:
     """float32 [side * side, dim], row-major; the first half comes from the column, the second from the row."""
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.arange(side, device="cpu")
+    rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
 
 
 class Positions(nn.Module):
-    """The fixed position embeddings of patches and text tokens at one width; stored ones are in the state dict."""
+    """The fixed position embeddings of patches and text tokens at one width; stored ones are in the state dict.
+
+    They are made on the CPU even where weights are meta tensors (`torch.device("meta")`), to be loaded later.
+    """
 
     image: Tensor
     text: Tensor
@@ -30,7 +34,7 @@ class Positions(nn.Module):
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
         side = config.image_size // config.patch_size
-        text = sincos_1d(dim, torch.arange(config.text_length if config.vocab_size else 0))
+        text = sincos_1d(dim, torch.arange(config.text_length if config.vocab_size else 0, device="cpu"))
         self.register_buffer("image", sincos_2d(dim, side), persistent=config.positions == "stored")
         self.register_buffer("text", text, persistent=False)
 

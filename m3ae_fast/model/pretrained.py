@@ -114,14 +114,15 @@ def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
             raise UserError(f"model.init_from {where}: was made with model.{name} = {was}, the config says {now}")
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> bool:
-    """Strict load, but that the decoder may be missing as a whole, and then stays. Returns whether it was there.
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
+    """Strict load, but that the decoder may be missing as a whole, and then stays. Returns whether it was there. With
+    `assign` the tensors themselves become the weights.
 
     Raises:
         UserError: naming the first weight that does not fit.
     """
     check_weights(model, state, where)
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=False, assign=assign)
     return not is_encoder(state)
 
 

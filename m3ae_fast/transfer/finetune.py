@@ -15,6 +15,7 @@ from m3ae_fast.encoding import UNMASKED, require_tokenizer
 from m3ae_fast.engine import resuming
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.feed import feed
+from m3ae_fast.engine.garbage import GarbageCollection
 from m3ae_fast.engine.loop import restore
 from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.run_log import RunLog
@@ -125,7 +126,7 @@ def run(job: Job) -> dict[str, Any] | None:
     job.pulse.timeout = job.config.run.stall_timeout
     loop = set_up(job, job.args.resume)
     stop.listen()
-    with loop.log or nullcontext():
+    with loop.log or nullcontext(), loop.saving, GarbageCollection() as garbage:
         if loop.log:
             loop.log.say(_describe(loop))
         for fed in feed(loop.batches(), loop.share.accumulation, job.ranks.device, partial(loop.begin_agreement, stop)):
@@ -137,6 +138,7 @@ def run(job: Job) -> dict[str, Any] | None:
             if loop.step < loop.schedule.total_steps and loop.schedule.due(loop.step, loop.config.eval_every):
                 loop.evaluate()
             loop.save_if_due()
+            garbage.after_step(loop.step)
         loop.finish(stop)
         if loop.step < loop.schedule.total_steps:
             return None

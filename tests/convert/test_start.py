@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.convert.__main__ import main as convert
-from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.initial_weights import start_from
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
@@ -115,7 +115,7 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
     config = parse(Config, info.config, "run")
     for name in ("gelu", "positions", "init_from"):
         del info.config["model"][name]
-    checkpoint.check_fits(path, info, config)
+    resuming.check_fits(path, info, config, info.stream)
     changed = parse(Config, info.config | {"model": info.config["model"] | {"gelu": "exact"}}, "run")
     with pytest.raises(UserError, match=r"was made with model\.gelu = tanh, the config says exact"):
-        checkpoint.check_fits(path, info, changed)
+        resuming.check_fits(path, info, changed, info.stream)

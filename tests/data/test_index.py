@@ -281,3 +281,34 @@ def test_long_captions_are_cut_within_utf8(tmp_path, store):
     assert reader.read(0, 1).caption == "x" + "ü" * 32767
     with pytest.raises(BadSample, match="UTF-8"):
         reader.read(0, 2)
+
+
+def test_a_size_in_a_pax_record_counts(tmp_path, store):
+    """As tarfile and GNU tar write it from 8 GiB on; here for a small member, whose header says 0."""
+    image = picture(1)
+    record = f" size={len(image)}\n"
+    record = f"{len(record) + 2}{record}".encode()
+    head, extension = tarfile.TarInfo("0.jpg"), tarfile.TarInfo("pax")
+    extension.type, extension.size = tarfile.XHDTYPE, len(record)
+
+    def padded(data):
+        return data + bytes(-len(data) % 512)
+
+    after = Path(write_tar(tmp_path / "after.tar", members([5], "image"))).read_bytes()
+    path = tmp_path / "a.tar"
+    path.write_bytes(extension.tobuf() + padded(record) + head.tobuf() + padded(image) + after)
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar]
+    found, damage = scan_tar(path)
+    assert [tuple(m) for m in found] == expected and [m.size for m in found] == [len(image), len(picture(5))]
+    assert damage is None
+
+
+def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
+    """As WebDataset's groups: two pictures with one key and suffix are two samples, the caption is the second's."""
+    files = [("a.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a cat"), ("b.jpg", picture(3))]
+    corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files), modality="image")], store)
+    reader = Reader(corpus.sources[0], store)
+    assert [reader.read(0, row).image for row in range(corpus.samples)] == [picture(1), picture(2), picture(3)]
+    table = corpus.sources[0].shards[0].table()
+    assert (table["text_offset"] != MISSING).tolist() == [False, True, False]

@@ -1,6 +1,8 @@
 """`python -m benchmarks.gpu` without a GPU: its refusal, and its parts on a CPU with small sizes."""
 
+import ast
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,12 +12,14 @@ import m3ae_kernels
 import pytest
 import torch
 from m3ae_kernels import reference, tuning
+from m3ae_kernels.aot import Report
 
 from benchmarks import results
+from benchmarks.gpu import candidates
 from benchmarks.gpu.__main__ import check_and_time
 from benchmarks.gpu.check import check_all_small, check_timed
 from benchmarks.gpu.timing import least_ms
-from benchmarks.gpu.tune import RUNS, candidates, tune
+from benchmarks.gpu.tune import tune
 from benchmarks.gpu.tune import write as write_table
 from benchmarks.measure import CpuDevice, measure
 from benchmarks.ops import ODD, OPS, make
@@ -94,27 +98,79 @@ def test_measure_takes_turns():
     assert all(t.p20 <= t.p50 <= t.p80 for t in timings.values())
 
 
-def test_workloads_cover_what_is_tuned():
-    assert OPS.keys() >= set(RUNS.values())
-    assert RUNS.keys() == tuning.table("sm_90").keys()
-
-
 def test_written_tables_are_the_package_tables(tmp_path):
     for path in tuning.FOLDER.glob("*.json"):
-        written = write_table(path.stem, json.loads(path.read_text()), tmp_path)
-        assert written.read_text() == path.read_text()
-    for widths in tuning.table("sm_90").values():
-        assert all(c.keys() == widths["16"].keys() for c in candidates(widths["16"]))
+        assert write_table(path.stem, json.loads(path.read_text()), tmp_path).read_text() == path.read_text()
 
 
-def test_tuning_keeps_the_fastest(monkeypatch):
-    """On a clock that knows one best setting, tuning finds it."""
+def test_candidates_are_those_of_the_kernels():
+    """Committed, and about a dozen for each matmul kernel."""
+    for kernel, widths in candidates.read("sm_90").items():
+        for width, settings in widths.items():
+            now = tuning.table("sm_90")[kernel][width]
+            assert 3 <= len(settings) <= 12 and all(s.keys() == now.keys() for s in settings)
+            assert candidates.settings_to_try(kernel, now, "sm_90", width) == settings
+    near = candidates.settings_to_try("rows", {"BLOCK_M": 8, "BLOCK_D": 256, "num_warps": 4}, "sm_90", "16")
+    assert len(near) == 18 and all(s.keys() == near[0].keys() for s in near)
+
+
+def test_candidates_that_are_unsound_or_slow_are_left_out():
+    tried = candidates.possible("sm_90", "16")
+    assert all(s["BLOCK_M"] * s["BLOCK_N"] <= 128 * 32 * s["num_warps"] for s in tried)
+    reports = [Report("k", "sm_90", "bf16", "", registers=128, shared_bytes=50_000) for _ in tried]
+    kept = candidates.best("sm_90", "16", list(zip(tried, reports)))
+    tiles = {(s["BLOCK_M"], s["BLOCK_N"]) for s in tried}
+    assert len(kept) == 2 * len(tiles)
+    for report in reports:
+        report.problems = ("spills",)
+    assert candidates.best("sm_90", "16", list(zip(tried, reports))) == []
+
+
+def test_tuning_keeps_the_fastest_and_goes_on_where_it_ended(tmp_path, monkeypatch):
+    """On a clock that knows one best setting. Each kernel is timed in the op that keeps it busiest."""
     table = json.loads(json.dumps(tuning.table("interpreter")))
     best = {"BLOCK_M": 16, "BLOCK_D": 256}
-    written = {}
+    asked = []
+
+    def clock(device, work, repeats=0):
+        asked.append(work.name)
+        rows = 1.0 if table["rows"]["32"] == best else 2.0
+        if work.name == "gather_tokens":
+            return {"rows": rows}
+        return {"rows": 5 * rows, "segment_sum": 3.0} if work.name == "scatter_tokens, encoder" else {}
+
+    def run() -> None:
+        tune(CpuDevice(), ODD, torch.float32, tmp_path, lambda kernel, now, *_: [now, now | {"BLOCK_M": 16}])
+
     monkeypatch.setattr(tuning, "table", lambda arch: table)
-    monkeypatch.setattr("benchmarks.gpu.tune.write", lambda arch, table: written.update({arch: table}))
-    monkeypatch.setattr("benchmarks.gpu.tune._time", lambda device, work: 1.0 if table["rows"]["32"] == best else 2.0)
-    tune(CpuDevice(), ODD, torch.float32, log=lambda line: None)
-    assert written["interpreter"]["rows"]["32"] == best
-    assert written["interpreter"]["rows"]["16"] != best
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr("benchmarks.gpu.tune.kernel_ms", clock)
+    table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
+    run()
+    written = json.loads((tmp_path / "interpreter.json").read_text())
+    assert written["rows"]["32"] == best and written["rows"]["16"] == tuning.table("interpreter")["rows"]["16"]
+    rows = results.read(tmp_path / "gpu-tuning.json")
+    assert [(r["kernel"], r["op"], r["ms"], r["kept"]) for r in rows if r["kernel"] == "rows"] == [
+        ("rows", "scatter_tokens, encoder", 10.0, ""),
+        ("rows", "scatter_tokens, encoder", 5.0, "yes"),
+    ]
+    table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
+    asked.clear()
+    run()
+    assert asked == list(OPS)  # nothing but the search for the busiest op
+    assert table["rows"]["32"] == best and results.read(tmp_path / "gpu-tuning.json") == rows
+
+
+def test_launches_are_timed_by_themselves():
+    """On Triton's interpreter."""
+    script = """if True:
+        import torch
+        from benchmarks.gpu.tune import kernel_ms
+        from benchmarks.measure import CpuDevice
+        from benchmarks.ops import ODD, make
+        work = make("gather_tokens + LayerNorm", ODD, torch.float32, torch.device("cpu"))
+        print(kernel_ms(CpuDevice(), work, repeats=1))"""
+    env = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "triton"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    times = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert times.keys() >= {"gather_norm", "gather_norm_backward"} and all(ms > 0 for ms in times.values())

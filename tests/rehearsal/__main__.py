@@ -16,10 +16,6 @@ FILES = ("m3ae_fast/**/*.py", "kernels/m3ae_kernels/**/*.py", "benchmarks/*.py",
 LEFT = {
     ("m3ae_fast/model/attention.py", ""): "has stand-ins of its own for every kernel that may be installed",
     ("kernels/m3ae_kernels/aot.py", ""): "compiles for GPUs and needs none; CI compiles all kernels with it",
-    ("benchmarks/gpu/step.py", ""): "starts processes: tests/test_benchmarks.py",
-    ("benchmarks/gpu/__main__.py", "run"): "as above",
-    ("benchmarks/gpu/__main__.py", "for dtype in (torch.bfloat16"): "tests/kernels/test_gpu_benchmark.py tunes",
-    ("benchmarks/gpu/__main__.py", "tune("): "as above",
 }
 
 

@@ -1,17 +1,22 @@
 """`python -m benchmarks.gpu`, its measuring and its report, as on a GPU."""
 
+import contextlib
+import json
 from dataclasses import replace
 
 import m3ae_kernels
 import pytest
 import torch
+from m3ae_kernels import tuning
 
 from benchmarks import results
 from benchmarks.alone import peak_above
 from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import candidates, step, tune
 from benchmarks.gpu.check import check_small
 from benchmarks.measure import CudaDevice
 from benchmarks.ops import ODD
+from tests.helpers.trainer import TINY as TRAINER_TINY
 from tests.rehearsal.fake_cuda import CUDA
 
 TINY = replace(ODD, samples=1, vocab=40, encoder=16, decoder=16)
@@ -36,6 +41,55 @@ def test_checks_and_times(tmp_path, device, monkeypatch):
     rows = results.read(tmp_path / "gpu-ops.json")
     assert {row["p50 ms"] for row in rows} == {1.0} and all(row["of roofline"] > 0 for row in rows)
     assert results.device_name() == "NVIDIA H100 80GB HBM3"
+
+
+def test_tuning(tmp_path, device, monkeypatch):
+    """With Triton's interpreter, on two ops of which one setting is tried."""
+    monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
+    monkeypatch.setattr(program, "CudaDevice", lambda: device)
+    monkeypatch.setattr(tune, "OPS", ("gather_tokens", "gather_tokens + LayerNorm"))
+    monkeypatch.setattr(tune, "REPEATS", 1)
+    table = json.loads((tuning.FOLDER / "sm_90.json").read_text())
+    (tmp_path / "sm_90.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(candidates, "settings_to_try", lambda kernel, now, arch, width: [now | {"num_warps": 2}])
+    assert program.main(["--tune", "--results", str(tmp_path)], sizes=TINY) == 0
+    rows = results.read(tmp_path / "gpu-tuning.json")
+    assert {(row["kernel"], row["bits"]) for row in rows} >= {("gather_norm", "16"), ("gather_norm_backward", "32")}
+    assert all(row["ms"] >= 1 for row in rows)  # a millisecond per launch on this clock
+    assert json.loads((tmp_path / "sm_90.json").read_text()).keys() == table.keys()
+
+
+def test_steps(tmp_path, cuda, monkeypatch):
+    """What starts processes is tested in tests/test_benchmarks.py."""
+    monkeypatch.setattr(step, "shipped", lambda: [step.Case("tiny", TRAINER_TINY, batch=4, samples=2)])
+    monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
+    monkeypatch.setattr(step, "time_trainer", lambda *_, **__: {"samples/s": 10.0})
+    monkeypatch.setattr(step, "breakdown", lambda path: [{"part": "idle", "ms per step": 1.0, "share": 0.5}])
+
+    class Process(contextlib.nullcontext):
+        def __init__(self, name, *_, **__):
+            super().__init__(self)
+
+        def step(self):
+            return 0.5
+
+        def peak_bytes(self):
+            raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(step, "Alone", Process)
+    assert program.main(["--step", "--results", str(tmp_path)]) == 0
+    assert [row["samples/s"] for row in results.read(tmp_path / "gpu-step.json")] == [10.0, 10.0, None]
+    assert len(results.read(tmp_path / "gpu-profile.json")) == 2
+
+
+def test_the_time_may_end_anywhere(tmp_path, device, monkeypatch, capsys):
+    monkeypatch.setattr(program, "CudaDevice", lambda: device)
+    options = {"sizes": TINY, "small": TINY, "compiled": False, "rounds": 10**9}
+    assert program.main(["--results", str(tmp_path), "--budget", "2"], **options) == 0
+    assert "--budget: 2 s are over" in capsys.readouterr().out
+    assert len(results.read(tmp_path / "gpu-checks.json")) == 1
 
 
 def test_a_wrong_op_is_found(cuda):

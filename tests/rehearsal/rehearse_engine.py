@@ -19,6 +19,7 @@ from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 from tests.rehearsal.stand_ins import BrokenAdam, FusedAdam, install
+from tests.test_engine_on_gpu import steps_without_waiting
 
 GEOMETRY = Geometry(16, 4, 3, 8)
 
@@ -56,6 +57,11 @@ def test_pinned_batches_come_from_the_loader(cuda):
     )
     assert [len(batch.keys) for batch in loader] == [4, 4]
     assert cuda.pinned.count((4, 3, 16, 16)) == 2
+
+
+def test_the_check_for_waiting_runs(cuda):
+    steps_without_waiting(None, "fp32")
+    assert cuda.events.count("sync_debug_mode error") == 3
 
 
 def losses(value: float) -> list[Losses]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from m3ae_kernels import tuning
 from m3ae_kernels.dispatch import choose_impl
-from m3ae_kernels.triton_impl.matmul import product
+from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.trainer import ROOT
@@ -47,10 +47,15 @@ def test_tables_of_amd(monkeypatch):
 def test_gradients_of_weights_are_summed_in_float32():
     with FakeTensorMode():
         a = torch.empty(4, 6, device="cuda", dtype=torch.bfloat16)
-        out = product(a, a.t(), torch.float32)
-        assert (out.dtype, out.device.type, tuple(out.shape)) == (torch.float32, "cuda", (4, 4))
+        total = torch.empty(4, 4, device="cuda")
+        for first in (True, False):
+            add_product(total, a, a.t(), first)
+        assert (total.dtype, total.device.type) == (torch.float32, "cuda")
     a = torch.randn(4, 6)
-    torch.testing.assert_close(product(a, a.t(), torch.float32), a @ a.t())
+    total = torch.full((4, 4), torch.nan)
+    add_product(total, a, a.t(), True)
+    add_product(total, a, a.t(), False)
+    torch.testing.assert_close(total, 2 * a @ a.t())
 
 
 def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):

@@ -1,0 +1,123 @@
+"""python -m benchmarks.gpu.candidates: compile settings of the matmul kernels ahead of time, on a CPU, and keep for
+each kernel the dozen that a GPU is worth asking about, in precompiled/ARCH.json.
+
+What spills, does not fit into shared memory or misses the tensor cores is out. Of each tile shape the settings stay
+that keep the most bytes on their way to a multiprocessor: its registers and shared memory say how many programs it
+holds, and each has all its stages but one under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from m3ae_kernels.aot import CASES, SHARED_BYTES, Case, Report, compile_case
+from rich.progress import track
+
+FOLDER = Path(__file__).parent / "precompiled"
+DTYPES = {"16": "bf16", "32": "fp32"}
+PER_TILE = 2
+REGISTERS, WARPS = 65536, 64  # of a multiprocessor since compute capability 8.0 (CUDA C programming guide)
+MOST_ACCUMULATORS = 128  # of a thread's 255 registers
+# tile shapes by width of the inputs; float32 is multiplied in three TF32 products, which take three times the registers
+TILES = {
+    "16": ((64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)),
+    "32": ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128)),
+}
+DEPTHS = {"16": ((32, 4), (64, 3), (64, 4), (128, 2)), "32": ((16, 4), (32, 2), (32, 3))}  # BLOCK_K, stages
+
+Settings = dict[str, int]
+
+
+def read(arch: str) -> dict[str, dict[str, list[Settings]]]:
+    """By kernel and width what is worth timing on an architecture; empty where nobody has compiled for it."""
+    path = FOLDER / f"{arch}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def possible(arch: str, width: str) -> list[Settings]:
+    """Settings whose accumulators fit into registers and whose stages fit into shared memory."""
+    found = []
+    for (m, n), (k, stages), warps in itertools.product(TILES[width], DEPTHS[width], (4, 8)):
+        accumulators = m * n // (32 * warps)
+        if accumulators <= MOST_ACCUMULATORS and stages * (m + n) * k * int(width) // 8 <= SHARED_BYTES[arch]:
+            found.append({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages})
+    return found
+
+
+def best(arch: str, width: str, reports: Sequence[tuple[Settings, Report]]) -> list[Settings]:
+    """PER_TILE sound settings of each tile shape, by bytes under way on a multiprocessor."""
+
+    def in_flight(settings: Settings, report: Report) -> float:
+        threads = 32 * settings["num_warps"]
+        programs = min(REGISTERS // (threads * max(report.registers, 1)), WARPS // settings["num_warps"])
+        programs = min(programs, SHARED_BYTES[arch] // max(report.shared_bytes, 1))
+        stage = (settings["BLOCK_M"] + settings["BLOCK_N"]) * settings["BLOCK_K"] * int(width) // 8
+        return programs * (settings["num_stages"] - 1) * stage
+
+    kept = []
+    for tile in TILES[width]:
+        mine = [(s, r) for s, r in reports if not r.problems and (s["BLOCK_M"], s["BLOCK_N"]) == tile]
+        kept += [s for s, _ in sorted(mine, key=lambda pair: -in_flight(*pair))[:PER_TILE]]
+    return kept
+
+
+def write(arch: str, found: dict[str, dict[str, list[Settings]]]) -> Path:
+    kernels = []
+    for kernel, widths in found.items():
+        lists = []
+        for width, settings in widths.items():
+            lines = ",\n".join(f"      {json.dumps(s)}" for s in settings)
+            lists.append(f'    "{width}": [\n{lines}\n    ]')
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(lists) + "\n  }")
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{arch}.json"
+    path.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    cases: dict[str, Case] = {case.kernel: case for case in CASES if case.matmul}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.candidates", description=__doc__.split(": ")[1])
+    parser.add_argument("--arch", choices=SHARED_BYTES, default="sm_90", metavar="ARCH", help="default sm_90")
+    parser.add_argument("--kernel", nargs="+", choices=cases, default=list(cases), metavar="KERNEL")
+    parser.add_argument("--width", nargs="+", choices=DTYPES, default=list(DTYPES), help="bits of the inputs")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
+    args = parser.parse_args(arguments)
+    found = {kernel: dict(tables) for kernel, tables in read(args.arch).items() if kernel in cases}
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for kernel, width in itertools.product(args.kernel, args.width):
+            tried = possible(args.arch, width)
+            work = [pool.submit(compile_case, cases[kernel], args.arch, DTYPES[width], s) for s in tried]
+            reports = [w.result() for w in track(work, f"{kernel}, {DTYPES[width]}")]
+            kept = best(args.arch, width, list(zip(tried, reports)))
+            found.setdefault(kernel, {})[width] = kept
+            print(f"{kernel}, {DTYPES[width]}: {len(kept)} of {len(tried)} are worth timing", flush=True)
+            write(args.arch, found)
+    return 0
+
+
+def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
+    """For a matmul kernel what was compiled ahead of time; for others, which compile in a second, what is near."""
+    if "BLOCK_K" in now:
+        return read(arch).get(kernel, {}).get(width, [])
+    choices = {
+        "TILE": (1024, 2048, 4096, 8192),
+        "BLOCK_M": (4, 8, 16),
+        "BLOCK_D": (128, 256, 512),
+        "BLOCK_V": (1024, 2048, 4096, 8192),
+        "BLOCK": (512, 1024, 2048),
+        "num_warps": (4, 8),
+    }
+    names = [name for name in choices if name in now]
+    return [now | dict(zip(names, values)) for values in itertools.product(*(choices[name] for name in names))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

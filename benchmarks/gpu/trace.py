@@ -1,0 +1,56 @@
+"""Where a step's time goes: the kernels of a torch profiler trace by what they do, and the time that no kernel runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+from m3ae_kernels.aot import CASES
+
+from benchmarks.results import Row
+
+OWN = "|".join(rf"\b{case.kernel}_kernel\b" for case in CASES)
+# the first that a kernel's name matches; names of torch, cuBLAS, CUTLASS, inductor, flash-attn, apex, DeepSpeed, NCCL
+PARTS = {
+    "communication": r"nccl",
+    "attention": r"flash|fmha|attention|attn",
+    "own ops": OWN,
+    "optimiser": r"adam|multi_tensor|lamb",
+    "matmul": r"gemm|cutlass|nvjet|cublas|xmma|wgmma|splitk|triton_tem",
+    "copies": r"^mem(cpy|set)",
+    "elementwise": r"",
+}
+IDLE = "idle"
+
+
+def part_of(kernel: str) -> str:
+    return next(part for part, names in PARTS.items() if re.search(names, kernel, re.IGNORECASE))
+
+
+def breakdown(path: Path) -> list[Row]:
+    """Milliseconds per step and share of the time by part; no rows where the trace has no kernels.
+
+    Kernels of several streams may overlap, so that parts may add up to more than all; "idle" is when none ran.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
+    steps = {e["name"] for e in events if e["name"].startswith("ProfilerStep#")}
+    kernels = sorted(
+        (e["ts"], e["ts"] + e["dur"], e["name"])
+        for e in events
+        if e.get("cat", "") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
+    if not kernels:
+        return []
+    spent = dict.fromkeys((*PARTS, IDLE), 0.0)
+    busy_until = begin = kernels[0][0]
+    for start, end, name in kernels:
+        spent[part_of(name)] += end - start
+        spent[IDLE] += max(0.0, start - busy_until)
+        busy_until = max(busy_until, end)
+    whole = busy_until - begin
+    each = 1e3 * max(len(steps), 1)  # from microseconds of all steps
+    rows: list[Row] = [{"part": p, "ms per step": us / each, "share": us / whole} for p, us in spent.items()]
+    return [*rows, {"part": "whole", "ms per step": whole / each, "share": 1.0}]

@@ -1,0 +1,55 @@
+"""Batches go from loader workers to the training in shared memory: what fits there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.packing import Geometry
+
+SHM = Path("/dev/shm")
+MAX_BYTES = 8 << 30  # of a rank's batches that wait
+SHARE = 0.8  # of the free shared memory that all ranks of a node may fill
+INDEX_BYTES = 64  # of index rows and weights, for each token of a sample
+
+
+def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
+    """What a packed micro-batch takes at most."""
+    image = geometry.channels * geometry.image_size**2
+    return micro_batch * (image + INDEX_BYTES * (1 + geometry.patches_per_image + geometry.text_length))
+
+
+def most_workers(size: int) -> int:
+    """How many workers have room for a batch of `size` bytes that waits and one that they pack; at least 1."""
+    return max(1, int(min(_room(), 1e15) / (2 * size)))
+
+
+def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
+    """How many batches of `size` bytes each of `workers` prepares ahead: `prefetch`, or as many as fit MAX_BYTES and
+    this rank's part of the shared memory.
+
+    Raises:
+        UserError: not even one batch of each worker fits, as with the 64 MB that Docker gives.
+    """
+    room = _room()
+    if room < 2 * size * workers:
+        raise UserError(
+            f"{SHM}: has room for {room / 1e6:,.0f} MB per rank, but the batches of {workers} workers take "
+            f"{2 * size * workers / 1e6:,.0f} MB: raise it (docker run --shm-size, or --ipc=host), or lower "
+            "data.workers or train.micro_batch"
+        )
+    return max(1, min(prefetch, int(min(room, MAX_BYTES) / (size * workers)) - 1))
+
+
+def _room() -> float:
+    """Bytes of shared memory that this rank may fill."""
+    return SHARE * _free_bytes() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _free_bytes() -> float:
+    try:
+        status = os.statvfs(SHM)
+    except OSError:  # not Linux's: nothing is known of it
+        return float("inf")
+    return status.f_bavail * status.f_frsize

@@ -1,0 +1,54 @@
+"""Work that goes on beside the training: one piece at a time, and nothing of what goes wrong is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+
+class Background:
+    """A thread for one piece of work at a time. As a context manager it waits for the last one at the end."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin `work`; the one before must have been waited for."""
+        assert self._thread is None
+        # a daemon: a process that is told to end at once does not wait for it
+        self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
+        self._thread.start()
+
+    def failed(self) -> bool:
+        """Whether the work has ended with an error, which `wait` raises."""
+        return self._error is not None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the work under way, if any, and raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._error = error
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception) and self._thread is not None:
+            self._thread.join()  # what it saves is worth waiting for; the error that ends the run is the one to tell

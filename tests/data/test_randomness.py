@@ -1,0 +1,98 @@
+"""What depends on what in the stream of samples: nothing shares a random number, and the config is heeded."""
+
+import numpy as np
+import pytest
+import torch
+
+from m3ae_fast.config import MaskingConfig
+from m3ae_fast.data import crops
+from m3ae_fast.data.crops import random_crop
+from m3ae_fast.data.dataset import Samples
+from m3ae_fast.model.masking import draw_mask
+from tests.helpers.shards import members, picture, write_tar
+
+
+def correlation(pairs) -> float:
+    return abs(np.corrcoef(np.array(pairs, dtype=np.float64).T)[0, 1])
+
+
+def test_a_flip_tells_nothing_of_the_box(monkeypatch):
+    """Neither its area, its shape nor its place."""
+    boxes, real = [], crops._draw_box
+    monkeypatch.setattr(crops, "_draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 48, 64)  # brighter to the right, unless mirrored
+    flipped = []
+    for seed in range(1500):
+        crop = random_crop(ramp, 8, (0.2, 0.9), True, torch.Generator().manual_seed(seed))
+        flipped.append(bool(crop[0, 0, 0] > crop[0, 0, -1]))
+    assert abs(np.mean(flipped) - 0.5) < 0.05
+    top, left, height, width = (np.array(column) for column in zip(*boxes))
+    for number in (top / (49 - height), left / (65 - width), height * width, width / height):
+        assert correlation(list(zip(flipped, number))) < 0.09
+
+
+def test_a_mask_tells_nothing_of_the_crop(load, tmp_path):
+    """The first random number of each stream decides much: the masks' and the crops' are not the same."""
+    path = write_tar(tmp_path / "a.tar", members(range(4), "image"))
+    samples: Samples = load(path, tokenizer=False).dataset
+    firsts, real = [], samples._seeded
+
+    def seeded(*key):
+        firsts.append(torch.rand(1, generator=real(*key)).item())
+        return real(*key)
+
+    samples._seeded = seeded
+    for position in range(400):
+        samples[position]
+    masks, boxes = firsts[::2], firsts[1::2]
+    assert len(set(firsts)) == 800 and correlation(list(zip(masks, boxes))) < 0.15
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_held_out_masks_do_not_depend_on_the_batch(load, tmp_path, per):
+    path = write_tar(tmp_path / "a.tar", members(range(12)))
+    masking = MaskingConfig(image_ratio=0.5, text_ratio=0.5, per=per)
+
+    def masks(**options) -> dict:
+        found = {}
+        for batch in load(path, train=False, masking=masking, **options):
+            for key, ends in zip(batch.keys, batch.encoder.cu_seqlens.unfold(0, 2, 1).tolist()):
+                found[key] = batch.encoder_table_ids[slice(*ends)].tolist()
+        return found
+
+    reference = masks(micro_batch=12)
+    assert len(reference) == 12
+    for options in ({"micro_batch": 1}, {"micro_batch": 5}, {"micro_batch": 3, "accumulation": 2}):
+        assert masks(**options) == reference
+    assert masks(micro_batch=12, seed=1) != reference
+
+
+def test_the_crop_settings_of_the_config_are_heeded(load, tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", picture(i, fmt="PNG")) for i in range(24)])
+    areas, real = [], crops._draw_box
+
+    def box(*args):
+        areas.append(np.prod((found := real(*args))[2:]) / (40 * 30))
+        return found
+
+    monkeypatch.setattr(crops, "_draw_box", box)
+
+    def images(**config) -> dict:
+        areas.clear()
+        (batch,) = load(path, micro_batch=24, steps=1, tokenizer=False, config=config)
+        low, high = config["crop_scale"]
+        assert len(areas) == 24 and all(low - 0.03 < area < high + 0.03 for area in areas)
+        return dict(zip(batch.keys, batch.images))
+
+    plain, flips = (images(crop_scale=(0.5, 0.6), flip=flip) for flip in (False, True))
+    turned = [torch.equal(plain[key].flip(-1), flips[key]) for key in plain]
+    assert 6 <= sum(turned) <= 18
+    assert all(turn or torch.equal(plain[key], flips[key]) for key, turn in zip(plain, turned))
+    small = images(crop_scale=(0.1, 0.2), flip=False)
+    assert not any(torch.equal(plain[key], small[key]) for key in plain)
+
+
+def test_masks_of_neighbouring_samples_differ():
+    generator = torch.Generator()
+    masks = {tuple(draw_mask(16, 0.5, generator.manual_seed(seed)).tolist()) for seed in range(200)}
+    assert len(masks) > 190

@@ -1,0 +1,144 @@
+"""What goes on beside the steps: saves in the background, the garbage collector, shared memory, checks at the start."""
+
+import gc
+import json
+import threading
+
+import pytest
+
+from m3ae_fast import hardware
+from m3ae_fast.data import shared_memory
+from m3ae_fast.engine import garbage
+from m3ae_fast.engine.background import Background
+from m3ae_fast.engine.garbage import GarbageCollection
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.packing import Geometry
+
+
+def test_an_error_in_the_background_is_known_at_once_and_raised_once():
+    background, begun = Background(), threading.Event()
+
+    def work() -> None:
+        begun.wait(5)
+        raise UserError("the disk is full")
+
+    background.start(work)
+    assert not background.failed()
+    begun.set()
+    background._thread.join()
+    assert background.failed()
+    with pytest.raises(UserError, match="the disk is full"):
+        background.wait()
+    assert not background.failed()
+    background.wait()
+
+
+@pytest.mark.parametrize("error", [None, UserError, KeyboardInterrupt])
+def test_the_last_work_is_awaited_at_the_end(error):
+    """But where the user wants to be gone."""
+    done, go = [], threading.Event()
+    timer = threading.Timer(0.3, go.set)
+    timer.start()
+
+    def work() -> None:
+        go.wait(5)
+        done.append(1)
+
+    def run() -> None:
+        with Background() as background:
+            background.start(work)
+            if error:
+                raise error("enough")
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(error):
+            run()
+    assert done == ([] if error is KeyboardInterrupt else [1])
+    go.set()
+    timer.join()
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run(trainer):
+    """The checkpoint folder turns into a file after the first save."""
+    process = trainer.start("run", "--set", "train.steps=2000", "--set", "train.save_every=2", "--set", "train.keep=1")
+    folder = trainer.folder / "run/checkpoints"
+    for line in process.stdout:
+        if line.startswith("saved"):
+            break
+    folder.rename(trainer.folder / "away")
+    folder.write_text("in the way")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "Traceback" not in out
+    assert "cannot be written" in out and out.count("error") <= 2
+    steps = [json.loads(line)["step"] for line in (trainer.folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) < 200
+
+
+def test_garbage_is_collected_in_the_same_steps_everywhere(monkeypatch):
+    monkeypatch.setattr(garbage, "EVERY", 20)
+    collected = []
+    with GarbageCollection() as collection:
+        assert not gc.isenabled() and gc.get_freeze_count() > 1000
+        monkeypatch.setattr(gc, "collect", lambda generation=2: collected.append(generation))
+        for step in range(1, 21):
+            collection.after_step(step)
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert collected == [1] * 9 + [2]
+
+
+GEOMETRY = Geometry(256, 16, 3, 64)
+
+
+def test_a_packed_batch_is_no_larger_than_is_reckoned_with():
+    import torch
+
+    from m3ae_fast.model import Sample, pack
+
+    samples = []
+    for i in range(3):
+        sample = Sample(str(i), torch.zeros(3, 256, 256, dtype=torch.uint8), torch.arange(256) % 4 > 0)
+        sample.tokens, sample.text_mask = torch.zeros(64, dtype=torch.int64), torch.arange(64) % 4 > 0
+        samples.append(sample)
+    (joined, _, _, others) = pack(samples, GEOMETRY).__reduce__()[1]
+    size = joined.nbytes + others["images"].nbytes
+    assert 0.9 * shared_memory.batch_bytes(GEOMETRY, 3) < size <= shared_memory.batch_bytes(GEOMETRY, 3)
+
+
+@pytest.mark.parametrize(
+    ("free", "ranks", "workers", "prefetch"),
+    [(1e12, 1, 1, 4), (1e12, 8, 16, 4), (4e9, 1, 8, 4), (2e9, 1, 8, 1), (4e9, 2, 8, 1), (float("inf"), 1, 16, 4)],
+)
+def test_prefetched_batches_fit_into_shared_memory(monkeypatch, free, ranks, workers, prefetch):
+    monkeypatch.setattr(shared_memory, "_free_bytes", lambda: free)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    size = 80_000_000
+    got = shared_memory.fitting_prefetch(4, workers, size)
+    assert got == prefetch
+    assert got == 1 or (got + 1) * workers * size <= free / ranks
+
+
+def test_too_little_shared_memory_is_told_before_a_worker_dies_of_it(monkeypatch):
+    monkeypatch.setattr(shared_memory, "_free_bytes", lambda: 64e6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"room for 51 MB per rank, but the batches of 4 workers take 640 MB.*--shm"):
+        shared_memory.fitting_prefetch(4, 4, 80_000_000)
+    assert shared_memory.most_workers(80_000_000) == 1 and shared_memory.most_workers(1_000_000) == 25
+
+
+def test_free_shared_memory_is_read(monkeypatch, tmp_path):
+    assert shared_memory._free_bytes() > 0
+    monkeypatch.setattr(shared_memory, "SHM", tmp_path / "none")
+    assert shared_memory._free_bytes() == float("inf")
+
+
+def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(hardware.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert [part.split()[0] for part in hardware.missing_for_triton()] == ["a", "Python.h"]
+    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").chmod(0o755)
+    (tmp_path / "Python.h").write_text("")
+    assert hardware.missing_for_triton() == []

@@ -1,0 +1,42 @@
+"""What only a GPU can show of the engine. tests/rehearsal runs these lines without one."""
+
+import pytest
+import torch
+
+from m3ae_fast.config import Config, parse
+from m3ae_fast.engine.build import build_engine
+from m3ae_fast.engine.loss_watch import LossWatch
+from m3ae_fast.engine.ranks import join_ranks
+from m3ae_fast.model import M3AE, pack
+from tests.helpers.zero_cases import TINY, samples
+
+
+def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
+    """Steps on changing batches of which no one but the first makes the host wait for the GPU."""
+    data = {
+        "model": TINY,
+        "data": {"train": [{"shards": "none.tar"}]},
+        "optim": {"clip_grad": 1.0},
+        "train": {"steps": 3, "global_batch": 16, "precision": precision},
+        "deepspeed": deepspeed,
+    }
+    config = parse(Config, data, "case")
+    with join_ranks() as ranks:
+        engine = build_engine(M3AE(config.model, config.loss), config, ranks)
+        watch = LossWatch()
+        batches = [pack(samples(step, text=True), engine.model.geometry) for step in range(4)]
+        moved = [batch.to(ranks.device) for batch in batches]
+        for step, batch in enumerate(moved):
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                losses, norm = engine.step([batch], batch.counts, 1e-3)
+                watch.add(step, batch.keys, losses, norm)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert watch.first_bad() == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose host could wait")
+@pytest.mark.parametrize("deepspeed", [None, {"zero_optimization": {"stage": 1}}], ids=["torch", "zero-1"])
+def test_a_step_never_waits_for_the_gpu(deepspeed):
+    steps_without_waiting(deepspeed, "bf16")

@@ -1,0 +1,276 @@
+"""What the loop hands to the engine, and what it makes of what comes back: a run in this process, with an engine that
+remembers."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import m3ae_fast.engine.run as run_module
+from m3ae_fast.config import Config, MaskingConfig, parse
+from m3ae_fast.data import open_data
+from m3ae_fast.engine import throughput
+from m3ae_fast.engine.build import build_engine
+from m3ae_fast.engine.cautions import MemoryGrowth, cautions
+from m3ae_fast.engine.evaluate import evaluate
+from m3ae_fast.engine.pulse import Pulse
+from m3ae_fast.engine.ranks import join_ranks
+from m3ae_fast.engine.run import Run
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.engine.signals import StopRequest
+from m3ae_fast.engine.throughput import StepCounts, Throughput
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.batch import LossCounts
+from m3ae_fast.model.flops import reference_flops
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.packing import pack
+from m3ae_fast.train import train
+from tests.helpers.shards import members, picture, write_tar
+from tests.helpers.trainer import TINY
+from tests.test_model import MIXED, make_sample
+from tests.test_model import TINY as SMALL
+
+
+@dataclass
+class Recorder:
+    """An engine that notes what it is given."""
+
+    engine: object
+    batches: list = field(default_factory=list)
+    counts: list = field(default_factory=list)
+    lrs: list = field(default_factory=list)
+    seeds: list = field(default_factory=list)
+    bad: dict = field(default_factory=dict)  # by step, from 1: the loss to return in place of the true one
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def step(self, batches, counts, lr):
+        self.batches.append(batches)
+        self.counts.append(counts)
+        self.lrs.append(lr)
+        self.seeds.append(torch.initial_seed())
+        losses, norm = self.engine.step(batches, counts, lr)
+        if loss := self.bad.get(len(self.lrs)):
+            losses[-1] = losses[-1]._replace(loss=torch.tensor(loss))
+        return losses, norm
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Sources of 24 pairs, 12 pictures and 12 captions, and one of four pairs of which one cannot be used."""
+    write_tar(tmp_path / "p.tar", members(range(24)))
+    write_tar(tmp_path / "i.tar", members(range(24, 36), "image"))
+    write_tar(tmp_path / "t.tar", members(range(36, 48), "text"))
+    broken = [("99.jpg", picture(99)[:-300]), ("99.txt", b"a cat")]
+    write_tar(tmp_path / "b.tar", [*members(range(50, 53)), *broken])
+    return [{"shards": str(tmp_path / f"{name}.tar")} for name in "pitb"]
+
+
+def settings(tmp_path, mixed, **sections) -> Config:
+    data = json.loads(json.dumps(TINY))
+    data["run"] = {"dir": str(tmp_path / "run")}
+    data["data"] |= {"train": mixed, "val": mixed, "workers": 0, "cache_dir": str(tmp_path / "cache")}
+    for name, values in sections.items():
+        data[name] |= values
+    return parse(Config, data, "test")
+
+
+def run(monkeypatch, config: Config, **recorder) -> tuple[Recorder, Run]:
+    made = []
+
+    def build(*args):
+        made.append(Recorder(build_engine(*args), **recorder))
+        return made[-1]
+
+    monkeypatch.setattr(run_module, "build_engine", build)
+    runs, real = [], Run.set_up
+    monkeypatch.setattr(Run, "set_up", lambda *args: runs.append(real(*args)) or runs[-1])
+    args = argparse.Namespace(resume="no", resume_with_changes=False, profile=False)
+    with StopRequest() as stop, join_ranks() as ranks, Pulse(0, 1, ranks.side_store, stop) as pulse:
+        assert train(config, args, ranks, stop, pulse) == 0
+    return made[-1], runs[-1]
+
+
+def lines(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed):
+    """52 samples in batches of 26: two steps an epoch; warm-up of two epochs, from a tenth of the peak."""
+    config = settings(
+        tmp_path,
+        mixed,
+        model={"drop": 0.1},
+        optim={"peak_lr": 2.56, "init_lr": 0.256, "end_lr": 0.128, "warmup_epochs": 2},
+        train={"global_batch": 26, "micro_batch": 13, "steps": 8, "eval_samples": 52},
+    )
+    engine, finished = run(monkeypatch, config)
+    scale = 26 / 256
+    by_hand = [0.256, 0.832, 1.408, 1.984]  # a quarter of the way up each
+    by_hand += [0.128 + (2.56 - 0.128) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert engine.lrs == pytest.approx([lr * scale for lr in by_hand])
+    logged = [line for line in lines(config) if "loss" in line]
+    assert [line["lr"] for line in logged] == engine.lrs
+    assert [line["epoch"] for line in logged] == [step / 2 for step in range(1, 9)]
+
+    images = [sum(len(batch.images) for batch in batches) for batches in engine.batches]
+    captions = [sum(batch.counts.captions for batch in batches) for batches in engine.batches]
+    assert [len(batches) for batches in engine.batches] == [2] * 8
+    assert engine.counts == [LossCounts(*pair) for pair in zip(images, captions)]
+    assert any(len(a.images) != len(b.images) for a, b in engine.batches)  # counts of a part are not those of half
+    assert sum(images[:2]) == 24 + 12 + 3 and sum(captions[:2]) == 24 + 12 + 3
+    assert len(set(engine.seeds)) == 8
+
+    skipped = sum(len(batch.skipped) for batches in engine.batches for batch in batches)
+    assert skipped == 4 == logged[-1]["skipped"] == finished.bad.bad
+    assert finished.bad.seen == 8 * 26
+
+
+def test_a_run_stops_where_too_many_of_all_samples_are_bad(monkeypatch, tmp_path):
+    """One of five: the bad ones count among those that were seen."""
+    files = [*members(range(8)), *((f"9{i}.jpg", b"") for i in range(2))]
+    path = write_tar(tmp_path / "a.tar", files)
+    options = {"model": {"vocab_size": 0}, "train": {"global_batch": 10, "micro_batch": 10, "steps": 3}}
+    source = [{"shards": path, "modality": "image"}]
+    for fraction in (0.2, 0.19):
+        changed = {"data": {"max_bad_fraction": fraction, "val": []}, "run": {"dir": str(tmp_path / str(fraction))}}
+        config = settings(tmp_path, source, **options | changed)
+        if fraction == 0.2:
+            run(monkeypatch, config)
+        else:
+            with pytest.raises(UserError, match="2 of 10 samples cannot be used"):
+                run(monkeypatch, config)
+
+
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, tmp_path, mixed, loss):
+    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 26, "steps": 8})
+    with pytest.raises(UserError, match="the loss of step 2 is not finite; samples: "):
+        run(monkeypatch, config, bad={2: loss})
+    assert [line["step"] for line in lines(config) if "loss" in line] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+def test_an_engine_trains_with_dropout_and_evaluates_without(kind):
+    data = json.loads(json.dumps(TINY)) | {"deepspeed": None if kind == "torch" else {}}
+    data["model"] |= {"drop": 0.5}
+    data["train"] |= {"global_batch": 2, "micro_batch": 2}
+    config = parse(Config, data, "test")
+    with join_ranks() as ranks:
+        torch.manual_seed(0)
+        model = M3AE(config.model, config.loss)
+        batch = pack([paired(config, seed) for seed in range(2)], model.geometry)
+        engine = build_engine(model, config, ranks)
+        evaluated = [engine.evaluate(batch).loss.item() for _ in range(2)]
+        trained = [engine.step([batch], batch.counts, 0.0)[0][0].loss.item() for _ in range(2)]
+        again = engine.evaluate(batch).loss.item()
+        last = engine.step([batch], batch.counts, 0.0)[0][0].loss.item()
+    assert evaluated[0] == evaluated[1] == again
+    assert len({evaluated[0], *trained, last}) == 4
+
+
+def paired(config: Config, seed: int):
+    c, generator = config.model, torch.Generator().manual_seed(seed)
+    sample = make_sample(seed, image=False)
+    sample.image = torch.randint(0, 256, (3, c.image_size, c.image_size), dtype=torch.uint8, generator=generator)
+    sample.image_mask = torch.arange(c.patches_per_image) % 4 > 0
+    return sample
+
+
+class OneOfTwo:
+    """A rank whose partner has the sums `other`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, other=None):
+        self.other, self.own = other, None
+
+    def sum(self, values):
+        if len(values) == 1:  # whether anybody asks to stop
+            return list(values)
+        self.own = list(values)
+        return [a + b for a, b in zip(values, self.other)] if self.other else list(values)
+
+
+def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks():
+    torch.manual_seed(0)
+    model = M3AE(SMALL)
+    engine = argparse.Namespace(evaluate=lambda batch: model.eval()(batch))
+    samples = [*MIXED, make_sample(7, image=False, words=3), make_sample(8, words=2), make_sample(9, words=None)]
+    parts = [pack(samples[:2], model.geometry), pack(samples[2:5], model.geometry)], [pack(samples[5:], model.geometry)]
+    stop = argparse.Namespace(asked=False)
+    second = OneOfTwo()
+    evaluate(engine, parts[1], second, stop)
+    values = evaluate(engine, parts[0], OneOfTwo(second.own), stop)
+    with torch.no_grad():
+        alone = [model(pack([sample], model.geometry)) for sample in samples]
+    images = [one.image_loss.item() for one, sample in zip(alone, samples) if sample.image is not None]
+    texts = [(one.text_loss.item(), one.text_accuracy.item()) for one, s in zip(alone, samples) if s.tokens is not None]
+    assert values["val_image_loss"] == pytest.approx(sum(images) / len(images), rel=1e-5)
+    assert values["val_text_loss"] == pytest.approx(sum(loss for loss, _ in texts) / len(texts), rel=1e-5)
+    assert values["val_text_accuracy"] == pytest.approx(sum(right for _, right in texts) / len(texts), rel=1e-5)
+    assert evaluate(engine, parts[0], OneOfTwo(), argparse.Namespace(asked=True)) is None
+
+
+def test_rates_are_those_since_the_last_time(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    config, masking = SMALL, MaskingConfig()
+    meter = Throughput(config, masking, peak_flops=1e9)
+    counts = StepCounts(samples=10, images=8, captions=5, skipped=1, tokens=300, flops=4e9)
+    meter.add(counts, waited=0.5)
+    meter.add(counts, waited=0.5)
+    clock[0] = 104.0
+    rates = meter.rates()
+    flops = 2 * sum(
+        count * reference_flops(config, masking, image=image, text=text)
+        for count, image, text in ((3, True, True), (5, True, False), (2, False, True))
+    )
+    assert rates == pytest.approx(
+        {"samples_per_s": 5, "tokens_per_s": 150, "utilisation": 2, "data_wait": 0.25, "mfu": flops / 4 / 1e9}
+    )
+    meter.add(counts, waited=0)
+    clock[0] = 105.0
+    assert meter.rates()["samples_per_s"] == 10
+
+
+def test_the_peak_of_a_matmul_counts_a_multiplication_and_an_addition(monkeypatch):
+    from m3ae_fast import hardware
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))  # every matmul takes a second
+    sizes, real = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: sizes.append((*a.shape, b.shape[1])) or real(a, b))
+    peak = hardware.peak_flops(torch.device("cpu"), torch.float32)
+    assert peak == 2 * math.prod(sizes[-1])
+
+
+def test_an_epoch_of_less_than_a_batch_is_a_step():
+    config = parse(Config, TINY, "test")
+    schedule = Schedule(config.train, config.optim.model_copy(update={"warmup_epochs": 1000.0}), samples=5)
+    assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (1, 6, 6)
+
+
+def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
+    wild = settings(tmp_path, mixed, optim={"warmup_epochs": 1000.0})
+    calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
+
+    def notes(config: Config) -> list[str]:
+        data = open_data(config.data, config.model)
+        return cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
+
+    warmup, colours = notes(wild)
+    assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
+    assert "image_mean and image_std are their defaults, CC12M's" in colours
+    assert notes(calm) == []
+
+
+def test_memory_that_goes_on_growing_is_told():
+    growth = MemoryGrowth()
+    assert [growth.look(step, gigabytes) for step, gigabytes in ((1, 1.0), (50, 2.0), (60, 2.9))] == [None] * 3
+    assert growth.look(70, 3.1) == "peak memory has grown from 2.00 to 3.10 GB since the run settled"
+    assert growth.look(80, 3.2) is None
