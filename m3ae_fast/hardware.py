@@ -11,10 +11,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from m3ae_fast.config import Config
+from m3ae_fast.config import LoopConfig
+
+L = TypeVar("L", bound=LoopConfig)
 
 # dense bf16 tensor-core peaks from NVIDIA's and AMD's data sheets, FLOP/s
 _BF16_PEAKS = {
@@ -70,15 +73,13 @@ def fast_precision(device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def settle_precision(config: Config, device: torch.device) -> Config:
-    """`config` with train.precision "auto" decided for `device`."""
-    if config.train.precision != "auto":
-        return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": fast_precision(device)})})
+def settle_precision(config: L, device: torch.device) -> L:
+    """`config` with precision "auto" decided for `device`."""
+    return config if config.precision != "auto" else config.model_copy(update={"precision": fast_precision(device)})
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """What matmuls run in under a settled train.precision."""
+    """What matmuls run in under a settled precision."""
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 

@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.dry_run:
                 ranks.on_main(lambda: report(config))
                 return 0
-            config = ranks.told(lambda: settle_precision(config, ranks.device))
+            settled = ranks.told(lambda: settle_precision(config.train, ranks.device))
+            config = config.model_copy(update={"train": settled})
             return train(config, args.resume, ranks, args.profile)
         except Exception as error:
             told = explain(error)

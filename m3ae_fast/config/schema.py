@@ -7,7 +7,7 @@ its description: docs/config.md is made from it by `python -m m3ae_fast.config`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
@@ -204,6 +204,8 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
+    SECTION: ClassVar[str] = "optim"  # for messages
+
     peak_lr: float = Field(1.5e-4, gt=0)
     """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
     init_lr: float = Field(0.0, ge=0)
@@ -221,9 +223,15 @@ class OptimConfig(Section):
     clip_grad: float | None = Field(None, gt=0)
     """Largest global gradient norm; null: any."""
 
+    def lr_factor(self, global_batch: int) -> float:
+        """What learning rates are multiplied by."""
+        return global_batch / 256
 
-class TrainConfig(Section):
-    """The loop."""
+
+class LoopConfig(Section):
+    """Steps, and what happens around them."""
+
+    SECTION: ClassVar[str] = "train"  # for messages
 
     global_batch: Batch = 4096
     """Samples per optimiser step, over all ranks."""
@@ -243,20 +251,25 @@ class TrainConfig(Section):
     """Steps between log lines."""
     eval_every: Count | None = None
     """Steps between evaluations; null: at the start and the end alone."""
-    eval_samples: Count = 1024
-    """Held-out samples of an evaluation."""
     save_every: Count = 1000
     """Steps between checkpoints."""
     keep: Count = 2
     """Checkpoints kept."""
-    pictures: int = Field(6, ge=0, le=1000)
-    """Samples in reconstructions.png, which is drawn with every checkpoint."""
 
     @model_validator(mode="after")
-    def _possible(self) -> TrainConfig:
+    def _one_length(self) -> LoopConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give epochs or steps, and not both")
         return self
+
+
+class TrainConfig(LoopConfig):
+    """The loop."""
+
+    eval_samples: Count = 1024
+    """Held-out samples of an evaluation."""
+    pictures: int = Field(6, ge=0, le=1000)
+    """Samples in reconstructions.png, which is drawn with every checkpoint."""
 
 
 class OffloadConfig(Section):

@@ -2,29 +2,65 @@
 
 from __future__ import annotations
 
-from m3ae_fast.config import Config
+from collections.abc import Sequence
+
+from torch import nn
+
+from m3ae_fast.config import Config, DeepSpeedConfig, LoopConfig, OptimConfig
 from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.optimizer import parameter_groups
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.transformer import Transformer
 
 
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
-    """`config` with its precision settled. Raises UserError where it asks for what this machine lacks."""
+    """Of pre-training. Arguments and errors as in `make_engine`."""
+    groups = parameter_groups(model, config.optim.weight_decay)
+    transformers = (model.encoder, model.decoder)
+    return make_engine(model, groups, transformers, config.train, config.optim, config.deepspeed, ranks)
+
+
+def make_engine(
+    model: nn.Module,
+    groups: list[dict],
+    transformers: Sequence[Transformer],
+    loop: LoopConfig,
+    optim: OptimConfig,
+    deepspeed: DeepSpeedConfig | None,
+    ranks: Ranks,
+) -> Engine:
+    """An engine for `model`, which it moves to the ranks' device.
+
+    Args:
+        model: see `Engine`.
+        groups: the optimiser's, of all parameters.
+        transformers: its parts that are compiled and checkpointed.
+        loop: with its precision settled.
+        optim: of AdamW.
+        deepspeed: None: plain torch.
+        ranks: who takes part.
+
+    Raises:
+        UserError: the config asks for what this machine lacks.
+    """
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    model.encoder.checkpointing = model.decoder.checkpointing = config.train.activation_checkpointing
-    if config.train.compile:
-        if not has_compiler():
-            raise UserError("train.compile: needs a C++ compiler; install g++, or set train.compile=false")
-        model.encoder.compile_blocks()
-        model.decoder.compile_blocks()
-    dtype = dtype_of(config.train.precision)
-    if config.deepspeed is None:
-        return TorchEngine(model, config.optim, dtype, ranks)
+    if loop.compile and not has_compiler():
+        raise UserError(
+            f"{loop.SECTION}.compile: needs a C++ compiler; install g++, or set {loop.SECTION}.compile=false"
+        )
+    for transformer in transformers:
+        transformer.checkpointing = loop.activation_checkpointing
+        if loop.compile:
+            transformer.compile_blocks()
+    dtype = dtype_of(loop.precision)
+    if deepspeed is None:
+        return TorchEngine(model, groups, optim, dtype, ranks)
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, config.deepspeed, config.optim, dtype, ranks, *split_batch(config.train, ranks.world))
+    return DeepSpeedEngine(model, groups, deepspeed, optim, dtype, ranks, *split_batch(loop, ranks.world))

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3ae_fast.config import Config
 from m3ae_fast.errors import UserError
 
 STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
@@ -58,8 +57,9 @@ def saved_steps(run_dir: Path) -> list[Path]:
     return sorted((p for p in whole if step_of(p) >= 0), key=step_of)
 
 
-def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int) -> Path:
+def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, *, section: str = "optim") -> Path:
     """Write a checkpoint beside the others and only then give it its name; older ones than the last `keep` go.
+    `section` of the config is where the optimiser is set.
 
     Raises:
         UserError: a tensor is not finite, or the disk refuses; the earlier checkpoints are as they were.
@@ -71,7 +71,7 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int) -> Path
         if not tensor.isfinite().all():
             raise UserError(
                 f"checkpoint {target}: not written, since {name} is not finite; the earlier ones are intact: "
-                "lower optim.peak_lr, or set optim.clip_grad"
+                f"lower {section}.peak_lr, or set {section}.clip_grad"
             )
     partial = folder(run_dir) / f".writing-{info.step:08d}-{os.getpid()}"
     try:
@@ -156,12 +156,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return weights({name: get(name) for name in file.keys() if name.startswith("model/")})  # noqa: SIM118
 
 
-def check_fits(path: Path, info: Info, config: Config) -> None:
-    """Raises UserError where going on from the checkpoint under `config` would not be the same run."""
-    saved, wanted = info.config, config.model_dump(mode="json")
-    same = [("model", key) for key in wanted["model"]] + [("run", "seed"), ("train", "global_batch")]
+def check_fits(path: Path, info: Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
+    """Raises UserError where going on from the checkpoint would not be the same run: where it and the `wanted` sections
+    differ in a `same` (section, key)."""
     for section, key in same:
-        was, now = saved.get(section, {}).get(key), wanted[section][key]
+        was, now = (info.config.get(section) or {}).get(key), wanted[section][key]
         if was != now:
             raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
 

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, collect, name_of, parameter_groups, prime, set_lr
+from m3ae_fast.engine.optimizer import MOMENTS, build_adamw, collect, name_of, prime, set_lr
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
-from m3ae_fast.model.batch import LossCounts, PackedBatch
-from m3ae_fast.model.m3ae import M3AE, Losses
+from m3ae_fast.model.batch import PackedBatch
 
 
 class DeepSpeedEngine:
@@ -36,7 +35,8 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: M3AE,
+        model: nn.Module,
+        groups: list[dict],
         config: DeepSpeedConfig,
         optim: OptimConfig,
         dtype: torch.dtype,
@@ -44,7 +44,9 @@ class DeepSpeedEngine:
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        """`dtype`: what matmuls run in. Raises UserError where DeepSpeed refuses its section."""
+        """`groups`: of the optimiser; `dtype`: what matmuls run in.
+
+        Raises UserError where DeepSpeed refuses its section."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model, self.ranks = model, ranks
         self.zero = config.zero_optimization
@@ -53,7 +55,7 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         options = {"cpu_offload": self.zero.offloads_optimizer, "partitioned": self.zero.stage == 3}
-        optimizer = build_adamw(parameter_groups(model, optim.weight_decay), optim, **options)
+        optimizer = build_adamw(groups, optim, **options)
         self.optimizer_name = name_of(optimizer)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:
@@ -66,7 +68,7 @@ class DeepSpeedEngine:
                 f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
             ) from None
 
-    def step(self, batches: Sequence[PackedBatch], counts: LossCounts, lr: float) -> tuple[list[Losses], Tensor]:
+    def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         self.ds.train()
         set_lr(self.ds.optimizer, lr)
         results, norm = [], None
@@ -82,7 +84,7 @@ class DeepSpeedEngine:
         return results, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm)
 
     @torch.no_grad()
-    def evaluate(self, batch: PackedBatch) -> Losses:
+    def evaluate(self, batch: PackedBatch) -> Any:
         self.ds.eval()
         return self.ds(batch)
 

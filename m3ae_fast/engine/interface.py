@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine: optimiser steps over micro-batches, losses without training, and its state.
+"""What a training loop asks of an engine: optimiser steps over micro-batches, outputs without training, and its state.
 
 A state speaks of whole tensors by parameter name, so that a checkpoint knows nothing of ranks, ZeRO stages or
 optimisers' layouts.
@@ -7,34 +7,45 @@ optimisers' layouts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from m3ae_fast.model.batch import LossCounts, PackedBatch
-from m3ae_fast.model.m3ae import M3AE, Losses
+from m3ae_fast.model.batch import PackedBatch
 
 State = dict[str, Tensor]  # "model/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" -> float32 on the CPU
 
 
+class StepLosses(Protocol):
+    """A NamedTuple of 0-d tensors; `loss` is what to differentiate, the others are detached."""
+
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+
+
 class Engine(Protocol):
-    model: M3AE
+    """Of a module that in training gives StepLosses for (batch, counts)."""
+
+    model: nn.Module
     optimizer_name: str
 
-    def step(self, batches: Sequence[PackedBatch], counts: LossCounts, lr: float) -> tuple[list[Losses], Tensor]:
+    def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         """Forward, backward and update; gradients are summed over micro-batches and averaged over ranks.
 
         Args:
             batches: this rank's micro-batches, on its device.
-            counts: pictures and captions of the whole step, per rank: what each micro-batch's losses are divided by.
-            lr: learning rate of the update.
+            counts: what each micro-batch's losses are divided by: samples of the whole step, per rank.
+            lr: learning rate of the update, times a parameter group's `lr_scale` where it has one.
 
         Returns:
-            The micro-batches' losses, and the global gradient norm before clipping.
+            The micro-batches' StepLosses, and the global gradient norm before clipping.
         """
 
-    def evaluate(self, batch: PackedBatch) -> Losses:
-        """Losses of one batch, without gradients and dropout."""
+    def evaluate(self, batch: PackedBatch) -> Any:
+        """What the module gives for one batch, without gradients and dropout."""
 
     def state(self) -> State | None:
         """Whole tensors on rank 0, None elsewhere. Every rank must call it."""

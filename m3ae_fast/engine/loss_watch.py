@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from m3ae_fast.model.m3ae import Losses
+from m3ae_fast.engine.interface import StepLosses
 
 _LAG = 2  # steps that may be under way on the GPU before the host waits for their loss
 
@@ -20,7 +21,7 @@ class LossWatch:
         self._pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
         self._bad = ""
 
-    def add(self, step: int, keys: list[str], losses: list[Losses], grad_norm: Tensor) -> None:
+    def add(self, step: int, keys: list[str], losses: Sequence[StepLosses], grad_norm: Tensor) -> None:
         """What came of a step, whose samples are called `keys`."""
         device = losses[0].loss.device
         stacked = torch.stack([*(part.loss.detach() for part in losses), grad_norm.detach().to(device).float()])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from m3ae_fast.config import OptimConfig, TrainConfig
+from m3ae_fast.config import LoopConfig, OptimConfig
 from m3ae_fast.errors import UserError
 
 
 def learning_rate(step: int, config: OptimConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
     """Learning rate of 0-based `step`: linear warm-up, then a cosine (optax.warmup_cosine_decay_schedule)."""
-    scale = batch / 256
+    scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
     if step < warmup_steps:
         return init + (peak - init) * step / warmup_steps
@@ -19,16 +19,16 @@ def learning_rate(step: int, config: OptimConfig, batch: int, warmup_steps: int,
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
+def split_batch(config: LoopConfig, world: int) -> tuple[int, int]:
     """(micro_batch, accumulation) with global_batch = micro_batch x world x accumulation.
 
-    micro_batch is the largest divisor of a rank's share that is at most train.micro_batch. Raises UserError where the
+    micro_batch is the largest divisor of a rank's share that is at most micro_batch. Raises UserError where the
     ranks cannot share the batch.
     """
     share, rest = divmod(config.global_batch, world)
     if rest:
         raise UserError(
-            f"config: train.global_batch {config.global_batch} is not divisible by {world} ranks; "
+            f"config: {config.SECTION}.global_batch {config.global_batch} is not divisible by {world} ranks; "
             f"{world * max(round(config.global_batch / world), 1)} is"
         )
     most = min(config.micro_batch or share, share)
@@ -40,7 +40,7 @@ def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
 class Schedule:
     """Steps of a run over a corpus of `samples`."""
 
-    train: TrainConfig
+    train: LoopConfig
     optim: OptimConfig
     samples: int  # per epoch
 

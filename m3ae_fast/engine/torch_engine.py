@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +17,23 @@ from m3ae_fast.engine.optimizer import (
     clip_by_global_norm,
     collect,
     name_of,
-    parameter_groups,
     prime,
     set_lr,
 )
 from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.model.batch import LossCounts, PackedBatch
-from m3ae_fast.model.m3ae import M3AE, Losses
+from m3ae_fast.model.batch import PackedBatch
 
 
 class TorchEngine:
     """See `engine.interface.Engine`."""
 
-    def __init__(self, model: M3AE, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> None:
-        """`dtype`: what matmuls run in."""
+    def __init__(
+        self, model: nn.Module, groups: list[dict], optim: OptimConfig, dtype: torch.dtype, ranks: Ranks
+    ) -> None:
+        """`groups`: of the optimiser; `dtype`: what matmuls run in."""
         self.model = model.to(ranks.device)
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
-        self.optimizer = build_adamw(parameter_groups(self.model, optim.weight_decay), optim)
+        self.optimizer = build_adamw(groups, optim)
         self.optimizer_name = name_of(self.optimizer)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
@@ -40,7 +41,7 @@ class TorchEngine:
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def step(self, batches: Sequence[PackedBatch], counts: LossCounts, lr: float) -> tuple[list[Losses], Tensor]:
+    def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         self.model.train()
         results = []
         for i, batch in enumerate(batches):
@@ -57,7 +58,7 @@ class TorchEngine:
         return results, norm
 
     @torch.no_grad()
-    def evaluate(self, batch: PackedBatch) -> Losses:
+    def evaluate(self, batch: PackedBatch) -> Any:
         self.model.eval()
         with self._autocast():
             return self.model(batch)
