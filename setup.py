@@ -21,7 +21,7 @@ TRAIN = [
     "torchvision",
     "webdataset",
 ]
-TRANSFER = ["pyarrow", "scikit-learn"]
+TRANSFER = ["pyarrow", "scikit-learn", "timm>=1.0.15"]
 DEV = ["matplotlib", "pytest", "pytest-benchmark", "ruff"]
 
 setup(

@@ -87,7 +87,7 @@ def encode_corpus(
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
     keys, pooled, patches_SLD, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
     skipped = list(chain.from_iterable(skipped))
-    _check_skipped(skipped, corpus.samples, data.max_bad_fraction)
+    check_skipped(skipped, corpus.samples, data.max_bad_fraction)
     return Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches_SLD), skipped)
 
 
@@ -164,7 +164,8 @@ def _pool_and_patches(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) 
     return pooled_SD, rows_TD[cls_S[:, None] + patches_L].half()
 
 
-def _check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
+def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
+    """Raises UserError where none, or too few, of the samples could be used."""
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
         raise UserError(
             f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "

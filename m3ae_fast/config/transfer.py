@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from m3ae_fast.config.load import apply_override, parse
-from m3ae_fast.config.schema import Batch, DataConfig, RunConfig, Section
+from m3ae_fast.config.schema import (
+    Batch,
+    Beta,
+    DataConfig,
+    DeepSpeedConfig,
+    LoopConfig,
+    OptimConfig,
+    Rate,
+    RunConfig,
+    Section,
+)
 
 
 class EncodeConfig(Section):
@@ -30,6 +40,57 @@ class KnnConfig(Section):
     """A neighbour's vote is exp(cosine similarity / temperature)."""
 
 
+class FineTuneConfig(LoopConfig, OptimConfig):
+    """Fine-tuning of the encoder with a classification head.
+
+    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch.
+    """
+
+    SECTION: ClassVar[str] = "finetune"
+
+    pool: Literal["mean", "cls"] = "cls"
+    """What the head reads: `cls`, the cls token; `mean`, all other tokens."""
+    layer_decay: float = Field(0.6, gt=0, le=1)
+    """Learning rate of a layer as a share of the next one's."""
+    drop_path: Rate = 0.1
+    """Stochastic depth of every block."""
+    label_smoothing: Rate = 0.1
+    """Share of a label that goes to all classes evenly."""
+    mixup: float = Field(0.8, ge=0, le=100)
+    """Alpha of mixup; 0: none. Pictures are mixed only where they are all that the encoder sees."""
+    cutmix: float = Field(1.0, ge=0, le=100)
+    """Alpha of cutmix; 0: none."""
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    """How often cutmix is taken where mixup could be too."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment of the training pictures; null: none."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an average of the weights, which is then evaluated and saved; null: none."""
+    deepspeed: DeepSpeedConfig | None = None
+    """As in training; null: plain torch."""
+
+    global_batch: Batch = 1024
+    """Samples per optimiser step, over all ranks."""
+    peak_lr: float = Field(1e-3, gt=0)
+    """Learning rate after warm-up."""
+    init_lr: float = Field(0.0, ge=0)
+    """Learning rate of the first step."""
+    end_lr: float = Field(0.0, ge=0)
+    """Learning rate after the last step."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Of matmul weights."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's decay rates."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, data: Any) -> Any:
+        return {"epochs": 100} | data if isinstance(data, dict) and "steps" not in data else data
+
+    def lr_factor(self, global_batch: int) -> float:
+        return 1.0
+
+
 class TransferConfig(Section):
     """A transfer task on a trained model."""
 
@@ -37,6 +98,7 @@ class TransferConfig(Section):
     data: DataConfig
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
+    finetune: FineTuneConfig = FineTuneConfig()
 
 
 def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:

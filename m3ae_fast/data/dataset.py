@@ -29,8 +29,12 @@ from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Geometry, Sample
 
 # What a random number is for, so that no two uses share a stream.
-_CROP, _MASK, _BATCH_MASK = range(3)
+_CROP, _MASK, _BATCH_MASK, _TRANSFORM = range(4)
 FETCHING = "fetch shards ahead"  # the thread's name
+
+
+# uint8 [C, S, S] and a seed -> the same shape; all that it draws comes from the seed
+Transform = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Samples(Dataset):
         preparation: how they become the model's input.
         augment: None: the central square as it is.
         share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
+        transform: of each picture, cropped; None: none.
     """
 
     def __init__(
@@ -78,11 +83,13 @@ class Samples(Dataset):
         preparation: Preparation,
         augment: Augment | None,
         share_mask: int,
+        transform: Transform | None = None,
     ):
         self.order = order
         self.preparation = preparation
         self.augment = augment
         self.share_mask = share_mask
+        self.transform = transform
         self.has_captions = corpus.has_captions
         self._store = corpus.store
         self._readers = [Reader(source, corpus.store) for source in corpus.sources]
@@ -128,7 +135,8 @@ class Samples(Dataset):
         if draft.image is None:
             return draft.sample
         try:
-            draft.sample.image = self._crop(decode_image(draft.image, self.preparation.geometry.channels), draft.place)
+            image = decode_image(draft.image, self.preparation.geometry.channels)
+            draft.sample.image = self._transform(self._crop(image, draft.place), draft.place)
         except BadSample as error:
             return draft.skip(str(error))
         return draft.sample
@@ -139,6 +147,11 @@ class Samples(Dataset):
             return centre_crop(image, size)
         generator = self._seeded(_CROP, *place)
         return random_crop(image, size, self.augment.crop_scale, self.augment.flip, generator)
+
+    def _transform(self, image: Tensor, place: Place) -> Tensor:
+        if self.transform is None:
+            return image
+        return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *place))
 
     def _masks(self, place: Place, batch: int) -> tuple[Tensor, Tensor]:
         """Of patches and of text tokens, over the whole text length, as the official code draws them."""

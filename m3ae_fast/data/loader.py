@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.dataset import Augment, Preparation, Samples
+from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.workers import allow_open_files, default_workers, start_worker
 from m3ae_fast.errors import UserError
@@ -63,6 +63,7 @@ def train_loader(
     share: Share,
     steps: range,
     *,
+    transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """`share.accumulation` micro-batches per step, shuffled and augmented, epoch after epoch.
@@ -75,6 +76,7 @@ def train_loader(
         preparation: how a sample becomes the model's input.
         share: this rank's.
         steps: which steps of the stream; a resumed run starts above 0.
+        transform: of each picture, cropped.
         pin_memory: hand over batches in pinned memory.
 
     Raises:
@@ -82,7 +84,7 @@ def train_loader(
     """
     order = Order(corpus.sizes, corpus.weights, config.shuffle_shards, preparation.seed)
     augment = Augment(config.crop_scale, config.flip)
-    samples = Samples(corpus, order, preparation, augment, share_mask=share.global_batch)
+    samples = Samples(corpus, order, preparation, augment, share.global_batch, transform)
     return _loader(config, samples, MicroBatches(steps, share), pin_memory)
 
 
@@ -93,6 +95,7 @@ def eval_loader(
     share: Share,
     samples: int | None = None,
     *,
+    transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """Every sample, or `samples` of them evenly, once, in file order: the central square, with masks that are the same
@@ -101,7 +104,7 @@ def eval_loader(
     share = replace(share, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
     # masks are shared by the whole set, whatever the number of ranks
-    dataset = Samples(corpus, order, preparation, None, share_mask=order.samples)
+    dataset = Samples(corpus, order, preparation, None, order.samples, transform)
     return _loader(config, dataset, MicroBatches(steps, share, order.samples), pin_memory)
 
 

@@ -23,6 +23,10 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         self.max_length = max_length
 
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json."""
+        self._tokenizer.save(str(path))
+
     @property
     def vocab_size(self) -> int:
         """The highest id + 1."""

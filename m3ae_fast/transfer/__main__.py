@@ -28,14 +28,16 @@ from m3ae_fast.transfer.models import MODEL_HELP, load_model
 
 
 class Task(NamedTuple):
-    """A module of this package with `run(job) -> result`."""
+    """A module of this package with `run(job) -> result`, which is None where a run was stopped before its end."""
 
     about: str
     trains: bool = True  # has --train and --labels
+    resumes: bool = False  # has --resume
 
 
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features"),
+    "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
 }
 
 
@@ -66,6 +68,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set knn.k=10"
         )
+        if task.resumes:
+            command.add_argument(
+                "--resume",
+                default="no",
+                metavar="auto|no|PATH",
+                help="auto: go on from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
+            )
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
@@ -100,9 +109,11 @@ def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> N
         keep_freed_memory()
     text = args.modality != "image"
     model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
-    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext():
-        job = Job(args, config, ranks, model.to(ranks.device).eval())
-        result: dict[str, Any] = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
+    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
+        job = Job(args, config, ranks, folder, model.to(ranks.device).eval())
+        result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
+        if result is None:
+            return
         result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
         result |= {"seconds": round(time.perf_counter() - started, 1), "config": config.model_dump(mode="json")}
         ranks.on_main(lambda: write_result(config.run.dir, result))

@@ -1,27 +1,100 @@
-"""An encoder with a classification head.
+"""An encoder with a classification head, and the folder that it is saved in.
 
-Shapes: S samples, K classes.
+Shapes: S samples, D width, K classes.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from m3ae_fast.config import ModelConfig, Section, parse
+from m3ae_fast.data.tokenizer import load_tokenizer
+from m3ae_fast.errors import UserError
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
+from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
+
+MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
+HEADS = {"linear": LinearProbeHead, "finetune": FineTuneHead}
+
+
+class ClassifierConfig(Section):
+    """What a saved classifier is."""
+
+    model: ModelConfig
+    """Of the encoder."""
+    head: Literal["linear", "finetune"]
+    """Whose head it is."""
+    pool: Pool
+    """What the head reads."""
+    modality: Literal["image", "text", "paired"]
+    """What the encoder sees."""
+    classes: list[int | str]
+    """Labels by class id."""
 
 
 class Classifier(nn.Module):
     """`forward(batch)`: a batch with nothing masked -> logits [S, K]."""
 
-    def __init__(self, backbone: MultimodalEncoder, head: nn.Module, pool: Pool) -> None:
+    def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
-        self.backbone, self.head, self.pool = backbone, head, pool
+        self.config = config
+        self.backbone = MultimodalEncoder(config.model)
+        self.head = HEADS[config.head](config.model.emb_dim, len(config.classes))
 
     def features(self, batch: PackedBatch) -> Tensor:
         """[S, D] what the head reads."""
-        return self.backbone.pooled(batch, self.pool)
+        return self.backbone.pooled(batch, self.config.pool)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        return self.head(self.features(batch))
+        # under ZeRO's bf16 the head has bf16 weights, while pooled features are float32
+        return self.head(self.features(batch).to(next(self.head.parameters()).dtype))
+
+    def load_backbone(self, model: MultimodalEncoder) -> None:
+        """Take over the encoder of a model of the same sizes, and its tokenizer."""
+        names = self.backbone.state_dict().keys()
+        self.backbone.load_state_dict({name: t for name, t in model.state_dict().items() if name in names})
+        self.backbone.tokenizer = model.tokenizer
+
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write classifier.json, classifier.safetensors and, where there is one, tokenizer.json into `folder`.
+
+        Args:
+            folder: made where it is missing.
+            weights: by name, instead of the module's own, float32.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if weights is None else self.state_dict() | weights
+        save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / MODEL_FILE)
+        (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors would let nobody else read it
+        if self.backbone.tokenizer is not None:
+            self.backbone.tokenizer.save(folder / TOKENIZER_FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Classifier:
+        """What `save_pretrained` wrote, on the CPU. Raises UserError where a file is missing or damaged."""
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            state = load_file(folder / MODEL_FILE)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{folder}: not a classifier ({error}); name the --out folder of a linear or finetune task"
+            ) from None
+        model = cls(parse(ClassifierConfig, data, f"{folder / CONFIG_FILE}"))
+        load_weights(model, state, str(folder))
+        if (folder / TOKENIZER_FILE).exists() and model.config.model.vocab_size:
+            sizes = model.config.model
+            model.backbone.tokenizer = load_tokenizer(str(folder / TOKENIZER_FILE), sizes.text_length, sizes.vocab_size)
+        return model

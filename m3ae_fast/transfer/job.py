@@ -18,6 +18,7 @@ from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.encoding import Features, encode_corpus
 from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 
@@ -31,6 +32,7 @@ class Job:
     args: Namespace  # the task's own options
     config: TransferConfig
     ranks: Ranks
+    folder: RunFolder | None  # OUT, on the main rank alone
     model: M3AE  # on the ranks' device
 
     @property

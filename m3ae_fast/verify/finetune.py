@@ -22,8 +22,7 @@ from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.packing import Sample, pack
-from m3ae_fast.transfer.classifier import Classifier
-from m3ae_fast.transfer.heads import FineTuneHead
+from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.layer_decay import layer_of, lr_scale, parameter_groups
 from m3ae_fast.verify.quantity import Quantity
 
@@ -68,8 +67,15 @@ def _build(golden: Golden) -> Classifier:
     data["use_type_embedding"] = "params/base_model/encoder_image_type_embedding" in golden.arrays
     data |= {f"image_{k}": golden.arrays[f"in/{k}"].astype(float).tolist() for k in ("mean", "std")}
     config = parse(ModelConfig, data, str(golden.path))
-    pool = "mean" if m["global_pool"] else "cls"
-    model = Classifier(MultimodalEncoder(config), FineTuneHead(config.emb_dim, m["C"]), pool)
+    model = Classifier(
+        ClassifierConfig(
+            model=config,
+            head="finetune",
+            pool="mean" if m["global_pool"] else "cls",
+            modality="image",
+            classes=list(range(m["C"])),
+        )
+    )
     _load(golden, model)
     return model
 
@@ -111,7 +117,8 @@ def _steps(
     optimizer = build_adamw(groups, optim)
     layers = {name: layer_of(name, m["depth"]) for name, _ in model.named_parameters()}
     by_layer = {str(layers[name]): p for name, p in model.named_parameters()}  # any parameter of each
-    losses, accuracies, lrs = [], [], {layer: [] for layer in by_layer}
+    losses, accuracies = [], []
+    lrs: dict[str, list[float]] = {layer: [] for layer in by_layer}
     for step in range(m["steps"]):
         optimizer.zero_grad()
         logits_SK = model(batch)

@@ -1,0 +1,178 @@
+"""Fine-tuning: encoder and classification head trained together, as training trains, on augmented labelled samples."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from m3ae_fast.config.transfer import FineTuneConfig
+from m3ae_fast.data import BadSamples, Preparation, Share, eval_loader, train_loader
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.encoding import UNMASKED, require_tokenizer
+from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine.build import make_engine
+from m3ae_fast.engine.feed import feed
+from m3ae_fast.engine.loop import restore
+from m3ae_fast.engine.loss_watch import LossWatch
+from m3ae_fast.engine.run_log import RunLog
+from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.engine.signals import StopRequest
+from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import settle_precision
+from m3ae_fast.transfer.augment import Mixing, RandAugment
+from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
+from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
+from m3ae_fast.transfer.job import Job
+from m3ae_fast.transfer.layer_decay import parameter_groups
+
+
+def set_up(job: Job, resume: str) -> FineTuning:
+    """Open the data, build the classifier, find the checkpoint to go on from.
+
+    Raises:
+        UserError: something is missing, or does not fit something else.
+    """
+    try:
+        import timm  # noqa: F401
+    except ImportError:
+        raise UserError("finetune needs timm: pip install 'm3ae-fast[transfer]'") from None
+    ranks, run, data = job.ranks, job.config.run, job.config.data
+    config = ranks.told(lambda: settle_precision(job.config.finetune, ranks.device))
+    found = ranks.told(lambda: checkpoint.find(run.dir, resume))
+    share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
+    train, val, classes = job.open_labelled()
+    if train.has_captions:
+        require_tokenizer(job.model)
+    schedule = Schedule(config, config, train.samples)
+
+    torch.manual_seed(run.seed)
+    model = _build(job, config, classes)
+    transform = None
+    if config.rand_augment and job.args.modality != "text":
+        transform = RandAugment(config.rand_augment, model.config.model)
+    average = _average(model, config, ranks.device)
+    groups = parameter_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
+    engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks)
+    sections = {
+        "run": run.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        "finetune": config.model_dump(mode="json"),
+        "classifier": model.config.model_dump(mode="json"),
+    }
+    step = 0
+    if found:
+        same = [("classifier", key) for key in sections["classifier"]]
+        same += [("run", "seed"), ("finetune", "global_batch"), ("finetune", "ema")]
+        step, read = restore(engine, found, ranks, sections, same)
+        if average is not None:
+            for name, p in average.module.named_parameters():
+                p.data.copy_(read(f"ema/{name}"))
+    preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
+    steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
+    return FineTuning(
+        run=run,
+        loop=config,
+        sections=sections,
+        config=config,
+        model=model,
+        ranks=ranks,
+        folder=job.folder,
+        log=RunLog(run.dir, step, schedule.total_steps) if ranks.is_main else None,
+        share=share,
+        schedule=schedule,
+        engine=engine,
+        train_loader=train_loader(data, train, preparation, share, steps, transform=transform, pin_memory=pin),
+        val=val,
+        val_loader=eval_loader(data, val, preparation, share, pin_memory=pin),
+        max_bad_fraction=data.max_bad_fraction,
+        average=average,
+        watch=LossWatch(),
+        bad=BadSamples(data.max_bad_fraction, train.samples),
+        start=step,
+        step=step,
+    )
+
+
+def _build(job: Job, config: FineTuneConfig, classes: Classes) -> TrainableClassifier:
+    """The classifier on the CPU, with the pre-trained encoder."""
+    sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
+    classifier = ClassifierConfig(
+        model=sizes, head="finetune", pool=config.pool, modality=job.args.modality, classes=list(classes)
+    )
+    model = TrainableClassifier(classifier, Mixing(config, sizes, len(classes), job.args.modality == "image"))
+    model.load_backbone(job.model.cpu())
+    return model
+
+
+def _average(model: Classifier, config: FineTuneConfig, device: torch.device) -> Any:
+    """timm's exponential moving average of the weights, in float32."""
+    if config.ema is None:
+        return None
+    if config.deepspeed is not None and config.deepspeed.zero_optimization.stage == 3:
+        raise UserError("finetune.ema: ZeRO stage 3 leaves no rank whole weights to average; take stage 2, or null")
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=config.ema).to(device)
+
+
+def run(job: Job) -> dict[str, Any] | None:
+    """None where the run was stopped before its end."""
+    stop = StopRequest()
+    loop = set_up(job, job.args.resume)
+    stop.listen()
+    with loop.log or nullcontext():
+        if loop.log:
+            loop.log.say(_describe(loop))
+        for fed in feed(
+            loop.train_loader, loop.share.accumulation, job.ranks.device, partial(loop.begin_agreement, stop)
+        ):
+            samples = loop.agree(fed)
+            if samples is None:
+                break
+            losses, grad_norm = loop.take_step(fed, samples)
+            loop.log_step(losses, grad_norm)
+            if loop.step < loop.schedule.total_steps and loop.schedule.due(loop.step, loop.config.eval_every):
+                loop.evaluate()
+            loop.save_if_due()
+        loop.finish(stop)
+        if loop.step < loop.schedule.total_steps:
+            return None
+        result = loop.evaluate()
+    _save_classifier(loop)
+    return result | {
+        "classes": len(loop.model.config.classes),
+        "steps": loop.step,
+        "train_samples": loop.schedule.samples,
+        "val_samples": loop.val.samples,
+        "skipped": loop.bad.bad,
+    }
+
+
+def _save_classifier(loop: FineTuning) -> None:
+    """Write the trained classifier into the run's folder."""
+    state = loop.engine.state()
+
+    def write() -> None:
+        assert state is not None
+        whole = loop.complete(state)
+        kind = "model/" if loop.average is None else "ema/"
+        weights = {name.removeprefix(kind): t for name, t in whole.items() if name.startswith(kind)}
+        loop.model.save_pretrained(loop.run.dir, weights)
+
+    loop.ranks.on_main(write)
+
+
+def _describe(loop: FineTuning) -> str:
+    """The line a run begins with."""
+    config, ranks = loop.config, loop.ranks
+    deepspeed = config.deepspeed
+    kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in loop.model.parameters())
+    return (
+        f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, {kind}, "
+        f"optimiser: {loop.engine.optimizer_name}, {loop.schedule.samples:,} samples, batch {config.global_batch}, "
+        f"steps {loop.step} to {loop.schedule.total_steps}"
+    )
