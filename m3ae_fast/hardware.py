@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import torch
 
-from m3ae_fast.config import LoopConfig
+from m3ae_fast.config import TransformerLoopConfig
 
-L = TypeVar("L", bound=LoopConfig)
+L = TypeVar("L", bound=TransformerLoopConfig)
 
 # dense bf16 tensor-core peaks from NVIDIA's and AMD's data sheets, FLOP/s
 _BF16_PEAKS = {

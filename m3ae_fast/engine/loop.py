@@ -62,6 +62,11 @@ class Loop:
     def after_save(self, state: State) -> None:
         """What else is written with a checkpoint, on the main rank."""
 
+    def remedy(self) -> str:
+        """Settings that may help where a loss is not finite."""
+        section = self.schedule.optim.SECTION
+        return f"a lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.loop.SECTION}.precision=fp32"
+
     def seed_step(self) -> None:
         """Make what the next step draws depend on the seed, the step and the rank alone."""
         torch.manual_seed(hash64(self.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
@@ -140,10 +145,9 @@ class Loop:
         """Raises UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
         for found in self.ranks.gather(self.watch.first_bad()):
             if found:
-                section = self.schedule.optim.SECTION
                 raise UserError(
-                    f"{found}. The last good checkpoint is intact: look at these samples, or go on from it with a "
-                    f"lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.loop.SECTION}.precision=fp32"
+                    f"{found}. The last good checkpoint is intact: look at these samples, or go on from it with "
+                    f"{self.remedy()}"
                 )
 
     def _begin(self) -> None:

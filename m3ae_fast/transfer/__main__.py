@@ -37,6 +37,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features"),
+    "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
 }
 
@@ -68,6 +69,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set knn.k=10"
         )
+        if name == "linear":
+            command.add_argument(
+                "--cache-features",
+                action="store_true",
+                help="encode every sample once, without augmentation: takes seconds instead of hours",
+            )
         if task.resumes:
             command.add_argument(
                 "--resume",

@@ -68,6 +68,12 @@ class Job:
         """Pooled features of all samples. Raises UserError as `encode_corpus` does."""
         return encode_corpus(self.model, corpus, self.config.data, self.config.encode, self.ranks, title=title)
 
+    def encode_labelled(self) -> tuple[Features, Features, Classes]:
+        """Features of training and validation samples that have a class, and the classes by id. Raises UserError as
+        `open_labelled` and `encode_corpus` do."""
+        train, val, classes = self.open_labelled()
+        return self.encode(train, "encoding train"), self.encode(val, "encoding val"), classes
+
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.ranks.is_main:
