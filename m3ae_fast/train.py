@@ -28,6 +28,7 @@ from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import settle_precision
+from m3ae_fast.transfer.curve import TransferCurve
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -80,12 +81,15 @@ def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> i
     stop = StopRequest()
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         run = Run.set_up(config, resume, ranks, folder)
+        curve = TransferCurve.of(run)
         stop.listen()
         trace_dir = config.run.dir if profile and ranks.is_main else None
         with run.log or nullcontext(), profiler(trace_dir) as trace:
             run.announce()
             if run.step == 0:
                 run.evaluate()
+                if curve:
+                    curve.log(run)
             for fed in feed(run.train_loader, run.share.accumulation, ranks.device, partial(run.begin_agreement, stop)):
                 counts = run.agree(fed)
                 if counts is None:
@@ -93,6 +97,8 @@ def train(config: Config, resume: str, ranks: Ranks, profile: bool = False) -> i
                 losses, grad_norm = run.take_step(fed, counts)
                 run.log_step(losses, grad_norm)
                 run.evaluate()
+                if curve:
+                    curve.log(run)
                 run.save_if_due()
                 if trace:
                     trace.step()
