@@ -33,11 +33,13 @@ class Task(NamedTuple):
     about: str
     trains: bool = True  # has --train and --labels
     resumes: bool = False  # has --resume
+    modality: str | None = None  # the only one it takes
 
 
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features"),
     "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
+    "retrieval": Task("find a picture's caption and a caption's picture", trains=False, modality="paired"),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
 }
 
@@ -61,9 +63,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help="held-out samples, likewise")
         command.add_argument(
             "--modality",
-            choices=("image", "text", "paired"),
-            default="image",
-            help="what the encoder sees of a sample (default: image)",
+            choices=(task.modality,) if task.modality else ("image", "text", "paired"),
+            default=task.modality or "image",
+            help=f"what the encoder sees of a sample (default: {task.modality or 'image'})",
         )
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
         command.add_argument(
