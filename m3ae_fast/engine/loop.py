@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import BadSamples, Share
@@ -41,7 +40,7 @@ class Loop:
     share: Share
     schedule: Schedule
     engine: Engine
-    train_loader: DataLoader[PackedBatch]
+    train_loader: Iterable[Any]  # PackedBatches, or what else the engine takes
     watch: LossWatch
     bad: BadSamples
     start: int

@@ -39,6 +39,7 @@ class Task(NamedTuple):
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features"),
     "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
+    "ood": Task("tell samples of other data from held-out ones by frozen features"),
     "retrieval": Task("find a picture's caption and a caption's picture", trains=False, modality="paired"),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
 }
@@ -71,6 +72,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set knn.k=10"
         )
+        if name == "ood":
+            command.add_argument("--ood", nargs="+", required=True, metavar="SHARDS", help="samples of other data")
         if name == "linear":
             command.add_argument(
                 "--cache-features",

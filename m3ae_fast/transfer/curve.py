@@ -11,6 +11,7 @@ from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.engine.run import Run
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.transfer.knn import knn_scores
 from m3ae_fast.transfer.metrics import accuracies
 
@@ -51,9 +52,11 @@ class TransferCurve:
         if run.step != 0 and not run.schedule.due(run.step, self.config.every):
             return
         run.stop_if_not_finite()
+        model = run.engine.model
+        assert isinstance(model, M3AE)
         encode = EncodeConfig(pool=self.config.pool, precision=run.config.train.precision)
         bank, queries = (
-            encode_corpus(run.engine.model, corpus, run.config.data, encode, run.ranks, title=title)
+            encode_corpus(model, corpus, run.config.data, encode, run.ranks, title=title)
             for corpus, title in ((self.train, "k-NN: train"), (self.val, "k-NN: val"))
         )
         assert bank.labels_N is not None and queries.labels_N is not None
