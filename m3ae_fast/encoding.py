@@ -22,6 +22,7 @@ from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, Skipped, eval_loader
 from m3ae_fast.data.crops import centre_crop
 from m3ae_fast.data.images import pixels_of
+from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision
@@ -55,6 +56,7 @@ def encode_corpus(
     *,
     title: str = "encoding",
     patches: bool = False,
+    pulse: Pulse | None = None,
 ) -> Features:
     """Pooled features of the central square and the caption of every sample, whole on every rank.
 
@@ -65,12 +67,14 @@ def encode_corpus(
         config: pooling, batch and precision.
         title: of the progress bar.
         patches: keep the features of all patches too.
+        pulse: is told of each batch.
 
     Raises:
         UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.
     """
-    batches = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
-    shown = track(batches, title, len(batches), show=ranks.is_main)
+    loader = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
+    batches = pulse.watch(loader, title) if pulse else loader
+    shown = track(batches, title, len(loader), show=ranks.is_main)
     with encoding(model, config.precision, ranks.device):
         encode = partial(_pool_and_patches if patches else _pool, model, pool=config.pool)
         own = [
@@ -158,9 +162,10 @@ def _pool(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Ten
 
 def _pool_and_patches(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Tensor, Tensor]:
     rows_TD = model.forward_encoder(batch)
-    cls_S = batch.encoder.cu_seqlens[:-1].long()
+    samples = len(batch.keys)  # segments of padding come after them
+    cls_S = batch.encoder.cu_seqlens[:samples].long()
     patches_L = torch.arange(1, 1 + model.config.patches_per_image, device=rows_TD.device)
-    pooled_SD = rows_TD[cls_S].float() if pool == "cls" else mean_of_tokens(rows_TD, batch.encoder)
+    pooled_SD = rows_TD[cls_S].float() if pool == "cls" else mean_of_tokens(rows_TD, batch.encoder)[:samples]
     return pooled_SD, rows_TD[cls_S[:, None] + patches_L].half()
 
 

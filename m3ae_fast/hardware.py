@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from m3ae_fast.config import LoopConfig
+    from m3ae_fast.config import TransformerLoopConfig
 
-L = TypeVar("L", bound="LoopConfig")
+L = TypeVar("L", bound="TransformerLoopConfig")
 
 
 class Peaks(NamedTuple):

@@ -36,6 +36,7 @@ from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import settle_precision
+from m3ae_fast.transfer.curve import TransferCurve
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -112,12 +113,15 @@ def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequ
     """Train to the end, or until somebody asks to stop. Returns the exit code."""
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         run = Run.set_up(config, args.resume, ranks, folder, pulse, args.resume_with_changes)
+        curve = TransferCurve.of(run)
         stop.listen()
         trace_dir = config.run.dir if args.profile and ranks.is_main else None
         with run.log or nullcontext(), run.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
             run.announce()
             if run.step == 0:
                 run.evaluate(stop)
+                if curve:
+                    curve.log(run, stop)
             for fed in feed(run.batches(), run.share.accumulation, ranks.device, partial(run.begin_agreement, stop)):
                 counts = run.agree(fed)
                 if counts is None:
@@ -125,6 +129,8 @@ def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequ
                 losses, grad_norm = run.take_step(fed, counts)
                 run.log_step(losses, grad_norm)
                 run.evaluate(stop)
+                if curve:
+                    curve.log(run, stop)
                 run.save_if_due()
                 garbage.after_step(run.step)
                 if trace:

@@ -232,8 +232,8 @@ class DataConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """AdamW with linear warm-up and cosine decay."""
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine decay."""
 
     SECTION: ClassVar[str] = "optim"  # for messages
 
@@ -245,6 +245,15 @@ class OptimConfig(Section):
     """Learning rate after the last step; multiplied likewise."""
     warmup_epochs: float = Field(5, ge=0, le=1e6)
     """Length of the warm-up; at most the whole run."""
+
+    def lr_factor(self, global_batch: int) -> float:
+        """What learning rates are multiplied by."""
+        return global_batch / 256
+
+
+class OptimConfig(ScheduleConfig):
+    """AdamW with linear warm-up and cosine decay."""
+
     weight_decay: float = Field(0.05, ge=0)
     """Of matmul weights and, as in the official code, LayerNorm scales."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -253,10 +262,6 @@ class OptimConfig(Section):
     """Adam's epsilon."""
     clip_grad: float | None = Field(None, gt=0)
     """Largest global gradient norm; null: any."""
-
-    def lr_factor(self, global_batch: int) -> float:
-        """What learning rates are multiplied by."""
-        return global_batch / 256
 
 
 class LoopConfig(Section):
@@ -272,14 +277,6 @@ class LoopConfig(Section):
     """Length of the run; or give `steps`."""
     steps: Count | None = None
     """Length of the run in optimiser steps; or give `epochs`."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the hardware multiplies it faster."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights, kept beside them, such as 0.9999; null: none."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more time."""
-    compile: bool = False
-    """torch.compile of the transformer blocks."""
     log_every: Count = 10
     """Steps between log lines."""
     eval_every: Count | None = None
@@ -296,13 +293,52 @@ class LoopConfig(Section):
         return self
 
 
-class TrainConfig(LoopConfig):
+class TransformerLoopConfig(LoopConfig):
+    """A loop that trains a transformer."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 where the hardware multiplies it faster."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of a moving average of the weights, kept beside them, such as 0.9999; null: none."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile of the transformer blocks."""
+
+
+class KnnConfig(Section):
+    """k-nearest-neighbour classification of frozen features."""
+
+    k: int = Field(20, gt=0)
+    """Neighbours that vote."""
+    temperature: float = Field(0.07, gt=0)
+    """A neighbour's vote is exp(cosine similarity / temperature)."""
+
+
+class KnnProbeConfig(KnnConfig):
+    """k-NN accuracy on labelled samples while the model trains."""
+
+    train: list[SourceConfig] = Field(min_length=1)
+    """Sources of the samples that vote."""
+    val: list[SourceConfig] = Field(min_length=1)
+    """Sources of the samples to classify."""
+    labels: str = "cls"
+    """Where labels are: `cls`, or `json.FIELD`."""
+    pool: Literal["mean", "cls"] = "mean"
+    """What features are: the mean over all tokens but cls, or the cls token."""
+    every: Count | None = None
+    """Steps between probes; null: at the start and the end alone."""
+
+
+class TrainConfig(TransformerLoopConfig):
     """The loop."""
 
     eval_samples: Count = 1024
     """Held-out samples of an evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
     """Samples in reconstructions.png, which is drawn with every checkpoint."""
+    probe: KnnProbeConfig | None = None
+    """Logs `val_knn_top1`; null: nothing."""
 
 
 class OffloadConfig(Section):

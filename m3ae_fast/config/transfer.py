@@ -13,11 +13,14 @@ from m3ae_fast.config.schema import (
     Count,
     DataConfig,
     DeepSpeedConfig,
+    KnnConfig,
     LoopConfig,
     OptimConfig,
     Rate,
     RunConfig,
+    ScheduleConfig,
     Section,
+    TransformerLoopConfig,
 )
 
 CorruptionKind = Literal[
@@ -47,16 +50,35 @@ class EncodeConfig(Section):
     """`auto`: bf16 where the hardware multiplies it faster."""
 
 
-class KnnConfig(Section):
-    """k-nearest-neighbour classification of frozen features."""
+class ProbeConfig(LoopConfig, ScheduleConfig):
+    """A linear classifier on frozen features, trained by LARS.
 
-    k: int = Field(20, gt=0)
-    """Neighbours that vote."""
-    temperature: float = Field(0.07, gt=0)
-    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    The defaults are the official recipe's for ImageNet, but for `encode.pool`, which is `cls` there. Small sets need a
+    higher `peak_lr`: LARS moves a weight by a share of its size that adds up with the samples seen.
+    """
+
+    SECTION: ClassVar[str] = "probe"
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Of the linear layer, its bias included."""
+    momentum: Beta = 0.9
+    """LARS's."""
+    global_batch: Batch = 2048
+    """Samples per optimiser step, over all ranks."""
+    micro_batch: Batch | None = 64
+    """Most samples per rank and forward pass; the largest divisor that fits is taken."""
+    peak_lr: float = Field(0.1, gt=0)
+    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
+    warmup_epochs: float = Field(10, ge=0, le=1e6)
+    """Length of the warm-up; at most the whole run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, data: Any) -> Any:
+        return {"epochs": 90} | data if isinstance(data, dict) and "steps" not in data else data
 
 
-class FineTuneConfig(LoopConfig, OptimConfig):
+class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Fine-tuning of the encoder with a classification head.
 
     The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch.
@@ -133,6 +155,7 @@ class TransferConfig(Section):
     data: DataConfig
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
+    probe: ProbeConfig = ProbeConfig()
     finetune: FineTuneConfig = FineTuneConfig()
     robustness: RobustnessConfig = RobustnessConfig()
 

@@ -97,6 +97,10 @@ class IndexedShard:
             reason = " ".join(str(error).split())[:200]
             raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
+    def again(self, store: ShardStore) -> IndexedShard:
+        """See `index_again`."""
+        return index_again(self, store)
+
 
 class Unreadable(UserError):
     """A shard that cannot be read or fetched."""

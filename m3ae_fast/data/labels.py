@@ -32,10 +32,14 @@ Classes = Sequence[Label]  # by id
 class _Part(IndexedShard):
     """Some samples of a shard."""
 
+    whole: IndexedShard
     rows: np.ndarray  # int64
 
     def table(self) -> np.ndarray:
-        return super().table()[self.rows]
+        return self.whole.table()[self.rows]
+
+    def again(self, store: ShardStore) -> IndexedShard:
+        return replace(self, whole=self.whole.again(store))
 
 
 def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
@@ -145,7 +149,7 @@ def _choose(source: Source, ids: np.ndarray) -> Source:
         start += shard.summary.samples
         if len(rows):
             summary = replace(shard.summary, samples=len(rows))
-            shards.append(_Part(shard.shard, summary, shard.sidecar, rows))
+            shards.append(_Part(shard.shard, summary, shard.sidecar, shard, rows))
             modalities.append(modality)
     return replace(source, shards=shards, modalities=modalities, labels=ids[ids != LEFT_OUT])
 

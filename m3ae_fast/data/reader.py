@@ -11,7 +11,7 @@ import numpy as np
 
 from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.corpus import Source
-from m3ae_fast.data.index import MISSING, IndexedShard, caption_of, index_again, printable
+from m3ae_fast.data.index import MISSING, IndexedShard, caption_of, printable
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 
@@ -115,7 +115,7 @@ class Reader:
         try:
             table = indexed.table()
         except OSError:
-            table = index_again(indexed, self.store).table()
+            table = indexed.again(self.store).table()
         return _Open(os.open(path, os.O_RDONLY | os.O_CLOEXEC), table)
 
     def __reduce__(self):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from m3ae_fast.config import Config, DeepSpeedConfig, LoopConfig, OptimConfig
+from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.optimizer import parameter_groups
 from m3ae_fast.engine.ranks import Ranks
@@ -30,7 +30,7 @@ def make_engine(
     model: nn.Module,
     groups: list[dict],
     transformers: Sequence[Transformer],
-    loop: LoopConfig,
+    loop: TransformerLoopConfig,
     optim: OptimConfig,
     deepspeed: DeepSpeedConfig | None,
     ranks: Ranks,

@@ -64,9 +64,9 @@ def saved_steps(run_dir: Path) -> list[Path]:
     return sorted((p for p in whole if step_of(p) >= 0), key=step_of)
 
 
-def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, *, section: str = "optim") -> Path:
-    """Write a checkpoint beside the others and only then give it its name; then `prune`. `section` of the config is
-    where the optimiser is set.
+def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, remedy: str = "a lower optim.peak_lr") -> Path:
+    """Write a checkpoint beside the others and only then give it its name; then `prune`. `remedy`: settings that may
+    help where a tensor is not finite.
 
     Raises:
         UserError: a tensor is not finite, or the disk refuses; the earlier checkpoints are as they were.
@@ -78,7 +78,7 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, *, sect
         if not tensor.isfinite().all():
             raise UserError(
                 f"checkpoint {target}: not written, since {name} is not finite; the earlier ones are intact: "
-                f"lower {section}.peak_lr, or set {section}.clip_grad"
+                f"go on with {remedy}"
             )
     partial = folder(run_dir) / f".writing-{info.step:08d}-{os.getpid()}"
     try:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import EMA, MOMENTS, build_adamw, collect, name_of, prime, set_lr, track_ema
+from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
@@ -64,7 +64,7 @@ class DeepSpeedEngine:
         model.to(ranks.device)
         optimizer = build_adamw(groups, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
-        self.kinds: tuple[str, ...] = MOMENTS if ema is None else (*MOMENTS, EMA)
+        self.kinds = state_kinds(ema)
         if ema is not None:
             track_ema(optimizer, ema)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)

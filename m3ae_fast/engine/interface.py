@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from m3ae_fast.model.batch import PackedBatch
 
-# "model/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and, with train.ema, "ema/NAME" -> float32 on the CPU
+# "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq" and, with train.ema, "ema"
+# -> on the CPU, float32
 State = dict[str, Tensor]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import BadSamples, Share
@@ -20,7 +19,6 @@ from m3ae_fast.engine.cautions import MemoryGrowth
 from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import Engine, State
 from m3ae_fast.engine.loss_watch import LossWatch
-from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run_folder import RunFolder
@@ -46,7 +44,7 @@ class Loop:
     share: Share
     schedule: Schedule
     engine: Engine
-    train_loader: DataLoader[PackedBatch]
+    train_loader: Iterable[Any]  # PackedBatches, or what else the engine takes
     watch: LossWatch
     bad: BadSamples
     stream: dict[str, str]  # fingerprint of the data
@@ -75,6 +73,11 @@ class Loop:
     def with_targets(self, batch: PackedBatch) -> PackedBatch:
         """A batch on the device, with the targets that it still lacks."""
         return batch
+
+    def remedy(self) -> str:
+        """Settings that may help where a loss or a weight is not finite."""
+        section = self.schedule.optim.SECTION
+        return f"a lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.loop.SECTION}.precision=fp32"
 
     def seed_step(self) -> None:
         """Make what the next step draws depend on the seed, the step and the rank alone."""
@@ -150,7 +153,7 @@ class Loop:
             assert self.folder and self.log and state is not None
             self.folder.keep()
             whole = self.complete(state)
-            path = checkpoint.save(self.run.dir, whole, info, self.loop.keep, section=self.schedule.optim.SECTION)
+            path = checkpoint.save(self.run.dir, whole, info, self.loop.keep, self.remedy())
             self.log.say(f"saved {path}")
             if proven:
                 self._mark_good(step, "the losses of an evaluation are finite")
@@ -201,11 +204,8 @@ class Loop:
             self._has_proven()
         if bad:
             step, text = min(bad)
-            section, advice = self.schedule.optim.SECTION, self.ranks.told(lambda: resuming.judge(self.run.dir, step))
-            raise UserError(
-                f"{text}. {advice}: look at these samples, or go on with a lower {section}.peak_lr, "
-                f"{section}.clip_grad=1.0, or {self.loop.SECTION}.precision=fp32"
-            )
+            advice = self.ranks.told(lambda: resuming.judge(self.run.dir, step))
+            raise UserError(f"{text}. {advice}: look at these samples, or go on with {self.remedy()}")
 
     def _begin(self) -> None:
         """Now that there is a step to take, put away what an earlier attempt left beyond it."""
@@ -233,6 +233,6 @@ def restore(
         UserError: the checkpoint is damaged or of another run.
     """
     resuming.check_same(path, ranks.told(lambda: checkpoint.read_info(path)), sections, same)
-    step, read = resuming.open_checkpoint(path, engine.model, ranks, ema=EMA in engine.kinds)
+    step, read = resuming.open_checkpoint(path, engine.model, ranks, engine.kinds)
     engine.load_state(step, read)
     return step, read

@@ -19,6 +19,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 
 
+def state_kinds(ema: float | None) -> tuple[str, ...]:
+    """What the optimiser's state has of each parameter; `ema`: decay of the weights' moving average, None: none."""
+    return MOMENTS if ema is None else (*MOMENTS, EMA)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay touches matmul weights and, as in the official code, LayerNorm scales; not biases and embeddings."""
     decayed: list[nn.Parameter] = []

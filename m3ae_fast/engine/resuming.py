@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +103,18 @@ def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: 
 
 
 def open_checkpoint(
-    path: Path, model: nn.Module, ranks: Ranks, *, ema: bool = False
+    path: Path, model: nn.Module, ranks: Ranks, kinds: Sequence[str] = MOMENTS
 ) -> tuple[int, Callable[[str], Tensor]]:
     """A checkpoint of `model` to go on from: its step, and a reader of its tensors for every rank in the same order.
 
-    `ema`: the run keeps an average of its weights, which may begin here. Every rank must call it. Raises UserError
-    where the checkpoint is damaged, or a tensor of it does not fit the model.
+    `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
+    call it. Raises UserError where the checkpoint is damaged, or a tensor of it does not fit the model.
     """
     info = ranks.told(lambda: checkpoint.read_info(path))
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
-    kinds = ("model", *MOMENTS, *((EMA,) if ema and had_ema else ()))
+    saved = ("model", *(kind for kind in kinds if kind != EMA or had_ema))
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-    wanted = {f"{kind}/{name}": shape for kind in kinds for name, shape in shapes.items()}
+    wanted = {f"{kind}/{name}": shape for kind in saved for name, shape in shapes.items()}
 
     def open_checked() -> Callable[[str], Tensor]:
         read = checkpoint.open_state(path)

@@ -22,6 +22,7 @@ from m3ae_fast.engine.initial_weights import constants, start_from
 from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.loop import Loop
 from m3ae_fast.engine.loss_watch import LossWatch
+from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run_folder import RunFolder
@@ -87,7 +88,7 @@ class Run(Loop):
         model = M3AE(config.model, config.loss)
         started, step, read = "", 0, None
         if found:
-            step, read = resuming.open_checkpoint(found, model, ranks, ema=cfg.ema is not None)
+            step, read = resuming.open_checkpoint(found, model, ranks, state_kinds(cfg.ema))
         elif config.model.init_from:
             started = start_from(model, config.model.init_from, ranks)
         fixed = constants(model, read)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from m3ae_fast.config import LoopConfig, OptimConfig
+from m3ae_fast.config import LoopConfig, ScheduleConfig
 from m3ae_fast.errors import UserError
 
 
-def learning_rate(step: int, config: OptimConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
+def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
     """Learning rate of 0-based `step`: linear warm-up, then a cosine (optax.warmup_cosine_decay_schedule)."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
@@ -41,7 +41,7 @@ class Schedule:
     """Steps of a run over a corpus of `samples`."""
 
     train: LoopConfig
-    optim: OptimConfig
+    optim: ScheduleConfig
     samples: int  # per epoch
 
     @property

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import (
-    EMA,
-    MOMENTS,
     build_adamw,
     clip_by_global_norm,
     collect,
     name_of,
     prime,
     set_lr,
+    state_kinds,
     track_ema,
 )
 from m3ae_fast.engine.ranks import Ranks
@@ -43,7 +42,7 @@ class TorchEngine:
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
         self.optimizer = build_adamw(groups, optim)
         self.optimizer_name = name_of(self.optimizer)
-        self.kinds: tuple[str, ...] = MOMENTS if ema is None else (*MOMENTS, EMA)
+        self.kinds = state_kinds(ema)
         if ema is not None:
             track_ema(self.optimizer, ema)
         self.ddp: nn.parallel.DistributedDataParallel | None = None

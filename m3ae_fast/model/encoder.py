@@ -102,11 +102,12 @@ class MultimodalEncoder(nn.Module):
             batch: on the model's device.
             pool: "mean" of all rows but cls (0 where there is no other), or the row of "cls".
         """
+        samples = len(batch.keys)  # segments of padding come after them
         if pool == "mean":
-            return mean_of_tokens(self.forward_encoder(batch), batch.encoder)
-        cls_rows_S = batch.encoder.cu_seqlens[:-1]
-        cls_SD = self.encoder.norm(self.encoder(self._input(batch), batch.encoder, cls_rows_S, only_cls(batch.encoder)))
-        return cls_SD.to(torch.promote_types(cls_SD.dtype, torch.float32))
+            return mean_of_tokens(self.forward_encoder(batch), batch.encoder)[:samples]
+        cls_rows = batch.encoder.cu_seqlens[:-1]
+        cls = self.encoder.norm(self.encoder(self._input(batch), batch.encoder, cls_rows, only_cls(batch.encoder)))
+        return cls[:samples].to(torch.promote_types(cls.dtype, torch.float32))
 
     def _input(self, batch: PackedBatch) -> Tensor:
         return self.encoder_input(self.patch_embed(batch.images, batch.patch_ids), batch)

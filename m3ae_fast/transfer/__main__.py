@@ -38,12 +38,16 @@ class Task(NamedTuple):
     trains: bool = True  # has --train and --labels
     resumes: bool = False  # has --resume
     classifies: bool = False  # MODEL is a classifier; has --labels
+    modality: str | None = None  # the only one it takes
 
 
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features"),
+    "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
     "robustness": Task("accuracy of a classifier on attacked and on corrupted pictures", trains=False, classifies=True),
+    "ood": Task("tell samples of other data from held-out ones by frozen features"),
+    "retrieval": Task("find a picture's caption and a caption's picture", trains=False, modality="paired"),
 }
 
 
@@ -68,14 +72,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not task.classifies:
             command.add_argument(
                 "--modality",
-                choices=("image", "text", "paired"),
-                default="image",
-                help="what the encoder sees of a sample (default: image)",
+                choices=(task.modality,) if task.modality else ("image", "text", "paired"),
+                default=task.modality or "image",
+                help=f"what the encoder sees of a sample (default: {task.modality or 'image'})",
             )
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set knn.k=10"
         )
+        if name == "ood":
+            command.add_argument("--ood", nargs="+", required=True, metavar="SHARDS", help="samples of other data")
+        if name == "linear":
+            command.add_argument(
+                "--cache-features",
+                action="store_true",
+                help="encode every sample once, without augmentation: takes seconds instead of hours",
+            )
         if task.resumes:
             command.add_argument(
                 "--resume",

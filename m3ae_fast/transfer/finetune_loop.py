@@ -5,11 +5,10 @@ Shapes: S samples, K classes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +21,11 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.encoding import check_skipped
 from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.loop import Loop
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
+from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop
 from m3ae_fast.transfer.metrics import accuracies
-
-
-class ClassLosses(NamedTuple):
-    """0-d float32 tensors; `loss` is what to differentiate."""
-
-    loss: Tensor
-    accuracy: Tensor  # by the likeliest class of the mixed labels
 
 
 class TrainableClassifier(Classifier):
@@ -54,7 +46,7 @@ class TrainableClassifier(Classifier):
 
 
 @dataclass(kw_only=True)
-class FineTuning(Loop):
+class FineTuning(LabelledLoop):
     """A fine-tuning run."""
 
     config: FineTuneConfig
@@ -63,33 +55,6 @@ class FineTuning(Loop):
     val_loader: DataLoader[PackedBatch]
     max_bad_fraction: float
     average: Any  # None, or timm's ModelEmaV3
-    seen: float = 0.0  # samples since `since`
-    waited: float = 0.0  # seconds, likewise
-    since: float = field(default_factory=time.perf_counter)
-
-    def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
-        return sum(len(batch.keys) for batch in batches), sum(len(batch.skipped) for batch in batches)
-
-    def agree(self, fed: Fed) -> float | None:
-        """Samples of the next step, per rank; None where a rank asks to stop or has failed.
-
-        Raises:
-            UserError: too many samples cannot be used.
-        """
-        sums = self.agreed(fed)
-        if sums is None:
-            return None
-        samples, skipped = sums
-        self.bad.count(int(samples + skipped), int(skipped))
-        self.seen += samples
-        self.waited += fed.waited
-        return max(samples, 1.0) / self.ranks.world
-
-    def rates(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.since
-        rates = {"samples_per_s": self.seen / seconds, "data_wait": self.waited / seconds}
-        self.seen, self.waited, self.since = 0.0, 0.0, time.perf_counter()
-        return rates
 
     def seed_step(self) -> None:
         super().seed_step()
@@ -140,6 +105,6 @@ class FineTuning(Loop):
         if self.average is None:
             yield self.engine.evaluate
             return
-        bf16 = self.loop.precision == "bf16"
+        bf16 = self.config.precision == "bf16"
         with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
             yield self.average.module

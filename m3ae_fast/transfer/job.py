@@ -69,7 +69,14 @@ class Job:
 
     def encode(self, corpus: Corpus, title: str) -> Features:
         """Pooled features of all samples. Raises UserError as `encode_corpus` does."""
-        return encode_corpus(self.model, corpus, self.config.data, self.config.encode, self.ranks, title=title)
+        data, config = self.config.data, self.config.encode
+        return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse)
+
+    def encode_labelled(self) -> tuple[Features, Features, Classes]:
+        """Features of training and validation samples that have a class, and the classes by id. Raises UserError as
+        `open_labelled` and `encode_corpus` do."""
+        train, val, classes = self.open_labelled()
+        return self.encode(train, "encoding train"), self.encode(val, "encoding val"), classes
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""

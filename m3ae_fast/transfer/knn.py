@@ -47,8 +47,7 @@ def knn_scores(
 
 
 def run(job: Job) -> dict[str, Any]:
-    train, val, classes = job.open_labelled()
-    bank, queries = job.encode(train, "encoding train"), job.encode(val, "encoding val")
+    bank, queries, classes = job.encode_labelled()
     config = job.config.knn
     assert bank.labels_N is not None and queries.labels_N is not None
     scores_MC = knn_scores(

@@ -7,6 +7,11 @@ from m3ae_fast.transfer.__main__ import main
 from tests.helpers.labelled import labelled_tar, tiny_run
 
 
+def settings(*overrides):
+    """--set options."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A run folder."""

@@ -11,6 +11,7 @@ from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.transfer.models import load_model
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar
@@ -38,6 +39,17 @@ def test_features_are_pooled_from_the_representation(model, pool):
         found = model.encode(**given, pool=pool, batch=2, precision="fp32")
         torch.testing.assert_close(found, pooled, rtol=1e-5, atol=1e-5)
         assert not found.requires_grad
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
+    samples = [
+        Sample(str(i), image=x, image_mask=torch.zeros(model.config.patches_per_image, dtype=torch.bool))
+        for i, x in enumerate(images(5))
+    ]
+    exact, filled = (pack(samples, model.geometry, repeat_shapes=repeat) for repeat in (False, True))
+    assert filled.encoder.rows > exact.encoder.rows
+    torch.testing.assert_close(model.pooled(filled, pool), model.pooled(exact, pool))
 
 
 def test_images_come_as_pil_or_tensors_of_any_size(model):

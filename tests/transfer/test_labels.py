@@ -39,6 +39,14 @@ def test_names_become_ids_in_sorted_order_and_minus_one_leaves_a_sample_out(open
     assert (names, whole.sources[0].labels.tolist()) == (["blue", "green", "red"], [0, 1, 2, 0])
 
 
+def test_samples_stay_left_out_where_a_damaged_index_is_made_anew(opened):
+    found, _ = label_corpus(opened((range(4), {1: -1}), (range(4, 8),)), "cls")
+    sidecar = found.sources[0].shards[0].sidecar
+    sidecar.write_bytes(sidecar.read_bytes()[:-1])
+    reader = Reader(found.sources[0], found.store)
+    assert [reader.key(*reader.find(i)) for i in range(3)] == ["00000", "00002", "00003"]
+
+
 def test_a_shard_without_a_labelled_sample_is_left_out(opened):
     found, _ = label_corpus(opened((range(3), {0: -1, 1: -1, 2: -1}), (range(3),)), "cls")
     assert found.sizes == [[3]]

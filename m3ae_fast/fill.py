@@ -1,0 +1,129 @@
+"""Fill in the masked words of a caption, and the missing patches of a picture.
+
+python -m m3ae_fast.fill runs/large photo.jpg "a [MASK] on the table"
+python -m m3ae_fast.fill runs/large photo.jpg "a cat on the table" --visible 0.25 --out completed.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.data.crops import centre_crop
+from m3ae_fast.data.images import decode_image
+from m3ae_fast.drawing import draw_reconstructions
+from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.masking import draw_mask
+from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.transfer.models import MODEL_HELP, load_model
+
+MASK = "[MASK]"
+
+
+class Guess(NamedTuple):
+    """A token for a masked place."""
+
+    token: str
+    probability: float
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m m3ae_fast.fill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="a picture file; its central square is taken")
+    parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="guesses per mask (default: 5)")
+    parser.add_argument(
+        "--visible", type=float, default=1.0, metavar="SHARE", help="share of the patches that are seen (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides which patches are seen")
+    parser.add_argument("--tokenizer", metavar="FILE", help="where the model has none with it, or another one")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw picture, what was seen, and completion")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: must be 1 or more")
+    if not 0 <= args.visible <= 1:
+        raise UserError(f"--visible {args.visible:g}: must be from 0 to 1")
+    if not args.out and MASK not in args.text:
+        raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed picture")
+    model = load_model(args.model, text=True, tokenizer=args.tokenizer).eval()
+    sample = make_sample(model, args.image, args.text, args.visible, args.seed)
+    for place, guesses in enumerate(fill_text(model, sample, args.top), 1):
+        shown = "  ".join(f"{guess.token} {guess.probability:.1%}" for guess in guesses)
+        print(f"{MASK} {place}: {shown}")
+    if args.out:
+        draw_reconstructions(model, [sample], model.tokenizer, args.out)
+        print(f"drew {args.out}")
+    return 0
+
+
+def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:
+    """A picture file and a caption with masks, as the model takes them.
+
+    Raises:
+        UserError: the file is no picture, or the caption is too long for one of its masks.
+    """
+    config = model.config
+    try:
+        pixels = decode_image(image.read_bytes(), config.channels)
+    except OSError as error:
+        raise UserError(f"{image}: cannot be read ({error.strerror or error})") from None
+    except BadSample as error:
+        raise UserError(f"{image}: {error}") from None
+    generator = torch.Generator().manual_seed(seed)
+    tokens, text_mask = _tokens(model, text)
+    return Sample(
+        str(image),
+        image=centre_crop(pixels, config.image_size),
+        image_mask=draw_mask(config.patches_per_image, 1 - visible, generator),
+        tokens=tokens,
+        text_mask=text_mask,
+    )
+
+
+def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
+    """Token ids, 0 where one is masked, and the mask. The parts between masks are cut into tokens by themselves, so no
+    tokenizer needs a mask token."""
+    assert model.tokenizer is not None
+    ids: list[int] = []
+    masked: list[bool] = []
+    for number, part in enumerate(text.split(MASK)):
+        own = model.tokenizer.encode(part).tolist()
+        ids += ([0] if number else []) + own
+        masked += ([True] if number else []) + [False] * len(own)
+    length = model.config.text_length
+    if any(masked[length:]):
+        raise UserError(f"the text has {len(ids)} tokens, and the model takes {length}: a {MASK} would be cut off")
+    return torch.tensor(ids[:length], dtype=torch.int64), torch.tensor(masked[:length], dtype=torch.bool)
+
+
+def fill_text(model: M3AE, sample: Sample, top: int = 5) -> list[list[Guess]]:
+    """For each masked token of a caption, in order, the `top` likeliest with their probabilities."""
+    assert sample.text_mask is not None and model.tokenizer is not None
+    geometry = replace(model.geometry, image_all_tokens=False, text_all_tokens=False)
+    device = model.encoder_input.cls_token.device
+    _, logits_WV = model.predict(pack([sample], geometry).to(device))
+    assert logits_WV is not None
+    best = logits_WV.float().softmax(-1).topk(min(top, logits_WV.shape[1]), dim=-1)
+    return [
+        [Guess(model.tokenizer.token(token), probability) for token, probability in zip(tokens, probabilities)]
+        for tokens, probabilities in zip(best.indices.tolist(), best.values.tolist())
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

@@ -1,0 +1,121 @@
+"""Steps of a linear probe: features of a frozen encoder in, one LARS update of the head out.
+
+Shapes: S samples, D encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
+from m3ae_fast.encoding import encoding
+from m3ae_fast.engine.interface import State
+from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.transfer.heads import LinearProbeHead
+from m3ae_fast.transfer.labelled_loop import ClassLosses
+from m3ae_fast.transfer.lars import LARS
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Samples whose features are known: stands where a PackedBatch stands otherwise."""
+
+    keys: list[str]
+    features_SD: Tensor
+    labels: Tensor  # int64 [S]
+    skipped: tuple = ()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> EncodedBatch:
+        features_SD, labels = (t.to(device, non_blocking=non_blocking) for t in (self.features_SD, self.labels))
+        return EncodedBatch(self.keys, features_SD, labels, self.skipped)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        self.features_SD.record_stream(stream)
+        self.labels.record_stream(stream)
+
+
+class ProbeEngine:
+    """See `engine.interface.Engine`; only the head is trained.
+
+    BatchNorm's statistics are those of a whole step, as in the official code. So every rank takes the same step, on
+    the features of all.
+
+    Args:
+        head: on the ranks' device.
+        config: momentum and weight decay.
+        ranks: every rank has an engine.
+        model: the frozen encoder; None: batches are EncodedBatches of whole steps, the same on every rank.
+        encode: how it encodes.
+    """
+
+    optimizer_name = "LARS"
+    kinds: tuple[str, ...] = ("momentum",)
+    model: nn.Module
+
+    def __init__(
+        self,
+        head: LinearProbeHead,
+        config: ProbeConfig,
+        ranks: Ranks,
+        model: MultimodalEncoder | None,
+        encode: EncodeConfig,
+    ) -> None:
+        self.model, self.ranks, self.frozen, self.encode = head, ranks, model, encode
+        self.lars = LARS(head.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
+        for p in head.parameters():
+            self.lars.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def step(self, batches: Sequence, counts: float, lr: float) -> tuple[list[ClassLosses], Tensor]:
+        features_SD, labels_S = self._gathered(batches)
+        self.model.train()
+        self.lars.zero_grad()
+        if len(labels_S) == 0:  # nothing could be read
+            zero = features_SD.new_zeros(())
+            return [ClassLosses(zero, zero)], zero
+        logits_SK = self.model(features_SD)
+        loss = F.cross_entropy(logits_SK, labels_S)
+        loss.backward()
+        accuracy = (logits_SK.argmax(1) == labels_S).float().mean()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        for group in self.lars.param_groups:
+            group["lr"] = lr
+        self.lars.step()
+        return [ClassLosses(loss.detach(), accuracy)], norm
+
+    def _gathered(self, batches: Sequence) -> tuple[Tensor, Tensor]:
+        """Features and labels of the whole step, in the order of the stream."""
+        labels = [batch.labels for batch in batches]
+        if self.frozen is None:
+            return torch.cat([batch.features_SD for batch in batches]), torch.cat(labels)
+        with encoding(self.frozen, self.encode.precision, self.ranks.device):
+            features = [self.frozen.pooled(batch, self.encode.pool) for batch in batches]
+        if self.ranks.world > 1:
+            own = [(part_SD.cpu(), part_S.cpu()) for part_SD, part_S in zip(features, labels)]
+            turns = [part for turn in zip(*self.ranks.gather(own)) for part in turn]
+            features, labels = ([t.to(self.ranks.device) for t in column] for column in zip(*turns))
+        return torch.cat(features), torch.cat(labels)
+
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        raise NotImplementedError("held-out features are encoded once, before the first step")
+
+    def state(self) -> State | None:
+        if not self.ranks.is_main:
+            return None
+        state = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        state |= {f"momentum/{name}": self._buffer(p) for name, p in self.model.named_parameters()}
+        return {name: t.detach().cpu().clone() for name, t in state.items()}
+
+    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
+        self.model.load_state_dict({name: get(f"model/{name}") for name in self.model.state_dict()})
+        for name, p in self.model.named_parameters():
+            self._buffer(p).copy_(get(f"momentum/{name}"))
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        return self.lars.state[p]["momentum_buffer"]

@@ -1,0 +1,66 @@
+"""Image-to-text and text-to-image retrieval by pooled features of each modality alone.
+
+M3AE is not trained to align the two: this measures how far they come to lie alike anyway.
+
+Shapes: N pairs, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.index import Modality
+from m3ae_fast.encoding import Features
+from m3ae_fast.errors import UserError
+from m3ae_fast.transfer.job import Job
+
+RANKS = (1, 5, 10)
+_AT_A_TIME = 512
+
+
+def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
+    """Share of the queries whose own candidate, the one of the same row, is among the k most alike (cosine), by k.
+
+    A tie counts as a miss: features that are all the same find nothing.
+    """
+    candidates_ND = F.normalize(candidates_ND, dim=1)
+    ranks = []
+    for start in range(0, len(queries_ND), _AT_A_TIME):
+        similarity_QN = F.normalize(queries_ND[start : start + _AT_A_TIME], dim=1) @ candidates_ND.T
+        own_Q1 = similarity_QN.diagonal(start)[:, None]
+        ranks.append((similarity_QN >= own_Q1).sum(1))  # 1 where no other is as alike
+    ranks_N = torch.cat(ranks)
+    return {k: (ranks_N <= k).double().mean().item() for k in RANKS}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Raises UserError where fewer than two pairs are there."""
+    pairs = job.open(job.config.data.val)
+    images, texts = (_encode(job, pairs, modality) for modality in ("image", "text"))
+    common = set(images.keys) & set(texts.keys)
+    if len(common) < 2:
+        raise UserError(f"{len(common)} samples of --val have a picture and a caption; retrieval needs two or more")
+    images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
+    result: dict[str, Any] = {}
+    for name, queries_ND, candidates_ND in (
+        ("image_to_text", images_ND, texts_ND),
+        ("text_to_image", texts_ND, images_ND),
+    ):
+        result |= {f"{name}_recall{k}": share for k, share in recalls(queries_ND, candidates_ND).items()}
+    chance = {f"chance_recall{k}": min(k / len(common), 1.0) for k in RANKS}
+    return result | chance | {"pairs": len(common), "skipped": pairs.samples - len(common)}
+
+
+def _encode(job: Job, pairs: Corpus, modality: Modality) -> Features:
+    sources = [replace(source, modalities=[modality] * len(source.shards)) for source in pairs.sources]
+    return job.encode(replace(pairs, sources=sources), f"encoding {modality}s")
+
+
+def _rows(features: Features, keys: set[str]) -> Tensor:
+    return features.features_ND[[row for row, key in enumerate(features.keys) if key in keys]]

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.fill import fill_text, main, make_sample
+from m3ae_fast.transfer.models import load_model
+from tests.helpers.labelled import coloured, tiny_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(coloured(0, "red"))
+    return path
+
+
+def test_each_mask_gets_its_likeliest_tokens(run, photo):
+    model = load_model(str(run), text=True).eval()
+    text = "a [MASK] house by the [MASK]"
+    guesses = fill_text(model, make_sample(model, photo, text, 1.0, 0), top=model.config.vocab_size)
+    assert [len(place) for place in guesses] == [2048, 2048]
+    for place in guesses:
+        shares = [guess.probability for guess in place]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_model_that_knows_a_word_says_it(run, photo):
+    model = load_model(str(run), text=True).eval()
+    (wanted,) = model.tokenizer.encode("house").tolist()
+    with torch.no_grad():
+        model.text_head.bias[wanted] += 100
+    sample = make_sample(model, photo, "a red[MASK]here", 1.0, 0)
+    assert sample.text_mask.tolist().index(True) == len(model.tokenizer.encode("a red"))
+    (place,) = fill_text(model, sample, top=2)
+    assert (place[0].token, round(place[0].probability, 6)) == ("house", 1.0)
+
+
+def test_the_command_prints_guesses_and_draws_a_completion(run, photo, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert main([str(run), str(photo), "a [MASK] cat", "--visible", "0.25", "--top", "3", "--out", str(out)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("[MASK] 1: ") and first.count("%") == 3
+    assert second == f"drew {out}"
+    assert Image.open(out).width > 480
+    model = load_model(str(run), text=True)
+    assert make_sample(model, photo, "", 0.25, 0).image_mask.float().mean() == 0.75
+
+
+def test_mistakes_are_one_line(run, photo, tmp_path):
+    for options, message in (
+        ([str(photo), "a cat"], r"nothing to fill: write .MASK. in the text"),
+        ([str(photo), "a [MASK]", "--visible", "2"], "must be from 0 to 1"),
+        ([str(photo), "a [MASK]", "--top", "0"], "must be 1 or more"),
+        ([str(tmp_path / "no.png"), "a [MASK]"], "cannot be read"),
+        ([__file__, "a [MASK]"], "not a picture"),
+        ([str(photo), "red " * 20 + "[MASK]"], "would be cut off"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([str(run), *options])

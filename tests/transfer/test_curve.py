@@ -1,0 +1,41 @@
+import json
+
+import pytest
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.train import main
+from tests.transfer.conftest import settings
+
+
+def probe(shards, **more):
+    train, val = ([{"shards": shard, "modality": "image"}] for shard in shards)
+    return settings(f"train.probe={json.dumps({'train': train, 'val': val, 'every': 2, **more})}")
+
+
+@pytest.fixture
+def pretrain(trainer, shards):
+    """pretrain(name, *options) -> metrics of three steps."""
+
+    def run(name, *options):
+        folder = trainer.folder / name
+        fixed = settings(f"run.dir={folder}", "train.steps=3", "data.workers=0", "train.eval_samples=8")
+        assert main(["--config", str(trainer.config), *fixed, *options]) == 0
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards):
+    plain = pretrain("plain")
+    probed = pretrain("probed", *probe(shards))
+    curve = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
+    assert [step for step, _ in curve] == [0, 2, 3]
+    assert all(0.5 < share <= 1 for _, share in curve)  # three colours
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, probed)]
+    assert losses[0] == losses[1]
+
+
+def test_labels_that_cannot_be_used_end_the_run_before_it_begins(pretrain, shards, tmp_path):
+    with pytest.raises(UserError, match=r"48 of 48 samples have no label .json.other."):
+        pretrain("wrong", *probe(shards, labels="json.other"))
+    assert not (tmp_path / "wrong").exists()

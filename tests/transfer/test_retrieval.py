@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.transfer.retrieval import recalls
+from tests.helpers.shards import members, write_tar
+
+
+def test_recalls_are_those_of_a_sort():
+    generator = torch.Generator().manual_seed(0)
+    candidates = torch.randn(600, 6, generator=generator)
+    queries = candidates + torch.randn(600, 6, generator=generator)
+    found = recalls(queries, candidates)
+    order = torch.cosine_similarity(queries[:, None], candidates[None], dim=2).argsort(1, descending=True)
+    for k in (1, 5, 10):
+        expected = (order[:, :k] == torch.arange(600)[:, None]).any(1).double().mean().item()
+        assert found[k] == pytest.approx(expected, abs=2 / 600)
+    assert 0.05 < found[1] < found[5] < found[10] < 1
+
+
+def test_features_that_are_alike_find_nothing():
+    assert set(recalls(torch.ones(20, 3), torch.ones(20, 3)).values()) == {0.0}
+    assert set(recalls(torch.eye(3), torch.eye(3)).values()) == {1.0}
+
+
+def test_pairs_are_found_both_ways(transfer, shards):
+    result = transfer("retrieval", train=None)
+    assert (result["pairs"], result["skipped"], result["chance_recall1"]) == (18, 0, 1 / 18)
+    for way in ("image_to_text", "text_to_image"):
+        shares = [result[f"{way}_recall{k}"] for k in (1, 5, 10)]
+        assert shares == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1
+
+
+def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
+    files = dict(members(range(12)))
+    del files["00003.txt"]
+    files["00005.jpg"] = b"broken"
+    result = transfer(
+        "retrieval", "--set", "data.max_bad_fraction=0.5", train=None, val=write_tar(tmp_path / "a.tar", files.items())
+    )
+    assert (result["pairs"], result["skipped"]) == (10, 2)
+    with pytest.raises(UserError, match="1 samples of --val have a picture and a caption"):
+        one = write_tar(tmp_path / "one.tar", members(range(1)))
+        transfer("retrieval", train=None, val=one, out="one")
