@@ -41,10 +41,11 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, 
 
 def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """As `choose`, with a trial at `length` unless there has been one."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return PADDED
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
     if length not in choices:
-        example = _example(device, dtype, heads, head_dim, length)
-        choices[length] = fastest(MAKERS if dtype in (torch.bfloat16, torch.float16) else {}, *example)
+        choices[length] = fastest(MAKERS, *_example(device, dtype, heads, head_dim, length))
     return choices[length]
 
 
@@ -72,9 +73,11 @@ def fastest(makers: dict[str, Callable[[], Kernel]], qkv_T3HD: Tensor, grad_THD:
 def _example(device, dtype, heads, head_dim, length) -> tuple[Tensor, Tensor, Segments]:
     """qkv, a gradient and segments of `SAMPLES` samples, some shorter than `length`."""
     lengths = [max(1, length - i % 8) for i in range(SAMPLES)]
-    rng = torch.Generator(device).manual_seed(0)
-    qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=rng, device=device, dtype=dtype)
-    grad = torch.randn(sum(lengths), heads, head_dim, generator=rng, device=device, dtype=dtype)
+    rng = torch.Generator().manual_seed(0)
+    qkv, grad = (
+        torch.randn(sum(lengths), *shape, generator=rng).to(device, dtype)
+        for shape in ((3, heads, head_dim), (heads, head_dim))
+    )
     ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     return qkv, grad, Segments(ends, length, sum(lengths))
 

@@ -83,34 +83,26 @@ def test_a_bad_loss_is_found_without_waiting(cuda):
 
 
 @pytest.mark.parametrize(
-    ("apex", "deepspeed", "partitioned", "taken"),
+    ("apex", "where", "taken"),
     [
-        (FusedAdam, FusedAdam, False, "apex"),
-        (FusedAdam, FusedAdam, True, "deepspeed"),
-        (BrokenAdam, FusedAdam, False, "deepspeed"),
-        (None, FusedAdam, False, "deepspeed"),
-        (None, BrokenAdam, False, "torch"),
-        (None, None, True, "torch"),
+        (FusedAdam, {}, "apex"),
+        (FusedAdam, {"partitioned": True}, "torch"),
+        (FusedAdam, {"on_cpu": True}, "torch"),
+        (BrokenAdam, {}, "torch"),
+        (None, {}, "torch"),
     ],
 )
-def test_the_first_optimiser_that_works_is_taken(monkeypatch, cuda, apex, deepspeed, partitioned, taken):
-    for module, adam in (("apex.optimizers", apex), ("deepspeed.ops.adam", deepspeed)):
-        own = {} if adam is None else {"FusedAdam": type("FusedAdam", (adam,), {"__module__": module})}
-        install(monkeypatch, module, **own)
+def test_apex_is_taken_where_it_works_and_fits(monkeypatch, cuda, apex, where, taken):
+    own = {} if apex is None else {"FusedAdam": type("FusedAdam", (apex,), {"__module__": "apex.optimizers"})}
+    install(monkeypatch, "apex.optimizers", **own)
     model = torch.nn.Linear(3, 3).to(CUDA)
-    optimizer = build_adamw(model, OptimConfig(), partitioned=partitioned)
+    optimizer = build_adamw([{"params": list(model.parameters())}], OptimConfig(), **where)
     assert name_of(optimizer).split()[0] == taken
     model(torch.ones(1, 3)).sum().backward()
     set_lr(optimizer, 0.1)
     before = model.weight.detach().clone()
     optimizer.step()
     assert not torch.equal(model.weight, before)
-
-
-def test_an_offloaded_optimiser_is_deepspeeds(monkeypatch, cuda):
-    adam = type("DeepSpeedCPUAdam", (FusedAdam,), {"__init__": lambda self, groups, adamw_mode, **options: None})
-    install(monkeypatch, "deepspeed.ops.adam", DeepSpeedCPUAdam=adam)
-    assert type(build_adamw(torch.nn.Linear(3, 3).to(CUDA), OptimConfig(), cpu_offload=True)) is adam
 
 
 def test_ranks_meet_on_nccl(cuda, monkeypatch):

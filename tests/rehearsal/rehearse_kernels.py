@@ -44,13 +44,19 @@ def test_tables_of_amd(monkeypatch):
     assert tuning.arch_of(CUDA) == "gfx942"
 
 
-def test_gradients_of_weights_are_summed_in_float32():
-    with FakeTensorMode():
+def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
+    asked = []
+    with FakeTensorMode(), monkeypatch.context() as patch:
+        patch.setattr(torch, "addmm", lambda *_, **options: asked.append(options))
+        patch.setattr(torch.version, "cuda", "13.0")
         a = torch.empty(4, 6, device="cuda", dtype=torch.bfloat16)
         total = torch.empty(4, 4, device="cuda")
         for first in (True, False):
             add_product(total, a, a.t(), first)
-        assert (total.dtype, total.device.type) == (torch.float32, "cuda")
+    assert [(o["out_dtype"], o["beta"], o["out"] is total) for o in asked] == [
+        (torch.float32, 0, True),
+        (torch.float32, 1, True),
+    ]
     a = torch.randn(4, 6)
     total = torch.full((4, 4), torch.nan)
     add_product(total, a, a.t(), True)
