@@ -25,7 +25,7 @@ from m3ae_fast.data.images import pixels_of
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, fast_precision
+from m3ae_fast.hardware import dtype_of, fast_precision, pins_memory
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.packing import Sample, pack
@@ -118,7 +118,7 @@ def encoding_loader(
     if corpus.has_captions:
         require_tokenizer(model)
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
-    return eval_loader(data, corpus, preparation, share, pin_memory=device.type == "cuda")
+    return eval_loader(data, corpus, preparation, share, pin_memory=pins_memory(device))
 
 
 def require_tokenizer(model: MultimodalEncoder) -> None:

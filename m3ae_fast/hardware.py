@@ -132,6 +132,11 @@ def missing_for_triton() -> list[str]:
     return missing
 
 
+def pins_memory(device: torch.device) -> bool:
+    """Whether copies to the device are faster from pinned memory, and go on beside the computation."""
+    return device.type == "cuda"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the GPU or this machine has no memory left."""
     signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's and CUDA's

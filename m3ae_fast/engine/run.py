@@ -31,7 +31,7 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.engine.throughput import StepCounts, Throughput
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops
+from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
 from m3ae_fast.model.attention import describe
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.image_tokens import with_image_targets
@@ -107,7 +107,7 @@ class Run(Loop):
         )
         if vqgan and tokens == "device":
             vqgan.to(ranks.device)
-        steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
+        steps, pin = range(step, schedule.total_steps), pins_memory(ranks.device)
         held_out, log, sections = None, None, config.model_dump(mode="json")
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)

@@ -21,7 +21,7 @@ from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.run_log import RunLog
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import settle_precision
+from m3ae_fast.hardware import pins_memory, settle_precision
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
@@ -71,7 +71,7 @@ def set_up(job: Job, resume: str) -> FineTuning:
             for name, p in average.module.named_parameters():
                 p.data.copy_(read(f"ema/{name}"))
     preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
-    steps, pin = range(step, schedule.total_steps), ranks.device.type == "cuda"
+    steps, pin = range(step, schedule.total_steps), pins_memory(ranks.device)
     return FineTuning(
         run=run,
         loop=config,

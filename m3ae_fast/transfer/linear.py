@@ -27,6 +27,7 @@ from m3ae_fast.engine.loop import restore
 from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.run_log import RunLog
 from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.hardware import pins_memory
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
@@ -146,7 +147,7 @@ def set_up(job: Job) -> Probing:
 
 def _crops(job: Job, train: Corpus, share: Share, steps: range) -> Any:
     preparation = Preparation(job.model.geometry, UNMASKED, job.model.tokenizer, job.config.run.seed)
-    pin = job.ranks.device.type == "cuda"
+    pin = pins_memory(job.ranks.device)
     return train_loader(job.config.data, train, preparation, share, steps, pin_memory=pin)
 
 

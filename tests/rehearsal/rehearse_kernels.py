@@ -7,9 +7,11 @@ import pytest
 import torch
 from m3ae_kernels import tuning
 from m3ae_kernels.dispatch import choose_impl
+from m3ae_kernels.triton_impl.common import precision
 from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from m3ae_fast.data.__main__ import main as data
 from tests.helpers.trainer import ROOT
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 
@@ -58,10 +60,31 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
         (torch.float32, 1, True),
     ]
     a = torch.randn(4, 6)
+    short, bf16 = a.bfloat16(), torch.zeros(4, 4)
+    add_product(bf16, short, short.t(), True)
+    add_product(bf16, short, short.t(), False)
+    torch.testing.assert_close(bf16, 2 * a @ a.t(), rtol=0.05, atol=0.1)
     total = torch.full((4, 4), torch.nan)
     add_product(total, a, a.t(), True)
     add_product(total, a, a.t(), False)
     torch.testing.assert_close(total, 2 * a @ a.t())
+
+
+def test_float32_is_multiplied_as_torch_is_set_to():
+    assert precision(torch.bfloat16) == "ieee"
+    assert precision(torch.float32) == "tf32x3"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert precision(torch.float32) == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_the_help_of_a_tool_names_the_device(cuda, capsys):
+    with pytest.raises(SystemExit):
+        data(["tokenize-images", "--help"])
+    assert "--device" in capsys.readouterr().out
 
 
 def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):
