@@ -4,6 +4,7 @@ import pytest
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.train import main
+from tests.helpers.trainer import zero
 from tests.transfer.conftest import settings
 
 
@@ -39,3 +40,15 @@ def test_labels_that_cannot_be_used_end_the_run_before_it_begins(pretrain, shard
     with pytest.raises(UserError, match=r"48 of 48 samples have no label .json.other."):
         pretrain("wrong", *probe(shards, labels="json.other"))
     assert not (tmp_path / "wrong").exists()
+
+
+def test_the_curve_of_a_partitioned_model_is_the_same(trainer, shards):
+    """ZeRO-3 on two ranks gathers weights that it has given away."""
+    options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=8"), *probe(shards)]
+    curves = []
+    for name, stage, ranks in (("plain", None, 1), ("partitioned", 3, 2)):
+        trainer(name, *options, *zero(stage), ranks=ranks)
+        lines = map(json.loads, (trainer.folder / name / "metrics.jsonl").read_text().splitlines())
+        curves.append([line[key] for line in lines for key in ("loss", "val_knn_top1") if key in line])
+    assert len(curves[0]) == 6
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
