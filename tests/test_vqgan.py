@@ -271,3 +271,10 @@ def test_training_with_ids_made_on_the_device(trainer, vqgan):
     lines = map(json.loads, (trainer.folder / "device/metrics.jsonl").read_text().splitlines())
     held_out = [line["val_image_loss"] for line in lines if "val_image_loss" in line]
     assert held_out[-1] < held_out[0] and abs(held_out[0] - np.log(16)) < 1
+
+    with torch.no_grad():
+        vqgan.state_dict()[next(iter(vqgan.state_dict()))].add_(1)
+    vqgan.save_pretrained(trainer.folder / "vqgan")
+    words = [word for o in [*options, "train.steps=5"] for word in ("--set", o)]
+    out = trainer("device", *words, "--resume", "auto", code=2)
+    assert "was made with data.image_tokenizer" in out and "not the same stream of samples" in out

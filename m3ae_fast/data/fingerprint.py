@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 
+import torch
+
 from m3ae_fast.data.opening import Data
 
 
 def fingerprint(data: Data) -> dict[str, str]:
-    """By name, what a resumed run must find again: shards with sizes and order, weights of sources, tokenizer.
+    """By name, what a resumed run must find again: shards with sizes and order, weights of sources, tokenizers.
 
     Folders do not matter: shards may move.
     """
@@ -23,6 +25,11 @@ def fingerprint(data: Data) -> dict[str, str]:
     stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
     if data.tokenizer is not None:
         stream["data.tokenizer"] = f"{data.tokenizer.vocab_size:,} tokens, {_hash(data.tokenizer.definition)}"
+    if data.image_tokenizer is not None:
+        digest = hashlib.sha256()
+        for name, tensor in data.image_tokenizer.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        stream["data.image_tokenizer"] = f"weights {digest.hexdigest()[:12]}"
     return stream
 
 
