@@ -197,6 +197,10 @@ class OneOfTwo:
         return [a + b for a, b in zip(values, self.other)] if self.other else list(values)
 
 
+def as_it_is(batch):
+    return batch
+
+
 def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks():
     torch.manual_seed(0)
     model = M3AE(SMALL)
@@ -211,8 +215,8 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
     parts = [pack(samples[:2], model.geometry), pack(samples[2:5], model.geometry)], [pack(samples[5:], model.geometry)]
     stop = argparse.Namespace(asked=False)
     second = OneOfTwo()
-    evaluate(engine, parts[1], second, stop)
-    values = evaluate(engine, parts[0], OneOfTwo(second.own), stop)
+    evaluate(engine, parts[1], second, stop, as_it_is)
+    values = evaluate(engine, parts[0], OneOfTwo(second.own), stop, as_it_is)
     with torch.no_grad():
         alone = [model(pack([sample], model.geometry)) for sample in samples]
     assert 0 < values["val_text_accuracy"] < 1
@@ -221,7 +225,7 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
     assert values["val_image_loss"] == pytest.approx(sum(images) / len(images), rel=1e-5)
     assert values["val_text_loss"] == pytest.approx(sum(loss for loss, _ in texts) / len(texts), rel=1e-5)
     assert values["val_text_accuracy"] == pytest.approx(sum(right for _, right in texts) / len(texts), rel=1e-5)
-    assert evaluate(engine, parts[0], OneOfTwo(), argparse.Namespace(asked=True)) is None
+    assert evaluate(engine, parts[0], OneOfTwo(), argparse.Namespace(asked=True), as_it_is) is None
 
 
 def test_rates_are_those_since_the_last_time(monkeypatch):
