@@ -119,7 +119,7 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
     assert [line["epoch"] for line in logged] == [step / 2 for step in range(1, 9)]
 
     images = [sum(len(batch.images) for batch in batches) for batches in engine.batches]
-    captions = [sum(batch.counts.captions for batch in batches) for batches in engine.batches]
+    captions = [sum(batch.captions for batch in batches) for batches in engine.batches]
     assert [len(batches) for batches in engine.batches] == [2] * 8
     assert engine.counts == [LossCounts(*pair) for pair in zip(images, captions)]
     assert any(len(a.images) != len(b.images) for a, b in engine.batches)  # counts of a part are not those of half
@@ -233,7 +233,7 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     config, masking = SMALL, MaskingConfig()
     meter = Throughput(config, masking, peak_flops=1e9)
-    counts = StepCounts(samples=10, images=8, captions=5, skipped=1, tokens=300, flops=4e9)
+    counts = StepCounts(samples=10, images=8, captions=5, loss_image=8, loss_text=5, skipped=1, tokens=300, flops=4e9)
     meter.add(counts, waited=0.5)
     meter.add(counts, waited=0.5)
     clock[0] = 104.0
