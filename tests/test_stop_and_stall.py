@@ -50,6 +50,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
 def test_a_library_that_swallows_the_end_is_ended_all_the_same():
     process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))  # keeps even the interpreter
     assert process.stdout.readline() == "ready\n"
+    time.sleep(1)  # until it sleeps: a signal before that interrupts nothing
     process.send_signal(signal.SIGTERM)  # which interrupts the C library's sleep
     assert process.wait(20) == 0
     process.stdout.close()
