@@ -32,7 +32,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason = ""
         self._parents = _launcher_chain()
-        self._listening = self._leaving = False
+        self._listening = self._leaving = self._ended = False
         self._first_interrupt = float("inf")
         self._tell: Callable[[str], bool] | None = None
         self._lock = threading.Lock()
@@ -79,6 +79,9 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._leaving:
+            if self._ended:  # two signals may be heeded late, the second while the interpreter shuts down
+                return
+            self._ended = True
             raise SystemExit(0)
         self.ask(signal.Signals(number).name)
         if number == signal.SIGINT:
