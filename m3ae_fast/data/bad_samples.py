@@ -34,8 +34,8 @@ class BadSamples:
     """Counts samples that could not be used, names them in the log, and stops a run that has too many.
 
     Args:
-        max_fraction: the share of bad samples that is borne.
-        samples: samples an epoch; the share is looked at from MIN_SEEN samples on, or an epoch if that is fewer.
+        max_fraction: the share of bad samples that is tolerated.
+        samples: samples per epoch; the share is checked after MIN_SEEN samples, or one epoch if that is fewer.
     """
 
     def __init__(self, max_fraction: float, samples: int):

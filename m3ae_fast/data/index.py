@@ -289,7 +289,7 @@ def _has_caption(fd: int, member: Member) -> bool:
 
 
 def caption_of(data: bytes) -> str | None:
-    """The "caption" text of a JSON member, None where there is none. Raises ValueError where it is no JSON."""
+    """The "caption" text of a JSON member, None if it has none. Raises ValueError if it is not JSON."""
     try:
         content = json.loads(data)
     except RecursionError:

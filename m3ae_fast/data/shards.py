@@ -1,7 +1,7 @@
 """Shard names as users write them, and where their bytes lie on this machine.
 
 A plain local tar is read in place. Everything else (URLs, `pipe:` commands, gzipped tars) is copied into the cache
-folder once a node: into a temporary file, then renamed, under a lock of this shard that all processes of the node
+folder once per node: into a temporary file, then renamed, under a lock per shard that all processes of the node
 respect. Several users may share the folder where its mode and their umask let them.
 """
 

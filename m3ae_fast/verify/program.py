@@ -43,7 +43,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
 
 
 def main(argv: list[str] | None = None) -> int:
