@@ -25,12 +25,12 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
 
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.dry_run import report
-from m3ae_fast.engine.failures import explain
 from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.garbage import GarbageCollection
 from m3ae_fast.engine.profiler import TRACE_FILE, profiler
+from m3ae_fast.engine.program import joined_program
 from m3ae_fast.engine.pulse import Pulse
-from m3ae_fast.engine.ranks import Ranks, join_ranks
+from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run import Run
 from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.signals import StopRequest
@@ -83,30 +83,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with (
-        StopRequest() as stop,
-        join_ranks() as ranks,
-        Pulse(ranks.rank, ranks.world, ranks.side_store, stop) as pulse,
-    ):
-        stop.joined(pulse.tell_stop)
-        try:
-            config = ranks.told(lambda: load_config(args.config, args.set))
-            if args.dry_run:
-                ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
-                return 0
-            pulse.timeout = config.run.stall_timeout
-            settled = ranks.told(lambda: settle_precision(config.train, ranks.device))
-            config = config.model_copy(update={"train": settled})
-            return train(config, args, ranks, stop, pulse)
-        except Exception as error:
-            if pulse.stop_told():  # a rank that left before the first step has taken its connections with it
-                return 0
-            told = explain(error)
-            if told is None:
-                raise
-            if ranks.says("error"):  # once, by the first rank that comes here
-                raise told from None
-            raise SystemExit(2) from None
+    with joined_program() as (ranks, stop, pulse):
+        config = ranks.told(lambda: load_config(args.config, args.set))
+        if args.dry_run:
+            ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
+            return 0
+        pulse.timeout = config.run.stall_timeout
+        settled = ranks.told(lambda: settle_precision(config.train, ranks.device))
+        config = config.model_copy(update={"train": settled})
+        return train(config, args, ranks, stop, pulse)
+    return 0  # where another rank was asked to stop before the first step
 
 
 def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequest, pulse: Pulse) -> int:

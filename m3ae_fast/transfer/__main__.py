@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.engine.failures import explain
+from m3ae_fast.engine.program import joined_program
 from m3ae_fast.engine.pulse import Pulse
-from m3ae_fast.engine.ranks import Ranks, join_ranks
+from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import exit_cleanly
@@ -101,25 +101,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with (
-        StopRequest() as stop,
-        join_ranks() as ranks,
-        Pulse(ranks.rank, ranks.world, ranks.side_store, stop) as pulse,
-    ):
-        stop.joined(pulse.tell_stop)
-        try:
-            config = ranks.told(lambda: _config(args))
-            perform(args, config, ranks, stop, pulse)
-            return 0
-        except Exception as error:
-            if pulse.stop_told():  # a rank that left before there was anything to save
-                return 0
-            told = explain(error)
-            if told is None:
-                raise
-            if ranks.says("error"):  # once, by the first rank that comes here
-                raise told from None
-            raise SystemExit(2) from None
+    with joined_program() as (ranks, stop, pulse):
+        config = ranks.told(lambda: _config(args))
+        perform(args, config, ranks, stop, pulse)
+    return 0
 
 
 def _config(args: argparse.Namespace) -> TransferConfig:
