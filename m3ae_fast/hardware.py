@@ -58,9 +58,14 @@ class Cpu:
         return self.vendor == "AuthenticAMD" and "avx512_bf16" in self.flags
 
     @property
+    def tiles(self) -> bool:
+        """Whether AMX multiplies bf16."""
+        return self.flags >= {"amx_tile", "amx_bf16"}
+
+    @property
     def bf16(self) -> bool:
         """Whether torch's matmuls are faster in bf16 than in float32."""
-        return self.pairs or "amx_bf16" in self.flags
+        return self.pairs or self.tiles
 
 
 @functools.cache

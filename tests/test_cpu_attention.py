@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3ae_fast.hardware import Cpu, this_cpu
 from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.cpu import build as builds
 from m3ae_fast.model.cpu import native
 from m3ae_fast.model.cpu.attention import cpu_kernel
 
@@ -39,10 +40,10 @@ def cpu(monkeypatch):
 
     def pretend(vendor: str, flags: set[str]) -> None:
         monkeypatch.setattr(native, "this_cpu", lambda: Cpu(vendor, "", frozenset(flags)))
-        native.load.cache_clear()
+        builds.load.cache_clear()
 
     yield pretend
-    native.load.cache_clear()
+    builds.load.cache_clear()
 
 
 @pytest.fixture(params=BUILDS)
@@ -50,7 +51,7 @@ def build(request, cpu) -> tuple[torch.dtype, float]:
     """(dtype, largest relative error) of a build that is now in use."""
     dtype, vendor, needs, without, error = BUILDS[request.param]
     flags = this_cpu().flags
-    if not flags >= native._NEEDS | needs:
+    if not flags >= builds.AVX512 | needs:
         pytest.skip("this CPU lacks the instructions")
     cpu(vendor, flags - without)
     return dtype, error
@@ -139,9 +140,9 @@ def test_lanes_past_the_last_key_are_no_keys(build):
 
 def test_built_once(monkeypatch, tmp_path, build):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = native._compiled(())
+    library = builds.compiled("attention.c", ())
     built = library.stat().st_mtime_ns
-    assert native._compiled(()) == library and library.stat().st_mtime_ns == built
+    assert builds.compiled("attention.c", ()) == library and library.stat().st_mtime_ns == built
     assert list(library.parent.iterdir()) == [library]
 
 
@@ -149,7 +150,7 @@ def test_built_once(monkeypatch, tmp_path, build):
 def test_torch_takes_over_without_a_compiler(monkeypatch, tmp_path, caplog, cpu, compiler, reason):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
-    cpu("GenuineIntel", native._NEEDS)
+    cpu("GenuineIntel", builds.AVX512)
     tensors = inputs("pruned")
     assert name(tensors[1]) == PER_SAMPLE
     assert reason in caplog.text and "half the speed" in caplog.text
@@ -160,7 +161,7 @@ def test_torch_takes_over_on_other_cpus_and_kinds(cpu):
     _, q, *_ = inputs("pruned")
     assert name(q.double()) == name(q.half()) == PER_SAMPLE
     assert name(q[..., :24]) == PER_SAMPLE
-    cpu("GenuineIntel", native._NEEDS)
+    cpu("GenuineIntel", builds.AVX512)
     assert name(q.bfloat16()) == PER_SAMPLE
     cpu("GenuineIntel", set())
     assert name(q) == PER_SAMPLE

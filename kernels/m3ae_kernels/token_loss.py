@@ -33,7 +33,7 @@ from .loss import (
 from .registry import Op
 
 # Logits held at once, in bytes: enough for the matmuls to run at full speed.
-WORKSPACE = {"triton": 256 << 20, "torch": 32 << 20}
+WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
 # The torch implementation takes the softmax in float32, for as many rows at a time as stay in the caches.
 SOFTMAX_BYTES = 8 << 20
 
@@ -68,7 +68,7 @@ def masked_token_loss(
         reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 where there are
             none; "none": the summands, [M].
         return_correct: return (loss, correct) rather than the loss alone.
-        workspace: bytes of logits held at once, at least one row; None: 256 MiB on a GPU, 32 MiB on a CPU.
+        workspace: bytes of logits held at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
         impl: "auto", "triton" or "torch".
 
     Returns:

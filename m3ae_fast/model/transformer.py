@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.cpu.gelu import DTYPES, gelu_op
 from m3ae_fast.model.cpu.linear import Linear, linear
 
 EPS = 1e-6  # of every LayerNorm, flax's default
@@ -73,6 +74,8 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
     """x times the normal distribution function of x, or its tanh approximation (arXiv 1606.08415, section 2)."""
     if kind == "exact":
         return F.gelu(x)
+    if x.device.type == "cpu" and x.dtype in DTYPES:
+        return gelu_op(x)
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     # 0.5 (1 + tanh(u)) = sigmoid(2 u): one cheap exponential, where a CPU's tanh takes several times longer

@@ -14,25 +14,14 @@
 #define PAIRS
 #endif
 
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-#define LANES 16 /* floats of a vector */
 #ifdef TILES
 #define BLOCK 32 /* rows of a block, whose scores are made together: two tiles */
 #define ALIGN 32 /* what M and N are multiples of */
 #else
 #define BLOCK 8 /* 8 rows of 3 vectors fill the registers */
 #define ALIGN 16
-#endif
-
-#ifdef BF16
-typedef uint16_t value;
-#else
-typedef float value;
 #endif
 
 #ifdef PAIRS
@@ -43,26 +32,7 @@ typedef uint32_t unit;
 typedef float unit;
 #endif
 
-static long round_up(long x, long multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-static __mmask16 lanes(long count) { return count >= LANES ? 0xFFFF : (1u << count) - 1; }
-
 /* ---- values and units ---- */
-
-#ifdef BF16
-static __m512 load(const value *x) {
-    const __m256i half = _mm256_loadu_si256((const void *)x);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-static __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-static void store(value *dst, __m512 x) { _mm256_storeu_si256((void *)dst, to_bf16(x)); }
-#else
-static __m512 load(const value *x) { return _mm512_loadu_ps(x); }
-
-static void store(value *dst, __m512 x) { _mm512_storeu_ps(dst, x); }
-#endif
 
 #ifdef PAIRS
 /* LANES neighbours of a row. */
@@ -104,30 +74,6 @@ static void join_rows(const value *x, long row, long n, long N, long d, unit *ds
             for (int e = 0; e < PER; e++) rows[e] = r + e < n ? load(x + (r + e) * row + c) : _mm512_setzero_ps();
             put_rows(dst + r / PER * d + c, rows);
         }
-}
-
-/* 16 x 16 numbers of 32 bits, rows to columns: of pairs of numbers, of pairs of pairs, then of 128 bits. */
-static inline void flip_square(__m512i x[16]) {
-    __m512i y[16];
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int e = 0; e < 2; e++) {
-            x[i + 2 * e] = _mm512_unpacklo_epi64(y[i + e], y[i + e + 2]);
-            x[i + 2 * e + 1] = _mm512_unpackhi_epi64(y[i + e], y[i + e + 2]);
-        }
-    for (int c = 0; c < 4; c++) {
-        const __m512i even = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88), odd = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
-        const __m512i even_after = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
-        const __m512i odd_after = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
-        y[c] = _mm512_shuffle_i32x4(even, even_after, 0x88);
-        y[4 + c] = _mm512_shuffle_i32x4(odd, odd_after, 0x88);
-        y[8 + c] = _mm512_shuffle_i32x4(even, even_after, 0xdd);
-        y[12 + c] = _mm512_shuffle_i32x4(odd, odd_after, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) x[i] = y[i];
 }
 
 /* dst [columns, rows] = the transpose of src [rows, columns], of 32 bits each; both counts are multiples of 8. */
@@ -217,29 +163,6 @@ static void product(const unit *a, const unit *b, float *c, long rows, long colu
 #endif
 
 /* ---- one head of one sample ---- */
-
-/* 2 ** x, x <= 0: on [-1/2, 1/2] the cubic of least relative error, 7.5e-5, a thirtieth of bf16's; in float Taylor's
-   polynomial, 2e-7. */
-static inline __m512 power_of_2(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-100), x); /* no denormals, which are slow; in this order a NaN stays one */
-    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#ifdef BF16
-    __m512 y = _mm512_set1_ps(5.517166e-2f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.24261112f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.69326099f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.99992807f));
-#else
-    __m512 y = _mm512_set1_ps(1.52527338e-5f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.54035304e-4f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.33335581e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.61812911e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.55041087e-2f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.40226507e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.93147181e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-#endif
-    return _mm512_scalef_ps(y, _mm512_sub_ps(x, r));
-}
 
 typedef struct {
     char *memory;
@@ -423,21 +346,13 @@ static int backward_task(const Work *w, long sample, long head, Scratch *scratch
 static int run(Work *w, int (*task)(const Work *, long, long, Scratch *)) {
     Scratch scratch = {NULL, 0, 0};
     int ok = 1;
-#ifdef TILES /* 8 tiles of 16 rows of 64 bytes; afterwards the thread's tiles are what they were */
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } before, config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    _tile_storeconfig(&before);
-    _tile_loadconfig(&config);
+#ifdef TILES
+    const Tiles before = take_tiles();
 #endif
     for (long t; ok && (t = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->samples * w->heads;)
         ok = task(w, t / w->heads, t % w->heads, &scratch);
 #ifdef TILES
-    if (before.palette) _tile_loadconfig(&before);
-    else _tile_release();
+    give_tiles_back(before);
 #endif
     free(scratch.memory);
     return ok;

@@ -1,4 +1,4 @@
-"""Attention on CPUs with AVX-512, and with AMX: attention.c, built by the system's C compiler when first needed.
+"""Attention on CPUs with AVX-512, and with AMX: attention.c.
 
 Shapes: Q query rows, K key rows, H heads, D values a head.
 """
@@ -6,17 +6,8 @@ Shapes: Q query rows, K key rows, H heads, D values a head.
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,14 +15,8 @@ from torch import Tensor
 
 from m3ae_fast.hardware import this_cpu
 from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.cpu.build import AVX512, BF16, TILES, load, may_use_tiles
 from m3ae_fast.model.kernel import Kernel
-
-SOURCE = Path(__file__).with_name("attention.c")
-_FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-_NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-_TILES = {"amx_tile", "amx_bf16"}
-
-_log = logging.getLogger(__name__)
 
 
 class _Work(ctypes.Structure):
@@ -63,31 +48,28 @@ class Build(NamedTuple):
 def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
     """The compiled kernel for such heads, where there is one."""
     build = best_build(dtype, head_dim)
-    if build is None or (library := load(build)) is None:
+    if build is None:
         return None
+    library = load("attention.c", build.flags, "attention runs on torch, at half the speed")
+    if library is None:
+        return None
+    for function in (library.forward, library.backward):
+        function.argtypes = [ctypes.POINTER(_Work)]
     return Kernel(build.name, partial(_forward, library), partial(_backward, library))
 
 
 def best_build(dtype: torch.dtype, head_dim: int) -> Build | None:
     """None for other types and heads, and where the CPU lacks the instructions."""
     cpu = this_cpu()
-    if head_dim % 16 or not cpu.flags >= _NEEDS:
+    if head_dim % 16 or not cpu.flags >= AVX512:
         return None
     if dtype == torch.float32:
         return Build("AVX-512", ())
     if dtype != torch.bfloat16 or "avx512_bf16" not in cpu.flags:
         return None
-    flags = ("-mavx512bf16", "-DBF16")
-    if head_dim % 32 == 0 and cpu.flags >= _TILES and _may_use_tiles():
-        return Build("AMX", (*flags, "-mamx-tile", "-mamx-bf16", "-DTILES"))
-    return Build("AVX-512", (*flags, "-DPAIRS") if cpu.pairs else flags)
-
-
-@functools.cache
-def _may_use_tiles() -> bool:
-    """Asks Linux for this process's use of AMX's registers (its documentation, arch/x86/xstate)."""
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    if head_dim % 32 == 0 and cpu.tiles and may_use_tiles():
+        return Build("AMX", (*BF16, *TILES))
+    return Build("AVX-512", (*BF16, "-DPAIRS") if cpu.pairs else BF16)
 
 
 def _forward(
@@ -135,33 +117,3 @@ def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor,
         thread.join()
     if sum(done) <= len(threads):
         raise MemoryError("no memory for the scores of a sample")
-
-
-@functools.cache
-def load(build: Build) -> ctypes.CDLL | None:
-    """The compiled kernels; None without a C compiler."""
-    try:
-        library = ctypes.CDLL(str(_compiled(build.flags)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
-        _log.warning("attention runs on torch, at half the speed: %s cannot be built (%s)", SOURCE.name, *reason)
-        return None
-    for function in (library.forward, library.backward):
-        function.argtypes = [ctypes.POINTER(_Work)]
-    return library
-
-
-def _compiled(flags: tuple[str, ...]) -> Path:
-    """Compile into the user's cache, unless that has been done. Raises OSError or CalledProcessError."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
-    command = [*compiler, *_FLAGS, *flags]
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_fast"
-    library = folder / f"attention-{name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks may build at once: each moves a whole file
-            built = Path(scratch) / library.name
-            subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], check=True, capture_output=True, text=True)
-            built.replace(library)
-    return library

@@ -1,0 +1,153 @@
+/* Gradients of a linear layer's weight and bias, from bf16, on CPUs with AMX: left^T right, and the sums of both over rows.
+
+   The wider of the two is `wide`, the other `narrow`; the result is [W, N], or [N, W] if `turned`. AMX wants the summed
+   axis, the rows, inside its tiles: of `narrow` pairs of rows side by side, of `wide` their transpose. A thread takes a
+   panel of wide's columns, and sums its products with all of narrow in its cache, DEPTH rows at a time; so results do not
+   depend on the number of threads.
+
+   Pairs come from unpacklo and unpackhi, which take every other 4 columns: a tile holds 16 of 32 columns, the first those
+   that divided by 4 are even, the second the odd ones. Sums over rows lie with even columns first, then odd ones. */
+
+#include "vectors.h"
+
+#define TILE 512  /* values of a tile: 16 rows of 32 */
+#define DEPTH 256 /* rows of a block */
+#define STEPS (DEPTH / 32)
+
+typedef uint16_t bf16;
+
+static long smaller(long a, long b) { return a < b ? a : b; }
+
+static inline __m512i row_of_32(const bf16 *x, long row, long at, long rows) {
+    return at < rows ? _mm512_loadu_si512(x + at * row) : _mm512_setzero_si512();
+}
+
+static inline void add(__m512i x, __m512 *even, __m512 *odd) {
+    *even = _mm512_add_ps(*even, _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)));
+    *odd = _mm512_add_ps(*odd, _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xFFFF0000))));
+}
+
+/* Two tiles from 32 rows and 32 columns: pairs of rows, or their transpose. */
+static inline void pack(const bf16 *x, long row, long at, long rows, int transpose, bf16 *tiles, float *sums) {
+    __m512i low[16], high[16];
+    __m512 even = _mm512_loadu_ps(sums), odd = _mm512_loadu_ps(sums + 16);
+    for (int i = 0; i < 16; i++) {
+        const __m512i a = row_of_32(x, row, at + 2 * i, rows), b = row_of_32(x, row, at + 2 * i + 1, rows);
+        add(a, &even, &odd);
+        add(b, &even, &odd);
+        low[i] = _mm512_unpacklo_epi16(a, b);
+        high[i] = _mm512_unpackhi_epi16(a, b);
+    }
+    if (transpose) flip_square(low), flip_square(high);
+    for (int i = 0; i < 16; i++) {
+        _mm512_store_si512((void *)(tiles + 32 * i), low[i]);
+        _mm512_store_si512((void *)(tiles + TILE + 32 * i), high[i]);
+    }
+    _mm512_storeu_ps(sums, even);
+    _mm512_storeu_ps(sums + 16, odd);
+}
+
+/* dst += sums of `columns` columns, each in its place. */
+static void add_sums(const float *sums, long columns, float *dst) {
+    for (long c = 0; c < columns; c++) dst[c] += sums[c / 32 * 32 + c % 32 / 2 + c % 2 * 16];
+}
+
+/* c, four tiles of 32 x 32 floats, += the products of `steps` pairs of tiles of a and b, or = them if it is the first. */
+static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long steps, int first, float *c) {
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, c, 64);
+        _tile_loadd(1, c + 256, 64);
+        _tile_loadd(2, c + 512, 64);
+        _tile_loadd(3, c + 768, 64);
+    }
+    for (long t = 0; t < steps; t++, a += 2 * TILE, b += b_step) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(5, a + TILE, 64);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + 256, 64);
+    _tile_stored(2, c + 512, 64);
+    _tile_stored(3, c + 768, 64);
+}
+
+/* 32 x 32 floats from four tiles to rows of dst, `row` apart, or to its columns if `turned`; each in its place. */
+static void put(const float *c, int turned, float *dst, long row) {
+    const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    for (int half = 0; half < 2; half++) {
+        const float *left = c + half * (turned ? 256 : 512), *right = left + (turned ? 512 : 256);
+        __m512i x[16], y[16];
+        for (int r = 0; r < 16; r++) x[r] = _mm512_load_si512(left + 16 * r), y[r] = _mm512_load_si512(right + 16 * r);
+        if (turned) flip_square(x), flip_square(y);
+        for (int r = 0; r < 16; r++) {
+            float *to = dst + (r / 4 * 8 + r % 4 + 4 * half) * row;
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi64(x[r], first, y[r]));
+            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(x[r], second, y[r]));
+        }
+    }
+}
+
+/* `wide` is [rows, W] and `narrow` [rows, N], their rows `_row` values apart; W, N and `panel` are multiples of 32. `packed`
+   has room for N values for each of the rows, rounded up to a multiple of 32; sums are zero. 0 where memory is short. */
+int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, long N, long wide_row, long narrow_row,
+                    int turned, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
+    const long deep = round_up(rows, 32) / 32, blocks = round_up(deep, STEPS) / STEPS, b_step = N / 16 * TILE;
+    float *sums = calloc(blocks * N, sizeof(float));
+    int ok = sums != NULL;
+#pragma omp parallel num_threads(threads) if (ok)
+    {
+        bf16 *a = aligned_alloc(64, panel * DEPTH * sizeof(bf16));
+        float *c = aligned_alloc(64, panel * N * sizeof(float)), *column_sums = aligned_alloc(64, panel * sizeof(float));
+        const int room = ok && a && c && column_sums;
+        if (!room) {
+#pragma omp atomic write
+            ok = 0;
+        }
+#pragma omp barrier
+        const int go = ok;
+        const Tiles before = take_tiles();
+#pragma omp for
+        for (long block = 0; block < (go ? blocks : 0); block++)
+            for (long t = block * STEPS; t < smaller(deep, (block + 1) * STEPS); t++)
+                for (long j = 0; j < N; j += 32)
+                    pack(narrow + j, narrow_row, t * 32, rows, 0, packed + t * b_step + j / 16 * TILE, sums + block * N + j);
+#pragma omp for schedule(dynamic)
+        for (long first = 0; first < (go ? W : 0); first += panel) {
+            const long width = smaller(panel, W - first);
+            memset(column_sums, 0, width * sizeof(float));
+            for (long t0 = 0; t0 < deep; t0 += STEPS) {
+                const long steps = smaller(deep - t0, STEPS);
+                for (long t = 0; t < steps; t++)
+                    for (long i = 0; i < width; i += 32)
+                        pack(wide + first + i, wide_row, (t0 + t) * 32, rows, 1, a + (i / 32 * STEPS + t) * 2 * TILE,
+                             column_sums + i);
+                for (long i = 0; i < width; i += 32)
+                    for (long j = 0; j < N; j += 32)
+                        multiply(a + i / 32 * STEPS * 2 * TILE, packed + t0 * b_step + j / 16 * TILE, b_step, steps, !t0,
+                                 c + i * N + j * 32);
+            }
+            for (long i = 0; i < width; i += 32)
+                for (long j = 0; j < N; j += 32)
+                    put(c + i * N + j * 32, turned, turned ? out + j * W + first + i : out + (first + i) * N + j,
+                        turned ? W : N);
+            add_sums(column_sums, width, wide_sums + first);
+        }
+        give_tiles_back(before);
+        free(a);
+        free(c);
+        free(column_sums);
+    }
+    for (long block = 0; ok && block < blocks; block++) add_sums(sums + block * N, N, narrow_sums);
+    free(sums);
+    return ok;
+}

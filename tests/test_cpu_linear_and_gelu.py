@@ -1,0 +1,154 @@
+"""The CPU's kernels for GELU and for the gradient of a weight, against float64, and what happens without them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.model.cpu import build, gelu, linear
+
+BF16 = torch.bfloat16
+EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    """As on a machine without a C compiler."""
+    libraries = (build.load, gelu._library, linear._library)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    for library in libraries:
+        library.cache_clear()
+    yield
+    for library in libraries:
+        library.cache_clear()
+
+
+@pytest.fixture
+def threads():
+    """Calls set their number."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def values(dtype: torch.dtype) -> Tensor:
+    """An odd number of them, [1008 + 7] in a shape that is none of the kernel's."""
+    torch.manual_seed(0)
+    return torch.cat([3 * torch.randn(1001), torch.linspace(-9, 9, 7), torch.tensor(EXTREMES)]).to(dtype).view(5, 203)
+
+
+@pytest.mark.parametrize("dtype", sorted(gelu.DTYPES, key=str), ids=str)
+def test_gelu_equals_float64(dtype):
+    x = values(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    grad = torch.randn(x.shape).to(dtype)
+    y, y_exact = gelu.gelu_op(x), F.gelu(exact, approximate="tanh")
+    y.backward(grad)
+    y_exact.backward(grad.double())
+    rounding = 2e-3 if dtype == BF16 else 2e-7  # half a unit of bf16's last place is 1/512
+    usual = slice(None, -len(EXTREMES))
+    assert y.dtype == x.grad.dtype == dtype and y.shape == x.shape
+    assert relative(y.flatten()[usual], y_exact.flatten()[usual]) < rounding
+    assert relative(x.grad, exact.grad) < rounding
+    assert torch.allclose(y.double(), y_exact, rtol=3 * rounding, atol=1e-6)
+
+
+def test_gelu_of_nan_is_nan():
+    for dtype in gelu.DTYPES:
+        x = torch.tensor([1.0, torch.nan, -1.0]).to(dtype)
+        assert gelu.gelu_op(x).isnan().tolist() == [False, True, False]
+        assert gelu.gelu_backward_op(torch.ones_like(x), x).isnan().tolist() == [False, True, False]
+
+
+def test_gelu_takes_any_strides():
+    for dtype in gelu.DTYPES:
+        x = values(dtype)
+        across = x.t().contiguous().t()
+        assert torch.equal(gelu.gelu_op(across), gelu.gelu_op(x))
+        assert torch.equal(gelu.gelu_backward_op(across, across), gelu.gelu_backward_op(x, x))
+
+
+needs_amx = pytest.mark.skipif(not linear.AMX, reason="this CPU lacks AMX")
+
+
+@needs_amx
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(577, 96, 64), (1, 32, 32), (31, 64, 224), (300, 640, 1312)])
+def test_weight_gradient_equals_float64(rows, outputs, inputs, threads):
+    torch.manual_seed(0)
+    grad = torch.randn(rows, outputs).to(BF16)
+    x = torch.randn(rows, inputs + 8).to(BF16)[:, :inputs]  # rows that are apart
+    results = []
+    for count in (1, 3):
+        threads(count)
+        results.append(linear.weight_gradient(grad, x))
+    weight, bias = results[0]
+    assert relative(weight, grad.double().t() @ x.double()) < 1e-6
+    assert relative(bias, grad.double().sum(0)) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
+
+
+@needs_amx
+def test_weight_gradient_of_transposed_rows():
+    torch.manual_seed(0)
+    grad, x = torch.randn(70, 64).to(BF16), torch.randn(70, 32).to(BF16)
+    expected = linear.weight_gradient(grad, x)
+    got = linear.weight_gradient(grad.t().contiguous().t(), x.t().contiguous().t())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def step(layer, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, autocast: bool) -> list[Tensor]:
+    """Output and gradients of x, weight and bias."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        y = layer(*leaves)
+    y.backward(grad.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("size", [64, 40], ids=["of tiles", "of no tiles"])
+@pytest.mark.parametrize("kind", ["float32", "bf16", "autocast", "autocast of bf16"])
+def test_linear_equals_torch(kind, size, compiled):
+    torch.manual_seed(0)
+    dtype = BF16 if kind == "bf16" else torch.float32
+    x = torch.randn(90, 64, dtype=BF16 if "bf16" in kind else dtype)
+    weight, bias = torch.randn(size, 64, dtype=dtype), torch.randn(size, dtype=dtype)
+    grad = torch.randn(90, size).to(BF16)
+    layer = torch.compile(linear.linear, backend="aot_eager", fullgraph=True) if compiled else linear.linear
+    got = step(layer, x, grad, weight, bias, "autocast" in kind)
+    expected = step(F.linear, x, grad, weight, bias, "autocast" in kind)
+    exact = step(F.linear, *(t.double() for t in (x, grad, weight, bias)), False)
+    for a, b, e in zip(got, expected, exact):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert relative(a, e) <= 1.5 * relative(b, e) + 1e-6
+
+
+@needs_amx
+def test_frozen_parameters_get_no_gradient():
+    x, weight = torch.randn(40, 32).to(BF16), torch.randn(32, 32).to(BF16)
+    for need_weight, need_bias in ((False, False), (False, True), (True, False)):
+        w, b = weight.clone().requires_grad_(need_weight), torch.zeros(32, dtype=BF16).requires_grad_(need_bias)
+        inputs = x.clone().requires_grad_()
+        linear.linear(inputs, w, b).sum().backward()
+        assert inputs.grad is not None
+        assert (w.grad is not None, b.grad is not None) == (need_weight, need_bias)
+        if need_bias:
+            assert b.grad.tolist() == [40.0] * 32
+
+
+def test_torch_takes_over_without_a_compiler(no_compiler, caplog):
+    x, grad = torch.randn(40, 64).to(BF16), torch.randn(40, 64).to(BF16)
+    if BF16 in gelu.DTYPES:
+        assert torch.equal(gelu.gelu_op(x), F.gelu(x, approximate="tanh"))
+        assert gelu.gelu_backward_op(grad, x).isfinite().all()
+        assert "GELU runs on torch" in caplog.text
+    if linear.AMX:
+        weight, bias = linear.weight_gradient(grad, x)
+        assert relative(weight, grad.double().t() @ x.double()) < 4e-3
+        assert relative(bias, grad.double().sum(0)) < 1e-6
+        assert "gradients of weights run on torch" in caplog.text
