@@ -11,7 +11,7 @@ COMMANDS = {
     "convert": "bring weights: official M3AE and MAE checkpoints, timm models, runs",
     "transfer": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
     "features": "write a model's features of a data set as .npz or .parquet",
-    "fill": "guess masked words of a caption, complete a picture",
+    "fill": "guess masked words of a caption, complete an image",
     "visualise": "draw reconstructions of a run's samples",
     "report": "write a run's curves, pictures and results as one page, report.html",
     "export": "write a run's weights as safetensors + config.json",

@@ -55,7 +55,7 @@ def draw_reconstructions(
     vqgan: VQGAN | None = None,
 ) -> None:
     """Write a PNG with a row for each sample. Visible patches and words are shown as they are, masked ones as
-    predicted; where the image targets are ids of `vqgan`, the whole picture is what it makes of the true ids and the
+    predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
     predicted.
 
     Raises:
@@ -106,12 +106,12 @@ def _row(
 
 
 def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
-    """uint8 [C, H, W]: the picture of the true ids where visible and the predicted ones where masked."""
+    """uint8 [C, H, W]: the image decoded from the true ids where visible and the predicted ones where masked."""
     ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
     predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
     side = model.config.image_size // model.config.patch_size
-    picture = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, side, side))[0]
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    decoded = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, side, side))[0]
+    return (decoded.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Features of the frozen encoder: of what Python holds in memory, and of whole shards.
 
-Shapes: S samples, C channels, L patches a picture, D encoder width, N samples of a corpus.
+Shapes: S samples, C channels, L patches an image, D encoder width, N samples of a corpus.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ EXPERT_WARMUP, EXPERT_ROUNDS, EXPERT_BATCHES = 3, 10, 4
 
 @dataclass(frozen=True)
 class Case:
-    """A config that is timed with `batch` samples per GPU, from `samples` pictures."""
+    """A config that is timed with `batch` samples per GPU, from `samples` images."""
 
     name: str
     config: dict[str, Any]

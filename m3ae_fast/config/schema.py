@@ -37,7 +37,7 @@ class RunConfig(Section):
     """Where a run lives."""
 
     dir: Path = Path("runs/m3ae")
-    """Folder for checkpoints, metrics, TensorBoard events and pictures."""
+    """Folder for checkpoints, metrics, TensorBoard events and reconstructions."""
     seed: int = Field(42, ge=0, lt=1 << 63)
     """Decides initial weights, order, crops and masks."""
     loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
@@ -484,7 +484,7 @@ class Config(Section):
             raise ValueError("loss.norm_pix: is of pixels, and model.image_targets is vqgan")
         if self.data.image_tokens == "shards" and self.data.repeats > 1:
             raise ValueError(
-                "data.repeats: pictures with ids in the shards have one crop; tokenize-images --views makes several"
+                "data.repeats: images with ids in the shards have one crop; tokenize-images --views makes several"
             )
         return self
 

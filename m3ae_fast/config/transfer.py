@@ -95,13 +95,13 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     label_smoothing: Rate = 0.1
     """Share of a label that goes to all classes evenly."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup; 0: none. Pictures are mixed only where they are all that the encoder sees."""
+    """Alpha of mixup; 0: none. Images are mixed only where they are all that the encoder sees."""
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of cutmix; 0: none."""
     switch_prob: float = Field(0.5, ge=0, le=1)
     """How often cutmix is taken where mixup could be too."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's RandAugment of the training pictures; null: none."""
+    """timm's RandAugment of the training images; null: none."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an average of the weights, which is then evaluated and saved; null: none."""
     deepspeed: DeepSpeedConfig | None = None
@@ -130,7 +130,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
 
 
 class RobustnessConfig(Section):
-    """Accuracy on attacked and on corrupted pictures."""
+    """Accuracy on attacked and on corrupted images."""
 
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
     """L-infinity bounds of PGD, in units of 1/255."""

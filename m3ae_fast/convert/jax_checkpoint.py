@@ -107,7 +107,7 @@ def _flag(variant: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) -> ModelConfig:
-    """Sizes from the arrays' shapes; heads, pictures and normalisation from the flags."""
+    """Sizes from the arrays' shapes; heads, images and normalisation from the flags."""
     for prefix in ("m3ae", "mae"):
         flags = {key.removeprefix(f"{prefix}."): v for key, v in variant.items() if key.startswith(f"{prefix}.")}
         if "num_heads" in flags:

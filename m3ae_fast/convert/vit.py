@@ -106,7 +106,7 @@ def _config(theirs: dict[str, Tensor], options: ViTOptions, where: str) -> Model
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))
     if patch != columns or side * side != patches:
-        raise UserError(f"{where}: its patches are not square, or {patches} of them do not fill a square picture")
+        raise UserError(f"{where}: its patches are not square, or {patches} of them do not fill a square image")
     dec_width = theirs["decoder_embed.weight"].shape[0] if "decoder_embed.weight" in theirs else 512
     data = {
         "size": None,

@@ -107,7 +107,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         damage = next((f"; {shard.shard} {shard.summary.damage}" for shard in shards if shard.summary.damage), "")
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
-            kinds = "pictures jpg, jpeg, png, webp; captions txt, json"
+            kinds = "images jpg, jpeg, png, webp; captions txt, json"
             raise UserError(f"shards {config.shards!r}: no sample in them ({kinds}){damage}")
         modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
         if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):

@@ -3,7 +3,7 @@
 A sample's crop, flip and masks depend on (seed, source, epoch, sample, view) alone. With `repeats` R, positions R k to
 R k + R - 1 are the views of the order's k-th sample.
 
-Shapes: C channels, S x S pixels, L patches a picture, n tokens of a caption.
+Shapes: C channels, S x S pixels, L patches an image, n tokens of a caption.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Transform = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Augment:
-    """RandomResizedCrop's share of the area, and whether to mirror half of the pictures."""
+    """RandomResizedCrop's share of the area, and whether to mirror half of the images."""
 
     crop_scale: tuple[float, float]
     flip: bool
@@ -56,8 +56,8 @@ class Preparation:
     masking: MaskingConfig
     tokenizer: CaptionTokenizer | None  # None where there are no captions
     seed: int  # the run's
-    image_tokenizer: VQGAN | None = None  # that makes the pictures' token ids here
-    stored_codebook: int | None = None  # the pictures' ids lie in the shards, of so many codes
+    image_tokenizer: VQGAN | None = None  # that makes the images' token ids here
+    stored_codebook: int | None = None  # the images' ids lie in the shards, of so many codes
 
 
 class _Draft(NamedTuple):
@@ -85,7 +85,7 @@ class Samples(Dataset[Sample | Skipped]):
         augment: None: the central square as it is.
         share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
         repeats: views of a sample, which follow each other.
-        transform: of each picture, cropped; None: none.
+        transform: of each image, cropped; None: none.
     """
 
     def __init__(

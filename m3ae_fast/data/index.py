@@ -54,7 +54,7 @@ class Summary:
     version: int
     size: _Count  # bytes of the tar
     mtime_ns: int
-    samples: _Count  # that have a picture or a caption
+    samples: _Count  # that have an image or a caption
     images: _Count
     captions: _Count
     paired: _Count  # that have both
@@ -85,7 +85,7 @@ class IndexedShard:
     def table(self) -> np.ndarray:
         """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
         where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
-        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the picture's token ids)
+        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the image's token ids)
         and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""

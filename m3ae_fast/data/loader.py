@@ -78,7 +78,7 @@ def train_loader(
         preparation: how a sample becomes the model's input.
         share: this rank's.
         steps: which steps of the stream; a resumed run starts above 0.
-        transform: of each picture, cropped.
+        transform: of each image, cropped.
         pin_memory: hand over batches in pinned memory.
 
     Raises:

@@ -63,13 +63,13 @@ class Reader:
         entry, modality = table[row], self.source.modalities[shard]
         image = caption = None
         if modality in ("paired", "image") or (modality == "any" and entry["image_offset"] != MISSING):
-            image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "picture")
+            image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "image")
         if modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING):
             caption = _read_caption(fd, entry)
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """The picture's token ids, made ahead of time: int64 [L].
+        """The image's token ids, made ahead of time: int64 [L].
 
         Raises:
             BadSample: there are none, or they are cut short.

@@ -1,6 +1,6 @@
 """The half of M3AE that downstream tasks keep: a ViT encoder over patches and text.
 
-Shapes: T encoder rows, N visible patches, D width, L patches a picture, V vocabulary, S samples, C channels.
+Shapes: T encoder rows, N visible patches, D width, L patches an image, V vocabulary, S samples, C channels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
-    """How the ops read pictures."""
+    """How the ops read images."""
     return {
         "patch_size": config.patch_size,
         "channels": config.channels,

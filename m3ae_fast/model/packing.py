@@ -1,6 +1,6 @@
 """Samples of any kind -> one packed batch. Runs on the CPU, in the loader.
 
-Shapes: S samples, P samples and segments of padding, B pictures, L patches a picture, T encoder rows, U decoder rows,
+Shapes: S samples, P samples and segments of padding, B images, L patches an image, T encoder rows, U decoder rows,
 M decoder rows that carry loss, I of them patches, W of them text tokens.
 
 A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].
@@ -37,13 +37,13 @@ class Geometry:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of a picture."""
+        """[C, H, W] of an image."""
         return self.channels, self.image_size, self.image_size
 
 
 @dataclass(slots=True)
 class Sample:
-    """One picture, one caption, or both."""
+    """One image, one caption, or both."""
 
     key: str  # for messages
     image: Tensor | None = None  # [C, H, W], uint8 or floating and already normalised
@@ -67,7 +67,7 @@ def rounded(rows: int) -> int:
 def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool = False) -> PackedBatch:
     """Lay `samples` out in one PackedBatch.
 
-    The image loss is a mean over pictures of the mean over their loss rows, the text loss a mean over captions of the
+    The image loss is a mean over images of the mean over their loss rows, the text loss a mean over captions of the
     mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
     its loss rows (official MAE). A sample's `loss_weight` multiplies its rows' weights, and nothing else.
 
@@ -78,7 +78,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
             weight 0. Losses and gradients stay; matmul libraries, compilers and allocators meet few shapes.
 
     Raises:
-        ValueError: a sample has neither picture nor caption, a shape does not fit `geometry`, or some pictures have
+        ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, or some images have
             ids and some have none.
     """
     length, S = geometry.patches_per_image, len(samples)
@@ -107,7 +107,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     )
     visible_U = real_U & ~masked_U
 
-    # what lies behind each row: a picture's patch, a caption's token, its row of [patch positions, text positions]
+    # what lies behind each row: an image's patch, a caption's token, its row of [patch positions, text positions]
     patch_id_U = np.cumsum(patch_U) - 1
     token_U = np.full(len(sample_U), -1)
     token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
@@ -157,7 +157,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     }
     ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
     if ids and len(ids) < len(images):
-        raise ValueError(f"{len(ids)} of {len(images)} pictures have image_ids")
+        raise ValueError(f"{len(ids)} of {len(images)} images have image_ids")
     rows["image_targets"] = _flat([], np.int64)
     if ids:
         real_I = weights["image_row_weight"] != 0
@@ -184,11 +184,11 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
     image_mask = text_mask = np.empty(0, dtype=bool)
     tokens = np.empty(0, dtype=np.int64)
     if sample.image is None and sample.tokens is None:
-        raise ValueError(f"{sample.key}: has neither picture nor caption")
+        raise ValueError(f"{sample.key}: has neither image nor caption")
     if sample.image is not None:
         image_mask = sample.image_mask.numpy()  # type: ignore[union-attr]
         if sample.image.shape != geometry.image_shape:
-            raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
+            raise ValueError(f"{sample.key}: image has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
         if image_mask.shape != (geometry.patches_per_image,):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
         if sample.image_ids is not None and sample.image_ids.shape != image_mask.shape:

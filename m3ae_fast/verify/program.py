@@ -3,7 +3,7 @@
 Rebuilds the model of each golden file, loads its parameters, and compares every number that the official
 implementation computed. Files of pre-training hold outputs, losses, gradients, features, and some AdamW steps; files of
 a linear probe or of fine-tuning hold logits, gradients, losses, learning rates, and parameters after some steps; files
-of the image tokenizer hold features, ids, and decoded pictures.
+of the image tokenizer hold features, ids, and decoded images.
 """
 
 from __future__ import annotations

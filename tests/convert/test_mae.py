@@ -21,7 +21,7 @@ HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
 
 
 def make(seed: int = 0) -> tuple[MAE, torch.Tensor, torch.Tensor]:
-    """An MAE, uint8 pictures, and the same as it sees them."""
+    """An MAE, uint8 images, and the same as it sees them."""
     torch.manual_seed(seed)
     mae = MAE()
     images = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -36,7 +36,7 @@ def convert(tmp_path, saved, *options: str) -> M3AE:
 
 
 def masks() -> list[torch.Tensor]:
-    """Of other lengths each: else a mean over patches would be one over pictures."""
+    """Of other lengths each: else a mean over patches would be one over images."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(9, generator=generator) < share for share in (0.3, 0.6, 0.8, 0.95)]
 

@@ -28,7 +28,7 @@ TINY = {
 
 
 def make(**settings) -> tuple[M3AE, torch.Tensor, torch.Tensor]:
-    """A model, uint8 pictures, and the same as it sees them."""
+    """A model, uint8 images, and the same as it sees them."""
     config = ModelConfig(**TINY | settings)
     torch.manual_seed(0)
     model = M3AE(config)
@@ -87,7 +87,7 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
     ("settings", "message"),
     [
         ({"init_values": 1.0}, "has a weight blocks.0.ls1.gamma, which"),
-        ({"reg_tokens": 2}, "11 of them do not fill a square picture"),
+        ({"reg_tokens": 2}, "11 of them do not fill a square image"),
         ({"act_layer": "relu"}, "has the activation relu, which"),
         ({"qk_norm": True}, "has a weight blocks.0.attn.k_norm"),
     ],

@@ -305,7 +305,7 @@ def test_a_size_in_a_pax_record_counts(tmp_path, store):
 
 
 def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
-    """As WebDataset's groups: two pictures with one key and suffix are two samples, the caption is the second's."""
+    """As WebDataset's groups: two images with one key and suffix are two samples, the caption is the second's."""
     files = [("a.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a cat"), ("b.jpg", picture(3))]
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files), modality="image")], store)
     reader = Reader(corpus.sources[0], store)

@@ -1,4 +1,4 @@
-"""Tables that name a picture and its caption in each row: csv, tsv, jsonl, parquet."""
+"""Tables that name an image and its caption in each row: csv, tsv, jsonl, parquet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_t
 
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[tuple[str, str]]:
-    """(picture, caption) of each row; a missing caption is "".
+    """(image, caption) of each row; a missing caption is "".
 
     Args:
         table: .csv, .tsv, .jsonl (or .ndjson) or .parquet.

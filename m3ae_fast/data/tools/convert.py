@@ -16,14 +16,14 @@ from m3ae_fast.data.tools.source import Source
 from m3ae_fast.data.tools.writer import Settings, convert, describe
 from m3ae_fast.errors import UserError
 
-FOLDER = """Make shards of a folder of pictures.
+FOLDER = """Make shards of a folder of images.
 
-Sub-folders are classes where there are two or more and every picture lies in one. Captions come from a table with one
-row per sample (a picture in several rows gives several samples), or from NAME.txt beside NAME.jpg. Pictures without a
+Sub-folders are classes where there are two or more and every image lies in one. Captions come from a table with one
+row per sample (an image in several rows gives several samples), or from NAME.txt beside NAME.jpg. Images without a
 caption train the image side alone. After an interruption the same command goes on; the same input gives the same bytes.
 
-  python -m m3ae_fast.data from-folder pictures/ shards/ --held-out 0.05
-  python -m m3ae_fast.data from-folder pictures/ shards/ --captions captions.csv --caption-column title
+  python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
+  python -m m3ae_fast.data from-folder images/ shards/ --captions captions.csv --caption-column title
   python -m m3ae_fast.data from-folder imagenet/val shards-val/ --classes shards/classes.json
 """
 HDF5 = """Make shards of an HDF5 file in the layout of the official M3AE code: jpg (variable-length uint8) with caption,
@@ -41,8 +41,8 @@ the hub. All splits are taken unless one is named. A row with a list of captions
 
 
 def add_commands(commands: Any) -> None:
-    folder = _command(commands, "from-folder", "make shards of a folder of pictures", FOLDER, _from_folder)
-    folder.add_argument("input", type=Path, metavar="DIR", help="folder of pictures, in sub-folders too")
+    folder = _command(commands, "from-folder", "make shards of a folder of images", FOLDER, _from_folder)
+    folder.add_argument("input", type=Path, metavar="DIR", help="folder of images, in sub-folders too")
     _add_out(folder)
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
     folder.add_argument("--image-column", metavar="NAME", help="its column of paths, relative to DIR (default: found)")
@@ -75,7 +75,7 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; new, or of the same command")
     shards, usual = parser.add_argument_group("shards"), Settings()
     numbers = {
-        "--short-side": (usual.short_side, "scale pictures down to so many pixels; small JPEGs stay as they are"),
+        "--short-side": (usual.short_side, "scale images down to so many pixels; small JPEGs stay as they are"),
         "--quality": (usual.quality, "of JPEGs, 1 to 100"),
         "--samples-per-shard": (usual.samples_per_shard, "at most"),
         "--workers": (len(os.sched_getaffinity(0)), "processes"),

@@ -26,7 +26,7 @@ class HuggingFace:
         columns: image, caption and label column, None where they are to be found.
 
     Raises:
-        UserError: `datasets` is not installed, there is no such dataset, or it has neither pictures nor captions.
+        UserError: `datasets` is not installed, there is no such dataset, or it has neither images nor captions.
     """
 
     def __init__(

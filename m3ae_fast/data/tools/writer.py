@@ -42,7 +42,7 @@ class Settings:
     """How shards are made."""
 
     samples_per_shard: int = 2000
-    short_side: int = 320  # pixels; larger pictures are scaled down
+    short_side: int = 320  # pixels; larger images are scaled down
     quality: int = 95  # of JPEG
     held_out: float = 0.0  # share of the samples that go to a split of their own
     keep_order: bool = False  # else shuffled, always in the same way
@@ -195,7 +195,7 @@ def _write(
 
 
 def _files(record: Record, settings: Settings) -> dict[str, bytes]:
-    """The members of a sample by suffix. Raises BadSample where it has neither picture nor caption."""
+    """The members of a sample by suffix. Raises BadSample where it has neither image nor caption."""
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
@@ -203,7 +203,7 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     if caption:
         files["txt"] = caption.encode("utf-8", "replace")
     if not files:
-        raise BadSample("neither picture nor caption")
+        raise BadSample("neither image nor caption")
     about = dict(record.about)
     if record.label is not None:
         files["cls"] = str(record.label).encode()
@@ -221,7 +221,7 @@ def describe(out: Path, converted: Converted) -> str:
     """What was made, for the user, with the lines that a config needs."""
     c = converted
     paired = c.images + c.captions - c.samples
-    kinds = {"paired": paired, "pictures alone": c.images - paired, "captions alone": c.captions - paired}
+    kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
     told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shards ({told})"]
     if c.left_out:
