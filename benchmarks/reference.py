@@ -1,9 +1,9 @@
-"""M3AE as one writes it without this engine: what the whole-step benchmarks compare with.
+"""M3AE as one would write it without this engine: what the whole-step benchmarks compare with.
 
 `ReferenceM3AE` computes what the official JAX code computes: it embeds all patches and then drops the masked, pads
 captions to `text_length`, runs every block on every row, and makes logits and pixels for all positions. With
-`expert=False` attention is softmax(q k^T) v spelled out, as there. With `expert=True` it is what one makes of
-the same by hand: visible patches alone are embedded, pixels and logits are made for masked, valid positions alone,
+`expert=False` attention is softmax(q k^T) v spelled out, as there. With `expert=True` it is the same model
+optimised by hand: only visible patches are embedded, pixels and logits are made only for masked, valid positions,
 scaled_dot_product_attention, torch.compile, fused AdamW, and bf16 autocast where that is faster.
 
 Its parameters have the names of `m3ae_fast.model.m3ae.M3AE`'s, so that `load_state_dict` takes them over.

@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
     "data": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
-    "convert": "bring weights: official M3AE and MAE checkpoints, timm models, runs",
+    "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
     "transfer": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
     "features": "write a model's features of a data set as .npz or .parquet",
     "fill": "guess masked words of a caption, complete an image",

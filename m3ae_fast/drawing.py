@@ -37,8 +37,8 @@ def draw_run(
     path: Path,
     count: int,
 ) -> None:
-    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights."""
-    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
+    """Draw `count` samples spread evenly over `corpus`, reconstructed on the CPU from a run's weights."""
+    with torch.device("meta"):  # initial weights would come from the generator of a training in progress
         model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights", assign=True)
     preparation = Preparation(model.geometry, config.masking, tokenizer, config.run.seed)
@@ -69,7 +69,7 @@ def draw_reconstructions(
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + len(rows) * (SIDE + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("original", "masked", "reconstruction", "caption; of its masked tokens green ones are predicted right")
+    titles = ("original", "masked", "reconstruction", "caption; masked tokens in green are predicted correctly")
     for i, title in enumerate(titles):
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
     for i, row in enumerate(rows):
@@ -189,7 +189,7 @@ def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, 
         draw.text((left, y), title, fill=FAINT, font=_font(11))
         x = indent = 64.0
         for word, colour in words:
-            joined = word.removeprefix("##")  # WordPiece's mark of what goes on within a word
+            joined = word.removeprefix("##")  # WordPiece's mark of a piece inside a word
             space = draw.textlength(" ", font=font) if joined == word and x > indent else 0
             width = draw.textlength(joined, font=font)
             if x + space + width > TEXT_WIDTH and x > indent:

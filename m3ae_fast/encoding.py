@@ -1,4 +1,4 @@
-"""Features of the frozen encoder: of what Python holds in memory, and of whole shards.
+"""Features of the frozen encoder, for images and texts in memory and for whole shards.
 
 Shapes: S samples, C channels, L patches an image, D encoder width, N samples of a corpus.
 """
@@ -67,7 +67,7 @@ def encode_corpus(
         config: pooling, batch and precision.
         title: of the progress bar.
         patches: keep the features of all patches too.
-        pulse: is told of each batch.
+        pulse: marked at each batch.
 
     Raises:
         UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--visible", type=float, default=1.0, metavar="SHARE", help="share of the patches that are seen (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which patches are seen")
-    parser.add_argument("--tokenizer", metavar="FILE", help="where the model has none with it, or another one")
+    parser.add_argument("--tokenizer", metavar="FILE", help="if the model has no tokenizer, or to replace it")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw image, what was seen, and completion")
     return parser.parse_args(argv)
 

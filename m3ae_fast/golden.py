@@ -43,7 +43,7 @@ class Golden:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except Exception as error:  # numpy and zipfile raise anything on hostile input
-            raise UserError(f"{path}: is no golden file ({error})") from None
+            raise UserError(f"{path}: is not a golden file ({error})") from None
 
     def get(self, key: str) -> np.ndarray | None:
         return self.arrays.get(key)

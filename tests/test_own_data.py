@@ -33,7 +33,7 @@ def test_five_commands_from_a_folder_to_a_model(tmp_path, monkeypatch, capsys):
     make, words, train, draw, write = (command[3:] for command in commands)  # five, each python -m MODULE ...
     assert data(make) == 0 and data(words) == 0
     said = capsys.readouterr().out
-    assert "20 samples" in said and "fewer than the 2,048 asked for" in said
+    assert "20 samples" in said and "fewer than the 2,048 requested" in said
     size = re.search(r"model\.vocab_size=(\d+)", said)[1]
     train = [size.join(word.split("2048")) if "vocab_size" in word else word for word in train]
     train = [str(ROOT / word) if word.startswith("configs/") else word for word in train]

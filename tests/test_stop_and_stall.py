@@ -168,7 +168,7 @@ def test_a_silent_rank_ends_the_run_and_is_named():
     """
     assert pulses(2, code) == (
         75,
-        "error: rank 0, step 7: for 1 s, no sign of life from rank 1 (last: step 6); --resume auto goes on\n",
+        "error: rank 0, step 7: for 1 s, no sign of life from rank 1 (last: step 6); --resume auto continues\n",
     )
 
 

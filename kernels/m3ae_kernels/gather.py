@@ -144,7 +144,7 @@ def _norm_gradients(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, and of the norm's weight and bias in the accumulator dtype; of those that `needs`
-    wants, the others have no elements."""
+    names; the others have no elements."""
     if impl == "triton":
         from .triton_impl.norm import gather_norm_backward
 

@@ -123,7 +123,7 @@ def _gradients(
     bias_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of images, weight and bias, of those that `needs` wants; the others have no elements."""
+    """Returns the gradients of images, weight and bias, of those that `needs` names; the others have no elements."""
     dtype = grad.dtype
     grad_images, grad_weight, grad_bias = _empty_gradients(
         grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl

@@ -189,7 +189,7 @@ def _pixel_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], and the gradients that `needs` wants; hidden, weight and bias have one dtype."""
+    """Fills row_loss [M], and the gradients that `needs` names; hidden, weight and bias have one dtype."""
     dtype, acc = hidden.dtype, share.dtype
     weight, bias = to_cut(weight, images, patch_size, 0), to_cut(bias, images, patch_size, 0)
     sum_KD, sum_K = torch.zeros_like(grad_weight, dtype=acc), torch.zeros_like(grad_bias)

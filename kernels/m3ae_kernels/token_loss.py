@@ -217,7 +217,7 @@ def _token_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], correct [M] where it has room, and the gradients that `needs` wants; hidden, weight and bias
+    """Fills row_loss [M], correct [M] where it has room, and the gradients that `needs` names; hidden, weight and bias
     have one dtype, and the share of an ignored row is 0."""
     dtype, acc, vocab = hidden.dtype, share.dtype, weight.shape[0]
     bias = weight.new_zeros(vocab) if bias is None else bias

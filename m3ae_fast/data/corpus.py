@@ -108,10 +108,10 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
             kinds = "images jpg, jpeg, png, webp; captions txt, json"
-            raise UserError(f"shards {config.shards!r}: no sample in them ({kinds}){damage}")
+            raise UserError(f"shards {config.shards!r}: no samples in them ({kinds}){damage}")
         modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
         if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
-            raise UserError(f"shards {config.shards!r}: nothing in them is {config.modality!r}; change its modality")
+            raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")
         corpus.sources.append(Source(shards, modalities, config.weight, config.loss_weight))
     return corpus
 

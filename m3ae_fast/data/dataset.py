@@ -56,12 +56,12 @@ class Preparation:
     masking: MaskingConfig
     tokenizer: CaptionTokenizer | None  # None where there are no captions
     seed: int  # the run's
-    image_tokenizer: VQGAN | None = None  # that makes the images' token ids here
-    stored_codebook: int | None = None  # the images' ids lie in the shards, of so many codes
+    image_tokenizer: VQGAN | None = None  # that makes the images' token ids in the loader
+    stored_codebook: int | None = None  # codes of the codebook, where the shards hold the images' ids
 
 
 class _Draft(NamedTuple):
-    """Views of a sample but for their images, of which it has the bytes."""
+    """Views of a sample without their images, whose bytes it holds."""
 
     samples: list[Sample]
     views: Sequence[int]
@@ -118,7 +118,7 @@ class Samples(Dataset[Sample | Skipped]):
     def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
         """Called by the DataLoader: a whole micro-batch, which may be empty.
 
-        Everything else comes before the images: between two of them, which fill the caches, it takes twice as long.
+        Everything else comes before the images: between two of them, which evict the caches, it takes twice as long.
         """
         groups = [list(views) for _, views in groupby(positions, lambda position: position // self.repeats)]
         drafts = [self._without_image(views) for views in groups]
@@ -181,7 +181,7 @@ class Samples(Dataset[Sample | Skipped]):
         if len(ids) != length:
             raise BadSample(f"has {len(ids)} ids for {length} patches")
         if not 0 <= ids.min() <= ids.max() < codes:
-            raise BadSample(f"has ids outside of the {codes} of the codebook")
+            raise BadSample(f"has ids outside the codebook of {codes}")
         return ids
 
     def _check_size(self, image: Tensor) -> None:
@@ -226,7 +226,7 @@ class Samples(Dataset[Sample | Skipped]):
         return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)
 
     def _fetch_ahead(self, turn: int) -> None:
-        """When a group of shards is begun, fetch the next one in the background."""
+        """When a group of shards begins, fetch the next one in the background."""
         if not any(self._cached) or isinstance(self.order, FileOrder):
             return
         source, index = self.order.turn(turn)

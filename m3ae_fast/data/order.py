@@ -18,7 +18,7 @@ _MASK = (1 << 64) - 1
 
 
 class Place(NamedTuple):
-    """A sample of a source, by its number in file order, and how often the source was gone through before."""
+    """A sample of a source, by its number in file order, and how many times the source was completed before."""
 
     source: int
     epoch: int

@@ -60,7 +60,7 @@ class Run(Loop):
         pulse: Pulse,
         with_changes: bool = False,
     ) -> Run:
-        """Find the checkpoint to go on from, open the data, build model and engine.
+        """Find the checkpoint to continue from, open the data, build model and engine.
 
         Raises:
             UserError: something is missing, or does not fit something else.

@@ -1,8 +1,8 @@
 """Attention over packed sequences: every sample attends to itself alone.
 
 One op, forward and backward, on a CPU and on a GPU: torch.compile traces it like any other, and the gradient of
-queries, keys and values is written as the one tensor that the matmul before it wants. What computes it is a `Kernel`:
-on CUDA the fastest that is installed (`cuda_attention`), on a CPU one made for it (`cpu.attention`).
+queries, keys and values is written as the one tensor that the matmul before it expects. What computes it is a `Kernel`:
+on CUDA the fastest that is installed (`cuda_attention`), on a CPU a custom one (`cpu.attention`).
 
 Shapes: T rows, Q query rows, H heads, D values a head.
 """
@@ -59,8 +59,8 @@ def describe(config: ModelConfig, masking: MaskingConfig, device: torch.device, 
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """What attention of samples of about `length` keys runs on. On CUDA the first question of a kind takes a second,
-    for a trial of what is installed."""
+    """What attention of samples of about `length` keys runs on. On CUDA the first call for a kind of head takes
+    a second, to try what is installed."""
     if device.type == "cuda":
         return cuda_attention.choose(device, dtype, heads, head_dim, length)
     return cpu_kernel(dtype, head_dim)
@@ -128,7 +128,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_QHD, _):
-    q, *others = ctx.saved_tensors  # asked for once: activation checkpointing makes them again each time
+    q, *others = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
     dq, dkv = attention_backward_op(grad_QHD, q, *others, *ctx.longest)
     return None if q is None else dq, dkv, None, None, None, None
 

@@ -25,7 +25,7 @@ from m3ae_fast.model.batch import PackedBatch
 class RandAugment:
     """A `data.dataset.Transform`: timm's RandAugment (arXiv 1909.13719) of its config string.
 
-    Raises UserError where timm does not take the string, or images are not RGB.
+    Raises UserError where timm rejects the string, or images are not RGB.
     """
 
     config: str
@@ -40,7 +40,7 @@ class RandAugment:
             self._make()
         except Exception as error:  # timm asserts and converts
             raise UserError(
-                f"finetune.rand_augment {self.config!r}: timm does not take it ({type(error).__name__}: {error}); "
+                f"finetune.rand_augment {self.config!r}: timm rejects it ({type(error).__name__}: {error}); "
                 "write it like rand-m9-mstd0.5-inc1, or null"
             ) from None
 

@@ -1,4 +1,4 @@
-"""k-NN accuracy while a model trains: a run shows how its representation transfers, and not only its loss."""
+"""k-NN accuracy while a model trains: shows how the representation transfers, beside the loss."""
 
 from __future__ import annotations
 

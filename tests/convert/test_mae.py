@@ -147,7 +147,7 @@ MISTAKES = {
     cut: "lacks the weight blocks.1.mlp.fc1.bias",
     other: "not an MAE or a timm VisionTransformer: lacks the weight cls_token",
     moved: "decoder_pos_embed moves the cls token",
-    wide: "encoder.norm.weight is [25], the model config wants [24]",
+    wide: "encoder.norm.weight is [25], the model config expects [24]",
 }
 
 

@@ -103,7 +103,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(writer, "shrink", stop)
         assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 2
-    assert "No space left on device); whole shards are kept" in capsys.readouterr().err
+    assert "No space left on device); complete shards are kept" in capsys.readouterr().err
     assert [path.name for path in sorted(out.iterdir())] == ["classes.json", "conversion.json", "train-00000.tar"]
     (out / ".train-00001.tar.partial").write_bytes(b"of a process that was killed")
     assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0

@@ -33,7 +33,7 @@ class Folder:
         captions: a table of captions with a row for each sample of an image; None: .txt files beside the images.
         columns: its columns of images and captions, None where they have usual names.
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
-        flat: sub-folders are no classes.
+        flat: sub-folders are not classes.
 
     Raises:
         UserError: there is no image, or the table names some that are not there.
@@ -104,12 +104,12 @@ def _find(folder: str) -> Iterator[str]:
 
 
 def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) -> list[str] | None:
-    """The first level of sub-folders, where there are two or more and every image lies in one."""
+    """The first level of sub-folders, if there are at least two and every image is in one."""
     found = sorted({path.partition("/")[0] for path in paths if "/" in path})
     if known is not None:
         strange = [name for name in found if name not in known]
         if strange or not all("/" in path for path in paths):
-            wrong = f"{strange[0]!r}" if strange else "images outside of class folders"
+            wrong = f"{strange[0]!r}" if strange else "images outside class folders"
             raise UserError(f"--classes: {folder} has {wrong}, which the classes lack")
         return list(known)
     return found if len(found) > 1 and all("/" in path for path in paths) else None

@@ -1,4 +1,4 @@
-"""tokenize-images: shards whose images are crops with the ids that a VQGAN gives them, made ahead of time.
+"""tokenize-images: shards whose images are crops with their VQGAN token ids, made ahead of time.
 
 Each sample of OUT is a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and what else the sample had.
 Training takes such crops as they are (`data.image_tokens` "shards"): another crop would have other ids.
@@ -35,7 +35,7 @@ from m3ae_fast.data.tools.writer import Settings, convert, describe
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.vqgan import VQGAN
 
-HELP = """Make shards whose images are crops with the ids that a VQGAN gives them, for model.image_targets=vqgan with
+HELP = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
 data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
 data). Captions, classes and json come along; samples without an image do not.
 
@@ -50,15 +50,15 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "tokenize-images",
         parents=[common],
-        help="make shards of crops with the ids of a VQGAN",
+        help="make shards of crops with their VQGAN token ids",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards; new, or of the same command")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards: new, or to be continued")
     parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
     parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
-    parser.add_argument("--centre", action="store_true", help="the central square instead")
+    parser.add_argument("--centre", action="store_true", help="take the central square instead")
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
     parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
@@ -189,7 +189,7 @@ def _read(fd: int, member: Member) -> bytes:
 def _run(args: argparse.Namespace) -> None:
     low, high = args.crop_scale
     if not 0 < low <= high <= 1:
-        raise UserError(f"--crop-scale {low:g} {high:g}: must be two shares with 0 < LOW <= HIGH <= 1")
+        raise UserError(f"--crop-scale {low:g} {high:g}: must be two fractions with 0 < LOW <= HIGH <= 1")
     for name in ("image_size", "views", "samples_per_shard", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")

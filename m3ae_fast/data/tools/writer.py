@@ -1,4 +1,4 @@
-"""Samples from anywhere -> shards: in parallel, resumable, and the same bytes for the same input.
+"""Samples from anywhere -> shards: in parallel, resumable, with equal bytes for equal input.
 
 OUT gets `SPLIT-00000.tar`, ... with an index each, `conversion.json`, which says what they were made of, and, where
 labels have names, `classes.json`.
@@ -59,7 +59,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion left behind; `skipped` are those of this call, without those of calls that it went on from."""
+    """What a conversion left behind; `skipped` are those of this call, without those of interrupted ones before it."""
 
     shards: list[Path]
     samples: int
@@ -125,7 +125,7 @@ def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard],
             for shard in todo:
                 skipped += _write(source, out, settings, shard, advance)
             return skipped
-        # forked: the source, which may list millions of files, need not travel
+        # forked: the source, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (source, out, settings)) as pool:
             futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}
@@ -135,7 +135,7 @@ def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard],
                     advance(len(futures[future].numbers))
             except BrokenProcessPool:
                 raise UserError(
-                    "a worker was killed, perhaps for want of memory; the same command goes on (fewer: --workers)"
+                    "a worker was killed, perhaps for lack of memory; repeat the command with fewer --workers"
                 ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -157,7 +157,7 @@ def _begin(*arguments: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work for ever."""
+    """A worker whose main process was killed would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Attention of each sample of a packed batch by itself, on a CPU.
+"""Attention within each sample of a packed batch, on a CPU.
 
 Shapes: Q query rows, K key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
 

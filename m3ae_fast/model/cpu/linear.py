@@ -1,4 +1,4 @@
-"""The linear layer of the trunk: torch's own, but for CPUs, where that leaves speed behind.
+"""The linear layer of the trunk: torch's own, except on CPUs where another library is faster.
 
 Shapes: R rows, I inputs, O outputs.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.hardware import this_cpu
 
-# asked here, since in a compiled function the question would end the graph
+# evaluated at import; inside a compiled function it would break the graph
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"
 
 
