@@ -1,6 +1,6 @@
 """Features of the frozen encoder, for images and texts in memory and for whole shards.
 
-Shapes: S samples, C channels, L patches an image, D encoder width, N samples of a corpus.
+Shapes: S samples, C channels, L patches per image, D encoder width, N samples of a corpus.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def encoding_loader(
 def require_tokenizer(model: MultimodalEncoder) -> None:
     """Raises UserError where the model cannot take text."""
     if not model.config.vocab_size:
-        raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images alone")
+        raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images only")
     if model.tokenizer is None:
         raise UserError("the model has no tokenizer: name the one it was trained with (data.tokenizer, M3AE.tokenizer)")
 

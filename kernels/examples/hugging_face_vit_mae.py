@@ -5,7 +5,7 @@
 
 `FusedViTMAE` takes uint8 images: what the image processor would normalise, patchify, predict and compare in memory is
 done inside two ops. Weights are random here; `ViTMAEForPreTraining.from_pretrained(...)` works as well.
-Shapes: B images, L patches an image, D width.
+Shapes: B images, L patches per image, D width.
 """
 
 import torch

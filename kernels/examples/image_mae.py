@@ -4,7 +4,7 @@
 
 Everything between the two ops is ordinary batched torch: the images stay uint8, no patch or target tensor exists, and
 the head's predictions never do either. Trains on made-up images in seconds on a CPU; uses a GPU where there is one.
-Shapes: B images, L patches an image, V visible patches an image, D width.
+Shapes: B images, L patches per image, V visible patches per image, D width.
 """
 
 import argparse

@@ -68,7 +68,7 @@ def _forward(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (the embeddings, the patches [N, K] where they are to be kept, which torch alone can)."""
+    """Returns (the embeddings, the patches [N, K] where they are to be kept, which only torch can)."""
     out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
     bias_D = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
     if impl == "triton":

@@ -142,7 +142,7 @@ def _rows_forward(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    """Returns the row losses alone."""
+    """Returns only the row losses."""
     ones_M = hidden.new_ones(len(hidden), dtype=accumulator(dtype))
     target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
     return _forward(hidden, weight, bias, ones_M, *target, [False] * 3, impl)[1]

@@ -1,7 +1,7 @@
 """Patches straight from images, in plain torch: shared by `patch_embed` and `masked_pixel_loss`.
 
 Inside the ops patches are cut so that neighbours lie side by side in the image: in the order (channel, row, column)
-from contiguous images, (row, column, channel) from those in channels_last memory. Callers see the latter alone: a
+from contiguous images, (row, column, channel) from those in channels_last memory. Callers see only the latter: a
 weight is permuted, a small copy, where the two differ.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.

@@ -280,7 +280,7 @@ class LoopConfig(Section):
     log_every: Count = 10
     """Steps between log lines."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: at the start and the end alone."""
+    """Steps between evaluations; null: only at the start and the end."""
     save_every: Count = 1000
     """Steps between checkpoints."""
     keep: Count = 2
@@ -327,7 +327,7 @@ class KnnProbeConfig(KnnConfig):
     pool: Literal["mean", "cls"] = "mean"
     """Pooling of features: the mean over all tokens but cls, or the cls token."""
     every: Count | None = None
-    """Steps between probes; null: at the start and the end alone."""
+    """Steps between probes; null: only at the start and the end."""
 
 
 class TrainConfig(TransformerLoopConfig):

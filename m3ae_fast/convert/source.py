@@ -96,7 +96,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    """With `weights_only`, which builds tensors and containers alone; MAE's own checkpoints also hold a Namespace."""
+    """With `weights_only`, which builds only tensors and containers; MAE's own checkpoints also hold a Namespace."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

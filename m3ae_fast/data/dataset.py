@@ -3,7 +3,7 @@
 A sample's crop, flip and masks depend on (seed, source, epoch, sample, view) alone. With `repeats` R, positions R k to
 R k + R - 1 are the views of the order's k-th sample.
 
-Shapes: C channels, S x S pixels, L patches an image, n tokens of a caption.
+Shapes: C channels, S x S pixels, L patches per image, n tokens of a caption.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, remedy:
         save_file(state, partial / STATE_FILE)
         info = replace(info, sha256={STATE_FILE: _sha256(partial / STATE_FILE)})
         (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors makes it readable to its owner alone
+        shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors makes it readable only to its owner
         for path in (partial / STATE_FILE, partial / INFO_FILE, partial):
             _to_disk(path)
         partial.rename(target)

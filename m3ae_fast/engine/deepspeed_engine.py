@@ -133,8 +133,8 @@ class DeepSpeedEngine:
             group["params"] = []
 
     def _link_moments(self) -> None:
-        """Link each weight to its part of the moments. DeepSpeed does so after its first step, only for the first
-        parameter group alone."""
+        """Link each weight to its part of the moments. DeepSpeed does so after its first step, but only for
+        the first parameter group."""
         if self.zero.stage in (1, 2):
             self.ds.optimizer._hp_optimizer_states_linked = False
             self.ds.optimizer._lazy_init_hp_params_optimizer_state()

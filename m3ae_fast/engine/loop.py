@@ -39,7 +39,7 @@ class Loop:
     sections: dict[str, Any]  # the config that checkpoints remember
     ranks: Ranks
     pulse: Pulse
-    folder: RunFolder | None  # on the main rank alone, as the log
+    folder: RunFolder | None  # on the main rank only, as the log
     log: RunLog | None
     share: Share
     schedule: Schedule

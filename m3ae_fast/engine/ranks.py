@@ -78,7 +78,7 @@ class Ranks:
         return result
 
     def told(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0 alone, on every rank; errors as in `on_main`. It must be picklable."""
+        """What `work` gives on rank 0, on every rank; errors as in `on_main`. It must be picklable."""
         return cast(T, self.from_main(self.on_main(work)))
 
     def main_first(self, work: Callable[[], T]) -> T:

@@ -124,7 +124,7 @@ def open_checkpoint(
     read = ranks.on_main(open_checked)
 
     def own(name: str) -> Tensor:
-        assert read is not None  # asked on the main rank alone
+        assert read is not None  # asked on the main rank only
         return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))
 
     return info.step, lambda name: ranks.told(lambda: own(name))

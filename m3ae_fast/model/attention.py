@@ -1,10 +1,10 @@
-"""Attention over packed sequences: every sample attends to itself alone.
+"""Attention over packed sequences: every sample attends only to itself.
 
 One op, forward and backward, on a CPU and on a GPU: torch.compile traces it like any other, and the gradient of
 queries, keys and values is written as the one tensor that the matmul before it expects. What computes it is a `Kernel`:
 on CUDA the fastest that is installed (`cuda_attention`), on a CPU a custom one (`cpu.attention`).
 
-Shapes: T rows, Q query rows, H heads, D values a head.
+Shapes: T rows, Q query rows, H heads, D values per head.
 """
 
 from __future__ import annotations

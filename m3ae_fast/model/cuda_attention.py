@@ -5,7 +5,7 @@ None wins everywhere: flash-attn 3 pads a head of 32 values to 64 and works in t
 random samples of a given length, once, forward and backward. One that is not installed, fails or computes something
 else is left out, and the log says why.
 
-Shapes: Q query rows, K key rows, H heads, D values a head.
+Shapes: Q query rows, K key rows, H heads, D values per head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The half of M3AE that downstream tasks keep: a ViT encoder over patches and text.
 
-Shapes: T encoder rows, N visible patches, D width, L patches an image, V vocabulary, S samples, C channels.
+Shapes: T encoder rows, N visible patches, D width, L patches per image, V vocabulary, S samples, C channels.
 """
 
 from __future__ import annotations

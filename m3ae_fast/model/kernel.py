@@ -1,6 +1,6 @@
 """What an attention kernel is, whoever wrote it and wherever it runs.
 
-Shapes: Q query rows, K key rows, H heads, D values a head.
+Shapes: Q query rows, K key rows, H heads, D values per head.
 """
 
 from __future__ import annotations

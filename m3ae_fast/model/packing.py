@@ -1,6 +1,6 @@
 """Samples of any kind -> one packed batch. Runs on the CPU, in the loader.
 
-Shapes: S samples, P samples and segments of padding, B images, L patches an image, T encoder rows, U decoder rows,
+Shapes: S samples, P samples and segments of padding, B images, L patches per image, T encoder rows, U decoder rows,
 M decoder rows that carry loss, I of them patches, W of them text tokens.
 
 A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].

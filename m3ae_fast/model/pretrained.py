@@ -37,7 +37,7 @@ class Pretrained:
     """What such a folder holds."""
 
     config: ModelConfig
-    state: dict[str, Tensor]  # by parameter name; that of the encoder alone, or of everything
+    state: dict[str, Tensor]  # by parameter name; of the encoder only, or of everything
     tokenizer: CaptionTokenizer | None = None
 
     @property
@@ -46,7 +46,7 @@ class Pretrained:
 
 
 def is_encoder(names: Iterable[str]) -> bool:
-    """Whether weights of these names are an encoder alone."""
+    """Whether weights of these names are only an encoder."""
     return all(name.startswith(ENCODER) for name in names)
 
 

@@ -200,5 +200,5 @@ class VQGAN(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: not a converted VQGAN ({reason}); name the folder of a converted one") from None
         if not load_weights(vqgan, state, str(folder)):
-            raise UserError(f"{folder}: holds a VQGAN's encoder alone, without codebook and decoder; convert it anew")
+            raise UserError(f"{folder}: holds only a VQGAN's encoder, without codebook and decoder; convert it anew")
         return vqgan

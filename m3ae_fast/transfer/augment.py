@@ -33,9 +33,7 @@ class RandAugment:
 
     def __post_init__(self) -> None:
         if self.model.channels != 3:
-            raise UserError(
-                f"finetune.rand_augment: takes RGB alone; set it to null for {self.model.channels} channels"
-            )
+            raise UserError(f"finetune.rand_augment: takes only RGB; set it to null for {self.model.channels} channels")
         try:
             self._make()
         except Exception as error:  # timm asserts and converts

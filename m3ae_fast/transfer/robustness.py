@@ -110,7 +110,7 @@ def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
 
 
 def _start(batch: PackedBatch, seed: int) -> Tensor:
-    """[S, C, H, W] uniform in [-1, 1]: of the seed and the samples alone."""
+    """[S, C, H, W] uniform in [-1, 1], a function of the seed and the samples only."""
     generator = torch.Generator()
     starts = []
     for key in batch.keys:

@@ -20,7 +20,7 @@ from m3ae_fast.golden import Golden
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.quantity import Quantity, relative_error
 
-# by an array that files of that kind alone have
+# by an array that only files of that kind have
 _KINDS = {
     "in/features": linear_probe.quantities,
     "in/soft_labels": finetune.quantities,

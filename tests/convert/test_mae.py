@@ -90,7 +90,7 @@ def test_loss_over_samples_is_another(tmp_path):
 def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
-    with pytest.warns(UserWarning, match="an encoder alone: the decoder has random weights"):
+    with pytest.warns(UserWarning, match="only an encoder: the decoder has random weights"):
         model = convert(tmp_path, {"model": weights})
     torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
 
@@ -104,7 +104,7 @@ def test_fine_tuned_encoder_keeps_its_norm_of_the_mean(tmp_path, capsys):
         name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in weights.items()
     }
     saved = {"model": weights | {"head.weight": torch.zeros(5, 24), "head.bias": torch.zeros(5)}}
-    with pytest.warns(UserWarning, match="an encoder alone"):
+    with pytest.warns(UserWarning, match="only an encoder"):
         model = convert(tmp_path, saved | {"args": argparse.Namespace(lr=1.0, device="cuda")})
     assert "fc_norm) acted on the mean" in capsys.readouterr().out
     rows = []

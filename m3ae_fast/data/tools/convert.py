@@ -20,7 +20,7 @@ FOLDER = """Make shards of a folder of images.
 
 Sub-folders are classes if there are at least two and every image is in one. Captions come from a table with one
 row per sample (an image in several rows gives several samples), or from NAME.txt beside NAME.jpg. Images without a
-caption train the image side alone. Run an interrupted command again to continue; equal input gives equal bytes.
+caption train only the image side. Run an interrupted command again to continue; equal input gives equal bytes.
 
   python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
   python -m m3ae_fast.data from-folder images/ shards/ --captions captions.csv --caption-column title
