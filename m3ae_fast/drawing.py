@@ -54,7 +54,7 @@ def draw_reconstructions(
     path: Path,
     vqgan: VQGAN | None = None,
 ) -> None:
-    """Write a PNG with a row for each sample. Visible patches and words are shown as they are, masked ones as
+    """Write a PNG with a row for each sample. Visible patches and text tokens are shown as they are, masked ones as
     predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
     predicted.
 

@@ -1,4 +1,4 @@
-"""Fill in the masked words of a caption, and the missing patches of an image.
+"""Fill in the masked text tokens of a caption, and the missing patches of an image.
 
 python -m m3ae_fast.fill runs/large photo.jpg "a [MASK] on the table"
 python -m m3ae_fast.fill runs/large photo.jpg "a cat on the table" --visible 0.25 --out completed.png
@@ -29,7 +29,7 @@ MASK = "[MASK]"
 
 
 class Guess(NamedTuple):
-    """A token for a masked place."""
+    """A token for a masked position."""
 
     token: str
     probability: float

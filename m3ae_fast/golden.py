@@ -106,10 +106,10 @@ class Golden:
         return samples
 
     def valid(self, i: int) -> Tensor:
-        """bool [X]: text positions of sample i that are not padding. Raises ValueError where padding precedes words."""
+        """bool [X]: text positions of sample i that are not padding. Raises ValueError where padding comes first."""
         valid = self.arrays["in/text_padding_mask"][i] == 0
         if (valid[1:] > valid[:-1]).any():
-            raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the words")
+            raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the text tokens")
         return torch.from_numpy(valid)
 
     def kept(self, modality: str) -> np.ndarray:

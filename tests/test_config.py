@@ -343,8 +343,8 @@ def test_the_official_hyper_parameters_are_the_defaults():
         ({"data": {"crop_scale": [0.5, 1.1]}}, "crop_scale"),
         ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "give every source a weight, or none"),
         ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "give every source a weight, or none"),
-        ({"train": {"epochs": 2, "steps": 2}}, "give either epochs or steps, not both"),
-        ({"train": {"epochs": None}}, "give either epochs or steps, not both"),
+        ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, not both"),
+        ({"train": {"epochs": None}}, "give epochs or steps, not both"),
     ],
 )
 def test_settings_that_contradict_each_other(change, message):

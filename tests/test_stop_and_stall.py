@@ -68,7 +68,7 @@ def test_a_library_that_swallows_the_end_is_ended_all_the_same():
     assert process.returncode == 0
 
 
-def test_what_came_while_the_program_was_imported_is_heeded():
+def test_what_came_while_the_program_was_imported_is_handled():
     code = """
         import os, signal, time
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))

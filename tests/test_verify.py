@@ -133,7 +133,7 @@ def test_bad_files(tmp_path):
         ("params/cls_token", None, "params/cls_token"),
         ("params/cls_token", np.zeros((3, 3)), "size"),
         ("in/text", np.full((4, 12), 10**6), "out of range"),
-        ("in/text_padding_mask", np.eye(12)[:4], "padding must follow the words"),
+        ("in/text_padding_mask", np.eye(12)[:4], "padding must follow the text tokens"),
         ("meta", lambda meta: {}, "config"),
         ("meta", lambda meta: meta | {"lr": 10**400}, "too large"),
         ("meta", lambda meta: meta | {"config": meta["config"] | {"image_mask_ratio": -math.inf}}, "infinity"),

@@ -41,7 +41,7 @@ class RunConfig(Section):
     seed: int = Field(42, ge=0, lt=1 << 63)
     """Seed of initial weights, sample order, crops and masks."""
     loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    """Where metrics go beside metrics.jsonl. W&B reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
+    """Where metrics go besides metrics.jsonl. W&B reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
     stall_timeout: float = Field(300, gt=0)
     """Seconds without progress on a rank or in a loader after which the run ends, with exit code 75."""
 
@@ -289,7 +289,7 @@ class LoopConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> LoopConfig:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps, not both")
+            raise ValueError("give epochs or steps, not both")
         return self
 
 

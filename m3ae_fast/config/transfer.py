@@ -1,4 +1,4 @@
-"""Settings of `python -m m3ae_fast.transfer`: a section per task beside those that training has too."""
+"""Settings of `python -m m3ae_fast.transfer`: a section per task, besides those shared with training."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ GOOD, FAILED = "good", "failed"
 
 @dataclass
 class Info:
-    """What a checkpoint knows beside its tensors."""
+    """What a checkpoint holds besides its tensors."""
 
     step: Annotated[int, Field(ge=0, lt=1 << 53)]  # optimiser steps taken
     samples: Annotated[int, Field(ge=0)]  # samples seen: the data position

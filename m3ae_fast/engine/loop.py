@@ -32,7 +32,7 @@ from m3ae_fast.model.batch import PackedBatch
 
 @dataclass(kw_only=True)
 class Loop:
-    """Parts that stay, and `step`: optimiser steps taken so far. Subclasses say what is counted and evaluated."""
+    """What stays the same in a run, and `step`: optimiser steps so far. Subclasses say what is counted and evaluated."""
 
     run: RunConfig
     loop: LoopConfig

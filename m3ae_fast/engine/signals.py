@@ -125,7 +125,7 @@ class StopRequest:
 
 
 def kill_children() -> None:
-    """End all processes that this one started, as one must that leaves without tidying up."""
+    """Kill all child processes: needed where this process exits without cleaning up."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()

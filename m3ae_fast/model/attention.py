@@ -50,9 +50,9 @@ def describe(config: ModelConfig, masking: MaskingConfig, device: torch.device, 
     """What attention runs on in the encoder and in the decoder, for people. On CUDA this is when kernels are tried."""
     if config.att_drop:
         return "padded SDPA"
-    patches, words = config.patches_per_image, config.text_length if config.vocab_size else 0
-    seen = 1 + kept(patches, masking.image_ratio) + kept(words, masking.text_ratio)
-    sizes = ((config.emb_dim, config.num_heads, seen), (config.dec_emb_dim, config.dec_num_heads, 1 + patches + words))
+    patches, tokens = config.patches_per_image, config.text_length if config.vocab_size else 0
+    visible, rows = 1 + kept(patches, masking.image_ratio) + kept(tokens, masking.text_ratio), 1 + patches + tokens
+    sizes = ((config.emb_dim, config.num_heads, visible), (config.dec_emb_dim, config.dec_num_heads, rows))
     find = cuda_attention.try_out if device.type == "cuda" else kernel_for
     encoder, decoder = (find(device, dtype, heads, dim // heads, length).name for dim, heads, length in sizes)
     return encoder if encoder == decoder else f"{encoder} (encoder), {decoder} (decoder)"

@@ -97,10 +97,10 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     padding = np.zeros(len(rows_P) - S, np.int64)
     patches_P = np.concatenate((patches_S, padding))
     sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
-    place_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
+    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
     real_U = sample_U < S
-    patch_U = (place_U > 0) & (place_U <= patches_P[sample_U])
-    text_U = real_U & (place_U > patches_P[sample_U])
+    patch_U = (position_U > 0) & (position_U <= patches_P[sample_U])
+    text_U = real_U & (position_U > patches_P[sample_U])
     masked_U = np.zeros(len(sample_U), bool)
     masked_U[real_U] = _flat(
         [part for image_mask, text_mask, _ in checked for part in (_CLS, image_mask, text_mask)], bool
@@ -111,13 +111,13 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     patch_id_U = np.cumsum(patch_U) - 1
     token_U = np.full(len(sample_U), -1)
     token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
-    table_U = np.where(text_U, length + place_U - 1 - patches_P[sample_U], np.where(real_U, place_U - 1, -1))
+    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, position_U - 1, -1))
 
     # the encoder's rows are the visible ones, in the same order
     visible_patch_U = patch_U & visible_U
-    seen_S = np.bincount(sample_U[visible_U], minlength=S)
-    seen_P = _padded(seen_S, size(int(seen_S.sum())))
-    patches, seen = int(np.count_nonzero(visible_patch_U)), int(seen_P.sum())
+    visible_S = np.bincount(sample_U[visible_U], minlength=S)
+    visible_P = _padded(visible_S, size(int(visible_S.sum())))
+    patches, visible = int(np.count_nonzero(visible_patch_U)), int(visible_P.sum())
 
     # rows that carry loss
     image_loss_U = patch_U & (masked_U | geometry.image_all_tokens)
@@ -134,8 +134,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     loss_weight_P[:S] = [sample.loss_weight for sample in samples]
     image_I, text_W = _loss_rows(image_loss_U, images_M, text_loss_U, texts_M)
     loss_M = np.sort(np.concatenate((image_I, text_W)))
-    place_in_M = np.zeros(len(sample_U), np.int64)
-    place_in_M[loss_M] = np.arange(len(loss_M))
+    row_in_M = np.zeros(len(sample_U), np.int64)
+    row_in_M[loss_M] = np.arange(len(loss_M))
     weights = {
         "image_row_weight": image_loss_U[image_I] * (loss_weight_P * image_share_P)[sample_U[image_I]],
         "text_row_weight": text_loss_U[text_W] * (loss_weight_P * text_share_P)[sample_U[text_W]],
@@ -143,16 +143,16 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     }
     rows = {
         "patch_ids": _extended(patch_id_U[visible_patch_U], size(patches), 0),
-        "encoder_src": _extended(np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U], seen, -1),
-        "token_ids": _extended(token_U[visible_U], seen, -1),
-        "encoder_table_ids": _extended(1 + table_U[visible_U], seen, -1),  # its table begins with cls
+        "encoder_src": _extended(np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U], visible, -1),
+        "token_ids": _extended(token_U[visible_U], visible, -1),
+        "encoder_table_ids": _extended(1 + table_U[visible_U], visible, -1),  # its table begins with cls
         "decoder_src": np.where(visible_U, np.cumsum(visible_U) - 1, -1),
         "mask_ids": np.where(masked_U, text_U, -1),
         "decoder_table_ids": table_U,
         "loss_rows": loss_M,
-        "image_rows": place_in_M[image_I],
+        "image_rows": row_in_M[image_I],
         "image_patch_ids": np.maximum(patch_id_U, 0)[image_I],  # where the weight is 0, any
-        "text_rows": place_in_M[text_W],
+        "text_rows": row_in_M[text_W],
         "text_targets": np.maximum(token_U, 0)[text_W],
     }
     ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
@@ -165,7 +165,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
-        encoder=_segments(seen_P),
+        encoder=_segments(visible_P),
         decoder=_segments(rows_P),
         loss=_segments(count(sample_U[loss_M])),
         captions=captions,

@@ -136,7 +136,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The nearest code of each place, by squared distance.
+        """The nearest code at each position, by squared distance.
 
         Args:
             images: [B, 3, H, W], uint8 or floating in [0, 1]; H and W multiples of the stride.

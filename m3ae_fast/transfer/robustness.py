@@ -33,9 +33,9 @@ Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S
 def run(job: Job) -> dict[str, Any]:
     config, model = job.config.robustness, job.model
     if model.config.modality == "text":
-        raise UserError(f"{job.args.model}: classifies texts; robustness is that of images")
+        raise UserError(f"{job.args.model}: classifies texts; robustness needs a classifier of images")
     if config.corruptions and model.config.model.channels != 3:
-        raise UserError("robustness.corruptions: are of RGB images; set it to [] for other channels")
+        raise UserError("robustness.corruptions: need RGB images; set it to [] for other channels")
     val, _ = label_corpus(
         job.open(job.config.data.val), job.args.labels, model.config.classes, progress=job.ranks.is_main
     )
