@@ -32,7 +32,7 @@ from m3ae_fast.model.batch import PackedBatch
 
 @dataclass(kw_only=True)
 class Loop:
-    """What stays the same in a run, and `step`: optimiser steps so far. Subclasses say what is counted and evaluated."""
+    """The fixed parts of a run, and `step`: optimiser steps so far. Subclasses define what is counted and evaluated."""
 
     run: RunConfig
     loop: LoopConfig
