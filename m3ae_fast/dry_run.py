@@ -75,8 +75,8 @@ def network_bytes(
 ) -> int:
     """Bytes that a GPU sends per optimiser step. `stage` None: DDP; `fp32_sums`: gradients are reduced in float32.
 
-    An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients travel once a
-    step, but with stages 2 and 3, which keep only shards, for each micro-batch; DeepSpeed reduces them to their owners
+    An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients are sent once
+    per step, with stages 2 and 3, which keep only shards, per micro-batch; DeepSpeed reduces them to their owners
     by all-reduce in stages 1 and 2. Weights are gathered once after the step, in stage 3 for every forward and backward
     pass.
     """

@@ -101,7 +101,7 @@ def lines(config: Config) -> list[dict]:
 
 
 def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed):
-    """52 samples in batches of 26: two steps an epoch; warm-up of two epochs, from a tenth of the peak."""
+    """52 samples in batches of 26: two steps per epoch; warm-up of two epochs, from a tenth of the peak."""
     config = settings(
         tmp_path,
         mixed,

@@ -36,7 +36,7 @@ def patch_embed(
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
-        mean, std: a number a channel in units of [0, 1] pixels for uint8 images, None for floating ones.
+        mean, std: one number per channel in units of [0, 1] pixels for uint8 images, None for floating ones.
         impl: "auto", "triton" or "torch".
 
     Returns:

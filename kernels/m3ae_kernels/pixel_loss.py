@@ -53,7 +53,7 @@ def masked_pixel_loss(
             order.
         row_weight: [M] floating, or None for ones.
         patch_size: P.
-        mean, std: a number a channel in units of [0, 1] pixels for uint8 images, None for floating ones.
+        mean, std: one number per channel in units of [0, 1] pixels for uint8 images, None for floating ones.
         norm_pix: standardise each target patch: unbiased variance, eps 1e-6 (He et al., arXiv 2111.06377, section 4.1).
         reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [M].
         impl: "auto", "triton" or "torch".

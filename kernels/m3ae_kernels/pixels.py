@@ -22,8 +22,8 @@ NORM_PIX_EPS = 1e-6
 def check_pixels(
     images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Checks the image arguments; returns (scale, shift) a channel, with pixel * scale + shift = (pixel / 255 - mean) /
-    std for uint8 images, and two empty lists for floating images, which are taken as they are.
+    """Checks the image arguments; returns (scale, shift) per channel, with pixel * scale + shift = (pixel / 255 - mean)
+    / std for uint8 images, and two empty lists for floating images, which are taken as they are.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.

@@ -101,7 +101,7 @@ def _flatten(tree: Any, prefix: str) -> Any:
 def _flag(variant: Mapping[str, Any], name: str, default: Any) -> Any:
     """A flag of the data set that was trained on."""
     section = "data"
-    if "dataset" in variant:  # MAE's script has one section a data set
+    if "dataset" in variant:  # MAE's script has one section per data set
         section = f"{variant['dataset']}_data"
     return variant.get(f"{section}.{name}", default)
 

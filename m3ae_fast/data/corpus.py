@@ -51,7 +51,7 @@ class Corpus:
 
     @property
     def samples(self) -> int:
-        """Samples an epoch, broken ones included."""
+        """Samples per epoch, broken ones included."""
         return sum(sum(source.sizes) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:

@@ -175,7 +175,7 @@ def deepspeed_section(
         "steps_per_print": config.steps_per_print or 10**9,
         "zero_allow_untested_optimizer": True,  # apex's FusedAdam
         "zero_force_ds_cpu_optimizer": False,
-        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice a step
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice per step
     }
     if dtype == torch.bfloat16:
         if config.zero_optimization.stage == 0:

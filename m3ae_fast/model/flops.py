@@ -1,4 +1,4 @@
-"""FLOPs of matmuls (2 a multiply-add), forward and backward, per sample or per packed batch.
+"""FLOPs of matmuls (2 per multiply-add), forward and backward, per sample or per packed batch.
 
 Shapes: N rows of a sequence, D width. A block costs 24 D^2 N + 4 N^2 D forward (mlp_ratio 4), twice that backward.
 """

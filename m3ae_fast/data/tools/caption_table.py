@@ -61,7 +61,7 @@ def _text(value: Any) -> str:
 
 
 def _csv(table: Path) -> Iterator[Any]:
-    """The columns, and then a dictionary a row; as the other readers."""
+    """The columns, and then one dictionary per row; as the other readers."""
     with open(table, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
         yield list(rows.fieldnames or ())
