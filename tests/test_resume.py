@@ -167,7 +167,7 @@ def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
     assert checkpoint.is_good(checkpoint.saved_steps(run)[0])
     wild = [*options, "--resume", "auto", "--set", "train.steps=9", "--set", "optim.peak_lr=1e30"]
     out = trainer("run", *wild, code=2)
-    assert "step-00000004 has failed by that" in out and "the last good checkpoint is" in out
+    assert "step-00000004 is thereby marked as failed" in out and "the last good checkpoint is" in out
     assert trainer.checkpoints("run") == ["step-00000003", "step-00000004"]
     out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=5")
     assert "step-00000004 is skipped: step 5, the first from its weights, was not finite" in out
