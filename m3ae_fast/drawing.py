@@ -37,8 +37,8 @@ def draw_run(
     path: Path,
     count: int,
 ) -> None:
-    """Draw `count` samples spread evenly over `corpus`, reconstructed on the CPU from a run's weights."""
-    with torch.device("meta"):  # initial weights would come from the generator of a training in progress
+    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights."""
+    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
         model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights", assign=True)
     preparation = Preparation(model.geometry, config.masking, tokenizer, config.run.seed)

@@ -124,7 +124,7 @@ class MultimodalEncoder(nn.Module):
         """Pooled features of images, texts, or pairs of them, unmasked and without gradients.
 
         Args:
-            images: PIL images or uint8 tensors [C, H, W] of any size (the central square is taken), or floating
+            images: PIL images or uint8 tensors [C, H, W] of any size, of which the central square is taken, or floating
                 tensors [C, image_size, image_size], already normalised; or None.
             texts: for which the model's `tokenizer` is needed; or None.
             pool: "mean" over all tokens but cls, after the final LayerNorm, or the "cls" token.

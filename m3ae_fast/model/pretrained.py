@@ -68,7 +68,7 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
 
 
 def _preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """How an image becomes the input, in the words of transformers' image processors: the central square, bicubic."""
+    """How a picture becomes the input, in the words of transformers' image processors: the central square, bicubic."""
     size = config.image_size
     return {
         "do_resize": True,
