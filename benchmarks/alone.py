@@ -1,6 +1,6 @@
 """An implementation in a process of its own, which takes steps when asked to.
 
-So that implementations can take turns and yet share nothing: neither the allocator's settings nor memory nor threads.
+Implementations can so take turns and yet share nothing: neither allocator settings nor memory nor threads.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the ops are timed beside: plain torch, torch.compile of it, their matmuls alone on cuBLAS, and the losses of
-torch and of other libraries, where they are there."""
+"""What the ops are compared with: plain torch, torch.compile of it, their matmuls alone on cuBLAS, and the losses of
+torch and of other libraries, where installed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _liger() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     parameters = inspect.signature(Liger.forward).parameters.values()
-    set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}  # older ones lack the second
+    set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}  # older versions lack the second
     options = [set_here.get(p.name, p.default) for p in list(parameters)[5:]]  # after ctx and the four tensors
 
     def loss(hidden, weight, bias, targets, row_weight) -> Tensor:

@@ -1,5 +1,5 @@
-"""Whole training steps of the same work: the two baselines, which are the plain reference and the expert's version, and
-this engine."""
+"""Whole training steps of the same work: the two baselines (the plain reference and the expert's version) and this
+engine."""
 
 from __future__ import annotations
 

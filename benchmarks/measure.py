@@ -1,4 +1,4 @@
-"""Times and peak memory of a function on a device: CUDA, or a CPU with which the rest is tested."""
+"""Times and peak memory of a function on a device: CUDA, or a CPU for tests of the rest."""
 
 import time
 from collections.abc import Callable
@@ -100,7 +100,7 @@ class CudaDevice:
 def measure(
     device: CpuDevice | CudaDevice, functions: dict[str, Callable[[], object]], rounds: int = 5, repeats: int = 10
 ) -> dict[str, Timing]:
-    """Times functions that do the same work, in turns, so that a change of clocks meets them all."""
+    """Times functions that do the same work, in turns, so that a change of clocks affects them all."""
     for function in functions.values():
         device.time(function, 3)
     times: dict[str, list[float]] = {name: [] for name in functions}

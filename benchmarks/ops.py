@@ -75,8 +75,8 @@ class Workload:
 class Sizes:
     samples: int
     patch: int
-    grid: int  # patches a side
-    visible: int  # patches a sample
+    grid: int  # patches per side
+    visible: int  # patches per sample
     words: int  # a sample, of which a quarter is visible
     encoder: int
     decoder: int

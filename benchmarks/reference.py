@@ -1,9 +1,9 @@
-"""M3AE as one writes it without this engine: what the whole-step benchmarks compare with.
+"""M3AE as one would write it without this engine: what the whole-step benchmarks compare with.
 
 `ReferenceM3AE` computes what the official JAX code computes: it embeds all patches and then drops the masked, pads
 captions to `text_length`, runs every block on every row, and makes logits and pixels for all positions. With
-`expert=False` attention is softmax(q k^T) v spelled out, as there. With `expert=True` it is what one makes of
-the same by hand: visible patches alone are embedded, pixels and logits are made for masked, valid positions alone,
+`expert=False` attention is softmax(q k^T) v spelled out, as there. With `expert=True` it is the same model
+optimised by hand: only visible patches are embedded, pixels and logits are made only for masked, valid positions,
 scaled_dot_product_attention, torch.compile, fused AdamW, and bf16 autocast where that is faster.
 
 Its parameters have the names of `m3ae_fast.model.m3ae.M3AE`'s, so that `load_state_dict` takes them over.
@@ -31,7 +31,7 @@ EPS = 1e-6
 
 @dataclass
 class PaddedBatch:
-    """Pictures with captions that are padded to one length. Every sample has both."""
+    """Images with captions that are padded to one length. Every sample has both."""
 
     images_BCHW: Tensor  # float32, normalised: the loader's work here, not the step's
     image_mask_BL: Tensor  # bool, True = masked
@@ -39,7 +39,7 @@ class PaddedBatch:
     text_mask_BX: Tensor  # bool, drawn over all X positions
     padding_BX: Tensor  # bool, True = padding
     # what the expert's loader adds, so that its step neither searches nor waits
-    masked_image_BM: Tensor  # int64, the masked patches of each picture
+    masked_image_BM: Tensor  # int64, the masked patches of each image
     masked_text_W: Tensor  # int64, the masked, valid tokens among B * X
     text_weight_W: Tensor  # float32, 1 / (B * those of the same caption)
 
@@ -47,7 +47,7 @@ class PaddedBatch:
     def of(
         cls, images_BCHW: Tensor, image_mask_BL: Tensor, tokens_BX: Tensor, text_mask_BX: Tensor, padding_BX: Tensor
     ):
-        """With the rest found. All pictures have equally many masked patches."""
+        """With the rest found. All images have equally many masked patches."""
         masked_BX = text_mask_BX & ~padding_BX
         weight_BX = 1 / (len(masked_BX) * masked_BX.sum(1, keepdim=True).clamp(min=1)).expand_as(masked_BX)
         return cls(
@@ -191,7 +191,7 @@ class ReferenceM3AE(nn.Module):
         return self.loss.image_weight * image_loss + self.loss.text_weight * text_loss
 
     def loss_of_masked(self, image_BLD: Tensor, text_BXD: Tensor, patches_BLK: Tensor, batch: PaddedBatch) -> Tensor:
-        """The same from predictions for the masked, valid positions alone. Every picture has equally many masked."""
+        """The same from predictions for the masked, valid positions alone. Every image has equally many masked."""
         hidden_image = take(image_BLD, batch.masked_image_BM).flatten(0, 1)
         target_image = take(patches_BLK, batch.masked_image_BM).flatten(0, 1)
         image_loss = (self.image_head(hidden_image).float() - target_image).square().mean()

@@ -1,4 +1,4 @@
-"""Shards made on the spot, with pictures about as heavy as photographs."""
+"""Shards made on the spot, with images about as heavy as photographs."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ ALL = ("step", "memory", "ops", "scaling", "loader", "startup")
 ALL += ("gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 SPEEDUP = "the engine's speed-up"
+SPEEDUPS = {"over reference": "reference", "over expert": "expert"}
 
 
 def machines(folder: Path) -> list[Path]:
@@ -36,24 +37,32 @@ def page(machine: Path) -> str:
 
 
 def section(folder: Path, readme: Path) -> str:
-    """The training step on all machines: a row for each machine and size."""
-    lines = [
-        "| machine | size, batch | reference | expert | engine, samples/s | over the reference | over the expert |"
-    ]
-    lines += ["|---|---|--:|--:|--:|--:|--:|"]
+    """The training step on all machines, a row for each: by size, the engine's speed and its speed-ups."""
+    cases: list[tuple[str, int]] = []
+    machine_rows = []
     for machine in machines(folder):
         if not (machine / "step.json").exists():
             continue
         steps = json.loads((machine / "step.json").read_text(encoding="utf-8"))
         name = f"[{steps['about']['device']}]({os.path.relpath(machine / 'README.md', readme.parent)})"
-        by_case: dict[tuple, dict[str, results.Row]] = {}
+        by_case: dict[tuple[str, int], dict[str, results.Row]] = {}
         for row in steps["rows"]:
             by_case.setdefault((row["size"], row["batch"]), {})[row["implementation"]] = row
-        for (size, batch), rows in by_case.items():
-            cells = [f"{rows[who]['samples/s']:.3g}" for who in ("reference", "expert", "engine")]
-            cells += [f"{rows[who][SPEEDUP]:.2f} x" for who in ("reference", "expert")]
-            lines.append(f"| {name} | {size}, {batch} | {' | '.join(cells)} |")
+        cases += [case for case in by_case if case not in cases]
+        machine_rows.append((name, by_case))
+    titles = [t for size, batch in cases for t in (f"{size}, batch {batch}: samples/s", *SPEEDUPS)]
+    lines = [f"| machine | {' | '.join(titles)} |", "|---" + "|--:" * len(titles) + "|"]
+    for name, by_case in machine_rows:
+        cells = [cell for case in cases for cell in _cells(by_case.get(case))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(rows: dict[str, results.Row] | None) -> list[str]:
+    """One size on one machine: the engine's samples/s, and how many times the baselines' that is."""
+    if rows is None:
+        return ["-"] * (1 + len(SPEEDUPS))
+    return [f"{rows['engine']['samples/s']:.3g}", *(f"{rows[who][SPEEDUP]:.2f} x" for who in SPEEDUPS.values())]
 
 
 def rewrite(text: str, made: str) -> str:

@@ -22,7 +22,7 @@ from m3ae_fast.data import Preparation, ShardStore, Share, load_tokenizer, open_
 from m3ae_fast.model.packing import Geometry
 
 ROOT = Path(__file__).parents[1]
-PICTURES, HEIGHT, WIDTH, BATCH = 512, 400, 500, 64
+IMAGES, HEIGHT, WIDTH, BATCH = 512, 400, 500, 64
 MOST = 1.2  # times what decoding and cropping alone take: the loader reads shards, tokenises, masks and packs besides
 ROWS: list[results.Row] = []
 
@@ -31,13 +31,13 @@ ROWS: list[results.Row] = []
 def write():
     yield
     if ROWS:
-        results.write("loader", f"Loading, one core, JPEG pictures of {WIDTH} x {HEIGHT} pixels", ROWS)
+        results.write("loader", f"Loading, one core, JPEG images of {WIDTH} x {HEIGHT} pixels", ROWS)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    make_shards(folder, 2, PICTURES, (HEIGHT, WIDTH), vocab=2048, words=(8, 8))
+    make_shards(folder, 2, IMAGES, (HEIGHT, WIDTH), vocab=2048, words=(8, 8))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Whole training steps side by side: reference, expert, engine, taking turns so that a busy machine meets all alike."""
+"""Whole training steps side by side: reference, expert, engine, taking turns so that a busy machine slows all alike."""
 
 import functools
 import statistics
@@ -57,7 +57,7 @@ def test_step(benchmark, size, samples):
 
     ratios = {}
     for name in NAMES:
-        # neighbours in time share what else the machine does
+        # neighbours in time see the same load of the machine
         ratios[name] = statistics.median(r / e for r, e in zip(seconds[name], seconds["engine"]))
         precision = "fp32" if name == "reference" else PRECISION
         row = {"size": size, "batch": samples, "implementation": name, "precision": precision}

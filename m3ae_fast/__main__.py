@@ -8,10 +8,10 @@ import sys
 COMMANDS = {
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
     "data": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
-    "convert": "bring weights: official M3AE and MAE checkpoints, timm models, runs",
+    "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
     "transfer": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
     "features": "write a model's features of a data set as .npz or .parquet",
-    "fill": "guess masked words of a caption, complete a picture",
+    "fill": "guess masked words of a caption, complete an image",
     "visualise": "draw reconstructions of a run's samples",
     "report": "write a run's curves, pictures and results as one page, report.html",
     "export": "write a run's weights as safetensors + config.json",

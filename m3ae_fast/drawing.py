@@ -54,8 +54,8 @@ def draw_reconstructions(
     path: Path,
     vqgan: VQGAN | None = None,
 ) -> None:
-    """Write a PNG with a row for each sample. Visible patches and words are shown as they are, masked ones as
-    predicted; where the image targets are ids of `vqgan`, the whole picture is what it makes of the true ids and the
+    """Write a PNG with a row for each sample. Visible patches and text tokens are shown as they are, masked ones as
+    predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
     predicted.
 
     Raises:
@@ -69,7 +69,7 @@ def draw_reconstructions(
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + len(rows) * (SIDE + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("original", "masked", "reconstruction", "caption; of its masked tokens green ones are predicted right")
+    titles = ("original", "masked", "reconstruction", "caption; masked tokens in green are predicted correctly")
     for i, title in enumerate(titles):
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
     for i, row in enumerate(rows):
@@ -106,12 +106,12 @@ def _row(
 
 
 def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
-    """uint8 [C, H, W]: the picture of the true ids where visible and the predicted ones where masked."""
+    """uint8 [C, H, W]: the image decoded from the true ids where visible and the predicted ones where masked."""
     ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
     predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
     side = model.config.image_size // model.config.patch_size
-    picture = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, side, side))[0]
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    decoded = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, side, side))[0]
+    return (decoded.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
@@ -189,7 +189,7 @@ def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, 
         draw.text((left, y), title, fill=FAINT, font=_font(11))
         x = indent = 64.0
         for word, colour in words:
-            joined = word.removeprefix("##")  # WordPiece's mark of what goes on within a word
+            joined = word.removeprefix("##")  # WordPiece's mark of a piece inside a word
             space = draw.textlength(" ", font=font) if joined == word and x > indent else 0
             width = draw.textlength(joined, font=font)
             if x + space + width > TEXT_WIDTH and x > indent:

@@ -25,8 +25,8 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
     """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes).
 
     Raises:
-        UserError: what a start would fail on: the batch cannot be shared among the GPUs and, with `data`, shards or
-            tokenizer are missing or do not fit the model.
+        UserError: what would stop a run at its start: the batch cannot be split over the GPUs or, with `data`, shards
+            or tokenizer are missing or do not fit the model.
     """
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
@@ -56,7 +56,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
     for name, text in lines:
         console.print(f"{name:21} {text}")
     console.print(_memory_table(config, parameters, world, micro * _activation_bytes(config, batch)))
-    console.print("activations are an estimate: what autograd keeps of each block, in the run's precision")
+    console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
 
 
 def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[float, float, float]:
@@ -75,8 +75,8 @@ def network_bytes(
 ) -> int:
     """Bytes that a GPU sends per optimiser step. `stage` None: DDP; `fp32_sums`: gradients are reduced in float32.
 
-    An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients travel once a
-    step, but with stages 2 and 3, which keep parts alone, for each micro-batch; DeepSpeed reduces them to their owners
+    An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients are sent once
+    per step, with stages 2 and 3, which keep only shards, per micro-batch; DeepSpeed reduces them to their owners
     by all-reduce in stages 1 and 2. Weights are gathered once after the step, in stage 3 for every forward and backward
     pass.
     """

@@ -1,6 +1,6 @@
-"""Features of the frozen encoder: of what Python holds in memory, and of whole shards.
+"""Features of the frozen encoder, for images and texts in memory and for whole shards.
 
-Shapes: S samples, C channels, L patches a picture, D encoder width, N samples of a corpus.
+Shapes: S samples, C channels, L patches per image, D encoder width, N samples of a corpus.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def encode_corpus(
         config: pooling, batch and precision.
         title: of the progress bar.
         patches: keep the features of all patches too.
-        pulse: is told of each batch.
+        pulse: marked at each batch.
 
     Raises:
         UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.
@@ -124,7 +124,7 @@ def encoding_loader(
 def require_tokenizer(model: MultimodalEncoder) -> None:
     """Raises UserError where the model cannot take text."""
     if not model.config.vocab_size:
-        raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images alone")
+        raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images only")
     if model.tokenizer is None:
         raise UserError("the model has no tokenizer: name the one it was trained with (data.tokenizer, M3AE.tokenizer)")
 

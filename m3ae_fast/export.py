@@ -1,6 +1,6 @@
 """python -m m3ae_fast.export RUN OUT: the weights of a run as a folder that M3AE.from_pretrained(OUT) loads.
 
-It holds model.safetensors, config.json, the tokenizer, how pictures are prepared, and a model card.
+It holds model.safetensors, config.json, the tokenizer, how images are prepared, and a model card.
 
   --format timm      the image encoder alone, for timm.create_model("local-dir:OUT", pretrained=True)
   --push OWNER/NAME  also uploads OUT to the Hugging Face hub (log in with `hf auth login` first)

@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="image",
         help="what the encoder sees of a sample (default: image)",
     )
-    parser.add_argument("--patches", action="store_true", help="the features of all patches too; they take much room")
+    parser.add_argument("--patches", action="store_true", help="also the features of all patches (large)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set encode.batch=256"
     )

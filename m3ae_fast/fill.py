@@ -1,4 +1,4 @@
-"""Fill in the masked words of a caption, and the missing patches of a picture.
+"""Fill in the masked text tokens of a caption, and the missing patches of an image.
 
 python -m m3ae_fast.fill runs/large photo.jpg "a [MASK] on the table"
 python -m m3ae_fast.fill runs/large photo.jpg "a cat on the table" --visible 0.25 --out completed.png
@@ -29,7 +29,7 @@ MASK = "[MASK]"
 
 
 class Guess(NamedTuple):
-    """A token for a masked place."""
+    """A token for a masked position."""
 
     token: str
     probability: float
@@ -40,15 +40,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m m3ae_fast.fill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="a picture file; its central square is taken")
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file; its central square is taken")
     parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="guesses per mask (default: 5)")
     parser.add_argument(
         "--visible", type=float, default=1.0, metavar="SHARE", help="share of the patches that are seen (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which patches are seen")
-    parser.add_argument("--tokenizer", metavar="FILE", help="where the model has none with it, or another one")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw picture, what was seen, and completion")
+    parser.add_argument("--tokenizer", metavar="FILE", help="if the model has no tokenizer, or to replace it")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw image, what was seen, and completion")
     return parser.parse_args(argv)
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.visible <= 1:
         raise UserError(f"--visible {args.visible:g}: must be from 0 to 1")
     if not args.out and MASK not in args.text:
-        raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed picture")
+        raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed image")
     model = load_model(args.model, text=True, tokenizer=args.tokenizer).eval()
     sample = make_sample(model, args.image, args.text, args.visible, args.seed)
     for place, guesses in enumerate(fill_text(model, sample, args.top), 1):
@@ -72,10 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:
-    """A picture file and a caption with masks, as the model takes them.
+    """An image file and a caption with masks, as the model takes them.
 
     Raises:
-        UserError: the file is no picture, or the caption is too long for one of its masks.
+        UserError: the file is no image, or the caption is too long for one of its masks.
     """
     config = model.config
     try:

@@ -43,7 +43,7 @@ class Golden:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except Exception as error:  # numpy and zipfile raise anything on hostile input
-            raise UserError(f"{path}: is no golden file ({error})") from None
+            raise UserError(f"{path}: is not a golden file ({error})") from None
 
     def get(self, key: str) -> np.ndarray | None:
         return self.arrays.get(key)
@@ -106,10 +106,10 @@ class Golden:
         return samples
 
     def valid(self, i: int) -> Tensor:
-        """bool [X]: text positions of sample i that are not padding. Raises ValueError where padding precedes words."""
+        """bool [X]: text positions of sample i that are not padding. Raises ValueError where padding comes first."""
         valid = self.arrays["in/text_padding_mask"][i] == 0
         if (valid[1:] > valid[:-1]).any():
-            raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the words")
+            raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the text tokens")
         return torch.from_numpy(valid)
 
     def kept(self, modality: str) -> np.ndarray:

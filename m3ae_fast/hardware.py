@@ -23,7 +23,7 @@ L = TypeVar("L", bound="TransformerLoopConfig")
 
 
 class Peaks(NamedTuple):
-    """What a GPU does at most, from its data sheet."""
+    """A GPU's peaks, from its data sheet."""
 
     flops: float  # dense bf16 on tensor cores, FLOP/s
     bandwidth: float  # of its memory, bytes/s
@@ -70,7 +70,7 @@ class Cpu:
 
 @functools.cache
 def this_cpu() -> Cpu:
-    """Read from what Linux tells of it."""
+    """As Linux describes it in /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -84,7 +84,7 @@ def this_cpu() -> Cpu:
 
 
 def fast_precision(device: torch.device) -> str:
-    """ "bf16" or "fp32": in which of the two matmuls are faster. Alike on both, bf16 would win for its memory."""
+    """ "bf16" or "fp32": whichever makes matmuls faster."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else this_cpu().bf16
     return "bf16" if fast else "fp32"
 
@@ -138,7 +138,7 @@ def missing_for_triton() -> list[str]:
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Whether copies to the device are faster from pinned memory, and go on beside the computation."""
+    """Whether copies to the device are faster from pinned memory, and overlap with the computation."""
     return device.type == "cuda"
 
 
@@ -156,8 +156,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free for the next ones. By default it hands large blocks back to the kernel at once,
-    and a step on the CPU then waits for 100,000 fresh pages. Does nothing where there is no glibc."""
+    """Let glibc keep the memory that tensors free for the next ones. By default it returns large blocks to the kernel
+    at once, and a step on the CPU then waits for 100,000 fresh pages. Does nothing where there is no glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 1 << 30)

@@ -15,7 +15,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 
-if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` heeds what came meanwhile
+if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handles what arrived meanwhile
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 # Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -53,13 +53,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--resume",
         default="no",
         metavar="auto|no|PATH",
-        help="auto: go on from the last checkpoint in run.dir, or start; no (default): start a new run; "
-        "PATH: go on from that checkpoint or run folder",
+        help="auto: continue from the last checkpoint in run.dir, or start; no (default): start a new run; "
+        "PATH: continue from that checkpoint or run folder",
     )
     parser.add_argument(
         "--resume-with-changes",
         action="store_true",
-        help="go on although shards, tokenizer, crops or masks are not the checkpoint's: it will be another run",
+        help="continue although shards, tokenizer, crops or masks are not the checkpoint's: it will be another run",
     )
     parser.add_argument(
         "--profile", action="store_true", help=f"write {TRACE_FILE} into run.dir: a torch profiler trace of some steps"

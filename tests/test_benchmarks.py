@@ -55,7 +55,8 @@ def test_results_become_the_readmes_tables(tmp_path):
     assert table.main(["--readme", str(readme), "--results", str(tmp_path / "results")]) == 0
     text = readme.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "(results/some-cpu/README.md) | tiny, 3 | 2 | 4 | 10 | 5.00 x | 2.50 x |" in text and "Ops" not in text
+    assert "| machine | tiny, batch 3: samples/s | over reference | over expert |\n|---|--:|--:|--:|\n" in text
+    assert "(results/some-cpu/README.md) | 10 | 5.00 x | 2.50 x |\n" in text and "Ops" not in text
     page = (tmp_path / "results/some-cpu/README.md").read_text()
     assert "**Ops**" in page and "| a | 1,234 |" in page and "| b | - |" in page
 

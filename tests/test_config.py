@@ -294,7 +294,7 @@ def test_repeats_lengthen_an_epoch(run):
 
 
 def test_the_page_of_settings_is_current():
-    assert page() == (ROOT / "docs/config.md").read_text(), "make it anew: python -m m3ae_fast.config > docs/config.md"
+    assert page() == (ROOT / "docs/config.md").read_text(), "regenerate it: python -m m3ae_fast.config > docs/config.md"
 
 
 def test_every_setting_is_explained():
@@ -343,8 +343,8 @@ def test_the_official_hyper_parameters_are_the_defaults():
         ({"data": {"crop_scale": [0.5, 1.1]}}, "crop_scale"),
         ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "give every source a weight, or none"),
         ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "give every source a weight, or none"),
-        ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, and not both"),
-        ({"train": {"epochs": None}}, "give epochs or steps, and not both"),
+        ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, not both"),
+        ({"train": {"epochs": None}}, "give epochs or steps, not both"),
     ],
 )
 def test_settings_that_contradict_each_other(change, message):

@@ -18,7 +18,7 @@ BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have 
     "bf16 in tiles": (torch.bfloat16, "GenuineIntel", {"avx512_bf16", "amx_tile", "amx_bf16"}, set(), 4e-3),
 }
 PER_SAMPLE = "torch, per sample"
-SHAPES = {  # heads, values a head, queries, keys
+SHAPES = {  # heads, values per head, queries, keys
     "one key": (1, 16, [1], [1]),
     "decoder": (4, 32, [217, 229, 198], [217, 229, 198]),
     "encoder": (6, 64, [55, 3, 61, 8, 9, 16, 17], [55, 3, 61, 8, 9, 16, 17]),

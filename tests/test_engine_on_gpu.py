@@ -12,7 +12,7 @@ from tests.helpers.zero_cases import TINY, samples
 
 
 def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
-    """Steps on changing batches of which no one but the first makes the host wait for the GPU."""
+    """Steps on changing batches: only the first one makes the host wait for the GPU."""
     data = {
         "model": TINY,
         "data": {"train": [{"shards": "none.tar"}]},

@@ -60,7 +60,7 @@ def test_mistakes_are_one_line(run, photo, tmp_path):
         ([str(photo), "a [MASK]", "--visible", "2"], "must be from 0 to 1"),
         ([str(photo), "a [MASK]", "--top", "0"], "must be 1 or more"),
         ([str(tmp_path / "no.png"), "a [MASK]"], "cannot be read"),
-        ([__file__, "a [MASK]"], "not a picture"),
+        ([__file__, "a [MASK]"], "not an image"),
         ([str(photo), "red " * 20 + "[MASK]"], "would be cut off"),
     ):
         with pytest.raises(UserError, match=message):

@@ -181,7 +181,7 @@ def test_any_damage_to_a_tar(tmp_path, cut, edits):
     value=JSON,
 )
 def test_any_damage_to_a_sidecar(tmp_path, cut, edits, field, value):
-    """What can be told to be wrong is made again; all samples are read then."""
+    """What is recognisably wrong is made again; all samples are then read."""
     path, store = tmp_path / "a.tar", ShardStore(tmp_path / "cache")
     if not path.exists():
         write_tar(path, members(range(4)))

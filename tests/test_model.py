@@ -55,7 +55,7 @@ MIXED = [
 
 
 def test_mixed_batch_is_the_mean_of_its_samples():
-    """Packing changes nothing: a batch of pictures, captions and pairs has the losses of its samples one by one."""
+    """Packing changes nothing: a batch of images, captions and pairs has the losses of its samples one by one."""
     model = make_model()
     together = model(pack(MIXED, model.geometry))
     alone = [model(pack([sample], model.geometry)) for sample in MIXED]

@@ -1,4 +1,4 @@
-"""The README's way from a folder of pictures to a trained model."""
+"""The README's way from a folder of images to a trained model."""
 
 import re
 import shlex
@@ -21,11 +21,11 @@ def test_five_commands_from_a_folder_to_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for name in ("cat", "dog"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(10):
-            (tmp_path / "pictures" / name / f"{i}.jpg").write_bytes(picture(i))
+            (tmp_path / "images" / name / f"{i}.jpg").write_bytes(picture(i))
             if i % 5:
-                (tmp_path / "pictures" / name / f"{i}.txt").write_text(f"{name} {caption(i)}")
+                (tmp_path / "images" / name / f"{i}.txt").write_text(f"{name} {caption(i)}")
     block = re.search(
         r"```sh\n(python -m m3ae_fast\.data from-folder.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
@@ -33,7 +33,7 @@ def test_five_commands_from_a_folder_to_a_model(tmp_path, monkeypatch, capsys):
     make, words, train, draw, write = (command[3:] for command in commands)  # five, each python -m MODULE ...
     assert data(make) == 0 and data(words) == 0
     said = capsys.readouterr().out
-    assert "20 samples" in said and "fewer than the 2,048 asked for" in said
+    assert "20 samples" in said and "fewer than the 2,048 requested" in said
     size = re.search(r"model\.vocab_size=(\d+)", said)[1]
     train = [size.join(word.split("2048")) if "vocab_size" in word else word for word in train]
     train = [str(ROOT / word) if word.startswith("configs/") else word for word in train]

@@ -120,7 +120,7 @@ def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
     shards = json.dumps([{"shards": str(CLIPART / "train-0001.tar")}])
     options = ["--resume", "auto", "--set", "train.steps=3", "--set", f"data.train={shards}"]
     out = trainer("run", *options, code=2)
-    assert "was made with data.train = 1 shards with" in out and "--resume-with-changes goes on all the same" in out
+    assert "was made with data.train = 1 shards with" in out and "--resume-with-changes continues anyway" in out
     out = trainer("run", *options, "--resume-with-changes")
     assert "note: data.train was 1 shards with" in out and "note: train.steps was 2 and is 3 from here on" in out
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3]
@@ -167,10 +167,10 @@ def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
     assert checkpoint.is_good(checkpoint.saved_steps(run)[0])
     wild = [*options, "--resume", "auto", "--set", "train.steps=9", "--set", "optim.peak_lr=1e30"]
     out = trainer("run", *wild, code=2)
-    assert "step-00000004 has failed by that" in out and "the last good checkpoint is" in out
+    assert "step-00000004 is thereby marked as failed" in out and "the last good checkpoint is" in out
     assert trainer.checkpoints("run") == ["step-00000003", "step-00000004"]
     out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=5")
-    assert "step-00000004 is passed over: step 5, the first from its weights, was not finite" in out
+    assert "step-00000004 is skipped: step 5, the first from its weights, was not finite" in out
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3, 4, 5]
 
 
@@ -205,7 +205,7 @@ def test_tensors_of_another_shape_or_type_are_refused_before_anything_is_copied(
     state = {} if tensor is None else {"model/w": tensor}
     path = checkpoint.save(tmp_path, state | {"model/b": torch.ones(2)}, checkpoint.Info(1, 0, 42, {}, {}), keep=9)
     checkpoint.check_tensors(path, {"model/b": (2,)})
-    words = "has no tensor model/w" if tensor is None else r"model/w is F\d+ \[.*the model wants F32 \[3\]"
+    words = "has no tensor model/w" if tensor is None else r"model/w is F\d+ \[.*the model needs F32 \[3\]"
     with pytest.raises(UserError, match=words):
         checkpoint.check_tensors(path, {"model/b": (2,), "model/w": (3,)})
 

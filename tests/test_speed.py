@@ -29,7 +29,7 @@ GEOMETRY = Geometry(32, 8, 3, 12)
 
 
 def _batch(kinds: str, seed: int, geometry: Geometry = GEOMETRY, **options) -> PackedBatch:
-    """Samples of these kinds: p paired, i picture alone, t text alone."""
+    """Samples of these kinds: p paired, i image alone, t text alone."""
     rng = torch.Generator().manual_seed(seed)
     samples = []
     for kind in kinds:

@@ -68,7 +68,7 @@ def test_a_library_that_swallows_the_end_is_ended_all_the_same():
     assert process.returncode == 0
 
 
-def test_what_came_while_the_program_was_imported_is_heeded():
+def test_what_came_while_the_program_was_imported_is_handled():
     code = """
         import os, signal, time
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
@@ -168,7 +168,7 @@ def test_a_silent_rank_ends_the_run_and_is_named():
     """
     assert pulses(2, code) == (
         75,
-        "error: rank 0, step 7: for 1 s, no sign of life from rank 1 (last: step 6); --resume auto goes on\n",
+        "error: rank 0, step 7: for 1 s, no sign of life from rank 1 (last: step 6); --resume auto continues\n",
     )
 
 
@@ -200,7 +200,7 @@ HUNG = """
 
 def test_a_hung_loader_ends_the_run_and_a_slow_one_does_not():
     code, out = pulses(1, HUNG.format(child="import time; time.sleep(60)"))
-    assert code == 75 and "rank 0, waiting for its loader: for 1 s, its loader workers do nothing" in out
+    assert code == 75 and "rank 0, waiting for its loader: for 1 s, its loader workers are idle" in out
     assert pulses(1, HUNG.format(child="while True: pass")) == (0, "[1]\n")
     downloading = (
         "import time\nwith open('/dev/null', 'wb') as f:\n  while True: f.write(b'x' * 9999); time.sleep(0.05)"

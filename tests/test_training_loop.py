@@ -62,7 +62,7 @@ class Recorder:
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Sources of 24 pairs, 12 pictures and 12 captions, and one of four pairs of which one cannot be used."""
+    """Sources of 24 pairs, 12 images and 12 captions, and one of four pairs of which one cannot be used."""
     write_tar(tmp_path / "p.tar", members(range(24)))
     write_tar(tmp_path / "i.tar", members(range(24, 36), "image"))
     write_tar(tmp_path / "t.tar", members(range(36, 48), "text"))
@@ -101,7 +101,7 @@ def lines(config: Config) -> list[dict]:
 
 
 def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed):
-    """52 samples in batches of 26: two steps an epoch; warm-up of two epochs, from a tenth of the peak."""
+    """52 samples in batches of 26: two steps per epoch; warm-up of two epochs, from a tenth of the peak."""
     config = settings(
         tmp_path,
         mixed,

@@ -116,14 +116,14 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         Golden.load(tmp_path / "missing.npz")
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(UserError, match="no golden file"):
+    with pytest.raises(UserError, match="not a golden file"):
         Golden.load(tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    with pytest.raises(UserError, match="no golden file"):
+    with pytest.raises(UserError, match="not a golden file"):
         Golden.load(tmp_path / "other.npz")
     shutil.copy(FILES[0], tmp_path / "cut.npz")
     (tmp_path / "cut.npz").write_bytes(FILES[0].read_bytes()[:5000])
-    with pytest.raises(UserError, match="no golden file"):
+    with pytest.raises(UserError, match="not a golden file"):
         Golden.load(tmp_path / "cut.npz")
 
 
@@ -133,7 +133,7 @@ def test_bad_files(tmp_path):
         ("params/cls_token", None, "params/cls_token"),
         ("params/cls_token", np.zeros((3, 3)), "size"),
         ("in/text", np.full((4, 12), 10**6), "out of range"),
-        ("in/text_padding_mask", np.eye(12)[:4], "padding must follow the words"),
+        ("in/text_padding_mask", np.eye(12)[:4], "padding must follow the text tokens"),
         ("meta", lambda meta: {}, "config"),
         ("meta", lambda meta: meta | {"lr": 10**400}, "too large"),
         ("meta", lambda meta: meta | {"config": meta["config"] | {"image_mask_ratio": -math.inf}}, "infinity"),

@@ -137,7 +137,7 @@ def test_the_loss_is_the_cross_entropy_of_masked_patches(vqgan, model):
     expected = torch.stack([F.cross_entropy(logits, ids[mask].long()) for logits, ids, mask in parts]).mean()
     torch.testing.assert_close(losses.image_loss, expected)
     assert model.image_head.weight.shape == (16, 32) and model.image_head.weight.grad.any()
-    # pictures that were normalised are put back before the tokenizer sees them
+    # images that were normalised are put back before the tokenizer sees them
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MODEL.image_mean, MODEL.image_std))
     for convert in (lambda image: image, lambda image: (image / 255 - mean) / std):
         without = samples(3)
@@ -147,7 +147,7 @@ def test_the_loss_is_the_cross_entropy_of_masked_patches(vqgan, model):
         assert torch.equal(found.image_targets, batch.image_targets)
     with pytest.raises(ValueError, match="targets"):
         model(pack(samples(3), model.geometry))
-    with pytest.raises(ValueError, match="1 of 2 pictures have image_ids"):
+    with pytest.raises(ValueError, match="1 of 2 images have image_ids"):
         pack([*samples(1, ids_BL), *samples(1)], model.geometry)
 
 
@@ -194,7 +194,7 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
     arguments = ["tokenize-images", shards, "--vqgan", str(tmp_path / "vqgan"), "--image-size", "32"]
     for name, options in (("train", ["--views", "3", "--samples-per-shard", "7"]), ("val", ["--centre"])):
         assert data([*arguments, *options, "--out", str(tmp_path / name), "--workers", "2"]) == 0
-    assert "18 samples in 3 shards (15 paired, 3 pictures alone)" in capsys.readouterr().out
+    assert "18 samples in 3 shards (15 paired, 3 images alone)" in capsys.readouterr().out
 
     found = {}
     for path in sorted((tmp_path / "train").glob("*.tar")):
@@ -215,7 +215,7 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
         assert not any(batch.skipped for batch in stored)
         for batch in stored:
             assert torch.equal(with_image_targets(batch, vqgan, MODEL).image_targets, batch.image_targets)
-    for wrong, codes, reason in ((shards, 16, "no ids"), (tmp_path / "val/*.tar", 2, "outside of the 2")):
+    for wrong, codes, reason in ((shards, 16, "no ids"), (tmp_path / "val/*.tar", 2, "outside the codebook of 2")):
         (batch, *_) = _loader(tmp_path, wrong, False, stored_codebook=codes)
         assert not batch.keys and all(reason in str(item) for item in batch.skipped)
 
@@ -234,7 +234,7 @@ def test_reconstructions_are_drawn_through_the_decoder(tmp_path, vqgan, model):
         draw_reconstructions(model, samples(2), None, tmp_path / "a.png", vqgan)
         sheets.append(np.asarray(Image.open(tmp_path / "a.png")).astype(int))
     changed = np.abs(sheets[0] - sheets[1]).max((0, 2)) > 0
-    assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # the third picture alone
+    assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # the third image alone
 
 
 def test_mistakes(vqgan, tmp_path):

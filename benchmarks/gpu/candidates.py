@@ -1,5 +1,5 @@
 """python -m benchmarks.gpu.candidates: compile settings of the matmul kernels ahead of time, on a CPU, and keep for
-each kernel the dozen that a GPU is worth asking about, in precompiled/ARCH.json.
+each kernel the dozen that are worth timing on a GPU, in precompiled/ARCH.json.
 
 What spills, does not fit into shared memory or misses the tensor cores is out. Of each tile shape the settings stay
 that keep the most bytes on their way to a multiprocessor: its registers and shared memory say how many programs it
@@ -36,7 +36,7 @@ Settings = dict[str, int]
 
 
 def read(arch: str) -> dict[str, dict[str, list[Settings]]]:
-    """By kernel and width what is worth timing on an architecture; empty where nobody has compiled for it."""
+    """By kernel and width what is worth timing on an architecture; empty where nothing was compiled for it."""
     path = FOLDER / f"{arch}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

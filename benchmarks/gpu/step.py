@@ -38,7 +38,7 @@ EXPERT_WARMUP, EXPERT_ROUNDS, EXPERT_BATCHES = 3, 10, 4
 
 @dataclass(frozen=True)
 class Case:
-    """A config that is timed with `batch` samples per GPU, from `samples` pictures."""
+    """A config that is timed with `batch` samples per GPU, from `samples` images."""
 
     name: str
     config: dict[str, Any]
@@ -51,14 +51,14 @@ class Case:
 
 
 def shipped() -> list[Case]:
-    """The configs of the paper's sizes, the largest first: the time may end."""
+    """The configs of the paper's sizes, the largest first: time may run out."""
     names = ("large", "base", "small")
     return [Case(name, json.loads((ROOT / f"configs/{name}.json").read_text(encoding="utf-8"))) for name in names]
 
 
 def run(folder: Path | None = None, cases: Sequence[Case] | None = None) -> None:
     """Time each case, print tables, and write gpu-step.json and gpu-profile.json into `folder` (None: this machine's)
-    after each run. What fails, for want of memory mostly, has no numbers."""
+    after each run. What fails, for lack of memory mostly, has no numbers."""
     gpus = max(1, torch.cuda.device_count())
     steps: list[results.Row] = []
     parts: list[results.Row] = []
@@ -110,7 +110,7 @@ def time_trainer(case: Case, shards: Path, run_dir: Path, gpus: int, *, plain: b
     )
     try:
         out = process.communicate()[0]
-    finally:  # the time may end here
+    finally:  # time may run out here
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

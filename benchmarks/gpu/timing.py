@@ -25,7 +25,7 @@ def time_op(
             out = work.call(module)
             upstream = work.upstream(out)
             torch.autograd.grad(out, learned, upstream, retain_graph=True, allow_unused=True)
-        except Exception as error:  # another library's trouble is not ours: say so and go on
+        except Exception as error:  # another library's failure is not ours: report it and continue
             if name == OURS:
                 raise
             print(f"{work.name}: {name} left out: {next(iter(str(error).splitlines()), repr(error))}", flush=True)

@@ -3,9 +3,9 @@
     pip install transformers
     python kernels/examples/hugging_face_vit_mae.py
 
-`FusedViTMAE` takes uint8 pictures: what the image processor would normalise, patchify, predict and compare in memory is
+`FusedViTMAE` takes uint8 images: what the image processor would normalise, patchify, predict and compare in memory is
 done inside two ops. Weights are random here; `ViTMAEForPreTraining.from_pretrained(...)` works as well.
-Shapes: B pictures, L patches a picture, D width.
+Shapes: B images, L patches per image, D width.
 """
 
 import torch

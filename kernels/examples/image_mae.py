@@ -2,9 +2,9 @@
 
     python kernels/examples/image_mae.py [--steps 300]
 
-Everything between the two ops is ordinary batched torch: the pictures stay uint8, no patch or target tensor exists, and
-the head's predictions never do either. Trains on made-up pictures in seconds on a CPU; uses a GPU where there is one.
-Shapes: B pictures, L patches a picture, V visible patches a picture, D width.
+Everything between the two ops is ordinary batched torch: the images stay uint8, no patch or target tensor exists, and
+the head's predictions never do either. Trains on made-up images in seconds on a CPU; uses a GPU where there is one.
+Shapes: B images, L patches per image, V visible patches per image, D width.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def _transformer(dim: int, depth: int, heads: int) -> nn.Module:
     return nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
 
 
-def pictures(count: int, device: torch.device) -> Tensor:
+def ramps(count: int, device: torch.device) -> Tensor:
     """Smooth colour ramps [count, 3, 64, 64] uint8: easy to continue from a quarter of their patches."""
     line = torch.linspace(-1, 1, SIDE, device=device)
     slope = torch.randn(count, 3, 2, 1, 1, device=device)
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     losses = []
     for step in range(args.steps):
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = model(pictures(args.batch, device))
+            loss = model(ramps(args.batch, device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

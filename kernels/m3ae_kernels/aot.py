@@ -2,7 +2,7 @@
 
     python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
-One line a kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
+One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
 instruction. Exit code 1 where one does not compile, spills, keeps arrays in local memory, asks for more shared memory
 than the chip has, or multiplies matrices without its tensor cores; 2 for a wrong argument.
 """

@@ -48,7 +48,7 @@ def gather_tokens(
         if norm_bias is not None:
             raise ValueError("norm_bias needs a norm_weight")
         if impl == "torch" and not traced(x, rows):
-            return torch.embedding(x, rows)  # as fast as the op at any size, and half its cost a call
+            return torch.embedding(x, rows)  # as fast as the op at any size, and half its cost per call
         return gather_rows(x, rows, impl)
     check_float("norm_weight", norm_weight, (x.shape[1],), x)
     if norm_bias is not None:
@@ -144,7 +144,7 @@ def _norm_gradients(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, and of the norm's weight and bias in the accumulator dtype; of those that `needs`
-    wants, the others have no elements."""
+    names; the others have no elements."""
     if impl == "triton":
         from .triton_impl.norm import gather_norm_backward
 

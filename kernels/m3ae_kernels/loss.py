@@ -46,7 +46,7 @@ def empty_gradients(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own, and bias [V] in the
-    accumulator's, of those that `needs` wants; no elements for the others."""
+    accumulator's, of those that `needs` names; no elements for the others."""
     return (
         hidden.new_empty(hidden.shape if needs[0] else 0, dtype=dtype),
         weight.new_empty(weight.shape if needs[1] else 0),
@@ -64,7 +64,7 @@ def save_gradients(ctx, inputs, output) -> None:
 
 
 def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor | None, ...]:
-    """The gradients of a loss's `inputs`, of which (hidden, weight, bias, row_weight) are the first and only ones to
+    """The gradients of a loss's `inputs`, the first of which (hidden, weight, bias, row_weight) are the only ones to
     have any, for the gradient of the loss."""
     if upstream is None:
         return (None,) * inputs

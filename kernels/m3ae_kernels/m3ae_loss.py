@@ -66,7 +66,7 @@ def m3ae_loss(
     text_row_weight: Tensor | None = None,
     correct_weight: Tensor | None = None,
 ) -> M3AELoss:
-    """The losses of the rows that `head_inputs` returns. Each weight is read in its owner's forward alone, as ZeRO-3
+    """The losses of the rows that `head_inputs` returns. Each weight is read only in its owner's forward, as ZeRO-3
     asks.
 
     Args:

@@ -36,7 +36,7 @@ def patch_embed(
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
-        mean, std: a number a channel in units of [0, 1] pixels for uint8 images, None for floating ones.
+        mean, std: one number per channel in units of [0, 1] pixels for uint8 images, None for floating ones.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -68,7 +68,7 @@ def _forward(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (the embeddings, the patches [N, K] where they are to be kept, which torch alone can)."""
+    """Returns (the embeddings, the patches [N, K] where they are to be kept, which only torch can)."""
     out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
     bias_D = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
     if impl == "triton":
@@ -123,7 +123,7 @@ def _gradients(
     bias_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of images, weight and bias, of those that `needs` wants; the others have no elements."""
+    """Returns the gradients of images, weight and bias, of those that `needs` names; the others have no elements."""
     dtype = grad.dtype
     grad_images, grad_weight, grad_bias = _empty_gradients(
         grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl

@@ -53,7 +53,7 @@ def masked_pixel_loss(
             order.
         row_weight: [M] floating, or None for ones.
         patch_size: P.
-        mean, std: a number a channel in units of [0, 1] pixels for uint8 images, None for floating ones.
+        mean, std: one number per channel in units of [0, 1] pixels for uint8 images, None for floating ones.
         norm_pix: standardise each target patch: unbiased variance, eps 1e-6 (He et al., arXiv 2111.06377, section 4.1).
         reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [M].
         impl: "auto", "triton" or "torch".
@@ -142,7 +142,7 @@ def _rows_forward(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    """Returns the row losses alone."""
+    """Returns only the row losses."""
     ones_M = hidden.new_ones(len(hidden), dtype=accumulator(dtype))
     target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
     return _forward(hidden, weight, bias, ones_M, *target, [False] * 3, impl)[1]
@@ -189,7 +189,7 @@ def _pixel_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], and the gradients that `needs` wants; hidden, weight and bias have one dtype."""
+    """Fills row_loss [M], and the gradients that `needs` names; hidden, weight and bias have one dtype."""
     dtype, acc = hidden.dtype, share.dtype
     weight, bias = to_cut(weight, images, patch_size, 0), to_cut(bias, images, patch_size, 0)
     sum_KD, sum_K = torch.zeros_like(grad_weight, dtype=acc), torch.zeros_like(grad_bias)

@@ -1,7 +1,7 @@
 """Patches straight from images, in plain torch: shared by `patch_embed` and `masked_pixel_loss`.
 
 Inside the ops patches are cut so that neighbours lie side by side in the image: in the order (channel, row, column)
-from contiguous images, (row, column, channel) from those in channels_last memory. Callers see the latter alone: a
+from contiguous images, (row, column, channel) from those in channels_last memory. Callers see only the latter: a
 weight is permuted, a small copy, where the two differ.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
@@ -22,8 +22,8 @@ NORM_PIX_EPS = 1e-6
 def check_pixels(
     images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Checks the image arguments; returns (scale, shift) a channel, with pixel * scale + shift = (pixel / 255 - mean) /
-    std for uint8 images, and two empty lists for floating images, which are taken as they are.
+    """Checks the image arguments; returns (scale, shift) per channel, with pixel * scale + shift = (pixel / 255 - mean)
+    / std for uint8 images, and two empty lists for floating images, which are taken as they are.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.

@@ -20,7 +20,7 @@ class Op:
         name: the op's.
         forward: the implementation, annotated for torch.library.
         fake: same arguments; returns empty tensors of the right shapes and dtypes.
-        setup_context, backward: as torch.library.register_autograd wants them; none: not differentiable.
+        setup_context, backward: as torch.library.register_autograd takes them; none: not differentiable.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ def _nothing(ctx, inputs, output) -> None:
 
 
 def traced(*args) -> bool:
-    """Whether something looks at the ops that are called rather than at their results alone."""
+    """Whether something observes the ops that are called, not only their results."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return any(isinstance(arg, Tensor) and type(arg) not in PLAIN for arg in args)

@@ -16,7 +16,7 @@ def segment_sum(
     rows_TD: Tensor, ids_T: Tensor, count: int, dtype: torch.dtype, impl: str, order_T: Tensor | None = None
 ) -> Tensor:
     """Returns out [count, D] of `dtype`, out[k] = sum of rows[t] over the t with ids[t] == k in order of t; negative
-    ids belong to nobody. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch";
+    ids are left out. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch";
     `order_T` is `segment_order(ids_T)`, made here where it is not given."""
     if impl == "triton":
         from .triton_impl.segment_sum import segment_sum
@@ -26,7 +26,7 @@ def segment_sum(
     ids = ids_T.clamp(min=-1).long()
     if count <= len(ids):
         return _sums(wide, ids, count).to(dtype)
-    # Most rows of a large table are nobody's: the sums are made side by side, then placed; the last place is for
+    # Most rows of a large table occur in no id: the sums are made side by side, then placed; the last place is for
     # negative ids.
     order = torch.argsort(ids, stable=True) if order_T is None else order_T
     ordered = ids.index_select(0, order)

@@ -67,7 +67,7 @@ def masked_token_loss(
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
         reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 where there are
             none; "none": the summands, [M].
-        return_correct: return (loss, correct) rather than the loss alone.
+        return_correct: return (loss, correct) rather than only the loss.
         workspace: bytes of logits held at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
         impl: "auto", "triton" or "torch".
 
@@ -217,7 +217,7 @@ def _token_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], correct [M] where it has room, and the gradients that `needs` wants; hidden, weight and bias
+    """Fills row_loss [M], correct [M] where it has room, and the gradients that `needs` names; hidden, weight and bias
     have one dtype, and the share of an ignored row is 0."""
     dtype, acc, vocab = hidden.dtype, share.dtype, weight.shape[0]
     bias = weight.new_zeros(vocab) if bias is None else bias

@@ -20,7 +20,7 @@ m3ae_fast/config/schema.py by `python -m m3ae_fast.config > docs/config.md`.
 
 
 def page() -> str:
-    """The page, with one table a section."""
+    """The page, with one table per section."""
     parts = [HEAD]
     for name, field in Config.model_fields.items():
         section = section_of(field.annotation)

@@ -47,7 +47,7 @@ def parse(section: type[T], data: Any, where: str) -> T:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two values for one key JSON would silently take the last."""
+    """A JSON object; of duplicate keys Python's json would silently keep the last."""
     data = dict(pairs)
     if len(data) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -56,7 +56,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in plain JSON data. Raises UserError where that is no such text or place."""
+    """Set `section.key=value` in plain JSON data. Raises UserError where text or key is not valid."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise UserError(f"--set {override}: write it as section.key=value")

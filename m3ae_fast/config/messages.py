@@ -35,7 +35,7 @@ def _section_at(section: type[BaseModel], loc: tuple[int | str, ...]) -> type[Ba
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's annotation names, as itself, in a list, or beside None."""
+    """The section that a field's annotation names: by itself, in a list, or as an optional."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

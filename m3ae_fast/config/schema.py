@@ -15,14 +15,14 @@ MAX_VOCAB = 1 << 24
 # (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
-# Upper bounds beyond all use, so that a slip of the keyboard is an error and no overflow or endless start.
+# Upper bounds far beyond any use: a typo is then an error, not an overflow or a start that never ends.
 Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
 Layers = Annotated[int, Field(gt=0, le=1024)]
 Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
 Count = Annotated[int, Field(gt=0, le=1 << 40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Channels = Annotated[tuple[float, ...], Strict(False)]  # a value per channel; a JSON array is no tuple when strict
+Channels = Annotated[tuple[float, ...], Strict(False)]  # per channel; in strict mode a JSON array is not a tuple
 
 
 class Section(BaseModel):
@@ -37,13 +37,13 @@ class RunConfig(Section):
     """Where a run lives."""
 
     dir: Path = Path("runs/m3ae")
-    """Folder for checkpoints, metrics, TensorBoard events and pictures."""
+    """Folder for checkpoints, metrics, TensorBoard events and reconstructions."""
     seed: int = Field(42, ge=0, lt=1 << 63)
-    """Decides initial weights, order, crops and masks."""
+    """Seed of initial weights, sample order, crops and masks."""
     loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    """Where metrics go beside metrics.jsonl. W&B heeds WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
+    """Where metrics go besides metrics.jsonl. W&B reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
     stall_timeout: float = Field(300, gt=0)
-    """Seconds for which a rank or a loader may stand still before the run ends, with exit code 75."""
+    """Seconds without progress on a rank or in a loader after which the run ends, with exit code 75."""
 
 
 class ModelConfig(Section):
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     att_drop: Rate = 0.0
     """Dropout of attention weights."""
     drop_path: Rate = 0.0
-    """Stochastic depth: the share of samples for which a block's branch is dropped."""
+    """Stochastic depth: the probability that a sample skips a block's branch."""
     image_size: Size = 256
     """Height and width of an image, in pixels."""
     patch_size: Size = 16
@@ -86,19 +86,19 @@ class ModelConfig(Section):
     image_std: Channels = (0.3207, 0.3169, 0.3307)
     """Per channel, of pixels / 255. The default is CC12M's."""
     text_length: Size = 64
-    """Most text tokens of a caption; longer ones are cut."""
+    """Most text tokens per caption; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
-    """Text tokens that the tokenizer knows; 0 builds an image-only MAE without text weights."""
+    """Size of the tokenizer's vocabulary; 0 builds an image-only MAE without text weights."""
     image_targets: Literal["pixels", "vqgan"] = "pixels"
     """What is predicted of masked patches; `vqgan`: token ids of a frozen VQGAN (`data.image_tokenizer`)."""
     codebook_size: int = Field(1024, gt=0, le=MAX_VOCAB)
     """Token ids of the VQGAN; unused where pixels are predicted."""
     gelu: Literal["tanh", "exact"] = "tanh"
-    """GELU's tanh approximation, as the official M3AE has it, or the exact one, as MAE and timm have it."""
+    """GELU's tanh approximation, as in the official M3AE, or the exact one, as in MAE and timm."""
     positions: Literal["sincos", "stored"] = "sincos"
     """Position embeddings of patches: computed, or stored with the weights, as MAE does. Training changes neither."""
     init_from: str | None = None
-    """Folder of an export, or a hub name: a new run starts from its weights. One without a decoder gets a new one."""
+    """Folder of an export, or a hub name: a new run starts from its weights (a missing decoder from random ones)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -153,9 +153,9 @@ class MaskingConfig(Section):
     """What the encoder does not see."""
 
     image_ratio: float = Field(0.75, ge=0, le=1)
-    """Share of the patches that are masked."""
+    """Fraction of the patches that are masked."""
     text_ratio: float = Field(0.75, ge=0, le=1)
-    """Share of the text tokens that are masked."""
+    """Fraction of the text tokens that are masked."""
     per: Literal["sample", "batch"] = "sample"
     """`batch`: one mask for the whole batch, as the official code draws it."""
 
@@ -183,11 +183,11 @@ class SourceConfig(Section):
     shards: str | list[str]
     """Tars: paths, brace patterns, globs, URLs or `pipe:` commands."""
     weight: float | None = Field(None, gt=0, le=1e12)
-    """Relative share of the samples; null: by size."""
+    """Relative share of the samples drawn; null: proportional to size."""
     loss_weight: float = Field(1.0, ge=0, le=1e6)
-    """Factor of these samples' losses, beside others' 1; their number counts in the means as it is."""
+    """Factor on these samples' losses; what the means divide by does not change."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
-    """What samples train. `any`: what each has; `auto`: what all of a shard have or, where they differ, `any`."""
+    """What samples train. `any`: what each has; `auto`: what all samples of a shard have, or `any` if they differ."""
 
 
 class DataConfig(Section):
@@ -200,15 +200,15 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """A tokenizer.json, a BERT vocab.txt or a hub name."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Least and greatest share of the area that RandomResizedCrop keeps."""
+    """Smallest and largest fraction of the area that RandomResizedCrop keeps."""
     flip: bool = True
     """Mirror half of the images."""
     repeats: int = Field(1, gt=0, le=1 << 16)
-    """Views (crops and masks) of each sample in an epoch, from one decoding; an epoch has so many times the steps."""
+    """Views (crops and masks) of each sample in an epoch, decoded once; an epoch has that many times the steps."""
     shuffle_shards: int = Field(16, gt=0, le=1 << 24)
     """Shards whose samples are shuffled together."""
     workers: int | None = Field(None, ge=0, le=1024)
-    """Loader processes per rank; null: what the cores allow."""
+    """Loader processes per rank; null: as many as the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
     """Batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
     cache_dir: Path | None = None
@@ -218,13 +218,13 @@ class DataConfig(Section):
     image_tokens: Literal["device", "workers", "shards"] = "device"
     """Where ids are made: on the training device, in the loader's workers, or ahead of time (`tokenize-images`)."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
-    """A larger share of broken samples stops the run."""
+    """A larger fraction of broken samples stops the run."""
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale {[low, high]} must be two shares with 0 < low <= high <= 1")
+            raise ValueError(f"crop_scale {[low, high]} must be two fractions with 0 < low <= high <= 1")
         for name in ("train", "val"):
             weights = [source.weight for source in getattr(self, name)]
             if any(w is None for w in weights) and any(w is not None for w in weights):
@@ -261,7 +261,7 @@ class OptimConfig(ScheduleConfig):
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
     clip_grad: float | None = Field(None, gt=0)
-    """Largest global gradient norm; null: any."""
+    """Global gradient norm to clip to; null: no clipping."""
 
 
 class LoopConfig(Section):
@@ -280,7 +280,7 @@ class LoopConfig(Section):
     log_every: Count = 10
     """Steps between log lines."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: at the start and the end alone."""
+    """Steps between evaluations; null: only at the start and the end."""
     save_every: Count = 1000
     """Steps between checkpoints."""
     keep: Count = 2
@@ -289,7 +289,7 @@ class LoopConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> LoopConfig:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give epochs or steps, and not both")
+            raise ValueError("give epochs or steps, not both")
         return self
 
 
@@ -301,7 +301,7 @@ class TransformerLoopConfig(LoopConfig):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay per step of a moving average of the weights, kept beside them, such as 0.9999; null: none."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     compile: bool = False
     """torch.compile of the transformer blocks."""
 
@@ -325,9 +325,9 @@ class KnnProbeConfig(KnnConfig):
     labels: str = "cls"
     """Where labels are: `cls`, or `json.FIELD`."""
     pool: Literal["mean", "cls"] = "mean"
-    """What features are: the mean over all tokens but cls, or the cls token."""
+    """Pooling of features: the mean over all tokens but cls, or the cls token."""
     every: Count | None = None
-    """Steps between probes; null: at the start and the end alone."""
+    """Steps between probes; null: only at the start and the end."""
 
 
 class TrainConfig(TransformerLoopConfig):
@@ -338,7 +338,7 @@ class TrainConfig(TransformerLoopConfig):
     pictures: int = Field(6, ge=0, le=1000)
     """Samples in reconstructions.png, which is drawn with every checkpoint."""
     probe: KnnProbeConfig | None = None
-    """Logs `val_knn_top1`; null: nothing."""
+    """Logs `val_knn_top1`; null: no probe."""
 
 
 class OffloadConfig(Section):
@@ -356,7 +356,7 @@ class ZeroConfig(Section):
     stage: int = Field(0, ge=0, le=3)
     """0: nothing is split; 1: optimiser state; 2: gradients too; 3: weights too."""
     overlap_comm: bool = True
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients during the backward pass."""
     reduce_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
     """Gradient elements that are reduced together."""
     allgather_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
@@ -364,13 +364,13 @@ class ZeroConfig(Section):
     reduce_scatter: bool = True
     """Stages 1 and 2: reduce-scatter instead of all-reduce."""
     contiguous_gradients: bool = True
-    """Copy gradients to one buffer as they come."""
+    """Copy gradients to one buffer as they are computed."""
     round_robin_gradients: bool = False
-    """Stages 1 and 2: spread gradients over ranks in the order in which they come."""
+    """Stages 1 and 2: spread gradients over ranks in the order in which they are computed."""
     offload_optimizer: OffloadConfig | None = None
     """Optimiser state and step."""
     offload_param: OffloadConfig | None = None
-    """Weights; stage 3 alone."""
+    """Weights; stage 3 only."""
     sub_group_size: Annotated[int, Field(gt=0, le=1 << 40), Strict(False)] = 1_000_000_000
     """Stage 3: elements that the optimiser updates at a time."""
     stage3_prefetch_bucket_size: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 50_000_000
@@ -378,9 +378,9 @@ class ZeroConfig(Section):
     stage3_param_persistence_threshold: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 100_000
     """Stage 3: smaller weights are kept whole on every rank."""
     stage3_max_live_parameters: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: weights that are whole at a time."""
+    """Stage 3: most weights gathered at a time."""
     stage3_max_reuse_distance: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: weights needed again within so many elements stay whole."""
+    """Stage 3: weights needed again within this many elements stay gathered."""
 
     @model_validator(mode="after")
     def _possible(self) -> ZeroConfig:
@@ -428,14 +428,14 @@ _NOT_SUPPORTED = {
 
 
 class DeepSpeedConfig(Section):
-    """What is passed to DeepSpeed beside what the other sections say."""
+    """What DeepSpeed is given besides what follows from the other sections."""
 
     zero_optimization: ZeroConfig = ZeroConfig()
     """ZeRO."""
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
-    """In what gradients are reduced."""
+    """Dtype in which gradients are reduced."""
     prescale_gradients: bool = False
-    """Divide gradients by the number of ranks before they are added up; stage 0 alone."""
+    """Divide gradients by the number of ranks before they are summed; stage 0 only."""
     steps_per_print: Count | None = None
     """DeepSpeed's own log lines; null: none."""
     comms_logger: dict[str, Any] | None = None
@@ -458,7 +458,7 @@ class DeepSpeedConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> DeepSpeedConfig:
         if self.prescale_gradients and self.zero_optimization.stage:
-            raise ValueError("prescale_gradients works with ZeRO stage 0 alone")
+            raise ValueError("prescale_gradients works only with ZeRO stage 0")
         return self
 
 
@@ -481,10 +481,10 @@ class Config(Section):
         if discrete and self.data.image_tokenizer is None:
             raise ValueError("data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN")
         if discrete and self.loss.norm_pix:
-            raise ValueError("loss.norm_pix: is of pixels, and model.image_targets is vqgan")
+            raise ValueError("loss.norm_pix needs pixel targets, but model.image_targets is vqgan")
         if self.data.image_tokens == "shards" and self.data.repeats > 1:
             raise ValueError(
-                "data.repeats: pictures with ids in the shards have one crop; tokenize-images --views makes several"
+                "data.repeats: images with ids in the shards have one crop each; tokenize-images --views makes more"
             )
         return self
 

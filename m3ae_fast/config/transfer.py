@@ -1,4 +1,4 @@
-"""Settings of `python -m m3ae_fast.transfer`: a section per task beside those that training has too."""
+"""Settings of `python -m m3ae_fast.transfer`: a section per task, besides those shared with training."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class EncodeConfig(Section):
 class ProbeConfig(LoopConfig, ScheduleConfig):
     """A linear classifier on frozen features, trained by LARS.
 
-    The defaults are the official recipe's for ImageNet, but for `encode.pool`, which is `cls` there. Small sets need a
-    higher `peak_lr`: LARS moves a weight by a share of its size that adds up with the samples seen.
+    The defaults are the official recipe's for ImageNet, except for `encode.pool`, which is `cls` there. Small sets need
+    a higher `peak_lr`: a step of LARS moves a weight by a fraction of its norm, so few steps move it little.
     """
 
     SECTION: ClassVar[str] = "probe"
@@ -89,19 +89,19 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     pool: Literal["mean", "cls"] = "cls"
     """What the head reads: `cls`, the cls token; `mean`, all other tokens."""
     layer_decay: float = Field(0.6, gt=0, le=1)
-    """Learning rate of a layer as a share of the next one's."""
+    """Learning rate of a layer as a fraction of the next layer's."""
     drop_path: Rate = 0.1
     """Stochastic depth of every block."""
     label_smoothing: Rate = 0.1
-    """Share of a label that goes to all classes evenly."""
+    """Label smoothing: the fraction of a label that is spread evenly over all classes."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup; 0: none. Pictures are mixed only where they are all that the encoder sees."""
+    """Alpha of mixup; 0: none. Images are mixed only where they are all that the encoder sees."""
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of cutmix; 0: none."""
     switch_prob: float = Field(0.5, ge=0, le=1)
-    """How often cutmix is taken where mixup could be too."""
+    """Probability of cutmix where both are possible."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's RandAugment of the training pictures; null: none."""
+    """timm's RandAugment of the training images; null: none."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an average of the weights, which is then evaluated and saved; null: none."""
     deepspeed: DeepSpeedConfig | None = None
@@ -130,14 +130,14 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
 
 
 class RobustnessConfig(Section):
-    """Accuracy on attacked and on corrupted pictures."""
+    """Accuracy on attacked and on corrupted images."""
 
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
     """L-infinity bounds of PGD, in units of 1/255."""
     steps: Count = 10
     """Steps of PGD."""
     step_size: float = Field(0.25, gt=0)
-    """Of PGD, as a share of epsilon."""
+    """Step size of PGD, as a fraction of epsilon."""
     corruptions: list[CorruptionKind] = list(get_args(CorruptionKind))
     """Of ImageNet-C."""
     severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]

@@ -1,7 +1,7 @@
 """Pickles read without running anything that they name.
 
 The official checkpoints pickle their optimiser with its code, so their globals are many and differ between library
-versions. Hence no list of what may be named: NumPy arrays, dtypes and scalars and plain containers are built here, and
+versions. So there is no list of what may be named: NumPy arrays, dtypes, scalars and plain containers are built here;
 every other global becomes a class that does nothing but remember what it was given.
 """
 
@@ -66,7 +66,7 @@ class _DType(Inert):
     path = "numpy.dtype"
 
     def plain(self) -> np.dtype | None:
-        """None for what is no number."""
+        """None for what is not a number."""
         code = self.args[0] if self.args else None
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):
             return None

@@ -53,8 +53,8 @@ def read_jax_checkpoint(path: Path) -> Converted:
     steps = f", {saved['step'] + 1:,} steps" if isinstance(saved.get("step"), int) else ""
     notes = []
     if config.vocab_size:
-        words = _flag(variant, "tokenizer", "bert-base-uncased")
-        notes.append(f"its captions were tokens of {words}")
+        tokenizer = _flag(variant, "tokenizer", "bert-base-uncased")
+        notes.append(f"its captions were tokenised by {tokenizer}")
     return Converted(config, state, kind=f"official {kind} checkpoint{steps}", notes=tuple(notes))
 
 
@@ -101,13 +101,13 @@ def _flatten(tree: Any, prefix: str) -> Any:
 def _flag(variant: Mapping[str, Any], name: str, default: Any) -> Any:
     """A flag of the data set that was trained on."""
     section = "data"
-    if "dataset" in variant:  # MAE's script has one section a data set
+    if "dataset" in variant:  # MAE's script has one section per data set
         section = f"{variant['dataset']}_data"
     return variant.get(f"{section}.{name}", default)
 
 
 def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) -> ModelConfig:
-    """Sizes from the arrays' shapes; heads, pictures and normalisation from the flags."""
+    """Sizes from the arrays' shapes; heads, images and normalisation from the flags."""
     for prefix in ("m3ae", "mae"):
         flags = {key.removeprefix(f"{prefix}."): v for key, v in variant.items() if key.startswith(f"{prefix}.")}
         if "num_heads" in flags:
@@ -119,7 +119,7 @@ def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) 
     emb_dim = params["cls_token"].shape[-1]
     patch = math.isqrt(params["image_embedding/kernel"].shape[0] // 3)
     mask = params.get("image_mask_embedding", np.empty((1, 1, flags.get("dec_emb_dim", 512))))
-    words = params.get("text_embedding/embedding", np.empty((0, emb_dim)))
+    text_embedding = params.get("text_embedding/embedding", np.empty((0, emb_dim)))
     hidden = params.get("encoder/Block_0/TransformerMLP_0/fc1/bias", np.empty(4 * emb_dim))
     model_type = flags.get("model_type")
     if model_type is not None and model_type not in _HEADS:
@@ -138,7 +138,7 @@ def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) 
         "image_size": _flag(variant, "image_size", 256),
         "patch_size": patch,
         "text_length": _flag(variant, "tokenizer_max_length", 64),
-        "vocab_size": len(words),
+        "vocab_size": len(text_embedding),
     }
     data["image_mean"], data["image_std"] = _normalisation(variant, path)
     return parse(ModelConfig, data, str(path))

@@ -78,7 +78,7 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Converted:
 
 def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Converted:
     config, state, notes = from_vit(weights, heads, source)
-    notes.append("pictures are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are")
+    notes.append("images are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are")
     kind = "encoder of an MAE or a timm ViT"
     if "decoder_embed.weight" in weights:
         norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""
@@ -96,7 +96,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    """With `weights_only`, which builds tensors and containers alone; MAE's own checkpoints also hold a Namespace."""
+    """With `weights_only`, which builds only tensors and containers; MAE's own checkpoints also hold a Namespace."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

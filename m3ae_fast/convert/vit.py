@@ -30,7 +30,7 @@ _NAMES = {
 }
 # what the encoder is without: classifiers, and what fine-tuning puts beside them
 _LEFT_OUT = re.compile(r"(head|head_drop|fc)(\.|$).*")
-# heads of the published sizes, by width; no file tells them
+# heads of the published sizes, by width; no file states them
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {512: 16}
 
@@ -49,7 +49,7 @@ class ViTOptions:
 def from_vit(
     weights: dict[str, Tensor], options: ViTOptions, where: str
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """Config and weights of an MAE, or of its encoder alone where the file has no decoder, and what to know of them.
+    """Config and weights of an MAE, or of its encoder alone where the file has no decoder, and notes about them.
 
     Raises:
         UserError: a weight is missing, or is one that an M3AE cannot represent.
@@ -106,7 +106,7 @@ def _config(theirs: dict[str, Tensor], options: ViTOptions, where: str) -> Model
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))
     if patch != columns or side * side != patches:
-        raise UserError(f"{where}: its patches are not square, or {patches} of them do not fill a square picture")
+        raise UserError(f"{where}: its patches are not square, or {patches} of them do not fill a square image")
     dec_width = theirs["decoder_embed.weight"].shape[0] if "decoder_embed.weight" in theirs else 512
     data = {
         "size": None,

@@ -1,6 +1,6 @@
 """Tools for shards: make them, look into them, train a tokenizer on them.
 
-python -m m3ae_fast.data from-folder pictures/ shards/ --held-out 0.05
+python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
 python -m m3ae_fast.data from-hdf5 cc12m.hdf5 shards/
 python -m m3ae_fast.data from-hf uoft-cs/cifar10 shards/
 python -m m3ae_fast.data index 'shards/*.tar'

@@ -51,7 +51,7 @@ class Corpus:
 
     @property
     def samples(self) -> int:
-        """Samples an epoch, broken ones included."""
+        """Samples per epoch, broken ones included."""
         return sum(sum(source.sizes) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:
@@ -107,11 +107,11 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         damage = next((f"; {shard.shard} {shard.summary.damage}" for shard in shards if shard.summary.damage), "")
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
-            kinds = "pictures jpg, jpeg, png, webp; captions txt, json"
-            raise UserError(f"shards {config.shards!r}: no sample in them ({kinds}){damage}")
+            kinds = "images jpg, jpeg, png, webp; captions txt, json"
+            raise UserError(f"shards {config.shards!r}: no samples in them ({kinds}){damage}")
         modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
         if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
-            raise UserError(f"shards {config.shards!r}: nothing in them is {config.modality!r}; change its modality")
+            raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")
         corpus.sources.append(Source(shards, modalities, config.weight, config.loss_weight))
     return corpus
 

@@ -24,7 +24,7 @@ def random_crop(image: Tensor, size: int, scale: tuple[float, float], flip: bool
         size: S.
         scale: least and greatest share of the area that is kept.
         flip: whether to mirror at all.
-        generator: where all randomness comes from; the numbers drawn are always as many.
+        generator: where all randomness comes from; always the same number of draws.
     """
     draws = torch.rand(4 * _TRIES + 1, generator=generator).tolist()
     top, left, height, width = _draw_box(image.shape[-2], image.shape[-1], scale, draws)

@@ -3,7 +3,7 @@
 A sample's crop, flip and masks depend on (seed, source, epoch, sample, view) alone. With `repeats` R, positions R k to
 R k + R - 1 are the views of the order's k-th sample.
 
-Shapes: C channels, S x S pixels, L patches a picture, n tokens of a caption.
+Shapes: C channels, S x S pixels, L patches per image, n tokens of a caption.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Transform = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Augment:
-    """RandomResizedCrop's share of the area, and whether to mirror half of the pictures."""
+    """RandomResizedCrop's share of the area, and whether to mirror half of the images."""
 
     crop_scale: tuple[float, float]
     flip: bool
@@ -56,12 +56,12 @@ class Preparation:
     masking: MaskingConfig
     tokenizer: CaptionTokenizer | None  # None where there are no captions
     seed: int  # the run's
-    image_tokenizer: VQGAN | None = None  # that makes the pictures' token ids here
-    stored_codebook: int | None = None  # the pictures' ids lie in the shards, of so many codes
+    image_tokenizer: VQGAN | None = None  # that makes the images' token ids in the loader
+    stored_codebook: int | None = None  # codes of the codebook, where the shards hold the images' ids
 
 
 class _Draft(NamedTuple):
-    """Views of a sample but for their images, of which it has the bytes."""
+    """Views of a sample without their images, whose bytes it holds."""
 
     samples: list[Sample]
     views: Sequence[int]
@@ -85,7 +85,7 @@ class Samples(Dataset[Sample | Skipped]):
         augment: None: the central square as it is.
         share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
         repeats: views of a sample, which follow each other.
-        transform: of each picture, cropped; None: none.
+        transform: of each image, cropped; None: none.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Samples(Dataset[Sample | Skipped]):
     def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
         """Called by the DataLoader: a whole micro-batch, which may be empty.
 
-        Everything else comes before the images: between two of them, which fill the caches, it takes twice as long.
+        Everything else comes before the images: between two of them, which evict the caches, it takes twice as long.
         """
         groups = [list(views) for _, views in groupby(positions, lambda position: position // self.repeats)]
         drafts = [self._without_image(views) for views in groups]
@@ -181,7 +181,7 @@ class Samples(Dataset[Sample | Skipped]):
         if len(ids) != length:
             raise BadSample(f"has {len(ids)} ids for {length} patches")
         if not 0 <= ids.min() <= ids.max() < codes:
-            raise BadSample(f"has ids outside of the {codes} of the codebook")
+            raise BadSample(f"has ids outside the codebook of {codes}")
         return ids
 
     def _check_size(self, image: Tensor) -> None:
@@ -226,7 +226,7 @@ class Samples(Dataset[Sample | Skipped]):
         return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)
 
     def _fetch_ahead(self, turn: int) -> None:
-        """When a group of shards is begun, fetch the next one in the background."""
+        """When a group of shards begins, fetch the next one in the background."""
         if not any(self._cached) or isinstance(self.order, FileOrder):
             return
         source, index = self.order.turn(turn)

@@ -1,4 +1,4 @@
-"""Copies a shard from wherever it lies into a file, within bounds of silence, slowness and time, if it is a tar."""
+"""Copies a shard from its source into a file, with limits on silence, slowness and time; checks that it is a tar."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class NotThere(OSError):
-    """What no further try would change."""
+    """A failure that trying again would not change."""
 
 
 def download(shard: str, out: BinaryIO) -> None:
@@ -55,13 +55,13 @@ def download(shard: str, out: BinaryIO) -> None:
             raise _with_wait(OSError(f"{error}"), error.headers.get("Retry-After")) from error
     except OSError:
         raise
-    except Exception as error:  # handlers of all schemes, decompression included, raise what they like
+    except Exception as error:  # handlers of all schemes, decompression included, raise anything
         raise OSError(str(error)) from error
     out.flush()
     if not out.tell():
         raise OSError("got no bytes")
     if not is_whole_tar(out.fileno(), out.tell()):
-        raise OSError(f"what came is not a tar with its end mark ({_begin(out)})")
+        raise OSError(f"the data is not a tar with its end mark ({_begin(out)})")
 
 
 def retry_after(error: OSError, attempt: int) -> float:

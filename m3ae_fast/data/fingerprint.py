@@ -11,7 +11,7 @@ from m3ae_fast.data.opening import Data
 
 
 def fingerprint(data: Data) -> dict[str, str]:
-    """By name, what a resumed run must find again: shards with sizes and order, weights of sources, tokenizers.
+    """By name, what must be unchanged for a resumed run: shards with sizes and order, weights of sources, tokenizers.
 
     Folders do not matter: shards may move.
     """

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from m3ae_fast.data.bad_samples import BadSample
 
-MAX_PIXELS = 1 << 27  # a larger picture is taken for a decompression bomb
+MAX_PIXELS = 1 << 27  # a larger image is taken for a decompression bomb
 # Nothing else is tried: Pillow would hand an EPS file to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _TORCHVISION_MODES = {  # by format and C: what torchvision's decoder reads, and converts rightly
@@ -31,25 +31,25 @@ _TORCHVISION_MODES = {  # by format and C: what torchvision's decoder reads, and
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd pictures: they are used or reported, nothing between
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd images: they are used or reported, nothing between
 
 
 def decode_image(data: bytes, channels: int) -> Tensor:
-    """Decode a picture upright (EXIF) to uint8 [C, H, W]; transparent parts become white unless C = 4.
+    """Decode an image upright (EXIF) to uint8 [C, H, W]; transparent parts become white unless C = 4.
 
     Raises:
-        BadSample: no picture, a broken one, or one of more than MAX_PIXELS.
+        BadSample: no image, a broken one, or one of more than MAX_PIXELS.
     """
     if not data:
-        raise BadSample("the picture is empty")
+        raise BadSample("the image is empty")
     try:
         header = Image.open(BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
-        raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from None
+        raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
     except Exception:  # Pillow raises anything on hostile input
-        raise BadSample("not a picture in a known format") from None
+        raise BadSample("not an image in a known format") from None
     if header.width * header.height > MAX_PIXELS:
-        raise BadSample(f"the picture has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
+        raise BadSample(f"the image has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
     modes = _TORCHVISION_MODES.get((header.format or "", channels), ())
     if header.mode in modes and "transparency" not in header.info:
         try:
@@ -59,7 +59,7 @@ def decode_image(data: bytes, channels: int) -> Tensor:
     try:
         return pixels_of(header, channels)
     except Exception as error:
-        raise BadSample(f"the picture is broken ({error})") from None
+        raise BadSample(f"the image is broken ({error})") from None
 
 
 def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:

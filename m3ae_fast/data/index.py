@@ -1,4 +1,4 @@
-"""What a shard holds and where: one small sidecar file a shard, so that any sample is read by itself.
+"""What a shard holds and where: one small sidecar file per shard, so that any sample can be read on its own.
 
 A sidecar is one line of JSON (`Summary`) and a NumPy array (`table`), written beside the shard, or into the cache
 folder where that is not possible. It is made on first use and again when the shard's size or modification time changes.
@@ -54,7 +54,7 @@ class Summary:
     version: int
     size: _Count  # bytes of the tar
     mtime_ns: int
-    samples: _Count  # that have a picture or a caption
+    samples: _Count  # that have an image or a caption
     images: _Count
     captions: _Count
     paired: _Count  # that have both
@@ -85,7 +85,7 @@ class IndexedShard:
     def table(self) -> np.ndarray:
         """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
         where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
-        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the picture's token ids)
+        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the image's token ids)
         and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""
@@ -93,7 +93,7 @@ class IndexedShard:
             _, _, data = file.read().partition(b"\n")
         try:
             return _parse_table(data, self.summary.samples)
-        except Exception as error:  # numpy's parser raises what it likes of a header that is not its own
+        except Exception as error:  # numpy's parser raises anything for a header that is not its own
             reason = " ".join(str(error).split())[:200]
             raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
@@ -109,7 +109,7 @@ class Unreadable(UserError):
 def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
-    """All shards in order, from their sidecars or indexed now: one process of a node does that for a shard, the others
+    """All shards in order, from their sidecars or indexed now: one process per node indexes a shard, the others
     wait. Those that cannot be read go to `lost`, where it is given.
 
     Raises:
@@ -205,7 +205,7 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
             return IndexedShard(shard, summary, sidecar)
         except OSError as error:
             reason = error.strerror
-    raise UserError(f"index {sidecar}: cannot be written ({reason}); set data.cache_dir to a folder to write to")
+    raise UserError(f"index {sidecar}: cannot be written ({reason}); set data.cache_dir to a writable folder")
 
 
 def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
@@ -240,7 +240,7 @@ def _row(width: int) -> np.dtype:
 
 
 def _parse_table(data: bytes, samples: int) -> np.ndarray:
-    """What `np.save` wrote, read without believing it. Raises ValueError, and what numpy raises for its header."""
+    """What `np.save` wrote, read without trusting it. Raises ValueError, and what numpy raises for its header."""
     file = io.BytesIO(data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("of another version")
@@ -256,7 +256,7 @@ def _parse_table(data: bytes, samples: int) -> np.ndarray:
         raise ValueError("not a table of its samples")
     table = np.frombuffer(rest, dtype)
     if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 5)):
-        raise ValueError("offsets or sizes that no file has")
+        raise ValueError("impossible offsets or sizes")
     return table
 
 

@@ -76,7 +76,7 @@ def label_corpus(
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
-            a class has no training sample, or there is one class alone; and as `read_labels` does.
+            a class has no training sample, or there is only one class; and as `read_labels` does.
     """
     where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
     labels = read_labels(corpus, field, progress=progress)

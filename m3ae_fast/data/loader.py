@@ -39,7 +39,7 @@ class Share:
 class MicroBatches(Sampler[list[int]]):
     """Positions of one rank's micro-batches.
 
-    Step s takes positions s * G to (s + 1) * G, G the global batch; within it micro-batches go round the ranks.
+    Step s takes positions s * G to (s + 1) * G, G the global batch; within it micro-batches go to the ranks in turn.
     Positions from `end` on do not exist: a micro-batch may come out short or empty, but all ranks have equally many.
     """
 
@@ -70,7 +70,7 @@ def train_loader(
 ) -> DataLoader[PackedBatch]:
     """`share.accumulation` micro-batches per step, shuffled and augmented, epoch after epoch.
 
-    Samples that cannot be used are left out of their batch and listed in `batch.skipped`.
+    Unusable samples are left out of their batch and listed in `batch.skipped`.
 
     Args:
         config: crop, repeats, shuffling, workers and prefetch.
@@ -78,7 +78,7 @@ def train_loader(
         preparation: how a sample becomes the model's input.
         share: this rank's.
         steps: which steps of the stream; a resumed run starts above 0.
-        transform: of each picture, cropped.
+        transform: of each image, cropped.
         pin_memory: hand over batches in pinned memory.
 
     Raises:
@@ -101,7 +101,7 @@ def eval_loader(
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """Every sample, or `samples` of them evenly, once, in file order: the central square, with masks that are the same
-    each time. Arguments and errors as in `train_loader`; accumulation plays no part."""
+    each time. Arguments and errors as in `train_loader`; accumulation is ignored."""
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
@@ -111,7 +111,7 @@ def eval_loader(
 
 
 def eval_samples(corpus: Corpus, preparation: Preparation, count: int) -> list[Sample]:
-    """The usable ones of `count` samples that lie evenly over `corpus`, as an evaluation sees them."""
+    """The usable ones of `count` samples spread evenly over `corpus`, as an evaluation sees them."""
     order = FileOrder(corpus.sizes, count)
     dataset = Samples(corpus, order, preparation, None, share_mask=order.samples)
     return [sample for i in range(order.samples) if isinstance(sample := dataset[i], Sample)]
@@ -139,6 +139,6 @@ def _loader(
 
 
 def collate(samples: Sequence[Sample | Skipped], geometry: Geometry) -> PackedBatch:
-    """Pack the usable ones of a micro-batch, maybe none; the others are the batch's `skipped`."""
+    """Pack the usable samples of a micro-batch, possibly none; the others are the batch's `skipped`."""
     batch = pack([sample for sample in samples if isinstance(sample, Sample)], geometry, repeat_shapes=True)
     return replace(batch, skipped=tuple(sample for sample in samples if isinstance(sample, Skipped)))

@@ -1,6 +1,6 @@
 """Which sample stands at a position of the training stream: a pure function of the seed and the sources' sizes.
 
-The stream is 0, 1, 2, ... without end. Step s of a run with G samples a step takes positions s * G to (s + 1) * G, so
+The stream is 0, 1, 2, ... without end. Step s of a run with G samples per step takes positions s * G to (s + 1) * G, so
 world size, worker count and interruptions change nothing, and resuming needs one number.
 
 Only integer hashes and stable sorts are used: no library's random numbers, whose streams may change between versions.
@@ -18,7 +18,7 @@ _MASK = (1 << 64) - 1
 
 
 class Place(NamedTuple):
-    """A sample of a source, by its number in file order, and how often the source was gone through before."""
+    """A sample of a source, by its number in file order, and how many times the source was completed before."""
 
     source: int
     epoch: int

@@ -1,4 +1,4 @@
-"""Reads any sample of a source by itself."""
+"""Reads any sample of a source on its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 
 MAX_IMAGE_BYTES = 1 << 28
-MAX_CAPTION_BYTES = 1 << 16  # a longer text is cut here; a JSON member must be within
+MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
 IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
 _OPEN_SHARDS = 64
 _RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
@@ -56,20 +56,20 @@ class Reader:
         """Bytes and caption of one sample.
 
         Raises:
-            BadSample: a part that its shard trains is missing, cut short, too large, or no text.
+            BadSample: a part that its shard trains is missing, cut short, too large, or not text.
             OSError: the shard cannot be read.
         """
         fd, table = self._get(shard)
         entry, modality = table[row], self.source.modalities[shard]
         image = caption = None
         if modality in ("paired", "image") or (modality == "any" and entry["image_offset"] != MISSING):
-            image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "picture")
+            image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "image")
         if modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING):
             caption = _read_caption(fd, entry)
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """The picture's token ids, made ahead of time: int64 [L].
+        """The image's token ids, made ahead of time: int64 [L].
 
         Raises:
             BadSample: there are none, or they are cut short.
@@ -119,7 +119,7 @@ class Reader:
         return _Open(os.open(path, os.O_RDONLY | os.O_CLOEXEC), table)
 
     def __reduce__(self):
-        return Reader, (self.source, self.store)  # open files do not go to other processes
+        return Reader, (self.source, self.store)  # open files are not pickled
 
 
 def _read(fd: int, offset: int, size: int, limit: int, what: str) -> bytes:

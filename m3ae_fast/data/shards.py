@@ -43,7 +43,7 @@ def expand(patterns: str | list[str]) -> list[str]:
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if math.prod(abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(pattern)) > MAX_SHARDS:
-            raise UserError(f"shards {pattern!r}: is more than {MAX_SHARDS:,} names")
+            raise UserError(f"shards {pattern!r}: expands to more than {MAX_SHARDS:,} names")
         try:
             names = expand_urls(pattern)
         except (ValueError, AssertionError) as error:  # unbalanced braces, a missing WDS_ variable
@@ -97,7 +97,7 @@ class ShardStore:
             for name in ("shards", "locks", "index"):
                 (self.cache_dir / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir {self.cache_dir}: {error.strerror}; name a folder to write to") from None
+            raise UserError(f"data.cache_dir {self.cache_dir}: {error.strerror}; name a writable folder") from None
 
     @staticmethod
     def is_cached(shard: str) -> bool:
@@ -130,7 +130,7 @@ class ShardStore:
                 if copy.is_file():
                     return copy
             except FileNotFoundError:
-                with self.lock(copy.name):  # for this shard alone: who wants another one does not wait
+                with self.lock(copy.name):  # per shard: processes that want another one do not wait
                     if not copy.exists():
                         self._fetch(shard, copy)
 
@@ -170,7 +170,7 @@ class ShardStore:
             os.close(fd)
 
     def _fetch(self, shard: str, copy: Path) -> None:
-        """Put a new copy in place of any old one, which those who have it open can go on reading."""
+        """Replace any old copy by a new one; processes that have the old one open can still read it."""
         for attempt in range(ATTEMPTS):
             partial = copy.with_name(f"partial-{uuid.uuid4().hex}")
             try:

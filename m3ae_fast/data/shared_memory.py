@@ -50,6 +50,6 @@ def _room() -> float:
 def _free_bytes() -> float:
     try:
         status = os.statvfs(SHM)
-    except OSError:  # not Linux's: nothing is known of it
+    except OSError:  # not Linux: its size is unknown
         return float("inf")
     return status.f_bavail * status.f_frsize

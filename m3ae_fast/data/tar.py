@@ -40,8 +40,8 @@ def is_whole_tar(fd: int, size: int) -> bool:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read, unbuffered. Raises OSError where it cannot be, or is a pipe or a device, on which to wait
-    could take for ever."""
+    """Open a file to read, unbuffered. Raises OSError where it cannot be, or is a pipe or a device, which could
+    block forever."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -93,7 +93,7 @@ def _after_end(fd: int, position: int) -> str | None:
     """What follows the end mark at `position`: zeros, or another tar that was appended to this one."""
     while chunk := os.pread(fd, 1 << 20, position):
         if chunk.count(0) < len(chunk):
-            return f"goes on after its end mark at byte {position}; join tars with tar --concatenate, not cat"
+            return f"continues after its end mark at byte {position}; join tars with tar --concatenate, not cat"
         position += len(chunk)
     return None
 
@@ -133,7 +133,7 @@ def _pax(record: bytes) -> dict[str, str]:
 
 
 def _decimal(digits: str) -> int | None:
-    """The number, None for what is none; more than 19 digits are `_MAX_SIZE` + 1, as nothing has so many bytes."""
+    """The number, None where it is not one; more than 19 digits are `_MAX_SIZE` + 1, as nothing has so many bytes."""
     if not (digits.isascii() and digits.isdecimal()):
         return None
     return int(digits) if len(digits) <= 19 else _MAX_SIZE + 1

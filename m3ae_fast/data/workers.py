@@ -50,7 +50,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def start_worker(worker: int) -> None:
-    """Signals that a whole process group gets are the main process's business, which may want to save first.
+    """Signals sent to the whole process group are for the main process, which may want to save first.
 
     A worker that died of one would stop it with an error. All are blocked here already (`Loader`).
     """

@@ -1,4 +1,4 @@
-"""Work that goes on beside the training: one piece at a time, and nothing of what goes wrong is lost."""
+"""Background work during training: one piece at a time, and no error is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Background:
     def start(self, work: Callable[[], None]) -> None:
         """Begin `work`; the one before must have been waited for."""
         assert self._thread is None
-        # a daemon: a process that is told to end at once does not wait for it
+        # a daemon: a process that must exit at once does not wait for it
         self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
         self._thread.start()
 
@@ -51,4 +51,4 @@ class Background:
         if kind is None:
             self.wait()
         elif issubclass(kind, Exception) and self._thread is not None:
-            self._thread.join()  # what it saves is worth waiting for; the error that ends the run is the one to tell
+            self._thread.join()  # what it saves is worth waiting for; the error that ends the run is the one to report

@@ -1,4 +1,4 @@
-"""What a user should know and would not see: told once, none of it an error."""
+"""What a user should know and might not notice: reported once, none of it an error."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _GROWTH = 1.5
 
 
 def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
-    """What is odd about a run, a line each."""
+    """What is odd about a run, one line each."""
     notes = []
     wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     if wanted > schedule.warmup_steps:
         notes.append(
             f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is cut to the "
-            f"run's {schedule.warmup_steps:,}: the learning rate never falls"
+            f"run's {schedule.warmup_steps:,}: the learning rate never decays"
         )
     fields = ModelConfig.model_fields
     default = all(getattr(config.model, name) == fields[name].default for name in ("image_mean", "image_std"))
@@ -28,13 +28,13 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
 
 
 class MemoryGrowth:
-    """Notices peak memory that goes on growing when a run should have settled."""
+    """Notices peak memory that keeps growing when a run should have settled."""
 
     def __init__(self) -> None:
         self._settled: float | None = None
 
     def look(self, steps: int, gigabytes: float) -> str | None:
-        """What to tell after so many steps of this attempt, None where there is nothing."""
+        """The note after this many steps of this attempt; None where there is none."""
         if steps < _SETTLED_STEPS:
             return None
         before, self._settled = self._settled, self._settled or gigabytes

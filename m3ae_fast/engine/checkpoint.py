@@ -4,9 +4,9 @@ run.dir/checkpoints/step-00001234/
     state.safetensors   float32 weights and Adam moments, whole tensors by parameter name
     state.json          step, samples seen, seeds, config, versions, the data's fingerprint, checksums of other files
     good                a loss computed from its weights was finite
-    failed              one was not: `--resume auto` passes over it
+    failed              one was not: `--resume auto` skips it
 
-M3AE models are at most a few billion bytes, so one rank writes one file: simpler than a file a rank, and resuming on
+M3AE models are at most a few billion bytes, so one rank writes one file: simpler than a file per rank, and resuming on
 another number of ranks or another ZeRO stage needs no conversion.
 """
 
@@ -37,7 +37,7 @@ GOOD, FAILED = "good", "failed"
 
 @dataclass
 class Info:
-    """What a checkpoint knows beside its tensors."""
+    """What a checkpoint holds besides its tensors."""
 
     step: Annotated[int, Field(ge=0, lt=1 << 53)]  # optimiser steps taken
     samples: Annotated[int, Field(ge=0)]  # samples seen: the data position
@@ -53,7 +53,7 @@ def folder(run_dir: Path) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name tells, -1 for any other name."""
+    """The step in a checkpoint's name, -1 for any other name."""
     match = re.fullmatch(r"step-(\d+)", path.name)
     return int(match[1]) if match else -1
 
@@ -88,7 +88,7 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, remedy:
         save_file(state, partial / STATE_FILE)
         info = replace(info, sha256={STATE_FILE: _sha256(partial / STATE_FILE)})
         (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors would let nobody else read it
+        shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors makes it readable only to its owner
         for path in (partial / STATE_FILE, partial / INFO_FILE, partial):
             _to_disk(path)
         partial.rename(target)
@@ -120,13 +120,13 @@ def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:
     path = folder(run_dir) / f"step-{step:08d}"
     if path not in saved_steps(run_dir):
         return None
-    with contextlib.suppress(OSError):  # a full disk: then nothing is known of it
+    with contextlib.suppress(OSError):  # a full disk: the checkpoint stays unmarked
         (path / as_what).write_text(why + "\n", encoding="utf-8")
     return path
 
 
 def set_aside_after(run_dir: Path, step: int) -> list[Path]:
-    """Rename checkpoints beyond `step`, from which a run goes on, so that none is taken for one of its own.
+    """Rename checkpoints beyond `step`, from which a run goes on, so that none is mistaken for one of its own.
 
     Returns their new names.
     """
@@ -218,7 +218,7 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
             part = file.get_slice(name)
             if (found := tuple(part.get_shape())) != shape or part.get_dtype() != "F32":
                 raise UserError(
-                    f"checkpoint {path}: {name} is {part.get_dtype()} {list(found)}, the model wants F32 {list(shape)}"
+                    f"checkpoint {path}: {name} is {part.get_dtype()} {list(found)}, the model needs F32 {list(shape)}"
                 )
 
 

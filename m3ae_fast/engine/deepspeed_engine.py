@@ -71,7 +71,7 @@ class DeepSpeedEngine:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints the machine's memory
                 self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
-        except Exception as error:  # asserts, missing packages, pydantic's errors: whatever its sections come upon
+        except Exception as error:  # asserts, missing packages, pydantic's errors: its section can cause any
             if out_of_memory(error):
                 raise
             raise UserError(
@@ -87,7 +87,7 @@ class DeepSpeedEngine:
             # A new tensor: the hooks that DeepSpeed puts on the model's own output, which tell its optimiser when to
             # reduce, would also divide its gradient by the number of micro-batches.
             self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
-            if self.zero.stage == 0 and i == len(batches) - 1:  # DeepSpeed has no norm to tell at stage 0
+            if self.zero.stage == 0 and i == len(batches) - 1:  # DeepSpeed reports no norm at stage 0
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             self.ds.step()
             results.append(losses)
@@ -133,8 +133,8 @@ class DeepSpeedEngine:
             group["params"] = []
 
     def _link_moments(self) -> None:
-        """Let each weight know its part of the moments. DeepSpeed does so after its first step, but for the first
-        parameter group alone."""
+        """Link each weight to its part of the moments. DeepSpeed does so after its first step, but only for
+        the first parameter group."""
         if self.zero.stage in (1, 2):
             self.ds.optimizer._hp_optimizer_states_linked = False
             self.ds.optimizer._lazy_init_hp_params_optimizer_state()
@@ -175,7 +175,7 @@ def deepspeed_section(
         "steps_per_print": config.steps_per_print or 10**9,
         "zero_allow_untested_optimizer": True,  # apex's FusedAdam
         "zero_force_ds_cpu_optimizer": False,
-        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice a step
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice per step
     }
     if dtype == torch.bfloat16:
         if config.zero_optimization.stage == 0:

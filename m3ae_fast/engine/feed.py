@@ -31,7 +31,7 @@ def feed(
     """Steps of `accumulation` micro-batches. `agree` begins a sum over ranks for each.
 
     Each is fetched when the one before has been launched. A GPU is still at work on that one then: waiting for the
-    loader, summing over ranks, and copying, on a stream of its own, all go on beside the computation.
+    loader, summing over ranks, and copying, on a stream of its own, all overlap with the computation.
     """
     batches = iter(loader)
     move = _copier(device)

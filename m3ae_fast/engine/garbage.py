@@ -10,8 +10,8 @@ EVERY = 1000  # steps
 class GarbageCollection:
     """Collects every so many steps, on all ranks in the same step; use as a context manager around the loop.
 
-    What lives by the first step (modules, code, the model) is frozen: no collection looks at it again. Torchtitan does
-    it so too.
+    What exists at the first step (modules, code, the model) is frozen: no collection looks at it again. torchtitan
+    does the same.
     """
 
     def __enter__(self) -> GarbageCollection:
@@ -27,7 +27,7 @@ class GarbageCollection:
             gc.enable()
 
     def after_step(self, step: int) -> None:
-        """Only the youngest objects, but now and then all: cycles of tensors must not live on."""
+        """Only the youngest objects, but now and then all: cycles of tensors must be freed too."""
         if step % EVERY == 0:
             gc.collect()
         elif step % (EVERY // 10) == 0:

@@ -33,7 +33,8 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
     own = model.state_dict()
     for name in ranks.from_main(list(start.state) if start else []):
         own[name].copy_(ranks.from_main(start.state[name] if start else own[name]))
-    return f"weights from {source}" + ("" if has_decoder else ", which has no decoder: the decoder starts anew")
+    without = "" if has_decoder else ", which has no decoder: the decoder starts from random weights"
+    return f"weights from {source}{without}"
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What a training loop asks of an engine: optimiser steps over micro-batches, outputs without training, and its state.
 
-A state speaks of whole tensors by parameter name, so that a checkpoint knows nothing of ranks, ZeRO stages or
+A state consists of whole tensors by parameter name, so that a checkpoint knows nothing of ranks, ZeRO stages or
 optimisers' layouts.
 """
 
@@ -54,4 +54,4 @@ class Engine(Protocol):
         """Whole tensors on rank 0, None elsewhere. Every rank must call it."""
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
-        """Take over a state after `step` updates; `get` gives its tensors by name, on every rank in the same order."""
+        """Load a state as of `step` updates; `get` gives its tensors by name, on every rank in the same order."""

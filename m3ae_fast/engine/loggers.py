@@ -1,4 +1,4 @@
-"""Where metrics and pictures of a run go beside its own files: TensorBoard, Weights & Biases."""
+"""Where metrics and pictures of a run go besides its own files: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose id stays in the run folder: a resumed run goes on there too.
+    """A run of Weights & Biases, whose id stays in the run folder: a resumed run continues there.
 
     Project, entity and mode come from WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE ("offline" needs no account).
     """
@@ -73,7 +73,7 @@ class WandB:
             raise UserError(f'run.loggers: wandb: {reason}; run "wandb login", or set WANDB_MODE=offline') from None
         id_file.write_text(self._run.id + "\n")
         self._image: Callable[..., Any] = wandb.Image
-        self._run.define_metric("*", step_metric="step")  # a step that is done again after a resume counts again
+        self._run.define_metric("*", step_metric="step")  # a step repeated after a resume is logged again
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"step": step, **values})

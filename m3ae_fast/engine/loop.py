@@ -32,14 +32,14 @@ from m3ae_fast.model.batch import PackedBatch
 
 @dataclass(kw_only=True)
 class Loop:
-    """Parts that stay, and `step`: optimiser steps taken so far. Subclasses say what is counted and evaluated."""
+    """The fixed parts of a run, and `step`: optimiser steps so far. Subclasses define what is counted and evaluated."""
 
     run: RunConfig
     loop: LoopConfig
     sections: dict[str, Any]  # the config that checkpoints remember
     ranks: Ranks
     pulse: Pulse
-    folder: RunFolder | None  # on the main rank alone, as the log
+    folder: RunFolder | None  # on the main rank only, as the log
     log: RunLog | None
     share: Share
     schedule: Schedule
@@ -50,7 +50,7 @@ class Loop:
     stream: dict[str, str]  # fingerprint of the data
     start: int
     step: int
-    unproven: int | None = None  # step of the checkpoint of which it is not known yet whether it is good
+    unproven: int | None = None  # step of the checkpoint whose verdict, good or failed, is still open
     proven: int | None = None  # step of which an evaluation was finite
     growth: MemoryGrowth = field(default_factory=MemoryGrowth)
     saving: Background = field(default_factory=Background)  # of checkpoints, on the main rank
@@ -192,7 +192,7 @@ class Loop:
         if self.log:
             reason = stop.reason or "asked by another rank"
             saved = "" if self.step > self.start else "; nothing to save"
-            self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto goes on")
+            self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
 
     def stop_if_not_finite(self) -> None:
         """Raises UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
@@ -205,14 +205,14 @@ class Loop:
         if bad:
             step, text = min(bad)
             advice = self.ranks.told(lambda: resuming.judge(self.run.dir, step))
-            raise UserError(f"{text}. {advice}: look at these samples, or go on with {self.remedy()}")
+            raise UserError(f"{text}. {advice}: look at these samples, or continue with {self.remedy()}")
 
     def _begin(self) -> None:
         """Now that there is a step to take, put away what an earlier attempt left beyond it."""
         if self.log:
             self.log.begin()
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
-                self.log.say(f"the run goes on from step {self.start}: a later checkpoint is now {path}")
+                self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
 
 
 def restore(
@@ -227,7 +227,7 @@ def restore(
         sections, same: see `resuming.check_same`.
 
     Returns:
-        The step to go on from, and a reader of further tensors, for every rank in the same order.
+        The step to continue from, and a reader of further tensors, for every rank in the same order.
 
     Raises:
         UserError: the checkpoint is damaged or of another run.

@@ -24,7 +24,7 @@ class LossWatch:
         self.finite_through = 0  # the last that is known to have been finite
 
     def add(self, step: int, keys: list[str], losses: Sequence[StepLosses], grad_norm: Tensor) -> None:
-        """What came of a step, whose samples are called `keys`."""
+        """Record a step's losses and norm; `keys` names its samples."""
         device = losses[0].loss.device
         stacked = torch.stack([*(part.loss.detach() for part in losses), grad_norm.detach().to(device).float()])
         event = None

@@ -15,8 +15,8 @@ from m3ae_fast.engine.signals import StopRequest
 def joined_program() -> Iterator[tuple[Ranks, StopRequest, Pulse]]:
     """The ranks that work together, who asks them to stop, and their pulse.
 
-    An error that `explain` has a line for is told once, by the first rank that comes to it; the others exit with 2. One
-    that follows from a rank that left before there was anything to save is passed over: the program ends there.
+    An error that `explain` has a line for is printed once, by the first rank that meets it; all exit with code 2. One
+    that follows from a rank that left before there was anything to save is ignored: the program ends there.
     """
     with (
         StopRequest() as stop,

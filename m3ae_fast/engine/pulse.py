@@ -1,4 +1,4 @@
-"""Signs of life between ranks: one that falls silent ends the run, so that whoever started it can start it again."""
+"""Signs of life between ranks: one that falls silent ends the run, so that it can be restarted."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Pulse:
     """Tells other ranks that this one is at work, and ends the process when nothing has moved for `timeout` seconds.
 
     At work is a rank whose main thread comes to a `mark`, or whose processes compute or write: a long download, a
-    compilation or a large save is no stall, a frozen process, a dead disk and a deadlock are. Threads do this, since
-    the main thread may wait in a collective for ever. Use as a context manager.
+    compilation or a large save is not a stall; a frozen process, a dead disk and a deadlock are. Threads do this, since
+    the main thread may wait in a collective forever. Use as a context manager.
     """
 
     def __init__(self, rank: int, world: int, store: dist.Store, stop: StopRequest) -> None:
-        """`store`: for these threads alone."""
+        """`store`: only for these threads."""
         self.timeout = float("inf")  # seconds; the config's once it is known
         self._rank, self._store, self._stop = rank, store, stop
         watched = range(1, world) if rank == 0 else [0]  # few words even where there are many ranks
@@ -94,7 +94,7 @@ class Pulse:
         return min(1.0, self.timeout / 10)
 
     def _beat(self) -> None:
-        """Tell and listen. A store that does not answer keeps this thread, not the judge."""
+        """Send and receive beats. A store that does not answer blocks this thread, not the one that judges."""
         beats, marks, activity = 0, -1, _Activity()
         with contextlib.suppress(RuntimeError):  # the process that holds the store has left, or has been killed
             while not self._end.is_set():
@@ -127,7 +127,7 @@ class Pulse:
 
     def _look(self) -> None:
         if self._idle > self.timeout:
-            self._end_process("its loader workers do nothing and give nothing (does the disk of the shards answer?)")
+            self._end_process("its loader workers are idle and deliver nothing (does the disk of the shards respond?)")
         silent = {rank: other for rank, other in self._others.items() if other.silent > self.timeout}
         if silent:
             names = ", ".join(map(str, silent))
@@ -135,7 +135,7 @@ class Pulse:
             self._end_process(f"no sign of life from rank {names} (last: {last})")
 
     def _end_process(self, what: str) -> None:
-        text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; --resume auto goes on\n"
+        text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; --resume auto continues\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
         kill_children()  # a worker that is frozen would never leave

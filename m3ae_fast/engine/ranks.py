@@ -78,7 +78,7 @@ class Ranks:
         return result
 
     def told(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0 alone, on every rank; errors as in `on_main`. It must be picklable."""
+        """What `work` gives on rank 0, on every rank; errors as in `on_main`. It must be picklable."""
         return cast(T, self.from_main(self.on_main(work)))
 
     def main_first(self, work: Callable[[], T]) -> T:
@@ -120,7 +120,7 @@ def _join() -> Ranks:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"rank {rank} wants GPU {local_rank} of this node, which has {count}: start fewer ranks")
+            raise UserError(f"rank {rank} needs GPU {local_rank} of this node, which has {count}: start fewer ranks")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:

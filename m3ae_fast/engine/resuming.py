@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it then is the same run, and what its failure says of the checkpoint."""
+"""Which checkpoint a run continues from, whether it is then the same run, and what a failed step says about it."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def find(run_dir: Path, resume: str) -> Path | None:
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
         if own and not usable:
             raise UserError(
-                f"{run_dir}: no checkpoint of it gave a finite loss; remove them to start anew, with another config"
+                f"{run_dir}: no checkpoint of it gave a finite loss; remove them to start over, with another config"
             )
         return usable[-1] if own else None
     path = None if resume == "no" else checkpoint.locate(Path(resume))
     if own and (path is None or path.resolve() not in [p.resolve() for p in own]):
-        raise UserError(f"{run_dir} already holds checkpoints; add --resume auto to go on, or choose another run.dir")
+        raise UserError(f"{run_dir} already holds checkpoints; add --resume auto, or choose another run.dir")
     return path
 
 
 def passed_over(run_dir: Path) -> list[str]:
-    """What to tell of the last checkpoints, where "auto" takes an older one."""
+    """Notes on the last checkpoints, where "auto" takes an older one."""
     notes = []
     for path in reversed(checkpoint.saved_steps(run_dir)):
         if not (path / checkpoint.FAILED).exists():
             break
-        notes.append(f"{path} is passed over: {(path / checkpoint.FAILED).read_text(encoding='utf-8').strip()}")
+        notes.append(f"{path} is skipped: {(path / checkpoint.FAILED).read_text(encoding='utf-8').strip()}")
     return notes
 
 
@@ -55,7 +55,7 @@ def judge(run_dir: Path, bad_step: int) -> str:
         checkpoint.mark(
             run_dir, bad_step - 1, checkpoint.FAILED, f"step {bad_step}, the first from its weights, was not finite"
         )
-        told = f"{before} has failed by that, and --resume auto will pass over it; "
+        told = f"{before} is thereby marked as failed, and --resume auto will skip it; "
     good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
     return told + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
 
@@ -63,7 +63,7 @@ def judge(run_dir: Path, bad_step: int) -> str:
 def check_fits(
     path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
 ) -> list[str]:
-    """What a run that goes on from the checkpoint does otherwise than the one that wrote it, a line each.
+    """What a run that continues from the checkpoint does otherwise than the one that wrote it, one line each.
 
     Raises:
         UserError: it would not be the same model, or, unless `with_changes`, not the same stream of samples.
@@ -82,7 +82,7 @@ def check_fits(
         name, was, now = other[0]
         raise UserError(
             f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; "
-            "--resume-with-changes goes on all the same"
+            "--resume-with-changes continues anyway"
         )
     for section in ("loss", "optim"):
         other += differing(section, list(wanted[section]))
@@ -105,7 +105,7 @@ def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: 
 def open_checkpoint(
     path: Path, model: nn.Module, ranks: Ranks, kinds: Sequence[str] = MOMENTS
 ) -> tuple[int, Callable[[str], Tensor]]:
-    """A checkpoint of `model` to go on from: its step, and a reader of its tensors for every rank in the same order.
+    """A checkpoint of `model` to continue from: its step, and a reader of its tensors for every rank in the same order.
 
     `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
     call it. Raises UserError where the checkpoint is damaged, or a tensor of it does not fit the model.
@@ -124,7 +124,7 @@ def open_checkpoint(
     read = ranks.on_main(open_checked)
 
     def own(name: str) -> Tensor:
-        assert read is not None  # asked on the main rank alone
+        assert read is not None  # asked on the main rank only
         return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))
 
     return info.step, lambda name: ranks.told(lambda: own(name))

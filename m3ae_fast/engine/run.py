@@ -60,17 +60,12 @@ class Run(Loop):
         pulse: Pulse,
         with_changes: bool = False,
     ) -> Run:
-        """Find the checkpoint to go on from, open the data, build model and engine.
+        """Find the checkpoint to continue from, open the data, build model and engine.
 
         Raises:
             UserError: something is missing, or does not fit something else.
         """
-        try:
-            triton = choose_impl("auto", ranks.device) == "triton"
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if triton and ranks.device.type == "cuda" and (missing := missing_for_triton()):
-            raise UserError(f"Triton, which the kernels are written in, needs {' and '.join(missing)} on this machine")
+        _require_kernels(ranks.device)
         cfg = config.train
         found = ranks.told(lambda: resuming.find(config.run.dir, resume))
         share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
@@ -96,17 +91,9 @@ class Run(Loop):
         if read:
             engine.load_state(step, read)
 
-        tokens, vqgan = config.data.image_tokens, data.image_tokenizer
-        preparation = Preparation(
-            model.geometry,
-            config.masking,
-            data.tokenizer,
-            config.run.seed,
-            image_tokenizer=vqgan if tokens == "workers" else None,
-            stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
-        )
-        if vqgan and tokens == "device":
-            vqgan.to(ranks.device)
+        preparation = _preparation(config, model, data)
+        if data.image_tokenizer and config.data.image_tokens == "device":
+            data.image_tokenizer.to(ranks.device)
         steps, pin = range(step, schedule.total_steps), pins_memory(ranks.device)
         held_out, log, sections = None, None, config.model_dump(mode="json")
         if data.val:
@@ -226,3 +213,25 @@ class Run(Loop):
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
         return "\n".join(lines)
+
+
+def _require_kernels(device: torch.device) -> None:
+    """Raises UserError where the kernels cannot run: an impossible M3AE_KERNELS_IMPL, or no compiler for Triton."""
+    try:
+        triton = choose_impl("auto", device) == "triton"
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if triton and device.type == "cuda" and (missing := missing_for_triton()):
+        raise UserError(f"Triton, which the kernels are written in, needs {' and '.join(missing)} on this machine")
+
+
+def _preparation(config: Config, model: M3AE, data: Data) -> Preparation:
+    tokens, vqgan = config.data.image_tokens, data.image_tokenizer
+    return Preparation(
+        model.geometry,
+        config.masking,
+        data.tokenizer,
+        config.run.seed,
+        image_tokenizer=vqgan if tokens == "workers" else None,
+        stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
+    )

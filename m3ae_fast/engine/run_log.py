@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, metrics.jsonl, and loggers such as TensorBoard. Only the main rank has
+"""What a run reports: a progress bar, metrics.jsonl, and loggers such as TensorBoard. Only the main rank has
 one of these."""
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class RunLog:
         threading.excepthook = self._old_hook
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread prints a traceback when the disk refuses, which `log` tells anyway."""
+        """TensorBoard's thread prints a traceback when the disk refuses, which `log` reports anyway."""
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
             self._old_hook(args)
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError):  # told by `log`
+        with contextlib.suppress(OSError):  # reported by `log`
             for logger in self._loggers:
                 logger.close()
         if self._file is not None:
@@ -132,7 +132,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
-        """A full disk is told once."""
+        """A full disk is reported once."""
         try:
             yield
         except OSError as error:

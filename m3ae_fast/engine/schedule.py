@@ -61,5 +61,5 @@ class Schedule:
         return learning_rate(step, self.optim, self.train.global_batch, self.warmup_steps, self.total_steps)
 
     def due(self, step: int, every: int | None) -> bool:
-        """Whether what happens `every` so many steps (None: at the end alone) happens after `step` of them."""
+        """Whether what happens `every` so many steps (None: only at the end) happens after `step` of them."""
         return step == self.total_steps or (every is not None and step % every == 0)

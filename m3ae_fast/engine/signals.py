@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and a vanished launcher ask the run to save and leave."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and a vanished launcher ask the run to save and exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can announce the end of a job's time with SIGUSR1
 _TICK_S = 0.25  # between looks at the launcher
 _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
-_JOIN_S = 60.0  # for a rank that is to leave to meet the others, whom it must tell
+_JOIN_S = 60.0  # for a rank that is to leave to join the others, which it must notify
 _GONE = (0,)
 _TWICE_S = 2.0  # a launcher repeats a terminal's Ctrl-C; only a later one means "now"
 
@@ -25,7 +25,7 @@ class StopRequest:
     """`asked` turns true at the first signal, or when the launcher is gone; a later Ctrl-C ends the process at once.
 
     Before `listen` there is nothing to save: the process ends by itself, with exit code 0, whatever it is doing. Use
-    as a context manager, in the main thread. A thread of its own heeds the signals, since Python's handlers wait while
+    as a context manager, in the main thread. A separate thread reads the signals, since Python's handlers wait while
     the main thread is in a library.
     """
 
@@ -68,8 +68,8 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def joined(self, tell: Callable[[str], bool]) -> None:
-        """From now on `tell` gets the reason to other ranks when this one is to leave before `listen`; it says whether
-        this is the first to do so."""
+        """From now on, if this rank is to leave before `listen`, `tell` sends the reason to the others; it returns
+        whether this rank is the first."""
         self._tell = tell
         self._joined.set()
 
@@ -79,7 +79,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._leaving:
-            if self._ended:  # two signals may be heeded late, the second while the interpreter shuts down
+            if self._ended:  # two signals may be handled late, the second while the interpreter shuts down
                 return
             self._ended = True
             raise SystemExit(0)
@@ -125,7 +125,7 @@ class StopRequest:
 
 
 def kill_children() -> None:
-    """End all processes that this one started, as one must that leaves without tidying up."""
+    """Kill all child processes: needed where this process exits without cleaning up."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
@@ -133,7 +133,7 @@ def kill_children() -> None:
 
 def _launcher_chain() -> tuple[int, ...] | None:
     """The processes whose end should end this one: none under plain `python`, which may outlive its shell; torchrun's
-    agent; and deepspeed's inner and outer launcher, whose outer one passes no SIGTERM on when it dies. _GONE where a
+    agent; and deepspeed's inner and outer launcher, since the outer one forwards no SIGTERM when it dies. _GONE where a
     launcher started this process and is no more."""
     elastic, deepspeed = ("TORCHELASTIC_RUN_ID" in os.environ, "CROSS_SIZE" in os.environ)
     with contextlib.suppress(psutil.Error):

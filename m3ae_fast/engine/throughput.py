@@ -1,4 +1,4 @@
-"""What a step went through, and the rates that come of it."""
+"""What a step processed, and the rates that follow from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StepCounts(NamedTuple):
     loss_text: float
     skipped: float  # samples that could not be used
     tokens: float  # rows of cls, patches and text tokens, visible or masked
-    flops: float  # that the engine spends, forward and backward
+    flops: float  # executed, forward and backward
 
     @classmethod
     def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:

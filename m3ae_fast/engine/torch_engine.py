@@ -1,4 +1,4 @@
-"""Data parallel on torch alone: float32 weights, autocast for bf16."""
+"""Data-parallel training on plain torch: float32 weights, autocast for bf16."""
 
 from __future__ import annotations
 

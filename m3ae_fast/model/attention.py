@@ -1,10 +1,10 @@
-"""Attention over packed sequences: every sample attends to itself alone.
+"""Attention over packed sequences: every sample attends only to itself.
 
 One op, forward and backward, on a CPU and on a GPU: torch.compile traces it like any other, and the gradient of
-queries, keys and values is written as the one tensor that the matmul before it wants. What computes it is a `Kernel`:
-on CUDA the fastest that is installed (`cuda_attention`), on a CPU one made for it (`cpu.attention`).
+queries, keys and values is written as the one tensor that the matmul before it expects. What computes it is a `Kernel`:
+on CUDA the fastest that is installed (`cuda_attention`), on a CPU a custom one (`cpu.attention`).
 
-Shapes: T rows, Q query rows, H heads, D values a head.
+Shapes: T rows, Q query rows, H heads, D values per head.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def describe(config: ModelConfig, masking: MaskingConfig, device: torch.device, 
     """What attention runs on in the encoder and in the decoder, for people. On CUDA this is when kernels are tried."""
     if config.att_drop:
         return "padded SDPA"
-    patches, words = config.patches_per_image, config.text_length if config.vocab_size else 0
-    seen = 1 + kept(patches, masking.image_ratio) + kept(words, masking.text_ratio)
-    sizes = ((config.emb_dim, config.num_heads, seen), (config.dec_emb_dim, config.dec_num_heads, 1 + patches + words))
+    patches, tokens = config.patches_per_image, config.text_length if config.vocab_size else 0
+    visible, rows = 1 + kept(patches, masking.image_ratio) + kept(tokens, masking.text_ratio), 1 + patches + tokens
+    sizes = ((config.emb_dim, config.num_heads, visible), (config.dec_emb_dim, config.dec_num_heads, rows))
     find = cuda_attention.try_out if device.type == "cuda" else kernel_for
     encoder, decoder = (find(device, dtype, heads, dim // heads, length).name for dim, heads, length in sizes)
     return encoder if encoder == decoder else f"{encoder} (encoder), {decoder} (decoder)"
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """What attention of samples of about `length` keys runs on. On CUDA the first question of a kind takes a second,
-    for a trial of what is installed."""
+    """What attention of samples of about `length` keys runs on. On CUDA the first call for a kind of head takes
+    a second, to try what is installed."""
     if device.type == "cuda":
         return cuda_attention.choose(device, dtype, heads, head_dim, length)
     return cpu_kernel(dtype, head_dim)
@@ -128,7 +128,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_QHD, _):
-    q, *others = ctx.saved_tensors  # asked for once: activation checkpointing makes them again each time
+    q, *others = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
     dq, dkv = attention_backward_op(grad_QHD, q, *others, *ctx.longest)
     return None if q is None else dq, dkv, None, None, None, None
 

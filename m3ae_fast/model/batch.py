@@ -1,6 +1,6 @@
 """What a forward pass reads: one flat batch of tokens, its row maps and its loss rows.
 
-Shapes: S samples, B pictures, L patches a picture, C channels, H = W pixels, N visible patches,
+Shapes: S samples, B images, L patches per image, C channels, H = W pixels, N visible patches,
 T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.
 """
 
@@ -34,7 +34,7 @@ SEGMENTS = ("encoder", "decoder", "loss")
 
 
 class LossCounts(NamedTuple):
-    """What the losses are means over: pictures and captions, or patches and text tokens (`loss.per`)."""
+    """What the losses are means over: images and captions, or patches and text tokens (`loss.per`)."""
 
     image: float
     text: float
@@ -59,7 +59,7 @@ class PackedBatch:
     keys: list[str]
     images: Tensor  # [B, C, H, W], uint8 or floating and already normalised
     # encoder input: see m3ae_kernels.scatter_tokens
-    patch_ids: Tensor  # [N] picture * L + patch
+    patch_ids: Tensor  # [N] image * L + patch
     encoder: Segments  # T rows
     encoder_src: Tensor  # [T] row of the patch embeddings
     token_ids: Tensor  # [T] row of the text embedding
@@ -73,9 +73,9 @@ class PackedBatch:
     loss: Segments  # M rows
     loss_rows: Tensor  # [M] decoder row
     image_rows: Tensor  # [I] row among the M
-    image_patch_ids: Tensor  # [I] picture * L + patch
+    image_patch_ids: Tensor  # [I] image * L + patch
     image_targets: Tensor  # [I] token id; [0] where targets are pixels, or ids are still to be made
-    image_row_weight: Tensor  # float32 [I] loss weight / (rows of this picture), or the loss weight alone
+    image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
     text_rows: Tensor  # [W] row among the M
     text_targets: Tensor  # [W] token id
     text_row_weight: Tensor  # float32 [W] loss weight / (rows of this caption), or the loss weight alone

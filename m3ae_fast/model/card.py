@@ -15,7 +15,7 @@ tags: [{tags}]
 
 # {name}
 
-{what}, arXiv 2205.14204: a ViT encoder, {depth} blocks {emb_dim} wide, of {size} x {size} pictures in patches of
+{what}, arXiv 2205.14204: a ViT encoder, {depth} blocks {emb_dim} wide, of {size} x {size} images in patches of
 {patch} x {patch}{text}.
 
 ```python

@@ -1,11 +1,11 @@
-"""Attention kernels on CUDA GPUs: those of flash-attn (2, 3 and 4) and torch, of which the fastest is taken.
+"""Attention kernels on CUDA GPUs: the fastest of those in flash-attn (2, 3 and 4) and torch.
 
-None wins everywhere: flash-attn 3 pads a head of 32 values to 64 and works in tiles of 192 keys, of which a sample of
-70 visible tokens fills a part; flash-attn 2 has neither fault and lacks Hopper's instructions. So each is tried on
+None wins everywhere: flash-attn 3 pads a head of 32 values to 64 and works in tiles of 192 keys, which a sample of
+70 visible tokens fills in part; flash-attn 2 has neither fault and lacks Hopper's instructions. So each is tried on
 random samples of a given length, once, forward and backward. One that is not installed, fails or computes something
 else is left out, and the log says why.
 
-Shapes: Q query rows, K key rows, H heads, D values a head.
+Shapes: Q query rows, K key rows, H heads, D values per head.
 """
 
 from __future__ import annotations

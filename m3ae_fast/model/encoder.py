@@ -1,6 +1,6 @@
 """The half of M3AE that downstream tasks keep: a ViT encoder over patches and text.
 
-Shapes: T encoder rows, N visible patches, D width, L patches a picture, V vocabulary, S samples, C channels.
+Shapes: T encoder rows, N visible patches, D width, L patches per image, V vocabulary, S samples, C channels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
-    """How the ops read pictures."""
+    """How the ops read images."""
     return {
         "patch_size": config.patch_size,
         "channels": config.channels,
@@ -39,7 +39,7 @@ def drop_options(config: ModelConfig) -> dict[str, float]:
 
 
 class EncoderInput(nn.Module):
-    """Patch embeddings, words and cls tokens -> encoder rows, with positions and types."""
+    """Patch embeddings, text tokens and cls tokens -> encoder rows, with positions and types."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class MultimodalEncoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official initialisation: Xavier-uniform matmuls, N(0, 1) words, N(0, 0.02) other embeddings."""
+        """The official initialisation: Xavier-uniform matmuls, N(0, 1) text embeddings, N(0, 0.02) other embeddings."""
         for name, p in self.named_parameters():
             if name.endswith("text_embedding"):
                 nn.init.normal_(p)
@@ -156,7 +156,7 @@ class MultimodalEncoder(nn.Module):
             [S, 1 + L + n, D]: cls token, patches (where there are images), text (where there is text); padding is 0.
 
         Raises:
-            ValueError: both are None, batch sizes differ, padding precedes words, or a size does not fit the model.
+            ValueError: both are None, batch sizes differ, padding precedes tokens, or a size does not fit the model.
         """
         if images is None and text is None:
             raise ValueError("representation needs images, text or both")
@@ -164,10 +164,10 @@ class MultimodalEncoder(nn.Module):
         if images is not None and text is not None and len(text) != size:
             raise ValueError(f"{size} images and {len(text)} texts")
         lengths = [self.config.patches_per_image if images is not None else 0] * size
-        samples, places = [], []
+        samples, real_rows = [], []
         for i in range(size):
             sample = Sample(key=str(i))
-            place = torch.ones(1 + lengths[i], dtype=torch.bool)
+            real = torch.ones(1 + lengths[i], dtype=torch.bool)
             if images is not None:
                 sample.image, sample.image_mask = images[i], torch.zeros(lengths[i], dtype=torch.bool)
             if text is not None:
@@ -175,14 +175,14 @@ class MultimodalEncoder(nn.Module):
                 if padding_mask is not None:
                     valid = padding_mask[i].cpu() == 0
                 if valid.sort(descending=True).values.ne(valid).any():
-                    raise ValueError(f"text {i}: padding must follow the words")
+                    raise ValueError(f"text {i}: padding must follow the text tokens")
                 sample.tokens = text[i].cpu()[valid]
                 sample.text_mask = torch.zeros(len(sample.tokens), dtype=torch.bool)
-                place = torch.cat((place, valid))
+                real = torch.cat((real, valid))
             samples.append(sample)
-            places.append(place)
+            real_rows.append(real)
         device = self.encoder_input.cls_token.device
         encoded_TD = self.forward_encoder(pack(samples, self.geometry).to(device))
-        flat = torch.stack(places).flatten().nonzero()[:, 0].to(device)
-        out = encoded_TD.new_zeros(size * len(places[0]), encoded_TD.shape[1]).index_copy(0, flat, encoded_TD)
+        flat = torch.stack(real_rows).flatten().nonzero()[:, 0].to(device)
+        out = encoded_TD.new_zeros(size * len(real_rows[0]), encoded_TD.shape[1]).index_copy(0, flat, encoded_TD)
         return out.unflatten(0, (size, -1))

@@ -1,4 +1,4 @@
-"""FLOPs of matmuls (2 a multiply-add), forward and backward, per sample or per packed batch.
+"""FLOPs of matmuls (2 per multiply-add), forward and backward, per sample or per packed batch.
 
 Shapes: N rows of a sequence, D width. A block costs 24 D^2 N + 4 N^2 D forward (mlp_ratio 4), twice that backward.
 """
@@ -32,16 +32,16 @@ def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = T
     """
     text = text and config.vocab_size > 0
     patches = config.patches_per_image if image else 0
-    words = config.text_length if text else 0
-    seen = 1 + kept(patches, masking.image_ratio) + kept(words, masking.text_ratio)
-    rows = 1 + patches + words
+    tokens = config.text_length if text else 0
+    visible = 1 + kept(patches, masking.image_ratio) + kept(tokens, masking.text_ratio)
+    rows = 1 + patches + tokens
     embed = 2 * patches * config.patch_dim * config.emb_dim
     forward = (
         embed
-        + config.depth * _block(config.emb_dim, config.mlp_ratio, seen, seen, seen**2)
-        + 2 * seen * config.emb_dim * config.dec_emb_dim
+        + config.depth * _block(config.emb_dim, config.mlp_ratio, visible, visible, visible**2)
+        + 2 * visible * config.emb_dim * config.dec_emb_dim
         + config.dec_depth * _block(config.dec_emb_dim, config.mlp_ratio, rows, rows, rows**2)
-        + _heads(config, patches, words)
+        + _heads(config, patches, tokens)
     )
     return 3 * forward - embed  # pixels need no gradient
 
@@ -52,17 +52,17 @@ def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
     encoder, decoder = (s.cu_seqlens[: len(batch.keys) + 1].diff() for s in (batch.encoder, batch.decoder))
     image, text = batch.image_row_weight > 0, batch.text_row_weight > 0
     patches, image_rows, text_rows = (int(real.sum()) for real in (batch.encoder_src >= 0, image, text))
-    lossy_M = batch.loss_rows[torch.cat((batch.image_rows[image], batch.text_rows[text]))]
-    keys_M = decoder.repeat_interleave(decoder)[lossy_M]
+    loss_M = batch.loss_rows[torch.cat((batch.image_rows[image], batch.text_rows[text]))]
+    keys_M = decoder.repeat_interleave(decoder)[loss_M]
     embed = 2 * patches * config.patch_dim * config.emb_dim
-    seen, rows, lossy = int(encoder.sum()), int(decoder.sum()), len(lossy_M)
+    visible, rows, loss_rows = int(encoder.sum()), int(decoder.sum()), len(loss_M)
     width = config.dec_emb_dim
     forward = (
         embed
-        + config.depth * _block(config.emb_dim, config.mlp_ratio, seen, seen, _pairs(encoder))
-        + 2 * seen * config.emb_dim * width
+        + config.depth * _block(config.emb_dim, config.mlp_ratio, visible, visible, _pairs(encoder))
+        + 2 * visible * config.emb_dim * width
         + (config.dec_depth - 1) * _block(width, config.mlp_ratio, rows, rows, _pairs(decoder))
-        + _block(width, config.mlp_ratio, rows, lossy, int(keys_M.sum()))
+        + _block(width, config.mlp_ratio, rows, loss_rows, int(keys_M.sum()))
         + _heads(config, image_rows, text_rows)
     )
     return 3 * forward - embed

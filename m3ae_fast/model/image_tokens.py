@@ -15,7 +15,7 @@ def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) ->
     """`batch` with the ids of its patches that carry loss, on the device where batch and `vqgan` are; 0 for rows of
     weight 0.
 
-    The VQGAN takes pixels in [0, 1]: floating pictures, which are normalised, are put back. (The official code hands it
+    The VQGAN takes pixels in [0, 1]: floating images, which are normalised, are put back. (The official code hands it
     the normalised ones, whatever they are.)
     """
     images = batch.images

@@ -1,6 +1,6 @@
 """What an attention kernel is, whoever wrote it and wherever it runs.
 
-Shapes: Q query rows, K key rows, H heads, D values a head.
+Shapes: Q query rows, K key rows, H heads, D values per head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Kernel:
     """softmax(q k^T / sqrt(D)) v of each sample, and its gradients.
 
     Inputs are q [Q, H, D] and k, v [K, H, D], maybe slices of one tensor, contiguous in their last two dimensions;
-    `out` is [Q, H, D], `lse` float32 (float64 for float64) [H, Q]: what `backward` wants to know of the scores' sums.
+    `out` is [Q, H, D], `lse` float32 (float64 for float64) [H, Q]: what `backward` needs of the scores' sums.
     """
 
     name: str  # for logs

@@ -1,4 +1,4 @@
-"""M3AE (arXiv 2205.14204): one ViT encoder over visible patches and visible text, a light decoder, two losses.
+"""M3AE (arXiv 2205.14204): one ViT encoder over visible patches and text tokens, a light decoder, two losses.
 
 Shapes: T encoder rows, U decoder rows, M rows that carry loss (I patches, W text tokens), D encoder width, E decoder
 width.
@@ -30,7 +30,7 @@ from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
 class Losses(NamedTuple):
     """0-d float32 tensors; `loss` is what to differentiate, the others are detached.
 
-    A tuple, since DeepSpeed finds what it differentiates in tuples, lists and dicts alone.
+    A tuple, since DeepSpeed finds what it differentiates only in tuples, lists and dicts.
     """
 
     loss: Tensor
@@ -191,7 +191,7 @@ class M3AE(MultimodalEncoder):
         """Load what `save_pretrained`, `python -m m3ae_fast.export` or `python -m m3ae_fast.convert` wrote: a folder,
         or the name of a model on the Hugging Face hub (owner/name).
 
-        Its `tokenizer` comes along where there is one. Where the source is an encoder alone, a warning says so, and the
+        Its `tokenizer` comes along where there is one. Where the source is only an encoder, a warning says so, and the
         decoder has random weights.
 
         Raises:
@@ -200,6 +200,6 @@ class M3AE(MultimodalEncoder):
         found = read_pretrained(source)
         model = cls(found.config)
         if not load_weights(model, found.state, str(source)):
-            warnings.warn(f"{source} holds an encoder alone: the decoder has random weights", stacklevel=2)
+            warnings.warn(f"{source} holds only an encoder: the decoder has random weights", stacklevel=2)
         model.tokenizer = found.tokenizer
         return model

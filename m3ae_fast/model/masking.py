@@ -1,4 +1,4 @@
-"""Which tokens are hidden from the encoder."""
+"""Which tokens are masked."""
 
 from __future__ import annotations
 

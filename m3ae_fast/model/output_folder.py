@@ -35,7 +35,7 @@ def output_folder(out: str | Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in partial.iterdir():
-            path.chmod(0o666 & partial.stat().st_mode)  # safetensors would let nobody else read its file
+            path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes it readable only to its owner
         if target.exists():
             target.rename(old)
         partial.rename(target)

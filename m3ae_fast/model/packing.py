@@ -1,6 +1,6 @@
 """Samples of any kind -> one packed batch. Runs on the CPU, in the loader.
 
-Shapes: S samples, P samples and segments of padding, B pictures, L patches a picture, T encoder rows, U decoder rows,
+Shapes: S samples, P samples and segments of padding, B images, L patches per image, T encoder rows, U decoder rows,
 M decoder rows that carry loss, I of them patches, W of them text tokens.
 
 A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].
@@ -37,13 +37,13 @@ class Geometry:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of a picture."""
+        """[C, H, W] of an image."""
         return self.channels, self.image_size, self.image_size
 
 
 @dataclass(slots=True)
 class Sample:
-    """One picture, one caption, or both."""
+    """One image, one caption, or both."""
 
     key: str  # for messages
     image: Tensor | None = None  # [C, H, W], uint8 or floating and already normalised
@@ -67,7 +67,7 @@ def rounded(rows: int) -> int:
 def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool = False) -> PackedBatch:
     """Lay `samples` out in one PackedBatch.
 
-    The image loss is a mean over pictures of the mean over their loss rows, the text loss a mean over captions of the
+    The image loss is a mean over images of the mean over their loss rows, the text loss a mean over captions of the
     mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
     its loss rows (official MAE). A sample's `loss_weight` multiplies its rows' weights, and nothing else.
 
@@ -78,7 +78,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
             weight 0. Losses and gradients stay; matmul libraries, compilers and allocators meet few shapes.
 
     Raises:
-        ValueError: a sample has neither picture nor caption, a shape does not fit `geometry`, or some pictures have
+        ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, or some images have
             ids and some have none.
     """
     length, S = geometry.patches_per_image, len(samples)
@@ -97,27 +97,27 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     padding = np.zeros(len(rows_P) - S, np.int64)
     patches_P = np.concatenate((patches_S, padding))
     sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
-    place_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
+    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
     real_U = sample_U < S
-    patch_U = (place_U > 0) & (place_U <= patches_P[sample_U])
-    text_U = real_U & (place_U > patches_P[sample_U])
+    patch_U = (position_U > 0) & (position_U <= patches_P[sample_U])
+    text_U = real_U & (position_U > patches_P[sample_U])
     masked_U = np.zeros(len(sample_U), bool)
     masked_U[real_U] = _flat(
         [part for image_mask, text_mask, _ in checked for part in (_CLS, image_mask, text_mask)], bool
     )
     visible_U = real_U & ~masked_U
 
-    # what lies behind each row: a picture's patch, a caption's token, its row of [patch positions, text positions]
+    # what lies behind each row: an image's patch, a caption's token, its row of [patch positions, text positions]
     patch_id_U = np.cumsum(patch_U) - 1
     token_U = np.full(len(sample_U), -1)
     token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
-    table_U = np.where(text_U, length + place_U - 1 - patches_P[sample_U], np.where(real_U, place_U - 1, -1))
+    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, position_U - 1, -1))
 
     # the encoder's rows are the visible ones, in the same order
     visible_patch_U = patch_U & visible_U
-    seen_S = np.bincount(sample_U[visible_U], minlength=S)
-    seen_P = _padded(seen_S, size(int(seen_S.sum())))
-    patches, seen = int(np.count_nonzero(visible_patch_U)), int(seen_P.sum())
+    visible_S = np.bincount(sample_U[visible_U], minlength=S)
+    visible_P = _padded(visible_S, size(int(visible_S.sum())))
+    patches, visible = int(np.count_nonzero(visible_patch_U)), int(visible_P.sum())
 
     # rows that carry loss
     image_loss_U = patch_U & (masked_U | geometry.image_all_tokens)
@@ -134,8 +134,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     loss_weight_P[:S] = [sample.loss_weight for sample in samples]
     image_I, text_W = _loss_rows(image_loss_U, images_M, text_loss_U, texts_M)
     loss_M = np.sort(np.concatenate((image_I, text_W)))
-    place_in_M = np.zeros(len(sample_U), np.int64)
-    place_in_M[loss_M] = np.arange(len(loss_M))
+    row_in_M = np.zeros(len(sample_U), np.int64)
+    row_in_M[loss_M] = np.arange(len(loss_M))
     weights = {
         "image_row_weight": image_loss_U[image_I] * (loss_weight_P * image_share_P)[sample_U[image_I]],
         "text_row_weight": text_loss_U[text_W] * (loss_weight_P * text_share_P)[sample_U[text_W]],
@@ -143,21 +143,21 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     }
     rows = {
         "patch_ids": _extended(patch_id_U[visible_patch_U], size(patches), 0),
-        "encoder_src": _extended(np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U], seen, -1),
-        "token_ids": _extended(token_U[visible_U], seen, -1),
-        "encoder_table_ids": _extended(1 + table_U[visible_U], seen, -1),  # its table begins with cls
+        "encoder_src": _extended(np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U], visible, -1),
+        "token_ids": _extended(token_U[visible_U], visible, -1),
+        "encoder_table_ids": _extended(1 + table_U[visible_U], visible, -1),  # its table begins with cls
         "decoder_src": np.where(visible_U, np.cumsum(visible_U) - 1, -1),
         "mask_ids": np.where(masked_U, text_U, -1),
         "decoder_table_ids": table_U,
         "loss_rows": loss_M,
-        "image_rows": place_in_M[image_I],
+        "image_rows": row_in_M[image_I],
         "image_patch_ids": np.maximum(patch_id_U, 0)[image_I],  # where the weight is 0, any
-        "text_rows": place_in_M[text_W],
+        "text_rows": row_in_M[text_W],
         "text_targets": np.maximum(token_U, 0)[text_W],
     }
     ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
     if ids and len(ids) < len(images):
-        raise ValueError(f"{len(ids)} of {len(images)} pictures have image_ids")
+        raise ValueError(f"{len(ids)} of {len(images)} images have image_ids")
     rows["image_targets"] = _flat([], np.int64)
     if ids:
         real_I = weights["image_row_weight"] != 0
@@ -165,7 +165,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
-        encoder=_segments(seen_P),
+        encoder=_segments(visible_P),
         decoder=_segments(rows_P),
         loss=_segments(count(sample_U[loss_M])),
         captions=captions,
@@ -184,11 +184,11 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
     image_mask = text_mask = np.empty(0, dtype=bool)
     tokens = np.empty(0, dtype=np.int64)
     if sample.image is None and sample.tokens is None:
-        raise ValueError(f"{sample.key}: has neither picture nor caption")
+        raise ValueError(f"{sample.key}: has neither image nor caption")
     if sample.image is not None:
         image_mask = sample.image_mask.numpy()  # type: ignore[union-attr]
         if sample.image.shape != geometry.image_shape:
-            raise ValueError(f"{sample.key}: picture has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
+            raise ValueError(f"{sample.key}: image has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
         if image_mask.shape != (geometry.patches_per_image,):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
         if sample.image_ids is not None and sample.image_ids.shape != image_mask.shape:

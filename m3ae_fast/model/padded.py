@@ -1,6 +1,6 @@
 """Attention with every sample padded to the longest, in plain torch: on every device, in every dtype, differentiable.
 
-Shapes: Q query rows, K key rows, H heads, D values a head; S samples, N query and M key rows of the longest.
+Shapes: Q query rows, K key rows, H heads, D values per head; S samples, N query and M key rows of the longest.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from m3ae_fast.model.output_folder import (
 )
 from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
 
-# what a file without a decoder holds; it may lack all of the rest, but no part of it
+# what a file without a decoder holds; it lacks all of the rest, or nothing
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 # settings that change what the weights compute, and not their shapes
 _UNSEEN = ("positions", "gelu", "num_heads", "image_mean", "image_std")
@@ -37,7 +37,7 @@ class Pretrained:
     """What such a folder holds."""
 
     config: ModelConfig
-    state: dict[str, Tensor]  # by parameter name; that of the encoder alone, or of everything
+    state: dict[str, Tensor]  # by parameter name; of the encoder only, or of everything
     tokenizer: CaptionTokenizer | None = None
 
     @property
@@ -46,7 +46,7 @@ class Pretrained:
 
 
 def is_encoder(names: Iterable[str]) -> bool:
-    """Whether weights of these names are an encoder alone."""
+    """Whether weights of these names are only an encoder."""
     return all(name.startswith(ENCODER) for name in names)
 
 
@@ -138,7 +138,7 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> Non
             raise UserError(f"{where}: has a weight {name} that this model lacks; is it of another model config?")
         if own[name].shape != state[name].shape:
             raise UserError(
-                f"{where}: {name} is {list(state[name].shape)}, the model config wants {list(own[name].shape)}"
+                f"{where}: {name} is {list(state[name].shape)}, the model config expects {list(own[name].shape)}"
             )
         if not state[name].isfinite().all():
             raise UserError(f"{where}: {name} is not finite")

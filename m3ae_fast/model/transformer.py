@@ -26,7 +26,7 @@ MEMORY_BUDGET = 0.9  # of the activations; below 0.8 matmuls would be made again
 
 
 class QKV(Linear):
-    """One matmul for queries, keys and values; with `rows`, queries of those rows alone."""
+    """One matmul for queries, keys and values; with `rows`, queries of those rows only."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 3 * dim)

@@ -3,7 +3,7 @@
 The architecture is what the official M3AE code loads (github.com/young-geng/m3ae_public, m3ae/vqgan.py). Blocks and
 convolutions lie in the order of their use, as flax numbers them.
 
-Shapes: B pictures, H x W pixels, h x w codes (H / stride), L = h * w, E width of a code, K codes.
+Shapes: B images, H x W pixels, h x w codes (H / stride), L = h * w, E width of a code, K codes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from m3ae_fast.model.output_folder import CONFIG_FILE, MODEL_FILE, output_folder
 from m3ae_fast.model.pretrained import load_weights
 
 GROUPS, EPS = 32, 1e-6  # of every GroupNorm
-CHUNK = 8  # pictures encoded at a time: the first level holds 32 MB for each at 256 pixels
+CHUNK = 8  # images encoded at a time: the first level holds 32 MB for each at 256 pixels
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Pictures to ids of a codebook, and back."""
+    """Images to ids of a codebook, and back."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -130,13 +130,13 @@ class VQGAN(nn.Module):
         nn.init.kaiming_uniform_(self.codebook)
         self.requires_grad_(False).eval()
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] floating in [0, 1] -> [B, h, w, E], before the codebook."""
-        return self.encoder(pictures.to(self.codebook.dtype)).permute(0, 2, 3, 1)
+        return self.encoder(images.to(self.codebook.dtype)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The nearest code of each place, by squared distance.
+        """The nearest code at each position, by squared distance.
 
         Args:
             images: [B, 3, H, W], uint8 or floating in [0, 1]; H and W multiples of the stride.
@@ -152,15 +152,15 @@ class VQGAN(nn.Module):
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            pictures = images.to(self.codebook.dtype)
-            z_NE = self.features(pictures / 255 if images.dtype == torch.uint8 else pictures).flatten(0, 2)
+            x = images.to(self.codebook.dtype)
+            z_NE = self.features(x / 255 if images.dtype == torch.uint8 else x).flatten(0, 2)
             # |z|^2 is the same for all codes
             distance_NK = self.codebook.square().sum(1) - 2 * z_NE @ self.codebook.T
         return distance_NK.argmin(1).view(len(images), -1)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """int [B, h, w] -> pictures [B, 3, H, W], nearly within [0, 1]."""
+        """int [B, h, w] -> images [B, 3, H, W], nearly within [0, 1]."""
         return self.decoder(self.codebook[ids.long()].permute(0, 3, 1, 2).contiguous())
 
     def check_fits(self, patch_size: int, codebook_size: int, where: str) -> None:
@@ -200,5 +200,5 @@ class VQGAN(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: not a converted VQGAN ({reason}); name the folder of a converted one") from None
         if not load_weights(vqgan, state, str(folder)):
-            raise UserError(f"{folder}: holds a VQGAN's encoder alone, without codebook and decoder; convert it anew")
+            raise UserError(f"{folder}: holds only a VQGAN's encoder, without codebook and decoder; convert it anew")
         return vqgan

@@ -46,7 +46,7 @@ def from_flax(arrays: Mapping[str, np.ndarray], where: str) -> VQGAN:
 
 
 def _config(arrays: Mapping[str, np.ndarray]) -> VQGANConfig:
-    """Sizes as the shapes tell them."""
+    """Sizes inferred from the shapes."""
 
     def count(pattern: str) -> int:
         return len({match[0] for path in arrays if (match := re.match(f"params/{pattern}_[0-9]+/", path))})

@@ -45,9 +45,9 @@ TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features"),
     "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
-    "robustness": Task("accuracy of a classifier on attacked and on corrupted pictures", trains=False, classifies=True),
-    "ood": Task("tell samples of other data from held-out ones by frozen features"),
-    "retrieval": Task("find a picture's caption and a caption's picture", trains=False, modality="paired"),
+    "robustness": Task("accuracy of a classifier on attacked and on corrupted images", trains=False, classifies=True),
+    "ood": Task("detect out-of-distribution samples from frozen features"),
+    "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
 }
 
 
@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 "--resume",
                 default="no",
                 metavar="auto|no|PATH",
-                help="auto: go on from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
+                help="auto: continue from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
             )
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)

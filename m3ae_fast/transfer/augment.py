@@ -1,4 +1,4 @@
-"""timm's augmentations: RandAugment of single pictures, mixup and cutmix of batches.
+"""timm's augmentations: RandAugment of single images, mixup and cutmix of batches.
 
 Shapes: S samples, K classes, C channels, H = W pixels.
 """
@@ -25,7 +25,7 @@ from m3ae_fast.model.batch import PackedBatch
 class RandAugment:
     """A `data.dataset.Transform`: timm's RandAugment (arXiv 1909.13719) of its config string.
 
-    Raises UserError where timm does not take the string, or pictures are not RGB.
+    Raises UserError where timm rejects the string, or images are not RGB.
     """
 
     config: str
@@ -33,14 +33,12 @@ class RandAugment:
 
     def __post_init__(self) -> None:
         if self.model.channels != 3:
-            raise UserError(
-                f"finetune.rand_augment: takes RGB alone; set it to null for {self.model.channels} channels"
-            )
+            raise UserError(f"finetune.rand_augment: takes only RGB; set it to null for {self.model.channels} channels")
         try:
             self._make()
         except Exception as error:  # timm asserts and converts
             raise UserError(
-                f"finetune.rand_augment {self.config!r}: timm does not take it ({type(error).__name__}: {error}); "
+                f"finetune.rand_augment {self.config!r}: timm rejects it ({type(error).__name__}: {error}); "
                 "write it like rand-m9-mstd0.5-inc1, or null"
             ) from None
 
@@ -65,7 +63,7 @@ class RandAugment:
 
 
 class Mixing:
-    """Training batches with soft labels: smoothed and, where pictures are all that the encoder sees, mixed by mixup
+    """Training batches with soft labels: smoothed and, where images are all that the encoder sees, mixed by mixup
     (arXiv 1710.09412) or cutmix (arXiv 1905.04899), one of them for a whole micro-batch, as the official code does.
 
     What is drawn comes from NumPy's global generator, timm's own source.
@@ -86,8 +84,8 @@ class Mixing:
             )
 
     def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
-        """The batch, whose pictures are normalised and of `dtype` where they are mixed, and soft labels [S, K]. The
-        last one of an odd number of pictures is not mixed."""
+        """The batch, whose images are normalised and of `dtype` where they are mixed, and soft labels [S, K]. The
+        last one of an odd number of images is not mixed."""
         assert batch.labels is not None
         labels_SK = F.one_hot(batch.labels, self.classes).float()
         labels_SK = labels_SK * (1 - self.smoothing) + self.smoothing / self.classes

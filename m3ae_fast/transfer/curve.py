@@ -1,4 +1,4 @@
-"""k-NN accuracy while a model trains: a run shows how its representation transfers, and not only its loss."""
+"""k-NN accuracy while a model trains: shows how the representation transfers, beside the loss."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TransferCurve:
 
         train, val, classes = ranks.main_first(open_both)
         if train.has_captions or val.has_captions:
-            raise UserError('train.probe: takes pictures alone; set "modality": "image" on its sources')
+            raise UserError('train.probe: takes only images; set "modality": "image" on its sources')
         return cls(config, train, val, classes)
 
     def log(self, run: Run, stop: StopRequest) -> None:

@@ -30,7 +30,7 @@ from m3ae_fast.transfer.layer_decay import parameter_groups
 
 
 def set_up(job: Job, resume: str) -> FineTuning:
-    """Open the data, build the classifier, find the checkpoint to go on from.
+    """Open the data, build the classifier, find the checkpoint to continue from.
 
     Raises:
         UserError: something is missing, or does not fit something else.

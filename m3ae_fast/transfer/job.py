@@ -33,7 +33,7 @@ class Job:
     args: Namespace  # the task's own options
     config: TransferConfig
     ranks: Ranks
-    folder: RunFolder | None  # OUT, on the main rank alone
+    folder: RunFolder | None  # OUT, on the main rank only
     model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
     stop: StopRequest
     pulse: Pulse

@@ -48,6 +48,6 @@ class LARS(torch.optim.Optimizer):
 
 def _scaled(p: Tensor, update: Tensor, trust_coefficient: float) -> Tensor:
     size, length = p.norm(), update.norm()
-    # without a question to the GPU
+    # without waiting for the GPU
     ratio = torch.where((size > 0) & (length > 0), trust_coefficient * size / length, torch.ones_like(size))
     return ratio * update

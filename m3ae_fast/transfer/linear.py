@@ -88,7 +88,7 @@ class CachedSteps:
 
 
 def set_up(job: Job) -> Probing:
-    """Open the data, encode what stays the same, find the checkpoint to go on from.
+    """Open the data, encode what stays the same, find the checkpoint to continue from.
 
     Raises:
         UserError: something is missing, or does not fit something else.

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection on frozen features: how well scores tell --ood samples from --val samples.
+"""Out-of-distribution detection on frozen features: how well scores separate --ood from --val samples.
 
 Scores, each higher for what looks familiar: the highest softmax probability (arXiv 1610.02136) and the energy
 logsumexp of the logits (arXiv 2010.03759) of a logistic regression; minus the distance to the k-th nearest training

@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
     images, texts = (_encode(job, pairs, modality) for modality in ("image", "text"))
     common = set(images.keys) & set(texts.keys)
     if len(common) < 2:
-        raise UserError(f"{len(common)} samples of --val have a picture and a caption; retrieval needs two or more")
+        raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
     images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
     result: dict[str, Any] = {}
     for name, queries_ND, candidates_ND in (

@@ -1,4 +1,4 @@
-"""Accuracy of a probed or fine-tuned classifier on attacked and on corrupted pictures, in float32.
+"""Accuracy of a probed or fine-tuned classifier on attacked and on corrupted images, in float32.
 
 Shapes: S samples, K classes, C channels, H x W pixels.
 """
@@ -33,9 +33,9 @@ Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S
 def run(job: Job) -> dict[str, Any]:
     config, model = job.config.robustness, job.model
     if model.config.modality == "text":
-        raise UserError(f"{job.args.model}: classifies texts; robustness is that of pictures")
+        raise UserError(f"{job.args.model}: classifies texts; robustness needs a classifier of images")
     if config.corruptions and model.config.model.channels != 3:
-        raise UserError("robustness.corruptions: are of RGB pictures; set it to [] for other channels")
+        raise UserError("robustness.corruptions: need RGB images; set it to [] for other channels")
     val, _ = label_corpus(
         job.open(job.config.data.val), job.args.labels, model.config.classes, progress=job.ranks.is_main
     )
@@ -89,7 +89,7 @@ def _accuracy(
 
 
 def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
-    """Logits of what PGD makes of a batch's pictures."""
+    """Logits of what PGD makes of a batch's images."""
     config, sizes = job.config.robustness, model.config.model
     mean, std = (
         torch.tensor(values, device=job.ranks.device)[:, None, None] for values in (sizes.image_mean, sizes.image_std)
@@ -110,7 +110,7 @@ def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
 
 
 def _start(batch: PackedBatch, seed: int) -> Tensor:
-    """[S, C, H, W] uniform in [-1, 1]: of the seed and the samples alone."""
+    """[S, C, H, W] uniform in [-1, 1], a function of the seed and the samples only."""
     generator = torch.Generator()
     starts = []
     for key in batch.keys:

@@ -1,4 +1,4 @@
-"""Projected gradient descent (arXiv 1706.06083) on pictures, within an L-infinity ball.
+"""Projected gradient descent (arXiv 1706.06083) on images, within an L-infinity ball.
 
 Shapes: S samples, K classes, C channels, H x W pixels.
 """
@@ -21,10 +21,10 @@ def pgd(
     steps: int,
     step_size: float,
 ) -> Tensor:
-    """Pictures that raise the cross entropy of their labels.
+    """Images that raise the cross entropy of their labels.
 
     Args:
-        logits_of: differentiable, of pictures; [S, K].
+        logits_of: differentiable, of images; [S, K].
         images_SCHW: floating, in [0, 1].
         labels_S: int64.
         start_SCHW: in [-1, 1]; the attack starts at images + epsilon * start.
@@ -32,7 +32,7 @@ def pgd(
         steps, step_size: of the sign of the gradient.
 
     Returns:
-        [S, C, H, W] in [0, 1], at most epsilon away from the pictures.
+        [S, C, H, W] in [0, 1], at most epsilon away from the images.
     """
     low, high = (images_SCHW - epsilon).clamp(min=0), (images_SCHW + epsilon).clamp(max=1)
     attacked = torch.clamp(images_SCHW + epsilon * start_SCHW, low, high)

@@ -144,7 +144,7 @@ def _steps(
         before, after = golden.at(f"params/{path}"), golden.at(f"params_after{suffix}/{path}")
         ours = p.detach().cpu().clone()
         if name.endswith("qkv.bias"):
-            # softmax does not see the keys' bias: its gradient is rounding alone, which Adam blows up to steps
+            # softmax does not see the keys' bias: its gradient is only rounding, which Adam blows up to steps
             before, after, ours = (torch.stack((b.chunk(3)[0], b.chunk(3)[2])) for b in (before, after, ours))
         yield Quantity(f"after{text} {path}", ours, after, TOLERANCE_AFTER_STEPS)
         yield Quantity(f"change{text} {path}", ours - before, after - before, TOLERANCE_CHANGE)

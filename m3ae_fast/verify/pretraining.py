@@ -121,7 +121,7 @@ def _steps(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
     for name, p in model.named_parameters():
         ours, official = p.detach().cpu(), golden.parameter("params_after", name)
         if name.endswith("qkv.bias"):
-            # softmax does not see the keys' bias: its gradient is rounding alone, which Adam blows up to steps
+            # softmax does not see the keys' bias: its gradient is only rounding, which Adam blows up to steps
             ours, official = (torch.stack((b.chunk(3)[0], b.chunk(3)[2])) for b in (ours, official))
         yield Quantity(f"after {_flax(golden, name)}", ours, official, TOLERANCE_AFTER_STEPS)
 

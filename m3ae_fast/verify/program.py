@@ -3,7 +3,7 @@
 Rebuilds the model of each golden file, loads its parameters, and compares every number that the official
 implementation computed. Files of pre-training hold outputs, losses, gradients, features, and some AdamW steps; files of
 a linear probe or of fine-tuning hold logits, gradients, losses, learning rates, and parameters after some steps; files
-of the image tokenizer hold features, ids, and decoded pictures.
+of the image tokenizer hold features, ids, and decoded images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m3ae_fast.golden import Golden
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.quantity import Quantity, relative_error
 
-# by an array that files of that kind alone have
+# by an array that only files of that kind have
 _KINDS = {
     "in/features": linear_probe.quantities,
     "in/soft_labels": finetune.quantities,

@@ -1,4 +1,4 @@
-"""Files of the official image tokenizer: encoder outputs, ids and decoded pictures."""
+"""Files of the official image tokenizer: encoder outputs, ids and decoded images."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
             yield Quantity(f"features_{size}", vqgan.features(images / 255), official(f"out/features_{size}"), FEATURES)
         clear = official(f"out/id_margin_{size}") > LEAST_MARGIN
         yield Quantity(f"ids_{size}", vqgan.encode(images).cpu()[clear], official(f"out/ids_{size}")[clear], 0.0)
-    pictures = vqgan.decode(official("in/ids_4x4").to(device)).permute(0, 2, 3, 1)
-    yield Quantity("decoded_4x4_unclipped", pictures, official("out/decoded_4x4_unclipped"), DECODED)
-    yield Quantity("decoded_4x4", pictures.clamp(0, 1), official("out/decoded_4x4"), DECODED)
+    decoded = vqgan.decode(official("in/ids_4x4").to(device)).permute(0, 2, 3, 1)
+    yield Quantity("decoded_4x4_unclipped", decoded, official("out/decoded_4x4_unclipped"), DECODED)
+    yield Quantity("decoded_4x4", decoded.clamp(0, 1), official("out/decoded_4x4"), DECODED)
     whole = vqgan.decode(official("in/ids_16x16").unflatten(1, (16, 16)).to(device)).clamp(0, 1).permute(0, 2, 3, 1)
     yield Quantity("decoded_16x16_every4", whole[:, ::4, ::4], official("out/decoded_16x16_every4"), DECODED)
     yield Quantity("decoded_16x16_mean", whole.double().mean((1, 2)), official("out/decoded_16x16_mean"), DECODED)

@@ -21,7 +21,7 @@ HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
 
 
 def make(seed: int = 0) -> tuple[MAE, torch.Tensor, torch.Tensor]:
-    """An MAE, uint8 pictures, and the same as it sees them."""
+    """An MAE, uint8 images, and the same as it sees them."""
     torch.manual_seed(seed)
     mae = MAE()
     images = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -36,7 +36,7 @@ def convert(tmp_path, saved, *options: str) -> M3AE:
 
 
 def masks() -> list[torch.Tensor]:
-    """Of other lengths each: else a mean over patches would be one over pictures."""
+    """Of other lengths each: else a mean over patches would be one over images."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(9, generator=generator) < share for share in (0.3, 0.6, 0.8, 0.95)]
 
@@ -90,7 +90,7 @@ def test_loss_over_samples_is_another(tmp_path):
 def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
-    with pytest.warns(UserWarning, match="an encoder alone: the decoder has random weights"):
+    with pytest.warns(UserWarning, match="only an encoder: the decoder has random weights"):
         model = convert(tmp_path, {"model": weights})
     torch.testing.assert_close(model.representation(images), mae.tokens(normal), rtol=0, atol=2e-5)
 
@@ -104,7 +104,7 @@ def test_fine_tuned_encoder_keeps_its_norm_of_the_mean(tmp_path, capsys):
         name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in weights.items()
     }
     saved = {"model": weights | {"head.weight": torch.zeros(5, 24), "head.bias": torch.zeros(5)}}
-    with pytest.warns(UserWarning, match="an encoder alone"):
+    with pytest.warns(UserWarning, match="only an encoder"):
         model = convert(tmp_path, saved | {"args": argparse.Namespace(lr=1.0, device="cuda")})
     assert "fc_norm) acted on the mean" in capsys.readouterr().out
     rows = []
@@ -147,7 +147,7 @@ MISTAKES = {
     cut: "lacks the weight blocks.1.mlp.fc1.bias",
     other: "not an MAE or a timm VisionTransformer: lacks the weight cls_token",
     moved: "decoder_pos_embed moves the cls token",
-    wide: "encoder.norm.weight is [25], the model config wants [24]",
+    wide: "encoder.norm.weight is [25], the model config expects [24]",
 }
 
 

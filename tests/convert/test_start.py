@@ -53,7 +53,7 @@ def test_converted_mae_trains_on_with_its_positions(trainer):
     trainer.config.write_text(json.dumps(tiny))
     options = ["--set", "train.precision=bf16", *zero(1)]
     out = trainer("run", *options, "--set", "train.steps=2")
-    assert "which has no decoder: the decoder starts anew" in out
+    assert "which has no decoder: the decoder starts from random weights" in out
     out = trainer("run", *options, "--set", "train.steps=4", "--resume", "auto")
     assert "weights from" not in out
     assert [line["step"] for line in lines(trainer, "run") if "loss" in line] == [1, 2, 3, 4]
@@ -83,7 +83,7 @@ def no_folder(folder):
 
 
 MISTAKES = {
-    shorter: "encoder.blocks.0.attn.qkv.weight is [95, 32], the model config wants [96, 32]",
+    shorter: "encoder.blocks.0.attn.qkv.weight is [95, 32], the model config expects [96, 32]",
     other_heads: "was made with model.num_heads = 8, the config says 4",
     no_weights: "not an exported M3AE",
     no_folder: "no such folder",

@@ -28,7 +28,7 @@ TINY = {
 
 
 def make(**settings) -> tuple[M3AE, torch.Tensor, torch.Tensor]:
-    """A model, uint8 pictures, and the same as it sees them."""
+    """A model, uint8 images, and the same as it sees them."""
     config = ModelConfig(**TINY | settings)
     torch.manual_seed(0)
     model = M3AE(config)
@@ -62,7 +62,7 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
     assert vit.pretrained_cfg["mean"] == list(model.config.image_mean)
 
     assert main([str(tmp_path / "timm"), str(tmp_path / "back")]) == 0
-    with pytest.warns(UserWarning, match="an encoder alone"):
+    with pytest.warns(UserWarning, match="only an encoder"):
         back = M3AE.from_pretrained(tmp_path / "back")
     assert back.config.image_std == model.config.image_std and back.config.gelu == model.config.gelu
     torch.testing.assert_close(back.representation(images), ours, rtol=0, atol=2e-5)
@@ -77,7 +77,7 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
         p.add_(0.1 * torch.randn_like(p))
     timm.models.save_for_hf(vit, str(tmp_path / "timm"), safe_serialization=True)
     assert main([str(tmp_path / "timm"), str(tmp_path / "out")]) == 0
-    with pytest.warns(UserWarning, match="an encoder alone"):
+    with pytest.warns(UserWarning, match="only an encoder"):
         model = M3AE.from_pretrained(tmp_path / "out")
     images = torch.rand(2, 3, 24, 24)
     torch.testing.assert_close(model.representation(images), vit.forward_features(images), rtol=0, atol=2e-5)
@@ -87,7 +87,7 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
     ("settings", "message"),
     [
         ({"init_values": 1.0}, "has a weight blocks.0.ls1.gamma, which"),
-        ({"reg_tokens": 2}, "11 of them do not fill a square picture"),
+        ({"reg_tokens": 2}, "11 of them do not fill a square image"),
         ({"act_layer": "relu"}, "has the activation relu, which"),
         ({"qk_norm": True}, "has a weight blocks.0.attn.k_norm"),
     ],

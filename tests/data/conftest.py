@@ -23,7 +23,7 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture
 def load(store, tokenizer_file):
-    """load(shards | [SourceConfig], micro_batch=..., ...) -> loader with small pictures and captions."""
+    """load(shards | [SourceConfig], micro_batch=..., ...) -> loader with small images and captions."""
 
     def build(
         sources,

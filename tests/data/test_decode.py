@@ -23,7 +23,7 @@ def encode(image, fmt, **options):
 
 
 def gradient(mode="RGB", size=(48, 32)):
-    """A smooth picture, which survives JPEG."""
+    """A smooth image, which survives JPEG."""
     x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
     rgb = np.stack([255 * x, 255 * y, 255 * (1 - x)], -1).astype(np.uint8)
     return Image.fromarray(rgb).convert(mode)
@@ -135,13 +135,13 @@ def test_broken_pictures(data):
 
 def test_postscript_is_not_run():
     """Pillow alone would start Ghostscript."""
-    with pytest.raises(BadSample, match="not a picture in a known format"):
+    with pytest.raises(BadSample, match="not an image in a known format"):
         decode_image(encode(gradient(), "EPS"), 3)
 
 
 @pytest.mark.filterwarnings("ignore:Tag data")  # pytest undoes the module's own filter
 def test_random_damage_never_escapes():
-    """Whatever bytes are changed: a picture or a BadSample."""
+    """Whatever bytes are changed: an image or a BadSample."""
     random = np.random.RandomState(0)
     sources = [WHOLE, PNG, encode(gradient(), "WEBP"), encode(gradient(), "GIF"), encode(gradient(), "TIFF")]
     good = 0

@@ -101,7 +101,7 @@ def test_tars_joined_by_cat_are_noticed(tmp_path, store):
     joined = tmp_path / "joined.tar"
     joined.write_bytes(b"".join(path.read_bytes() for path in paths))
     (shard,) = index_shards([str(joined)], store)
-    assert shard.summary.samples == 3 and "goes on after its end mark" in shard.summary.damage
+    assert shard.summary.samples == 3 and "continues after its end mark" in shard.summary.damage
     (shard,) = index_shards([str(paths[0])], store)
     assert shard.summary.damage is None
 
@@ -234,7 +234,7 @@ def test_modality_can_be_set(tmp_path, store):
         assert raw == ((picture(1), None) if modality == "image" else (None, caption(1)))
     images = write_tar(tmp_path / "b.tar", members(range(3), "image"))
     for modality in ("text", "paired"):
-        with pytest.raises(UserError, match=f"nothing in them is '{modality}'"):
+        with pytest.raises(UserError, match=f"no sample in them is '{modality}'"):
             open_corpus([SourceConfig(shards=images, modality=modality)], store)
 
 
@@ -250,7 +250,7 @@ def test_the_modality_of_a_shard_is_what_all_its_samples_are(tmp_path, store):
     found = corpus.sources[0].shards[0].summary
     assert (found.samples, found.images, found.captions, found.paired) == (6, 5, 4, 3)
     unpaired = write_tar(tmp_path / "unpaired.tar", [*kinds["text"], *kinds["image"]])
-    with pytest.raises(UserError, match="nothing in them is 'paired'"):
+    with pytest.raises(UserError, match="no sample in them is 'paired'"):
         open_corpus([SourceConfig(shards=unpaired, modality="paired")], store)
 
 
@@ -305,7 +305,7 @@ def test_a_size_in_a_pax_record_counts(tmp_path, store):
 
 
 def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
-    """As WebDataset's groups: two pictures with one key and suffix are two samples, the caption is the second's."""
+    """As WebDataset's groups: two images with one key and suffix are two samples, the caption is the second's."""
     files = [("a.jpg", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a cat"), ("b.jpg", picture(3))]
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files), modality="image")], store)
     reader = Reader(corpus.sources[0], store)

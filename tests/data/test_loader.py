@@ -249,10 +249,10 @@ def test_a_shard_may_mix_what_its_samples_have(load, tmp_path):
 
 BAD = {
     "broken": ([("x.jpg", picture(0)[:-300]), ("x.txt", b"a cat")], "broken"),
-    "empty picture": ([("x.jpg", b""), ("x.txt", b"a cat")], "empty"),
-    "no picture": ([("x.png", b"hello"), ("x.txt", b"a cat")], "not a picture"),
+    "empty image": ([("x.jpg", b""), ("x.txt", b"a cat")], "empty"),
+    "not an image": ([("x.png", b"hello"), ("x.txt", b"a cat")], "not an image"),
     "no caption": ([("x.jpg", picture(0))], "no caption"),
-    "no image": ([("x.txt", b"a cat")], "no picture"),
+    "no image": ([("x.txt", b"a cat")], "no image"),
     "not utf-8": ([("x.jpg", picture(0)), ("x.txt", b"\xff\xfe\x00a")], "not UTF-8"),
 }
 
@@ -375,11 +375,11 @@ def test_default_workers(monkeypatch):
 
 def test_too_many_bad_samples():
     counter = BadSamples(0.1, samples=10_000)
-    counter.report([Skipped("a.tar", "7", "the picture is broken")])
+    counter.report([Skipped("a.tar", "7", "the image is broken")])
     counter.count(50, 50)  # too few to judge
     counter.count(950, 50)
     assert (counter.seen, counter.bad) == (1000, 100)
-    with pytest.raises(UserError, match=r"101 of 1001 samples cannot be used, such as a.tar/7: the picture is broken"):
+    with pytest.raises(UserError, match=r"101 of 1001 samples cannot be used, such as a.tar/7: the image is broken"):
         counter.count(1, 1)
     with pytest.raises(UserError):
         BadSamples(0.1, samples=20).count(20, 3)

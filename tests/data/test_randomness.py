@@ -1,4 +1,4 @@
-"""What depends on what in the stream of samples: nothing shares a random number, and the config is heeded."""
+"""What depends on what in the stream of samples: nothing shares a random number, and the config is respected."""
 
 import numpy as np
 import pytest

@@ -30,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two classes of five pictures, of which the first three have captions."""
+    """Two classes of five images, of which the first three have captions."""
     for name in ("cat", "dog"):
         (tmp_path / "in" / name).mkdir(parents=True)
         for i in range(5):
@@ -60,7 +60,7 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     out = tmp_path / "out"
     assert make("from-folder", pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
     said = capsys.readouterr().out
-    for text in ("9 samples in 3 shards", "6 paired, 3 pictures alone", "1 of 10 cannot be used", "is broken"):
+    for text in ("9 samples in 3 shards", "6 paired, 3 images alone", "1 of 10 cannot be used", "is broken"):
         assert text in said
     assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]
     samples = {json.loads(sample["json"])["path"]: sample for sample in contents(out)}
@@ -103,7 +103,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(writer, "shrink", stop)
         assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 2
-    assert "No space left on device); whole shards are kept" in capsys.readouterr().err
+    assert "No space left on device); complete shards are kept" in capsys.readouterr().err
     assert [path.name for path in sorted(out.iterdir())] == ["classes.json", "conversion.json", "train-00000.tar"]
     (out / ".train-00001.tar.partial").write_bytes(b"of a process that was killed")
     assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0
@@ -266,12 +266,12 @@ def _mistakes(folder):
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("mine")
     (folder / "broken").mkdir()
-    (folder / "broken" / "a.jpg").write_bytes(b"no picture")
+    (folder / "broken" / "a.jpg").write_bytes(b"no image")
     table = ["from-folder", folder / "in", "OUT", "--captions"]
-    yield ["from-folder", folder / "empty", "OUT"], "no picture in it"
+    yield ["from-folder", folder / "empty", "OUT"], "no image in it"
     yield ["from-folder", folder / "nowhere", "OUT"], "is not a folder"
     yield ["from-folder", folder / "broken", "OUT"], "no sample can be used, such as"
-    yield [*table, folder / "in/captions.csv"], "1 of 2 rows name pictures that are not in .*'cat/77.jpg' .row 2."
+    yield [*table, folder / "in/captions.csv"], "1 of 2 rows name images that are not in .*'cat/77.jpg' .row 2."
     yield [*table, folder / "in/columns.csv"], "has a, b; name one with --image-column"
     yield [*table, folder / "in/captions.csv", "--caption-column", "title"], "--caption-column title"
     yield [*table, folder / "in/broken.jsonl"], "row 2 cannot be read"

@@ -17,7 +17,7 @@ NAMES = list(COLOURS)
 
 
 def coloured(number, colour):
-    """A picture of noise around one colour."""
+    """An image of noise around one colour."""
     noise = np.random.RandomState(number).randint(-30, 30, (40, 40, 3))
     out = io.BytesIO()
     Image.fromarray((np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
@@ -25,7 +25,7 @@ def coloured(number, colour):
 
 
 def labelled_members(numbers, labels=None):
-    """(name, bytes): a picture of one of three colours, a caption that names it, its class as number and as name.
+    """(name, bytes): an image of one of three colours, a caption that names it, its class as number and as name.
 
     labels: by number: written in place of the right class id; None: no cls and no json.
     """

@@ -185,7 +185,7 @@ def make_golden(
     seed: int = 0,
     **meta,
 ) -> Path:
-    """Write a golden file of a random model. `config` and `meta` override the defaults; `lengths`: words a caption."""
+    """Write a golden file of a random model. `config` and `meta` override the defaults; `lengths`: of captions."""
     c = {
         "emb_dim": 24, "depth": 2, "num_heads": 3, "dec_emb_dim": 16, "dec_depth": 2, "dec_num_heads": 2,
         "mlp_ratio": 4, "output_head_depth": 0, "use_type_embedding": True,

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases matrix|options|configs
 
-Prints a line of JSON a case: its name, and (loss, gradient norm) of every step.
+Prints one line of JSON per case: its name, and (loss, gradient norm) of every step.
 """
 
 from __future__ import annotations

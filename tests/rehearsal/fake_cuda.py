@@ -25,7 +25,7 @@ _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  #
 
 
 class FakeCuda(TorchFunctionMode):
-    """Use as a context manager. `events` tells in order what was asked of streams and events, `pinned` what went into
+    """Use as a context manager. `events` lists in order what was asked of streams and events, `pinned` what went into
     pinned memory."""
 
     def __init__(self, name: str = NAME, capability: tuple[int, int] = CAPABILITY, gpus: int = 1) -> None:

@@ -119,7 +119,7 @@ def test_ranks_meet_on_nccl(cuda, monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"LOCAL_RANK": "1"}, "rank 0 wants GPU 1 of this node, which has 1"),
+        ({"LOCAL_RANK": "1"}, "rank 0 needs GPU 1 of this node, which has 1"),
         ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=1"),
         ({"WORLD_SIZE": "2"}, "start ranks with deepspeed or torchrun"),
     ],

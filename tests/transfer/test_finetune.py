@@ -160,7 +160,7 @@ def test_mixed_pictures_have_labels_of_the_same_weights(mixup, cutmix):
     torch.testing.assert_close(labels.sum(1), torch.ones(5))
     torch.testing.assert_close(mixed.images[4], plain[4])  # the odd one
     assert labels[4].tolist() == [0, 1, 0]
-    weight = labels[0, 0].item()  # picture 0 (class 0) with picture 3 (class 0), 1 (class 1) with 2 (class 2)
+    weight = labels[0, 0].item()  # image 0 (class 0) with image 3 (class 0), 1 (class 1) with 2 (class 2)
     assert weight == pytest.approx(1.0)
     own = labels[1, 1].item()
     assert 0 < own < 1 and labels[1, 2].item() == pytest.approx(1 - own, abs=1e-6)
@@ -181,7 +181,7 @@ def test_labels_are_smoothed_once_whether_mixed_or_not():
     for mixup, images_only in ((0.8, True), (0.8, False), (0.0, True)):
         mixing = Mixing(FineTuneConfig(mixup=mixup, cutmix=0, label_smoothing=0.3), sizes, 3, images_only)
         _, labels = mixing(batch, torch.float32)
-        assert labels[0].tolist() == pytest.approx([0.8, 0.1, 0.1])  # mixed with a picture of its class
+        assert labels[0].tolist() == pytest.approx([0.8, 0.1, 0.1])  # mixed with an image of its class
 
 
 def test_rand_augment_depends_on_its_seed_alone():

@@ -39,6 +39,6 @@ def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
         "retrieval", "--set", "data.max_bad_fraction=0.5", train=None, val=write_tar(tmp_path / "a.tar", files.items())
     )
     assert (result["pairs"], result["skipped"]) == (10, 2)
-    with pytest.raises(UserError, match="1 samples of --val have a picture and a caption"):
+    with pytest.raises(UserError, match="1 samples of --val have an image and a caption"):
         one = write_tar(tmp_path / "one.tar", members(range(1)))
         transfer("retrieval", train=None, val=one, out="one")

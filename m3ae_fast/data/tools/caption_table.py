@@ -1,4 +1,4 @@
-"""Tables that name a picture and its caption in each row: csv, tsv, jsonl, parquet."""
+"""Tables that name an image and its caption in each row: csv, tsv, jsonl, parquet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_t
 
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[tuple[str, str]]:
-    """(picture, caption) of each row; a missing caption is "".
+    """(image, caption) of each row; a missing caption is "".
 
     Args:
         table: .csv, .tsv, .jsonl (or .ndjson) or .parquet.
@@ -61,7 +61,7 @@ def _text(value: Any) -> str:
 
 
 def _csv(table: Path) -> Iterator[Any]:
-    """The columns, and then a dictionary a row; as the other readers."""
+    """The columns, and then one dictionary per row; as the other readers."""
     with open(table, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
         yield list(rows.fieldnames or ())

@@ -19,14 +19,14 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
     """Make the folder `out`, or find in it what `manifest` says, and hold it for this conversion alone.
 
     Raises:
-        UserError: it holds something else, another process is at it, or it cannot be written.
+        UserError: it holds something else, another process is using it, or it cannot be written.
     """
     path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; name a folder for the shards")
         if out.exists() and any(out.iterdir()) and not path.exists():
-            raise UserError(f"{out}: is not empty, and no conversion was begun there; name a new folder")
+            raise UserError(f"{out}: is not empty and does not hold a conversion; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="utf-8") as file:
             try:
@@ -45,7 +45,8 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
             yield
     except OSError as error:
         raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); whole shards are kept, the same command goes on"
+            f"{out}: cannot be written ({error.strerror or error}); complete shards are kept, "
+            "run the same command again to continue"
         ) from None
 
 

@@ -22,7 +22,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     shards = index_shards(expand(args.shards), ShardStore(args.cache_dir), progress=True)
     table = Table("shard", "modality")
-    for name in ("samples", "paired", "picture alone", "caption alone", "bytes"):
+    for name in ("samples", "paired", "image alone", "caption alone", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("damage")
     totals = [0] * 5

@@ -16,14 +16,14 @@ from m3ae_fast.data.tools.source import Source
 from m3ae_fast.data.tools.writer import Settings, convert, describe
 from m3ae_fast.errors import UserError
 
-FOLDER = """Make shards of a folder of pictures.
+FOLDER = """Make shards of a folder of images.
 
-Sub-folders are classes where there are two or more and every picture lies in one. Captions come from a table with one
-row per sample (a picture in several rows gives several samples), or from NAME.txt beside NAME.jpg. Pictures without a
-caption train the image side alone. After an interruption the same command goes on; the same input gives the same bytes.
+Sub-folders are classes if there are at least two and every image is in one. Captions come from a table with one
+row per sample (an image in several rows gives several samples), or from NAME.txt beside NAME.jpg. Images without a
+caption train only the image side. Run an interrupted command again to continue; equal input gives equal bytes.
 
-  python -m m3ae_fast.data from-folder pictures/ shards/ --held-out 0.05
-  python -m m3ae_fast.data from-folder pictures/ shards/ --captions captions.csv --caption-column title
+  python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
+  python -m m3ae_fast.data from-folder images/ shards/ --captions captions.csv --caption-column title
   python -m m3ae_fast.data from-folder imagenet/val shards-val/ --classes shards/classes.json
 """
 HDF5 = """Make shards of an HDF5 file in the layout of the official M3AE code: jpg (variable-length uint8) with caption,
@@ -41,12 +41,12 @@ the hub. All splits are taken unless one is named. A row with a list of captions
 
 
 def add_commands(commands: Any) -> None:
-    folder = _command(commands, "from-folder", "make shards of a folder of pictures", FOLDER, _from_folder)
-    folder.add_argument("input", type=Path, metavar="DIR", help="folder of pictures, in sub-folders too")
+    folder = _command(commands, "from-folder", "make shards of a folder of images", FOLDER, _from_folder)
+    folder.add_argument("input", type=Path, metavar="DIR", help="folder of images, in sub-folders too")
     _add_out(folder)
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
-    folder.add_argument("--image-column", metavar="NAME", help="its column of paths, relative to DIR (default: found)")
-    folder.add_argument("--caption-column", metavar="NAME", help="its column of captions (default: found)")
+    folder.add_argument("--image-column", metavar="NAME", help="its column of paths below DIR (default: detected)")
+    folder.add_argument("--caption-column", metavar="NAME", help="its column of captions (default: detected)")
     folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
     folder.add_argument("--flat", action="store_true", help="sub-folders are not classes")
 
@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
     hf.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
     hf.add_argument("--split", metavar="NAME", help="the split to take (default: all)")
     for what in ("image", "caption", "label"):
-        hf.add_argument(f"--{what}-column", metavar="NAME", help=f"the column of {what}s (default: found)")
+        hf.add_argument(f"--{what}-column", metavar="NAME", help=f"the column of {what}s (default: detected)")
 
 
 def _command(commands: Any, name: str, summary: str, text: str, run: Callable) -> argparse.ArgumentParser:
@@ -72,10 +72,10 @@ def _command(commands: Any, name: str, summary: str, text: str, run: Callable) -
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; new, or of the same command")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards: new, or to be continued")
     shards, usual = parser.add_argument_group("shards"), Settings()
     numbers = {
-        "--short-side": (usual.short_side, "scale pictures down to so many pixels; small JPEGs stay as they are"),
+        "--short-side": (usual.short_side, "scale images down to this many pixels; smaller JPEGs stay as they are"),
         "--quality": (usual.quality, "of JPEGs, 1 to 100"),
         "--samples-per-shard": (usual.samples_per_shard, "at most"),
         "--workers": (len(os.sched_getaffinity(0)), "processes"),
@@ -83,10 +83,10 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     for option, (default, text) in numbers.items():
         shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
     shards.add_argument(
-        "--held-out", type=float, default=0.0, metavar="SHARE", help="write this share of the samples to val-*.tar"
+        "--held-out", type=float, default=0.0, metavar="SHARE", help="write this fraction of the samples to val-*.tar"
     )
     shards.add_argument(
-        "--keep-order", action="store_true", help="do not shuffle (default: shuffled, always in the same way)"
+        "--keep-order", action="store_true", help="do not shuffle (default: shuffle, deterministically)"
     )
 
 
@@ -97,7 +97,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             option = name.replace("_", "-")
             raise UserError(f"--{option} {getattr(args, name)}: must be from {low} to {high}")
     if not 0 <= args.held_out < 1:
-        raise UserError(f"--held-out {args.held_out:g}: must be a share, 0 or more and below 1")
+        raise UserError(f"--held-out {args.held_out:g}: must be a fraction, 0 or more and below 1")
     return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.keep_order)
 
 

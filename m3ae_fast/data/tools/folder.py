@@ -1,4 +1,4 @@
-"""A folder of pictures as a source: class folders, captions from a table or from .txt files."""
+"""A folder of images as a source: class folders, captions from a table or from .txt files."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _KEPT_BACK = 1 << 16  # bytes of a .txt that are read; more is no caption
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     path: str  # below the folder
     caption: str | None  # None: see the .txt beside it
 
 
 class Folder:
-    """Pictures below a folder, in the order of their paths. See `source.Source`.
+    """Images below a folder, in the order of their paths. See `source.Source`.
 
     Args:
         folder: where to look, in sub-folders too.
-        captions: a table of captions with a row for each sample of a picture; None: .txt files beside the pictures.
-        columns: its columns of pictures and captions, None where they have usual names.
+        captions: a table of captions with a row for each sample of an image; None: .txt files beside the images.
+        columns: its columns of images and captions, None where they have usual names.
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
-        flat: sub-folders are no classes.
+        flat: sub-folders are not classes.
 
     Raises:
-        UserError: there is no picture, or the table names some that are not there.
+        UserError: there is no image, or the table names some that are not there.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class Folder:
         self.folder = str(folder)
         paths = sorted(_find(self.folder))
         if not paths:
-            raise UserError(f"{folder}: no picture in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+            raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
         self.classes: Sequence[str] | None = None if flat else _classes(folder, paths, classes)
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
-        self._pictures = [_Picture(path, None) for path in paths]
+        self._images = [_Image(path, None) for path in paths]
         if captions is not None:
-            self._pictures = _join(folder, paths, captions, read_captions(captions, *columns))
-        self.splits = {"train": len(self._pictures)}
+            self._images = _join(folder, paths, captions, read_captions(captions, *columns))
+        self.splits = {"train": len(self._images)}
         self.identity: dict[str, Any] = {"kind": "folder", "sha256": self._fingerprint()}
 
     def read(self, split: str, number: int) -> Record:
-        picture = self._pictures[number]
-        path = os.path.join(self.folder, picture.path)
-        caption = self._beside(path) if picture.caption is None else picture.caption
-        name = picture.path.partition("/")[0] if self.classes else None
-        about: dict[str, Any] = {"path": os.fsencode(picture.path).decode("utf-8", "replace")}
+        image = self._images[number]
+        path = os.path.join(self.folder, image.path)
+        caption = self._beside(path) if image.caption is None else image.caption
+        name = image.path.partition("/")[0] if self.classes else None
+        about: dict[str, Any] = {"path": os.fsencode(image.path).decode("utf-8", "replace")}
         if name is not None:
             about["class_name"] = name
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
@@ -82,14 +82,14 @@ class Folder:
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for picture in self._pictures:
-            size = os.stat(os.path.join(self.folder, picture.path)).st_size
-            digest.update(f"{picture.path!r} {size} {picture.caption!r}\n".encode())
+        for image in self._images:
+            size = os.stat(os.path.join(self.folder, image.path)).st_size
+            digest.update(f"{image.path!r} {size} {image.caption!r}\n".encode())
         return digest.hexdigest()
 
 
 def _find(folder: str) -> Iterator[str]:
-    """Paths of pictures below `folder`, hidden ones left out; links to folders are followed once."""
+    """Paths of images below `folder`, hidden ones left out; links to folders are followed once."""
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -104,19 +104,19 @@ def _find(folder: str) -> Iterator[str]:
 
 
 def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) -> list[str] | None:
-    """The first level of sub-folders, where there are two or more and every picture lies in one."""
+    """The first level of sub-folders, if there are at least two and every image is in one."""
     found = sorted({path.partition("/")[0] for path in paths if "/" in path})
     if known is not None:
         strange = [name for name in found if name not in known]
         if strange or not all("/" in path for path in paths):
-            wrong = f"{strange[0]!r}" if strange else "pictures outside of class folders"
+            wrong = f"{strange[0]!r}" if strange else "images outside class folders"
             raise UserError(f"--classes: {folder} has {wrong}, which the classes lack")
         return list(known)
     return found if len(found) > 1 and all("/" in path for path in paths) else None
 
 
-def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[tuple[str, str]]) -> list[_Picture]:
-    """A sample for each row of the table, and for each picture that it does not name."""
+def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[tuple[str, str]]) -> list[_Image]:
+    """A sample for each row of the table, and for each image that it does not name."""
     captions: dict[str, list[str]] = {path: [] for path in paths}
     missing = []
     for number, (name, caption) in enumerate(rows, 1):
@@ -128,7 +128,7 @@ def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[tuple[str,
     if missing:
         number, name = missing[0]
         raise UserError(
-            f"--captions {table}: {len(missing):,} of {len(rows):,} rows name pictures that are not in {folder}, "
+            f"--captions {table}: {len(missing):,} of {len(rows):,} rows name images that are not in {folder}, "
             f"such as {name!r} (row {number}); paths are relative to that folder"
         )
-    return [_Picture(path, caption) for path in paths for caption in captions[path] or [""]]
+    return [_Image(path, caption) for path in paths for caption in captions[path] or [""]]

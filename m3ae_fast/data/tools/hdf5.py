@@ -1,6 +1,6 @@
 """The HDF5 files of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/data.py) as a source.
 
-`jpg` holds each picture file as variable-length uint8, `caption` its text; ImageNet's has `train_jpg`, `train_labels`,
+`jpg` holds each image file as variable-length uint8, `caption` its text; ImageNet's has `train_jpg`, `train_labels`,
 `val_jpg`, `val_labels`; a file of unpaired text has `text`.
 """
 

@@ -17,16 +17,16 @@ LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 
 
 class HuggingFace:
-    """See `source.Source`. A row whose captions are a list is as many samples.
+    """See `source.Source`. A row with a list of captions gives a sample for each.
 
     Args:
         name: a folder that `save_to_disk` wrote, a folder of data files, or a name on the hub.
         subset: the configuration of a dataset that has several.
         split: the split to take; None: all of them.
-        columns: image, caption and label column, None where they are to be found.
+        columns: image, caption and label column, None to detect them.
 
     Raises:
-        UserError: `datasets` is not installed, there is no such dataset, or it has neither pictures nor captions.
+        UserError: `datasets` is not installed, there is no such dataset, or it has neither images nor captions.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A progress bar with the time that is left, on a terminal."""
+"""A progress bar with the time left, on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of items that were done. Shows nothing where stderr is no terminal."""
+    """Yields a function to call with the number of items done. Shows nothing where stderr is not a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (total and console.is_terminal)) as bars:

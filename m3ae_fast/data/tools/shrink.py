@@ -1,4 +1,4 @@
-"""Pictures as shards keep them: JPEG, no larger than training needs."""
+"""Images as shards keep them: JPEG, no larger than training needs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from m3ae_fast.data.images import decode_image
 
 
 def shrink(data: bytes, short_side: int, quality: int) -> bytes:
-    """A picture file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where transparent.
+    """An image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where transparent.
 
     A JPEG that is small enough is returned as it is.
 
     Raises:
-        BadSample: it is no picture, or a broken one.
+        BadSample: it is no image, or a broken one.
     """
     image = decode_image(data, 3)
     height, width = image.shape[-2:]

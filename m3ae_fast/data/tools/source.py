@@ -15,7 +15,7 @@ class Record:
     """One sample of a source."""
 
     image: bytes | None = None  # a file in any format that `decode_image` knows
-    caption: str | None = None  # a blank one is none
+    caption: str | None = None  # blank: none
     label: int | None = None
     about: dict[str, Any] = field(default_factory=dict)  # for the sample's json
     members: dict[str, bytes] = field(default_factory=dict)  # more of its files, by suffix
@@ -26,14 +26,14 @@ class Source(Protocol):
 
     splits: dict[str, int]  # samples of each
     classes: Sequence[str] | None  # names of the labels
-    identity: dict[str, Any]  # JSON; another one is another input
+    identity: dict[str, Any]  # JSON; differs where the input does
 
     def read(self, split: str, number: int) -> Record:
         """Raises BadSample where the sample cannot be used."""
 
 
 def to_int(value: Any) -> int | None:
-    """A label as a plain int. Raises BadSample where it is none."""
+    """A label as a plain int. Raises BadSample where it is not a number."""
     if value is None:
         return None
     try:

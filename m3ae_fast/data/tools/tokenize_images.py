@@ -1,4 +1,4 @@
-"""tokenize-images: shards whose pictures are crops with the ids that a VQGAN gives them, made ahead of time.
+"""tokenize-images: shards whose images are crops with their VQGAN token ids, made ahead of time.
 
 Each sample of OUT is a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and what else the sample had.
 Training takes such crops as they are (`data.image_tokens` "shards"): another crop would have other ids.
@@ -35,9 +35,9 @@ from m3ae_fast.data.tools.writer import Settings, convert, describe
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.vqgan import VQGAN
 
-HELP = """Make shards whose pictures are crops with the ids that a VQGAN gives them, for model.image_targets=vqgan with
-data.image_tokens=shards. Each picture gives --views random crops or, with --centre, its central square (for held-out
-data). Captions, classes and json come along; samples without a picture do not.
+HELP = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
+data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
+data). Captions, classes and json come along; samples without an image do not.
 
   python -m m3ae_fast.data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
   python -m m3ae_fast.data tokenize-images 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
@@ -50,15 +50,15 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "tokenize-images",
         parents=[common],
-        help="make shards of crops with the ids of a VQGAN",
+        help="make shards of crops with their VQGAN token ids",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards; new, or of the same command")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards: new, or to be continued")
     parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
-    parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each picture (default: 1)")
-    parser.add_argument("--centre", action="store_true", help="the central square instead")
+    parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
+    parser.add_argument("--centre", action="store_true", help="take the central square instead")
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
     parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
@@ -71,14 +71,14 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 class Crops:
-    """Crops of the pictures in some shards, with their ids. See `source.Source`.
+    """Crops of the images in some shards, with their ids. See `source.Source`.
 
     Args:
-        shards: where the pictures are.
+        shards: where the images are.
         store: where copies of remote shards go.
         vqgan: on the device where it is to run.
         size: S.
-        views: random crops of each picture; None: its central square.
+        views: random crops of each image; None: its central square.
         scale, flip: of the random crops.
         seed: of the random crops.
         threads: that prepare crops for the VQGAN.
@@ -102,7 +102,7 @@ class Crops:
         self._shards = [entry.shard for entry in found]
         self._starts = np.concatenate(([0], np.cumsum([entry.summary.images * (views or 1) for entry in found])))
         if not self._starts[-1]:
-            raise UserError(f"shards {shards[0]!r}: no picture in them")
+            raise UserError(f"shards {shards[0]!r}: no image in them")
         self.splits = {"tokenized": int(self._starts[-1])}
         self.classes: Sequence[str] | None = None
         codebook = hashlib.sha256(vqgan.codebook.cpu().numpy().tobytes()).hexdigest()
@@ -141,9 +141,9 @@ class Crops:
         return ready
 
     def _place(self, number: int) -> tuple[int, int, int, dict[str, Member]]:
-        """Shard, picture in it, view, and the sample's members."""
+        """Shard, row of the image in it, view, and the sample's members."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        picture, view = divmod(number - int(self._starts[shard]), self.views or 1)
+        row, view = divmod(number - int(self._starts[shard]), self.views or 1)
         if self._files[0] != shard:
             try:
                 members, _ = scan_tar(self.store.path(self._shards[shard]))
@@ -151,13 +151,13 @@ class Crops:
                 raise BadSample(f"{self._shards[shard]}: cannot be read ({error})") from None
             samples = [files for _, files in group(members) if any(suffix in files for suffix in IMAGE_SUFFIXES)]
             self._files = (shard, samples)
-        return shard, picture, view, self._files[1][picture]
+        return shard, row, view, self._files[1][row]
 
     def _crop(
         self, place: tuple[int, int, int, dict[str, Member]]
     ) -> tuple[Tensor, bytes, dict[str, bytes]] | BadSample:
         """uint8 [C, S, S] as the JPEG decodes, the JPEG, and the sample's other members."""
-        shard, picture, view, files = place
+        shard, row, view, files = place
         suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in files)
         try:
             with open(self.store.path(self._shards[shard]), "rb") as file:
@@ -172,7 +172,7 @@ class Crops:
         if self.views is None:
             crop = centre_crop(image, self.size)
         else:
-            generator = torch.Generator().manual_seed(hash64(self.seed, shard, picture, view) & 0xFFFFFFFF)
+            generator = torch.Generator().manual_seed(hash64(self.seed, shard, row, view) & 0xFFFFFFFF)
             crop = random_crop(image, self.size, self.scale, self.flip, generator)
         out = BytesIO()
         Image.fromarray(crop.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=QUALITY)
@@ -189,7 +189,7 @@ def _read(fd: int, member: Member) -> bytes:
 def _run(args: argparse.Namespace) -> None:
     low, high = args.crop_scale
     if not 0 < low <= high <= 1:
-        raise UserError(f"--crop-scale {low:g} {high:g}: must be two shares with 0 < LOW <= HIGH <= 1")
+        raise UserError(f"--crop-scale {low:g} {high:g}: must be two fractions with 0 < LOW <= HIGH <= 1")
     for name in ("image_size", "views", "samples_per_shard", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")

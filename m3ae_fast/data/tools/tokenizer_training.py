@@ -15,7 +15,7 @@ from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.tokenizer import SPECIAL, train_tokenizer
 
-FEW = 0.9  # of the tokens asked for; fewer are worth a word
+FEW = 0.9  # of the tokens requested; below it a note is printed
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -43,9 +43,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: cannot be written ({error})") from None
     print(f"{args.out}: {size:,} tokens; set model.vocab_size={size}")
     if size < FEW * args.vocab_size:
-        print(
-            f"that is fewer than the {args.vocab_size:,} asked for: the captions have no more words and parts of words"
-        )
+        print(f"fewer than the {args.vocab_size:,} requested: the captions yield no more words and word pieces")
 
 
 def captions(shards: list[str], store: ShardStore) -> Iterator[str]:

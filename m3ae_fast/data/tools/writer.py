@@ -1,4 +1,4 @@
-"""Samples from anywhere -> shards: in parallel, resumable, and the same bytes for the same input.
+"""Samples from anywhere -> shards: in parallel, resumable, with equal bytes for equal input.
 
 OUT gets `SPLIT-00000.tar`, ... with an index each, `conversion.json`, which says what they were made of, and, where
 labels have names, `classes.json`.
@@ -42,7 +42,7 @@ class Settings:
     """How shards are made."""
 
     samples_per_shard: int = 2000
-    short_side: int = 320  # pixels; larger pictures are scaled down
+    short_side: int = 320  # pixels; larger images are scaled down
     quality: int = 95  # of JPEG
     held_out: float = 0.0  # share of the samples that go to a split of their own
     keep_order: bool = False  # else shuffled, always in the same way
@@ -59,7 +59,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion left behind; `skipped` are those of this call, without those of calls that it went on from."""
+    """What a conversion left behind; `skipped` are those of this call, without those of interrupted ones before it."""
 
     shards: list[Path]
     samples: int
@@ -125,7 +125,7 @@ def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard],
             for shard in todo:
                 skipped += _write(source, out, settings, shard, advance)
             return skipped
-        # forked: the source, which may list millions of files, need not travel
+        # forked: the source, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (source, out, settings)) as pool:
             futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}
@@ -135,7 +135,7 @@ def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard],
                     advance(len(futures[future].numbers))
             except BrokenProcessPool:
                 raise UserError(
-                    "a worker was killed, perhaps for want of memory; the same command goes on (fewer: --workers)"
+                    "a worker was killed, perhaps for lack of memory; repeat the command with fewer --workers"
                 ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -157,7 +157,7 @@ def _begin(*arguments: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work for ever."""
+    """A worker whose main process was killed would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -195,7 +195,7 @@ def _write(
 
 
 def _files(record: Record, settings: Settings) -> dict[str, bytes]:
-    """The members of a sample by suffix. Raises BadSample where it has neither picture nor caption."""
+    """The members of a sample by suffix. Raises BadSample where it has neither image nor caption."""
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
@@ -203,7 +203,7 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     if caption:
         files["txt"] = caption.encode("utf-8", "replace")
     if not files:
-        raise BadSample("neither picture nor caption")
+        raise BadSample("neither image nor caption")
     about = dict(record.about)
     if record.label is not None:
         files["cls"] = str(record.label).encode()
@@ -221,7 +221,7 @@ def describe(out: Path, converted: Converted) -> str:
     """What was made, for the user, with the lines that a config needs."""
     c = converted
     paired = c.images + c.captions - c.samples
-    kinds = {"paired": paired, "pictures alone": c.images - paired, "captions alone": c.captions - paired}
+    kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
     told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shards ({told})"]
     if c.left_out:

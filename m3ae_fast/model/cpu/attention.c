@@ -1,4 +1,4 @@
-/* Attention of packed sequences, forward and backward, for CPUs with AVX-512, and with AMX where it is there.
+/* Attention of packed sequences, forward and backward, for CPUs with AVX-512, and with AMX where available.
 
    A task is one head of one sample: its scores never leave the core's caches. Threads call the same entry point and
    take tasks from a shared counter; each task writes rows of its own, so results do not depend on their number.
@@ -8,7 +8,7 @@
    pairs at a time. Else they are of floats. What an instruction multiplies in one lane is a unit here. Sums are of floats
    either way.
 
-   Shapes: m queries, n keys, d values a head; M and N are m and n rounded up. */
+   Shapes: m queries, n keys, d values per head; M and N are m and n rounded up. */
 
 #ifdef TILES
 #define PAIRS

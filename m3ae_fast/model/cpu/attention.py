@@ -1,6 +1,6 @@
-"""Attention of each sample of a packed batch by itself, on a CPU.
+"""Attention within each sample of a packed batch, on a CPU.
 
-Shapes: Q query rows, K key rows, H heads, D values a head; in a group, B = samples * H, q queries and k keys a sample.
+Shapes: Q query rows, K key rows, H heads, D values per head; in a group B = samples * H, q queries, k keys per sample.
 
 In bf16 and float32 on CPUs with AVX-512 it is the kernel of `native`. Else it is torch: samples of equal lengths
 go through one batched matmul, as many as have scores for the cache, so there is no padding and no mask. Probabilities

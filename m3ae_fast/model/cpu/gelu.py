@@ -13,7 +13,7 @@ from m3ae_fast.hardware import this_cpu
 from m3ae_fast.model.cpu.build import AVX512, BF16, load
 
 _NEEDS = {torch.float32: AVX512, torch.bfloat16: AVX512 | {"avx512_bf16"}}
-# asked here, since in a compiled function the question would end the graph
+# evaluated at import; inside a compiled function it would break the graph
 DTYPES = {dtype for dtype, flags in _NEEDS.items() if this_cpu().flags >= flags}
 
 

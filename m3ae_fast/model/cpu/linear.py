@@ -1,4 +1,4 @@
-"""The linear layer of the trunk: torch's own, but for CPUs, where that leaves speed behind.
+"""The linear layer of the trunk: torch's own, except on CPUs where another library is faster.
 
 Shapes: R rows, I inputs, O outputs.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from m3ae_fast.hardware import this_cpu
 from m3ae_fast.model.cpu.build import TILES, load, may_use_tiles
 
-# asked here, since in a compiled function the questions would end the graph
+# evaluated at import; inside a compiled function they would break the graph
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"
 AMX = this_cpu().tiles and may_use_tiles()
 PANEL_BYTES = 1 << 20  # of sums that a thread of weight_gradient.c keeps in its core's cache

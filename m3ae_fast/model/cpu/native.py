@@ -1,6 +1,6 @@
 """Attention on CPUs with AVX-512, and with AMX: attention.c.
 
-Shapes: Q query rows, K key rows, H heads, D values a head.
+Shapes: Q query rows, K key rows, H heads, D values per head.
 """
 
 from __future__ import annotations
