@@ -12,7 +12,8 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.trainer import ROOT, environment
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
 
 STUCK = "pipe:sleep 100; cat /nowhere"  # a shard that makes the start endless
 

@@ -1,8 +1,8 @@
 """Many engines, one after another in this process, on one rank or two: run by test_engine_parity.py.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases matrix|options|configs
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases matrix|options|configs FILE
 
-Prints a line of JSON a case: its name, and (loss, gradient norm) of every step.
+Writes into FILE a line of JSON a case: its name, and (loss, gradient norm) of every step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,16 +139,16 @@ def run(ranks: Ranks, config: Config) -> list[tuple[float, float]]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    which, out = argv or sys.argv[1:]
     logging.disable(logging.WARNING)
-    cases = {"matrix": matrix, "options": options, "configs": configs}[sys.argv[1]]
-    with join_ranks() as ranks:
+    cases = {"matrix": matrix, "options": options, "configs": configs}[which]
+    with join_ranks() as ranks, open(out if ranks.is_main else os.devnull, "w", encoding="utf-8") as file:
         torch.set_num_threads(1)
         for name, config in cases(ranks.world):
-            found = run(ranks, config)
-            if ranks.is_main:
-                print(json.dumps([name, found]), flush=True)
+            print(json.dumps([name, run(ranks, config)]), file=file, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
