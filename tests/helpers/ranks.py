@@ -69,6 +69,7 @@ def run_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> tuple
 def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path) -> None:
     from m3ae_fast.errors import exit_cleanly
 
+    multiprocessing.set_start_method(None, force=True)  # for its loader workers, the usual one again
     os.setsid()
     os.environ.update(variables)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
