@@ -84,12 +84,14 @@ def test_help_teaches(module, capsys):
     assert "usage:" in out and len(out) > 300
 
 
-@pytest.mark.parametrize("launched", [True, False])
-def test_mistake_on_two_ranks_is_told_once(trainer, launched):
-    if launched:
-        out = trainer.launch("run", "--set", "data.train.0.shards=/no/x.tar", ranks=2, launcher="deepspeed", code=2)
-    else:
-        out = trainer("run", "--set", "train.stepps=1", ranks=2, code=2)
+@pytest.mark.parametrize("mistake", ["train.stepps=1", "data.train.0.shards=/nowhere/x.tar"])
+def test_mistake_on_two_ranks_is_told_once(trainer, mistake):
+    out = trainer("run", "--set", mistake, ranks=2, code=2)
+    assert out.count("error: ") == 1 and "Traceback" not in out
+
+
+def test_launcher_passes_on_that_there_was_a_mistake(trainer):
+    out = trainer.launch("run", "--set", "train.stepps=1", launcher="deepspeed", code=2)
     assert out.count("error: ") == 1 and "Traceback" not in out
 
 
