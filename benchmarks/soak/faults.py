@@ -102,7 +102,7 @@ def _suspend(running: Running) -> bool:
 
 
 def _freeze_rank(running: Running) -> bool:
-    """One of several for ever. One that is alone nobody could notice."""
+    """One of several, for ever; nobody could notice one that is alone."""
     ranks = running.ranks()
     return len(ranks) > 1 and _send(running, ranks, signal.SIGSTOP)
 
@@ -114,6 +114,7 @@ def _remove_lock(running: Running) -> bool:
     return False
 
 
+FREEZE = "a rank is frozen"
 Fault = Callable[[Running], bool]  # whether it could happen; if not, it is tried again
 STOPS: dict[str, Fault] = {  # after these the trainer saves and leaves with exit code 0
     "a rank gets SIGTERM": _to_rank(signal.SIGTERM),
@@ -126,7 +127,7 @@ FAULTS: dict[str, Fault] = STOPS | {
     "a rank is killed": _to_rank(signal.SIGKILL),
     "the launcher is killed": _kill_launcher,
     "a loader worker is killed": _to_worker(signal.SIGKILL),
-    "a rank is frozen": _freeze_rank,
+    FREEZE: _freeze_rank,
     "a loader worker is frozen": _to_worker(signal.SIGSTOP),
     "all processes are suspended": _suspend,
     "the lock file is removed": _remove_lock,

@@ -22,7 +22,7 @@ from typing import IO, cast
 
 import psutil
 
-from benchmarks.soak.faults import AWAKE_S, DAMAGES, FAULTS, FULL_DISK, STOPS, Running, no_large_files
+from benchmarks.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, Running, no_large_files
 from m3ae_fast.engine import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +88,7 @@ class Soak:
         self.folder, self.until, self.say = folder, until, say
         self.chance, self.tally = random.Random(seed), Tally()
         self._untouched: dict[int, Outcome] = {}
+        self._deck: list[str] = []
         self._config = folder / "config.json"
         config = json.loads(json.dumps(CONFIG))
         config["data"]["train"][0]["shards"] = f"{url}/train-0000.tar"
@@ -96,18 +97,19 @@ class Soak:
 
     def one_run(self) -> None:
         """A run under faults, to its end."""
-        ranks = self.chance.choice((1, 1, 2))
+        ranks = self.chance.choice((1, 2))
         expected = self._untouched.get(ranks) or self._run_untouched(ranks)
         self.tally.runs += 1
-        name, met, before = f"run-{self.tally.runs}", [], len(self.tally.wrong)
+        name, before = f"run-{self.tally.runs}", len(self.tally.wrong)
+        met: list[str] = []
         for start in range(STARTS):
             fault = None
             if start < FAULTY_STARTS and time.monotonic() < self.until:
-                fault = self._choose(self.folder / name)
+                fault = self._choose(self.folder / name, ranks)
             self.say(f"run {self.tally.runs} on {ranks} ranks, start {start + 1}: {fault or 'left alone'}")
             happened, code, out = self._start(name, ranks, fault, 1.2 * expected.seconds)
-            if happened:
-                met.append(fault)
+            if fault:
+                (met if happened else self._deck).append(fault)
             self._check(name, ranks, fault if happened else None, code, out)
             if code == 0 and self._complete(name):
                 break
@@ -131,12 +133,16 @@ class Soak:
         self._untouched[ranks] = Outcome(time.monotonic() - since, *self._outcome(name))
         return self._untouched[ranks]
 
-    def _choose(self, run_dir: Path) -> str:
-        """A fault that is possible now; damage is done at once."""
-        while True:
-            fault = self.chance.choice([*FAULTS, *DAMAGES, FULL_DISK])
-            if fault not in DAMAGES or DAMAGES[fault](run_dir, self.chance):
+    def _choose(self, run_dir: Path, ranks: int) -> str | None:
+        """A fault that is possible now, all of them before any comes again; damage is done at once."""
+        if not self._deck:
+            self._deck = [*FAULTS, *DAMAGES, FULL_DISK]
+            self.chance.shuffle(self._deck)
+        for fault in self._deck:
+            if (fault != FREEZE or ranks > 1) and (fault not in DAMAGES or DAMAGES[fault](run_dir, self.chance)):
+                self._deck.remove(fault)
                 return fault
+        return None
 
     def _check(self, name: str, ranks: int, fault: str | None, code: int, out: str) -> None:
         _, _, trace = out.partition("Traceback")

@@ -21,16 +21,15 @@ from tests.mutation.mutants import LEFT_OUT, ROOT, Mutant, sample
 from tests.mutation.trial import Verdict, import_libraries, trial
 
 FIRST_S = 15.0  # of tests for one mutant, by the time they take
-SLOW = {
+RESUMED = "tests/test_resume.py"
+SLOW = {  # by the part that a mutant is in: tests whose processes no coverage sees, or that are no test of a line
+    "m3ae_fast/engine/deepspeed": [f"{RESUMED}::test_resume_is_bitwise[{stage}]" for stage in (2, 3)],
+    "m3ae_fast/engine/pulse": ["tests/test_stop_and_stall.py"],
+    "m3ae_fast/engine/signals": ["tests/test_stop_and_stall.py"],
+    "m3ae_fast/engine": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
     "m3ae_fast/config": ["tests/test_config.py"],
-    "m3ae_fast/data": ["tests/data", "tests/test_hostile_files.py", "tests/test_training_loop.py"],
-    "m3ae_fast/engine": ["tests/test_training_loop.py", "tests/test_stop_and_stall.py", "tests/test_resume.py"],
-    "m3ae_fast/model": [
-        "tests/test_model.py",
-        "tests/test_speed.py",
-        "tests/test_attention.py",
-        "tests/test_verify.py",
-    ],
+    "m3ae_fast/data": ["tests/data", "tests/test_hostile_files.py"],
+    "m3ae_fast/model": ["tests/test_model.py", "tests/test_speed.py", "tests/test_verify.py"],
     "kernels": ["tests/kernels/test_kernel_ops.py", "tests/kernels/test_kernel_api.py"],
 }
 TREE = ("m3ae_fast", "kernels", "tests", "benchmarks", "configs", "data", "docs", "README.md", "pyproject.toml")
@@ -109,6 +108,10 @@ def main(argv: list[str] | None = None) -> int:
             with file.open("a") as out:
                 out.write(json.dumps(results[-1]) + "\n")
             print(f"{len(results)} of {args.count}: {mutant.name}: {verdict.noticed or 'SURVIVES'}", flush=True)
+        credited = sorted({result["noticed"] for result in results if "::" in (result["noticed"] or "")})
+        unchanged = trial(Mutant("README.md", 0, 0, 0, "", ""), credited, tree, 600)
+    if unchanged.noticed:
+        raise RuntimeError(f"a test that noticed a mutant fails without one too: {unchanged.noticed}")
     print(report(results, args.seed))
     return 0
 
