@@ -6,6 +6,7 @@ Launchers, and what happens while a program is imported, are tested with process
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -70,6 +71,7 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path
     from m3ae_fast.errors import exit_cleanly
 
     multiprocessing.set_start_method(None, force=True)  # for its loader workers, the usual one again
+    gc.freeze()  # what was imported: DeepSpeed collects all garbage for every engine
     os.setsid()
     os.environ.update(variables)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -25,7 +25,7 @@ from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.model import M3AE, Sample, draw_mask, pack
 from m3ae_fast.model.batch import LossCounts
 
-STEPS, BATCH, LR = 4, 16, 1e-2
+STEPS, BATCH, LR = 3, 16, 1e-2
 TINY = {
     "size": None, "emb_dim": 32, "depth": 2, "num_heads": 4, "dec_emb_dim": 32, "dec_depth": 2, "dec_num_heads": 4,
     "image_size": 16, "patch_size": 4, "text_length": 8, "vocab_size": 64,
