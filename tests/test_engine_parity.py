@@ -50,9 +50,14 @@ def test_bf16_curves_stay_near(matrix, ranks):
 
 def test_other_settings_of_the_deepspeed_section_change_nothing(tmp_path, matrix):
     curves = _curves(tmp_path, "options", 2)
+    unclipped = {name: curves.pop(name) for name in list(curves) if name.startswith("unclipped")}
     assert len(curves) == len(OPTIONS) + 1
     for name, curve in curves.items():
         np.testing.assert_allclose(curve, matrix[1][f"fp32 {PLAIN}"], rtol=1e-5, err_msg=name)
+    free = unclipped.pop("unclipped stage=None")
+    assert abs(free - matrix[1][f"fp32 {PLAIN}"]).max() > 1e-3
+    for name, curve in unclipped.items():
+        np.testing.assert_allclose(curve, free, rtol=1e-5, err_msg=name)
 
 
 def test_shipped_configs_train_as_plain_torch_does(tmp_path):

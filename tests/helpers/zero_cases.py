@@ -50,12 +50,18 @@ Case = tuple[str, Config]
 
 
 def _config(
-    world: int, stage: int | None, accumulation: int, precision: str, zero: dict[str, Any], **section: Any
+    world: int,
+    stage: int | None,
+    accumulation: int,
+    precision: str,
+    zero: dict[str, Any],
+    clip_grad: float | None = 1.0,
+    **section: Any,
 ) -> Config:
     data = {
         "model": TINY,
         "data": {"train": [{"shards": "none.tar"}]},
-        "optim": {"clip_grad": 1.0},
+        "optim": {"clip_grad": clip_grad},
         "train": {
             "steps": STEPS,
             "global_batch": BATCH,
@@ -86,6 +92,8 @@ def options(world: int) -> Iterator[Case]:
     for stage, option in OPTIONS:
         yield f"stage={stage} {option}", _config(world, stage, 2, "fp32", option | SMALL_BUCKET)
     yield "stage=0 prescale", _config(world, 0, 2, "fp32", {}, prescale_gradients=True)
+    for stage in (None, 0, 2):
+        yield f"unclipped stage={stage}", _config(world, stage, 1, "fp32", {}, clip_grad=None)
 
 
 def configs(world: int) -> Iterator[Case]:
