@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -145,9 +146,8 @@ class Soak:
         return None
 
     def _check(self, name: str, ranks: int, fault: str | None, code: int, out: str) -> None:
-        _, _, trace = out.partition("Traceback")
-        if f"{ROOT}/m3ae_fast" in trace and "KeyboardInterrupt" not in trace:
-            self.tally.wrong.append(f"{name}: a traceback: {out.strip().splitlines()[-1]}")
+        if own := re.search(rf'  File "{ROOT}/m3ae_fast/.*', out, re.DOTALL):
+            self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[-300:]!r}")
         saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
         if code and (saves or fault is None or fault == "all processes are suspended"):
             self.tally.wrong.append(f"{name}: exit code {code}: {out.strip()[-300:]!r}")

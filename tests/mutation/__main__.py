@@ -1,8 +1,8 @@
 """Would the tests notice a bug? python -m tests.mutation --out FOLDER [--count 150] [--seed 0]
 
 Puts a random sample of small bugs into the code, one at a time, and runs the tests that see the line: those that ran it
-when it was right, fastest first, up to a time, and slow ones of that part where it needs processes of its own. Each
-result is a line of FOLDER/results.jsonl as soon as it is known, and another start goes on where one ended.
+when it was right, fastest first, up to a time. What none of them notices is tried in the end with slow tests of its
+part. Each result is a line of FOLDER/results.jsonl as soon as it is known, and another start goes on where one ended.
 
 FOLDER/coverage*.json come from `python -m tests.mutation.coverage_map`. Takes about an hour of one core.
 """
@@ -18,17 +18,22 @@ import tempfile
 from pathlib import Path
 
 from tests.mutation.mutants import LEFT_OUT, ROOT, Mutant, sample
-from tests.mutation.trial import Verdict, import_libraries, trial
+from tests.mutation.trial import import_libraries, trial
 
-FIRST_S, REST_S = 10.0, 15.0  # of tests for one mutant, by the time they take
+FAST_S = 6.0  # of tests for one mutant, by the time they take
 RESUMED = "tests/test_resume.py"
-SLOW = {  # by the part that a mutant is in: tests of processes that no coverage sees
+FAST, SLOWLY = "fast", "slow"
+SLOW = {  # by the part that a mutant is in
     "m3ae_fast/engine/deepspeed": [f"{RESUMED}::test_resume_is_bitwise[{stage}]" for stage in (2, 3)],
     "m3ae_fast/engine/pulse": ["tests/test_stop_and_stall.py"],
     "m3ae_fast/engine/signals": ["tests/test_stop_and_stall.py"],
     "m3ae_fast/engine": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
+    "m3ae_fast/config": ["tests/test_config.py"],
+    "m3ae_fast/data": ["tests/data", "tests/test_hostile_files.py", "tests/test_vqgan.py"],
+    "m3ae_fast/model": ["tests/test_model.py", "tests/test_speed.py", "tests/test_verify.py", "tests/convert"],
+    "kernels": ["tests/kernels/test_kernel_ops.py", "tests/kernels/test_kernel_api.py"],
 }
-LIMIT_S = 200.0  # for a group of tests: what takes longer hangs
+LIMIT_S = {FAST: 60.0, SLOWLY: 300.0}  # what takes longer hangs
 TREE = ("m3ae_fast", "kernels", "tests", "benchmarks", "configs", "data", "docs", "README.md", "pyproject.toml")
 
 
@@ -45,38 +50,31 @@ class Choice:
                 for line, tests in lines.items():
                     self.tests.setdefault(name, {}).setdefault(line, []).extend(tests)
 
-    def groups(self, mutant: Mutant) -> list[list[str]]:
-        """Tests to try one group after the other: the fast and the others of those that ran the line (or, where it ran
-        while modules were imported, any line of its file), and SLOW ones."""
+    def fast(self, mutant: Mutant) -> list[str]:
+        """Those that ran the line or, where it ran while modules were imported, any line of its file."""
         lines = self.tests.get(mutant.file, {})
         seen = lines.get(str(mutant.line)) or [test for tests in lines.values() for test in tests]
-        first, rest, total = [], [], 0.0
+        chosen, total = [], 0.0
         for test in sorted(set(seen), key=self.seconds.__getitem__):
             total += self.seconds[test]
-            if total <= FIRST_S:
-                first.append(test)
-            elif total <= FIRST_S + REST_S:
-                rest.append(test)
-        slow = next((tests for part, tests in SLOW.items() if mutant.file.startswith(part)), [])
-        return [group for group in (first, rest, slow) if group]
+            if chosen and total > FAST_S:
+                break
+            chosen.append(test)
+        return chosen
 
-
-def judge(mutant: Mutant, choice: Choice, tree: Path) -> Verdict:
-    seconds = 0.0
-    for tests in choice.groups(mutant):
-        verdict = trial(mutant, tests, tree, LIMIT_S)
-        seconds += verdict.seconds
-        if verdict.noticed:
-            return Verdict(verdict.noticed, seconds)
-    return Verdict(None, seconds)
+    def slow(self, mutant: Mutant) -> list[str]:
+        return next(tests for part, tests in SLOW.items() if mutant.file.startswith(part))
 
 
 def report(results: list[dict], seed: int) -> str:
-    noticed = [result for result in results if result["noticed"]]
-    survivors = "\n".join(f"- `{result['mutant']}`" for result in results if not result["noticed"])
+    by_mutant: dict[str, str | None] = {}
+    for result in results:
+        by_mutant[result["mutant"]] = by_mutant.get(result["mutant"]) or result["noticed"]
+    noticed = sum(by is not None for by in by_mutant.values())
+    survivors = "\n".join(f"- `{mutant}`" for mutant, by in by_mutant.items() if by is None)
     left_out = "\n".join(f"- {file}: {why}" for file, why in LEFT_OUT.items())
     return (
-        f"{len(noticed)} of {len(results)} mutants noticed ({len(noticed) / len(results):.0%}), seed {seed}.\n\n"
+        f"{noticed} of {len(by_mutant)} mutants noticed ({noticed / len(by_mutant):.0%}), seed {seed}.\n\n"
         f"Survivors:\n\n{survivors}\n\nLeft out:\n\n{left_out}\n"
     )
 
@@ -93,19 +91,21 @@ def main(argv: list[str] | None = None) -> int:
     import_libraries()
     choice, file = Choice(args.out), args.out / "results.jsonl"
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {result["mutant"] for result in results}
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         tree = Path(folder)
         for name in TREE:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, tree / name)
-        for mutant in sample(args.count, args.seed):
-            if mutant.name in known:
-                continue
-            verdict = judge(mutant, choice, tree)
-            results.append({"mutant": mutant.name, "noticed": verdict.noticed, "seconds": round(verdict.seconds, 1)})
-            with file.open("a") as out:
-                out.write(json.dumps(results[-1]) + "\n")
-            print(f"{len(results)} of {args.count}: {mutant.name}: {verdict.noticed or 'SURVIVES'}", flush=True)
+        for which, tests_of in ((FAST, choice.fast), (SLOWLY, choice.slow)):
+            done = {result["mutant"] for result in results if result["tests"] == which or result["noticed"]}
+            for mutant in sample(args.count, args.seed):
+                if mutant.name in done or not (tests := tests_of(mutant)):
+                    continue
+                verdict = trial(mutant, tests, tree, LIMIT_S[which])
+                result = {"mutant": mutant.name, "tests": which, "noticed": verdict.noticed}
+                results.append(result | {"seconds": round(verdict.seconds, 1)})
+                with file.open("a") as out:
+                    out.write(json.dumps(results[-1]) + "\n")
+                print(f"{which}: {mutant.name}: {verdict.noticed or 'SURVIVES'}", flush=True)
         credited = sorted({result["noticed"] for result in results if "::" in (result["noticed"] or "")})
         unchanged = trial(Mutant("README.md", 0, 0, 0, "", ""), credited, tree, 600)
     if unchanged.noticed:
