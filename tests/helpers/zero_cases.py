@@ -88,12 +88,13 @@ def matrix(world: int) -> Iterator[Case]:
 
 
 def options(world: int) -> Iterator[Case]:
-    """Every other setting of the deepspeed section that this machine can run, in float32."""
+    """Every other setting of the deepspeed section that this machine can run, in float32, and what is without one."""
+    yield "plain", _config(world, None, 1, "fp32", {})
     for stage, option in OPTIONS:
         yield f"stage={stage} {option}", _config(world, stage, 2, "fp32", option | SMALL_BUCKET)
     yield "stage=0 prescale", _config(world, 0, 2, "fp32", {}, prescale_gradients=True)
-    for stage in (None, 0, 2):
-        yield f"unclipped stage={stage}", _config(world, stage, 1, "fp32", {}, clip_grad=None)
+    for name, stage in (("plain", None), ("stage=0", 0), ("stage=2", 2)):
+        yield f"{name} unclipped", _config(world, stage, 1, "fp32", {}, clip_grad=None)
 
 
 def configs(world: int) -> Iterator[Case]:
