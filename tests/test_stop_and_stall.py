@@ -48,6 +48,22 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
     assert (process.wait(20), out) == (0, f"stopped before the first step ({number.name}); nothing to save\n")
 
 
+def test_a_signal_is_heeded_where_a_thousand_files_are_open():
+    code = """
+        import os, resource, time
+        from m3ae_fast.engine.signals import StopRequest
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+        with StopRequest():
+            print("ready", flush=True)
+            time.sleep(60)
+    """
+    process = program(code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert "stopped before the first step (SIGTERM)" in process.communicate(timeout=20)[0] and process.returncode == 0
+
+
 def test_a_library_that_swallows_the_end_is_ended_all_the_same():
     process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))  # keeps even the interpreter
     assert process.stdout.readline() == "ready\n"
