@@ -83,11 +83,14 @@ def _to_all(number: int) -> Fault:
     return send
 
 
-def _kill_launcher(running: Running) -> bool:
-    if running.ranks():
-        os.kill(running.launcher, signal.SIGKILL)
+def _to_launcher(number: int) -> Fault:
+    def send(running: Running) -> bool:
+        if not running.ranks():
+            return False
+        os.kill(running.launcher, number)
         return True
-    return False
+
+    return send
 
 
 def _suspend(running: Running) -> bool:
@@ -125,7 +128,8 @@ FAULTS: dict[str, Fault] = STOPS | {
     "all processes get SIGTERM": _to_all(signal.SIGTERM),
     "all processes get SIGINT": _to_all(signal.SIGINT),
     "a rank is killed": _to_rank(signal.SIGKILL),
-    "the launcher is killed": _kill_launcher,
+    "the launcher gets SIGTERM": _to_launcher(signal.SIGTERM),
+    "the launcher is killed": _to_launcher(signal.SIGKILL),
     "a loader worker is killed": _to_worker(signal.SIGKILL),
     FREEZE: _freeze_rank,
     "a loader worker is frozen": _to_worker(signal.SIGSTOP),
