@@ -3,12 +3,13 @@
 import gc
 import json
 import threading
+import time
 
 import pytest
 
 from m3ae_fast import hardware
 from m3ae_fast.data import shared_memory
-from m3ae_fast.engine import garbage
+from m3ae_fast.engine import checkpoint, garbage
 from m3ae_fast.engine.background import Background
 from m3ae_fast.engine.garbage import GarbageCollection
 from m3ae_fast.errors import UserError
@@ -62,15 +63,15 @@ def test_the_last_work_is_awaited_at_the_end(error):
 
 def test_a_save_that_fails_in_the_background_stops_the_run(trainer):
     """The checkpoint folder turns into a file after the first save."""
-    process = trainer.start("run", "--set", "train.steps=2000", "--set", "train.save_every=2", "--set", "train.keep=1")
+    process = trainer.fork("run", "--set", "train.steps=2000", "--set", "train.save_every=2", "--set", "train.keep=1")
     folder = trainer.folder / "run/checkpoints"
-    for line in process.stdout:
-        if line.startswith("saved"):
-            break
+    while process.is_alive() and not checkpoint.saved_steps(trainer.folder / "run"):
+        time.sleep(0.01)
     folder.rename(trainer.folder / "away")
     folder.write_text("in the way")
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "Traceback" not in out
+    process.join(120)
+    out = trainer.log("run").read_text()
+    assert process.exitcode == 2 and "Traceback" not in out
     assert "cannot be written" in out and out.count("error") <= 2
     steps = [json.loads(line)["step"] for line in (trainer.folder / "run/metrics.jsonl").read_text().splitlines()]
     assert max(steps) < 200

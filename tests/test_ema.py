@@ -4,7 +4,6 @@ import json
 import shutil
 
 import numpy as np
-import pytest
 import torch
 
 from m3ae_fast.engine import checkpoint
@@ -31,14 +30,15 @@ def _average(trainer, run: str, step: int) -> dict[str, torch.Tensor]:
     return {name: get(name) for name in ("ema/encoder.norm.weight", "ema/text_head.weight", "model/text_head.weight")}
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (3, 2)])
-def test_zero_shards_it_and_a_checkpoint_has_it_whole(trainer, stage, ranks):
+def test_zero_shards_it_and_a_checkpoint_has_it_whole(trainer):
     trainer("plain", *zero(None), *OPTIONS)
-    trainer("zero", *zero(stage), *OPTIONS, ranks=ranks)
-    for name, expected in _average(trainer, "plain", 6).items():
-        np.testing.assert_allclose(_average(trainer, "zero", 6)[name], expected, rtol=2e-3, atol=1e-4)
-    apart = _average(trainer, "zero", 6)
-    assert not torch.allclose(apart["ema/text_head.weight"], apart["model/text_head.weight"], atol=1e-4)
+    plain = _average(trainer, "plain", 6)
+    for stage in (1, 3):
+        trainer(f"zero-{stage}", *zero(stage), *OPTIONS, ranks=2)
+        apart = _average(trainer, f"zero-{stage}", 6)
+        for name, expected in plain.items():
+            np.testing.assert_allclose(apart[name], expected, rtol=2e-3, atol=1e-4)
+        assert not torch.allclose(apart["ema/text_head.weight"], apart["model/text_head.weight"], atol=1e-4)
 
 
 def test_a_resumed_run_has_the_same_average(trainer):

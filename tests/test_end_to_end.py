@@ -2,25 +2,25 @@
 
 import gzip
 import json
-import subprocess
-import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.errors import UserError
+from m3ae_fast import visualise
+from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.export import export
 from m3ae_fast.model.m3ae import M3AE
-from tests.helpers.trainer import ROOT, environment
+from tests.helpers.labelled import tiny_run
 
 
 def test_train_export_load(trainer):
     """Two ranks with ZeRO-2 learn something; the run folder holds all it should; the export is the trained model."""
     options = ["train.steps=60", "train.log_every=5", "train.eval_every=30", "train.pictures=3", "train.save_every=25"]
     options += ['deepspeed={"zero_optimization":{"stage":2}}', "optim.peak_lr=8e-2"]
-    out = trainer("run", *(word for o in options for word in ("--set", o)), ranks=2, launcher="deepspeed")
+    out = trainer.launch("run", *(word for o in options for word in ("--set", o)), ranks=2, launcher="deepspeed")
     assert "Traceback" not in out
     run = trainer.folder / "run"
 
@@ -58,11 +58,12 @@ def test_export_of_every_stage_is_the_same_model(trainer):
 
 
 @pytest.mark.parametrize("out", [".", "/dev/full/a.png"])
-def test_pictures_that_cannot_be_written(trainer, out):
-    trainer("run")
-    command = [sys.executable, "-m", "m3ae_fast.visualise", str(trainer.folder / "run"), "--out", out]
-    done = subprocess.run(command, env=environment(), cwd=trainer.folder, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
+    run = str(tiny_run(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert exit_cleanly(lambda: visualise.main([run, "--out", out])) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
 
 
 def test_export_mistakes(tmp_path):
@@ -74,15 +75,23 @@ def test_export_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["verify", "export", "convert", "visualise", "train", "data"])
-def test_help_teaches(module):
-    command = [sys.executable, "-m", f"m3ae_fast.{module}", "--help"]
-    out = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert out.returncode == 0 and "usage:" in out.stdout and len(out.stdout) > 300, out
+def test_help_teaches(module, capsys):
+    name = f"m3ae_fast.{module}"
+    program = import_module(name if module in ("export", "visualise", "train") else f"{name}.__main__")
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    out = capsys.readouterr().out
+    assert "usage:" in out and len(out) > 300
 
 
 @pytest.mark.parametrize("mistake", ["train.stepps=1", "data.train.0.shards=/nowhere/x.tar"])
 def test_mistake_on_two_ranks_is_told_once(trainer, mistake):
-    out = trainer("run", "--set", mistake, ranks=2, launcher="deepspeed", code=2)
+    out = trainer("run", "--set", mistake, ranks=2, code=2)
+    assert out.count("error: ") == 1 and "Traceback" not in out
+
+
+def test_launcher_passes_on_that_there_was_a_mistake(trainer):
+    out = trainer.launch("run", "--set", "train.stepps=1", launcher="deepspeed", code=2)
     assert out.count("error: ") == 1 and "Traceback" not in out
 
 

@@ -10,8 +10,9 @@ import torch
 from m3ae_fast import export, visualise
 from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.model.m3ae import M3AE
+from tests.helpers.ranks import environment
 from tests.helpers.shards import caption, picture
-from tests.helpers.trainer import ROOT, TINY, environment
+from tests.helpers.trainer import ROOT, TINY
 
 SMALL = {**{f"model.{key}": value for key, value in TINY["model"].items() if key not in ("size", "vocab_size")}}
 SMALL |= {"train.steps": 3, "train.global_batch": 8, "train.pictures": 0, "data.workers": 0, "deepspeed": "null"}

@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 
-from tests.helpers.trainer import ROOT, environment
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
 
 
 def test_every_line_of_the_cuda_path_runs_or_is_explained():

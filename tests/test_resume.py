@@ -52,14 +52,14 @@ def test_sigkill_anywhere(trainer):
     options = ["--set", "train.steps=40", "--set", "train.save_every=1"]
     trainer("whole", *options)
     for delay in (0.05, 0.4, 0.9):
-        process = trainer.start("killed", *options, "--resume", "auto")
+        process = trainer.fork("killed", *options, "--resume", "auto")
         metrics = trainer.folder / "killed/metrics.jsonl"
         before = metrics.read_text() if metrics.exists() else ""
-        while process.poll() is None and (not metrics.exists() or len(metrics.read_text()) <= len(before)):
+        while process.is_alive() and (not metrics.exists() or len(metrics.read_text()) <= len(before)):
             time.sleep(0.01)
         time.sleep(delay)
         process.kill()
-        process.communicate()
+        process.join()
     trainer("killed", *options, "--resume", "auto")
     assert trainer.losses("killed") == trainer.losses("whole")
 
@@ -74,11 +74,12 @@ def test_sigkill_anywhere(trainer):
 )
 def test_signals_to_the_process_group_save_and_leave(trainer, number, options):
     options = ["train.steps=100000", "train.save_every=100000", "train.keep=1", *options]
-    process = trainer.start("run", *(word for o in options for word in ("--set", o)), start_new_session=True)
-    _wait_for_steps(trainer, "run", process, 3)
+    process = trainer.fork("run", *(word for o in options for word in ("--set", o)))
+    _wait_for_steps(trainer, "run", process.is_alive, 3)
     os.killpg(process.pid, number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
+    process.join(60)
+    out = trainer.log("run").read_text()
+    assert process.exitcode == 0, out
     assert f"({number.name})" in out and "Traceback" not in out
     assert trainer.checkpoints("run")[-1] == f"step-{trainer.losses('run')[-1][0]:08d}"
 
@@ -88,7 +89,7 @@ def test_dead_launcher_saves(trainer, launcher):
     """A launcher that is killed passes no signal on, and deepspeed's outer one none at all; the ranks notice."""
     options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
     process = trainer.start("run", *options, ranks=2, launcher=launcher)
-    _wait_for_steps(trainer, "run", process, 3)
+    _wait_for_steps(trainer, "run", lambda: process.poll() is None, 3)
     process.kill()
     process.wait(timeout=60)
     deadline = time.time() + 60
@@ -97,11 +98,11 @@ def test_dead_launcher_saves(trainer, launcher):
         time.sleep(0.2)
 
 
-def _wait_for_steps(trainer, run: str, process, count: int) -> None:
+def _wait_for_steps(trainer, run: str, alive, count: int) -> None:
     metrics = trainer.folder / run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= count):
+    while alive() and not (metrics.exists() and len(metrics.read_text().splitlines()) >= count):
         time.sleep(0.05)
-    assert process.poll() is None, process.communicate()[0]
+    assert alive()
 
 
 def test_going_back_to_an_older_checkpoint(trainer):

@@ -12,7 +12,8 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.trainer import ROOT, environment
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
 
 STUCK = "pipe:sleep 100; cat /nowhere"  # a shard that makes the start endless
 
@@ -45,6 +46,22 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
     process.send_signal(number)
     out = process.stdout.read()  # communicate() would end the input
     assert (process.wait(20), out) == (0, f"stopped before the first step ({number.name}); nothing to save\n")
+
+
+def test_a_signal_is_heeded_where_a_thousand_files_are_open():
+    code = """
+        import os, resource, time
+        from m3ae_fast.engine.signals import StopRequest
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+        with StopRequest():
+            print("ready", flush=True)
+            time.sleep(60)
+    """
+    process = program(code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert "stopped before the first step (SIGTERM)" in process.communicate(timeout=20)[0] and process.returncode == 0
 
 
 def test_a_library_that_swallows_the_end_is_ended_all_the_same():

@@ -122,9 +122,11 @@ def _of_http(response) -> Iterator[bytes]:
 
 def _of_command(source: Pipe) -> Iterator[bytes]:
     fd = source.stream.fileno()
+    ready = select.poll()  # select() fails where a thousand files are open
+    ready.register(fd, select.POLLIN)
     silent = 0.0
     while silent < TIMEOUT_S:
-        if not select.select([fd], [], [], 1.0)[0]:
+        if not ready.poll(1000):
             silent += 1.0
             continue
         silent = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections import OrderedDict
@@ -30,7 +31,7 @@ class Raw(NamedTuple):
 
 
 class _Open(NamedTuple):
-    fd: int
+    file: io.FileIO  # which closes itself when nobody refers to it any more
     table: np.ndarray
 
 
@@ -59,13 +60,13 @@ class Reader:
             BadSample: a part that its shard trains is missing, cut short, too large, or not text.
             OSError: the shard cannot be read.
         """
-        fd, table = self._get(shard)
+        file, table = self._get(shard)
         entry, modality = table[row], self.source.modalities[shard]
         image = caption = None
         if modality in ("paired", "image") or (modality == "any" and entry["image_offset"] != MISSING):
-            image = _read(fd, entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "image")
+            image = _read(file.fileno(), entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "image")
         if modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING):
-            caption = _read_caption(fd, entry)
+            caption = _read_caption(file.fileno(), entry)
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
@@ -75,11 +76,11 @@ class Reader:
             BadSample: there are none, or they are cut short.
             OSError: the shard cannot be read.
         """
-        fd, table = self._get(shard)
+        file, table = self._get(shard)
         entry = table[row]
         if entry["ids_offset"] == MISSING:
             raise BadSample("no ids (make them with python -m m3ae_fast.data tokenize-images)")
-        data = _read(fd, entry["ids_offset"], entry["ids_size"], MAX_IMAGE_BYTES, "ids")
+        data = _read(file.fileno(), entry["ids_offset"], entry["ids_size"], MAX_IMAGE_BYTES, "ids")
         if len(data) % IDS_DTYPE.itemsize:
             raise BadSample("the ids are cut short")
         return np.frombuffer(data, IDS_DTYPE).astype(np.int64)
@@ -100,7 +101,7 @@ class Reader:
             raise failure from None
         self._open[shard] = entry
         if len(self._open) > _OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1].fd)
+            self._open.popitem(last=False)
         return self._open[shard]
 
     def _open_shard(self, indexed: IndexedShard) -> _Open:
@@ -116,7 +117,7 @@ class Reader:
             table = indexed.table()
         except OSError:
             table = indexed.again(self.store).table()
-        return _Open(os.open(path, os.O_RDONLY | os.O_CLOEXEC), table)
+        return _Open(open(path, "rb", buffering=0), table)
 
     def __reduce__(self):
         return Reader, (self.source, self.store)  # open files are not pickled

@@ -90,8 +90,10 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def _watch(self) -> None:
+        woken = select.poll()  # select() fails where a thousand files are open
+        woken.register(self._wakes, select.POLLIN)
         while True:
-            if select.select([self._wakes], [], [], _TICK_S)[0]:
+            if woken.poll(1000 * _TICK_S):
                 numbers = os.read(self._wakes, 64)
                 if not numbers:
                     os.close(self._wakes)

@@ -23,7 +23,7 @@ LONG = "folder/" * 30 + "0001.jpg"
 
 @pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_scan_finds_what_tarfile_finds(tmp_path, fmt):
-    names = ["a.jpg", "ünïcode.txt", "x/y.z.json", "empty.txt", "d/" * 40 + "0.jpg"]
+    names = ["a.jpg", "ünïcode.txt", "x/y.z.json", "empty.txt", "d/" * 40 + "0.jpg", "n" * 96 + ".jpg"]
     names += [LONG, "k" * 180 + ".txt"] if fmt != tarfile.USTAR_FORMAT else []
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=fmt) as tar:
@@ -52,6 +52,15 @@ def test_scan_reads_binary_sizes(tmp_path):
     found, damage = scan_tar(path)
     assert found[0].size == 9 << 30
     assert "ends inside" in damage
+
+
+def test_a_tar_that_is_cut_behind_a_member_lacks_its_end_mark_alone(tmp_path):
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 1024  # whole blocks
+    path = tmp_path / "a.tar"
+    path.write_bytes(info.tobuf() + bytes(1024))
+    found, damage = scan_tar(path)
+    assert len(found) == 1 and "no end mark" in damage
 
 
 def test_scan_of_a_header_that_is_wrong_but_checks_out(tmp_path):

@@ -133,6 +133,20 @@ def test_many_batches_ahead_need_more_files_than_usual(load, paired):
     assert len(batches) == 20
 
 
+def test_a_loader_that_is_gone_keeps_no_shard_open(load, paired):
+    """A run makes one for every picture that it draws."""
+
+    def shards_open() -> int:
+        paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return sum(os.path.basename(os.readlink(path)).startswith("paired") for path in paths if os.path.exists(path))
+
+    loader = load(paired, micro_batch=9, train=False)
+    before = shards_open()
+    assert list(loader) and shards_open() == before + 3
+    del loader
+    assert shards_open() == before
+
+
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_masks(load, paired, per):
     masking = MaskingConfig(image_ratio=0.75, text_ratio=0.5, per=per)

@@ -17,6 +17,7 @@ from m3ae_fast.data import ShardStore, download, open_corpus, shards
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import expand
+from m3ae_fast.data.workers import allow_open_files
 from m3ae_fast.errors import UserError
 from tests.helpers.shards import members, picture, write_tar
 
@@ -254,6 +255,16 @@ def test_pipe(tmp_path, store, no_waiting):
             samples(command, store)
     with pytest.raises(UserError, match="no gopen handler"):
         samples("nosuchscheme://bucket/a.tar", store)
+
+
+def test_commands_are_read_where_a_thousand_files_are_open(tmp_path, store):
+    """As a rank with many sources has them; the system's select() would fail."""
+    allow_open_files()
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    with contextlib.ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(path, "rb"))
+        assert samples(f"pipe:cat {path}", store) == 3
 
 
 def test_s3_goes_through_the_aws_tool(tmp_path, store, monkeypatch):

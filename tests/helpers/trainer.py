@@ -1,13 +1,13 @@
-"""A tiny config and a way to run the trainer as users do, in a process of its own."""
+"""A tiny config and ways to run the trainer, in processes of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.helpers.ranks import Process, environment, fork_ranks, free_port, run_ranks
 
 ROOT = Path(__file__).parents[2]
 CLIPART = ROOT / "data/openclipart"
@@ -45,20 +45,6 @@ TINY = {
 }
 
 
-def environment() -> dict[str, str]:
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-    return {k: v for k, v in os.environ.items() if k not in launched} | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Trainer:
     """Runs m3ae_fast/train.py on the tiny config; every run has a folder of its own below `folder`."""
 
@@ -67,15 +53,11 @@ class Trainer:
         self.config = folder / "tiny.json"
         self.config.write_text(json.dumps(TINY))
 
+    def arguments(self, run: str, *options: str) -> list[str]:
+        return ["--config", str(self.config), "--set", f"run.dir={self.folder / run}", *options]
+
     def command(self, run: str, *options: str, ranks: int = 1, launcher: str = "torchrun") -> list[str]:
-        script = [
-            str(ROOT / "m3ae_fast/train.py"),
-            "--config",
-            str(self.config),
-            "--set",
-            f"run.dir={self.folder / run}",
-        ]
-        script += options
+        script = [str(ROOT / "m3ae_fast/train.py"), *self.arguments(run, *options)]
         if launcher == "deepspeed":
             port = f"--master_port={free_port()}"
             return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), port, *script]
@@ -84,7 +66,8 @@ class Trainer:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         return [*torchrun, "--master-port", str(free_port()), *script]
 
-    def start(self, run: str, *options: str, start_new_session: bool = False, **kwargs) -> subprocess.Popen:
+    def start(self, run: str, *options: str, **kwargs) -> subprocess.Popen:
+        """Start it as users do, from nothing, through a launcher where there are several ranks."""
         return subprocess.Popen(
             self.command(run, *options, **kwargs),
             env=environment(),
@@ -92,15 +75,29 @@ class Trainer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=start_new_session,
         )
 
-    def __call__(self, run: str, *options: str, code: int = 0, **kwargs) -> str:
-        """Run to the end and expect exit code `code`. Returns what was printed."""
+    def launch(self, run: str, *options: str, code: int = 0, **kwargs) -> str:
+        """Start it as users do, and expect exit code `code` in the end. Returns what was printed."""
         process = self.start(run, *options, **kwargs)
         out, _ = process.communicate(timeout=300)
         assert process.returncode == code, out
         return out
+
+    def fork(self, run: str, *options: str) -> Process:
+        """Start a rank that needs no start, in a session of its own; what it prints is in `log(run)`."""
+        (process,) = fork_ranks("m3ae_fast.train", self.arguments(run, *options), 1, self.log(run))
+        return process
+
+    def __call__(self, run: str, *options: str, code: int = 0, ranks: int = 1) -> str:
+        """Run ranks that need no start to the end and expect exit code `code`. Returns what was printed."""
+        self.log(run).unlink(missing_ok=True)
+        found, out = run_ranks("m3ae_fast.train", self.arguments(run, *options), ranks, self.log(run))
+        assert found == code, out
+        return out
+
+    def log(self, run: str) -> Path:
+        return self.folder / f"{run}.log"
 
     def metrics(self, run: str, *names: str) -> list[tuple]:
         """The named values of every logged training step."""

@@ -1,8 +1,8 @@
 """Many engines, one after another in this process, on one rank or two: run by test_engine_parity.py.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases matrix|options|configs
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases matrix|options|configs FILE
 
-Prints one line of JSON per case: its name, and (loss, gradient norm) of every step.
+Writes one line of JSON per case into FILE: its name, and (loss, gradient norm) of every step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.model import M3AE, Sample, draw_mask, pack
 from m3ae_fast.model.batch import LossCounts
 
-STEPS, BATCH, LR = 4, 16, 1e-2
+STEPS, BATCH, LR = 3, 16, 1e-2
 TINY = {
     "size": None, "emb_dim": 32, "depth": 2, "num_heads": 4, "dec_emb_dim": 32, "dec_depth": 2, "dec_num_heads": 4,
     "image_size": 16, "patch_size": 4, "text_length": 8, "vocab_size": 64,
@@ -49,12 +50,18 @@ Case = tuple[str, Config]
 
 
 def _config(
-    world: int, stage: int | None, accumulation: int, precision: str, zero: dict[str, Any], **section: Any
+    world: int,
+    stage: int | None,
+    accumulation: int,
+    precision: str,
+    zero: dict[str, Any],
+    clip_grad: float | None = 1.0,
+    **section: Any,
 ) -> Config:
     data = {
         "model": TINY,
         "data": {"train": [{"shards": "none.tar"}]},
-        "optim": {"clip_grad": 1.0},
+        "optim": {"clip_grad": clip_grad},
         "train": {
             "steps": STEPS,
             "global_batch": BATCH,
@@ -81,10 +88,13 @@ def matrix(world: int) -> Iterator[Case]:
 
 
 def options(world: int) -> Iterator[Case]:
-    """Every other setting of the deepspeed section that this machine can run, in float32."""
+    """Every other setting of the deepspeed section that this machine can run, in float32, and what is without one."""
+    yield "plain", _config(world, None, 1, "fp32", {})
     for stage, option in OPTIONS:
         yield f"stage={stage} {option}", _config(world, stage, 2, "fp32", option | SMALL_BUCKET)
     yield "stage=0 prescale", _config(world, 0, 2, "fp32", {}, prescale_gradients=True)
+    for name, stage in (("plain", None), ("stage=0", 0), ("stage=2", 2)):
+        yield f"{name} unclipped", _config(world, stage, 1, "fp32", {}, clip_grad=None)
 
 
 def configs(world: int) -> Iterator[Case]:
@@ -138,16 +148,16 @@ def run(ranks: Ranks, config: Config) -> list[tuple[float, float]]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    which, out = argv or sys.argv[1:]
     logging.disable(logging.WARNING)
-    cases = {"matrix": matrix, "options": options, "configs": configs}[sys.argv[1]]
-    with join_ranks() as ranks:
+    cases = {"matrix": matrix, "options": options, "configs": configs}[which]
+    with join_ranks() as ranks, open(out if ranks.is_main else os.devnull, "w", encoding="utf-8") as file:
         torch.set_num_threads(1)
         for name, config in cases(ranks.world):
-            found = run(ranks, config)
-            if ranks.is_main:
-                print(json.dumps([name, found]), flush=True)
+            print(json.dumps([name, run(ranks, config)]), file=file, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

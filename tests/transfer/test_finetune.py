@@ -1,8 +1,6 @@
 """Fine-tuning learns, resumes as if never interrupted, and leaves a classifier that loads."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier
 from tests.helpers.labelled import coloured
-from tests.helpers.trainer import ROOT, environment, free_port
+from tests.helpers.ranks import run_ranks
 
 QUICK = {
     "global_batch": 16, "micro_batch": 8, "epochs": 4, "warmup_epochs": 0, "peak_lr": 3e-3, "mixup": 0, "cutmix": 0,
@@ -79,20 +77,11 @@ def test_resumed_is_as_never_interrupted(transfer, tmp_path, capsys):
 def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
     options = settings(epochs=1, drop_path=0, label_smoothing=0.1, micro_batch=4)
     transfer("finetune", *options, out="one")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command += ["-m", "m3ae_fast.transfer", "finetune", str(run), "--train", shards[0], "--val", shards[1]]
-    command += ["--out", str(tmp_path / "two"), "--set", "data.workers=0", *options]
+    command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
+    command += ["--set", "data.workers=0", *options]
     command += ["--set", 'finetune.deepspeed={"zero_optimization": {"stage": 3}}']
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, out = run_ranks("m3ae_fast.transfer.__main__", command, 2, tmp_path / "log")
+    assert code == 0, out[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-4)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.models import load_model
 from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
-from tests.helpers.trainer import environment, free_port
+from tests.helpers.ranks import run_ranks
 from tests.transfer.conftest import settings
 
 FAST = settings("probe.peak_lr=30", "probe.global_batch=24", "probe.micro_batch=8", "probe.warmup_epochs=2")
@@ -77,11 +75,10 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, mon
 def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
     options = [*FAST, *settings("probe.steps=3", "encode.batch=4", "encode.precision=fp32")]
     transfer("linear", *options, out="one")
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    command += ["-m", "m3ae_fast.transfer", "linear", str(run), "--train", shards[0], "--val", shards[1]]
-    command += ["--out", str(tmp_path / "two"), *settings("data.workers=0"), *options]
-    done = subprocess.run([sys.executable, *command], env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["linear", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
+    command += [*settings("data.workers=0"), *options]
+    code, out = run_ranks("m3ae_fast.transfer.__main__", command, 2, tmp_path / "log")
+    assert code == 0, out
     one, two = (checkpoint.read_weights(checkpoint.locate(tmp_path / name)) for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,1 @@
+"""Training under random faults: python -m benchmarks.soak --minutes 10."""

@@ -1,0 +1,90 @@
+"""Processes that run a program's `main` as `python` or torchrun would, but begin with everything imported.
+
+They are forked from a server that has imported torch and the trainer, which takes longer than a tiny run does.
+Launchers, and what happens while a program is imported, are tested with processes that begin from nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from multiprocessing.context import ForkServerProcess as Process
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+
+LIMIT_S = 200
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["pytest", "m3ae_fast.train", "deepspeed", __name__])
+
+
+def environment() -> dict[str, str]:
+    """This process's, for programs of their own: one core, no GPU, no launcher."""
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    return {k: v for k, v in os.environ.items() if k not in launched} | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fork_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> list[Process]:
+    """Start `module.main(arguments)` on `ranks` ranks, each in a session of its own. What they print goes to `log`."""
+    with _environment(environment()):
+        ensure_running()
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        mine = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        processes.append(_forks.Process(target=_run, args=(module, arguments, mine, log)))
+        processes[-1].start()
+    return processes
+
+
+def run_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> tuple[int, str]:
+    """Run `module.main(arguments)` on `ranks` ranks to the end. Returns an exit code, the first that is not 0, and what
+    they printed."""
+    processes = fork_ranks(module, arguments, ranks, log)
+    deadline = time.monotonic() + LIMIT_S
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
+    out = log.read_text() if log.exists() else ""
+    assert not late, f"{len(late)} of {ranks} ranks are still at work after {LIMIT_S} s:\n{out}"
+    return next((process.exitcode for process in processes if process.exitcode), 0), out
+
+
+def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    from m3ae_fast.errors import exit_cleanly
+
+    multiprocessing.set_start_method(None, force=True)  # for its loader workers, the usual one again
+    gc.freeze()  # what was imported: DeepSpeed collects all garbage for every engine
+    os.setsid()
+    os.environ.update(variables)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.exit(exit_cleanly(lambda: import_module(module).main(arguments)))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
