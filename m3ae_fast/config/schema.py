@@ -97,6 +97,8 @@ class ModelConfig(Section):
     """GELU's tanh approximation, as the official M3AE has it, or the exact one, as MAE and timm have it."""
     positions: Literal["sincos", "stored"] = "sincos"
     """Position embeddings of patches: computed, or stored with the weights, as MAE does. Training changes neither."""
+    mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
+    """Whether mean pooling follows the final LayerNorm or precedes it, as in fine-tuned MAEs (timm's `fc_norm`)."""
     init_from: str | None = None
     """Folder of an export, or a hub name: a new run starts from its weights. One without a decoder gets a new one."""
 
