@@ -301,7 +301,7 @@ class TransformerLoopConfig(LoopConfig):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the hardware multiplies it faster."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights, kept beside them, such as 0.9999; null: none."""
+    """Decay per step of a moving average of the weights, such as 0.9999, for exports and transfer; null: none."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
     compile: bool = False

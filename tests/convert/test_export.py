@@ -53,7 +53,7 @@ def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
         image = image.convert("L") if channels == 1 else image
         theirs = processor(image, return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(theirs[0], (prepare_image(model, image) / 255 - mean) / std, rtol=0, atol=1e-6)
-        torch.testing.assert_close(model.encode(theirs), model.encode([image]))
+        torch.testing.assert_close(model.encode(theirs, precision="fp32"), model.encode([image], precision="fp32"))
     grey = Image.fromarray(pixels[..., 0])  # becomes what the model takes
     if channels == 3:
         theirs = processor(grey, return_tensors="pt")["pixel_values"][0]
@@ -127,7 +127,10 @@ def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("me/other", r"me/other: no such file or folder, and the hub cannot be reached \(no network in tests second line\)"),
+        (
+            "me/other",
+            r"me/other: no such file or folder, and the hub cannot be reached \(no network in tests second line\)",
+        ),
         ("nowhere", "nowhere: no such file or folder; name an export, or a model of the hub as owner/name"),
         ("a/b/c", "no such file or folder"),
     ],
