@@ -92,7 +92,7 @@ class MultimodalEncoder(nn.Module):
         return Geometry(c.image_size, c.patch_size, c.channels, c.text_length)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
-        """[T, D] encoder rows after the final LayerNorm."""
+        """[T, D] encoder rows of a batch on the model's device, after the final LayerNorm. Differentiable."""
         return self.encoder.norm(self.encoder(self._input(batch), batch.encoder))
 
     def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
