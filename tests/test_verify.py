@@ -116,14 +116,14 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         Golden.load(tmp_path / "missing.npz")
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(UserError, match="no golden file"):
+    with pytest.raises(UserError, match="not a golden file"):
         Golden.load(tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    with pytest.raises(UserError, match="no golden file"):
+    with pytest.raises(UserError, match="not a golden file"):
         Golden.load(tmp_path / "other.npz")
     shutil.copy(FILES[0], tmp_path / "cut.npz")
     (tmp_path / "cut.npz").write_bytes(FILES[0].read_bytes()[:5000])
-    with pytest.raises(UserError, match="no golden file"):
+    with pytest.raises(UserError, match="not a golden file"):
         Golden.load(tmp_path / "cut.npz")
 
 
