@@ -37,7 +37,19 @@ def draw_run(
     path: Path,
     count: int,
 ) -> None:
-    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights."""
+    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights.
+
+    Args:
+        config: of the run.
+        weights: float32, by parameter name.
+        corpus: where the samples come from.
+        tokenizer: of the run; None where it has no captions.
+        path: the PNG to write.
+        count: samples.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
     with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
         model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights", assign=True)
@@ -57,6 +69,13 @@ def draw_reconstructions(
     """Write a PNG with a row for each sample. Visible patches and text tokens are shown as they are, masked ones as
     predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
     predicted.
+
+    Args:
+        model: on any device; its mode stays.
+        samples: with masks; pictures uint8 [C, image_size, image_size].
+        tokenizer: of the captions; None: tokens are shown as numbers.
+        path: the PNG to write.
+        vqgan: the frozen image tokenizer, on the CPU; None where pixels are predicted.
 
     Raises:
         UserError: `path` cannot be written.

@@ -29,7 +29,7 @@ from m3ae_fast.hardware import dtype_of, fast_precision, pins_memory
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.packing import Sample, pack
-from m3ae_fast.model.pooling import Pool, mean_of_tokens
+from m3ae_fast.model.pooling import Pool
 from m3ae_fast.progress import track
 
 T = TypeVar("T")
@@ -161,11 +161,9 @@ def _pool(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Ten
 
 
 def _pool_and_patches(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Tensor, Tensor]:
-    rows_TD = model.forward_encoder(batch)
-    samples = len(batch.keys)  # segments of padding come after them
-    cls_S = batch.encoder.cu_seqlens[:samples].long()
+    pooled_SD, rows_TD = model.pooled_and_rows(batch, pool)
+    cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
     patches_L = torch.arange(1, 1 + model.config.patches_per_image, device=rows_TD.device)
-    pooled_SD = rows_TD[cls_S].float() if pool == "cls" else mean_of_tokens(rows_TD, batch.encoder)[:samples]
     return pooled_SD, rows_TD[cls_S[:, None] + patches_L].half()
 
 
@@ -180,7 +178,7 @@ def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float)
 
 def encode(
     model: MultimodalEncoder,
-    images: Sequence[Image | Tensor] | None,
+    images: Sequence[Image | Tensor] | Tensor | None,
     texts: Sequence[str] | None,
     *,
     pool: Pool,
@@ -200,7 +198,10 @@ def encode(
     with encoding(model, precision, device):
         for start in range(0, count, batch):
             numbers = range(start, min(start + batch, count))
-            samples = [_sample(model, i, images[i] if images else None, texts[i] if texts else None) for i in numbers]
+            samples = [
+                _sample(model, i, None if images is None else images[i], None if texts is None else texts[i])
+                for i in numbers
+            ]
             parts.append(model.pooled(pack(samples, model.geometry).to(device), pool))
     return torch.cat(parts)
 

@@ -2,6 +2,7 @@
 
 It holds model.safetensors, config.json, the tokenizer, how images are prepared, and a model card.
 
+  --weights last     of a run with train.ema the last weights, not their moving average
   --format timm      the image encoder alone, for timm.create_model("local-dir:OUT", pretrained=True)
   --push OWNER/NAME  also uploads OUT to the Hugging Face hub (log in with `hf auth login` first)
 """
@@ -23,7 +24,9 @@ from m3ae_fast.model.output_folder import CONFIG_FILE
 from m3ae_fast.model.pretrained import read_pretrained, write_pretrained
 
 
-def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None) -> Converted:
+def export(
+    run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None, weights: str = "average"
+) -> Converted:
     """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
 
     Args:
@@ -31,6 +34,7 @@ def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | N
         out: a new folder, or an earlier export, which is replaced.
         format: "m3ae", or "timm" for the image encoder as timm's VisionTransformer.
         name: what the model card calls the model; None: as the folder.
+        weights: "average", of a run with `train.ema`, or "last".
 
     Returns:
         What was read.
@@ -43,7 +47,7 @@ def export(run: str | Path, out: str | Path, format: str = "m3ae", name: str | N
         found = Converted(exported.config, exported.state, exported.tokenizer, kind=f"export {run}")
         about = ""
     else:
-        trained = read_run(Path(run))
+        trained = read_run(Path(run), average=weights == "average")
         found, about = trained.weights, run_section(trained)
     if format == "timm":
         write_timm(out, found.config, found.state)
@@ -62,10 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--format", choices=["m3ae", "timm"], default="m3ae", help="whose folder OUT is (default: m3ae)"
     )
+    parser.add_argument(
+        "--weights", choices=["average", "last"], default="average", help="of a run with train.ema (default: average)"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: a model made by it is private")
     args = parser.parse_args(argv)
-    found = export(args.run, args.out, args.format, args.push)
+    found = export(args.run, args.out, args.format, args.push, args.weights)
     print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
     if args.push:
         print(f"pushed to {push_folder(args.out, args.push, args.private)}")

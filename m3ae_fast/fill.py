@@ -112,7 +112,13 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
 
 
 def fill_text(model: M3AE, sample: Sample, top: int = 5) -> list[list[Guess]]:
-    """For each masked token of a caption, in order, the `top` likeliest with their probabilities."""
+    """For each masked token of a caption, in order, the `top` likeliest with their probabilities.
+
+    Args:
+        model: with a tokenizer; on any device.
+        sample: with a caption, as `make_sample` gives it.
+        top: guesses for each.
+    """
     assert sample.text_mask is not None and model.tokenizer is not None
     geometry = replace(model.geometry, image_all_tokens=False, text_all_tokens=False)
     device = model.encoder_input.cls_token.device

@@ -43,7 +43,8 @@ class Golden:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except Exception as error:  # numpy and zipfile raise anything on hostile input
-            raise UserError(f"{path}: is not a golden file ({error})") from None
+            reason = str(error).partition(". ")[0]  # without numpy's advice to trust a pickle
+            raise UserError(f"{path}: is not a golden file ({reason})") from None
 
     def get(self, key: str) -> np.ndarray | None:
         return self.arrays.get(key)

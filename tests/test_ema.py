@@ -8,6 +8,8 @@ import torch
 
 from m3ae_fast.engine import checkpoint
 from m3ae_fast.engine.optimizer import EMA, track_ema
+from m3ae_fast.export import main as export
+from m3ae_fast.transfer.models import load_model
 from tests.helpers.trainer import zero
 
 OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
@@ -47,6 +49,18 @@ def test_a_resumed_run_has_the_same_average(trainer):
     shutil.rmtree(trainer.folder / "run/checkpoints/step-00000006")
     trainer("run", *zero(1), *OPTIONS, "--resume", "auto")
     assert all(torch.equal(whole[name], now) for name, now in _average(trainer, "run", 6).items())
+
+
+def test_what_leaves_the_run_is_the_average(trainer, capsys):
+    trainer("run", *zero(None), *OPTIONS)
+    run, average = trainer.folder / "run", _average(trainer, "run", 6)
+    assert export([str(run), str(trainer.folder / "out")]) == 0
+    assert "the average of its weights (train.ema 0.7)" in capsys.readouterr().out
+    assert "moving average with decay 0.7" in (trainer.folder / "out/README.md").read_text()
+    assert export([str(run), str(trainer.folder / "last"), "--weights", "last"]) == 0
+    for model, kind in ((str(run), "ema"), (trainer.folder / "out", "ema"), (trainer.folder / "last", "model")):
+        weights = load_model(str(model), text=False).state_dict()
+        assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])
 
 
 def test_it_may_begin_later_and_goes_on_after_a_resume(trainer):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from m3ae_fast.config import Config, DataConfig, LossConfig, MaskingConfig, ModelConfig, SourceConfig, parse
+from m3ae_fast.convert.__main__ import main as convert
 from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
 from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.data.images import decode_image
@@ -79,7 +80,7 @@ def _flax_bytes(arrays):
 def test_conversion_of_the_official_file_format(tmp_path):
     arrays = {key: array for key, array in Golden.load(GOLDEN).arrays.items() if key.startswith("params/")}
     (tmp_path / "tokenizer.msgpack").write_bytes(_flax_bytes(arrays))
-    convert_vqgan(tmp_path / "tokenizer.msgpack", tmp_path / "out")
+    assert convert([str(tmp_path / "tokenizer.msgpack"), str(tmp_path / "out")]) == 0
     loaded, direct = VQGAN.from_pretrained(tmp_path / "out"), from_flax(arrays, "golden")
     assert loaded.config == direct.config == VQGANConfig(32, 1, (1, 1, 1, 2, 1), 24, 64)
     assert all(
@@ -139,10 +140,10 @@ def test_the_loss_is_the_cross_entropy_of_masked_patches(vqgan, model):
     assert model.image_head.weight.shape == (16, 32) and model.image_head.weight.grad.any()
     # images that were normalised are put back before the tokenizer sees them
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MODEL.image_mean, MODEL.image_std))
-    for convert in (lambda image: image, lambda image: (image / 255 - mean) / std):
+    for normalise in (lambda image: image, lambda image: (image / 255 - mean) / std):
         without = samples(3)
         for sample in without:
-            sample.image = convert(sample.image)
+            sample.image = normalise(sample.image)
         found = with_image_targets(pack(without, model.geometry), vqgan, MODEL)
         assert torch.equal(found.image_targets, batch.image_targets)
     with pytest.raises(ValueError, match="targets"):

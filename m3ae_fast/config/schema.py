@@ -97,6 +97,8 @@ class ModelConfig(Section):
     """GELU's tanh approximation, as in the official M3AE, or the exact one, as in MAE and timm."""
     positions: Literal["sincos", "stored"] = "sincos"
     """Position embeddings of patches: computed, or stored with the weights, as MAE does. Training changes neither."""
+    mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
+    """Whether mean pooling follows the final LayerNorm or precedes it, as in fine-tuned MAEs (timm's `fc_norm`)."""
     init_from: str | None = None
     """Folder of an export, or a hub name: a new run starts from its weights (a missing decoder from random ones)."""
 
@@ -299,7 +301,7 @@ class TransformerLoopConfig(LoopConfig):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the hardware multiplies it faster."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights, kept beside them, such as 0.9999; null: none."""
+    """Decay per step of a moving average of the weights, such as 0.9999, for exports and transfer; null: none."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     compile: bool = False

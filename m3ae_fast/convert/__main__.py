@@ -4,10 +4,11 @@ SOURCE is one of
   FILE.pkl           a checkpoint of the official JAX code, M3AE or MAE (nothing that it names is run)
   FILE.pth           a checkpoint of facebookresearch/mae: pre-training, an encoder alone, fine-tuned
   FILE.safetensors   weights of a timm VisionTransformer
+  FILE.msgpack       the official image tokenizer, a VQGAN: OUT is what data.image_tokenizer names
   FOLDER             a run folder, a checkpoint or an export of this program, or a model that timm saved
   OWNER/NAME         any such folder on the Hugging Face hub
 
-OUT can be loaded, fine-tuned, and trained on: set model.init_from to it and the sizes in its config.json.
+A model in OUT can be loaded, fine-tuned, and trained on: set model.init_from to it and the sizes in its config.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import write_pretrained
 from m3ae_fast.model.tokenizer import load_tokenizer
+from m3ae_fast.model.vqgan_flax import convert_vqgan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-heads", type=int, help="of a .pth or .safetensors of no published width")
     parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
     args = parser.parse_args(argv)
+    if Path(args.source).suffix == ".msgpack":
+        vqgan = convert_vqgan(args.source, args.out)
+        print(f"MaskGIT VQGAN of {vqgan.config.codebook_size:,} codes, written to {args.out}")
+        return 0
     found = read_source(args.source, ViTOptions(args.num_heads, args.dec_num_heads))
     if args.tokenizer:
         sizes = found.config.text_length, found.config.vocab_size

@@ -19,6 +19,7 @@ class RunWeights:
     path: Path
     info: checkpoint.Info
     weights: Converted
+    average: float | None  # decay (train.ema) of the moving average that they are
 
 
 def is_run(path: Path) -> bool:
@@ -26,8 +27,10 @@ def is_run(path: Path) -> bool:
     return (path / checkpoint.INFO_FILE).is_file() or bool(checkpoint.saved_steps(path))
 
 
-def read_run(run: Path) -> RunWeights:
+def read_run(run: Path, *, average: bool = True) -> RunWeights:
     """The last checkpoint of a run folder, or the checkpoint `run` itself, with the tokenizer that its config names.
+
+    Of a run with train.ema it is the moving average of the weights, unless `average` is false.
 
     Whatever ZeRO stage trained it: checkpoints hold whole float32 tensors.
 
@@ -37,9 +40,11 @@ def read_run(run: Path) -> RunWeights:
     path = checkpoint.locate(run)
     info = checkpoint.read_info(path)
     config = parse(ModelConfig, info.config.get("model"), f"checkpoint {path}")
-    state = checkpoint.read_weights(path)
+    state = checkpoint.read_weights(path, average=average)
     tokenizer, notes = _tokenizer(config, (info.config.get("data") or {}).get("tokenizer"))
-    return RunWeights(path, info, Converted(config, state, tokenizer, kind=f"checkpoint {path}", notes=notes))
+    decay = (info.config.get("train") or {}).get("ema") if average else None
+    kind = f"checkpoint {path}" + (f", the average of its weights (train.ema {decay:g})" if decay else "")
+    return RunWeights(path, info, Converted(config, state, tokenizer, kind=kind, notes=notes), decay)
 
 
 def _tokenizer(config: ModelConfig, name: str | None) -> tuple[CaptionTokenizer | None, tuple[str, ...]]:

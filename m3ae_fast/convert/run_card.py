@@ -18,6 +18,9 @@ def run_section(run: RunWeights) -> str:
     info, config = run.info, run.info.config
     data = [f"- `{_public(shards)}`" for shards in _shards(config.get("data") or {})]
     lines = ["## Training", "", f"{info.step:,} steps, {info.samples:,} samples seen, of", "", *data, ""]
+    if run.average:
+        what = f"a moving average with decay {run.average:g}; the metrics are of the last weights"
+        lines += [f"These weights are {what}.", ""]
     metrics = _last_metrics(run)
     if metrics:
         lines += ["| metric | value | after step |", "|---|--:|--:|"]

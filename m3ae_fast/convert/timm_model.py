@@ -6,6 +6,7 @@ Shapes: D width, L patches, C channels, P patch size.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
         "architecture": "vit_base_patch16_224",  # any of its class: model_args holds everything
         "num_classes": 0,
         "num_features": config.emb_dim,
-        "global_pool": "token",
+        "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [config.channels, config.image_size, config.image_size],
@@ -89,7 +90,7 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Keywords of timm's VisionTransformer."""
+    """Keywords of timm's VisionTransformer; with `global_pool` avg its last norm is `fc_norm`, of the mean."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -100,7 +101,7 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
         "mlp_ratio": config.mlp_ratio,
         "act_layer": _ACT_LAYERS[config.gelu],
         "num_classes": 0,
-        "global_pool": "token",
+        "global_pool": "avg" if config.mean_pool == "before_norm" else "token",
     }
 
 
@@ -120,6 +121,8 @@ def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Ten
         "patch_embed.proj.bias": state["patch_embed.bias"],
     }
     parts = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    if config.mean_pool == "before_norm":
+        parts = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in parts.items()}
     return weights | parts
 
 

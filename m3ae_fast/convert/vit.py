@@ -56,13 +56,14 @@ def from_vit(
     """
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
     notes = []
-    if "norm.weight" not in theirs and "fc_norm.weight" in theirs:
-        theirs = {name.replace("fc_norm.", "norm."): tensor for name, tensor in theirs.items()}
-        notes.append("its last norm (fc_norm) acted on the mean of the patches; here it acts on each token")
+    norms_the_mean = "norm.weight" not in theirs and "fc_norm.weight" in theirs
+    if norms_the_mean:
+        theirs = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in theirs.items()}
+        notes.append("its last norm (fc_norm) acts on the mean of the patches: model.mean_pool is before_norm")
     for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in theirs or theirs[name].ndim != axes:
             raise UserError(f"{where}: not an MAE or a timm VisionTransformer: lacks the weight {name} of {axes} axes")
-    config = _config(theirs, options, where)
+    config = _config(theirs, options, "before_norm" if norms_the_mean else "after_norm", where)
     with torch.device("meta"):
         own = M3AE(config).state_dict()
     if "decoder_embed.weight" not in theirs:
@@ -101,7 +102,7 @@ def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
     raise KeyError(name)
 
 
-def _config(theirs: dict[str, Tensor], options: ViTOptions, where: str) -> ModelConfig:
+def _config(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
     width, channels, patch, columns = theirs["patch_embed.proj.weight"].shape
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))
@@ -126,6 +127,7 @@ def _config(theirs: dict[str, Tensor], options: ViTOptions, where: str) -> Model
         "vocab_size": 0,
         "gelu": options.gelu,
         "positions": "stored",
+        "mean_pool": mean_pool,
     }
     return parse(ModelConfig, data, where)
 

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there, and that fit any number of ranks and any ZeRO stage.
 
 run.dir/checkpoints/step-00001234/
-    state.safetensors   float32 weights and Adam moments, whole tensors by parameter name
+    state.safetensors   float32 weights, Adam moments and, with train.ema, averaged weights: whole tensors by name
     state.json          step, samples seen, seeds, config, versions, the data's fingerprint, checksums of other files
     good                a loss computed from its weights was finite
     failed              one was not: `--resume auto` skips it
@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
 
 STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
@@ -222,17 +223,25 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
                 )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's own tensors of a checkpoint. Raises UserError where it is damaged."""
+def read_weights(path: Path, *, average: bool = True) -> dict[str, Tensor]:
+    """float32 weights of a checkpoint by parameter name; of a run with train.ema their moving average, unless `average`
+    is false. Raises UserError where it is damaged."""
     get = open_state(path)
     with _tensors(path) as file:
-        names = [name for name in file.keys() if name.startswith("model/")]  # noqa: SIM118
-    return weights({name: get(name) for name in names})
+        chosen = _weight_names(file.keys(), average)
+    return {name: get(stored) for name, stored in chosen.items()}
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's own tensors of a state, by parameter name."""
-    return {name.removeprefix("model/"): t for name, t in state.items() if name.startswith("model/")}
+    """What `read_weights` will find in a checkpoint of this state."""
+    return {name: state[stored] for name, stored in _weight_names(state, average=True).items()}
+
+
+def _weight_names(stored: Iterable[str], average: bool) -> dict[str, str]:
+    """Parameter name -> its name in a state. Buffers have no average."""
+    kinds = ("model/", f"{EMA}/") if average else ("model/",)
+    names = list(stored)
+    return {name.removeprefix(kind): name for kind in kinds for name in names if name.startswith(kind)}
 
 
 def locate(path: Path) -> Path:

@@ -92,29 +92,47 @@ class MultimodalEncoder(nn.Module):
         return Geometry(c.image_size, c.patch_size, c.channels, c.text_length)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
-        """[T, D] encoder rows after the final LayerNorm."""
+        """[T, D] encoder rows of a batch on the model's device, after the final LayerNorm. Differentiable."""
         return self.encoder.norm(self.encoder(self._input(batch), batch.encoder))
 
     def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
-        """[S, D] features of each sample's visible rows, after the final LayerNorm; at least float32. Differentiable.
+        """[S, D] features of each sample's visible rows, with the final LayerNorm; at least float32. Differentiable.
 
         Args:
             batch: on the model's device.
-            pool: "mean" of all rows but cls (0 where there is no other), or the row of "cls".
+            pool: "mean" of all rows but cls (0 where there is no other), before or after which the LayerNorm comes, as
+                the config's `mean_pool` says; or the row of "cls".
         """
-        samples = len(batch.keys)  # segments of padding come after them
         if pool == "mean":
-            return mean_of_tokens(self.forward_encoder(batch), batch.encoder)[:samples]
+            return self._mean(self.encoder(self._input(batch), batch.encoder), batch)
         cls_rows = batch.encoder.cu_seqlens[:-1]
         cls = self.encoder.norm(self.encoder(self._input(batch), batch.encoder, cls_rows, only_cls(batch.encoder)))
-        return cls[:samples].to(torch.promote_types(cls.dtype, torch.float32))
+        return cls[: len(batch.keys)].to(torch.promote_types(cls.dtype, torch.float32))
+
+    def pooled_and_rows(self, batch: PackedBatch, pool: Pool = "mean") -> tuple[Tensor, Tensor]:
+        """What `pooled` and `forward_encoder` return, from one pass."""
+        x_TD = self.encoder(self._input(batch), batch.encoder)
+        rows_TD = self.encoder.norm(x_TD)
+        if pool == "mean":
+            return self._mean(x_TD, batch), rows_TD
+        cls = rows_TD[batch.encoder.cu_seqlens[: len(batch.keys)].long()]
+        return cls.to(torch.promote_types(cls.dtype, torch.float32)), rows_TD
+
+    def _mean(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
+        """[S, D] of rows before the final LayerNorm."""
+        before, norm = self.config.mean_pool == "before_norm", self.encoder.norm
+        mean_SD = mean_of_tokens(x_TD if before else norm(x_TD), batch.encoder)
+        mean_SD = mean_SD[: len(batch.keys)]  # segments of padding come after the samples
+        if before:
+            mean_SD = norm(mean_SD.to(norm.weight.dtype))
+        return mean_SD.to(torch.promote_types(mean_SD.dtype, torch.float32))
 
     def _input(self, batch: PackedBatch) -> Tensor:
         return self.encoder_input(self.patch_embed(batch.images, batch.patch_ids), batch)
 
     def encode(
         self,
-        images: Sequence[Image | Tensor] | None = None,
+        images: Sequence[Image | Tensor] | Tensor | None = None,
         texts: Sequence[str] | None = None,
         *,
         pool: Pool = "mean",
@@ -125,9 +143,9 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             images: PIL images or uint8 tensors [C, H, W] of any size, of which the central square is taken, or floating
-                tensors [C, image_size, image_size], already normalised; or None.
+                tensors [C, image_size, image_size], already normalised; a list, or one tensor of them all; or None.
             texts: for which the model's `tokenizer` is needed; or None.
-            pool: "mean" over all tokens but cls, after the final LayerNorm, or the "cls" token.
+            pool: "mean" over all tokens but cls, or the "cls" token; see `pooled`.
             batch: samples per forward pass.
             precision: of matmuls; "auto": bf16 where the hardware multiplies it faster.
 

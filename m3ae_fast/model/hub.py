@@ -22,11 +22,11 @@ def find_folder(source: str | Path) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
-        raise UserError(f"{source}: no such folder; name an export, or a model of the hub as owner/name")
+        raise UserError(f"{source}: no such file or folder; name an export, or a model of the hub as owner/name")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(FILES)))
     except Exception as error:  # of the library, of its HTTP client, of the disk
-        raise UserError(f"{source}: no such folder, and {_reason(error)}") from None
+        raise UserError(f"{source}: no such file or folder, and {_reason(error)}") from None
 
 
 def push_folder(folder: str | Path, name: str, private: bool = False) -> str:

@@ -29,7 +29,7 @@ from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
 # what a file without a decoder holds; it lacks all of the rest, or nothing
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 # settings that change what the weights compute, and not their shapes
-_UNSEEN = ("positions", "gelu", "num_heads", "image_mean", "image_std")
+_UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std")
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,17 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
 
 
 def _preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """How a picture becomes the input, in the words of transformers' image processors: the central square, bicubic."""
-    size = config.image_size
+    """How a picture becomes the input, as transformers' image processors read it. Perceiver's is the one that cuts out
+    the central square before it resizes; the others cut afterwards."""
+    size = {"height": config.image_size, "width": config.image_size}
     return {
+        "image_processor_type": "PerceiverImageProcessor",
+        "do_convert_rgb": config.channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": size},
+        "size": size,
         "resample": 3,  # Pillow's bicubic
         "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "crop_size": size,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

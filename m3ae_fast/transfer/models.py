@@ -15,7 +15,8 @@ from m3ae_fast.model.pretrained import load_weights
 
 RANDOM = "random:"
 MODEL_HELP = (
-    "a run folder (its last checkpoint), a checkpoint, an export folder, or random:RUN for that network untrained"
+    "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, or random:RUN for "
+    "that network untrained"
 )
 
 

@@ -25,7 +25,11 @@ TRUE_POSITIVES = 0.95
 
 def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
     """Area under the ROC curve with familiar samples as positives, and the share of strange samples that pass the
-    threshold which 95 % of the familiar ones pass."""
+    threshold which 95 % of the familiar ones pass (both from 0 to 1).
+
+    Args:
+        familiar, strange: floating scores, one a sample, each higher for what looks familiar.
+    """
     from sklearn.metrics import roc_auc_score
 
     truth = np.concatenate((np.ones(len(familiar)), np.zeros(len(strange))))

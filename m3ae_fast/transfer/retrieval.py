@@ -25,9 +25,13 @@ _AT_A_TIME = 512
 
 
 def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
-    """Share of the queries whose own candidate, the one of the same row, is among the k most alike (cosine), by k.
+    """Share of the queries, from 0 to 1, whose own candidate, the one of the same row, is among the k most alike
+    (cosine), by k of RANKS.
 
     A tie counts as a miss: features that are all the same find nothing.
+
+    Args:
+        queries_ND, candidates_ND: floating features, on one device.
     """
     candidates_ND = F.normalize(candidates_ND, dim=1)
     ranks = []

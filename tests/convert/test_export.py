@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
+from transformers import AutoImageProcessor
 
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.encoding import prepare_image
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import main
 from m3ae_fast.model import M3AE
+from tests.convert.test_timm import TINY
 from tests.helpers.trainer import CLIPART
 
 
@@ -22,20 +26,38 @@ def losses_of(run) -> dict:
 
 
 def test_export_needs_nothing_else(run, tmp_path, monkeypatch):
-    """Tokenizer, sizes, normalisation and crop lie beside the weights."""
+    """The tokenizer and the sizes lie beside the weights."""
     assert main([str(run), str(tmp_path / "out")]) == 0
     monkeypatch.chdir(tmp_path)
     model = M3AE.from_pretrained("out")
     ids = model.tokenizer.encode("a red apple")
     assert len(ids) and model.tokenizer.vocab_size == model.config.vocab_size == 2048
     assert model.representation(text=torch.from_numpy(ids)[None]).isfinite().all()
-    prepared = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
-    assert prepared["crop_size"] == {"height": 32, "width": 32} and prepared["size"] == {"shortest_edge": 32}
-    np.testing.assert_allclose(prepared["image_mean"], model.config.image_mean)
     model.save_pretrained("again")
     again = M3AE.from_pretrained("again")
     assert (again.tokenizer.encode("a red apple") == ids).all()
     assert all((again.state_dict()[name] == tensor).all() for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
+    mean, std = (0.5, 0.4, 0.3, 0.6)[:channels], (0.2, 0.3, 0.25, 0.4)[:channels]
+    config = ModelConfig(**TINY, channels=channels, image_mean=mean, image_std=std)
+    model = M3AE(config)
+    model.save_pretrained(tmp_path / "out")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    pixels = np.random.default_rng(0).integers(0, 256, (57, 57, 4), dtype=np.uint8)
+    for height, width in ((24, 24), (57, 40), (33, 44), (20, 57)):  # as it is, cut by odd numbers, enlarged
+        image = Image.fromarray(pixels[:height, :width, : max(channels, 3)])
+        image = image.convert("L") if channels == 1 else image
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(theirs[0], (prepare_image(model, image) / 255 - mean) / std, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.encode(theirs, precision="fp32"), model.encode([image], precision="fp32"))
+    grey = Image.fromarray(pixels[..., 0])  # becomes what the model takes
+    if channels == 3:
+        theirs = processor(grey, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(theirs, (prepare_image(model, grey) / 255 - mean) / std, rtol=0, atol=1e-6)
 
 
 def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):
@@ -105,9 +127,12 @@ def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("me/other", r"me/other: no such folder, and the hub cannot be reached \(no network in tests second line\)"),
-        ("nowhere", "nowhere: no such folder; name an export, or a model of the hub as owner/name"),
-        ("a/b/c", "no such folder"),
+        (
+            "me/other",
+            r"me/other: no such file or folder, and the hub cannot be reached \(no network in tests second line\)",
+        ),
+        ("nowhere", "nowhere: no such file or folder; name an export, or a model of the hub as owner/name"),
+        ("a/b/c", "no such file or folder"),
     ],
 )
 def test_model_that_is_not_there(hub, name, message):

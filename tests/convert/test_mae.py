@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import os
+from functools import partial
 
 import pytest
+import timm
 import torch
 
 from m3ae_fast.config import LossConfig
@@ -15,7 +17,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model import M3AE, Sample, pack
 from m3ae_fast.model.batch import LossCounts
 from tests.convert.official_pickle import Call
-from tests.helpers.mae import MAE, SIZE
+from tests.helpers.mae import MAE, PATCH, SIZE
 
 HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
 
@@ -96,8 +98,8 @@ def test_encoder_alone_warns_and_computes_the_same_features(tmp_path):
 
 
 @torch.no_grad()
-def test_fine_tuned_encoder_keeps_its_norm_of_the_mean(tmp_path, capsys):
-    """Mean pooling before the last norm: the norm's weights are there, to be put to the same use."""
+def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
+    """The same network as MAE's fine-tuning builds it: timm's, with the last norm after mean pooling."""
     mae, images, normal = make()
     weights = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith(("decoder", "mask"))}
     weights = {
@@ -106,13 +108,20 @@ def test_fine_tuned_encoder_keeps_its_norm_of_the_mean(tmp_path, capsys):
     saved = {"model": weights | {"head.weight": torch.zeros(5, 24), "head.bias": torch.zeros(5)}}
     with pytest.warns(UserWarning, match="only an encoder"):
         model = convert(tmp_path, saved | {"args": argparse.Namespace(lr=1.0, device="cuda")})
-    assert "fc_norm) acted on the mean" in capsys.readouterr().out
-    rows = []
-    model.encoder.norm.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
-    model.representation(images)
-    pooled = rows[0].unflatten(0, (4, -1))[:, 1:].mean(1)
-    expected = mae.norm(mae.tokens(normal, before_norm=True)[:, 1:].mean(1))
-    torch.testing.assert_close(model.encoder.norm(pooled), expected, rtol=0, atol=2e-5)
+    assert "model.mean_pool is before_norm" in capsys.readouterr().out
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
+    vit = timm.models.VisionTransformer(**sizes, global_pool="avg", fc_norm=True, norm_layer=norm).eval()
+    vit.load_state_dict(weights)
+    expected = vit(normal)
+    close = {"rtol": 0, "atol": 2e-5}
+    torch.testing.assert_close(model.encode(images, precision="fp32"), expected, **close)
+    batch = pack([Sample(str(i), image, torch.zeros(9) > 0) for i, image in enumerate(images)], model.geometry)
+    pooled, rows = model.pooled_and_rows(batch)
+    torch.testing.assert_close(pooled, expected, **close)
+    torch.testing.assert_close(rows, model.forward_encoder(batch))
+    torch.testing.assert_close(model.pooled(batch, "cls"), model.pooled_and_rows(batch, "cls")[0])
+    assert (rows.unflatten(0, (4, -1))[:, 1:].mean(1) - expected).abs().max() > 1e-2  # the other order is another thing
 
 
 def test_arguments_of_the_run_are_told(tmp_path, capsys):

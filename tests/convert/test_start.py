@@ -86,7 +86,7 @@ MISTAKES = {
     shorter: "encoder.blocks.0.attn.qkv.weight is [95, 32], the model config expects [96, 32]",
     other_heads: "was made with model.num_heads = 8, the config says 4",
     no_weights: "not an exported M3AE",
-    no_folder: "no such folder",
+    no_folder: "no such file or folder",
 }
 
 
@@ -105,7 +105,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, run, change):
 
 def test_run_that_cannot_start_says_so_in_a_line_and_leaves_nothing(trainer):
     out = trainer("run", "--set", "model.init_from=nowhere", code=2)
-    assert "error: nowhere: no such folder; name an export" in out and "Traceback" not in out
+    assert "error: nowhere: no such file or folder; name an export" in out and "Traceback" not in out
     assert not (trainer.folder / "run").exists()
 
 

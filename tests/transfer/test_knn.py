@@ -60,7 +60,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path
     foreign = labelled_tar(tmp_path / "foreign.tar", range(6), dict.fromkeys(range(6), 9))
     for options, more, message in (
         (["--set", "knn.kay=3"], {}, "unknown key knn.kay; did you mean k?"),
-        ([], {"model": tmp_path / "nothing"}, "nothing: no such folder"),
+        ([], {"model": tmp_path / "nothing"}, "nothing: no such file or folder"),
         ([], {"val": foreign}, "no training sample has the label 9"),
         (["--labels", "txt"], {}, "must be cls, or json.FIELD"),
         (["--modality", "text"], {"model": image_only}, "is an image-only model, which cannot take text"),

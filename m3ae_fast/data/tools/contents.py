@@ -34,5 +34,5 @@ def _run(args: argparse.Namespace) -> None:
         modality = found.modality if found.samples else "-"
         table.add_row(escape(shard.shard), modality, *(f"{n:,}" for n in counts), escape(found.damage or ""))
     table.add_section()
-    table.add_row(f"{len(shards):,} shards", "", *(f"{n:,}" for n in totals), "")
+    table.add_row(f"{len(shards):,} shard{'s' * (len(shards) != 1)}", "", *(f"{n:,}" for n in totals), "")
     Console(width=None if sys.stdout.isatty() else 160).print(table)

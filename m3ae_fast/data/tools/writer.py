@@ -223,7 +223,7 @@ def describe(out: Path, converted: Converted) -> str:
     paired = c.images + c.captions - c.samples
     kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
     told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
-    lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shards ({told})"]
+    lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shard{'s' * (len(c.shards) != 1)} ({told})"]
     if c.left_out:
         lines.append(
             f"{c.left_out:,} of {c.samples + c.left_out:,} cannot be used and were left out{_example(c.skipped)}"

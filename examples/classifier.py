@@ -1,0 +1,70 @@
+"""A classifier of one's own around a pre-trained encoder, trained by a plain torch loop.
+
+    python examples/classifier.py MODEL DIR        MODEL: an export, or a name on the hub; DIR/CLASS/PICTURE.jpg
+
+Shapes: B pictures, L patches, D encoder width, K classes.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, random_split
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from m3ae_fast.model import M3AE
+
+
+class PictureClassifier(nn.Module):
+    """A linear layer on the mean of the encoder's patch tokens."""
+
+    def __init__(self, m3ae: M3AE, classes: int) -> None:
+        super().__init__()
+        self.m3ae = m3ae
+        self.head = nn.Sequential(nn.LayerNorm(m3ae.config.emb_dim), nn.Linear(m3ae.config.emb_dim, classes))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits [B, K] of uint8 pictures [B, C, image_size, image_size]; the encoder normalises them itself."""
+        tokens = self.m3ae.representation(images_BCHW)  # [B, 1 + L, D], the cls token first
+        return self.head(tokens[:, 1:].mean(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("pictures")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    m3ae = M3AE.from_pretrained(args.model)
+    size = m3ae.config.image_size
+    prepare = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    pictures = ImageFolder(args.pictures, prepare)
+    train, val = random_split(pictures, [0.8, 0.2])
+    model = PictureClassifier(m3ae, len(pictures.classes)).to(device)
+
+    # the encoder learns ten times more slowly than its new head; nothing reads the decoder
+    encoder = [p for part in (m3ae.patch_embed, m3ae.encoder_input, m3ae.encoder) for p in part.parameters()]
+    groups = [{"params": model.head.parameters()}, {"params": encoder, "lr": args.lr / 10}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
+    for epoch in range(args.epochs):
+        model.train()
+        for images, labels in DataLoader(train, args.batch, shuffle=True, drop_last=True):
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            right = [(model(x.to(device)).argmax(1).cpu() == y).sum() for x, y in DataLoader(val, args.batch)]
+        print(f"epoch {epoch + 1}  loss {loss:.3f}  held-out accuracy {sum(right) / len(val):.1%}")
+
+
+if __name__ == "__main__":
+    main()

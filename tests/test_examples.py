@@ -1,0 +1,95 @@
+"""The example programs and the notebook run as they are."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.data.__main__ import main as data
+from m3ae_fast.model import M3AE
+from tests.helpers.shards import caption
+from tests.helpers.trainer import ROOT, TINY, environment
+
+EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "pictures_to_probe.ipynb"
+
+
+def texts(cell) -> str:
+    """What a cell printed."""
+    return "".join(output.get("text", "") for output in cell.get("outputs", []))
+
+
+def pictures(notebook) -> int:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    stored = nbformat.read(NOTEBOOK, as_version=4)
+    fresh = nbformat.from_dict(stored)
+    NotebookClient(fresh, timeout=540, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(map(texts, fresh.cells))
+    losses = [float(value) for value in re.findall(r"val_image_loss ([\d.]+)", printed)]
+    assert losses[-1] < 0.6 * losses[0]
+    rows = re.findall(r"^(k-NN|linear) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["k-NN", "linear"]
+    untrained, trained = (sum(float(row[column]) for row in rows) / 2 for column in (1, 2))
+    assert trained > max(untrained, 25)  # of 8 classes; one of them alone is two or three samples from chance
+    assert pictures(fresh) == pictures(stored) == 5  # what is stored is what it gives
+    assert NOTEBOOK.stat().st_size < 500_000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with pictures of two classes, captions beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 190)):
+        Path("pictures", name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(level - 50, level + 50, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"pictures/{name}/{i}.png")
+            Path(f"pictures/{name}/{i}.txt").write_text(f"{name} {caption(i)}")
+    return tmp_path
+
+
+def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
+    assert data(["from-folder", "pictures", "shards", "--held-out", "0.2"]) == 0
+    assert data(["train-tokenizer", "shards/train-*.tar", "--vocab-size", "1024", "--out", "tokenizer.json"]) == 0
+    size = re.search(r"model\.vocab_size=(\d+)", capsys.readouterr().out)[1]  # of so few captions
+    config = str(EXAMPLES / "own_data.json")
+    command = [sys.executable, "-m", "m3ae_fast.train", "--config", config, "--set", f"model.vocab_size={size}"]
+    done = subprocess.run([*command, "--dry-run"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "32 samples, 8 held out" in done.stdout and not Path("runs").exists()
+    named = set(re.findall(r"^\| `([\w.]+)`", (EXAMPLES / "README.md").read_text(), re.MULTILINE))
+    written = {
+        f"{section}.{key}" for section, keys in json.loads(Path(config).read_text()).items() if keys for key in keys
+    }
+    assert named <= written | {"model.size", "deepspeed"}  # the table explains what the file has
+
+
+def test_encoder_in_a_plain_torch_classifier(folder):
+    M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
+    command = [sys.executable, str(EXAMPLES / "classifier.py"), "model", "pictures", "--epochs", "4", "--batch", "8"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses, accuracies = (
+        [float(value) for value in re.findall(pattern, done.stdout)]
+        for pattern in (r"loss ([\d.]+)", r"accuracy ([\d.]+)%")
+    )
+    assert len(losses) == 4 and losses[-1] < losses[0] and accuracies[-1] == 100
