@@ -66,7 +66,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
     if found:
         parts += ["<h2>Transfer</h2>", _results_table(found)]
     parts += ["<h2>Curves</h2>", f'<div class="charts">{"".join(_charts(metrics))}</div>']
-    for name in ("reconstructions.png",):
+    for name in ("reconstructions.png", "attention.png", "map.png"):
         if (run / name).is_file():
             parts += [f"<h2>{name.removesuffix('.png').capitalize()}</h2>", _image((run / name).read_bytes(), "wide")]
     for path, result in found:

@@ -6,9 +6,8 @@ Shapes: N samples, C channels, H x W pixels.
 from __future__ import annotations
 
 import importlib.util
-import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -167,8 +166,13 @@ def _save(figure: Figure, path: Path) -> None:
     _write(path, lambda partial: figure.savefig(partial, format="png", dpi=130, bbox_inches="tight"))
 
 
-def _write(path: Path, save: Any) -> None:
-    """A file that is whole or not there."""
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
+    """A file that is whole or not there. Raises UserError where it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
-    save(partial)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None

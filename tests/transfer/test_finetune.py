@@ -200,3 +200,13 @@ def test_rand_augment_depends_on_its_seed_alone():
     np.random.seed(5)
     assert all(torch.equal(one, augment(image, seed)) for seed, one in enumerate(first))
     assert len({one.numpy().tobytes() for one in first}) > 3
+
+
+def test_rand_augment_takes_the_highest_levels():
+    """At which timm's posterize leaves 0 bits."""
+    from m3ae_fast.config import ModelConfig
+
+    sizes = ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    augment = RandAugment("rand-m10-n15-inc1", sizes)
+    assert all(augment(image, seed).shape == image.shape for seed in range(20))
