@@ -36,6 +36,7 @@ def draw_run(
     tokenizer: CaptionTokenizer | None,
     path: Path,
     count: int,
+    ratios: Sequence[float] = (),
 ) -> None:
     """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights.
 
@@ -46,6 +47,7 @@ def draw_run(
         tokenizer: of the run; None where it has no captions.
         path: the PNG to write.
         count: samples.
+        ratios: of the image to mask, a reconstruction each; empty: the run's ratio.
 
     Raises:
         UserError: `path` cannot be written.
@@ -53,9 +55,14 @@ def draw_run(
     with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
         model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights", assign=True)
-    preparation = Preparation(model.geometry, config.masking, tokenizer, config.run.seed)
+    turns = []
+    for ratio in ratios or [config.masking.image_ratio]:
+        masking = config.masking.model_copy(update={"image_ratio": ratio})
+        preparation = Preparation(model.geometry, masking, tokenizer, config.run.seed)
+        turns.append(eval_samples(corpus, preparation, count))
+    samples = [sample for turn in zip(*turns) for sample in turn]
     vqgan = open_image_tokenizer(config.data, config.model)
-    draw_reconstructions(model, eval_samples(corpus, preparation, count), tokenizer, path, vqgan)
+    draw_reconstructions(model, samples, tokenizer, path, vqgan)
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from m3ae_fast.data.crops import centre_crop
 from m3ae_fast.data.images import pixels_of
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
+from m3ae_fast.engine.signals import StopRequest
+from m3ae_fast.engine.stopping import until_stopped
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, pins_memory
 from m3ae_fast.model.batch import PackedBatch
@@ -57,6 +59,7 @@ def encode_corpus(
     title: str = "encoding",
     patches: bool = False,
     pulse: Pulse | None = None,
+    stop: StopRequest | None = None,
 ) -> Features:
     """Pooled features of the central square and the caption of every sample, whole on every rank.
 
@@ -68,12 +71,16 @@ def encode_corpus(
         title: of the progress bar.
         patches: keep the features of all patches too.
         pulse: marked at each batch.
+        stop: checked before each batch.
 
     Raises:
+        Stopped: a rank is asked to stop.
         UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.
     """
     loader = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
-    batches = pulse.watch(loader, title) if pulse else loader
+    batches: Iterable[PackedBatch] = pulse.watch(loader, title) if pulse else loader
+    if stop:
+        batches = until_stopped(batches, ranks, stop)
     shown = track(batches, title, len(loader), show=ranks.is_main)
     with encoding(model, config.precision, ranks.device):
         encode = partial(_pool_and_patches if patches else _pool, model, pool=config.pool)

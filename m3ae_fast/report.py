@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.engine import checkpoint
-from m3ae_fast.engine.run_log import METRICS_FILE
+from m3ae_fast.engine.run_log import read_metrics
 from m3ae_fast.errors import UserError, exit_cleanly
 
 REPORT_FILE = "report.html"
@@ -66,7 +66,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
     if found:
         parts += ["<h2>Transfer</h2>", _results_table(found)]
     parts += ["<h2>Curves</h2>", f'<div class="charts">{"".join(_charts(metrics))}</div>']
-    for name in ("reconstructions.png",):
+    for name in ("reconstructions.png", "attention.png", "map.png"):
         if (run / name).is_file():
             parts += [f"<h2>{name.removesuffix('.png').capitalize()}</h2>", _image((run / name).read_bytes(), "wide")]
     for path, result in found:
@@ -89,25 +89,6 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl that have a step. Raises UserError where there are none."""
-    try:
-        text = (run / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{run}: not a run folder ({METRICS_FILE}: {error.strerror})") from None
-    lines = []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # half-written
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines.append(values)
-    if not lines:
-        raise UserError(f"{run / METRICS_FILE}: holds no step yet")
-    return lines
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:

@@ -22,6 +22,7 @@ from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.engine.run import Run
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.engine.signals import StopRequest
+from m3ae_fast.engine.stopping import Stopped, until_stopped
 from m3ae_fast.engine.throughput import StepCounts, Throughput
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.batch import LossCounts
@@ -213,10 +214,9 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
         samples[6], tokens=torch.tensor([5, 5, 1]), text_mask=torch.ones(3, dtype=torch.bool)
     )
     parts = [pack(samples[:2], model.geometry), pack(samples[2:5], model.geometry)], [pack(samples[5:], model.geometry)]
-    stop = argparse.Namespace(asked=False)
     second = OneOfTwo()
-    evaluate(engine, parts[1], second, stop, as_it_is)
-    values = evaluate(engine, parts[0], OneOfTwo(second.own), stop, as_it_is)
+    evaluate(engine, parts[1], second, as_it_is)
+    values = evaluate(engine, parts[0], OneOfTwo(second.own), as_it_is)
     with torch.no_grad():
         alone = [model(pack([sample], model.geometry)) for sample in samples]
     assert 0 < values["val_text_accuracy"] < 1
@@ -225,7 +225,15 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
     assert values["val_image_loss"] == pytest.approx(sum(images) / len(images), rel=1e-5)
     assert values["val_text_loss"] == pytest.approx(sum(loss for loss, _ in texts) / len(texts), rel=1e-5)
     assert values["val_text_accuracy"] == pytest.approx(sum(right for _, right in texts) / len(texts), rel=1e-5)
-    assert evaluate(engine, parts[0], OneOfTwo(), argparse.Namespace(asked=True), as_it_is) is None
+
+
+def test_work_ends_before_the_first_batch_where_a_rank_asks_to_stop():
+    ranks, stop, done = OneOfTwo(), argparse.Namespace(asked=False), []
+    with pytest.raises(Stopped):
+        for batch in until_stopped(range(5), ranks, stop):
+            done.append(batch)
+            stop.asked = batch == 2
+    assert done == [0, 1, 2]
 
 
 def test_rates_are_those_since_the_last_time(monkeypatch):

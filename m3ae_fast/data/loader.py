@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -115,6 +116,22 @@ def eval_samples(corpus: Corpus, preparation: Preparation, count: int) -> list[S
     order = FileOrder(corpus.sizes, count)
     dataset = Samples(corpus, order, preparation, None, share_mask=order.samples)
     return [sample for i in range(order.samples) if isinstance(sample := dataset[i], Sample)]
+
+
+def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) -> dict[str, Sample]:
+    """The usable ones of the samples with these keys (`Sample.key`), as an evaluation sees them."""
+    places: dict[str, int] = {}
+    start = 0
+    for shard in (shard for source in corpus.sources for shard in source.shards):
+        prefix = f"{shard.shard}/"
+        if own := [key.removeprefix(prefix).encode() for key in keys if key.startswith(prefix)]:
+            table = shard.table()["key"]
+            found = np.flatnonzero(np.isin(table, np.array(own, dtype=table.dtype)))
+            places |= {prefix + table[row].decode(): start + int(row) for row in found}
+        start += shard.summary.samples
+    dataset = Samples(corpus, FileOrder(corpus.sizes), preparation, None, share_mask=start)
+    samples = {key: dataset[place] for key, place in places.items()}
+    return {key: sample for key, sample in samples.items() if isinstance(sample, Sample)}
 
 
 def _loader(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
+from m3ae_fast.engine.optimizer import averages, build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
@@ -102,11 +102,16 @@ class DeepSpeedEngine:
         if not self._inner.state:
             self._prime(0)
         self._link_moments()
+        return collect(self.model, ("model", *self.kinds), self._whole, self.ranks.is_main)
+
+    def average(self) -> dict[str, Tensor]:
+        self._link_moments()
+        return averages(self.model, self._whole)
+
+    def _whole(self, p: nn.Parameter, kind: str) -> Tensor:
         if self.zero.stage == 0:
-            weight, moment = (lambda p: p), (lambda p, key: self._inner.state[p][key])
-        else:
-            weight, moment = safe_get_full_fp32_param, safe_get_full_optimizer_state
-        return collect(self.model, self.kinds, weight, moment, self.ranks.is_main)
+            return p if kind == "model" else self._inner.state[p][kind]
+        return safe_get_full_fp32_param(p) if kind == "model" else safe_get_full_optimizer_state(p, kind)
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
         self._prime(step)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.model.batch import PackedBatch
 
 
@@ -14,19 +13,15 @@ def evaluate(
     engine: Engine,
     loader: Iterable[PackedBatch],
     ranks: Ranks,
-    stop: StopRequest,
     with_targets: Callable[[PackedBatch], PackedBatch],
-) -> dict[str, float] | None:
-    """Means over the whole of `loader`, whose ranks' batches are parts of one set: what to log. None where a rank is
-    asked to stop.
+) -> dict[str, float]:
+    """Means over the whole of `loader`, whose ranks' batches are parts of one set: what to log.
 
     `with_targets` makes on the device the targets that a batch still lacks. Every rank must call it, with equally many
     batches.
     """
     sums = [0.0] * 6
     for batch in loader:
-        if any(ranks.sum([stop.asked])):
-            return None
         image, text = batch.counts
         losses = engine.evaluate(with_targets(batch.to(ranks.device)))
         part = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.model.m3ae import M3AE
@@ -38,7 +38,7 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
 
 
 @torch.no_grad()
-def constants(model: M3AE, read: Callable[[str], Tensor] | None) -> dict[str, Tensor]:
+def constants(model: nn.Module, read: Callable[[str], Tensor] | None) -> dict[str, Tensor]:
     """Copies of the weights that training does not change and engines leave out of their state: stored positions.
 
     To be called before an engine casts the model. `read`: gives a checkpoint's, which the model takes over.

@@ -53,5 +53,9 @@ class Engine(Protocol):
     def state(self) -> State | None:
         """Whole tensors on rank 0, None elsewhere. Every rank must call it."""
 
+    def average(self) -> dict[str, Tensor]:
+        """The moving average of the weights by parameter name, whole on every rank: float32, on the CPU. Every rank
+        must call it, of an engine that keeps one."""
+
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
         """Load a state as of `step` updates; `get` gives its tensors by name, on every rank in the same order."""

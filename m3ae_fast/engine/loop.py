@@ -215,10 +215,8 @@ class Loop:
                 self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
 
 
-def restore(
-    engine: Engine, path: Path, ranks: Ranks, sections: dict[str, Any], same: Iterable[tuple[str, str]]
-) -> tuple[int, Callable[[str], Tensor]]:
-    """Load a checkpoint into the engine. Every rank must call it.
+def restore(engine: Engine, path: Path, ranks: Ranks, sections: dict[str, Any], same: Iterable[tuple[str, str]]) -> int:
+    """Load a checkpoint into the engine. Every rank must call it. Returns the step to continue from.
 
     Args:
         engine: of the run that goes on.
@@ -226,13 +224,10 @@ def restore(
         ranks: who reads.
         sections, same: see `resuming.check_same`.
 
-    Returns:
-        The step to continue from, and a reader of further tensors, for every rank in the same order.
-
     Raises:
         UserError: the checkpoint is damaged or of another run.
     """
     resuming.check_same(path, ranks.told(lambda: checkpoint.read_info(path)), sections, same)
     step, read = resuming.open_checkpoint(path, engine.model, ranks, engine.kinds)
     engine.load_state(step, read)
-    return step, read
+    return step

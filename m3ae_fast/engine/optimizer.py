@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -121,28 +121,21 @@ def _set_step(counter: dict, step: int) -> None:
 
 
 def collect(
-    model: nn.Module,
-    kinds: Sequence[str],
-    weight: Callable[[Tensor], Tensor],
-    moment: Callable[[Tensor, str], Tensor],
-    keep: bool,
+    model: nn.Module, kinds: Sequence[str], whole: Callable[[nn.Parameter, str], Tensor], keep: bool
 ) -> State | None:
-    """Gather whole float32 tensors one by one: weights, and the `kinds` of optimiser state. `keep` says whether this
-    rank wants them."""
+    """Gather whole float32 tensors one by one: `kinds` are "model", the weights, and those of optimiser state. `keep`
+    says whether this rank wants them."""
     state: State = {}
-    for kind, name, tensor in _walk(model, kinds, weight, moment):
-        if keep:
-            state[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
+    for name, p in model.named_parameters():
+        for kind in kinds:
+            tensor = whole(p, kind)
+            if keep:
+                state[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
     return state if keep else None
 
 
-def _walk(
-    model: nn.Module,
-    kinds: Sequence[str],
-    weight: Callable[[Tensor], Tensor],
-    moment: Callable[[Tensor, str], Tensor],
-) -> Iterator[tuple[str, str, Tensor]]:
-    for name, p in model.named_parameters():
-        yield "model", name, weight(p)
-        for key in kinds:
-            yield key, name, moment(p, key)
+def averages(model: nn.Module, whole: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Tensor]:
+    """See `engine.interface.Engine.average`."""
+    state = collect(model, (EMA,), whole, keep=True)
+    assert state is not None
+    return {name.removeprefix(f"{EMA}/"): tensor for name, tensor in state.items()}

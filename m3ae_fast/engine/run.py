@@ -29,6 +29,7 @@ from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.run_log import RunLog
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.engine.signals import StopRequest
+from m3ae_fast.engine.stopping import Stopped, until_stopped
 from m3ae_fast.engine.throughput import StepCounts, Throughput
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
@@ -173,8 +174,11 @@ class Run(Loop):
             return
         self.stop_if_not_finite()
         batches = self.pulse.watch(self.eval_loader, f"evaluating after step {self.step}")
-        values = evaluate(self.engine, batches, self.ranks, stop, self.with_targets)
-        if self.log and values is not None:
+        try:
+            values = evaluate(self.engine, until_stopped(batches, self.ranks, stop), self.ranks, self.with_targets)
+        except Stopped:
+            return
+        if self.log:
             self.log.log(self.step, values)
         if values and all(map(math.isfinite, values.values())):
             self.proven = self.step

@@ -151,6 +151,25 @@ class RunLog:
             self._progress.console.print(text)
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run folder's metrics.jsonl that have a step. Raises UserError where there are none."""
+    try:
+        text = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{folder}: not a run folder ({METRICS_FILE}: {error.strerror})") from None
+    lines = []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # half-written
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
+    if not lines:
+        raise UserError(f"{folder / METRICS_FILE}: holds no step yet")
+    return lines
+
+
 def _summary(values: dict[str, Any]) -> str:
     shown = {"loss": "loss {:.4f}", "samples_per_s": "{:.1f} samples/s", "data_wait": "waits {:.1%} for data"}
     return "  ".join(form.format(values[name]) for name, form in shown.items() if name in values)

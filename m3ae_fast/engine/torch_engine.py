@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import (
+    averages,
     build_adamw,
     clip_by_global_norm,
     collect,
@@ -79,8 +80,13 @@ class TorchEngine:
     def state(self) -> State | None:
         if not self.optimizer.state:
             prime(self.optimizer, 0)
-        state = self.optimizer.state
-        return collect(self.model, self.kinds, lambda p: p, lambda p, key: state[p][key], self.ranks.is_main)
+        return collect(self.model, ("model", *self.kinds), self._whole, self.ranks.is_main)
+
+    def average(self) -> dict[str, Tensor]:
+        return averages(self.model, self._whole)
+
+    def _whole(self, p: nn.Parameter, kind: str) -> Tensor:
+        return p if kind == "model" else self.optimizer.state[p][kind]
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
         prime(self.optimizer, step)

@@ -3,8 +3,8 @@
 python -m m3ae_fast.transfer knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
 python -m m3ae_fast.transfer knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
 
-Labels are whole numbers in KEY.cls, or numbers or names in a field of KEY.json. OUT gets result.json and
-TensorBoard events. Several ranks share the work: torchrun --nproc-per-node 8 -m m3ae_fast.transfer ...
+Labels are whole numbers in KEY.cls, or numbers or names in a field of KEY.json. OUT gets result.json,
+pictures and TensorBoard events. Several ranks share the work: torchrun --nproc-per-node 8 -m m3ae_fast.transfer ...
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
+from m3ae_fast.transfer.figures import require_matplotlib
 from m3ae_fast.transfer.job import Job, refuse_existing, write_result
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 
@@ -118,6 +119,7 @@ def _config(args: argparse.Namespace) -> TransferConfig:
 def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks, stop: StopRequest, pulse: Pulse) -> None:
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
     ranks.on_main(lambda: refuse_existing(config.run.dir))
+    require_matplotlib()
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()

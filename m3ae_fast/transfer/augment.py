@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from m3ae_fast.config import ModelConfig
@@ -55,11 +55,20 @@ class RandAugment:
         return torch.from_numpy(np.array(augmented)).permute(2, 0, 1).contiguous()
 
     def _make(self) -> Any:
-        from timm.data.auto_augment import rand_augment_transform
+        from timm.data.auto_augment import posterize, rand_augment_transform
 
         fill = tuple(min(255, round(255 * x)) for x in self.model.image_mean)
         size = self.model.image_size
-        return rand_augment_transform(self.config, {"translate_const": int(size * 0.45), "img_mean": fill})
+        made = rand_augment_transform(self.config, {"translate_const": int(size * 0.45), "img_mean": fill})
+        for op in made.ops:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+        return made
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's asks for 0 bits at the highest levels, which Pillow 13 refuses."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 class Mixing:

@@ -11,6 +11,7 @@ from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.engine.run import Run
 from m3ae_fast.engine.signals import StopRequest
+from m3ae_fast.engine.stopping import Stopped
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.transfer.knn import knn_scores
@@ -49,19 +50,23 @@ class TransferCurve:
         return cls(config, train, val, classes)
 
     def log(self, run: Run, stop: StopRequest) -> None:
-        """Log `val_knn_top1` where it is due; not where a rank is asked to stop. Every rank must call it."""
+        """Log `val_knn_top1` where it is due; not where a rank is asked to stop, even half-way. Every rank must call
+        it."""
         if run.step != 0 and not run.schedule.due(run.step, self.config.every):
-            return
-        if any(run.ranks.sum([stop.asked])):
             return
         run.stop_if_not_finite()
         model = run.engine.model
         assert isinstance(model, M3AE)
         encode = EncodeConfig(pool=self.config.pool, precision=run.config.train.precision)
-        bank, queries = (
-            encode_corpus(model, corpus, run.config.data, encode, run.ranks, title=title, pulse=run.pulse)
-            for corpus, title in ((self.train, "k-NN: train"), (self.val, "k-NN: val"))
-        )
+        try:
+            bank, queries = (
+                encode_corpus(
+                    model, corpus, run.config.data, encode, run.ranks, title=title, pulse=run.pulse, stop=stop
+                )
+                for corpus, title in ((self.train, "k-NN: train"), (self.val, "k-NN: val"))
+            )
+        except Stopped:
+            return
         assert bank.labels_N is not None and queries.labels_N is not None
         scores_MC = knn_scores(
             bank.features_ND,

@@ -16,6 +16,7 @@ from m3ae_fast.engine import resuming
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.garbage import GarbageCollection
+from m3ae_fast.engine.initial_weights import constants
 from m3ae_fast.engine.loop import restore
 from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.run_log import RunLog
@@ -53,9 +54,12 @@ def set_up(job: Job, resume: str) -> FineTuning:
     transform = None
     if config.rand_augment and job.args.modality != "text":
         transform = RandAugment(config.rand_augment, model.config.model)
-    average = _average(model, config, ranks.device)
+    fixed, averaged = constants(model, None), None
+    if config.ema is not None:
+        averaged = Classifier(model.config).to(ranks.device).eval()
+        averaged.load_state_dict(model.state_dict())  # its stored positions: the weights will be the average's
     groups = parameter_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
-    engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks)
+    engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks, config.ema)
     sections = {
         "run": run.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
@@ -65,11 +69,8 @@ def set_up(job: Job, resume: str) -> FineTuning:
     step = 0
     if found:
         same = [("classifier", key) for key in sections["classifier"]]
-        same += [("run", "seed"), ("finetune", "global_batch"), ("finetune", "ema")]
-        step, read = restore(engine, found, ranks, sections, same)
-        if average is not None:
-            for name, p in average.module.named_parameters():
-                p.data.copy_(read(f"ema/{name}"))
+        same += [("run", "seed"), ("finetune", "global_batch")]
+        step = restore(engine, found, ranks, sections, same)
     preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
     steps, pin = range(step, schedule.total_steps), pins_memory(ranks.device)
     return FineTuning(
@@ -89,7 +90,8 @@ def set_up(job: Job, resume: str) -> FineTuning:
         val=val,
         val_loader=eval_loader(data, val, preparation, share, pin_memory=pin),
         max_bad_fraction=data.max_bad_fraction,
-        average=average,
+        fixed=fixed,
+        averaged=averaged,
         watch=LossWatch(),
         bad=BadSamples(data.max_bad_fraction, train.samples),
         stream=fingerprint(Data(train, val, job.model.tokenizer)),
@@ -109,17 +111,6 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes) -> TrainableClass
     return model
 
 
-def _average(model: Classifier, config: FineTuneConfig, device: torch.device) -> Any:
-    """timm's exponential moving average of the weights, in float32."""
-    if config.ema is None:
-        return None
-    if config.deepspeed is not None and config.deepspeed.zero_optimization.stage == 3:
-        raise UserError("finetune.ema: ZeRO stage 3 leaves no rank whole weights to average; take stage 2, or null")
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=config.ema).to(device)
-
-
 def run(job: Job) -> dict[str, Any] | None:
     """None where the run was stopped before its end."""
     stop = job.stop
@@ -136,14 +127,17 @@ def run(job: Job) -> dict[str, Any] | None:
             losses, grad_norm = loop.take_step(fed, samples)
             loop.log_step(losses, grad_norm)
             if loop.step < loop.schedule.total_steps and loop.schedule.due(loop.step, loop.config.eval_every):
-                loop.evaluate()
+                loop.evaluate(stop)
             loop.save_if_due()
             garbage.after_step(loop.step)
         loop.finish(stop)
         if loop.step < loop.schedule.total_steps:
             return None
-        result = loop.evaluate()
+        result = loop.evaluate(stop)
+        if result is None:
+            return None
     _save_classifier(loop)
+    loop.draw(loop.model.config.classes)
     return result | {
         "classes": len(loop.model.config.classes),
         "steps": loop.step,
@@ -155,14 +149,15 @@ def run(job: Job) -> dict[str, Any] | None:
 
 def _save_classifier(loop: FineTuning) -> None:
     """Write the trained classifier into the run's folder."""
+    if loop.averaged is not None:  # as it was evaluated
+        loop.ranks.on_main(partial(loop.averaged.save_pretrained, loop.run.dir))
+        return
     state = loop.engine.state()
 
     def write() -> None:
         assert state is not None
-        whole = loop.complete(state)
-        kind = "model/" if loop.average is None else "ema/"
-        weights = {name.removeprefix(kind): t for name, t in whole.items() if name.startswith(kind)}
-        loop.model.save_pretrained(loop.run.dir, weights)
+        weights = {name.removeprefix("model/"): t for name, t in state.items() if name.startswith("model/")}
+        loop.model.save_pretrained(loop.run.dir, weights | loop.fixed)
 
     loop.ranks.on_main(write)
 

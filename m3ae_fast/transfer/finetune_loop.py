@@ -1,6 +1,6 @@
 """What fine-tuning trains, and what its loop counts and evaluates.
 
-Shapes: S samples, K classes.
+Shapes: S samples of a batch, N held-out samples, K classes, or the best of them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m3ae_fast.config.transfer import FineTuneConfig
-from m3ae_fast.data import Corpus
+from m3ae_fast.data import Corpus, Skipped
 from m3ae_fast.encoding import check_skipped
-from m3ae_fast.engine.feed import Fed
-from m3ae_fast.engine.interface import State
+from m3ae_fast.engine.signals import StopRequest
+from m3ae_fast.engine.stopping import Stopped, until_stopped
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop
-from m3ae_fast.transfer.metrics import accuracies
+from m3ae_fast.transfer.metrics import best_classes, shares_of_correct
 
 
 class TrainableClassifier(Classifier):
@@ -54,47 +54,34 @@ class FineTuning(LabelledLoop):
     val: Corpus
     val_loader: DataLoader[PackedBatch]
     max_bad_fraction: float
-    average: Any  # None, or timm's ModelEmaV3
+    fixed: dict[str, Tensor]  # weights that training does not change
+    averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
 
     def seed_step(self) -> None:
         super().seed_step()
         np.random.seed(torch.initial_seed() & 0xFFFFFFFF)  # mixup's and cutmix's
 
-    def take_step(self, fed: Fed, counts: float) -> tuple[list[ClassLosses], Tensor]:
-        taken = super().take_step(fed, counts)
-        if self.average is not None:
-            self.average.update(self.model)
-        return taken
-
-    def complete(self, state: State) -> State:
-        if self.average is None:
-            return state
-        named = self.average.module.named_parameters()
-        return state | {f"ema/{name}": p.detach().to("cpu", torch.float32, copy=True) for name, p in named}
-
-    def evaluate(self) -> dict[str, float]:
-        """Accuracies on all held-out samples, which are logged too.
+    def evaluate(self, stop: StopRequest) -> dict[str, float] | None:
+        """Accuracies on all held-out samples, which are logged too; None where a rank is asked to stop.
 
         Raises:
             UserError: too many of them cannot be used.
         """
         self.stop_if_not_finite()
-        sums: dict[str, float] = {}
-        samples, skipped = 0, []
-        with self._inference() as infer:
-            for batch in self.pulse.watch(self.val_loader, f"evaluating after step {self.step}"):
-                skipped += batch.skipped
-                samples += len(batch.keys)
-                logits_SK = infer(batch.to(self.ranks.device)).float()
-                assert batch.labels is not None
-                shares = accuracies(logits_SK.cpu(), batch.labels) if len(batch.keys) else {}
-                for name, share in shares.items():
-                    sums[name] = sums.get(name, 0.0) + share * len(batch.keys)
-        skipped = [each for part in self.ranks.gather(skipped) for each in part]
-        check_skipped(skipped, self.val.samples, self.max_bad_fraction)
-        names = ("top1", "top5") if len(self.model.config.classes) > 5 else ("top1",)
-        total, *correct = self.ranks.sum([samples, *(sums.get(name, 0.0) for name in names)])
-        values = {name: value / total for name, value in zip(names, correct)}
+        own: list[tuple[Tensor, Tensor, tuple[Skipped, ...]]] = []
+        batches = self.pulse.watch(self.val_loader, f"evaluating after step {self.step}")
+        try:
+            with self._inference() as infer:
+                for batch in until_stopped(batches, self.ranks, stop):
+                    assert batch.labels is not None
+                    best_SK = best_classes(infer(batch.to(self.ranks.device)).float()).cpu()
+                    own.append((best_SK, batch.labels, batch.skipped))
+        except Stopped:
+            return None
+        best, labels, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
+        check_skipped([each for part in skipped for each in part], self.val.samples, self.max_bad_fraction)
+        self.best_NK, self.labels_N = torch.cat(best), torch.cat(labels)
+        values = shares_of_correct(self.best_NK, self.labels_N)
         if self.log:
             self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
         return values
@@ -102,9 +89,12 @@ class FineTuning(LabelledLoop):
     @contextmanager
     def _inference(self) -> Iterator[Callable[[PackedBatch], Tensor]]:
         """Logits of a batch, by the average of the weights where there is one."""
-        if self.average is None:
+        if self.averaged is None:
             yield self.engine.evaluate
             return
+        average = self.engine.average()
+        for name, p in self.averaged.named_parameters():
+            p.data.copy_(average[name])
         bf16 = self.config.precision == "bf16"
         with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
-            yield self.average.module
+            yield self.averaged

@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.transfer import TransferConfig
-from m3ae_fast.data import Corpus, ShardStore, open_corpus
+from m3ae_fast.data import Corpus, Preparation, ShardStore, open_corpus, samples_of
 from m3ae_fast.data.labels import Classes, label_corpus
-from m3ae_fast.encoding import Features, encode_corpus
+from m3ae_fast.encoding import UNMASKED, Features, encode_corpus
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.run_folder import RunFolder
 from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.packing import Sample
+from m3ae_fast.transfer.figures import BLACK, Cell, Colour
 
 RESULT_FILE = "result.json"
 
@@ -72,11 +76,22 @@ class Job:
         data, config = self.config.data, self.config.encode
         return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse)
 
-    def encode_labelled(self) -> tuple[Features, Features, Classes]:
-        """Features of training and validation samples that have a class, and the classes by id. Raises UserError as
-        `open_labelled` and `encode_corpus` do."""
-        train, val, classes = self.open_labelled()
-        return self.encode(train, "encoding train"), self.encode(val, "encoding val"), classes
+    def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
+        """Samples of a corpus as the encoder saw them, by key."""
+        preparation = Preparation(self.model.geometry, UNMASKED, self.model.tokenizer, self.config.run.seed)
+        return samples_of(corpus, preparation, keys)
+
+    def cell(self, sample: Sample | None, text: str | None = None, colour: Colour = BLACK) -> Cell:
+        """A sample to be shown: its image, or else its caption, with a text below it."""
+        if sample is None:
+            return Cell(None)
+        caption = ""
+        if sample.tokens is not None:
+            assert self.model.tokenizer is not None
+            caption = self.model.tokenizer.decode(sample.tokens.tolist())
+        if sample.image is None:
+            return Cell(None, caption if text is None else f"{text}: {caption}", colour)
+        return Cell(sample.image, caption if text is None else text, colour)
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -91,11 +106,14 @@ def refuse_existing(out: Path) -> None:
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
-    """Write result.json, which is whole or not there, and its numbers as TensorBoard scalars."""
+    """Write result.json, which is whole or not there; its numbers and the pictures in `out` go to TensorBoard too."""
     with SummaryWriter(str(out / "tensorboard")) as board:
         for name, value in result.items():
             if isinstance(value, int | float):
                 board.add_scalar(f"result/{name}", value)
+        for path in sorted(out.glob("*.png")):
+            with Image.open(path) as image:
+                board.add_image(path.stem, np.asarray(image.convert("RGB")), dataformats="HWC")
     partial = out / f".{RESULT_FILE}.partial"
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, out / RESULT_FILE)

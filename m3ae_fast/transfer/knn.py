@@ -14,10 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.encoding import Features
+from m3ae_fast.transfer.figures import GREEN, RED, draw_confusion, draw_sheet
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.metrics import accuracies
 
 _AT_A_TIME = 512
+_SHOWN, _NEIGHBOURS = 8, 7  # samples drawn, and neighbours of each
 
 
 def knn_scores(
@@ -47,12 +52,21 @@ def knn_scores(
 
 
 def run(job: Job) -> dict[str, Any]:
-    bank, queries, classes = job.encode_labelled()
+    train, val, classes = job.open_labelled()
+    bank, queries = job.encode(train, "encoding train"), job.encode(val, "encoding val")
     config = job.config.knn
     assert bank.labels_N is not None and queries.labels_N is not None
     scores_MC = knn_scores(
         bank.features_ND, bank.labels_N, queries.features_ND, len(classes), config.k, config.temperature
     )
+    predicted_M = scores_MC.argmax(1)
+
+    def draw() -> None:
+        assert queries.labels_N is not None
+        draw_confusion(job.out / "confusion.png", queries.labels_N, predicted_M, classes)
+        _draw_neighbours(job, (train, val), (bank, queries), predicted_M, classes)
+
+    job.ranks.on_main(draw)
     return accuracies(scores_MC, queries.labels_N) | {
         "k": config.k,
         "classes": len(classes),
@@ -60,3 +74,31 @@ def run(job: Job) -> dict[str, Any]:
         "val_samples": len(queries.keys),
         "skipped": len(bank.skipped) + len(queries.skipped),
     }
+
+
+def _draw_neighbours(
+    job: Job,
+    corpora: tuple[Corpus, Corpus],
+    features: tuple[Features, Features],
+    predicted_M: Tensor,
+    classes: Classes,
+) -> None:
+    """Some samples evenly, and the training samples most like each; green where they are of its class."""
+    bank, queries = features
+    assert bank.labels_N is not None and queries.labels_N is not None
+    rows_Q = torch.arange(min(_SHOWN, len(queries.keys))) * len(queries.keys) // min(_SHOWN, len(queries.keys))
+    similarity_QN = F.normalize(queries.features_ND[rows_Q], dim=1) @ F.normalize(bank.features_ND, dim=1).T
+    nearest_QK = similarity_QN.topk(min(_NEIGHBOURS, len(bank.keys)), dim=1).indices
+    keys = [bank.keys[row] for row in nearest_QK.flatten().tolist()], [queries.keys[row] for row in rows_Q.tolist()]
+    neighbours, asked = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))
+    sheet = []
+    for row, nearest_K in zip(rows_Q.tolist(), nearest_QK.tolist()):
+        label, predicted = int(queries.labels_N[row]), int(predicted_M[row])
+        right = GREEN if label == predicted else RED
+        text = str(classes[label]) + ("" if label == predicted else f", taken for {classes[predicted]}")
+        cells = [job.cell(asked.get(queries.keys[row]), text, right)]
+        for other in nearest_K:
+            own = int(bank.labels_N[other])
+            cells.append(job.cell(neighbours.get(bank.keys[other]), str(classes[own]), GREEN if own == label else RED))
+        sheet.append(cells)
+    draw_sheet(job.out / "neighbours.png", sheet, ("sample", "nearest training samples"))

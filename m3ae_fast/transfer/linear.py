@@ -32,7 +32,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.labelled_loop import LabelledLoop
-from m3ae_fast.transfer.metrics import accuracies
+from m3ae_fast.transfer.metrics import best_classes, shares_of_correct
 from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
 
 _SMALL = 100_000  # samples
@@ -55,9 +55,10 @@ class Probing(LabelledLoop):
         self.pulse.mark(f"evaluating after step {self.step}")
         self.head.eval()
         with torch.no_grad():
-            scores_NK = self.head(self.val.features_ND.to(self.ranks.device)).cpu()
+            self.best_NK = best_classes(self.head(self.val.features_ND.to(self.ranks.device))).cpu()
         assert self.val.labels_N is not None
-        values = accuracies(scores_NK, self.val.labels_N)
+        self.labels_N = self.val.labels_N
+        values = shares_of_correct(self.best_NK, self.labels_N)
         if self.log:
             self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
         return values
@@ -118,7 +119,7 @@ def set_up(job: Job) -> Probing:
     if found:
         same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
         same += [("probe", "global_batch")]
-        step = restore(engine, found, ranks, sections, same)[0]
+        step = restore(engine, found, ranks, sections, same)
     steps = range(step, schedule.total_steps)
     return Probing(
         run=run,
@@ -175,6 +176,7 @@ def run(job: Job) -> dict[str, Any] | None:
             return None
         result = loop.evaluate()
     job.ranks.on_main(lambda: _save_classifier(job, loop))
+    loop.draw(loop.classes)
     return result | {
         "classes": len(loop.classes),
         "steps": loop.step,

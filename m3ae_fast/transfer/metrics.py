@@ -8,17 +8,22 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def best_classes(scores_NC: Tensor) -> Tensor:
+    """int64 [N, K]: the class of the highest score or, of more than 5 classes, those of the 5 highest, best first."""
+    return scores_NC.topk(5 if scores_NC.shape[1] > 5 else 1, dim=1).indices
+
+
+def shares_of_correct(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """Shares of the samples whose label is the best class, "top1", and, where there are K = 5, one of them, "top5"."""
+    correct_NK = best_NK == labels_N[:, None]
+    return {f"top{k}": correct_NK[:, :k].any(1).double().mean().item() for k in sorted({1, best_NK.shape[1]})}
+
+
 def accuracies(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Shares of the samples, from 0 to 1, whose label has the highest score, "top1", and, of more than 5 classes,
-    one of the 5 highest, "top5".
+    """`shares_of_correct` of scores, from 0 to 1.
 
     Args:
         scores_NC: floating; the higher, the likelier.
         labels_N: int64 class ids.
     """
-    shares = {}
-    for k in (1, 5):
-        if k == 1 or scores_NC.shape[1] > k:
-            best_NK = scores_NC.topk(k, dim=1).indices
-            shares[f"top{k}"] = (best_NK == labels_N[:, None]).any(1).double().mean().item()
-    return shares
+    return shares_of_correct(best_classes(scores_NC), labels_N)

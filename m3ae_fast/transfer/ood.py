@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.errors import UserError
+from m3ae_fast.transfer.figures import draw_detection
 from m3ae_fast.transfer.job import Job
 
 TRUE_POSITIVES = 0.95
@@ -88,12 +89,14 @@ def run(job: Job) -> dict[str, Any]:
         import sklearn  # noqa: F401
     except ImportError:
         raise UserError("ood needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
-    train, val, classes = job.encode_labelled()
+    labelled, held_out, classes = job.open_labelled()
+    train, val = job.encode(labelled, "encoding train"), job.encode(held_out, "encoding val")
     source = SourceConfig(shards=job.args.ood, modality=job.args.modality)
     strange = job.encode(job.open([source]), "encoding ood")
     assert train.labels_N is not None
     scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, job.config.run.seed)
     familiar_scores, strange_scores = (scores(part.features_ND.numpy()) for part in (val, strange))
+    job.ranks.on_main(lambda: draw_detection(job.out / "scores.png", familiar_scores, strange_scores))
     result: dict[str, Any] = {}
     for name in familiar_scores:
         area, passed = auroc_and_fpr(familiar_scores[name], strange_scores[name])

@@ -105,6 +105,9 @@ class ProbeEngine:
     def evaluate(self, batch: PackedBatch) -> Tensor:
         raise NotImplementedError("held-out features are encoded once, before the first step")
 
+    def average(self) -> dict[str, Tensor]:
+        raise NotImplementedError("LARS keeps no average of the weights")
+
     def state(self) -> State | None:
         if not self.ranks.is_main:
             return None

@@ -18,10 +18,13 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.index import Modality
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.packing import Sample
+from m3ae_fast.transfer.figures import BLACK, GREEN, Cell, draw_sheet
 from m3ae_fast.transfer.job import Job
 
 RANKS = (1, 5, 10)
 _AT_A_TIME = 512
+_SHOWN, _BEST = 5, 5  # queries drawn, and what is found for each
 
 
 def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
@@ -51,6 +54,8 @@ def run(job: Job) -> dict[str, Any]:
     if len(common) < 2:
         raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
     images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
+    keys = [key for key in images.keys if key in common]
+    job.ranks.on_main(lambda: _draw(job, pairs, keys, images_ND, texts_ND))
     result: dict[str, Any] = {}
     for name, queries_ND, candidates_ND in (
         ("image_to_text", images_ND, texts_ND),
@@ -68,3 +73,31 @@ def _encode(job: Job, pairs: Corpus, modality: Modality) -> Features:
 
 def _rows(features: Features, keys: set[str]) -> Tensor:
     return features.features_ND[[row for row, key in enumerate(features.keys) if key in keys]]
+
+
+def _draw(job: Job, pairs: Corpus, keys: list[str], images_ND: Tensor, texts_ND: Tensor) -> None:
+    """What is found for some captions, and for some images; the own ones are green."""
+    count = min(_SHOWN, len(keys))
+    rows = [number * len(keys) // count for number in range(count)]
+    for name, queries_ND, candidates_ND in (
+        ("text_to_image", texts_ND, images_ND),
+        ("image_to_text", images_ND, texts_ND),
+    ):
+        asked, found = name.split("_to_")
+        similarity_QN = F.normalize(queries_ND[rows], dim=1) @ F.normalize(candidates_ND, dim=1).T
+        best = similarity_QN.topk(min(_BEST, len(keys)), dim=1).indices.tolist()
+        samples = job.samples(pairs, [keys[row] for row in {*rows, *(row for some in best for row in some)}])
+        sheet = []
+        for row, some in zip(rows, best):
+            cells = [_cell(job, samples.get(keys[row]), asked)]
+            cells += [_cell(job, samples.get(keys[other]), found, other == row) for other in some]
+            sheet.append(cells)
+        draw_sheet(job.out / f"{name}.png", sheet, (asked, "found, best first"))
+
+
+def _cell(job: Job, sample: Sample | None, modality: str, own: bool = False) -> Cell:
+    """One half of a pair."""
+    colour = GREEN if own else BLACK
+    if sample is None or modality == "text":
+        return job.cell(sample and replace(sample, image=None), colour=colour)
+    return job.cell(sample, "its own" if own else "", colour)

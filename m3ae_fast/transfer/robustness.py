@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from m3ae_fast.data import Corpus, Preparation, Share, Skipped, eval_loader
+from m3ae_fast.data import Corpus, Preparation, Share, Skipped, eval_loader, eval_samples
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.data.order import hash64
@@ -22,11 +22,13 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.progress import track
 from m3ae_fast.transfer.classifier import Classifier
-from m3ae_fast.transfer.corruptions import Corruption
+from m3ae_fast.transfer.corruptions import PROCEDURAL, Corruption
+from m3ae_fast.transfer.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.metrics import accuracies
 from m3ae_fast.transfer.robustness_pgd import pgd
 
+_TRIED = 8  # samples, until one has an image to be drawn
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
 
 
@@ -53,11 +55,42 @@ def run(job: Job) -> dict[str, Any]:
             for severity in config.severities
         ]
         result["corruptions"][kind] = found
-    every = [share for found in result["corruptions"].values() for share in found]
-    if every:
-        result["mean_corruption_top1"] = sum(every) / len(every)
+    if config.corruptions:
+        result |= corruption_errors(result["corruptions"], clean["top1"])
+    job.ranks.on_main(lambda: _draw(job, val, result))
     result["val_samples"] = min(config.samples or val.samples, val.samples)
     return result
+
+
+def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:
+    """Errors from accuracies by kind and severity: by kind, the plain mean over kinds, and how much that is above the
+    error on clean images. Not divided by AlexNet's, as those of arXiv 1903.12261 are."""
+    errors = {kind: 1 - sum(found) / len(found) for kind, found in corruptions.items()}
+    mean = sum(errors.values()) / len(errors)
+    return {
+        "corruption_error": errors,
+        "mean_corruption_error": mean,
+        "relative_mean_corruption_error": mean - (1 - clean),
+        "procedural": [kind for kind in corruptions if kind in PROCEDURAL],
+    }
+
+
+def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
+    """Accuracy over epsilon, and one sample under every corruption at every severity."""
+    config, backbone = job.config.robustness, job.model.backbone
+    if config.epsilons:
+        draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
+    preparation = Preparation(backbone.geometry, UNMASKED, backbone.tokenizer, job.config.run.seed)
+    sample = next((s for s in eval_samples(val, preparation, _TRIED) if s.image is not None), None)
+    if sample is None or sample.image is None or not config.corruptions:
+        return
+    rows = []
+    for kind, found in result["corruptions"].items():
+        row = [Cell(sample.image, f"{kind}: none")]
+        for severity, top1 in zip(config.severities, found):
+            row.append(Cell(Corruption(kind, severity)(sample.image, job.config.run.seed), f"top-1 {top1:.1%}"))
+        rows.append(row)
+    draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in config.severities)))
 
 
 def _accuracy(

@@ -8,15 +8,19 @@ import foolbox
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from torch import nn
 
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.transfer import CorruptionKind
+from m3ae_fast.config.transfer import CommonCorruption, ExtraCorruption, RobustnessConfig
 from m3ae_fast.data.images import decode_image
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
-from m3ae_fast.transfer.corruptions import KINDS, SEVERITIES, Corruption, saturate
+from m3ae_fast.transfer.corruptions import KINDS, SEVERITIES, Corruption
+from m3ae_fast.transfer.corruptions.blur import trail
+from m3ae_fast.transfer.corruptions.digital import saturate
+from m3ae_fast.transfer.robustness import corruption_errors
 from m3ae_fast.transfer.robustness_pgd import pgd
 from tests.helpers.labelled import NAMES, coloured
 
@@ -70,29 +74,66 @@ def test_an_attack_stays_within_its_bounds_and_raises_the_loss():
 
 
 def test_the_config_names_every_corruption():
-    assert set(get_args(CorruptionKind)) == set(KINDS)
+    assert [*get_args(CommonCorruption), *get_args(ExtraCorruption)] == list(KINDS)
+    assert len(RobustnessConfig().corruptions) == 15
 
 
-def _picture(size=48):
-    """uint8 [3, H, W]: smooth, with edges, of many colours."""
-    rows, columns = np.mgrid[0:size, 0:size] / size
-    planes = [rows, columns, (rows + columns > 1) * 0.6 + 0.2]
-    return torch.from_numpy((np.stack(planes) * 230 + 10).astype(np.uint8))
+def _image(size=224):
+    """uint8 [3, H, W]: coloured shapes and stripes on a bright ground."""
+    image = Image.new("RGB", (224, 224), (235, 240, 225))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((30, 40, 150, 160), fill=(200, 60, 40))
+    draw.rectangle((120, 90, 200, 190), fill=(40, 90, 180))
+    for x in range(20, 210, 30):
+        draw.line((x, 20, x + 25, 205), fill=(30, 30, 30), width=6)
+    return torch.from_numpy(np.array(image.resize((size, size)))).permute(2, 0, 1).contiguous()
+
+
+DRAWN = {"glass_blur", "motion_blur", "snow", "frost", "fog", "elastic", "spatter"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind):
-    image = _picture()
+    image = _image()
     found = [Corruption(kind, severity)(image, 7) for severity in SEVERITIES]
     assert all(each.shape == image.shape and each.dtype == torch.uint8 for each in found)
     assert torch.equal(found[2], Corruption(kind, 3)(image, 7))
-    noisy = kind.endswith("noise")
-    assert noisy != torch.equal(found[2], Corruption(kind, 3)(image, 8))
-    differences = [(each.double() - image.double()).abs().mean().item() for each in found]
-    if kind == "saturate":  # first less of it, then more
-        assert differences[0] < differences[1] and differences[2] < differences[4]
-    else:
-        assert differences == sorted(differences) and differences[0] > 0.3
+    drawn = kind.endswith("noise") or kind in DRAWN
+    assert drawn != torch.equal(found[2], Corruption(kind, 3)(image, 8))
+    distances = [(each.double() - image.double()).square().mean().item() for each in found]
+    # two kinds in one each: less colour, then more; shifts of the whole, then ripples
+    parts = [distances[:2], distances[2:]] if kind in ("saturate", "elastic") else [distances]
+    assert all(part == sorted(part) and part[0] > 1 for part in parts)
+
+
+@pytest.mark.parametrize(("kind", "severity"), [("defocus_blur", 3), ("motion_blur", 4), ("gaussian_blur", 2)])
+def test_a_blur_is_as_wide_for_the_size_of_the_image(kind, severity):
+    """Of a small image as of a large one that is then made small."""
+    large = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    large[:, 80:144, 80:144] = 255
+    shrunk, clean = (
+        nn.functional.avg_pool2d(image.float()[None], 4)[0] for image in (Corruption(kind, severity)(large, 0), large)
+    )
+    small = Corruption(kind, severity)(large[:, ::4, ::4].contiguous(), 0).float()
+    assert (small - shrunk).abs().mean() < 0.15 * (shrunk - clean).abs().mean() + 1
+
+
+def test_a_trail_is_half_a_gaussian_along_its_angle():
+    point = np.zeros((41, 41, 1))
+    point[20, 20] = 1
+    weights = np.exp(-(np.arange(21) ** 2) / 18)
+    level = trail(point, 10, 3, 0)[20, ::-1, 0][20:]
+    np.testing.assert_allclose(level, weights / weights.sum())
+    down = trail(point, 10, 3, -90)[20:, 20, 0]
+    np.testing.assert_allclose(down, weights / weights.sum())
+
+
+def test_corruption_errors_are_plain_means():
+    found = corruption_errors({"fog": [0.5, 0.7], "frost": [0.9, 0.9]}, clean=0.95)
+    assert found["corruption_error"] == pytest.approx({"fog": 0.4, "frost": 0.1})
+    assert found["mean_corruption_error"] == pytest.approx(0.25)
+    assert found["relative_mean_corruption_error"] == pytest.approx(0.2)
+    assert found["procedural"] == ["frost"]
 
 
 def test_brightness_and_saturation_are_those_of_hsv():
@@ -124,16 +165,16 @@ def test_noises_have_the_size_that_is_said():
 
 def test_blurs_keep_an_even_picture_and_spread_a_point():
     even = torch.full((3, 40, 40), 100, dtype=torch.uint8)
-    point = torch.zeros(3, 41, 41, dtype=torch.uint8)
-    point[:, 20, 20] = 255
+    point = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    point[:, 112, 112] = 255
     for kind in ("gaussian_blur", "defocus_blur", "zoom_blur"):
         assert (Corruption(kind, 3)(even, 0).int() - 100).abs().max() <= 1
     disk = Corruption("defocus_blur", 1)(point, 0)[0] > 0
-    rows, columns = np.mgrid[-20:21, -20:21]
+    rows, columns = np.mgrid[-112:112, -112:112]
     assert (disk.numpy() == (rows**2 + columns**2 <= 9)).all()
 
 
-def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, shards):
+def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, shards, tmp_path):
     options = ["--set", "robustness.epsilons=[1e-6,64]", "--set", 'robustness.corruptions=["jpeg","contrast"]']
     result = transfer("robustness", *options, model=classifier, train=None)
     assert result["task"] == "robustness" and list(result["pgd"]) == ["1e-06/255", "64/255"]
@@ -141,8 +182,9 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, sh
     assert result["top1"] > 0.9 > result["pgd"]["64/255"]
     assert [len(found) for found in result["corruptions"].values()] == [5, 5]
     every = np.mean(list(result["corruptions"].values()))
-    assert result["mean_corruption_top1"] == pytest.approx(every)
+    assert result["mean_corruption_error"] == pytest.approx(1 - every)
     assert result["val_samples"] == 18
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attack.png", "corruptions.png"}
 
 
 def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
@@ -152,14 +194,14 @@ def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
     light = ["--set", "robustness.epsilons=[64]", "--set", "robustness.corruptions=[]", "--set", "robustness.batch=5"]
     result = transfer("robustness", *light, model=tmp_path / "tuned", train=None, out="attacked")
     assert result["top1"] == pytest.approx(tuned["top1"]) and result["pgd"]["64/255"] < result["top1"]
-    assert "mean_corruption_top1" not in result
+    assert "mean_corruption_error" not in result
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--set", "robustness.severities=[6]"], "less than or equal to 5"),
-        (["--set", 'robustness.corruptions=["fog"]'], "robustness.corruptions"),
+        (["--set", 'robustness.corruptions=["rain"]'], "robustness.corruptions"),
         (["--labels", "json.name"], "no training sample has the label"),
         (["--labels", "text.x"], "must be cls"),
     ],

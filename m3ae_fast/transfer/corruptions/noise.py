@@ -1,0 +1,22 @@
+"""Noise of each pixel by itself. See the package for sources; images are float [H, W, C] in [0, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def gaussian_noise(x: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    return x + rng.normal(0, deviation, x.shape)
+
+
+def shot_noise(x: np.ndarray, photons: float, rng: np.random.Generator) -> np.ndarray:
+    return rng.poisson(x * photons) / photons
+
+
+def impulse_noise(x: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Salt and pepper, of each channel by itself."""
+    return np.where(rng.random(x.shape) < share, rng.random(x.shape) < 0.5, x)
+
+
+def speckle_noise(x: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    return x + x * rng.normal(0, deviation, x.shape)

@@ -1,0 +1,178 @@
+"""Pictures of results: curves, confusion, scores, and sheets of samples.
+
+Shapes: N samples, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from m3ae_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SIDE, _GAP, _LINE = 128, 6, 13  # pixels: of an image shown, between two, of a line of text
+_WIDE = 22  # characters that fit below an image
+Colour = tuple[int, int, int]
+BLACK, GREEN, RED = (20, 20, 20), (0, 130, 50), (190, 30, 30)
+_MOST_NAMES = 40  # classes that still get their names beside a confusion matrix
+
+
+class Cell(NamedTuple):
+    """An image, a text, or an image with a text below it."""
+
+    image: Tensor | None  # uint8 [C, H, W]
+    text: str = ""
+    colour: Colour = BLACK
+
+
+def require_matplotlib() -> None:
+    """Raises UserError where it is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the pictures of a result need matplotlib: pip install 'm3ae-fast[transfer]'")
+
+
+def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str] = ()) -> None:
+    """Write a PNG of rows of cells; `titles` stand above the columns."""
+    columns = max(map(len, rows))
+    lines = max(1, *(len(_wrapped(cell)) for row in rows for cell in row if cell.image is not None))
+    width, height, top = _SIDE + _GAP, _SIDE + lines * _LINE + _GAP, 20 if titles else _GAP
+    sheet = Image.new("RGB", (_GAP + columns * width, top + len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for column, title in enumerate(titles):
+        draw.text((_GAP + column * width, 4), title, fill=BLACK, font=font)
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            x, y = _GAP + column * width, top + number * height
+            if cell.image is not None:
+                sheet.paste(shown(cell.image), (x, y))
+                y += _SIDE
+            for line in _wrapped(cell):
+                draw.text((x, y), line, fill=cell.colour, font=font)
+                y += _LINE
+    _write(path, lambda partial: sheet.save(partial, format="PNG"))
+
+
+def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
+    """uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels."""
+    array = image.permute(1, 2, 0).numpy()
+    whole = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    return whole.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _wrapped(cell: Cell) -> list[str]:
+    most = 2 if cell.image is not None else _SIDE // _LINE
+    return textwrap.wrap(cell.text, _WIDE, max_lines=most, placeholder=" ...")
+
+
+def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
+    """Write a PNG: of the samples of each class, the shares that were taken for each."""
+    count = len(classes)
+    flat = np.bincount(labels_N.numpy() * count + predicted_N.numpy(), minlength=count * count)
+    shares = flat.reshape(count, count) / np.maximum(flat.reshape(count, count).sum(1, keepdims=True), 1)
+    side = min(3 + 0.3 * count, 12)
+    figure, (axes,) = _figure(side + 0.8, side)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, fraction=0.046, label="share of the class")
+    axes.set(xlabel="predicted", ylabel="label")
+    if count <= _MOST_NAMES:
+        names = [str(name)[:20] for name in classes]
+        axes.set_xticks(range(count), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), names, fontsize=7)
+    _save(figure, path)
+
+
+def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> None:
+    """Write a PNG: loss and accuracies over epochs, from the lines of metrics.jsonl."""
+    figure, panels = _figure(8.4, 3.2, 2)
+    lines = (("loss", "training", 0), ("accuracy", "training", 1), ("val_top1", "held out, top 1", 1))
+    for name, label, panel in (*lines, ("val_top5", "held out, top 5", 1)):
+        points = [(line["step"] / steps_per_epoch, line[name]) for line in metrics if name in line]
+        if points:
+            panels[panel].plot(*zip(*points), label=label, marker="o" if len(points) < 30 else "", markersize=3)
+    for axes, title in zip(panels, ("loss", "accuracy")):
+        axes.set(xlabel="epoch", ylabel=title)
+        axes.grid(alpha=0.25)
+    panels[1].set_ylim(0, 1)
+    panels[1].legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
+    """Write a PNG: accuracy over the bound of an attack, in units of 1/255."""
+    figure, (axes,) = _figure(4.6, 3.2)
+    axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
+    axes.set(xlabel="epsilon, 1/255", ylabel="top-1 accuracy under PGD", ylim=(0, 1))
+    axes.grid(alpha=0.25)
+    _save(figure, path)
+
+
+def draw_detection(path: Path, familiar: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarray]) -> None:
+    """Write a PNG: ROC curves of scores by name, and the histograms of each."""
+    from sklearn.metrics import RocCurveDisplay
+
+    figure, panels = _figure(3 * (1 + len(familiar)), 3, 1 + len(familiar))
+    for axes, (name, known) in zip(panels[1:], familiar.items()):
+        other = strange[name]
+        truth = np.repeat([1, 0], (len(known), len(other)))
+        both = np.concatenate((known, other))
+        RocCurveDisplay.from_predictions(truth, both, name=name, ax=panels[0])
+        low, high = np.quantile(both, (0.005, 0.995))
+        bins = np.linspace(low, high, 41).tolist()
+        for part, label in ((known, "validation"), (other, "other")):
+            axes.hist(part.clip(low, high), bins, density=True, alpha=0.55, label=label)
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks([])
+    panels[0].set(xlabel="other samples that pass", ylabel="validation samples that pass")
+    panels[0].legend(fontsize=6, loc="lower right")
+    panels[1].legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def draw_map(path: Path, places_N2: np.ndarray, labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
+    """Write a PNG: points in a plane, coloured by class. Labels are ids; without `classes` they play no part."""
+    from matplotlib import colormaps
+
+    figure, (axes,) = _figure(8, 6)
+    colours = colormaps["tab20" if len(classes) <= 20 else "gist_ncar"].resampled(max(len(classes), 1))
+    for number, name in enumerate(classes or ["samples"]):
+        mine = labels_N == number if classes else slice(None)
+        x, y = places_N2[mine].T
+        axes.scatter(x, y, 9, color=colours(number), label=str(name)[:24], linewidths=0)
+    axes.set(xticks=[], yticks=[])
+    if 0 < len(classes) <= _MOST_NAMES:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    _write(path, lambda partial: figure.savefig(partial, format="png", dpi=130, bbox_inches="tight"))
+
+
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
+    """A file that is whole or not there. Raises UserError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
