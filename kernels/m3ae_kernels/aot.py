@@ -166,7 +166,7 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     dim, rows = case.sample
     if dim:
         report.settings = f"D={dim} {shown}"
-        tile = module.blocks(tile, dim, rows, rows) | tile
+        tile = module.as_rows(tile, dim, rows, rows) | tile
     kernel = getattr(module, f"{case.kernel}_kernel")
     amd = arch.startswith("gfx")
     known = {

@@ -76,7 +76,8 @@ def test_attention_of_triton_is_tried_and_taken(cuda, monkeypatch):
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
     monkeypatch.setattr(cuda_attention, "MAKERS", {})
     monkeypatch.setattr(cuda_attention, "_chosen", {})
-    monkeypatch.setattr(cuda_attention, "SAMPLES", 2)
+    for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
+        monkeypatch.setattr(cuda_attention, name, less)
     for head_dim, length in ((16, 5), (64, 140)):  # one tile of keys, and two
         assert cuda_attention.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
 
