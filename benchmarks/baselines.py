@@ -1,10 +1,12 @@
-"""What the ops are compared with: plain torch, torch.compile of it, their matmuls alone on cuBLAS, and the losses of
-torch and of other libraries, where installed."""
+"""What the ops are compared with: plain torch, torch.compile of it, their matmuls alone on cuBLAS, and the losses and
+attention of torch and of other libraries, where installed."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +15,10 @@ from m3ae_kernels import reference
 from torch import Tensor
 
 from benchmarks.ops import Workload
+from m3ae_fast.model import cuda_attention
+from m3ae_fast.model.batch import Segments
+from m3ae_fast.model.kernel import Kernel
+from m3ae_fast.model.padded import padded_attention
 
 CHUNKS = 4  # of rows, where logits are made a part at a time
 LIGER_CHUNKS = 16  # its `chunk_mem_const`: as few chunks; with its default there are 48 at M3AE-Large's sizes
@@ -27,6 +33,8 @@ def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
         found["matmuls alone"] = _patches_given(work)
     if work.op.endswith("_loss"):
         found["matmuls alone"] = lambda hidden, weight, **_: _Matmuls.apply(hidden, weight)
+    if work.op == "packed_attention":
+        found |= {"SDPA": _sdpa} | {name: partial(_of_kernel, kernel) for name, kernel in _kernels().items()}
     if work.op == "masked_token_loss":
         makers = {"torch linear_cross_entropy": _torch, "Liger": _liger, "ml-cross-entropy": _cce}
         found |= {name: loss for name, make in makers.items() if (loss := make()) is not None}
@@ -56,6 +64,52 @@ class _Matmuls(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, ...]:
         return ctx.saved_tensors
+
+
+def _kernels() -> dict[str, Kernel]:
+    """Attention kernels of others that can be imported; whether they run here shows when they do."""
+    found = {}
+    for name, make in cuda_attention.MAKERS.items():
+        with suppress(ImportError):
+            found[name] = make()
+    return found
+
+
+def _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries) -> tuple[Segments, Segments]:
+    keys = Segments(cu_seqlens, max_seqlen, len(qkv))
+    return keys if q is None else Segments(cu_queries, max_queries, len(q)), keys
+
+
+def _sdpa(qkv, cu_seqlens, max_seqlen, q=None, cu_queries=None, max_queries=None) -> Tensor:
+    """Every sample padded to the longest."""
+    queries, keys = _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries)
+    return padded_attention(*(qkv.unbind(1) if q is None else (q, *qkv.unbind(1))), queries, keys)
+
+
+def _of_kernel(kernel: Kernel, qkv, cu_seqlens, max_seqlen, q=None, cu_queries=None, max_queries=None) -> Tensor:
+    queries, keys = _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries)
+    return _OfKernel.apply(kernel, qkv, q, queries, keys)
+
+
+class _OfKernel(torch.autograd.Function):
+    """As the model calls its kernels: the gradient is one tensor."""
+
+    @staticmethod
+    def forward(ctx, kernel: Kernel, qkv: Tensor, q: Tensor | None, queries: Segments, keys: Segments) -> Tensor:
+        parts = qkv.unbind(1) if q is None else (q, *qkv.unbind(1))
+        out, lse = kernel.forward(*parts, queries, keys)
+        ctx.save_for_backward(qkv, q, out, lse)
+        ctx.kernel, ctx.segments = kernel, (queries, keys)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q, out, lse = ctx.saved_tensors
+        parts = qkv.unbind(1) if q is None else (q, *qkv.unbind(1))
+        dq, dqkv = None if q is None else torch.empty_like(q), torch.empty_like(qkv)
+        grads = dqkv.unbind(1) if dq is None else (dq, *dqkv.unbind(1))
+        ctx.kernel.backward(grad.contiguous(), *parts, out, lse, *grads, *ctx.segments)
+        return None, dqkv, dq, None, None
 
 
 # The libraries' losses are means over rows, without row weights or accuracy.

@@ -1,6 +1,7 @@
 """The ops with their inputs, at M3AE-Large's sizes and at small odd ones, and what each must cost.
 
-Letters as in the kernels' docstrings: N, M, T rows, D width, K = P * P * C, V vocabulary.
+Letters as in the kernels' docstrings: N, M, T rows, D width, K = P * P * C, V vocabulary; of attention T keys, M
+queries, H heads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Cost = tuple[float, float]  # FLOPs, bytes
 class Workload:
     """An op, its inputs, and the least that its forward and backward cost with 16-bit inputs.
 
-    The op goes row by row over the inputs called `rows`.
+    The op goes row by row over the inputs called `rows`; none: it is run whole.
     """
 
     name: str
@@ -28,38 +29,42 @@ class Workload:
     options: dict = field(default_factory=dict)
     forward: Cost = (0, 0)
     backward: Cost = (0, 0)
+    outputs: tuple[str, ...] = ("out",)
 
-    def call(self, module) -> Tensor:
-        """The op of `m3ae_kernels`, of its `reference`, or of anything with functions so named."""
+    def call(self, module) -> tuple[Tensor, ...]:
+        """The results of the op of `m3ae_kernels`, of its `reference`, or of anything with functions so named."""
         result = getattr(module, self.op)(**self.tensors, **self.options)
-        return result[0] if isinstance(result, tuple) else result
+        return result if isinstance(result, tuple) else (result,)
 
     @property
     def learned(self) -> list[str]:
         return [name for name, t in self.tensors.items() if t.requires_grad]
 
-    def upstream(self, out: Tensor) -> Tensor:
-        return torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out)
+    def upstream(self, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out) for out in outs)
 
-    def run(self, module, upstream: Tensor | None = None) -> dict[str, Tensor]:
-        """The result ("out") and the gradient of every learned input."""
-        out = self.call(module)
-        upstream = self.upstream(out) if upstream is None else upstream.to(out.dtype)
+    def run(self, module, upstream: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
+        """The results by name, and the gradient of every learned input."""
+        outs = self.call(module)
+        upstream = upstream or self.upstream(outs)
         learned = self.learned
-        grads = torch.autograd.grad(out, [self.tensors[name] for name in learned], upstream)
-        return {"out": out.detach()} | dict(zip(learned, grads))
+        inputs = [self.tensors[name] for name in learned]
+        grads = torch.autograd.grad(outs, inputs, [grad.to(out.dtype) for grad, out in zip(upstream, outs)])
+        return dict(zip((*self.outputs, *learned), (*(out.detach() for out in outs), *grads)))
 
-    def run_in_chunks(self, module, upstream: Tensor, chunks: int) -> dict[str, Tensor]:
+    def run_in_chunks(self, module, upstream: tuple[Tensor, ...], chunks: int) -> dict[str, Tensor]:
         """As `run`, a part of the rows at a time: with so much less memory, and with sums over parts in float32."""
+        if not self.rows:
+            return self.run(module, upstream)
         size = -(-len(self.tensors[self.rows[0]]) // chunks)
         parts = zip(*(self.tensors[name].detach().split(size) for name in self.rows))
-        upstreams = upstream.split(size) if upstream.dim() else [upstream] * chunks
+        upstreams = zip(*(grad.split(size) if grad.dim() else [grad] * chunks for grad in upstream))
         pieces: dict[str, list[Tensor]] = {}
-        for part, grad in zip(parts, upstreams):
+        for part, grads in zip(parts, upstreams):
             own = {n: t.requires_grad_(self.tensors[n].requires_grad) for n, t in zip(self.rows, part)}
-            for name, result in replace(self, tensors=self.tensors | own).run(module, grad).items():
+            for name, result in replace(self, tensors=self.tensors | own).run(module, grads).items():
                 pieces.setdefault(name, []).append(result)
-        joined = {name for name in pieces if name in self.rows or (name == "out" and upstream.dim())}
+        joined = {*self.rows, *(name for name, grad in zip(self.outputs, upstream) if grad.dim())}
         return {name: torch.cat(p) if name in joined else sum(t.float() for t in p) for name, p in pieces.items()}
 
     def cast(self, dtype: torch.dtype) -> Workload:
@@ -224,6 +229,52 @@ def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     return Workload("", "masked_token_loss", tensors, rows, {}, forward, (0, 4 * m * d + 4 * v * d))
 
 
+def _lengths(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of each sample in the encoder and in the decoder, with captions of any length."""
+    words = torch.randint(s.words // 4, s.words + 1, (s.samples,), device=device)
+    return 1 + s.visible + words // 4, 1 + s.grid**2 + words
+
+
+def _attention(lengths: Tensor, queries: Tensor, width: int, dim: int, dtype, device) -> Workload:
+    """`queries` of each sample; as many as `lengths`: of all rows."""
+    h, t, m = width // dim, int(lengths.sum()), int(queries.sum())
+    some = m < t
+    tensors = {
+        "qkv": _random(t, 2 if some else 3, h, dim, dtype=dtype, device=device),
+        "cu_seqlens": _ids(torch.nn.functional.pad(lengths.cumsum(0), (1, 0))),
+    }
+    options = {"max_seqlen": int(lengths.max())}
+    if some:
+        tensors["q"] = _random(m, h, dim, dtype=dtype, device=device)
+        tensors["cu_queries"] = _ids(torch.nn.functional.pad(queries.cumsum(0), (1, 0)))
+        options["max_queries"] = int(queries.max())
+    product, rows = 2 * h * dim * int((lengths * queries).sum()), 4 * h * dim * (t + m)
+    return Workload("", "packed_attention", tensors, (), options, (2 * product, rows), (5 * product, 2 * rows))
+
+
+def _attention_encoder(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    lengths, _ = _lengths(s, device)
+    return _attention(lengths, lengths, s.encoder, min(64, s.encoder), dtype, device)
+
+
+def _attention_decoder(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    _, lengths = _lengths(s, device)
+    return _attention(lengths, lengths, s.decoder, min(32, s.decoder), dtype, device)
+
+
+def _attention_masked(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    seen, lengths = _lengths(s, device)
+    return _attention(lengths, lengths - seen, s.decoder, min(32, s.decoder), dtype, device)
+
+
+def _residual(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    t, d = s.samples * (1 + s.visible + s.words // 4), s.encoder
+    tensors = {name: _random(t, d, dtype=dtype, device=device) for name in ("x", "branch")}
+    tensors |= {name: _random(d, dtype=dtype, device=device) for name in ("weight", "bias")}
+    cost = (0, 8 * t * d)
+    return Workload("", "residual_norm", tensors, ("x", "branch"), {}, cost, cost, outputs=("total", "normed"))
+
+
 OPS: dict[str, Callable[[Sizes, torch.dtype, torch.device], Workload]] = {
     "patch_embed": _patch_embed,
     "gather_tokens": _gather,
@@ -233,4 +284,8 @@ OPS: dict[str, Callable[[Sizes, torch.dtype, torch.device], Workload]] = {
     "masked_pixel_loss": _pixel,
     "masked_pixel_loss, norm_pix": _pixel_norm,
     "masked_token_loss": _token,
+    "packed_attention, encoder": _attention_encoder,
+    "packed_attention, decoder": _attention_decoder,
+    "packed_attention, loss rows": _attention_masked,
+    "residual_norm": _residual,
 }

@@ -317,6 +317,18 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     assert cuda_attention.choose(CPU, torch.float32, 2, 16, 9) is PADDED
 
 
+def test_the_librarys_kernel_takes_part_where_it_is_asked_for(monkeypatch, caplog):
+    """Without a GPU it cannot run, which is told as of any other; tests/rehearsal runs it."""
+    monkeypatch.setattr(cuda_attention, "MAKERS", {})
+    for impl, names in ((None, []), ("torch", []), ("triton", ["triton"])):
+        monkeypatch.delenv("M3AE_KERNELS_IMPL", raising=False)
+        if impl:
+            monkeypatch.setenv("M3AE_KERNELS_IMPL", impl)
+        assert list(cuda_attention.candidates()) == names
+    assert cuda_attention.try_out(CPU, BF16, 2, 16, 9) is PADDED
+    assert "triton is left out: " in caplog.text
+
+
 def test_times_are_measured(monkeypatch):
     slow = Kernel("slow", lambda *x: [PADDED.forward(*x) for _ in range(40)][-1], PADDED.backward)
     fast = Kernel("fast", PADDED.forward, PADDED.backward)

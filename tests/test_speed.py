@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from m3ae_kernels import per_sample
 from torch._dynamo.utils import counters
 
 from m3ae_fast.config import ModelConfig
@@ -13,7 +14,6 @@ from m3ae_fast.engine.throughput import StepCounts
 from m3ae_fast.hardware import has_compiler
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.batch import INDEX_ROWS, PackedBatch, Segments
-from m3ae_fast.model.cpu import attention as per_sample
 from m3ae_fast.model.cpu.linear import linear
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask

@@ -83,7 +83,7 @@ def write(arch: str, found: dict[str, dict[str, list[Settings]]]) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    cases: dict[str, Case] = {case.kernel: case for case in CASES if case.matmul}
+    cases: dict[str, Case] = {case.kernel: case for case in CASES if case.matmul and not case.sample[0]}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.candidates", description=__doc__.split(": ")[1])
     parser.add_argument("--arch", choices=SHARED_BYTES, default="sm_90", metavar="ARCH", help="default sm_90")
     parser.add_argument("--kernel", nargs="+", choices=cases, default=list(cases), metavar="KERNEL")
@@ -109,6 +109,8 @@ def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[S
         return read(arch).get(kernel, {}).get(width, [])
     choices = {
         "TILE": (1024, 2048, 4096, 8192),
+        "TILE_M": (1024, 2048, 4096),
+        "TILE_N": (2048, 4096, 8192),
         "BLOCK_M": (4, 8, 16),
         "BLOCK_D": (128, 256, 512),
         "BLOCK_V": (1024, 2048, 4096, 8192),

@@ -40,14 +40,14 @@ class Check:
 def check_small(name: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = ODD, module=m3ae_kernels) -> Check:
     """Odd sizes, which no tile divides, against float64."""
     work = make(name, sizes, dtype, device)
-    upstream = work.upstream(work.call(reference).detach())
+    upstream = work.upstream(work.call(reference))
     true = work.cast(torch.float64).run(reference, upstream)
     return _compare(work, "small, odd", true, work.run(reference, upstream), upstream, module)
 
 
 def check_timed(work: Workload, module=m3ae_kernels) -> Check:
     """The inputs that are about to be timed, against float32 in chunks of rows."""
-    upstream = work.upstream(work.call(module).detach())
+    upstream = work.upstream(work.call(module))
     true = work.cast(torch.float32).run_in_chunks(reference, upstream, CHUNKS)
     plain = work.run_in_chunks(reference, upstream, CHUNKS)
     return _compare(work, "timed", true, plain, upstream, module)
@@ -58,7 +58,7 @@ def check_all_small(device: torch.device, sizes: Sizes = ODD, module=m3ae_kernel
 
 
 def _compare(
-    work: Workload, sizes: str, true: dict[str, Tensor], plain: dict[str, Tensor], upstream: Tensor, module
+    work: Workload, sizes: str, true: dict[str, Tensor], plain: dict[str, Tensor], upstream: tuple[Tensor, ...], module
 ) -> Check:
     problems, worst = [], 0.0
     ours = work.run(module, upstream)
@@ -70,13 +70,13 @@ def _compare(
             problems.append(f"{name}: error {ratio * allowed:.1e}, allowed {allowed:.1e}")
     again = work.run(module, upstream)
     problems += [f"{name}: two runs differ" for name in ours if not torch.equal(ours[name], again[name])]
-    if upstream.is_cuda:
+    if upstream[0].is_cuda:
         problems += _syncs(work, module, upstream)
     dtype = next(t.dtype for t in work.tensors.values() if t.requires_grad)
     return Check(work.name, sizes, str(dtype).removeprefix("torch."), worst, problems)
 
 
-def _syncs(work: Workload, module, upstream: Tensor) -> list[str]:
+def _syncs(work: Workload, module, upstream: tuple[Tensor, ...]) -> list[str]:
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,9 +1,11 @@
 """Fused ops for masked autoencoders over images and text. Needs torch, and Triton where it runs on a GPU."""
 
+from .attention import packed_attention
 from .gather import GatherNorm, gather_tokens
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
 from .patch_embed import PatchEmbed, patch_embed
 from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
+from .residual import residual_norm
 from .scatter import scatter_orders, scatter_tokens
 from .token_loss import MaskedTokenLoss, masked_token_loss
 from .version import __version__
@@ -21,7 +23,9 @@ __all__ = [
     "m3ae_loss",
     "masked_pixel_loss",
     "masked_token_loss",
+    "packed_attention",
     "patch_embed",
+    "residual_norm",
     "scatter_orders",
     "scatter_tokens",
 ]

@@ -4,7 +4,8 @@
 
 One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
 instruction. Exit code 1 where one does not compile, spills, keeps arrays in local memory, asks for more shared memory
-than the chip has, or multiplies matrices without its tensor cores; 2 for a wrong argument.
+than the chip has, multiplies matrices without its tensor cores, or leaves room for fewer programs on an NVIDIA
+multiprocessor than it should; 2 for a wrong argument.
 """
 
 import argparse
@@ -14,13 +15,16 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import tuning
 
 # Shared memory that one program may use (CUDA C programming guide, technical specifications by compute capability;
 # CDNA 3 architecture guide, local data share).
+# A multiprocessor has 1 kB more, and keeps 1 kB of each program's; registers are given out by
+# 8 a thread.
 SHARED_BYTES = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+REGISTERS = 65536
 DTYPES = {"bf16": "16", "fp32": "32"}
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
 
@@ -33,7 +37,8 @@ PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 class Case:
     """How a kernel is called: pointer arguments by element type ("x": the dtype of the inputs), sizes that are
     multiples of 16, other sizes, floats, and constants; `whole_rows` is the power of two that a TILE of elements is cut
-    to."""
+    to; `sample` has the values a head and the rows for which TILE_M and TILE_N are; `programs` must fit on a
+    multiprocessor."""
 
     module: str
     kernel: str
@@ -45,13 +50,33 @@ class Case:
     matmul: bool = False
     whole_rows: int = 0
     table: str = ""
+    sample: tuple[int, int] = (0, 0)
+    programs: int = 1
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
 def _pointers(**by_type: str) -> dict[str, str]:
     return {name: kind for kind, names in by_type.items() for name in names.split()}
 
 
+def _attention(head_dim: int, keys: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Case]:
+    ends, strides = "cu_queries cu_keys", ("H", "stride_q", "stride_kv")
+    forward = Case(
+        "attention", "attention", _pointers(x="q k v out", fp32="lse", i32=ends), strides, ("Q", "blocks"), ("scale",),
+        matmul=True, programs=2, sample=(head_dim, keys), dtypes=dtypes,
+    )  # fmt: skip
+    pointers = _pointers(x="grad q k v out dq dk dv", fp32="lse partial", i32=ends)
+    aligned, floats = (*strides, "stride_dq", "stride_dkv"), ("scale", "scale2")
+    return [
+        forward,
+        replace(forward, kernel="attention_backward", pointers=pointers, aligned=aligned, sizes=("Q",), floats=floats),
+    ]
+
+
 CASES = [
+    *_attention(64, 81),  # M3AE-Large's encoder
+    *_attention(32, 321),  # and decoder
+    *_attention(128, 321, ("bf16",)),  # the widest
     Case(
         "patch_embed", "patch_embed", _pointers(u8="images", i32="ids", x="weight bias out"),
         ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES, matmul=True,
@@ -78,6 +103,15 @@ CASES = [
         "norm", "gather_norm_backward",
         _pointers(x="grad x weight grad_x", i32="source", fp32="mean rstd partial_weight partial_bias"),
         ("D", "stride"), ("T", "share"), (), {"GRAD_X": True, "PARAMETERS": True}, whole_rows=DIM,
+    ),
+    Case(
+        "residual", "residual_norm", _pointers(x="x branch weight bias total normed", fp32="mean rstd"),
+        ("D", "stride_x", "stride_branch"), ("T",), ("eps",), {"BIAS": True}, whole_rows=1024, programs=2,
+    ),
+    Case(
+        "residual", "residual_norm_backward",
+        _pointers(x="grad_total grad_normed total weight grad", fp32="mean rstd partial_weight partial_bias"),
+        ("D",), ("T", "share"), (), {"GRAD": True, "PARAMETERS": True}, whole_rows=1024, programs=2,
     ),
     Case(
         "pixel_loss", "patch_stats", _pointers(u8="images", i32="ids", fp32="mean rstd"),
@@ -129,12 +163,16 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     if "TILE" in tile:
         tile = {"BLOCK_M": max(1, tile.pop("TILE") // case.whole_rows), "BLOCK_D": case.whole_rows}
     module = importlib.import_module(f".triton_impl.{case.module}", __package__)
+    dim, rows = case.sample
+    if dim:
+        report.settings = f"D={dim} {shown}"
+        tile = module.as_rows(tile, dim, rows, rows) | tile
     kernel = getattr(module, f"{case.kernel}_kernel")
     amd = arch.startswith("gfx")
     known = {
         "ACC": tl.float32,
         "PRECISION": "tf32x3" if dtype == "fp32" and not amd else "ieee",
-    }
+    } | ({"D": dim, "LONG": rows > tile["BLOCK_N"]} if dim else {})
     constants = {k: v for k, v in (known | tile | (case.constants or {})).items() if k in kernel.arg_names}
     signature, attributes = {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
@@ -163,6 +201,11 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
         problems.append(f"{report.spills} spills, {report.local_bytes} bytes of local memory")
     if report.shared_bytes > SHARED_BYTES[arch]:
         problems.append(f"shared memory {report.shared_bytes} > {SHARED_BYTES[arch]}")
+    threads = 32 * options.get("num_warps", 4)
+    of_registers = REGISTERS // (threads * 8 * -(-report.registers // 8))
+    fit = min(of_registers, (SHARED_BYTES[arch] + 1024) // (report.shared_bytes + 1024))
+    if fit < case.programs and not amd:
+        problems.append(f"{fit} programs on a multiprocessor < {case.programs}")
     if case.matmul and not found:
         problems.append("no matrix instruction")
     report.problems = tuple(problems)
@@ -200,13 +243,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES), metavar="ARCH")
-    parser.add_argument("--kernel", nargs="+", choices=[c.kernel for c in CASES], metavar="KERNEL")
+    parser.add_argument("--kernel", nargs="+", choices=dict.fromkeys(c.kernel for c in CASES), metavar="KERNEL")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
-    work = [(case, arch, dtype) for case in cases for arch in args.arch for dtype in DTYPES]
+    work = [(case, arch, dtype) for case in cases for arch in args.arch for dtype in case.dtypes]
     form = "{:21} {:7} {:5} {:40} {:>4} {:>6} {:>6} {:>7}  {:8} {}"
     print(form.format("kernel", "arch", "dtype", "settings", "regs", "spills", "local", "shared", "matrix", ""))
     bad = 0

@@ -113,6 +113,47 @@ def masked_token_loss(
     return (loss, logits.argmax(1) == targets) if return_correct else loss
 
 
+def packed_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    q: Tensor | None = None,
+    cu_queries: Tensor | None = None,
+    max_queries: int | None = None,
+) -> Tensor:
+    """See `m3ae_kernels.packed_attention`. Every sample is padded to the longest."""
+    q, k, v = qkv.unbind(1) if q is None else (q, *qkv.unbind(1))
+    cu_queries = cu_seqlens if cu_queries is None else cu_queries
+    longest = max_seqlen if max_queries is None else max_queries
+    # The last row is of padding; where all keys are, weights are even and meet no gradient.
+    q_SHND, k_SHMD, v_SHMD = (
+        F.pad(x, (0, 0, 0, 0, 0, 1))[_padded_rows(cu, n, len(x))].transpose(1, 2)
+        for x, cu, n in ((q, cu_queries, longest), (k, cu_seqlens, max_seqlen), (v, cu_seqlens, max_seqlen))
+    )
+    scores = q_SHND @ k_SHMD.mT * q.shape[-1] ** -0.5
+    nobody = (_padded_rows(cu_seqlens, max_seqlen, len(k)) == len(k))[:, None, None]
+    weights = scores.masked_fill(nobody, torch.finfo(scores.dtype).min).softmax(-1)
+    rows = torch.arange(len(q), device=q.device)
+    sample = torch.bucketize(rows, cu_queries[1:], right=True)
+    return (weights @ v_SHMD).transpose(1, 2)[sample, rows - cu_queries[sample]]
+
+
+def _padded_rows(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
+    """[S, longest]: which row each sample's n-th is; `rows` where there is none."""
+    place = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)
+    return torch.where(place < cu_seqlens[1:, None], place, rows).long()
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """See `m3ae_kernels.residual_norm`."""
+    total = x + branch
+    shift = None if bias is None else bias.to(total.dtype)
+    return total, F.layer_norm(total, total.shape[1:], weight.to(total.dtype), shift, eps).to(branch.dtype)
+
+
 def _ones(hidden: Tensor) -> Tensor:
     return hidden.new_ones(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
 

@@ -26,7 +26,11 @@ class Inputs:
 
     def to(self, dtype: torch.dtype, names: list[str] | None = None) -> "Inputs":
         """The same values with the floating tensors, or those named, in another dtype."""
-        names = names or [name for name, t in self.tensors.items() if t is not None and t.is_floating_point()]
+        names = (
+            names
+            if names is not None
+            else [name for name, t in self.tensors.items() if t is not None and t.is_floating_point()]
+        )
         cast = {
             name: t.detach().to(dtype).requires_grad_(t.requires_grad) if name in names else t
             for name, t in self.tensors.items()
@@ -132,8 +136,38 @@ def masked_token_loss(
     return Inputs(tensors, options)
 
 
+def packed_attention(dtype, lengths, heads, dim, queries=None, ids=torch.int32) -> Inputs:
+    def ends(counts: tuple[int, ...]) -> Tensor:
+        return torch.tensor([0, *counts]).cumsum(0).to(ids)
+
+    tensors = {
+        "qkv": _random(sum(lengths), 3 if queries is None else 2, heads, dim, dtype=dtype),
+        "cu_seqlens": ends(lengths),
+    }
+    options = {"max_seqlen": max(lengths, default=0)}
+    if queries is not None:
+        tensors |= {"q": _random(sum(queries), heads, dim, dtype=dtype), "cu_queries": ends(queries)}
+        options["max_queries"] = max(queries)
+    return Inputs(tensors, options)
+
+
+def residual_norm(dtype, rows, dim, bias=True) -> Inputs:
+    tensors = {name: _random(rows, dim, dtype=dtype) for name in ("x", "branch")}
+    tensors |= {name: _random(dim, dtype=dtype) for name in (("weight", "bias") if bias else ("weight",))}
+    return Inputs(tensors)
+
+
 # Rows 0, 1 and prime; widths 48, 123 and 512; tiles left ragged on every side.
 CASES = {
+    "attend-empty": (packed_attention, {"lengths": (), "heads": 2, "dim": 16}),
+    "attend-one": (packed_attention, {"lengths": (1,), "heads": 1, "dim": 64}),
+    "attend-some": (packed_attention, {"lengths": (5, 37, 0, 1), "heads": 2, "dim": 24}),
+    "attend-wide": (packed_attention, {"lengths": (7, 19), "heads": 1, "dim": 128, "ids": torch.int64}),
+    "attend-queries": (
+        packed_attention,
+        {"lengths": (4, 17, 3), "heads": 2, "dim": 16, "queries": (4, 9, 0)},
+    ),
+    "attend-no-queries": (packed_attention, {"lengths": (3, 2), "heads": 1, "dim": 16, "queries": (0, 0)}),
     "embed-empty": (patch_embed, {"rows": 0, "dim": 48, "batch": 1, "channels": 3, "patch": 8}),
     "embed-one": (patch_embed, {"rows": 1, "dim": 123, "batch": 1, "channels": 1, "patch": 8}),
     "embed-p16": (patch_embed, {"rows": 37, "dim": 123, "batch": 8, "channels": 3, "patch": 16}),
@@ -160,6 +194,10 @@ CASES = {
         gather_tokens,
         {"tokens": 41, "rows": 23, "dim": 64, "norm": True, "bias": False, "ids": torch.int64},
     ),
+    "residual-empty": (residual_norm, {"rows": 0, "dim": 48}),
+    "residual-one": (residual_norm, {"rows": 1, "dim": 512}),
+    "residual-some": (residual_norm, {"rows": 67, "dim": 123}),
+    "residual-no-bias": (residual_norm, {"rows": 23, "dim": 64, "bias": False}),
     "scatter-empty": (scatter_tokens, {"tokens": 0, "rows": 3, "dim": 48, "fill": 2, "table": 5}),
     "scatter-no-rows": (scatter_tokens, {"tokens": 11, "rows": 0, "dim": 48, "fill": 2, "table": 5}),
     "scatter-mask": (scatter_tokens, {"tokens": 641, "rows": 97, "dim": 123, "fill": 2, "table": 131}),
@@ -208,7 +246,8 @@ CASES = {
 }
 # One of each op, small: for the tests that look at something else than sizes.
 SMALL = (
-    "embed-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16", "pixel-rows", "token-z", "token-rows"
+    "attend-queries", "residual-some", "embed-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
+    "pixel-rows", "token-z", "token-rows",
 )  # fmt: skip
 
 
@@ -219,8 +258,10 @@ def make(case: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
 
 
 def call(module, case: str, inputs: Inputs) -> Tensor:
-    """The op's differentiable result."""
+    """The op's differentiable result; of `residual_norm` both, side by side."""
     result = getattr(module, CASES[case][0].__name__)(**inputs.tensors, **inputs.options)
+    if case.startswith("residual"):
+        return torch.cat(result, 1)
     return result[0] if isinstance(result, tuple) else result
 
 

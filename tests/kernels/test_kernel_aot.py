@@ -59,6 +59,7 @@ def test_what_may_lie_anywhere_compiles_once():
     from step to step, and must not change the kernel."""
     anywhere = {
         "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "share", "row_loss", "correct",
+        "cu_queries", "cu_keys",
     }  # fmt: skip
     seen = set()
     for case in CASES:
@@ -68,6 +69,9 @@ def test_what_may_lie_anywhere_compiles_once():
             if parameter.name in anywhere and kind not in (None, "x"):
                 seen.add(parameter.name)
                 assert parameter.do_not_specialize_on_alignment, (case.kernel, parameter.name)
-            if parameter.name in ("M", "N", "T", "share", "splits", "split_rows", "ignore_index") and kind is None:
+            if (
+                parameter.name in ("M", "N", "T", "Q", "blocks", "share", "splits", "split_rows", "ignore_index")
+                and kind is None
+            ):
                 assert parameter.do_not_specialize, (case.kernel, parameter.name)
     assert seen == anywhere

@@ -15,11 +15,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(en
 
 
 def test_readme_examples():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 7
     names: dict = {}
     for block in BLOCKS:
         exec(block, names)
-    assert names["x"].shape == (49, 384) and names["normed"].shape == (3, 384) and names["y"].shape == (196, 384)
+    assert names["y"].shape == (196, 384) and names["out"].shape == (10, 6, 64) and names["normed"].shape == (392, 384)
     assert names["loss"].isfinite() and names["correct"].shape == (120,)
 
 

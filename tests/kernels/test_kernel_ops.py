@@ -62,6 +62,9 @@ def test_float64(case):
 @pytest.mark.parametrize(
     "case, sizes",
     [
+        ("attend-queries", {"lengths": (1, 2), "heads": 1, "dim": 1, "queries": (1, 1)}),
+        ("attend-some", {"lengths": (2, 1), "heads": 1, "dim": 1}),
+        ("residual-some", {"rows": 2, "dim": 3}),
         ("embed-float", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "floating": True}),
         ("gather-some", {"tokens": 5, "rows": 3, "dim": 2}),
         ("norm-some", {"tokens": 5, "rows": 3, "dim": 4, "norm": True}),
@@ -99,7 +102,7 @@ def upstreams(out: Tensor) -> dict[str, Tensor]:
         }
     return {
         "scaled": values * 1024,
-        "transposed": values.t().contiguous().t(),
+        "transposed": values.transpose(0, 1).contiguous().transpose(0, 1),
         "sliced": torch.cat([values, values], -1)[..., out.shape[-1] :],
         "strided": torch.stack([values, values], -1)[..., 1],
         "expanded rows": values[:1].expand(out.shape),
@@ -116,7 +119,10 @@ def test_any_upstream_gradient(case):
             assert error(got, true[name]) < 2e-6, (kind, name)
 
 
-STRIDED = ("embed-p16", "embed-one", "gather-some", "norm-some", "scatter-mask", "pixel-p16", "pixel-one", "token-some")
+STRIDED = (
+    "attend-some", "attend-queries", "residual-some", "embed-p16", "embed-one", "gather-some", "norm-some",
+    "scatter-mask", "pixel-p16", "pixel-one", "token-some",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", STRIDED)
@@ -130,7 +136,9 @@ def test_inputs_of_any_stride(case):
             return torch.stack([t, t], 1)[:, 1]
         if t.dim() == 4:
             return t.contiguous(memory_format=torch.channels_last)
-        return torch.cat([t, t], 1)[:, t.shape[1] :] if t.shape[0] % 2 else t.t().contiguous().t()
+        return (
+            torch.cat([t, t], 1)[:, t.shape[1] :] if t.shape[0] % 2 else t.transpose(0, 1).contiguous().transpose(0, 1)
+        )
 
     strided = {name: awkward(t.detach()).requires_grad_(t.requires_grad) for name, t in inputs.tensors.items()}
     for name, got in run(m3ae_kernels, case, Inputs(strided, inputs.options)).items():
@@ -173,7 +181,7 @@ def test_no_grad_gives_the_same_result(case):
 @pytest.mark.parametrize("other", LOW, ids=str)
 def test_mixed_dtypes(case, other):
     """Weights wider or narrower than the activations: these set the dtype, gradients keep their own."""
-    activations = {"x", "hidden", "images", "row_weight"}
+    activations = {"x", "branch", "q", "qkv", "hidden", "images", "row_weight"}
     for outer, inner in ((torch.float32, other), (other, torch.float32)):
         inputs = make(case, torch.float32)
         inputs = inputs.to(outer, [n for n in inputs.learned if n in activations])
@@ -194,7 +202,7 @@ def test_autocast(case, dtype):
     true = run(reference, case, double(inputs))
     with torch.autocast("cpu", dtype=dtype):
         results = run(m3ae_kernels, case, inputs)
-    assert results["out"].dtype == (dtype if case.startswith("embed") else torch.float32)
+    assert results["out"].dtype == (dtype if case.startswith(("embed", "attend")) else torch.float32)
     matmul = case.split("-")[0] in ("embed", "pixel", "token")
     for name, got in results.items():
         assert name == "out" or got.dtype == torch.float32
@@ -486,6 +494,10 @@ def test_m3ae_heads_are_their_parts(vocab):
 @pytest.mark.parametrize(
     "case, changes, error_type, message",
     [
+        ("attend-some", {"qkv": torch.zeros(3, 2, 1, 8)}, ValueError, r"qkv has shape \(3, 2, 1, 8\)"),
+        ("attend-some", {"max_queries": 3}, ValueError, "q, cu_queries and max_queries must be given together"),
+        ("attend-queries", {"cu_queries": torch.zeros(2).int()}, ValueError, "cu_queries has shape"),
+        ("residual-some", {"branch": torch.zeros(3, 123)}, ValueError, "branch has shape"),
         ("gather-some", {"rows": torch.zeros(3)}, TypeError, "rows must be int32 or int64"),
         ("gather-some", {"x": torch.zeros(3)}, ValueError, r"x has shape \(3,\)"),
         ("norm-some", {"norm_weight": None}, ValueError, "norm_bias needs a norm_weight"),
@@ -520,6 +532,8 @@ def test_mistakes_are_named(case, changes, error_type, message):
 @pytest.mark.parametrize(
     "case, name, index",
     [
+        ("attend-some", "cu_seqlens", 1),
+        ("attend-queries", "cu_queries", -1),
         ("embed-p16", "patch_ids", -1),
         ("embed-p16", "patch_ids", 10**6),
         ("pixel-p16", "patch_ids", -1),

@@ -11,6 +11,9 @@ from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa
 
 ARCH = "sm_90"
 RAGGED = (
+    "attend-some",
+    "attend-queries",
+    "residual-some",
     "embed-p14",
     "embed-last",
     "norm-some",

@@ -64,7 +64,8 @@ class FakeCuda(TorchFunctionMode):
             (torch.Tensor, "pin_memory", lambda t, *_: self._pin(t)),
         ]
         others += [(dist, "init_process_group", _on_gloo(dist.init_process_group))]
-        for name, answer in (("is_available", True), ("current_device_index", 0), ("set_device_index", None)):
+        answers = {"is_available": True, "current_device_index": 0, "set_device_index": None, "synchronize": None}
+        for name, answer in answers.items():
             others.append((torch.accelerator, name, lambda *_, answer=answer: answer))
         others += [(torch, name, _on_cpu(getattr(torch, name))) for name in AUTOCAST]
         for owner, name, answer in others:

@@ -12,6 +12,7 @@ from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3ae_fast.data.__main__ import main as data
+from m3ae_fast.model import cuda_attention
 from tests.helpers.trainer import ROOT
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 
@@ -68,6 +69,17 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
     add_product(total, a, a.t(), True)
     add_product(total, a, a.t(), False)
     torch.testing.assert_close(total, 2 * a @ a.t())
+
+
+def test_attention_of_triton_is_tried_and_taken(cuda, monkeypatch):
+    """In float16: the interpreter multiplies bfloat16 wrongly."""
+    monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
+    monkeypatch.setattr(cuda_attention, "MAKERS", {})
+    monkeypatch.setattr(cuda_attention, "_chosen", {})
+    for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
+        monkeypatch.setattr(cuda_attention, name, less)
+    for head_dim, length in ((16, 5), (64, 140)):  # one tile of keys, and two
+        assert cuda_attention.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
 
 
 def test_float32_is_multiplied_as_torch_is_set_to():

@@ -48,7 +48,7 @@ def gather_norm(
     mean = x.new_empty(count, dtype=accumulator(x.dtype))
     rstd = torch.empty_like(mean)
     if count:
-        tile = _whole_rows("gather_norm", x)
+        tile = whole_rows("gather_norm", x)
         given = weight if bias is None else bias
         gather_norm_kernel[(cdiv(count, tile["BLOCK_M"]),)](
             x, rows.contiguous(), weight.contiguous(), given.contiguous(), y, mean, rstd, count, dim, x.stride(0), eps,
@@ -57,7 +57,7 @@ def gather_norm(
     return y, mean, rstd
 
 
-def _whole_rows(name: str, x: Tensor) -> dict:
+def whole_rows(name: str, x: Tensor) -> dict:
     """A table's TILE elements as BLOCK_M rows of the next power of two."""
     tile = config(name, x.device, x.dtype)
     block_d = triton.next_power_of_2(x.shape[1])
@@ -114,7 +114,7 @@ def gather_norm_backward(
     count, dim = x.shape
     grad_x = x.new_empty(x.shape if needs[0] else 0)
     parameters = needs[1] or needs[2]
-    tile = _whole_rows("gather_norm_backward", x)
+    tile = whole_rows("gather_norm_backward", x)
     share = cdiv(cdiv(count, tile["BLOCK_M"]), MAX_PARTIALS) * tile["BLOCK_M"]
     programs = cdiv(count, share) if count else 0
     partial_weight, partial_bias = (mean.new_empty(programs if parameters else 0, dim) for _ in range(2))

@@ -1,124 +1,13 @@
-"""Attention within each sample of a packed batch, on a CPU.
-
-Shapes: Q query rows, K key rows, H heads, D values per head; in a group B = samples * H, q queries, k keys per sample.
-
-In bf16 and float32 on CPUs with AVX-512 it is the kernel of `native`. Else it is torch: samples of equal lengths
-go through one batched matmul, as many as have scores for the cache, so there is no padding and no mask. Probabilities
-are powers of 2, which torch computes several times faster on a CPU than those of e.
-"""
+"""What computes attention on a CPU: in bf16 and float32 on CPUs with AVX-512 the kernel of `native`, else torch."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-
 import torch
-from torch import Tensor
 
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu.native import native_kernel
-from m3ae_fast.model.kernel import Kernel
+from m3ae_fast.model.kernel import Kernel, library_kernel
 
-CHUNK_SCORES = 1 << 20  # scores that one batched matmul makes: a few MB, which stay in a CPU's caches
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Samples with equally many queries and equally many keys."""
-
-    q_starts: list[int]
-    k_starts: list[int]
-    q_len: int
-    k_len: int
-
-
-def _groups(cu_queries: Tensor, cu_keys: Tensor, heads: int) -> Iterator[_Group]:
-    """Cuts the samples that have queries into groups."""
-    by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for (q, q_end), (k, k_end) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist())):
-        if q_end > q:
-            by_size[q_end - q, k_end - k].append((q, k))
-    for (q_len, k_len), starts in by_size.items():
-        size = max(1, CHUNK_SCORES // (heads * q_len * max(k_len, 1)))
-        for first in range(0, len(starts), size):
-            q_starts, k_starts = zip(*starts[first : first + size])
-            yield _Group(list(q_starts), list(k_starts), q_len, k_len)
-
-
-def _rows(starts: list[int], length: int) -> Tensor:
-    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
-
-
-def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
-    """[samples * H, length, D], contiguous."""
-    if len(starts) == 1:
-        return x_THD[starts[0] : starts[0] + length].transpose(0, 1).contiguous()
-    rows = x_THD.index_select(0, _rows(starts, length))
-    return rows.unflatten(0, (len(starts), length)).transpose(1, 2).flatten(0, 1)
-
-
-def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None:
-    """The inverse of `_take`."""
-    rows = x_BnD.unflatten(0, (len(starts), -1)).transpose(1, 2).flatten(0, 1)
-    if len(starts) == 1:
-        out_THD[starts[0] : starts[0] + length] = rows
-    else:
-        out_THD.index_copy_(0, _rows(starts, length), rows)
-
-
-def _powers(scores_Bqk: Tensor, scale: float, shift_Bq1: Tensor) -> Tensor:
-    """2 ** (scale * scores - shift), in place."""
-    return torch.add(-shift_Bq1, scores_Bqk, alpha=scale, out=scores_Bqk).exp2_()
-
-
-def _forward(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
-    out_QHD = q_QHD.new_empty(q_QHD.shape)
-    lse_HQ = q_QHD.new_empty((q_QHD.shape[1], len(q_QHD)), dtype=torch.promote_types(q_QHD.dtype, torch.float32))
-    scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
-    for group in _groups(queries.cu_seqlens, keys.cu_seqlens, q_QHD.shape[1]):
-        q = _take(q_QHD, group.q_starts, group.q_len)
-        k, v = (_take(x, group.k_starts, group.k_len) for x in (k_KHD, v_KHD))
-        scores_Bqk = torch.bmm(q, k.mT).to(lse_HQ.dtype)
-        top_Bq1 = scores_Bqk.amax(-1, keepdim=True).mul_(scale)
-        p_Bqk = _powers(scores_Bqk, scale, top_Bq1)
-        sum_Bq1 = p_Bqk.sum(-1, keepdim=True)
-        out = torch.bmm(p_Bqk.to(v.dtype), v).div_(sum_Bq1)
-        _put(out, out_QHD, group.q_starts, group.q_len)
-        _put(top_Bq1 + sum_Bq1.log2(), lse_HQ.t()[..., None], group.q_starts, group.q_len)
-    return out_QHD, lse_HQ
-
-
-def _backward(
-    grad_QHD: Tensor,
-    q_QHD: Tensor,
-    k_KHD: Tensor,
-    v_KHD: Tensor,
-    out_QHD: Tensor,
-    lse_HQ: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    queries: Segments,
-    keys: Segments,
-) -> None:
-    """The probabilities are computed again."""
-    for x in (dk, dv):
-        x.zero_()  # samples without queries
-    scale = q_QHD.shape[-1] ** -0.5
-    for group in _groups(queries.cu_seqlens, keys.cu_seqlens, q_QHD.shape[1]):
-        q, grad, lse = (_take(x, group.q_starts, group.q_len) for x in (q_QHD, grad_QHD, lse_HQ.t()[..., None]))
-        k, v = (_take(x, group.k_starts, group.k_len) for x in (k_KHD, v_KHD))
-        p_Bqk = _powers(torch.bmm(q, k.mT).to(lse.dtype), scale * math.log2(math.e), lse).to(q.dtype)
-        _put(torch.bmm(p_Bqk.mT, grad), dv, group.k_starts, group.k_len)
-        ds_Bqk = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p_Bqk, -1, p_Bqk.dtype)
-        _put(torch.bmm(ds_Bqk, k).mul_(scale), dq, group.q_starts, group.q_len)
-        _put(torch.bmm(ds_Bqk.mT, q).mul_(scale), dk, group.k_starts, group.k_len)
-
-
-PER_SAMPLE = Kernel("torch, per sample", _forward, _backward)
+PER_SAMPLE = library_kernel("torch, per sample", "torch")
 
 
 def cpu_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
