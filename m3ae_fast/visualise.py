@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--pictures {args.pictures}: must be 1 or more")
     path = checkpoint.locate(Path(args.run))
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
-    weights = checkpoint.read_weights(path)
+    weights = checkpoint.read_weights(path, average=False)  # those whose losses the run logged
     corpus = open_corpus(config.data.val or config.data.train, ShardStore(config.data.cache_dir), progress=True)
     out = args.out or Path(args.run) / "reconstructions.png"
     draw_run(config, weights, corpus, open_tokenizer(config.data, config.model), out, args.pictures)
