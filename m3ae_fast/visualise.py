@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
-    weights = checkpoint.read_weights(checkpoint.locate(Path(args.run)))
+    # the last weights, whose losses the run logged, not their moving average
+    weights = checkpoint.read_weights(checkpoint.locate(Path(args.run)), average=False)
     draw_run(config, weights, corpus, open_tokenizer(config.data, config.model), out, args.pictures, args.ratios)
 
 

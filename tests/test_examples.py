@@ -40,7 +40,7 @@ def test_notebook_leads_from_pictures_to_a_probe(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     stored = nbformat.read(NOTEBOOK, as_version=4)
     fresh = nbformat.from_dict(stored)
-    NotebookClient(fresh, timeout=540, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(map(texts, fresh.cells))
     losses = [float(value) for value in re.findall(r"val_image_loss ([\d.]+)", printed)]
     assert losses[-1] < 0.6 * losses[0]

@@ -233,8 +233,8 @@ def read_weights(path: Path, *, average: bool = True) -> dict[str, Tensor]:
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `read_weights` will find in a checkpoint of this state."""
-    return {name: state[stored] for name, stored in _weight_names(state, average=True).items()}
+    """The last weights in a state, by parameter name."""
+    return {name: state[stored] for name, stored in _weight_names(state, average=False).items()}
 
 
 def _weight_names(stored: Iterable[str], average: bool) -> dict[str, str]:
