@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast.transfer.__main__ import main
 from tests.helpers.labelled import labelled_tar, tiny_run
@@ -10,6 +11,15 @@ from tests.helpers.labelled import labelled_tar, tiny_run
 def settings(*overrides):
     """--set options."""
     return [word for override in overrides for word in ("--set", override)]
+
+
+def pictures(folder):
+    """Names of the PNGs of a result, which TensorBoard has too."""
+    names = sorted(path.stem for path in folder.glob("*.png"))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert set(names) <= set(events.Tags()["images"])
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
 import json
+import os
+import signal
 
 import pytest
 
+from m3ae_fast import encoding
 from m3ae_fast.errors import UserError
 from m3ae_fast.train import main
 from tests.helpers.trainer import zero
@@ -34,6 +37,25 @@ def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards):
     assert all(0.5 < share <= 1 for _, share in curve)  # three colours
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, probed)]
     assert losses[0] == losses[1]
+
+
+def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monkeypatch):
+    pool, calls = encoding._pool, []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # the training samples' batch after step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pool(*args, **kwargs)
+
+    monkeypatch.setattr(encoding, "_pool", signalled)
+    lines = pretrain("stopped", *probe(shards))
+    assert len(calls) == 3 and lines[-1]["step"] == 2
+    assert [line["step"] for line in lines if "val_knn_top1" in line] == [0]
+    monkeypatch.undo()
+    whole = pretrain("whole", *probe(shards))
+    resumed = pretrain("stopped", *probe(shards), "--resume", "auto")
+    assert resumed[-1] == whole[-1] and "val_knn_top1" in whole[-1]
 
 
 def test_labels_that_cannot_be_used_end_the_run_before_it_begins(pretrain, shards, tmp_path):

@@ -1,6 +1,8 @@
 """Fine-tuning learns, resumes as if never interrupted, and leaves a classifier that loads."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from m3ae_fast.config.transfer import FineTuneConfig
 from m3ae_fast.engine import checkpoint
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.transfer import finetune_loop
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier
@@ -73,6 +76,26 @@ def test_resumed_is_as_never_interrupted(transfer, tmp_path, capsys):
     assert parts["top1"] == whole["top1"]
     one, other = (Classifier.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shards, tmp_path, monkeypatch):
+    options = settings(epochs=2, eval_every=3)
+    whole = transfer("finetune", *options, out="whole")
+    best, calls = finetune_loop.best_classes, []
+
+    def signalled(scores):
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return best(scores)
+
+    monkeypatch.setattr(finetune_loop, "best_classes", signalled)
+    command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "parts")]
+    assert main([*command, "--set", "data.workers=0", *options]) == 0
+    assert calls == [1] and not (tmp_path / "parts/result.json").exists()
+    assert [path.name for path in checkpoint.saved_steps(tmp_path / "parts")] == ["step-00000003"]
+    monkeypatch.undo()
+    assert transfer("finetune", *options, "--resume", "auto", out="parts")["top1"] == whole["top1"]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
 def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):

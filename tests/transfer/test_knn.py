@@ -3,11 +3,18 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
+from m3ae_fast.data.images import decode_image
+from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
+from m3ae_fast.model.packing import Geometry
 from m3ae_fast.transfer.knn import knn_scores
 from m3ae_fast.transfer.metrics import accuracies
-from tests.helpers.labelled import labelled_tar, tiny_run
+from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
+from tests.transfer.conftest import pictures
 
 
 def test_votes_are_those_of_scikit_learn():
@@ -41,10 +48,23 @@ def test_colours_are_told_apart(transfer, run, tmp_path):
     result = transfer("knn", "--labels", "json.name")
     assert (result["task"], result["top1"], result["classes"], result["val_samples"]) == ("knn", 1.0, 3, 18)
     assert list((tmp_path / "out/tensorboard").iterdir())
+    assert pictures(tmp_path / "out") == ["confusion", "neighbours"]
     untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")
     assert 0 <= untrained["top1"] <= 1
     export(run, tmp_path / "exported")
     assert transfer("knn", model=tmp_path / "exported", out="export")["top1"] == 1.0
+
+
+def test_samples_are_found_by_their_keys(shards, tmp_path):
+    corpus = open_corpus([SourceConfig(shards=list(shards), modality="image")], ShardStore(tmp_path))
+    corpus, _ = label_corpus(corpus, "cls")
+    keys = [f"{shards[1]}/00105", f"{shards[0]}/00003", f"{shards[0]}/99999"]
+    preparation = Preparation(Geometry(40, 8, 3, 16), UNMASKED, None, 0)
+    found = samples_of(corpus, preparation, keys)
+    assert found.keys() == set(keys[:2])
+    for key, number in zip(keys, (105, 3)):
+        assert torch.equal(found[key].image, decode_image(coloured(number, NAMES[number % 3]), 3))
+        assert found[key].label == number % 3
 
 
 def test_a_result_is_never_written_over(transfer, tmp_path):

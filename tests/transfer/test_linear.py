@@ -12,7 +12,7 @@ from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.models import load_model
 from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
 from tests.helpers.ranks import run_ranks
-from tests.transfer.conftest import settings
+from tests.transfer.conftest import pictures, settings
 
 FAST = settings("probe.peak_lr=30", "probe.global_batch=24", "probe.micro_batch=8", "probe.warmup_epochs=2")
 
@@ -21,6 +21,7 @@ FAST = settings("probe.peak_lr=30", "probe.global_batch=24", "probe.micro_batch=
 def test_colours_are_told_apart(transfer, run, tmp_path, options):
     result = transfer("linear", "--labels", "json.name", *options, *FAST, *settings("probe.epochs=15"))
     assert (result["top1"], result["steps"], result["classes"]) == (1.0, 30, 3)
+    assert pictures(tmp_path / "out") == ["confusion", "training"]
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert sum("val_top1" in line for line in lines) == 15  # every epoch
     classifier = Classifier.from_pretrained(tmp_path / "out").eval()

@@ -4,6 +4,7 @@ from sklearn.metrics import roc_curve
 
 from m3ae_fast.transfer.ood import Scores, auroc_and_fpr
 from tests.helpers.shards import members, write_tar
+from tests.transfer.conftest import pictures
 
 
 def test_auroc_and_fpr_are_those_of_the_curve():
@@ -37,5 +38,6 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path):
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # below a class's 16 samples
     assert result["knn_auroc"] > 0.95
+    assert pictures(tmp_path / "out") == ["scores"]
     assert result["mahalanobis_fpr95"] < 0.1
     assert (result["train_samples"], result["val_samples"], result["ood_samples"]) == (48, 18, 20)

@@ -4,6 +4,7 @@ import torch
 from m3ae_fast.errors import UserError
 from m3ae_fast.transfer.retrieval import recalls
 from tests.helpers.shards import members, write_tar
+from tests.transfer.conftest import pictures
 
 
 def test_recalls_are_those_of_a_sort():
@@ -23,9 +24,10 @@ def test_features_that_are_alike_find_nothing():
     assert set(recalls(torch.eye(3), torch.eye(3)).values()) == {1.0}
 
 
-def test_pairs_are_found_both_ways(transfer, shards):
+def test_pairs_are_found_both_ways(transfer, shards, tmp_path):
     result = transfer("retrieval", train=None)
     assert (result["pairs"], result["skipped"], result["chance_recall1"]) == (18, 0, 1 / 18)
+    assert pictures(tmp_path / "out") == ["image_to_text", "text_to_image"]
     for way in ("image_to_text", "text_to_image"):
         shares = [result[f"{way}_recall{k}"] for k in (1, 5, 10)]
         assert shares == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1

@@ -1,0 +1,64 @@
+"""`m3ae_fast.features` beside a loop by hand over batches that are ready in memory, and `M3AE.encode` by precision."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import results
+from benchmarks.shards import make_shards
+from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
+from m3ae_fast.config.transfer import EncodeConfig
+from m3ae_fast.data import ShardStore, Share, open_corpus
+from m3ae_fast.encoding import encode_corpus, encoding_loader
+from m3ae_fast.engine.ranks import join_ranks
+from m3ae_fast.hardware import fast_precision, keep_freed_memory
+from m3ae_fast.model.m3ae import M3AE
+
+SAMPLES, BATCH, ROUNDS = 64, 16, 5
+LEAST = 0.8  # of the loop's speed: features are also read, decoded, cropped and packed
+
+
+def test_features(tmp_path):
+    make_shards(tmp_path, 1, SAMPLES, (256, 320), vocab=64, words=(1, 1))
+    data = DataConfig(train=[SourceConfig(shards=f"{tmp_path}/0.tar", modality="image")], workers=0)
+    corpus = open_corpus(data.train, ShardStore(None))
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = M3AE(ModelConfig(size="small", image_size=224, vocab_size=0), LossConfig()).eval()
+    cpu = torch.device("cpu")
+    ready = list(encoding_loader(model, corpus, data, Share(BATCH), cpu))
+    images = [image for batch in ready for image in batch.images]
+    fast = fast_precision(cpu)
+
+    @torch.no_grad()
+    def by_hand() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast == "bf16"):
+            torch.cat([model.pooled(batch) for batch in ready])
+
+    with join_ranks() as ranks:
+        config = EncodeConfig(batch=BATCH)
+        ways: dict[str, Callable[[], object]] = {
+            f"loop by hand over batches in memory, {fast}": by_hand,
+            "features of a shard": lambda: encode_corpus(model, corpus, data, config, ranks),
+            "encode, fp32": lambda: model.encode(images, batch=BATCH, precision="fp32"),
+            "encode, bf16": lambda: model.encode(images, batch=BATCH, precision="bf16"),
+            f"encode, auto ({fast})": lambda: model.encode(images, batch=BATCH),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(1 + ROUNDS):
+            for name, work in ways.items():
+                start = time.perf_counter()
+                work()
+                if turn:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+    loop, *_ = seconds.values()
+    ratios = {name: statistics.median(a / b for a, b in zip(loop, own)) for name, own in seconds.items()}
+    rows: list[results.Row] = [
+        {"what": name, "samples/s": SAMPLES / statistics.median(own), "of the loop by hand": ratios[name]}
+        for name, own in seconds.items()
+    ]
+    results.write("features", "Features of the small encoder, 224 px, images of 256 x 320 pixels", rows)
+    assert ratios["features of a shard"] > LEAST
+    assert ratios[f"encode, auto ({fast})"] > 0.9 * max(ratios["encode, fp32"], ratios["encode, bf16"])
