@@ -50,8 +50,7 @@ def test_train_export_load(trainer):
 def test_export_of_every_stage_is_the_same_model(trainer):
     for stage in (0, 3):
         section = json.dumps({"zero_optimization": {"stage": stage}})
-        out = trainer(f"stage-{stage}", "--set", f"deepspeed={section}", "--set", "train.steps=11")
-        assert "mom=" not in out  # what DeepSpeed itself has to say of every tenth step
+        trainer(f"stage-{stage}", "--set", f"deepspeed={section}")
         export(trainer.folder / f"stage-{stage}", trainer.folder / f"out-{stage}")
     one, other = (M3AE.from_pretrained(trainer.folder / f"out-{stage}").state_dict() for stage in (0, 3))
     for name in one.keys() - {n for n in one if n.endswith("qkv.bias")}:  # keys' bias: rounding that Adam blows up
