@@ -157,6 +157,23 @@ def test_a_process_whose_launcher_died_leaves(when):
     child.wait(20)
 
 
+def test_a_process_without_a_launcher_outlives_its_shell():
+    child = textwrap.dedent(STARTING.format("threading.Event().wait()"))
+    code = f"""
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child.stdout.readline()
+        print(child.pid, flush=True)
+    """
+    shell = program(code)
+    child = psutil.Process(int(shell.stdout.readline()))
+    shell.communicate()
+    time.sleep(1)  # four looks at its parent
+    assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    child.terminate()
+    child.wait(20)
+
+
 PULSE = """
     import subprocess, sys, time
     import torch.distributed as dist
@@ -202,6 +219,11 @@ def test_a_rank_that_computes_is_waited_for():
         print("whole")
     """
     assert pulses(2, code) == (0, "whole\n")
+
+
+def test_one_that_waits_before_its_first_batch_is_no_hung_loader():
+    """For a lock of the cache, say, that another run holds while it downloads."""
+    assert pulses(1, "with pulses[0]: time.sleep(3)\nprint('whole')") == (0, "whole\n")
 
 
 HUNG = """

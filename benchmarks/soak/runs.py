@@ -32,7 +32,7 @@ SCRIPT = str(ROOT / "m3ae_fast/train.py")
 STEPS = 150
 FAULTY_STARTS = 6  # of one run; later ones are left alone
 STARTS = 10
-LIMIT_S = 240.0  # for one start
+LIMIT_S = 600.0  # for one start
 LEAVING_S = 40.0  # for what a launcher left behind
 CONFIG = {
     "run": {"stall_timeout": 10},

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -27,8 +28,10 @@ def test_index_says_how_many_of_each(tmp_path, monkeypatch, capsys):
     mixed = [*members(range(4)), *members(range(4, 9), "image"), *members(range(9, 11), "text")]
     write_tar(tmp_path / "a.tar", mixed)
     assert main(["index", "a.tar", "--cache-dir", "cache"]) == 0
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if "a.tar" in line)
-    assert [word.strip() for word in row.strip("│").split("│")[1:6]] == ["any", "11", "4", "5", "2"]
+    out = capsys.readouterr().out.splitlines()
+    header, row = ([word.strip() for word in re.split("[│┃]", line)[1:-1]] for line in (out[1], out[3]))
+    assert header[:-2] == ["shard", "modality", "samples", "paired", "picture alone", "caption alone"]
+    assert row[:-2] == ["a.tar", "any", "11", "4", "5", "2"] and header[-2:] == ["bytes", "damage"]
 
 
 def test_train_tokenizer(tmp_path, capsys):

@@ -65,6 +65,11 @@ def test_world_size_accumulation_and_workers_change_nothing(load, paired):
         assert by_step(load, paired, 4, micro_batch=12, config={"workers": workers}) == reference
 
 
+def test_a_loader_knows_how_many_micro_batches_it_gives(load, paired):
+    loader = load(paired, steps=2, accumulation=3, micro_batch=2)
+    assert len(list(loader)) == len(loader) == 6
+
+
 def test_resume_goes_on_where_it_stopped(load, paired):
     whole = by_step(load, paired, 9, micro_batch=5)
     for start in (1, 4, 8):

@@ -31,6 +31,18 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
         assert correlation(list(zip(flipped, number))) < 0.09
 
 
+def test_crops_are_what_they_were(monkeypatch):
+    """A run goes on with the crops that it began with, with a later version too."""
+    rows, columns = torch.meshgrid(torch.arange(100), torch.arange(80), indexing="ij")
+    image, found = torch.stack((rows, columns, rows)).to(torch.uint8), []
+    monkeypatch.setattr(crops, "resize", lambda part, *size: part)
+    for seed in range(4):
+        part = random_crop(image, 8, (0.2, 1.0), True, torch.Generator().manual_seed(seed))
+        ends = part[1, 0, [0, -1]].tolist()
+        found.append((int(part[0, 0, 0]), min(ends), *part.shape[1:], ends[0] > ends[1]))
+    assert found == [(3, 0, 64, 75, False), (6, 4, 86, 75, False), (15, 4, 77, 72, True), (16, 1, 45, 36, False)]
+
+
 def test_a_mask_tells_nothing_of_the_crop(load, tmp_path):
     """The first random number of each stream decides much: the masks' and the crops' are not the same."""
     path = write_tar(tmp_path / "a.tar", members(range(4), "image"))

@@ -336,6 +336,21 @@ def test_copies_used_longest_ago_make_room(server, store, monkeypatch):
     assert requests == before
 
 
+def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_waiting):
+    url, folder, requests = server
+    for i in range(2):
+        write_tar(folder / f"{i}.tar", members(range(3)))
+    copy = store.path(f"{url}/0.tar")
+
+    def usage(path):  # full; and the other process is faster
+        copy.unlink(missing_ok=True)
+        return shutil._ntuple_diskusage(100, 100, 0)
+
+    monkeypatch.setattr(shards.shutil, "disk_usage", usage)
+    assert store.path(f"{url}/1.tar").exists()
+    assert requests == {"/0.tar": 1, "/1.tar": 1}
+
+
 def test_abandoned_copies_are_removed(server, store, monkeypatch):
     url, folder, _ = server
     write_tar(folder / "0.tar", members(range(3)))

@@ -57,7 +57,7 @@ def contents(out, pattern="*.tar"):
 
 def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     (pictures / "dog" / "4.jpg").write_bytes(picture(1)[:-200])
-    out = tmp_path / "out"
+    out = tmp_path / "a new/folder"
     assert make("from-folder", pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
     said = capsys.readouterr().out
     for text in ("9 samples in 3 shards", "6 paired, 3 images alone", "1 of 10 cannot be used", "is broken"):

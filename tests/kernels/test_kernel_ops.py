@@ -284,8 +284,8 @@ def test_changing_row_counts_compile_once():
     assert counter.frame_count == 1
 
 
-def ops(case: str):
-    """The registered op behind a case, and its arguments."""
+def ops(case: str, inputs: Inputs):
+    """The registered ops behind a case, and their arguments."""
     calls = []
 
     class Record(TorchDispatchMode):
@@ -294,7 +294,6 @@ def ops(case: str):
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    inputs = make(case, torch.float32)
     with Record():
         run(m3ae_kernels, case, inputs)
     return calls
@@ -302,7 +301,7 @@ def ops(case: str):
 
 @pytest.mark.parametrize("case", SMALL)
 def test_opcheck(case):
-    calls = ops(case)
+    calls = ops(case, make(case, torch.float32))
     assert calls
     for func, args in calls:
         # The recorded arguments are below autograd: those that learn say so again.
@@ -314,6 +313,19 @@ def test_opcheck(case):
             tests.remove("test_autograd_registration")
             args = [a.detach() if isinstance(a, Tensor) else a for a in args]
         torch.library.opcheck(func, tuple(args), test_utils=tests)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_gradients_of_some_inputs_alone_have_the_shapes_that_compilers_are_told(case):
+    inputs = make(case, torch.float32)
+    for only in inputs.learned:
+        alone = {
+            n: t.detach().requires_grad_(n == only) if n in inputs.learned else t for n, t in inputs.tensors.items()
+        }
+        calls = ops(case, Inputs(alone, inputs.options))
+        assert calls
+        for func, args in calls:
+            torch.library.opcheck(func, args, test_utils="test_faketensor")
 
 
 def largest_allocation(case: str, inputs: Inputs) -> int:
