@@ -507,6 +507,7 @@ def test_m3ae_heads_are_their_parts(vocab):
     "case, changes, error_type, message",
     [
         ("attend-some", {"qkv": torch.zeros(3, 2, 1, 8)}, ValueError, r"qkv has shape \(3, 2, 1, 8\)"),
+        ("attend-some", {"qkv": torch.zeros(43, 3, 1, 160), "impl": "triton"}, ValueError, "160 values a head: the Tr"),
         ("attend-some", {"max_queries": 3}, ValueError, "q, cu_queries and max_queries must be given together"),
         ("attend-queries", {"cu_queries": torch.zeros(2).int()}, ValueError, "cu_queries has shape"),
         ("residual-some", {"branch": torch.zeros(3, 123)}, ValueError, "branch has shape"),
