@@ -20,7 +20,8 @@ SPEEDUP = "the engine's speed-up"
 
 
 def machines(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    """Folders of results that have one of ALL: the study's has none."""
+    return sorted({path.parent for name in ALL for path in folder.glob(f"*/{name}.json")})
 
 
 def tables(machine: Path, names: tuple[str, ...]) -> str:
