@@ -1,14 +1,16 @@
 """The paper's study, at toy size."""
 
+import io
 import json
 import tarfile
 from dataclasses import asdict
 
 import pytest
+from PIL import Image
 
 from benchmarks import table
 from benchmarks.study import __main__ as study
-from benchmarks.study import captions, report
+from benchmarks.study import report, shards
 from benchmarks.study.plan import Job, plan
 from benchmarks.study.run import SETTINGS, Study
 from m3ae_fast import train
@@ -113,26 +115,27 @@ def test_a_plan_compares_like_with_like():
     ],
 )
 def test_captions_lose_what_classes_are_called_by(caption, bare):
-    assert captions.without_classes(caption) == bare
-    assert captions.names_class(caption) == (bare != caption) and not captions.names_class(bare)
+    assert shards.without_classes(caption) == bare
+    assert shards.names_class(caption) == (bare != caption) and not shards.names_class(bare)
 
 
-def test_nameless_shards_are_the_same_but_for_captions(tmp_path):
-    members = [
-        ("0.jpg", b"picture"),
-        ("0.txt", b"a plant, green"),
-        ("0.json", b"{}"),
-        ("1.jpg", b"p"),
-        ("1.txt", b"tools"),
-    ]
+def test_copies_of_shards_have_small_images_and_captions_without_classes(tmp_path):
+    picture = io.BytesIO()
+    Image.new("L", (40, 40), 200).save(picture, "JPEG")
+    jpeg = picture.getvalue()
+    members = [("0.jpg", jpeg), ("0.txt", b"a plant, green"), ("0.json", b"{}"), ("1.jpg", jpeg), ("1.txt", b"tools")]
     shard = tmp_path / "train-0.tar"
     write_tar(shard, members)
     for _ in range(2):
-        captions.write_nameless([shard], tmp_path / "bare")
-    assert list(captions.captions_of([shard])) == ["a plant, green", "tools"]
+        shards.copy_shards([shard], tmp_path / "whole", 24)
+        shards.copy_shards([shard], tmp_path / "bare", 24, nameless=True)
+    assert list(shards.captions_of([tmp_path / "whole/train-0.tar"])) == ["a plant, green", "tools"]
     with tarfile.open(tmp_path / "bare/train-0.tar") as tar:
-        found = [(member.name, tar.extractfile(member).read()) for member in tar]
-    assert found == [("0.jpg", b"picture"), ("0.txt", b"a, green"), ("0.json", b"{}"), ("1.jpg", b"p")]
+        found = {member.name: tar.extractfile(member).read() for member in tar}
+    assert list(found) == ["0.jpg", "0.txt", "0.json", "1.jpg"]
+    assert (found["0.txt"], found["0.json"]) == (b"a, green", b"{}")
+    image = Image.open(io.BytesIO(found["1.jpg"]))
+    assert (image.size, image.mode, image.getpixel((9, 9))) == ((24, 24), "RGB", (200, 200, 200))
 
 
 def results_of(jobs):
@@ -168,7 +171,7 @@ def test_results_become_tables_and_a_plot(tmp_path):
     assert "| M3AE | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) |" in text
     assert "| M3AE less MAE | +1.0 ± 0.0 (3) |" in text
     assert "| 90 % | 52.0 ± 1.0 (3) |" in text
-    assert "| 96 | 120 | M3AE | 51.0 (1) | 51.0 (1) |" in text
+    assert "| 64 | 120 | M3AE | 51.0 (1) | 51.0 (1) |" in text
     assert "| MAE | 0.800 | - | - |" in text
     assert (tmp_path / report.PLOT).read_bytes().startswith(b"\x89PNG")
 

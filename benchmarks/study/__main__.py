@@ -23,9 +23,9 @@ import torch
 
 from benchmarks import results
 from benchmarks.study import report
-from benchmarks.study.captions import captions_of, names_class, write_nameless
 from benchmarks.study.plan import Job, plan
 from benchmarks.study.run import SETTINGS, Stopped, Study
+from benchmarks.study.shards import captions_of, copy_shards, names_class
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.data import ShardStore, open_corpus
@@ -97,15 +97,17 @@ def set_up(args: argparse.Namespace) -> tuple[Study, dict[str, Any]]:
     settings = json.loads(SETTINGS.read_text(encoding="utf-8"))
     for override in args.set:
         apply_override(settings, override)
-    shards = sorted(args.data.glob("train-*.tar"))
-    if not shards:
-        raise UserError(f"{args.data}: has no train-*.tar")
-    nameless = args.out / "nameless"
-    write_nameless(shards, nameless)
+    train_shards, val_shards = (sorted(args.data.glob(f"{split}-*.tar")) for split in ("train", "val"))
+    if not train_shards or not val_shards:
+        raise UserError(f"{args.data}: has no train-*.tar and val-*.tar")
+    side = 3 * settings["train"]["model"]["image_size"] // 2  # a crop of half the area is larger than the model's input
+    whole, nameless = args.out / "whole", args.out / "nameless"
+    copy_shards(train_shards + val_shards, whole, side)
+    copy_shards(train_shards, nameless, side, nameless=True)
     study = Study(
-        args.out, settings, f"{args.data}/train-*.tar", f"{args.data}/val-*.tar", f"{nameless}/train-*.tar", args.labels
+        args.out, settings, f"{whole}/train-*.tar", f"{whole}/val-*.tar", f"{nameless}/train-*.tar", args.labels
     )
-    captions = list(captions_of(shards))
+    captions = list(captions_of(train_shards))
     train, val = (labels(name, args.labels) for name in (study.train, study.val))
     frequent = Counter(train).most_common(1)[0][0]
     return study, {

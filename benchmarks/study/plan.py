@@ -81,12 +81,15 @@ def _encoders(width: int, steps: int, seeds: int) -> Iterator[tuple[Encoder, tup
         for seed in seeds:
             yield from ((replace(encoder, seed=seed), tasks) for encoder in encoders)
 
+    def sizes(encoder: Encoder) -> list[Encoder]:
+        narrow, short = width // NARROWER, steps // SHORTER
+        return [replace(encoder, width=w, steps=s) for w, s in ((width, short), (narrow, steps), (narrow, short))]
+
     first, more = range(1), range(1, seeds)
     yield from of(first, [common, mae, random], ALL)
     yield from of(first, [nameless, *ratios], FROZEN)
     yield from of(more, [common, mae, random], ALL)
-    for w, s in ((width, steps // SHORTER), (width // NARROWER, steps), (width // NARROWER, steps // SHORTER)):
-        yield from of(first, [replace(common, width=w, steps=s), replace(mae, width=w, steps=s)], FROZEN)
-    yield from of(first, [replace(random, width=width // NARROWER)], FROZEN)
+    yield from of(first, sizes(common), FROZEN)
     yield from of(more, [nameless], FROZEN)
+    yield from of(first, sizes(mae), FROZEN)
     yield from of(more, ratios, FROZEN)

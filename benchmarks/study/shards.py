@@ -1,4 +1,4 @@
-"""Captions that name no class: shards of which the captions lack the words that openclipart's classes are called by."""
+"""Shards of the study: small images, and captions that name no class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from PIL import Image
 
 # The categories of data/openclipart/README.md; each of their words in the forms that captions have.
 CLASS_WORDS = (
@@ -42,24 +44,34 @@ def captions_of(shards: Iterable[Path]) -> Iterator[str]:
                     yield _content(tar, member).decode()
 
 
-def write_nameless(shards: Iterable[Path], folder: Path) -> None:
-    """Copies of the shards in `folder`, those that are not there yet, with `without_classes` of the captions. A sample
-    keeps no caption where nothing of it is left."""
+def copy_shards(shards: Iterable[Path], folder: Path, side: int, *, nameless: bool = False) -> None:
+    """Copies of the shards in `folder`, those that are not there yet, with images of `side` x `side` pixels: decoding
+    larger ones would take longer than training. `nameless`: with `without_classes` of the captions; a sample keeps no
+    caption where nothing of it is left."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in shards:
         path, partial = folder / shard.name, folder / f".{shard.name}"
         if path.exists():
             continue
-        with tarfile.open(shard) as whole, tarfile.open(partial, "w") as bare:
+        with tarfile.open(shard) as whole, tarfile.open(partial, "w") as copy:
             for member in whole:
                 data = _content(whole, member)
-                if member.name.endswith(".txt"):
+                if member.name.endswith(".jpg"):
+                    data = _scaled(data, side)
+                elif member.name.endswith(".txt") and nameless:
                     data = without_classes(data.decode()).encode()
                     if not data:
                         continue
                 member.size = len(data)
-                bare.addfile(member, io.BytesIO(data))
+                copy.addfile(member, io.BytesIO(data))
         partial.replace(path)
+
+
+def _scaled(jpeg: bytes, side: int) -> bytes:
+    out = io.BytesIO()
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    image.resize((side, side), Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
+    return out.getvalue()
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
