@@ -55,7 +55,7 @@ def m3ae(width: int, steps: int, seed: int = 0) -> Encoder:
 
 
 def plan(width: int, steps: int, seeds: int) -> list[Job]:
-    """All jobs, what matters most first, so that a study cut short says what it can.
+    """All jobs, each comparison once and then by further seeds, so that a study cut short says what it can.
 
     Args:
         width, steps: of the common encoder.
@@ -88,8 +88,8 @@ def _encoders(width: int, steps: int, seeds: int) -> Iterator[tuple[Encoder, tup
     first, more = range(1), range(1, seeds)
     yield from of(first, [common, mae, random], ALL)
     yield from of(first, [nameless, *ratios], FROZEN)
-    yield from of(more, [common, mae, random], ALL)
     yield from of(first, sizes(common), FROZEN)
+    yield from of(more, [common, mae, random], ALL)
     yield from of(more, [nameless], FROZEN)
     yield from of(first, sizes(mae), FROZEN)
     yield from of(more, ratios, FROZEN)

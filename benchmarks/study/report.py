@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -137,15 +137,20 @@ def _spread(by_seed: dict[int, float], sign: str = "") -> str:
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
-    """The study in three panels: encoders, text mask ratios, sizes."""
+    """The study in three panels: encoders, text mask ratios, sizes. Error bars: one standard error of the test set."""
     rows, data = Rows(study), study["data"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.5, 1, 1))
-    _draw_objectives(rows, left)
-    left.axhline(100 * data["majority class"], color="black", lw=0.8, ls=":", label="always the largest class")
-    left.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    _draw_ratios(rows, middle)
-    _draw_sizes(rows, right)
-    for axis in (left, middle, right):
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(1.5, 1, 1))
+    samples = data["labelled test samples"]
+    _draw_objectives(rows, axes[0], samples)
+    axes[0].axhline(100 * data["majority class"], color="black", lw=0.8, ls=":", label="always the largest class")
+    axes[0].legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    _draw_ratios(rows, axes[1], samples)
+    _draw_sizes(rows, axes[2], samples)
+    limits = [axis.get_ylim() for axis in axes[1:]]
+    for axis in axes[1:]:
+        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    for axis in axes:
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
     figure.tight_layout()
@@ -153,45 +158,62 @@ def draw(study: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_objectives(rows: Rows, axis: Axes) -> None:
+class Point(NamedTuple):
+    """A mean over seeds in %, and its standard error where the test samples alone are drawn by chance."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, by_seed: dict[int, float], samples: int) -> Point:
+        share = mean(by_seed.values())
+        return cls(100 * share, 100 * (share * (1 - share) / samples) ** 0.5)
+
+
+def _draw_objectives(rows: Rows, axis: Axes, samples: int) -> None:
     width = 0.8 / len(OBJECTIVES)
     for i, (name, encoder) in enumerate(OBJECTIVES.items()):
         for place, task in enumerate(ALL):
-            values = [100 * value for value in rows.top1(task, **encoder).values()]
-            if values:
-                x = place + (i - (len(OBJECTIVES) - 1) / 2) * width
-                axis.bar(x, mean(values), 0.92 * width, color=COLOURS[name], label=None if place else name)
-                axis.plot([x] * len(values), values, "k.", ms=4)
+            if found := rows.top1(task, **encoder):
+                x, point = place + (i - (len(OBJECTIVES) - 1) / 2) * width, Point.of(found, samples)
+                axis.bar(
+                    x,
+                    point.mean,
+                    0.92 * width,
+                    yerr=point.error,
+                    ecolor="0.35",
+                    color=COLOURS[name],
+                    label=None if place else name,
+                )
+                axis.plot([x] * len(found), [100 * value for value in found.values()], "k.", ms=4)
     axis.set_xticks(range(len(ALL)), [TASKS[task] for task in ALL])
     axis.set(ylabel="top-1 accuracy, %", title="what was trained (dots: seeds)")
 
 
-def _draw_ratios(rows: Rows, axis: Axes) -> None:
-    for task, colour in zip(FROZEN, ("tab:green", "tab:purple")):
+def _draw_ratios(rows: Rows, axis: Axes, samples: int) -> None:
+    for task, colour, aside in zip(FROZEN, ("tab:green", "tab:purple"), (-0.5, 0.5)):
         found = {ratio: rows.top1(task, **WHOLE | {"text_ratio": ratio}) for ratio in TEXT_RATIOS}
-        by_ratio = {100 * ratio: [100 * v for v in by_seed.values()] for ratio, by_seed in found.items() if by_seed}
-        means = [mean(values) for values in by_ratio.values()]
-        axis.plot(list(by_ratio), means, marker="o", color=colour, label=f"M3AE, {TASKS[task]}")
-        for ratio, values in by_ratio.items():
-            axis.plot([ratio] * len(values), values, ".", color=colour, ms=4)
-        if mae := rows.top1(task, objective="mae").values():
-            axis.axhline(100 * mean(mae), color=colour, ls="--", lw=1, label=f"MAE, {TASKS[task]}")
+        points = {100 * ratio + aside: Point.of(values, samples) for ratio, values in found.items() if values}
+        _draw_line(axis, points, "-", color=colour, label=f"M3AE, {TASKS[task]}")
+        if mae := rows.top1(task, objective="mae"):
+            axis.axhline(100 * mean(mae.values()), color=colour, ls="--", lw=1, label=f"MAE, {TASKS[task]}")
     axis.set_xticks([100 * ratio for ratio in TEXT_RATIOS])
     axis.set(xlabel="text tokens masked, %", title="text mask ratio")
-    axis.legend(fontsize=8)
 
 
-def _draw_sizes(rows: Rows, axis: Axes) -> None:
-    for name in ("MAE", "M3AE"):
-        for width in sorted({width for width, _ in rows.sizes()}):
-            found = {
-                s: rows.top1("linear", **OBJECTIVES[name], width=width, steps=s) for w, s in rows.sizes() if w == width
-            }
-            means = {steps: 100 * mean(values.values()) for steps, values in found.items() if values}
+def _draw_sizes(rows: Rows, axis: Axes, samples: int) -> None:
+    sizes, shift = rows.sizes(), 0.01 * rows.steps
+    for name, aside in (("MAE", -shift), ("M3AE", shift)):
+        for width in sorted({width for width, _ in sizes}):
+            found = {s: rows.top1("linear", **OBJECTIVES[name], width=width, steps=s) for w, s in sizes if w == width}
+            points = {steps + aside: Point.of(values, samples) for steps, values in found.items() if values}
             line = "-" if width == rows.width else "--"
-            axis.plot(
-                list(means), list(means.values()), line, marker="o", color=COLOURS[name], label=f"{name}, {width} wide"
-            )
-    axis.set_xticks(sorted({steps for _, steps in rows.sizes()}))
-    axis.set(xlabel="steps of pre-training", title="size, by linear probe")
-    axis.legend(fontsize=8)
+            _draw_line(axis, points, line, color=COLOURS[name], label=f"{name}, {width} wide")
+    axis.set_xticks(sorted({steps for _, steps in sizes}))
+    axis.set(xlabel="steps of pre-training", title="width and training time, by linear probe")
+
+
+def _draw_line(axis: Axes, points: dict[float, Point], line: str, **style: Any) -> None:
+    if points:
+        means, errors = zip(*points.values())
+        axis.errorbar(list(points), means, yerr=errors, fmt=line, marker="o", capsize=2, elinewidth=0.8, **style)
