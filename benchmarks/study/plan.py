@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 TEXT_RATIOS = (0.15, 0.5, 0.75, 0.9)
 USUAL_RATIO = 0.75
-SHORTER, NARROWER = 3, 2  # what training time and width are divided by
+SHORTER, LONGER, NARROWER = 2, 3, 2  # what training time and width are divided, and multiplied, by
 
 Task = Literal["knn", "linear", "finetune"]
 ALL: tuple[Task, ...] = ("knn", "linear", "finetune")
@@ -81,15 +81,13 @@ def _encoders(width: int, steps: int, seeds: int) -> Iterator[tuple[Encoder, tup
         for seed in seeds:
             yield from ((replace(encoder, seed=seed), tasks) for encoder in encoders)
 
-    def sizes(encoder: Encoder) -> list[Encoder]:
-        narrow, short = width // NARROWER, steps // SHORTER
-        return [replace(encoder, width=w, steps=s) for w, s in ((width, short), (narrow, steps), (narrow, short))]
-
+    narrow, short, long = width // NARROWER, steps // SHORTER, steps * LONGER
     first, more = range(1), range(1, seeds)
     yield from of(first, [common, mae, random], ALL)
     yield from of(first, [nameless, *ratios], FROZEN)
-    yield from of(first, sizes(common), FROZEN)
+    yield from of(first, [replace(encoder, steps=short) for encoder in (common, mae)], FROZEN)
+    yield from of(first, [replace(encoder, width=narrow) for encoder in (common, mae)], FROZEN)
     yield from of(more, [common, mae, random], ALL)
+    yield from of(first, [replace(encoder, steps=long) for encoder in (common, mae)], FROZEN)
     yield from of(more, [nameless], FROZEN)
-    yield from of(first, sizes(mae), FROZEN)
     yield from of(more, ratios, FROZEN)
