@@ -160,12 +160,15 @@ def results_of(jobs):
     }  # fmt: skip
 
 
-def test_results_become_tables_and_a_plot(tmp_path):
+def usual_jobs():
     settings = json.loads(SETTINGS.read_text())["train"]
-    jobs = plan(settings["model"]["emb_dim"], settings["train"]["steps"], 3)
+    return plan(settings["model"]["emb_dim"], settings["train"]["steps"], 3)
+
+
+def test_results_become_tables_and_a_plot(tmp_path):
     page = tmp_path / report.PAGE
     page.write_text(f"By hand.\n{table.START}\n{table.END}\n")
-    report.save(tmp_path, results_of(jobs))
+    report.save(tmp_path, results_of(usual_jobs()))
     text = page.read_text()
     assert text.startswith("By hand.")
     assert "| M3AE | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) |" in text
@@ -177,6 +180,6 @@ def test_results_become_tables_and_a_plot(tmp_path):
 
 
 def test_a_study_cut_short_has_tables_too(tmp_path):
-    report.save(tmp_path, results_of(plan(192, 360, 3)[:2]))
+    report.save(tmp_path, results_of(usual_jobs()[:2]))
     text = (tmp_path / report.PAGE).read_text()
     assert "| random | - | - | - |" in text and "| M3AE | 51.0 (1) | - | - |" in text

@@ -149,7 +149,8 @@ def draw(study: dict[str, Any], path: Path) -> None:
     limits = [axis.get_ylim() for axis in axes[1:]]
     for axis in axes[1:]:
         axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     for axis in axes:
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
