@@ -195,7 +195,7 @@ def _draw_ratios(rows: Rows, axis: Axes, samples: int) -> None:
     for task, colour, aside in zip(FROZEN, ("tab:green", "tab:purple"), (-0.5, 0.5)):
         found = {ratio: rows.top1(task, **WHOLE | {"text_ratio": ratio}) for ratio in TEXT_RATIOS}
         points = {100 * ratio + aside: Point.of(values, samples) for ratio, values in found.items() if values}
-        _draw_line(axis, points, "-", color=colour, label=f"M3AE, {TASKS[task]}")
+        _draw_line(axis, points, color=colour, label=f"M3AE, {TASKS[task]}")
         if mae := rows.top1(task, objective="mae"):
             axis.axhline(100 * mean(mae.values()), color=colour, ls="--", lw=1, label=f"MAE, {TASKS[task]}")
     axis.set_xticks([100 * ratio for ratio in TEXT_RATIOS])
@@ -208,13 +208,13 @@ def _draw_sizes(rows: Rows, axis: Axes, samples: int) -> None:
         for width in sorted({width for width, _ in sizes}):
             found = {s: rows.top1("linear", **OBJECTIVES[name], width=width, steps=s) for w, s in sizes if w == width}
             points = {steps + aside: Point.of(values, samples) for steps, values in found.items() if values}
-            line = "-" if width == rows.width else "--"
-            _draw_line(axis, points, line, color=COLOURS[name], label=f"{name}, {width} wide")
+            style = {} if width == rows.width else {"mfc": "white"}
+            _draw_line(axis, points, color=COLOURS[name], label=f"{name}, {width} wide", **style)
     axis.set_xticks(sorted({steps for _, steps in sizes}))
     axis.set(xlabel="steps of pre-training", title="width and training time, by linear probe")
 
 
-def _draw_line(axis: Axes, points: dict[float, Point], line: str, **style: Any) -> None:
+def _draw_line(axis: Axes, points: dict[float, Point], **style: Any) -> None:
     if points:
         means, errors = zip(*points.values())
-        axis.errorbar(list(points), means, yerr=errors, fmt=line, marker="o", capsize=2, elinewidth=0.8, **style)
+        axis.errorbar(list(points), means, yerr=errors, fmt="-o", capsize=2, elinewidth=0.8, **style)
