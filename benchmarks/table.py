@@ -13,7 +13,7 @@ from benchmarks.results import RESULTS, markdown
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-ALL = ("step", "memory", "ops", "scaling", "loader", "startup")
+ALL: tuple[str, ...] = ("step", "memory", "ops", "scaling", "loader", "startup")
 ALL += ("gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 SPEEDUP = "the engine's speed-up"
@@ -21,7 +21,8 @@ SPEEDUPS = {"over reference": "reference", "over expert": "expert"}
 
 
 def machines(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    """Folders of results that have one of ALL: the study's has none."""
+    return sorted({path.parent for name in ALL for path in folder.glob(f"*/{name}.json")})
 
 
 def tables(machine: Path, names: tuple[str, ...]) -> str:
