@@ -143,6 +143,8 @@ def test_built_once(monkeypatch, tmp_path):
     built = library.stat().st_mtime_ns
     assert native._compiled(()) == library and library.stat().st_mtime_ns == built
     assert list(library.parent.iterdir()) == [library]
+    other = native._compiled(("-DOTHER",))
+    assert set(library.parent.iterdir()) == {library, other}
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [("/no/such/compiler", "No such file"), ("false", "exit status 1")])
