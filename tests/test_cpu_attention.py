@@ -144,6 +144,8 @@ def test_built_once(monkeypatch, tmp_path):
     built = library.stat().st_mtime_ns
     assert builds.compiled("attention.c", ()) == library and library.stat().st_mtime_ns == built
     assert list(library.parent.iterdir()) == [library]
+    other = native._compiled(("-DOTHER",))
+    assert set(library.parent.iterdir()) == {library, other}
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [("/no/such/compiler", "No such file"), ("false", "exit status 1")])

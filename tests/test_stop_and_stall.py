@@ -221,9 +221,16 @@ def test_a_rank_that_computes_is_waited_for():
     assert pulses(2, code) == (0, "whole\n")
 
 
-def test_one_that_waits_before_its_first_batch_is_no_hung_loader():
-    """For a lock of the cache, say, that another run holds while it downloads."""
-    assert pulses(1, "with pulses[0]: time.sleep(3)\nprint('whole')") == (0, "whole\n")
+def test_one_that_waits_for_something_else_has_no_hung_loader():
+    """For a lock of the cache, say, that another run holds while it downloads; or for another rank."""
+    code = """
+        with pulses[0] as pulse:
+            time.sleep(2)
+            pulse.mark("step 1")
+            time.sleep(2)
+        print("whole")
+    """
+    assert pulses(1, code) == (0, "whole\n")
 
 
 HUNG = """

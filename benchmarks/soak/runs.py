@@ -29,7 +29,7 @@ from m3ae_fast.engine import checkpoint
 ROOT = Path(__file__).parents[2]
 CLIPART = ROOT / "data/openclipart"
 SCRIPT = str(ROOT / "m3ae_fast/train.py")
-STEPS = 150
+STEPS = 60
 FAULTY_STARTS = 6  # of one run; later ones are left alone
 STARTS = 10
 LIMIT_S = 600.0  # for one start
@@ -48,8 +48,8 @@ CONFIG = {
     },
     "optim": {"peak_lr": 2e-2, "warmup_epochs": 0, "clip_grad": 1.0},
     "train": {
-        "global_batch": 16, "micro_batch": 4, "steps": STEPS, "precision": "fp32", "log_every": 1, "eval_every": 50,
-        "eval_samples": 32, "save_every": 10, "keep": 2, "pictures": 0,
+        "global_batch": 16, "micro_batch": 4, "steps": STEPS, "precision": "fp32", "log_every": 1, "eval_every": 20,
+        "eval_samples": 32, "save_every": 5, "keep": 2, "pictures": 0,
     },
     "deepspeed": None,
 }  # fmt: skip

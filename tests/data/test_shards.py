@@ -127,7 +127,7 @@ def test_http(server, store):
         write_tar(folder / f"{i}.tar", members(range(3 + i)))
     assert samples(url + "/{0..1}.tar", store) == 7
     assert samples(url + "/{0..1}.tar", ShardStore(store.cache_dir)) == 7
-    assert requests == {"/0.tar": 1, "/1.tar": 1}
+    assert requests == {"/0.tar": 1, "/1.tar": 1} and not no_waiting
 
 
 def test_failures_that_pass_are_tried_again(server, store, no_waiting):
@@ -348,7 +348,7 @@ def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_wait
 
     monkeypatch.setattr(shards.shutil, "disk_usage", usage)
     assert store.path(f"{url}/1.tar").exists()
-    assert requests == {"/0.tar": 1, "/1.tar": 1}
+    assert requests == {"/0.tar": 1, "/1.tar": 1} and not no_waiting
 
 
 def test_abandoned_copies_are_removed(server, store, monkeypatch):
