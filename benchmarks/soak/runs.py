@@ -33,6 +33,7 @@ STEPS = 60
 FAULTY_STARTS = 6  # of one run; later ones are left alone
 STARTS = 10
 LIMIT_S = 600.0  # for one start
+STARTING_S = 6.0  # the first steps come later
 LEAVING_S = 40.0  # for what a launcher left behind
 CONFIG = {
     "run": {"stall_timeout": 10},
@@ -72,7 +73,6 @@ class Tally:
 class Outcome:
     """The whole course of a run."""
 
-    seconds: float
     trajectory: list[list[float | None]]
     checksum: str  # of the last checkpoint's tensors
 
@@ -108,7 +108,7 @@ class Soak:
             if start < FAULTY_STARTS and time.monotonic() < self.until:
                 fault = self._choose(self.folder / name, ranks)
             self.say(f"run {self.tally.runs} on {ranks} ranks, start {start + 1}: {fault or 'left alone'}")
-            happened, code, out = self._start(name, ranks, fault, 1.2 * expected.seconds)
+            happened, code, out = self._start(name, ranks, fault)
             if fault:
                 (met if happened else self._deck).append(fault)
             self._check(name, ranks, fault if happened else None, code, out)
@@ -126,12 +126,12 @@ class Soak:
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _run_untouched(self, ranks: int) -> Outcome:
-        name, since = f"untouched-{ranks}", time.monotonic()
+        name = f"untouched-{ranks}"
         self.say(f"the run on {ranks} ranks that nobody touches")
-        _, code, out = self._start(name, ranks, None, 0.0)
+        _, code, out = self._start(name, ranks, None)
         if code or not self._complete(name):
             raise RuntimeError(f"a run without faults failed:\n{out}")
-        self._untouched[ranks] = Outcome(time.monotonic() - since, *self._outcome(name))
+        self._untouched[ranks] = Outcome(*self._outcome(name))
         return self._untouched[ranks]
 
     def _choose(self, run_dir: Path, ranks: int) -> str | None:
@@ -154,8 +154,8 @@ class Soak:
         if "remove the folder to use an older one" in out:  # as the message says
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
 
-    def _start(self, name: str, ranks: int, fault: str | None, span: float) -> tuple[bool, int, str]:
-        """Start the trainer, and let the fault happen at some moment of its first `span` seconds.
+    def _start(self, name: str, ranks: int, fault: str | None) -> tuple[bool, int, str]:
+        """Start the trainer, and let the fault happen: once in three times while it starts, else after some step.
 
         Returns whether it did, the exit code, and what was printed.
         """
@@ -175,9 +175,11 @@ class Soak:
             )
             running = Running(run_dir, process.pid, self.chance)
             happened = fault is not None and fault not in FAULTS
-            strike, limit = time.monotonic() + self.chance.uniform(AWAKE_S, span), time.monotonic() + LIMIT_S
+            early, now = self.chance.random() < 1 / 3, time.monotonic()
+            strike, limit = now + (self.chance.uniform(AWAKE_S, STARTING_S) if early else 0.0), now + LIMIT_S
+            step = 0 if early else self.chance.randrange(min(_step(run_dir), STEPS - 1), STEPS)
             while process.poll() is None and time.monotonic() < limit:
-                if fault in FAULTS and not happened and time.monotonic() > strike:
+                if fault in FAULTS and not happened and time.monotonic() > strike and _step(run_dir) >= step:
                     happened = FAULTS[fault](running)
                 time.sleep(0.05)
             if process.poll() is None:
@@ -209,6 +211,13 @@ class Soak:
         trajectory = [[line.get(key) for key in _BITWISE] for line in lines]
         info = checkpoint.read_info(checkpoint.saved_steps(self.folder / name)[-1])
         return trajectory, info.sha256[checkpoint.STATE_FILE]
+
+
+def _step(run_dir: Path) -> int:
+    """The last that was logged."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
 
 
 def _with_broken_samples(path: Path) -> Path:
