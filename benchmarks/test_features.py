@@ -16,7 +16,7 @@ from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.hardware import fast_precision, keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 
-SAMPLES, BATCH, ROUNDS = 64, 16, 5
+SAMPLES, BATCH, ROUNDS = 32, 16, 3
 LEAST = 0.8  # of the loop's speed: features are also read, decoded, cropped and packed
 
 
