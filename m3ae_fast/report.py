@@ -78,8 +78,8 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
         config = escape(json.dumps(info.config, indent=2))
         parts += ["<h2>Config</h2>", f"<details><summary>all settings</summary><pre>{config}</pre></details>"]
         parts += ["<h2>Versions</h2>", _table([[escape(k), escape(v)] for k, v in info.versions.items()])]
-    page_title = f"<title>{escape(run.resolve().name)}</title>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{page_title}<style>{_STYLE}</style>'
+    name = f"<title>{escape(run.resolve().name)}</title>"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{name}<style>{_STYLE}</style>'
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
     )
