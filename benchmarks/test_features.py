@@ -1,4 +1,4 @@
-"""`m3ae_fast.features` beside a loop by hand over batches that are ready in memory, and `M3AE.encode` by precision."""
+"""`m3ae_fast.features` beside a loop by hand over batches that are ready in memory; `M3AE.encode` by precision."""
 
 import statistics
 import time
@@ -16,7 +16,8 @@ from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.hardware import fast_precision, keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 
-SAMPLES, BATCH, ROUNDS = 64, 16, 5
+SAMPLES, BATCH, ROUNDS = 32, 16, 3
+FASTER = 1.8  # bf16 than fp32, where the machine has it
 LEAST = 0.8  # of the loop's speed: features are also read, decoded, cropped and packed
 
 
@@ -43,7 +44,6 @@ def test_features(tmp_path):
             f"loop by hand over batches in memory, {fast}": by_hand,
             "features of a shard": lambda: encode_corpus(model, corpus, data, config, ranks),
             "encode, fp32": lambda: model.encode(images, batch=BATCH, precision="fp32"),
-            "encode, bf16": lambda: model.encode(images, batch=BATCH, precision="bf16"),
             f"encode, auto ({fast})": lambda: model.encode(images, batch=BATCH),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -61,4 +61,5 @@ def test_features(tmp_path):
     ]
     results.write("features", "Features of the small encoder, 224 px, images of 256 x 320 pixels", rows)
     assert ratios["features of a shard"] > LEAST
-    assert ratios[f"encode, auto ({fast})"] > 0.9 * max(ratios["encode, fp32"], ratios["encode, bf16"])
+    if fast == "bf16":
+        assert ratios["encode, auto (bf16)"] > FASTER * ratios["encode, fp32"]

@@ -71,14 +71,15 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
             parts += [f"<h2>{name.removesuffix('.png').capitalize()}</h2>", _image((run / name).read_bytes(), "wide")]
     for path, result in found:
         for picture in sorted(path.parent.glob("*.png")):
-            parts += [f"<h2>{escape(str(result.get('task', path.parent.name)))}: {escape(picture.stem)}</h2>"]
+            title = f"{result.get('task', '?')} ({path.parent.name}): {picture.stem.replace('_', ' ')}"
+            parts += [f"<h2>{escape(title)}</h2>"]
             parts += [_image(picture.read_bytes(), "wide")]
     if info:
         config = escape(json.dumps(info.config, indent=2))
         parts += ["<h2>Config</h2>", f"<details><summary>all settings</summary><pre>{config}</pre></details>"]
         parts += ["<h2>Versions</h2>", _table([[escape(k), escape(v)] for k, v in info.versions.items()])]
-    title = f"<title>{escape(run.resolve().name)}</title>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{title}<style>{_STYLE}</style>'
+    name = f"<title>{escape(run.resolve().name)}</title>"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{name}<style>{_STYLE}</style>'
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
     )

@@ -70,4 +70,7 @@ def _is_run(path: Path) -> bool:
 
 def _read_config(path: Path) -> tuple[Path, Config]:
     found = checkpoint.locate(path)
-    return found, parse(Config, checkpoint.read_info(found).config, f"checkpoint {found}")
+    saved = checkpoint.read_info(found).config
+    if "classifier" in saved or "probe" in saved:
+        raise UserError(f"{path}: holds a classifier, the result of a transfer task; name the model that it began from")
+    return found, parse(Config, saved, f"checkpoint {found}")

@@ -88,7 +88,7 @@ def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
     for kind, found in result["corruptions"].items():
         row = [Cell(sample.image, f"{kind}: none")]
         for severity, top1 in zip(config.severities, found):
-            row.append(Cell(Corruption(kind, severity)(sample.image, job.config.run.seed), f"top-1 {top1:.1%}"))
+            row.append(Cell(Corruption(kind, severity)(sample.image, job.config.run.seed), f"{top1:.1%} right"))
         rows.append(row)
     draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in config.severities)))
 
