@@ -121,7 +121,7 @@ def test_expand_errors(tmp_path, pattern, message):
         expand(pattern.format(tmp=tmp_path) if pattern else pattern)
 
 
-def test_http(server, store):
+def test_http(server, store, no_waiting):
     url, folder, requests = server
     for i in range(2):
         write_tar(folder / f"{i}.tar", members(range(3 + i)))

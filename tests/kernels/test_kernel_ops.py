@@ -102,7 +102,7 @@ def upstreams(out: Tensor) -> dict[str, Tensor]:
         }
     return {
         "scaled": values * 1024,
-        "transposed": values.transpose(0, 1).contiguous().transpose(0, 1),
+        "transposed": values.transpose(0, -1).contiguous().transpose(0, -1),
         "sliced": torch.cat([values, values], -1)[..., out.shape[-1] :],
         "strided": torch.stack([values, values], -1)[..., 1],
         "expanded rows": values[:1].expand(out.shape),
