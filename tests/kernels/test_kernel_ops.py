@@ -9,6 +9,7 @@ import os
 import m3ae_kernels
 import pytest
 import torch
+import torch._dynamo.testing
 from m3ae_kernels import reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
