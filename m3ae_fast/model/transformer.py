@@ -5,7 +5,10 @@ Shapes: T rows, R query rows (R = T but in a pruned last block), D width, H head
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.batch import Segments
-from m3ae_fast.model.cpu.gelu import DTYPES, gelu_op
+from m3ae_fast.model.cpu.gelu import gelu_linear
 from m3ae_fast.model.cpu.linear import Linear, linear
 
 EPS = 1e-6  # of every LayerNorm, flax's default
@@ -58,24 +61,37 @@ class Attention(nn.Module):
         return self.drop(self.proj(out_RHd.flatten(1)))
 
 
-class MLP(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
-        super().__init__()
+class GeluLinear(Linear):
+    """A linear layer of GELU's output. One module, since ZeRO-3 gathers weights for the module that owns them."""
+
+    def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
+        super().__init__(dim, out_dim)
         self.gelu = gelu
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(gelu(self.fc1(x_RD), self.gelu))))
+        if self.gelu == "tanh" and not (self.training and self.drop.p):
+            out_RD = gelu_linear(x_RD, self.weight, self.bias)
+            if out_RD is not None:
+                return out_RD
+        return linear(self.drop(gelu(x_RD, self.gelu)), self.weight, self.bias)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = GeluLinear(hidden_dim, dim, gelu, drop)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.fc1(x_RD)))
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:
     """x times the normal distribution function of x, or its tanh approximation (arXiv 1606.08415, section 2)."""
     if kind == "exact":
         return F.gelu(x)
-    if x.device.type == "cpu" and x.dtype in DTYPES:
-        return gelu_op(x)
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     # 0.5 (1 + tanh(u)) = sigmoid(2 u): one cheap exponential, where a CPU's tanh takes several times longer
@@ -127,6 +143,14 @@ class RowNorm(nn.LayerNorm):
         return gather_tokens(x_TD, rows_R, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps)
 
 
+@functools.cache
+def _source_tag() -> str:
+    """Of this package's model code. torch's cache of compiled graphs knows an op by its name: without this a graph from
+    before an update would bring the old gradient."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return f"m3ae_fast-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
+
+
 class Transformer(nn.Module):
     """Blocks and the final norm, which the caller applies to the rows it wants."""
 
@@ -165,6 +189,7 @@ class Transformer(nn.Module):
         at no measurable time, since they fuse with what reads them.
         """
         torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
+        torch.compiler.config.cache_key_tag = _source_tag()
         for block in self.blocks:
             block.compile(dynamic=True)
 

@@ -35,15 +35,16 @@ void forward(const value *x, value *y, long count, int threads) {
     }
 }
 
-/* dx = grad * (g + x g (1 - g) u'), where g is the gate. */
-void backward(const value *grad, const value *x, value *dx, long count, int threads) {
+/* dx = grad * (g + x g (1 - g) u'), where g is the gate; and y as `forward` makes it. */
+void backward(const value *grad, const value *x, value *dx, value *y, long count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {
         __m512 rest;
-        const __m512 a = within(load_some(x + i, count - i)), square = _mm512_mul_ps(a, a), g = gate(a, square, &rest);
+        const __m512 all = load_some(x + i, count - i), a = within(all), square = _mm512_mul_ps(a, a), g = gate(a, square, &rest);
         const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(3 * SLOPE * CUBE), _mm512_set1_ps(SLOPE));
         const __m512 below = _mm512_mul_ps(_mm512_mul_ps(g, _mm512_min_ps(rest, _mm512_set1_ps(1e30f))), g); /* g (1 - g) */
         const __m512 d = _mm512_fmadd_ps(_mm512_mul_ps(a, slope), below, g);
         store_some(dx + i, count - i, _mm512_mul_ps(load_some(grad + i, count - i), d));
+        store_some(y + i, count - i, _mm512_mul_ps(all, g));
     }
 }

@@ -1,4 +1,7 @@
-"""GELU on CPUs with AVX-512: gelu.c. Compiled torch takes two to three times as long, most of it for e ** x."""
+"""GELU on CPUs with AVX-512: gelu.c. Compiled torch takes two to three times as long, most of it for e ** x.
+
+Shapes: R rows, I inputs, O outputs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from m3ae_fast.hardware import this_cpu
 from m3ae_fast.model.cpu.build import AVX512, BF16, load
+from m3ae_fast.model.cpu.linear import input_gradient, linear_op, matmul_dtype, parameter_gradients
 
 _NEEDS = {torch.float32: AVX512, torch.bfloat16: AVX512 | {"avx512_bf16"}}
 # evaluated at import; inside a compiled function it would break the graph
@@ -23,7 +27,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     library = load("gelu.c", BF16 if dtype == torch.bfloat16 else (), "GELU runs on torch, at half the speed")
     if library is not None:
         library.forward.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_long, ctypes.c_int]
-        library.backward.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_int]
+        library.backward.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_long, ctypes.c_int]
     return library
 
 
@@ -39,15 +43,17 @@ def gelu_op(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("m3ae_fast::gelu_backward", mutates_args=())
-def gelu_backward_op(grad: Tensor, x: Tensor) -> Tensor:
+@torch.library.custom_op("m3ae_fast::gelu_gradient", mutates_args=())
+def gelu_gradient_op(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and `gelu_op(x)` once more."""
     library = _library(x.dtype)
     if library is None:
-        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), F.gelu(x, approximate="tanh")
     grad, x = grad.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    library.backward(grad.data_ptr(), x.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads())
-    return dx
+    dx, y = torch.empty_like(x), torch.empty_like(x)
+    pointers = (tensor.data_ptr() for tensor in (grad, x, dx, y))
+    library.backward(*pointers, x.numel(), torch.get_num_threads())
+    return dx, y
 
 
 @gelu_op.register_fake
@@ -55,12 +61,37 @@ def _(x):
     return x.new_empty(x.shape)
 
 
-@gelu_backward_op.register_fake
+@gelu_gradient_op.register_fake
 def _(grad, x):
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-gelu_op.register_autograd(
-    lambda ctx, grad: gelu_backward_op(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+def gelu_linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor | None:
+    """`linear(gelu(x))` that keeps x alone for the backward pass, which makes gelu(x) along with its gradient: the
+    compiler would keep both, since it does not know what the op costs. None where this CPU has no kernel for it."""
+    dtype = matmul_dtype(x_RI, weight_OI)
+    if dtype not in DTYPES or x_RI.dtype != dtype:
+        return None
+    return gelu_linear_op(x_RI, weight_OI, bias_O)
+
+
+@torch.library.custom_op("m3ae_fast::gelu_linear", mutates_args=())
+def gelu_linear_op(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    return linear_op(gelu_op(x_RI), weight_OI, bias_O)
+
+
+@gelu_linear_op.register_fake
+def _(x_RI, weight_OI, bias_O):
+    return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
+
+
+def _backward(ctx, grad_RO):
+    x_RI, weight_OI = ctx.saved_tensors
+    need_x, *needs = ctx.needs_input_grad
+    dx, y_RI = gelu_gradient_op(input_gradient(grad_RO, weight_OI), x_RI)
+    return dx if need_x else None, *parameter_gradients(grad_RO, y_RI, weight_OI, needs)
+
+
+gelu_linear_op.register_autograd(
+    _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,69 +34,78 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     the faster by a tenth. In bf16 on CPUs with AMX the gradient of the weight is made by weight_gradient.c, and is of
     the weight's own dtype rather than rounded to bf16.
     """
-    if x_RI.device.type != "cpu" or len(x_RI) == 0:
+    dtype = matmul_dtype(x_RI, weight_OI)
+    if dtype is None or not (_by_onednn(dtype, weight_OI) or _by_tiles(dtype, weight_OI)):
         return F.linear(x_RI, weight_OI, bias_O)
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else weight_OI.dtype
-    if dtype == torch.float32 and ONEDNN and x_RI.dtype == dtype and not autocast:
-        return onednn_linear(x_RI, weight_OI, bias_O)
-    in_tiles = weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
-    if dtype == torch.bfloat16 and AMX and in_tiles and (autocast or x_RI.dtype == dtype):
-        return amx_linear(x_RI.to(dtype), weight_OI, bias_O)
-    return F.linear(x_RI, weight_OI, bias_O)
+    return linear_op(x_RI.to(dtype), weight_OI, bias_O)
 
 
-@torch.library.custom_op("m3ae_fast::onednn_linear", mutates_args=())
-def onednn_linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
+def matmul_dtype(x_RI: Tensor, weight_OI: Tensor) -> torch.dtype | None:
+    """What `linear` multiplies in; None where it is left to torch: on a GPU, of no rows, of two dtypes."""
+    if x_RI.device.type != "cpu" or len(x_RI) == 0:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return x_RI.dtype if x_RI.dtype == weight_OI.dtype else None
 
 
-@onednn_linear.register_fake
+def _by_onednn(dtype: torch.dtype, weight_OI: Tensor) -> bool:
+    return ONEDNN and dtype == weight_OI.dtype == torch.float32
+
+
+def _by_tiles(dtype: torch.dtype, weight_OI: Tensor) -> bool:
+    return AMX and dtype == torch.bfloat16 and weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
+
+
+@torch.library.custom_op("m3ae_fast::linear", mutates_args=())
+def linear_op(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """In x's dtype; weight and bias may be float32."""
+    dtype = x_RI.dtype
+    if _by_onednn(dtype, weight_OI):
+        return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x_RI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+
+
+@linear_op.register_fake
 def _(x_RI, weight_OI, bias_O):
     return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
+def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
+    """[R, I]: that of `linear_op`'s x, in the dtype of grad."""
+    if _by_onednn(grad_RO.dtype, weight_OI):
+        return linear_op(grad_RO, weight_OI.t(), None)
+    with torch.autocast("cpu", enabled=False):
+        return grad_RO @ weight_OI.to(grad_RO.dtype)
+
+
+def parameter_gradients(
+    grad_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of `linear_op`'s weight and bias, of the two that `needs` wants, in the dtype of the weight."""
+    need_weight, need_bias = needs
+    dtype = weight_OI.dtype
+    if need_weight and _by_tiles(x_RI.dtype, weight_OI):
+        grad_weight, grad_bias = weight_gradient(grad_RO, x_RI)
+        return grad_weight.to(dtype), grad_bias.to(dtype)
+    grad_bias = grad_RO.sum(0, dtype=dtype) if need_bias else None
+    if not need_weight:
+        return None, grad_bias
+    if _by_onednn(x_RI.dtype, weight_OI):
+        return linear_op(grad_RO.t(), x_RI.t(), None), grad_bias
+    with torch.autocast("cpu", enabled=False):
+        return (grad_RO.t() @ x_RI).to(dtype), grad_bias
 
 
 def _backward(ctx, grad_RO):
     x_RI, weight_OI = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad
-    grad_x = onednn_linear(grad_RO, weight_OI.t(), None) if need_x else None
-    grad_weight = onednn_linear(grad_RO.t(), x_RI.t(), None) if need_weight else None
-    return grad_x, grad_weight, grad_RO.sum(0) if need_bias else None
+    need_x, *needs = ctx.needs_input_grad
+    grad_x = input_gradient(grad_RO, weight_OI) if need_x else None
+    return grad_x, *parameter_gradients(grad_RO, x_RI, weight_OI, needs)
 
 
-onednn_linear.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("m3ae_fast::amx_linear", mutates_args=())
-def amx_linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """In bf16, which is x's dtype; weight and bias may be float32."""
-    with torch.autocast("cpu", enabled=False):
-        return F.linear(x_RI, weight_OI.to(x_RI.dtype), bias_O.to(x_RI.dtype))
-
-
-@amx_linear.register_fake
-def _(x_RI, weight_OI, bias_O):
-    return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
-
-
-def _amx_backward(ctx, grad_RO):
-    x_RI, weight_OI = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad
-    with torch.autocast("cpu", enabled=False):
-        grad_x = grad_RO @ weight_OI.to(grad_RO.dtype) if need_x else None
-    grad_weight = grad_bias = None
-    if need_weight:
-        grad_weight, grad_bias = (g.to(weight_OI.dtype) for g in weight_gradient(grad_RO, x_RI))
-    elif need_bias:
-        grad_bias = grad_RO.sum(0, dtype=weight_OI.dtype)
-    return grad_x, grad_weight, grad_bias
-
-
-amx_linear.register_autograd(_amx_backward, setup_context=_save)
+linear_op.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
 
 
 @torch.library.custom_op("m3ae_fast::weight_gradient", mutates_args=())
