@@ -1,8 +1,8 @@
-"""A classifier of one's own around a pre-trained encoder, trained by a plain torch loop.
+"""Your own classifier around a pre-trained encoder, trained by a plain torch loop.
 
-    python examples/classifier.py MODEL DIR        MODEL: an export, or a name on the hub; DIR/CLASS/PICTURE.jpg
+    python examples/classifier.py MODEL DIR        MODEL: an export, or a name on the hub; DIR/CLASS/NAME.jpg
 
-Shapes: B pictures, L patches, D encoder width, K classes.
+Shapes: B images, L patches, D encoder width, K classes.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from m3ae_fast.model import M3AE
 
 
-class PictureClassifier(nn.Module):
+class ImageClassifier(nn.Module):
     """A linear layer on the mean of the encoder's patch tokens."""
 
     def __init__(self, m3ae: M3AE, classes: int) -> None:
@@ -26,7 +26,7 @@ class PictureClassifier(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(m3ae.config.emb_dim), nn.Linear(m3ae.config.emb_dim, classes))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits [B, K] of uint8 pictures [B, C, image_size, image_size]; the encoder normalises them itself."""
+        """Logits [B, K] of uint8 images [B, C, image_size, image_size]; the encoder normalises them itself."""
         tokens = self.m3ae.representation(images_BCHW)  # [B, 1 + L, D], the cls token first
         return self.head(tokens[:, 1:].mean(1))
 
@@ -34,7 +34,7 @@ class PictureClassifier(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("pictures")
+    parser.add_argument("images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=32)
@@ -45,9 +45,9 @@ def main() -> None:
     m3ae = M3AE.from_pretrained(args.model)
     size = m3ae.config.image_size
     prepare = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-    pictures = ImageFolder(args.pictures, prepare)
-    train, val = random_split(pictures, [0.8, 0.2])
-    model = PictureClassifier(m3ae, len(pictures.classes)).to(device)
+    dataset = ImageFolder(args.images, prepare)
+    train, val = random_split(dataset, [0.8, 0.2])
+    model = ImageClassifier(m3ae, len(dataset.classes)).to(device)
 
     # the encoder learns ten times more slowly than its new head; nothing reads the decoder
     encoder = [p for part in (m3ae.patch_embed, m3ae.encoder_input, m3ae.encoder) for p in part.parameters()]

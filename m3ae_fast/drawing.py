@@ -79,7 +79,7 @@ def draw_reconstructions(
 
     Args:
         model: on any device; its mode stays.
-        samples: with masks; pictures uint8 [C, image_size, image_size].
+        samples: with masks; images uint8 [C, image_size, image_size].
         tokenizer: of the captions; None: tokens are shown as numbers.
         path: the PNG to write.
         vqgan: the frozen image tokenizer, on the CPU; None where pixels are predicted.

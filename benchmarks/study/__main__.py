@@ -1,6 +1,6 @@
 """What text gives a masked autoencoder's representation, after the paper (arXiv 2205.14204), at a small size.
 
-python -m benchmarks.study                               # on the pictures that come with the project
+python -m benchmarks.study                               # on the images that come with the project
 python -m benchmarks.study DATA --out runs/study         # on DATA/train-*.tar and DATA/val-*.tar
 python -m benchmarks.study DATA --minutes 75             # begin nothing after 75 minutes; the next call goes on
 python -m benchmarks.study --set train.train.steps=3000 --set train.model.emb_dim=384

@@ -68,7 +68,7 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
 
 
 def _preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """How a picture becomes the input, as transformers' image processors read it. Perceiver's is the one that cuts out
+    """How an image becomes the input, as transformers' image processors read it. Perceiver's is the one that cuts out
     the central square before it resizes; the others cut afterwards."""
     size = {"height": config.image_size, "width": config.image_size}
     return {
