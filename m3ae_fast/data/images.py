@@ -20,8 +20,8 @@ from m3ae_fast.data.bad_samples import BadSample
 MAX_PIXELS = 1 << 27  # a larger image is taken for a decompression bomb
 # Nothing else is tried: Pillow would hand an EPS file to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# By format and C: what torchvision's decoder reads, and converts rightly. No PNG: on a damaged one torchvision 0.29 dies
-# of a segmentation fault.
+# By format and C: what torchvision's decoder reads, and converts rightly. No PNG: a damaged one is a segmentation fault
+# in torchvision 0.29.
 _TORCHVISION_MODES = {
     ("JPEG", 1): ("L", "RGB"),
     ("JPEG", 3): ("L", "RGB"),
