@@ -62,19 +62,19 @@ class Attention(nn.Module):
 
 
 class GeluLinear(Linear):
-    """A linear layer of GELU's output. One module, since ZeRO-3 gathers weights for the module that owns them."""
+    """A linear layer of GELU's output. One module: ZeRO-3 gathers weights for the module that owns them, and demands the
+    same modules of every rank, also of one without rows."""
 
     def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__(dim, out_dim)
-        self.gelu = gelu
-        self.drop = nn.Dropout(drop)
+        self.gelu, self.drop = gelu, drop
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        if self.gelu == "tanh" and not (self.training and self.drop.p):
+        if self.gelu == "tanh" and not (self.training and self.drop):
             out_RD = gelu_linear(x_RD, self.weight, self.bias)
             if out_RD is not None:
                 return out_RD
-        return linear(self.drop(gelu(x_RD, self.gelu)), self.weight, self.bias)
+        return linear(F.dropout(gelu(x_RD, self.gelu), self.drop, self.training), self.weight, self.bias)
 
 
 class MLP(nn.Module):
