@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
 
 class GeluLinear(Linear):
-    """A linear layer of GELU's output. One module: ZeRO-3 gathers weights for the module that owns them, and demands the
+    """A linear layer of GELU's output. One module: ZeRO-3 gathers weights for the module that owns them, and wants the
     same modules of every rank, also of one without rows."""
 
     def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
