@@ -149,9 +149,7 @@ def _norm_gradients(
         from .triton_impl.norm import gather_norm_backward
 
         return gather_norm_backward(grad, x, rows, weight, mean, rstd, needs)
-    grad_x, grad_weight, grad_bias = (
-        g.zero_() for g in _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl)
-    )
+    grad_x, grad_weight, grad_bias = (g.zero_() for g in empty_norm_gradients(x, weight, mean, needs))
     # In float32 whatever the dtype: torch sums 16-bit gradients of the weight in 16 bits, 6 % off.
     scale_D, places, size = weight.to(mean.dtype), rows.long(), min(len(rows), CHUNK_ROWS)
     same, low_CD, wide_2CD = x.dtype == mean.dtype, x.new_empty(size, x.shape[1]), mean.new_empty(2, size, x.shape[1])
@@ -172,12 +170,14 @@ def _norm_gradients(
 
 
 def _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl):
-    wide = mean.dtype
-    return (
-        x.new_empty(x.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0, dtype=wide),
-        weight.new_empty(weight.shape if needs[2] else 0, dtype=wide),
-    )
+    return empty_norm_gradients(x, weight, mean, needs)
+
+
+def empty_norm_gradients(x: Tensor, weight: Tensor, mean: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Of a LayerNorm's input in its dtype, and of its weight and bias in the accumulator's; of those that `needs` does
+    not want, without elements."""
+    parameters = (weight.new_empty(weight.shape if need else 0, dtype=mean.dtype) for need in needs[1:])
+    return x.new_empty(x.shape if needs[0] else 0), *parameters
 
 
 gather_norm = Op("gather_norm", _norm_forward, _norm_fake, _norm_setup_context, _norm_backward)

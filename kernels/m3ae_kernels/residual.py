@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import accumulator, check_float, choose_impl
-from .gather import CHUNK_ROWS
+from .gather import CHUNK_ROWS, empty_norm_gradients
 from .registry import Op
 
 
@@ -98,8 +98,7 @@ def _gradients(
         from .triton_impl.residual import residual_norm_backward
 
         return residual_norm_backward(grad_total, grad_normed, total, weight, mean, rstd, needs)
-    empty = _empty_gradients(grad_total, grad_normed, total, weight, mean, rstd, needs, impl)
-    grad, grad_weight, grad_bias = (g.zero_() for g in empty)
+    grad, grad_weight, grad_bias = (g.zero_() for g in empty_norm_gradients(total, weight, mean, needs))
     wide, scale_D = mean.dtype, weight.to(mean.dtype)
     for first in range(0, len(total), CHUNK_ROWS):  # in float32 whatever the dtype, as in gather.py
         part = slice(first, first + CHUNK_ROWS)
@@ -116,11 +115,7 @@ def _gradients(
 
 
 def _empty_gradients(grad_total, grad_normed, total, weight, mean, rstd, needs, impl):
-    return (
-        total.new_empty(total.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0, dtype=mean.dtype),
-        weight.new_empty(weight.shape if needs[2] else 0, dtype=mean.dtype),
-    )
+    return empty_norm_gradients(total, weight, mean, needs)
 
 
 residual_norm_op = Op("residual_norm", _forward, _fake, _setup_context, _backward)

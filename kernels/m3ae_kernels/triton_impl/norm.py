@@ -15,6 +15,27 @@ from .rows import invert
 MAX_PARTIALS = 512  # programs of the backward, each with its own sums for weight and bias
 
 
+@triton.jit
+def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.constexpr):
+    """LayerNorm of whole rows, with their means and reciprocal standard deviations; value is 0 where mask is false."""
+    mu = tl.sum(value, 1) / D
+    centred = tl.where(mask, value - mu[:, None], 0)
+    r = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    out = centred * r[:, None] * tl.load(weight + d, mask=d < D, other=0).to(ACC)[None, :]
+    if BIAS:
+        out += tl.load(bias + d, mask=d < D, other=0).to(ACC)[None, :]
+    return out, mu, r
+
+
+@triton.jit
+def norm_slope(gw, normed, r, D):
+    """The gradient of a LayerNorm's input: gw is that of its result times the weight, and it and normed, the input with
+    mean 0 and variance 1, are 0 beyond D."""
+    along = tl.sum(gw * normed, 1) / D
+    level = tl.sum(gw, 1) / D
+    return (gw - normed * along[:, None] - level[:, None]) * r[:, None]
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["rows"])
 def gather_norm_kernel(
     x, rows, weight, bias, y, mean, rstd, M, D, stride, eps,
@@ -27,12 +48,7 @@ def gather_norm_kernel(
     mask = (m < M)[:, None] & (d < D)[None, :]
     row = tl.load(rows + m, mask=m < M, other=0).to(tl.int64)
     value = tl.load(x + row[:, None] * stride + d[None, :], mask=mask, other=0).to(ACC)
-    mu = tl.sum(value, 1) / D
-    centred = tl.where(mask, value - mu[:, None], 0)
-    r = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    out = centred * r[:, None] * tl.load(weight + d, mask=d < D, other=0).to(ACC)[None, :]
-    if BIAS:
-        out += tl.load(bias + d, mask=d < D, other=0).to(ACC)[None, :]
+    out, mu, r = norm_rows(value, mask, weight, bias, d, D, eps, BIAS, ACC)
     tl.store(y + m.to(tl.int64)[:, None] * D + d[None, :], out, mask=mask)
     tl.store(mean + m, mu, mask=m < M)
     tl.store(rstd + m, r, mask=m < M)
@@ -64,6 +80,17 @@ def whole_rows(name: str, x: Tensor) -> dict:
     return {"BLOCK_M": max(1, tile.pop("TILE") // block_d), "BLOCK_D": block_d} | tile
 
 
+def row_shares(rows: int, block: int) -> tuple[int, int]:
+    """Rows of each program of a backward, a multiple of `block`, and the number of programs."""
+    share = cdiv(cdiv(rows, block), MAX_PARTIALS) * block
+    return share, cdiv(rows, share) if rows else 0
+
+
+def summed(partial: Tensor, wanted: bool) -> Tensor:
+    """The programs' sums [programs, D] together, [D]; no elements where they are not wanted."""
+    return partial.sum(0) if wanted else partial.new_empty(0)
+
+
 @triton.jit(do_not_specialize=["T", "share"], do_not_specialize_on_alignment=["mean", "rstd"])
 def gather_norm_backward_kernel(
     grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, share,
@@ -92,10 +119,7 @@ def gather_norm_backward_kernel(
         r = tl.load(rstd + m, mask=m >= 0, other=0)
         normed = tl.where(mask, (value - mu[:, None]) * r[:, None], 0)
         if GRAD_X:
-            gw = g * w[None, :]
-            along = tl.sum(gw * normed, 1) / D
-            level = tl.sum(gw, 1) / D
-            out = (gw - normed * along[:, None] - level[:, None]) * r[:, None]
+            out = norm_slope(g * w[None, :], normed, r, D)
             tl.store(grad_x + t.to(tl.int64)[:, None] * D + d[None, :], out, mask=(t < end)[:, None] & (d < D)[None, :])
         if PARAMETERS:
             sum_w += g * normed
@@ -115,8 +139,7 @@ def gather_norm_backward(
     grad_x = x.new_empty(x.shape if needs[0] else 0)
     parameters = needs[1] or needs[2]
     tile = whole_rows("gather_norm_backward", x)
-    share = cdiv(cdiv(count, tile["BLOCK_M"]), MAX_PARTIALS) * tile["BLOCK_M"]
-    programs = cdiv(count, share) if count else 0
+    share, programs = row_shares(count, tile["BLOCK_M"])
     partial_weight, partial_bias = (mean.new_empty(programs if parameters else 0, dim) for _ in range(2))
     if programs:
         gather_norm_backward_kernel[(programs,)](
@@ -124,5 +147,4 @@ def gather_norm_backward(
             partial_bias, count, dim, x.stride(0), share,
             GRAD_X=needs[0], PARAMETERS=parameters, ACC=acc_type(x.dtype), **tile,
         )  # fmt: skip
-    empty = mean.new_empty(0)
-    return grad_x, partial_weight.sum(0) if needs[1] else empty, partial_bias.sum(0) if needs[2] else empty.clone()
+    return grad_x, summed(partial_weight, needs[1]), summed(partial_bias, needs[2])

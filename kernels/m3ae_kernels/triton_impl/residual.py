@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch import accumulator
 from .common import acc_type, cdiv, launcher
-from .norm import MAX_PARTIALS, whole_rows
+from .norm import norm_rows, norm_slope, row_shares, summed, whole_rows
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -28,12 +28,7 @@ def residual_norm_kernel(
     value = value.to(total.dtype.element_ty)
     tl.store(total + row * D + d[None, :], value, mask=mask)
     value = value.to(ACC)  # as whoever reads it sees it
-    mu = tl.sum(value, 1) / D
-    centred = tl.where(mask, value - mu[:, None], 0)
-    r = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    out = centred * r[:, None] * tl.load(weight + d, mask=d < D, other=0).to(ACC)[None, :]
-    if BIAS:
-        out += tl.load(bias + d, mask=d < D, other=0).to(ACC)[None, :]
+    out, mu, r = norm_rows(value, mask, weight, bias, d, D, eps, BIAS, ACC)
     tl.store(normed + row * D + d[None, :], out, mask=mask)
     tl.store(mean + t, mu, mask=t < T)
     tl.store(rstd + t, r, mask=t < T)
@@ -84,10 +79,7 @@ def residual_norm_backward_kernel(
         r = tl.load(rstd + t, mask=t < end, other=0)
         rows = tl.where(mask, (value - mu[:, None]) * r[:, None], 0)
         if GRAD:
-            gw = g * w[None, :]
-            along = tl.sum(gw * rows, 1) / D
-            level = tl.sum(gw, 1) / D
-            slope = (gw - rows * along[:, None] - level[:, None]) * r[:, None]
+            slope = norm_slope(g * w[None, :], rows, r, D)
             tl.store(grad + at, slope + tl.load(grad_total + at, mask=mask, other=0).to(ACC), mask=mask)
         if PARAMETERS:
             sum_w += g * rows
@@ -112,8 +104,7 @@ def residual_norm_backward(
     grad = total.new_empty(total.shape if needs[0] else 0)
     parameters = needs[1] or needs[2]
     tile = whole_rows("residual_norm_backward", total)
-    share = cdiv(cdiv(rows, tile["BLOCK_M"]), MAX_PARTIALS) * tile["BLOCK_M"]
-    programs = cdiv(rows, share) if rows else 0
+    share, programs = row_shares(rows, tile["BLOCK_M"])
     partial_weight, partial_bias = (mean.new_empty(programs if parameters else 0, dim) for _ in range(2))
     if programs:
         residual_norm_backward_kernel[(programs,)](
@@ -121,5 +112,4 @@ def residual_norm_backward(
             partial_weight, partial_bias, rows, dim, share,
             GRAD=needs[0], PARAMETERS=parameters, ACC=acc_type(total.dtype), **tile,
         )  # fmt: skip
-    empty = mean.new_empty(0)
-    return grad, partial_weight.sum(0) if needs[1] else empty, partial_bias.sum(0) if needs[2] else empty.clone()
+    return grad, summed(partial_weight, needs[1]), summed(partial_bias, needs[2])
