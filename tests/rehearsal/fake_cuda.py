@@ -65,6 +65,7 @@ class FakeCuda(TorchFunctionMode):
         ]
         others += [(dist, "init_process_group", _on_gloo(dist.init_process_group))]
         answers = {"is_available": True, "current_device_index": 0, "set_device_index": None, "synchronize": None}
+        answers["current_stream"] = _Stream(self, "current")  # which optimisers ask, where torch is built with CUDA
         for name, answer in answers.items():
             others.append((torch.accelerator, name, lambda *_, answer=answer: answer))
         others += [(torch, name, _on_cpu(getattr(torch, name))) for name in AUTOCAST]
@@ -102,6 +103,9 @@ class _Stream:
 
     def wait_stream(self, other: _Stream) -> None:
         self.cuda.events.append(f"{self.name} waits for {other.name}")
+
+    def is_capturing(self) -> bool:
+        return False
 
     def __enter__(self) -> None:
         self.cuda.events.append(f"on {self.name}")
