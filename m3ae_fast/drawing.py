@@ -14,11 +14,11 @@ from torch import Tensor
 
 from m3ae_fast.config import Config
 from m3ae_fast.data import CaptionTokenizer, Corpus, Preparation, eval_samples, open_image_tokenizer
-from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.model.vqgan import VQGAN
+from m3ae_fast.whole_file import whole_file
 
 SIDE = 160  # pixels at which an image is shown
 TEXT_WIDTH = 440
@@ -100,16 +100,8 @@ def draw_reconstructions(
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
     for i, row in enumerate(rows):
         sheet.paste(row, (0, 24 + i * (SIDE + GAP)))
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a PNG file")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _row(

@@ -26,6 +26,7 @@ from m3ae_fast.engine.ranks import Ranks, join_ranks
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
+from m3ae_fast.whole_file import whole_file
 
 NPZ, PARQUET = ".npz", ".parquet"
 
@@ -136,19 +137,12 @@ def _label_array(labels: list[Label | None]) -> np.ndarray:
 
 
 def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write FILE, which is whole or not there. Raises UserError where the disk refuses."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            if out.suffix == NPZ:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            else:
-                _write_parquet(file, arrays)
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    """Raises UserError where the disk refuses."""
+    with whole_file(out) as partial, open(partial, "wb") as file:
+        if out.suffix == NPZ:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        else:
+            _write_parquet(file, arrays)
 
 
 def _write_parquet(file, arrays: dict[str, np.ndarray]) -> None:

@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -21,6 +20,7 @@ from typing import Any
 from m3ae_fast.engine import checkpoint
 from m3ae_fast.engine.run_log import read_metrics
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.whole_file import whole_file
 
 REPORT_FILE = "report.html"
 # title, axis, and (metric, label, colour) of each line of a chart
@@ -83,13 +83,8 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
     )
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with whole_file(out) as partial:
         partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:

@@ -6,7 +6,8 @@ import graphlib
 from tests.helpers.trainer import ROOT
 
 # a package or module of m3ae_fast, lowest first; what is not named here is a program, on top of all
-LAYERS = ("m3ae_kernels", "errors", "progress", "config", "hardware", "model", "data", "drawing", "engine")
+LAYERS = ("m3ae_kernels", "errors", "whole_file", "progress", "config", "hardware")
+LAYERS += ("model", "data", "drawing", "engine")
 
 
 def _modules():

@@ -56,7 +56,7 @@ def test_mistakes(run, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write_report(run, tmp_path / "page.html", [tmp_path / "nothing"])
     with pytest.raises(UserError, match="cannot be written"):
-        write_report(run, tmp_path / "missing/page.html")
+        write_report(run, run / "probe/result.json/page.html")  # below a file
     (run / "probe/result.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         write_report(run, tmp_path / "page.html")

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.study.plan import Encoder, Job, m3ae
 from m3ae_fast import train
 from m3ae_fast.engine import checkpoint
-from m3ae_fast.engine.run_log import METRICS_FILE
+from m3ae_fast.engine.run_log import read_metrics
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.transfer.job import RESULT_FILE
 
@@ -70,8 +70,7 @@ class Study:
         }
 
     def _training(self, job: Job) -> dict[str, float]:
-        lines = (self._run(job) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        values = [json.loads(line) for line in lines]
+        values = read_metrics(self._run(job))
         last = next(line for line in reversed(values) if "val_image_loss" in line)
         speed = median(line["samples_per_s"] for line in values if "samples_per_s" in line)
         return {name: value for name, value in last.items() if name != "step"} | {"samples_per_s": speed}

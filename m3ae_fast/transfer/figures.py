@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,8 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
             for line in _wrapped(cell):
                 draw.text((x, y), line, fill=cell.colour, font=font)
                 y += _LINE
-    _write(path, lambda partial: sheet.save(partial, format="PNG"))
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
 
 
 def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
@@ -163,16 +165,5 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Seque
 
 
 def _save(figure: Figure, path: Path) -> None:
-    _write(path, lambda partial: figure.savefig(partial, format="png", dpi=130, bbox_inches="tight"))
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """A file that is whole or not there. Raises UserError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.packing import Sample
 from m3ae_fast.transfer.figures import BLACK, Cell, Colour
+from m3ae_fast.whole_file import whole_file
 
 RESULT_FILE = "result.json"
 
@@ -114,6 +114,5 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
         for path in sorted(out.glob("*.png")):
             with Image.open(path) as image:
                 board.add_image(path.stem, np.asarray(image.convert("RGB")), dataformats="HWC")
-    partial = out / f".{RESULT_FILE}.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, out / RESULT_FILE)
+    with whole_file(out / RESULT_FILE) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
