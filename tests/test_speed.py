@@ -151,6 +151,18 @@ def test_nothing_attends_to_padding():
     torch.testing.assert_close(model.forward_encoder(padded)[:rows], expected)
 
 
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_step_sorts_nothing(repeat):
+    """The orders in which rows of a table are summed come from the loader."""
+    model = M3AE(TINY.model_copy(update={"vocab_size": 5000}))
+    batch = _batch("ppit", 0, repeat_shapes=repeat)
+    with torch.profiler.profile() as profile:
+        model(batch).loss.backward()
+    ops = {event.key for event in profile.key_averages()}
+    assert "scatter_tokensBackward" in ops
+    assert not {"aten::sort", "aten::argsort"} & ops
+
+
 def test_shapes_repeat():
     shapes = {
         tuple(len(getattr(batch, name)) for name in INDEX_ROWS)

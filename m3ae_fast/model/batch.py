@@ -19,9 +19,13 @@ INDEX_ROWS = (
     "encoder_src",
     "token_ids",
     "encoder_table_ids",
+    "token_order",
+    "encoder_table_order",
     "decoder_src",
     "mask_ids",
     "decoder_table_ids",
+    "mask_order",
+    "decoder_table_order",
     "loss_rows",
     "image_rows",
     "image_patch_ids",
@@ -64,11 +68,15 @@ class PackedBatch:
     encoder_src: Tensor  # [T] row of the patch embeddings
     token_ids: Tensor  # [T] row of the text embedding
     encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
+    token_order: Tensor  # [T] this and the next: how the backward sums the rows of an id
+    encoder_table_order: Tensor  # [T]
     # decoder input
     decoder: Segments  # U rows
     decoder_src: Tensor  # [U] encoder row
     mask_ids: Tensor  # [U] 0 patch mask embedding, 1 text mask embedding
     decoder_table_ids: Tensor  # [U] row of [patch positions, text positions]
+    mask_order: Tensor  # [U]
+    decoder_table_order: Tensor  # [U]
     # rows that carry loss
     loss: Segments  # M rows
     loss_rows: Tensor  # [M] decoder row

@@ -53,7 +53,10 @@ class EncoderInput(nn.Module):
     def forward(self, patches_ND: Tensor, batch: PackedBatch) -> Tensor:
         table = torch.cat((self.cls_token, *self.positions(self.image_type, self.text_type)))
         words_VD = table[:0] if self.text_embedding is None else self.text_embedding
-        return scatter_tokens(patches_ND, batch.encoder_src, words_VD, batch.token_ids, table, batch.encoder_table_ids)
+        return scatter_tokens(
+            patches_ND, batch.encoder_src, words_VD, batch.token_ids, table, batch.encoder_table_ids,
+            fill_order=batch.token_order, table_order=batch.encoder_table_order,
+        )  # fmt: skip
 
 
 class MultimodalEncoder(nn.Module):

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from m3ae_kernels import scatter_orders
 from torch import Tensor
 
 from m3ae_fast.model.batch import LossCounts, PackedBatch, Segments
@@ -162,6 +164,13 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     if ids:
         real_I = weights["image_row_weight"] != 0
         rows["image_targets"] = np.where(real_I, _flat(ids, np.int64)[rows["image_patch_ids"]], 0)
+    index: dict[str, Any] = {name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()}
+    index["token_order"], index["encoder_table_order"] = scatter_orders(
+        index["encoder_src"], index["token_ids"], index["encoder_table_ids"]
+    )
+    index["mask_order"], index["decoder_table_order"] = scatter_orders(
+        index["decoder_src"], index["mask_ids"], index["decoder_table_ids"]
+    )
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
@@ -171,7 +180,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         captions=captions,
         counts=counts,
         labels=_labels(samples),
-        **{name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()},  # type: ignore[arg-type]
+        **index,
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
     )
 
