@@ -104,10 +104,9 @@ def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequ
         trace_dir = config.run.dir if args.profile and ranks.is_main else None
         with run.log or nullcontext(), run.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
             run.announce()
-            if run.step == 0:
-                run.evaluate(stop)
-                if curve:
-                    curve.log(run, stop)
+            run.evaluate(stop)
+            if curve:
+                curve.log(run, stop)
             for fed in feed(run.batches(), run.share.accumulation, ranks.device, partial(run.begin_agreement, stop)):
                 counts = run.agree(fed)
                 if counts is None:

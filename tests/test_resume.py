@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m3ae_fast import train
 from m3ae_fast.config import Config, parse
-from m3ae_fast.engine import checkpoint, resuming
+from m3ae_fast.engine import checkpoint, resuming, run
 from m3ae_fast.errors import UserError
 from tests.helpers.trainer import CLIPART, TINY, zero
 
@@ -96,6 +97,30 @@ def test_dead_launcher_saves(trainer, launcher):
     while not checkpoint.saved_steps(trainer.folder / "run"):
         assert time.time() < deadline, process.communicate()[0]
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("step", [3, 6])  # the last one, too: the run is complete but for its evaluation
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(trainer, monkeypatch, capsys, step):
+    options = ["--set", "train.eval_every=3", "--set", "data.workers=0"]
+    trainer("whole", *options)
+    evaluate, calls = run.evaluate, []
+
+    def signalled(*args):
+        if len(calls) == step // 3:  # the first is before step 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(run, "evaluate", signalled)
+    assert train.main(trainer.arguments("run", *options)) == 0
+    assert f"the evaluation after step {step} was cut short" in capsys.readouterr().out
+    monkeypatch.undo()
+    for _ in range(2):  # once is enough
+        trainer("run", *options, "--resume", "auto")
+    names = ("val_image_loss", "val_text_loss")
+    found = [trainer.lines(name, *names) for name in ("whole", "run")]
+    assert found[0] == found[1] and [at for at, *_ in found[0]] == [0, 3, 6]
+    assert trainer.losses("run") == trainer.losses("whole")
 
 
 def _wait_for_steps(trainer, run: str, alive, count: int) -> None:

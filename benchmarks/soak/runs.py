@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -112,14 +113,14 @@ class Soak:
             if fault:
                 (met if happened else self._deck).append(fault)
             self._check(name, ranks, fault if happened else None, code, out)
-            if code == 0 and self._complete(name):
+            if code == 0 and self._complete(name) and "--resume auto" not in out:
                 break
         self.tally.tried.update(met)
         self.tally.wrong[before:] = [f"{line}, after {met}" for line in self.tally.wrong[before:]]
         if not self._complete(name):
             self.tally.wrong.append(f"{name}: not complete after {STARTS} starts and {met}; last: {out[-300:]!r}")
         elif self._outcome(name) != (expected.trajectory, expected.checksum):
-            self.tally.wrong.append(f"{name}: another trajectory after {met}")
+            self.tally.wrong.append(f"{name}: {self._difference(name, expected)} after {met}")
         else:
             self.tally.whole += 1
             self.tally.survived.update(met)
@@ -211,6 +212,14 @@ class Soak:
         trajectory = [[line.get(key) for key in _BITWISE] for line in lines]
         info = checkpoint.read_info(checkpoint.saved_steps(self.folder / name)[-1])
         return trajectory, info.sha256[checkpoint.STATE_FILE]
+
+    def _difference(self, name: str, expected: Outcome) -> str:
+        """From the run that nobody touched, in words."""
+        trajectory, _ = self._outcome(name)
+        for found, wanted in itertools.zip_longest(trajectory, expected.trajectory):
+            if found != wanted:
+                return f"logged {found} for {wanted}"
+        return "another last checkpoint"
 
 
 def _step(run_dir: Path) -> int:

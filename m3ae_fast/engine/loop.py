@@ -132,6 +132,20 @@ class Loop:
             if grown := self.growth.look(self.step - self.start, memory):
                 self.log.say(f"note: {grown}")
 
+    def to_evaluate(self, every: int | None, *names: str) -> bool:
+        """Whether to evaluate now what is logged under one of `names`: every so many steps, before the first and after
+        the last. Where a run goes on, only what a stop had cut short. Every rank must call it."""
+        if self.step and not self.schedule.due(self.step, every):
+            return False
+        if self.step == 0 or self.step > self.start:
+            return True
+        return not self.ranks.told(lambda: self.log is not None and self.log.has(self.step, names))
+
+    def cut_short(self) -> None:
+        """Tell that a stop has ended an evaluation, which the next start makes up for."""
+        if self.log:
+            self.log.say(f"the evaluation after step {self.step} was cut short; --resume auto makes up for it")
+
     def save_if_due(self) -> None:
         if self.schedule.due(self.step, self.loop.save_every):
             self.stop_if_not_finite()

@@ -169,14 +169,16 @@ class Run(Loop):
 
     def evaluate(self, stop: StopRequest) -> None:
         """Log the losses on held-out samples, where there are any and it is due; not where a rank is asked to stop."""
-        due = self.step == 0 or self.schedule.due(self.step, self.config.train.eval_every)
-        if self.eval_loader is None or not due:
+        if self.eval_loader is None:
+            return
+        if not self.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
             return
         self.stop_if_not_finite()
         batches = self.pulse.watch(self.eval_loader, f"evaluating after step {self.step}")
         try:
             values = evaluate(self.engine, until_stopped(batches, self.ranks, stop), self.ranks, self.with_targets)
         except Stopped:
+            self.cut_short()
             return
         if self.log:
             self.log.log(self.step, values)

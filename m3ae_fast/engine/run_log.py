@@ -4,11 +4,12 @@ one of these."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,6 +125,13 @@ class RunLog:
             shown.append(f"eta {self._left(step)}")
         self.say("  ".join([f"step {step}", *shown]))
 
+    def has(self, step: int, names: Collection[str]) -> bool:
+        """Whether this attempt or an earlier one has logged a value of any of these names after this step."""
+        with contextlib.suppress(OSError):
+            lines = _lines(self._folder / METRICS_FILE)
+            return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)
+        return False
+
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show an image file in the loggers."""
         with self._room():
@@ -154,19 +162,25 @@ class RunLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of a run folder's metrics.jsonl that have a step. Raises UserError where there are none."""
     try:
-        text = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+        lines = _lines(folder / METRICS_FILE)
     except OSError as error:
         raise UserError(f"{folder}: not a run folder ({METRICS_FILE}: {error.strerror})") from None
+    if not lines:
+        raise UserError(f"{folder / METRICS_FILE}: holds no step yet")
+    return lines
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for line in text.splitlines():
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
             continue  # half-written
         if isinstance(values, dict) and isinstance(values.get("step"), int):
             lines.append(values)
-    if not lines:
-        raise UserError(f"{folder / METRICS_FILE}: holds no step yet")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,9 +49,13 @@ class TorchEngine:
             track_ema(self.optimizer, ema)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
-            self.ddp = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            ddp = nn.parallel.DistributedDataParallel
+            known = inspect.signature(ddp).parameters
+            sync = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )  # before torch 2.13
+            options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+            self.ddp = ddp(self.model, **options)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         self.model.train()

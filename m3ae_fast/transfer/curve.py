@@ -17,6 +17,8 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.transfer.knn import knn_scores
 from m3ae_fast.transfer.metrics import accuracies
 
+_NAME = "val_knn_top1"
+
 
 @dataclass(frozen=True)
 class TransferCurve:
@@ -50,9 +52,9 @@ class TransferCurve:
         return cls(config, train, val, classes)
 
     def log(self, run: Run, stop: StopRequest) -> None:
-        """Log `val_knn_top1` where it is due; not where a rank is asked to stop, even half-way. Every rank must call
+        """Log it where it is due; not where a rank is asked to stop, even half-way. Every rank must call
         it."""
-        if run.step != 0 and not run.schedule.due(run.step, self.config.every):
+        if not run.to_evaluate(self.config.every, _NAME):
             return
         run.stop_if_not_finite()
         model = run.engine.model
@@ -66,6 +68,7 @@ class TransferCurve:
                 for corpus, title in ((self.train, "k-NN: train"), (self.val, "k-NN: val"))
             )
         except Stopped:
+            run.cut_short()
             return
         assert bank.labels_N is not None and queries.labels_N is not None
         scores_MC = knn_scores(
@@ -77,4 +80,4 @@ class TransferCurve:
             self.config.temperature,
         )
         if run.log:
-            run.log.log(run.step, {"val_knn_top1": accuracies(scores_MC, queries.labels_N)["top1"]})
+            run.log.log(run.step, {_NAME: accuracies(scores_MC, queries.labels_N)["top1"]})

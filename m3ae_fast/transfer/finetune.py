@@ -120,14 +120,14 @@ def run(job: Job) -> dict[str, Any] | None:
     with loop.log or nullcontext(), loop.saving, GarbageCollection() as garbage:
         if loop.log:
             loop.log.say(_describe(loop))
+        loop.evaluate_if_due(stop)
         for fed in feed(loop.batches(), loop.share.accumulation, job.ranks.device, partial(loop.begin_agreement, stop)):
             samples = loop.agree(fed)
             if samples is None:
                 break
             losses, grad_norm = loop.take_step(fed, samples)
             loop.log_step(losses, grad_norm)
-            if loop.step < loop.schedule.total_steps and loop.schedule.due(loop.step, loop.config.eval_every):
-                loop.evaluate(stop)
+            loop.evaluate_if_due(stop)
             loop.save_if_due()
             garbage.after_step(loop.step)
         loop.finish(stop)

@@ -61,6 +61,11 @@ class FineTuning(LabelledLoop):
         super().seed_step()
         np.random.seed(torch.initial_seed() & 0xFFFFFFFF)  # mixup's and cutmix's
 
+    def evaluate_if_due(self, stop: StopRequest) -> None:
+        """Between the first step and the last."""
+        if 0 < self.step < self.schedule.total_steps and self.to_evaluate(self.config.eval_every, "val_top1"):
+            self.evaluate(stop)
+
     def evaluate(self, stop: StopRequest) -> dict[str, float] | None:
         """Accuracies on all held-out samples, which are logged too; None where a rank is asked to stop.
 
@@ -77,6 +82,7 @@ class FineTuning(LabelledLoop):
                     best_SK = best_classes(infer(batch.to(self.ranks.device)).float()).cpu()
                     own.append((best_SK, batch.labels, batch.skipped))
         except Stopped:
+            self.cut_short()
             return None
         best, labels, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
         check_skipped([each for part in skipped for each in part], self.val.samples, self.max_bad_fraction)

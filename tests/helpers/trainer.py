@@ -99,14 +99,13 @@ class Trainer:
     def log(self, run: str) -> Path:
         return self.folder / f"{run}.log"
 
-    def metrics(self, run: str, *names: str) -> list[tuple]:
-        """The named values of every logged training step."""
-        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
-        steps = [line for line in map(json.loads, lines) if "loss" in line]
-        return [tuple(line[name] for name in ("step", *names)) for line in steps]
+    def lines(self, run: str, *names: str) -> list[tuple]:
+        """The step and the named values of every logged line that has them."""
+        lines = map(json.loads, (self.folder / run / "metrics.jsonl").read_text().splitlines())
+        return [tuple(line[name] for name in ("step", *names)) for line in lines if line.keys() >= set(names)]
 
     def losses(self, run: str) -> list[tuple]:
-        return self.metrics(run, "loss", "image_loss", "text_loss", "grad_norm")
+        return self.lines(run, "loss", "image_loss", "text_loss", "grad_norm")
 
     def checkpoints(self, run: str) -> list[str]:
         return sorted(path.name for path in (self.folder / run / "checkpoints").iterdir())

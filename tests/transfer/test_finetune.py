@@ -10,6 +10,7 @@ import torch
 
 from m3ae_fast.config.transfer import FineTuneConfig
 from m3ae_fast.engine import checkpoint
+from m3ae_fast.engine.run_log import read_metrics
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.transfer import finetune_loop
@@ -96,6 +97,10 @@ def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shar
     monkeypatch.undo()
     assert transfer("finetune", *options, "--resume", "auto", out="parts")["top1"] == whole["top1"]
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    evaluated = [
+        [line["step"] for line in read_metrics(tmp_path / run) if "val_top1" in line] for run in ("whole", "parts")
+    ]
+    assert evaluated[0] == evaluated[1], "what the stop cut short is made up for"
 
 
 def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
