@@ -50,10 +50,8 @@ class TorchEngine:
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
             ddp = nn.parallel.DistributedDataParallel
-            known = inspect.signature(ddp).parameters
-            sync = (
-                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            )  # before torch 2.13
+            old, new = "broadcast_buffers", "forward_sync_buffers"  # since torch 2.13
+            sync = new if new in inspect.signature(ddp).parameters else old
             options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
             self.ddp = ddp(self.model, **options)
 
