@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# as train.py sets it, for all that is compared: waiting threads leave their cores, memory comes in large pages
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 class Alone:
@@ -37,7 +39,7 @@ class Alone:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.alone", json.dumps(spec)],
             cwd=ROOT,
-            env=os.environ | {"GOMP_SPINCOUNT": "1000"} | (env or {}),
+            env=os.environ | ENVIRONMENT | (env or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

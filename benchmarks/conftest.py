@@ -1,4 +1,6 @@
 import os
 
-# Before torch is imported: OpenMP threads that wait must not keep a core from the others.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from benchmarks.alone import ENVIRONMENT
+
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)

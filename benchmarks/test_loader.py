@@ -16,6 +16,7 @@ from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from benchmarks import results
+from benchmarks.alone import ENVIRONMENT
 from benchmarks.shards import make_shards
 from m3ae_fast.config import DataConfig, MaskingConfig, SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, Share, load_tokenizer, open_corpus, train_loader
@@ -91,7 +92,7 @@ def test_data_wait(benchmark, tmp_path):
     options = ["train.steps=50", "train.log_every=10", "train.pictures=0", f"run.dir={tmp_path}", "data.val=[]"]
     command = [sys.executable, str(ROOT / "m3ae_fast/train.py"), "--config", "configs/quickstart.json"]
     command += [word for option in options for word in ("--set", option)]
-    run = {"cwd": ROOT, "check": True, "capture_output": True, "env": os.environ | {"GOMP_SPINCOUNT": "1000"}}
+    run = {"cwd": ROOT, "check": True, "capture_output": True, "env": os.environ | ENVIRONMENT}
     benchmark.pedantic(lambda: subprocess.run(command, **run), rounds=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steady = [line for line in lines if "data_wait" in line and line["step"] > 10]

@@ -19,6 +19,8 @@ if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handl
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 # Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Pages of 2 MB spare a CPU walks through its tables of pages; torch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Row counts change with each step: segments of GPU memory that grow fragment less. CUDA reads it when it starts.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

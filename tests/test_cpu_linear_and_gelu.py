@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.model.cpu import build, gelu, linear
+from m3ae_fast.model.transformer import MLP
 
 BF16 = torch.bfloat16
 EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
@@ -14,7 +15,7 @@ EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     """As on a machine without a C compiler."""
-    libraries = (build.load, gelu._library, linear._library)
+    libraries = (build.load, gelu._library, linear._library, linear._product_library)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/no/such/compiler")
     for library in libraries:
@@ -103,6 +104,48 @@ def test_weight_gradient_of_transposed_rows():
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
+@needs_amx
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "depth", "width"), [(577, 96, 64), (1, 32, 32), (32, 2080, 288), (300, 640, 1312)])
+def test_products_equal_float64(rows, depth, width, turned, dtype, threads):
+    torch.manual_seed(0)
+    x = torch.randn(rows, depth + 8).to(BF16)[:, :depth]  # rows that are apart
+    weight = torch.randn((width, depth) if turned else (depth, width)).to(dtype)
+    bias, hidden = torch.randn(width), 2 * torch.randn(rows, width).to(BF16)
+    results = []
+    for count in (1, 3):
+        threads(count)
+        plain = linear.product(x, weight, bias, turned=turned)
+        before = linear.product(x, weight, bias, turned=turned, before_gelu=True)
+        through = linear.product(x, weight, None, turned=turned, hidden_RN=hidden)
+        results.append((plain[0], *before, *through))
+    assert plain[1] is None and all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
+    rounded = weight.to(BF16).double()
+    exact = x.double() @ (rounded.t() if turned else rounded)
+    leaf = hidden.double().requires_grad_()
+    y_exact = F.gelu(leaf, approximate="tanh")
+    y_exact.backward(exact)
+    exact += bias.double()
+    values = (exact, exact, F.gelu(exact, approximate="tanh"), leaf.grad, y_exact)
+    for got, wanted in zip(results[0], values):
+        assert got.dtype == BF16 and got.shape == wanted.shape
+        assert relative(got, wanted) < 3e-3
+
+
+@needs_amx
+def test_products_keep_nan_where_it_is():
+    x, weight = torch.ones(40, 32, dtype=BF16), torch.ones(32, 32)
+    x[3, 5] = torch.nan
+    hidden = torch.ones(40, 32, dtype=BF16)
+    hidden[39, 31] = torch.nan
+    out, _ = linear.product(x, weight, None, turned=True)
+    dx, y = linear.product(torch.ones_like(x), weight, None, turned=False, hidden_RN=hidden)
+    assert y is not None
+    assert out.isnan().nonzero().tolist() == [[3, column] for column in range(32)]
+    assert dx.isnan().nonzero().tolist() == y.isnan().nonzero().tolist() == [[39, 31]]
+
+
 def step(layer, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, autocast: bool) -> list[Tensor]:
     """Output and gradients of x, weight and bias."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
@@ -137,7 +180,7 @@ def test_linear_of_gelu_equals_torch(kind, size, compiled):
     torch.manual_seed(0)
     dtype = BF16 if kind == "bf16" else torch.float32
     if (BF16 if "bf16" in kind else dtype) not in gelu.DTYPES:
-        assert gelu.gelu_linear(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1)) is None or kind != "float32"
+        assert gelu.gelu_linear(torch.ones(1, 1), None, torch.ones(1, 1), torch.ones(1)) is None or kind != "float32"
         return
     x = torch.randn(90, 64, dtype=BF16 if "bf16" in kind else dtype)
     weight, bias = torch.randn(size, 64, dtype=dtype), torch.randn(size, dtype=dtype)
@@ -146,7 +189,10 @@ def test_linear_of_gelu_equals_torch(kind, size, compiled):
     def plain(x, weight, bias):
         return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
 
-    layer = torch.compile(gelu.gelu_linear, backend="aot_eager", fullgraph=True) if compiled else gelu.gelu_linear
+    def layer(x, weight, bias):
+        return gelu.gelu_linear(x, None, weight, bias)
+
+    layer = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
     got = step(layer, x, grad, weight, bias, "autocast" in kind)
     expected = step(plain, x, grad, weight, bias, "autocast" in kind)
     exact = step(plain, *(t.double() for t in (x, grad, weight, bias)), False)
@@ -155,10 +201,35 @@ def test_linear_of_gelu_equals_torch(kind, size, compiled):
         assert relative(a, e) <= 1.5 * relative(b, e) + 1e-6
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("size", [64, 40], ids=["of tiles", "of no tiles"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_around_a_gelu_equal_torch(autocast, size, compiled):
+    torch.manual_seed(0)
+    mlp = MLP(64, size, "tanh", 0.0)
+    x, grad = torch.randn(90, 64), torch.randn(90, 64)
+    layer = torch.compile(mlp, backend="aot_eager", fullgraph=True) if compiled else mlp
+
+    def exact(x):
+        hidden = F.linear(x, mlp.fc1.weight.double(), mlp.fc1.bias.double())
+        return F.linear(F.gelu(hidden, approximate="tanh"), mlp.fc2.weight.double(), mlp.fc2.bias.double())
+
+    results = []
+    for function, dtype in ((layer, torch.float32), (exact, torch.float64)):
+        leaf = x.clone().to(dtype).requires_grad_()
+        mlp.zero_grad()
+        with torch.autocast("cpu", BF16, enabled=autocast and dtype == torch.float32):
+            y = function(leaf)
+        y.backward(grad.to(y.dtype))
+        results.append([y.detach(), leaf.grad, *(p.grad for p in mlp.parameters())])
+    for got, wanted in zip(*results):
+        assert relative(got, wanted) < (1e-2 if autocast else 1e-5)
+
+
 def test_only_the_input_of_gelu_is_kept_for_the_backward():
     for dtype in gelu.DTYPES:
         x, weight = torch.randn(40, 64, dtype=dtype).requires_grad_(), torch.randn(32, 64, dtype=dtype).requires_grad_()
-        y = gelu.gelu_linear(x, weight, torch.zeros(32, dtype=dtype))
+        y = gelu.gelu_linear(x, None, weight, torch.zeros(32, dtype=dtype))
         assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == {x.data_ptr(), weight.data_ptr()}
 
 
@@ -182,6 +253,9 @@ def test_torch_takes_over_without_a_compiler(no_compiler, caplog):
         assert all(t.isfinite().all() for t in gelu.gelu_gradient_op(grad, x))
         assert "GELU runs on torch" in caplog.text
     if linear.AMX:
+        square = torch.randn(64, 64).to(BF16)
+        assert torch.equal(linear.linear(x, square, square[0]), F.linear(x, square, square[0]))
+        assert "linear layers run on torch" in caplog.text
         weight, bias = linear.weight_gradient(grad, x)
         assert relative(weight, grad.double().t() @ x.double()) < 4e-3
         assert relative(bias, grad.double().sum(0)) < 1e-6

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.batch import Segments
-from m3ae_fast.model.cpu.gelu import gelu_linear
+from m3ae_fast.model.cpu.gelu import gelu_linear, linear_gelu
 from m3ae_fast.model.cpu.linear import Linear, linear
 
 EPS = 1e-6  # of every LayerNorm, flax's default
@@ -61,31 +61,51 @@ class Attention(nn.Module):
         return self.drop(self.proj(out_RHd.flatten(1)))
 
 
-class GeluLinear(Linear):
-    """A linear layer of GELU's output. One module: ZeRO-3 gathers weights for the module that owns them, and wants the
-    same modules of every rank, also of one without rows."""
+class LinearGelu(Linear):
+    """A linear layer before a GELU: its output, and GELU of it, without a gradient, where that comes with the matmul.
+
+    This and the next are one module each: ZeRO-3 gathers weights for the module that owns them, and wants the same
+    modules of every rank, also of one without rows."""
 
     def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__(dim, out_dim)
         self.gelu, self.drop = gelu, drop
 
-    def forward(self, x_RD: Tensor) -> Tensor:
-        if self.gelu == "tanh" and not (self.training and self.drop):
-            out_RD = gelu_linear(x_RD, self.weight, self.bias)
+    def forward(self, x_RD: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        if _by_kernels(self):
+            return linear_gelu(x_RD, self.weight, self.bias)
+        return super().forward(x_RD), None
+
+
+class GeluLinear(Linear):
+    """A linear layer of GELU's output, which `y` is where it is known."""
+
+    def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
+        super().__init__(dim, out_dim)
+        self.gelu, self.drop = gelu, drop
+
+    def forward(self, x_RD: Tensor, y_RD: Tensor | None) -> Tensor:  # type: ignore[override]
+        if _by_kernels(self):
+            out_RD = gelu_linear(x_RD, y_RD, self.weight, self.bias)
             if out_RD is not None:
                 return out_RD
         return linear(F.dropout(gelu(x_RD, self.gelu), self.drop, self.training), self.weight, self.bias)
 
 
+def _by_kernels(layer: LinearGelu | GeluLinear) -> bool:
+    """Whether the CPU's kernels may know what comes out of GELU."""
+    return layer.gelu == "tanh" and not (layer.training and layer.drop)
+
+
 class MLP(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
+        self.fc1 = LinearGelu(dim, hidden_dim, gelu, drop)
         self.fc2 = GeluLinear(hidden_dim, dim, gelu, drop)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.fc1(x_RD)))
+        return self.drop(self.fc2(*self.fc1(x_RD)))
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:

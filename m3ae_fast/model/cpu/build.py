@@ -16,7 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what all of them need of a CPU
 BF16 = ("-mavx512bf16", "-DBF16")
-TILES = ("-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DTILES")
+TILES = (*BF16, "-mamx-tile", "-mamx-bf16", "-DTILES")
 _FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-m{name}" for name in sorted(AVX512))]
 
 _log = logging.getLogger(__name__)

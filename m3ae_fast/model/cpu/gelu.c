@@ -1,50 +1,19 @@
-/* The tanh approximation of GELU (arXiv 1606.08415, section 2) and its gradient, for CPUs with AVX-512.
+/* GELU and its gradient over whole tensors. */
 
-   0.5 x (1 + tanh(u / 2)) = x / (1 + e ** -u) with u = sqrt(8 / pi) (x + 0.044715 x ** 3). */
-
-#include "vectors.h"
-
-#define SLOPE 1.5957691216f /* sqrt(8 / pi) */
-#define CUBE 0.044715f
-#define LOG2_E 1.4426950409f
-
-/* 1 / (1 + e ** -u), and *rest = e ** -u: both are exact to the last digits at both ends. `x` is at most 64 in size. */
-static inline __m512 gate(__m512 x, __m512 square, __m512 *rest) {
-    const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(-LOG2_E * SLOPE * CUBE), _mm512_set1_ps(-LOG2_E * SLOPE));
-    *rest = power_of_2(_mm512_mul_ps(x, slope));
-    const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1), *rest);
-    __m512 inverse = _mm512_rcp14_ps(sum); /* 14 bits: bf16 keeps 8 */
-#ifndef BF16
-    const __m512 error = _mm512_fnmadd_ps(sum, inverse, _mm512_set1_ps(1));
-    const __m512 better = _mm512_fmadd_ps(error, inverse, inverse);
-    inverse = _mm512_mask_mov_ps(better, _mm512_cmp_ps_mask(inverse, _mm512_setzero_ps(), _CMP_EQ_OQ), inverse);
-#endif
-    return inverse;
-}
-
-static inline __m512 within(__m512 x) { /* in this order a NaN stays one */
-    return _mm512_min_ps(_mm512_set1_ps(64), _mm512_max_ps(_mm512_set1_ps(-64), x));
-}
+#include "gelu.h"
 
 void forward(const value *x, value *y, long count, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < count; i += LANES) {
-        __m512 rest;
-        const __m512 a = load_some(x + i, count - i), near = within(a);
-        store_some(y + i, count - i, _mm512_mul_ps(a, gate(near, _mm512_mul_ps(near, near), &rest)));
-    }
+    for (long i = 0; i < count; i += LANES) store_some(y + i, count - i, gelu(load_some(x + i, count - i)));
 }
 
-/* dx = grad * (g + x g (1 - g) u'), where g is the gate; and y as `forward` makes it. */
+/* dx = grad times the slope at x, and y as `forward` makes it. */
 void backward(const value *grad, const value *x, value *dx, value *y, long count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {
-        __m512 rest;
-        const __m512 all = load_some(x + i, count - i), a = within(all), square = _mm512_mul_ps(a, a), g = gate(a, square, &rest);
-        const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(3 * SLOPE * CUBE), _mm512_set1_ps(SLOPE));
-        const __m512 below = _mm512_mul_ps(_mm512_mul_ps(g, _mm512_min_ps(rest, _mm512_set1_ps(1e30f))), g); /* g (1 - g) */
-        const __m512 d = _mm512_fmadd_ps(_mm512_mul_ps(a, slope), below, g);
-        store_some(dx + i, count - i, _mm512_mul_ps(load_some(grad + i, count - i), d));
-        store_some(y + i, count - i, _mm512_mul_ps(all, g));
+        __m512 result;
+        const __m512 slope = gelu_and_slope(load_some(x + i, count - i), &result);
+        store_some(dx + i, count - i, _mm512_mul_ps(load_some(grad + i, count - i), slope));
+        store_some(y + i, count - i, result);
     }
 }

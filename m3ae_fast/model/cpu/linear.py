@@ -31,11 +31,11 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """As torch.nn.functional.linear, autocast included.
 
     In float32 on AMD's CPUs through oneDNN, where torch takes MKL, which reaches half of that there; on Intel's MKL is
-    the faster by a tenth. In bf16 on CPUs with AMX the gradient of the weight is made by weight_gradient.c, and is of
-    the weight's own dtype rather than rounded to bf16.
+    the faster by a tenth. In bf16 on CPUs with AMX by linear.c and weight_gradient.c, which do not round the bias and
+    the gradients of parameters to bf16.
     """
     dtype = matmul_dtype(x_RI, weight_OI)
-    if dtype is None or not (_by_onednn(dtype, weight_OI) or _by_tiles(dtype, weight_OI)):
+    if dtype is None or not (_by_onednn(dtype, weight_OI) or by_tiles(dtype, weight_OI)):
         return F.linear(x_RI, weight_OI, bias_O)
     return linear_op(x_RI.to(dtype), weight_OI, bias_O)
 
@@ -53,8 +53,9 @@ def _by_onednn(dtype: torch.dtype, weight_OI: Tensor) -> bool:
     return ONEDNN and dtype == weight_OI.dtype == torch.float32
 
 
-def _by_tiles(dtype: torch.dtype, weight_OI: Tensor) -> bool:
-    return AMX and dtype == torch.bfloat16 and weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
+def by_tiles(dtype: torch.dtype, weight_OI: Tensor) -> bool:
+    known = weight_OI.dtype in (torch.float32, torch.bfloat16)
+    return AMX and dtype == torch.bfloat16 and known and weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
 
 
 @torch.library.custom_op("m3ae_fast::linear", mutates_args=())
@@ -63,6 +64,8 @@ def linear_op(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     dtype = x_RI.dtype
     if _by_onednn(dtype, weight_OI):
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
+    if multiplies(x_RI, weight_OI):
+        return product(x_RI, weight_OI, bias_O, turned=True)[0]
     with torch.autocast("cpu", enabled=False):
         return F.linear(x_RI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
@@ -72,12 +75,62 @@ def _(x_RI, weight_OI, bias_O):
     return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
 
 
+@torch.library.custom_op("m3ae_fast::input_gradient", mutates_args=())
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
     """[R, I]: that of `linear_op`'s x, in the dtype of grad."""
     if _by_onednn(grad_RO.dtype, weight_OI):
         return linear_op(grad_RO, weight_OI.t(), None)
+    if multiplies(grad_RO, weight_OI):
+        return product(grad_RO, weight_OI, None, turned=False)[0]
     with torch.autocast("cpu", enabled=False):
         return grad_RO @ weight_OI.to(grad_RO.dtype)
+
+
+@input_gradient.register_fake
+def _(grad_RO, weight_OI):
+    return grad_RO.new_empty(grad_RO.shape[0], weight_OI.shape[1])
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` knows them."""
+    return by_tiles(x.dtype, weight) and _product_library() is not None
+
+
+def product(
+    x_RK: Tensor,
+    weight: Tensor,
+    bias_N: Tensor | None,
+    *,
+    turned: bool,
+    before_gelu: bool = False,
+    hidden_RN: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """linear.c: x times a weight [N, K] that is `turned` first, or [K, N], plus bias. All are bf16, weight and bias may
+    be float32. Second: GELU of it, where it comes before one. With `hidden` it is a gradient on its way through a GELU:
+    times its slope at hidden, and GELU of hidden."""
+    library = _product_library()
+    assert library is not None
+    x_RK, weight = _rows(x_RK), weight.contiguous()
+    (rows, depth), width = x_RK.shape, weight.shape[0 if turned else 1]
+    out_RN = x_RK.new_empty(rows, width)
+    hidden_RN = None if hidden_RN is None else hidden_RN.contiguous()
+    y_RN = torch.empty_like(out_RN) if before_gelu or hidden_RN is not None else None
+    packed = x_RK.new_empty(weight.numel())
+    tensors = x_RK, weight, None if bias_N is None else bias_N.float(), hidden_RN, packed, out_RN, y_RN
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    wide, threads = weight.dtype == torch.float32, torch.get_num_threads()
+    done = library.linear(*pointers, rows, depth, width, x_RK.stride(0), turned, wide, threads)
+    if not done:
+        raise MemoryError("no memory for a linear layer")
+    return out_RN, y_RN
+
+
+@functools.cache
+def _product_library() -> ctypes.CDLL | None:
+    library = load("linear.c", TILES, "linear layers run on torch, a quarter slower")
+    if library is not None:
+        library.linear.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_long] * 4, *[ctypes.c_int] * 3]
+    return library
 
 
 def parameter_gradients(
@@ -86,7 +139,7 @@ def parameter_gradients(
     """Those of `linear_op`'s weight and bias, of the two that `needs` wants, in the dtype of the weight."""
     need_weight, need_bias = needs
     dtype = weight_OI.dtype
-    if need_weight and _by_tiles(x_RI.dtype, weight_OI):
+    if need_weight and by_tiles(x_RI.dtype, weight_OI):
         grad_weight, grad_bias = weight_gradient(grad_RO, x_RI)
         return grad_weight.to(dtype), grad_bias.to(dtype)
     grad_bias = grad_RO.sum(0, dtype=dtype) if need_bias else None
@@ -98,14 +151,16 @@ def parameter_gradients(
         return (grad_RO.t() @ x_RI).to(dtype), grad_bias
 
 
-def _backward(ctx, grad_RO):
+def linear_backward(ctx, grad_RO):
     x_RI, weight_OI = ctx.saved_tensors
     need_x, *needs = ctx.needs_input_grad
     grad_x = input_gradient(grad_RO, weight_OI) if need_x else None
     return grad_x, *parameter_gradients(grad_RO, x_RI, weight_OI, needs)
 
 
-linear_op.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+linear_op.register_autograd(
+    linear_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+)
 
 
 @torch.library.custom_op("m3ae_fast::weight_gradient", mutates_args=())

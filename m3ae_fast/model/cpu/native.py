@@ -68,7 +68,7 @@ def best_build(dtype: torch.dtype, head_dim: int) -> Build | None:
     if dtype != torch.bfloat16 or "avx512_bf16" not in cpu.flags:
         return None
     if head_dim % 32 == 0 and cpu.tiles and may_use_tiles():
-        return Build("AMX", (*BF16, *TILES))
+        return Build("AMX", TILES)
     return Build("AVX-512", (*BF16, "-DPAIRS") if cpu.pairs else BF16)
 
 

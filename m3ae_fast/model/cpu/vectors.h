@@ -13,11 +13,15 @@
 
 #define LANES 16 /* floats of a vector */
 
+typedef uint16_t bf16;
+
 #ifdef BF16
-typedef uint16_t value;
+typedef bf16 value;
 #else
 typedef float value;
 #endif
+
+static inline long smaller(long a, long b) { return a < b ? a : b; }
 
 static inline long round_up(long x, long multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -97,6 +101,8 @@ static inline void flip_square(__m512i x[16]) {
 }
 
 #ifdef TILES
+#define TILE 512 /* values of a tile: 16 rows of 32 */
+
 typedef struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];

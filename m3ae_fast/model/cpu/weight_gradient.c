@@ -10,13 +10,8 @@
 
 #include "vectors.h"
 
-#define TILE 512  /* values of a tile: 16 rows of 32 */
 #define DEPTH 256 /* rows of a block */
 #define STEPS (DEPTH / 32)
-
-typedef uint16_t bf16;
-
-static long smaller(long a, long b) { return a < b ? a : b; }
 
 static inline __m512i row_of_32(const bf16 *x, long row, long at, long rows) {
     return at < rows ? _mm512_loadu_si512(x + at * row) : _mm512_setzero_si512();

@@ -1,0 +1,169 @@
+/* Linear layers in bf16 on CPUs with AMX: x w^T + bias, maybe before a GELU, and the gradient of their input, grad w, maybe
+   through a GELU.
+
+   Products are [R, K] by [K, N]. The weight is packed for the tiles first: pairs of K side by side, N in panels of 32
+   columns. A part of it that stays in a core's second cache is multiplied with all rows before the next; a strip of 32 rows
+   stays in the first one, which the weight's tiles pass by (tileloaddt1). Results leave by stores that pass all caches, for
+   they are larger than these. Every number is one sum over K in float, whatever the number of threads. */
+
+#include "gelu.h"
+
+#define PART (1 << 19) /* values of the weight that are multiplied with all rows at once */
+#define ROWS 256       /* rows that a thread takes at once */
+
+/* 32 values of a weight as bf16. */
+static inline __m512i values(const void *w, long at, int wide) {
+    if (!wide) return _mm512_loadu_si512((const bf16 *)w + at);
+    const float *x = (const float *)w + at;
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+}
+
+/* Two tiles of K k..k+31 and columns n..n+31 of the product: the weight is [N, K]. */
+static void pack_turned(const void *w, long K, long k, long n, int wide, bf16 *tiles) {
+    for (int half = 0; half < 2; half++, n += 16, tiles += TILE) {
+        __m512i x[16];
+        for (int r = 0; r < 16; r++) x[r] = values(w, (n + r) * K + k, wide);
+        flip_square(x);
+        for (int r = 0; r < 16; r++) _mm512_store_si512((void *)(tiles + 32 * r), x[r]);
+    }
+}
+
+/* The same of a weight [K, N]. */
+static void pack(const void *w, long N, long k, long n, int wide, bf16 *tiles) {
+    uint16_t left[32], right[32]; /* 32 and more: of the second row */
+    for (int c = 0; c < 16; c++) {
+        left[2 * c] = c, left[2 * c + 1] = 32 + c;
+        right[2 * c] = 16 + c, right[2 * c + 1] = 48 + c;
+    }
+    for (int r = 0; r < 16; r++) {
+        const __m512i a = values(w, (k + 2 * r) * N + n, wide), b = values(w, (k + 2 * r + 1) * N + n, wide);
+        _mm512_store_si512((void *)(tiles + 32 * r), _mm512_permutex2var_epi16(a, _mm512_loadu_si512(left), b));
+        _mm512_store_si512((void *)(tiles + TILE + 32 * r), _mm512_permutex2var_epi16(a, _mm512_loadu_si512(right), b));
+    }
+}
+
+/* 32 x 32 sums on their way to memory. */
+typedef struct {
+    float *sums;
+    const float *bias;
+    const bf16 *h;
+    bf16 *out, *y;
+    long rows;
+} Result;
+
+static inline __m512 rounded(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(x)), 16));
+}
+
+static inline void stream(bf16 *dst, __m512 left, __m512 right) {
+    _mm512_stream_si512((void *)dst, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+}
+
+/* PLAIN: out is the product and the bias. BEFORE_GELU: so it is, and y is GELU of out. THROUGH_GELU: out is the product times
+   GELU's slope at h, and y is GELU of h. */
+enum { PLAIN, BEFORE_GELU, THROUGH_GELU };
+
+static inline void put_row(const Result *result, long r, long N, int kind) {
+    __m512 left = _mm512_load_ps(result->sums + 32 * r), right = _mm512_load_ps(result->sums + 32 * r + 16);
+    bf16 *out = result->out + r * N, *y = result->y + r * N;
+    if (kind == THROUGH_GELU) {
+        __m512 values[2];
+        const bf16 *h = result->h + r * N;
+        const __m512 slope = gelu_and_slope(load(h), values), next = gelu_and_slope(load(h + 16), values + 1);
+        stream(out, _mm512_mul_ps(left, slope), _mm512_mul_ps(right, next));
+        stream(y, values[0], values[1]);
+        return;
+    }
+    if (result->bias) {
+        left = _mm512_add_ps(left, _mm512_loadu_ps(result->bias));
+        right = _mm512_add_ps(right, _mm512_loadu_ps(result->bias + 16));
+    }
+    stream(out, left, right);
+    if (kind == BEFORE_GELU) stream(y, gelu(rounded(left)), gelu(rounded(right)));
+}
+
+/* The sums of `now` = the product of 32 rows, `row` values apart, and a panel. Meanwhile the result before goes to memory, and
+   `fetched` rows of the next strip and the h of this result come from there: between the instructions of the tiles' unit
+   there is room for others. */
+static inline void multiply(const bf16 *x, long row, const bf16 *panel, long steps, const Result *now, const Result *before,
+                            long N, int kind, const bf16 *next, long fetched) {
+    const long each = (31 + steps) / steps;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long t = 0; t < steps; t++, x += 32, panel += 2 * TILE, next += 32) {
+        for (long i = 0; i < fetched; i++) _mm_prefetch((const char *)(next + i * row), _MM_HINT_T1);
+        _tile_loadd(4, x, 2 * row);
+        _tile_loadd(5, x + 16 * row, 2 * row);
+        _tile_stream_loadd(6, panel, 64);
+        _tile_stream_loadd(7, panel + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        for (long r = t * each; r < (t + 1) * each; r++) {
+            if (r < before->rows) put_row(before, r, N, kind);
+            if (kind == THROUGH_GELU && r < now->rows) _mm_prefetch((const char *)(now->h + r * N), _MM_HINT_T0);
+        }
+    }
+    float *sums = now->sums;
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
+}
+
+/* A thread's part of `linear`. */
+static inline void work(const bf16 *x, const bf16 *last, const float *bias, const bf16 *h, const bf16 *packed, bf16 *out,
+                        bf16 *y, long R, long K, long N, long row, int kind) {
+    const long steps = K / 32, panels = N / 32, part = smaller(panels, PART / (32 * K) ? PART / (32 * K) : 1);
+    const long parts = (panels + part - 1) / part, blocks = (R + ROWS - 1) / ROWS;
+    const long fetched = (31 + part) / part;
+    float sums[2][32 * 32] __attribute__((aligned(64)));
+    Result before = {.rows = 0};
+    int turn = 0;
+#pragma omp for collapse(2) schedule(dynamic)
+    for (long first = 0; first < parts; first++)
+        for (long block = 0; block < blocks; block++)
+            for (long r = block * ROWS; r < smaller(R, (block + 1) * ROWS); r += 32) {
+                const int whole = r + 32 <= R;
+                for (long p = first * part; p < smaller(panels, (first + 1) * part); p++, turn = !turn) {
+                    const long at = r * N + p * 32;
+                    const Result now = {sums[turn], bias ? bias + p * 32 : NULL, h + at, out + at, y + at, smaller(32, R - r)};
+                    multiply(whole ? x + r * row : last, whole ? row : K, packed + p * steps * 2 * TILE, steps, &now, &before,
+                             N, kind, x + (r + 32 + (p - first * part) * fetched) * row, fetched);
+                    before = now;
+                }
+            }
+    for (long r = 0; r < before.rows; r++) put_row(&before, r, N, kind);
+}
+
+/* x is [R, K], its rows `row` values apart; the weight, of float if `wide`, else bf16, is [N, K] if `turned`, else [K, N];
+   bias [N] may be NULL. With h [R, N]: THROUGH_GELU; with y alone: BEFORE_GELU. `packed` has room for the weight. K and N
+   are multiples of 32, and out, y and packed are aligned to 64 bytes. 0 where memory is short. */
+int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
+           long K, long N, long row, int turned, int wide, int threads) {
+    const long steps = K / 32, panels = N / 32;
+    bf16 *last = R % 32 ? calloc(32 * K, sizeof(bf16)) : NULL; /* the last rows, filled up with zeros */
+    if (R % 32 && !last) return 0;
+    for (long r = R / 32 * 32; r < R; r++) memcpy(last + r % 32 * K, x + r * row, K * sizeof(bf16));
+#pragma omp parallel num_threads(threads)
+    {
+        const Tiles before = take_tiles();
+#pragma omp for collapse(2)
+        for (long p = 0; p < panels; p++)
+            for (long t = 0; t < steps; t++) {
+                bf16 *tiles = packed + (p * steps + t) * 2 * TILE;
+                if (turned) pack_turned(weight, K, t * 32, p * 32, wide, tiles);
+                else pack(weight, N, t * 32, p * 32, wide, tiles);
+            }
+        if (h) work(x, last, bias, h, packed, out, y, R, K, N, row, THROUGH_GELU);
+        else if (y) work(x, last, bias, h, packed, out, y, R, K, N, row, BEFORE_GELU);
+        else work(x, last, bias, h, packed, out, y, R, K, N, row, PLAIN);
+        _mm_sfence();
+        give_tiles_back(before);
+    }
+    free(last);
+    return 1;
+}
