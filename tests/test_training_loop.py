@@ -3,6 +3,7 @@ remembers."""
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from m3ae_fast.engine import throughput
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.cautions import MemoryGrowth, cautions
 from m3ae_fast.engine.evaluate import evaluate
+from m3ae_fast.engine.loop import Loop
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.engine.run import Run
@@ -256,6 +258,38 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
     meter.add(counts, waited=0)
     clock[0] = 105.0
     assert meter.rates()["samples_per_s"] == 10
+
+
+def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
+    """A rank of two, whose partner needs no doing."""
+    monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr(run_module, "build_engine", lambda *_: None)
+    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
+    with StopRequest() as stop, join_ranks() as ranks, Pulse(0, 1, ranks.side_store, stop) as pulse:
+        meters = [
+            Run.set_up(config, "no", dataclasses.replace(ranks, world=world), None, pulse).throughput
+            for world in (1, 2)
+        ]
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    spent = []
+    for meter in meters:
+        meter.rates()
+        meter.add(StepCounts(*[0] * 7, flops=8e9), waited=0)
+        clock[0] += 2
+        spent.append(meter.rates()["utilisation"])
+    assert spent == [4, 2]
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_rank_alone():
+    def drawn(seed: int, step: int, rank: int) -> float:
+        loop = argparse.Namespace(run=argparse.Namespace(seed=seed), step=step, ranks=argparse.Namespace(rank=rank))
+        Loop.seed_step(loop)
+        return torch.rand(1).item()
+
+    cases = list(itertools.product((1, 2), repeat=3))
+    assert len({drawn(*case) for case in cases}) == len(cases)
+    assert [drawn(*case) for case in cases] == [drawn(*case) for case in cases]
 
 
 def test_the_peak_of_a_matmul_counts_a_multiplication_and_an_addition(monkeypatch):
