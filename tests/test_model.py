@@ -5,11 +5,17 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
+from m3ae_kernels import registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model.attention import packed_attention
+from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.masking import draw_mask
 from m3ae_fast.model.packing import Sample, Segments, pack
+from m3ae_fast.model.transformer import Block, DropPath
 
 TINY = ModelConfig(
     size=None,
@@ -128,7 +134,18 @@ def test_mask_ratios(ratio):
 
 
 def test_pruned_last_block_equals_the_whole_one():
-    """Predictions of masked tokens are the same where only they are finished and where all tokens are."""
+    model = make_model()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):  # they begin as 0
+            torch.nn.init.normal_(p)
+    batch = pack(MIXED, model.geometry)
+    x = model.decoder_input(model.forward_encoder(batch), batch)
+    chosen = model.decoder(x, batch.decoder, batch.loss_rows, batch.loss)
+    torch.testing.assert_close(chosen, model.decoder(x, batch.decoder)[batch.loss_rows])
+
+
+def test_predictions_are_the_same_whichever_others_are_made():
+    """Of masked tokens, where only they are finished and where all tokens are."""
     model = make_model()
     everywhere = dataclasses.replace(model.geometry, image_all_tokens=True, text_all_tokens=True)
     few, all_ = pack(MIXED, model.geometry), pack(MIXED, everywhere)
@@ -158,9 +175,13 @@ def test_norm_pix_loss_of_a_flat_picture_is_the_prediction_squared():
     torch.testing.assert_close(model(batch).image_loss, pixels.square().mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_and_drop_path_act_in_training_alone():
-    model = make_model(TINY.model_copy(update={"drop": 0.2, "att_drop": 0.2, "drop_path": 0.3}))
+@pytest.mark.parametrize("kind", ["drop", "att_drop", "drop_path"])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_dropout_and_drop_path_act_in_training_alone(half, kind):
+    model = make_model(TINY.model_copy(update={kind: 0.3})).eval()
     batch = pack(MIXED, model.geometry)
+    assert model(batch).loss == model(batch).loss
+    getattr(model, half).train()
     torch.manual_seed(1)
     first = model(batch).loss
     first.backward()
@@ -168,13 +189,34 @@ def test_dropout_and_drop_path_act_in_training_alone():
     torch.manual_seed(1)
     again = model(batch).loss
     assert first != second and first == again
-    model.eval()
-    assert model(batch).loss == model(batch).loss
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_a_block_drops_what_timms_drops(gelu):
+    """After the projection and both layers of the MLP, and each branch for whole samples."""
+    torch.manual_seed(0)
+    block = Block(16, 2, 4, gelu, drop=0.5, att_drop=0.0, drop_path=0.4)
+    lengths = torch.tensor([5, 1, 4, 6])
+    keys = Segments(torch.tensor([0, 5, 6, 10, 16], dtype=torch.int32), 6, 16)
+    x = torch.randn(16, 16)
+
+    def drop_path(branch):
+        kept = (torch.rand(4) >= 0.4) / 0.6
+        return branch * kept.repeat_interleave(lengths)[:, None]
+
+    torch.manual_seed(1)
+    got = block(x, keys)
+    torch.manual_seed(1)
+    _, qkv = block.attn.qkv(block.norm1(x))
+    attended = packed_attention(None, qkv.view(16, 3, 2, 8), keys, keys).flatten(1)
+    x = x + drop_path(F.dropout(block.attn.proj(attended), 0.5))
+    hidden = F.gelu(block.mlp.fc1(block.norm2(x)), approximate="none" if gelu == "exact" else "tanh")
+    fc2 = block.mlp.fc2
+    out = F.dropout(F.linear(F.dropout(hidden, 0.5), fc2.weight, fc2.bias), 0.5)
+    torch.testing.assert_close(got, x + drop_path(out))
 
 
 def test_drop_path_drops_whole_samples():
-    from m3ae_fast.model.transformer import DropPath
-
     drop = DropPath(0.5)
     lengths = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
     torch.manual_seed(3)
@@ -184,6 +226,50 @@ def test_drop_path_drops_whole_samples():
         assert (rows == rows[:, :1]).all()
         assert set(rows.unique().tolist()) == {0.0, 2.0}
     assert abs(out.mean() - 1) < 0.15
+
+
+def test_weights_begin_as_the_official_ones():
+    """Xavier-uniform matmuls, words of N(0, 1), other embeddings of N(0, 0.02)."""
+    model = make_model(TINY.model_copy(update={"emb_dim": 96, "dec_emb_dim": 64, "vocab_size": 300}))
+    embeddings = []
+    for name, p in model.named_parameters():
+        if name.endswith("text_embedding"):
+            assert abs(p.std() - 1) < 0.05 and abs((p.abs() < 1).float().mean() - 0.683) < 0.02
+        elif name.endswith("weight") and p.ndim == 2:
+            bound = (6 / sum(p.shape)) ** 0.5
+            assert 0.97 * bound < p.abs().max() <= bound, name
+            assert abs(p.std() / bound - 3**-0.5) < 0.02, name
+        elif name.endswith("weight") or name.endswith("bias"):
+            assert (p == name.endswith("weight")).all(), name
+        else:
+            embeddings.append(p.flatten())
+    assert len(embeddings) == 7 and abs(torch.cat(embeddings).std() / 0.02 - 1) < 0.15
+
+
+@pytest.mark.parametrize("head_depth", [0, 2])
+def test_flops_are_those_that_torch_counts(monkeypatch, head_depth):
+    """Of matmuls, forward and backward, in captions, images and pairs; attention's from the lengths."""
+
+    def attention(rows, kv, cu_queries, cu_keys, flops):
+        pairs = (cu_queries.diff() * cu_keys.diff()).sum().item()
+        return flops * pairs * kv.shape[-2] * kv.shape[-1]
+
+    def forward(q, kv, cu_queries, cu_keys, *_, **__):
+        return attention(q, kv, cu_queries, cu_keys, 4)
+
+    def backward(grad, q, kv, out, lse, cu_queries, cu_keys, *_, **__):
+        return attention(q, kv, cu_queries, cu_keys, 8)
+
+    forward._get_raw = backward._get_raw = True
+    ops = torch.ops.m3ae_fast
+    formulas = {ops.packed_attention: forward, ops.packed_attention_backward: backward}
+    monkeypatch.setattr(registry, "traced", lambda *_: False)  # the counter sees what the kernels' ops call
+    config = TINY.model_copy(update={"output_head_depth": head_depth})
+    model = make_model(config).double()
+    batch = pack(MIXED, model.geometry)
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        model(batch).loss.backward()
+    assert executed_flops(config, batch) == counter.get_total_flops()
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -269,9 +269,10 @@ def test_checkpoints_lie_in_order_of_steps(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [paths[-1], last]
 
 
-def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path):
+@pytest.mark.parametrize("lost", [checkpoint.STATE_FILE, checkpoint.INFO_FILE])
+def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path, lost):
     one, two = _save(tmp_path, 1), _save(tmp_path, 2)
-    (two / checkpoint.STATE_FILE).unlink()
+    (two / lost).unlink()
     assert resuming.find(tmp_path, "auto") == one
     assert _save(tmp_path, 2) == two
     assert checkpoint.open_state(two)("model/w").tolist() == [2, 2, 2]
@@ -297,8 +298,9 @@ def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     assert checkpoint.open_state(good)("model/w").tolist() == [1, 1, 1]
 
 
-def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
-    info, poison = checkpoint.Info(2, 32, 42, {}, {}), {"model/w": torch.tensor([1.0, torch.nan])}
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
+    info, poison = checkpoint.Info(2, 32, 42, {}, {}), {"model/w": torch.tensor([1.0, value])}
     with pytest.raises(UserError, match=r"not written, since model/w is not finite"):
         checkpoint.save(tmp_path, poison, info, keep=1)
     assert checkpoint.saved_steps(tmp_path) == []

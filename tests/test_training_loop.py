@@ -3,6 +3,7 @@ remembers."""
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import torch
 import m3ae_fast.engine.run as run_module
 from m3ae_fast.config import Config, MaskingConfig, parse
 from m3ae_fast.data import open_data
-from m3ae_fast.engine import throughput
+from m3ae_fast.engine import checkpoint, throughput
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.cautions import MemoryGrowth, cautions
 from m3ae_fast.engine.evaluate import evaluate
+from m3ae_fast.engine.loop import Loop
 from m3ae_fast.engine.pulse import Pulse
 from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.engine.run import Run
@@ -46,6 +48,7 @@ class Recorder:
     lrs: list = field(default_factory=list)
     seeds: list = field(default_factory=list)
     bad: dict = field(default_factory=dict)  # by step, from 1: the loss to return in place of the true one
+    held_out: float | None = None  # the image loss to evaluate to in place of the true one
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
@@ -59,6 +62,10 @@ class Recorder:
         if loss := self.bad.get(len(self.lrs)):
             losses[-1] = losses[-1]._replace(loss=torch.tensor(loss))
         return losses, norm
+
+    def evaluate(self, batch):
+        losses = self.engine.evaluate(batch)
+        return losses if self.held_out is None else losses._replace(image_loss=torch.tensor(self.held_out))
 
 
 @pytest.fixture
@@ -101,7 +108,7 @@ def lines(config: Config) -> list[dict]:
     return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed):
+def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed, caplog):
     """52 samples in batches of 26: two steps per epoch; warm-up of two epochs, from a tenth of the peak."""
     config = settings(
         tmp_path,
@@ -130,6 +137,29 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
     skipped = sum(len(batch.skipped) for batches in engine.batches for batch in batches)
     assert skipped == 4 == logged[-1]["skipped"] == finished.bad.bad
     assert finished.bad.seen == 8 * 26
+    assert sum(line.startswith(f"skipped {tmp_path}/b.tar/99: ") for line in caplog.messages) == skipped
+    assert all(0 < line["data_wait"] < 1 for line in logged)
+
+
+def test_a_run_reads_what_its_config_says(monkeypatch, tmp_path, mixed):
+    monkeypatch.setattr(run_module, "build_engine", lambda *_: None)
+    found = []
+    for seed in (1, 1, 2):
+        config = settings(
+            tmp_path,
+            mixed[:1],
+            run={"seed": seed},
+            data={"repeats": 2, "val": [{"shards": write_tar(tmp_path / "v.tar", members(range(60, 70)))}]},
+            train={"global_batch": 6, "micro_batch": 6, "steps": None, "epochs": 1.5, "eval_samples": 5},
+        )
+        with StopRequest() as stop, join_ranks() as ranks, Pulse(0, 1, ranks.side_store, stop) as pulse:
+            made = Run.set_up(config, "no", ranks, None, pulse)
+        assert made.schedule.total_steps == len(made.train_loader) == 1.5 * 2 * 24 / 6
+        assert all(key.startswith(f"{tmp_path}/p.tar/") for key in next(iter(made.train_loader)).keys)
+        (batch,) = made.eval_loader
+        assert batch.keys == [f"{tmp_path}/v.tar/{number:05d}" for number in range(60, 70, 2)]
+        found.append(batch.encoder_table_ids.tolist())
+    assert found[0] == found[1] != found[2]  # masks are the seed's
 
 
 def test_a_run_stops_where_too_many_of_all_samples_are_bad(monkeypatch, tmp_path):
@@ -154,6 +184,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, tmp_path, mixed, lo
     with pytest.raises(UserError, match="the loss of step 2 is not finite; samples: "):
         run(monkeypatch, config, bad={2: loss})
     assert [line["step"] for line in lines(config) if "loss" in line] == [1, 2]
+
+
+@pytest.mark.parametrize("loss", [None, math.inf, math.nan])
+def test_only_a_finite_evaluation_makes_a_checkpoint_good(monkeypatch, tmp_path, mixed, loss):
+    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 26, "steps": 1})
+    run(monkeypatch, config, held_out=loss)
+    (saved,) = checkpoint.saved_steps(config.run.dir)
+    assert checkpoint.is_good(saved) == (loss is None)
 
 
 @pytest.mark.parametrize("kind", ["torch", "deepspeed"])
@@ -256,6 +294,38 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
     meter.add(counts, waited=0)
     clock[0] = 105.0
     assert meter.rates()["samples_per_s"] == 10
+
+
+def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
+    """A rank of two, whose partner needs no doing."""
+    monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr(run_module, "build_engine", lambda *_: None)
+    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
+    with StopRequest() as stop, join_ranks() as ranks, Pulse(0, 1, ranks.side_store, stop) as pulse:
+        meters = [
+            Run.set_up(config, "no", dataclasses.replace(ranks, world=world), None, pulse).throughput
+            for world in (1, 2)
+        ]
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    spent = []
+    for meter in meters:
+        meter.rates()
+        meter.add(StepCounts(*[0] * 7, flops=8e9), waited=0)
+        clock[0] += 2
+        spent.append(meter.rates()["utilisation"])
+    assert spent == [4, 2]
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_rank_alone():
+    def drawn(seed: int, step: int, rank: int) -> float:
+        loop = argparse.Namespace(run=argparse.Namespace(seed=seed), step=step, ranks=argparse.Namespace(rank=rank))
+        Loop.seed_step(loop)
+        return torch.rand(1).item()
+
+    cases = list(itertools.product((1, 2), repeat=3))
+    assert len({drawn(*case) for case in cases}) == len(cases)
+    assert [drawn(*case) for case in cases] == [drawn(*case) for case in cases]
 
 
 def test_the_peak_of_a_matmul_counts_a_multiplication_and_an_addition(monkeypatch):

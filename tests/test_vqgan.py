@@ -17,7 +17,7 @@ from m3ae_fast.convert.__main__ import main as convert
 from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
 from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.data.images import decode_image
-from m3ae_fast.drawing import draw_reconstructions
+from m3ae_fast.drawing import _decoded, draw_reconstructions
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.golden import Golden
 from m3ae_fast.model.image_tokens import with_image_targets
@@ -236,6 +236,17 @@ def test_reconstructions_are_drawn_through_the_decoder(tmp_path, vqgan, model):
         sheets.append(np.asarray(Image.open(tmp_path / "a.png")).astype(int))
     changed = np.abs(sheets[0] - sheets[1]).max((0, 2)) > 0
     assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # the third image alone
+
+
+def test_the_true_ids_as_predictions_give_the_decoders_picture(vqgan, model):
+    (sample,) = samples(1)
+    ids_L = vqgan.encode(sample.image[None])[0]
+    vqgan.decoder.convs[-1].bias.data.fill_(0.5)
+    exact = vqgan.decode(ids_L.view(1, 4, 4))[0].clamp(0, 1) * 255
+    logits_IK = F.one_hot(ids_L[sample.image_mask].long(), 16).float()
+    shown = _decoded(model, vqgan, sample.image, sample.image_mask, logits_IK)
+    assert exact.std() > 1
+    torch.testing.assert_close(shown.float(), exact, rtol=0, atol=0.501)
 
 
 def test_mistakes(vqgan, tmp_path):

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import threading
 from itertools import chain, islice
@@ -16,7 +17,7 @@ from m3ae_fast.data.crops import centre_crop
 from m3ae_fast.data.dataset import FETCHING
 from m3ae_fast.data.images import decode_image
 from m3ae_fast.data.shards import ATTEMPTS
-from m3ae_fast.data.workers import default_workers
+from m3ae_fast.data.workers import Loader, default_workers
 from m3ae_fast.errors import UserError
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
@@ -332,6 +333,21 @@ def test_signals_are_left_to_the_main_process(load, paired):
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+def test_workers_begin_with_signals_blocked(tmp_path):
+    """A thread that began before would still take them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def note(worker):
+        (tmp_path / "blocked").write_text(
+            " ".join(str(int(number)) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        )
+
+    assert len(list(Loader(range(4), num_workers=1, worker_init_fn=note))) == 4
+    blocked = set(map(int, (tmp_path / "blocked").read_text().split()))
+    assert blocked >= {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_empty_captions_are_no_mistake(load, tmp_path):

@@ -79,6 +79,20 @@ def test_held_out_masks_do_not_depend_on_the_batch(load, tmp_path, per):
     assert masks(micro_batch=12, seed=1) != reference
 
 
+def test_a_mask_of_a_batch_is_that_of_all_its_parts(load, tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(range(24)))
+    masking = MaskingConfig(image_ratio=0.5, text_ratio=0.5, per="batch")
+    for parts in ({"micro_batch": 12}, {"micro_batch": 4, "accumulation": 3}, {"micro_batch": 6, "world": 2}):
+        steps = [set(), set()]
+        for rank in range(parts.get("world", 1)):
+            batches = list(load(path, steps=2, rank=rank, masking=masking, **parts))
+            for number, batch in enumerate(batches):
+                for first, last in batch.encoder.cu_seqlens[: len(batch.keys) + 1].unfold(0, 2, 1).tolist():
+                    patches = [row for row in batch.encoder_table_ids[first:last].tolist() if 0 < row <= 16]
+                    steps[number * 2 // len(batches)].add(tuple(patches))
+        assert [len(step) for step in steps] == [1, 1] and steps[0] != steps[1]
+
+
 def test_the_crop_settings_of_the_config_are_heeded(load, tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", [(f"{i}.png", picture(i, fmt="PNG")) for i in range(24)])
     areas, real = [], crops._draw_box

@@ -336,11 +336,12 @@ def largest_allocation(case: str, inputs: Inputs) -> int:
     return max(event.self_cpu_memory_usage for event in record.events())
 
 
-def test_norm_in_chunks_of_rows(monkeypatch):
-    inputs = make("norm-some", torch.float32)
-    monkeypatch.setattr(importlib.import_module("m3ae_kernels.gather"), "CHUNK_ROWS", 13)
-    true = run(reference, "norm-some", double(inputs))
-    for name, got in run(m3ae_kernels, "norm-some", inputs).items():
+@pytest.mark.parametrize(("case", "module"), [("norm-some", "gather"), ("embed-p14", "patch_embed")])
+def test_chunks_of_rows_add_up(case, module, monkeypatch):
+    inputs = make(case, torch.float32)
+    monkeypatch.setattr(importlib.import_module(f"m3ae_kernels.{module}"), "CHUNK_ROWS", 13)
+    true = run(reference, case, double(inputs))
+    for name, got in run(m3ae_kernels, case, inputs).items():
         assert error(got, true[name]) < 1e-6, name
 
 

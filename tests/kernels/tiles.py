@@ -1,10 +1,11 @@
-"""Ragged cases with the block sizes that ship for an H100, and unwritten memory poisoned. Run by
-test_kernel_interpreter.py: only Triton's interpreter can."""
+"""Ragged cases with the block sizes that ship for an H100, unwritten memory poisoned, and what only far larger inputs
+would do. Run by test_kernel_interpreter.py: only Triton's interpreter can."""
 
 import m3ae_kernels
 import pytest
 import torch
 from m3ae_kernels import reference, tuning
+from m3ae_kernels.triton_impl import norm, patch_embed, rows
 
 from tests.kernels.kernel_cases import make, run
 from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401
@@ -34,6 +35,41 @@ def test_shipped_tiles(case, dtype, monkeypatch, poisoned):  # noqa: F811
     for name, got in run(m3ae_kernels, case, inputs).items():
         allowed = 2 * error(torch_like[name], true[name]) + FLOOR[got.dtype]
         assert error(got, true[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("case", ["embed-p14", "norm-some", "residual-some"])
+def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
+    """As where there are more blocks of rows than programs."""
+    monkeypatch.setattr(patch_embed, "TARGET_PROGRAMS", 1)
+    monkeypatch.setattr(norm, "MAX_PARTIALS", 2)
+    inputs = make(case, torch.float32)
+    true = run(reference, case, double(inputs))
+    for name, got in run(m3ae_kernels, case, inputs).items():
+        assert error(got, true[name]) < 1e-6, name
+
+
+class FirstTile:
+    """A kernel of which only the first program runs."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.kernel[tuple(1 for _ in grid)]
+
+
+def test_rows_past_two_to_the_31_are_read_and_written(monkeypatch):
+    """Of three rows so wide that the third begins there; memory that nobody touches costs nothing."""
+    for name in ("take_rows_kernel", "scatter_tokens_kernel"):
+        monkeypatch.setattr(rows, name, FirstTile(getattr(rows, name)))
+    width, seen = 2**30, 32
+    x = torch.empty(3, width, dtype=torch.float16)
+    x[:, :seen] = torch.arange(3 * seen).view(3, seen)
+    order, none = torch.tensor([1, 0, 2], dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
+    assert torch.equal(m3ae_kernels.gather_tokens(x, order)[:, :seen], x[order.long(), :seen])
+    for arguments in ((order,), (none, x, order), (none, None, None, x, order)):
+        out = m3ae_kernels.scatter_tokens(x, *arguments)
+        assert torch.equal(out[:, :seen], x[order.long(), :seen])
 
 
 def test_the_tiles_are_others_than_the_interpreters():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -147,8 +148,10 @@ def test_a_checkpoint_of_other_settings_is_refused(transfer, run, shards, tmp_pa
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out")]
     assert exit_cleanly(lambda: main([*command, *settings(epochs=1)])) == 2
     assert "add --resume auto" in capsys.readouterr().err
-    assert exit_cleanly(lambda: main([*command, *settings(epochs=1, pool="mean"), "--resume", "auto"])) == 2
-    assert "was made with classifier.pool = cls" in capsys.readouterr().err
+    for other, message in (({"pool": "mean"}, "classifier.pool = cls"), ({"global_batch": 8}, "global_batch = 16")):
+        options = [*settings(epochs=1, **other), "--resume", "auto"]
+        assert exit_cleanly(partial(main, [*command, *options])) == 2
+        assert message in capsys.readouterr().err
 
 
 def _labelled_batch(model, count):

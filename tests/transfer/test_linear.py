@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import pytest
@@ -7,11 +8,14 @@ from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
 from m3ae_fast.engine import checkpoint
 from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.errors import UserError
+from m3ae_fast.transfer import labelled_loop
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.models import load_model
 from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
+from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks
+from tests.helpers.shards import write_tar
 from tests.transfer.conftest import pictures, settings
 
 FAST = settings("probe.peak_lr=30", "probe.global_batch=24", "probe.micro_batch=8", "probe.warmup_epochs=2")
@@ -65,12 +69,42 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, mon
     monkeypatch.undo()
     with pytest.raises(UserError, match="already holds checkpoints"):
         transfer("linear", *options, out="cut")
-    with pytest.raises(UserError, match=r"was made with encode.pool = mean, the config says cls"):
-        transfer("linear", *options, "--resume", "auto", *settings("encode.pool=cls"), out="cut")
+    for other, was in (("encode.pool=cls", "mean"), ("probe.global_batch=48", "24")):
+        name, _, now = other.partition("=")
+        with pytest.raises(UserError, match=f"was made with {name} = {was}, the config says {now}"):
+            transfer("linear", *options, "--resume", "auto", *settings(other), out="cut")
     resumed = transfer("linear", *options, "--resume", "auto", out="cut")
     assert resumed["top1"] == whole["top1"]
     states = [checkpoint.saved_steps(tmp_path / name)[-1] / "state.safetensors" for name in ("whole", "cut")]
     assert states[0].read_bytes() == states[1].read_bytes()
+
+
+def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
+    """They are normalised with the statistics of training, not with their own."""
+    val = labelled_tar(tmp_path / "red.tar", range(101, 125, 3))
+    result = transfer("linear", "--cache-features", *FAST, *settings("probe.epochs=15"), val=val)
+    assert (result["top1"], result["val_samples"]) == (1.0, 8)
+
+
+def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
+    """One of five."""
+    broken = [("99.png", b""), ("99.txt", b"red"), ("99.cls", b"2")]
+    train = write_tar(tmp_path / "train.tar", [*labelled_members(range(4)), *broken])
+    options = settings("probe.global_batch=5", "probe.micro_batch=5", "probe.steps=2")
+    result = transfer("linear", *options, *settings("data.max_bad_fraction=0.2"), train=train)
+    assert result["skipped"] == 2
+    with pytest.raises(UserError, match="1 of 5 samples cannot be used"):
+        transfer("linear", *options, *settings("data.max_bad_fraction=0.19"), train=train, out="other")
+
+
+def test_rates_are_those_since_the_last_time(monkeypatch):
+    clock = [104.0]
+    monkeypatch.setattr(labelled_loop.time, "perf_counter", lambda: clock[0])
+    loop = argparse.Namespace(seen=20.0, waited=1.0, since=100.0)
+    assert labelled_loop.LabelledLoop.rates(loop) == {"samples_per_s": 5, "data_wait": 0.25}
+    clock[0] = 106.0
+    loop.seen += 4
+    assert labelled_loop.LabelledLoop.rates(loop) == {"samples_per_s": 2, "data_wait": 0}
 
 
 def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
