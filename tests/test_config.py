@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from m3ae_fast.__main__ import COMMANDS
 from m3ae_fast.config import Config, ModelConfig, TrainConfig, load_config, parse
 from m3ae_fast.config.__main__ import page
 from m3ae_fast.dry_run import network_bytes
+from m3ae_fast.engine import ranks
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.errors import UserError, exit_cleanly
+from tests.helpers.ranks import free_port
 from tests.helpers.trainer import CLIPART, ROOT, TINY
 
 
@@ -139,6 +142,14 @@ def test_environment_that_makes_no_sense(run, monkeypatch, name, value):
     code, err = run()
     assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err
     assert (value if value == "cuda" else name if name in err else "MASTER_ADDR") in err
+
+
+def test_ranks_that_do_not_come_are_missed(run, monkeypatch):
+    monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    code, err = run()
+    assert code == 2 and "error: rank 0 of 2 cannot join the others (" in err and "Traceback" not in err
 
 
 def test_resuming_a_finished_run_says_so(run):

@@ -176,9 +176,9 @@ class Soak:
             )
             running = Running(run_dir, process.pid, self.chance)
             happened = fault is not None and fault not in FAULTS
-            early, now = self.chance.random() < 1 / 3, time.monotonic()
+            early, now = fault != FREEZE and self.chance.random() < 1 / 3, time.monotonic()
             strike, limit = now + (self.chance.uniform(AWAKE_S, STARTING_S) if early else 0.0), now + LIMIT_S
-            step = 0 if early else self.chance.randrange(min(_step(run_dir), STEPS - 1), STEPS)
+            step = 0 if early else self.chance.randrange(min(_step(run_dir) + 1, STEPS - 1), STEPS)
             while process.poll() is None and time.monotonic() < limit:
                 if fault in FAULTS and not happened and time.monotonic() > strike and _step(run_dir) >= step:
                     happened = FAULTS[fault](running)

@@ -17,7 +17,7 @@ from m3ae_fast.errors import UserError
 T = TypeVar("T")
 # deepspeed and torchrun both set these; plain `python` sets none
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run in which nothing moves
 
 
@@ -100,7 +100,8 @@ def join_ranks() -> Iterator[Ranks]:
     on gloo ends in SIGABRT.
 
     Raises:
-        UserError: what a launcher sets in the environment makes no sense, or this node has too few GPUs.
+        UserError: what a launcher sets in the environment makes no sense, this node has too few GPUs, or other ranks
+            cannot be reached.
     """
     try:
         yield _join()
@@ -125,18 +126,27 @@ def _join() -> Ranks:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
+    try:
+        return Ranks(rank, world, local_rank, device, *_connect(rank, world, device))
+    except ValueError as error:
+        raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
+    except dist.DistError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"rank {rank} of {world} cannot join the others ({reason}): have all of them started?"
+        ) from None
+
+
+def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store, dist.Store]:
+    """`Ranks.control`, `store` and `side_store`."""
     if world == 1:
         store: dist.Store = dist.HashStore()  # needs no address and no port
     else:
-        try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        except ValueError as error:
-            raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    side_store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
-    return Ranks(rank, world, local_rank, device, control, store, side_store)
+    return control, store, store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
 def _number(name: str) -> int:
