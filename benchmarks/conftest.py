@@ -2,5 +2,4 @@ import os
 
 from benchmarks.alone import ENVIRONMENT
 
-for name, value in ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
+os.environ.update(ENVIRONMENT)  # before torch is imported
