@@ -2,6 +2,7 @@
 
 A sidecar is one line of JSON (`Summary`) and a NumPy array (`table`), written beside the shard, or into the cache
 folder where that is not possible. It is made on first use and again when the shard's size or modification time changes.
+Of a shard that is read from a copy it holds checksums too: what happens to the copy later is noticed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,14 +30,16 @@ from m3ae_fast.progress import track
 
 Modality = Literal["any", "paired", "image", "text"]
 
-VERSION = 3
+VERSION = 4
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1
 _MAX_KEY = 128  # bytes that messages show
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
 _OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "ids") for what in ("offset", "size"))
+_CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text", "ids"))
 _MAX_FILE = 1 << 60  # bytes
+_MAX_CHECKED = 1 << 28  # bytes of a member
 _THREADS = 8
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL
@@ -85,8 +89,8 @@ class IndexedShard:
     def table(self) -> np.ndarray:
         """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
         where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
-        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the image's token ids)
-        and `key` (UTF-8).
+        `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the image's token ids),
+        `image_crc`, `text_crc`, `ids_crc` (CRC-32 of these members; 0: unknown) and `key` (UTF-8).
 
         Raises OSError where the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:
@@ -184,7 +188,7 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
             path = store.again(shard)
             status, members, damage = os.stat(path), *scan_tar(path)
         with open_regular(path) as file:
-            table = _tabulate(members, file.fileno())
+            table = _tabulate(members, file.fileno(), store.is_cached(shard))
     except OSError as error:
         raise Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})") from None
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
@@ -221,7 +225,7 @@ def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
         raise
 
 
-def _tabulate(members: list[Member], fd: int) -> np.ndarray:
+def _tabulate(members: list[Member], fd: int, checked: bool) -> np.ndarray:
     rows: list[tuple[Any, ...]] = []
     for key, files in group(members):
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
@@ -230,13 +234,23 @@ def _tabulate(members: list[Member], fd: int) -> np.ndarray:
             text, from_json = files["json"], True
         if image or text:
             parts = [member or _NOTHING for member in (image, text, *map(files.get, ("cls", "json", "ids")))]
-            rows.append((*(number for part in parts for number in (part.offset, part.size)), from_json, _clean(key)))
+            places = [number for part in parts for number in (part.offset, part.size)]
+            sums = [_checksum(fd, part) if checked else 0 for part in (parts[0], parts[1], parts[4])]
+            rows.append((*places, from_json, *sums, _clean(key)))
     return np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
 
 
 def _row(width: int) -> np.dtype:
     """A row of the table, with keys of `width` bytes."""
-    return np.dtype([*((name, "<i8") for name in _OFFSETS), ("json", "?"), ("key", f"S{width}")])
+    sums = [(name, "<u4") for name in _CHECKSUMS]
+    return np.dtype([*((name, "<i8") for name in _OFFSETS), ("json", "?"), *sums, ("key", f"S{width}")])
+
+
+def _checksum(fd: int, member: Member) -> int:
+    """0 of what is not there, or too large."""
+    if member.offset == MISSING or member.size > _MAX_CHECKED:
+        return 0
+    return zlib.crc32(os.pread(fd, member.size, member.offset))
 
 
 def _parse_table(data: bytes, samples: int) -> np.ndarray:

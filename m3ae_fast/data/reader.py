@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import time
+import zlib
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from m3ae_fast.data.index import MISSING, IndexedShard, caption_of, printable
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 
+T = TypeVar("T")
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
 IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
@@ -43,6 +46,7 @@ class Reader:
         self._starts = np.concatenate(([0], np.cumsum(source.sizes)))
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._failed: dict[int, tuple[float, OSError]] = {}
+        self._renewed: dict[int, float] = {}  # when
 
     def find(self, sample: int) -> tuple[int, int]:
         """Shard and row of a sample that is given by its number in file order."""
@@ -54,17 +58,20 @@ class Reader:
         return printable(self._get(shard).table["key"][row].decode("utf-8", "replace"))
 
     def read(self, shard: int, row: int) -> Raw:
-        """Bytes and caption of one sample.
+        """Bytes and caption of one sample. A copy that turns out damaged is fetched again, once.
 
         Raises:
             BadSample: a part that its shard trains is missing, cut short, too large, or not text.
             OSError: the shard cannot be read.
         """
+        return self._whole(shard, lambda: self._read(shard, row))
+
+    def _read(self, shard: int, row: int) -> Raw:
         file, table = self._get(shard)
         entry, modality = table[row], self.source.modalities[shard]
         image = caption = None
         if modality in ("paired", "image") or (modality == "any" and entry["image_offset"] != MISSING):
-            image = _read(file.fileno(), entry["image_offset"], entry["image_size"], MAX_IMAGE_BYTES, "image")
+            image = _read(file.fileno(), entry, "image", MAX_IMAGE_BYTES, "image")
         if modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING):
             caption = _read_caption(file.fileno(), entry)
         return Raw(image, caption)
@@ -76,14 +83,25 @@ class Reader:
             BadSample: there are none, or they are cut short.
             OSError: the shard cannot be read.
         """
+        return self._whole(shard, lambda: self._read_ids(shard, row))
+
+    def _read_ids(self, shard: int, row: int) -> np.ndarray:
         file, table = self._get(shard)
         entry = table[row]
         if entry["ids_offset"] == MISSING:
             raise BadSample("no ids (make them with python -m m3ae_fast.data tokenize-images)")
-        data = _read(file.fileno(), entry["ids_offset"], entry["ids_size"], MAX_IMAGE_BYTES, "ids")
+        data = _read(file.fileno(), entry, "ids", MAX_IMAGE_BYTES, "ids")
         if len(data) % IDS_DTYPE.itemsize:
             raise BadSample("the ids are cut short")
         return np.frombuffer(data, IDS_DTYPE).astype(np.int64)
+
+    def _whole(self, shard: int, read: Callable[[], T]) -> T:
+        """What `read` gives, of a new copy of the shard where this one turns out damaged."""
+        try:
+            return read()
+        except _Damaged:
+            self._renew(shard)
+            return read()
 
     def _get(self, shard: int) -> _Open:
         if shard in self._open:
@@ -104,6 +122,17 @@ class Reader:
             self._open.popitem(last=False)
         return self._open[shard]
 
+    def _renew(self, shard: int) -> None:
+        """Fetch the copy of a shard again, unless another process has, and open it anew. Raises OSError where that
+        fails, or has just been done."""
+        opened, name = self._open[shard], self.source.shards[shard].shard
+        if time.monotonic() - self._renewed.get(shard, -_RETRY_S) < _RETRY_S:
+            raise OSError(f"its copy {self.store.copy(name)} is not what was indexed")
+        self._renewed[shard] = time.monotonic()
+        if os.path.samestat(os.fstat(opened.file.fileno()), os.stat(self.store.path(name))):
+            self.store.again(name)
+        del self._open[shard]
+
     def _open_shard(self, indexed: IndexedShard) -> _Open:
         """Raises OSError or UserError where the shard cannot be read, or is not the one that was indexed."""
         path = self.store.path(indexed.shard)
@@ -123,13 +152,22 @@ class Reader:
         return Reader, (self.source, self.store)  # open files are not pickled
 
 
-def _read(fd: int, offset: int, size: int, limit: int, what: str) -> bytes:
+class _Damaged(OSError):
+    """A part is not what was indexed."""
+
+
+def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int | None = None) -> bytes:
+    """The part's first `most` bytes, or all."""
+    offset, size, checksum = (int(entry[f"{part}_{name}"]) for name in ("offset", "size", "crc"))
     if offset == MISSING:
         raise BadSample(f'no {what} (the "modality" of its source decides what is needed)')
-    if size > limit:
-        raise BadSample(f"the {what} has {size} bytes, more than {limit}")
-    data = os.pread(fd, int(size), int(offset))
-    if len(data) != size:
+    wanted = size if most is None else min(size, most)
+    if wanted > limit:
+        raise BadSample(f"the {what} has {wanted} bytes, more than {limit}")
+    data = os.pread(fd, wanted, offset)
+    if checksum and wanted == size and zlib.crc32(data) != checksum:
+        raise _Damaged(f"the {what} is not what was indexed")
+    if len(data) != wanted:
         raise BadSample(f"the shard ends inside the {what}")
     return data
 
@@ -137,17 +175,16 @@ def _read(fd: int, offset: int, size: int, limit: int, what: str) -> bytes:
 def _read_caption(fd: int, entry: np.void) -> str:
     if entry["json"]:
         try:
-            caption = caption_of(_read(fd, entry["text_offset"], entry["text_size"], MAX_CAPTION_BYTES, "json"))
+            caption = caption_of(_read(fd, entry, "text", MAX_CAPTION_BYTES, "json"))
         except ValueError:
             caption = None
         if caption is None:
             raise BadSample("no caption in the json")
         return caption
-    size = min(int(entry["text_size"]), MAX_CAPTION_BYTES)
-    data = _read(fd, entry["text_offset"], size, MAX_CAPTION_BYTES, "caption")
+    data = _read(fd, entry, "text", MAX_CAPTION_BYTES, "caption", most=MAX_CAPTION_BYTES)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if size < entry["text_size"] and error.start > size - 4:
+        if len(data) < entry["text_size"] and error.start > len(data) - 4:
             return data[: error.start].decode("utf-8")  # cut within a character
         raise BadSample("the caption is not UTF-8") from None

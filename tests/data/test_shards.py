@@ -209,6 +209,35 @@ def test_a_copy_that_turns_out_damaged_is_fetched_again_once(server, store):
     assert requests["/a.tar"] == 3
 
 
+def test_a_copy_of_which_a_byte_changed_is_fetched_again_once(server, store, no_waiting):
+    url, folder, requests = server
+    write_tar(folder / "a.tar", members(range(3)))
+    corpus = open_corpus([SourceConfig(shards=url + "/a.tar")], store)
+    copy = store.copy(url + "/a.tar")
+    whole = copy.read_bytes()
+
+    def damage(part: bytes) -> None:
+        at = whole.index(part) + len(part) // 2
+        copy.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+
+    reader = Reader(corpus.sources[0], store)
+    intact = [reader.read(0, row) for row in range(3)]
+    for tries, part in ((2, picture(2)), (3, intact[1].caption.encode())):
+        damage(part)
+        reader = Reader(corpus.sources[0], store)
+        assert [reader.read(0, row) for row in range(3)] == intact
+        assert requests["/a.tar"] == tries
+    damage(picture(2))
+    (folder / "a.tar").unlink()
+    reader = Reader(corpus.sources[0], store)
+    assert [reader.read(0, row) for row in range(2)] == intact[:2]
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"cannot fetch|is not what was indexed"):
+            reader.read(0, 2)
+    assert requests["/a.tar"] == 4  # it is not asked for each time
+    assert reader.read(0, 1) == intact[1]
+
+
 def test_one_cache_serves_several_users(server, store, monkeypatch):
     """Copies are as readable as the umask lets them be, and those of others are neither touched nor in the way."""
     url, folder, requests = server
