@@ -104,10 +104,20 @@ def join_ranks() -> Iterator[Ranks]:
             cannot be reached.
     """
     try:
-        yield _join()
+        yield _joined()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _joined() -> Ranks:
+    try:
+        return _join()
+    except ValueError as error:
+        raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
+    except dist.DistError as error:
+        who, reason = "rank {RANK} of {WORLD_SIZE}".format_map(os.environ), str(error).strip().splitlines()[0]
+        raise UserError(f"{who} cannot join the others ({reason}): have all of them started?") from None
 
 
 def _join() -> Ranks:
@@ -126,15 +136,7 @@ def _join() -> Ranks:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
-    try:
-        return Ranks(rank, world, local_rank, device, *_connect(rank, world, device))
-    except ValueError as error:
-        raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
-    except dist.DistError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"rank {rank} of {world} cannot join the others ({reason}): have all of them started?"
-        ) from None
+    return Ranks(rank, world, local_rank, device, *_connect(rank, world, device))
 
 
 def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store, dist.Store]:
