@@ -43,7 +43,7 @@ class RunConfig(Section):
     loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Where metrics go besides metrics.jsonl. W&B reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
     stall_timeout: float = Field(300, gt=0)
-    """Seconds without progress on a rank or in a loader after which the run ends, with exit code 75."""
+    """Seconds without progress on a rank or in a loader that end a run, with exit code 75. To join, ranks have 1800."""
 
 
 class ModelConfig(Section):

@@ -33,13 +33,13 @@ Modality = Literal["any", "paired", "image", "text"]
 VERSION = 4
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MISSING = -1
+MAX_IMAGE_BYTES = 1 << 28
 _MAX_KEY = 128  # bytes that messages show
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
 _OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "ids") for what in ("offset", "size"))
 _CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text", "ids"))
 _MAX_FILE = 1 << 60  # bytes
-_MAX_CHECKED = 1 << 28  # bytes of a member
 _THREADS = 8
 _KEY_AND_SUFFIX = re.compile(
     r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL
@@ -248,7 +248,7 @@ def _row(width: int) -> np.dtype:
 
 def _checksum(fd: int, member: Member) -> int:
     """0 of what is not there, or too large."""
-    if member.offset == MISSING or member.size > _MAX_CHECKED:
+    if member.offset == MISSING or member.size > MAX_IMAGE_BYTES:
         return 0
     return zlib.crc32(os.pread(fd, member.size, member.offset))
 

@@ -14,12 +14,11 @@ import numpy as np
 
 from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.corpus import Source
-from m3ae_fast.data.index import MISSING, IndexedShard, caption_of, printable
+from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard, caption_of, printable
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 
 T = TypeVar("T")
-MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
 IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
 _OPEN_SHARDS = 64

@@ -61,40 +61,37 @@ class Attention(nn.Module):
         return self.drop(self.proj(out_RHd.flatten(1)))
 
 
-class LinearGelu(Linear):
-    """A linear layer before a GELU: its output, and GELU of it, without a gradient, where that comes with the matmul.
-
-    This and the next are one module each: ZeRO-3 gathers weights for the module that owns them, and wants the same
-    modules of every rank, also of one without rows."""
+class _BesideGelu(Linear):
+    """A linear layer before or after a GELU. Each is one module: ZeRO-3 gathers weights for the module that owns them,
+    and wants the same modules of every rank, also of one without rows."""
 
     def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__(dim, out_dim)
         self.gelu, self.drop = gelu, drop
 
+    def _by_kernels(self) -> bool:
+        """Whether the CPU's kernels may know what comes out of GELU."""
+        return self.gelu == "tanh" and not (self.training and self.drop)
+
+
+class LinearGelu(_BesideGelu):
+    """Before a GELU: its output, and GELU of it, without a gradient, where that comes with the matmul."""
+
     def forward(self, x_RD: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        if _by_kernels(self):
+        if self._by_kernels():
             return linear_gelu(x_RD, self.weight, self.bias)
         return super().forward(x_RD), None
 
 
-class GeluLinear(Linear):
+class GeluLinear(_BesideGelu):
     """A linear layer of GELU's output, which `y` is where it is known."""
 
-    def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
-        super().__init__(dim, out_dim)
-        self.gelu, self.drop = gelu, drop
-
     def forward(self, x_RD: Tensor, y_RD: Tensor | None) -> Tensor:  # type: ignore[override]
-        if _by_kernels(self):
+        if self._by_kernels():
             out_RD = gelu_linear(x_RD, y_RD, self.weight, self.bias)
             if out_RD is not None:
                 return out_RD
         return linear(F.dropout(gelu(x_RD, self.gelu), self.drop, self.training), self.weight, self.bias)
-
-
-def _by_kernels(layer: LinearGelu | GeluLinear) -> bool:
-    """Whether the CPU's kernels may know what comes out of GELU."""
-    return layer.gelu == "tanh" and not (layer.training and layer.drop)
 
 
 class MLP(nn.Module):

@@ -52,8 +52,7 @@ class TransferCurve:
         return cls(config, train, val, classes)
 
     def log(self, run: Run, stop: StopRequest) -> None:
-        """Log it where it is due; not where a rank is asked to stop, even half-way. Every rank must call
-        it."""
+        """Log the accuracy where it is due, unless a rank is asked to stop, even half-way. Every rank must call it."""
         if not run.to_evaluate(self.config.every, _NAME):
             return
         run.stop_if_not_finite()

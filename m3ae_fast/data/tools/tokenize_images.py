@@ -25,9 +25,9 @@ from torch import Tensor
 from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.crops import centre_crop, random_crop
 from m3ae_fast.data.images import decode_image
-from m3ae_fast.data.index import IMAGE_SUFFIXES, group, index_shards
+from m3ae_fast.data.index import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, group, index_shards
 from m3ae_fast.data.order import hash64
-from m3ae_fast.data.reader import IDS_DTYPE, MAX_IMAGE_BYTES
+from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.data.tools.source import Record
