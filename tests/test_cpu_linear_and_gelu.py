@@ -1,10 +1,11 @@
-"""The CPU's kernels for GELU and for the gradient of a weight, against float64, and what happens without them."""
+"""The CPU's kernels for GELU, linear layers and their gradients, against float64, and what happens without them."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast.hardware import this_cpu
 from m3ae_fast.model.cpu import build, gelu, linear
 from m3ae_fast.model.transformer import MLP
 
@@ -13,16 +14,30 @@ EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
 
 
 @pytest.fixture
-def no_compiler(monkeypatch, tmp_path):
-    """As on a machine without a C compiler."""
+def fresh_libraries():
+    """None is loaded yet, and none of the test's stays."""
     libraries = (build.load, gelu._library, linear._library, linear._product_library)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", "/no/such/compiler")
     for library in libraries:
         library.cache_clear()
     yield
     for library in libraries:
         library.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path, fresh_libraries):
+    """As on a machine without a C compiler."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/no/such/compiler")
+
+
+@pytest.fixture(params=[build.TILES, build.BF16], ids=["AMX", "AVX-512"])
+def products(request, monkeypatch, fresh_libraries):
+    """Each way to compile the kernels of linear layers that this CPU knows."""
+    tiles = request.param == build.TILES
+    if not (this_cpu().tiles and build.may_use_tiles() if tiles else BF16 in gelu.DTYPES):
+        pytest.skip("this CPU lacks the instructions")
+    monkeypatch.setattr(linear, "FLAGS", request.param)
 
 
 @pytest.fixture
@@ -76,12 +91,8 @@ def test_gelu_takes_any_strides():
         assert all(torch.equal(a, b) for a, b in results)
 
 
-needs_amx = pytest.mark.skipif(not linear.AMX, reason="this CPU lacks AMX")
-
-
-@needs_amx
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(577, 96, 64), (1, 32, 32), (31, 64, 224), (300, 640, 1312)])
-def test_weight_gradient_equals_float64(rows, outputs, inputs, threads):
+def test_weight_gradient_equals_float64(products, rows, outputs, inputs, threads):
     torch.manual_seed(0)
     grad = torch.randn(rows, outputs).to(BF16)
     x = torch.randn(rows, inputs + 8).to(BF16)[:, :inputs]  # rows that are apart
@@ -95,8 +106,7 @@ def test_weight_gradient_equals_float64(rows, outputs, inputs, threads):
     assert all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
 
 
-@needs_amx
-def test_weight_gradient_of_transposed_rows():
+def test_weight_gradient_of_transposed_rows(products):
     torch.manual_seed(0)
     grad, x = torch.randn(70, 64).to(BF16), torch.randn(70, 32).to(BF16)
     expected = linear.weight_gradient(grad, x)
@@ -104,11 +114,10 @@ def test_weight_gradient_of_transposed_rows():
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-@needs_amx
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("rows", "depth", "width"), [(577, 96, 64), (1, 32, 32), (32, 2080, 288), (300, 640, 1312)])
-def test_products_equal_float64(rows, depth, width, turned, dtype, threads):
+def test_products_equal_float64(products, rows, depth, width, turned, dtype, threads):
     torch.manual_seed(0)
     x = torch.randn(rows, depth + 8).to(BF16)[:, :depth]  # rows that are apart
     weight = torch.randn((width, depth) if turned else (depth, width)).to(dtype)
@@ -133,8 +142,7 @@ def test_products_equal_float64(rows, depth, width, turned, dtype, threads):
         assert relative(got, wanted) < 3e-3
 
 
-@needs_amx
-def test_products_keep_nan_where_it_is():
+def test_products_keep_nan_where_it_is(products):
     x, weight = torch.ones(40, 32, dtype=BF16), torch.ones(32, 32)
     x[3, 5] = torch.nan
     hidden = torch.ones(40, 32, dtype=BF16)
@@ -156,7 +164,7 @@ def step(layer, x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, autocast:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("size", [64, 40], ids=["of tiles", "of no tiles"])
+@pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast", "autocast of bf16"])
 def test_linear_equals_torch(kind, size, compiled):
     torch.manual_seed(0)
@@ -174,7 +182,7 @@ def test_linear_equals_torch(kind, size, compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("size", [64, 40], ids=["of tiles", "of no tiles"])
+@pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast of bf16"])
 def test_linear_of_gelu_equals_torch(kind, size, compiled):
     torch.manual_seed(0)
@@ -202,7 +210,7 @@ def test_linear_of_gelu_equals_torch(kind, size, compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("size", [64, 40], ids=["of tiles", "of no tiles"])
+@pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_layers_around_a_gelu_equal_torch(autocast, size, compiled):
     torch.manual_seed(0)
@@ -233,8 +241,7 @@ def test_only_the_input_of_gelu_is_kept_for_the_backward():
         assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == {x.data_ptr(), weight.data_ptr()}
 
 
-@needs_amx
-def test_frozen_parameters_get_no_gradient():
+def test_frozen_parameters_get_no_gradient(products):
     x, weight = torch.randn(40, 32).to(BF16), torch.randn(32, 32).to(BF16)
     for need_weight, need_bias in ((False, False), (False, True), (True, False)):
         w, b = weight.clone().requires_grad_(need_weight), torch.zeros(32, dtype=BF16).requires_grad_(need_bias)
@@ -252,7 +259,7 @@ def test_torch_takes_over_without_a_compiler(no_compiler, caplog):
         assert torch.equal(gelu.gelu_op(x), F.gelu(x, approximate="tanh"))
         assert all(t.isfinite().all() for t in gelu.gelu_gradient_op(grad, x))
         assert "GELU runs on torch" in caplog.text
-    if linear.AMX:
+    if linear.FLAGS is not None:
         square = torch.randn(64, 64).to(BF16)
         assert torch.equal(linear.linear(x, square, square[0]), F.linear(x, square, square[0]))
         assert "linear layers run on torch" in caplog.text

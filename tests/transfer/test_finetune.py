@@ -118,7 +118,11 @@ def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
     assert results[0]["top1"] == results[1]["top1"]
     averages = [Classifier.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two")]
     for name, weight in averages[0].items():
-        np.testing.assert_allclose(averages[1][name], weight, rtol=2e-3, atol=1e-4)
+        other = averages[1][name]
+        if name.endswith("qkv.bias"):
+            # softmax does not see the keys' bias: its gradient is only rounding, which Adam blows up
+            weight, other = (torch.cat(bias.chunk(3)[::2]) for bias in (weight, other))
+        np.testing.assert_allclose(other, weight, rtol=2e-3, atol=1e-4)
     last = checkpoint.open_state(checkpoint.saved_steps(tmp_path / "one")[-1])
     assert torch.equal(averages[0]["head.linear.weight"], last("ema/head.linear.weight"))
     assert not torch.allclose(averages[0]["head.linear.weight"], last("model/head.linear.weight"), atol=1e-4)

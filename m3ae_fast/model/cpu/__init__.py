@@ -1,1 +1,1 @@
-"""What the trunk runs on a CPU: attention (a C kernel with AVX-512 or AMX, else torch) and matmuls through oneDNN."""
+"""What the trunk runs on a CPU: C kernels with AVX-512 or AMX for attention, GELU and bf16 linear layers, else torch."""

@@ -346,14 +346,10 @@ static int backward_task(const Work *w, long sample, long head, Scratch *scratch
 static int run(Work *w, int (*task)(const Work *, long, long, Scratch *)) {
     Scratch scratch = {NULL, 0, 0};
     int ok = 1;
-#ifdef TILES
     const Tiles before = take_tiles();
-#endif
     for (long t; ok && (t = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->samples * w->heads;)
         ok = task(w, t / w->heads, t % w->heads, &scratch);
-#ifdef TILES
     give_tiles_back(before);
-#endif
     free(scratch.memory);
     return ok;
 }

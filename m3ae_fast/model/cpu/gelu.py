@@ -15,7 +15,7 @@ from torch import Tensor
 from m3ae_fast.hardware import this_cpu
 from m3ae_fast.model.cpu.build import AVX512, BF16, load
 from m3ae_fast.model.cpu.linear import (
-    by_tiles,
+    by_kernels,
     input_gradient,
     linear,
     linear_backward,
@@ -79,7 +79,7 @@ def _(grad, x):
 def linear_gelu(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor | None]:
     """`linear(x)`, and GELU of it, without a gradient, for `gelu_linear`: None where it would be made apart."""
     dtype = matmul_dtype(x_RI, weight_OI)
-    if dtype is None or not by_tiles(dtype, weight_OI):
+    if dtype is None or not by_kernels(dtype, weight_OI):
         return linear(x_RI, weight_OI, bias_O), None
     return linear_gelu_op(x_RI.to(dtype), weight_OI, bias_O)
 

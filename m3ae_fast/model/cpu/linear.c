@@ -1,15 +1,23 @@
-/* Linear layers in bf16 on CPUs with AMX: x w^T + bias, maybe before a GELU, and the gradient of their input, grad w, maybe
-   through a GELU.
+/* Linear layers in bf16 on CPUs with AMX, or with AVX-512's products of pairs: x w^T + bias, maybe before a GELU, and the
+   gradient of their input, grad w, maybe through a GELU.
 
-   Products are [R, K] by [K, N]. The weight is packed for the tiles first: pairs of K side by side, N in panels of 32
-   columns. A part of it that stays in a core's second cache is multiplied with all rows before the next; a strip of 32 rows
-   stays in the first one, which the weight's tiles pass by (tileloaddt1). Results leave by stores that pass all caches, for
-   they are larger than these. Every number is one sum over K in float, whatever the number of threads. */
+   Products are [R, K] by [K, N]. The weight is packed first: pairs of K side by side, N in panels of 32 columns, whose squares
+   of 32 by 32 are two tiles each. A part of it is multiplied with all rows before the next; a strip of rows stays in a core's
+   first cache. Results leave by stores that pass all caches, for they are larger than these. Every number is one sum over K in
+   float, whatever the number of threads. */
+
+#include <omp.h>
 
 #include "gelu.h"
 
-#define PART (1 << 19) /* values of the weight that are multiplied with all rows at once */
-#define ROWS 256       /* rows that a thread takes at once */
+#ifdef TILES
+#define STRIP 32       /* rows that are multiplied at once */
+#define PART (1 << 19) /* values of the weight that are multiplied with all rows at once: they stay in the second cache */
+#else
+#define STRIP 14
+#define PART (1 << 20) /* in the third one */
+#endif
+#define ROWS (8 * STRIP) /* rows that a thread takes at once */
 
 /* 32 values of a weight as bf16. */
 static inline __m512i values(const void *w, long at, int wide) {
@@ -42,7 +50,7 @@ static void pack(const void *w, long N, long k, long n, int wide, bf16 *tiles) {
     }
 }
 
-/* 32 x 32 sums on their way to memory. */
+/* STRIP x 32 sums on their way to memory. */
 typedef struct {
     float *sums;
     const float *bias;
@@ -82,18 +90,38 @@ static inline void put_row(const Result *result, long r, long N, int kind) {
     if (kind == BEFORE_GELU) stream(y, gelu(rounded(left)), gelu(rounded(right)));
 }
 
-/* The sums of `now` = the product of 32 rows, `row` values apart, and a panel. Meanwhile the result before goes to memory, and
-   `fetched` rows of the next strip and the h of this result come from there: between the instructions of the tiles' unit
-   there is room for others. */
-static inline void multiply(const bf16 *x, long row, const bf16 *panel, long steps, const Result *now, const Result *before,
-                            long N, int kind, const bf16 *next, long fetched) {
-    const long each = (31 + steps) / steps;
+/* The rows of x that are multiplied at once. */
+typedef struct {
+    const bf16 *x;
+    long row; /* values between rows */
+    /* rows of the next strip, to be fetched early: the next of them, and how many with each panel */
+    const bf16 *next;
+    long fetched;
+} Strip;
+
+#ifdef TILES
+/* Rows r to r + STRIP: in their place, or in `room`, with zeros for the missing ones. */
+static inline Strip take_strip(const bf16 *x, bf16 *room, long r, long R, long K, long row, long panels) {
+    if (r + STRIP <= R) return (Strip){x + r * row, row, x + (r + STRIP) * row, (STRIP - 1 + panels) / panels};
+    memset(room, 0, STRIP * K * sizeof(bf16));
+    for (long i = 0; r + i < R; i++) memcpy(room + i * K, x + (r + i) * row, K * sizeof(bf16));
+    return (Strip){room, K, room, 0};
+}
+
+/* The sums of `now` = the product of a strip and a panel. Meanwhile the result before goes to memory, and rows of the next
+   strip and the h of this result come from there: between the instructions of the tiles' unit there is room for others. The
+   weight's tiles pass by the first cache (tileloaddt1). */
+static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
+                            int kind) {
+    const long each = (STRIP - 1 + steps) / steps, row = strip->row;
+    const bf16 *x = strip->x, *next = strip->next;
+    strip->next += strip->fetched * row;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (long t = 0; t < steps; t++, x += 32, panel += 2 * TILE, next += 32) {
-        for (long i = 0; i < fetched; i++) _mm_prefetch((const char *)(next + i * row), _MM_HINT_T1);
+        for (long i = 0; i < strip->fetched; i++) _mm_prefetch((const char *)(next + i * row), _MM_HINT_T1);
         _tile_loadd(4, x, 2 * row);
         _tile_loadd(5, x + 16 * row, 2 * row);
         _tile_stream_loadd(6, panel, 64);
@@ -112,28 +140,68 @@ static inline void multiply(const bf16 *x, long row, const bf16 *panel, long ste
     _tile_stored(1, sums + 16, 128);
     _tile_stored(2, sums + 512, 128);
     _tile_stored(3, sums + 528, 128);
+    *before = *now;
+}
+#else
+/* Rows r to r + STRIP, the missing ones zeros, copied to `room`: 32 values of each side by side. Rows that are a power of 2
+   apart would push each other out of the cache. */
+static inline Strip take_strip(const bf16 *x, bf16 *room, long r, long R, long K, long row, long panels) {
+    for (long i = 0; i < STRIP; i++)
+        for (long k = 0; k < K; k += 32) {
+            const __m512i some = r + i < R ? _mm512_loadu_si512(x + (r + i) * row + k) : _mm512_setzero_si512();
+            _mm512_store_si512((void *)(room + k * STRIP + i * 32), some);
+        }
+    return (Strip){.x = room};
 }
 
+/* `now`, the product of a strip and a panel, to memory: one pair of a row's values, in all lanes, with those of 32 columns. */
+static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
+                            int kind) {
+    const bf16 *x = strip->x;
+    __m512 left[STRIP], right[STRIP];
+#pragma GCC unroll 16
+    for (int r = 0; r < STRIP; r++) left[r] = right[r] = _mm512_setzero_ps();
+    if (kind == THROUGH_GELU)
+        for (long r = 0; r < now->rows; r++) _mm_prefetch((const char *)(now->h + r * N), _MM_HINT_T0);
+    for (long t = 0; t < steps; t++, x += 32 * STRIP, panel += 2 * TILE)
+        for (int k = 0; k < 32; k += 2) {
+            const bf16 *at = panel + 16 * k;
+            const __m512bh a = (__m512bh)_mm512_load_si512(at), b = (__m512bh)_mm512_load_si512(at + TILE);
+            _mm_prefetch((const char *)(at + 2 * TILE), _MM_HINT_T0);
+            _mm_prefetch((const char *)(at + 3 * TILE), _MM_HINT_T0);
+#pragma GCC unroll 16
+            for (int r = 0; r < STRIP; r++) {
+                const __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int *)(x + 32 * r + k));
+                left[r] = _mm512_dpbf16_ps(left[r], pair, a);
+                right[r] = _mm512_dpbf16_ps(right[r], pair, b);
+            }
+        }
+#pragma GCC unroll 16
+    for (int r = 0; r < STRIP; r++) {
+        _mm512_store_ps(now->sums + 32 * r, left[r]);
+        _mm512_store_ps(now->sums + 32 * r + 16, right[r]);
+    }
+    for (long r = 0; r < now->rows; r++) put_row(now, r, N, kind);
+}
+#endif
+
 /* A thread's part of `linear`. */
-static inline void work(const bf16 *x, const bf16 *last, const float *bias, const bf16 *h, const bf16 *packed, bf16 *out,
-                        bf16 *y, long R, long K, long N, long row, int kind) {
+static inline void work(const bf16 *x, bf16 *room, const float *bias, const bf16 *h, const bf16 *packed, bf16 *out, bf16 *y,
+                        long R, long K, long N, long row, int kind) {
     const long steps = K / 32, panels = N / 32, part = smaller(panels, PART / (32 * K) ? PART / (32 * K) : 1);
     const long parts = (panels + part - 1) / part, blocks = (R + ROWS - 1) / ROWS;
-    const long fetched = (31 + part) / part;
-    float sums[2][32 * 32] __attribute__((aligned(64)));
-    Result before = {.rows = 0};
+    float sums[2][STRIP * 32] __attribute__((aligned(64)));
+    Result before = {.rows = 0}; /* not in memory yet */
     int turn = 0;
 #pragma omp for collapse(2) schedule(dynamic)
     for (long first = 0; first < parts; first++)
         for (long block = 0; block < blocks; block++)
-            for (long r = block * ROWS; r < smaller(R, (block + 1) * ROWS); r += 32) {
-                const int whole = r + 32 <= R;
+            for (long r = block * ROWS; r < smaller(R, (block + 1) * ROWS); r += STRIP) {
+                Strip strip = take_strip(x, room, r, R, K, row, part);
                 for (long p = first * part; p < smaller(panels, (first + 1) * part); p++, turn = !turn) {
                     const long at = r * N + p * 32;
-                    const Result now = {sums[turn], bias ? bias + p * 32 : NULL, h + at, out + at, y + at, smaller(32, R - r)};
-                    multiply(whole ? x + r * row : last, whole ? row : K, packed + p * steps * 2 * TILE, steps, &now, &before,
-                             N, kind, x + (r + 32 + (p - first * part) * fetched) * row, fetched);
-                    before = now;
+                    const Result now = {sums[turn], bias ? bias + p * 32 : NULL, h + at, out + at, y + at, smaller(STRIP, R - r)};
+                    multiply(&strip, packed + p * steps * 2 * TILE, steps, &now, &before, N, kind);
                 }
             }
     for (long r = 0; r < before.rows; r++) put_row(&before, r, N, kind);
@@ -145,11 +213,11 @@ static inline void work(const bf16 *x, const bf16 *last, const float *bias, cons
 int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
            long K, long N, long row, int turned, int wide, int threads) {
     const long steps = K / 32, panels = N / 32;
-    bf16 *last = R % 32 ? calloc(32 * K, sizeof(bf16)) : NULL; /* the last rows, filled up with zeros */
-    if (R % 32 && !last) return 0;
-    for (long r = R / 32 * 32; r < R; r++) memcpy(last + r % 32 * K, x + r * row, K * sizeof(bf16));
+    bf16 *rooms = aligned_alloc(64, threads * STRIP * K * sizeof(bf16)); /* a strip for each thread */
+    if (!rooms) return 0;
 #pragma omp parallel num_threads(threads)
     {
+        bf16 *room = rooms + omp_get_thread_num() * STRIP * K;
         const Tiles before = take_tiles();
 #pragma omp for collapse(2)
         for (long p = 0; p < panels; p++)
@@ -158,12 +226,12 @@ int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, 
                 if (turned) pack_turned(weight, K, t * 32, p * 32, wide, tiles);
                 else pack(weight, N, t * 32, p * 32, wide, tiles);
             }
-        if (h) work(x, last, bias, h, packed, out, y, R, K, N, row, THROUGH_GELU);
-        else if (y) work(x, last, bias, h, packed, out, y, R, K, N, row, BEFORE_GELU);
-        else work(x, last, bias, h, packed, out, y, R, K, N, row, PLAIN);
+        if (h) work(x, room, bias, h, packed, out, y, R, K, N, row, THROUGH_GELU);
+        else if (y) work(x, room, bias, h, packed, out, y, R, K, N, row, BEFORE_GELU);
+        else work(x, room, bias, h, packed, out, y, R, K, N, row, PLAIN);
         _mm_sfence();
         give_tiles_back(before);
     }
-    free(last);
+    free(rooms);
     return 1;
 }

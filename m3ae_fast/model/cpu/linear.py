@@ -14,12 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast.hardware import this_cpu
-from m3ae_fast.model.cpu.build import TILES, load, may_use_tiles
+from m3ae_fast.model.cpu.build import BF16, TILES, load, may_use_tiles
+
+
+def _flags() -> tuple[str, ...] | None:
+    """The compiler's for linear.c and weight_gradient.c; None where bf16 products are slow."""
+    if this_cpu().tiles and may_use_tiles():
+        return TILES
+    return BF16 if this_cpu().pairs else None
+
 
 # evaluated at import; inside a compiled function they would break the graph
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"
-AMX = this_cpu().tiles and may_use_tiles()
-PANEL_BYTES = 1 << 20  # of sums that a thread of weight_gradient.c keeps in its core's cache
+FLAGS = _flags()
+PANEL_BYTES = 1 << 20  # of sums that a thread of weight_gradient.c holds
 
 
 class Linear(nn.Linear):
@@ -31,11 +39,11 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """As torch.nn.functional.linear, autocast included.
 
     In float32 on AMD's CPUs through oneDNN, where torch takes MKL, which reaches half of that there; on Intel's MKL is
-    the faster by a tenth. In bf16 on CPUs with AMX by linear.c and weight_gradient.c, which do not round the bias and
-    the gradients of parameters to bf16.
+    the faster by a tenth. In bf16 on CPUs with AMX, and on AMD's with AVX-512's products of pairs, by linear.c and
+    weight_gradient.c, which do not round the bias and the gradients of parameters to bf16.
     """
     dtype = matmul_dtype(x_RI, weight_OI)
-    if dtype is None or not (_by_onednn(dtype, weight_OI) or by_tiles(dtype, weight_OI)):
+    if dtype is None or not (_by_onednn(dtype, weight_OI) or by_kernels(dtype, weight_OI)):
         return F.linear(x_RI, weight_OI, bias_O)
     return linear_op(x_RI.to(dtype), weight_OI, bias_O)
 
@@ -53,9 +61,11 @@ def _by_onednn(dtype: torch.dtype, weight_OI: Tensor) -> bool:
     return ONEDNN and dtype == weight_OI.dtype == torch.float32
 
 
-def by_tiles(dtype: torch.dtype, weight_OI: Tensor) -> bool:
-    known = weight_OI.dtype in (torch.float32, torch.bfloat16)
-    return AMX and dtype == torch.bfloat16 and known and weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
+def by_kernels(dtype: torch.dtype, weight_OI: Tensor) -> bool:
+    """Whether linear.c and weight_gradient.c know them."""
+    if FLAGS is None or dtype != torch.bfloat16 or weight_OI.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
 
 
 @torch.library.custom_op("m3ae_fast::linear", mutates_args=())
@@ -92,8 +102,8 @@ def _(grad_RO, weight_OI):
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` knows them."""
-    return by_tiles(x.dtype, weight) and _product_library() is not None
+    """Whether `product` can."""
+    return by_kernels(x.dtype, weight) and _product_library() is not None
 
 
 def product(
@@ -127,7 +137,8 @@ def product(
 
 @functools.cache
 def _product_library() -> ctypes.CDLL | None:
-    library = load("linear.c", TILES, "linear layers run on torch, a quarter slower")
+    assert FLAGS is not None
+    library = load("linear.c", FLAGS, "linear layers run on torch, slower by a tenth to a quarter")
     if library is not None:
         library.linear.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_long] * 4, *[ctypes.c_int] * 3]
     return library
@@ -139,7 +150,7 @@ def parameter_gradients(
     """Those of `linear_op`'s weight and bias, of the two that `needs` wants, in the dtype of the weight."""
     need_weight, need_bias = needs
     dtype = weight_OI.dtype
-    if need_weight and by_tiles(x_RI.dtype, weight_OI):
+    if need_weight and by_kernels(x_RI.dtype, weight_OI):
         grad_weight, grad_bias = weight_gradient(grad_RO, x_RI)
         return grad_weight.to(dtype), grad_bias.to(dtype)
     grad_bias = grad_RO.sum(0, dtype=dtype) if need_bias else None
@@ -174,14 +185,14 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     turned = x.shape[1] > grad.shape[1]
     wide, narrow = (x, grad) if turned else (grad, x)
     (rows, width), columns, threads = wide.shape, narrow.shape[1], torch.get_num_threads()
-    panel = min(PANEL_BYTES // (4 * columns), -(-width // threads))
+    most = max(1, PANEL_BYTES // (4 * columns))
+    panel = -(-width // (threads * -(-width // (threads * most))))  # as many panels for each thread
     packed = narrow.new_empty(-(-rows // 32) * 32 * columns)
     out = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
     wide_sums, narrow_sums = (out.new_zeros(size) for size in (width, columns))
     done = library.weight_gradient(
         wide.data_ptr(), narrow.data_ptr(), rows, width, columns, wide.stride(0), narrow.stride(0), turned,
-        packed.data_ptr(), out.data_ptr(), wide_sums.data_ptr(), narrow_sums.data_ptr(), max(32, -(-panel // 32) * 32),
-        threads,
+        packed.data_ptr(), out.data_ptr(), wide_sums.data_ptr(), narrow_sums.data_ptr(), panel, threads,
     )  # fmt: skip
     if not done:
         raise MemoryError("no memory for a weight's gradient")
@@ -196,7 +207,8 @@ def _(grad_RO, x_RI):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = load("weight_gradient.c", TILES, "gradients of weights run on torch, at half the speed")
+    assert FLAGS is not None
+    library = load("weight_gradient.c", FLAGS, "gradients of weights run on torch, slower")
     if library is not None:
         tensor, size = ctypes.c_void_p, ctypes.c_long
         library.weight_gradient.argtypes = [*[tensor] * 2, *[size] * 5, ctypes.c_int, *[tensor] * 4, size, ctypes.c_int]

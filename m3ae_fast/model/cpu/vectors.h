@@ -100,9 +100,9 @@ static inline void flip_square(__m512i x[16]) {
     for (int i = 0; i < 16; i++) x[i] = y[i];
 }
 
-#ifdef TILES
 #define TILE 512 /* values of a tile: 16 rows of 32 */
 
+#ifdef TILES
 typedef struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -122,6 +122,12 @@ static inline void give_tiles_back(Tiles before) {
     if (before.palette) _tile_loadconfig(&before);
     else _tile_release();
 }
+#else
+typedef int Tiles; /* without AMX there are none to take */
+
+static inline Tiles take_tiles(void) { return 0; }
+
+static inline void give_tiles_back(Tiles before) {}
 #endif
 
 #endif

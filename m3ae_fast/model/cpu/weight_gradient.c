@@ -1,9 +1,10 @@
-/* Gradients of a linear layer's weight and bias, from bf16, on CPUs with AMX: left^T right, and the sums of both over rows.
+/* Gradients of a linear layer's weight and bias, from bf16, on CPUs with AMX or with AVX-512's products of pairs: left^T right,
+   and the sums of both over rows.
 
-   The wider of the two is `wide`, the other `narrow`; the result is [W, N], or [N, W] if `turned`. AMX wants the summed
-   axis, the rows, inside its tiles: of `narrow` pairs of rows side by side, of `wide` their transpose. A thread takes a
-   panel of wide's columns, and sums its products with all of narrow in its cache, DEPTH rows at a time; so results do not
-   depend on the number of threads.
+   The wider of the two is `wide`, the other `narrow`; the result is [W, N], or [N, W] if `turned`. The summed axis is that of
+   rows: both are packed as pairs of rows side by side, and AMX wants the transpose of that for `wide`. A thread takes a panel of
+   wide's columns, and sums its products with all of narrow in its cache, DEPTH rows at a time; so results do not depend on the
+   number of threads.
 
    Pairs come from unpacklo and unpackhi, which take every other 4 columns: a tile holds 16 of 32 columns, the first those
    that divided by 4 are even, the second the odd ones. Sums over rows lie with even columns first, then odd ones. */
@@ -12,6 +13,12 @@
 
 #define DEPTH 256 /* rows of a block */
 #define STEPS (DEPTH / 32)
+#ifdef TILES
+#define STRIP 32 /* of wide's columns, which are multiplied at once */
+#else
+#define STRIP 14
+#endif
+#define STRIP_VALUES (DEPTH * STRIP + 32) /* room for a block of a strip, and for the end of a store */
 
 static inline __m512i row_of_32(const bf16 *x, long row, long at, long rows) {
     return at < rows ? _mm512_loadu_si512(x + at * row) : _mm512_setzero_si512();
@@ -47,6 +54,22 @@ static void add_sums(const float *sums, long columns, float *dst) {
     for (long c = 0; c < columns; c++) dst[c] += sums[c / 32 * 32 + c % 32 / 2 + c % 2 * 16];
 }
 
+/* 32 numbers, of even and of odd columns, in the order of columns. */
+static inline void put_in_order(__m512i even, __m512i odd, float *dst) {
+    const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(even, first, odd));
+    _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi64(even, second, odd));
+}
+
+#ifdef TILES
+/* 32 rows of a panel of wide, `width` columns, as step t of a block. */
+static inline void pack_wide(const bf16 *x, long row, long at, long rows, long width, long t, bf16 *a, float *sums) {
+    for (long i = 0; i < width; i += STRIP)
+        pack(x + i, row, at, rows, 1, a + i / STRIP * STRIP_VALUES + t * 2 * TILE, sums + i);
+}
+
+static void add_wide_sums(const float *sums, long width, float *dst) { add_sums(sums, width, dst); }
+
 /* c, four tiles of 32 x 32 floats, += the products of `steps` pairs of tiles of a and b, or = them if it is the first. */
 static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long steps, int first, float *c) {
     if (first) {
@@ -77,8 +100,7 @@ static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long step
 }
 
 /* 32 x 32 floats from four tiles to rows of dst, `row` apart, or to its columns if `turned`; each in its place. */
-static void put(const float *c, int turned, float *dst, long row) {
-    const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+static inline void put(const float *c, long width, int turned, float *dst, long row) {
     for (int half = 0; half < 2; half++) {
         const float *left = c + half * (turned ? 256 : 512), *right = left + (turned ? 512 : 256);
         __m512i x[16], y[16];
@@ -86,23 +108,90 @@ static void put(const float *c, int turned, float *dst, long row) {
         if (turned) flip_square(x), flip_square(y);
         for (int r = 0; r < 16; r++) {
             float *to = dst + (r / 4 * 8 + r % 4 + 4 * half) * row;
-            _mm512_storeu_si512(to, _mm512_permutex2var_epi64(x[r], first, y[r]));
-            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(x[r], second, y[r]));
+            put_in_order(x[r], y[r], to);
+        }
+    }
+}
+#else
+/* 32 rows of a panel of wide, `width` columns, as step t of a block: STRIP columns' pairs of one row after the other. */
+static inline void pack_wide(const bf16 *x, long row, long at, long rows, long width, long t, bf16 *a, float *sums) {
+    const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3F80);
+    for (long k = 0; k < 32; k += 2) {
+        const bf16 *first = x + (at + k) * row;
+        for (long i = 0, strip = 0; i < width; i += STRIP, strip++) {
+            /* stored as whole vectors, since masks are slow there: the next row overwrites what is too much */
+            const __mmask16 some = lanes(width - i);
+            const __m256i none = _mm256_setzero_si256();
+            const __m512i low = _mm512_cvtepu16_epi32(at + k < rows ? _mm256_maskz_loadu_epi16(some, first + i) : none);
+            const __m512i high = _mm512_cvtepu16_epi32(at + k + 1 < rows ? _mm256_maskz_loadu_epi16(some, first + row + i) : none);
+            const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+            _mm512_storeu_si512(a + strip * STRIP_VALUES + (t * 32 + k) * STRIP, pairs);
+            float *sum = sums + strip * LANES;
+            _mm512_store_ps(sum, _mm512_dpbf16_ps(_mm512_load_ps(sum), (__m512bh)pairs, one));
         }
     }
 }
 
-/* `wide` is [rows, W] and `narrow` [rows, N], their rows `_row` values apart; W, N and `panel` are multiples of 32. `packed`
-   has room for N values for each of the rows, rounded up to a multiple of 32; sums are zero. 0 where memory is short. */
+static void add_wide_sums(const float *sums, long width, float *dst) {
+    for (long i = 0; i < width; i++) dst[i] += sums[i / STRIP * LANES + i % STRIP];
+}
+
+/* c, STRIP x 32 floats, += the products of a strip and 32 columns, `steps` times 32 rows, or = them if it is the first. */
+static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long steps, int first, float *c) {
+    __m512 even[STRIP], odd[STRIP];
+#pragma GCC unroll 16
+    for (int i = 0; i < STRIP; i++) {
+        even[i] = first ? _mm512_setzero_ps() : _mm512_load_ps(c + 32 * i);
+        odd[i] = first ? _mm512_setzero_ps() : _mm512_load_ps(c + 32 * i + 16);
+    }
+    for (long t = 0; t < steps; t++, b += b_step)
+        for (int k = 0; k < 32; k += 2, a += 2 * STRIP) {
+            const bf16 *at = b + 16 * k;
+            const __m512bh x = (__m512bh)_mm512_load_si512(at), y = (__m512bh)_mm512_load_si512(at + TILE);
+            _mm_prefetch((const char *)(at + b_step), _MM_HINT_T0);
+            _mm_prefetch((const char *)(at + b_step + TILE), _MM_HINT_T0);
+#pragma GCC unroll 16
+            for (int i = 0; i < STRIP; i++) {
+                const __m512bh pair = (__m512bh)_mm512_set1_epi32(((const int *)a)[i]);
+                even[i] = _mm512_dpbf16_ps(even[i], pair, x);
+                odd[i] = _mm512_dpbf16_ps(odd[i], pair, y);
+            }
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < STRIP; i++) _mm512_store_ps(c + 32 * i, even[i]), _mm512_store_ps(c + 32 * i + 16, odd[i]);
+}
+
+/* STRIP x 32 floats, of which `width` count, to rows of dst, `row` apart, or to its columns if `turned`; each in its place. */
+static inline void put(const float *c, long width, int turned, float *dst, long row) {
+    const long count = smaller(STRIP, width);
+    if (!turned) {
+        for (long i = 0; i < count; i++, c += 32) put_in_order(_mm512_load_si512(c), _mm512_load_si512(c + 16), dst + i * row);
+        return;
+    }
+    for (int half = 0; half < 2; half++) {
+        __m512i x[16];
+        for (int i = 0; i < 16; i++) x[i] = i < STRIP ? _mm512_load_si512(c + 32 * i + 16 * half) : _mm512_setzero_si512();
+        flip_square(x);
+        for (int r = 0; r < 16; r++) _mm512_mask_storeu_epi32(dst + (r / 4 * 8 + r % 4 + 4 * half) * row, lanes(count), x[r]);
+    }
+}
+#endif
+
+/* `wide` is [rows, W] and `narrow` [rows, N], their rows `_row` values apart; W and N are multiples of 32. `packed`
+   has room for N values for each of the rows, rounded up to a multiple of 32; sums are zero. A thread takes about `panel`
+   columns. 0 where memory is short. */
 int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, long N, long wide_row, long narrow_row,
                     int turned, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
     const long deep = round_up(rows, 32) / 32, blocks = round_up(deep, STEPS) / STEPS, b_step = N / 16 * TILE;
+    const long strips = (panel + STRIP - 1) / STRIP, lanes_of_sums = strips * round_up(STRIP, LANES);
+    panel = strips * STRIP;
     float *sums = calloc(blocks * N, sizeof(float));
     int ok = sums != NULL;
 #pragma omp parallel num_threads(threads) if (ok)
     {
-        bf16 *a = aligned_alloc(64, panel * DEPTH * sizeof(bf16));
-        float *c = aligned_alloc(64, panel * N * sizeof(float)), *column_sums = aligned_alloc(64, panel * sizeof(float));
+        bf16 *a = aligned_alloc(64, strips * STRIP_VALUES * sizeof(bf16));
+        float *c = aligned_alloc(64, panel * N * sizeof(float));
+        float *column_sums = aligned_alloc(64, lanes_of_sums * sizeof(float));
         const int room = ok && a && c && column_sums;
         if (!room) {
 #pragma omp atomic write
@@ -119,23 +208,21 @@ int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, lon
 #pragma omp for schedule(dynamic)
         for (long first = 0; first < (go ? W : 0); first += panel) {
             const long width = smaller(panel, W - first);
-            memset(column_sums, 0, width * sizeof(float));
+            memset(column_sums, 0, lanes_of_sums * sizeof(float));
             for (long t0 = 0; t0 < deep; t0 += STEPS) {
                 const long steps = smaller(deep - t0, STEPS);
                 for (long t = 0; t < steps; t++)
-                    for (long i = 0; i < width; i += 32)
-                        pack(wide + first + i, wide_row, (t0 + t) * 32, rows, 1, a + (i / 32 * STEPS + t) * 2 * TILE,
-                             column_sums + i);
-                for (long i = 0; i < width; i += 32)
+                    pack_wide(wide + first, wide_row, (t0 + t) * 32, rows, width, t, a, column_sums);
+                for (long i = 0; i < width; i += STRIP)
                     for (long j = 0; j < N; j += 32)
-                        multiply(a + i / 32 * STEPS * 2 * TILE, packed + t0 * b_step + j / 16 * TILE, b_step, steps, !t0,
-                                 c + i * N + j * 32);
+                        multiply(a + i / STRIP * STRIP_VALUES, packed + t0 * b_step + j / 16 * TILE, b_step, steps, !t0,
+                                 c + i * N + j * STRIP);
             }
-            for (long i = 0; i < width; i += 32)
+            for (long i = 0; i < width; i += STRIP)
                 for (long j = 0; j < N; j += 32)
-                    put(c + i * N + j * 32, turned, turned ? out + j * W + first + i : out + (first + i) * N + j,
+                    put(c + i * N + j * STRIP, width - i, turned, turned ? out + j * W + first + i : out + (first + i) * N + j,
                         turned ? W : N);
-            add_sums(column_sums, width, wide_sums + first);
+            add_wide_sums(column_sums, width, wide_sums + first);
         }
         give_tiles_back(before);
         free(a);
