@@ -340,3 +340,25 @@ def test_sizes_build(size):
         model = M3AE(ModelConfig(size=size))
     count = sum(p.numel() for p in model.parameters())
     assert {"small": 74.8, "base": 150.8, "large": 376.2, "huge": 711.7}[size] == pytest.approx(count / 1e6, abs=0.1)
+
+
+@pytest.mark.parametrize("by", ["autocast", "parameters"])
+def test_every_gradient_in_bf16_is_near_that_in_float32(by):
+    """Plain torch runs bf16 by autocast, DeepSpeed by parameters of bf16."""
+    model = make_model(TINY.model_copy(update={"output_head_depth": 1, "use_type_embedding": True}))
+    batch = pack([make_sample(seed, words=9) for seed in range(200)], model.geometry)
+
+    def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.to(dtype if by == "parameters" else torch.float32)
+        with torch.autocast("cpu", dtype, enabled=by == "autocast" and dtype == torch.bfloat16):
+            model(batch).loss.backward()
+        return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+    exact, low = gradients(torch.float32), gradients(torch.bfloat16)
+    assert exact.keys() == low.keys()
+    for name, grad in low.items():
+        wanted = exact[name]
+        if name.endswith("qkv.bias"):  # without the keys' bias: only rounding
+            grad, wanted = (torch.cat(g.chunk(3)[::2]) for g in (grad, wanted))
+        assert (grad - wanted).norm() < 0.03 * wanted.norm(), name

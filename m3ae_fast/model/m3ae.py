@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.batch import LossCounts, PackedBatch
 from m3ae_fast.model.card import model_card
+from m3ae_fast.model.cpu.norm import LayerNorm
 from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_options
 from m3ae_fast.model.hub import push_folder
 from m3ae_fast.model.packing import Geometry
@@ -77,7 +78,7 @@ class HeadMLP(nn.Module):
         super().__init__()
         self.gelu = gelu
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=EPS) for _ in range(depth + 1 if depth else 0))
+        self.norms = nn.ModuleList(LayerNorm(dim, eps=EPS) for _ in range(depth + 1 if depth else 0))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.layers:

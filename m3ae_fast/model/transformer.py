@@ -22,6 +22,7 @@ from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu.gelu import gelu_linear, linear_gelu
 from m3ae_fast.model.cpu.linear import Linear, linear
+from m3ae_fast.model.cpu.norm import LayerNorm
 
 EPS = 1e-6  # of every LayerNorm, flax's default
 Gelu: TypeAlias = Literal["tanh", "exact"]
@@ -135,9 +136,9 @@ class Block(nn.Module):
         self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float, drop_path: float
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, num_heads, att_drop, drop)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, int(dim * mlp_ratio), gelu, drop)
         self.drop_path = DropPath(drop_path)
 
@@ -151,7 +152,7 @@ class Block(nn.Module):
         return x_RD + self.drop_path(self.mlp(self.norm2(x_RD)), queries)
 
 
-class RowNorm(nn.LayerNorm):
+class RowNorm(LayerNorm):
     """LayerNorm of all rows, or of the chosen ones in one pass."""
 
     def forward(self, x_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:

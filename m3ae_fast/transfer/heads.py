@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast.model.cpu.norm import LayerNorm
 from m3ae_fast.model.transformer import EPS
 
 BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1
@@ -61,7 +62,7 @@ class FineTuneHead(nn.Module):
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm = LayerNorm(dim, eps=EPS)
         self.linear = nn.Linear(dim, classes)
         init_linear(self.linear)
 

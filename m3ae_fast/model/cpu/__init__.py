@@ -1,1 +1,1 @@
-"""What the trunk runs on a CPU: C kernels with AVX-512 or AMX for attention, GELU and bf16 linear layers, else torch."""
+"""What the trunk runs on a CPU: C kernels (AVX-512, AMX) for attention, linear layers and what is between, or torch."""
