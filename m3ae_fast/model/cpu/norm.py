@@ -29,25 +29,28 @@ def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Te
     low = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not low:
         return F.layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)
-    return _LayerNorm.apply(x_RD, weight_D, bias_D, eps)
+    return _LayerNorm.apply(x_RD, weight_D, bias_D, eps)[0]
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-        wide = weight_D.float(), bias_D.float()
-        y_RD, mean_R1, rstd_R1 = torch.native_layer_norm(x_RD, weight_D.shape, *wide, eps)
-        ctx.save_for_backward(x_RD, weight_D, mean_R1, rstd_R1)
-        ctx.bias_dtype = bias_D.dtype
-        return y_RD
+    def forward(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, mean and reciprocal standard deviation."""
+        return torch.native_layer_norm(x_RD, weight_D.shape, weight_D.float(), bias_D.float(), eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x_RD, weight_D, bias_D, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x_RD, weight_D, *output[1:])
+        ctx.dtypes = x_RD.dtype, weight_D.dtype, bias_D.dtype
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_RD: Tensor, *_) -> tuple[Tensor | None, ...]:
         x_RD, weight_D, mean_R1, rstd_R1 = ctx.saved_tensors
         grads = layer_norm_gradients(grad_RD, x_RD, weight_D.float(), mean_R1, rstd_R1)
-        dtypes = x_RD.dtype, weight_D.dtype, ctx.bias_dtype
-        return *(g.to(d) if need else None for g, d, need in zip(grads, dtypes, ctx.needs_input_grad)), None
+        return *(g.to(d) if need else None for g, d, need in zip(grads, ctx.dtypes, ctx.needs_input_grad)), None
 
 
 @torch.library.custom_op("m3ae_fast::layer_norm_gradients", mutates_args=())
