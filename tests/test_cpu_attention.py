@@ -10,12 +10,14 @@ from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu import build as builds
 from m3ae_fast.model.cpu import native
 from m3ae_fast.model.cpu.attention import cpu_kernel
+from tests.helpers.amx import TILES_ANYWHERE
 
-BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have and may have not, largest relative error
-    "float32": (torch.float32, "GenuineIntel", set(), set(), 3e-6),
-    "bf16 as floats": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, {"amx_tile"}, 4e-3),
-    "bf16 in pairs": (torch.bfloat16, "AuthenticAMD", {"avx512_bf16"}, {"amx_tile"}, 4e-3),
-    "bf16 in tiles": (torch.bfloat16, "GenuineIntel", {"avx512_bf16", "amx_tile", "amx_bf16"}, set(), 4e-3),
+AMX = {"amx_tile", "amx_bf16"}
+BUILDS = {  # dtype, a vendor for whose CPUs it is made, what the CPU must have, whether AMX, largest relative error
+    "float32": (torch.float32, "GenuineIntel", set(), False, 3e-6),
+    "bf16 as floats": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, False, 4e-3),
+    "bf16 in pairs": (torch.bfloat16, "AuthenticAMD", {"avx512_bf16"}, False, 4e-3),
+    "bf16 in tiles": (torch.bfloat16, "GenuineIntel", {"avx512_bf16"}, True, 4e-3),
 }
 PER_SAMPLE = "torch, per sample"
 SHAPES = {  # heads, values per head, queries, keys
@@ -47,13 +49,15 @@ def cpu(monkeypatch):
 
 
 @pytest.fixture(params=BUILDS)
-def build(request, cpu) -> tuple[torch.dtype, float]:
+def build(request, cpu, monkeypatch) -> tuple[torch.dtype, float]:
     """(dtype, largest relative error) of a build that is now in use."""
-    dtype, vendor, needs, without, error = BUILDS[request.param]
+    dtype, vendor, needs, tiles, error = BUILDS[request.param]
     flags = this_cpu().flags
     if not flags >= builds.AVX512 | needs:
         pytest.skip("this CPU lacks the instructions")
-    cpu(vendor, flags - without)
+    cpu(vendor, flags | AMX if tiles else flags - AMX)
+    monkeypatch.setattr(native, "TILES", TILES_ANYWHERE)
+    monkeypatch.setattr(native, "may_use_tiles", lambda: True)
     return dtype, error
 
 

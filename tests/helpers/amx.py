@@ -1,0 +1,12 @@
+"""The kernels for AMX's tiles, also on CPUs without it: there by AVX-512's instructions (amx.h)."""
+
+import hashlib
+from pathlib import Path
+
+from m3ae_fast.hardware import this_cpu
+from m3ae_fast.model.cpu.build import BF16, TILES, may_use_tiles
+
+HEADER = Path(__file__).with_suffix(".h")
+VERSION = hashlib.sha256(HEADER.read_bytes()).hexdigest()[:8]  # a kernel built with another header is another kernel
+EMULATED = (*BF16, "-DTILES", f"-DVERSION=0x{VERSION}", "-include", str(HEADER))
+TILES_ANYWHERE = TILES if this_cpu().tiles and may_use_tiles() else EMULATED
