@@ -12,7 +12,7 @@ from .dispatch import accumulator, check_float, check_index, choose_impl
 from .registry import Op, traced
 from .wide import put_rows
 
-CHUNK_ROWS = 256  # that torch's backward normalises at a time: their copies stay in the cache
+CHUNK_ROWS = 768  # that torch's backward normalises at a time: their float32 copies are small
 
 
 def gather_tokens(
@@ -149,24 +149,44 @@ def _norm_gradients(
         from .triton_impl.norm import gather_norm_backward
 
         return gather_norm_backward(grad, x, rows, weight, mean, rstd, needs)
-    grad_x, grad_weight, grad_bias = (g.zero_() for g in empty_norm_gradients(x, weight, mean, needs))
-    # In float32 whatever the dtype: torch sums 16-bit gradients of the weight in 16 bits, 6 % off.
-    scale_D, places, size = weight.to(mean.dtype), rows.long(), min(len(rows), CHUNK_ROWS)
-    same, low_CD, wide_2CD = x.dtype == mean.dtype, x.new_empty(size, x.shape[1]), mean.new_empty(2, size, x.shape[1])
+    grad_x, *totals = (g.zero_() for g in empty_norm_gradients(x, weight, mean, needs))
+    places, low_CD = rows.long(), x.new_empty(min(len(rows), CHUNK_ROWS), x.shape[1])
+    wide_2CD = mean.new_empty(2, *low_CD.shape)
     for first in range(0, len(rows), CHUNK_ROWS):
         part = slice(first, min(first + CHUNK_ROWS, len(rows)))
-        count = part.stop - first
-        grad_CD, x_CD = grad[part], torch.index_select(x, 0, rows[part], out=low_CD[:count])
-        if not same:
-            grad_CD, x_CD = wide_2CD[0, :count].copy_(grad_CD), wide_2CD[1, :count].copy_(x_CD)
-        norm = mean[part, None], rstd[part, None], scale_D, scale_D  # the bias's value plays no part
-        part_x, *sums = torch.ops.aten.native_layer_norm_backward(grad_CD, x_CD, [x.shape[1]], *norm, needs)
+        x_CD = torch.index_select(x, 0, rows[part], out=low_CD[: part.stop - first])
+        part_x = norm_backward(grad[part], x_CD, mean[part], rstd[part], weight, wide_2CD, needs, totals)
         if needs[0]:
-            put_rows(grad_x, places[part], part_x if same else low_CD[:count].copy_(part_x))
-        for total, part_sum, need in zip((grad_weight, grad_bias), sums, needs[1:]):
-            if need:
-                total += part_sum
-    return grad_x, grad_weight, grad_bias
+            put_rows(grad_x, places[part], part_x)
+    return grad_x, totals[0], totals[1]
+
+
+def norm_backward(
+    grad_CD: Tensor,
+    x_CD: Tensor,
+    mean_C: Tensor,
+    rstd_C: Tensor,
+    weight_D: Tensor,
+    wide_2CD: Tensor,
+    needs: Sequence[bool],
+    totals: Sequence[Tensor],
+) -> Tensor:
+    """A LayerNorm's backward on torch. Returns the gradient of x in its dtype, and adds those of weight and bias to
+    `totals`: summed in float32, since torch's sums in 16 bits are 3 to 7 % off. `wide_2CD` has room for copies."""
+    scale_D = weight_D.to(mean_C.dtype)
+    norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the bias's value plays no part
+    backward = torch.ops.aten.native_layer_norm_backward
+    need_x, *need_sums = needs
+    if x_CD.dtype == mean_C.dtype:
+        grad_x, *sums = backward(grad_CD.to(x_CD.dtype), x_CD, *norm, needs)
+    else:
+        grad_x, *_ = backward(grad_CD, x_CD, *norm, [need_x, False, False])
+        wide_grad, wide_x = (copy[: len(x_CD)].copy_(t) for copy, t in zip(wide_2CD, (grad_CD, x_CD)))
+        _, *sums = backward(wide_grad, wide_x, *norm, [False, *need_sums])
+    for total, part_sum, need in zip(totals, sums, need_sums):
+        if need:
+            total += part_sum
+    return grad_x
 
 
 def _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import accumulator, check_float, choose_impl
-from .gather import CHUNK_ROWS, empty_norm_gradients
+from .gather import CHUNK_ROWS, empty_norm_gradients, norm_backward
 from .registry import Op
 
 
@@ -98,20 +98,16 @@ def _gradients(
         from .triton_impl.residual import residual_norm_backward
 
         return residual_norm_backward(grad_total, grad_normed, total, weight, mean, rstd, needs)
-    grad, grad_weight, grad_bias = (g.zero_() for g in empty_norm_gradients(total, weight, mean, needs))
-    wide, scale_D = mean.dtype, weight.to(mean.dtype)
-    for first in range(0, len(total), CHUNK_ROWS):  # in float32 whatever the dtype, as in gather.py
+    grad, *totals = (g.zero_() for g in empty_norm_gradients(total, weight, mean, needs))
+    wide_2CD = mean.new_empty(2, min(len(total), CHUNK_ROWS), total.shape[1])
+    for first in range(0, len(total), CHUNK_ROWS):
         part = slice(first, first + CHUNK_ROWS)
-        norm = mean[part, None], rstd[part, None], scale_D, scale_D  # the bias's value plays no part
-        slope_CD, *sums = torch.ops.aten.native_layer_norm_backward(
-            grad_normed[part].to(wide), total[part].to(wide), [total.shape[1]], *norm, needs
+        slope_CD = norm_backward(
+            grad_normed[part], total[part], mean[part], rstd[part], weight, wide_2CD, needs, totals
         )
         if needs[0]:
             torch.add(grad_total[part], slope_CD, out=grad[part])
-        for sum_D, part_sum, need in zip((grad_weight, grad_bias), sums, needs[1:]):
-            if need:
-                sum_D += part_sum
-    return grad, grad_weight, grad_bias
+    return grad, totals[0], totals[1]
 
 
 def _empty_gradients(grad_total, grad_normed, total, weight, mean, rstd, needs, impl):
