@@ -34,7 +34,7 @@ def no_compiler(monkeypatch, tmp_path, fresh_libraries):
 @pytest.fixture(params=["AMX", "AVX-512"])
 def products(request, monkeypatch, fresh_libraries):
     """Each way to compile the kernels of linear layers."""
-    if BF16 not in gelu.DTYPES:
+    if BF16 not in build.DTYPES:
         pytest.skip("this CPU lacks products of bf16 pairs")
     monkeypatch.setattr(linear, "FLAGS", TILES_ANYWHERE if request.param == "AMX" else build.BF16)
 
@@ -57,7 +57,7 @@ def values(dtype: torch.dtype) -> Tensor:
     return torch.cat([3 * torch.randn(1001), torch.linspace(-9, 9, 7), torch.tensor(EXTREMES)]).to(dtype).view(5, 203)
 
 
-@pytest.mark.parametrize("dtype", sorted(gelu.DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("dtype", sorted(build.DTYPES, key=str), ids=str)
 def test_gelu_equals_float64(dtype):
     x = values(dtype)
     exact = x.double().requires_grad_()
@@ -75,14 +75,14 @@ def test_gelu_equals_float64(dtype):
 
 
 def test_gelu_of_nan_is_nan():
-    for dtype in gelu.DTYPES:
+    for dtype in build.DTYPES:
         x = torch.tensor([1.0, torch.nan, -1.0]).to(dtype)
         assert gelu.gelu_op(x).isnan().tolist() == [False, True, False]
         assert all(t.isnan().tolist() == [False, True, False] for t in gelu.gelu_gradient_op(torch.ones_like(x), x))
 
 
 def test_gelu_takes_any_strides():
-    for dtype in gelu.DTYPES:
+    for dtype in build.DTYPES:
         x = values(dtype)
         across = x.t().contiguous().t()
         assert torch.equal(gelu.gelu_op(across), gelu.gelu_op(x))
@@ -186,7 +186,7 @@ def test_linear_equals_torch(kind, size, compiled):
 def test_linear_of_gelu_equals_torch(kind, size, compiled):
     torch.manual_seed(0)
     dtype = BF16 if kind == "bf16" else torch.float32
-    if (BF16 if "bf16" in kind else dtype) not in gelu.DTYPES:
+    if (BF16 if "bf16" in kind else dtype) not in build.DTYPES:
         assert gelu.gelu_linear(torch.ones(1, 1), None, torch.ones(1, 1), torch.ones(1)) is None or kind != "float32"
         return
     x = torch.randn(90, 64, dtype=BF16 if "bf16" in kind else dtype)
@@ -234,7 +234,7 @@ def test_layers_around_a_gelu_equal_torch(autocast, size, compiled):
 
 
 def test_only_the_input_of_gelu_is_kept_for_the_backward():
-    for dtype in gelu.DTYPES:
+    for dtype in build.DTYPES:
         x, weight = torch.randn(40, 64, dtype=dtype).requires_grad_(), torch.randn(32, 64, dtype=dtype).requires_grad_()
         y = gelu.gelu_linear(x, None, weight, torch.zeros(32, dtype=dtype))
         assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == {x.data_ptr(), weight.data_ptr()}
@@ -254,7 +254,7 @@ def test_frozen_parameters_get_no_gradient(products):
 
 def test_torch_takes_over_without_a_compiler(no_compiler, caplog):
     x, grad = torch.randn(40, 64).to(BF16), torch.randn(40, 64).to(BF16)
-    if BF16 in gelu.DTYPES:
+    if BF16 in build.DTYPES:
         assert torch.equal(gelu.gelu_op(x), F.gelu(x, approximate="tanh"))
         assert all(t.isfinite().all() for t in gelu.gelu_gradient_op(grad, x))
         assert "GELU runs on torch" in caplog.text

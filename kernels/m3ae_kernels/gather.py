@@ -177,7 +177,7 @@ def norm_backward(
     norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the bias's value plays no part
     backward = torch.ops.aten.native_layer_norm_backward
     need_x, *need_sums = needs
-    if x_CD.dtype == mean_C.dtype:
+    if x_CD.dtype == mean_C.dtype or not any(need_sums):
         grad_x, *sums = backward(grad_CD.to(x_CD.dtype), x_CD, *norm, needs)
     else:
         grad_x, *_ = backward(grad_CD, x_CD, *norm, [need_x, False, False])

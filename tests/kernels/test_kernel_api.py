@@ -105,6 +105,17 @@ def test_frozen_tensors_get_no_gradient_and_change_no_other(case):
             assert error(got, expected[name].double()) < 1e-6, (frozen, name)
 
 
+@pytest.mark.parametrize("case", ["norm-some", "residual-some"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(case, dtype):
+    inputs = make(case, dtype)
+    expected = run(m3ae_kernels, case, inputs)
+    frozen = {name: t.detach() if name.endswith(("weight", "bias")) else t for name, t in inputs.tensors.items()}
+    results = run(m3ae_kernels, case, Inputs(frozen, inputs.options))
+    assert results.keys() == {name for name in expected if not name.endswith(("weight", "bias"))}
+    assert all(torch.equal(got, expected[name]) for name, got in results.items())
+
+
 def test_frozen_heads_cost_no_gradient_memory():
     """With the weight frozen nothing of its size is allocated; with the bias frozen no more is done for it."""
     torch.manual_seed(0)

@@ -13,10 +13,17 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
+from m3ae_fast.hardware import this_cpu
+
 FOLDER = Path(__file__).parent
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what all of them need of a CPU
 BF16 = ("-mavx512bf16", "-DBF16")
 TILES = (*BF16, "-mamx-tile", "-mamx-bf16", "-DTILES")
+_NEEDS = {torch.float32: AVX512, torch.bfloat16: AVX512 | {"avx512_bf16"}}
+# what the kernels can read here; evaluated at import, for inside a compiled function it would break the graph
+DTYPES = {dtype for dtype, flags in _NEEDS.items() if this_cpu().flags >= flags}
 _FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-m{name}" for name in sorted(AVX512))]
 
 _log = logging.getLogger(__name__)

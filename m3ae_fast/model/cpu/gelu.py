@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.hardware import this_cpu
-from m3ae_fast.model.cpu.build import AVX512, BF16, load
+from m3ae_fast.model.cpu.build import BF16, DTYPES, load
 from m3ae_fast.model.cpu.linear import (
     by_kernels,
     input_gradient,
@@ -25,10 +24,6 @@ from m3ae_fast.model.cpu.linear import (
     parameter_gradients,
     product,
 )
-
-_NEEDS = {torch.float32: AVX512, torch.bfloat16: AVX512 | {"avx512_bf16"}}
-# evaluated at import; inside a compiled function it would break the graph
-DTYPES = {dtype for dtype, flags in _NEEDS.items() if this_cpu().flags >= flags}
 
 
 @functools.cache

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast.model.cpu.build import BF16, load
-from m3ae_fast.model.cpu.gelu import DTYPES
+from m3ae_fast.model.cpu.build import BF16, DTYPES, load
 
 BLOCK_ROWS = 64  # that norm.c sums at once
 
@@ -58,7 +57,7 @@ def layer_norm_gradients(
     grad_RD: Tensor, x_RD: Tensor, weight_D: Tensor, mean_R1: Tensor, rstd_R1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, in its dtype, and of weight and bias, in float32 like weight, mean and reciprocal standard deviation."""
-    library = _library() if x_RD.dtype == torch.bfloat16 and torch.bfloat16 in DTYPES else None
+    library = _library() if x_RD.dtype == torch.bfloat16 and x_RD.dtype in DTYPES else None
     if library is None:
         wide = grad_RD.float(), x_RD.float(), weight_D.shape, mean_R1, rstd_R1, weight_D, weight_D
         dx, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(*wide, [True] * 3)
@@ -69,8 +68,7 @@ def layer_norm_gradients(
     sums_B2D = weight_D.new_zeros(-(-rows // BLOCK_ROWS), 2, width)
     tensors = grad_RD, x_RD, weight_D, mean_R1, rstd_R1, dx, sums_B2D
     library.backward(*(t.data_ptr() for t in tensors), rows, width, BLOCK_ROWS, torch.get_num_threads())
-    of_weight, of_bias = sums_B2D.sum(0)
-    return dx, of_weight, of_bias.clone()
+    return dx, sums_B2D[:, 0].sum(0), sums_B2D[:, 1].sum(0)
 
 
 @layer_norm_gradients.register_fake
