@@ -110,7 +110,7 @@ def _age() -> float:
 
 def serve(spec: dict) -> None:
     """Build the implementation, report its start-up, then answer one line per question."""
-    from m3ae_fast.engine.ranks import join_ranks
+    from m3ae_fast.process.ranks import join_ranks
 
     answers, sys.stdout = sys.stdout, sys.stderr
     with join_ranks() as ranks:

@@ -15,8 +15,8 @@ from m3ae_kernels import reference
 from torch import Tensor
 
 from benchmarks.ops import Workload
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.model import cuda_attention
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.kernel import Kernel
 from m3ae_fast.model.padded import padded_attention
 

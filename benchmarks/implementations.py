@@ -13,8 +13,8 @@ from benchmarks.reference import ReferenceTrainer
 from benchmarks.workload import PRECISION, WORDS, make_batch, make_config
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import Ranks
 
 BASELINES = ("reference", "expert")
 NAMES = (*BASELINES, "engine")

@@ -12,9 +12,9 @@ from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import ShardStore, Share, open_corpus
 from m3ae_fast.encoding import encode_corpus, encoding_loader
-from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.hardware import fast_precision, keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import join_ranks
 
 SAMPLES, BATCH, ROUNDS = 32, 16, 3
 FASTER = 1.8  # bf16 than fp32, where the machine has it

@@ -18,9 +18,10 @@ from torchvision.transforms import v2
 from benchmarks import results
 from benchmarks.alone import ENVIRONMENT
 from benchmarks.shards import make_shards
+from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import DataConfig, MaskingConfig, SourceConfig
-from m3ae_fast.data import Preparation, ShardStore, Share, load_tokenizer, open_corpus, train_loader
-from m3ae_fast.model.packing import Geometry
+from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_loader
 
 ROOT = Path(__file__).parents[1]
 IMAGES, HEIGHT, WIDTH, BATCH = 512, 400, 500, 64

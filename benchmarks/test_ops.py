@@ -15,8 +15,8 @@ from benchmarks.baselines import baselines
 from benchmarks.measure import CpuDevice, CudaDevice, measure
 from benchmarks.ops import LARGE, OPS, Sizes, Workload, make
 from benchmarks.workload import PRECISION
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.padded import padded_attention
 
 DEVICE = CudaDevice() if torch.cuda.is_available() else CpuDevice()

@@ -6,15 +6,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config
 from m3ae_fast.data import open_data
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import data_sheet
-from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import Sample, pack
 
 CAPTION_SHARE = 1 / 3  # of text_length, for the sample that stands for all: CC12M captions have about 20 words of 64
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach

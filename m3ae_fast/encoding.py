@@ -1,37 +1,34 @@
-"""Features of the frozen encoder, for images and texts in memory and for whole shards.
+"""Features of whole shards, by a frozen encoder.
 
-Shapes: S samples, C channels, L patches per image, D encoder width, N samples of a corpus.
+Shapes: S samples, L patches per image, D encoder width, N samples of a corpus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DataConfig, MaskingConfig
 from m3ae_fast.config.transfer import EncodeConfig
-from m3ae_fast.data import Corpus, Preparation, Share, Skipped, eval_loader
-from m3ae_fast.data.crops import centre_crop
-from m3ae_fast.data.images import pixels_of
-from m3ae_fast.engine.pulse import Pulse
-from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.engine.signals import StopRequest
-from m3ae_fast.engine.stopping import until_stopped
+from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, fast_precision, pins_memory
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.hardware import pins_memory
+from m3ae_fast.model.encode import encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.model.pooling import Pool
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stopping import until_stopped
 from m3ae_fast.progress import track
 
 T = TypeVar("T")
@@ -123,30 +120,9 @@ def encoding_loader(
 ) -> DataLoader[PackedBatch]:
     """Unmasked batches of all samples in file order. Raises UserError where captions have no tokenizer."""
     if corpus.has_captions:
-        require_tokenizer(model)
+        model.require_tokenizer()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
     return eval_loader(data, corpus, preparation, share, pin_memory=pins_memory(device))
-
-
-def require_tokenizer(model: MultimodalEncoder) -> None:
-    """Raises UserError where the model cannot take text."""
-    if not model.config.vocab_size:
-        raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images only")
-    if model.tokenizer is None:
-        raise UserError("the model has no tokenizer: name the one it was trained with (data.tokenizer, M3AE.tokenizer)")
-
-
-@contextmanager
-def encoding(model: MultimodalEncoder, precision: str, device: torch.device) -> Iterator[None]:
-    """Inference with the model as it is in evaluation; the weights are cast once for all batches within."""
-    was_training = model.training
-    model.eval()
-    dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
-    try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _one_behind(
@@ -181,62 +157,3 @@ def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float)
             f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "
             f"repair the shards or raise data.max_bad_fraction ({max_fraction:g})"
         )
-
-
-def encode(
-    model: MultimodalEncoder,
-    images: Sequence[Image | Tensor] | Tensor | None,
-    texts: Sequence[str] | None,
-    *,
-    pool: Pool,
-    batch: int,
-    precision: str,
-) -> Tensor:
-    """See `M3AE.encode`."""
-    if images is None and texts is None:
-        raise ValueError("encode needs images, texts or both")
-    if images is not None and texts is not None and len(images) != len(texts):
-        raise ValueError(f"{len(images)} images and {len(texts)} texts")
-    if texts is not None:
-        require_tokenizer(model)
-    count = len(images if images is not None else texts or [])
-    device = model.encoder_input.cls_token.device
-    parts = [torch.empty(0, model.config.emb_dim, device=device)]
-    with encoding(model, precision, device):
-        for start in range(0, count, batch):
-            numbers = range(start, min(start + batch, count))
-            samples = [
-                _sample(model, i, None if images is None else images[i], None if texts is None else texts[i])
-                for i in numbers
-            ]
-            parts.append(model.pooled(pack(samples, model.geometry).to(device), pool))
-    return torch.cat(parts)
-
-
-def _sample(model: MultimodalEncoder, number: int, image: Image | Tensor | None, text: str | None) -> Sample:
-    sample = Sample(str(number))
-    if image is not None:
-        sample.image = prepare_image(model, image)
-        sample.image_mask = torch.zeros(model.config.patches_per_image, dtype=torch.bool)
-    if text is not None:
-        assert model.tokenizer is not None
-        sample.tokens = torch.from_numpy(model.tokenizer.encode(text))
-        sample.text_mask = torch.zeros(len(sample.tokens), dtype=torch.bool)
-    return sample
-
-
-def prepare_image(model: MultimodalEncoder, image: Image | Tensor) -> Tensor:
-    """[C, image_size, image_size] on the CPU: uint8, or as it is where it is floating. Raises ValueError where an image
-    does not fit the model."""
-    channels, size = model.config.channels, model.config.image_size
-    if isinstance(image, Image):
-        return centre_crop(pixels_of(image, channels), size)
-    if image.ndim != 3 or image.shape[0] != channels:
-        raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
-    if image.is_floating_point():
-        if image.shape[1:] != (size, size):
-            raise ValueError(f"a floating image has shape {list(image.shape)}, not {[channels, size, size]}")
-        return image.cpu()
-    if image.dtype != torch.uint8:
-        raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
-    return centre_crop(image.cpu(), size)

@@ -18,10 +18,10 @@ from m3ae_fast.convert.run import read_run
 from m3ae_fast.convert.run_card import run_section
 from m3ae_fast.convert.timm_model import write_timm
 from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.model.card import model_card
-from m3ae_fast.model.hub import push_folder
-from m3ae_fast.model.output_folder import CONFIG_FILE
-from m3ae_fast.model.pretrained import read_pretrained, write_pretrained
+from m3ae_fast.weights.card import model_card
+from m3ae_fast.weights.hub import push_folder
+from m3ae_fast.weights.output_folder import CONFIG_FILE
+from m3ae_fast.weights.pretrained import read_pretrained, write_pretrained
 
 
 def export(

@@ -21,10 +21,10 @@ from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.encoding import encode_corpus
-from m3ae_fast.engine.failures import explain
-from m3ae_fast.engine.ranks import Ranks, join_ranks
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
+from m3ae_fast.process.failures import explain
+from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 from m3ae_fast.whole_file import whole_file
 

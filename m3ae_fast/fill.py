@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from m3ae_fast.data.bad_samples import BadSample
-from m3ae_fast.data.crops import centre_crop
-from m3ae_fast.data.images import decode_image
-from m3ae_fast.drawing import draw_reconstructions
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.crops import centre_crop
+from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.pictures.reconstructions import draw_reconstructions
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 
 MASK = "[MASK]"

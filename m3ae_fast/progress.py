@@ -1,28 +1,40 @@
-"""A progress bar with the time left, for whatever takes long."""
+"""Progress bars with the time left, for whatever takes long."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], title: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
-    """The items as they come, with a bar on stderr where that is a terminal and `show` is set."""
-    from rich import progress
+@contextmanager
+def progress(title: str, total: int | None = None, *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of items done since. Shows nothing where stderr is no terminal."""
+    from rich import progress as bars
     from rich.console import Console
 
     console = Console(stderr=True)
     columns = (
-        progress.TextColumn("{task.description}"),
-        progress.MofNCompleteColumn(),
-        progress.BarColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("ETA"),
-        progress.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.MofNCompleteColumn(),
+        bars.BarColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("ETA"),
+        bars.TimeRemainingColumn(),
     )
-    with progress.Progress(
-        *columns, console=console, transient=True, disable=not (show and console.is_terminal)
-    ) as bar:
-        yield from bar.track(items, total=total, description=title)
+    with bars.Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def track(items: Iterable[T], title: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
+    """Yield the items as they come, with a bar on stderr where that is a terminal and `show` is set. `total` is the
+    length of `items` where that has one."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with progress(title, total, show=show) as advance:
+        for item in items:
+            yield item
+            advance(1)

@@ -17,9 +17,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from m3ae_fast.engine import checkpoint
-from m3ae_fast.engine.run_log import read_metrics
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.run import checkpoint
+from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.whole_file import whole_file
 
 REPORT_FILE = "report.html"

@@ -28,16 +28,16 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.dry_run import report
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.garbage import GarbageCollection
-from m3ae_fast.engine.profiler import TRACE_FILE, profiler
-from m3ae_fast.engine.program import joined_program
-from m3ae_fast.engine.pulse import Pulse
-from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.engine.run import Run
-from m3ae_fast.engine.run_folder import RunFolder
-from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import settle_precision
+from m3ae_fast.process.garbage import GarbageCollection
+from m3ae_fast.process.program import joined_program
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.run.profiler import TRACE_FILE, profiler
+from m3ae_fast.run.run import Run
+from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.curve import TransferCurve
 
 

@@ -15,17 +15,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from m3ae_fast.attention_maps import draw_attention
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.drawing import draw_run
 from m3ae_fast.encoding import UNMASKED, encode_corpus
-from m3ae_fast.engine import checkpoint
-from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.transfer.figures import draw_map, require_matplotlib
+from m3ae_fast.pictures.attention import draw_attention
+from m3ae_fast.pictures.figures import draw_map, require_matplotlib
+from m3ae_fast.pictures.reconstructions import draw_run
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.run import checkpoint
 from m3ae_fast.transfer.models import load_model
 
 _SEARCHED = 2000  # samples, for a word

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model import attention, cuda_attention
 from m3ae_fast.model.attention import attention_op, describe, kernel_for, packed_attention
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.kernel import Kernel
 from m3ae_fast.model.padded import PADDED, padded_attention
 from m3ae_fast.model.transformer import Block

@@ -17,8 +17,8 @@ from benchmarks.reference import ReferenceM3AE, ReferenceTrainer
 from benchmarks.workload import make_batch, make_config
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import join_ranks
 from tests.helpers.trainer import TINY as TRAINER_TINY
 
 TINY = ModelConfig(

@@ -8,12 +8,13 @@ import time
 import pytest
 
 from m3ae_fast import hardware
+from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.data import shared_memory
-from m3ae_fast.engine import checkpoint, garbage
-from m3ae_fast.engine.background import Background
-from m3ae_fast.engine.garbage import GarbageCollection
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.packing import Geometry
+from m3ae_fast.process import garbage
+from m3ae_fast.process.background import Background
+from m3ae_fast.process.garbage import GarbageCollection
+from m3ae_fast.run import checkpoint
 
 
 def test_an_error_in_the_background_is_known_at_once_and_raised_once():
@@ -95,7 +96,7 @@ GEOMETRY = Geometry(256, 16, 3, 64)
 def test_a_packed_batch_is_no_larger_than_is_reckoned_with():
     import torch
 
-    from m3ae_fast.model import Sample, pack
+    from m3ae_fast.batch import Sample, pack
 
     samples = []
     for i in range(3):

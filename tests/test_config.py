@@ -13,9 +13,9 @@ from m3ae_fast.__main__ import COMMANDS
 from m3ae_fast.config import Config, ModelConfig, TrainConfig, load_config, parse
 from m3ae_fast.config.__main__ import page
 from m3ae_fast.dry_run import network_bytes
-from m3ae_fast.engine import ranks
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.process import ranks
 from tests.helpers.ranks import free_port
 from tests.helpers.trainer import CLIPART, ROOT, TINY
 
@@ -192,7 +192,7 @@ def test_out_of_memory_says_what_to_do(run, monkeypatch):
     def too_large(*_):
         raise MemoryError
 
-    monkeypatch.setattr("m3ae_fast.engine.run.M3AE", too_large)
+    monkeypatch.setattr("m3ae_fast.run.run.M3AE", too_large)
     code, err = run()
     assert code == 2 and err.startswith("error: out of memory: lower train.micro_batch") and err.count("\n") == 1
 

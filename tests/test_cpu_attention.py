@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.hardware import Cpu, this_cpu
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu import build as builds
 from m3ae_fast.model.cpu import native
 from m3ae_fast.model.cpu.attention import cpu_kernel

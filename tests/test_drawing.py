@@ -5,8 +5,19 @@ import torch
 from PIL import Image
 
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.drawing import BLACK, GREEN, GREY, HIDDEN, RED, _cut, _images, _join, captions, draw_reconstructions
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pictures.reconstructions import (
+    BLACK,
+    GREEN,
+    GREY,
+    HIDDEN,
+    RED,
+    _cut,
+    _images,
+    _join,
+    captions,
+    draw_reconstructions,
+)
 from tests.test_model import make_model, make_sample
 
 SMALL = ModelConfig(

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import torch
 
-from m3ae_fast.engine import checkpoint
 from m3ae_fast.engine.optimizer import EMA, track_ema
 from m3ae_fast.export import main as export
+from m3ae_fast.run import checkpoint
 from m3ae_fast.transfer.models import load_model
 from tests.helpers.trainer import zero
 

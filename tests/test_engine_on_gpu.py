@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from m3ae_fast.batch import pack
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.loss_watch import LossWatch
-from m3ae_fast.engine.ranks import join_ranks
-from m3ae_fast.model import M3AE, pack
+from m3ae_fast.model import M3AE
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.run.loss_watch import LossWatch
 from tests.helpers.zero_cases import TINY, samples
 
 

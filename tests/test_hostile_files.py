@@ -13,15 +13,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
-from m3ae_fast.data import ShardStore, load_tokenizer, open_corpus
-from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
-from m3ae_fast.engine import checkpoint, resuming
-from m3ae_fast.engine.run_log import METRICS_FILE, RunLog
 from m3ae_fast.errors import UserError
+from m3ae_fast.run import checkpoint, resuming
+from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY
 

@@ -5,9 +5,20 @@ import graphlib
 
 from tests.helpers.trainer import ROOT
 
-# a package or module of m3ae_fast, lowest first; what is not named here is a program, on top of all
-LAYERS = ("m3ae_kernels", "errors", "whole_file", "progress", "config", "hardware")
-LAYERS += ("model", "data", "drawing", "engine")
+# packages and modules of m3ae_fast, lowest first; what is not named, and every __main__, is a program, on top of all
+LAYERS = (
+    "m3ae_kernels",
+    "errors",
+    "whole_file",
+    "progress",
+    "config",
+    "hardware",
+    "batch",
+    "weights",
+    "vqgan",
+    "model",
+)
+LAYERS += ("data", "shard_tools", "process", "engine", "pictures", "run", "encoding")
 
 
 def _modules():
@@ -38,7 +49,9 @@ def _imports(name):
 
 
 def _layer(name):
-    top, *inner = name.split(".")
+    top, *inner = name.removesuffix(".__main__").split(".")
+    if name.endswith("__main__"):
+        return len(LAYERS)
     part = inner[0] if top == "m3ae_fast" and inner else top
     return LAYERS.index(part) if part in LAYERS else len(LAYERS)
 

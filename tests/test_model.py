@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from m3ae_kernels import registry
 from torch.utils.flop_counter import FlopCounterMode
 
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import Sample, Segments, pack
 from m3ae_fast.model.transformer import Block, DropPath
 
 TINY = ModelConfig(

@@ -6,9 +6,9 @@ import re
 import pytest
 from PIL import Image
 
-from m3ae_fast.engine.checkpoint import Info
 from m3ae_fast.errors import UserError
 from m3ae_fast.report import main, write_report
+from m3ae_fast.run.checkpoint import Info
 
 LINES = [
     {"step": 0, "val_image_loss": 2.0},

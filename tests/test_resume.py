@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from m3ae_fast import train
 from m3ae_fast.config import Config, parse
-from m3ae_fast.engine import checkpoint, resuming, run
 from m3ae_fast.errors import UserError
+from m3ae_fast.run import checkpoint, resuming, run
 from tests.helpers.trainer import CLIPART, TINY, zero
 
 SAVE = ["--set", "train.save_every=2", "--set", "train.keep=9"]

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m3ae_fast.engine.loggers import WANDB_ID_FILE
-from m3ae_fast.engine.run_folder import LOCK_FILE, RunFolder
-from m3ae_fast.engine.run_log import METRICS_FILE, RunLog
 from m3ae_fast.errors import UserError
+from m3ae_fast.run.loggers import WANDB_ID_FILE
+from m3ae_fast.run.run_folder import LOCK_FILE, RunFolder
+from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 
 
 def lines(folder) -> list[dict]:
@@ -37,7 +37,7 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path):
 
 
 def test_one_folder_is_for_one_run(tmp_path):
-    program = "import pathlib, sys; from m3ae_fast.engine.run_folder import RunFolder\n"
+    program = "import pathlib, sys; from m3ae_fast.run.run_folder import RunFolder\n"
     program += "folder = RunFolder(pathlib.Path(sys.argv[1])); print('has it', flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -54,7 +54,7 @@ def test_one_folder_is_for_one_run(tmp_path):
 
 def test_the_lock_outlives_its_file(tmp_path):
     program = (
-        "import pathlib, sys; from m3ae_fast.engine.run_folder import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
+        "import pathlib, sys; from m3ae_fast.run.run_folder import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
     )
     with RunFolder(tmp_path / "run") as folder:
         (folder.path / LOCK_FILE).unlink()
@@ -92,7 +92,7 @@ def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
 
 @pytest.mark.parametrize("reader", ["head -1", "true", "cat > /dev/full"])
 def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
-    program = "import pathlib, sys; from m3ae_fast.engine.run_log import RunLog\n"
+    program = "import pathlib, sys; from m3ae_fast.run.run_log import RunLog\n"
     program += "with RunLog(pathlib.Path(sys.argv[1]), 0, 1) as metrics:\n"
     program += "    for step in range(3000): metrics.log(step, {'loss': 1.0})\n"
     program += "(pathlib.Path(sys.argv[1]) / 'done').touch()"
@@ -146,7 +146,7 @@ def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
 
 
 def test_wandb_without_an_account_is_one_line(tmp_path):
-    program = "import pathlib, sys; from m3ae_fast.engine.run_log import RunLog\n"
+    program = "import pathlib, sys; from m3ae_fast.run.run_log import RunLog\n"
     program += "from m3ae_fast.errors import exit_cleanly\n"
     program += "log = RunLog(pathlib.Path(sys.argv[1]), 0, 1, ['wandb']); sys.exit(exit_cleanly(log.begin))"
     account = ("WANDB_API_KEY", "WANDB_MODE", "HOME", "NETRC")

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from m3ae_kernels import per_sample
 from torch._dynamo.utils import counters
 
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packed import INDEX_ROWS, PackedBatch, Segments
+from m3ae_fast.batch.packing import Geometry, Sample, pack, rounded
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.engine.throughput import StepCounts
 from m3ae_fast.hardware import has_compiler
 from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.batch import INDEX_ROWS, PackedBatch, Segments
 from m3ae_fast.model.cpu.linear import linear
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import Geometry, Sample, pack, rounded
+from m3ae_fast.run.throughput import StepCounts
 
 TINY = ModelConfig(
     size=None, emb_dim=32, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=2, dec_num_heads=2,

@@ -31,7 +31,7 @@ def program(code: str, **variables: str) -> subprocess.Popen:
 
 STARTING = """
     import threading
-    from m3ae_fast.engine.signals import StopRequest
+    from m3ae_fast.process.signals import StopRequest
     with StopRequest() as stop:
         print("ready", flush=True)
         {}
@@ -51,7 +51,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
 def test_a_signal_is_heeded_where_a_thousand_files_are_open():
     code = """
         import os, resource, time
-        from m3ae_fast.engine.signals import StopRequest
+        from m3ae_fast.process.signals import StopRequest
         resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
         with StopRequest():
@@ -90,7 +90,7 @@ def test_what_came_while_the_program_was_imported_is_handled():
         import os, signal, time
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         os.kill(os.getpid(), signal.SIGUSR1)
-        from m3ae_fast.engine.signals import StopRequest
+        from m3ae_fast.process.signals import StopRequest
         with StopRequest():
             time.sleep(60)
     """
@@ -101,7 +101,7 @@ def test_what_came_while_the_program_was_imported_is_handled():
 def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
     code = """
         import time
-        from m3ae_fast.engine import signals
+        from m3ae_fast.process import signals
         with signals.StopRequest() as stop:
             stop.listen()
             print("ready", flush=True)
@@ -123,7 +123,7 @@ def test_a_signal_during_training_asks_and_a_later_ctrl_c_insists():
 def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
     code = """
         import threading, time
-        from m3ae_fast.engine.signals import StopRequest
+        from m3ae_fast.process.signals import StopRequest
         with StopRequest() as stop:
             print("ready", flush=True)
             input()
@@ -177,8 +177,8 @@ def test_a_process_without_a_launcher_outlives_its_shell():
 PULSE = """
     import hashlib, subprocess, sys, time
     import torch.distributed as dist
-    from m3ae_fast.engine.pulse import Pulse
-    from m3ae_fast.engine.signals import StopRequest
+    from m3ae_fast.process.pulse import Pulse
+    from m3ae_fast.process.signals import StopRequest
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
     pulses = [Pulse(rank, {world}, store.clone(), StopRequest()) for rank in range({world})]
     for pulse in pulses: pulse.timeout = 1.0

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import table
-from benchmarks.study import __main__ as study
-from benchmarks.study import report, shards
-from benchmarks.study.plan import Job, plan
-from benchmarks.study.run import SETTINGS, Study
+from lab.study import __main__ as study
+from lab.study import report, shards
+from lab.study.plan import Job, plan
+from lab.study.run import SETTINGS, Study
 from m3ae_fast import train
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.shards import write_tar

@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-import m3ae_fast.engine.run as run_module
+import m3ae_fast.run.run as run_module
+from m3ae_fast.batch.packed import LossCounts
+from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, MaskingConfig, parse
 from m3ae_fast.data import open_data
-from m3ae_fast.engine import checkpoint, throughput
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.cautions import MemoryGrowth, cautions
 from m3ae_fast.engine.evaluate import evaluate
-from m3ae_fast.engine.loop import Loop
-from m3ae_fast.engine.pulse import Pulse
-from m3ae_fast.engine.ranks import join_ranks
-from m3ae_fast.engine.run import Run
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.engine.signals import StopRequest
-from m3ae_fast.engine.stopping import Stopped, until_stopped
-from m3ae_fast.engine.throughput import StepCounts, Throughput
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.batch import LossCounts
 from m3ae_fast.model.flops import reference_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.packing import pack
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stopping import Stopped, until_stopped
+from m3ae_fast.run import checkpoint, throughput
+from m3ae_fast.run.cautions import MemoryGrowth, cautions
+from m3ae_fast.run.loop import Loop
+from m3ae_fast.run.run import Run
+from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.train import train
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import TINY

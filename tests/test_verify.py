@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.verify import main, quantities, relative_error
+from m3ae_fast.verify.golden import Golden, flax_name
 from tests.helpers.official import Official, make_golden
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))

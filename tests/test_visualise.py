@@ -4,13 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.attention_maps import attention_to_patches
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.engine import checkpoint
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.pictures.attention import attention_to_patches
+from m3ae_fast.run import checkpoint
 from m3ae_fast.visualise import main
 from tests.helpers.labelled import labelled_tar, tiny_run
 

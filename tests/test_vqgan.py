@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config, DataConfig, LossConfig, MaskingConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.convert.__main__ import main as convert
 from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
 from m3ae_fast.data.__main__ import main as data
-from m3ae_fast.data.images import decode_image
-from m3ae_fast.drawing import _decoded, draw_reconstructions
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.golden import Golden
-from m3ae_fast.model.image_tokens import with_image_targets
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import Sample, pack
-from m3ae_fast.model.vqgan import VQGAN, VQGANConfig
-from m3ae_fast.model.vqgan_flax import convert_vqgan, from_flax
+from m3ae_fast.pictures.reconstructions import _decoded, draw_reconstructions
+from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.vqgan import quantities
+from m3ae_fast.vqgan.flax import convert_vqgan, from_flax
+from m3ae_fast.vqgan.image_tokens import with_image_targets
+from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from tests.helpers.shards import caption, members, picture, write_tar
 from tests.helpers.trainer import TINY
 

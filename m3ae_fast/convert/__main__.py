@@ -18,14 +18,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.source import read_source
 from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.model.card import model_card
-from m3ae_fast.model.pretrained import write_pretrained
-from m3ae_fast.model.tokenizer import load_tokenizer
-from m3ae_fast.model.vqgan_flax import convert_vqgan
+from m3ae_fast.vqgan.flax import convert_vqgan
+from m3ae_fast.weights.card import model_card
+from m3ae_fast.weights.pretrained import write_pretrained
 
 
 def main(argv: list[str] | None = None) -> int:

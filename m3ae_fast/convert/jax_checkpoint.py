@@ -17,7 +17,7 @@ from m3ae_fast.convert.inert_pickle import Inert, load
 from m3ae_fast.convert.result import IMAGENET, Converted
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pretrained import ENCODER
+from m3ae_fast.weights.pretrained import ENCODER
 
 # of the official --m3ae.model_type; the published sizes' decoders have 16 heads
 _HEADS = {size: heads for size, (_, _, heads) in SIZES.items()} | {"debug": 16}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
 from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.convert.result import Converted
-from m3ae_fast.engine import checkpoint
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
+from m3ae_fast.run import checkpoint
 
 
 @dataclass(frozen=True)

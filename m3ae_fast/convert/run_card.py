@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from m3ae_fast.convert.run import RunWeights
-from m3ae_fast.engine.run_log import METRICS_FILE
+from m3ae_fast.run.run_log import METRICS_FILE
 
 _SHOWN = ("masking", "loss", "optim", "train")  # sections; the others name this machine's folders
 

@@ -18,9 +18,9 @@ from m3ae_fast.convert.run import is_run, read_run
 from m3ae_fast.convert.timm_model import is_timm_folder, read_timm_folder
 from m3ae_fast.convert.vit import ViTOptions, from_vit
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.hub import find_folder
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pretrained import check_weights, read_pretrained
+from m3ae_fast.weights.hub import find_folder
+from m3ae_fast.weights.pretrained import check_weights, read_pretrained
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 

@@ -20,8 +20,8 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.vit import ViTOptions, from_vit
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.model.positions import sincos_2d
+from m3ae_fast.weights.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
 
 _ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
 _CARD = """---

@@ -17,7 +17,7 @@ from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.convert.result import IMAGENET
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pretrained import ENCODER
+from m3ae_fast.weights.pretrained import ENCODER
 
 # our name -> theirs; positions, cls token and patch embedding are apart
 _NAMES = {

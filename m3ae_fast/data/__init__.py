@@ -1,27 +1,21 @@
 """From shards on disk or elsewhere to packed batches."""
 
-from m3ae_fast.data.bad_samples import BadSamples, Skipped
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.dataset import Preparation
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.loader import Share, eval_loader, eval_samples, samples_of, train_loader
 from m3ae_fast.data.opening import Data, open_data, open_image_tokenizer, open_tokenizer
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
 
 __all__ = [
-    "BadSamples",
-    "CaptionTokenizer",
     "Corpus",
     "Data",
     "Preparation",
     "ShardStore",
     "Share",
-    "Skipped",
     "eval_loader",
     "eval_samples",
     "fingerprint",
-    "load_tokenizer",
     "open_corpus",
     "open_data",
     "open_image_tokenizer",

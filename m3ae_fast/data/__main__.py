@@ -15,8 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3ae_fast.data.tools import contents, convert, tokenize_images, tokenizer_training
 from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.shard_tools import commands as convert
+from m3ae_fast.shard_tools import contents, tokenize_images, tokenizer_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:

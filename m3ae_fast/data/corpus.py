@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.index import IndexedShard, Modality, index_shards
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from m3ae_fast.batch.bad_samples import BadSample, Skipped
+from m3ae_fast.batch.crops import centre_crop, random_crop
+from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packing import Geometry, Sample
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import MaskingConfig
-from m3ae_fast.data.bad_samples import BadSample, Skipped
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.crops import centre_crop, random_crop
-from m3ae_fast.data.images import decode_image
 from m3ae_fast.data.order import FileOrder, Order, Place, hash64
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.model.masking import draw_mask
-from m3ae_fast.model.packing import Geometry, Sample
-from m3ae_fast.model.tokenizer import CaptionTokenizer
-from m3ae_fast.model.vqgan import VQGAN
+from m3ae_fast.vqgan.model import VQGAN
 
 # What a random number is for, so that no two uses share a stream.
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM = range(4)

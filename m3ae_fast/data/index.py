@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from m3ae_fast.data.bad_samples import Skipped
+from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, open_regular, scan_tar
 from m3ae_fast.errors import UserError

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.packing import Geometry, Sample, pack
+from m3ae_fast.batch.tokenizer import require_tokenizer
 from m3ae_fast.config import DataConfig
-from m3ae_fast.data.bad_samples import Skipped
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.model.batch import PackedBatch
-from m3ae_fast.model.packing import Geometry, Sample, pack
-from m3ae_fast.model.tokenizer import require_tokenizer
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer, require_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer, require_tokenizer
-from m3ae_fast.model.vqgan import VQGAN
+from m3ae_fast.vqgan.model import VQGAN
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.data.corpus import Source
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard, caption_of, printable
 from m3ae_fast.data.shards import ShardStore

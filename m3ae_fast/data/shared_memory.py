@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.packing import Geometry
 
 SHM = Path("/dev/shm")
 MAX_BYTES = 8 << 30  # of a rank's batches that wait

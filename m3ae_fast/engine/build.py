@@ -9,13 +9,13 @@ from torch import nn
 from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.optimizer import parameter_groups
-from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Transformer
+from m3ae_fast.process.ranks import Ranks
 
 
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:

@@ -26,13 +26,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import averages, build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
-from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.process.ranks import Ranks
 
 
 class DeepSpeedEngine:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.engine.interface import Engine
-from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.process.ranks import Ranks
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.batch.packed import PackedBatch
 
 
 @dataclass(frozen=True)

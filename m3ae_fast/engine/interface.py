@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.batch.packed import PackedBatch
 
 # "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq" and, with train.ema, "ema"
 # -> on the CPU, float32

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import (
@@ -23,8 +24,7 @@ from m3ae_fast.engine.optimizer import (
     state_kinds,
     track_ema,
 )
-from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.process.ranks import Ranks
 
 
 class TorchEngine:

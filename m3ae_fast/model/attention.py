@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch.masking import kept
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model import cuda_attention
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu.attention import cpu_kernel
 from m3ae_fast.model.kernel import Kernel
-from m3ae_fast.model.masking import kept
 from m3ae_fast.model.padded import padded_attention
 
 

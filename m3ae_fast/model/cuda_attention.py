@@ -21,7 +21,7 @@ import torch
 from m3ae_kernels.dispatch import ENV
 from torch import Tensor
 
-from m3ae_fast.model.batch import Segments
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.model.kernel import Kernel, library_kernel
 from m3ae_fast.model.padded import PADDED
 

@@ -12,12 +12,14 @@ import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.packing import Geometry, Sample, pack
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.model.batch import PackedBatch
-from m3ae_fast.model.packing import Geometry, Sample, pack
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.encode import encoding, unmasked_sample
 from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
-from m3ae_fast.model.tokenizer import CaptionTokenizer
 from m3ae_fast.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -159,9 +161,38 @@ class MultimodalEncoder(nn.Module):
             ValueError: both are None, their numbers differ, or an image does not fit the model.
             UserError: there are texts, and the model has no tokenizer.
         """
-        from m3ae_fast.encoding import encode  # decodes and tokenises, with parts that stand above this one
+        if images is None and texts is None:
+            raise ValueError("encode needs images, texts or both")
+        if images is not None and texts is not None and len(images) != len(texts):
+            raise ValueError(f"{len(images)} images and {len(texts)} texts")
+        if texts is not None:
+            self.require_tokenizer()
+        count = len(images if images is not None else texts or [])
+        device = self.encoder_input.cls_token.device
+        parts = [torch.empty(0, self.config.emb_dim, device=device)]
+        with encoding(self, precision, device):
+            for start in range(0, count, batch):
+                samples = [
+                    unmasked_sample(
+                        i,
+                        None if images is None else images[i],
+                        None if texts is None else texts[i],
+                        self.config,
+                        self.tokenizer,
+                    )
+                    for i in range(start, min(start + batch, count))
+                ]
+                parts.append(self.pooled(pack(samples, self.geometry).to(device), pool))
+        return torch.cat(parts)
 
-        return encode(self, images, texts, pool=pool, batch=batch, precision=precision)
+    def require_tokenizer(self) -> None:
+        """Raise UserError where the model cannot take text."""
+        if not self.config.vocab_size:
+            raise UserError("the model is image-only (vocab_size 0): it cannot take captions; use images only")
+        if self.tokenizer is None:
+            raise UserError(
+                "the model has no tokenizer: name the one it was trained with (data.tokenizer, M3AE.tokenizer)"
+            )
 
     def representation(
         self, images: Tensor | None = None, text: Tensor | None = None, padding_mask: Tensor | None = None

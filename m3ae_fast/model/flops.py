@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from m3ae_fast.batch.masking import kept
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.model.batch import PackedBatch
-from m3ae_fast.model.masking import kept
 
 
 def _block(dim: int, mlp_ratio: float, keys: float, queries: float, pairs: float) -> float:

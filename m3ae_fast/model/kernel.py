@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from m3ae_kernels.attention import attention_backward, attention_forward
 from torch import Tensor
 
-from m3ae_fast.model.batch import Segments
+from m3ae_fast.batch.packed import Segments
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ import torch
 from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, head_inputs, m3ae_loss, scatter_tokens
 from torch import Tensor, nn
 
+from m3ae_fast.batch.packed import LossCounts, PackedBatch
+from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.model.batch import LossCounts, PackedBatch
-from m3ae_fast.model.card import model_card
 from m3ae_fast.model.cpu.norm import LayerNorm
 from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_options
-from m3ae_fast.model.hub import push_folder
-from m3ae_fast.model.packing import Geometry
 from m3ae_fast.model.positions import Positions
-from m3ae_fast.model.pretrained import Pretrained, load_weights, read_pretrained, write_pretrained
 from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
+from m3ae_fast.weights.card import model_card
+from m3ae_fast.weights.hub import push_folder
+from m3ae_fast.weights.pretrained import Pretrained, load_weights, read_pretrained, write_pretrained
 
 
 class Losses(NamedTuple):

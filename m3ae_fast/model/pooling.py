@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from m3ae_fast.model.batch import Segments
+from m3ae_fast.batch.packed import Segments
 
 Pool = Literal["mean", "cls"]
 

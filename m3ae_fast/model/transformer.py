@@ -18,8 +18,8 @@ from m3ae_kernels import gather_tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu.gelu import gelu_linear, linear_gelu
 from m3ae_fast.model.cpu.linear import Linear, linear
 from m3ae_fast.model.cpu.norm import LayerNorm

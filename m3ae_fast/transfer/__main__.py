@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.engine.program import joined_program
-from m3ae_fast.engine.pulse import Pulse
-from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.engine.run_folder import RunFolder
-from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pictures.figures import require_matplotlib
+from m3ae_fast.process.program import joined_program
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
-from m3ae_fast.transfer.figures import require_matplotlib
 from m3ae_fast.transfer.job import Job, refuse_existing, write_result
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 

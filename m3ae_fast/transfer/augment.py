@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import FineTuneConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.batch import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import ModelConfig, Section, parse
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
-from m3ae_fast.model.pretrained import load_weights
-from m3ae_fast.model.tokenizer import load_tokenizer
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
+from m3ae_fast.weights.pretrained import load_weights
 
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
 CLASSIFIER_HELP = "the OUT folder of a linear or finetune task"

@@ -9,11 +9,11 @@ from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.encoding import encode_corpus
-from m3ae_fast.engine.run import Run
-from m3ae_fast.engine.signals import StopRequest
-from m3ae_fast.engine.stopping import Stopped
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.run.run import Run
 from m3ae_fast.transfer.knn import knn_scores
 from m3ae_fast.transfer.metrics import accuracies
 

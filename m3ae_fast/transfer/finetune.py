@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 
+from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import FineTuneConfig
-from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, fingerprint, train_loader
+from m3ae_fast.data import Data, Preparation, Share, eval_loader, fingerprint, train_loader
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.encoding import UNMASKED, require_tokenizer
-from m3ae_fast.engine import resuming
+from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.garbage import GarbageCollection
-from m3ae_fast.engine.initial_weights import constants
-from m3ae_fast.engine.loop import restore
-from m3ae_fast.engine.loss_watch import LossWatch
-from m3ae_fast.engine.run_log import RunLog
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import pins_memory, settle_precision
+from m3ae_fast.process.garbage import GarbageCollection
+from m3ae_fast.run import resuming
+from m3ae_fast.run.initial_weights import constants
+from m3ae_fast.run.loop import restore
+from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.run_log import RunLog
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
@@ -46,7 +47,7 @@ def set_up(job: Job, resume: str) -> FineTuning:
     share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
     train, val, classes = job.open_labelled()
     if train.has_captions:
-        require_tokenizer(job.model)
+        job.model.require_tokenizer()
     schedule = Schedule(config, config, train.samples)
 
     torch.manual_seed(run.seed)

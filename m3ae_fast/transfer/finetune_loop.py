@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import FineTuneConfig
-from m3ae_fast.data import Corpus, Skipped
+from m3ae_fast.data import Corpus
 from m3ae_fast.encoding import check_skipped
-from m3ae_fast.engine.signals import StopRequest
-from m3ae_fast.engine.stopping import Stopped, until_stopped
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop

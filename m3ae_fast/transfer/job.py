@@ -13,18 +13,18 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.transfer import TransferConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, open_corpus, samples_of
 from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.encoding import UNMASKED, Features, encode_corpus
-from m3ae_fast.engine.pulse import Pulse
-from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.engine.run_folder import RunFolder
-from m3ae_fast.engine.signals import StopRequest
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.packing import Sample
-from m3ae_fast.transfer.figures import BLACK, Cell, Colour
+from m3ae_fast.pictures.figures import BLACK, Cell, Colour
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.whole_file import whole_file
 
 RESULT_FILE = "result.json"

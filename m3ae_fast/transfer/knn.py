@@ -17,7 +17,7 @@ from torch import Tensor
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import Features
-from m3ae_fast.transfer.figures import GREEN, RED, draw_confusion, draw_sheet
+from m3ae_fast.pictures.figures import GREEN, RED, draw_confusion, draw_sheet
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.metrics import accuracies
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.feed import Fed
-from m3ae_fast.engine.loop import Loop
-from m3ae_fast.engine.run_log import read_metrics
-from m3ae_fast.model.batch import PackedBatch
-from m3ae_fast.transfer.figures import draw_confusion, draw_training
+from m3ae_fast.pictures.figures import draw_confusion, draw_training
+from m3ae_fast.run.loop import Loop
+from m3ae_fast.run.run_log import read_metrics
 
 
 class ClassLosses(NamedTuple):

@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
+from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import ProbeConfig
-from m3ae_fast.data import BadSamples, Corpus, Data, Preparation, Share, fingerprint, train_loader
+from m3ae_fast.data import Corpus, Data, Preparation, Share, fingerprint, train_loader
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.data.order import permutation
-from m3ae_fast.encoding import UNMASKED, Features, require_tokenizer
-from m3ae_fast.engine import resuming
+from m3ae_fast.encoding import UNMASKED, Features
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.garbage import GarbageCollection
-from m3ae_fast.engine.loop import restore
-from m3ae_fast.engine.loss_watch import LossWatch
-from m3ae_fast.engine.run_log import RunLog
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
+from m3ae_fast.process.garbage import GarbageCollection
+from m3ae_fast.run import resuming
+from m3ae_fast.run.loop import restore
+from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.run_log import RunLog
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
@@ -100,7 +101,7 @@ def set_up(job: Job) -> Probing:
     share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
     train, val, classes = job.open_labelled()
     if train.has_captions:
-        require_tokenizer(job.model)
+        job.model.require_tokenizer()
     held_out = job.encode(val, "encoding val")
     bank = job.encode(train, "encoding train") if cached else None
     schedule = Schedule(config, config, len(bank.keys) if bank else train.samples)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import Config, parse
-from m3ae_fast.data import load_tokenizer
-from m3ae_fast.engine import checkpoint
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.run import checkpoint
+from m3ae_fast.weights.pretrained import load_weights
 
 RANDOM = "random:"
 MODEL_HELP = (

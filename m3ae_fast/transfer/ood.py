@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.transfer.figures import draw_detection
+from m3ae_fast.pictures.figures import draw_detection
 from m3ae_fast.transfer.job import Job
 
 TRUE_POSITIVES = 0.95

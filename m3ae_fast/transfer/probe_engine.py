@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
-from m3ae_fast.encoding import encoding
 from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.ranks import Ranks
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.model.encode import encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.labelled_loop import ClassLosses
 from m3ae_fast.transfer.lars import LARS

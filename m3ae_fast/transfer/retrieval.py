@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast.batch.packing import Sample
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.index import Modality
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.packing import Sample
-from m3ae_fast.transfer.figures import BLACK, GREEN, Cell, draw_sheet
+from m3ae_fast.pictures.figures import BLACK, GREEN, Cell, draw_sheet
 from m3ae_fast.transfer.job import Job
 
 RANKS = (1, 5, 10)

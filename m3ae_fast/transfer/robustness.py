@@ -13,17 +13,18 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from m3ae_fast.data import Corpus, Preparation, Share, Skipped, eval_loader, eval_samples
+from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.data import Corpus, Preparation, Share, eval_loader, eval_samples
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.data.order import hash64
-from m3ae_fast.encoding import UNMASKED, check_skipped, require_tokenizer
+from m3ae_fast.encoding import UNMASKED, check_skipped
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.pictures.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.progress import track
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.corruptions import PROCEDURAL, Corruption
-from m3ae_fast.transfer.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.metrics import accuracies
 from m3ae_fast.transfer.robustness_pgd import pgd
@@ -42,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
         job.open(job.config.data.val), job.args.labels, model.config.classes, progress=job.ranks.is_main
     )
     if val.has_captions:
-        require_tokenizer(model.backbone)
+        model.backbone.require_tokenizer()
     model.requires_grad_(False)
     clean = _accuracy(job, val, model, "clean")
     result: dict[str, Any] = {**clean, "pgd": {}, "corruptions": {}}

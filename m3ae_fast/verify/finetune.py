@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import ModelConfig, OptimConfig, parse
 from m3ae_fast.engine.optimizer import build_adamw, set_lr
 from m3ae_fast.engine.schedule import learning_rate
-from m3ae_fast.golden import Golden, flax_name
-from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.packing import Sample, pack
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.layer_decay import layer_of, lr_scale, parameter_groups
+from m3ae_fast.verify.golden import Golden, flax_name
 from m3ae_fast.verify.quantity import Quantity
 
 TOLERANCE = 3e-6

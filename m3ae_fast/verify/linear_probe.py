@@ -15,9 +15,9 @@ from torch import Tensor
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.optimizer import set_lr
 from m3ae_fast.engine.schedule import learning_rate
-from m3ae_fast.golden import Golden
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.lars import LARS
+from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.quantity import Quantity
 
 TOLERANCE = 1e-5

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch.packing import pack
 from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm, parameter_groups, set_lr
-from m3ae_fast.golden import Golden, flax_name
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.packing import pack
+from m3ae_fast.verify.golden import Golden, flax_name
 from m3ae_fast.verify.quantity import Quantity
 
 TOLERANCE = 2e-5  # outputs, losses, gradients in float32

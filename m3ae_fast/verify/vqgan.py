@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from m3ae_fast.golden import Golden
-from m3ae_fast.model.vqgan_flax import from_flax
+from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.quantity import Quantity
+from m3ae_fast.vqgan.flax import from_flax
 
 FEATURES, DECODED = 1e-4, 2e-5  # relative errors in float32
 LEAST_MARGIN = 1e-3  # ids whose two nearest codes are closer than that are not compared

@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.encoding import prepare_image
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import main
 from m3ae_fast.model import M3AE
+from m3ae_fast.model.encode import prepare_image
 from tests.convert.test_timm import TINY
 from tests.helpers.trainer import CLIPART
 
@@ -52,12 +52,14 @@ def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
         image = Image.fromarray(pixels[:height, :width, : max(channels, 3)])
         image = image.convert("L") if channels == 1 else image
         theirs = processor(image, return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(theirs[0], (prepare_image(model, image) / 255 - mean) / std, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            theirs[0], (prepare_image(image, model.config) / 255 - mean) / std, rtol=0, atol=1e-6
+        )
         torch.testing.assert_close(model.encode(theirs, precision="fp32"), model.encode([image], precision="fp32"))
     grey = Image.fromarray(pixels[..., 0])  # becomes what the model takes
     if channels == 3:
         theirs = processor(grey, return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(theirs, (prepare_image(model, grey) / 255 - mean) / std, rtol=0, atol=1e-6)
+        torch.testing.assert_close(theirs, (prepare_image(grey, model.config) / 255 - mean) / std, rtol=0, atol=1e-6)
 
 
 def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):

@@ -9,13 +9,14 @@ import pytest
 import timm
 import torch
 
+from m3ae_fast.batch import Sample, pack
+from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import LossConfig
 from m3ae_fast.convert.__main__ import main
 from m3ae_fast.convert.result import IMAGENET
-from m3ae_fast.engine.throughput import StepCounts
 from m3ae_fast.errors import UserError
-from m3ae_fast.model import M3AE, Sample, pack
-from m3ae_fast.model.batch import LossCounts
+from m3ae_fast.model import M3AE
+from m3ae_fast.run.throughput import StepCounts
 from tests.convert.official_pickle import Call
 from tests.helpers.mae import MAE, PATCH, SIZE
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from m3ae_fast.batch.tokenizer import train_tokenizer
 from m3ae_fast.convert.__main__ import main
 from m3ae_fast.convert.source import read_source
 from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.errors import UserError
 from m3ae_fast.model import M3AE
-from m3ae_fast.model.tokenizer import train_tokenizer
 from tests.convert.official_pickle import Call, write_checkpoint
 from tests.helpers.official import make_golden
 from tests.helpers.shards import caption
@@ -217,7 +217,7 @@ def test_earlier_output_is_replaced_or_stays_whole(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("m3ae_fast.model.output_folder.save_file", full)
+    monkeypatch.setattr("m3ae_fast.weights.output_folder.save_file", full)
     with pytest.raises(UserError, match="cannot be written"):
         main(command)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

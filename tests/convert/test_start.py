@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.convert.__main__ import main as convert
-from m3ae_fast.engine import checkpoint, resuming
-from m3ae_fast.engine.initial_weights import start_from
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.model import M3AE
+from m3ae_fast.run import checkpoint, resuming
+from m3ae_fast.run.initial_weights import start_from
 from tests.helpers.mae import MAE
 from tests.helpers.trainer import TINY, zero
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.batch.tokenizer import load_tokenizer, train_tokenizer
 from m3ae_fast.config import DataConfig, MaskingConfig, SourceConfig
-from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, load_tokenizer, open_corpus, train_loader
-from m3ae_fast.model.packing import Geometry
-from m3ae_fast.model.tokenizer import train_tokenizer
+from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
 from tests.helpers.shards import caption
 
 

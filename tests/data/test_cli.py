@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from m3ae_fast.data import load_tokenizer
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.data.__main__ import main
 from m3ae_fast.errors import exit_cleanly
 from tests.helpers.shards import caption, members, write_tar

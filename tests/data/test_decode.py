@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from m3ae_fast.data.bad_samples import BadSample
-from m3ae_fast.data.crops import _draw_box, centre_crop, random_crop
-from m3ae_fast.data.images import decode_image
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.crops import _draw_box, centre_crop, random_crop
+from m3ae_fast.batch.images import decode_image
 from tests.helpers.shards import picture
 
 

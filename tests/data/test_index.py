@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from webdataset.tariterators import group_by_keys
 
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import MISSING, index_shards
 from m3ae_fast.data.reader import Reader

@@ -11,11 +11,11 @@ from itertools import chain, islice
 import pytest
 import torch
 
+from m3ae_fast.batch.bad_samples import BadSamples, Skipped
+from m3ae_fast.batch.crops import centre_crop
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.config import MaskingConfig, SourceConfig
-from m3ae_fast.data import BadSamples, Skipped
-from m3ae_fast.data.crops import centre_crop
 from m3ae_fast.data.dataset import FETCHING
-from m3ae_fast.data.images import decode_image
 from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.data.workers import Loader, default_workers
 from m3ae_fast.errors import UserError

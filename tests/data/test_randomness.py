@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from m3ae_fast.batch import crops
+from m3ae_fast.batch.crops import random_crop
+from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.config import MaskingConfig
-from m3ae_fast.data import crops
-from m3ae_fast.data.crops import random_crop
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.model.masking import draw_mask
 from tests.helpers.shards import members, picture, write_tar
 
 

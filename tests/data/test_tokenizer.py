@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from m3ae_fast.data import load_tokenizer
+from m3ae_fast.batch.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.tokenizer import SPECIAL, train_tokenizer
 from tests.helpers.shards import caption
 
 CAPTIONS = [caption(i) for i in range(40)]
@@ -65,14 +64,14 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
     def offline(name):
         raise OSError("no network")
 
-    monkeypatch.setattr("m3ae_fast.model.tokenizer.Tokenizer.from_pretrained", offline)
+    monkeypatch.setattr("m3ae_fast.batch.tokenizer.Tokenizer.from_pretrained", offline)
     with pytest.raises(UserError, match="bert-base-uncased: neither a file nor available from the Hugging Face hub"):
         load_tokenizer("bert-base-uncased", 8)
 
 
 def test_hub_name(tokenizer_file, monkeypatch):
     hub = {"org/name": Tokenizer.from_file(tokenizer_file)}
-    monkeypatch.setattr("m3ae_fast.model.tokenizer.Tokenizer.from_pretrained", hub.__getitem__)
+    monkeypatch.setattr("m3ae_fast.batch.tokenizer.Tokenizer.from_pretrained", hub.__getitem__)
     assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
 
 
@@ -90,7 +89,7 @@ def test_special_tokens_alone_are_special():
 
 
 def test_the_committed_tokenizer_fits_its_captions(store):
-    from m3ae_fast.data.tools.tokenizer_training import captions as captions_of
+    from m3ae_fast.shard_tools.tokenizer_training import captions as captions_of
 
     folder = Path(__file__).parents[2] / "data" / "openclipart"
     captions = list(captions_of([str(folder / "train-{0000..0002}.tar")], store))

@@ -15,11 +15,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.data.__main__ import main
-from m3ae_fast.data.images import decode_image
 from m3ae_fast.data.shards import INDEX_SUFFIX
-from m3ae_fast.data.tools import writer
 from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.shard_tools import writer
 from tests.helpers.shards import caption, picture
 
 
@@ -303,7 +303,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, pictures, capsys):
 
 
 def test_two_conversions_do_not_meet(tmp_path, pictures, capsys):
-    from m3ae_fast.data.tools.claim import claimed
+    from m3ae_fast.shard_tools.claim import claimed
 
     with claimed(tmp_path / "out", {"source": {}, "settings": {}}, None):
         assert make("from-folder", pictures, tmp_path / "out") == 2

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from m3ae_fast.config import Config
-from m3ae_fast.engine import checkpoint
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.run import checkpoint
 from tests.helpers.shards import WORDS, write_tar
 from tests.helpers.trainer import TINY
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from m3ae_fast.batch import Sample, draw_mask, pack
+from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import Config, load_config, parse
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.ranks import Ranks, join_ranks
 from m3ae_fast.engine.schedule import split_batch
-from m3ae_fast.model import M3AE, Sample, draw_mask, pack
-from m3ae_fast.model.batch import LossCounts
+from m3ae_fast.model import M3AE
+from m3ae_fast.process.ranks import Ranks, join_ranks
 
 STEPS, BATCH, LR = 3, 16, 1e-2
 TINY = {

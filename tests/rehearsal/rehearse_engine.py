@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from m3ae_fast import hardware
+from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import DataConfig, MaskingConfig, OptimConfig, SourceConfig
-from m3ae_fast.data import Preparation, ShardStore, Share, load_tokenizer, open_corpus, train_loader
+from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_loader
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.loss_watch import LossWatch
 from m3ae_fast.engine.optimizer import build_adamw, name_of, set_lr
-from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import Losses
-from m3ae_fast.model.packing import Geometry
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.run.loss_watch import LossWatch
 from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
@@ -25,7 +26,7 @@ GEOMETRY = Geometry(16, 4, 3, 8)
 
 
 def batches(count: int):
-    from m3ae_fast.model import pack
+    from m3ae_fast.batch import pack
 
     return [pack(samples(i, text=True), GEOMETRY) for i in range(count)]
 

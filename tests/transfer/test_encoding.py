@@ -4,14 +4,14 @@ import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import DataConfig, SourceConfig
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import encode_corpus
-from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.transfer.models import load_model
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar

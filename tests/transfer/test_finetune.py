@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config.transfer import FineTuneConfig
-from m3ae_fast.engine import checkpoint
-from m3ae_fast.engine.run_log import read_metrics
 from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.model.packing import Sample, pack
+from m3ae_fast.run import checkpoint
+from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.transfer import finetune_loop
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.augment import Mixing, RandAugment
@@ -54,8 +54,8 @@ def test_it_learns_and_its_classifier_loads(transfer, tmp_path, modality, change
         return
     samples = []
     for number in range(100, 118):
-        from m3ae_fast.data.crops import centre_crop
-        from m3ae_fast.data.images import decode_image
+        from m3ae_fast.batch.crops import centre_crop
+        from m3ae_fast.batch.images import decode_image
 
         image = centre_crop(decode_image(coloured(number, ("blue", "green", "red")[number % 3]), 3), 32)
         samples.append(Sample(str(number), image, torch.zeros(16, dtype=torch.bool)))

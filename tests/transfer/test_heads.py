@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from m3ae_fast.golden import Golden
-from m3ae_fast.model.batch import Segments
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
 from m3ae_fast.transfer.lars import LARS
 from m3ae_fast.transfer.layer_decay import layer_of, parameter_groups
 from m3ae_fast.verify import main, quantities, relative_error
 from m3ae_fast.verify.finetune import flax_path
+from m3ae_fast.verify.golden import Golden
 from tests.helpers.official_transfer import make_finetuning, make_probe
 
 VARIANTS = {

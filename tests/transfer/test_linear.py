@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
-from m3ae_fast.engine import checkpoint
-from m3ae_fast.engine.ranks import join_ranks
 from m3ae_fast.errors import UserError
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.run import checkpoint
 from m3ae_fast.transfer import labelled_loop
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import LinearProbeHead

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import CommonCorruption, ExtraCorruption, RobustnessConfig
-from m3ae_fast.data.images import decode_image
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig

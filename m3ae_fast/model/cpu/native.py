@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch.packed import Segments
 from m3ae_fast.hardware import this_cpu
-from m3ae_fast.model.batch import Segments
 from m3ae_fast.model.cpu.build import AVX512, BF16, TILES, load, may_use_tiles
 from m3ae_fast.model.kernel import Kernel
 

@@ -1,1 +1,0 @@
-"""Training under random faults: python -m benchmarks.soak --minutes 10."""

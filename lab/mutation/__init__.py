@@ -1,0 +1,1 @@
+"""Would the tests notice a bug? python -m lab.mutation"""

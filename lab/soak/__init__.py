@@ -1,0 +1,1 @@
+"""Training under random faults: python -m lab.soak --minutes 10."""

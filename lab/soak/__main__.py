@@ -1,0 +1,84 @@
+"""Training under random faults: python -m lab.soak --minutes 10
+
+Runs of a tiny model are killed, signalled, frozen, suspended and robbed of workers, locks, disk and server, and started
+again with `--resume auto` until they are complete. Each must end as the run that nobody touched: the same losses,
+gradient norms and weights, bit for bit. Exit code 1 where one does not, where anything hangs or a traceback shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lab.soak.runs import CLIPART, Soak, Tally
+from lab.soak.server import faulty_server
+from m3ae_fast.errors import exit_cleanly
+
+
+def report(tally: Tally, server: Counter, seed: int, minutes: float) -> str:
+    """In Markdown."""
+    faults = "\n".join(f"| {name} | {count} | {tally.survived[name]} |" for name, count in sorted(tally.tried.items()))
+    failures = "\n".join(f"| {name} | {count} |" for name, count in sorted(server.items()))
+    wrong = "\n".join(f"- {line}" for line in tally.wrong) or "Nothing hung, nothing was lost, no traceback showed."
+    return f"""# A soak
+
+`python -m lab.soak --seed {seed}`, {minutes:.1f} minutes, torch {torch.__version__}, Python \
+{platform.python_version()}: {tally.runs} runs, {tally.starts} starts, {tally.tried.total()} faults and \
+{server.total()} failures of the server. {tally.whole} of {tally.runs} runs ended as the run that nobody touched, bit \
+for bit: losses, gradient norms, learning rates and the last checkpoint's weights and moments.
+
+{wrong}
+
+| fault | tried | in runs that ended so |
+|---|--:|--:|
+{faults}
+
+| the server's failures | |
+|---|--:|
+{failures}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10, help="when faults end; the last run is then finished")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults (default: 0)")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the report, which is printed too")
+    args = parser.parse_args(argv)
+    begin = time.monotonic()
+    until = begin + 60 * args.minutes
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as folder,
+        faulty_server(CLIPART, args.seed) as (url, server),
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        task = progress.add_task("", total=args.minutes)
+
+        def say(what: str) -> None:
+            progress.update(task, description=what, completed=(time.monotonic() - begin) / 60)
+
+        soak = Soak(Path(folder), url, args.seed, until, say)
+        while time.monotonic() < until:
+            soak.one_run()
+        text = report(soak.tally, server, args.seed, (time.monotonic() - begin) / 60)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+    return 1 if soak.tally.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

@@ -1,0 +1,177 @@
+"""What happens to a run: to its processes while they are at work, to its files between two starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from m3ae_fast.run import checkpoint
+from m3ae_fast.run.run_folder import LOCK_FILE
+
+AWAKE_S = 1.0  # a younger process has not begun to heed signals
+SUSPENDED_S = 12.0  # longer than `run.stall_timeout`
+SMALL_FILE = 400_000  # bytes; a checkpoint is larger
+
+
+@dataclass
+class Running:
+    """A start of the trainer: launcher (the rank itself, where it is alone), ranks and loader workers."""
+
+    run_dir: Path
+    launcher: int  # process id
+    chance: random.Random
+
+    def processes(self) -> list[psutil.Process]:
+        """All that are left, orphans too."""
+        mine = f"run.dir={self.run_dir}"
+        return [p for p in psutil.process_iter(["cmdline"]) if mine in (p.info["cmdline"] or ())]
+
+    def ranks(self) -> list[psutil.Process]:
+        """Those that are old enough to heed signals."""
+        found = [p for p in self.processes() if not any("torch.distributed.run" in word for word in p.info["cmdline"])]
+        pids, ranks = {p.pid for p in found}, []
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                if process.ppid() not in pids and time.time() - process.create_time() > AWAKE_S:
+                    ranks.append(process)
+        return ranks
+
+    def workers(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            return [child for rank in self.ranks() for child in rank.children()]
+        return []
+
+
+def _send(running: Running, processes: list[psutil.Process], number: int) -> bool:
+    """To one of them. False where there is none yet."""
+    with contextlib.suppress(psutil.Error):
+        if processes:
+            running.chance.choice(processes).send_signal(number)
+            return True
+    return False
+
+
+def _to_rank(number: int) -> Fault:
+    return lambda running: _send(running, running.ranks(), number)
+
+
+def _to_worker(number: int) -> Fault:
+    return lambda running: _send(running, running.workers(), number)
+
+
+def _to_all(number: int) -> Fault:
+    """As schedulers do: launcher, ranks and workers."""
+
+    def send(running: Running) -> bool:
+        if not running.ranks():
+            return False
+        for process in running.processes():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+        return True
+
+    return send
+
+
+def _to_launcher(number: int) -> Fault:
+    def send(running: Running) -> bool:
+        if not running.ranks():
+            return False
+        os.kill(running.launcher, number)
+        return True
+
+    return send
+
+
+def _suspend(running: Running) -> bool:
+    """All processes, as a laptop or a virtual machine does: they wake up and go on."""
+    processes = running.processes() if running.ranks() else []
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+        time.sleep(SUSPENDED_S if processes and number == signal.SIGSTOP else 0)
+    return bool(processes)
+
+
+def _freeze_rank(running: Running) -> bool:
+    """One of several, for ever; nobody could notice one that is alone."""
+    ranks = running.ranks()
+    return len(ranks) > 1 and _send(running, ranks, signal.SIGSTOP)
+
+
+def _remove_lock(running: Running) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        (running.run_dir / LOCK_FILE).unlink()
+        return True
+    return False
+
+
+FREEZE = "a rank is frozen"
+Fault = Callable[[Running], bool]  # whether it could happen; if not, it is tried again
+STOPS: dict[str, Fault] = {  # after these the trainer saves and leaves with exit code 0
+    "a rank gets SIGTERM": _to_rank(signal.SIGTERM),
+    "a rank gets SIGINT": _to_rank(signal.SIGINT),
+    "a rank gets SIGUSR1": _to_rank(signal.SIGUSR1),
+}
+FAULTS: dict[str, Fault] = STOPS | {
+    "all processes get SIGTERM": _to_all(signal.SIGTERM),
+    "all processes get SIGINT": _to_all(signal.SIGINT),
+    "a rank is killed": _to_rank(signal.SIGKILL),
+    "the launcher gets SIGTERM": _to_launcher(signal.SIGTERM),
+    "the launcher is killed": _to_launcher(signal.SIGKILL),
+    "a loader worker is killed": _to_worker(signal.SIGKILL),
+    FREEZE: _freeze_rank,
+    "a loader worker is frozen": _to_worker(signal.SIGSTOP),
+    "all processes are suspended": _suspend,
+    "the lock file is removed": _remove_lock,
+}
+
+
+def _damage(path: Path, chance: random.Random) -> bool:
+    if not (path.is_file() and (size := path.stat().st_size)):
+        return False
+    with open(path, "r+b") as file:
+        file.seek(chance.randrange(size))
+        file.write(b"damaged")
+        file.truncate(max(1, size - chance.choice((0, chance.randrange(size)))))
+    return True
+
+
+def _damage_checkpoint(run_dir: Path, chance: random.Random) -> bool:
+    file = chance.choice((checkpoint.STATE_FILE, checkpoint.INFO_FILE))
+    return any([_damage(path / file, chance) for path in checkpoint.saved_steps(run_dir)[-1:]])
+
+
+def _damage_cache(folder: str) -> Damage:
+    return lambda run_dir, chance: any([_damage(path, chance) for path in (run_dir / "cache" / folder).glob("*")])
+
+
+def _empty_cache(run_dir: Path, chance: random.Random) -> bool:
+    shutil.rmtree(run_dir / "cache", ignore_errors=True)
+    return True
+
+
+Damage = Callable[[Path, random.Random], bool]  # whether there was anything
+DAMAGES: dict[str, Damage] = {
+    "the last checkpoint is damaged": _damage_checkpoint,
+    "the index of a shard is damaged": _damage_cache("index"),
+    "the copy of a shard is damaged": _damage_cache("shards"),
+    "the cache is gone": _empty_cache,
+}
+FULL_DISK = "the disk is full"
+
+
+def no_large_files() -> None:
+    """As on a full disk, no checkpoint and no copy of a shard can be written from now on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))

@@ -1,0 +1,248 @@
+"""Runs of a tiny model that are started again after every fault until they are complete, and what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, cast
+
+import psutil
+
+from lab.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, Running, no_large_files
+from m3ae_fast.run import checkpoint
+
+ROOT = Path(__file__).parents[2]
+CLIPART = ROOT / "data/openclipart"
+SCRIPT = str(ROOT / "m3ae_fast/train.py")
+STEPS = 60
+FAULTY_STARTS = 6  # of one run; later ones are left alone
+STARTS = 10
+LIMIT_S = 600.0  # for one start
+STARTING_S = 6.0  # the first steps come later
+LEAVING_S = 40.0  # for what a launcher left behind
+CONFIG = {
+    "run": {"stall_timeout": 10},
+    "model": {
+        "size": None, "emb_dim": 32, "depth": 2, "num_heads": 4, "dec_emb_dim": 32, "dec_depth": 2, "dec_num_heads": 4,
+        "image_size": 32, "patch_size": 8, "text_length": 16, "vocab_size": 2048, "drop": 0.1,
+    },
+    "data": {
+        "train": [{"shards": "the server's"}, {"shards": "one with broken samples"}],
+        "val": [{"shards": str(CLIPART / "val-0000.tar")}],
+        "tokenizer": str(CLIPART / "tokenizer.json"),
+        "workers": 2,
+    },
+    "optim": {"peak_lr": 2e-2, "warmup_epochs": 0, "clip_grad": 1.0},
+    "train": {
+        "global_batch": 16, "micro_batch": 4, "steps": STEPS, "precision": "fp32", "log_every": 1, "eval_every": 20,
+        "eval_samples": 32, "save_every": 5, "keep": 2, "pictures": 0,
+    },
+    "deepspeed": None,
+}  # fmt: skip
+_BITWISE = ("step", "loss", "image_loss", "text_loss", "grad_norm", "lr", "val_image_loss", "val_text_loss")
+
+
+@dataclass
+class Tally:
+    """What came of the runs."""
+
+    tried: Counter = field(default_factory=Counter)  # by fault
+    survived: Counter = field(default_factory=Counter)  # in runs that ended as if nothing had happened
+    runs: int = 0
+    whole: int = 0
+    starts: int = 0
+    wrong: list[str] = field(default_factory=list)  # what should not have happened, a line each
+
+
+@dataclass
+class Outcome:
+    """The whole course of a run."""
+
+    trajectory: list[list[float | None]]
+    checksum: str  # of the last checkpoint's tensors
+
+
+class Soak:
+    """Args:
+    folder: where runs may live.
+    url: of the server that offers train-0000.tar.
+    until: time.monotonic() after which faults end.
+    say: shows what is going on.
+    """
+
+    def __init__(self, folder: Path, url: str, seed: int, until: float, say: Callable[[str], None]) -> None:
+        self.folder, self.until, self.say = folder, until, say
+        self.chance, self.tally = random.Random(seed), Tally()
+        self._untouched: dict[int, Outcome] = {}
+        self._deck: list[str] = []
+        self._config = folder / "config.json"
+        config = json.loads(json.dumps(CONFIG))
+        config["data"]["train"][0]["shards"] = f"{url}/train-0000.tar"
+        config["data"]["train"][1]["shards"] = str(_with_broken_samples(folder / "broken.tar"))
+        self._config.write_text(json.dumps(config))
+
+    def one_run(self) -> None:
+        """A run under faults, to its end."""
+        ranks = self.chance.choice((1, 2))
+        expected = self._untouched.get(ranks) or self._run_untouched(ranks)
+        self.tally.runs += 1
+        name, before = f"run-{self.tally.runs}", len(self.tally.wrong)
+        met: list[str] = []
+        for start in range(STARTS):
+            fault = None
+            if start < FAULTY_STARTS and time.monotonic() < self.until:
+                fault = self._choose(self.folder / name, ranks)
+            self.say(f"run {self.tally.runs} on {ranks} ranks, start {start + 1}: {fault or 'left alone'}")
+            happened, code, out = self._start(name, ranks, fault)
+            if fault:
+                (met if happened else self._deck).append(fault)
+            self._check(name, ranks, fault if happened else None, code, out)
+            if code == 0 and self._complete(name) and "--resume auto" not in out:
+                break
+        self.tally.tried.update(met)
+        self.tally.wrong[before:] = [f"{line}, after {met}" for line in self.tally.wrong[before:]]
+        if not self._complete(name):
+            self.tally.wrong.append(f"{name}: not complete after {STARTS} starts and {met}; last: {out[-300:]!r}")
+        elif self._outcome(name) != (expected.trajectory, expected.checksum):
+            self.tally.wrong.append(f"{name}: {self._difference(name, expected)} after {met}")
+        else:
+            self.tally.whole += 1
+            self.tally.survived.update(met)
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _run_untouched(self, ranks: int) -> Outcome:
+        name = f"untouched-{ranks}"
+        self.say(f"the run on {ranks} ranks that nobody touches")
+        _, code, out = self._start(name, ranks, None)
+        if code or not self._complete(name):
+            raise RuntimeError(f"a run without faults failed:\n{out}")
+        self._untouched[ranks] = Outcome(*self._outcome(name))
+        return self._untouched[ranks]
+
+    def _choose(self, run_dir: Path, ranks: int) -> str | None:
+        """A fault that is possible now, all of them before any comes again; damage is done at once."""
+        if not self._deck:
+            self._deck = [*FAULTS, *DAMAGES, FULL_DISK]
+            self.chance.shuffle(self._deck)
+        for fault in self._deck:
+            if (fault != FREEZE or ranks > 1) and (fault not in DAMAGES or DAMAGES[fault](run_dir, self.chance)):
+                self._deck.remove(fault)
+                return fault
+        return None
+
+    def _check(self, name: str, ranks: int, fault: str | None, code: int, out: str) -> None:
+        if own := re.search(rf'  File "{ROOT}/m3ae_fast/.*', out, re.DOTALL):
+            self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[-300:]!r}")
+        saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
+        if code and (saves or fault is None or fault == "all processes are suspended"):
+            self.tally.wrong.append(f"{name}: exit code {code}: {out.strip()[-300:]!r}")
+        if "remove the folder to use an older one" in out:  # as the message says
+            shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
+
+    def _start(self, name: str, ranks: int, fault: str | None) -> tuple[bool, int, str]:
+        """Start the trainer, and let the fault happen: once in three times while it starts, else after some step.
+
+        Returns whether it did, the exit code, and what was printed.
+        """
+        self.tally.starts += 1
+        run_dir = self.folder / name
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+        options = ["--set", f"run.dir={run_dir}", "--set", f"data.cache_dir={run_dir / 'cache'}", "--resume", "auto"]
+        with open(self.folder / "log", "w+", encoding="utf-8", errors="replace") as log:
+            process = subprocess.Popen(
+                [sys.executable, *(launch if ranks > 1 else []), SCRIPT, "--config", str(self._config), *options],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=no_large_files if fault == FULL_DISK else None,
+            )
+            running = Running(run_dir, process.pid, self.chance)
+            happened = fault is not None and fault not in FAULTS
+            early, now = fault != FREEZE and self.chance.random() < 1 / 3, time.monotonic()
+            strike, limit = now + (self.chance.uniform(AWAKE_S, STARTING_S) if early else 0.0), now + LIMIT_S
+            step = 0 if early else self.chance.randrange(min(_step(run_dir) + 1, STEPS - 1), STEPS)
+            while process.poll() is None and time.monotonic() < limit:
+                if fault in FAULTS and not happened and time.monotonic() > strike and _step(run_dir) >= step:
+                    happened = FAULTS[fault](running)
+                time.sleep(0.05)
+            if process.poll() is None:
+                self.tally.wrong.append(f"{name}: still there after {LIMIT_S:.0f} s")
+                process.kill()
+            self._see_off(name, running)
+            code = process.wait()
+            log.seek(0)
+            return happened, code, log.read()
+
+    def _see_off(self, name: str, running: Running) -> None:
+        """What a launcher left behind is to leave by itself, but for what is frozen."""
+        left = running.processes()
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                if process.status() == psutil.STATUS_STOPPED:
+                    process.send_signal(signal.SIGKILL)
+        for orphan in psutil.wait_procs(left, timeout=LEAVING_S)[1]:
+            self.tally.wrong.append(f"{name}: process {orphan.pid} outlived its launcher")
+            orphan.kill()
+
+    def _complete(self, name: str) -> bool:
+        saved = checkpoint.saved_steps(self.folder / name)
+        return bool(saved) and checkpoint.step_of(saved[-1]) == STEPS
+
+    def _outcome(self, name: str) -> tuple[list[list[float | None]], str]:
+        """Losses, norms and rates of every step, and the checksum of the last checkpoint."""
+        lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        trajectory = [[line.get(key) for key in _BITWISE] for line in lines]
+        info = checkpoint.read_info(checkpoint.saved_steps(self.folder / name)[-1])
+        return trajectory, info.sha256[checkpoint.STATE_FILE]
+
+    def _difference(self, name: str, expected: Outcome) -> str:
+        """From the run that nobody touched, in words."""
+        trajectory, _ = self._outcome(name)
+        for found, wanted in itertools.zip_longest(trajectory, expected.trajectory):
+            if found != wanted:
+                return f"logged {found} for {wanted}"
+        return "another last checkpoint"
+
+
+def _step(run_dir: Path) -> int:
+    """The last that was logged."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
+
+
+def _with_broken_samples(path: Path) -> Path:
+    """A shard of which every sixteenth image is cut short and the last sample is missing, as its end mark is."""
+    with tarfile.open(CLIPART / "train-0001.tar") as source, tarfile.open(path, "w") as shard:
+        for i, member in enumerate(source.getmembers()):
+            data = cast("IO[bytes]", source.extractfile(member)).read()
+            if member.name.endswith(".jpg") and i % 16 == 0:
+                data = data[: len(data) // 2]
+            member.size = len(data)
+            shard.addfile(member, io.BytesIO(data))
+    os.truncate(path, path.stat().st_size - 12_000)
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

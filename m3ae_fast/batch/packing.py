@@ -1,0 +1,257 @@
+"""Samples of any kind -> one packed batch. Runs on the CPU, in the loader.
+
+Shapes: S samples, P samples and segments of padding, B images, L patches per image, T encoder rows, U decoder rows,
+M decoder rows that carry loss, I of them patches, W of them text tokens.
+
+A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from m3ae_kernels import scatter_orders
+from torch import Tensor
+
+from m3ae_fast.batch.packed import LossCounts, PackedBatch, Segments
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that packing needs to know, and which tokens carry loss."""
+
+    image_size: int
+    patch_size: int
+    channels: int
+    text_length: int
+    image_all_tokens: bool = False  # loss on visible patches too
+    text_all_tokens: bool = False
+    loss_per_batch: bool = False  # losses are means over tokens, not over samples
+
+    @property
+    def patches_per_image(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of an image."""
+        return self.channels, self.image_size, self.image_size
+
+
+@dataclass(slots=True)
+class Sample:
+    """One image, one caption, or both."""
+
+    key: str  # for messages
+    image: Tensor | None = None  # [C, H, W], uint8 or floating and already normalised
+    image_mask: Tensor | None = None  # bool [L], True = masked
+    tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
+    text_mask: Tensor | None = None  # bool [n]
+    label: int | None = None  # id of its class
+    loss_weight: float = 1.0  # factor of its losses
+    image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
+
+
+FEWEST_ROWS, SHARE = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
+
+
+def rounded(rows: int) -> int:
+    """`rows` rounded up to one of few counts, so that the shapes of batches repeat. Never falls as `rows` grows."""
+    multiple = max(FEWEST_ROWS, 1 << max(rows // SHARE, 1).bit_length() - 1)
+    return -(-rows // multiple) * multiple
+
+
+def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool = False) -> PackedBatch:
+    """Lay `samples` out in one PackedBatch.
+
+    The image loss is a mean over images of the mean over their loss rows, the text loss a mean over captions of the
+    mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
+    its loss rows (official MAE). A sample's `loss_weight` multiplies its rows' weights, and nothing else.
+
+    Args:
+        samples: maybe none.
+        geometry: the model's.
+        repeat_shapes: round row counts up, with rows of no sample in segments of their own and with loss rows of
+            weight 0. Losses and gradients stay; matmul libraries, compilers and allocators meet few shapes.
+
+    Raises:
+        ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, or some images have
+            ids and some have none.
+    """
+    length, S = geometry.patches_per_image, len(samples)
+    size = rounded if repeat_shapes else int
+    checked = [_check(sample, geometry) for sample in samples]
+    images = [sample.image for sample in samples if sample.image is not None]
+    captions = sum(sample.tokens is not None for sample in samples)
+
+    # over the decoder's rows: what each is, and whether it is masked; padding comes last and is nothing
+    patches_S = _lengths(image_mask for image_mask, _, _ in checked)
+    tokens_S = _lengths(text_mask for _, text_mask, _ in checked)
+    images_M = size(_losses(checked, 0, geometry.image_all_tokens))
+    texts_M = size(_losses(checked, 1, geometry.text_all_tokens))
+    rows_S = 1 + patches_S + tokens_S
+    rows_P = _padded(rows_S, max(size(int(rows_S.sum())), images_M + texts_M))  # of samples, then of padding
+    padding = np.zeros(len(rows_P) - S, np.int64)
+    patches_P = np.concatenate((patches_S, padding))
+    sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
+    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
+    real_U = sample_U < S
+    patch_U = (position_U > 0) & (position_U <= patches_P[sample_U])
+    text_U = real_U & (position_U > patches_P[sample_U])
+    masked_U = np.zeros(len(sample_U), bool)
+    masked_U[real_U] = _flat(
+        [part for image_mask, text_mask, _ in checked for part in (_CLS, image_mask, text_mask)], bool
+    )
+    visible_U = real_U & ~masked_U
+
+    # what lies behind each row: an image's patch, a caption's token, its row of [patch positions, text positions]
+    patch_id_U = np.cumsum(patch_U) - 1
+    token_U = np.full(len(sample_U), -1)
+    token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
+    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, position_U - 1, -1))
+
+    # the encoder's rows are the visible ones, in the same order
+    visible_patch_U = patch_U & visible_U
+    visible_S = np.bincount(sample_U[visible_U], minlength=S)
+    visible_P = _padded(visible_S, size(int(visible_S.sum())))
+    patches, visible = int(np.count_nonzero(visible_patch_U)), int(visible_P.sum())
+
+    # rows that carry loss
+    image_loss_U = patch_U & (masked_U | geometry.image_all_tokens)
+    text_loss_U = text_U & (masked_U | geometry.text_all_tokens)
+    count = partial(np.bincount, minlength=len(rows_P))
+    image_loss_P, text_loss_P = count(sample_U[image_loss_U]), count(sample_U[text_loss_U])
+    if geometry.loss_per_batch:
+        counts = LossCounts(float(image_loss_P.sum()), float(text_loss_P.sum()))
+        image_share_P = text_share_P = np.ones(len(rows_P))
+    else:
+        counts = LossCounts(float(len(images)), float(captions))
+        image_share_P, text_share_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
+    loss_weight_P = np.ones(len(rows_P))
+    loss_weight_P[:S] = [sample.loss_weight for sample in samples]
+    image_I, text_W = _loss_rows(image_loss_U, images_M, text_loss_U, texts_M)
+    loss_M = np.sort(np.concatenate((image_I, text_W)))
+    row_in_M = np.zeros(len(sample_U), np.int64)
+    row_in_M[loss_M] = np.arange(len(loss_M))
+    weights = {
+        "image_row_weight": image_loss_U[image_I] * (loss_weight_P * image_share_P)[sample_U[image_I]],
+        "text_row_weight": text_loss_U[text_W] * (loss_weight_P * text_share_P)[sample_U[text_W]],
+        "text_row_share": text_loss_U[text_W] * text_share_P[sample_U[text_W]],
+    }
+    rows = {
+        "patch_ids": _extended(patch_id_U[visible_patch_U], size(patches), 0),
+        "encoder_src": _extended(np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U], visible, -1),
+        "token_ids": _extended(token_U[visible_U], visible, -1),
+        "encoder_table_ids": _extended(1 + table_U[visible_U], visible, -1),  # its table begins with cls
+        "decoder_src": np.where(visible_U, np.cumsum(visible_U) - 1, -1),
+        "mask_ids": np.where(masked_U, text_U, -1),
+        "decoder_table_ids": table_U,
+        "loss_rows": loss_M,
+        "image_rows": row_in_M[image_I],
+        "image_patch_ids": np.maximum(patch_id_U, 0)[image_I],  # where the weight is 0, any
+        "text_rows": row_in_M[text_W],
+        "text_targets": np.maximum(token_U, 0)[text_W],
+    }
+    ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
+    if ids and len(ids) < len(images):
+        raise ValueError(f"{len(ids)} of {len(images)} images have image_ids")
+    rows["image_targets"] = _flat([], np.int64)
+    if ids:
+        real_I = weights["image_row_weight"] != 0
+        rows["image_targets"] = np.where(real_I, _flat(ids, np.int64)[rows["image_patch_ids"]], 0)
+    index: dict[str, Any] = {name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()}
+    index["token_order"], index["encoder_table_order"] = scatter_orders(
+        index["encoder_src"], index["token_ids"], index["encoder_table_ids"]
+    )
+    index["mask_order"], index["decoder_table_order"] = scatter_orders(
+        index["decoder_src"], index["mask_ids"], index["decoder_table_ids"]
+    )
+    return PackedBatch(
+        keys=[sample.key for sample in samples],
+        images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
+        encoder=_segments(visible_P),
+        decoder=_segments(rows_P),
+        loss=_segments(count(sample_U[loss_M])),
+        captions=captions,
+        counts=counts,
+        labels=_labels(samples),
+        **index,
+        **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
+    )
+
+
+_CLS = np.zeros(1, dtype=bool)  # cls is never masked
+
+
+def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks and tokens as arrays, empty where the sample lacks the modality."""
+    image_mask = text_mask = np.empty(0, dtype=bool)
+    tokens = np.empty(0, dtype=np.int64)
+    if sample.image is None and sample.tokens is None:
+        raise ValueError(f"{sample.key}: has neither image nor caption")
+    if sample.image is not None:
+        image_mask = sample.image_mask.numpy()  # type: ignore[union-attr]
+        if sample.image.shape != geometry.image_shape:
+            raise ValueError(f"{sample.key}: image has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
+        if image_mask.shape != (geometry.patches_per_image,):
+            raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
+        if sample.image_ids is not None and sample.image_ids.shape != image_mask.shape:
+            raise ValueError(f"{sample.key}: image_ids has shape {tuple(sample.image_ids.shape)}")
+    if sample.tokens is not None:
+        text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
+        if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
+            raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
+    return image_mask, text_mask, tokens
+
+
+def _labels(samples: Sequence[Sample]) -> Tensor | None:
+    """None where a sample has none."""
+    labels = [sample.label for sample in samples if sample.label is not None]
+    return torch.tensor(labels, dtype=torch.int64) if len(labels) == len(samples) else None
+
+
+def _lengths(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return np.array([len(array) for array in arrays], dtype=np.int64)
+
+
+def _flat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays, dtype=dtype) if arrays else np.empty(0, dtype)
+
+
+def _segments(lengths_S: np.ndarray) -> Segments:
+    ends = np.concatenate(([0], np.cumsum(lengths_S)))
+    return Segments(torch.from_numpy(ends.astype(np.int32)), int(lengths_S.max(initial=0)), int(ends[-1]))
+
+
+def _losses(checked: list[tuple[np.ndarray, np.ndarray, np.ndarray]], modality: int, all_tokens: bool) -> int:
+    """Tokens of a modality (0 image, 1 text) that carry loss."""
+    masks = [sample[modality] for sample in checked]
+    return sum(len(mask) if all_tokens else int(np.count_nonzero(mask)) for mask in masks)
+
+
+def _padded(lengths_S: np.ndarray, rows: int) -> np.ndarray:
+    """Lengths of the samples, and of segments no longer than theirs that make `rows` of their rows."""
+    longest, missing = int(lengths_S.max(initial=1)), rows - int(lengths_S.sum())
+    pieces = [min(longest, missing - first) for first in range(0, missing, longest)]
+    return np.concatenate((lengths_S, np.array(pieces, np.int64)))
+
+
+def _loss_rows(image_U: np.ndarray, images: int, text_U: np.ndarray, texts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the image loss and of the text loss, `images` and `texts` in all: the last rows without a loss make up
+    the numbers. No row is in both, which the backward of `head_inputs` relies on."""
+    without = np.flatnonzero(~(image_U | text_U))
+    more_images, more_texts = images - int(np.count_nonzero(image_U)), texts - int(np.count_nonzero(text_U))
+    spare = without[len(without) - more_images - more_texts :]
+    return (
+        np.union1d(np.flatnonzero(image_U), spare[:more_images]),
+        np.union1d(np.flatnonzero(text_U), spare[more_images:]),
+    )
+
+
+def _extended(ids: np.ndarray, size: int, fill: int) -> np.ndarray:
+    return np.concatenate((ids, np.full(size - len(ids), fill)))

@@ -1,0 +1,69 @@
+"""What a frozen encoder is given, and how it is run.
+
+Shapes: C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from m3ae_fast.batch.crops import centre_crop
+from m3ae_fast.batch.images import pixels_of
+from m3ae_fast.batch.packing import Sample
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.hardware import dtype_of, fast_precision
+
+
+@contextmanager
+def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
+    """Inference with the model as it is in evaluation; the weights are cast once for all batches within."""
+    was_training = model.training
+    model.eval()
+    dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def unmasked_sample(
+    number: int, image: Image | Tensor | None, text: str | None, config: ModelConfig, tokenizer: CaptionTokenizer | None
+) -> Sample:
+    """Return an image, a text or a pair of them as a sample of which everything is visible; for a text the tokenizer is
+    needed. Raises ValueError as `prepare_image` does."""
+    sample = Sample(str(number))
+    if image is not None:
+        sample.image = prepare_image(image, config)
+        sample.image_mask = torch.zeros(config.patches_per_image, dtype=torch.bool)
+    if text is not None:
+        assert tokenizer is not None
+        sample.tokens = torch.from_numpy(tokenizer.encode(text))
+        sample.text_mask = torch.zeros(len(sample.tokens), dtype=torch.bool)
+    return sample
+
+
+def prepare_image(image: Image | Tensor, config: ModelConfig) -> Tensor:
+    """Return [C, image_size, image_size] on the CPU: uint8, or as it is where it is floating.
+
+    Raises:
+        ValueError: the image does not fit the model.
+    """
+    channels, size = config.channels, config.image_size
+    if isinstance(image, Image):
+        return centre_crop(pixels_of(image, channels), size)
+    if image.ndim != 3 or image.shape[0] != channels:
+        raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
+    if image.is_floating_point():
+        if image.shape[1:] != (size, size):
+            raise ValueError(f"a floating image has shape {list(image.shape)}, not {[channels, size, size]}")
+        return image.cpu()
+    if image.dtype != torch.uint8:
+        raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
+    return centre_crop(image.cpu(), size)

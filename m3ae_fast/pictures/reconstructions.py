@@ -1,0 +1,222 @@
+"""Reconstructions as a picture: image and caption as they are, as the encoder sees them, and as predicted.
+
+Shapes: L patches, K = P * P * C values of a patch, I masked patches, W masked text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
+from m3ae_fast.config import Config
+from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.vqgan.model import VQGAN
+from m3ae_fast.weights.pretrained import load_weights
+from m3ae_fast.whole_file import whole_file
+
+SIDE = 160  # pixels at which an image is shown
+TEXT_WIDTH = 440
+GAP = 8
+GREY = 127
+HIDDEN = "___"
+Colour = tuple[int, int, int]
+BLACK, GREEN, RED, FAINT = (20, 20, 20), (0, 130, 50), (190, 30, 30), (130, 130, 130)
+
+
+def draw_run(
+    config: Config,
+    weights: dict[str, Tensor],
+    corpus: Corpus,
+    tokenizer: CaptionTokenizer | None,
+    path: Path,
+    count: int,
+    ratios: Sequence[float] = (),
+) -> None:
+    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights.
+
+    Args:
+        config: of the run.
+        weights: float32, by parameter name.
+        corpus: where the samples come from.
+        tokenizer: of the run; None where it has no captions.
+        path: the PNG to write.
+        count: samples.
+        ratios: of the image to mask, a reconstruction each; empty: the run's ratio.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
+        model = M3AE(config.model, config.loss)
+    load_weights(model, weights, "the run's weights", assign=True)
+    turns = []
+    for ratio in ratios or [config.masking.image_ratio]:
+        masking = config.masking.model_copy(update={"image_ratio": ratio})
+        preparation = Preparation(model.geometry, masking, tokenizer, config.run.seed)
+        turns.append(eval_samples(corpus, preparation, count))
+    samples = [sample for turn in zip(*turns) for sample in turn]
+    vqgan = open_image_tokenizer(config.data, config.model)
+    draw_reconstructions(model, samples, tokenizer, path, vqgan)
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: M3AE,
+    samples: Sequence[Sample],
+    tokenizer: CaptionTokenizer | None,
+    path: Path,
+    vqgan: VQGAN | None = None,
+) -> None:
+    """Write a PNG with a row for each sample. Visible patches and text tokens are shown as they are, masked ones as
+    predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
+    predicted.
+
+    Args:
+        model: on any device; its mode stays.
+        samples: with masks; images uint8 [C, image_size, image_size].
+        tokenizer: of the captions; None: tokens are shown as numbers.
+        path: the PNG to write.
+        vqgan: the frozen image tokenizer, on the CPU; None where pixels are predicted.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    rows = [_row(model, sample, tokenizer, device, vqgan) for sample in samples]
+    model.train(was_training)
+    width = 3 * (SIDE + GAP) + TEXT_WIDTH
+    sheet = Image.new("RGB", (width, 24 + len(rows) * (SIDE + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    titles = ("original", "masked", "reconstruction", "caption; masked tokens in green are predicted correctly")
+    for i, title in enumerate(titles):
+        draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, 24 + i * (SIDE + GAP)))
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def _row(
+    model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device, vqgan: VQGAN | None
+) -> Image.Image:
+    output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
+    row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, SIDE), "white")
+    if sample.image is not None and sample.image_mask is not None:
+        output_IK = output_IK.float().cpu()
+        shown = _images(model, sample.image, sample.image_mask, None if vqgan else output_IK)
+        if vqgan:
+            shown.append(_decoded(model, vqgan, sample.image, sample.image_mask, output_IK))
+        for i, image in enumerate(shown):
+            row.paste(_show(image), (GAP + i * (SIDE + GAP), 0))
+    if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
+        with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
+        guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
+        _write_captions(ImageDraw.Draw(row), captions(sample.tokens, sample.text_mask, guesses, tokenizer))
+    return row
+
+
+def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
+    """uint8 [C, H, W]: the image decoded from the true ids where visible and the predicted ones where masked."""
+    ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
+    predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
+    side = model.config.image_size // model.config.patch_size
+    decoded = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, side, side))[0]
+    return (decoded.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
+    """uint8 [C, H, W] each: original, masked and, where pixels are predicted, reconstruction."""
+    c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
+    patches_LK = _cut(image, c.patch_size).float()
+    masked, rebuilt = patches_LK.clone(), patches_LK.clone()
+    masked[mask_L] = GREY
+    side = c.image_size // c.patch_size
+    if pixels_IK is None:
+        return [_join(p.to(torch.uint8), side, c.patch_size) for p in (patches_LK, masked)]
+    mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
+    if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
+        normal = (patches_LK / 255 - mean) / std
+        spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
+        pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
+    predicted = patches_LK.clone()
+    predicted[with_loss] = (pixels_IK * std + mean) * 255
+    rebuilt[mask_L] = predicted[mask_L]
+    whole = (patches_LK, masked, rebuilt)
+    return [_join(p.clamp(0, 255).round().to(torch.uint8), side, c.patch_size) for p in whole]
+
+
+def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
+    return torch.ones_like(mask) if everywhere else mask
+
+
+def _cut(image: Tensor, patch: int) -> Tensor:
+    """[C, H, W] -> [L, P * P * C]."""
+    channels, height, width = image.shape
+    blocks = image.reshape(channels, height // patch, patch, width // patch, patch)
+    return blocks.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def _join(patches_LK: Tensor, side: int, patch: int) -> Tensor:
+    """[L, P * P * C] -> [C, H, W]."""
+    blocks = patches_LK.reshape(side, side, patch, patch, -1)
+    return blocks.permute(4, 0, 2, 1, 3).reshape(blocks.shape[-1], side * patch, side * patch)
+
+
+def _show(image_CHW: Tensor) -> Image.Image:
+    array = image_CHW.permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def captions(
+    tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
+) -> dict[str, list[tuple[str, Colour]]]:
+    """A caption in three ways, as words and colours: itself, as the encoder sees it, and as predicted.
+
+    Args:
+        tokens: int [n].
+        mask: bool [n], True = masked.
+        guesses: the predicted token of each masked position.
+        tokenizer: None: tokens are shown as numbers.
+    """
+
+    def word(token: int) -> str:
+        return tokenizer.token(token) if tokenizer else str(token)
+
+    caption, visible, predicted = [], [], []
+    for i, (token, masked) in enumerate(zip(tokens.tolist(), mask.tolist())):
+        caption.append((word(token), BLACK))
+        visible.append((HIDDEN, FAINT) if masked else (word(token), BLACK))
+        guess = guesses[i] if masked else token
+        predicted.append((word(guess), BLACK if not masked else GREEN if guess == token else RED))
+    return {"caption": caption, "masked": visible, "predicted": predicted}
+
+
+def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> None:
+    left, y = 3 * (SIDE + GAP) + GAP, 0
+    font = _font(13)
+    for title, words in lines.items():
+        draw.text((left, y), title, fill=FAINT, font=_font(11))
+        x = indent = 64.0
+        for word, colour in words:
+            joined = word.removeprefix("##")  # WordPiece's mark of a piece inside a word
+            space = draw.textlength(" ", font=font) if joined == word and x > indent else 0
+            width = draw.textlength(joined, font=font)
+            if x + space + width > TEXT_WIDTH and x > indent:
+                x, y, space = indent, y + 16, 0
+            draw.text((left + x + space, y), joined, fill=colour, font=font)
+            x += space + width
+        y += 22
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

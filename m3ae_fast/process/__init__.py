@@ -1,0 +1,1 @@
+"""Processes of a run: ranks, signals, stalls, and how a program joins and ends."""

@@ -1,0 +1,37 @@
+"""What every program on several ranks begins and ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from m3ae_fast.process.failures import explain
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.ranks import Ranks, join_ranks
+from m3ae_fast.process.signals import StopRequest
+
+
+@contextmanager
+def joined_program() -> Iterator[tuple[Ranks, StopRequest, Pulse]]:
+    """The ranks that work together, who asks them to stop, and their pulse.
+
+    An error that `explain` has a line for is printed once, by the first rank that meets it; all exit with code 2. One
+    that follows from a rank that left before there was anything to save is ignored: the program ends there.
+    """
+    with (
+        StopRequest() as stop,
+        join_ranks() as ranks,
+        Pulse(ranks.rank, ranks.world, ranks.side_store, stop) as pulse,
+    ):
+        stop.joined(pulse.tell_stop)
+        try:
+            yield ranks, stop, pulse
+        except Exception as error:
+            if pulse.stop_told():  # a rank that left has taken its connections with it
+                return
+            told = explain(error)
+            if told is None:
+                raise
+            if ranks.says("error"):
+                raise told from None
+            raise SystemExit(2) from None

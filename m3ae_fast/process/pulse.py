@@ -1,0 +1,161 @@
+"""Signs of life between ranks: one that falls silent ends the run, so that it can be restarted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import psutil
+import torch.distributed as dist
+
+from m3ae_fast.process.signals import StopRequest, kill_children
+
+T = TypeVar("T")
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+_BUSY = 0.05  # of a core: less is what idle threads use
+_WRITING = 1 << 12  # bytes between two looks: a download, a save
+_STOP = "stop"
+
+
+@dataclass
+class _Other:
+    """What is known of another rank."""
+
+    beat: bytes = b""
+    silent: float = 0.0  # seconds for which this process was awake and heard nothing new
+
+
+class Pulse:
+    """Tells other ranks that this one is at work, and ends the process when nothing has moved for `timeout` seconds.
+
+    At work is a rank whose main thread comes to a `mark`, or whose processes compute or write: a long download, a
+    compilation or a large save is not a stall; a frozen process, a dead disk and a deadlock are. Threads do this, since
+    the main thread may wait in a collective forever. Use as a context manager.
+    """
+
+    def __init__(self, rank: int, world: int, store: dist.Store, stop: StopRequest) -> None:
+        """`store`: only for these threads."""
+        self.timeout = float("inf")  # seconds; the config's once it is known
+        self._rank, self._store, self._stop = rank, store, stop
+        watched = range(1, world) if rank == 0 else [0]  # few words even where there are many ranks
+        self._others = {other: _Other() for other in watched}
+        self._doing, self._marks, self._loading = "starting", 0, False
+        self._quiet = 0.0  # seconds for which this process was awake and its main thread came to no mark
+        self._idle = 0.0  # seconds for which, moreover, no loader worker moved
+        self._end = threading.Event()
+
+    def __enter__(self) -> Pulse:
+        self._threads = [threading.Thread(target=self._judge, name="stalls", daemon=True)]
+        if self._others:
+            self._threads.append(threading.Thread(target=self._beat, name="pulse", daemon=True))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join(1.0)
+
+    def mark(self, doing: str, *, loading: bool = False) -> None:
+        """The main thread moves on. `doing` is for messages."""
+        self._doing, self._loading, self._marks = doing, loading, self._marks + 1
+
+    def watch(self, loader: Iterable[T], doing: str) -> Iterator[T]:
+        """The batches of `loader`, which is not to hang either."""
+        self.mark("starting its loader", loading=True)
+        batches = iter(loader)
+        while True:
+            self.mark("waiting for its loader", loading=True)
+            batch = next(batches, None)
+            self.mark(doing)
+            if batch is None:
+                return
+            yield batch
+
+    def tell_stop(self, reason: str) -> bool:
+        """Ask every rank to leave. True on the first that does."""
+        self._store.set(_STOP, reason)
+        return self._store.add(f"{_STOP} told", 1) == 1
+
+    def stop_told(self) -> bool:
+        try:
+            return self._store.check([_STOP])
+        except RuntimeError:  # the process that held the store has left
+            return self._stop.asked
+
+    @property
+    def _interval(self) -> float:
+        return min(1.0, self.timeout / 10)
+
+    def _beat(self) -> None:
+        """Send and receive beats. A store that does not answer blocks this thread, not the one that judges."""
+        beats, marks, activity = 0, -1, _Activity()
+        with contextlib.suppress(RuntimeError):  # the process that holds the store has left, or has been killed
+            while not self._end.is_set():
+                beats, marks = beats + (marks != self._marks or activity.grown(self._loading)), self._marks
+                self._store.set(f"beat {self._rank}", f"{beats} {self._doing}")
+                known = {f"beat {r}": o for r, o in self._others.items() if o.beat or self._store.check([f"beat {r}"])}
+                for other, beat in zip(known.values(), self._store.multi_get(list(known)) if known else []):
+                    if beat != other.beat:
+                        other.beat, other.silent = beat, 0.0
+                if self._store.check([_STOP]):
+                    self._stop.ask("asked by another rank")
+                self._end.wait(self._interval)
+
+    def _judge(self) -> None:
+        marks, activity, looked = -1, _Activity(), time.monotonic()
+        while not self._end.wait(self._interval):
+            now = time.monotonic()
+            # while the whole process was suspended, nobody else was silent
+            awake, looked = min(now - looked, 2 * self._interval), now
+            self._quiet += awake
+            self._idle += awake
+            if marks != self._marks:
+                marks, self._quiet, self._idle = self._marks, 0.0, 0.0
+            elif not self._loading or activity.grown(True):
+                self._idle = 0.0
+            for other in self._others.values():
+                other.silent += awake
+            if self._quiet > self.timeout:
+                self._look()
+
+    def _look(self) -> None:
+        if self._idle > self.timeout:
+            self._end_process("its loader workers are idle and deliver nothing (does the disk of the shards respond?)")
+        silent = {rank: other for rank, other in self._others.items() if other.silent > self.timeout}
+        if silent:
+            names = ", ".join(map(str, silent))
+            last = next(iter(silent.values())).beat.decode("utf-8", "replace").partition(" ")[2] or "joining"
+            self._end_process(f"no sign of life from rank {names} (last: {last})")
+
+    def _end_process(self, what: str) -> None:
+        text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; --resume auto continues\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+        kill_children()  # a worker that is frozen would never leave
+        os._exit(EXIT_CODE)
+
+
+class _Activity:
+    """Whether this process or its children computed or wrote since the last look."""
+
+    def __init__(self) -> None:
+        self._last, self._cpu, self._written = time.monotonic(), 0.0, 0
+
+    def grown(self, children_alone: bool) -> bool:
+        cpu, written, own = 0.0, 0, psutil.Process()
+        for process in own.children(recursive=True) + ([] if children_alone else [own]):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                cpu += times.user + times.system
+                written += process.io_counters().write_chars
+        now = time.monotonic()
+        moved = cpu - self._cpu > _BUSY * (now - self._last) or written - self._written > _WRITING
+        self._last, self._cpu, self._written = now, cpu, written
+        return moved

@@ -1,0 +1,130 @@
+"""Which checkpoint a run continues from, whether it is then the same run, and what a failed step says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.engine.optimizer import EMA, MOMENTS
+from m3ae_fast.errors import UserError
+from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.run import checkpoint
+
+
+def find(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that `--resume` means: "auto" (the last one that has not FAILED, if any), "no", or a path for
+    `checkpoint.locate`.
+
+    Raises:
+        UserError: the path holds no checkpoint, `run_dir` holds those of another run, or all have failed.
+    """
+    own = checkpoint.saved_steps(run_dir)
+    if resume == "auto":
+        usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
+        if own and not usable:
+            raise UserError(
+                f"{run_dir}: no checkpoint of it gave a finite loss; remove them to start over, with another config"
+            )
+        return usable[-1] if own else None
+    path = None if resume == "no" else checkpoint.locate(Path(resume))
+    if own and (path is None or path.resolve() not in [p.resolve() for p in own]):
+        raise UserError(f"{run_dir} already holds checkpoints; add --resume auto, or choose another run.dir")
+    return path
+
+
+def passed_over(run_dir: Path) -> list[str]:
+    """Notes on the last checkpoints, where "auto" takes an older one."""
+    notes = []
+    for path in reversed(checkpoint.saved_steps(run_dir)):
+        if not (path / checkpoint.FAILED).exists():
+            break
+        notes.append(f"{path} is skipped: {(path / checkpoint.FAILED).read_text(encoding='utf-8').strip()}")
+    return notes
+
+
+def judge(run_dir: Path, bad_step: int) -> str:
+    """Note what a loss or gradient norm of `bad_step` that is not finite says of the checkpoint before it, and say
+    which one is the last good one."""
+    before = checkpoint.folder(run_dir) / f"step-{bad_step - 1:08d}"
+    told = ""
+    if before.is_dir() and not checkpoint.is_good(before):
+        checkpoint.mark(
+            run_dir, bad_step - 1, checkpoint.FAILED, f"step {bad_step}, the first from its weights, was not finite"
+        )
+        told = f"{before} is thereby marked as failed, and --resume auto will skip it; "
+    good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
+    return told + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
+
+
+def check_fits(
+    path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
+) -> list[str]:
+    """What a run that continues from the checkpoint does otherwise than the one that wrote it, one line each.
+
+    Raises:
+        UserError: it would not be the same model, or, unless `with_changes`, not the same stream of samples.
+    """
+    saved, wanted = info.config, config.model_dump(mode="json")
+
+    def differing(section: str, keys: Iterable[str]) -> list[tuple[str, Any, Any]]:
+        then, now = saved.get(section) or {}, wanted[section]
+        return [(f"{section}.{key}", then[key], now[key]) for key in keys if key in then and then[key] != now[key]]
+
+    same = [("model", key) for key in wanted["model"] if key != "init_from"]
+    check_same(path, info, wanted, [*same, ("run", "seed"), ("train", "global_batch")])
+    other = differing("data", ("shuffle_shards", "crop_scale", "flip")) + differing("masking", list(wanted["masking"]))
+    other += [(name, info.stream[name], now) for name, now in stream.items() if info.stream.get(name, now) != now]
+    if other and not with_changes:
+        name, was, now = other[0]
+        raise UserError(
+            f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; "
+            "--resume-with-changes continues anyway"
+        )
+    for section in ("loss", "optim"):
+        other += differing(section, list(wanted[section]))
+    other += differing("train", ("epochs", "steps", "precision"))
+    return [f"{name} was {was} and is {now} from here on" for name, was, now in other]
+
+
+def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
+    """Raises UserError where the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
+    saved = info.config
+    if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
+        model = parse(ModelConfig, saved["model"], f"checkpoint {path}")
+        saved = saved | {"model": model.model_dump(mode="json")}
+    for section, key in same:
+        was, now = (saved.get(section) or {}).get(key), wanted[section][key]
+        if was != now:
+            raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
+
+
+def open_checkpoint(
+    path: Path, model: nn.Module, ranks: Ranks, kinds: Sequence[str] = MOMENTS
+) -> tuple[int, Callable[[str], Tensor]]:
+    """A checkpoint of `model` to continue from: its step, and a reader of its tensors for every rank in the same order.
+
+    `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
+    call it. Raises UserError where the checkpoint is damaged, or a tensor of it does not fit the model.
+    """
+    info = ranks.told(lambda: checkpoint.read_info(path))
+    had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
+    saved = ("model", *(kind for kind in kinds if kind != EMA or had_ema))
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    wanted = {f"{kind}/{name}": shape for kind in saved for name, shape in shapes.items()}
+
+    def open_checked() -> Callable[[str], Tensor]:
+        read = checkpoint.open_state(path)
+        checkpoint.check_tensors(path, wanted)
+        return read
+
+    read = ranks.on_main(open_checked)
+
+    def own(name: str) -> Tensor:
+        assert read is not None  # asked on the main rank only
+        return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))
+
+    return info.step, lambda name: ranks.told(lambda: own(name))

@@ -1,0 +1,76 @@
+"""What a step processed, and the rates that follow from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.model.flops import executed_flops, reference_flops
+
+
+class StepCounts(NamedTuple):
+    """Of some micro-batches. Sums over ranks are StepCounts again."""
+
+    samples: float
+    images: float
+    captions: float
+    loss_image: float  # what the losses are means over
+    loss_text: float
+    skipped: float  # samples that could not be used
+    tokens: float  # rows of cls, patches and text tokens, visible or masked
+    flops: float  # executed, forward and backward
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
+        """`batches` must still be on the CPU."""
+        each = []
+        for b in batches:
+            samples = len(b.keys), len(b.images), b.captions
+            each.append((*samples, *b.counts, len(b.skipped), _tokens(b), executed_flops(config, b)))
+        return cls(*map(sum, zip(*each)))
+
+
+def _tokens(batch: PackedBatch) -> int:
+    """Decoder rows, without padding."""
+    return int(batch.decoder.cu_seqlens[len(batch.keys)])
+
+
+class Throughput:
+    """Rates between two log lines."""
+
+    def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float) -> None:
+        """`peak_flops`: FLOP/s of all ranks together."""
+        self._peak = peak_flops
+        paired, image, text = ((True, True), (True, False), (False, True))
+        self._paired, self._image, self._text = (
+            reference_flops(config, masking, image=i, text=t) for i, t in (paired, image, text)
+        )
+        self._start()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._counts = StepCounts(*[0] * len(StepCounts._fields))
+
+    def add(self, counts: StepCounts, waited: float) -> None:
+        """A step over all ranks, and the seconds that this rank waited for its data."""
+        self._counts = StepCounts(*(a + b for a, b in zip(self._counts, counts)))
+        self._waited += waited
+
+    def rates(self) -> dict[str, float]:
+        """Rates since the last call."""
+        seconds, n = time.perf_counter() - self._since, self._counts
+        paired = n.images + n.captions - n.samples
+        reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text
+        rates = {
+            "samples_per_s": n.samples / seconds,
+            "tokens_per_s": n.tokens / seconds,
+            "mfu": reference / seconds / self._peak,  # FLOPs that the official code would spend
+            "utilisation": n.flops / seconds / self._peak,  # FLOPs that were spent
+            "data_wait": self._waited / seconds,
+        }
+        self._start()
+        return rates

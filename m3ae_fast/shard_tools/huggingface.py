@@ -1,0 +1,133 @@
+"""A Hugging Face dataset, on disk or by name, as a source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose
+from m3ae_fast.shard_tools.source import Record, read_file, to_int
+
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
+
+
+class HuggingFace:
+    """See `source.Source`. A row with a list of captions gives a sample for each.
+
+    Args:
+        name: a folder that `save_to_disk` wrote, a folder of data files, or a name on the hub.
+        subset: the configuration of a dataset that has several.
+        split: the split to take; None: all of them.
+        columns: image, caption and label column, None to detect them.
+
+    Raises:
+        UserError: `datasets` is not installed, there is no such dataset, or it has neither images nor captions.
+    """
+
+    def __init__(
+        self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]
+    ) -> None:
+        data = _load(name, subset)
+        if split is not None:
+            if split not in data:
+                raise UserError(f"--split {split}: {name} has {', '.join(data)}")
+            data = {split: data[split]}
+        first = next(iter(data.values()))
+        self.image, self.caption, self.label = _columns(first.features, columns, name)
+        self.classes: Sequence[str] | None = getattr(first.features[self.label], "names", None) if self.label else None
+        self._data: dict[str, Any] = {}
+        self._starts: dict[str, np.ndarray] = {}
+        for key, rows in data.items():
+            rows = rows.select_columns([column for column in (self.image, self.caption, self.label) if column])
+            self._data[key] = rows.cast_column(self.image, _undecoded()) if self.image else rows
+            self._starts[key] = _starts(rows, self.caption)
+        self.splits = {key: int(starts[-1]) for key, starts in self._starts.items()}
+        self.identity: dict[str, Any] = {
+            "kind": "huggingface",
+            "name": name,
+            "columns": [self.image, self.caption, self.label],
+            "fingerprints": {key: rows._fingerprint for key, rows in data.items()},
+        }
+
+    def read(self, split: str, number: int) -> Record:
+        starts = self._starts[split]
+        row_number = int(np.searchsorted(starts, number, side="right")) - 1
+        row = self._data[split][row_number]
+        caption = row[self.caption] if self.caption else None
+        if isinstance(caption, list):
+            caption = caption[number - int(starts[row_number])] if caption else None
+        label = to_int(row[self.label]) if self.label else None
+        if label is not None and label < 0:  # a hidden label, as test splits have
+            label = None
+        about = {"class_name": self.classes[label]} if self.classes and label is not None else {}
+        return Record(_image(row[self.image]) if self.image else None, caption, label, about)
+
+
+def _load(name: str, subset: str | None) -> dict[str, Any]:
+    """The splits of a dataset."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("from-hf: needs datasets; pip install 'm3ae-fast[huggingface]'") from None
+    try:
+        saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
+        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
+    except Exception as error:  # the library raises anything, from files and from the network
+        raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    return dict(data) if isinstance(data, dict) else {"train": data}
+
+
+def _undecoded() -> Any:
+    import datasets
+
+    return datasets.Image(decode=False)
+
+
+def _columns(features: Any, named: tuple[str | None, str | None, str | None], where: str) -> list[str | None]:
+    """The image, caption and label columns: as named, else by type and usual name, else None."""
+    import datasets
+
+    def kind(feature: Any) -> str:
+        if isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) == "binary":
+            return "image"
+        if isinstance(feature, datasets.ClassLabel):
+            return "label"
+        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+        dtype = str(getattr(inner, "dtype", ""))
+        return "caption" if "string" in dtype else "label" if dtype.startswith(("int", "uint")) else ""
+
+    found: list[str | None] = []
+    usual = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
+    for (what, names), name in zip(usual.items(), named):
+        fitting = [column for column, feature in features.items() if kind(feature) == what]
+        if name is not None and name in features and name not in fitting:
+            raise UserError(f"--{what}-column {name}: is {features[name]}, not {what}s")
+        if name is None and not any(column.lower() in names for column in fitting):
+            only = fitting[0] if len(fitting) == 1 and what == "image" else None
+            found.append(only)
+        else:
+            found.append(choose(fitting, name, names, f"--{what}-column", where))
+    if found[0] is None and found[1] is None:
+        raise UserError(f"{where}: has {', '.join(features)}; name --image-column or --caption-column")
+    return found
+
+
+def _starts(rows: Any, caption: str | None) -> np.ndarray:
+    """Where each row's samples begin, and the total: int64 [rows + 1]."""
+    counts = np.ones(len(rows), dtype=np.int64)
+    if caption and not hasattr(rows.features[caption], "dtype"):  # a list of captions
+        lengths = rows.with_format("arrow")[caption]
+        counts = np.array([max(1, len(value or ())) for value in lengths.to_pylist()], dtype=np.int64)
+    return np.concatenate(([0], np.cumsum(counts)))
+
+
+def _image(value: Any) -> bytes | None:
+    """The file behind an undecoded image. Raises BadSample where it cannot be read."""
+    if value is None or isinstance(value, bytes):
+        return value
+    return value["bytes"] if value["bytes"] is not None else read_file(value["path"])

@@ -1,0 +1,32 @@
+"""Images as shards keep them: JPEG, no larger than training needs."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+from PIL import Image
+
+from m3ae_fast.batch.crops import resize
+from m3ae_fast.batch.images import decode_image
+
+
+def shrink(data: bytes, short_side: int, quality: int) -> bytes:
+    """An image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where transparent.
+
+    A JPEG that is small enough is returned as it is.
+
+    Raises:
+        BadSample: it is no image, or a broken one.
+    """
+    image = decode_image(data, 3)
+    height, width = image.shape[-2:]
+    scale = short_side / min(height, width)
+    if scale >= 1:
+        header = Image.open(BytesIO(data))
+        if header.format == "JPEG" and header.mode in ("L", "RGB"):
+            return data
+    else:
+        image = resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    out = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
+    return out.getvalue()

@@ -1,0 +1,211 @@
+"""tokenize-images: shards whose images are crops with their VQGAN token ids, made ahead of time.
+
+Each sample of OUT is a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and what else the sample had.
+Training takes such crops as they are (`data.image_tokens` "shards"): another crop would have other ids.
+
+Shapes: C channels, S x S pixels of a crop, L ids of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.crops import centre_crop, random_crop
+from m3ae_fast.batch.images import decode_image
+from m3ae_fast.data.index import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, group, index_shards
+from m3ae_fast.data.order import hash64
+from m3ae_fast.data.reader import IDS_DTYPE
+from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.data.tar import Member, scan_tar
+from m3ae_fast.errors import UserError
+from m3ae_fast.shard_tools.source import Record
+from m3ae_fast.shard_tools.writer import Settings, convert, describe
+from m3ae_fast.vqgan.model import VQGAN
+
+HELP = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
+data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
+data). Captions, classes and json come along; samples without an image do not.
+
+  python -m m3ae_fast.data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
+  python -m m3ae_fast.data tokenize-images 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
+"""
+AHEAD = 32  # crops that the VQGAN takes together
+QUALITY = 95  # of the crops' JPEGs; ids are of what they decode to
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "tokenize-images",
+        parents=[common],
+        help="make shards of crops with their VQGAN token ids",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards: new, or to be continued")
+    parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
+    parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
+    parser.add_argument("--centre", action="store_true", help="take the central square instead")
+    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
+    parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
+    parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes, or a GPU's threads"
+    )
+    parser.set_defaults(run=_run)
+
+
+class Crops:
+    """Crops of the images in some shards, with their ids. See `source.Source`.
+
+    Args:
+        shards: where the images are.
+        store: where copies of remote shards go.
+        vqgan: on the device where it is to run.
+        size: S.
+        views: random crops of each image; None: its central square.
+        scale, flip: of the random crops.
+        seed: of the random crops.
+        threads: that prepare crops for the VQGAN.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        store: ShardStore,
+        vqgan: VQGAN,
+        size: int,
+        views: int | None,
+        scale: tuple[float, float],
+        flip: bool,
+        seed: int,
+        threads: int,
+    ) -> None:
+        found = index_shards(shards, store, progress=True)
+        self.store, self.vqgan, self.size, self.views, self.threads = store, vqgan, size, views, threads
+        self.scale, self.flip, self.seed = scale, flip, seed
+        self._shards = [entry.shard for entry in found]
+        self._starts = np.concatenate(([0], np.cumsum([entry.summary.images * (views or 1) for entry in found])))
+        if not self._starts[-1]:
+            raise UserError(f"shards {shards[0]!r}: no image in them")
+        self.splits = {"tokenized": int(self._starts[-1])}
+        self.classes: Sequence[str] | None = None
+        codebook = hashlib.sha256(vqgan.codebook.cpu().numpy().tobytes()).hexdigest()
+        crops = {"image_size": size, "views": views, "crop_scale": list(scale), "flip": flip, "seed": seed}
+        counts = [[entry.summary.images, entry.summary.size] for entry in found]
+        self.identity: dict[str, Any] = {"kind": "tokenized", "vqgan": codebook, **crops, "shards": counts}
+        self._files: tuple[int, list[dict[str, Member]]] = (-1, [])
+        self._ready: dict[int, Record | BadSample] = {}
+
+    def read(self, split: str, number: int) -> Record:
+        if number not in self._ready:
+            last = min(number + AHEAD, self.splits["tokenized"])
+            self._ready = self._prepare(range(number, last))
+        found = self._ready.pop(number)
+        if isinstance(found, BadSample):
+            raise found
+        return found
+
+    def _prepare(self, numbers: range) -> dict[int, Record | BadSample]:
+        """Records of some numbers, the ids of all of them made at once."""
+        places = [self._place(number) for number in numbers]
+        with ThreadPoolExecutor(self.threads) as pool:
+            crops = list(pool.map(self._crop, places))
+        images = [crop[0] for crop in crops if not isinstance(crop, BadSample)]
+        device = self.vqgan.codebook.device
+        ids_BL = iter(
+            self.vqgan.encode(torch.stack(images).to(device)).cpu().numpy().astype(IDS_DTYPE) if images else ()
+        )
+        ready: dict[int, Record | BadSample] = {}
+        for number, crop in zip(numbers, crops):
+            if isinstance(crop, BadSample):
+                ready[number] = crop
+            else:
+                _, jpeg, others = crop
+                ready[number] = Record(jpeg, members={**others, "ids": next(ids_BL).tobytes()})
+        return ready
+
+    def _place(self, number: int) -> tuple[int, int, int, dict[str, Member]]:
+        """Shard, row of the image in it, view, and the sample's members."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        row, view = divmod(number - int(self._starts[shard]), self.views or 1)
+        if self._files[0] != shard:
+            try:
+                members, _ = scan_tar(self.store.path(self._shards[shard]))
+            except OSError as error:
+                raise BadSample(f"{self._shards[shard]}: cannot be read ({error})") from None
+            samples = [files for _, files in group(members) if any(suffix in files for suffix in IMAGE_SUFFIXES)]
+            self._files = (shard, samples)
+        return shard, row, view, self._files[1][row]
+
+    def _crop(
+        self, place: tuple[int, int, int, dict[str, Member]]
+    ) -> tuple[Tensor, bytes, dict[str, bytes]] | BadSample:
+        """uint8 [C, S, S] as the JPEG decodes, the JPEG, and the sample's other members."""
+        shard, row, view, files = place
+        suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in files)
+        try:
+            with open(self.store.path(self._shards[shard]), "rb") as file:
+                others: dict[str, bytes] = {
+                    s: _read(file.fileno(), files[s]) for s in ("txt", "json", "cls") if s in files
+                }
+                image = decode_image(_read(file.fileno(), files[suffix]), 3)
+        except BadSample as error:
+            return error
+        except OSError as error:
+            return BadSample(f"the shard cannot be read ({error})")
+        if self.views is None:
+            crop = centre_crop(image, self.size)
+        else:
+            generator = torch.Generator().manual_seed(hash64(self.seed, shard, row, view) & 0xFFFFFFFF)
+            crop = random_crop(image, self.size, self.scale, self.flip, generator)
+        out = BytesIO()
+        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=QUALITY)
+        return decode_image(out.getvalue(), 3), out.getvalue(), others
+
+
+def _read(fd: int, member: Member) -> bytes:
+    data = os.pread(fd, min(member.size, MAX_IMAGE_BYTES), member.offset)
+    if len(data) != member.size:
+        raise BadSample("the shard ends inside the sample")
+    return data
+
+
+def _run(args: argparse.Namespace) -> None:
+    low, high = args.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"--crop-scale {low:g} {high:g}: must be two fractions with 0 < LOW <= HIGH <= 1")
+    for name in ("image_size", "views", "samples_per_shard", "workers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    vqgan = VQGAN.from_pretrained(args.vqgan)
+    if args.image_size % vqgan.config.stride:
+        raise UserError(
+            f"--image-size {args.image_size}: is not a multiple of the {vqgan.config.stride} pixels of a code"
+        )
+    try:
+        vqgan.to(args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: is not available ({str(error).splitlines()[0]})") from None
+    on_cpu = vqgan.codebook.device.type == "cpu"
+    crops = Crops(
+        expand(args.shards), ShardStore(args.cache_dir), vqgan, args.image_size, None if args.centre else args.views,
+        (low, high), not args.no_flip, args.seed, threads=1 if on_cpu else args.workers,
+    )  # fmt: skip
+    settings = Settings(args.samples_per_shard, args.image_size, QUALITY, keep_order=True)
+    print(describe(args.out, convert(crops, args.out, settings, args.workers if on_cpu else 1)))

@@ -1,0 +1,58 @@
+"""train-tokenizer: a WordPiece tokenizer of the shards' captions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.tokenizer import SPECIAL, train_tokenizer
+from m3ae_fast.config import MAX_VOCAB, SourceConfig
+from m3ae_fast.data.corpus import open_corpus
+from m3ae_fast.data.reader import Reader
+from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.errors import UserError
+
+FEW = 0.9  # of the tokens requested; below it a note is printed
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "train-tokenizer", parents=[common], help="train a lower-cased WordPiece tokenizer on the captions"
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
+    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not len(SPECIAL) < args.vocab_size <= MAX_VOCAB:
+        raise UserError(
+            f"--vocab-size {args.vocab_size}: must be above {len(SPECIAL)}, the number of special tokens, "
+            f"and at most {MAX_VOCAB}"
+        )
+    tokenizer = train_tokenizer(list(captions(args.shards, ShardStore(args.cache_dir))), args.vocab_size)
+    size = tokenizer.get_vocab_size()
+    if size > args.vocab_size:
+        raise UserError(f"--vocab-size {args.vocab_size}: the captions' characters alone need {size}")
+    try:
+        tokenizer.save(str(args.out))
+    except Exception as error:  # the library raises just that
+        raise UserError(f"--out {args.out}: cannot be written ({error})") from None
+    print(f"{args.out}: {size:,} tokens; set model.vocab_size={size}")
+    if size < FEW * args.vocab_size:
+        print(f"fewer than the {args.vocab_size:,} requested: the captions yield no more words and word pieces")
+
+
+def captions(shards: list[str], store: ShardStore) -> Iterator[str]:
+    """All captions of some shards, unusable ones left out."""
+    corpus = open_corpus([SourceConfig(shards=shards, modality="text")], store, progress=True)
+    for source in corpus.sources:
+        reader = Reader(source, store)
+        for sample in range(sum(source.sizes)):
+            try:
+                yield reader.read(*reader.find(sample)).caption or ""
+            except (BadSample, OSError):
+                continue  # counted where it matters, in training

@@ -1,0 +1,233 @@
+"""Samples from anywhere -> shards: in parallel, resumable, with equal bytes for equal input.
+
+OUT gets `SPLIT-00000.tar`, ... with an index each, `conversion.json`, which says what they were made of, and, where
+labels have names, `classes.json`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from m3ae_fast.batch.bad_samples import BadSample, Skipped
+from m3ae_fast.data.index import index_shards
+from m3ae_fast.data.order import permutation
+from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
+from m3ae_fast.errors import UserError
+from m3ae_fast.progress import progress
+from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
+from m3ae_fast.shard_tools.shrink import shrink
+from m3ae_fast.shard_tools.source import Record, Source
+
+HELD_OUT = "val"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How shards are made."""
+
+    samples_per_shard: int = 2000
+    short_side: int = 320  # pixels; larger images are scaled down
+    quality: int = 95  # of JPEG
+    held_out: float = 0.0  # share of the samples that go to a split of their own
+    keep_order: bool = False  # else shuffled, always in the same way
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to be written."""
+
+    name: str
+    split: str  # of the source
+    numbers: np.ndarray
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion left behind; `skipped` are those of this call, without those of interrupted ones before it."""
+
+    shards: list[Path]
+    samples: int
+    images: int
+    captions: int
+    left_out: int
+    skipped: list[Skipped]
+
+
+def convert(source: Source, out: Path, settings: Settings, workers: int) -> Converted:
+    """Write what `out` lacks of the source's shards, with their indexes.
+
+    Raises:
+        UserError: `out` holds something else, or cannot be written, or no sample can be used.
+    """
+    plan = _plan(source, settings)
+    manifest = {"source": source.identity, "settings": asdict(settings)}
+    created = not out.exists()
+    with claimed(out, manifest, source.classes):
+        for leftover in out.glob(".*.partial"):
+            leftover.unlink()
+        todo = [shard for shard in plan if not (out / shard.name).exists()]
+        skipped = _write_all(source, out, settings, todo, workers)
+        shards = [out / shard.name for shard in plan]
+        found = [entry.summary for entry in index_shards([str(path) for path in shards], ShardStore())]
+        samples = sum(summary.samples for summary in found)
+        if not samples:
+            for name in (MANIFEST, CLASSES, *(path.name + suffix for path in shards for suffix in ("", INDEX_SUFFIX))):
+                (out / name).unlink(missing_ok=True)
+            if created:
+                out.rmdir()
+            raise UserError(f"{out}: not written, since no sample can be used{_example(skipped)}")
+    images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
+    left_out = sum(len(shard.numbers) for shard in plan) - samples
+    return Converted(shards, samples, images, captions, left_out, skipped)
+
+
+def _plan(source: Source, settings: Settings) -> list[Shard]:
+    """Which samples come into which shard."""
+    parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the source, numbers
+    for split, samples in source.splits.items():
+        order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
+        parts.append((split, split, order))
+    if settings.held_out:
+        if len(parts) > 1:
+            raise UserError(f"--held-out: the input has splits of its own ({', '.join(source.splits)}); choose one")
+        ((name, split, order),) = parts
+        kept = len(order) - max(1, round(len(order) * settings.held_out))
+        if kept < 1:
+            raise UserError(f"--held-out {settings.held_out:g}: leaves nothing of {len(order)} samples to train on")
+        parts = [(name, split, order[:kept]), (HELD_OUT, split, order[kept:])]
+    shards = []
+    for name, split, order in parts:
+        pieces = [order[i : i + settings.samples_per_shard] for i in range(0, len(order), settings.samples_per_shard)]
+        shards += [Shard(f"{name}-{i:05d}.tar", split, numbers) for i, numbers in enumerate(pieces)]
+    return shards
+
+
+def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard], workers: int) -> list[Skipped]:
+    skipped: list[Skipped] = []
+    with progress("writing shards", sum(len(shard.numbers) for shard in todo)) as advance:
+        if min(workers, len(todo)) <= 1:
+            for shard in todo:
+                skipped += _write(source, out, settings, shard, advance)
+            return skipped
+        # forked: the source, which may list millions of files, need not be pickled
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (source, out, settings)) as pool:
+            futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}
+            try:
+                for future in as_completed(futures):
+                    skipped += future.result()
+                    advance(len(futures[future].numbers))
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker was killed, perhaps for lack of memory; repeat the command with fewer --workers"
+                ) from None
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    return skipped
+
+
+_of_worker: tuple[Source, Path, Settings]
+
+
+def _begin(*arguments: Any) -> None:
+    global _of_worker
+    _of_worker = arguments  # type: ignore[assignment]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process was killed would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _write_in_worker(shard: Shard) -> list[Skipped]:
+    return _write(*_of_worker, shard, lambda count: None)
+
+
+def _write(
+    source: Source, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]
+) -> list[Skipped]:
+    """Write one shard under its name only when it is whole."""
+    skipped = []
+    partial = out / f".{shard.name}.partial"
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in shard.numbers.tolist():
+                key = f"{number:09d}"
+                try:
+                    files = _files(source.read(shard.split, number), settings)
+                except BadSample as error:
+                    skipped.append(Skipped(shard.name, key, str(error)))
+                    files = {}
+                for suffix, data in files.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                advance(1)
+        partial.replace(out / shard.name)
+    finally:
+        partial.unlink(missing_ok=True)
+    return skipped
+
+
+def _files(record: Record, settings: Settings) -> dict[str, bytes]:
+    """The members of a sample by suffix. Raises BadSample where it has neither image nor caption."""
+    caption = (record.caption or "").strip()
+    files = {}
+    if record.image is not None:
+        files["jpg"] = shrink(record.image, settings.short_side, settings.quality)
+    if caption:
+        files["txt"] = caption.encode("utf-8", "replace")
+    if not files:
+        raise BadSample("neither image nor caption")
+    about = dict(record.about)
+    if record.label is not None:
+        files["cls"] = str(record.label).encode()
+        about["label"] = record.label
+    if about:
+        files["json"] = json.dumps(about, sort_keys=True).encode()
+    return files | record.members
+
+
+def _example(skipped: Sequence[Skipped]) -> str:
+    return f", such as {skipped[0]}" if skipped else ""
+
+
+def describe(out: Path, converted: Converted) -> str:
+    """What was made, for the user, with the lines that a config needs."""
+    c = converted
+    paired = c.images + c.captions - c.samples
+    kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
+    told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+    lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shard{'s' * (len(c.shards) != 1)} ({told})"]
+    if c.left_out:
+        lines.append(
+            f"{c.left_out:,} of {c.samples + c.left_out:,} cannot be used and were left out{_example(c.skipped)}"
+        )
+    for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
+        lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
+    return "\n".join(lines)

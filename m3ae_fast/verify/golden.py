@@ -1,0 +1,120 @@
+"""Golden files: the official JAX implementation's numbers, read into our model and batch.
+
+A file is an .npz of parameters under their flax paths, one batch, and what the official model computed from them.
+
+Shapes: S samples, L patches, X text positions, C channels, H = W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast.batch.packing import Sample
+from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
+from m3ae_fast.convert.flax_names import flax_name, from_flax
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+
+
+@dataclass
+class Golden:
+    """One golden file."""
+
+    path: Path
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Golden:
+        """Raises UserError where the file is missing or not of this format."""
+        path = Path(path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            meta = json.loads(arrays.pop("meta").tobytes())
+            return cls(path, arrays, meta)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except Exception as error:  # numpy and zipfile raise anything on hostile input
+            reason = str(error).partition(". ")[0]  # without numpy's advice to trust a pickle
+            raise UserError(f"{path}: is not a golden file ({reason})") from None
+
+    def get(self, key: str) -> np.ndarray | None:
+        return self.arrays.get(key)
+
+    @property
+    def optim(self) -> OptimConfig:
+        m = self.meta
+        return OptimConfig(
+            weight_decay=m["weight_decay"], betas=tuple(m["betas"]), eps=m["adam_eps"], clip_grad=m["clip_gradient"]
+        )
+
+    def build_model(self, dtype: torch.dtype = torch.float32) -> M3AE:
+        """Our model of this file's config, with its parameters."""
+        c, m = self.meta["config"], self.meta
+        same = (
+            "emb_dim depth num_heads dec_emb_dim dec_depth dec_num_heads mlp_ratio output_head_depth use_type_embedding"
+        )
+        data = {name: c[name] for name in same.split()}
+        data |= {"size": None, "image_size": m["image_size"], "patch_size": m["patch"], "text_length": m["text_len"]}
+        data |= {"vocab_size": m["vocab"], "channels": len(self.arrays["in/mean"])}
+        data |= {f"image_{k}": self.arrays[f"in/{k}"].astype(float).tolist() for k in ("mean", "std")}
+        loss = LossConfig(
+            image_weight=m["image_loss_weight"],
+            text_weight=m["text_loss_weight"],
+            image_all_tokens=m["all_token_loss"],
+            text_all_tokens=m["all_token_loss"],
+        )
+        model = M3AE(parse(ModelConfig, data, str(self.path)), loss)
+        self.load_parameters(model)
+        return model.to(dtype)
+
+    def parameter(self, group: str, name: str) -> Tensor:
+        """`params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
+        return self.at(f"{group}/{flax_name(name, self.meta['config']['output_head_depth'])}")
+
+    def at(self, key: str) -> Tensor:
+        """The array of a parameter in our layout."""
+        return from_flax(key, self.arrays[key])
+
+    @torch.no_grad()
+    def load_parameters(self, model: M3AE) -> None:
+        for name, p in model.named_parameters():
+            p.copy_(self.parameter("params", name))
+
+    def samples(self, masked: bool = True) -> list[Sample]:
+        """The batch with its masks, or with everything visible."""
+        images, text = self.get("in/image_u8"), self.get("in/text")
+        size = next(len(array) for array in (images, text) if array is not None)
+        samples = []
+        for i in range(size):
+            sample = Sample(key=f"sample {i}")
+            if images is not None:
+                sample.image = torch.from_numpy(images[i]).permute(2, 0, 1).contiguous()
+                sample.image_mask = torch.from_numpy(self.arrays["in/image_mask"][i] > 0) & masked
+            if text is not None:
+                valid = self.valid(i)
+                sample.tokens = torch.from_numpy(text[i])[valid]
+                sample.text_mask = torch.from_numpy(self.arrays["in/text_mask"][i] > 0)[valid] & masked
+            samples.append(sample)
+        return samples
+
+    def valid(self, i: int) -> Tensor:
+        """bool [X]: text positions of sample i that are not padding. Raises ValueError where padding comes first."""
+        valid = self.arrays["in/text_padding_mask"][i] == 0
+        if (valid[1:] > valid[:-1]).any():
+            raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the text tokens")
+        return torch.from_numpy(valid)
+
+    def kept(self, modality: str) -> np.ndarray:
+        """Visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
+        restore = self.arrays[f"in/{modality}_ids_restore"]
+        ratio = self.meta["config"][f"{modality}_mask_ratio"]
+        return np.argsort(restore)[: int(len(restore) * (1.0 - ratio))]

@@ -1,0 +1,1 @@
+"""Folders of weights: written, read, described, and exchanged with the Hugging Face hub."""

@@ -1,1 +1,0 @@
-"""Would the tests notice a bug? python -m tests.mutation"""
