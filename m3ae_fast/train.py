@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handles what arrived meanwhile
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
@@ -27,18 +28,15 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
 
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.dry_run import report
-from m3ae_fast.engine.feed import feed
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import settle_precision
 from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.process.program import joined_program
-from m3ae_fast.process.pulse import Pulse
-from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.program import Session, joined_program
+from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.profiler import TRACE_FILE, profiler
 from m3ae_fast.run.run import Run
 from m3ae_fast.run.run_folder import RunFolder
-from m3ae_fast.transfer.curve import TransferCurve
+from m3ae_fast.transfer.curve import knn_probe
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -85,45 +83,56 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with joined_program() as (ranks, stop, pulse):
+    with joined_program() as session:
+        ranks = session.ranks
         config = ranks.told(lambda: load_config(args.config, args.set))
         if args.dry_run:
             ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
             return 0
-        pulse.timeout = config.run.stall_timeout
         settled = ranks.told(lambda: settle_precision(config.train, ranks.device))
-        config = config.model_copy(update={"train": settled})
-        return train(config, args, ranks, stop, pulse)
-    return 0  # where another rank was asked to stop before the first step
+        pre_train(config.model_copy(update={"train": settled}), args, session)
+    return 0  # also where a rank was asked to stop
 
 
-def train(config: Config, args: argparse.Namespace, ranks: Ranks, stop: StopRequest, pulse: Pulse) -> int:
-    """Train to the end, or until somebody asks to stop. Returns the exit code."""
-    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        run = Run.set_up(config, args.resume, ranks, folder, pulse, args.resume_with_changes)
-        curve = TransferCurve.of(run)
-        stop.listen()
-        trace_dir = config.run.dir if args.profile and ranks.is_main else None
-        with run.log or nullcontext(), run.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
-            run.announce()
-            run.evaluate(stop)
-            if curve:
-                curve.log(run, stop)
-            for fed in feed(run.batches(), run.share.accumulation, ranks.device, partial(run.begin_agreement, stop)):
-                counts = run.agree(fed)
-                if counts is None:
-                    break
-                losses, grad_norm = run.take_step(fed, counts)
-                run.log_step(losses, grad_norm)
-                run.evaluate(stop)
-                if curve:
-                    curve.log(run, stop)
-                run.save_if_due()
-                garbage.after_step(run.step)
-                if trace:
-                    trace.step()
-            run.finish(stop)
-    return 0
+def pre_train(config: Config, args: argparse.Namespace, session: Session) -> None:
+    """Open the data, build or restore the model, and train it."""
+    session.pulse.timeout = config.run.stall_timeout
+    with session.ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
+        run = Run.set_up(config, args.resume, session, folder, args.resume_with_changes)
+        run.probe = knn_probe(run)
+        train(run, config.run.dir if args.profile and session.ranks.is_main else None)
+
+
+def train(loop: Loop, trace_dir: Path | None = None) -> dict[str, Any] | None:
+    """Take a run's steps, to the last or until a rank is asked to stop: of pre-training, a linear probe or fine-tuning.
+
+    Args:
+        loop: ready for its first step. Every rank has one.
+        trace_dir: where to write a profiler trace of some steps; None: nowhere.
+
+    Returns:
+        The result of a run that has taken its last step, else None.
+
+    Raises:
+        UserError: a loss is not finite, too many samples cannot be used, or a checkpoint cannot be written.
+    """
+    loop.stop.listen()
+    with loop.log, loop.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
+        loop.announce()
+        loop.evaluate_if_due()
+        for inputs in loop.inputs():  # micro-batches on the device; the next ones are loaded meanwhile
+            counts = loop.step_counts(inputs)  # over all ranks: what the losses are means over
+            if counts is None:  # a rank is asked to stop, or has failed
+                break
+            losses, grad_norm = loop.take_step(inputs, counts)  # forward, backward, update
+            loop.log_step(losses, grad_norm)
+            loop.evaluate_if_due()
+            loop.save_if_due()
+            garbage.after_step(loop.step)
+            if trace:
+                trace.step()
+        loop.finish()
+        return loop.conclude() if loop.step >= loop.schedule.total_steps else None
 
 
 if __name__ == "__main__":

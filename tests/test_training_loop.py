@@ -22,16 +22,15 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.flops import reference_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.process.signals import StopRequest
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.run import checkpoint, throughput
 from m3ae_fast.run.cautions import MemoryGrowth, cautions
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run import Run
 from m3ae_fast.run.throughput import StepCounts, Throughput
-from m3ae_fast.train import train
+from m3ae_fast.train import pre_train
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED, make_sample
@@ -99,8 +98,8 @@ def run(monkeypatch, config: Config, **recorder) -> tuple[Recorder, Run]:
     runs, real = [], Run.set_up
     monkeypatch.setattr(Run, "set_up", lambda *args: runs.append(real(*args)) or runs[-1])
     args = argparse.Namespace(resume="no", resume_with_changes=False, profile=False)
-    with StopRequest() as stop, join_ranks() as ranks, Pulse(0, 1, ranks.side_store, stop) as pulse:
-        assert train(config, args, ranks, stop, pulse) == 0
+    with joined_program() as session:
+        pre_train(config, args, session)
     return made[-1], runs[-1]
 
 
@@ -152,8 +151,8 @@ def test_a_run_reads_what_its_config_says(monkeypatch, tmp_path, mixed):
             data={"repeats": 2, "val": [{"shards": write_tar(tmp_path / "v.tar", members(range(60, 70)))}]},
             train={"global_batch": 6, "micro_batch": 6, "steps": None, "epochs": 1.5, "eval_samples": 5},
         )
-        with StopRequest() as stop, join_ranks() as ranks, Pulse(0, 1, ranks.side_store, stop) as pulse:
-            made = Run.set_up(config, "no", ranks, None, pulse)
+        with joined_program() as session:
+            made = Run.set_up(config, "no", session, None)
         assert made.schedule.total_steps == len(made.train_loader) == 1.5 * 2 * 24 / 6
         assert all(key.startswith(f"{tmp_path}/p.tar/") for key in next(iter(made.train_loader)).keys)
         (batch,) = made.eval_loader
@@ -301,9 +300,11 @@ def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: None)
     config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
-    with StopRequest() as stop, join_ranks() as ranks, Pulse(0, 1, ranks.side_store, stop) as pulse:
+    with joined_program() as session:
         meters = [
-            Run.set_up(config, "no", dataclasses.replace(ranks, world=world), None, pulse).throughput
+            Run.set_up(
+                config, "no", session._replace(ranks=dataclasses.replace(session.ranks, world=world)), None
+            ).throughput
             for world in (1, 2)
         ]
     clock = [100.0]

@@ -13,22 +13,22 @@ from m3ae_fast.batch.packed import PackedBatch
 
 
 @dataclass(frozen=True)
-class Fed:
+class StepInput:
     """The micro-batches of one step."""
 
     host: list[PackedBatch]
     device: list[PackedBatch]
     waited: float  # seconds that this rank waited for the loader
-    agreed: Callable[[], list[float]]  # waits for what `agree` began
+    sums: Callable[[], list[float]]  # waits for the sums over ranks that `start_sums` began
 
 
 def feed(
     loader: Iterable[PackedBatch],
     accumulation: int,
     device: torch.device,
-    agree: Callable[[list[PackedBatch]], Callable[[], list[float]]],
-) -> Iterator[Fed]:
-    """Steps of `accumulation` micro-batches. `agree` begins a sum over ranks for each.
+    start_sums: Callable[[list[PackedBatch]], Callable[[], list[float]]],
+) -> Iterator[StepInput]:
+    """Yield steps of `accumulation` micro-batches. `start_sums` begins an all-reduce for each.
 
     Each is fetched when the one before has been launched. A GPU is still at work on that one then: waiting for the
     loader, summing over ranks, and copying, on a stream of its own, all overlap with the computation.
@@ -41,8 +41,8 @@ def feed(
         if not host:
             return
         waited = time.perf_counter() - started
-        agreed = agree(host)
-        yield Fed(host, move(host), waited, agreed)
+        sums = start_sums(host)
+        yield StepInput(host, move(host), waited, sums)
 
 
 def _copier(device: torch.device) -> Callable[[list[PackedBatch]], list[PackedBatch]]:

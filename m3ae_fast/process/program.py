@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.pulse import Pulse
@@ -11,9 +12,17 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.process.signals import StopRequest
 
 
+class Session(NamedTuple):
+    """What a program on several ranks has: the ranks, who asks them to stop, and their pulse."""
+
+    ranks: Ranks
+    stop: StopRequest
+    pulse: Pulse
+
+
 @contextmanager
-def joined_program() -> Iterator[tuple[Ranks, StopRequest, Pulse]]:
-    """The ranks that work together, who asks them to stop, and their pulse.
+def joined_program() -> Iterator[Session]:
+    """Join the other ranks for as long as the program runs.
 
     An error that `explain` has a line for is printed once, by the first rank that meets it; all exit with code 2. One
     that follows from a rank that left before there was anything to save is ignored: the program ends there.
@@ -25,7 +34,7 @@ def joined_program() -> Iterator[tuple[Ranks, StopRequest, Pulse]]:
     ):
         stop.joined(pulse.tell_stop)
         try:
-            yield ranks, stop, pulse
+            yield Session(ranks, stop, pulse)
         except Exception as error:
             if pulse.stop_told():  # a rank that left has taken its connections with it
                 return

@@ -1,10 +1,9 @@
-"""What happens around each step of a run, whatever it trains: agreement over ranks, log, checkpoints, the end."""
+"""What happens around each step of a run, whatever it trains: sums over ranks, log, checkpoints, the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,49 +14,80 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import Share
 from m3ae_fast.data.order import hash64
-from m3ae_fast.engine.feed import Fed
+from m3ae_fast.engine.feed import StepInput, feed
 from m3ae_fast.engine.interface import Engine, State
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import peak_memory
 from m3ae_fast.process.background import Background
-from m3ae_fast.process.pulse import Pulse
-from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.program import Session
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
 from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.run_folder import RunFolder
-from m3ae_fast.run.run_log import RunLog
+from m3ae_fast.run.run_log import RunLog, SilentLog
 
 
 @dataclass(kw_only=True)
 class Loop:
-    """The fixed parts of a run, and `step`: optimiser steps so far. Subclasses define what is counted and evaluated."""
+    """Base class of runs: rank synchronisation, logging, checkpoints, shutdown.
 
+    `train.train` takes its steps; subclasses say what is counted and evaluated.
+    """
+
+    session: Session
+    folder: RunFolder | None  # on the main rank only
     run: RunConfig
-    loop: LoopConfig
+    settings: LoopConfig
     sections: dict[str, Any]  # the config that checkpoints remember
-    ranks: Ranks
-    pulse: Pulse
-    folder: RunFolder | None  # on the main rank only, as the log
-    log: RunLog | None
     share: Share
     schedule: Schedule
     engine: Engine
     train_loader: Iterable[Any]  # PackedBatches, or what else the engine takes
-    watch: LossWatch
     bad: BadSamples
     stream: dict[str, str]  # fingerprint of the data
-    start: int
-    step: int
-    unproven: int | None = None  # step of the checkpoint whose verdict, good or failed, is still open
-    proven: int | None = None  # step of which an evaluation was finite
-    growth: MemoryGrowth = field(default_factory=MemoryGrowth)
-    saving: Background = field(default_factory=Background)  # of checkpoints, on the main rank
+    start: int  # steps that the checkpoint to continue from has taken
+
+    def __post_init__(self) -> None:
+        self.ranks, self.stop, self.pulse = self.session
+        self.step = self.start  # optimiser steps so far
+        self.log = self._open_log()
+        self.watch = LossWatch()
+        self.unproven: int | None = None  # step of the last checkpoint not yet marked good or failed
+        self.proven: int | None = None  # step of which an evaluation was finite
+        self.growth = MemoryGrowth()
+        self.saving = Background()  # of checkpoints, on the main rank
+
+    def _open_log(self) -> RunLog:
+        if not self.ranks.is_main:
+            return SilentLog()
+        return RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
+
+    def announce(self) -> None:
+        """Say what the run is. Every rank must call it."""
+        raise NotImplementedError
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate on held-out samples, where it is time to. Every rank must call it."""
+        raise NotImplementedError
+
+    def conclude(self) -> dict[str, Any] | None:
+        """Return the result of a run that has taken its last step; None where a rank asks to stop meanwhile."""
+        return {}
 
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
-        """What to sum over ranks of a step's micro-batches, which are still on the CPU."""
+        """Return what to all-reduce of a step's micro-batches, which are still on the CPU."""
+        raise NotImplementedError
+
+    def counted(self, sums: list[float], waited: float) -> Any:
+        """Record the sums over ranks of what `count` returns, and the seconds that this rank waited for its data.
+
+        Returns:
+            What the losses of the step are means over, per rank: the engine's `counts`.
+
+        Raises:
+            UserError: too many samples cannot be used.
+        """
         raise NotImplementedError
 
     def rates(self) -> dict[str, float]:
@@ -78,60 +108,65 @@ class Loop:
     def remedy(self) -> str:
         """Settings that may help where a loss or a weight is not finite."""
         section = self.schedule.optim.SECTION
-        return f"a lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.loop.SECTION}.precision=fp32"
+        return f"a lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.settings.SECTION}.precision=fp32"
 
     def seed_step(self) -> None:
         """Make what the next step draws depend on the seed, the step and the rank alone."""
         torch.manual_seed(hash64(self.run.seed, self.step, self.ranks.rank) & 0xFFFFFFFF)
 
-    def batches(self) -> Iterator[PackedBatch]:
-        """This rank's micro-batches, one after the other."""
-        return self.pulse.watch(self.train_loader, "training")
+    def inputs(self) -> Iterator[StepInput]:
+        """Yield this rank's steps, whose counts are being summed over ranks already."""
+        batches = self.pulse.watch(self.train_loader, "training")
+        return feed(batches, self.share.accumulation, self.ranks.device, self._start_sums)
 
-    def begin_agreement(self, stop: StopRequest, batches: list[PackedBatch]) -> Callable[[], list[float]]:
-        """Begin to sum over ranks what they must agree on before a step: whether anybody wants to stop, and counts."""
+    def _start_sums(self, batches: list[PackedBatch]) -> Callable[[], list[float]]:
+        """Start the all-reduce of stop requests and sample counts that precedes a step."""
         failed = self.watch.failed() or self.saving.failed()
         proven = self.unproven is not None and self.watch.finite_through > self.unproven and not self.saving.busy
-        return self.ranks.start_sum((stop.asked, failed, proven, *self.count(batches)))
+        return self.ranks.start_sum((self.stop.asked, failed, proven, *self.count(batches)))
 
-    def agreed(self, fed: Fed) -> list[float] | None:
-        """The counts of the next step over all ranks; None where a rank asks to stop or has failed."""
-        asked, failed, proven, *sums = fed.agreed()
+    def step_counts(self, inputs: StepInput) -> Any | None:
+        """Return what the losses of the next step are means over; None where a rank asks to stop or has failed.
+
+        Raises:
+            UserError: too many samples cannot be used.
+        """
+        asked, failed, proven, *sums = inputs.sums()
         if proven == self.ranks.world:
             self._has_proven()
         if asked or failed:
             return None
-        for batch in fed.host:
+        for batch in inputs.host:
             self.bad.report(batch.skipped)
-        return sums
+        return self.counted(sums, inputs.waited)
 
-    def take_step(self, fed: Fed, counts: Any) -> tuple[list[Any], Tensor]:
-        """One optimiser step. Returns the micro-batches' losses and the gradient norm."""
+    def take_step(self, inputs: StepInput, counts: Any) -> tuple[list[Any], Tensor]:
+        """Take one optimiser step. Return the micro-batches' losses and the gradient norm."""
         self.pulse.mark(f"step {self.step + 1}")
         if self.step == self.start:
             self._begin()
         self.seed_step()
-        batches = [self.with_targets(batch) for batch in fed.device]
+        batches = [self.with_targets(batch) for batch in inputs.device]
         losses, grad_norm = self.engine.step(batches, counts, self.schedule.lr(self.step))
         self.step += 1
-        self.watch.add(self.step, [key for batch in fed.host for key in batch.keys], losses, grad_norm)
-        if self.log:
-            self.log.advance(self.step)
+        self.watch.add(self.step, [key for batch in inputs.host for key in batch.keys], losses, grad_norm)
+        self.log.advance(self.step)
         return losses, grad_norm
 
     def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
         """Log the step just taken, where it is due."""
-        if self.step != 1 and not self.schedule.due(self.step, self.loop.log_every):
+        if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
             return
         sums = self.ranks.sum([sum(values).item() for values in zip(*losses)])
-        if self.log:
-            values = {name: value / self.ranks.world for name, value in zip(losses[0]._fields, sums)}
-            values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
-            values |= {"epoch": self.step / self.schedule.steps_per_epoch, **self.rates()}
-            memory = peak_memory(self.ranks.device) / 1e9
-            self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad})
-            if grown := self.growth.look(self.step - self.start, memory):
-                self.log.say(f"note: {grown}")
+        if not self.ranks.is_main:
+            return
+        values = {name: value / self.ranks.world for name, value in zip(losses[0]._fields, sums)}
+        values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
+        values |= {"epoch": self.step / self.schedule.steps_per_epoch, **self.rates()}
+        memory = peak_memory(self.ranks.device) / 1e9
+        self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad})
+        if grown := self.growth.look(self.step - self.start, memory):
+            self.log.say(f"note: {grown}")
 
     def to_evaluate(self, every: int | None, *names: str) -> bool:
         """Whether to evaluate now what is logged under one of `names`: every so many steps, before the first and after
@@ -140,15 +175,14 @@ class Loop:
             return False
         if self.step == 0 or self.step > self.start:
             return True
-        return not self.ranks.told(lambda: self.log is not None and self.log.has(self.step, names))
+        return not self.ranks.told(lambda: self.log.has(self.step, names))
 
     def cut_short(self) -> None:
         """Tell that a stop has ended an evaluation, which the next start makes up for."""
-        if self.log:
-            self.log.say(f"the evaluation after step {self.step} was cut short; --resume auto makes up for it")
+        self.log.say(f"the evaluation after step {self.step} was cut short; --resume auto makes up for it")
 
     def save_if_due(self) -> None:
-        if self.schedule.due(self.step, self.loop.save_every):
+        if self.schedule.due(self.step, self.settings.save_every):
             self.stop_if_not_finite()
             self.save()
 
@@ -161,14 +195,14 @@ class Loop:
         self.pulse.mark(f"saving step {self.step}")
         self.ranks.on_main(self.saving.wait)  # before there is a second state in memory
         step, state, proven = self.step, self.engine.state(), self.proven == self.step
-        seen = step * self.loop.global_batch
+        seen = step * self.settings.global_batch
         info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
 
         def write() -> None:
-            assert self.folder and self.log and state is not None
+            assert self.folder and state is not None
             self.folder.keep()
             whole = self.complete(state)
-            path = checkpoint.save(self.run.dir, whole, info, self.loop.keep, self.remedy())
+            path = checkpoint.save(self.run.dir, whole, info, self.settings.keep, self.remedy())
             self.log.say(f"saved {path}")
             if proven:
                 self._mark_good(step, "the losses of an evaluation are finite")
@@ -181,15 +215,15 @@ class Loop:
     def _mark_good(self, step: int, why: str) -> None:
         """On the main rank, of a checkpoint that has been written."""
         checkpoint.mark(self.run.dir, step, checkpoint.GOOD, why)
-        checkpoint.prune(self.run.dir, self.loop.keep)
+        checkpoint.prune(self.run.dir, self.settings.keep)
 
     def _has_proven(self) -> None:
         """The step after the last checkpoint had a finite loss on all ranks."""
-        if self.log and self.unproven is not None:
+        if self.ranks.is_main and self.unproven is not None:
             self._mark_good(self.unproven, "the next step's loss is finite")
         self.unproven = None
 
-    def finish(self, stop: StopRequest) -> None:
+    def finish(self) -> None:
         """Wait for the last save; where the run was stopped early, save what it has.
 
         Raises:
@@ -197,17 +231,16 @@ class Loop:
         """
         self.ranks.on_main(self.saving.wait)
         self.stop_if_not_finite()
-        if self.log and self.bad.bad:
+        if self.bad.bad:
             self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
         if self.step == self.schedule.total_steps:
             return
-        if self.step > self.start and not self.schedule.due(self.step, self.loop.save_every):
+        if self.step > self.start and not self.schedule.due(self.step, self.settings.save_every):
             self.save()
             self.ranks.on_main(self.saving.wait)
-        if self.log:
-            reason = stop.reason or "asked by another rank"
-            saved = "" if self.step > self.start else "; nothing to save"
-            self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
+        reason = self.stop.reason or "asked by another rank"
+        saved = "" if self.step > self.start else "; nothing to save"
+        self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
 
     def stop_if_not_finite(self) -> None:
         """Raises UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
@@ -224,25 +257,7 @@ class Loop:
 
     def _begin(self) -> None:
         """Now that there is a step to take, put away what an earlier attempt left beyond it."""
-        if self.log:
+        if self.ranks.is_main:
             self.log.begin()
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
                 self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
-
-
-def restore(engine: Engine, path: Path, ranks: Ranks, sections: dict[str, Any], same: Iterable[tuple[str, str]]) -> int:
-    """Load a checkpoint into the engine. Every rank must call it. Returns the step to continue from.
-
-    Args:
-        engine: of the run that goes on.
-        path: the checkpoint.
-        ranks: who reads.
-        sections, same: see `resuming.check_same`.
-
-    Raises:
-        UserError: the checkpoint is damaged or of another run.
-    """
-    resuming.check_same(path, ranks.told(lambda: checkpoint.read_info(path)), sections, same)
-    step, read = resuming.open_checkpoint(path, engine.model, ranks, engine.kinds)
-    engine.load_state(step, read)
-    return step

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from m3ae_fast.config import Config, ModelConfig, parse
-from m3ae_fast.engine.optimizer import EMA, MOMENTS
+from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.run import checkpoint
@@ -34,6 +35,44 @@ def find(run_dir: Path, resume: str) -> Path | None:
     if own and (path is None or path.resolve() not in [p.resolve() for p in own]):
         raise UserError(f"{run_dir} already holds checkpoints; add --resume auto, or choose another run.dir")
     return path
+
+
+class Resume:
+    """The checkpoint that a run continues from, if any. Every rank must make one, and call its methods."""
+
+    def __init__(self, run_dir: Path, resume: str, ranks: Ranks) -> None:
+        """Find the checkpoint that `--resume` means. Raises UserError as `find` does, and where it is damaged."""
+        self.ranks = ranks
+        self.path = path = ranks.told(lambda: find(run_dir, resume))
+        self.info = ranks.told(lambda: checkpoint.read_info(path)) if path else None
+        self.step = self.info.step if self.info else 0
+        self.read: Callable[[str], Tensor] | None = None  # see `open`
+
+    def check_same(self, sections: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
+        """Raise UserError where the checkpoint and `sections` differ in a `same` (section, key)."""
+        if self.path and self.info:
+            check_same(self.path, self.info, sections, same)
+
+    def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
+        """Return differences between this run and the one that wrote the checkpoint, one line each.
+
+        Raises:
+            UserError: as `check_fits` does.
+        """
+        if not (self.path and self.info):
+            return []
+        notes = check_fits(self.path, self.info, config, stream, with_changes)
+        return notes + (self.ranks.told(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
+
+    def open(self, model: nn.Module, kinds: Sequence[str]) -> None:
+        """Make `read` give the checkpoint's tensors of a model and of its optimiser's `kinds`, as `open_checkpoint`."""
+        if self.path and self.info:
+            self.read = open_checkpoint(self.path, self.info, model, self.ranks, kinds)
+
+    def load(self, engine: Engine) -> None:
+        """Load what was opened into the engine."""
+        if self.read:
+            engine.load_state(self.step, self.read)
 
 
 def passed_over(run_dir: Path) -> list[str]:
@@ -103,14 +142,13 @@ def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: 
 
 
 def open_checkpoint(
-    path: Path, model: nn.Module, ranks: Ranks, kinds: Sequence[str] = MOMENTS
-) -> tuple[int, Callable[[str], Tensor]]:
-    """A checkpoint of `model` to continue from: its step, and a reader of its tensors for every rank in the same order.
+    path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Sequence[str]
+) -> Callable[[str], Tensor]:
+    """Return a reader of the tensors of a checkpoint of `model`, for every rank in the same order.
 
     `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
     call it. Raises UserError where the checkpoint is damaged, or a tensor of it does not fit the model.
     """
-    info = ranks.told(lambda: checkpoint.read_info(path))
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
     saved = ("model", *(kind for kind in kinds if kind != EMA or had_ema))
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
@@ -127,4 +165,4 @@ def open_checkpoint(
         assert read is not None  # asked on the main rank only
         return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))
 
-    return info.step, lambda name: ranks.told(lambda: own(name))
+    return lambda name: ranks.told(lambda: own(name))

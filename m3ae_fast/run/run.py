@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from m3ae_fast.config import Config
 from m3ae_fast.data import Data, Preparation, Share, eval_loader, fingerprint, open_data, train_loader
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
-from m3ae_fast.engine.feed import Fed
 from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.schedule import Schedule, split_batch
@@ -25,17 +25,15 @@ from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, pea
 from m3ae_fast.model.attention import describe
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import draw_run
-from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.program import Session
 from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.signals import StopRequest
 from m3ae_fast.process.stopping import Stopped, until_stopped
-from m3ae_fast.run import checkpoint, resuming
+from m3ae_fast.run import checkpoint
 from m3ae_fast.run.cautions import cautions
 from m3ae_fast.run.initial_weights import constants, start_from
 from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.resuming import Resume
 from m3ae_fast.run.run_folder import RunFolder
-from m3ae_fast.run.run_log import RunLog
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.vqgan.image_tokens import with_image_targets
 
@@ -47,111 +45,79 @@ class Run(Loop):
     config: Config
     data: Data
     eval_loader: DataLoader[PackedBatch] | None
-    throughput: Throughput
     fixed: dict[str, Tensor]  # weights that training does not change
-    started: str  # from what other weights, for the log
     notes: list[str]  # what a user should know before it starts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        peak = self.ranks.world * peak_flops(self.ranks.device, dtype_of(self.config.train.precision))
+        self.throughput = Throughput(self.config.model, self.config.masking, peak)
+        self.probe: Callable[[Run], None] | None = None  # evaluates too, where it is due
 
     @classmethod
     def set_up(
-        cls,
-        config: Config,
-        resume: str,
-        ranks: Ranks,
-        folder: RunFolder | None,
-        pulse: Pulse,
-        with_changes: bool = False,
+        cls, config: Config, resume: str, session: Session, folder: RunFolder | None, with_changes: bool = False
     ) -> Run:
         """Find the checkpoint to continue from, open the data, build model and engine.
 
         Raises:
             UserError: something is missing, or does not fit something else.
         """
+        ranks, cfg = session.ranks, config.train
         _require_kernels(ranks.device)
-        cfg = config.train
-        found = ranks.told(lambda: resuming.find(config.run.dir, resume))
+        found = Resume(config.run.dir, resume, ranks)
         share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
         data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main))
         schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
-
         stream, notes = fingerprint(data), cautions(config, data, schedule)
-        if found:
-            info = ranks.told(lambda: checkpoint.read_info(found))
-            notes += resuming.check_fits(found, info, config, stream, with_changes)
-            if resume == "auto":
-                notes += ranks.told(lambda: resuming.passed_over(config.run.dir))
+        notes += found.notes(config, stream, resume, with_changes)
 
-        torch.manual_seed(config.run.seed)
-        model = M3AE(config.model, config.loss)
-        started, step, read = "", 0, None
-        if found:
-            step, read = resuming.open_checkpoint(found, model, ranks, state_kinds(cfg.ema))
-        elif config.model.init_from:
-            started = start_from(model, config.model.init_from, ranks)
-        fixed = constants(model, read)
-        engine = build_engine(model, config, ranks)
-        if read:
-            engine.load_state(step, read)
-
+        model, fixed, started = _build_model(config, found, ranks)
         preparation = _preparation(config, model, data)
+        engine = build_engine(model, config, ranks)
+        found.load(engine)
         if data.image_tokenizer and config.data.image_tokens == "device":
             data.image_tokenizer.to(ranks.device)
-        steps, pin = range(step, schedule.total_steps), pins_memory(ranks.device)
-        held_out, log, sections = None, None, config.model_dump(mode="json")
+
+        held_out, pin = None, pins_memory(ranks.device)
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
-        if ranks.is_main:
-            log = RunLog(config.run.dir, step, schedule.total_steps, config.run.loggers, sections)
-        peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
+        steps = range(found.step, schedule.total_steps)
         return cls(
-            run=config.run,
-            loop=cfg,
-            sections=sections,
-            config=config,
-            ranks=ranks,
-            pulse=pulse,
+            session=session,
             folder=folder,
-            log=log,
+            run=config.run,
+            settings=cfg,
+            sections=config.model_dump(mode="json"),
+            config=config,
             data=data,
             share=share,
             schedule=schedule,
             engine=engine,
             train_loader=train_loader(config.data, data.train, preparation, share, steps, pin_memory=pin),
             eval_loader=held_out,
-            throughput=Throughput(config.model, config.masking, peak),
-            watch=LossWatch(),
             bad=BadSamples(config.data.max_bad_fraction, data.train.samples),
-            fixed=fixed,
-            started=started,
             stream=stream,
-            notes=notes,
-            start=step,
-            step=step,
+            fixed=fixed,
+            notes=[*started, *notes],
+            start=found.step,
         )
 
     def announce(self) -> None:
         """Say what the run is, and name the shards that are not whole."""
         config, dtype = self.config, dtype_of(self.config.train.precision)
         attention = describe(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a GPU's is tried
-        if self.log:
+        if self.ranks.is_main:
             self.bad.report(self.data.train.damaged)
             self.log.say("\n".join([self._describe(attention), *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
 
-    def agree(self, fed: Fed) -> LossCounts | None:
-        """What the losses of the next step are means over; None where a rank asks to stop or has failed.
-
-        Raises:
-            UserError: too many samples cannot be used.
-        """
-        sums = self.agreed(fed)
-        if sums is None:
-            return None
+    def counted(self, sums: list[float], waited: float) -> LossCounts:
         counts = StepCounts(*sums)
         self.bad.count(int(counts.samples + counts.skipped), int(counts.skipped))
-        self.throughput.add(counts, fed.waited)
+        self.throughput.add(counts, waited)
         return LossCounts(counts.loss_image / self.ranks.world, counts.loss_text / self.ranks.world)
 
     def seed_step(self) -> None:
@@ -168,21 +134,25 @@ class Run(Loop):
     def rates(self) -> dict[str, float]:
         return self.throughput.rates()
 
-    def evaluate(self, stop: StopRequest) -> None:
-        """Log the losses on held-out samples, where there are any and it is due; not where a rank is asked to stop."""
-        if self.eval_loader is None:
-            return
+    def evaluate_if_due(self) -> None:
+        """Log the losses on held-out samples and the k-NN probe's accuracy, each where there is one and it is due; not
+        where a rank is asked to stop."""
+        if self.eval_loader is not None:
+            self._evaluate(self.eval_loader)
+        if self.probe:
+            self.probe(self)
+
+    def _evaluate(self, loader: DataLoader[PackedBatch]) -> None:
         if not self.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
             return
         self.stop_if_not_finite()
-        batches = self.pulse.watch(self.eval_loader, f"evaluating after step {self.step}")
+        batches = self.pulse.watch(loader, f"evaluating after step {self.step}")
         try:
-            values = evaluate(self.engine, until_stopped(batches, self.ranks, stop), self.ranks, self.with_targets)
+            values = evaluate(self.engine, until_stopped(batches, self.ranks, self.stop), self.ranks, self.with_targets)
         except Stopped:
             self.cut_short()
             return
-        if self.log:
-            self.log.log(self.step, values)
+        self.log.log(self.step, values)
         if values and all(map(math.isfinite, values.values())):
             self.proven = self.step
 
@@ -192,7 +162,7 @@ class Run(Loop):
     def after_save(self, step: int, state: State) -> None:
         """Reconstructions."""
         config = self.config
-        if config.train.pictures and self.log:
+        if config.train.pictures:
             out = config.run.dir / "reconstructions.png"
             weights = checkpoint.weights(state)
             draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
@@ -215,7 +185,6 @@ class Run(Loop):
             f"batch {config.train.global_batch} = {self.ranks.world} ranks x "
             f"{self.share.micro_batch * self.share.accumulation} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
-            *([self.started] if self.started else []),
         ]
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
@@ -230,6 +199,21 @@ def _require_kernels(device: torch.device) -> None:
         raise UserError(str(error)) from None
     if triton and device.type == "cuda" and (missing := missing_for_triton()):
         raise UserError(f"Triton, which the kernels are written in, needs {' and '.join(missing)} on this machine")
+
+
+def _build_model(config: Config, found: Resume, ranks: Ranks) -> tuple[M3AE, dict[str, Tensor], list[str]]:
+    """Return the model on the CPU, with the weights that it starts from; its weights that training does not change; and
+    a note where it starts from others' weights.
+
+    Raises:
+        UserError: the weights that it starts from do not fit it.
+    """
+    torch.manual_seed(config.run.seed)
+    model, notes = M3AE(config.model, config.loss), []
+    found.open(model, state_kinds(config.train.ema))
+    if not found.read and config.model.init_from:
+        notes = [start_from(model, config.model.init_from, ranks)]
+    return model, constants(model, found.read), notes
 
 
 def _preparation(config: Config, model: M3AE, data: Data) -> Preparation:

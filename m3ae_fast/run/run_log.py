@@ -1,5 +1,4 @@
-"""What a run reports: a progress bar, metrics.jsonl, and loggers such as TensorBoard. Only the main rank has
-one of these."""
+"""What a run reports: a progress bar, metrics.jsonl, and loggers such as TensorBoard, all by the main rank."""
 
 from __future__ import annotations
 
@@ -157,6 +156,37 @@ class RunLog:
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # output into a file on a full disk
             self._progress.console.print(text)
+
+
+class SilentLog(RunLog):
+    """The log of a rank that is not the main one: says and writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def has(self, step: int, names: Collection[str]) -> bool:
+        return False
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -22,10 +22,7 @@ from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.figures import require_matplotlib
-from m3ae_fast.process.program import joined_program
-from m3ae_fast.process.pulse import Pulse
-from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
 from m3ae_fast.transfer.job import Job, refuse_existing, write_result
@@ -102,9 +99,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with joined_program() as (ranks, stop, pulse):
-        config = ranks.told(lambda: _config(args))
-        perform(args, config, ranks, stop, pulse)
+    with joined_program() as session:
+        perform(args, session.ranks.told(lambda: _config(args)), session)
     return 0
 
 
@@ -116,8 +112,9 @@ def _config(args: argparse.Namespace) -> TransferConfig:
     return transfer_config({"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}, args.set)
 
 
-def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks, stop: StopRequest, pulse: Pulse) -> None:
+def perform(args: argparse.Namespace, config: TransferConfig, session: Session) -> None:
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
+    ranks = session.ranks
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     require_matplotlib()
     started = time.perf_counter()
@@ -130,7 +127,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks, stop
         text = args.modality != "image"
         model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(args, config, ranks, folder, model.to(ranks.device).eval(), stop, pulse)
+        job = Job(args, config, session, folder, model.to(ranks.device).eval())
         result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
         if result is None:
             return

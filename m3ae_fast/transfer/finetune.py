@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,16 +13,12 @@ from m3ae_fast.data import Data, Preparation, Share, eval_loader, fingerprint, t
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.engine.build import make_engine
-from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import pins_memory, settle_precision
-from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.run import resuming
 from m3ae_fast.run.initial_weights import constants
-from m3ae_fast.run.loop import restore
-from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.run_log import RunLog
+from m3ae_fast.run.resuming import Resume
+from m3ae_fast.train import train
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
@@ -31,7 +26,7 @@ from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.layer_decay import parameter_groups
 
 
-def set_up(job: Job, resume: str) -> FineTuning:
+def set_up(job: Job) -> FineTuning:
     """Open the data, build the classifier, find the checkpoint to continue from.
 
     Raises:
@@ -43,7 +38,7 @@ def set_up(job: Job, resume: str) -> FineTuning:
         raise UserError("finetune needs timm: pip install 'm3ae-fast[transfer]'") from None
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.told(lambda: settle_precision(job.config.finetune, ranks.device))
-    found = ranks.told(lambda: resuming.find(run.dir, resume))
+    found = Resume(run.dir, job.args.resume, ranks)
     share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
     train, val, classes = job.open_labelled()
     if train.has_captions:
@@ -67,23 +62,20 @@ def set_up(job: Job, resume: str) -> FineTuning:
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
     }
-    step = 0
-    if found:
-        same = [("classifier", key) for key in sections["classifier"]]
-        same += [("run", "seed"), ("finetune", "global_batch")]
-        step = restore(engine, found, ranks, sections, same)
+    same = [("classifier", key) for key in sections["classifier"]]
+    found.check_same(sections, [*same, ("run", "seed"), ("finetune", "global_batch")])
+    found.open(engine.model, engine.kinds)
+    found.load(engine)
     preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
-    steps, pin = range(step, schedule.total_steps), pins_memory(ranks.device)
+    steps, pin = range(found.step, schedule.total_steps), pins_memory(ranks.device)
     return FineTuning(
+        session=job.session,
+        folder=job.folder,
         run=run,
-        loop=config,
+        settings=config,
         sections=sections,
         config=config,
         model=model,
-        ranks=ranks,
-        pulse=job.pulse,
-        folder=job.folder,
-        log=RunLog(run.dir, step, schedule.total_steps, run.loggers, sections) if ranks.is_main else None,
         share=share,
         schedule=schedule,
         engine=engine,
@@ -93,11 +85,10 @@ def set_up(job: Job, resume: str) -> FineTuning:
         max_bad_fraction=data.max_bad_fraction,
         fixed=fixed,
         averaged=averaged,
-        watch=LossWatch(),
         bad=BadSamples(data.max_bad_fraction, train.samples),
         stream=fingerprint(Data(train, val, job.model.tokenizer)),
-        start=step,
-        step=step,
+        classes=classes,
+        start=found.step,
     )
 
 
@@ -113,34 +104,16 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes) -> TrainableClass
 
 
 def run(job: Job) -> dict[str, Any] | None:
-    """None where the run was stopped before its end."""
-    stop = job.stop
+    """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.timeout = job.config.run.stall_timeout
-    loop = set_up(job, job.args.resume)
-    stop.listen()
-    with loop.log or nullcontext(), loop.saving, GarbageCollection() as garbage:
-        if loop.log:
-            loop.log.say(_describe(loop))
-        loop.evaluate_if_due(stop)
-        for fed in feed(loop.batches(), loop.share.accumulation, job.ranks.device, partial(loop.begin_agreement, stop)):
-            samples = loop.agree(fed)
-            if samples is None:
-                break
-            losses, grad_norm = loop.take_step(fed, samples)
-            loop.log_step(losses, grad_norm)
-            loop.evaluate_if_due(stop)
-            loop.save_if_due()
-            garbage.after_step(loop.step)
-        loop.finish(stop)
-        if loop.step < loop.schedule.total_steps:
-            return None
-        result = loop.evaluate(stop)
-        if result is None:
-            return None
+    loop = set_up(job)
+    result = train(loop)
+    if result is None:
+        return None
     _save_classifier(loop)
-    loop.draw(loop.model.config.classes)
+    loop.draw()
     return result | {
-        "classes": len(loop.model.config.classes),
+        "classes": len(loop.classes),
         "steps": loop.step,
         "train_samples": loop.schedule.samples,
         "val_samples": loop.val.samples,
@@ -161,16 +134,3 @@ def _save_classifier(loop: FineTuning) -> None:
         loop.model.save_pretrained(loop.run.dir, weights | loop.fixed)
 
     loop.ranks.on_main(write)
-
-
-def _describe(loop: FineTuning) -> str:
-    """The line a run begins with."""
-    config, ranks = loop.config, loop.ranks
-    deepspeed = config.deepspeed
-    kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in loop.model.parameters())
-    return (
-        f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, {kind}, "
-        f"optimiser: {loop.engine.optimizer_name}, {loop.schedule.samples:,} samples, batch {config.global_batch}, "
-        f"steps {loop.step} to {loop.schedule.total_steps}"
-    )

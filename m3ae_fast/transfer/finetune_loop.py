@@ -21,7 +21,6 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import FineTuneConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.encoding import check_skipped
-from m3ae_fast.process.signals import StopRequest
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
@@ -62,13 +61,23 @@ class FineTuning(LabelledLoop):
         super().seed_step()
         np.random.seed(torch.initial_seed() & 0xFFFFFFFF)  # mixup's and cutmix's
 
-    def evaluate_if_due(self, stop: StopRequest) -> None:
+    def announce(self) -> None:
+        config, ranks, deepspeed = self.config, self.ranks, self.config.deepspeed
+        kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        self.log.say(
+            f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, "
+            f"{kind}, optimiser: {self.engine.optimizer_name}, {self.schedule.samples:,} samples, batch "
+            f"{config.global_batch}, steps {self.step} to {self.schedule.total_steps}"
+        )
+
+    def evaluate_if_due(self) -> None:
         """Between the first step and the last."""
         if 0 < self.step < self.schedule.total_steps and self.to_evaluate(self.config.eval_every, "val_top1"):
-            self.evaluate(stop)
+            self.conclude()
 
-    def evaluate(self, stop: StopRequest) -> dict[str, float] | None:
-        """Accuracies on all held-out samples, which are logged too; None where a rank is asked to stop.
+    def conclude(self) -> dict[str, float] | None:
+        """Return accuracies on all held-out samples, which are logged too; None where a rank is asked to stop.
 
         Raises:
             UserError: too many of them cannot be used.
@@ -78,7 +87,7 @@ class FineTuning(LabelledLoop):
         batches = self.pulse.watch(self.val_loader, f"evaluating after step {self.step}")
         try:
             with self._inference() as infer:
-                for batch in until_stopped(batches, self.ranks, stop):
+                for batch in until_stopped(batches, self.ranks, self.stop):
                     assert batch.labels is not None
                     best_SK = best_classes(infer(batch.to(self.ranks.device)).float()).cpu()
                     own.append((best_SK, batch.labels, batch.skipped))
@@ -89,8 +98,7 @@ class FineTuning(LabelledLoop):
         check_skipped([each for part in skipped for each in part], self.val.samples, self.max_bad_fraction)
         self.best_NK, self.labels_N = torch.cat(best), torch.cat(labels)
         values = shares_of_correct(self.best_NK, self.labels_N)
-        if self.log:
-            self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
+        self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
         return values
 
     @contextmanager

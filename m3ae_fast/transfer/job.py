@@ -21,9 +21,7 @@ from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.encoding import UNMASKED, Features, encode_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import BLACK, Cell, Colour
-from m3ae_fast.process.pulse import Pulse
-from m3ae_fast.process.ranks import Ranks
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.program import Session
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.whole_file import whole_file
 
@@ -36,11 +34,12 @@ class Job:
 
     args: Namespace  # the task's own options
     config: TransferConfig
-    ranks: Ranks
+    session: Session
     folder: RunFolder | None  # OUT, on the main rank only
     model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
-    stop: StopRequest
-    pulse: Pulse
+
+    def __post_init__(self) -> None:
+        self.ranks, self.stop, self.pulse = self.session
 
     @property
     def out(self) -> Path:

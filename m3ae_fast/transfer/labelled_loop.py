@@ -6,7 +6,7 @@ Shapes: N held-out samples, K best classes.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.engine.feed import Fed
 from m3ae_fast.pictures.figures import draw_confusion, draw_training
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
@@ -31,28 +30,21 @@ class ClassLosses(NamedTuple):
 class LabelledLoop(Loop):
     """Counts samples, and shows what was learnt."""
 
-    seen: float = 0.0  # samples since `since`
-    waited: float = 0.0  # seconds, likewise
-    since: float = field(default_factory=time.perf_counter)
-    best_NK: Tensor = field(default_factory=lambda: torch.empty(0))  # see `best_classes`: the last evaluation's
-    labels_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    classes: Classes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.seen, self.waited, self.since = 0.0, 0.0, time.perf_counter()  # samples and seconds since then
+        self.best_NK, self.labels_N = torch.empty(0), torch.empty(0)  # see `best_classes`: the last evaluation's
 
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         return sum(len(batch.keys) for batch in batches), sum(len(batch.skipped) for batch in batches)
 
-    def agree(self, fed: Fed) -> float | None:
-        """Samples of the next step, per rank; None where a rank asks to stop or has failed.
-
-        Raises:
-            UserError: too many samples cannot be used.
-        """
-        sums = self.agreed(fed)
-        if sums is None:
-            return None
+    def counted(self, sums: list[float], waited: float) -> float:
         samples, skipped = sums
         self.bad.count(int(samples + skipped), int(skipped))
         self.seen += samples
-        self.waited += fed.waited
+        self.waited += waited
         return max(samples, 1.0) / self.ranks.world
 
     def rates(self) -> dict[str, float]:
@@ -61,12 +53,12 @@ class LabelledLoop(Loop):
         self.seen, self.waited, self.since = 0.0, 0.0, time.perf_counter()
         return rates
 
-    def draw(self, classes: Classes) -> None:
+    def draw(self) -> None:
         """Pictures of the run and of its last evaluation. Every rank must call it."""
 
         def draw() -> None:
             folder = self.run.dir
             draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
-            draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], classes)
+            draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], self.classes)
 
         self.ranks.on_main(draw)

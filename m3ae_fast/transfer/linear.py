@@ -8,9 +8,7 @@ Shapes: N training samples, S samples of a step, D encoder width, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +16,12 @@ import torch
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import ProbeConfig
 from m3ae_fast.data import Corpus, Data, Preparation, Share, fingerprint, train_loader
-from m3ae_fast.data.labels import Classes
 from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import UNMASKED, Features
-from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
-from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.run import resuming
-from m3ae_fast.run.loop import restore
-from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.run_log import RunLog
+from m3ae_fast.run.resuming import Resume
+from m3ae_fast.train import train
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
@@ -43,15 +36,34 @@ _SMALL = 100_000  # samples
 class Probing(LabelledLoop):
     """A linear probe's run."""
 
+    config: ProbeConfig
+    pool: str
     head: LinearProbeHead
     val: Features
-    classes: Classes
+
+    def announce(self) -> None:
+        config, samples = self.config, self.schedule.samples
+        self.log.say(
+            f"linear probe of {self.pool} features, {samples:,} samples, {len(self.classes)} classes, batch "
+            f"{config.global_batch}, steps {self.step} to {self.schedule.total_steps}"
+        )
+        if samples < _SMALL and config.peak_lr == ProbeConfig().peak_lr:
+            self.log.say(
+                f"probe.peak_lr {config.peak_lr:g} is the published one, for 1.3 million samples; so few may need "
+                "probe.peak_lr=30 with probe.global_batch=256"
+            )
+
+    def evaluate_if_due(self) -> None:
+        """Between the first step and the last; not again where a run goes on."""
+        every = self.config.eval_every or self.schedule.steps_per_epoch
+        if self.start < self.step < self.schedule.total_steps and self.step % every == 0:
+            self.conclude()
 
     def remedy(self) -> str:
         return "a lower probe.peak_lr"
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracies on all held-out samples, which are logged too."""
+    def conclude(self) -> dict[str, float]:
+        """Return accuracies on all held-out samples, which are logged too."""
         self.stop_if_not_finite()
         self.pulse.mark(f"evaluating after step {self.step}")
         self.head.eval()
@@ -60,8 +72,7 @@ class Probing(LabelledLoop):
         assert self.val.labels_N is not None
         self.labels_N = self.val.labels_N
         values = shares_of_correct(self.best_NK, self.labels_N)
-        if self.log:
-            self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
+        self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
         return values
 
 
@@ -97,7 +108,7 @@ def set_up(job: Job) -> Probing:
     """
     ranks, run, config = job.ranks, job.config.run, job.config.probe
     cached = job.args.cache_features
-    found = ranks.told(lambda: resuming.find(run.dir, job.args.resume))
+    found = Resume(run.dir, job.args.resume, ranks)
     share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
     train, val, classes = job.open_labelled()
     if train.has_captions:
@@ -116,34 +127,31 @@ def set_up(job: Job) -> Probing:
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
     }
-    step = 0
-    if found:
-        same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
-        same += [("probe", "global_batch")]
-        step = restore(engine, found, ranks, sections, same)
-    steps = range(step, schedule.total_steps)
+    same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
+    found.check_same(sections, [*same, ("probe", "global_batch")])
+    found.open(engine.model, engine.kinds)
+    found.load(engine)
+    steps = range(found.step, schedule.total_steps)
     return Probing(
-        run=run,
-        loop=config,
-        sections=sections,
-        ranks=ranks,
-        pulse=job.pulse,
+        session=job.session,
         folder=job.folder,
-        log=RunLog(run.dir, step, schedule.total_steps, run.loggers, sections) if ranks.is_main else None,
+        run=run,
+        settings=config,
+        sections=sections,
+        config=config,
+        pool=job.config.encode.pool,
         share=Share(config.global_batch) if cached else share,
         schedule=schedule,
         engine=engine,
         train_loader=_crops(job, train, share, steps)
         if bank is None
         else CachedSteps(bank, steps, config.global_batch, run.seed),
-        watch=LossWatch(),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
         stream=fingerprint(Data(train, val, job.model.tokenizer)),
-        start=step,
-        step=step,
         head=head,
         val=held_out,
         classes=classes,
+        start=found.step,
     )
 
 
@@ -154,56 +162,21 @@ def _crops(job: Job, train: Corpus, share: Share, steps: range) -> Any:
 
 
 def run(job: Job) -> dict[str, Any] | None:
-    """None where the run was stopped before its end."""
-    stop = job.stop
+    """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.timeout = job.config.run.stall_timeout
     loop = set_up(job)
-    stop.listen()
-    schedule = loop.schedule
-    with loop.log or nullcontext(), loop.saving, GarbageCollection() as garbage:
-        if loop.log:
-            loop.log.say(_describe(job, loop))
-        for fed in feed(loop.batches(), loop.share.accumulation, job.ranks.device, partial(loop.begin_agreement, stop)):
-            samples = loop.agree(fed)
-            if samples is None:
-                break
-            loop.log_step(*loop.take_step(fed, samples))
-            if loop.step < schedule.total_steps and loop.step % _every(loop) == 0:
-                loop.evaluate()
-            loop.save_if_due()
-            garbage.after_step(loop.step)
-        loop.finish(stop)
-        if loop.step < schedule.total_steps:
-            return None
-        result = loop.evaluate()
+    result = train(loop)
+    if result is None:
+        return None
     job.ranks.on_main(lambda: _save_classifier(job, loop))
-    loop.draw(loop.classes)
+    loop.draw()
     return result | {
         "classes": len(loop.classes),
         "steps": loop.step,
-        "train_samples": schedule.samples,
+        "train_samples": loop.schedule.samples,
         "val_samples": len(loop.val.keys),
         "skipped": loop.bad.bad + len(loop.val.skipped),
     }
-
-
-def _describe(job: Job, loop: Probing) -> str:
-    """The lines a run begins with."""
-    config, samples = job.config.probe, loop.schedule.samples
-    lines = (
-        f"linear probe of {job.config.encode.pool} features, {samples:,} samples, {len(loop.classes)} classes, batch "
-        f"{config.global_batch}, steps {loop.step} to {loop.schedule.total_steps}"
-    )
-    if samples < _SMALL and config.peak_lr == ProbeConfig().peak_lr:
-        lines += (
-            f"\nprobe.peak_lr {config.peak_lr:g} is the published one, for 1.3 million samples; so few may need "
-            "probe.peak_lr=30 with probe.global_batch=256"
-        )
-    return lines
-
-
-def _every(loop: Probing) -> int:
-    return loop.loop.eval_every or loop.schedule.steps_per_epoch
 
 
 def _save_classifier(job: Job, loop: Probing) -> None:

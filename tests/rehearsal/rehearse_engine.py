@@ -32,19 +32,19 @@ def batches(count: int):
 
 
 def test_batches_are_copied_on_a_stream_of_their_own(cuda):
-    def agree(host):
-        cuda.events.append("agree")
+    def start_sums(host):
+        cuda.events.append("sums")
         return lambda: []
 
     steps = []
-    for fed in feed(batches(4), 2, CUDA, agree):
-        steps.append(fed)
+    for inputs in feed(batches(4), 2, CUDA, start_sums):
+        steps.append(inputs)
         cuda.events.append("computed")
-    assert [len(fed.device) for fed in steps] == [2, 2]
+    assert [len(inputs.device) for inputs in steps] == [2, 2]
     for host, device in zip(steps[1].host, steps[1].device):
         assert device.keys == host.keys and torch.equal(device.images, host.images)
     seen = [event for event in cuda.events if event != "current reads"]
-    assert seen == ["agree", "on side", "off side", "current waits for side", "computed"] * 2
+    assert seen == ["sums", "on side", "off side", "current waits for side", "computed"] * 2
     reads = sum(isinstance(getattr(device, f.name), torch.Tensor) for f in dataclasses.fields(device)) + 3
     assert cuda.events.count("current reads") == 4 * reads  # every tensor, that of the three segments too
 
