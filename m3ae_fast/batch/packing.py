@@ -1,4 +1,4 @@
-"""Samples of any kind -> one packed batch. Runs on the CPU, in the loader.
+"""Packs samples of any modality into one batch. Runs on the CPU in the loader.
 
 Shapes: S samples, P samples and segments of padding, B images, L patches per image, T encoder rows, U decoder rows,
 M decoder rows that carry loss, I of them patches, W of them text tokens.
@@ -8,10 +8,10 @@ A sample's encoder rows are [cls, visible patches, visible text]; its decoder ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,12 +57,12 @@ class Sample:
     image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
 
 
-FEWEST_ROWS, SHARE = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
+FEWEST_ROWS, FINENESS = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
 
 
 def rounded(rows: int) -> int:
     """`rows` rounded up to one of few counts, so that the shapes of batches repeat. Never falls as `rows` grows."""
-    multiple = max(FEWEST_ROWS, 1 << max(rows // SHARE, 1).bit_length() - 1)
+    multiple = max(FEWEST_ROWS, 1 << max(rows // FINENESS, 1).bit_length() - 1)
     return -(-rows // multiple) * multiple
 
 
@@ -83,87 +83,19 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, or some images have
             ids and some have none.
     """
-    length, S = geometry.patches_per_image, len(samples)
     size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]
     images = [sample.image for sample in samples if sample.image is not None]
-    captions = sum(sample.tokens is not None for sample in samples)
-
-    # over the decoder's rows: what each is, and whether it is masked; padding comes last and is nothing
-    patches_S = _lengths(image_mask for image_mask, _, _ in checked)
-    tokens_S = _lengths(text_mask for _, text_mask, _ in checked)
-    images_M = size(_losses(checked, 0, geometry.image_all_tokens))
-    texts_M = size(_losses(checked, 1, geometry.text_all_tokens))
-    rows_S = 1 + patches_S + tokens_S
-    rows_P = _padded(rows_S, max(size(int(rows_S.sum())), images_M + texts_M))  # of samples, then of padding
-    padding = np.zeros(len(rows_P) - S, np.int64)
-    patches_P = np.concatenate((patches_S, padding))
-    sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
-    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
-    real_U = sample_U < S
-    patch_U = (position_U > 0) & (position_U <= patches_P[sample_U])
-    text_U = real_U & (position_U > patches_P[sample_U])
-    masked_U = np.zeros(len(sample_U), bool)
-    masked_U[real_U] = _flat(
-        [part for image_mask, text_mask, _ in checked for part in (_CLS, image_mask, text_mask)], bool
-    )
-    visible_U = real_U & ~masked_U
-
-    # what lies behind each row: an image's patch, a caption's token, its row of [patch positions, text positions]
-    patch_id_U = np.cumsum(patch_U) - 1
-    token_U = np.full(len(sample_U), -1)
-    token_U[text_U] = _flat([tokens for _, _, tokens in checked], np.int64)
-    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, position_U - 1, -1))
-
-    # the encoder's rows are the visible ones, in the same order
-    visible_patch_U = patch_U & visible_U
-    visible_S = np.bincount(sample_U[visible_U], minlength=S)
-    visible_P = _padded(visible_S, size(int(visible_S.sum())))
-    patches, visible = int(np.count_nonzero(visible_patch_U)), int(visible_P.sum())
-
-    # rows that carry loss
-    image_loss_U = patch_U & (masked_U | geometry.image_all_tokens)
-    text_loss_U = text_U & (masked_U | geometry.text_all_tokens)
-    count = partial(np.bincount, minlength=len(rows_P))
-    image_loss_P, text_loss_P = count(sample_U[image_loss_U]), count(sample_U[text_loss_U])
-    if geometry.loss_per_batch:
-        counts = LossCounts(float(image_loss_P.sum()), float(text_loss_P.sum()))
-        image_share_P = text_share_P = np.ones(len(rows_P))
-    else:
-        counts = LossCounts(float(len(images)), float(captions))
-        image_share_P, text_share_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
-    loss_weight_P = np.ones(len(rows_P))
-    loss_weight_P[:S] = [sample.loss_weight for sample in samples]
-    image_I, text_W = _loss_rows(image_loss_U, images_M, text_loss_U, texts_M)
-    loss_M = np.sort(np.concatenate((image_I, text_W)))
-    row_in_M = np.zeros(len(sample_U), np.int64)
-    row_in_M[loss_M] = np.arange(len(loss_M))
-    weights = {
-        "image_row_weight": image_loss_U[image_I] * (loss_weight_P * image_share_P)[sample_U[image_I]],
-        "text_row_weight": text_loss_U[text_W] * (loss_weight_P * text_share_P)[sample_U[text_W]],
-        "text_row_share": text_loss_U[text_W] * text_share_P[sample_U[text_W]],
+    layout = _layout(checked, geometry, size)
+    encoder, encoder_rows = _encoder_rows(layout, len(samples), size)
+    decoder_rows = {
+        "decoder_src": np.where(layout.visible_U, np.cumsum(layout.visible_U) - 1, -1),
+        "mask_ids": np.where(layout.masked_U, layout.text_U, -1),
+        "decoder_table_ids": layout.table_U,
     }
-    rows = {
-        "patch_ids": _extended(patch_id_U[visible_patch_U], size(patches), 0),
-        "encoder_src": _extended(np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)[visible_U], visible, -1),
-        "token_ids": _extended(token_U[visible_U], visible, -1),
-        "encoder_table_ids": _extended(1 + table_U[visible_U], visible, -1),  # its table begins with cls
-        "decoder_src": np.where(visible_U, np.cumsum(visible_U) - 1, -1),
-        "mask_ids": np.where(masked_U, text_U, -1),
-        "decoder_table_ids": table_U,
-        "loss_rows": loss_M,
-        "image_rows": row_in_M[image_I],
-        "image_patch_ids": np.maximum(patch_id_U, 0)[image_I],  # where the weight is 0, any
-        "text_rows": row_in_M[text_W],
-        "text_targets": np.maximum(token_U, 0)[text_W],
-    }
-    ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
-    if ids and len(ids) < len(images):
-        raise ValueError(f"{len(ids)} of {len(images)} images have image_ids")
-    rows["image_targets"] = _flat([], np.int64)
-    if ids:
-        real_I = weights["image_row_weight"] != 0
-        rows["image_targets"] = np.where(real_I, _flat(ids, np.int64)[rows["image_patch_ids"]], 0)
+    loss, counts, loss_rows, weights = _loss(samples, layout, geometry)
+    targets = _image_targets(samples, loss_rows["image_patch_ids"], weights["image_row_weight"])
+    rows = {**encoder_rows, **decoder_rows, **loss_rows, "image_targets": targets}
     index: dict[str, Any] = {name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()}
     index["token_order"], index["encoder_table_order"] = scatter_orders(
         index["encoder_src"], index["token_ids"], index["encoder_table_ids"]
@@ -174,10 +106,10 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
-        encoder=_segments(visible_P),
-        decoder=_segments(rows_P),
-        loss=_segments(count(sample_U[loss_M])),
-        captions=captions,
+        encoder=encoder,
+        decoder=_segments(layout.rows_P),
+        loss=loss,
+        captions=sum(sample.tokens is not None for sample in samples),
         counts=counts,
         labels=_labels(samples),
         **index,
@@ -185,11 +117,137 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     )
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The decoder's rows: of each sample cls, all patches, all text tokens; then rows of padding, none of these."""
+
+    rows_P: np.ndarray  # rows of each sample, then of each segment of padding
+    sample_U: np.ndarray  # the sample, or segment of padding, that a row belongs to
+    patch_U: np.ndarray  # bool, as the next three
+    text_U: np.ndarray
+    masked_U: np.ndarray
+    visible_U: np.ndarray
+    patch_id_U: np.ndarray  # image * L + patch
+    token_U: np.ndarray  # vocabulary id, -1 for what is no text token
+    table_U: np.ndarray  # row of [patch positions, text positions], -1 for cls and padding
+    images_M: int  # rows of the image loss, those of weight 0 among them
+    texts_M: int
+
+
+def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int], int]) -> _Layout:
+    length, S = geometry.patches_per_image, len(checked)
+    patches_S = _lengths(sample.image_mask for sample in checked)
+    tokens_S = _lengths(sample.text_mask for sample in checked)
+    images_M = size(_with_loss([sample.image_mask for sample in checked], geometry.image_all_tokens))
+    texts_M = size(_with_loss([sample.text_mask for sample in checked], geometry.text_all_tokens))
+    rows_S = 1 + patches_S + tokens_S
+    rows_P = _padded(rows_S, max(size(int(rows_S.sum())), images_M + texts_M))
+    patches_P = np.concatenate((patches_S, np.zeros(len(rows_P) - S, np.int64)))
+    sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
+    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
+    real_U = sample_U < S
+    patch_U = (position_U > 0) & (position_U <= patches_P[sample_U])
+    text_U = real_U & (position_U > patches_P[sample_U])
+    masked_U = np.zeros(len(sample_U), bool)
+    masked_U[real_U] = _flat([part for s in checked for part in (_CLS, s.image_mask, s.text_mask)], bool)
+    token_U = np.full(len(sample_U), -1)
+    token_U[text_U] = _flat([sample.tokens for sample in checked], np.int64)
+    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, position_U - 1, -1))
+    return _Layout(
+        rows_P=rows_P,
+        sample_U=sample_U,
+        patch_U=patch_U,
+        text_U=text_U,
+        masked_U=masked_U,
+        visible_U=real_U & ~masked_U,
+        patch_id_U=np.cumsum(patch_U) - 1,
+        token_U=token_U,
+        table_U=table_U,
+        images_M=images_M,
+        texts_M=texts_M,
+    )
+
+
+def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> tuple[Segments, dict[str, np.ndarray]]:
+    """Return the encoder's segments and indices: its rows are the visible ones, in the decoder's order."""
+    visible_U, visible_patch_U = layout.visible_U, layout.patch_U & layout.visible_U
+    visible_S = np.bincount(layout.sample_U[visible_U], minlength=samples)
+    visible_P = _padded(visible_S, size(int(visible_S.sum())))
+    patches, visible = int(np.count_nonzero(visible_patch_U)), int(visible_P.sum())
+    source_U = np.where(visible_patch_U, np.cumsum(visible_patch_U) - 1, -1)
+    return _segments(visible_P), {
+        "patch_ids": _extended(layout.patch_id_U[visible_patch_U], size(patches), 0),
+        "encoder_src": _extended(source_U[visible_U], visible, -1),
+        "token_ids": _extended(layout.token_U[visible_U], visible, -1),
+        "encoder_table_ids": _extended(1 + layout.table_U[visible_U], visible, -1),  # its table begins with cls
+    }
+
+
+def _loss(
+    samples: Sequence[Sample], layout: _Layout, geometry: Geometry
+) -> tuple[Segments, LossCounts, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the segments of rows that carry loss, what the losses are means over, their indices and their weights."""
+    sample_U = layout.sample_U
+    image_loss_U = layout.patch_U & (layout.masked_U | geometry.image_all_tokens)
+    text_loss_U = layout.text_U & (layout.masked_U | geometry.text_all_tokens)
+    count = partial(np.bincount, minlength=len(layout.rows_P))
+    image_loss_P, text_loss_P = count(sample_U[image_loss_U]), count(sample_U[text_loss_U])
+    if geometry.loss_per_batch:
+        counts = LossCounts(float(image_loss_P.sum()), float(text_loss_P.sum()))
+        per_image_P = per_caption_P = np.ones(len(layout.rows_P))
+    else:
+        images, captions = (sum(getattr(s, name) is not None for s in samples) for name in ("image", "tokens"))
+        counts = LossCounts(float(images), float(captions))
+        per_image_P, per_caption_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
+    weight_P = np.ones(len(layout.rows_P))
+    weight_P[: len(samples)] = [sample.loss_weight for sample in samples]
+    image_I, text_W = _loss_rows(image_loss_U, layout.images_M, text_loss_U, layout.texts_M)
+    loss_M = np.sort(np.concatenate((image_I, text_W)))
+    row_in_M = np.zeros(len(sample_U), np.int64)
+    row_in_M[loss_M] = np.arange(len(loss_M))
+    rows = {
+        "loss_rows": loss_M,
+        "image_rows": row_in_M[image_I],
+        "image_patch_ids": np.maximum(layout.patch_id_U, 0)[image_I],  # where the weight is 0, any
+        "text_rows": row_in_M[text_W],
+        "text_targets": np.maximum(layout.token_U, 0)[text_W],
+    }
+    weights = {
+        "image_row_weight": image_loss_U[image_I] * (weight_P * per_image_P)[sample_U[image_I]],
+        "text_row_weight": text_loss_U[text_W] * (weight_P * per_caption_P)[sample_U[text_W]],
+        "text_row_share": text_loss_U[text_W] * per_caption_P[sample_U[text_W]],
+    }
+    return _segments(count(sample_U[loss_M])), counts, rows, weights
+
+
+def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
+    """Return the token ids of the image loss's patches, 0 where the weight is 0; empty where images have no ids.
+
+    Raises:
+        ValueError: some images have ids and some have none.
+    """
+    ids = [sample.image_ids for sample in samples if sample.image is not None]
+    known = [each.numpy() for each in ids if each is not None]
+    if not known:
+        return _flat([], np.int64)
+    if len(known) < len(ids):
+        raise ValueError(f"{len(known)} of {len(ids)} images have image_ids")
+    return np.where(weight_I != 0, _flat(known, np.int64)[patch_ids_I], 0)
+
+
 _CLS = np.zeros(1, dtype=bool)  # cls is never masked
 
 
-def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks and tokens as arrays, empty where the sample lacks the modality."""
+class _Checked(NamedTuple):
+    """Of a sample; empty where it lacks the modality."""
+
+    image_mask: np.ndarray
+    text_mask: np.ndarray
+    tokens: np.ndarray
+
+
+def _check(sample: Sample, geometry: Geometry) -> _Checked:
+    """Return masks and tokens as arrays. Raises ValueError where they do not fit `geometry`."""
     image_mask = text_mask = np.empty(0, dtype=bool)
     tokens = np.empty(0, dtype=np.int64)
     if sample.image is None and sample.tokens is None:
@@ -206,7 +264,7 @@ def _check(sample: Sample, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, 
         text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
             raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
-    return image_mask, text_mask, tokens
+    return _Checked(image_mask, text_mask, tokens)
 
 
 def _labels(samples: Sequence[Sample]) -> Tensor | None:
@@ -228,9 +286,8 @@ def _segments(lengths_S: np.ndarray) -> Segments:
     return Segments(torch.from_numpy(ends.astype(np.int32)), int(lengths_S.max(initial=0)), int(ends[-1]))
 
 
-def _losses(checked: list[tuple[np.ndarray, np.ndarray, np.ndarray]], modality: int, all_tokens: bool) -> int:
-    """Tokens of a modality (0 image, 1 text) that carry loss."""
-    masks = [sample[modality] for sample in checked]
+def _with_loss(masks: list[np.ndarray], all_tokens: bool) -> int:
+    """Return how many tokens carry loss."""
     return sum(len(mask) if all_tokens else int(np.count_nonzero(mask)) for mask in masks)
 
 
