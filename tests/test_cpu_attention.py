@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from m3ae_kernels.attention import Kernel, Segments, native
+from m3ae_kernels.attention.choice import kernel_for
+from m3ae_kernels.cpu import build as builds
+from m3ae_kernels.cpu.processor import Cpu, this_cpu
 from torch import Tensor
 
-from m3ae_fast.hardware import Cpu, this_cpu
-from m3ae_fast.model.batch import Segments
-from m3ae_fast.model.cpu import build as builds
-from m3ae_fast.model.cpu import native
-from m3ae_fast.model.cpu.attention import cpu_kernel
 from tests.helpers.amx import TILES_ANYWHERE
 
 AMX = {"amx_tile", "amx_bf16"}
@@ -71,13 +70,17 @@ def inputs(shape: str, dtype: torch.dtype = torch.float32, scale: float = 1.5) -
     return torch.randn(q.shape).to(dtype), q, k, v, segments(queries), segments(keys)
 
 
+def kernel_of(q: Tensor) -> Kernel:
+    return kernel_for("auto", q.device, q.dtype, q.shape[1], q.shape[2], 9)
+
+
 def name(q: Tensor) -> str:
-    return cpu_kernel(q.dtype, q.shape[-1]).name
+    return kernel_of(q).name
 
 
 def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> dict[str, Tensor]:
     """Outputs and gradients, which are slices of one tensor that nothing else is written to."""
-    kernel = cpu_kernel(q.dtype, q.shape[-1])
+    kernel = kernel_of(q)
     out, lse = kernel.forward(q, k, v, queries, keys)
     dq, dkv = q.new_full(q.shape, torch.nan), k.new_full((len(k), 2, *k.shape[1:]), torch.nan)
     kernel.backward(grad, q, k, v, out, lse, dq, *dkv.unbind(1), queries, keys)

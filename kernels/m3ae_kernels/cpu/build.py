@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from m3ae_fast.hardware import this_cpu
+from .processor import this_cpu
 
 FOLDER = Path(__file__).parent
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what all of them need of a CPU
@@ -56,7 +56,7 @@ def compiled(source: str, flags: tuple[str, ...]) -> Path:
     command = [*compiler, *_FLAGS, *flags]
     texts = [path.read_bytes() for path in (FOLDER / source, *sorted(FOLDER.glob("*.h")))]
     name = hashlib.sha256(b"\0".join((*texts, " ".join(command).encode()))).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_fast"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_kernels"
     library = folder / f"{Path(source).stem}-{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
