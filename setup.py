@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["m3ae_fast*"]), *find_packages("kernels")],
     package_dir={"m3ae_kernels": "kernels/m3ae_kernels"},
-    package_data={"m3ae_kernels": ["tuning/*.json"], "m3ae_fast": ["model/cpu/*.c", "model/cpu/*.h"]},
+    package_data={"m3ae_kernels": ["tuning/*.json", "cpu/*.c", "cpu/*.h"]},
 )

@@ -12,13 +12,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from m3ae_kernels import reference
+from m3ae_kernels.attention import Kernel, Segments, cuda
+from m3ae_kernels.attention.padded import padded_attention
 from torch import Tensor
 
 from benchmarks.ops import Workload
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.model import cuda_attention
-from m3ae_fast.model.kernel import Kernel
-from m3ae_fast.model.padded import padded_attention
 
 CHUNKS = 4  # of rows, where logits are made a part at a time
 LIGER_CHUNKS = 16  # its `chunk_mem_const`: as few chunks; with its default there are 48 at M3AE-Large's sizes
@@ -69,7 +67,7 @@ class _Matmuls(torch.autograd.Function):
 def _kernels() -> dict[str, Kernel]:
     """Attention kernels of others that can be imported; whether they run here shows when they do."""
     found = {}
-    for name, make in cuda_attention.MAKERS.items():
+    for name, make in cuda.MAKERS.items():
         with suppress(ImportError):
             found[name] = make()
     return found

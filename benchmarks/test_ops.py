@@ -8,6 +8,8 @@ import m3ae_kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from m3ae_kernels.attention import Segments
+from m3ae_kernels.attention.padded import padded_attention
 
 from benchmarks import results
 from benchmarks.alone import peak_above
@@ -15,9 +17,6 @@ from benchmarks.baselines import baselines
 from benchmarks.measure import CpuDevice, CudaDevice, measure
 from benchmarks.ops import LARGE, OPS, Sizes, Workload, make
 from benchmarks.workload import PRECISION
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.padded import padded_attention
 
 DEVICE = CudaDevice() if torch.cuda.is_available() else CpuDevice()
 SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, decoder=512, vocab=30522)
@@ -44,7 +43,7 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
     shape = (rows, 3, heads, SIZES.decoder // heads)
 
     def packed(qkv):
-        return packed_attention(None, qkv, segments, segments)
+        return m3ae_kernels.packed_attention(qkv, ends, longest)
 
     def padded(qkv):
         return padded_attention(*qkv.unbind(1), segments, segments)

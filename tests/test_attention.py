@@ -7,18 +7,23 @@ from types import ModuleType
 
 import pytest
 import torch
+from m3ae_kernels.attention import Kernel, Segments, cuda, op, padded
+from m3ae_kernels.attention.choice import kernel_for
+from m3ae_kernels.attention.padded import PADDED
+from m3ae_kernels.attention.per_sample import PER_SAMPLE
 from torch import Tensor
 
-from m3ae_fast.batch.packed import Segments
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.model import attention, cuda_attention
-from m3ae_fast.model.attention import attention_op, describe, kernel_for, packed_attention
-from m3ae_fast.model.kernel import Kernel
-from m3ae_fast.model.padded import PADDED, padded_attention
+from m3ae_fast.model.attention import describe
 from m3ae_fast.model.transformer import Block
+from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 QUERIES, KEYS = [0, 1, 3, 5], [2, 1, 7, 5]
+CONFIG = ModelConfig(
+    size=None, emb_dim=64, depth=1, num_heads=2, dec_emb_dim=48, dec_depth=1, dec_num_heads=3,
+    image_size=32, patch_size=8, text_length=12, vocab_size=50,
+)  # fmt: skip
 
 
 def segments(lengths: list[int]) -> Segments:
@@ -44,8 +49,8 @@ def softmax_attention(q: Tensor | None, kv: Tensor, queries: Segments, keys: Seg
     return torch.cat([part.transpose(0, 1) for part in parts])
 
 
-def padded(q: Tensor | None, kv: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    return padded_attention(*(kv.unbind(1) if q is None else (q, *kv.unbind(1))), queries, keys)
+def sdpa(q: Tensor | None, kv: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    return padded.padded_attention(*(kv.unbind(1) if q is None else (q, *kv.unbind(1))), queries, keys)
 
 
 def gradients(out: Tensor, q: Tensor | None, kv: Tensor) -> tuple[Tensor, ...]:
@@ -55,20 +60,20 @@ def gradients(out: Tensor, q: Tensor | None, kv: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture(params=["cpu", "padded matmuls", "scaled_dot_product_attention"])
-def attend(request, monkeypatch):
+def run(request, monkeypatch):
     if request.param == "padded matmuls":
-        monkeypatch.setattr(attention, "kernel_for", lambda *_: PADDED)
-    return padded if request.param.startswith("scaled") else packed_attention
+        monkeypatch.setattr(op, "kernel_for", lambda *_: PADDED)
+    return sdpa if request.param.startswith("scaled") else attend
 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
 )
-def test_attention_against_softmax(attend, dtype, tolerance, whole):
+def test_attention_against_softmax(run, dtype, tolerance, whole):
     """Lengths of 0, 1 and more; fewer queries than keys; gradients too."""
     q, kv, *ends = inputs(dtype, whole)
-    out = attend(q, kv, *ends)
+    out = run(q, kv, *ends)
     q64, kv64 = (x if x is None else x.detach().double().requires_grad_() for x in (q, kv))
     exact = softmax_attention(q64, kv64, *ends)
     pairs = zip((out, *gradients(out, q, kv)), (exact, *gradients(exact, q64, kv64)))
@@ -81,10 +86,10 @@ def test_op_is_a_good_citizen(whole):
     for dtype in (torch.float64, torch.float32):
         q, kv, queries, keys = inputs(dtype, whole, dim=16)
         arguments = (q, kv, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
-        torch.library.opcheck(attention_op, arguments)
+        torch.library.opcheck(op.attention_op.registered, (*arguments, "auto"))
     q, kv, *ends = inputs(torch.float64, whole)
     torch.autograd.gradcheck(
-        lambda *x: packed_attention(*x, *ends) if q is not None else packed_attention(None, *x, *ends),
+        lambda *x: attend(*x, *ends) if q is not None else attend(None, *x, *ends),
         (kv,) if whole else (q, kv),
     )
 
@@ -111,7 +116,7 @@ def test_gradient_is_one_tensor():
     seen = []
     x = kv.detach().flatten(1).requires_grad_()
     x.register_hook(lambda grad: seen.append(grad.is_contiguous()))
-    out = packed_attention(None, (x * 1).unflatten(1, kv.shape[1:]), *ends)
+    out = attend(None, (x * 1).unflatten(1, kv.shape[1:]), *ends)
     names = set()
     node = out.grad_fn
     while node is not None:
@@ -126,7 +131,7 @@ def test_no_queries_and_no_rows():
     for q_lengths, k_lengths in (([0, 0], [2, 3]), ([0], [0])):
         kv = torch.randn(sum(k_lengths), 2, 2, 8).requires_grad_()
         q = torch.empty(0, 2, 8).requires_grad_()
-        out = packed_attention(q, kv, segments(q_lengths), segments(k_lengths))
+        out = attend(q, kv, segments(q_lengths), segments(k_lengths))
         out.sum().backward()
         assert out.shape == (0, 2, 8) and q.grad.shape == q.shape and not kv.grad.any()
 
@@ -134,7 +139,7 @@ def test_no_queries_and_no_rows():
 def test_dropout_drops():
     _, kv, *ends = inputs(torch.float32, True)
     torch.manual_seed(0)
-    assert not torch.equal(packed_attention(None, kv, *ends, 0.5), packed_attention(None, kv, *ends, 0.5))
+    assert not torch.equal(attend(None, kv, *ends, dropout_p=0.5), attend(None, kv, *ends, dropout_p=0.5))
 
 
 # ---- kernels of others: modules that compute with torch what the real ones compute, and take the same arguments ----
@@ -253,12 +258,12 @@ class StandIns:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing is chosen yet, and no device to wait for."""
-    monkeypatch.setattr(cuda_attention, "_chosen", {})
-    monkeypatch.setattr(cuda_attention, "SAMPLES", 2)
+    monkeypatch.setattr(cuda, "_chosen", {})
+    monkeypatch.setattr(cuda, "SAMPLES", 2)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
 
 
-@pytest.mark.parametrize("name", list(cuda_attention.MAKERS))
+@pytest.mark.parametrize("name", list(cuda.MAKERS))
 @pytest.mark.parametrize("whole", [True, False])
 def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
     stand_ins = StandIns()
@@ -266,11 +271,11 @@ def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
     if name == "flash-attn 4":
         stand_ins.install(monkeypatch, "flash_attn_4")
     stand_ins.install_in_torch(monkeypatch)
-    kernel = cuda_attention.MAKERS[name]()
+    kernel = cuda.MAKERS[name]()
     assert kernel.name == name
-    monkeypatch.setattr(attention, "kernel_for", lambda *_: kernel)
+    monkeypatch.setattr(op, "kernel_for", lambda *_: kernel)
     q, kv, *ends = inputs(torch.float32, whole)
-    out = packed_attention(q, kv, *ends)
+    out = attend(q, kv, *ends)
     got = (out, *gradients(out, q, kv))
     short = name.split()[-1] if name[0] == "f" else "torch"
     assert stand_ins.calls == [f"{short} forward", f"{short} backward"]
@@ -285,19 +290,19 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
     stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
     stand_ins.install_in_torch(monkeypatch)
     seconds = {"flash-attn 2": 1.0, "torch varlen": 2.0}
-    monkeypatch.setattr(cuda_attention, "_seconds", lambda kernel, *_: seconds[kernel.name])
+    monkeypatch.setattr(cuda, "_seconds", lambda kernel, *_: seconds[kernel.name])
     with caplog.at_level(logging.INFO):
-        assert cuda_attention.choose(CPU, BF16, 2, 16, 9).name == "flash-attn 2"
+        assert cuda.choose(CPU, BF16, 2, 16, 9).name == "flash-attn 2"
     assert "flash-attn 4 is not installed (No module named 'flash_attn.cute'" in caplog.text
     assert "flash-attn 3 is left out: its results are off by" in caplog.text
     assert "torch varlen takes 2000.000 ms" in caplog.text
     # asked again, nothing is tried again; another length is another question when it is asked at the start
     stand_ins.calls.clear()
-    assert cuda_attention.choose(CPU, BF16, 2, 16, 300).name == "flash-attn 2" and not stand_ins.calls
+    assert cuda.choose(CPU, BF16, 2, 16, 300).name == "flash-attn 2" and not stand_ins.calls
     seconds["torch varlen"] = 0.5
-    assert cuda_attention.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
-    assert cuda_attention.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
-    assert [cuda_attention.choose(CPU, BF16, 2, 16, n).name for n in (12, 290)] == ["flash-attn 2", "torch varlen"]
+    assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
+    assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
+    assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in (12, 290)] == ["flash-attn 2", "torch varlen"]
 
 
 def test_what_does_not_work_is_left_out(monkeypatch, caplog):
@@ -310,23 +315,22 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
     makers = {"old": broken, "new": lambda: Kernel("new", elsewhere, elsewhere)}
-    monkeypatch.setattr(cuda_attention, "MAKERS", makers)
-    assert cuda_attention.choose(CPU, BF16, 2, 16, 9) is PADDED
+    monkeypatch.setattr(cuda, "MAKERS", makers)
+    assert cuda.choose(CPU, BF16, 2, 16, 9) is PADDED
     assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
-    monkeypatch.setattr(cuda_attention, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
-    assert cuda_attention.choose(CPU, torch.float32, 2, 16, 9) is PADDED
+    monkeypatch.setattr(cuda, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
+    assert cuda.choose(CPU, torch.float32, 2, 16, 9) is PADDED
 
 
-def test_the_librarys_kernel_takes_part_where_it_is_asked_for(monkeypatch, caplog):
-    """Without a GPU it cannot run, which is told as of any other; tests/rehearsal runs it."""
-    monkeypatch.setattr(cuda_attention, "MAKERS", {})
-    for impl, names in ((None, []), ("torch", []), ("triton", ["triton"])):
-        monkeypatch.delenv("M3AE_KERNELS_IMPL", raising=False)
-        if impl:
+def test_what_is_asked_for_is_what_runs(monkeypatch):
+    """On either device; a run says so too. tests/kernels runs Triton's."""
+    monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
+    monkeypatch.setattr(cuda, "try_out", cuda.choose)
+    for device, torch_kernel in ((CPU, PER_SAMPLE), (torch.device("cuda"), PADDED)):
+        for impl, name in (("torch", torch_kernel.name), ("triton", "triton")):
+            assert kernel_for(impl, device, BF16, 2, 16, 9).name == name
             monkeypatch.setenv("M3AE_KERNELS_IMPL", impl)
-        assert list(cuda_attention.candidates()) == names
-    assert cuda_attention.try_out(CPU, BF16, 2, 16, 9) is PADDED
-    assert "triton is left out: " in caplog.text
+            assert describe(CONFIG, MaskingConfig(), device, BF16) == name
 
 
 def test_times_are_measured(monkeypatch):
@@ -334,7 +338,7 @@ def test_times_are_measured(monkeypatch):
     fast = Kernel("fast", PADDED.forward, PADDED.backward)
     for order in ((slow, fast), (fast, slow)):
         makers = {kernel.name: lambda kernel=kernel: kernel for kernel in order}
-        assert cuda_attention.fastest(makers, *cuda_attention._example(CPU, BF16, 2, 16, 9)) is fast
+        assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is fast
 
 
 def test_a_run_names_its_kernels(monkeypatch):
@@ -345,20 +349,16 @@ def test_a_run_names_its_kernels(monkeypatch):
         asked.append((heads, head_dim, length))
         return Kernel("wide" if head_dim > 16 else "narrow", PADDED.forward, PADDED.backward)
 
-    monkeypatch.setattr(cuda_attention, "try_out", try_out)
-    config = ModelConfig(
-        size=None, emb_dim=64, depth=1, num_heads=2, dec_emb_dim=48, dec_depth=1, dec_num_heads=3,
-        image_size=32, patch_size=8, text_length=12, vocab_size=50,
-    )  # fmt: skip
-    text = describe(config, MaskingConfig(), torch.device("cuda"), BF16)
+    monkeypatch.setattr(cuda, "try_out", try_out)
+    text = describe(CONFIG, MaskingConfig(), torch.device("cuda"), BF16)
     assert text == "wide (encoder), narrow (decoder)" and asked == [(2, 32, 1 + 4 + 3), (3, 16, 1 + 16 + 12)]
-    assert describe(config, MaskingConfig(), CPU, torch.float64) == "torch, per sample"
-    dropout = config.model_copy(update={"att_drop": 0.1})
+    assert describe(CONFIG, MaskingConfig(), CPU, torch.float64) == "torch, per sample"
+    dropout = CONFIG.model_copy(update={"att_drop": 0.1})
     assert describe(dropout, MaskingConfig(), CPU, BF16) == "padded SDPA"
 
 
 def test_devices_have_their_own_kernels(monkeypatch):
-    monkeypatch.setattr(cuda_attention, "choose", lambda *question: question)
-    cuda = torch.device("cuda", 0)
-    assert kernel_for(cuda, BF16, 2, 16, 9) == (cuda, BF16, 2, 16, 9)
-    assert isinstance(kernel_for(CPU, BF16, 2, 16, 9), Kernel)
+    monkeypatch.setattr(cuda, "choose", lambda *question: question)
+    gpu = torch.device("cuda", 0)
+    assert kernel_for("auto", gpu, BF16, 2, 16, 9) == (gpu, BF16, 2, 16, 9)
+    assert isinstance(kernel_for("auto", CPU, BF16, 2, 16, 9), Kernel)

@@ -1,15 +1,19 @@
 """The CPU's attention kernels against float64, and what happens where they cannot be built."""
 
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from m3ae_kernels.attention import Kernel, Segments, native
+from m3ae_kernels.attention.choice import kernel_for
+from m3ae_kernels.cpu import build as builds
+from m3ae_kernels.cpu.processor import Cpu, this_cpu
 from torch import Tensor
 
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.hardware import Cpu, this_cpu
-from m3ae_fast.model.cpu import build as builds
-from m3ae_fast.model.cpu import native
-from m3ae_fast.model.cpu.attention import cpu_kernel
 from tests.helpers.amx import TILES_ANYWHERE
 
 AMX = {"amx_tile", "amx_bf16"}
@@ -71,13 +75,17 @@ def inputs(shape: str, dtype: torch.dtype = torch.float32, scale: float = 1.5) -
     return torch.randn(q.shape).to(dtype), q, k, v, segments(queries), segments(keys)
 
 
+def kernel_of(q: Tensor) -> Kernel:
+    return kernel_for("auto", q.device, q.dtype, q.shape[1], q.shape[2], 9)
+
+
 def name(q: Tensor) -> str:
-    return cpu_kernel(q.dtype, q.shape[-1]).name
+    return kernel_of(q).name
 
 
 def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> dict[str, Tensor]:
     """Outputs and gradients, which are slices of one tensor that nothing else is written to."""
-    kernel = cpu_kernel(q.dtype, q.shape[-1])
+    kernel = kernel_of(q)
     out, lse = kernel.forward(q, k, v, queries, keys)
     dq, dkv = q.new_full(q.shape, torch.nan), k.new_full((len(k), 2, *k.shape[1:]), torch.nan)
     kernel.backward(grad, q, k, v, out, lse, dq, *dkv.unbind(1), queries, keys)
@@ -143,17 +151,101 @@ def test_lanes_past_the_last_key_are_no_keys(build):
         assert (got.double() - exact[name]).norm() <= bound * (1 + exact[name].norm()), name
 
 
-def test_built_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a new home/cache"))
-    library = builds.compiled("attention.c", ())
+def cached(cache: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (cache / "m3ae_kernels").iterdir()}
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    path = tmp_path / "a new home/cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    return path
+
+
+def test_built_once(cache):
+    builds.compiled("gelu.c", ())
+    library, *others = (cache / "m3ae_kernels").iterdir()
     built = library.stat().st_mtime_ns
-    assert builds.compiled("attention.c", ()) == library and library.stat().st_mtime_ns == built
-    assert list(library.parent.iterdir()) == [library]
-    other = builds.compiled("attention.c", ("-DOTHER",))
-    assert set(library.parent.iterdir()) == {library, other}
+    builds.compiled("gelu.c", ())
+    assert not others and library.stat().st_mtime_ns == built and list(cached(cache)) == [library]
+    builds.compiled("gelu.c", ("-DOTHER",))
+    assert len(cached(cache)) == 2
 
 
-@pytest.mark.parametrize(("compiler", "reason"), [("/no/such/compiler", "No such file"), ("false", "exit status 1")])
+@pytest.mark.parametrize("left", [0, 5000, -1])
+def test_a_damaged_library_is_built_again(cache, left):
+    """In a process of its own: a truncated library ends it with SIGBUS."""
+    builds.compiled("gelu.c", ())
+    whole = cached(cache)
+    (library,) = whole
+    library.unlink()  # this process has it open
+    library.write_bytes(whole[library][:left])
+    code = "from m3ae_kernels.cpu import build; build.compiled('gelu.c', ()).forward"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert cached(cache) == whole
+
+
+def test_what_no_loader_takes_is_not_kept(cache, monkeypatch, tmp_path, caplog):
+    """Nor by its checksum believed in the next run."""
+    script(monkeypatch, tmp_path, 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"')
+    for _ in range(2):
+        assert load_anew() is None
+    assert not cached(cache) and "cannot be built" in caplog.text
+
+
+def script(monkeypatch, folder: Path, text: str) -> None:
+    """Let CC be a shell script."""
+    compiler = folder / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{text}\n", encoding="latin-1")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+
+
+def load_anew():
+    builds.load.cache_clear()
+    return builds.load("gelu.c", (), "torch takes over")
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(cache, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(builds, "LIMIT_S", 0.3)
+    script(monkeypatch, tmp_path, f"sleep 300 & echo $! > {tmp_path}/child; wait")
+    assert load_anew() is None
+    assert "torch takes over: gelu.c cannot be built (the compiler took longer than 0.3 s)" in caplog.text
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    assert not child.exists() or ") Z " in child.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("echo Datei nicht gefunden: \xfc >&2; exit 1", "nicht gefunden: \ufffd"), ("exit 0", "library.so")],
+)
+def test_a_broken_compiler_costs_one_line(cache, monkeypatch, tmp_path, caplog, text, reason):
+    script(monkeypatch, tmp_path, text)
+    assert load_anew() is None
+    assert len(caplog.records) == 1 and reason in caplog.text
+
+
+@pytest.mark.parametrize("home", ["none", "read-only"])
+def test_kernels_are_built_without_a_home(monkeypatch, tmp_path, caplog, home):
+    builds._temporary_folder.cache_clear()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if home == "none":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:  # as for root too: a file where a folder should be
+        (tmp_path / ".cache").touch()
+        monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert builds.compiled("gelu.c", ()).forward and builds.compiled("gelu.c", ("-DOTHER",)).forward
+    assert len(caplog.records) == 1 and "they cannot be kept" in caplog.text
+    (folder,) = tmp_path.glob("m3ae_kernels-*")
+    assert len(list(folder.glob("gelu-*.so"))) == 2
+    builds._temporary_folder.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/no/such/compiler", "No such file"), ("false", "exit status 1"), ('cc "', "No closing quotation")],
+)
 def test_torch_takes_over_without_a_compiler(monkeypatch, tmp_path, caplog, cpu, compiler, reason):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)

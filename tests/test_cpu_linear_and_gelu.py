@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from m3ae_kernels.cpu import build, gelu, linear
 from torch import Tensor
 
-from m3ae_fast.model.cpu import build, gelu, linear
 from m3ae_fast.model.transformer import MLP
 from tests.helpers.amx import TILES_ANYWHERE
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from m3ae_kernels.cpu import norm
 from torch import Tensor
-
-from m3ae_fast.model.cpu import norm
 
 EPS = 1e-6
 

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from m3ae_kernels import per_sample
+from m3ae_kernels.attention import Segments, per_sample
+from m3ae_kernels.cpu.linear import linear
 from torch._dynamo.utils import counters
 
 from m3ae_fast.batch.masking import draw_mask
-from m3ae_fast.batch.packed import INDEX_ROWS, PackedBatch, Segments
+from m3ae_fast.batch.packed import INDEX_ROWS, PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack, rounded
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.hardware import has_compiler
-from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.cpu.linear import linear
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.run.throughput import StepCounts
+from tests.helpers.attention import attend
 
 TINY = ModelConfig(
     size=None, emb_dim=32, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=2, dec_num_heads=2,
@@ -63,7 +63,7 @@ def test_packed_attention(monkeypatch, queries, keys, chunk, dtype, tolerance):
     torch.manual_seed(0)
     wide = torch.randn(sum(keys), 3, 2, 8, dtype=dtype).requires_grad_()  # q, k, v as slices, as the model has them
     q = wide[: sum(queries), 0]
-    out = packed_attention(q, wide[:, 1:], _segments(queries), _segments(keys))
+    out = attend(q, wide[:, 1:], _segments(queries), _segments(keys), impl="torch")
     grad = torch.randn(out.shape, dtype=dtype)
     (got,) = torch.autograd.grad(out, wide, grad)
 
@@ -79,7 +79,7 @@ def test_packed_attention(monkeypatch, queries, keys, chunk, dtype, tolerance):
 
 def test_large_scores_do_not_overflow():
     q = torch.full((4, 1, 8), 100.0)
-    out = packed_attention(q, torch.stack((q, torch.eye(4, 8)[:, None]), 1), _segments([4]), _segments([4]))
+    out = attend(q, torch.stack((q, torch.eye(4, 8)[:, None]), 1), _segments([4]), _segments([4]))
     torch.testing.assert_close(out[:, 0, :4], torch.full((4, 4), 0.25))
 
 

@@ -7,11 +7,11 @@ from PIL import Image
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.attention import packed_attention
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.attention import attention_to_patches
 from m3ae_fast.run import checkpoint
 from m3ae_fast.visualise import main
+from tests.helpers.attention import attend
 from tests.helpers.labelled import labelled_tar, tiny_run
 
 SIZES = ModelConfig(
@@ -32,7 +32,7 @@ def test_attention_maps_are_the_ops_weights():
         model.forward_encoder(batch)
     x_TD, keys, *_ = seen[0]
     kv = block.attn.qkv(x_TD)[1].unflatten(-1, (3, 4, -1)).detach().requires_grad_()
-    out_THd = packed_attention(None, kv, keys, keys)
+    out_THd = attend(None, kv, keys, keys)
     for row, found_L in zip((0, 17, 20), attention_to_patches(model, sample, [0, 17, 20])):
         (grad,) = torch.autograd.grad(out_THd[row].sum(), kv, retain_graph=True)
         expected_L = grad[1:17, 2, :, 0].mean(1)

@@ -9,16 +9,26 @@ IMPLS = ("auto", "triton", "torch")
 ENV = "M3AE_KERNELS_IMPL"
 
 
-def choose_impl(impl: str, device: torch.device) -> str:
-    """`"triton"` or `"torch"`: the argument wins, then the environment variable M3AE_KERNELS_IMPL, then the device.
+def asked_impl(impl: str) -> str:
+    """Return the implementation that is asked for, maybe "auto": the argument's, or else M3AE_KERNELS_IMPL's.
 
-    Asked before an op, never in it: compiled graphs are cached by the op's arguments."""
+    Called before an op, never in it: compiled graphs are cached by the op's arguments.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if impl == "auto":
         impl = os.environ.get(ENV, "auto")
-    if impl == "auto":
-        return "triton" if device.type == "cuda" else "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}, set by the argument or by {ENV}: it must be one of {', '.join(IMPLS)}")
+    return impl
+
+
+def choose_impl(impl: str, device: torch.device) -> str:
+    """Return "triton" or "torch": what is asked for, else what suits the device."""
+    impl = asked_impl(impl)
+    if impl == "auto":
+        return "triton" if device.type == "cuda" else "torch"
     return impl
 
 

@@ -7,10 +7,11 @@ T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patche
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
+from m3ae_kernels.attention import Segments
 from torch import Tensor
 
 # fields of a batch by type: rows of indices, rows of weights, and where samples lie
@@ -42,18 +43,6 @@ class LossCounts(NamedTuple):
 
     image: float
     text: float
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Where the samples lie among packed rows: sample s is rows[cu_seqlens[s] : cu_seqlens[s + 1]]."""
-
-    cu_seqlens: Tensor  # int32 [S + 1]
-    max_seqlen: int
-    rows: int
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> Segments:
-        return Segments(move(self.cu_seqlens), self.max_seqlen, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +103,7 @@ class PackedBatch:
             if isinstance(value, Tensor):
                 values[name] = move(value)
             elif isinstance(value, Segments):
-                values[name] = value.map(move)
+                values[name] = replace(value, cu_seqlens=move(value.cu_seqlens))
         return PackedBatch(**values)
 
     def __reduce__(self) -> tuple[Callable, tuple]:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, head_inputs, m3ae_loss, scatter_tokens
+from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.model.cpu.norm import LayerNorm
 from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_options
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu

@@ -9,20 +9,19 @@ import functools
 import hashlib
 import math
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import m3ae_kernels
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from m3ae_kernels import gather_tokens
+from m3ae_kernels import gather_tokens, packed_attention
+from m3ae_kernels.attention import Segments
+from m3ae_kernels.cpu.gelu import gelu_linear, linear_gelu
+from m3ae_kernels.cpu.linear import Linear, linear
+from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.model.attention import packed_attention
-from m3ae_fast.model.cpu.gelu import gelu_linear, linear_gelu
-from m3ae_fast.model.cpu.linear import Linear, linear
-from m3ae_fast.model.cpu.norm import LayerNorm
 
 EPS = 1e-6  # of every LayerNorm, flax's default
 Gelu: TypeAlias = Literal["tanh", "exact"]
@@ -56,9 +55,12 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None, queries: Segments) -> Tensor:
         q_RD, kv = self.qkv(x_TD, rows_R)
-        q_RHd = None if q_RD is None else q_RD.unflatten(-1, (self.num_heads, -1))
         kv_TnHd = kv.unflatten(-1, (3 if q_RD is None else 2, self.num_heads, -1))
-        out_RHd = packed_attention(q_RHd, kv_TnHd, queries, keys, self.att_drop if self.training else 0.0)
+        options: dict[str, Any] = {"dropout_p": self.att_drop if self.training else 0.0}
+        if q_RD is not None:
+            options["q"] = q_RD.unflatten(-1, (self.num_heads, -1))
+            options |= {"cu_queries": queries.cu_seqlens, "max_queries": queries.max_seqlen}
+        out_RHd = packed_attention(kv_TnHd, keys.cu_seqlens, keys.max_seqlen, **options)
         return self.drop(self.proj(out_RHd.flatten(1)))
 
 
@@ -163,9 +165,10 @@ class RowNorm(LayerNorm):
 
 @functools.cache
 def _source_tag() -> str:
-    """Of this package's model code. torch's cache of compiled graphs knows an op by its name: without this a graph from
-    before an update would bring the old gradient."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    """Return a hash of the code of the model and of its ops. torch's cache of compiled graphs knows an op by its name:
+    without this a graph from before an update would bring the old gradient."""
+    folders = (Path(__file__).parent, Path(m3ae_kernels.__file__).parent)
+    sources = sorted(path for folder in folders for path in folder.rglob("*.py"))
     return f"m3ae_fast-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
+from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
 
-from m3ae_fast.model.cpu.norm import LayerNorm
 from m3ae_fast.model.transformer import EPS
 
 BATCH_NORM_EPS, BATCH_NORM_MOMENTUM = 1e-5, 0.1

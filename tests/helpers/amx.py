@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from m3ae_fast.hardware import this_cpu
-from m3ae_fast.model.cpu.build import BF16, TILES, may_use_tiles
+from m3ae_kernels.cpu.build import BF16, TILES, may_use_tiles
+from m3ae_kernels.cpu.processor import this_cpu
 
 HEADER = Path(__file__).with_suffix(".h")
 VERSION = hashlib.sha256(HEADER.read_bytes()).hexdigest()[:8]  # a kernel built with another header is another kernel

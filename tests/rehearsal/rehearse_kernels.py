@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 from m3ae_kernels import tuning
+from m3ae_kernels.attention import cuda as attention_cuda
+from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.dispatch import choose_impl
 from m3ae_kernels.triton_impl.common import precision
 from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3ae_fast.data.__main__ import main as data
-from m3ae_fast.model import cuda_attention
 from tests.helpers.trainer import ROOT
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 
@@ -71,15 +72,16 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
     torch.testing.assert_close(total, 2 * a @ a.t())
 
 
-def test_attention_of_triton_is_tried_and_taken(cuda, monkeypatch):
+def test_attention_of_triton_stands_a_trial(cuda, monkeypatch):
     """In float16: the interpreter multiplies bfloat16 wrongly."""
-    monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
-    monkeypatch.setattr(cuda_attention, "MAKERS", {})
-    monkeypatch.setattr(cuda_attention, "_chosen", {})
+    monkeypatch.setattr(
+        attention_cuda, "MAKERS", {"triton": lambda: kernel_for("triton", CUDA, torch.float16, 1, 16, 5)}
+    )
+    monkeypatch.setattr(attention_cuda, "_chosen", {})
     for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
-        monkeypatch.setattr(cuda_attention, name, less)
+        monkeypatch.setattr(attention_cuda, name, less)
     for head_dim, length in ((16, 5), (64, 140)):  # one tile of keys, and two
-        assert cuda_attention.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
+        assert attention_cuda.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
 
 
 def test_float32_is_multiplied_as_torch_is_set_to():
@@ -100,7 +102,7 @@ def test_the_help_of_a_tool_names_the_device(cuda, capsys):
 
 
 def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):
-    """Triton kernels, and attention as CUDA has it for float32."""
+    """By Triton's kernels."""
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
     golden = min((ROOT / "tests/golden").glob("*.npz"), key=lambda path: path.stat().st_size)
     monkeypatch.setattr(sys, "argv", ["verify", str(golden), "--device", "cuda"])

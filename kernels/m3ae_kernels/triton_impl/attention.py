@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention.kernel import Kernel, Segments
 from ..dispatch import accumulator
 from ..tuning import config
 from .common import acc_type, cdiv, launcher, precision
@@ -93,31 +94,29 @@ def attention_kernel(
 
 
 @launcher
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
     """Returns (out [Q, H, D], lse [H, Q])."""
     rows, heads, dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=accumulator(q.dtype))
-    tile = _tile("attention", q, max_queries, max_keys)
-    blocks, samples = cdiv(max_queries, tile["BLOCK_M"]), len(cu_queries) - 1
+    tile = _tile("attention", q, queries, keys)
+    blocks, samples = cdiv(queries.max_seqlen, tile["BLOCK_M"]), len(keys.cu_seqlens) - 1
     if out.numel():
         attention_kernel[(samples * blocks * heads,)](
-            q, k, v, out, lse, cu_queries, cu_keys, rows, heads, q.stride(0), k.stride(0), blocks, LOG2E * dim**-0.5,
-            D=dim, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
+            q, k, v, out, lse, queries.cu_seqlens, keys.cu_seqlens, rows, heads, q.stride(0), k.stride(0), blocks,
+            LOG2E * dim**-0.5, D=dim, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
     return out, lse
 
 
-def _tile(name: str, q: Tensor, max_queries: int, max_keys: int) -> dict:
+def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
     """What a table says, with no more rows than the longest sample fills."""
     if q.shape[2] > MOST_DIM:
         raise ValueError(
             f"{q.shape[2]} values a head: the Triton kernels take at most {MOST_DIM}; impl='torch' takes more"
         )
     tile = config(name, q.device, q.dtype)
-    return as_rows(tile, q.shape[2], max_queries, max_keys) | tile
+    return as_rows(tile, q.shape[2], queries.max_seqlen, keys.max_seqlen) | tile
 
 
 def as_rows(tile: dict, dim: int, longest_queries: int = MOST_ROWS, longest_keys: int = MOST_ROWS) -> dict:
@@ -200,7 +199,7 @@ def attention_backward_kernel(
 
 
 @launcher
-def attention_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -210,19 +209,20 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    max_queries: int,
-    max_keys: int,
+    queries: Segments,
+    keys: Segments,
 ) -> None:
     """Writes every row of dq, dk and dv. grad, out and lse are contiguous."""
     rows, heads, dim = q.shape
-    tile = _tile("attention_backward", q, max_queries, max_keys)
-    long = max_keys > tile["BLOCK_N"]
+    tile = _tile("attention_backward", q, queries, keys)
+    long = keys.max_seqlen > tile["BLOCK_N"]
     partial = torch.empty_like(grad, dtype=lse.dtype) if long else lse
     if dk.numel():
-        attention_backward_kernel[((len(cu_keys) - 1) * heads,)](
-            grad, q, k, v, out, lse, dq, dk, dv, partial, cu_queries, cu_keys, rows, heads, q.stride(0), k.stride(0),
-            dq.stride(0), dk.stride(0), dim**-0.5, LOG2E * dim**-0.5,
+        attention_backward_kernel[((len(keys.cu_seqlens) - 1) * heads,)](
+            grad, q, k, v, out, lse, dq, dk, dv, partial, queries.cu_seqlens, keys.cu_seqlens, rows, heads,
+            q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), dim**-0.5, LOG2E * dim**-0.5,
             D=dim, LONG=long, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
+
+
+TRITON = Kernel("triton", _forward, _backward)

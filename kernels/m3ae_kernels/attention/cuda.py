@@ -3,8 +3,8 @@
 None wins everywhere: flash-attn 3 pads a head of 32 values to 64 and works in tiles of 192 keys, which a sample of
 70 visible tokens fills in part; flash-attn 2 has neither fault and lacks Hopper's instructions. So each is tried on
 random samples of a given length, once, forward and backward. One that is not installed, fails or computes something
-else is left out, and the log says why. m3ae_kernels' own takes part where M3AE_KERNELS_IMPL=triton asks for it: no GPU
-has measured it yet.
+else is left out, and the log says why. Triton's takes no part: no GPU has
+measured it yet.
 
 Shapes: Q query rows, K key rows, H heads, D values per head.
 """
@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 
 import torch
-from m3ae_kernels.dispatch import ENV
 from torch import Tensor
 
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.model.kernel import Kernel, library_kernel
-from m3ae_fast.model.padded import PADDED
+from .kernel import Kernel, Segments
+from .padded import PADDED
 
 SAMPLES = 64  # of a trial: enough to fill a GPU
 ROUNDS = 3  # of a trial, each of as many calls
@@ -48,14 +45,8 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
         return PADDED
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
     if length not in choices:
-        choices[length] = fastest(candidates(), *_example(device, dtype, heads, head_dim, length))
+        choices[length] = fastest(MAKERS, *_example(device, dtype, heads, head_dim, length))
     return choices[length]
-
-
-def candidates() -> dict[str, Callable[[], Kernel]]:
-    """By name what is tried."""
-    asked = os.environ.get(ENV) == "triton"
-    return MAKERS | ({"triton": lambda: library_kernel("triton", "triton")} if asked else {})
 
 
 def fastest(makers: dict[str, Callable[[], Kernel]], qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> Kernel:

@@ -1,6 +1,6 @@
 """What an attention kernel is, whoever wrote it and wherever it runs.
 
-Shapes: Q query rows, K key rows, H heads, D values per head.
+Shapes: S samples, Q query rows, K key rows, H heads, D values per head.
 """
 
 from __future__ import annotations
@@ -8,10 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from m3ae_kernels.attention import attention_backward, attention_forward
 from torch import Tensor
 
-from m3ae_fast.batch.packed import Segments
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Where the samples lie among packed rows: sample s is rows[cu_seqlens[s] : cu_seqlens[s + 1]]."""
+
+    cu_seqlens: Tensor  # int32 [S + 1]
+    max_seqlen: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -27,19 +33,3 @@ class Kernel:
     """(q, k, v, queries, keys) -> (out, lse)."""
     backward: Callable[..., None]
     """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk, dv, maybe such slices too."""
-
-
-def library_kernel(name: str, impl: str) -> Kernel:
-    """m3ae_kernels' packed attention; `impl` is "triton" or "torch"."""
-
-    def forward(q, k, v, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
-        return attention_forward(q, k, v, *_ends(queries, keys), impl)
-
-    def backward(grad, q, k, v, out, lse, dq, dk, dv, queries: Segments, keys: Segments) -> None:
-        attention_backward(grad, q, k, v, out, lse, dq, dk, dv, *_ends(queries, keys), impl)
-
-    return Kernel(name, forward, backward)
-
-
-def _ends(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
-    return queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen

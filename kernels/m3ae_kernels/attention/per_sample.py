@@ -15,7 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .dispatch import accumulator
+from ..dispatch import accumulator
+from .kernel import Kernel, Segments
 
 CHUNK_SCORES = 1 << 20  # scores that one batched matmul makes: a few MB, which stay in a CPU's caches
 
@@ -30,10 +31,10 @@ class _Group:
     k_len: int
 
 
-def _groups(cu_queries: Tensor, cu_keys: Tensor, heads: int) -> Iterator[_Group]:
+def _groups(queries: Segments, keys: Segments, heads: int) -> Iterator[_Group]:
     """Cuts the samples that have queries into groups."""
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for (q, q_end), (k, k_end) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist())):
+    for (q, q_end), (k, k_end) in zip(_ends(queries), _ends(keys)):
         if q_end > q:
             by_size[q_end - q, k_end - k].append((q, k))
     for (q_len, k_len), starts in by_size.items():
@@ -41,6 +42,10 @@ def _groups(cu_queries: Tensor, cu_keys: Tensor, heads: int) -> Iterator[_Group]
         for first in range(0, len(starts), size):
             q_starts, k_starts = zip(*starts[first : first + size])
             yield _Group(list(q_starts), list(k_starts), q_len, k_len)
+
+
+def _ends(segments: Segments) -> Iterator[tuple[int, int]]:
+    return pairwise(segments.cu_seqlens.tolist())
 
 
 def _rows(starts: list[int], length: int) -> Tensor:
@@ -69,14 +74,12 @@ def _powers(scores_Bqk: Tensor, scale: float, shift_Bq1: Tensor) -> Tensor:
     return torch.add(-shift_Bq1, scores_Bqk, alpha=scale, out=scores_Bqk).exp2_()
 
 
-def attention(
-    q_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_queries: Tensor, cu_keys: Tensor
-) -> tuple[Tensor, Tensor]:
+def _forward(q_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
     """Returns (out [Q, H, D], the base-2 logarithm of the sums of exponentials [H, Q])."""
     out_QHD = q_QHD.new_empty(q_QHD.shape)
     lse_HQ = q_QHD.new_empty((q_QHD.shape[1], len(q_QHD)), dtype=accumulator(q_QHD.dtype))
     scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
-    for group in _groups(cu_queries, cu_keys, q_QHD.shape[1]):
+    for group in _groups(queries, keys, q_QHD.shape[1]):
         q = _take(q_QHD, group.q_starts, group.q_len)
         k, v = (_take(x, group.k_starts, group.k_len) for x in (k_THD, v_THD))
         scores_Bqk = torch.bmm(q, k.mT).to(lse_HQ.dtype)
@@ -89,7 +92,7 @@ def attention(
     return out_QHD, lse_HQ
 
 
-def attention_backward(
+def _backward(
     grad_QHD: Tensor,
     q_QHD: Tensor,
     k_THD: Tensor,
@@ -99,14 +102,14 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
+    queries: Segments,
+    keys: Segments,
 ) -> None:
     """Writes every row of dq, dk and dv. The probabilities are computed again."""
     for x in (dk, dv):
         x.zero_()  # samples without queries
     scale = q_QHD.shape[-1] ** -0.5
-    for group in _groups(cu_queries, cu_keys, q_QHD.shape[1]):
+    for group in _groups(queries, keys, q_QHD.shape[1]):
         q, grad, lse = (_take(x, group.q_starts, group.q_len) for x in (q_QHD, grad_QHD, lse_HQ.t()[..., None]))
         k, v = (_take(x, group.k_starts, group.k_len) for x in (k_THD, v_THD))
         p_Bqk = _powers(torch.bmm(q, k.mT).to(lse.dtype), scale * math.log2(math.e), lse).to(q.dtype)
@@ -114,3 +117,6 @@ def attention_backward(
         ds_Bqk = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p_Bqk, -1, p_Bqk.dtype)
         _put(torch.bmm(ds_Bqk, k).mul_(scale), dq, group.q_starts, group.q_len)
         _put(torch.bmm(ds_Bqk.mT, q).mul_(scale), dk, group.k_starts, group.k_len)
+
+
+PER_SAMPLE = Kernel("torch, per sample", _forward, _backward)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.model.kernel import Kernel
+from .kernel import Kernel, Segments
 
 _NEVER = -1e30  # a score that no softmax gives weight to, and yet no infinity, whose differences are NaN
 

@@ -1,13 +1,19 @@
 """Attention over packed samples, each of which attends to itself alone.
 
+One op, forward and backward, on every device: torch.compile traces it like any other, and the gradient of queries, keys
+and values is the one tensor that the matmul before it expects. A `Kernel` computes it.
+
 Shapes: S samples, T rows, Q query rows, H heads, D values a head.
 """
 
+import torch
 from torch import Tensor
 
-from . import per_sample
-from .dispatch import accumulator, check_float, check_index, choose_impl, compute_dtype, no_autocast
-from .registry import Op
+from ..dispatch import accumulator, asked_impl, check_float, check_index, compute_dtype, no_autocast
+from ..registry import Op
+from .choice import kernel_for
+from .kernel import Kernel, Segments
+from .padded import padded_attention
 
 
 def packed_attention(
@@ -18,9 +24,10 @@ def packed_attention(
     q: Tensor | None = None,
     cu_queries: Tensor | None = None,
     max_queries: int | None = None,
+    dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each sample.
+    """Return softmax(q k^T / sqrt(D)) v within each sample.
 
     Args:
         qkv: [T, 3, H, D] floating, queries, keys and values; or, with q, [T, 2, H, D] keys and values.
@@ -30,7 +37,9 @@ def packed_attention(
         q: [Q, H, D] floating, queries of some rows alone.
         cu_queries, max_queries: as cu_seqlens and max_seqlen, of q. A sample may have no queries; one with queries has
             keys.
-        impl: "auto", "triton" (D up to 128) or "torch".
+        dropout_p: share of the attention weights that are dropped; above 0 each sample is padded to the longest, and
+            `impl` does not matter.
+        impl: "auto", the fastest that is installed; "triton" (D up to 128) or "torch".
 
     Returns:
         [T, H, D] or [Q, H, D], in autocast's dtype where it is on, else in qkv's. Sums in float32 (float64 for
@@ -46,64 +55,30 @@ def packed_attention(
     if q is not None and cu_queries is not None:
         check_float("q", q, (None, *qkv.shape[2:]), qkv)
         check_index("cu_queries", cu_queries, cu_seqlens.shape, qkv)
-    dtype = compute_dtype(qkv, qkv)
+    impl, dtype = asked_impl(impl), compute_dtype(qkv, qkv)
     q, qkv = None if q is None else q.to(dtype), qkv.to(dtype)
-    queries = cu_seqlens if cu_queries is None else cu_queries
-    longest = max_seqlen if max_queries is None else max_queries
-    return attention_op(q, qkv, queries, cu_seqlens, longest, max_seqlen, choose_impl(impl, qkv.device))[0]
-
-
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    max_queries: int,
-    max_keys: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """For callers with an op of their own, without autograd or checks; `impl` is "triton" or "torch".
-
-    q [Q, H, D], k and v [T, H, D] may be slices of one tensor, contiguous in their last two dimensions. Returns (out
-    [Q, H, D], lse [H, Q] in the accumulator's dtype, for `attention_backward` of the same `impl`)."""
-    if impl == "triton":
-        from .triton_impl.attention import attention
-
-        return attention(q, k, v, cu_queries, cu_keys, max_queries, max_keys)
-    with no_autocast(q):
-        return per_sample.attention(q, k, v, cu_queries, cu_keys)
-
-
-def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    max_queries: int,
-    max_keys: int,
-    impl: str,
-) -> None:
-    """Writes every row of dq, dk and dv, which may be such slices too; grad is contiguous."""
-    if impl == "triton":
-        from .triton_impl.attention import attention_backward
-
-        attention_backward(grad, q, k, v, out, lse, dq, dk, dv, cu_queries, cu_keys, max_queries, max_keys)
-        return
-    with no_autocast(q):
-        per_sample.attention_backward(grad, q, k, v, out, lse, dq, dk, dv, cu_queries, cu_keys)
+    cu_queries = cu_seqlens if cu_queries is None else cu_queries
+    max_queries = max_seqlen if max_queries is None else max_queries
+    if dropout_p:
+        queries, keys = _segments(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen)
+        return padded_attention(*_parts(q, qkv), queries, keys, dropout_p)
+    return attention_op(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen, impl)[0]
 
 
 def _parts(q: Tensor | None, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = kv.unbind(1) if q is None else (q, *kv.unbind(1))
     return q, k, v
+
+
+def _segments(
+    q: Tensor | None, kv: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
+) -> tuple[Segments, Segments]:
+    queries, keys = (cu.to(torch.int32).contiguous() for cu in (cu_queries, cu_keys))
+    return Segments(queries, max_queries, (kv if q is None else q).shape[0]), Segments(keys, max_keys, kv.shape[0])
+
+
+def _kernel(kv: Tensor, max_keys: int, impl: str) -> Kernel:
+    return kernel_for(impl, kv.device, kv.dtype, kv.shape[2], kv.shape[3], max_keys)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -120,16 +95,21 @@ def _forward(
     max_keys: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (out [Q, H, D], lse [H, Q])."""
-    if impl == "torch":
-        _check_ends("cu_seqlens", cu_keys, max_keys, len(kv))
-        _check_ends("cu_queries", cu_queries, max_queries, len(kv if q is None else q))
-    parts = _parts(None if q is None else _rows(q), _rows(kv))
-    return attention_forward(*parts, cu_queries.contiguous(), cu_keys.contiguous(), max_queries, max_keys, impl)
+    """Return (out [Q, H, D], the kernel's log-sum-exps [H, Q])."""
+    queries, keys = _segments(q, kv, cu_queries, cu_keys, max_queries, max_keys)
+    if kv.device.type == "cpu":
+        _check_ends("cu_seqlens", keys)
+        _check_ends("cu_queries", queries)
+    if not queries.rows:
+        return _fake(q, kv, cu_queries, cu_keys, max_queries, max_keys, impl)
+    with no_autocast(kv):
+        parts = _parts(None if q is None else _rows(q), _rows(kv))
+        return _kernel(kv, max_keys, impl).forward(*parts, queries, keys)
 
 
-def _check_ends(name: str, cu: Tensor, longest: int, rows: int) -> None:
-    """It reads the values: for CPU code alone."""
+def _check_ends(name: str, segments: Segments) -> None:
+    """Raise IndexError unless the samples cover all rows. It reads the values: for CPU code alone."""
+    cu, longest, rows = segments.cu_seqlens, segments.max_seqlen, segments.rows
     lengths = cu.diff()
     if not len(cu) or cu[0] != 0 or cu[-1] != rows or (len(lengths) and (lengths.min() < 0 or lengths.max() > longest)):
         raise IndexError(
@@ -149,7 +129,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    dq, dkv = attention_backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
+    dq, dkv = attention_backward_op(grad, *tensors, *ctx.options)
     need_q, need_kv = ctx.needs_input_grad[:2]
     return dq if need_q else None, dkv if need_kv else None, *[None] * 5
 
@@ -166,12 +147,16 @@ def _gradients(
     max_keys: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of q (without q no elements) and of kv, contiguous."""
-    q, kv = None if q is None else _rows(q), _rows(kv)
+    """Return the gradients of q (without q no elements) and of kv, contiguous."""
     dq, dkv = _empty_gradients(grad, q, kv, out, lse, cu_queries, cu_keys, max_queries, max_keys, impl)
-    cu_queries, cu_keys = cu_queries.contiguous(), cu_keys.contiguous()
-    tensors = (grad.contiguous(), *_parts(q, kv), out, lse, *_parts(None if q is None else dq, dkv))
-    attention_backward(*tensors, cu_queries, cu_keys, max_queries, max_keys, impl)
+    queries, keys = _segments(q, kv, cu_queries, cu_keys, max_queries, max_keys)
+    if not queries.rows:
+        return dq, dkv.zero_()
+    with no_autocast(kv):
+        parts = _parts(None if q is None else _rows(q), _rows(kv))
+        grads = _parts(None if q is None else dq, dkv)
+        kernel = _kernel(kv, max_keys, impl)
+        kernel.backward(grad.contiguous(), *parts, out, lse, *grads, queries, keys)
     return dq, dkv
 
 

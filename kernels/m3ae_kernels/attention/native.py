@@ -1,4 +1,4 @@
-"""Attention on CPUs with AVX-512, and with AMX: attention.c.
+"""Attention on CPUs with AVX-512, and with AMX: ../cpu/attention.c.
 
 Shapes: Q query rows, K key rows, H heads, D values per head.
 """
@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.hardware import this_cpu
-from m3ae_fast.model.cpu.build import AVX512, BF16, TILES, load, may_use_tiles
-from m3ae_fast.model.kernel import Kernel
+from ..cpu.build import AVX512, BF16, TILES, load, may_use_tiles
+from ..cpu.processor import this_cpu
+from .kernel import Kernel, Segments
 
 
 class _Work(ctypes.Structure):
@@ -96,7 +95,7 @@ def _rows(x_THD: Tensor) -> Tensor:
 def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor, **tensors: Tensor) -> None:
     """All heads of all samples, on as many threads as torch has. They are Python's: torch's own wait for each other
     after every op, these once."""
-    cu_queries, cu_keys = (segments.cu_seqlens.to(torch.int32).contiguous() for segments in (queries, keys))
+    cu_queries, cu_keys = queries.cu_seqlens, keys.cu_seqlens
     samples, (rows, heads, dim) = len(cu_queries) - 1, q.shape
     tensors["q"] = q
     work = _Work(

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.model.cpu.build import BF16, DTYPES, load
-from m3ae_fast.model.cpu.linear import (
+from .build import BF16, DTYPES, load
+from .linear import (
     by_kernels,
     input_gradient,
     linear,
@@ -36,7 +36,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library
 
 
-@torch.library.custom_op("m3ae_fast::gelu", mutates_args=())
+@torch.library.custom_op("m3ae::gelu", mutates_args=())
 def gelu_op(x: Tensor) -> Tensor:
     """GELU's tanh approximation, of one of the `DTYPES`."""
     library = _library(x.dtype)
@@ -48,7 +48,7 @@ def gelu_op(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("m3ae_fast::gelu_gradient", mutates_args=())
+@torch.library.custom_op("m3ae::gelu_gradient", mutates_args=())
 def gelu_gradient_op(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and `gelu_op(x)` once more."""
     library = _library(x.dtype)
@@ -79,7 +79,7 @@ def linear_gelu(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor
     return linear_gelu_op(x_RI.to(dtype), weight_OI, bias_O)
 
 
-@torch.library.custom_op("m3ae_fast::linear_gelu", mutates_args=())
+@torch.library.custom_op("m3ae::linear_gelu", mutates_args=())
 def linear_gelu_op(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
     if multiplies(x_RI, weight_OI):
         out_RO, y_RO = product(x_RI, weight_OI, bias_O, turned=True, before_gelu=True)
@@ -113,7 +113,7 @@ def gelu_linear(x_RI: Tensor, y_RI: Tensor | None, weight_OI: Tensor, bias_O: Te
     return gelu_linear_op(x_RI, y_RI, weight_OI, bias_O)
 
 
-@torch.library.custom_op("m3ae_fast::gelu_linear", mutates_args=())
+@torch.library.custom_op("m3ae::gelu_linear", mutates_args=())
 def gelu_linear_op(x_RI: Tensor, y_RI: Tensor | None, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return linear_op(gelu_op(x_RI) if y_RI is None else y_RI, weight_OI, bias_O)
 
@@ -123,7 +123,7 @@ def _(x_RI, y_RI, weight_OI, bias_O):
     return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
 
 
-@torch.library.custom_op("m3ae_fast::gelu_input_gradient", mutates_args=())
+@torch.library.custom_op("m3ae::gelu_input_gradient", mutates_args=())
 def gelu_input_gradient(grad_RO: Tensor, weight_OI: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of `gelu_linear_op`'s x, and `gelu_op(x)` once more."""
     if multiplies(grad_RO, weight_OI):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast.hardware import this_cpu
-from m3ae_fast.model.cpu.build import BF16, TILES, load, may_use_tiles
+from .build import BF16, TILES, load, may_use_tiles
+from .processor import this_cpu
 
 
 def _flags() -> tuple[str, ...] | None:
@@ -68,7 +68,7 @@ def by_kernels(dtype: torch.dtype, weight_OI: Tensor) -> bool:
     return weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
 
 
-@torch.library.custom_op("m3ae_fast::linear", mutates_args=())
+@torch.library.custom_op("m3ae::linear", mutates_args=())
 def linear_op(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """In x's dtype; weight and bias may be float32."""
     dtype = x_RI.dtype
@@ -85,7 +85,7 @@ def _(x_RI, weight_OI, bias_O):
     return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
 
 
-@torch.library.custom_op("m3ae_fast::input_gradient", mutates_args=())
+@torch.library.custom_op("m3ae::input_gradient", mutates_args=())
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
     """[R, I]: that of `linear_op`'s x, in the dtype of grad."""
     if _by_onednn(grad_RO.dtype, weight_OI):
@@ -174,7 +174,7 @@ linear_op.register_autograd(
 )
 
 
-@torch.library.custom_op("m3ae_fast::weight_gradient", mutates_args=())
+@torch.library.custom_op("m3ae::weight_gradient", mutates_args=())
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     """grad^T x, [O, I], and grad's sum over rows, [O], both float32, from bf16; O and I are multiples of 32."""
     library = _library()

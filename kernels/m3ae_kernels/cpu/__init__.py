@@ -1,0 +1,1 @@
+"""C kernels (AVX-512, AMX) for linear layers, GELU, LayerNorm and attention on a CPU; torch where they cannot run."""

@@ -1,0 +1,142 @@
+"""The C kernels of this folder, built by the system's compiler when first needed."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .processor import this_cpu
+
+FOLDER = Path(__file__).parent
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what all of them need of a CPU
+BF16 = ("-mavx512bf16", "-DBF16")
+TILES = (*BF16, "-mamx-tile", "-mamx-bf16", "-DTILES")
+_NEEDS = {torch.float32: AVX512, torch.bfloat16: AVX512 | {"avx512_bf16"}}
+# what the kernels can read here; evaluated at import, for inside a compiled function it would break the graph
+DTYPES = {dtype for dtype, flags in _NEEDS.items() if this_cpu().flags >= flags}
+LIMIT_S = 60  # of a compiler; gcc takes 2
+_FLAGS = ["-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-m{name}" for name in sorted(AVX512))]
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def may_use_tiles() -> bool:
+    """Asks Linux for this process's use of AMX's registers (its documentation, arch/x86/xstate)."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+@functools.cache
+def load(source: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | None:
+    """Return the kernels of `source`, a file of this folder, compiled with `flags`.
+
+    None where they cannot be had, once with a warning that begins with `otherwise`, what then happens.
+    """
+    try:
+        return compiled(source, flags)
+    except subprocess.TimeoutExpired:
+        reason = f"the compiler took longer than {LIMIT_S} s"
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        reason = next(iter((getattr(error, "stderr", None) or str(error)).strip().splitlines()), repr(error))
+    _log.warning("%s: %s cannot be built (%s)", otherwise, source, reason)
+    return None
+
+
+def compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Return the library from the user's cache, or compile it into there.
+
+    Raises:
+        OSError, ValueError, CalledProcessError, TimeoutExpired: the compiler is missing, misspelt, fails or hangs.
+    """
+    compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
+    command = [*compiler, *_FLAGS, *flags]
+    texts = [path.read_bytes() for path in (FOLDER / source, *sorted(FOLDER.glob("*.h")))]
+    name = f"{Path(source).stem}-{_digest(bytes(1).join((*texts, shlex.join(command).encode())))}"
+    cache = _users_cache()
+    for library in sorted(cache.glob(f"{name}-*.so")) if cache else []:
+        with suppress(OSError):  # made on a machine with another libc
+            if _is_whole(library):
+                return ctypes.CDLL(str(library))
+    library = _built([*command, str(FOLDER / source)], name, _folder_for_builds())
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink()
+        raise
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether the file's contents are those that its name tells; a truncated one would end the process."""
+    return library.stem.rpartition("-")[2] == _digest(library.read_bytes())
+
+
+def _built(command: list[str], name: str, folder: Path) -> Path:
+    """Compile to `name`-CHECKSUM.so. Processes may do so at once: each moves a whole file."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / "library.so"
+        _run([*command, "-o", str(built), "-lm"])
+        return built.replace(folder / f"{name}-{_digest(built.read_bytes())}.so")
+
+
+def _run(command: list[str]) -> None:
+    """Run a compiler, and end it with all that it started where it takes longer than LIMIT_S."""
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command, stdin=null, stdout=null, stderr=subprocess.PIPE, errors="replace", start_new_session=True
+    )
+    try:
+        _, errors = process.communicate(timeout=LIMIT_S)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
+
+
+def _users_cache() -> Path | None:
+    """Return the folder of compiled kernels, which may not exist yet; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3ae_kernels"
+    except RuntimeError:
+        return None
+
+
+def _folder_for_builds() -> Path:
+    """Return the user's cache, or else, with a warning, a temporary folder that this process removes at its end."""
+    reason: object = "there is no home folder"
+    cache = _users_cache()
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache).close()
+            return cache
+        except OSError as error:
+            reason = error
+    return _temporary_folder(str(reason))
+
+
+@functools.cache
+def _temporary_folder(reason: str) -> Path:
+    _log.warning("C kernels are compiled anew by each process, for they cannot be kept: %s", reason)
+    folder = Path(tempfile.mkdtemp(prefix="m3ae_kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

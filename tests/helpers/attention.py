@@ -1,0 +1,12 @@
+"""The attention op as tests call it: with segments."""
+
+from m3ae_kernels import packed_attention
+from m3ae_kernels.attention import Segments
+from torch import Tensor
+
+
+def attend(q: Tensor | None, kv: Tensor, queries: Segments, keys: Segments, **options) -> Tensor:
+    """Return what the samples' queries, q or those in kv, attend to."""
+    if q is not None:
+        options |= {"q": q, "cu_queries": queries.cu_seqlens, "max_queries": queries.max_seqlen}
+    return packed_attention(kv, keys.cu_seqlens, keys.max_seqlen, **options)
