@@ -80,3 +80,13 @@ def test_the_readme_clones_the_address_of_the_project():
     urls = re.search(r"^\[project\.urls\]\n((?:\w+ = .*\n)+)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     address = re.search(r"^Repository = \"(.*)\"$", urls[1], re.MULTILINE)[1]
     assert f"git clone {address} && cd m3ae-fast\n" in TEXT["README.md"]
+
+
+def test_commits_and_ci_use_one_ruff():
+    pinned = re.search(r"\"ruff==([\d.]+)\"", (ROOT / "pyproject.toml").read_text())[1]
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_the_workflow_tests_the_oldest_supported_python():
+    oldest = re.search(r"requires-python = \">=([\d.]+)\"", (ROOT / "pyproject.toml").read_text())[1]
+    assert f'python-version: ["{oldest}", ' in (ROOT / ".github/workflows/ci.yml").read_text()
