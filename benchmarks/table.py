@@ -18,6 +18,14 @@ ALL += ("gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 SPEEDUP = "the engine's speed-up"
 SPEEDUPS = {"over reference": "reference", "over expert": "expert"}
+NAMES = {  # what readers call the CPUs that virtual machines name by numbers
+    "AMD EPYC, family 25 model 17": "AMD Zen 4",
+    "AMD EPYC, Zen 5": "AMD Zen 5",
+    "Intel Xeon Processor, family 6 model 167": "Intel with AMX",
+    "Intel Xeon Processor, family 6 model 207": "Intel without AMX",
+}
+EARLIER = "0.1.0"  # the last version with an expert that did work that cannot change the loss
+NOTE = "\\* against an earlier, weaker expert, which embedded all patches and made logits for all positions."
 
 
 def machines(folder: Path) -> list[Path]:
@@ -41,29 +49,36 @@ def section(folder: Path, readme: Path) -> str:
     """The training step on all machines, a row for each: by size, the engine's speed and its speed-ups."""
     cases: list[tuple[str, int]] = []
     machine_rows = []
+    marked = False
     for machine in machines(folder):
         if not (machine / "step.json").exists():
             continue
         steps = json.loads((machine / "step.json").read_text(encoding="utf-8"))
-        name = f"[{steps['about']['device']}]({os.path.relpath(machine / 'README.md', readme.parent)})"
+        device, earlier = steps["about"]["device"], steps["about"]["m3ae_fast"] == EARLIER
+        marked |= earlier
+        name = f"[{NAMES.get(device, device)}]({os.path.relpath(machine / 'README.md', readme.parent)})"
         by_case: dict[tuple[str, int], dict[str, results.Row]] = {}
         for row in steps["rows"]:
             by_case.setdefault((row["size"], row["batch"]), {})[row["implementation"]] = row
         cases += [case for case in by_case if case not in cases]
-        machine_rows.append((name, by_case))
+        machine_rows.append((name, by_case, " *" if earlier else ""))
     titles = [t for size, batch in cases for t in (f"{size}, batch {batch}: samples/s", *SPEEDUPS)]
     lines = [f"| machine | {' | '.join(titles)} |", "|---" + "|--:" * len(titles) + "|"]
-    for name, by_case in machine_rows:
-        cells = [cell for case in cases for cell in _cells(by_case.get(case))]
+    for name, by_case, mark in machine_rows:
+        cells = [cell for case in cases for cell in _cells(by_case.get(case), mark)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(["", NOTE] if marked else []), ""])
 
 
-def _cells(rows: dict[str, results.Row] | None) -> list[str]:
-    """One size on one machine: the engine's samples/s, and how many times the baselines' that is."""
+def _cells(rows: dict[str, results.Row] | None, mark: str) -> list[str]:
+    """Return one size on one machine: the engine's samples/s, and how many times the baselines' that is.
+
+    `mark` follows the number over the expert.
+    """
     if rows is None:
         return ["-"] * (1 + len(SPEEDUPS))
-    return [f"{rows['engine']['samples/s']:.3g}", *(f"{rows[who][SPEEDUP]:.2f} x" for who in SPEEDUPS.values())]
+    reference, expert = (f"{rows[who][SPEEDUP]:.2f} x" for who in SPEEDUPS.values())
+    return [f"{rows['engine']['samples/s']:.3g}", reference, expert + mark]
 
 
 def rewrite(text: str, made: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 import gzip
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -90,8 +91,42 @@ def test_results_become_the_readmes_tables(tmp_path):
     assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
     assert "| machine | tiny, batch 3: samples/s | over reference | over expert |\n|---|--:|--:|--:|\n" in text
     assert "(results/some-cpu/README.md) | 10 | 5.00 x | 2.50 x |\n" in text and "Ops" not in text
+    assert table.NOTE not in text
     page = (tmp_path / "results/some-cpu/README.md").read_text()
     assert "**Ops**" in page and "| a | 1,234 |" in page and "| b | - |" in page
+
+
+def test_the_readmes_table_names_machines_as_readers_do_and_marks_the_earlier_expert(tmp_path):
+    def measured(folder, device, version):
+        rows = [
+            {"size": "tiny", "batch": 3, "implementation": name, "samples/s": 1.0, table.SPEEDUP: 2.0}
+            for name in ("reference", "expert", "engine")
+        ]
+        path = results.write("step", "Steps", rows, tmp_path / folder)
+        written = json.loads(path.read_text())
+        written["about"] |= {"device": device, "m3ae_fast": version}
+        path.write_text(json.dumps(written))
+
+    measured("a", "Intel Xeon Processor, family 6 model 167", "0.2.0")
+    measured("b", "AMD EPYC, Zen 5", "0.1.0")
+    made = table.section(tmp_path, tmp_path / "README.md")
+    assert "| [Intel with AMX](a/README.md) | 1 | 2.00 x | 2.00 x |\n" in made
+    assert "| [AMD Zen 5](b/README.md) | 1 | 2.00 x | 2.00 x * |\n" in made
+    assert made.endswith(f"\n\n{table.NOTE}\n") and made.count(table.NOTE) == 1
+
+
+def test_the_readmes_first_claim_is_its_tables():
+    text = table.README.read_text()
+    claim = re.search(
+        r"(\d+) to (\d+) times as fast as the official .*? and ([\d.]+) to ([\d.]+) times", text, re.DOTALL
+    )
+    rows = [line for line in text.splitlines() if line.count(" x") == 4]
+    ratios = [[float(number) for number in re.findall(r"([\d.]+) x", row)] for row in rows]
+    over_reference = [ratio for row in ratios for ratio in row[::2]]
+    over_expert = [ratio for row in ratios for ratio in row[1::2]]
+    said = [float(number) for number in claim.groups()]
+    assert said[:2] == [round(min(over_reference)), round(max(over_reference))]
+    assert said[2:] == [round(min(over_expert), 1), round(max(over_expert), 1)]
 
 
 def test_table_needs_its_markers(tmp_path, capsys):

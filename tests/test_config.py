@@ -11,7 +11,8 @@ import pytest
 from m3ae_fast import train
 from m3ae_fast.__main__ import COMMANDS
 from m3ae_fast.config import Config, ModelConfig, TrainConfig, load_config, parse
-from m3ae_fast.config.__main__ import page
+from m3ae_fast.config.__main__ import main as write_page
+from m3ae_fast.config.__main__ import train_page, transfer_page
 from m3ae_fast.dry_run import network_bytes
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -304,15 +305,49 @@ def test_repeats_lengthen_an_epoch(run):
         assert f"; {steps} steps" in out
 
 
-def test_the_page_of_settings_is_current():
-    assert page() == (ROOT / "docs/config.md").read_text(), "regenerate it: python -m m3ae_fast.config > docs/config.md"
+@pytest.mark.parametrize(("page", "file"), [("train", "config.md"), ("transfer", "transfer-config.md")])
+def test_the_pages_of_settings_are_current(page, file, capsys):
+    write_page([page])
+    again = f"regenerate it: python -m m3ae_fast.config {page} > docs/{file}"
+    assert capsys.readouterr().out == (ROOT / "docs" / file).read_text(), again
 
 
 def test_every_setting_is_explained():
-    text = page()
-    assert "| None |" not in text
-    for name in ("peak_lr", "micro_batch", "overlap_comm", "crop_scale"):
+    text = train_page() + transfer_page()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) > 120 and all(len(row) == 4 and len(row[3]) > 10 for row in rows)
+    for name in ("peak_lr", "micro_batch", "overlap_comm", "crop_scale", "layer_decay", "epsilons"):
         assert f"| `{name}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("gelu", '`"tanh"`, `"exact"`'),
+        ("channels", "`1`, `3`, `4`"),
+        ("size", '`"small"`, `"base"`, `"large"`, `"huge"` or `null`'),
+        ("flip", "`true`, `false`"),
+        ("mlp_ratio", "number > 0, ≤ 64"),
+        ("depth", "integer > 0, ≤ 1,024"),
+        ("seed", "integer ≥ 0, < 2^63"),
+        ("warmup_epochs", "number ≥ 0, ≤ 1,000,000"),
+        ("ema", "number > 0, < 1 or `null`"),
+        ("betas", "list of 2: number ≥ 0, < 1"),
+        ("image_mean", "list: number"),
+        ("shards", "string or list: string"),
+        ("val", "list: [data.train](#datatrain)"),
+        ("comms_logger", "object or `null`"),
+    ],
+)
+def test_the_page_of_settings_says_what_is_allowed(key, allowed):
+    row = next(line for line in train_page().splitlines() if line.startswith(f"| `{key}` |"))
+    assert row.split(" | ")[2] == allowed
+
+
+def test_a_kind_of_section_is_explained_once():
+    headings = [line for line in (train_page() + transfer_page()).splitlines() if line.startswith("## ")]
+    assert len(headings) == len(set(headings)) and "## data.train" in headings and "## data.val" not in headings
+    assert "[deepspeed](config.md#deepspeed) or `null`" in transfer_page()
 
 
 def test_every_program_is_listed():

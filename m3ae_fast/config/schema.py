@@ -34,16 +34,17 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Where a run lives."""
+    """The run folder, seed and loggers."""
 
     dir: Path = Path("runs/m3ae")
     """Folder for checkpoints, metrics, TensorBoard events and reconstructions."""
     seed: int = Field(42, ge=0, lt=1 << 63)
     """Seed of initial weights, sample order, crops and masks."""
     loggers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    """Where metrics go besides metrics.jsonl. W&B reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
+    """Loggers in addition to metrics.jsonl. W&B reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
     stall_timeout: float = Field(300, gt=0)
-    """Seconds without progress on a rank or in a loader that end a run, with exit code 75. To join, ranks have 1800."""
+    """A rank or loader that makes no progress for this many seconds ends the run with exit code 75. Ranks have 1,800 s
+    to join."""
 
 
 class ModelConfig(Section):
@@ -52,55 +53,55 @@ class ModelConfig(Section):
     size: Literal["small", "base", "large", "huge"] | None = "large"
     """Preset for `emb_dim`, `depth` and `num_heads` where they are not given."""
     emb_dim: Size
-    """Encoder width."""
+    """Width of the encoder: a multiple of 4 and of `num_heads`."""
     depth: Layers
-    """Encoder blocks."""
+    """Number of encoder blocks."""
     num_heads: Size
-    """Attention heads of an encoder block."""
+    """Number of attention heads of an encoder block."""
     dec_emb_dim: Size = 512
-    """Decoder width."""
+    """Width of the decoder: a multiple of 4 and of `dec_num_heads`."""
     dec_depth: Layers = 8
-    """Decoder blocks."""
+    """Number of decoder blocks."""
     dec_num_heads: Size = 16
-    """Attention heads of a decoder block."""
+    """Number of attention heads of a decoder block."""
     mlp_ratio: float = Field(4, gt=0, le=64)
     """Hidden width of a block's MLP, as a multiple of its width."""
     output_head_depth: int = Field(0, ge=0, le=1024)
-    """Hidden layers of the output heads."""
+    """Number of hidden layers of the output heads."""
     use_type_embedding: bool = True
     """Whether image and text tokens get an embedding of their modality."""
     drop: Rate = 0.0
-    """Dropout after projections and MLP layers."""
+    """Dropout probability after projections and MLP layers."""
     att_drop: Rate = 0.0
-    """Dropout of attention weights."""
+    """Dropout probability of attention weights."""
     drop_path: Rate = 0.0
     """Stochastic depth: the probability that a sample skips a block's branch."""
     image_size: Size = 256
-    """Height and width of an image, in pixels."""
+    """Height and width of an image, in pixels; a multiple of `patch_size`."""
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
     channels: Literal[1, 3, 4] = 3
-    """1 grey, 3 RGB, 4 RGBA."""
+    """Number of colour channels: 1 grey, 3 RGB, 4 RGBA."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
-    """Per channel, of pixels / 255. The default is CC12M's."""
+    """Mean of pixels / 255, one value per channel. The default is CC12M's."""
     image_std: Channels = (0.3207, 0.3169, 0.3307)
-    """Per channel, of pixels / 255. The default is CC12M's."""
+    """Standard deviation of pixels / 255, one value above 0 per channel. The default is CC12M's."""
     text_length: Size = 64
-    """Most text tokens per caption; longer captions are truncated."""
+    """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
-    """Size of the tokenizer's vocabulary; 0 builds an image-only MAE without text weights."""
+    """Number of tokens in the tokenizer's vocabulary; 0 builds an image-only MAE without text weights."""
     image_targets: Literal["pixels", "vqgan"] = "pixels"
-    """What is predicted of masked patches; `vqgan`: token ids of a frozen VQGAN (`data.image_tokenizer`)."""
+    """Targets of masked patches: pixels, or token ids of a frozen VQGAN (`data.image_tokenizer`)."""
     codebook_size: int = Field(1024, gt=0, le=MAX_VOCAB)
-    """Token ids of the VQGAN; unused where pixels are predicted."""
+    """Number of token ids of the VQGAN; unused with pixel targets."""
     gelu: Literal["tanh", "exact"] = "tanh"
-    """GELU's tanh approximation, as in the official M3AE, or the exact one, as in MAE and timm."""
+    """Variant of GELU: the tanh approximation, as in the official M3AE, or the exact function, as in MAE and timm."""
     positions: Literal["sincos", "stored"] = "sincos"
-    """Position embeddings of patches: computed, or stored with the weights, as MAE does. Training changes neither."""
+    """Position embeddings of patches: computed, or stored with the weights, as in MAE. Neither is trained."""
     mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
-    """Whether mean pooling follows the final LayerNorm or precedes it, as in fine-tuned MAEs (timm's `fc_norm`)."""
+    """Place of mean pooling: after the final LayerNorm, or before it, as in fine-tuned MAEs (timm's `fc_norm`)."""
     init_from: str | None = None
-    """Folder of an export, or a hub name: a new run starts from its weights (a missing decoder from random ones)."""
+    """Export folder or hub name whose weights a new run starts from (a missing decoder starts from random weights)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -152,75 +153,77 @@ class ModelConfig(Section):
 
 
 class MaskingConfig(Section):
-    """What the encoder does not see."""
+    """Masking of patches and text tokens."""
 
     image_ratio: float = Field(0.75, ge=0, le=1)
     """Fraction of the patches that are masked."""
     text_ratio: float = Field(0.75, ge=0, le=1)
     """Fraction of the text tokens that are masked."""
     per: Literal["sample", "batch"] = "sample"
-    """`batch`: one mask for the whole batch, as the official code draws it."""
+    """Masks drawn: one per sample, or one for the whole batch, as in the official code."""
 
 
 class LossConfig(Section):
-    """What the model is trained for."""
+    """Loss weights and reductions."""
 
     image_weight: float = Field(1.0, ge=0)
-    """Weight of the pixel loss."""
+    """Factor of the image loss in the total loss."""
     text_weight: float = Field(0.5, ge=0)
-    """Weight of the token loss."""
+    """Factor of the text loss in the total loss."""
     image_all_tokens: bool = False
-    """Loss on visible patches too."""
+    """Whether the image loss includes visible patches."""
     text_all_tokens: bool = False
-    """Loss on visible text tokens too."""
+    """Whether the text loss includes visible tokens."""
     norm_pix: bool = False
-    """Targets standardised per patch, as MAE's (with the unbiased variance)."""
+    """Whether pixel targets are standardised per patch, as in MAE (with the unbiased variance)."""
     per: Literal["sample", "batch"] = "sample"
-    """`sample`: the mean over samples of their means over tokens; `batch`: the mean over all tokens, as MAE's."""
+    """Reduction: `sample` averages over tokens, then over samples; `batch` averages over all tokens, as in MAE."""
 
 
 class SourceConfig(Section):
-    """Shards that belong together."""
+    """A source: shards that are weighted and read alike."""
 
     shards: str | list[str]
-    """Tars: paths, brace patterns, globs, URLs or `pipe:` commands."""
+    """Tar files: paths, brace patterns, globs, URLs or `pipe:` commands."""
     weight: float | None = Field(None, gt=0, le=1e12)
-    """Relative share of the samples drawn; null: proportional to size."""
+    """Weight of this source when samples are drawn, relative to the other sources; null: its number of samples."""
     loss_weight: float = Field(1.0, ge=0, le=1e6)
-    """Factor on these samples' losses; what the means divide by does not change."""
+    """Multiplies these samples' losses; the denominator of the mean is unchanged."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
-    """What samples train. `any`: what each has; `auto`: what all samples of a shard have, or `any` if they differ."""
+    """Which modalities of a sample to use. `any`: whatever it has; `auto`: what every sample of the shard has, else
+    `any`."""
 
 
 class DataConfig(Section):
-    """What a run reads."""
+    """Training and validation data."""
 
     train: list[SourceConfig] = Field(min_length=1)
     """Sources of the training samples."""
     val: list[SourceConfig] = []
     """Sources of the held-out samples."""
     tokenizer: str | None = None
-    """A tokenizer.json, a BERT vocab.txt or a hub name."""
+    """The text tokenizer: a tokenizer.json, a BERT vocab.txt or a hub name; null: without captions."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest fraction of the area that RandomResizedCrop keeps."""
+    """Smallest and largest fraction of an image's area that RandomResizedCrop keeps: 0 < smallest ≤ largest ≤ 1."""
     flip: bool = True
-    """Mirror half of the images."""
+    """Whether images are mirrored with probability 0.5."""
     repeats: int = Field(1, gt=0, le=1 << 16)
-    """Views (crops and masks) of each sample in an epoch, decoded once; an epoch has that many times the steps."""
+    """Number of views (crops and masks) per sample and epoch, decoded once; an epoch has that many times the steps."""
     shuffle_shards: int = Field(16, gt=0, le=1 << 24)
-    """Shards whose samples are shuffled together."""
+    """Number of shards whose samples are shuffled together."""
     workers: int | None = Field(None, ge=0, le=1024)
-    """Loader processes per rank; null: as many as the cores allow."""
+    """Number of loader processes per rank; null: as many as the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
-    """Batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
+    """Number of batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
     cache_dir: Path | None = None
     """Folder for copies of remote shards and indexes of read-only folders; null: `~/.cache/m3ae_fast`."""
     image_tokenizer: Path | None = None
     """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
-    """Where ids are made: on the training device, in the loader's workers, or ahead of time (`tokenize-images`)."""
+    """Where image token ids are computed: on the training device, in the loader's workers, or ahead of time
+    (`tokenize-images`)."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
-    """A larger fraction of broken samples stops the run."""
+    """Maximum fraction of broken samples; a run with more stops."""
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
@@ -242,11 +245,11 @@ class ScheduleConfig(Section):
     peak_lr: float = Field(1.5e-4, gt=0)
     """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
     init_lr: float = Field(0.0, ge=0)
-    """Learning rate of the first step; multiplied likewise."""
+    """Learning rate of the first step; scaled in the same way."""
     end_lr: float = Field(0.0, ge=0)
-    """Learning rate after the last step; multiplied likewise."""
+    """Learning rate after the last step; scaled in the same way."""
     warmup_epochs: float = Field(5, ge=0, le=1e6)
-    """Length of the warm-up; at most the whole run."""
+    """Length of the warm-up, in epochs; at most the whole run."""
 
     def lr_factor(self, global_batch: int) -> float:
         """What learning rates are multiplied by."""
@@ -257,13 +260,13 @@ class OptimConfig(ScheduleConfig):
     """AdamW with linear warm-up and cosine decay."""
 
     weight_decay: float = Field(0.05, ge=0)
-    """Of matmul weights and, as in the official code, LayerNorm scales."""
+    """Weight decay of matmul weights and, as in the official code, of LayerNorm scales."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Adam's decay rates."""
+    """Adam's decay rates of the first and the second moment, per step."""
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
     clip_grad: float | None = Field(None, gt=0)
-    """Global gradient norm to clip to; null: no clipping."""
+    """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
 
 class LoopConfig(Section):
@@ -274,11 +277,12 @@ class LoopConfig(Section):
     global_batch: Batch = 4096
     """Samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = None
-    """Most samples per rank and forward pass; the largest divisor that fits is taken. Null: no accumulation."""
+    """Maximum samples per rank and forward pass; the largest divisor of the rank's batch up to this is used. null: no
+    gradient accumulation."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run; or give `steps`."""
+    """Length of the run, in epochs; give this or `steps`."""
     steps: Count | None = None
-    """Length of the run in optimiser steps; or give `epochs`."""
+    """Length of the run, in optimiser steps; give this or `epochs`."""
     log_every: Count = 10
     """Steps between log lines."""
     eval_every: Count | None = None
@@ -286,7 +290,7 @@ class LoopConfig(Section):
     save_every: Count = 1000
     """Steps between checkpoints."""
     keep: Count = 2
-    """Checkpoints kept."""
+    """Number of checkpoints kept: the last ones."""
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopConfig:
@@ -299,20 +303,20 @@ class TransformerLoopConfig(LoopConfig):
     """A loop that trains a transformer."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the hardware multiplies it faster."""
+    """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights, such as 0.9999, for exports and transfer; null: none."""
+    """Decay per step of a moving average of the weights, such as 0.9999, for export and transfer; null: none."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Whether activations are recomputed in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """torch.compile of the transformer blocks."""
+    """Whether torch.compile compiles the transformer blocks."""
 
 
 class KnnConfig(Section):
     """k-nearest-neighbour classification of frozen features."""
 
     k: int = Field(20, gt=0)
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     temperature: float = Field(0.07, gt=0)
     """A neighbour's vote is exp(cosine similarity / temperature)."""
 
@@ -325,7 +329,7 @@ class KnnProbeConfig(KnnConfig):
     val: list[SourceConfig] = Field(min_length=1)
     """Sources of the samples to classify."""
     labels: str = "cls"
-    """Where labels are: `cls`, or `json.FIELD`."""
+    """Where labels are read: `cls` (whole numbers in KEY.cls), or `json.FIELD` (a field of KEY.json)."""
     pool: Literal["mean", "cls"] = "mean"
     """Pooling of features: the mean over all tokens but cls, or the cls token."""
     every: Count | None = None
@@ -333,56 +337,56 @@ class KnnProbeConfig(KnnConfig):
 
 
 class TrainConfig(TransformerLoopConfig):
-    """The loop."""
+    """Length, batch, precision and periods of the training loop."""
 
     eval_samples: Count = 1024
-    """Held-out samples of an evaluation."""
+    """Number of held-out samples of an evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
-    """Samples in reconstructions.png, which is drawn with every checkpoint."""
+    """Number of samples in reconstructions.png, which is drawn with every checkpoint."""
     probe: KnnProbeConfig | None = None
-    """Logs `val_knn_top1`; null: no probe."""
+    """k-NN probe during training, logged as `val_knn_top1`; null: off."""
 
 
 class OffloadConfig(Section):
-    """Where ZeRO keeps what does not stay on the GPU."""
+    """Where ZeRO keeps tensors that are offloaded from the GPU."""
 
     device: Literal["none", "cpu"] = "none"
-    """`cpu`: in this machine's memory."""
+    """Memory that holds the offloaded tensors: `cpu`, or `none` for no offloading."""
     pin_memory: bool = False
-    """Page-locked memory: faster copies, less memory for others."""
+    """Whether the offloaded tensors are pinned: faster copies, at the cost of pageable memory."""
 
 
 class ZeroConfig(Section):
-    """What ZeRO splits over ranks and how it communicates; the names are DeepSpeed's."""
+    """How ZeRO splits the training state over ranks and communicates; the names are DeepSpeed's."""
 
     stage: int = Field(0, ge=0, le=3)
-    """0: nothing is split; 1: optimiser state; 2: gradients too; 3: weights too."""
+    """What is split over ranks. 0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."""
     overlap_comm: bool = True
-    """Reduce gradients during the backward pass."""
+    """Whether gradients are reduced during the backward pass."""
     reduce_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
-    """Gradient elements that are reduced together."""
+    """Number of gradient elements that are reduced together."""
     allgather_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
-    """Weights that are gathered together."""
+    """Number of parameters that are gathered together."""
     reduce_scatter: bool = True
-    """Stages 1 and 2: reduce-scatter instead of all-reduce."""
+    """Stages 1 and 2: whether gradients are reduced by reduce-scatter instead of all-reduce."""
     contiguous_gradients: bool = True
-    """Copy gradients to one buffer as they are computed."""
+    """Whether gradients are copied to one buffer as they are computed."""
     round_robin_gradients: bool = False
-    """Stages 1 and 2: spread gradients over ranks in the order in which they are computed."""
+    """Stages 1 and 2: whether gradients are spread over ranks in the order in which they are computed."""
     offload_optimizer: OffloadConfig | None = None
-    """Optimiser state and step."""
+    """Offloading of the optimiser's state and step, from stage 1 on; null: none."""
     offload_param: OffloadConfig | None = None
-    """Weights; stage 3 only."""
+    """Offloading of the weights, stage 3 only; null: none."""
     sub_group_size: Annotated[int, Field(gt=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: elements that the optimiser updates at a time."""
+    """Stage 3: number of elements that the optimiser updates at a time."""
     stage3_prefetch_bucket_size: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 50_000_000
-    """Stage 3: weights gathered ahead."""
+    """Stage 3: number of parameters gathered ahead."""
     stage3_param_persistence_threshold: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 100_000
-    """Stage 3: smaller weights are kept whole on every rank."""
+    """Stage 3: tensors of fewer parameters than this are kept whole on every rank."""
     stage3_max_live_parameters: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: most weights gathered at a time."""
+    """Stage 3: maximum number of parameters resident on the GPU at once."""
     stage3_max_reuse_distance: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: weights needed again within this many elements stay gathered."""
+    """Stage 3: weights that are needed again within this many parameters stay gathered."""
 
     @model_validator(mode="after")
     def _possible(self) -> ZeroConfig:
@@ -430,18 +434,18 @@ _NOT_SUPPORTED = {
 
 
 class DeepSpeedConfig(Section):
-    """What DeepSpeed is given besides what follows from the other sections."""
+    """Settings of DeepSpeed that do not follow from the other sections."""
 
     zero_optimization: ZeroConfig = ZeroConfig()
-    """ZeRO."""
+    """Settings of ZeRO."""
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which gradients are reduced."""
+    """Dtype in which gradients are reduced over ranks."""
     prescale_gradients: bool = False
-    """Divide gradients by the number of ranks before they are summed; stage 0 only."""
+    """Whether gradients are divided by the number of ranks before they are summed; stage 0 only."""
     steps_per_print: Count | None = None
-    """DeepSpeed's own log lines; null: none."""
+    """Steps between DeepSpeed's own log lines; null: none."""
     comms_logger: dict[str, Any] | None = None
-    """DeepSpeed's log of collectives."""
+    """Settings of DeepSpeed's log of collectives; null: off."""
 
     @model_validator(mode="before")
     @classmethod
@@ -475,7 +479,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
-    """Null: plain torch, data-parallel (DDP)."""
+    """null: plain torch, data-parallel (DDP)."""
 
     @model_validator(mode="after")
     def _possible(self) -> Config:

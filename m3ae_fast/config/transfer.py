@@ -47,34 +47,36 @@ class EncodeConfig(Section):
     """Features of the frozen encoder on unmasked input."""
 
     pool: Literal["mean", "cls"] = "mean"
-    """`mean`: over all tokens but cls, after the final norm; `cls`: the cls token."""
+    """Pooling of features: `mean`, over all tokens but cls after the final norm; `cls`, the cls token."""
     batch: Batch = 64
     """Samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the hardware multiplies it faster."""
+    """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
 
 
 class ProbeConfig(LoopConfig, ScheduleConfig):
     """A linear classifier on frozen features, trained by LARS.
 
     The defaults are the official recipe's for ImageNet, except for `encode.pool`, which is `cls` there. Small sets need
-    a higher `peak_lr`: a step of LARS moves a weight by a fraction of its norm, so few steps move it little.
+    a higher `peak_lr`: a step of LARS moves a weight by a fraction of its norm, so few steps move it little. With
+    neither `epochs` nor `steps` given, the length is 90 epochs.
     """
 
     SECTION: ClassVar[str] = "probe"
 
     weight_decay: float = Field(0.0, ge=0)
-    """Of the linear layer, its bias included."""
+    """Weight decay of the linear layer, its bias included."""
     momentum: Beta = 0.9
-    """LARS's."""
+    """Momentum of LARS."""
     global_batch: Batch = 2048
     """Samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = 64
-    """Most samples per rank and forward pass; the largest divisor that fits is taken."""
+    """Maximum samples per rank and forward pass; the largest divisor of the rank's batch up to this is used. null: no
+    gradient accumulation."""
     peak_lr: float = Field(0.1, gt=0)
     """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
     warmup_epochs: float = Field(10, ge=0, le=1e6)
-    """Length of the warm-up; at most the whole run."""
+    """Length of the warm-up, in epochs; at most the whole run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,31 +87,32 @@ class ProbeConfig(LoopConfig, ScheduleConfig):
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Fine-tuning of the encoder with a classification head.
 
-    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch.
+    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. With
+    neither `epochs` nor `steps` given, the length is 100 epochs.
     """
 
     SECTION: ClassVar[str] = "finetune"
 
     pool: Literal["mean", "cls"] = "cls"
-    """What the head reads: `cls`, the cls token; `mean`, all other tokens."""
+    """Input of the head: `cls`, the cls token; `mean`, the mean of all other tokens."""
     layer_decay: float = Field(0.6, gt=0, le=1)
     """Learning rate of a layer as a fraction of the next layer's."""
     drop_path: Rate = 0.1
-    """Stochastic depth of every block."""
+    """Stochastic depth: the probability that a sample skips a block's branch, the same in every block."""
     label_smoothing: Rate = 0.1
     """Label smoothing: the fraction of a label that is spread evenly over all classes."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup; 0: none. Images are mixed only where they are all that the encoder sees."""
+    """Alpha of mixup; 0: off. Images are mixed only where the encoder sees nothing else."""
     cutmix: float = Field(1.0, ge=0, le=100)
-    """Alpha of cutmix; 0: none."""
+    """Alpha of CutMix; 0: off."""
     switch_prob: float = Field(0.5, ge=0, le=1)
-    """Probability of cutmix where both are possible."""
+    """Probability of CutMix instead of mixup, where both are on."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's RandAugment of the training images; null: none."""
+    """RandAugment of the training images, as a string in timm's format; null: off."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an average of the weights, which is then evaluated and saved; null: none."""
+    """Decay per step of a moving average of the weights, which is then evaluated and saved; null: none."""
     deepspeed: DeepSpeedConfig | None = None
-    """As in training; null: plain torch."""
+    """Settings of DeepSpeed, as in training; null: plain torch, data-parallel (DDP)."""
 
     global_batch: Batch = 1024
     """Samples per optimiser step, over all ranks."""
@@ -120,9 +123,9 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     end_lr: float = Field(0.0, ge=0)
     """Learning rate after the last step."""
     weight_decay: float = Field(0.05, ge=0)
-    """Of matmul weights."""
+    """Weight decay of matmul weights."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates."""
+    """Adam's decay rates of the first and the second moment, per step."""
 
     @model_validator(mode="before")
     @classmethod
@@ -139,16 +142,16 @@ class RobustnessConfig(Section):
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
     """L-infinity bounds of PGD, in units of 1/255."""
     steps: Count = 10
-    """Steps of PGD."""
+    """Number of PGD steps."""
     step_size: float = Field(0.25, gt=0)
     """Step size of PGD, as a fraction of epsilon."""
     corruptions: list[CommonCorruption | ExtraCorruption] = list(get_args(CommonCorruption))
-    """Of ImageNet-C: its fifteen, over which errors are averaged there; speckle_noise, gaussian_blur, spatter and
-    saturate are its four more. Their frost is a procedural texture here."""
+    """Corruptions of ImageNet-C to run. The default is the fifteen over which errors are averaged there. Frost uses a
+    procedural texture instead of ImageNet-C's photographs."""
     severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]
-    """From 1 to 5."""
+    """Severities to run, from 1 to 5."""
     samples: Count | None = None
-    """Held-out samples, spread evenly; null: all."""
+    """Number of held-out samples, spread evenly over the data; null: all."""
     batch: Batch = 64
     """Samples per forward pass."""
 

@@ -1,0 +1,92 @@
+"""What README and guide print is true: commands are accepted, and names of settings and files exist."""
+
+import argparse
+import importlib
+import re
+import shlex
+
+import pytest
+from pydantic import BaseModel
+
+from m3ae_fast.config import Config
+from m3ae_fast.config.messages import section_of
+from tests.helpers.trainer import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
+TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+MODULE = r"(?:python -m m3ae_fast\.(\w+)|m3ae_fast/(train)\.py)"
+
+
+def commands() -> list[str]:
+    """Each line of a block of commands, and each command between backticks, that runs a program of ours."""
+    found: list[str] = []
+    for text in TEXT.values():
+        blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        found += [line for block in blocks for line in block.splitlines() if re.search(MODULE, line)]
+        rest = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        found += re.findall(r"`(python -m m3ae_fast\.\w+ [^`\n]+)`", rest)
+    return found
+
+
+class Accepted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_printed_command_is_accepted(command, monkeypatch, capsys):
+    """Its program reads it without complaint, and the files that come with the repository are there."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **options):
+        parse(self, *args, **options)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    found = re.search(MODULE, command)
+    words = shlex.split(command[found.end() :], comments=True)
+    assert all((ROOT / word).exists() for word in words if word.startswith("configs/"))
+    name = f"m3ae_fast.{found[1] or found[2]}"
+    folder = (ROOT / name.replace(".", "/")).is_dir()
+    program = importlib.import_module(f"{name}.__main__" if folder else name)
+    with pytest.raises((Accepted, SystemExit)) as stopped:
+        program.main(words)
+    assert stopped.type is Accepted or stopped.value.code == 0, capsys.readouterr().err  # 0: --help
+
+
+def test_every_setting_that_is_named_exists():
+    sections = "|".join(Config.model_fields)
+    named = {name for text in TEXT.values() for name in re.findall(rf"`((?:{sections})\.[a-z_.]+)`", text)}
+    assert len(named) > 10
+    for name in named:
+        place: type[BaseModel] | None = Config
+        for key in name.split("."):
+            assert place is not None and key in place.model_fields, name
+            place = section_of(place.model_fields[key].annotation)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", TEXT[page.name])
+    assert links or page.name != "README.md"
+    for path, heading in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading[1:] in [re.sub(r"[^\w\s-]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+def test_the_readme_clones_the_address_of_the_project():
+    urls = re.search(r"^\[project\.urls\]\n((?:\w+ = .*\n)+)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    address = re.search(r"^Repository = \"(.*)\"$", urls[1], re.MULTILINE)[1]
+    assert f"git clone {address} && cd m3ae-fast\n" in TEXT["README.md"]
+
+
+def test_commits_and_ci_use_one_ruff():
+    pinned = re.search(r"\"ruff==([\d.]+)\"", (ROOT / "pyproject.toml").read_text())[1]
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_the_workflow_tests_the_oldest_supported_python():
+    oldest = re.search(r"requires-python = \">=([\d.]+)\"", (ROOT / "pyproject.toml").read_text())[1]
+    assert f'python-version: ["{oldest}", ' in (ROOT / ".github/workflows/ci.yml").read_text()
