@@ -26,6 +26,7 @@ from webdataset.shardlists import expand_urls
 
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import put_in_place
 
 FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make room
 ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
@@ -177,7 +178,7 @@ class ShardStore:
                 with open(partial, "x+b") as out:  # the umask decides who may read it
                     self._make_room()
                     download(shard, out)
-                os.replace(partial, copy)
+                put_in_place(partial, copy)
                 return
             except OSError as error:
                 if isinstance(error, NotThere) or attempt == ATTEMPTS - 1 or not is_remote(shard):

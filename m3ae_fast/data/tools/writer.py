@@ -33,6 +33,7 @@ from m3ae_fast.data.tools.progress import progress
 from m3ae_fast.data.tools.shrink import shrink
 from m3ae_fast.data.tools.source import Record, Source
 from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import put_in_place
 
 HELD_OUT = "val"
 
@@ -188,7 +189,7 @@ def _write(
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
                 advance(1)
-        partial.replace(out / shard.name)
+        put_in_place(partial, out / shard.name)
     finally:
         partial.unlink(missing_ok=True)
     return skipped
