@@ -32,6 +32,7 @@ FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make roo
 ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
+_FOLDERS = ("shards", "locks", "index")  # of a cache folder
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
@@ -95,10 +96,15 @@ class ShardStore:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache_dir = Path(cache_dir or Path(home) / "m3ae_fast").expanduser()
         try:
-            for name in ("shards", "locks", "index"):
+            for name in _FOLDERS:
                 (self.cache_dir / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir {self.cache_dir}: {error.strerror}; name a writable folder") from None
+
+    @staticmethod
+    def is_cache(folder: Path) -> bool:
+        """Whether the folder serves as a cache already."""
+        return all((folder.expanduser() / name).is_dir() for name in _FOLDERS)
 
     @staticmethod
     def is_cached(shard: str) -> bool:
