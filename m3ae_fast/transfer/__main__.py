@@ -28,7 +28,7 @@ from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
 from m3ae_fast.transfer.figures import require_matplotlib
-from m3ae_fast.transfer.job import Job, refuse_existing, write_result
+from m3ae_fast.transfer.job import Job, refuse_existing, show_result, write_result
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 
 
@@ -136,7 +136,10 @@ def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks, stop
             return
         result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
         result |= {"seconds": round(time.perf_counter() - started, 1), "config": config.model_dump(mode="json")}
-        ranks.on_main(lambda: write_result(config.run.dir, result))
+        ranks.on_main(lambda: write_result(job.out, result))
+        for draw in job.pictures:
+            ranks.on_main(draw)
+        ranks.on_main(lambda: show_result(job.out, result))
         job.say(f"{args.task}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, int | float)))
 
 

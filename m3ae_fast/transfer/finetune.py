@@ -137,7 +137,7 @@ def run(job: Job) -> dict[str, Any] | None:
         if result is None:
             return None
     _save_classifier(loop)
-    loop.draw(loop.model.config.classes)
+    job.pictures.append(lambda: loop.draw(loop.model.config.classes))
     return result | {
         "classes": len(loop.model.config.classes),
         "steps": loop.step,

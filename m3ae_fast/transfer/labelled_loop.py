@@ -62,11 +62,7 @@ class LabelledLoop(Loop):
         return rates
 
     def draw(self, classes: Classes) -> None:
-        """Pictures of the run and of its last evaluation. Every rank must call it."""
-
-        def draw() -> None:
-            folder = self.run.dir
-            draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
-            draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], classes)
-
-        self.ranks.on_main(draw)
+        """Pictures of the run and of its last evaluation, on the main rank."""
+        folder = self.run.dir
+        draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
+        draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], classes)

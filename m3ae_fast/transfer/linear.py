@@ -176,7 +176,7 @@ def run(job: Job) -> dict[str, Any] | None:
             return None
         result = loop.evaluate()
     job.ranks.on_main(lambda: _save_classifier(job, loop))
-    loop.draw(loop.classes)
+    job.pictures.append(lambda: loop.draw(loop.classes))
     return result | {
         "classes": len(loop.classes),
         "steps": loop.step,
