@@ -15,6 +15,7 @@ import triton
 
 import m3ae_fast
 from m3ae_fast.hardware import this_cpu
+from m3ae_fast.whole_file import put_in_place
 
 RESULTS = Path(__file__).parent / "results"  # holds a folder per machine
 Row = dict[str, str | int | float | None]
@@ -61,7 +62,7 @@ def save(name: str, title: str, rows: Sequence[Row], folder: Path | None = None)
     path, partial = folder / f"{name}.json", folder / f".{name}.json"
     data = {"title": title, "about": about(), "rows": rows}
     partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    put_in_place(partial, path)
     return path
 
 

@@ -67,13 +67,13 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
         parts += ["<h2>Transfer</h2>", _results_table(found)]
     parts += ["<h2>Curves</h2>", f'<div class="charts">{"".join(_charts(metrics))}</div>']
     for name in ("reconstructions.png", "attention.png", "map.png"):
-        if (run / name).is_file():
-            parts += [f"<h2>{name.removesuffix('.png').capitalize()}</h2>", _image((run / name).read_bytes(), "wide")]
+        if png := _png(run / name):
+            parts += [f"<h2>{name.removesuffix('.png').capitalize()}</h2>", _image(png, "wide")]
     for path, result in found:
         for picture in sorted(path.parent.glob("*.png")):
             title = f"{result.get('task', '?')} ({path.parent.name}): {picture.stem.replace('_', ' ')}"
-            parts += [f"<h2>{escape(title)}</h2>"]
-            parts += [_image(picture.read_bytes(), "wide")]
+            if png := _png(picture):
+                parts += [f"<h2>{escape(title)}</h2>", _image(png, "wide")]
     if info:
         config = escape(json.dumps(info.config, indent=2))
         parts += ["<h2>Config</h2>", f"<details><summary>all settings</summary><pre>{config}</pre></details>"]
@@ -93,7 +93,7 @@ def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        for path in sorted(folder.rglob("result.json")):
+        for path in filter(Path.is_file, sorted(folder.rglob("result.json"))):
             try:
                 result = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
@@ -160,6 +160,12 @@ def _finite(value: Any) -> bool:
 
 def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def _png(path: Path) -> bytes | None:
+    """A picture of the run; None of anything else, as where a link leads to a private file."""
+    data = path.read_bytes() if path.is_file() else b""
+    return data if data.startswith(b"\x89PNG\r\n") else None
 
 
 def _image(png: bytes, kind: str = "", alt: str = "") -> str:

@@ -5,7 +5,7 @@ python -m m3ae_fast.visualise runs/large --ratios 0.5 0.75 0.9            # the 
 python -m m3ae_fast.visualise runs/large attention --word dog             # of cls and of a word over the patches
 python -m m3ae_fast.visualise runs/large map --labels json.label          # t-SNE of features, coloured by class
 
-Samples lie evenly over the run's data.val (without it, data.train); a map has all that have a class.
+Samples lie evenly over the run's data.val (without it, data.train), or over --shards; a map has all that have a class.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from m3ae_fast.config import Config, parse
+from m3ae_fast.config import Config, SourceConfig, parse
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
 from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.data.trust import require_harmless
 from m3ae_fast.encoding import UNMASKED, encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.pictures.attention import draw_attention
@@ -44,6 +45,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--word", help="whose attention is shown (default: that of each caption's first words)")
     parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+    parser.add_argument("--shards", nargs="+", metavar="SHARDS", help="whose samples are drawn in place of the run's")
+    parser.add_argument(
+        "--trust", action="store_true", help="open whatever shards the run names, also those that run a program"
+    )
     return parser.parse_args(argv)
 
 
@@ -55,14 +60,24 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--ratios {' '.join(map('{:g}'.format, args.ratios))}: must be from 0 to 1")
     path = checkpoint.locate(Path(args.run))
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
-    sources = config.data.val or config.data.train
+    sources, store = _shown(args, config, f"checkpoint {path}")
     if args.what == "map":
         sources = [source.model_copy(update={"modality": "image"}) for source in sources]
-    corpus = open_corpus(sources, ShardStore(config.data.cache_dir), progress=True)
+    corpus = open_corpus(sources, store, progress=True)
     out = args.out or Path(args.run) / f"{args.what}.png"
     KINDS[args.what](args, config, corpus, out)
     print(f"drew {out}")
     return 0
+
+
+def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[SourceConfig], ShardStore]:
+    """Whose samples are drawn, and where copies of them go. Raises UserError where that takes more trust in the run."""
+    sources = config.data.val or config.data.train
+    if args.shards:
+        return [sources[0].model_copy(update={"shards": args.shards})], ShardStore()
+    if not args.trust:
+        require_harmless(sources, config.data.cache_dir, where)
+    return sources, ShardStore(config.data.cache_dir)
 
 
 def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:

@@ -1,12 +1,16 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there, whatever becomes of the machine."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from m3ae_fast.errors import UserError
+
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network file systems say of folders
 
 
 @contextlib.contextmanager
@@ -21,10 +25,33 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
         yield partial
-        partial.replace(path)
+        put_in_place(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file, or a folder of files, the name `path`: its contents reach the disk before the name does.
+
+    Raises OSError where the disk refuses.
+    """
+    for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
+        _to_disk(written)
+    os.replace(partial, path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _CANNOT_SYNC):
+            raise
+    finally:
+        os.close(handle)

@@ -71,6 +71,7 @@ def test_sigkill_anywhere(trainer):
         (signal.SIGINT, ["data.workers=0"]),
         (signal.SIGTERM, ["data.workers=3", "train.eval_every=1", "train.eval_samples=1000"]),  # nearly always in one
         (signal.SIGUSR1, ["data.workers=1", "train.save_every=1"]),
+        (signal.SIGHUP, ["data.workers=1"]),
     ],
 )
 def test_signals_to_the_process_group_save_and_leave(trainer, number, options):

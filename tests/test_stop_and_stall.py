@@ -38,7 +38,7 @@ STARTING = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("busy", ["threading.Event().wait()", "input()", "while True: pass"])
 def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
     process = program(STARTING.format(busy))
@@ -62,6 +62,21 @@ def test_a_signal_is_heeded_where_a_thousand_files_are_open():
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert "stopped before the first step (SIGTERM)" in process.communicate(timeout=20)[0] and process.returncode == 0
+
+
+def test_a_closed_terminal_is_nothing_under_nohup():
+    code = """
+        import os, signal, time
+        from m3ae_fast.process.signals import StopRequest
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest() as stop:
+            stop.listen()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.5)
+            print(stop.asked)
+        print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+    """
+    assert program(code).communicate(timeout=20)[0] == "False\nTrue\n"
 
 
 def test_a_library_that_swallows_the_end_is_ended_all_the_same():

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.table import END, START, rewrite
 from lab.study.plan import ALL, FROZEN, TEXT_RATIOS, USUAL_RATIO
+from m3ae_fast.whole_file import put_in_place
 
 JSON, PLOT, PAGE = "study.json", "study.png", "README.md"
 TASKS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuned"}
@@ -33,7 +34,7 @@ def save(folder: Path, study: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{JSON}"
     partial.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / JSON)
+    put_in_place(partial, folder / JSON)
     page = folder / PAGE
     text = page.read_text(encoding="utf-8") if page.exists() else f"# {study['title']}\n\n{START}\n{END}\n"
     page.write_text(rewrite(text, tables(study)), encoding="utf-8")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from m3ae_fast.whole_file import put_in_place
+
 # The categories of data/openclipart/README.md; each of their words in the forms that captions have.
 CLASS_WORDS = (
     r"animals?|buildings?|computers?|flags?|foods?|geograph(?:y|ic|ical)|offices?|people|persons?|plants?|"
@@ -64,7 +66,7 @@ def copy_shards(shards: Iterable[Path], folder: Path, side: int, *, nameless: bo
                         continue
                 member.size = len(data)
                 copy.addfile(member, io.BytesIO(data))
-        partial.replace(path)
+        put_in_place(partial, path)
 
 
 def _scaled(jpeg: bytes, side: int) -> bytes:

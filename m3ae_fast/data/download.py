@@ -8,7 +8,6 @@ import gzip
 import io
 import os
 import select
-import shlex
 import shutil
 import time
 import urllib.error
@@ -96,7 +95,7 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
         with open(shard, "rb") as file:
             yield iter(lambda: file.read(_CHUNK), b"")
     else:
-        source = gopen(f"pipe:aws s3 cp {shlex.quote(shard)} -" if shard.startswith("s3://") else shard)
+        source = _aws(shard) if shard.startswith("s3://") else gopen(shard)
         if not isinstance(source, Pipe):
             with source:
                 yield iter(lambda: source.read(_CHUNK), b"")
@@ -109,6 +108,11 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
             raise
         finally:
             source.close()  # raises where the command failed
+
+
+def _aws(url: str) -> Pipe:
+    """Without a shell, which could read more than a URL in it."""
+    return Pipe(["aws", "s3", "cp", url, "-"], mode="rb")
 
 
 def _of_http(response) -> Iterator[bytes]:

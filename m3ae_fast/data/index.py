@@ -27,6 +27,7 @@ from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, open_regular, scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
+from m3ae_fast.whole_file import put_in_place
 
 Modality = Literal["any", "paired", "image", "text"]
 
@@ -219,9 +220,9 @@ def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
             file.write(json.dumps(asdict(summary)).encode() + b"\n")
             np.save(file, table, allow_pickle=False)
         os.chmod(partial, 0o644)
-        os.replace(partial, sidecar)
+        put_in_place(Path(partial), sidecar)
     except OSError:
-        os.unlink(partial)
+        Path(partial).unlink(missing_ok=True)
         raise
 
 

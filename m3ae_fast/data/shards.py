@@ -26,11 +26,13 @@ from webdataset.shardlists import expand_urls
 
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import put_in_place
 
 FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make room
 ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
+_FOLDERS = ("shards", "locks", "index")  # of a cache folder
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
@@ -94,10 +96,15 @@ class ShardStore:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache_dir = Path(cache_dir or Path(home) / "m3ae_fast").expanduser()
         try:
-            for name in ("shards", "locks", "index"):
+            for name in _FOLDERS:
                 (self.cache_dir / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir {self.cache_dir}: {error.strerror}; name a writable folder") from None
+
+    @staticmethod
+    def is_cache(folder: Path) -> bool:
+        """Whether the folder serves as a cache already."""
+        return all((folder.expanduser() / name).is_dir() for name in _FOLDERS)
 
     @staticmethod
     def is_cached(shard: str) -> bool:
@@ -177,7 +184,7 @@ class ShardStore:
                 with open(partial, "x+b") as out:  # the umask decides who may read it
                     self._make_room()
                     download(shard, out)
-                os.replace(partial, copy)
+                put_in_place(partial, copy)
                 return
             except OSError as error:
                 if isinstance(error, NotThere) or attempt == ATTEMPTS - 1 or not is_remote(shard):

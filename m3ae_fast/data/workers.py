@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def default_workers() -> int:
@@ -55,7 +55,7 @@ def start_worker(worker: int) -> None:
     A worker that died of one would stop it with an error. All are blocked here already (`Loader`).
     """
     signal.set_wakeup_fd(-1)  # the main process's
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # where workers are spawned
     threading.Thread(target=_await_end, daemon=True).start()

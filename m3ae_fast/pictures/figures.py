@@ -147,13 +147,17 @@ def draw_map(path: Path, places_N2: np.ndarray, labels_N: np.ndarray, classes: S
 
     figure, (axes,) = _figure(8, 6)
     colours = colormaps["tab20" if len(classes) <= 20 else "gist_ncar"].resampled(max(len(classes), 1))
-    for number, name in enumerate(classes or ["samples"]):
+    marks = []
+    for number in range(max(len(classes), 1)):
         mine = labels_N == number if classes else slice(None)
         x, y = places_N2[mine].T
-        axes.scatter(x, y, 9, color=colours(number), label=str(name)[:24], linewidths=0)
+        marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0))
     axes.set(xticks=[], yticks=[])
     if 0 < len(classes) <= _MOST_NAMES:
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        legend = axes.legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
+        for text, name in zip(legend.get_texts(), classes):  # matplotlib leaves out labels that begin with _
+            text.set_text(str(name)[:24])
     _save(figure, path)
 
 
@@ -165,5 +169,9 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Seque
 
 
 def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(lambda artist: isinstance(artist, Text)):
+        text.set_parse_math(False)  # a class may be called $\frac{$
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and a vanished launcher ask the run to save and exit."""
+"""Ctrl-C, SIGTERM, SIGUSR1, a closed terminal and a vanished launcher ask the run to save and exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from types import FrameType
 
 import psutil
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM can announce the end of a job's time with SIGUSR1
+# SLURM can announce the end of a job's time with SIGUSR1; SIGHUP comes when a terminal closes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _TICK_S = 0.25  # between looks at the launcher
 _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
 _JOIN_S = 60.0  # for a rank that is to leave to join the others, which it must notify
@@ -43,7 +44,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._wakes, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
-        self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if not (number == signal.SIGHUP and _ignored(number))]
+        self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
         self._old_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
@@ -124,6 +126,11 @@ class StopRequest:
         time.sleep(_GRACE_S)
         kill_children()  # the commands of `pipe:` shards
         os._exit(0)
+
+
+def _ignored(number: int) -> bool:
+    """Whether whoever started this process wants the signal to be ignored, as nohup does."""
+    return signal.getsignal(number) == signal.SIG_IGN
 
 
 def kill_children() -> None:

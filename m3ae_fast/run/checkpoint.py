@@ -31,6 +31,7 @@ from torch import Tensor
 
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import put_in_place
 
 STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
 GOOD, FAILED = "good", "failed"
@@ -90,10 +91,7 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, remedy:
         info = replace(info, sha256={STATE_FILE: _sha256(partial / STATE_FILE)})
         (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
         shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors makes it readable only to its owner
-        for path in (partial / STATE_FILE, partial / INFO_FILE, partial):
-            _to_disk(path)
-        partial.rename(target)
-        _to_disk(folder(run_dir))
+        put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"checkpoint {target}: cannot be written ({error}); the earlier ones are intact") from None
@@ -138,14 +136,6 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))
     return moved
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.run.loggers import LOGGERS, Logger
+from m3ae_fast.whole_file import put_in_place
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -238,4 +239,4 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    put_in_place(partial, path)

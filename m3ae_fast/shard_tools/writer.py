@@ -33,6 +33,7 @@ from m3ae_fast.progress import progress
 from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shard_tools.shrink import shrink
 from m3ae_fast.shard_tools.source import Record, Source
+from m3ae_fast.whole_file import put_in_place
 
 HELD_OUT = "val"
 
@@ -188,7 +189,7 @@ def _write(
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
                 advance(1)
-        partial.replace(out / shard.name)
+        put_in_place(partial, out / shard.name)
     finally:
         partial.unlink(missing_ok=True)
     return skipped

@@ -25,7 +25,7 @@ from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
-from m3ae_fast.transfer.job import Job, refuse_existing, write_result
+from m3ae_fast.transfer.job import Job, refuse_existing, show_result, write_result
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 
 
@@ -133,7 +133,10 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
             return
         result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
         result |= {"seconds": round(time.perf_counter() - started, 1), "config": config.model_dump(mode="json")}
-        ranks.on_main(lambda: write_result(config.run.dir, result))
+        ranks.on_main(lambda: write_result(job.out, result))
+        for draw in job.pictures:
+            ranks.on_main(draw)
+        ranks.on_main(lambda: show_result(job.out, result))
         job.say(f"{args.task}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, int | float)))
 
 

@@ -111,7 +111,7 @@ def run(job: Job) -> dict[str, Any] | None:
     if result is None:
         return None
     _save_classifier(loop)
-    loop.draw()
+    job.pictures.append(loop.draw)
     return result | {
         "classes": len(loop.classes),
         "steps": loop.step,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Job:
     session: Session
     folder: RunFolder | None  # OUT, on the main rank only
     model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
+    pictures: list[Callable[[], None]] = field(default_factory=list)  # drawn once the result is written
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse = self.session
@@ -105,7 +106,13 @@ def refuse_existing(out: Path) -> None:
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
-    """Write result.json, which is whole or not there; its numbers and the pictures in `out` go to TensorBoard too."""
+    """Write result.json, which is whole or not there."""
+    with whole_file(out / RESULT_FILE) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def show_result(out: Path, result: dict[str, Any]) -> None:
+    """Give the numbers of a result and the pictures in `out` to TensorBoard."""
     with SummaryWriter(str(out / "tensorboard")) as board:
         for name, value in result.items():
             if isinstance(value, int | float):
@@ -113,5 +120,3 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
         for path in sorted(out.glob("*.png")):
             with Image.open(path) as image:
                 board.add_image(path.stem, np.asarray(image.convert("RGB")), dataformats="HWC")
-    with whole_file(out / RESULT_FILE) as partial:
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

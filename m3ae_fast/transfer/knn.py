@@ -66,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
         draw_confusion(job.out / "confusion.png", queries.labels_N, predicted_M, classes)
         _draw_neighbours(job, (train, val), (bank, queries), predicted_M, classes)
 
-    job.ranks.on_main(draw)
+    job.pictures.append(draw)
     return accuracies(scores_MC, queries.labels_N) | {
         "k": config.k,
         "classes": len(classes),

@@ -54,11 +54,7 @@ class LabelledLoop(Loop):
         return rates
 
     def draw(self) -> None:
-        """Pictures of the run and of its last evaluation. Every rank must call it."""
-
-        def draw() -> None:
-            folder = self.run.dir
-            draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
-            draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], self.classes)
-
-        self.ranks.on_main(draw)
+        """Draw the run and its last evaluation, on the main rank."""
+        folder = self.run.dir
+        draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
+        draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], self.classes)

@@ -169,7 +169,7 @@ def run(job: Job) -> dict[str, Any] | None:
     if result is None:
         return None
     job.ranks.on_main(lambda: _save_classifier(job, loop))
-    loop.draw()
+    job.pictures.append(loop.draw)
     return result | {
         "classes": len(loop.classes),
         "steps": loop.step,

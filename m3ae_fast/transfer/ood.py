@@ -96,7 +96,7 @@ def run(job: Job) -> dict[str, Any]:
     assert train.labels_N is not None
     scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, job.config.run.seed)
     familiar_scores, strange_scores = (scores(part.features_ND.numpy()) for part in (val, strange))
-    job.ranks.on_main(lambda: draw_detection(job.out / "scores.png", familiar_scores, strange_scores))
+    job.pictures.append(lambda: draw_detection(job.out / "scores.png", familiar_scores, strange_scores))
     result: dict[str, Any] = {}
     for name in familiar_scores:
         area, passed = auroc_and_fpr(familiar_scores[name], strange_scores[name])

@@ -55,7 +55,7 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
     images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
     keys = [key for key in images.keys if key in common]
-    job.ranks.on_main(lambda: _draw(job, pairs, keys, images_ND, texts_ND))
+    job.pictures.append(lambda: _draw(job, pairs, keys, images_ND, texts_ND))
     result: dict[str, Any] = {}
     for name, queries_ND, candidates_ND in (
         ("image_to_text", images_ND, texts_ND),

@@ -58,7 +58,7 @@ def run(job: Job) -> dict[str, Any]:
         result["corruptions"][kind] = found
     if config.corruptions:
         result |= corruption_errors(result["corruptions"], clean["top1"])
-    job.ranks.on_main(lambda: _draw(job, val, result))
+    job.pictures.append(lambda: _draw(job, val, result))
     result["val_samples"] = min(config.samples or val.samples, val.samples)
     return result
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import put_in_place
 
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
@@ -36,17 +37,33 @@ def output_folder(out: str | Path) -> Iterator[Path]:
         yield partial
         for path in partial.iterdir():
             path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes it readable only to its owner
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
+        _take_place(partial, target, old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{out}: cannot be written ({reason})") from None
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, target: Path, old: Path) -> None:
+    """Put `partial` in the place of `target`, which is called `old` meanwhile and is removed only after that."""
+    if not target.exists():
+        return put_in_place(partial, target)
+    target.rename(old)
+    try:
+        put_in_place(partial, target)
+    except BaseException:
+        _put_back(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    try:
+        old.rename(target)
+    except OSError as error:
+        reason = f"{error.strerror or error}; what it held is now {old}"
+        raise UserError(f"{target}: can neither be replaced nor put back ({reason})") from None
 
 
 def _check_free(out: str | Path, target: Path) -> None:

@@ -1,0 +1,32 @@
+"""What files of somebody else may not make this machine do: run a program, or write where they say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data.shards import ShardStore, expand, is_remote
+from m3ae_fast.errors import UserError
+
+_FETCHED = re.compile(r"(https?|s3|gs)://")  # by this process, or by a tool that is given the URL as one word
+
+
+def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, where: str) -> None:
+    """Check what a run folder names, before it is opened.
+
+    Args:
+        sources: whose shards are going to be opened.
+        cache_dir: of the run; an existing cache is harmless, and any other folder would become one.
+        where: what names them, for the message.
+
+    Raises:
+        UserError: a shard would run a program, or copies would be written to, and removed from, a folder of its choice.
+    """
+    remedy = "add --trust if you trust it, or name other shards with --shards"
+    for shard in (shard for source in sources for shard in expand(source.shards)):
+        if is_remote(shard) and not _FETCHED.match(shard):
+            raise UserError(f"{where}: names the shards {shard!r}, which run a program; {remedy}")
+    if cache_dir is not None and not ShardStore.is_cache(cache_dir):
+        raise UserError(f"{where}: would make data.cache_dir {cache_dir} a cache; {remedy}")

@@ -1,0 +1,153 @@
+"""Files of somebody else run no program and choose no place to write to, in any command, unless the user says so."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from m3ae_fast import export, features, fill, report, visualise
+from m3ae_fast.convert import __main__ as convert_main
+from m3ae_fast.data import ShardStore
+from m3ae_fast.errors import UserError
+from m3ae_fast.run import checkpoint
+from m3ae_fast.transfer import __main__ as transfer_main
+from tests.helpers.labelled import labelled_tar, tiny_run
+from tests.helpers.shards import picture
+
+started = []  # words of the programs that the process has asked for, while `watching`
+watching = []
+
+
+def _hook(event, arguments):
+    if watching and event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+        started.append(str(arguments))
+
+
+sys.addaudithook(_hook)  # cannot be taken away again
+
+
+@pytest.fixture
+def programs():
+    started.clear()
+    watching.append(True)
+    yield started
+    watching.clear()
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home-cache"))
+    return labelled_tar(tmp_path / "mine.tar", range(6))
+
+
+def _run(folder, **changes):
+    """A run folder whose state.json names, in its data section, what `changes` says."""
+    torch.manual_seed(0)
+    run = tiny_run(folder)
+    path = checkpoint.saved_steps(run)[-1] / checkpoint.INFO_FILE
+    info = json.loads(path.read_text())
+    info["config"]["data"] |= {"workers": 0, **changes}
+    path.write_text(json.dumps(info))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    return run
+
+
+def _named(*shards):
+    return [{"shards": list(shards)}]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "pipe:touch {marker}",
+        "{{{shards},pipe:touch {marker}}}",  # braces, written out
+        "{shards}::pipe:touch {marker}",
+        "PIPE:touch {marker}; : ://",
+        " pipe:touch {marker}; : ://",
+        "scp://host/$(touch {marker})",
+        "ais://bucket/a.tar",
+    ],
+)
+def test_a_run_whose_shards_run_a_program_is_refused_in_a_line(tmp_path, shards, programs, split, pattern):
+    marker = tmp_path / "marker"
+    named = _named(pattern.format(shards=shards, marker=marker))
+    run = _run(tmp_path / "run", **{"train": _named(shards), "val": [], split: named})
+    with pytest.raises(UserError, match="which run a program; add --trust") as caught:
+        visualise.main([str(run)])
+    assert "\n" not in str(caught.value) and not marker.exists() and not programs
+    assert not (run / "reconstructions.png").exists()
+
+
+def test_trust_and_the_users_own_shards_open_it(tmp_path, shards):
+    run = _run(tmp_path / "run", train=_named(shards), val=_named(f"pipe:touch {tmp_path}/theirs; cat {shards}"))
+    assert visualise.main([str(run), "--pictures", "1", "--shards", f"pipe:touch {tmp_path}/mine; cat {shards}"]) == 0
+    assert (tmp_path / "mine").exists() and not (tmp_path / "theirs").exists()
+    assert visualise.main([str(run), "--pictures", "1", "--trust"]) == 0
+    assert (tmp_path / "theirs").exists()
+
+
+def test_own_runs_need_no_trust(tmp_path, shards):
+    ShardStore(tmp_path / "cache")
+    run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "cache"))
+    assert visualise.main([str(run), "--pictures", "1"]) == 0
+
+
+def test_a_folder_becomes_no_cache_because_a_run_says_so(tmp_path, shards):
+    """What is in `shards` of a cache is removed to make room."""
+    (tmp_path / "precious/shards").mkdir(parents=True)
+    run = _run(tmp_path / "run", train=_named(shards), val=[], cache_dir=str(tmp_path / "precious"))
+    with pytest.raises(UserError, match=r"would make data.cache_dir .*precious a cache"):
+        visualise.main([str(run)])
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["shards"]
+
+
+COMMANDS = {
+    "map": lambda run, shards, out: visualise.main([run, "map", "--shards", shards, "--out", f"{out}/a.png"]),
+    "export": lambda run, shards, out: export.main([run, f"{out}/model"]),
+    "export timm": lambda run, shards, out: export.main([run, f"{out}/model", "--format", "timm"]),
+    "convert": lambda run, shards, out: convert_main.main([run, f"{out}/model"]),
+    "fill": lambda run, shards, out: fill.main([run, f"{out}/a.jpg", "a [MASK]", "--out", f"{out}/a.png"]),
+    "features": lambda run, shards, out: features.main(
+        [run, shards, "--out", f"{out}/a.npz", "--set", "data.workers=0"]
+    ),
+    "transfer": lambda run, shards, out: transfer_main.main(
+        ["knn", run, "--train", shards, "--val", shards, "--out", f"{out}/knn", "--set", "data.workers=0"]
+    ),
+    "report": lambda run, shards, out: report.main([run]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_what_a_run_names_or_writes_where_it_says(tmp_path, shards, programs, capsys, command):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.jpg").write_bytes(picture(1))
+    marker = tmp_path / "marker"
+    evil = f"pipe:touch {marker}"
+    names = {"tokenizer": evil, "image_tokenizer": evil, "cache_dir": str(tmp_path / "theirs")}
+    run = _run(tmp_path / "run", train=_named(evil), val=_named(evil), **names)
+    path = checkpoint.saved_steps(run)[-1] / checkpoint.INFO_FILE
+    info = json.loads(path.read_text())
+    info["config"]["model"]["init_from"] = evil
+    info["config"]["run"] |= {"dir": str(tmp_path / "theirs"), "loggers": ["wandb"]}
+    path.write_text(json.dumps(info))
+    try:
+        COMMANDS[command](str(run), shards, out)
+    except UserError as error:
+        assert command == "fill" and "data.tokenizer pipe:" in str(error)
+    assert not marker.exists() and not any(str(marker) in words for words in programs)
+    found = {path.name for path in tmp_path.iterdir()} - {"mine.tar", "mine.tar.index", "home-cache"}
+    assert found == {"out", "run"}
+
+
+def test_a_private_file_is_no_picture_of_a_report(tmp_path):
+    run = _run(tmp_path / "run")
+    (tmp_path / "secret").write_text("mine")
+    (run / "task").mkdir()
+    (run / "task/result.json").write_text('{"task": "knn"}')
+    for name in ("reconstructions.png", "task/a.png"):
+        (run / name).symlink_to(tmp_path / "secret")
+    assert report.main([str(run)]) == 0
+    assert "bWluZQ" not in (run / report.REPORT_FILE).read_text()

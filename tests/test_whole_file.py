@@ -1,0 +1,162 @@
+"""What takes the place of something else is whole before, on the disk too, and what it replaces is lost in no case."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.__main__ import main as make_data
+from m3ae_fast.errors import UserError
+from m3ae_fast.run import checkpoint
+from m3ae_fast.run.run_log import METRICS_FILE, RunLog
+from m3ae_fast.weights.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
+from m3ae_fast.whole_file import whole_file
+from tests.helpers.shards import members, picture, write_tar
+
+
+def _file(folder):
+    for text in ("old", "new"):
+        with whole_file(folder / "a.txt") as partial:
+            partial.write_text(text)
+
+
+def _model(folder, text="new"):
+    with output_folder(folder / "out") as partial:
+        write_tensors(partial / MODEL_FILE, {"a": torch.zeros(2)})
+        (partial / CARD_FILE).write_text(text)
+
+
+def _checkpoint(folder):
+    checkpoint.save(folder, {"model/a": torch.zeros(2)}, checkpoint.Info(1, 16, 0, {}, {}), keep=1)
+
+
+def _metrics(folder):
+    for start in (0, 1):
+        with RunLog(folder, start, 9, loggers=()) as log:
+            log.log(start + 1, {"loss": 1.0})
+
+
+def _index(folder):
+    open_corpus([SourceConfig(shards=write_tar(folder / "a.tar", members(range(2))))], ShardStore(folder / "cache"))
+
+
+def _copy(folder):
+    ShardStore(folder / "cache").path(f"pipe:cat {write_tar(folder / 'a.tar', members(range(2)))}")
+
+
+def _shards(folder):
+    (folder / "in").mkdir()
+    (folder / "in/a.jpg").write_bytes(picture(1))
+    make_data(["from-folder", str(folder / "in"), str(folder / "out"), "--workers", "1"])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(name, path) of every fsync, and of every replacing or renaming with both paths, in order."""
+    made = []
+    fsync = os.fsync
+
+    def noting(name, function):
+        def call(a, b, **options):
+            made.append((name, Path(a), Path(b)))
+            function(a, b, **options)
+
+        return call
+
+    def sync(fd):
+        made.append(("sync", Path(os.readlink(f"/proc/self/fd/{fd}"))))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    return made
+
+
+@pytest.mark.parametrize(
+    "write, name",
+    [
+        (_file, "a.txt"),
+        (_model, "out"),
+        (_checkpoint, "checkpoints/step-00000001"),
+        (_metrics, METRICS_FILE),
+        (_index, "a.tar.index"),
+        (_copy, "cache/shards/*"),
+        (_shards, "out/*.tar"),
+    ],
+)
+def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, calls, write, name):
+    write(tmp_path)
+    (found,) = tmp_path.glob(name)
+    last = max(i for i, call in enumerate(calls) if call[0] != "sync" and call[-1] == found)
+    _, partial, _ = calls[last]
+    inside = {partial / path.name for path in found.iterdir()} if found.is_dir() else set()
+    assert inside | {partial} <= {path for kind, path, *_ in calls[:last] if kind == "sync"}
+    assert [("sync", found.parent)] == calls[last + 1 : last + 2]
+
+
+@pytest.fixture
+def exported(tmp_path):
+    _model(tmp_path, "old")
+    return tmp_path / "out"
+
+
+def _refusing(monkeypatch, *refused):
+    """Let the renames of these numbers fail, from 1 on."""
+    count = iter(range(1, 100))
+
+    def wrap(function):
+        def call(a, b, **options):
+            if next(count) in refused:
+                raise OSError(5, "Input/output error")
+            function(a, b, **options)
+
+        return call
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_an_output_that_cannot_take_its_place_leaves_the_old_one_there(tmp_path, monkeypatch, exported, refused):
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    _refusing(monkeypatch, refused)
+    with pytest.raises(UserError, match=r"out: cannot be written \(Input/output error\)"):
+        _model(tmp_path)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_output_that_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch, exported):
+    _refusing(monkeypatch, 2, 3)
+    with pytest.raises(UserError, match="can neither be replaced nor put back") as caught:
+        _model(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in str(caught.value) and (kept / CARD_FILE).read_text() == "old"
+
+
+def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, exported):
+    """Another process has put its own there after ours had put the old one aside."""
+    rename = os.rename
+
+    def late(a, b, **options):
+        rename(a, b, **options)
+        if Path(a) == exported:
+            exported.mkdir()
+            (exported / "theirs").touch()
+
+    monkeypatch.setattr(os, "rename", late)
+    with pytest.raises(UserError, match="can neither be replaced nor put back"):
+        _model(tmp_path)
+    kept = [path for path in tmp_path.iterdir() if path != exported]
+    assert [(path / CARD_FILE).read_text() for path in kept] == ["old"] and (exported / "theirs").exists()
+
+
+def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".a.txt.partial").symlink_to(tmp_path / "precious")
+    _file(tmp_path)
+    assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / "a.txt").read_text() == "new"

@@ -1,0 +1,73 @@
+"""What a task has found is kept, whatever its pictures come to, and pictures show any name as it is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from m3ae_fast.pictures.figures import draw_confusion, draw_map
+from m3ae_fast.transfer import job, knn, labelled_loop, ood, retrieval
+from tests.helpers.labelled import labelled_members
+from tests.helpers.shards import write_tar
+from tests.transfer.conftest import settings
+
+ODD = ["$\\frac{$", "_hidden", "a\\b{c}"]
+QUICK = {
+    "knn": (),
+    "ood": (),
+    "retrieval": (),
+    "linear": ("--cache-features", *settings("probe.steps=2", "probe.global_batch=16", "probe.warmup_epochs=0")),
+    "finetune": settings("finetune.steps=1", "finetune.global_batch=16", "finetune.micro_batch=16"),
+}
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What the pictures say, of all that are saved."""
+    said = []
+    save = Figure.savefig
+
+    def savefig(figure, *args, **options):
+        save(figure, *args, **options)
+        said.extend(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return said
+
+
+def test_names_are_drawn_as_they_are(tmp_path, texts):
+    labels_N = torch.arange(6) % 3
+    draw_map(tmp_path / "map.png", np.random.RandomState(0).rand(6, 2), labels_N.numpy(), ODD)
+    assert set(ODD) <= set(texts)
+    texts.clear()
+    draw_confusion(tmp_path / "confusion.png", labels_N, labels_N, ODD)
+    assert set(ODD) <= set(texts)
+
+
+def test_a_task_on_classes_of_any_name_ends_with_result_and_pictures(transfer, tmp_path):
+    names = dict(enumerate(ODD))
+    shards = []
+    for split, numbers in (("train", range(24)), ("val", range(30, 42))):
+        files = dict(labelled_members(numbers))
+        for number in numbers:
+            files[f"{number:05d}.json"] = json.dumps({"name": names[number % 3]}).encode()
+        shards.append(write_tar(tmp_path / f"{split}.tar", files.items()))
+    assert transfer("knn", "--labels", "json.name", train=shards[0], val=shards[1])["classes"] == 3
+    assert (tmp_path / "out/confusion.png").exists()
+
+
+@pytest.mark.parametrize("task", QUICK)
+def test_a_picture_that_fails_costs_no_result(transfer, shards, tmp_path, monkeypatch, task):
+    def fails(*_, **__):
+        raise ValueError("no such glyph")
+
+    for name in ("draw_confusion", "draw_training", "draw_detection", "draw_sheet"):
+        for module in (knn, ood, retrieval, labelled_loop):
+            monkeypatch.setattr(module, name, fails, raising=False)
+    more = ["--ood", shards[1]] if task == "ood" else []
+    with pytest.raises(ValueError, match="no such glyph"):
+        transfer(task, *more, *QUICK[task], **({"train": None} if task == "retrieval" else {}))
+    assert json.loads((tmp_path / "out" / job.RESULT_FILE).read_text())["task"] == task
