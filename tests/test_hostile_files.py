@@ -14,14 +14,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
+from m3ae_fast.convert.source import read_source
+from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.data import ShardStore, load_tokenizer, open_corpus
+from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
+from m3ae_fast.data.tools.hdf5 import Hdf5
 from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.run_log import METRICS_FILE, RunLog
 from m3ae_fast.errors import UserError
+from m3ae_fast.fill import make_sample
+from m3ae_fast.golden import Golden
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import read_pretrained
+from m3ae_fast.model.vqgan import VQGAN
+from m3ae_fast.report import read_results
+from m3ae_fast.transfer.classifier import read_config
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY
 
@@ -317,13 +328,43 @@ def test_two_words_with_one_id_are_no_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
 
 
-@pytest.mark.parametrize("file", [METRICS_FILE, "a.tar", "tokenizer.json"])
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, file):
-    os.mkfifo(tmp_path / file)
-    with pytest.raises(UserError):
-        if file == METRICS_FILE:
-            RunLog(tmp_path, 3, 9).begin()
-        elif file == "a.tar":
-            open_corpus([SourceConfig(shards=str(tmp_path / file))], ShardStore(tmp_path))
-        else:
-            load_tokenizer(str(tmp_path / file), 16)
+READERS = {
+    METRICS_FILE: lambda path: RunLog(path.parent, 3, 9).begin(),
+    "a.tar": lambda path: open_corpus([SourceConfig(shards=str(path))], ShardStore(path.parent)),
+    "tokenizer.json": lambda path: load_tokenizer(str(path), 16),
+    "run.json": load_config,
+    "config.json": lambda path: read_pretrained(path.parent),
+    "config.json of a VQGAN": lambda path: VQGAN.from_pretrained(path.parent),
+    "config.json of a classifier": lambda path: read_config(path.parent),
+    "config.json of timm": lambda path: read_source(str(path.parent), ViTOptions()),
+    "result.json": lambda path: read_results([path.parent]),
+    "state.json": lambda path: checkpoint.read_info(path.parent),
+    "classes.json": lambda path: data(
+        ["from-folder", str(path.parent), str(path.parent / "out"), "--classes", str(path)]
+    ),
+    "model.pkl": lambda path: read_source(str(path), ViTOptions()),
+    "golden.npz": Golden.load,
+    "data.hdf5": Hdf5,
+    "photo.jpg": lambda path: make_sample(M3AE(parse(Config, TINY, "").model), path, "", 0.5, 0),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, reader):
+    path = tmp_path / reader.partition(" ")[0]
+    os.mkfifo(path)
+    with pytest.raises(UserError) as caught:
+        READERS[reader](path)
+    one_line(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if ".json" in reader])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"model":' * 100_000, b'{"a": 1, "a": 2}', None])
+def test_json_that_is_a_folder_or_too_deep_is_one_line(tmp_path, reader, content):
+    path = tmp_path / reader.partition(" ")[0]
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        READERS[reader](path)
+    one_line(caught.value)
+    assert str(tmp_path) in str(caught.value)

@@ -21,6 +21,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.hub import find_folder
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import check_weights, read_pretrained
+from m3ae_fast.regular_file import open_regular
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
@@ -47,7 +48,7 @@ def _recognise(source: str, heads: ViTOptions) -> Converted:
     if path.is_dir():
         return _read_folder(path, source, heads)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(len(_OLD_TORCH))
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None

@@ -25,6 +25,7 @@ from m3ae_fast.model.output_folder import (
     write_tensors,
 )
 from m3ae_fast.model.tokenizer import CaptionTokenizer, load_tokenizer
+from m3ae_fast.regular_file import read_json
 
 # what a file without a decoder holds; it lacks all of the rest, or nothing
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
@@ -95,7 +96,7 @@ def read_pretrained(source: str | Path) -> Pretrained:
     """
     folder = find_folder(source)
     try:
-        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        data = read_json(folder / CONFIG_FILE)
         state = load_file(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source}: not an exported M3AE ({error}); make one with python -m m3ae_fast.export") from None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.output_folder import CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.regular_file import read_json
 
 GROUPS, EPS = 32, 1e-6  # of every GroupNorm
 CHUNK = 8  # images encoded at a time: the first level holds 32 MB for each at 256 pixels
@@ -190,7 +191,7 @@ class VQGAN(nn.Module):
         """What `save_pretrained` wrote. Raises UserError where a file is missing, damaged or of something else."""
         folder = Path(folder).expanduser()
         try:
-            data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            data = read_json(folder / CONFIG_FILE)
             if data.pop("kind", None) != "vqgan":
                 raise ValueError("its config.json is of something else")
             config = VQGANConfig(**data | {"channel_multipliers": tuple(data["channel_multipliers"])})

@@ -5,7 +5,6 @@ Shapes: S samples, D width, K classes.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -21,6 +20,7 @@ from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
 from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.model.tokenizer import load_tokenizer
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
 
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
@@ -47,7 +47,7 @@ def read_config(folder: str | Path) -> ClassifierConfig:
     """What the classifier saved in `folder` is. Raises UserError where there is none."""
     path = Path(folder) / CONFIG_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a classifier ({error}); name {CLASSIFIER_HELP}") from None
     return parse(ClassifierConfig, data, str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from m3ae_fast.data.tools.huggingface import HuggingFace
 from m3ae_fast.data.tools.source import Source
 from m3ae_fast.data.tools.writer import Settings, convert, describe
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import read_json
 
 FOLDER = """Make shards of a folder of images.
 
@@ -126,9 +126,9 @@ def _read_classes(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = read_json(path)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("not a list of names")
         return names
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--classes {path}: cannot be read ({error})") from None
