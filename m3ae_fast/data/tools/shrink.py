@@ -6,6 +6,7 @@ from io import BytesIO
 
 from PIL import Image
 
+from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.crops import resize
 from m3ae_fast.data.images import decode_image
 
@@ -16,7 +17,7 @@ def shrink(data: bytes, short_side: int, quality: int) -> bytes:
     A JPEG that is small enough is returned as it is.
 
     Raises:
-        BadSample: it is no image, or a broken one.
+        BadSample: it is no image, a broken one, or longer than a JPEG can be.
     """
     image = decode_image(data, 3)
     height, width = image.shape[-2:]
@@ -28,5 +29,8 @@ def shrink(data: bytes, short_side: int, quality: int) -> bytes:
     else:
         image = resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
     out = BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
+    try:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
+    except OSError:  # of the encoder: `out` is memory
+        raise BadSample(f"an image of {width} x {height} pixels cannot be kept as a JPEG") from None
     return out.getvalue()
