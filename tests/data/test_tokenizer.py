@@ -90,9 +90,10 @@ def test_special_tokens_alone_are_special():
 
 
 def test_the_committed_tokenizer_fits_its_captions(store):
+    from m3ae_fast.data.tools.tally import Tally
     from m3ae_fast.data.tools.tokenizer_training import captions as captions_of
 
     folder = Path(__file__).parents[2] / "data" / "openclipart"
-    captions = list(captions_of([str(folder / "train-{0000..0002}.tar")], store))
+    captions = list(captions_of([str(folder / "train-{0000..0002}.tar")], store, Tally()))
     assert len(captions) == 1536
     assert train_tokenizer(captions, 2048).to_str() == Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
