@@ -62,17 +62,17 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
         with pytest.raises(UserError, match="no such file"):
             load_tokenizer(name, 8)
 
-    def offline(name):
+    def offline(name, file):
         raise OSError("no network")
 
-    monkeypatch.setattr("m3ae_fast.model.tokenizer.Tokenizer.from_pretrained", offline)
+    monkeypatch.setattr("m3ae_fast.model.tokenizer.hf_hub_download", offline)
     with pytest.raises(UserError, match="bert-base-uncased: neither a file nor available from the Hugging Face hub"):
         load_tokenizer("bert-base-uncased", 8)
 
 
 def test_hub_name(tokenizer_file, monkeypatch):
-    hub = {"org/name": Tokenizer.from_file(tokenizer_file)}
-    monkeypatch.setattr("m3ae_fast.model.tokenizer.Tokenizer.from_pretrained", hub.__getitem__)
+    hub = {("org/name", "tokenizer.json"): tokenizer_file}
+    monkeypatch.setattr("m3ae_fast.model.tokenizer.hf_hub_download", lambda *what: hub[what])
     assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
 
 
