@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
@@ -99,8 +99,29 @@ def test_any_value_in_any_field_of_a_config(tmp_path, where, value, drop):
         one_line(error)
 
 
+NESTED = st.just(0) | st.integers(0, 3000)
+
+
+@fuzz(300)
+@given(content=JSON, section=st.sampled_from([None, *WHOLE]), nested=NESTED, brackets=st.booleans())
+@example(content={"\n": 1}, section="run", nested=0, brackets=True)
+@example(content={"x" * 9999: 1}, section=None, nested=0, brackets=True)
+def test_any_json_as_a_config_or_a_section_of_one(tmp_path, content, section, nested, brackets):
+    """A Config or one line, also where it is nested about as deeply as Python or pydantic allows."""
+    path = tmp_path / "config.json"
+    text = json.dumps(content if section is None else WHOLE | {section: content})
+    before, after = ("[", "]") if brackets else ('{"run":', "}")
+    path.write_text(before * nested + text + after * nested)
+    try:
+        assert isinstance(load_config(path), Config)
+    except UserError as error:
+        one_line(error)
+
+
 @fuzz(100)
 @given(text=st.binary(max_size=60), cut=DAMAGE[0], edits=DAMAGE[1], override=st.text(max_size=30))
+@example(text=b"", cut=0, edits=[], override="run\nning")
+@example(text=b"", cut=0, edits=[], override="train.steps.\n" + "x" * 9999 + "=1")
 def test_any_bytes_as_a_config_and_any_override(tmp_path, text, cut, edits, override):
     path = tmp_path / "config.json"
     for content in (text, damaged(json.dumps(TINY).encode(), cut, edits), b"[" * 100_000):
@@ -319,6 +340,47 @@ def test_any_tokenizer(tmp_path, where, value, cut, edits):
             one_line(error)
 
 
+def _replace(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        _replace({"String": "a"}, "a" * 10),
+        _replace({"Regex": "(?=a)"}, "aa"),
+        _replace({"String": ""}, "bb"),
+        {"type": "Prepend", "prepend": "a" * 99},
+    ],
+    ids=lambda rule: json.dumps(rule)[:50],
+)
+def test_a_tokenizer_whose_rules_would_fill_the_memory_is_refused(tmp_path, part, rule):
+    data = json.loads((CLIPART / "tokenizer.json").read_text())
+    parts = {"type": "Sequence", f"{part}s": [rule] * 4}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {part: {"type": "Sequence", f"{part}s": [parts] * 4}}))
+    with pytest.raises(UserError, match=f"rules of its {part} may make more than 4,096 characters of one"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
+
+
+def test_a_tokenizer_with_the_rules_of_a_published_one_is_accepted(tmp_path):
+    data = json.loads((CLIPART / "tokenizer.json").read_text())
+    rules = [{"type": "Prepend", "prepend": "\u2581"}, _replace({"String": " "}, "\u2581"), {"type": "NFKD"}]
+    rules += [_replace({"Regex": "\\s+"}, " "), _replace({"String": "``"}, '"')]
+    data["normalizer"] = {"type": "Sequence", "normalizers": rules}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert len(load_tokenizer(str(tmp_path / "tokenizer.json"), 16).encode("a red cat"))
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path):
+    data = json.loads((CLIPART / "tokenizer.json").read_text())
+    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="the library panics") as caught:
+        load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
+    one_line(caught.value)
+
+
 def test_two_words_with_one_id_are_no_tokenizer(tmp_path):
     data = json.loads((CLIPART / "tokenizer.json").read_text())
     words = data["model"]["vocab"]
@@ -359,7 +421,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, reader):
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("reader", [reader for reader in READERS if ".json" in reader])
+@pytest.mark.parametrize("reader", [name for name in READERS if Path(name.partition(" ")[0]).suffix == ".json"])
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"model":' * 100_000, b'{"a": 1, "a": 2}', None])
 def test_json_that_is_a_folder_or_too_deep_is_one_line(tmp_path, reader, content):
     path = tmp_path / reader.partition(" ")[0]
