@@ -80,7 +80,7 @@ def _captioned_in_latin(path):
 
 
 ODD = {
-    "70000 x 200 pixels cannot be kept as a JPEG": _long,
+    "70000 x 200 pixels is too long for a JPEG": _long,
     "more than 134217728": _bomb,
     "odd.png is not a regular file": os.mkfifo,
     "odd.png: No such device or address": _socket,
@@ -185,6 +185,15 @@ def test_several_captions_of_a_row_are_several_samples(folder, tmp_path, capsys)
     table.write_text('{"image": "good.jpg", "caption": ["a", "", "b"]}\n{"image": "good.jpg", "caption": "a"}\n')
     assert make("from-folder", folder, tmp_path / "out", "--captions", table, "--keep-order") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "out")] == [b"a", b"b", b"a"]
+    assert "empty" not in said(capsys)
+
+
+def test_a_row_without_a_caption_is_empty_and_an_image_without_a_row_is_not(folder, tmp_path, capsys):
+    (folder / "other.jpg").write_bytes(picture(2))
+    (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\n")
+    assert make("from-folder", folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
+    assert "2 images alone" in (text := said(capsys))
+    assert "1 sample with an empty caption, such as\n    other.jpg\n" in text
 
 
 LISTS = {

@@ -15,7 +15,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepa
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _ABSENT = object()  # the value of a column that a row of jsonl lacks
-_Rows = Iterator[list[Any]]  # first the names of the columns, then each row's values
+_Rows = Generator[list[Any], None, None]  # first the names of the columns, then each row's values
 
 
 class Row(NamedTuple):
@@ -102,7 +102,7 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
     if len(row) != len(columns):
         raise ValueError(
             f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
-            f"{', '.join(columns)}"
+            f"{', '.join(columns)}; a field with a separator or a line break in it needs quotes"
         )
     if _ABSENT in (row[image], row[caption]):
         raise ValueError(f"it lacks {columns[image if row[image] is _ABSENT else caption]}; write null for none")
@@ -116,7 +116,7 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
     return Row(number, os.fsdecode(name), captions)
 
 
-def _lines(table: Path) -> Iterator[str]:
+def _lines(table: Path) -> Generator[str, None, None]:
     """A text file's lines, with their ends. Raises ValueError where it has a null byte, as UTF-16 has."""
     with io.TextIOWrapper(io.BufferedReader(open_regular(table)), encoding="utf-8-sig", newline="") as file:
         for line in file:
@@ -212,6 +212,6 @@ def _parquet(table: Path) -> _Rows:
             raise ValueError(error) from None
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {
+_READERS: dict[str, Callable[[Path], _Rows]] = {
     ".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet
 }  # fmt: skip

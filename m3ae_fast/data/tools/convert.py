@@ -19,7 +19,9 @@ from m3ae_fast.regular_file import read_json
 FOLDER = """Make shards of a folder of images.
 
 Sub-folders are classes if there are at least two and every image is in one. Captions come from a table with one
-row per sample (an image in several rows gives several samples), or from NAME.txt beside NAME.jpg. Images without a
+row per sample, or from NAME.txt beside NAME.jpg. An image in several rows gives several samples, also where rows are
+equal, and so does a list of captions in a row. Tables are read strictly: a row with a field too many or too few is an
+error. A .tsv has a row on each line and no quotes, unless a program that quotes its fields wrote it. Images without a
 caption train only the image side. Run an interrupted command again to continue; equal input gives equal bytes.
 
   python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
@@ -27,7 +29,8 @@ caption train only the image side. Run an interrupted command again to continue;
   python -m m3ae_fast.data from-folder imagenet/val shards-val/ --classes shards/classes.json
 """
 HDF5 = """Make shards of an HDF5 file in the layout of the official M3AE code: jpg (variable-length uint8) with caption,
-or ImageNet's train_jpg, train_labels, val_jpg, val_labels, or text alone.
+or ImageNet's train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several captions gives several
+samples.
 
   python -m m3ae_fast.data from-hdf5 cc12m.hdf5 shards/ --held-out 0.01
   python -m m3ae_fast.data from-hdf5 imagenet.hdf5 shards/ --samples-per-shard 5000

@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 @dataclass(frozen=True)
 class _Image:
     path: str  # below the folder
-    caption: str | None  # None: see the .txt beside it
+    caption: str | None  # of the table
 
 
 class Folder:
@@ -55,6 +55,7 @@ class Folder:
         self.classes: Sequence[str] | None = None if flat else _classes(folder, paths, classes)
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
         self._images = [_Image(path, None) for path in paths]
+        self._has_table = captions is not None
         if captions is not None:
             self._images = _join(folder, paths, captions, read_captions(captions, *columns))
         self.splits = {"train": len(self._images)}
@@ -66,7 +67,7 @@ class Folder:
     def read(self, split: str, number: int) -> Record:
         image = self._images[number]
         path = os.path.join(self.folder, image.path)
-        caption = self._beside(path) if image.caption is None else image.caption
+        caption = image.caption if self._has_table else self._beside(path)
         name = image.path.partition("/")[0] if self.classes else None
         about: dict[str, Any] = {"path": _printable(image.path)}
         if name is not None:
@@ -89,7 +90,7 @@ class Folder:
         for image in self._images:
             path = os.path.join(self.folder, image.path)
             pictures.update(f"{image.path!r} {_stamp(path)}\n".encode())
-            beside = _text_file(path) if image.caption is None else None
+            beside = None if self._has_table else _text_file(path)
             captions.update(f"{image.caption!r} {beside and _stamp(beside)}\n".encode())
         classes = hashlib.sha256(json.dumps(self.classes).encode())
         named = {"pictures": pictures, "captions": captions, "classes": classes}
@@ -161,7 +162,7 @@ def _is_unicode(name: str) -> bool:
 
 def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[_Image]:
     """A sample for each caption of each row of the table, and for each image that it does not name."""
-    captions: dict[str, list[str]] = {path: [] for path in paths}
+    captions: dict[str, list[str | None]] = {path: [] for path in paths}
     missing = []
     for row in rows:
         path = os.path.normpath(os.path.relpath(row.image, folder) if os.path.isabs(row.image) else row.image)
@@ -174,4 +175,4 @@ def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> l
             f"--captions {table}: {len(missing):,} of {len(rows):,} rows name images that are not in {folder}, "
             f"such as {missing[0].image!r} (row {missing[0].number}); paths are relative to that folder"
         )
-    return [_Image(path, caption) for path in paths for caption in captions[path] or [""]]
+    return [_Image(path, caption) for path in paths for caption in captions[path] or [None]]

@@ -10,6 +10,8 @@ from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.crops import resize
 from m3ae_fast.data.images import decode_image
 
+_MAX_SIDE = 65_500  # pixels that libjpeg writes
+
 
 def shrink(data: bytes, short_side: int, quality: int) -> bytes:
     """An image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where transparent.
@@ -28,9 +30,8 @@ def shrink(data: bytes, short_side: int, quality: int) -> bytes:
             return data
     else:
         image = resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    if max(image.shape[-2:]) > _MAX_SIDE:
+        raise BadSample(f"an image of {width} x {height} pixels is too long for a JPEG")
     out = BytesIO()
-    try:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
-    except OSError:  # of the encoder: `out` is memory
-        raise BadSample(f"an image of {width} x {height} pixels cannot be kept as a JPEG") from None
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
     return out.getvalue()
