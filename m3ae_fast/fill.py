@@ -23,6 +23,7 @@ from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import draw_reconstructions
+from m3ae_fast.regular_file import open_regular
 from m3ae_fast.transfer.models import MODEL_HELP, load_model
 
 MASK = "[MASK]"
@@ -79,7 +80,8 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
     """
     config = model.config
     try:
-        pixels = decode_image(image.read_bytes(), config.channels)
+        with open_regular(image) as file:
+            pixels = decode_image(file.read(), config.channels)
     except OSError as error:
         raise UserError(f"{image}: cannot be read ({error.strerror or error})") from None
     except BadSample as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.whole_file import whole_file
@@ -95,8 +96,8 @@ def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
             raise UserError(f"{folder}: no such folder")
         for path in filter(Path.is_file, sorted(folder.rglob("result.json"))):
             try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
+                result = read_json(path)
+            except (OSError, ValueError) as error:
                 raise UserError(f"{path}: is damaged ({error}); remove it") from None
             if isinstance(result, dict):
                 found[path.resolve()] = result

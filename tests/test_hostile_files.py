@@ -10,19 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
+from m3ae_fast.convert.source import read_source
+from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.errors import UserError
+from m3ae_fast.fill import make_sample
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.report import read_results
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
+from m3ae_fast.shard_tools.hdf5 import Hdf5
+from m3ae_fast.transfer.classifier import read_config
+from m3ae_fast.verify.golden import Golden
+from m3ae_fast.vqgan.model import VQGAN
+from m3ae_fast.weights.pretrained import read_pretrained
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY
 
@@ -89,8 +100,29 @@ def test_any_value_in_any_field_of_a_config(tmp_path, where, value, drop):
         one_line(error)
 
 
+NESTED = st.just(0) | st.integers(0, 3000)
+
+
+@fuzz(300)
+@given(content=JSON, section=st.sampled_from([None, *WHOLE]), nested=NESTED, brackets=st.booleans())
+@example(content={"\n": 1}, section="run", nested=0, brackets=True)
+@example(content={"x" * 9999: 1}, section=None, nested=0, brackets=True)
+def test_any_json_as_a_config_or_a_section_of_one(tmp_path, content, section, nested, brackets):
+    """A Config or one line, also where it is nested about as deeply as Python or pydantic allows."""
+    path = tmp_path / "config.json"
+    text = json.dumps(content if section is None else WHOLE | {section: content})
+    before, after = ("[", "]") if brackets else ('{"run":', "}")
+    path.write_text(before * nested + text + after * nested)
+    try:
+        assert isinstance(load_config(path), Config)
+    except UserError as error:
+        one_line(error)
+
+
 @fuzz(100)
 @given(text=st.binary(max_size=60), cut=DAMAGE[0], edits=DAMAGE[1], override=st.text(max_size=30))
+@example(text=b"", cut=0, edits=[], override="run\nning")
+@example(text=b"", cut=0, edits=[], override="train.steps.\n" + "x" * 9999 + "=1")
 def test_any_bytes_as_a_config_and_any_override(tmp_path, text, cut, edits, override):
     path = tmp_path / "config.json"
     for content in (text, damaged(json.dumps(TINY).encode(), cut, edits), b"[" * 100_000):
@@ -309,6 +341,47 @@ def test_any_tokenizer(tmp_path, where, value, cut, edits):
             one_line(error)
 
 
+def _replace(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        _replace({"String": "a"}, "a" * 10),
+        _replace({"Regex": "(?=a)"}, "aa"),
+        _replace({"String": ""}, "bb"),
+        {"type": "Prepend", "prepend": "a" * 99},
+    ],
+    ids=lambda rule: json.dumps(rule)[:50],
+)
+def test_a_tokenizer_whose_rules_would_fill_the_memory_is_refused(tmp_path, part, rule):
+    data = json.loads((CLIPART / "tokenizer.json").read_text())
+    parts = {"type": "Sequence", f"{part}s": [rule] * 4}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {part: {"type": "Sequence", f"{part}s": [parts] * 4}}))
+    with pytest.raises(UserError, match=f"rules of its {part} may make more than 4,096 characters of one"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
+
+
+def test_a_tokenizer_with_the_rules_of_a_published_one_is_accepted(tmp_path):
+    data = json.loads((CLIPART / "tokenizer.json").read_text())
+    rules = [{"type": "Prepend", "prepend": "\u2581"}, _replace({"String": " "}, "\u2581"), {"type": "NFKD"}]
+    rules += [_replace({"Regex": "\\s+"}, " "), _replace({"String": "``"}, '"')]
+    data["normalizer"] = {"type": "Sequence", "normalizers": rules}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert len(load_tokenizer(str(tmp_path / "tokenizer.json"), 16).encode("a red cat"))
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path):
+    data = json.loads((CLIPART / "tokenizer.json").read_text())
+    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="the library panics") as caught:
+        load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
+    one_line(caught.value)
+
+
 def test_two_words_with_one_id_are_no_tokenizer(tmp_path):
     data = json.loads((CLIPART / "tokenizer.json").read_text())
     words = data["model"]["vocab"]
@@ -318,13 +391,43 @@ def test_two_words_with_one_id_are_no_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path / "tokenizer.json"), 16)
 
 
-@pytest.mark.parametrize("file", [METRICS_FILE, "a.tar", "tokenizer.json"])
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, file):
-    os.mkfifo(tmp_path / file)
-    with pytest.raises(UserError):
-        if file == METRICS_FILE:
-            RunLog(tmp_path, 3, 9).begin()
-        elif file == "a.tar":
-            open_corpus([SourceConfig(shards=str(tmp_path / file))], ShardStore(tmp_path))
-        else:
-            load_tokenizer(str(tmp_path / file), 16)
+READERS = {
+    METRICS_FILE: lambda path: RunLog(path.parent, 3, 9).begin(),
+    "a.tar": lambda path: open_corpus([SourceConfig(shards=str(path))], ShardStore(path.parent)),
+    "tokenizer.json": lambda path: load_tokenizer(str(path), 16),
+    "run.json": load_config,
+    "config.json": lambda path: read_pretrained(path.parent),
+    "config.json of a VQGAN": lambda path: VQGAN.from_pretrained(path.parent),
+    "config.json of a classifier": lambda path: read_config(path.parent),
+    "config.json of timm": lambda path: read_source(str(path.parent), ViTOptions()),
+    "result.json": lambda path: read_results([path.parent]),
+    "state.json": lambda path: checkpoint.read_info(path.parent),
+    "classes.json": lambda path: data(
+        ["from-folder", str(path.parent), str(path.parent / "out"), "--classes", str(path)]
+    ),
+    "model.pkl": lambda path: read_source(str(path), ViTOptions()),
+    "golden.npz": Golden.load,
+    "data.hdf5": Hdf5,
+    "photo.jpg": lambda path: make_sample(M3AE(parse(Config, TINY, "").model), path, "", 0.5, 0),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, reader):
+    path = tmp_path / reader.partition(" ")[0]
+    os.mkfifo(path)
+    with pytest.raises(UserError) as caught:
+        READERS[reader](path)
+    one_line(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if Path(name.partition(" ")[0]).suffix == ".json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"model":' * 100_000, b'{"a": 1, "a": 2}', None])
+def test_json_that_is_a_folder_or_too_deep_is_one_line(tmp_path, reader, content):
+    path = tmp_path / reader.partition(" ")[0]
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        READERS[reader](path)
+    one_line(caught.value)
+    assert str(tmp_path) in str(caught.value)

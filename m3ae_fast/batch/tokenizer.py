@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import read_json
 
+MAX_GROWTH = 4096  # characters that rules make of one; the usual ones make 2
 UNKNOWN = "[UNK]"
 SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 
@@ -75,28 +81,19 @@ def load_tokenizer(
     Raises:
         UserError: the file is missing or no tokenizer, the hub does not answer, or `vocab_size` is not the tokenizer's.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        try:
-            tokenizer = _from_vocab(path) if path.suffix == ".txt" else Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises just that
-            raise UserError(f"{label} {name}: not a tokenizer.json or BERT vocab.txt ({error})") from None
-    elif path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
-        raise UserError(f"{label} {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
-    else:
-        try:
-            tokenizer = Tokenizer.from_pretrained(name)
-        except Exception:
-            raise UserError(
-                f"{label} {name}: neither a file nor available from the Hugging Face hub; "
-                "download its tokenizer.json and name that file"
-            ) from None
+    path = _find(name, label)
+    try:
+        with _panics_as_errors():
+            tokenizer = _from_vocab(path) if path.suffix == ".txt" else _from_json(path)
+    except Exception as error:  # the library raises just that
+        raise UserError(f"{label} {name}: not a tokenizer.json or BERT vocab.txt ({_line(error)})") from None
     captions = CaptionTokenizer(tokenizer, max_length)
     try:
-        captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
+        with _panics_as_errors():
+            captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
     except Exception as error:
         raise UserError(
-            f"{label} {name}: fails on words it does not know ({error}); give it an unknown token"
+            f"{label} {name}: fails on words it does not know ({_line(error)}); give it an unknown token"
         ) from None
     if twice := captions.shared_id():
         raise UserError(
@@ -137,6 +134,58 @@ def _symbols(tokenizer: Tokenizer, caption: str) -> Iterator[str]:
     for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption)):
         yield word[0]
         yield from ("##" + character for character in word[1:])
+
+
+def _find(name: str, label: str) -> Path:
+    """A file of that name, else a copy of the hub's. Raises UserError where there is neither."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
+        raise UserError(f"{label} {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json"))
+    except Exception:
+        raise UserError(
+            f"{label} {name}: neither a file nor available from the Hugging Face hub; "
+            "download its tokenizer.json and name that file"
+        ) from None
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Make a ValueError of a panic in the library, whose exception is no Exception."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as panic:
+        raise ValueError(f"the library panics: {panic}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _from_json(path: Path) -> Tokenizer:
+    """Raises ValueError, before anything is made, where its rules could fill the memory from a short caption."""
+    data = read_json(path)
+    for part in ("normalizer", "decoder"):
+        if isinstance(data, dict) and _growth(data.get(part)) > MAX_GROWTH:
+            raise ValueError(f"the rules of its {part} may make more than {MAX_GROWTH:,} characters of one")
+    return Tokenizer.from_file(str(path))
+
+
+def _growth(rule: Any) -> int:
+    """How many characters a normalizer or decoder makes of one, at most, where it replaces and prepends."""
+    if not isinstance(rule, dict):
+        return 1
+    parts = [part for name in ("normalizers", "decoders") for part in rule.get(name) or ()]
+    text = rule.get("content", rule.get("prepend"))
+    length = len(text) if isinstance(text, str) else 0
+    pattern = rule.get("pattern")
+    needs_text = isinstance(pattern, dict) and bool(pattern.get("String"))  # others may match where there is nothing
+    return math.prod(map(_growth, parts)) * (max(1, length) if needs_text else 1 + length)
 
 
 def _from_vocab(path: Path) -> Tokenizer:

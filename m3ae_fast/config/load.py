@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from m3ae_fast.config.messages import describe
 from m3ae_fast.config.schema import Config, Section
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import parse_json, read_json
 
 T = TypeVar("T", bound=Section)
 
@@ -23,10 +24,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+        data = read_json(path)
     except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror}); give --config an existing file") from None
-    except (ValueError, RecursionError) as error:
+        reason = error.strerror or error
+        raise UserError(f"config {path}: cannot be read ({reason}); give --config an existing file") from None
+    except ValueError as error:
         raise UserError(f"config {path}: is not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"config {path}: must hold one JSON object")
@@ -46,23 +48,15 @@ def parse(section: type[T], data: Any, where: str) -> T:
         raise UserError(f"{where}: {describe(section, error)}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of duplicate keys Python's json would silently keep the last."""
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return data
-
-
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Set `section.key=value` in plain JSON data. Raises UserError where text or key is not valid."""
     name, equals, text = override.partition("=")
+    override = " ".join(override.split())[:200]  # for messages
     if not equals or not name:
         raise UserError(f"--set {override}: write it as section.key=value")
     try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         value = text
     *parents, last = name.split(".")
     node: Any = data

@@ -23,6 +23,7 @@ def describe(section: type[BaseModel], error: ValidationError) -> str:
         message = message[:1].lower() + message[1:]
         got = "" if isinstance(first["input"], dict) else f" (got {json.dumps(first['input'], default=str)[:80]})"
         text = message if not where or message.startswith(f"{where}.") else f"{where}: {message}{got}"
+    text = " ".join(text.split())[:1000]  # a key may be anything
     return text + (f" (and {len(others)} more)" if others else "")
 
 

@@ -19,6 +19,7 @@ from m3ae_fast.convert.timm_model import is_timm_folder, read_timm_folder
 from m3ae_fast.convert.vit import ViTOptions, from_vit
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.regular_file import open_regular
 from m3ae_fast.weights.hub import find_folder
 from m3ae_fast.weights.pretrained import check_weights, read_pretrained
 
@@ -47,7 +48,7 @@ def _recognise(source: str, heads: ViTOptions) -> Converted:
     if path.is_dir():
         return _read_folder(path, source, heads)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(len(_OLD_TORCH))
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None

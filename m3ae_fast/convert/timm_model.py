@@ -21,6 +21,7 @@ from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.vit import ViTOptions, from_vit
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.positions import sincos_2d
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.weights.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
 
 _ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
@@ -132,7 +133,7 @@ def is_timm_folder(folder: Path) -> bool:
 
 def _about(folder: Path) -> dict[str, Any]:
     try:
-        about = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        about = read_json(folder / CONFIG_FILE)
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}

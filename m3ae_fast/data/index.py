@@ -24,9 +24,10 @@ from pydantic import Field, TypeAdapter
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
-from m3ae_fast.data.tar import Member, open_regular, scan_tar
+from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
+from m3ae_fast.regular_file import open_regular
 from m3ae_fast.whole_file import put_in_place
 
 Modality = Literal["any", "paired", "image", "text"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
+
+from m3ae_fast.regular_file import open_regular
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
@@ -37,16 +38,6 @@ def is_whole_tar(fd: int, size: int) -> bool:
     header, end = os.pread(fd, BLOCK, 0), os.pread(fd, BLOCK, max(0, size - BLOCK))
     begins = len(header) == BLOCK and (_checksum_ok(header) if header.strip(b"\0") else size >= 2 * BLOCK)
     return begins and len(end) == BLOCK and not end.strip(b"\0")
-
-
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read, unbuffered. Raises OSError where it cannot be, or is a pipe or a device, which could
-    block forever."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(f"{path} is not a regular file")
-    return cast(BinaryIO, open(fd, "rb", buffering=0))
 
 
 def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:

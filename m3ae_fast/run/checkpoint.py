@@ -31,6 +31,7 @@ from torch import Tensor
 
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import open_regular
 from m3ae_fast.whole_file import put_in_place
 
 STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
@@ -154,7 +155,8 @@ def _damaged(path: Path, file: str, error: object) -> UserError:
 def read_info(path: Path) -> Info:
     """Raises UserError where the checkpoint is damaged."""
     try:
-        info = TypeAdapter(Info).validate_json((path / INFO_FILE).read_bytes(), strict=True)
+        with open_regular(path / INFO_FILE) as file:
+            info = TypeAdapter(Info).validate_json(file.read(), strict=True)
     except (OSError, ValueError) as error:
         raise _damaged(path, INFO_FILE, error) from None
     if step_of(path) not in (-1, info.step):

@@ -1,92 +1,217 @@
-"""Tables that name an image and its caption in each row: csv, tsv, jsonl, parquet."""
+"""Tables that name an image and its caption in each row: csv, tsv, jsonl, parquet.
+
+Each row is a sample, equal ones too; a row with a list of captions is a sample for each. Rows are read strictly: one
+with more or fewer fields than the table has columns is an error, not a guess.
+
+A .csv is quoted as RFC 4180 has it. A .tsv has one row on each line, and quotes in it are text, with exceptions that
+only a program that quotes can have written: where all names of columns stand in quotes, the table is read as a .csv
+with tabs; and a field in quotes is read as quoted where it holds nothing, a doubled quote (and no single one), or a tab
+without which the row would have too many fields.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import open_regular, parse_json
+from m3ae_fast.shard_tools.captions import captions_of
 
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepath", "file", "picture")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+_ABSENT = object()  # the value of a column that a row of jsonl lacks
+_Rows = Generator[list[Any], None, None]  # first the names of the columns, then each row's values
 
 
-def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[tuple[str, str]]:
-    """(image, caption) of each row; a missing caption is "".
+class Row(NamedTuple):
+    """A row of a table."""
+
+    number: int  # from 1, without the names of the columns
+    image: str
+    captions: list[str]  # empty: none
+
+
+def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
+    """Return all rows.
 
     Args:
         table: .csv, .tsv, .jsonl (or .ndjson) or .parquet.
         image, caption: names of the columns; None: the first that has a usual name.
 
     Raises:
-        UserError: the file cannot be read, or lacks a column.
+        UserError: the file cannot be read, lacks a column, or has a row that does not fit its columns.
     """
-    read = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}.get(table.suffix)
-    if read is None:
+    reader = _READERS.get(table.suffix.lower())
+    if reader is None:
         raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet")
-    found: list[tuple[str, str]] = []
+    found: list[Row] = []
     try:
-        rows = read(table)
-        columns: list[str] = next(rows, [])
-        image = choose(columns, image, IMAGE_COLUMNS, "--image-column", str(table))
-        caption = choose(columns, caption, CAPTION_COLUMNS, "--caption-column", str(table))
-        for row in rows:
-            found.append((_text(row.get(image)), _text(row.get(caption))))
+        with closing(reader(table)) as rows:
+            columns = next(rows, [])
+            places = (
+                _place(columns, image, IMAGE_COLUMNS, "--image-column", table),
+                _place(columns, caption, CAPTION_COLUMNS, "--caption-column", table),
+            )
+            for row in rows:
+                found.append(_row(len(found) + 1, columns, row, *places))
     except OSError as error:
         raise UserError(f"--captions {table}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"--captions {table}: row {len(found) + 1} cannot be read ({error})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--captions {table}: line {_undecodable(table)} is not UTF-8; save it in UTF-8") from None
+    except (ValueError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"--captions {table}: row {len(found) + 1} cannot be read ({reason})") from None
     if not found:
         raise UserError(f"--captions {table}: has no rows")
     return found
 
 
 def choose(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """The column that the user named, else the first with a usual name. Raises UserError where there is none."""
+    """Return the column that the user named, else the first with a usual name.
+
+    Raises:
+        UserError: there is none, or several have that name.
+    """
     if named is not None and named not in columns:
         raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
-    by_name = {column.lower(): column for column in reversed(columns)}
-    found = named or next((by_name[name] for name in usual if name in by_name), None)
-    if found is None:
+    names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]
+    if not names:
         raise UserError(f"{where}: has {', '.join(columns) or 'no columns'}; name one with {option}")
-    return found
+    same = [column for column in columns if column == named or (not named and column.lower() == names[0].lower())]
+    if len(same) > 1:
+        advice = f"name one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"
+        raise UserError(f"{where}: has {len(same)} columns {' and '.join(same)}; {advice}")
+    return names[0]
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else os.fsdecode(value) if isinstance(value, bytes) else str(value)
+def _place(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, table: Path) -> int:
+    return columns.index(choose(columns, named, usual, option, str(table)))
 
 
-def _csv(table: Path) -> Iterator[Any]:
-    """The columns, and then one dictionary per row; as the other readers."""
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
-        yield list(rows.fieldnames or ())
-        yield from rows
+def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int) -> Row:
+    """Raises ValueError where the row does not fit the columns."""
+    if len(row) != len(columns):
+        raise ValueError(
+            f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
+            f"{', '.join(columns)}; a field with a separator or a line break in it needs quotes"
+        )
+    if _ABSENT in (row[image], row[caption]):
+        raise ValueError(f"it lacks {columns[image if row[image] is _ABSENT else caption]}; write null for none")
+    name = row[image]
+    if not isinstance(name, (str, bytes)) or not name:
+        raise ValueError(f"{columns[image]} names no file but is {str(name)[:80]!r}")
+    try:
+        captions = captions_of(row[caption])
+    except ValueError as error:
+        raise ValueError(f"{columns[caption]} {error}") from None
+    return Row(number, os.fsdecode(name), captions)
 
 
-def _jsonl(table: Path) -> Iterator[Any]:
+def _lines(table: Path) -> Generator[str, None, None]:
+    """A text file's lines, with their ends. Raises ValueError where it has a null byte, as UTF-16 has."""
+    with io.TextIOWrapper(io.BufferedReader(open_regular(table)), encoding="utf-8-sig", newline="") as file:
+        for line in file:
+            if "\0" in line:
+                raise ValueError("it has a null byte; is the file UTF-8?")
+            yield line
+
+
+def _undecodable(table: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with io.BufferedReader(open_regular(table)) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def _csv(table: Path, delimiter: str = ",") -> _Rows:
+    with closing(_lines(table)) as lines:
+        yield from _quoted(lines, delimiter)
+
+
+def _quoted(lines: Iterable[str], delimiter: str) -> _Rows:
+    """The rows of csv; empty lines are none."""
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    first = 1
+    try:
+        for row in rows:
+            if row:
+                yield row
+            first = rows.line_num + 1
+    except csv.Error as error:
+        where = f"line {first}" if rows.line_num <= first else f"lines {first} to {rows.line_num}"
+        reason = "a quote is not closed" if "end of data" in str(error) else error
+        raise ValueError(f"{where}: {reason}") from None
+
+
+def _tsv(table: Path) -> _Rows:
+    with closing(_lines(table)) as lines:
+        head = next(filter(str.strip, lines), "")
+        columns = head.rstrip("\r\n").split("\t")
+        if all(_QUOTED.fullmatch(column) for column in columns):
+            yield from _quoted(chain([head], lines), "\t")
+            return
+        yield columns
+        for line in filter(None, (line.rstrip("\r\n") for line in lines)):
+            yield _fields(line, len(columns))
+
+
+def _fields(line: str, count: int) -> list[str]:
+    """The fields of a line of tsv, `count` where it can be read so."""
+    fields = line.split("\t")
+    if len(fields) > count and '"' in line:
+        try:
+            (quoted,) = csv.reader([line], delimiter="\t", strict=True)
+        except csv.Error:
+            return fields
+        return quoted if len(quoted) == count else fields
+    return [_unquoted(field) for field in fields]
+
+
+def _unquoted(field: str) -> str:
+    match = _QUOTED.fullmatch(field)
+    return match[1].replace('""', '"') if match and (not match[1] or '""' in match[1]) else field
+
+
+def _jsonl(table: Path) -> _Rows:
     columns: list[str] | None = None
-    with open(table, encoding="utf-8-sig") as file:
-        for line in filter(str.strip, file):
-            row = json.loads(line)
+    with closing(_lines(table)) as lines:
+        for line in filter(str.strip, lines):
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("it is not a JSON object")
             if columns is None:
                 columns = list(row)
                 yield columns
-            yield row
+            yield [row.get(column, _ABSENT) for column in columns]
 
 
-def _parquet(table: Path) -> Iterator[Any]:
+def _parquet(table: Path) -> _Rows:
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"--captions {table}: needs pyarrow; pip install pyarrow") from None
-    file = pyarrow.parquet.ParquetFile(table)
-    yield file.schema_arrow.names
-    for batch in file.iter_batches():
-        yield from batch.to_pylist()
+    with open_regular(table) as source, pyarrow.parquet.ParquetFile(source) as file:
+        yield file.schema_arrow.names
+        try:
+            for batch in file.iter_batches():
+                yield from map(list, zip(*(column.to_pylist() for column in batch.columns)))
+        except pyarrow.ArrowException as error:  # not all are ValueErrors
+            raise ValueError(error) from None
+
+
+_READERS: dict[str, Callable[[Path], _Rows]] = {
+    ".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet
+}  # fmt: skip

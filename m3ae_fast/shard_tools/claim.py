@@ -36,7 +36,8 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
             file.seek(0)
             before = file.read()
             if before and before != text:
-                raise UserError(f"{out}: holds another conversion ({_difference(before, manifest)}); name a new folder")
+                reason = _difference(before, manifest)
+                raise UserError(f"{out}: holds another conversion ({reason}); name a new folder, or remove this one")
             if not before:
                 file.write(text)
                 file.flush()

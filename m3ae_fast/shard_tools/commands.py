@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.shard_tools.huggingface import HuggingFace
@@ -19,7 +19,9 @@ from m3ae_fast.shard_tools.writer import Settings, convert, describe
 FOLDER = """Make shards of a folder of images.
 
 Sub-folders are classes if there are at least two and every image is in one. Captions come from a table with one
-row per sample (an image in several rows gives several samples), or from NAME.txt beside NAME.jpg. Images without a
+row per sample, or from NAME.txt beside NAME.jpg. An image in several rows gives several samples, also where rows are
+equal, and so does a list of captions in a row. Tables are read strictly: a row with a field too many or too few is an
+error. A .tsv has a row on each line and no quotes, unless a program that quotes its fields wrote it. Images without a
 caption train only the image side. Run an interrupted command again to continue; equal input gives equal bytes.
 
   python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
@@ -27,7 +29,8 @@ caption train only the image side. Run an interrupted command again to continue;
   python -m m3ae_fast.data from-folder imagenet/val shards-val/ --classes shards/classes.json
 """
 HDF5 = """Make shards of an HDF5 file in the layout of the official M3AE code: jpg (variable-length uint8) with caption,
-or ImageNet's train_jpg, train_labels, val_jpg, val_labels, or text alone.
+or ImageNet's train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several captions gives several
+samples.
 
   python -m m3ae_fast.data from-hdf5 cc12m.hdf5 shards/ --held-out 0.01
   python -m m3ae_fast.data from-hdf5 imagenet.hdf5 shards/ --samples-per-shard 5000
@@ -126,9 +129,9 @@ def _read_classes(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = read_json(path)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("not a list of names")
         return names
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--classes {path}: cannot be read ({error})") from None

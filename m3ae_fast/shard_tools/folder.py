@@ -12,17 +12,16 @@ from typing import Any
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.caption_table import read_captions
+from m3ae_fast.shard_tools.caption_table import Row, read_captions
 from m3ae_fast.shard_tools.source import Record, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_KEPT_BACK = 1 << 16  # bytes of a .txt that are read; more is no caption
 
 
 @dataclass(frozen=True)
 class _Image:
     path: str  # below the folder
-    caption: str | None  # None: see the .txt beside it
+    caption: str | None  # of the table
 
 
 class Folder:
@@ -50,85 +49,130 @@ class Folder:
         if not folder.is_dir():
             raise UserError(f"{folder}: is not a folder")
         self.folder = str(folder)
-        paths = sorted(_find(self.folder))
+        paths = sorted(_find(self.folder, flat))
         if not paths:
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
         self.classes: Sequence[str] | None = None if flat else _classes(folder, paths, classes)
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
         self._images = [_Image(path, None) for path in paths]
+        self._has_table = captions is not None
         if captions is not None:
             self._images = _join(folder, paths, captions, read_captions(captions, *columns))
         self.splits = {"train": len(self._images)}
-        self.identity: dict[str, Any] = {"kind": "folder", "sha256": self._fingerprint()}
+        self.identity: dict[str, Any] = {"kind": "folder", **self._fingerprints()}
+
+    def name(self, split: str, number: int) -> str:
+        return _printable(self._images[number].path)
 
     def read(self, split: str, number: int) -> Record:
         image = self._images[number]
         path = os.path.join(self.folder, image.path)
-        caption = self._beside(path) if image.caption is None else image.caption
+        caption = image.caption if self._has_table else self._beside(path)
         name = image.path.partition("/")[0] if self.classes else None
-        about: dict[str, Any] = {"path": os.fsencode(image.path).decode("utf-8", "replace")}
+        about: dict[str, Any] = {"path": _printable(image.path)}
         if name is not None:
             about["class_name"] = name
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
 
     def _beside(self, path: str) -> str | None:
-        try:
-            with open(os.path.splitext(path)[0] + ".txt", "rb") as file:
-                return file.read(_KEPT_BACK).decode("utf-8-sig")
-        except FileNotFoundError:
+        """The .txt beside an image, None where there is none."""
+        beside = _text_file(path)
+        if beside is None:
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadSample(f"{os.path.splitext(path)[0]}.txt: cannot be read ({error})") from None
+        try:
+            return read_file(beside).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"{beside}: cannot be read ({error})") from None
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
+    def _fingerprints(self) -> dict[str, str]:
+        """Of pictures, captions and classes: what differs where the user changed them."""
+        pictures, captions = hashlib.sha256(), hashlib.sha256()
         for image in self._images:
-            size = os.stat(os.path.join(self.folder, image.path)).st_size
-            digest.update(f"{image.path!r} {size} {image.caption!r}\n".encode())
-        return digest.hexdigest()
+            path = os.path.join(self.folder, image.path)
+            pictures.update(f"{image.path!r} {_stamp(path)}\n".encode())
+            beside = None if self._has_table else _text_file(path)
+            captions.update(f"{image.caption!r} {beside and _stamp(beside)}\n".encode())
+        classes = hashlib.sha256(json.dumps(self.classes).encode())
+        named = {"pictures": pictures, "captions": captions, "classes": classes}
+        return {name: digest.hexdigest()[:16] for name, digest in named.items()}
 
 
-def _find(folder: str) -> Iterator[str]:
-    """Paths of images below `folder`, hidden ones left out; links to folders are followed once."""
+def _printable(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _text_file(image: str) -> str | None:
+    """NAME.txt or NAME.TXT beside NAME.jpg. A link to nothing is one too: it was meant to be a caption."""
+    stem = os.path.splitext(image)[0]
+    return next((stem + suffix for suffix in (".txt", ".TXT") if os.path.lexists(stem + suffix)), None)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Bytes and time of change of a file; None of what is not there, such as the end of a link."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _find(folder: str, flat: bool) -> Iterator[str]:
+    """Paths of images below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
+    class: two classes may be links to one folder, and a link may lead back.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        real, below = os.path.realpath(parent), os.path.relpath(parent, folder)
+        place = ("" if flat else below.partition("/")[0], real)
+        if place in seen or (below != "." and real == os.path.realpath(folder)):
             folders.clear()
             continue
-        seen.add(real)
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
 def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) -> list[str] | None:
     """The first level of sub-folders, if there are at least two and every image is in one."""
     found = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    classes = known is not None or (len(found) > 1 and all("/" in path for path in paths))
+    if classes and (odd := next((name for name in found if not _is_unicode(name)), None)):
+        raise UserError(f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat")
     if known is not None:
         strange = [name for name in found if name not in known]
         if strange or not all("/" in path for path in paths):
             wrong = f"{strange[0]!r}" if strange else "images outside class folders"
             raise UserError(f"--classes: {folder} has {wrong}, which the classes lack")
         return list(known)
-    return found if len(found) > 1 and all("/" in path for path in paths) else None
+    return found if classes else None
 
 
-def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[tuple[str, str]]) -> list[_Image]:
-    """A sample for each row of the table, and for each image that it does not name."""
-    captions: dict[str, list[str]] = {path: [] for path in paths}
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[_Image]:
+    """A sample for each caption of each row of the table, and for each image that it does not name."""
+    captions: dict[str, list[str | None]] = {path: [] for path in paths}
     missing = []
-    for number, (name, caption) in enumerate(rows, 1):
-        path = os.path.normpath(os.path.relpath(name, folder) if os.path.isabs(name) else name)
+    for row in rows:
+        path = os.path.normpath(os.path.relpath(row.image, folder) if os.path.isabs(row.image) else row.image)
         if path in captions:
-            captions[path].append(caption)
+            captions[path] += row.captions or [""]
         else:
-            missing.append((number, name))
+            missing.append(row)
     if missing:
-        number, name = missing[0]
         raise UserError(
             f"--captions {table}: {len(missing):,} of {len(rows):,} rows name images that are not in {folder}, "
-            f"such as {name!r} (row {number}); paths are relative to that folder"
+            f"such as {missing[0].image!r} (row {missing[0].number}); paths are relative to that folder"
         )
-    return [_Image(path, caption) for path in paths for caption in captions[path] or [""]]
+    return [_Image(path, caption) for path in paths for caption in captions[path] or [None]]

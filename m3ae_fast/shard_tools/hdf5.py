@@ -14,7 +14,9 @@ import numpy as np
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.source import Record, to_int
+from m3ae_fast.regular_file import open_regular
+from m3ae_fast.shard_tools.captions import count_samples
+from m3ae_fast.shard_tools.source import Record, caption_samples, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 
@@ -34,7 +36,7 @@ _SPLITS = {
 
 
 class Hdf5:
-    """See `source.Source`.
+    """See `source.Source`. A row with several captions, [N, K] or variable-length text, gives a sample for each.
 
     Raises:
         UserError: h5py is not installed, or the file is not HDF5 or lacks the fields.
@@ -50,47 +52,90 @@ class Hdf5:
         self.path = path
         self._open: Any = None
         self._fields: dict[str, _Fields] = {}
-        self.splits: dict[str, int] = {}
+        self._starts: dict[str, np.ndarray] = {}
         try:
+            open_regular(path).close()  # HDF5 would wait for a pipe
             with h5py.File(path, "r") as file:
-                names = [name for name in file if isinstance(file[name], h5py.Dataset)]
+                names = list(file)
                 for split, layouts in _SPLITS.items():
                     for layout in layouts:
                         fields = _Fields(*(name if name in names else None for name in layout))
-                        if (layout.image or layout.caption) in names and split not in self.splits:
+                        if (layout.image or layout.caption) in names and split not in self._fields:
                             self._fields[split] = fields
-                            self.splits[split] = self._length(file, fields)
+                            self._starts[split] = self._find_samples(file, fields)
         except OSError as error:
             reason = error.strerror or "it is not an HDF5 file, or a damaged one"
             raise UserError(f"{path}: cannot be read ({reason})") from None
-        if not self.splits:
+        if not self._fields:
             raise UserError(f"{path}: has {', '.join(names) or 'no data'}, but needs {FIELDS}")
-        size = path.stat().st_size
+        self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}
+        found = path.stat()
         self.identity: dict[str, Any] = {
             "kind": "hdf5",
-            "bytes": size,
+            "bytes": found.st_size,
+            "changed_ns": found.st_mtime_ns,
             "fields": {k: list(v) for k, v in self._fields.items()},
         }
 
-    def _length(self, file: Any, fields: _Fields) -> int:
-        lengths = {name: len(file[name]) if file[name].shape else 0 for name in fields if name}
+    def _find_samples(self, file: Any, fields: _Fields) -> np.ndarray:
+        """Where each row's samples begin, and the total: int64 [rows + 1]."""
+        data = {name: self._data_set(file, name) for name in fields if name}
+        lengths = {name: len(values) if values.shape else 0 for name, values in data.items()}
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
             raise UserError(f"{self.path}: its fields have different lengths ({told})")
-        return next(iter(lengths.values()))
+        counts = np.ones(next(iter(lengths.values())), dtype=np.int64)
+        if fields.caption and _holds_several(data[fields.caption]):
+            counts[:] = [count_samples(_as_text(value)) for value in data[fields.caption]]
+        return np.concatenate(([0], np.cumsum(counts)))
+
+    def _data_set(self, file: Any, name: str) -> Any:
+        """Raises UserError where the name is a link to nothing, or a group."""
+        try:
+            found = file[name]
+        except (KeyError, OSError, RuntimeError):  # a link to itself is a RuntimeError
+            raise UserError(f"{self.path}: {name} is a link that leads nowhere") from None
+        if not hasattr(found, "shape"):
+            raise UserError(f"{self.path}: {name} is a group, not a data set")
+        return found
+
+    def name(self, split: str, number: int) -> str:
+        fields = self._fields[split]
+        return f"{fields.image or fields.caption} {self._row(split, number)}"
 
     def read(self, split: str, number: int) -> Record:
         if self._open is None:  # each process has a file of its own
             import h5py
 
             self._open = h5py.File(self.path, "r")
-        fields = self._fields[split]
+        fields, row = self._fields[split], self._row(split, number)
         try:
-            image, caption, label = (self._open[name][number] if name else None for name in fields)
+            image, caption, label = (self._open[name][row] if name else None for name in fields)
         except OSError as error:
             raise BadSample(f"the file is damaged ({error})") from None
-        text = None if caption is None else _bytes(caption).decode("utf-8", "replace")
+        text = None
+        if fields.caption:
+            captions = caption_samples(_as_text(caption)) or [""]
+            text = captions[number - int(self._starts[split][row])]
         return Record(None if image is None else _bytes(image), text, to_int(label))
+
+    def _row(self, split: str, number: int) -> int:
+        return int(np.searchsorted(self._starts[split], number, side="right")) - 1
+
+
+def _holds_several(captions: Any) -> bool:
+    """Whether each row of a data set is a list of texts; a row of uint8 is one text."""
+    import h5py
+
+    inner = h5py.check_vlen_dtype(captions.dtype) or captions.dtype
+    return inner != np.uint8 and (captions.ndim > 1 or inner is not captions.dtype)
+
+
+def _as_text(value: Any) -> Any:
+    """A caption, or a list of them, in which rows of uint8 are bytes."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return value.tobytes() if value.dtype == np.uint8 else [_as_text(item) for item in value]
 
 
 def _bytes(value: Any) -> bytes:

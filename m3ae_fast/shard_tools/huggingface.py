@@ -11,7 +11,8 @@ import numpy as np
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose
-from m3ae_fast.shard_tools.source import Record, read_file, to_int
+from m3ae_fast.shard_tools.captions import count_samples
+from m3ae_fast.shard_tools.source import Record, caption_samples, read_file, to_int
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 
@@ -54,18 +55,24 @@ class HuggingFace:
             "fingerprints": {key: rows._fingerprint for key, rows in data.items()},
         }
 
+    def name(self, split: str, number: int) -> str:
+        return f"{split} row {self._row(split, number)}"
+
     def read(self, split: str, number: int) -> Record:
-        starts = self._starts[split]
-        row_number = int(np.searchsorted(starts, number, side="right")) - 1
+        row_number = self._row(split, number)
         row = self._data[split][row_number]
-        caption = row[self.caption] if self.caption else None
-        if isinstance(caption, list):
-            caption = caption[number - int(starts[row_number])] if caption else None
+        caption = None
+        if self.caption:
+            captions = caption_samples(row[self.caption]) or [""]
+            caption = captions[number - int(self._starts[split][row_number])]
         label = to_int(row[self.label]) if self.label else None
         if label is not None and label < 0:  # a hidden label, as test splits have
             label = None
         about = {"class_name": self.classes[label]} if self.classes and label is not None else {}
         return Record(_image(row[self.image]) if self.image else None, caption, label, about)
+
+    def _row(self, split: str, number: int) -> int:
+        return int(np.searchsorted(self._starts[split], number, side="right")) - 1
 
 
 def _load(name: str, subset: str | None) -> dict[str, Any]:
@@ -121,8 +128,8 @@ def _starts(rows: Any, caption: str | None) -> np.ndarray:
     """Where each row's samples begin, and the total: int64 [rows + 1]."""
     counts = np.ones(len(rows), dtype=np.int64)
     if caption and not hasattr(rows.features[caption], "dtype"):  # a list of captions
-        lengths = rows.with_format("arrow")[caption]
-        counts = np.array([max(1, len(value or ())) for value in lengths.to_pylist()], dtype=np.int64)
+        values = rows.with_format("arrow")[caption]
+        counts = np.array([count_samples(value) for value in values.to_pylist()], dtype=np.int64)
     return np.concatenate(([0], np.cumsum(counts)))
 
 

@@ -6,8 +6,11 @@ from io import BytesIO
 
 from PIL import Image
 
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import resize
 from m3ae_fast.batch.images import decode_image
+
+_MAX_SIDE = 65_500  # pixels that libjpeg writes
 
 
 def shrink(data: bytes, short_side: int, quality: int) -> bytes:
@@ -16,7 +19,7 @@ def shrink(data: bytes, short_side: int, quality: int) -> bytes:
     A JPEG that is small enough is returned as it is.
 
     Raises:
-        BadSample: it is no image, or a broken one.
+        BadSample: it is no image, a broken one, or longer than a JPEG can be.
     """
     image = decode_image(data, 3)
     height, width = image.shape[-2:]
@@ -27,6 +30,8 @@ def shrink(data: bytes, short_side: int, quality: int) -> bytes:
             return data
     else:
         image = resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    if max(image.shape[-2:]) > _MAX_SIDE:
+        raise BadSample(f"an image of {width} x {height} pixels is too long for a JPEG")
     out = BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
     return out.getvalue()

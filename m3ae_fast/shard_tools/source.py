@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.data.index import MAX_IMAGE_BYTES
+from m3ae_fast.regular_file import open_regular
+from m3ae_fast.shard_tools.captions import captions_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Source(Protocol):
     classes: Sequence[str] | None  # names of the labels
     identity: dict[str, Any]  # JSON; differs where the input does
 
+    def name(self, split: str, number: int) -> str:
+        """Return what the user calls a sample, for messages."""
+
     def read(self, split: str, number: int) -> Record:
         """Raises BadSample where the sample cannot be used."""
 
@@ -42,10 +48,20 @@ def to_int(value: Any) -> int | None:
         raise BadSample(f"the label {value!r} is not a number") from None
 
 
-def read_file(path: str) -> bytes:
-    """Raises BadSample where the file cannot be read."""
+def caption_samples(value: Any) -> list[str]:
+    """`captions_of` a sample. Raises BadSample where it is no caption."""
     try:
-        with open(path, "rb") as file:
+        return captions_of(value)
+    except ValueError as error:
+        raise BadSample(f"the caption {error}") from None
+
+
+def read_file(path: str) -> bytes:
+    """Raises BadSample where the file cannot be read, is a pipe or a device, or is larger than images are."""
+    try:
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_IMAGE_BYTES:
+                raise BadSample(f"{path}: has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
             return file.read()
     except OSError as error:
-        raise BadSample(f"{path}: {os.strerror(error.errno or 0)}") from None
+        raise BadSample(f"{path}: {error.strerror}" if error.strerror else str(error)) from None

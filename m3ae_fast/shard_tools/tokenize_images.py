@@ -112,6 +112,10 @@ class Crops:
         self._files: tuple[int, list[dict[str, Member]]] = (-1, [])
         self._ready: dict[int, Record | BadSample] = {}
 
+    def name(self, split: str, number: int) -> str:
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return f"{self._shards[shard]}, image {(number - int(self._starts[shard])) // (self.views or 1)}"
+
     def read(self, split: str, number: int) -> Record:
         if number not in self._ready:
             last = min(number + AHEAD, self.splits["tokenized"])

@@ -14,6 +14,7 @@ from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
+from m3ae_fast.shard_tools.tally import REFUSED, Tally
 
 FEW = 0.9  # of the tokens requested; below it a note is printed
 
@@ -33,7 +34,9 @@ def _run(args: argparse.Namespace) -> None:
             f"--vocab-size {args.vocab_size}: must be above {len(SPECIAL)}, the number of special tokens, "
             f"and at most {MAX_VOCAB}"
         )
-    tokenizer = train_tokenizer(list(captions(args.shards, ShardStore(args.cache_dir))), args.vocab_size)
+    tally = Tally()
+    texts = list(captions(args.shards, ShardStore(args.cache_dir), tally))
+    tokenizer = train_tokenizer(texts, args.vocab_size)
     size = tokenizer.get_vocab_size()
     if size > args.vocab_size:
         raise UserError(f"--vocab-size {args.vocab_size}: the captions' characters alone need {size}")
@@ -41,18 +44,26 @@ def _run(args: argparse.Namespace) -> None:
         tokenizer.save(str(args.out))
     except Exception as error:  # the library raises just that
         raise UserError(f"--out {args.out}: cannot be written ({error})") from None
-    print(f"{args.out}: {size:,} tokens; set model.vocab_size={size}")
+    print(f"{args.out}: {size:,} tokens of {len(texts):,} captions; set model.vocab_size={size}")
     if size < FEW * args.vocab_size:
         print(f"fewer than the {args.vocab_size:,} requested: the captions yield no more words and word pieces")
+    print(*tally.lines(), sep="\n", end="\n" if tally.counts else "")
 
 
-def captions(shards: list[str], store: ShardStore) -> Iterator[str]:
-    """All captions of some shards, unusable ones left out."""
+def captions(shards: list[str], store: ShardStore, tally: Tally) -> Iterator[str]:
+    """Yield all captions of some shards; those that are blank or cannot be used are left out and counted in `tally`."""
     corpus = open_corpus([SourceConfig(shards=shards, modality="text")], store, progress=True)
     for source in corpus.sources:
         reader = Reader(source, store)
         for sample in range(sum(source.sizes)):
+            shard, row = reader.find(sample)
+            name = f"{source.shards[shard].shard} sample {row}"
             try:
-                yield reader.read(*reader.find(sample)).caption or ""
-            except (BadSample, OSError):
-                continue  # counted where it matters, in training
+                name = f"{source.shards[shard].shard}/{reader.key(shard, row)}"
+                caption = reader.read(shard, row).caption or ""
+            except (BadSample, OSError) as error:
+                tally.add(REFUSED, f"{name}: {error}")
+                continue
+            tally.add_caption(caption, name)
+            if caption.strip():
+                yield caption

@@ -13,7 +13,7 @@ import os
 import signal
 import tarfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from m3ae_fast.batch.bad_samples import BadSample, Skipped
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
@@ -33,6 +33,7 @@ from m3ae_fast.progress import progress
 from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shard_tools.shrink import shrink
 from m3ae_fast.shard_tools.source import Record, Source
+from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import put_in_place
 
 HELD_OUT = "val"
@@ -60,14 +61,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion left behind; `skipped` are those of this call, without those of interrupted ones before it."""
+    """What a conversion left behind; `tally` is of the shards that this call wrote, without those of interrupted ones
+    before it."""
 
     shards: list[Path]
     samples: int
     images: int
     captions: int
     left_out: int
-    skipped: list[Skipped]
+    tally: Tally
 
 
 def convert(source: Source, out: Path, settings: Settings, workers: int) -> Converted:
@@ -83,7 +85,7 @@ def convert(source: Source, out: Path, settings: Settings, workers: int) -> Conv
         for leftover in out.glob(".*.partial"):
             leftover.unlink()
         todo = [shard for shard in plan if not (out / shard.name).exists()]
-        skipped = _write_all(source, out, settings, todo, workers)
+        tally = _write_all(source, out, settings, todo, workers)
         shards = [out / shard.name for shard in plan]
         found = [entry.summary for entry in index_shards([str(path) for path in shards], ShardStore())]
         samples = sum(summary.samples for summary in found)
@@ -92,10 +94,10 @@ def convert(source: Source, out: Path, settings: Settings, workers: int) -> Conv
                 (out / name).unlink(missing_ok=True)
             if created:
                 out.rmdir()
-            raise UserError(f"{out}: not written, since no sample can be used{_example(skipped)}")
+            raise UserError(f"{out}: not written, since no sample can be used{_example(tally)}")
     images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
     left_out = sum(len(shard.numbers) for shard in plan) - samples
-    return Converted(shards, samples, images, captions, left_out, skipped)
+    return Converted(shards, samples, images, captions, left_out, tally)
 
 
 def _plan(source: Source, settings: Settings) -> list[Shard]:
@@ -119,20 +121,20 @@ def _plan(source: Source, settings: Settings) -> list[Shard]:
     return shards
 
 
-def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard], workers: int) -> list[Skipped]:
-    skipped: list[Skipped] = []
+def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard], workers: int) -> Tally:
+    total = Tally()
     with progress("writing shards", sum(len(shard.numbers) for shard in todo)) as advance:
         if min(workers, len(todo)) <= 1:
             for shard in todo:
-                skipped += _write(source, out, settings, shard, advance)
-            return skipped
+                total.merge(_write(source, out, settings, shard, advance))
+            return total
         # forked: the source, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (source, out, settings)) as pool:
             futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}
             try:
                 for future in as_completed(futures):
-                    skipped += future.result()
+                    future.result()
                     advance(len(futures[future].numbers))
             except BrokenProcessPool:
                 raise UserError(
@@ -143,7 +145,9 @@ def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard],
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise
-    return skipped
+    for future in futures:  # in the order of the shards
+        total.merge(future.result())
+    return total
 
 
 _of_worker: tuple[Source, Path, Settings]
@@ -165,24 +169,25 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_in_worker(shard: Shard) -> list[Skipped]:
+def _write_in_worker(shard: Shard) -> Tally:
     return _write(*_of_worker, shard, lambda count: None)
 
 
-def _write(
-    source: Source, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]
-) -> list[Skipped]:
+def _write(source: Source, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:
     """Write one shard under its name only when it is whole."""
-    skipped = []
+    tally = Tally()
     partial = out / f".{shard.name}.partial"
     try:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in shard.numbers.tolist():
                 key = f"{number:09d}"
+                name = source.name(shard.split, number)
                 try:
-                    files = _files(source.read(shard.split, number), settings)
+                    record = source.read(shard.split, number)
+                    files = _files(record, settings)
+                    tally.add_caption(record.caption, name)
                 except BadSample as error:
-                    skipped.append(Skipped(shard.name, key, str(error)))
+                    tally.add(REFUSED, f"{name}: {error}")
                     files = {}
                 for suffix, data in files.items():
                     info = tarfile.TarInfo(f"{key}.{suffix}")
@@ -192,7 +197,7 @@ def _write(
         put_in_place(partial, out / shard.name)
     finally:
         partial.unlink(missing_ok=True)
-    return skipped
+    return tally
 
 
 def _files(record: Record, settings: Settings) -> dict[str, bytes]:
@@ -214,8 +219,8 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     return files | record.members
 
 
-def _example(skipped: Sequence[Skipped]) -> str:
-    return f", such as {skipped[0]}" if skipped else ""
+def _example(tally: Tally) -> str:
+    return "".join(f", such as {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
 
 
 def describe(out: Path, converted: Converted) -> str:
@@ -224,11 +229,11 @@ def describe(out: Path, converted: Converted) -> str:
     paired = c.images + c.captions - c.samples
     kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
     told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
-    lines = [f"{out}: {c.samples:,} samples in {len(c.shards):,} shard{'s' * (len(c.shards) != 1)} ({told})"]
-    if c.left_out:
-        lines.append(
-            f"{c.left_out:,} of {c.samples + c.left_out:,} cannot be used and were left out{_example(c.skipped)}"
-        )
+    shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
+    lines = [f"{out}: {c.samples:,} samples in {shards} ({told}), {c.captions:,} with a caption"]
+    lines += c.tally.lines()
+    if earlier := c.left_out - c.tally.counts[REFUSED]:
+        lines.append(f"{earlier:,} left out by the call before, which this one continued")
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
         lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
     return "\n".join(lines)

@@ -5,7 +5,6 @@ Shapes: S samples, D width, K classes.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from m3ae_fast.config import ModelConfig, Section, parse
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
 from m3ae_fast.weights.pretrained import load_weights
 
@@ -47,7 +47,7 @@ def read_config(folder: str | Path) -> ClassifierConfig:
     """What the classifier saved in `folder` is. Raises UserError where there is none."""
     path = Path(folder) / CONFIG_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a classifier ({error}); name {CLASSIFIER_HELP}") from None
     return parse(ClassifierConfig, data, str(path))

@@ -21,6 +21,7 @@ from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
 from m3ae_fast.convert.flax_names import flax_name, from_flax
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.regular_file import open_regular
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Golden:
         """Raises UserError where the file is missing or not of this format."""
         path = Path(path)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_regular(path) as raw, np.load(raw, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
             meta = json.loads(arrays.pop("meta").tobytes())
             return cls(path, arrays, meta)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.weights.output_folder import CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.weights.pretrained import load_weights
 
@@ -190,7 +191,7 @@ class VQGAN(nn.Module):
         """What `save_pretrained` wrote. Raises UserError where a file is missing, damaged or of something else."""
         folder = Path(folder).expanduser()
         try:
-            data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            data = read_json(folder / CONFIG_FILE)
             if data.pop("kind", None) != "vqgan":
                 raise ValueError("its config.json is of something else")
             config = VQGANConfig(**data | {"channel_multipliers": tuple(data["channel_multipliers"])})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
 from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.weights.hub import find_folder
 from m3ae_fast.weights.output_folder import (
     CARD_FILE,
@@ -95,7 +96,7 @@ def read_pretrained(source: str | Path) -> Pretrained:
     """
     folder = find_folder(source)
     try:
-        data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        data = read_json(folder / CONFIG_FILE)
         state = load_file(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source}: not an exported M3AE ({error}); make one with python -m m3ae_fast.export") from None

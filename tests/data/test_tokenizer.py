@@ -61,17 +61,17 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
         with pytest.raises(UserError, match="no such file"):
             load_tokenizer(name, 8)
 
-    def offline(name):
+    def offline(name, file):
         raise OSError("no network")
 
-    monkeypatch.setattr("m3ae_fast.batch.tokenizer.Tokenizer.from_pretrained", offline)
+    monkeypatch.setattr("m3ae_fast.batch.tokenizer.hf_hub_download", offline)
     with pytest.raises(UserError, match="bert-base-uncased: neither a file nor available from the Hugging Face hub"):
         load_tokenizer("bert-base-uncased", 8)
 
 
 def test_hub_name(tokenizer_file, monkeypatch):
-    hub = {"org/name": Tokenizer.from_file(tokenizer_file)}
-    monkeypatch.setattr("m3ae_fast.batch.tokenizer.Tokenizer.from_pretrained", hub.__getitem__)
+    hub = {("org/name", "tokenizer.json"): tokenizer_file}
+    monkeypatch.setattr("m3ae_fast.batch.tokenizer.hf_hub_download", lambda *what: hub[what])
     assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
 
 
@@ -89,9 +89,10 @@ def test_special_tokens_alone_are_special():
 
 
 def test_the_committed_tokenizer_fits_its_captions(store):
+    from m3ae_fast.shard_tools.tally import Tally
     from m3ae_fast.shard_tools.tokenizer_training import captions as captions_of
 
     folder = Path(__file__).parents[2] / "data" / "openclipart"
-    captions = list(captions_of([str(folder / "train-{0000..0002}.tar")], store))
+    captions = list(captions_of([str(folder / "train-{0000..0002}.tar")], store, Tally()))
     assert len(captions) == 1536
     assert train_tokenizer(captions, 2048).to_str() == Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()

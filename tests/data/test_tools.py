@@ -60,7 +60,12 @@ def test_a_folder_with_classes_and_captions(tmp_path, pictures, capsys):
     out = tmp_path / "a new/folder"
     assert make("from-folder", pictures, out, "--short-side", "30", "--samples-per-shard", "4") == 0
     said = capsys.readouterr().out
-    for text in ("9 samples in 3 shards", "6 paired, 3 images alone", "1 of 10 cannot be used", "is broken"):
+    for text in (
+        "9 samples in 3 shards",
+        "6 paired, 3 images alone",
+        "1 sample cannot be used",
+        "dog/4.jpg: the image is broken",
+    ):
         assert text in said
     assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]
     samples = {json.loads(sample["json"])["path"]: sample for sample in contents(out)}

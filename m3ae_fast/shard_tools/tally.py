@@ -1,0 +1,53 @@
+"""What a tool tells the user at its end of samples that are not as they should be."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from m3ae_fast.data.reader import MAX_CAPTION_BYTES
+
+_SHOWN = 3  # examples of each kind
+REFUSED, EMPTY, CUT = "refused", "empty", "cut"
+_TEXT = {
+    REFUSED: "cannot be used and left out",
+    EMPTY: "with an empty caption",
+    CUT: f"with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which training reads the beginning",
+}
+
+
+class Tally:
+    """Samples by kind: how many, and the first of them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, sample: str) -> None:
+        """Count a sample, `sample` being its name and what is wrong with it."""
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, [])
+        if len(self.examples[kind]) < _SHOWN:
+            self.examples[kind].append(" ".join(sample.split())[:400])
+
+    def add_caption(self, caption: str | None, sample: str) -> None:
+        """Count a sample whose caption is blank, or too long; None is no caption."""
+        size = len((caption or "").strip().encode("utf-8", "replace"))
+        if caption is not None and not size:
+            self.add(EMPTY, sample)
+        elif size > MAX_CAPTION_BYTES:
+            self.add(CUT, f"{sample}: {size:,} bytes")
+
+    def merge(self, other: Tally) -> None:
+        """Add the samples of another tally, as if they came after this one's."""
+        self.counts += other.counts
+        for kind, samples in other.examples.items():
+            self.examples[kind] = [*self.examples.get(kind, ()), *samples][:_SHOWN]
+
+    def lines(self) -> list[str]:
+        """Return a line for each kind that there is, followed by its examples."""
+        told = []
+        for kind, text in _TEXT.items():
+            if self.counts[kind]:
+                told.append(f"{self.counts[kind]:,} sample{'s' * (self.counts[kind] != 1)} {text}, such as")
+                told += [f"    {sample}" for sample in self.examples[kind]]
+        return told
