@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from m3ae_fast.config import DataConfig, MaskingConfig
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, Skipped, eval_loader
+from m3ae_fast.data.bad_samples import BadSample
 from m3ae_fast.data.crops import centre_crop
 from m3ae_fast.data.images import pixels_of
 from m3ae_fast.engine.pulse import Pulse
@@ -230,7 +231,10 @@ def prepare_image(model: MultimodalEncoder, image: Image | Tensor) -> Tensor:
     does not fit the model."""
     channels, size = model.config.channels, model.config.image_size
     if isinstance(image, Image):
-        return centre_crop(pixels_of(image, channels), size)
+        try:
+            return centre_crop(pixels_of(image, channels, model.config.image_range), size)
+        except BadSample as error:
+            raise ValueError(f"an image cannot be used: {error}") from None
     if image.ndim != 3 or image.shape[0] != channels:
         raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
     if image.is_floating_point():

@@ -29,7 +29,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
 from m3ae_fast.transfer.figures import require_matplotlib
 from m3ae_fast.transfer.job import Job, refuse_existing, write_result
-from m3ae_fast.transfer.models import MODEL_HELP, load_model
+from m3ae_fast.transfer.models import MODEL_HELP, load_model, set_range
 
 
 class Task(NamedTuple):
@@ -129,6 +129,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, ranks: Ranks, stop
     else:
         text = args.modality != "image"
         model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+    set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         job = Job(args, config, ranks, folder, model.to(ranks.device).eval(), stop, pulse)
         result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from m3ae_fast.config import add_range_option
 from m3ae_fast.data.tools.folder import Folder
 from m3ae_fast.data.tools.hdf5 import Hdf5
 from m3ae_fast.data.tools.huggingface import HuggingFace
@@ -82,6 +83,7 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     }
     for option, (default, text) in numbers.items():
         shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+    add_range_option(shards)
     shards.add_argument(
         "--held-out", type=float, default=0.0, metavar="SHARE", help="write this fraction of the samples to val-*.tar"
     )
@@ -98,7 +100,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{option} {getattr(args, name)}: must be from {low} to {high}")
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held-out {args.held_out:g}: must be a fraction, 0 or more and below 1")
-    return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.keep_order)
+    return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.range, args.keep_order)
 
 
 def _convert(source: Source, settings: Settings, args: argparse.Namespace) -> None:

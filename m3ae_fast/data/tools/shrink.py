@@ -6,19 +6,17 @@ from io import BytesIO
 
 from PIL import Image
 
+from m3ae_fast.config import Range
 from m3ae_fast.data.crops import resize
 from m3ae_fast.data.images import decode_image
 
 
-def shrink(data: bytes, short_side: int, quality: int) -> bytes:
+def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
     """An image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where transparent.
 
-    A JPEG that is small enough is returned as it is.
-
-    Raises:
-        BadSample: it is no image, or a broken one.
+    A JPEG that is small enough is returned as it is. `image_range` and errors are those of `decode_image`.
     """
-    image = decode_image(data, 3)
+    image = decode_image(data, 3, image_range)
     height, width = image.shape[-2:]
     scale = short_side / min(height, width)
     if scale >= 1:
