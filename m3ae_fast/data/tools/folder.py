@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.data.bad_samples import BadSample
+from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.data.tools.caption_table import read_captions
 from m3ae_fast.data.tools.source import Record, read_file
 from m3ae_fast.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 _KEPT_BACK = 1 << 16  # bytes of a .txt that are read; more is no caption
 
 
