@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from itertools import chain, islice
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.data.workers import Loader, default_workers
+from m3ae_fast.engine.failures import explain
 from m3ae_fast.errors import UserError
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
@@ -104,6 +106,26 @@ def test_the_global_generator_is_left_alone(load, paired):
         before = torch.get_rng_state()
         stream(load(paired, steps=2, config=config))
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "/dev/shm is full"),
+        ("cannot be pickled", "a loader worker was killed"),
+    ],
+)
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, message, told):
+    """The queue's thread would drop it, and the loader wait for ever; here sharing memory fails as on a full disk."""
+
+    def refuse(storage):
+        raise RuntimeError(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ForkingPickler._extra_reducers, torch.UntypedStorage, refuse)
+        with pytest.raises(RuntimeError, match="DataLoader worker") as error:
+            next(iter(load(paired, steps=20, config={"workers": 1})))
+    assert told in str(explain(error.value))
 
 
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
