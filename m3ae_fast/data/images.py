@@ -85,6 +85,11 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None) -
         raise BadSample(f"the image is broken ({error})") from None
 
 
+def format_of(data: bytes) -> str:
+    """The name of the format of a file that `decode_image` has read, such as "JPEG"."""
+    return Image.open(BytesIO(data), formats=_FORMATS).format or "?"
+
+
 def _looks_like(data: bytes) -> str:
     found = next((name for sign, name in _OTHERS.items() if re.match(sign, data[:100], re.DOTALL)), None)
     return f": it looks like {found}" if found else ""
