@@ -141,7 +141,7 @@ def draw(found: Statistics, path: Path, unit: str) -> None:
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
     names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}[found.channels]
     for name, shares_256 in zip(names, found.shares_C256 / found.images):
-        levels.plot(shares_256.numpy(), color=name)
+        levels.semilogy(shares_256.numpy(), color=name)
     widths, heights = np.array(found.sizes).T
     sizes.hist([widths, heights], bins=40, label=["width", "height"])
     sizes.legend()
