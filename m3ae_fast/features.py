@@ -25,7 +25,7 @@ from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from m3ae_fast.transfer.models import MODEL_HELP, load_model
+from m3ae_fast.transfer.models import MODEL_HELP, load_model, set_range
 from m3ae_fast.whole_file import whole_file
 
 NPZ, PARQUET = ".npz", ".parquet"
@@ -98,7 +98,7 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
     if ranks.device.type == "cpu":
         keep_freed_memory()
     model = load_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
-    model.to(ranks.device)
+    set_range(model.to(ranks.device), config.data.range)
     store = ShardStore(config.data.cache_dir)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
     labels = read_labels(corpus, args.labels, progress=ranks.is_main)

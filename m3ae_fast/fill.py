@@ -20,11 +20,12 @@ from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import draw_reconstructions
 from m3ae_fast.regular_file import open_regular
-from m3ae_fast.transfer.models import MODEL_HELP, load_model
+from m3ae_fast.transfer.models import MODEL_HELP, load_model, set_range
 
 MASK = "[MASK]"
 
@@ -48,6 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--visible", type=float, default=1.0, metavar="SHARE", help="share of the patches that are seen (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which patches are seen")
+    add_range_option(parser)
     parser.add_argument("--tokenizer", metavar="FILE", help="if the model has no tokenizer, or to replace it")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw image, what was seen, and completion")
     return parser.parse_args(argv)
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.out and MASK not in args.text:
         raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed image")
     model = load_model(args.model, text=True, tokenizer=args.tokenizer).eval()
+    set_range(model, args.range)
     sample = make_sample(model, args.image, args.text, args.visible, args.seed)
     for place, guesses in enumerate(fill_text(model, sample, args.top), 1):
         shown = "  ".join(f"{guess.token} {guess.probability:.1%}" for guess in guesses)
@@ -81,7 +84,7 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
     config = model.config
     try:
         with open_regular(image) as file:
-            pixels = decode_image(file.read(), config.channels)
+            pixels = decode_image(file.read(), config.channels, config.image_range)
     except OSError as error:
         raise UserError(f"{image}: cannot be read ({error.strerror or error})") from None
     except BadSample as error:

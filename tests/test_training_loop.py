@@ -14,8 +14,8 @@ import torch
 import m3ae_fast.run.run as run_module
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.config import Config, MaskingConfig, parse
-from m3ae_fast.data import open_data
+from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
+from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.schedule import Schedule
@@ -356,8 +356,18 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
 
     warmup, colours = notes(wild)
     assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
-    assert "image_mean and image_std are their defaults, CC12M's" in colours
+    assert "image_mean and image_std are their defaults, CC12M's" in colours and "m3ae_fast.data stats" in colours
     assert notes(calm) == []
+
+
+def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
+    config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
+    films = write_tar(tmp_path / "films.tar", [("0.jpg", picture(0)), ("0.mp4", b"film")])
+    found = [open_corpus([SourceConfig(shards=s)], ShardStore(tmp_path)) for s in (mixed[0]["shards"], films)]
+    whole, other = found
+    schedule = Schedule(config.train, config.optim, 100)
+    for data, name in ((Data(other, whole, None), "train"), (Data(whole, other, None), "val")):
+        assert cautions(config, data, schedule) == [f"data.{name}: members of its shards that nothing reads: 1 .mp4"]
 
 
 def test_memory_that_goes_on_growing_is_told():

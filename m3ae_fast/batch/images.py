@@ -5,6 +5,7 @@ Shapes: C channels (1 grey, 3 RGB, 4 RGBA), H x W pixels.
 
 from __future__ import annotations
 
+import re
 import warnings
 from io import BytesIO
 
@@ -16,10 +17,21 @@ from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
 
 from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.depth import depth_of, levels
+from m3ae_fast.config import Range
 
 MAX_PIXELS = 1 << 27  # a larger image is taken for a decompression bomb
 # Nothing else is tried: Pillow would hand an EPS file to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
+# How other files begin that come where images are expected.
+_OTHERS = {
+    rb"....ftyp(hei|hev|mif1)": "HEIC",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "a TIFF of bands or depths that Pillow does not read",
+    rb"8BPS": "PSD",
+    rb"\x76\x2f\x31\x01": "OpenEXR",
+    rb"\s*<(\?xml|svg|!DOCTYPE)": "SVG or HTML",
+}
 # By format and C: what torchvision's decoder reads, and converts rightly. No PNG: a damaged one is a segmentation fault
 # in torchvision 0.29.
 _TORCHVISION_MODES = {
@@ -29,15 +41,24 @@ _TORCHVISION_MODES = {
 }
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_TURNING = ("exif", "xmp")  # of `Image.info`: what may say which side is up
+_SCALES = {"L;2": 85, "L;4": 17}  # by the rawmode of a PNG: levels of 8 bits per level of its own
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd images: they are used or reported, nothing between
 
 
-def decode_image(data: bytes, channels: int) -> Tensor:
+def decode_image(data: bytes, channels: int, image_range: Range | None = None) -> Tensor:
     """Decode an image upright (EXIF) to uint8 [C, H, W]; transparent parts become white unless C = 4.
 
+    docs/guide/images.md says of each format and depth what comes out. Of several frames or pages the first is taken.
+
+    Args:
+        data: the file.
+        channels: C.
+        image_range: what is black and white where values are not levels from 0 to 255; None: no such image is read.
+
     Raises:
-        BadSample: no image, a broken one, or one of more than MAX_PIXELS.
+        BadSample: no image, a broken one, one of more than MAX_PIXELS, or of a depth that `image_range` does not cover.
     """
     if not data:
         raise BadSample("the image is empty")
@@ -46,19 +67,45 @@ def decode_image(data: bytes, channels: int) -> Tensor:
     except Image.DecompressionBombError:
         raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
     except Exception:  # Pillow raises anything on hostile input
-        raise BadSample("not an image in a known format") from None
+        raise BadSample(f"not an image in a known format{_looks_like(data)}") from None
     if header.width * header.height > MAX_PIXELS:
         raise BadSample(f"the image has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
-    modes = _TORCHVISION_MODES.get((header.format or "", channels), ())
-    if header.mode in modes and "transparency" not in header.info:
+    if header.mode in _TORCHVISION_MODES.get((header.format or "", channels), ()) and not _is_special(header):
         try:
             return _decode_with_torchvision(data, channels)
         except RuntimeError:
             pass  # Pillow may know better
     try:
-        return pixels_of(header, channels)
+        if header.format == "JPEG2000":
+            _check_precision(data)
+        return pixels_of(header, channels, image_range)
+    except BadSample:
+        raise
     except Exception as error:
         raise BadSample(f"the image is broken ({error})") from None
+
+
+def format_of(data: bytes) -> str:
+    """The name of the format of a file that `decode_image` has read, such as "JPEG"."""
+    return Image.open(BytesIO(data), formats=_FORMATS).format or "?"
+
+
+def _looks_like(data: bytes) -> str:
+    found = next((name for sign, name in _OTHERS.items() if re.match(sign, data[:100], re.DOTALL)), None)
+    return f": it looks like {found}" if found else ""
+
+
+def _is_special(header: Image.Image) -> bool:
+    """Whether torchvision would ignore what the file says: it turns JPEG alone, and has no transparency here."""
+    return "transparency" in header.info or (header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING))
+
+
+def _check_precision(data: bytes) -> None:
+    """Raises BadSample where a component of a JPEG 2000 has no levels from 0 to 255: Pillow would shift its values."""
+    start = data.index(b"\xff\x4f\xff\x51") + 40  # of the SIZ marker's Csiz, behind the sizes of image and tiles
+    precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]
+    if any(precision > 7 for precision in precisions):  # bits - 1, and 128 where signed
+        raise BadSample("a JPEG 2000 of more than 8 bits is not read")
 
 
 def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:
@@ -66,14 +113,26 @@ def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:
     return torchvision_decode(encoded, _READ_MODES[channels], apply_exif_orientation=True)
 
 
-def pixels_of(image: Image.Image, channels: int) -> Tensor:
-    """uint8 [C, H, W] of a Pillow image, upright; transparent parts become white unless C = 4."""
+def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None) -> Tensor:
+    """uint8 [C, H, W] of a Pillow image, upright; otherwise as `decode_image`, whose errors it raises too."""
+    depth, clear = depth_of(image), _transparent_level(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "LAB":
+        raise BadSample("colours in CIELAB are not read")
+    if depth.is_deep:
+        image = levels(image, depth, image_range)
+    elif clear is not None:
+        image.info["transparency"] = clear
     if channels != 4 and image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     pixels = torch.from_numpy(np.array(image.convert(_PIL_MODES[channels])))  # [H, W, C] or [H, W]
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def _transparent_level(image: Image.Image) -> int | None:
+    """Of a PNG of 2 or 4 bits, whose levels Pillow scales to 8, but not the one that it calls transparent."""
+    found = next((_SCALES[str(tile[3])] for tile in getattr(image, "tile", ()) if str(tile[3]) in _SCALES), None)
+    clear = image.info.get("transparency")
+    return clear * found if found and isinstance(clear, int) else None

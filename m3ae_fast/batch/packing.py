@@ -19,11 +19,12 @@ from m3ae_kernels import scatter_orders
 from torch import Tensor
 
 from m3ae_fast.batch.packed import LossCounts, PackedBatch, Segments
+from m3ae_fast.config import Range
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that packing needs to know, and which tokens carry loss."""
+    """The sizes that packing needs to know, which tokens carry loss, and what images' values mean."""
 
     image_size: int
     patch_size: int
@@ -32,6 +33,7 @@ class Geometry:
     image_all_tokens: bool = False  # loss on visible patches too
     text_all_tokens: bool = False
     loss_per_batch: bool = False  # losses are means over tokens, not over samples
+    image_range: Range | None = None  # what is black and white in images of more than 8 bits
 
     @property
     def patches_per_image(self) -> int:

@@ -1,6 +1,7 @@
 """The run's configuration: one strict JSON file, typed sections, `--set` overrides, errors that name fields."""
 
 from m3ae_fast.config.load import load_config, parse
+from m3ae_fast.config.range import Range, add_range_option
 from m3ae_fast.config.schema import (
     MAX_VOCAB,
     Config,
@@ -34,6 +35,7 @@ __all__ = [
     "MaskingConfig",
     "ModelConfig",
     "OptimConfig",
+    "Range",
     "RunConfig",
     "ScheduleConfig",
     "Section",
@@ -41,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "TransformerLoopConfig",
     "ZeroConfig",
+    "add_range_option",
     "load_config",
     "parse",
 ]

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
+from m3ae_fast.config.range import Range, check_range
+
 MAX_VOCAB = 1 << 24
 # (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
@@ -86,6 +88,8 @@ class ModelConfig(Section):
     """Mean of pixels / 255, one value per channel. The default is CC12M's."""
     image_std: Channels = (0.3207, 0.3169, 0.3307)
     """Standard deviation of pixels / 255, one value above 0 per channel. The default is CC12M's."""
+    image_range: Range | None = None
+    """`data.range` of the images that it was trained on, which a model remembers."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
@@ -129,6 +133,7 @@ class ModelConfig(Section):
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")
+        check_range("image_range", self.image_range)
         if self.image_targets == "vqgan" and self.channels != 3:
             raise ValueError(f"image_targets vqgan needs 3 channels, not {self.channels}")
         return self
@@ -203,6 +208,9 @@ class DataConfig(Section):
     """Sources of the held-out samples."""
     tokenizer: str | None = None
     """The text tokenizer: a tokenizer.json, a BERT vocab.txt or a hub name; null: without captions."""
+    range: Range | None = None
+    """Of images of more than 8 bits: the values that are black and white, such as [0, 4095], or `dtype`, the lowest and
+    highest of the file's type (of floats 0 and 1); null: the model's, or else none is read."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest fraction of an image's area that RandomResizedCrop keeps: 0 < smallest ≤ largest ≤ 1."""
     flip: bool = True
@@ -230,6 +238,7 @@ class DataConfig(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale {[low, high]} must be two fractions with 0 < low <= high <= 1")
+        check_range("range", self.range)
         for name in ("train", "val"):
             weights = [source.weight for source in getattr(self, name)]
             if any(w is None for w in weights) and any(w is not None for w in weights):
@@ -492,7 +501,16 @@ class Config(Section):
             raise ValueError(
                 "data.repeats: images with ids in the shards have one crop each; tokenize-images --views makes more"
             )
-        return self
+        return self._with_range()
+
+    def _with_range(self) -> Config:
+        """The model remembers its images' range, as it does their mean: who decodes for it later has no `data`."""
+        given, remembered = self.data.range, self.model.image_range
+        if given is None or given == remembered:
+            return self
+        if remembered is not None:
+            raise ValueError(f"data.range is {given}, but model.image_range {remembered}: give data.range alone")
+        return self.model_copy(update={"model": self.model.model_copy(update={"image_range": given})})
 
     @property
     def zero(self) -> ZeroConfig | None:

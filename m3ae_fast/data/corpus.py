@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data.index import IndexedShard, Modality, index_shards
+from m3ae_fast.data.index import IMAGE_SUFFIXES, IndexedShard, Modality, index_shards
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError
 
@@ -65,6 +66,11 @@ class Corpus:
                 )
 
     @property
+    def ignored(self) -> str:
+        """What nothing reads in the shards, such as "12 .mp4, 3 .seg.png"; empty where there is none."""
+        return describe_ignored([shard for source in self.sources for shard in source.shards])
+
+    @property
     def sizes(self) -> list[list[int]]:
         """Samples of each shard of each source."""
         return [source.sizes for source in self.sources]
@@ -105,15 +111,25 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
             others = f"; nor can {len(lost) - 1} others" if len(lost) > 1 else ""
             raise UserError(f"shard {lost[0]}{others}")
         damage = next((f"; {shard.shard} {shard.summary.damage}" for shard in shards if shard.summary.damage), "")
+        ignored = describe_ignored(shards)
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
-            kinds = "images jpg, jpeg, png, webp; captions txt, json"
-            raise UserError(f"shards {config.shards!r}: no samples in them ({kinds}){damage}")
+            kinds = f"images {', '.join(IMAGE_SUFFIXES)}; captions txt, json"
+            others = f", but {ignored}" if ignored else ""
+            raise UserError(f"shards {config.shards!r}: no samples in them ({kinds}){others}{damage}")
         modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
         if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
             raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")
         corpus.sources.append(Source(shards, modalities, config.weight, config.loss_weight))
     return corpus
+
+
+def describe_ignored(shards: Sequence[IndexedShard]) -> str:
+    """The members that nothing reads, by suffix, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts.update(shard.summary.ignored)
+    return ", ".join(f"{count:,} .{suffix}" for suffix, count in counts.most_common())
 
 
 def _holds(shard: IndexedShard, modality: Modality) -> bool:

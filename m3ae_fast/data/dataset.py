@@ -52,7 +52,7 @@ class Augment:
 class Preparation:
     """How a sample becomes the model's input."""
 
-    geometry: Geometry  # the model's sizes
+    geometry: Geometry  # the model's
     masking: MaskingConfig
     tokenizer: CaptionTokenizer | None  # None where there are no captions
     seed: int  # the run's
@@ -162,7 +162,8 @@ class Samples(Dataset[Sample | Skipped]):
         if draft.image is None:
             return draft.samples
         try:
-            image = decode_image(draft.image, self.preparation.geometry.channels)
+            geometry = self.preparation.geometry
+            image = decode_image(draft.image, geometry.channels, geometry.image_range)
             if self.preparation.stored_codebook:
                 self._check_size(image)
         except BadSample as error:

@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,8 +33,10 @@ from m3ae_fast.whole_file import put_in_place
 
 Modality = Literal["any", "paired", "image", "text"]
 
-VERSION = 4
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+VERSION = 5
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")  # the first one is taken
+_OTHER_SUFFIXES = ("txt", "json", "cls", "ids")
+_MOST_IGNORED = 20  # suffixes that a summary names
 MISSING = -1
 MAX_IMAGE_BYTES = 1 << 28
 _MAX_KEY = 128  # bytes that messages show
@@ -64,6 +67,7 @@ class Summary:
     images: _Count
     captions: _Count
     paired: _Count  # that have both
+    ignored: dict[str, _Count]  # members that nothing reads, by suffix; the most frequent ones
     damage: str | None  # what is wrong with the tar; its readable part is indexed
 
     @property
@@ -191,6 +195,7 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
             status, members, damage = os.stat(path), *scan_tar(path)
         with open_regular(path) as file:
             table = _tabulate(members, file.fileno(), store.is_cached(shard))
+            ignored = _ignored(members)
     except OSError as error:
         raise Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})") from None
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
@@ -202,6 +207,7 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
         images=int(has_image.sum()),
         captions=int(has_caption.sum()),
         paired=int((has_image & has_caption).sum()),
+        ignored=ignored,
         damage=damage,
     )
     reason: str | None = None
@@ -240,6 +246,15 @@ def _tabulate(members: list[Member], fd: int, checked: bool) -> np.ndarray:
             sums = [_checksum(fd, part) if checked else 0 for part in (parts[0], parts[1], parts[4])]
             rows.append((*places, from_json, *sums, _clean(key)))
     return np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
+
+
+def _ignored(members: list[Member]) -> dict[str, int]:
+    """How many members nothing reads, by suffix: of several images of a sample one is read."""
+    counts: Counter[str] = Counter()
+    for _, files in group(members):
+        images = [suffix for suffix in IMAGE_SUFFIXES if suffix in files]
+        counts.update(printable(suffix[:_MAX_KEY]) for suffix in files.keys() - {*images[:1], *_OTHER_SUFFIXES})
+    return dict(counts.most_common(_MOST_IGNORED))
 
 
 def _row(width: int) -> np.dtype:

@@ -93,7 +93,7 @@ def label_corpus(
                 f"{where}: no training sample has the label {label!r} ({field}); add some, or leave these out by -1"
             )
     sources = [
-        _choose(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
+        choose(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
         for source, own in zip(corpus.sources, labels)
     ]
     return replace(corpus, sources=[source for source in sources if source.shards]), classes
@@ -140,8 +140,11 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
     return range(high + 1)
 
 
-def _choose(source: Source, ids: np.ndarray) -> Source:
-    """The samples of a source that have a class."""
+def choose(source: Source, ids: np.ndarray) -> Source:
+    """The samples of a source whose id is not LEFT_OUT, with their ids as labels.
+
+    `ids`: int64, one for each sample in file order.
+    """
     shards: list[IndexedShard] = []
     modalities, start = [], 0
     for shard, modality in zip(source.shards, source.modalities):

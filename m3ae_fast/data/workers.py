@@ -7,13 +7,16 @@ import os
 import resource
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
+SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -59,6 +62,15 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # where workers are spawned
     threading.Thread(target=_await_end, daemon=True).start()
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
+
+
+def _end_unsent(error: Exception, batch: object) -> None:
+    """The queue would drop a batch that it cannot send, and the main process wait for it for ever."""
+    if "shared memory" in str(error) and "No space left" in str(error):
+        os._exit(SHM_FULL)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def _await_end() -> None:

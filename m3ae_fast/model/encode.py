@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import pixels_of
 from m3ae_fast.batch.packing import Sample
@@ -57,7 +58,10 @@ def prepare_image(image: Image | Tensor, config: ModelConfig) -> Tensor:
     """
     channels, size = config.channels, config.image_size
     if isinstance(image, Image):
-        return centre_crop(pixels_of(image, channels), size)
+        try:
+            return centre_crop(pixels_of(image, channels, config.image_range), size)
+        except BadSample as error:
+            raise ValueError(f"an image cannot be used: {error}") from None
     if image.ndim != 3 or image.shape[0] != channels:
         raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
     if image.is_floating_point():

@@ -92,9 +92,9 @@ class MultimodalEncoder(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
-        """What `pack` needs to know."""
+        """What decoding and `pack` need to know."""
         c = self.config
-        return Geometry(c.image_size, c.patch_size, c.channels, c.text_length)
+        return Geometry(c.image_size, c.patch_size, c.channels, c.text_length, image_range=c.image_range)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
         """[T, D] encoder rows of a batch on the model's device, after the final LayerNorm. Differentiable."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from m3ae_fast.data.shared_memory import SHM
+from m3ae_fast.data.workers import SHM_FULL
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
 
 # what gloo and the store say when the process at the other end is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "failed to send")
+
+
+# what torch says of a loader worker that found no shared memory, when it asked for it or when it wrote there
+_SHM_FULL = (f"exit code {SHM_FULL}", "Bus error")
 
 
 def explain(error: BaseException) -> UserError | None:
@@ -19,6 +25,12 @@ def explain(error: BaseException) -> UserError | None:
             "choose a smaller model; --dry-run estimates what a config needs"
         )
     if "DataLoader worker" in str(error):
+        if any(sign in f"{error} {error.__cause__}" for sign in _SHM_FULL):
+            return UserError(
+                f"{SHM} is full, so that a loader worker could not hand over a batch: see what else fills it, raise it "
+                "(docker run --shm-size, or --ipc=host), or lower data.workers or data.prefetch; "
+                "--resume auto continues from the last checkpoint"
+            )
         return UserError(
             "a loader worker was killed, perhaps for lack of memory: lower data.workers or data.prefetch; "
             "--resume auto continues from the last checkpoint"

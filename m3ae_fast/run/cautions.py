@@ -19,11 +19,17 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
             f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is cut to the "
             f"run's {schedule.warmup_steps:,}: the learning rate never decays"
         )
+    for name, corpus in (("train", data.train), ("val", data.val)):
+        if corpus and corpus.ignored:
+            notes.append(f"data.{name}: members of its shards that nothing reads: {corpus.ignored}")
     fields = ModelConfig.model_fields
     default = all(getattr(config.model, name) == fields[name].default for name in ("image_mean", "image_std"))
     shards = [shard for source in data.train.sources for shard in source.shards if shard.summary.images]
     if default and shards and not any("cc12m" in shard.shard.lower() for shard in shards):
-        notes.append("model.image_mean and image_std are their defaults, CC12M's; set them to those of your images")
+        notes.append(
+            "model.image_mean and image_std are their defaults, CC12M's; set them to those of your images, which "
+            "python -m m3ae_fast.data stats SHARDS prints"
+        )
     return notes
 
 

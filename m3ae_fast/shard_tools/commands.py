@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.shard_tools.folder import Folder
@@ -85,6 +86,7 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     }
     for option, (default, text) in numbers.items():
         shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+    add_range_option(shards)
     shards.add_argument(
         "--held-out", type=float, default=0.0, metavar="SHARE", help="write this fraction of the samples to val-*.tar"
     )
@@ -101,7 +103,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             raise UserError(f"--{option} {getattr(args, name)}: must be from {low} to {high}")
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held-out {args.held_out:g}: must be a fraction, 0 or more and below 1")
-    return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.keep_order)
+    return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.range, args.keep_order)
 
 
 def _convert(source: Source, settings: Settings, args: argparse.Namespace) -> None:

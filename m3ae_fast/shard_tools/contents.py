@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from m3ae_fast.data.corpus import describe_ignored
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.shards import ShardStore, expand
 
@@ -24,6 +25,7 @@ def _run(args: argparse.Namespace) -> None:
     table = Table("shard", "modality")
     for name in ("samples", "paired", "image alone", "caption alone", "bytes"):
         table.add_column(name, justify="right")
+    table.add_column("not read")
     table.add_column("damage")
     totals = [0] * 5
     for shard in shards:
@@ -31,8 +33,15 @@ def _run(args: argparse.Namespace) -> None:
         alone = found.images - found.paired, found.captions - found.paired
         counts = [found.samples, found.paired, *alone, found.size]
         totals = [total + count for total, count in zip(totals, counts)]
+        notes = escape(describe_ignored([shard])), escape(found.damage or "")
         modality = found.modality if found.samples else "-"
-        table.add_row(escape(shard.shard), modality, *(f"{n:,}" for n in counts), escape(found.damage or ""))
+        table.add_row(escape(shard.shard), modality, *(f"{n:,}" for n in counts), *notes)
     table.add_section()
-    table.add_row(f"{len(shards):,} shard{'s' * (len(shards) != 1)}", "", *(f"{n:,}" for n in totals), "")
+    table.add_row(
+        f"{len(shards):,} shard{'s' * (len(shards) != 1)}",
+        "",
+        *(f"{n:,}" for n in totals),
+        describe_ignored(shards),
+        "",
+    )
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.caption_table import Row, read_captions
 from m3ae_fast.shard_tools.source import Record, read_file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)

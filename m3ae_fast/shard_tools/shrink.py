@@ -9,19 +9,20 @@ from PIL import Image
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import resize
 from m3ae_fast.batch.images import decode_image
+from m3ae_fast.config import Range
 
 _MAX_SIDE = 65_500  # pixels that libjpeg writes
 
 
-def shrink(data: bytes, short_side: int, quality: int) -> bytes:
+def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
     """An image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where transparent.
 
-    A JPEG that is small enough is returned as it is.
+    A JPEG that is small enough is returned as it is. `image_range` is that of `decode_image`.
 
     Raises:
         BadSample: it is no image, a broken one, or longer than a JPEG can be.
     """
-    image = decode_image(data, 3)
+    image = decode_image(data, 3, image_range)
     height, width = image.shape[-2:]
     scale = short_side / min(height, width)
     if scale >= 1:

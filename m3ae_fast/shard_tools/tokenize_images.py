@@ -25,6 +25,7 @@ from torch import Tensor
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import centre_crop, random_crop
 from m3ae_fast.batch.images import decode_image
+from m3ae_fast.config import Range, add_range_option
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, group, index_shards
 from m3ae_fast.data.order import hash64
 from m3ae_fast.data.reader import IDS_DTYPE
@@ -62,6 +63,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
     parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
+    add_range_option(parser)
     parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -82,6 +84,7 @@ class Crops:
         scale, flip: of the random crops.
         seed: of the random crops.
         threads: that prepare crops for the VQGAN.
+        image_range: of images of more than 8 bits.
     """
 
     def __init__(
@@ -95,10 +98,11 @@ class Crops:
         flip: bool,
         seed: int,
         threads: int,
+        image_range: Range | None = None,
     ) -> None:
         found = index_shards(shards, store, progress=True)
         self.store, self.vqgan, self.size, self.views, self.threads = store, vqgan, size, views, threads
-        self.scale, self.flip, self.seed = scale, flip, seed
+        self.scale, self.flip, self.seed, self.image_range = scale, flip, seed, image_range
         self._shards = [entry.shard for entry in found]
         self._starts = np.concatenate(([0], np.cumsum([entry.summary.images * (views or 1) for entry in found])))
         if not self._starts[-1]:
@@ -107,6 +111,8 @@ class Crops:
         self.classes: Sequence[str] | None = None
         codebook = hashlib.sha256(vqgan.codebook.cpu().numpy().tobytes()).hexdigest()
         crops = {"image_size": size, "views": views, "crop_scale": list(scale), "flip": flip, "seed": seed}
+        if image_range is not None:
+            crops["image_range"] = image_range
         counts = [[entry.summary.images, entry.summary.size] for entry in found]
         self.identity: dict[str, Any] = {"kind": "tokenized", "vqgan": codebook, **crops, "shards": counts}
         self._files: tuple[int, list[dict[str, Member]]] = (-1, [])
@@ -168,7 +174,7 @@ class Crops:
                 others: dict[str, bytes] = {
                     s: _read(file.fileno(), files[s]) for s in ("txt", "json", "cls") if s in files
                 }
-                image = decode_image(_read(file.fileno(), files[suffix]), 3)
+                image = decode_image(_read(file.fileno(), files[suffix]), 3, self.image_range)
         except BadSample as error:
             return error
         except OSError as error:
@@ -209,7 +215,7 @@ def _run(args: argparse.Namespace) -> None:
     on_cpu = vqgan.codebook.device.type == "cpu"
     crops = Crops(
         expand(args.shards), ShardStore(args.cache_dir), vqgan, args.image_size, None if args.centre else args.views,
-        (low, high), not args.no_flip, args.seed, threads=1 if on_cpu else args.workers,
+        (low, high), not args.no_flip, args.seed, threads=1 if on_cpu else args.workers, image_range=args.range,
     )  # fmt: skip
     settings = Settings(args.samples_per_shard, args.image_size, QUALITY, keep_order=True)
     print(describe(args.out, convert(crops, args.out, settings, args.workers if on_cpu else 1)))

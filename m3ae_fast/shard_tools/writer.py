@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.config import Range
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
@@ -47,6 +48,7 @@ class Settings:
     short_side: int = 320  # pixels; larger images are scaled down
     quality: int = 95  # of JPEG
     held_out: float = 0.0  # share of the samples that go to a split of their own
+    image_range: Range | None = None  # of images of more than 8 bits
     keep_order: bool = False  # else shuffled, always in the same way
 
 
@@ -205,7 +207,7 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
-        files["jpg"] = shrink(record.image, settings.short_side, settings.quality)
+        files["jpg"] = shrink(record.image, settings.short_side, settings.quality, settings.image_range)
     if caption:
         files["txt"] = caption.encode("utf-8", "replace")
     if not files:

@@ -26,7 +26,7 @@ from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
 from m3ae_fast.transfer.job import Job, refuse_existing, show_result, write_result
-from m3ae_fast.transfer.models import MODEL_HELP, load_model
+from m3ae_fast.transfer.models import MODEL_HELP, load_model, set_range
 
 
 class Task(NamedTuple):
@@ -126,6 +126,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     else:
         text = args.modality != "image"
         model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+    set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         job = Job(args, config, session, folder, model.to(ranks.device).eval())
         result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)

@@ -52,6 +52,8 @@ class Job:
         corpus = self.ranks.main_first(lambda: open_corpus(sources, store, progress=self.ranks.is_main))
         for damaged in corpus.damaged:
             self.say(str(damaged))
+        if corpus.ignored:
+            self.say(f"members of the shards that nothing reads: {corpus.ignored}")
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.config import Config, parse
+from m3ae_fast.config import Config, Range, parse
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.run import checkpoint
 from m3ae_fast.weights.pretrained import load_weights
@@ -50,6 +51,12 @@ def load_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
     if model.tokenizer is None:
         raise UserError(f"{name}: has no tokenizer with it; name one with --set data.tokenizer=FILE")
     return model
+
+
+def set_range(model: MultimodalEncoder, image_range: Range | None) -> None:
+    """Say what the values of the images are that the model will see; None: as of those it was trained on."""
+    if image_range is not None:
+        model.config = model.config.model_copy(update={"image_range": image_range})
 
 
 def _untrained(name: str, seed: int) -> tuple[M3AE, str | None]:

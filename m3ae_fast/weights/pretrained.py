@@ -30,7 +30,7 @@ from m3ae_fast.weights.output_folder import (
 # what a file without a decoder holds; it lacks all of the rest, or nothing
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 # settings that change what the weights compute, and not their shapes
-_UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std")
+_UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "image_range")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
     unseen = (*_UNSEEN, "dec_num_heads", "image_targets") if start.has_decoder else _UNSEEN
     for name in unseen:
         was, now = getattr(start.config, name), getattr(config, name)
-        if was != now:
+        if was is not None and was != now:
             raise UserError(f"model.init_from {where}: was made with model.{name} = {was}, the config says {now}")
 
 

@@ -1,6 +1,5 @@
 import struct
 import zlib
-from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
@@ -62,24 +61,6 @@ def test_cmyk_looks_as_before():
     close(decode_image(encode(gradient("CMYK"), "JPEG", quality=100), 3), gradient(), 16)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
-def test_16_bits_are_scaled_not_clipped(fmt, channels):
-    values = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
-    image = decode_image(encode(Image.fromarray(values), fmt), channels)
-    assert (image[0].int() - torch.from_numpy((values / 257).astype(np.int32))).abs().max() <= 1
-
-
-def test_16_bit_rgb_png():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + struct.pack(">3H", 65535, 32896, 257) * 4 for _ in range(4))
-    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    assert (decode_image(data, 3)[:, 0, 0].int() - torch.tensor([255, 128, 1])).abs().max() <= 1
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_parts_become_white(mode):
     image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
@@ -137,21 +118,6 @@ def test_postscript_is_not_run():
     """Pillow alone would start Ghostscript."""
     with pytest.raises(BadSample, match="not an image in a known format"):
         decode_image(encode(gradient(), "EPS"), 3)
-
-
-@pytest.mark.filterwarnings("ignore:Tag data")  # pytest undoes the module's own filter
-def test_random_damage_never_escapes():
-    """Whatever bytes are changed: an image or a BadSample."""
-    random = np.random.RandomState(0)
-    sources = [WHOLE, PNG, encode(gradient(), "WEBP"), encode(gradient(), "GIF"), encode(gradient(), "TIFF")]
-    good = 0
-    for _ in range(400):
-        data = bytearray(sources[random.randint(len(sources))])
-        for position in random.randint(0, len(data), 5):
-            data[position] = random.randint(256)
-        with suppress(BadSample):
-            good += decode_image(bytes(data), 3).dtype == torch.uint8
-    assert 0 < good < 400
 
 
 @pytest.mark.filterwarnings("ignore:Image size")

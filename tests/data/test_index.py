@@ -10,8 +10,9 @@ from webdataset.tariterators import group_by_keys
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.config import SourceConfig
+from m3ae_fast.data.__main__ import main as data_tools
 from m3ae_fast.data.corpus import open_corpus
-from m3ae_fast.data.index import MISSING, index_shards
+from m3ae_fast.data.index import IMAGE_SUFFIXES, MISSING, index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.data.tar import scan_tar
@@ -159,7 +160,7 @@ def test_grouping_is_webdatasets(tmp_path, store):
     files = [{"fname": n, "data": n, "__url__": path} for n in names if not n.startswith("__")]
     expected = []
     for sample in group_by_keys(files):
-        image = next((sample[s] for s in ("jpg", "jpeg", "png", "webp") if s in sample), None)
+        image = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
         if image or "txt" in sample:
             expected.append((sample["__key__"].encode(), image is not None, "txt" in sample))
     table = index_shards([path], store)[0].table()
@@ -321,3 +322,37 @@ def test_a_repeated_suffix_begins_another_sample(tmp_path, store):
     assert [reader.read(0, row).image for row in range(corpus.samples)] == [picture(1), picture(2), picture(3)]
     table = corpus.sources[0].shards[0].table()
     assert (table["text_offset"] != MISSING).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "suffix, fmt", [("gif", "GIF"), ("bmp", "BMP"), ("tif", "TIFF"), ("TIFF", "TIFF"), ("jp2", "JPEG2000")]
+)
+def test_pictures_of_every_suffix_are_read(tmp_path, store, suffix, fmt):
+    files = [
+        file for i in range(3) for file in ((f"{i}.{suffix}", picture(i, fmt=fmt)), (f"{i}.txt", caption(i).encode()))
+    ]
+    corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
+    assert corpus.sources[0].modalities == ["paired"] and corpus.ignored == ""
+    reader = Reader(corpus.sources[0], store)
+    assert [reader.read(0, row).image for row in range(3)] == [picture(i, fmt=fmt) for i in range(3)]
+
+
+def test_members_that_nothing_reads_are_named_and_counted(tmp_path, store, capsys):
+    files = [("0.jpg", picture(0)), ("0.png", picture(0, fmt="PNG")), ("0.mp4", b"film"), ("1.mp4", b"film")]
+    files += [("1.seg.png", b"mask"), ("2.jpg", picture(2)), ("2.json", b"{}"), ("2.cls", b"1"), ("2.MP4", b"film")]
+    paths = [write_tar(tmp_path / f"{name}.tar", files) for name in "ab"]
+    corpus = open_corpus([SourceConfig(shards=paths)], store)
+    assert corpus.ignored == "6 .mp4, 2 .png, 2 .seg.png"
+    assert index_shards(paths, store)[0].summary.ignored == {"mp4": 3, "png": 1, "seg.png": 1}
+    data_tools(["index", *paths])
+    assert "6 .mp4, 2 .png, 2 .seg.png" in " ".join(capsys.readouterr().out.split())
+    films = write_tar(tmp_path / "films.tar", [(f"{i}.mp4", b"film") for i in range(3)])
+    with pytest.raises(UserError, match=r"no samples in them \(images jpg, .*jp2; captions txt, json\), but 3 \.mp4$"):
+        open_corpus([SourceConfig(shards=films)], store)
+
+
+def test_a_summary_names_a_few_suffixes_of_many(tmp_path, store):
+    files = [("a.jpg", picture(0)), *((f"a.{i}{'x' * 500}", b"") for i in range(2000))]
+    shard = write_tar(tmp_path / "a.tar", files)
+    assert len(index_shards([shard], store)[0].summary.ignored) == 20
+    assert index_shards([shard], store)[0].summary.samples == 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from itertools import chain, islice
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from m3ae_fast.batch.bad_samples import BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.config import MaskingConfig, SourceConfig
+from m3ae_fast.data import dataset, open_corpus
 from m3ae_fast.data.dataset import FETCHING
+from m3ae_fast.data.loader import samples_of
+from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.data.workers import Loader, default_workers
 from m3ae_fast.errors import UserError
+from m3ae_fast.process.failures import explain
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
 
@@ -102,6 +107,48 @@ def test_the_global_generator_is_left_alone(load, paired):
         before = torch.get_rng_state()
         stream(load(paired, steps=2, config=config))
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "/dev/shm is full"),
+        ("cannot be pickled", "a loader worker was killed"),
+    ],
+)
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, message, told):
+    """The queue's thread would drop it, and the loader wait for ever; here sharing memory fails as on a full disk."""
+
+    def refuse(storage):
+        raise RuntimeError(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ForkingPickler._extra_reducers, torch.UntypedStorage, refuse)
+        with pytest.raises(RuntimeError, match="DataLoader worker") as error:
+            next(iter(load(paired, steps=20, config={"workers": 1})))
+    assert told in str(explain(error.value))
+
+
+def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
+    """Crop, mask and transform of all views and epochs: a seed of its own for each."""
+    seeds = []
+    monkeypatch.setattr(dataset, "hash64", lambda *key: seeds.append(hash64(*key)) or seeds[-1])
+    loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2})
+    loader.dataset.transform = lambda image, seed: image
+    assert sum(len(batch.keys) for batch in loader) == 72
+    assert len(seeds) == len(set(seeds)) == 3 * 72
+
+
+def test_samples_are_found_by_key_behind_shards_with_captions_alone(load, tmp_path):
+    texts = write_tar(tmp_path / "a.tar", [*members(range(3), "text"), *members(range(3, 5))])
+    wanted = write_tar(tmp_path / "b.tar", members(range(5, 9)))
+    samples = load([texts, wanted]).dataset
+    corpus = open_corpus([SourceConfig(shards=[texts, wanted])], samples._store)
+    keys = [f"{wanted}/{number:05d}" for number in (6, 8)] + [f"{texts}/00004"]
+    found = samples_of(corpus, samples.preparation, keys)
+    assert {key: sample.key for key, sample in found.items()} == {key: key for key in keys}
+    for key in keys:
+        assert torch.equal(found[key].image, centre_crop(decode_image(picture(int(key[-5:])), 3), 32))
 
 
 def test_evaluation_takes_every_sample_once(load, paired):

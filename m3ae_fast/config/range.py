@@ -1,0 +1,39 @@
+"""What becomes black and white of an image whose values are not levels from 0 to 255."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Annotated, Literal
+
+from pydantic import Strict
+
+# "dtype": the lowest and the highest value of the file's type, of floats 0 and 1.
+# To strict mode a JSON array is no tuple.
+Range = Annotated[tuple[float, float], Strict(False)] | Literal["dtype"]
+
+
+def check_range(name: str, image_range: Range | None) -> None:
+    """Raises ValueError where the two values are not in order."""
+    if isinstance(image_range, tuple) and not image_range[0] < image_range[1]:
+        raise ValueError(f"{name} {list(image_range)} must be what is black and, above it, what is white")
+
+
+def add_range_option(parser: argparse._ActionsContainer) -> None:
+    """`--range`, in programs without a config."""
+    parser.add_argument(
+        "--range", type=_parse, metavar="LOW,HIGH|dtype", help="values that are black and white in images above 8 bits"
+    )
+
+
+def _parse(text: str) -> Range:
+    if text == "dtype":
+        return "dtype"
+    try:
+        low, high = map(float, text.split(","))
+        check_range("range", (low, high))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither two values LOW,HIGH, LOW below HIGH, nor dtype")
+    return low, high

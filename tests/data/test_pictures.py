@@ -1,0 +1,152 @@
+"""Pixels come in right, or not at all: every row of docs/guide/images.md."""
+
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.depth import depth_of
+from m3ae_fast.batch.images import decode_image, pixels_of
+from m3ae_fast.shard_tools.shrink import shrink
+from tests.helpers.pictures import CASES, GREY, NEEDS_RANGE, Case, png, table, tiff
+
+READ = [case for case in CASES if not case.refused]
+
+
+def label(case: Case) -> str:
+    return f"{case.fmt}, {case.stored}"
+
+
+def expected(case: Case) -> torch.Tensor:
+    """int32 [3, H, W]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(case.pixels).astype(np.int32))
+    return pixels.expand(3, *pixels.shape) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def skip_without_avif(case: Case) -> None:
+    if case.fmt == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+
+
+@pytest.mark.parametrize("case", READ, ids=label)
+def test_a_picture_is_within_a_level_of_what_it_stands_for(case):
+    skip_without_avif(case)
+    found = decode_image(case.make(), 3, case.range)
+    assert found.dtype == torch.uint8 and found.shape == expected(case).shape
+    assert (found.int() - expected(case)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("case", READ, ids=label)
+def test_an_open_picture_has_the_pixels_of_its_file(case):
+    skip_without_avif(case)
+    data = case.make()
+    (found, file) = (pixels_of(Image.open(BytesIO(data)), 3, case.range), decode_image(data, 3, case.range))
+    assert (found.int() - file.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("case", READ, ids=label)
+def test_one_and_four_channels_show_the_same_picture(case):
+    skip_without_avif(case)
+    data = case.make()
+    colour, grey, alpha = (decode_image(data, channels, case.range).float() for channels in (3, 1, 4))
+    luma = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * colour).sum(0, keepdim=True)
+    assert (grey - luma).abs().max() <= 1.5
+    opaque = (alpha[3:] == 255).expand(3, -1, -1)
+    assert opaque.any() and (alpha[:3] - colour)[opaque].abs().max() <= 1
+    assert (colour[~opaque] == 255).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.refused], ids=label)
+def test_what_is_not_read_is_refused_by_name(case):
+    with pytest.raises(BadSample, match=case.refused):
+        decode_image(case.make(), 3, case.range)
+
+
+@pytest.mark.parametrize("case", [case for case in READ if case.range], ids=label)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_what_needs_a_range_is_refused_without_one(case, channels):
+    with pytest.raises(BadSample, match=NEEDS_RANGE):
+        decode_image(case.make(), channels)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in READ if case.fmt in ("PNG", "TIFF") and "alone" in case.note], ids=label
+)
+def test_colours_of_16_bits_are_not_cut_to_a_range(case):
+    with pytest.raises(BadSample, match=r'data\.range "dtype" alone'):
+        decode_image(case.make(), 3, (0, 4095))
+
+
+def test_a_range_clips_and_keeps_neighbouring_values_apart():
+    """A thermal camera's values differ in their low byte, which the top byte does not show."""
+    values = np.arange(29_000, 29_256, dtype=np.uint16).reshape(16, 16)
+    for data in (tiff(values), png(values, 16, 0)):
+        found = decode_image(data, 1, (29_000, 29_255))
+        assert found.flatten().tolist() == list(range(256))
+        assert decode_image(data, 1, (29_100, 29_101)).unique().tolist() == [0, 255]
+
+
+def test_a_range_leaves_8_bit_pictures_alone():
+    for case in (case for case in READ if not case.range):
+        skip_without_avif(case)
+        assert torch.equal(decode_image(case.make(), 3, (0, 4095)), decode_image(case.make(), 3))
+
+
+def test_shards_are_made_with_a_range():
+    values = np.linspace(500, 900, 64 * 48).reshape(48, 64).astype(np.uint16)
+    with pytest.raises(BadSample, match=NEEDS_RANGE):
+        shrink(tiff(values), 32, 95)
+    small = decode_image(shrink(tiff(values), 48, 95, (500, 900)), 1).float()
+    assert (small[0] - torch.from_numpy((values - 500.0) / 400 * 255)).abs().mean() < 3
+
+
+def test_pictures_made_of_arrays_have_the_depth_of_their_mode():
+    for array, told in ((np.zeros((2, 2), np.uint16), "unsigned 16"), (np.zeros((2, 2), np.float32), "float 32")):
+        assert str(depth_of(Image.fromarray(array))).startswith(told)
+    assert not depth_of(Image.fromarray(GREY)).is_deep
+
+
+def test_the_guide_has_the_table():
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "images.md"
+    assert table() in guide.read_text(encoding="utf-8"), "python -m tests.helpers.pictures prints the rows"
+
+
+def damaged(data: bytes, random: np.random.RandomState) -> bytes:
+    """With some bytes changed, a part left out, doubled or cut off."""
+    found = bytearray(data)
+    for position in random.randint(0, len(found), random.randint(0, 6)):
+        found[position] = random.choice([0, 1, 127, 128, 255, random.randint(256)])
+    start, length = random.randint(len(found)), random.randint(1, 40)
+    what = random.randint(4)
+    if what == 1:
+        del found[start : start + length]
+    elif what == 2:
+        found[start:start] = found[start : start + length]
+    elif what == 3:
+        del found[max(start, 8) :]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_odd_pictures_give_an_image_or_a_bad_sample(seed):
+    """Whatever bytes are changed in a file of any kind."""
+    random = np.random.RandomState(seed)
+    sources = [(case.make(), case.range) for case in READ if case.fmt != "AVIF"]
+    good = bad = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytest undoes the module's own filter
+        for _ in range(250):
+            data, image_range = sources[random.randint(len(sources))]
+            try:
+                image = decode_image(damaged(data, random), random.choice([1, 3, 4]), image_range)
+            except BadSample:
+                bad += 1
+            else:
+                assert image.dtype == torch.uint8 and image.dim() == 3 and image.numel()
+                good += 1
+    assert good > 25 and bad > 25

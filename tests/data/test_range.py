@@ -1,0 +1,137 @@
+"""What says how values of more than 8 bits become levels reaches every program that decodes for a model."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast import features, fill
+from m3ae_fast.batch.images import decode_image
+from m3ae_fast.config import Config, load_config, parse
+from m3ae_fast.data.__main__ import main as data_tools
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import main as export
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.run import checkpoint, resuming
+from m3ae_fast.transfer.__main__ import main as transfer
+from m3ae_fast.weights.pretrained import Pretrained, check_start
+from tests.helpers.labelled import tiny_run
+from tests.helpers.pictures import pillow, png
+from tests.helpers.shards import write_tar
+from tests.helpers.trainer import TINY
+
+LOW, HIGH = 600, 855  # value - LOW is the level
+
+
+@pytest.fixture(scope="module")
+def levels():
+    """uint8 [32, 32] of a few pictures."""
+    return np.random.RandomState(0).randint(0, 256, (8, 32, 32), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, levels):
+    """The same pictures in 16 bits and in 8, of two classes."""
+    folder = tmp_path_factory.mktemp("shards")
+
+    def write(name, bits, offset):
+        files = [(f"{i}.png", png(level.astype(int) + offset, bits, 0)) for i, level in enumerate(levels)]
+        classes = [(f"{i}.cls", str(i % 2).encode()) for i in range(len(levels))]
+        return write_tar(folder / name, sorted(files + classes))
+
+    return write("deep.tar", 16, LOW), write("flat.tar", 8, 0)
+
+
+def config(**sections) -> Config:
+    return parse(Config, {**TINY, **{name: {**TINY[name], **given} for name, given in sections.items()}}, "test")
+
+
+def test_a_model_remembers_the_range_of_its_data():
+    assert config(data={"range": [LOW, HIGH]}).model.image_range == (LOW, HIGH)
+    remembered = config(data={"range": "dtype"})
+    assert M3AE(remembered.model, remembered.loss).geometry.image_range == "dtype"
+    assert parse(Config, remembered.model_dump(mode="json"), "again") == remembered
+    assert config(model={"image_range": [0, 1]}).model.image_range == (0, 1)
+    assert config().model.image_range is None
+    for wrong, message in (
+        ({"data": {"range": [9, 3]}}, r"must be what is black and, above it, what is white"),
+        ({"data": {"range": [3, 3]}}, r"data: range \[3.0, 3.0\] must be"),
+        ({"data": {"range": "float"}}, "data.range"),
+        ({"data": {"range": [0, 1]}, "model": {"image_range": "dtype"}}, "give data.range alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config(**wrong)
+
+
+def test_a_shipped_config_takes_a_range():
+    assert load_config("configs/quickstart.json", ["data.range=[0,4095]"]).model.image_range == (0, 4095)
+
+
+def test_another_range_is_another_run(tmp_path):
+    """A resumed run and one that starts from weights see images as they were seen before."""
+    before, now = config(data={"range": [0, 4095]}), config(data={"range": [0, 65535]})
+    info = checkpoint.Info(1, 16, 0, before.model_dump(mode="json"), checkpoint.versions())
+    assert resuming.check_fits(tmp_path, info, before, {}) == []
+    with pytest.raises(UserError, match=r"model.image_range = \[0.0, 4095.0\], the config says \[0.0, 65535.0\]"):
+        resuming.check_fits(tmp_path, info, now, {}, with_changes=True)
+    with pytest.raises(UserError, match=r"model.image_range = \(0.0, 4095.0\), the config says \(0.0, 65535.0\)"):
+        check_start(now.model, Pretrained(before.model, {}), "there")
+    check_start(now.model, Pretrained(config().model, {}), "there")  # a model of 8-bit images takes any
+
+
+def test_exports_and_encode_use_it(tmp_path, levels):
+    run = tiny_run(tmp_path / "run", image_range=[LOW, HIGH])
+    assert export([str(run), str(tmp_path / "out")]) == 0
+    model = M3AE.from_pretrained(tmp_path / "out")
+    assert model.config.image_range == (LOW, HIGH)
+    deep = [Image.open(io.BytesIO(png(level.astype(int) + LOW, 16, 0))) for level in levels]
+    flat = [Image.fromarray(level) for level in levels]
+    assert torch.equal(model.encode(deep), model.encode(flat))
+    model.config = model.config.model_copy(update={"image_range": None})
+    with pytest.raises(ValueError, match=r"an image cannot be used: has unsigned 16-bit values: set data\.range"):
+        model.encode(deep)
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_features_and_transfer_use_it(tmp_path, shards, remembered):
+    run = str(tiny_run(tmp_path / "run", image_range=[LOW, HIGH] if remembered else None))
+    said = ["--set", "data.workers=0"] + ([] if remembered else ["--set", f"data.range=[{LOW},{HIGH}]"])
+    found = []
+    for number, shard in enumerate(shards):
+        out = tmp_path / f"{number}.npz"
+        assert features.main([run, shard, "--out", str(out), *said]) == 0
+        found.append(np.load(out)["features"])
+        task = ["knn", run, "--train", shard, "--val", shard, "--out", str(tmp_path / f"knn{number}"), *said]
+        assert transfer([*task, "--set", "knn.k=2"]) == 0
+    assert len(found[0]) == 8 and np.array_equal(*found)
+    if not remembered:
+        with pytest.raises(UserError, match=r"8 of 8 samples cannot be used.*set data\.range"):
+            features.main([run, shards[0], "--out", str(tmp_path / "none.npz"), "--set", "data.workers=0"])
+
+
+def test_fill_takes_a_range(tmp_path, levels, capsys):
+    run, photo = str(tiny_run(tmp_path / "run")), tmp_path / "deep.png"
+    photo.write_bytes(png(levels[0].astype(int) + LOW, 16, 0))
+    with pytest.raises(UserError, match=r"deep\.png: has unsigned 16-bit values: set data\.range"):
+        fill.main([run, str(photo), "a [MASK]"])
+    assert fill.main([run, str(photo), "a [MASK]", "--range", f"{LOW},{HIGH}"]) == 0
+    for wrong in ("9,3", "1", "a,b", "nan,3", "0,inf"):
+        with pytest.raises(SystemExit):
+            fill.main([run, str(photo), "a [MASK]", "--range", wrong])
+        assert "neither two values LOW,HIGH" in capsys.readouterr().err
+
+
+def test_shards_are_made_with_a_range(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    values = np.linspace(LOW, HIGH, 32 * 32).reshape(32, 32).astype(np.uint16)
+    (tmp_path / "in" / "a.tif").write_bytes(pillow(values, "TIFF"))
+    command = ["from-folder", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    with pytest.raises(UserError, match=r"no sample can be used, such as .*set data\.range"):
+        data_tools(command)
+    assert data_tools([*command, "--range", f"{LOW},{HIGH}"]) == 0
+    data = next((tmp_path / "out").glob("*.tar")).read_bytes()
+    image = decode_image(data[data.index(b"\xff\xd8") :], 1)
+    assert (image[0].float() - torch.from_numpy(values.astype(np.float32) - LOW)).abs().mean() < 2
+    capsys.readouterr()

@@ -1,0 +1,85 @@
+"""Tar headers against Python's tarfile, on whatever hypothesis comes up with."""
+
+import io
+import tarfile
+from contextlib import suppress
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from m3ae_fast.data.tar import BLOCK, scan_tar
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+KINDS = [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]
+names = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=300).filter(
+    lambda name: not name.endswith("/")
+)  # of which tarfile makes folders
+files = st.lists(st.tuples(names, st.integers(0, 1500), st.sampled_from(KINDS)), max_size=6)
+relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def write(path, members, fmt):
+    """Members with contents of their own; links and folders have none."""
+    with tarfile.open(path, "w", format=fmt, encoding="utf-8") as tar:
+        for number, (name, size, kind) in enumerate(members):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "target" * 30 if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+            info.size = size if kind in KINDS[:3] else 0
+            try:
+                tar.addfile(info, io.BytesIO(bytes([number + 1]) * info.size))
+            except ValueError:  # a name too long for USTAR
+                assume(False)
+
+
+def listed(path):
+    """What tarfile finds before the first thing that it cannot read."""
+    found = []
+    with suppress(tarfile.TarError), tarfile.open(path, encoding="utf-8", errors="replace") as tar:
+        for member in tar:
+            if member.isreg():
+                found.append((member.name, member.offset_data, member.size))
+    return found
+
+
+@relaxed
+@given(files, st.sampled_from(FORMATS))
+def test_members_are_where_tarfile_finds_them(tmp_path, members, fmt):
+    assume(all(len(name.encode()) < 250 for name, _, _ in members) or fmt != tarfile.USTAR_FORMAT)
+    path = tmp_path / "a.tar"
+    write(path, members, fmt)
+    found, damage = scan_tar(path)
+    assert [tuple(member) for member in found] == listed(path)
+    assert damage is None
+
+
+@relaxed
+@given(files, st.sampled_from(FORMATS), st.data())
+def test_a_changed_tar_is_read_like_tarfile_or_called_damaged(tmp_path, members, fmt, data):
+    """Any bytes of headers changed, with the checksums made right again or not, or the end cut off."""
+    path = tmp_path / "a.tar"
+    write(path, members, fmt)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        block = BLOCK * data.draw(st.integers(0, min(12, len(content) // BLOCK - 1)))
+        place = block + data.draw(st.one_of(st.integers(0, BLOCK - 1), st.integers(124, 135), st.just(156)))
+        content[place] = data.draw(st.one_of(st.integers(0, 255), st.sampled_from(b"0123456789xgLK\0 \x80\xff")))
+        if data.draw(st.booleans()):
+            header = content[block : block + BLOCK]
+            header[148:156] = b" " * 8
+            content[block + 148 : block + 156] = b"%06o\0 " % sum(header)
+    del content[data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content)))) :]
+    path.write_bytes(content)
+    found, damage = scan_tar(path)
+    ends = [member.offset + member.size for member in found]
+    assert all(member.offset % BLOCK == 0 and member.size >= 0 for member in found)
+    assert ends[:-1] == sorted(ends[:-1]) and (damage is not None or max(ends, default=0) <= len(content))
+    if damage is None:
+        assert [member[1:] for member in found] == [member[1:] for member in listed(path)]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_oracle_sees_what_was_written(tmp_path, fmt):
+    """Otherwise two wrong lists could be equal."""
+    write(tmp_path / "a.tar", [("a.jpg", 700, b"0"), ("d", 0, b"5"), ("b.txt", 3, b"0")], fmt)
+    assert [(name, size) for name, _, size in listed(tmp_path / "a.tar")] == [("a.jpg", 700), ("b.txt", 3)]
