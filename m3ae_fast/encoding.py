@@ -75,7 +75,8 @@ def encode_corpus(
 
     Raises:
         Stopped: a rank is asked to stop.
-        UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.
+        UserError: too many samples cannot be read, a feature is not finite, or there are captions and the model has no
+            tokenizer.
     """
     loader = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
     batches: Iterable[PackedBatch] = pulse.watch(loader, title) if pulse else loader
@@ -99,7 +100,11 @@ def encode_corpus(
     keys, pooled, patches_SLD, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
     skipped = list(chain.from_iterable(skipped))
     check_skipped(skipped, corpus.samples, data.max_bad_fraction)
-    return Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches_SLD), skipped)
+    found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches_SLD), skipped)
+    for features in (found.features_ND, found.patches_NLD):
+        if features is not None:
+            check_finite(features, found.keys)
+    return found
 
 
 class _Part(NamedTuple):
@@ -174,6 +179,18 @@ def _pool_and_patches(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) 
     return pooled_SD, rows_TD[cls_S[:, None] + patches_L].half()
 
 
+def check_finite(values: Tensor, keys: Sequence[str]) -> None:
+    """Raises UserError naming the first sample, of those with these `keys`, whose row of `values` is not finite: what
+    is compared with such a row gives a number that means nothing."""
+    bad_N = ~values.flatten(1).isfinite().all(1) if values.numel() else torch.zeros(len(keys), dtype=torch.bool)
+    if bad_N.any():
+        first = keys[int(bad_N.nonzero()[0])]
+        raise UserError(
+            f"{int(bad_N.sum()):,} of {len(keys):,} samples have features that are not finite, such as {first}; "
+            "the model's weights are too large or damaged: take an earlier checkpoint, or encode.precision=fp32"
+        )
+
+
 def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
     """Raises UserError where none, or too few, of the samples could be used."""
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
@@ -210,7 +227,9 @@ def encode(
                 for i in numbers
             ]
             parts.append(model.pooled(pack(samples, model.geometry).to(device), pool))
-    return torch.cat(parts)
+    features_SD = torch.cat(parts)
+    check_finite(features_SD, [f"number {i}" for i in range(count)])
+    return features_SD
 
 
 def _sample(model: MultimodalEncoder, number: int, image: Image | Tensor | None, text: str | None) -> Sample:

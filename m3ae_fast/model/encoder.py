@@ -157,7 +157,7 @@ class MultimodalEncoder(nn.Module):
 
         Raises:
             ValueError: both are None, their numbers differ, or an image does not fit the model.
-            UserError: there are texts, and the model has no tokenizer.
+            UserError: there are texts, and the model has no tokenizer, or a feature is not finite.
         """
         from m3ae_fast.encoding import encode  # decodes and tokenises, with parts that stand above this one
 
