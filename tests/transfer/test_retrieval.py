@@ -44,3 +44,9 @@ def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
     with pytest.raises(UserError, match="1 samples of --val have an image and a caption"):
         one = write_tar(tmp_path / "one.tar", members(range(1)))
         transfer("retrieval", train=None, val=one, out="one")
+
+
+def test_samples_of_one_key_are_refused(transfer, tmp_path):
+    twice = write_tar(tmp_path / "a.tar", [*members(range(3)), *members(range(1, 2))])
+    with pytest.raises(UserError, match=r"two samples have the key .*a\.tar/00001; name each shard once"):
+        transfer("retrieval", train=None, val=twice)
