@@ -24,7 +24,7 @@ from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_optio
 from m3ae_fast.model.hub import push_folder
 from m3ae_fast.model.packing import Geometry
 from m3ae_fast.model.positions import Positions
-from m3ae_fast.model.pretrained import Pretrained, load_weights, read_pretrained, write_pretrained
+from m3ae_fast.model.pretrained import Pretrained, build, read_pretrained, write_pretrained
 from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
 
 
@@ -202,8 +202,8 @@ class M3AE(MultimodalEncoder):
             UserError: a file is missing, damaged or does not fit the other, or the hub does not answer.
         """
         found = read_pretrained(source)
-        model = cls(found.config)
-        if not load_weights(model, found.state, str(source)):
+        model = build(lambda: cls(found.config), found.state, str(source))
+        if not found.has_decoder:
             warnings.warn(f"{source} holds only an encoder: the decoder has random weights", stacklevel=2)
         model.tokenizer = found.tokenizer
         return model

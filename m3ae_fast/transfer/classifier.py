@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from m3ae_fast.config import ModelConfig, Section, parse
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.batch import PackedBatch
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.output_folder import read_tensors
 from m3ae_fast.model.pooling import Pool
-from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.model.pretrained import build
 from m3ae_fast.model.tokenizer import load_tokenizer
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
 
@@ -48,7 +49,7 @@ def read_config(folder: str | Path) -> ClassifierConfig:
     path = Path(folder) / CONFIG_FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: not a classifier ({error}); name {CLASSIFIER_HELP}") from None
     return parse(ClassifierConfig, data, str(path))
 
@@ -96,12 +97,12 @@ class Classifier(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Classifier:
         """What `save_pretrained` wrote, on the CPU. Raises UserError where a file is missing or damaged."""
         folder = Path(folder)
-        model = cls(read_config(folder))
+        config = read_config(folder)
         try:
-            state = load_file(folder / MODEL_FILE)
+            state = read_tensors(folder / MODEL_FILE)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / MODEL_FILE}: cannot be read ({error}); train the classifier again") from None
-        load_weights(model, state, str(folder))
+        model = build(lambda: cls(config), state, str(folder))
         if (folder / TOKENIZER_FILE).exists() and model.config.model.vocab_size:
             sizes = model.config.model
             model.backbone.tokenizer = load_tokenizer(str(folder / TOKENIZER_FILE), sizes.text_length, sizes.vocab_size)
