@@ -229,19 +229,29 @@ class Loop:
                 self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
 
 
-def restore(engine: Engine, path: Path, ranks: Ranks, sections: dict[str, Any], same: Iterable[tuple[str, str]]) -> int:
-    """Load a checkpoint into the engine. Every rank must call it. Returns the step to continue from.
+def restore(
+    engine: Engine,
+    path: Path,
+    ranks: Ranks,
+    sections: dict[str, Any],
+    same: Iterable[tuple[str, str]],
+    stream: dict[str, str],
+) -> tuple[int, list[str]]:
+    """Load a checkpoint into the engine. Every rank must call it. Returns the step to continue from, and notes.
 
     Args:
         engine: of the run that goes on.
         path: the checkpoint.
         ranks: who reads.
         sections, same: see `resuming.check_same`.
+        stream: fingerprint of the data.
 
     Raises:
         UserError: the checkpoint is damaged or of another run.
     """
-    resuming.check_same(path, ranks.told(lambda: checkpoint.read_info(path)), sections, same)
+    info = ranks.told(lambda: checkpoint.read_info(path))
+    resuming.check_same(path, info, sections, same)
+    notes = resuming.check_stream(path, info, stream)
     step, read = resuming.open_checkpoint(path, engine.model, ranks, engine.kinds)
     engine.load_state(step, read)
-    return step
+    return step, notes

@@ -29,6 +29,8 @@ from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.layer_decay import parameter_groups
 
+_AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
+
 
 def set_up(job: Job, resume: str) -> FineTuning:
     """Open the data, build the classifier, find the checkpoint to continue from.
@@ -66,11 +68,12 @@ def set_up(job: Job, resume: str) -> FineTuning:
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
     }
-    step = 0
+    step, notes, stream = 0, [], fingerprint(Data(train, val, job.model.tokenizer))
     if found:
         same = [("classifier", key) for key in sections["classifier"]]
         same += [("run", "seed"), ("finetune", "global_batch")]
-        step = restore(engine, found, ranks, sections, same)
+        same += [("data", key) for key in resuming.STREAM] + [("finetune", key) for key in _AUGMENTATION]
+        step, notes = restore(engine, found, ranks, sections, same, stream)
     preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
     steps, pin = range(step, schedule.total_steps), pins_memory(ranks.device)
     return FineTuning(
@@ -94,7 +97,8 @@ def set_up(job: Job, resume: str) -> FineTuning:
         averaged=averaged,
         watch=LossWatch(),
         bad=BadSamples(data.max_bad_fraction, train.samples),
-        stream=fingerprint(Data(train, val, job.model.tokenizer)),
+        stream=stream,
+        notes=notes,
         start=step,
         step=step,
     )
@@ -119,7 +123,7 @@ def run(job: Job) -> dict[str, Any] | None:
     stop.listen()
     with loop.log or nullcontext(), loop.saving, GarbageCollection() as garbage:
         if loop.log:
-            loop.log.say(_describe(loop))
+            loop.log.say("\n".join([_describe(loop), *(f"note: {note}" for note in loop.notes)]))
         loop.evaluate_if_due(stop)
         for fed in feed(loop.batches(), loop.share.accumulation, job.ranks.device, partial(loop.begin_agreement, stop)):
             samples = loop.agree(fed)

@@ -31,6 +31,7 @@ class ClassLosses(NamedTuple):
 class LabelledLoop(Loop):
     """Counts samples, and shows what was learnt."""
 
+    notes: list[str]  # on what a resumed run does otherwise
     seen: float = 0.0  # samples since `since`
     waited: float = 0.0  # seconds, likewise
     since: float = field(default_factory=time.perf_counter)

@@ -115,11 +115,12 @@ def set_up(job: Job) -> Probing:
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
     }
-    step = 0
+    step, notes, stream = 0, [], fingerprint(Data(train, val, job.model.tokenizer))
     if found:
         same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
         same += [("probe", "global_batch")]
-        step = restore(engine, found, ranks, sections, same)
+        same += [] if cached else [("data", key) for key in resuming.STREAM]
+        step, notes = restore(engine, found, ranks, sections, same, stream)
     steps = range(step, schedule.total_steps)
     return Probing(
         run=run,
@@ -137,7 +138,8 @@ def set_up(job: Job) -> Probing:
         else CachedSteps(bank, steps, config.global_batch, run.seed),
         watch=LossWatch(),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
-        stream=fingerprint(Data(train, val, job.model.tokenizer)),
+        stream=stream,
+        notes=notes,
         start=step,
         step=step,
         head=head,
@@ -161,7 +163,7 @@ def run(job: Job) -> dict[str, Any] | None:
     schedule = loop.schedule
     with loop.log or nullcontext(), loop.saving, GarbageCollection() as garbage:
         if loop.log:
-            loop.log.say(_describe(job, loop))
+            loop.log.say("\n".join([_describe(job, loop), *(f"note: {note}" for note in loop.notes)]))
         for fed in feed(loop.batches(), loop.share.accumulation, job.ranks.device, partial(loop.begin_agreement, stop)):
             samples = loop.agree(fed)
             if samples is None:
