@@ -71,9 +71,9 @@ class ModelConfig(Section):
     use_type_embedding: bool = True
     """Whether image and text tokens get an embedding of their modality."""
     drop: Rate = 0.0
-    """Dropout after projections and MLP layers."""
+    """Dropout after projections and MLP layers; drawn by each rank on its own."""
     att_drop: Rate = 0.0
-    """Dropout of attention weights."""
+    """Dropout of attention weights; drawn by each rank on its own."""
     drop_path: Rate = 0.0
     """Stochastic depth: the probability that a sample skips a block's branch."""
     image_size: Size = 256

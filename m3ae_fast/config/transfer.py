@@ -99,7 +99,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     label_smoothing: Rate = 0.1
     """Label smoothing: the fraction of a label that is spread evenly over all classes."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup; 0: none. Images are mixed only where they are all that the encoder sees."""
+    """Alpha of mixup, of neighbours in the stream; 0: none. Only where images are all that the encoder sees."""
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of cutmix; 0: none."""
     switch_prob: float = Field(0.5, ge=0, le=1)

@@ -96,7 +96,7 @@ class MultimodalEncoder(nn.Module):
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
         """[T, D] encoder rows of a batch on the model's device, after the final LayerNorm. Differentiable."""
-        return self.encoder.norm(self.encoder(self._input(batch), batch.encoder))
+        return self.encoder.norm(self.encoder(self._input(batch), batch.encoder, batch.draws))
 
     def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
         """[S, D] features of each sample's visible rows, with the final LayerNorm; at least float32. Differentiable.
@@ -107,14 +107,15 @@ class MultimodalEncoder(nn.Module):
                 the config's `mean_pool` says; or the row of "cls".
         """
         if pool == "mean":
-            return self._mean(self.encoder(self._input(batch), batch.encoder), batch)
+            return self._mean(self.encoder(self._input(batch), batch.encoder, batch.draws), batch)
         cls_rows = batch.encoder.cu_seqlens[:-1]
-        cls = self.encoder.norm(self.encoder(self._input(batch), batch.encoder, cls_rows, only_cls(batch.encoder)))
+        x_PD = self.encoder(self._input(batch), batch.encoder, batch.draws, cls_rows, only_cls(batch.encoder))
+        cls = self.encoder.norm(x_PD)
         return cls[: len(batch.keys)].to(torch.promote_types(cls.dtype, torch.float32))
 
     def pooled_and_rows(self, batch: PackedBatch, pool: Pool = "mean") -> tuple[Tensor, Tensor]:
         """What `pooled` and `forward_encoder` return, from one pass."""
-        x_TD = self.encoder(self._input(batch), batch.encoder)
+        x_TD = self.encoder(self._input(batch), batch.encoder, batch.draws)
         rows_TD = self.encoder.norm(x_TD)
         if pool == "mean":
             return self._mean(x_TD, batch), rows_TD

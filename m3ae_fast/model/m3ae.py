@@ -101,7 +101,7 @@ class M3AE(MultimodalEncoder):
 
         self.decoder_input = DecoderInput(config)
         self.decoder = Transformer(
-            width, config.dec_depth, config.dec_num_heads, config.mlp_ratio, gelu=config.gelu, **drops
+            width, config.dec_depth, config.dec_num_heads, config.mlp_ratio, gelu=config.gelu, drop_key=1, **drops
         )
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head: MaskedPixelLoss | MaskedTokenLoss
@@ -126,7 +126,7 @@ class M3AE(MultimodalEncoder):
     def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are finished."""
         x_UE = self.decoder_input(encoded_TD, batch)
-        x_ME = self.decoder(x_UE, batch.decoder, batch.loss_rows, batch.loss)
+        x_ME = self.decoder(x_UE, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
         return head_inputs(
             x_ME,
             norm=self.decoder.norm,

@@ -54,6 +54,8 @@ class Sample:
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
     loss_weight: float = 1.0  # factor of its losses
+    draw: int = -1  # 31 bits that random numbers of its forward pass depend on alone; -1: on torch's generator
+    position: int | None = None  # in the training stream
     image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
 
 
@@ -156,6 +158,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         "image_patch_ids": np.maximum(patch_id_U, 0)[image_I],  # where the weight is 0, any
         "text_rows": row_in_M[text_W],
         "text_targets": np.maximum(token_U, 0)[text_W],
+        "draws": np.array([sample.draw for sample in samples], np.int64),
     }
     ids = [sample.image_ids.numpy() for sample in samples if sample.image is not None and sample.image_ids is not None]
     if ids and len(ids) < len(images):
@@ -180,6 +183,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         captions=captions,
         counts=counts,
         labels=_labels(samples),
+        positions=[sample.position for sample in samples],
         **index,
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
     )

@@ -53,6 +53,7 @@ def set_up(job: Job, resume: str) -> FineTuning:
 
     torch.manual_seed(run.seed)
     model = _build(job, config, classes)
+    model.mixing.check_micro_batch(share.micro_batch)
     transform = None
     if config.rand_augment and job.args.modality != "text":
         transform = RandAugment(config.rand_augment, model.config.model)
@@ -110,7 +111,9 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes) -> TrainableClass
     classifier = ClassifierConfig(
         model=sizes, head="finetune", pool=config.pool, modality=job.args.modality, classes=list(classes)
     )
-    model = TrainableClassifier(classifier, Mixing(config, sizes, len(classes), job.args.modality == "image"))
+    images_only = job.args.modality == "image"
+    mixing = Mixing(config, sizes, len(classes), images_only, job.config.run.seed, job.config.data.repeats)
+    model = TrainableClassifier(classifier, mixing)
     model.load_backbone(job.model.cpu())
     return model
 

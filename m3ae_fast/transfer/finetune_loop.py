@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,10 +55,6 @@ class FineTuning(LabelledLoop):
     max_bad_fraction: float
     fixed: dict[str, Tensor]  # weights that training does not change
     averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
-
-    def seed_step(self) -> None:
-        super().seed_step()
-        np.random.seed(torch.initial_seed() & 0xFFFFFFFF)  # mixup's and cutmix's
 
     def evaluate_if_due(self, stop: StopRequest) -> None:
         """Between the first step and the last."""
