@@ -141,8 +141,8 @@ def test_pruned_last_block_equals_the_whole_one():
             torch.nn.init.normal_(p)
     batch = pack(MIXED, model.geometry)
     x = model.decoder_input(model.forward_encoder(batch), batch)
-    chosen = model.decoder(x, batch.decoder, batch.loss_rows, batch.loss)
-    torch.testing.assert_close(chosen, model.decoder(x, batch.decoder)[batch.loss_rows])
+    chosen = model.decoder(x, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
+    torch.testing.assert_close(chosen, model.decoder(x, batch.decoder, batch.draws)[batch.loss_rows])
 
 
 def test_predictions_are_the_same_whichever_others_are_made():
