@@ -22,7 +22,7 @@ from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import pins_memory
-from m3ae_fast.model.encode import encoding
+from m3ae_fast.model.encode import check_finite, encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
 from m3ae_fast.process.pulse import Pulse
@@ -72,7 +72,8 @@ def encode_corpus(
 
     Raises:
         Stopped: a rank is asked to stop.
-        UserError: too many samples cannot be read, or there are captions and the model has no tokenizer.
+        UserError: too many samples cannot be read, a feature is not finite, or there are captions and the model has no
+            tokenizer.
     """
     loader = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
     batches: Iterable[PackedBatch] = pulse.watch(loader, title) if pulse else loader
@@ -96,7 +97,11 @@ def encode_corpus(
     keys, pooled, patches_SLD, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
     skipped = list(chain.from_iterable(skipped))
     check_skipped(skipped, corpus.samples, data.max_bad_fraction)
-    return Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches_SLD), skipped)
+    found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches_SLD), skipped)
+    for features in (found.features_ND, found.patches_NLD):
+        if features is not None:
+            check_finite(features, found.keys)
+    return found
 
 
 class _Part(NamedTuple):

@@ -13,15 +13,18 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.run import read_run
 from m3ae_fast.convert.run_card import run_section
 from m3ae_fast.convert.timm_model import write_timm
 from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.card import model_card
 from m3ae_fast.weights.hub import push_folder
 from m3ae_fast.weights.output_folder import CONFIG_FILE
-from m3ae_fast.weights.pretrained import read_pretrained, write_pretrained
+from m3ae_fast.weights.pretrained import check_weights, read_pretrained, write_pretrained
 
 
 def export(
@@ -44,6 +47,8 @@ def export(
     """
     if (Path(run) / CONFIG_FILE).is_file():
         exported = read_pretrained(run)
+        with torch.device("meta"):
+            check_weights(M3AE(exported.config), exported.state, str(run))
         found = Converted(exported.config, exported.state, exported.tokenizer, kind=f"export {run}")
         about = ""
     else:

@@ -97,7 +97,7 @@ def test_op_is_a_good_citizen(whole):
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_block_is_one_graph(pruned):
     torch.manual_seed(0)
-    block = Block(32, 2, 4, "tanh", drop=0.0, att_drop=0.0, drop_path=0.0)
+    block = Block(32, 2, 4, "tanh", drop=0.0, att_drop=0.0)
     x = torch.randn(sum(KEYS), 32)
     rows = (torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14][: sum(QUERIES)], dtype=torch.int32), segments(QUERIES))
     arguments = (x, segments(KEYS), *(rows if pruned else ()))

@@ -52,7 +52,9 @@ def test_shipped_configs_train_as_plain_torch_does(tmp_path):
 
 
 def test_the_trainer_gives_the_same_curve_on_two_ranks(trainer):
-    trainer("one", *zero(None))
+    """Stochastic depth and all, in micro-batches of another size."""
+    drops = ["--set", "model.drop_path=0.3"]
+    trainer("one", *zero(None), *drops)
     for stage in (None, 3):
-        trainer(f"two-{stage}", *zero(stage), ranks=2)
+        trainer(f"two-{stage}", *zero(stage), *drops, "--set", "train.micro_batch=8", ranks=2)
         np.testing.assert_allclose(np.array(trainer.losses(f"two-{stage}")), np.array(trainer.losses("one")), rtol=2e-5)

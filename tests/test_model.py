@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.transformer import Block, DropPath
+from m3ae_fast.model.transformer import Block, drop_path, drop_path_factors
 from tests.helpers.attention import attend
 
 TINY = ModelConfig(
@@ -141,8 +142,8 @@ def test_pruned_last_block_equals_the_whole_one():
             torch.nn.init.normal_(p)
     batch = pack(MIXED, model.geometry)
     x = model.decoder_input(model.forward_encoder(batch), batch)
-    chosen = model.decoder(x, batch.decoder, batch.loss_rows, batch.loss)
-    torch.testing.assert_close(chosen, model.decoder(x, batch.decoder)[batch.loss_rows])
+    chosen = model.decoder(x, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
+    torch.testing.assert_close(chosen, model.decoder(x, batch.decoder, batch.draws)[batch.loss_rows])
 
 
 def test_predictions_are_the_same_whichever_others_are_made():
@@ -196,37 +197,78 @@ def test_dropout_and_drop_path_act_in_training_alone(half, kind):
 def test_a_block_drops_what_timms_drops(gelu):
     """After the projection and both layers of the MLP, and each branch for whole samples."""
     torch.manual_seed(0)
-    block = Block(16, 2, 4, gelu, drop=0.5, att_drop=0.0, drop_path=0.4)
+    block = Block(16, 2, 4, gelu, drop=0.5, att_drop=0.0)
     lengths = torch.tensor([5, 1, 4, 6])
     keys = Segments(torch.tensor([0, 5, 6, 10, 16], dtype=torch.int32), 6, 16)
     x = torch.randn(16, 16)
 
-    def drop_path(branch):
-        kept = (torch.rand(4) >= 0.4) / 0.6
-        return branch * kept.repeat_interleave(lengths)[:, None]
+    factors = torch.tensor([[1.5, 0.0, 1.5, 0.0], [0.0, 0.0, 1.5, 1.5]])
+
+    def dropped(branch, factors_S):
+        return branch * factors_S.repeat_interleave(lengths)[:, None]
 
     torch.manual_seed(1)
-    got = block(x, keys)
+    got = block(x, keys, factors_2S=factors)
     torch.manual_seed(1)
     _, qkv = block.attn.qkv(block.norm1(x))
     attended = attend(None, qkv.view(16, 3, 2, 8), keys, keys).flatten(1)
-    x = x + drop_path(F.dropout(block.attn.proj(attended), 0.5))
+    x = x + dropped(F.dropout(block.attn.proj(attended), 0.5), factors[0])
     hidden = F.gelu(block.mlp.fc1(block.norm2(x))[0], approximate="none" if gelu == "exact" else "tanh")
     fc2 = block.mlp.fc2
     out = F.dropout(F.linear(F.dropout(hidden, 0.5), fc2.weight, fc2.bias), 0.5)
-    torch.testing.assert_close(got, x + drop_path(out))
+    torch.testing.assert_close(got, x + dropped(out, factors[1]))
 
 
-def test_drop_path_drops_whole_samples():
-    drop = DropPath(0.5)
-    lengths = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-    torch.manual_seed(3)
-    out = torch.stack([drop(torch.ones(9, 2), Segments(lengths, 5, 9)) for _ in range(200)])
-    for start, end in ((0, 3), (3, 4), (4, 9)):
-        rows = out[:, start:end].flatten(1)
-        assert (rows == rows[:, :1]).all()
-        assert set(rows.unique().tolist()) == {0.0, 2.0}
-    assert abs(out.mean() - 1) < 0.15
+def test_drop_path_drops_whole_samples_and_no_padding():
+    segments = Segments(torch.tensor([0, 3, 4, 9, 11], dtype=torch.int32), 5, 11)
+    x = torch.randn(11, 2)
+    out = drop_path(x, segments, torch.tensor([2.0, 0.0, 3.0]))
+    expected = x * torch.tensor([2.0] * 3 + [0.0] + [3.0] * 5 + [1.0] * 2)[:, None]
+    assert torch.equal(out, expected) and drop_path(x, segments, None) is x
+
+
+def test_what_a_sample_drops_depends_on_its_draw_alone():
+    draws = torch.arange(4000, dtype=torch.int32)
+    factors = drop_path_factors(draws, 6, 0.25, 0)
+    assert factors.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    order = torch.randperm(4000)
+    torch.manual_seed(5)
+    assert torch.equal(drop_path_factors(draws[order[:17]], 6, 0.25, 0), factors[:, order[:17]])
+    dropped = torch.cat((factors, drop_path_factors(draws, 6, 0.25, 1))) == 0
+    assert ((dropped.double().mean(1) - 0.25).abs() < 0.03).all()
+    both = (dropped[:, None] & dropped[None]).double().mean(2)  # branches of both transformers draw apart
+    both.fill_diagonal_(0.25**2)
+    assert ((both - 0.25**2).abs() < 0.02).all()
+    assert ((dropped[:, 1:] & dropped[:, :-1]).double().mean(1) - 0.25**2).abs().max() < 0.02
+
+
+def test_samples_without_a_draw_drop_what_torchs_generator_says():
+    unknown = torch.full((500,), -1, dtype=torch.int32)
+    torch.manual_seed(1)
+    first, second = (drop_path_factors(unknown, 2, 0.5, 0) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(first, drop_path_factors(unknown, 2, 0.5, 0)) and not torch.equal(first, second)
+    assert abs(first.mean() - 1) < 0.15
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
+    """Gradients too, whatever is in the batch beside a sample, and padded or not."""
+    model = make_model(TINY.model_copy(update={"drop_path": 0.4})).train()
+    model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
+    samples = [replace(sample, draw=1000 + i) for i, sample in enumerate(MIXED)]
+    whole = pack(samples, model.geometry, repeat_shapes=True)
+    model(whole, whole.counts).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for sample in reversed(samples):
+        model(pack([sample], model.geometry), whole.counts).loss.backward()
+    for p, grad in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-5)
+    model.eval()
+    calm = model(whole).loss
+    model.train()
+    assert calm != model(whole).loss
 
 
 def test_weights_begin_as_the_official_ones():

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from m3ae_fast import train
-from m3ae_fast.config import Config, parse
+from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
+from m3ae_fast.data import Data, ShardStore, fingerprint, open_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.run import checkpoint, resuming, run
+from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY, zero
 
 SAVE = ["--set", "train.save_every=2", "--set", "train.keep=9"]
@@ -183,6 +185,124 @@ def test_what_a_resumed_run_may_change(tmp_path):
     ]
     old = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {})  # without a fingerprint
     assert resuming.check_fits(tmp_path, old, config, stream) == []
+
+
+# what happens where a resumed run has another value; a new setting joins one of them
+REFUSED, STREAM, NOTED, FREE = "was made with", "not the same stream of samples", "from here on", ""
+SETTINGS = {
+    "run": {"seed": REFUSED, "dir": FREE, "loggers": FREE, "stall_timeout": FREE},
+    "model": {name: FREE if name == "init_from" else REFUSED for name in ModelConfig.model_fields},
+    "masking": dict.fromkeys(("image_ratio", "text_ratio", "per"), STREAM),
+    "loss": dict.fromkeys(
+        ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED
+    ),
+    "data": dict.fromkeys(("shuffle_shards", "crop_scale", "flip", "repeats", "image_tokens"), STREAM)
+    | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)  # by the fingerprint, wherever they lie
+    | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "max_bad_fraction"), FREE),
+    "optim": dict.fromkeys(
+        ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
+    ),
+    "train": {"global_batch": REFUSED}
+    | dict.fromkeys(("epochs", "steps", "precision"), NOTED)
+    | dict.fromkeys(
+        (
+            "micro_batch", "log_every", "eval_every", "save_every", "keep", "ema", "activation_checkpointing",
+            "compile", "eval_samples", "pictures", "probe",
+        ),
+        FREE,
+    ),
+}  # fmt: skip
+
+
+def test_every_setting_is_classified():
+    sections = {name: getattr(parse(Config, TINY, "tiny"), name) for name in SETTINGS}
+    assert Config.model_fields.keys() == SETTINGS.keys() | {"deepspeed"}
+    assert {name: {*type(section).model_fields} for name, section in sections.items()} == {
+        name: {*settings} for name, settings in SETTINGS.items()
+    }
+
+
+@pytest.mark.parametrize(("section", "name"), [(s, n) for s, names in SETTINGS.items() for n in names])
+def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by(tmp_path, section, name):
+    config = parse(Config, TINY, "tiny")
+    saved = config.model_dump(mode="json")
+    saved[section] |= {name: "another"}
+    if section == "model":  # whose section is parsed
+        grey = {"image_mean": [0.5], "image_std": [0.5]} if name == "channels" else {}
+        saved[section] |= grey | {name: 1 if grey else _another(getattr(config.model, name))}
+    info = checkpoint.Info(1, 0, config.run.seed, saved, {}, {})
+    kind = SETTINGS[section][name]
+    if kind in (REFUSED, STREAM):
+        with pytest.raises(UserError, match=rf"was made with {section}\.{name} = .*{kind.replace(REFUSED, '')}"):
+            resuming.check_fits(tmp_path, info, config, {})
+    else:
+        notes = resuming.check_fits(tmp_path, info, config, {})
+        assert [note.split(" was another and is ")[0] for note in notes] == ([f"{section}.{name}"] if kind else [])
+
+
+def _another(value):
+    """A value of the same kind that is possible for every setting of a tiny model."""
+    others = {"tanh": "exact", "sincos": "stored", "after_norm": "before_norm", "pixels": "vqgan", None: "small"}
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return [x / 2 for x in value]
+    return (
+        others[value]
+        if value in others
+        else value + 0.5
+        if isinstance(value, float) and value >= 1
+        else (0.25 if isinstance(value, float) else value * 2 or 1)
+    )
+
+
+def _fingerprint(folder, sources, labels=None):
+    data = DataConfig.model_validate({"train": sources})
+    corpus = open_corpus(data.train, ShardStore(folder))
+    if labels is not None:
+        corpus = replace(corpus, sources=[replace(corpus.sources[0], labels=np.array(labels))])
+    return fingerprint(Data(corpus, None, None))
+
+
+def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):
+    one, two = (write_tar(tmp_path / f"{name}.tar", members(range(6))) for name in ("a", "b"))
+    base = [{"shards": one, "weight": 1.0}, {"shards": two, "weight": 2.0}]
+    found = _fingerprint(tmp_path, base)
+    assert found == _fingerprint(tmp_path, base)
+    for number, change, entry in (
+        (0, {"weight": 3.0}, "data.train"),
+        (1, {"weight": 1.0}, "data.train"),
+        (1, {"loss_weight": 0.5}, "data.train.loss_weight"),
+        (0, {"modality": "image"}, "data.train"),
+        (0, {"shards": two}, "data.train"),
+        (0, {"shards": [one, two]}, "data.train"),
+    ):
+        sources = [dict(source) for source in base]
+        sources[number] |= change
+        other = _fingerprint(tmp_path, sources)
+        assert entry in [name for name in other if other[name] != found[name]], change
+    assert {*SourceConfig.model_fields} == {"shards", "weight", "loss_weight", "modality"}
+    labelled = [_fingerprint(tmp_path, base[:1], labels) for labels in ([0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 1, 0])]
+    assert labelled[0]["data.train.labels"] != labelled[1]["data.train.labels"]
+
+
+def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(range(6)))
+    before = _fingerprint(tmp_path, [{"shards": path}])
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy2(path, tmp_path / "moved/a.tar")
+    assert _fingerprint(tmp_path, [{"shards": str(moved)}]) == before
+    os.utime(path, (1, 1_700_000_000))
+    after = _fingerprint(tmp_path, [{"shards": path}])
+    config = parse(Config, TINY, "tiny")
+    info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, before)
+    (note,) = resuming.check_fits(tmp_path, info, config, after)
+    assert note.startswith("data.train.written was ") and "is 2023-11-14 22:13:20 UTC" in note
+    (note,) = resuming.check_stream(tmp_path, info, after)
+    assert note.startswith("data.train.written was ")
+    with pytest.raises(UserError, match=r"data\.train\.loss_weight = 1, now it is 2: not the same stream"):
+        resuming.check_stream(tmp_path, info, before | {"data.train.loss_weight": "2"})
+    assert resuming.check_stream(tmp_path, replace(info, stream={}), after) == []
 
 
 def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from m3ae_fast.batch import pack
+from m3ae_fast.config import LossConfig
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.model import M3AE
 from m3ae_fast.verify import main, quantities, relative_error
 from m3ae_fast.verify.golden import Golden, flax_name
 from tests.helpers.official import Official, make_golden
@@ -181,3 +184,32 @@ def test_decay_groups_are_the_official_ones():
     names = {flax_name(name, depth) for name, p in model.named_parameters() if id(p) in decayed}
     assert sorted(names) == sorted(golden.meta["decayed"])
     assert json.dumps(golden.meta["no_decay"])  # the list that the official code matches path parts against
+
+
+@pytest.mark.parametrize("everywhere", ["image", "text"])
+def test_a_loss_on_all_tokens_of_one_modality_leaves_the_other_as_it_was(tmp_path, everywhere):
+    """One flag at a time, where the official code has one for both."""
+    official = {
+        flag: Golden.load(make_golden(tmp_path / f"{flag}.npz", all_token_loss=flag, seed=4)) for flag in (False, True)
+    }
+    golden = official[False]
+    plain = golden.build_model(torch.float32)
+    loss = LossConfig(image_all_tokens=everywhere == "image", text_all_tokens=everywhere == "text")
+    model = M3AE(plain.config, loss)
+    golden.load_parameters(model)
+    losses = model(pack(golden.samples(), model.geometry))
+    for kind in ("image", "text"):
+        expected = official[kind == everywhere].arrays[f"out/{kind}_loss"]
+        assert getattr(losses, f"{kind}_loss").item() == pytest.approx(float(expected), rel=1e-5)
+        other = official[kind != everywhere].arrays[f"out/{kind}_loss"]
+        assert float(expected) != pytest.approx(float(other), rel=1e-3)
+    weights = golden.meta["image_loss_weight"], golden.meta["text_loss_weight"]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize(("image", "text"), [(2.0, 0.25), (0.5, 3.0)])
+def test_each_loss_has_its_own_weight(tmp_path, image, text):
+    golden = Golden.load(make_golden(tmp_path / "a.npz", image_loss_weight=image, text_loss_weight=text))
+    model = golden.build_model(torch.float32)
+    losses = model(pack(golden.samples(), model.geometry))
+    assert losses.loss.item() == pytest.approx(float(golden.arrays["out/loss"]), rel=1e-5)

@@ -7,7 +7,7 @@ T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patche
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ INDEX_ROWS = (
     "image_targets",
     "text_rows",
     "text_targets",
+    "draws",
 )
 WEIGHT_ROWS = ("image_row_weight", "text_row_weight", "text_row_share")
 SEGMENTS = ("encoder", "decoder", "loss")
@@ -77,9 +78,11 @@ class PackedBatch:
     text_targets: Tensor  # [W] token id
     text_row_weight: Tensor  # float32 [W] loss weight / (rows of this caption), or the loss weight alone
     text_row_share: Tensor  # float32 [W] the same without the loss weight, for the accuracy
+    draws: Tensor  # [S] what stochastic depth draws from
     captions: int  # empty ones included
     counts: LossCounts
     labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None where there are none
+    positions: list[int | None] = field(default_factory=list)  # of the samples in the training stream
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:

@@ -56,6 +56,8 @@ class Sample:
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
     loss_weight: float = 1.0  # factor of its losses
+    draw: int = -1  # 31 bits that random numbers of its forward pass depend on alone; -1: on torch's generator
+    position: int | None = None  # in the training stream
     image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
 
 
@@ -98,6 +100,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     loss, counts, loss_rows, weights = _loss(samples, layout, geometry)
     targets = _image_targets(samples, loss_rows["image_patch_ids"], weights["image_row_weight"])
     rows = {**encoder_rows, **decoder_rows, **loss_rows, "image_targets": targets}
+    rows["draws"] = np.array([sample.draw for sample in samples], np.int64)
     index: dict[str, Any] = {name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()}
     index["token_order"], index["encoder_table_order"] = scatter_orders(
         index["encoder_src"], index["token_ids"], index["encoder_table_ids"]
@@ -114,6 +117,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         captions=sum(sample.tokens is not None for sample in samples),
         counts=counts,
         labels=_labels(samples),
+        positions=[sample.position for sample in samples],
         **index,
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
     )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 from m3ae_fast.config.range import Range, check_range
 
 MAX_VOCAB = 1 << 24
+MAX_POSITIONS = 1 << 27  # numbers in a table of position embeddings: 512 MB
 # (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
@@ -73,9 +74,9 @@ class ModelConfig(Section):
     use_type_embedding: bool = True
     """Whether image and text tokens get an embedding of their modality."""
     drop: Rate = 0.0
-    """Dropout probability after projections and MLP layers."""
+    """Dropout probability after projections and MLP layers; drawn by each rank on its own."""
     att_drop: Rate = 0.0
-    """Dropout probability of attention weights."""
+    """Dropout probability of attention weights; drawn by each rank on its own."""
     drop_path: Rate = 0.0
     """Stochastic depth: the probability that a sample skips a block's branch."""
     image_size: Size = 256
@@ -128,6 +129,12 @@ class ModelConfig(Section):
                 raise ValueError(f"mlp_ratio {self.mlp_ratio:g} leaves no hidden layer for {dim_name} {dim}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        places, width = max(self.patches_per_image, self.text_length), max(self.emb_dim, self.dec_emb_dim)
+        if places * width > MAX_POSITIONS:
+            raise ValueError(
+                f"positions of {places:,} patches or tokens, {width} wide, are more than {MAX_POSITIONS:,} numbers; "
+                "raise patch_size, or lower image_size or text_length"
+            )
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")

@@ -102,7 +102,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     label_smoothing: Rate = 0.1
     """Label smoothing: the fraction of a label that is spread evenly over all classes."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup; 0: off. Images are mixed only where the encoder sees nothing else."""
+    """Alpha of mixup, of neighbours in the stream; 0: off. Images are mixed only where nothing else is encoded."""
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of CutMix; 0: off."""
     switch_prob: float = Field(0.5, ge=0, le=1)

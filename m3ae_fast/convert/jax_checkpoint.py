@@ -118,9 +118,8 @@ def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) 
         raise UserError(f"{path}: was trained on the ids of an image tokenizer (discretized_image), not on pixels")
     emb_dim = params["cls_token"].shape[-1]
     patch = math.isqrt(params["image_embedding/kernel"].shape[0] // 3)
-    mask = params.get("image_mask_embedding", np.empty((1, 1, flags.get("dec_emb_dim", 512))))
-    text_embedding = params.get("text_embedding/embedding", np.empty((0, emb_dim)))
-    hidden = params.get("encoder/Block_0/TransformerMLP_0/fc1/bias", np.empty(4 * emb_dim))
+    mask, words = params.get("image_mask_embedding"), params.get("text_embedding/embedding")
+    hidden = params.get("encoder/Block_0/TransformerMLP_0/fc1/bias")
     model_type = flags.get("model_type")
     if model_type is not None and model_type not in _HEADS:
         raise UserError(f"{path}: model_type {model_type!r} is not one of the official code")
@@ -129,16 +128,16 @@ def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) 
         "emb_dim": emb_dim,
         "depth": _depth(params, "encoder"),
         "num_heads": flags["num_heads"] if model_type is None else _HEADS[model_type],
-        "dec_emb_dim": mask.shape[-1],
+        "dec_emb_dim": flags.get("dec_emb_dim", 512) if mask is None else mask.shape[-1],
         "dec_depth": _depth(params, "decoder") or 8,
         "dec_num_heads": flags.get("dec_num_heads", 16) if model_type is None else 16,
-        "mlp_ratio": len(hidden) / emb_dim,
+        "mlp_ratio": 4 if hidden is None else len(hidden) / emb_dim,
         "output_head_depth": max(sum("decoder_image_output/Dense_" in name for name in params) // 2 - 1, 0),
         "use_type_embedding": "encoder_image_type_embedding" in params,
         "image_size": _flag(variant, "image_size", 256),
         "patch_size": patch,
         "text_length": _flag(variant, "tokenizer_max_length", 64),
-        "vocab_size": len(text_embedding),
+        "vocab_size": 0 if words is None else len(words),
     }
     data["image_mean"], data["image_std"] = _normalisation(variant, path)
     return parse(ModelConfig, data, str(path))

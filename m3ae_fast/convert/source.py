@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from m3ae_fast.convert.jax_checkpoint import read_jax_checkpoint
@@ -21,6 +20,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.weights.hub import find_folder
+from m3ae_fast.weights.output_folder import read_tensors
 from m3ae_fast.weights.pretrained import check_weights, read_pretrained
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -34,7 +34,7 @@ def read_source(source: str, heads: ViTOptions) -> Converted:
     """
     try:
         found = _recognise(source, heads)
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: cannot be converted ({type(error).__name__}: {reason}); is it whole?") from None
     with torch.device("meta"):
@@ -91,7 +91,7 @@ def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOption
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return read_tensors(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from m3ae_fast.config import ModelConfig
@@ -22,7 +21,14 @@ from m3ae_fast.convert.vit import ViTOptions, from_vit
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.positions import sincos_2d
 from m3ae_fast.regular_file import read_json
-from m3ae_fast.weights.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
+from m3ae_fast.weights.output_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    output_folder,
+    read_tensors,
+    write_tensors,
+)
 
 _ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
 _CARD = """---
@@ -160,7 +166,7 @@ def read_timm_folder(folder: Path, heads: ViTOptions) -> Converted:
     if "mean" in pretrained and "std" in pretrained:
         options = replace(options, mean=tuple(pretrained["mean"]), std=tuple(pretrained["std"]))
     try:
-        weights = load_file(folder / MODEL_FILE)
+        weights = read_tensors(folder / MODEL_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: {MODEL_FILE} cannot be read ({error})") from None
     config, state, notes = from_vit(weights, options, where)

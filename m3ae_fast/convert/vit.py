@@ -17,6 +17,7 @@ from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.convert.result import IMAGENET
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.weights.output_folder import check_dtypes
 from m3ae_fast.weights.pretrained import ENCODER
 
 # our name -> theirs; positions, cls token and patch embedding are apart
@@ -55,6 +56,7 @@ def from_vit(
         UserError: a weight is missing, or is one that an M3AE cannot represent.
     """
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
+    check_dtypes(theirs, where)
     notes = []
     norms_the_mean = "norm.weight" not in theirs and "fc_norm.weight" in theirs
     if norms_the_mean:

@@ -32,7 +32,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.vqgan.model import VQGAN
 
 # What a random number is for, so that no two uses share a stream.
-_CROP, _MASK, _BATCH_MASK, _TRANSFORM = range(4)
+_CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD = range(5)
 FETCHING = "fetch shards ahead"  # the thread's name
 
 
@@ -148,6 +148,7 @@ class Samples(Dataset[Sample | Skipped]):
         samples = []
         for position, view in zip(positions, views):
             sample = Sample(f"{name}/{key}", tokens=tokens, loss_weight=reader.source.loss_weight, image_ids=ids)
+            sample.position, sample.draw = position, self._draw(_key(place, view))
             if labels is not None:
                 sample.label = int(labels[place.sample])
             image_mask, text_mask = self._masks(_key(place, view), position // self.share_mask)
@@ -221,6 +222,9 @@ class Samples(Dataset[Sample | Skipped]):
             draw_mask(geometry.patches_per_image, masking.image_ratio, generator),
             draw_mask(geometry.text_length, masking.text_ratio, generator),
         )
+
+    def _draw(self, key: tuple[int, ...]) -> int:
+        return hash64(self.preparation.seed, _FORWARD, *key) >> 33
 
     def _seeded(self, *key: int) -> torch.Generator:
         # torch's generator takes 32 bits of a seed

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime, timezone
 
 import torch
 
+from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.opening import Data
+
+WRITTEN = "data.train.written"  # when the shards were last written
 
 
 def fingerprint(data: Data) -> dict[str, str]:
-    """By name, what must be unchanged for a resumed run: shards with sizes and order, weights of sources, tokenizers.
+    """By name, what must be unchanged for a resumed run: shards with sizes and order, weights of sources, labels,
+    tokenizers; and WRITTEN, which copying changes too.
 
-    Folders do not matter: shards may move.
+    Folders do not matter: shards may move. Settings are not in it: see `engine.resuming.STREAM`.
     """
     shards = [
         [shard.shard.rpartition("/")[2], shard.summary.size, shard.summary.samples, modality]
@@ -23,6 +28,10 @@ def fingerprint(data: Data) -> dict[str, str]:
     ends = [len(source.shards) for source in data.train.sources]
     what = _hash([shards, ends, data.train.weights])
     stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
+    stream["data.train.loss_weight"] = ", ".join(f"{source.loss_weight:g}" for source in data.train.sources)
+    stream[WRITTEN] = _written(data.train)
+    if labels := [source.labels.tolist() for source in data.train.sources if source.labels is not None]:
+        stream["data.train.labels"] = f"{sum(map(len, labels)):,} labels, {_hash(labels)}"
     if data.tokenizer is not None:
         stream["data.tokenizer"] = f"{data.tokenizer.vocab_size:,} tokens, {_hash(data.tokenizer.definition)}"
     if data.image_tokenizer is not None:
@@ -31,6 +40,14 @@ def fingerprint(data: Data) -> dict[str, str]:
             digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         stream["data.image_tokenizer"] = f"weights {digest.hexdigest()[:12]}"
     return stream
+
+
+def _written(corpus: Corpus) -> str:
+    """When the shards were written, in whole seconds; of remote ones only the copies' times are known, and left out."""
+    local = [shard for source in corpus.sources for shard in source.shards if not corpus.store.is_cached(shard.shard)]
+    seconds = [shard.summary.mtime_ns // 10**9 for shard in local]
+    newest = datetime.fromtimestamp(max(seconds, default=0), timezone.utc)
+    return f"{newest:%Y-%m-%d %H:%M:%S} UTC, {_hash(seconds)}"
 
 
 def _hash(value: object) -> str:

@@ -24,6 +24,8 @@ MAX_CLASSES = 1 << 20
 LEFT_OUT = -1
 _MAX_BYTES = 1 << 20  # of a member that holds a label
 
+_INT64 = np.iinfo(np.int64)
+
 Label = int | str
 Classes = Sequence[Label]  # by id
 
@@ -185,6 +187,8 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
     except (ValueError, RecursionError):
         raise UserError(f"{where}: its json is not valid JSON") from None
     value = content.get(field.removeprefix("json.")) if isinstance(content, dict) else None
+    if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
+        raise UserError(f"{where}: {field} is {str(value)[:40]}, beyond the whole numbers of 64 bits")
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
         return value
     raise UserError(f"{where}: {field} is {json.dumps(value)[:40]}, neither a whole number nor text")

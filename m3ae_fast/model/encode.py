@@ -5,7 +5,7 @@ Shapes: C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from m3ae_fast.batch.images import pixels_of
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision
 
 
@@ -71,3 +72,15 @@ def prepare_image(image: Image | Tensor, config: ModelConfig) -> Tensor:
     if image.dtype != torch.uint8:
         raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
     return centre_crop(image.cpu(), size)
+
+
+def check_finite(values: Tensor, keys: Sequence[str]) -> None:
+    """Raise UserError naming the first sample, of those with these `keys`, whose row of `values` is not finite: what
+    is compared with such a row gives a number that means nothing."""
+    bad_N = ~values.flatten(1).isfinite().all(1) if values.numel() else torch.zeros(len(keys), dtype=torch.bool)
+    if bad_N.any():
+        first = keys[int(bad_N.nonzero()[0])]
+        raise UserError(
+            f"{int(bad_N.sum()):,} of {len(keys):,} samples have features that are not finite, such as {first}; "
+            "the model's weights are too large or damaged: take an earlier checkpoint, or encode.precision=fp32"
+        )

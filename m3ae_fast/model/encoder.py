@@ -17,7 +17,7 @@ from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.encode import encoding, unmasked_sample
+from m3ae_fast.model.encode import check_finite, encoding, unmasked_sample
 from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
@@ -98,7 +98,7 @@ class MultimodalEncoder(nn.Module):
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
         """[T, D] encoder rows of a batch on the model's device, after the final LayerNorm. Differentiable."""
-        return self.encoder.norm(self.encoder(self._input(batch), batch.encoder))
+        return self.encoder.norm(self.encoder(self._input(batch), batch.encoder, batch.draws))
 
     def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
         """[S, D] features of each sample's visible rows, with the final LayerNorm; at least float32. Differentiable.
@@ -109,14 +109,15 @@ class MultimodalEncoder(nn.Module):
                 the config's `mean_pool` says; or the row of "cls".
         """
         if pool == "mean":
-            return self._mean(self.encoder(self._input(batch), batch.encoder), batch)
+            return self._mean(self.encoder(self._input(batch), batch.encoder, batch.draws), batch)
         cls_rows = batch.encoder.cu_seqlens[:-1]
-        cls = self.encoder.norm(self.encoder(self._input(batch), batch.encoder, cls_rows, only_cls(batch.encoder)))
+        x_PD = self.encoder(self._input(batch), batch.encoder, batch.draws, cls_rows, only_cls(batch.encoder))
+        cls = self.encoder.norm(x_PD)
         return cls[: len(batch.keys)].to(torch.promote_types(cls.dtype, torch.float32))
 
     def pooled_and_rows(self, batch: PackedBatch, pool: Pool = "mean") -> tuple[Tensor, Tensor]:
         """What `pooled` and `forward_encoder` return, from one pass."""
-        x_TD = self.encoder(self._input(batch), batch.encoder)
+        x_TD = self.encoder(self._input(batch), batch.encoder, batch.draws)
         rows_TD = self.encoder.norm(x_TD)
         if pool == "mean":
             return self._mean(x_TD, batch), rows_TD
@@ -159,7 +160,7 @@ class MultimodalEncoder(nn.Module):
 
         Raises:
             ValueError: both are None, their numbers differ, or an image does not fit the model.
-            UserError: there are texts, and the model has no tokenizer.
+            UserError: there are texts, and the model has no tokenizer, or a feature is not finite.
         """
         if images is None and texts is None:
             raise ValueError("encode needs images, texts or both")
@@ -183,7 +184,9 @@ class MultimodalEncoder(nn.Module):
                     for i in range(start, min(start + batch, count))
                 ]
                 parts.append(self.pooled(pack(samples, self.geometry).to(device), pool))
-        return torch.cat(parts)
+        features_SD = torch.cat(parts)
+        check_finite(features_SD, [f"number {i}" for i in range(count)])
+        return features_SD
 
     def require_tokenizer(self) -> None:
         """Raise UserError where the model cannot take text."""

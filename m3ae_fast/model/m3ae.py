@@ -25,7 +25,7 @@ from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
 from m3ae_fast.weights.card import model_card
 from m3ae_fast.weights.hub import push_folder
-from m3ae_fast.weights.pretrained import Pretrained, load_weights, read_pretrained, write_pretrained
+from m3ae_fast.weights.pretrained import Pretrained, build, read_pretrained, write_pretrained
 
 
 class Losses(NamedTuple):
@@ -101,7 +101,7 @@ class M3AE(MultimodalEncoder):
 
         self.decoder_input = DecoderInput(config)
         self.decoder = Transformer(
-            width, config.dec_depth, config.dec_num_heads, config.mlp_ratio, gelu=config.gelu, **drops
+            width, config.dec_depth, config.dec_num_heads, config.mlp_ratio, gelu=config.gelu, drop_key=1, **drops
         )
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head: MaskedPixelLoss | MaskedTokenLoss
@@ -126,7 +126,7 @@ class M3AE(MultimodalEncoder):
     def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are finished."""
         x_UE = self.decoder_input(encoded_TD, batch)
-        x_ME = self.decoder(x_UE, batch.decoder, batch.loss_rows, batch.loss)
+        x_ME = self.decoder(x_UE, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
         return head_inputs(
             x_ME,
             norm=self.decoder.norm,
@@ -202,8 +202,8 @@ class M3AE(MultimodalEncoder):
             UserError: a file is missing, damaged or does not fit the other, or the hub does not answer.
         """
         found = read_pretrained(source)
-        model = cls(found.config)
-        if not load_weights(model, found.state, str(source)):
+        model = build(lambda: cls(found.config), found.state, str(source))
+        if not found.has_decoder:
             warnings.warn(f"{source} holds only an encoder: the decoder has random weights", stacklevel=2)
         model.tokenizer = found.tokenizer
         return model

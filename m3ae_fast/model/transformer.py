@@ -118,40 +118,65 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: the branch is dropped for whole samples (arXiv 1603.09382)."""
+def drop_path_factors(draws_S: Tensor, branches: int, p: float, key: int) -> Tensor:
+    """What stochastic depth (arXiv 1603.09382) multiplies the branches of each sample with: float32 [branches, S], 0
+    with probability `p`, else 1 / (1 - p).
 
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
+    Args:
+        draws_S: int32, of the samples; what is drawn depends on it alone, or on torch's generator where it is -1.
+        branches: of the transformer.
+        p: of a drop.
+        key: of the transformer: two of them draw apart.
+    """
+    fresh_S = torch.randint(1 << 31, draws_S.shape, device=draws_S.device)
+    sample_S = _mixed(torch.where(draws_S < 0, fresh_S, draws_S.long()) ^ (key * _GOLDEN & _MASK))
+    branch_B = torch.arange(1, branches + 1, device=draws_S.device) * _GOLDEN & _MASK
+    uniform_BS = _mixed(sample_S ^ branch_B[:, None]).double() / (_MASK + 1)
+    return (uniform_BS >= p).float() / (1 - p)
 
-    def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
-        if self.p == 0 or not self.training:
-            return x_RD
-        lengths_S = segments.cu_seqlens.diff()
-        keep_S = (torch.rand(len(lengths_S), device=x_RD.device) >= self.p).to(x_RD.dtype) / (1 - self.p)
-        return x_RD * keep_S.repeat_interleave(lengths_S, output_size=segments.rows)[:, None]
+
+_MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """32 well-mixed bits of 32, in int64: the finaliser of MurmurHash3."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
+    return x ^ (x >> 16)
+
+
+def drop_path(x_RD: Tensor, segments: Segments, factors_S: Tensor | None) -> Tensor:
+    """Rows of a branch times the factors of their samples; rows of segments after the samples stay."""
+    if factors_S is None:
+        return x_RD
+    lengths_P = segments.cu_seqlens.diff()
+    factors_P = F.pad(factors_S, (0, len(lengths_P) - len(factors_S)), value=1.0).to(x_RD.dtype)
+    return x_RD * factors_P.repeat_interleave(lengths_P, output_size=segments.rows)[:, None]
 
 
 class Block(nn.Module):
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float, drop_path: float
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, num_heads, att_drop, drop)
         self.norm2 = LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, int(dim * mlp_ratio), gelu, drop)
-        self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None = None, queries: Segments | None = None
+        self,
+        x_TD: Tensor,
+        keys: Segments,
+        rows_R: Tensor | None = None,
+        queries: Segments | None = None,
+        factors_2S: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D], or [R, D] where `rows_R` names the rows that are wanted and `queries` their samples."""
+        """[T, D] -> [T, D], or [R, D] where `rows_R` names the rows that are wanted and `queries` their samples.
+        `factors_2S`: of stochastic depth, for attention and MLP."""
         queries = queries or keys
+        attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
         branch_RD = self.attn(self.norm1(x_TD), keys, rows_R, queries)
-        x_RD = (x_TD if rows_R is None else gather_tokens(x_TD, rows_R)) + self.drop_path(branch_RD, queries)
-        return x_RD + self.drop_path(self.mlp(self.norm2(x_RD)), queries)
+        x_RD = (x_TD if rows_R is None else gather_tokens(x_TD, rows_R)) + drop_path(branch_RD, queries, attention_S)
+        return x_RD + drop_path(self.mlp(self.norm2(x_RD)), queries, mlp_S)
 
 
 class RowNorm(LayerNorm):
@@ -186,22 +211,32 @@ class Transformer(nn.Module):
         drop: float = 0.0,
         att_drop: float = 0.0,
         drop_path: float = 0.0,
+        drop_key: int = 0,
     ) -> None:
+        """`drop_key`: see `drop_path_factors`."""
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop, drop_path) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
         self.norm = RowNorm(dim, eps=EPS)
         self.checkpointing = False
+        self.drop_path, self.drop_key = drop_path, drop_key
 
     def forward(
-        self, x_TD: Tensor, segments: Segments, rows_M: Tensor | None = None, queries: Segments | None = None
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        draws_S: Tensor,
+        rows_M: Tensor | None = None,
+        queries: Segments | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D]."""
+        """[T, D] -> [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D].
+        `draws_S`: what stochastic depth draws from, see `drop_path_factors`."""
         *body, last = self.blocks
-        for block in body:
-            x_TD = self._run(block, x_TD, segments)
-        return self._run(last, x_TD, segments, rows_M, queries)
+        factors = [None] * len(self.blocks)
+        if self.drop_path and self.training:
+            factors = list(drop_path_factors(draws_S, 2 * len(self.blocks), self.drop_path, self.drop_key).split(2))
+        for block, factors_2S in zip(body, factors):
+            x_TD = self._run(block, x_TD, segments, None, None, factors_2S)
+        return self._run(last, x_TD, segments, rows_M, queries, factors[-1])
 
     def compile_blocks(self) -> None:
         """torch.compile, for any number of rows; equal blocks share one graph.

@@ -9,11 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.data.fingerprint import WRITTEN
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.run import checkpoint
+
+# settings of the data section on which the stream of samples depends, beside what the fingerprint holds
+STREAM = ("shuffle_shards", "crop_scale", "flip", "repeats", "image_tokens")
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
@@ -48,10 +52,18 @@ class Resume:
         self.step = self.info.step if self.info else 0
         self.read: Callable[[str], Tensor] | None = None  # see `open`
 
-    def check_same(self, sections: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
-        """Raise UserError where the checkpoint and `sections` differ in a `same` (section, key)."""
-        if self.path and self.info:
-            check_same(self.path, self.info, sections, same)
+    def check_same(
+        self, sections: dict[str, Any], same: Iterable[tuple[str, str]], stream: dict[str, str]
+    ) -> list[str]:
+        """Return notes on the data, whose fingerprint is `stream`.
+
+        Raises:
+            UserError: the checkpoint and `sections` differ in a `same` (section, key), or the data are others.
+        """
+        if not (self.path and self.info):
+            return []
+        check_same(self.path, self.info, sections, same)
+        return check_stream(self.path, self.info, stream)
 
     def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
         """Return differences between this run and the one that wrote the checkpoint, one line each.
@@ -115,18 +127,35 @@ def check_fits(
 
     same = [("model", key) for key in wanted["model"] if key != "init_from"]
     check_same(path, info, wanted, [*same, ("run", "seed"), ("train", "global_batch")])
-    other = differing("data", ("shuffle_shards", "crop_scale", "flip")) + differing("masking", list(wanted["masking"]))
-    other += [(name, info.stream[name], now) for name, now in stream.items() if info.stream.get(name, now) != now]
+    other = differing("data", STREAM) + differing("masking", list(wanted["masking"]))
+    other, noted = other + changed(info, stream), changed(info, stream, noted=True)
     if other and not with_changes:
-        name, was, now = other[0]
-        raise UserError(
-            f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; "
-            "--resume-with-changes continues anyway"
-        )
+        raise _other_stream(path, *other[0], "--resume-with-changes continues anyway")
+    other += noted
     for section in ("loss", "optim"):
         other += differing(section, list(wanted[section]))
     other += differing("train", ("epochs", "steps", "precision"))
     return [f"{name} was {was} and is {now} from here on" for name, was, now in other]
+
+
+def changed(info: checkpoint.Info, stream: dict[str, str], noted: bool = False) -> list[tuple[str, str, str]]:
+    """Name, old and new value of what of the `stream`'s fingerprint is another than the checkpoint's; `noted`: of what
+    may as well be the same. One of an earlier version lacks entries, which say nothing then."""
+    mine = {name: now for name, now in stream.items() if (name == WRITTEN) == noted}
+    return [(name, info.stream[name], now) for name, now in mine.items() if info.stream.get(name, now) != now]
+
+
+def check_stream(path: Path, info: checkpoint.Info, stream: dict[str, str]) -> list[str]:
+    """Notes on what of the `stream` may be another than the checkpoint's. Raises UserError where it is another."""
+    for name, was, now in changed(info, stream):
+        raise _other_stream(path, name, was, now, "begin anew in another folder, or set it back")
+    return [f"{name} was {was} and is {now} from here on" for name, was, now in changed(info, stream, noted=True)]
+
+
+def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> UserError:
+    return UserError(
+        f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; {advice}"
+    )
 
 
 def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:

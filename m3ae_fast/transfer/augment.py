@@ -1,4 +1,4 @@
-"""timm's augmentations: RandAugment of single images, mixup and cutmix of batches.
+"""timm's RandAugment of single images, and mixup and cutmix of pairs.
 
 Shapes: S samples, K classes, C channels, H = W pixels.
 """
@@ -18,7 +18,10 @@ from torch import Tensor
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import FineTuneConfig
+from m3ae_fast.data.order import hash64
 from m3ae_fast.errors import UserError
+
+_MIXING = 64  # what the number is drawn for, beside those of data.dataset
 
 
 @dataclass(frozen=True)
@@ -73,35 +76,86 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 class Mixing:
     """Training batches with soft labels: smoothed and, where images are all that the encoder sees, mixed by mixup
-    (arXiv 1710.09412) or cutmix (arXiv 1905.04899), one of them for a whole micro-batch, as the official code does.
+    (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
 
-    What is drawn comes from NumPy's global generator, timm's own source.
+    The samples at positions 2 k and 2 k + 1 of the stream are mixed with each other; what is drawn for them depends on
+    the seed and k alone. (The official code draws once for a whole micro-batch, which depends on the number of ranks.)
+
+    Args:
+        config: how much.
+        model: image sizes and normalisation.
+        classes: K.
+        images_only: whether images may be mixed.
+        seed: the run's.
+        repeats: views of a sample, which follow each other in the stream: the k-th ones are mixed.
     """
 
-    def __init__(self, config: FineTuneConfig, model: ModelConfig, classes: int, images_only: bool) -> None:
-        self.smoothing, self.classes, self.mixup = config.label_smoothing, classes, None
+    def __init__(
+        self, config: FineTuneConfig, model: ModelConfig, classes: int, images_only: bool, seed: int, repeats: int = 1
+    ) -> None:
+        self.smoothing, self.classes, self.size = config.label_smoothing, classes, model.image_size
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (model.image_mean, model.image_std))
-        if images_only and max(config.mixup, config.cutmix) > 0:
-            from timm.data.mixup import Mixup
+        self.mixup, self.cutmix, self.switch_prob = config.mixup, config.cutmix, config.switch_prob
+        self.mixes = images_only and max(config.mixup, config.cutmix) > 0
+        self.seed, self.repeats = seed, repeats
 
-            self.mixup = Mixup(
-                mixup_alpha=config.mixup,
-                cutmix_alpha=config.cutmix,
-                switch_prob=config.switch_prob,
-                label_smoothing=config.label_smoothing,
-                num_classes=classes,
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """Raises UserError where samples that are mixed with each other would lie in different micro-batches."""
+        together = 2 * self.repeats
+        if self.mixes and micro_batch % together:
+            raise UserError(
+                f"finetune.mixup and cutmix mix neighbours, but a micro-batch is {micro_batch} samples, no multiple of "
+                f"{together}; choose another finetune.global_batch or micro_batch, or set both to 0"
             )
 
     def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
-        """The batch, whose images are normalised and of `dtype` where they are mixed, and soft labels [S, K]. The
-        last one of an odd number of images is not mixed."""
+        """The batch, whose images are normalised and of `dtype` where they are mixed, and soft labels [S, K]. A sample
+        whose partner could not be read is not mixed."""
         assert batch.labels is not None
         labels_SK = F.one_hot(batch.labels, self.classes).float()
         labels_SK = labels_SK * (1 - self.smoothing) + self.smoothing / self.classes
-        pairs = len(batch.labels) // 2 * 2
-        if self.mixup is None or not pairs:
+        if not self.mixes or not batch.keys:
             return batch, labels_SK
-        mean, std = (t.to(batch.images.device) for t in (self.mean, self.std))
+        device = batch.images.device
+        mean, std = (t.to(device) for t in (self.mean, self.std))
+        partner_S, own_S, box_S4 = (torch.from_numpy(array).to(device) for array in self._draw(batch.positions))
         images = (batch.images / 255 - mean) / std
-        images[:pairs], labels_SK[:pairs] = self.mixup(images[:pairs].clone(), batch.labels[:pairs])
+        own_S1HW = own_S[:, None, None, None] * torch.ones((), device=device)
+        if self.cutmix:
+            own_S1HW = torch.where(box_S4.any(1)[:, None, None, None], ~_inside(box_S4, self.size), own_S1HW)
+        images = images * own_S1HW + images[partner_S] * (1 - own_S1HW)
+        labels_SK = labels_SK * own_S[:, None] + labels_SK[partner_S] * (1 - own_S[:, None])
         return replace(batch, images=images.to(dtype)), labels_SK
+
+    def _draw(self, positions: list[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each sample: the row of its partner (itself where there is none), its own share, and the box that cutmix
+        takes from the partner: int64 [S], float32 [S], int64 [S, 4] (top, bottom, left, right; 0 for mixup)."""
+        rows = {position: row for row, position in enumerate(positions)}
+        partner_S, own_S = np.arange(len(positions)), np.ones(len(positions), np.float32)
+        box_S4 = np.zeros((len(positions), 4), np.int64)
+        for position, row in rows.items():
+            assert position is not None  # the loader gives every sample one
+            turn, view = divmod(position, self.repeats)
+            partner = rows.get((turn ^ 1) * self.repeats + view)
+            if partner is not None:
+                partner_S[row] = partner
+                own_S[row], box_S4[row] = self._draw_pair(hash64(self.seed, _MIXING, turn // 2, view))
+        return partner_S, own_S, box_S4
+
+    def _draw_pair(self, seed: int) -> tuple[float, tuple[int, int, int, int]]:
+        random = np.random.RandomState(seed & 0xFFFFFFFF)
+        cuts = self.cutmix > 0 and (self.mixup == 0 or random.rand() < self.switch_prob)
+        own = random.beta(*[self.cutmix if cuts else self.mixup] * 2)
+        if not cuts:
+            return own, (0, 0, 0, 0)
+        half = int(self.size * (1 - own) ** 0.5) // 2
+        y, x = random.randint(self.size, size=2)
+        top, bottom, left, right = (min(max(edge, 0), self.size) for edge in (y - half, y + half, x - half, x + half))
+        return 1 - (bottom - top) * (right - left) / self.size**2, (top, bottom, left, right)
+
+
+def _inside(box_S4: Tensor, size: int) -> Tensor:
+    """Bool [S, 1, H, W]: which pixels lie in the box."""
+    place = torch.arange(size, device=box_S4.device)
+    rows_SH, columns_SW = ((place >= low[:, None]) & (place < high[:, None]) for low, high in box_S4.T.split(2))
+    return (rows_SH[:, :, None] & columns_SW[:, None])[:, None]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
@@ -21,7 +21,8 @@ from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
-from m3ae_fast.weights.pretrained import load_weights
+from m3ae_fast.weights.output_folder import read_tensors
+from m3ae_fast.weights.pretrained import build
 
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
 CLASSIFIER_HELP = "the OUT folder of a linear or finetune task"
@@ -96,12 +97,12 @@ class Classifier(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Classifier:
         """What `save_pretrained` wrote, on the CPU. Raises UserError where a file is missing or damaged."""
         folder = Path(folder)
-        model = cls(read_config(folder))
+        config = read_config(folder)
         try:
-            state = load_file(folder / MODEL_FILE)
+            state = read_tensors(folder / MODEL_FILE)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / MODEL_FILE}: cannot be read ({error}); train the classifier again") from None
-        load_weights(model, state, str(folder))
+        model = build(lambda: cls(config), state, str(folder))
         if (folder / TOKENIZER_FILE).exists() and model.config.model.vocab_size:
             sizes = model.config.model
             model.backbone.tokenizer = load_tokenizer(str(folder / TOKENIZER_FILE), sizes.text_length, sizes.vocab_size)

@@ -17,13 +17,15 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import pins_memory, settle_precision
 from m3ae_fast.run.initial_weights import constants
-from m3ae_fast.run.resuming import Resume
+from m3ae_fast.run.resuming import STREAM, Resume
 from m3ae_fast.train import train
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.layer_decay import parameter_groups
+
+_AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 
 
 def set_up(job: Job) -> FineTuning:
@@ -47,6 +49,7 @@ def set_up(job: Job) -> FineTuning:
 
     torch.manual_seed(run.seed)
     model = _build(job, config, classes)
+    model.mixing.check_micro_batch(share.micro_batch)
     transform = None
     if config.rand_augment and job.args.modality != "text":
         transform = RandAugment(config.rand_augment, model.config.model)
@@ -62,8 +65,11 @@ def set_up(job: Job) -> FineTuning:
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
     }
+    stream = fingerprint(Data(train, val, job.model.tokenizer))
     same = [("classifier", key) for key in sections["classifier"]]
-    found.check_same(sections, [*same, ("run", "seed"), ("finetune", "global_batch")])
+    same += [("run", "seed"), ("finetune", "global_batch")]
+    same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]
+    notes = found.check_same(sections, same, stream)
     found.open(engine.model, engine.kinds)
     found.load(engine)
     preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
@@ -86,7 +92,8 @@ def set_up(job: Job) -> FineTuning:
         fixed=fixed,
         averaged=averaged,
         bad=BadSamples(data.max_bad_fraction, train.samples),
-        stream=fingerprint(Data(train, val, job.model.tokenizer)),
+        stream=stream,
+        notes=notes,
         classes=classes,
         start=found.step,
     )
@@ -98,7 +105,9 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes) -> TrainableClass
     classifier = ClassifierConfig(
         model=sizes, head="finetune", pool=config.pool, modality=job.args.modality, classes=list(classes)
     )
-    model = TrainableClassifier(classifier, Mixing(config, sizes, len(classes), job.args.modality == "image"))
+    images_only = job.args.modality == "image"
+    mixing = Mixing(config, sizes, len(classes), images_only, job.config.run.seed, job.config.data.repeats)
+    model = TrainableClassifier(classifier, mixing)
     model.load_backbone(job.model.cpu())
     return model
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,15 +56,11 @@ class FineTuning(LabelledLoop):
     fixed: dict[str, Tensor]  # weights that training does not change
     averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
 
-    def seed_step(self) -> None:
-        super().seed_step()
-        np.random.seed(torch.initial_seed() & 0xFFFFFFFF)  # mixup's and cutmix's
-
     def announce(self) -> None:
         config, ranks, deepspeed = self.config, self.ranks, self.config.deepspeed
         kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
-        self.log.say(
+        self.say_first(
             f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, "
             f"{kind}, optimiser: {self.engine.optimizer_name}, {self.schedule.samples:,} samples, batch "
             f"{config.global_batch}, steps {self.step} to {self.schedule.total_steps}"

@@ -30,12 +30,17 @@ class ClassLosses(NamedTuple):
 class LabelledLoop(Loop):
     """Counts samples, and shows what was learnt."""
 
+    notes: list[str]  # on what a resumed run does otherwise
     classes: Classes
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seen, self.waited, self.since = 0.0, 0.0, time.perf_counter()  # samples and seconds since then
         self.best_NK, self.labels_N = torch.empty(0), torch.empty(0)  # see `best_classes`: the last evaluation's
+
+    def say_first(self, text: str) -> None:
+        """Say what the run is, and the notes on it."""
+        self.log.say("\n".join([text, *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         return sum(len(batch.keys) for batch in batches), sum(len(batch.skipped) for batch in batches)

@@ -20,7 +20,7 @@ from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import UNMASKED, Features
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
-from m3ae_fast.run.resuming import Resume
+from m3ae_fast.run.resuming import STREAM, Resume
 from m3ae_fast.train import train
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
@@ -43,7 +43,7 @@ class Probing(LabelledLoop):
 
     def announce(self) -> None:
         config, samples = self.config, self.schedule.samples
-        self.log.say(
+        self.say_first(
             f"linear probe of {self.pool} features, {samples:,} samples, {len(self.classes)} classes, batch "
             f"{config.global_batch}, steps {self.step} to {self.schedule.total_steps}"
         )
@@ -127,8 +127,11 @@ def set_up(job: Job) -> Probing:
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
     }
+    stream = fingerprint(Data(train, val, job.model.tokenizer))
     same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
-    found.check_same(sections, [*same, ("probe", "global_batch")])
+    same += [("probe", "global_batch")]
+    same += [] if cached else [("data", key) for key in STREAM]
+    notes = found.check_same(sections, same, stream)
     found.open(engine.model, engine.kinds)
     found.load(engine)
     steps = range(found.step, schedule.total_steps)
@@ -147,7 +150,8 @@ def set_up(job: Job) -> Probing:
         if bank is None
         else CachedSteps(bank, steps, config.global_batch, run.seed),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
-        stream=fingerprint(Data(train, val, job.model.tokenizer)),
+        stream=stream,
+        notes=notes,
         head=head,
         val=held_out,
         classes=classes,

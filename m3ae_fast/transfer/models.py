@@ -12,7 +12,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.run import checkpoint
-from m3ae_fast.weights.pretrained import load_weights
+from m3ae_fast.weights.pretrained import build
 
 RANDOM = "random:"
 MODEL_HELP = (
@@ -37,8 +37,8 @@ def load_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
         model, own = _untrained(name.removeprefix(RANDOM), seed)
     elif _is_run(Path(name)):
         path, config = _read_config(Path(name))
-        model, own = M3AE(config.model, config.loss), config.data.tokenizer
-        load_weights(model, checkpoint.read_weights(path), f"checkpoint {path}")
+        model = build(lambda: M3AE(config.model, config.loss), checkpoint.read_weights(path), f"checkpoint {path}")
+        own = config.data.tokenizer
     else:
         model, own = M3AE.from_pretrained(name), None
     if not text:

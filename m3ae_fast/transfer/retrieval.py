@@ -7,6 +7,8 @@ Shapes: N pairs, Q queries, D width.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,9 +49,11 @@ def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Raises UserError where fewer than two pairs are there."""
+    """Raises UserError where fewer than two pairs are there, or two samples have one key."""
     pairs = job.open(job.config.data.val)
     images, texts = (_encode(job, pairs, modality) for modality in ("image", "text"))
+    for features in (images, texts):
+        _refuse_shared(features.keys)
     common = set(images.keys) & set(texts.keys)
     if len(common) < 2:
         raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
@@ -69,6 +73,15 @@ def run(job: Job) -> dict[str, Any]:
 def _encode(job: Job, pairs: Corpus, modality: Modality) -> Features:
     sources = [replace(source, modalities=[modality] * len(source.shards)) for source in pairs.sources]
     return job.encode(replace(pairs, sources=sources), f"encoding {modality}s")
+
+
+def _refuse_shared(keys: Sequence[str]) -> None:
+    """Raises UserError where two samples have one key: which caption is whose image's is then not known."""
+    twice = next((key for key, count in Counter(keys).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"--val: two samples have the key {twice}; name each shard once, and give each sample its own key"
+        )
 
 
 def _rows(features: Features, keys: set[str]) -> Tensor:

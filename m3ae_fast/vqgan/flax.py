@@ -41,6 +41,9 @@ def from_flax(arrays: Mapping[str, np.ndarray], where: str) -> VQGAN:
     strange = next((path for path, name in names.items() if name is None), None)
     if strange is not None:
         raise UserError(f"{where}: has {strange}, which a MaskGIT VQGAN lacks")
+    for path, array in arrays.items():
+        if array.dtype.kind != "f":
+            raise UserError(f"{where}: {path} is {array.dtype}, but weights are floats")
     load_weights(vqgan, {str(names[path]): _tensor(array) for path, array in arrays.items()}, where)
     return vqgan
 

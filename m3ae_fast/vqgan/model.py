@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import read_json
-from m3ae_fast.weights.output_folder import CONFIG_FILE, MODEL_FILE, output_folder, write_tensors
-from m3ae_fast.weights.pretrained import load_weights
+from m3ae_fast.weights.output_folder import CONFIG_FILE, MODEL_FILE, output_folder, read_tensors, write_tensors
+from m3ae_fast.weights.pretrained import build, is_encoder
 
 GROUPS, EPS = 32, 1e-6  # of every GroupNorm
 CHUNK = 8  # images encoded at a time: the first level holds 32 MB for each at 256 pixels
@@ -195,11 +194,14 @@ class VQGAN(nn.Module):
             if data.pop("kind", None) != "vqgan":
                 raise ValueError("its config.json is of something else")
             config = VQGANConfig(**data | {"channel_multipliers": tuple(data["channel_multipliers"])})
-            vqgan = cls(config)
-            state = load_file(folder / MODEL_FILE)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+            state = read_tensors(folder / MODEL_FILE)
+            if config.num_res_blocks * len(config.widths) > len(state):
+                raise ValueError(f"its config.json asks for more blocks than its {len(state)} weights")
+            if is_encoder(state):
+                raise ValueError("it holds only an encoder, without codebook and decoder")
+            return build(lambda: cls(config), state, str(folder))
+        except (
+            OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError
+        ) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: not a converted VQGAN ({reason}); name the folder of a converted one") from None
-        if not load_weights(vqgan, state, str(folder)):
-            raise UserError(f"{folder}: holds only a VQGAN's encoder, without codebook and decoder; convert it anew")
-        return vqgan

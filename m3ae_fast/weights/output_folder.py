@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m3ae_fast.errors import UserError
@@ -18,6 +19,8 @@ from m3ae_fast.whole_file import put_in_place
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
+# of integers and booleans nobody knows what they stand for, and float8 has scales elsewhere
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 
 
@@ -84,6 +87,27 @@ def _is_ours(path: Path) -> bool:
             return (file.metadata() or {}).get("written_by") == _MARK["written_by"]
     except (OSError, SafetensorError):
         return False
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The weights in a safetensors file, by name.
+
+    Raises:
+        OSError, SafetensorError: it cannot be read, or is damaged.
+        UserError: a tensor is not a weight: see `check_dtypes`.
+    """
+    state = load_file(path)
+    check_dtypes(state, str(path))
+    return state
+
+
+def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError naming the first tensor that is of none of DTYPES."""
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{where}: {name} is {found}, but weights are {kinds}; convert it to one")
 
 
 def write_tensors(path: Path, state: dict[str, Tensor]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
@@ -23,10 +23,13 @@ from m3ae_fast.weights.output_folder import (
     MODEL_FILE,
     PREPROCESSOR_FILE,
     TOKENIZER_FILE,
+    check_dtypes,
     output_folder,
+    read_tensors,
     write_tensors,
 )
 
+M = TypeVar("M", bound=nn.Module)
 # what a file without a decoder holds; it lacks all of the rest, or nothing
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 # settings that change what the weights compute, and not their shapes
@@ -97,7 +100,7 @@ def read_pretrained(source: str | Path) -> Pretrained:
     folder = find_folder(source)
     try:
         data = read_json(folder / CONFIG_FILE)
-        state = load_file(folder / MODEL_FILE)
+        state = read_tensors(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source}: not an exported M3AE ({error}); make one with python -m m3ae_fast.export") from None
     if isinstance(data, dict) and "architecture" in data:
@@ -118,6 +121,16 @@ def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
             raise UserError(f"model.init_from {where}: was made with model.{name} = {was}, the config says {now}")
 
 
+def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
+    """The module that `make` gives, with the weights `state`. Its sizes come from a file too: no memory is taken for
+    them before they are known to be those of the weights. Errors as in `check_weights`."""
+    with torch.device("meta"):
+        check_weights(make(), state, where)
+    model = make()
+    model.load_state_dict(state, strict=False)
+    return model
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
     """Strict load, but that the decoder may be missing as a whole, and then stays. Returns whether it was there. With
     `assign` the tensors themselves become the weights.
@@ -132,6 +145,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assi
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """As `load_weights`, without loading."""
+    check_dtypes(state, where)
     own = model.state_dict()
     if is_encoder(state):
         own = {name: tensor for name, tensor in own.items() if name.startswith(ENCODER)}

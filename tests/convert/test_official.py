@@ -166,6 +166,12 @@ def object_flag(tmp_path):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags(**{"m3ae.num_heads": {1: 2}}))
 
 
+def endless(tmp_path):
+    params = params_of(golden(tmp_path))
+    kept = {path: array for path, array in params.items() if not path.startswith(("decoder", "image_mask"))}
+    write_checkpoint(tmp_path / "a.pkl", kept, flags(**{"m3ae.dec_emb_dim": 10**13}))
+
+
 def vqgan_targets(tmp_path):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags(discretized_image=True))
 
@@ -182,6 +188,7 @@ MISTAKES = {
     unknown: "has a parameter register_tokens, which an M3AE cannot represent",
     not_finite: "encoder_input.cls_token is not finite",
     object_flag: "num_heads",
+    endless: "dec_emb_dim",
     vqgan_targets: "ids of an image tokenizer",
 }
 

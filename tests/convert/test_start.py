@@ -14,6 +14,7 @@ from m3ae_fast.export import export
 from m3ae_fast.model import M3AE
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.initial_weights import start_from
+from m3ae_fast.weights.pretrained import ENCODER, Pretrained, check_start, check_weights
 from tests.helpers.mae import MAE
 from tests.helpers.trainer import TINY, zero
 
@@ -119,3 +120,35 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
     changed = parse(Config, info.config | {"model": info.config["model"] | {"gelu": "exact"}}, "run")
     with pytest.raises(UserError, match=r"was made with model\.gelu = tanh, the config says exact"):
         resuming.check_fits(path, info, changed, info.stream)
+
+
+def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
+    """Of `model.init_from`: what changes neither names nor shapes, but what they compute, has to be the same."""
+    base = {**TINY["model"], "vocab_size": 64, "image_targets": "pixels", "output_head_depth": 1}
+    others = {
+        "emb_dim": 64, "depth": 1, "dec_emb_dim": 64, "dec_depth": 1, "mlp_ratio": 2, "output_head_depth": 2,
+        "use_type_embedding": False, "patch_size": 4, "channels": 1, "vocab_size": 65,
+    }  # fmt: skip
+    compared = {
+        "num_heads": 2, "dec_num_heads": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6],
+        "image_targets": "vqgan", "gelu": "exact", "positions": "stored", "mean_pool": "before_norm",
+    }  # fmt: skip
+    free = {"size", "drop", "att_drop", "drop_path", "init_from"}
+    adapted = {"image_size", "text_length", "codebook_size"}  # sin-cos positions fit; codes show where they are used
+    assert ModelConfig.model_fields.keys() == others.keys() | compared.keys() | free | adapted
+
+    def config(**changes):
+        grey = {"image_mean": [0.5], "image_std": [0.5]} if "channels" in changes else {}
+        return parse(ModelConfig, base | grey | changes, "model")
+
+    model = M3AE(config())
+    start = Pretrained(model.config, model.state_dict())
+    check_start(config(drop=0.1, att_drop=0.1, drop_path=0.1, init_from="x"), start, "x")
+    for name, value in compared.items():
+        with pytest.raises(UserError, match=rf"x: was made with model\.{name} = "):
+            check_start(config(**{name: value}), start, "x")
+    for name, value in others.items():
+        with pytest.raises(UserError, match=r"model config"):
+            check_weights(M3AE(config(**{name: value})), start.state, "x")
+    encoder = {name: tensor for name, tensor in start.state.items() if name.startswith(ENCODER)}
+    check_start(config(dec_num_heads=2, image_targets="vqgan"), Pretrained(model.config, encoder), "x")

@@ -122,3 +122,22 @@ def test_masks_of_neighbouring_samples_differ():
     generator = torch.Generator()
     masks = {tuple(draw_mask(16, 0.5, generator.manual_seed(seed)).tolist()) for seed in range(200)}
     assert len(masks) > 190
+
+
+def test_what_a_forward_pass_draws_depends_on_the_view_of_a_sample_alone(load, tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(range(6)))
+
+    def draws(**options) -> dict:
+        return {
+            position: (key, draw)
+            for batch in load(path, steps=9, config={"repeats": 2}, **options)
+            for position, key, draw in zip(batch.positions, batch.keys, batch.draws.tolist())
+        }
+
+    whole = draws()
+    assert sorted(whole) == list(range(36)) and len({draw for _, draw in whole.values()}) == 36
+    assert all(whole[position][0] == whole[position + 1][0] for position in range(0, 36, 2))
+    assert whole != draws(seed=1)
+    assert min(draw for _, draw in whole.values()) >= 0
+    small = load(path, micro_batch=1, accumulation=4, steps=9, config={"repeats": 2})
+    assert whole == {b.positions[0]: (b.keys[0], b.draws.item()) for b in small}

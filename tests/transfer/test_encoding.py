@@ -111,3 +111,25 @@ def test_a_training_model_is_left_in_training_mode(model):
     model.encode(images=list(images(1)))
     assert model.training
     model.eval()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["pooled", "patches"])
+def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run, tmp_path, part, value):
+    model = load_model(str(run), text=True)
+    pooled, both = model.pooled, model.pooled_and_rows
+
+    def spoilt(batch, pool):
+        return pooled(batch, pool).index_fill(0, torch.tensor([1]), value)
+
+    def rows_spoilt(batch, pool):
+        return both(batch, pool)[0], both(batch, pool)[1].index_fill(0, batch.encoder.cu_seqlens[2:3].long() - 1, value)
+
+    model.pooled, model.pooled_and_rows = spoilt, rows_spoilt
+    shard = write_tar(tmp_path / "a.tar", labelled_members(range(3)))
+    corpus = open_corpus([SourceConfig(shards=shard, modality="image")], ShardStore(tmp_path))
+    data = DataConfig(train=[SourceConfig(shards="x")], workers=0)
+    with join_ranks() as ranks, pytest.raises(UserError, match=r"1 of 3 samples have features .* as .*/00001; the"):
+        encode_corpus(model, corpus, data, EncodeConfig(), ranks, patches=part == "patches")
+    with pytest.raises(UserError, match="1 of 2 samples have features that are not finite, such as number 1; the"):
+        model.encode(images=list(images(2)))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,15 +11,17 @@ import pytest
 import torch
 
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import FineTuneConfig
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.transfer import finetune_loop
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier
-from tests.helpers.labelled import coloured
+from tests.helpers.labelled import coloured, labelled_tar
 from tests.helpers.ranks import run_ranks
 
 QUICK = {
@@ -105,8 +108,10 @@ def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shar
 
 
 def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
-    options = settings(epochs=1, drop_path=0, label_smoothing=0.1, micro_batch=4, ema=0.7)
-    transfer("finetune", *options, out="one")
+    """Nothing that is drawn depends on the rank or the micro-batch."""
+    drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "rand_augment": "rand-m9-mstd0.5-inc1"}
+    options = settings(epochs=1, label_smoothing=0.1, micro_batch=4, ema=0.7, **drawn)
+    transfer("finetune", *options, "--set", "finetune.micro_batch=16", out="one")
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
     command += ["--set", "data.workers=0", *options]
     command += ["--set", 'finetune.deepspeed={"zero_optimization": {"stage": 3}}']
@@ -152,69 +157,128 @@ def test_a_checkpoint_of_other_settings_is_refused(transfer, run, shards, tmp_pa
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out")]
     assert exit_cleanly(lambda: main([*command, *settings(epochs=1)])) == 2
     assert "add --resume auto" in capsys.readouterr().err
-    for other, message in (({"pool": "mean"}, "classifier.pool = cls"), ({"global_batch": 8}, "global_batch = 16")):
-        options = [*settings(epochs=1, **other), "--resume", "auto"]
-        assert exit_cleanly(partial(main, [*command, *options])) == 2
+    more = labelled_tar(tmp_path / "more.tar", range(96))
+    for other, message in (
+        (settings(pool="mean"), "classifier.pool = cls"),
+        (settings(global_batch=8), "global_batch = 16"),
+        (settings(mixup=0.1), "finetune.mixup = 0"),
+        (["--set", "data.flip=false"], "data.flip = True"),
+        (["--train", more], "data.train = 1 shards with 48 samples"),
+        (["--labels", "json.name"], "classifier.classes"),
+    ):
+        assert exit_cleanly(partial(main, [*command, *settings(epochs=1), *other, "--resume", "auto"])) == 2
         assert message in capsys.readouterr().err
 
 
-def _labelled_batch(model, count):
+def _labelled_batch(model, count, first=0, only=None):
+    """Samples at positions `first` to `first + count`, or `only` some of them."""
     generator = torch.Generator().manual_seed(0)
-    samples = [
-        Sample(
-            str(i),
-            torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator),
-            torch.zeros(4, dtype=torch.bool),
-            label=i % 3,
-        )
-        for i in range(count)
-    ]
+    images = torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    visible = torch.zeros(4, dtype=torch.bool)
+    samples = [Sample(str(i), images[i], visible, label=i % 3, position=first + i) for i in only or range(count)]
     return pack(samples, model.geometry)
 
 
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
-def test_mixed_pictures_have_labels_of_the_same_weights(mixup, cutmix):
-    from m3ae_fast.config import ModelConfig
-    from m3ae_fast.model.encoder import MultimodalEncoder
+def _sizes():
+    return ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
 
-    sizes = ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
-    batch = _labelled_batch(MultimodalEncoder(sizes), 5)
-    mixing = Mixing(FineTuneConfig(mixup=mixup, cutmix=cutmix, label_smoothing=0.0), sizes, 3, images_only=True)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (sizes.image_mean, sizes.image_std))
-    plain = (batch.images / 255 - mean) / std
-    np.random.seed(3)
-    mixed, labels = mixing(batch, torch.float32)
-    torch.testing.assert_close(labels.sum(1), torch.ones(5))
-    torch.testing.assert_close(mixed.images[4], plain[4])  # the odd one
-    assert labels[4].tolist() == [0, 1, 0]
-    weight = labels[0, 0].item()  # image 0 (class 0) with image 3 (class 0), 1 (class 1) with 2 (class 2)
-    assert weight == pytest.approx(1.0)
-    own = labels[1, 1].item()
-    assert 0 < own < 1 and labels[1, 2].item() == pytest.approx(1 - own, abs=1e-6)
-    if mixup:
-        torch.testing.assert_close(mixed.images[1], own * plain[1] + (1 - own) * plain[2])
-    else:
-        same = (mixed.images[1] == plain[1]).all(0)
+
+def _mixing(repeats=1, seed=0, **settings):
+    return Mixing(FineTuneConfig(**{"label_smoothing": 0.0, **settings}), _sizes(), 3, True, seed, repeats)
+
+
+def _plain(batch):
+    mean, std = (torch.tensor(v)[:, None, None] for v in (_sizes().image_mean, _sizes().image_std))
+    return (batch.images / 255 - mean) / std
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
+def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
+    batch = _labelled_batch(MultimodalEncoder(_sizes()), 31, first=64)
+    mixed, labels = _mixing(mixup=mixup, cutmix=cutmix)(batch, torch.float32)
+    plain = _plain(batch)
+    torch.testing.assert_close(labels.sum(1), torch.ones(31))
+    torch.testing.assert_close(mixed.images[30], plain[30])  # whose partner is elsewhere
+    assert labels[30].tolist() == [1, 0, 0]
+    shares = set()
+    for row in range(30):
+        partner = row ^ 1
+        own = labels[row, row % 3].item()  # neighbours are of other classes
+        assert labels[row, partner % 3].item() == pytest.approx(1 - own, abs=1e-6)
+        assert labels[partner, partner % 3].item() == pytest.approx(own)
+        shares.add(own)
+        if mixup:
+            torch.testing.assert_close(mixed.images[row], own * plain[row] + (1 - own) * plain[partner])
+            continue
+        same = (mixed.images[row] == plain[row]).all(0)
         assert same.double().mean().item() == pytest.approx(own, abs=1e-6)
-        assert torch.equal(mixed.images[1][:, ~same], plain[2][:, ~same])
+        assert torch.equal(mixed.images[row][:, ~same], plain[partner][:, ~same])
+        taken = (~same).nonzero()
+        if len(taken):  # a rectangle
+            sides = taken.max(0).values - taken.min(0).values + 1
+            assert sides.prod() == len(taken)
+    assert len(shares) >= 8
+
+
+def test_what_is_mixed_depends_on_the_place_in_the_stream_alone():
+    model = MultimodalEncoder(_sizes())
+    mixing, images, labels = _mixing(mixup=0.8, cutmix=1.0), [], []
+    whole, whole_labels = mixing(_labelled_batch(model, 24), torch.float32)
+    for first in (16, 0, 8):
+        np.random.seed(first)
+        mixed, soft = mixing(_labelled_batch(model, 24, only=range(first, first + 8)), torch.float32)
+        images.append(mixed.images)
+        labels.append(soft)
+    assert torch.equal(torch.cat((images[1], images[2], images[0])), whole.images)
+    assert torch.equal(torch.cat((labels[1], labels[2], labels[0])), whole_labels)
+    for other in (_mixing(mixup=0.8, cutmix=1.0, seed=1), _mixing(mixup=0.8, cutmix=0.0)):
+        assert not torch.equal(other(_labelled_batch(model, 24), torch.float32)[0].images, whole.images)
+    batch = _labelled_batch(model, 24)
+    later = replace(batch, positions=[position + 24 for position in batch.positions])
+    assert not torch.equal(mixing(later, torch.float32)[0].images, whole.images)
+
+
+def test_mixup_or_cutmix_as_often_as_is_asked_for():
+    batch = _labelled_batch(MultimodalEncoder(_sizes()), 400)
+    for switch, low, high in ((0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)):
+        mixed, _ = _mixing(mixup=1.0, cutmix=1.0, switch_prob=switch)(batch, torch.float32)
+        plain = _plain(batch)
+        either = (mixed.images == plain) | (mixed.images == plain[torch.arange(400) ^ 1])
+        assert low <= either.flatten(1).all(1).double().mean() <= high
+
+
+def test_a_sample_whose_partner_is_missing_is_not_mixed_and_views_meet_views_of_another():
+    model = MultimodalEncoder(_sizes())
+    batch = _labelled_batch(model, 8, only=[0, 2, 3, 5, 7])
+    mixed, _ = _mixing(mixup=0.8)(batch, torch.float32)
+    moved = [(mixed.images[row] != _plain(batch)[row]).any().item() for row in range(5)]
+    assert moved == [False, True, True, False, False]
+    batch = _labelled_batch(model, 4)  # two views of each of two samples
+    _, labels = _mixing(mixup=0.8, repeats=2)(replace(batch, labels=torch.tensor([0, 0, 1, 1])), torch.float32)
+    assert ((labels[:, :2] > 0) & (labels[:, :2] < 1)).all()
+
+
+@pytest.mark.parametrize(("micro_batch", "repeats", "fits"), [(8, 1, True), (7, 1, False), (6, 2, False), (8, 2, True)])
+def test_a_micro_batch_that_parts_neighbours_is_refused(micro_batch, repeats, fits):
+    mixing = _mixing(repeats=repeats)
+    if fits:
+        return mixing.check_micro_batch(micro_batch)
+    with pytest.raises(UserError, match=f"a micro-batch is {micro_batch} samples, no multiple of {2 * repeats}"):
+        mixing.check_micro_batch(micro_batch)
+    _mixing(repeats=repeats, mixup=0, cutmix=0).check_micro_batch(micro_batch)
 
 
 def test_labels_are_smoothed_once_whether_mixed_or_not():
-    from m3ae_fast.config import ModelConfig
-    from m3ae_fast.model.encoder import MultimodalEncoder
-
-    sizes = ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
+    sizes = _sizes()
     batch = _labelled_batch(MultimodalEncoder(sizes), 4)
     for mixup, images_only in ((0.8, True), (0.8, False), (0.0, True)):
-        mixing = Mixing(FineTuneConfig(mixup=mixup, cutmix=0, label_smoothing=0.3), sizes, 3, images_only)
-        _, labels = mixing(batch, torch.float32)
+        mixing = Mixing(FineTuneConfig(mixup=mixup, cutmix=0, label_smoothing=0.3), sizes, 3, images_only, 0)
+        _, labels = mixing(replace(batch, labels=torch.tensor([0, 0, 1, 1])), torch.float32)
         assert labels[0].tolist() == pytest.approx([0.8, 0.1, 0.1])  # mixed with an image of its class
 
 
 def test_rand_augment_depends_on_its_seed_alone():
-    from m3ae_fast.config import ModelConfig
-
-    sizes = ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
+    sizes = _sizes()
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
     augment = RandAugment("rand-m9-mstd0.5-inc1", sizes)
     np.random.seed(0)
@@ -228,9 +292,7 @@ def test_rand_augment_depends_on_its_seed_alone():
 
 def test_rand_augment_takes_the_highest_levels():
     """At which timm's posterize leaves 0 bits."""
-    from m3ae_fast.config import ModelConfig
-
-    sizes = ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
+    sizes = _sizes()
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
     augment = RandAugment("rand-m10-n15-inc1", sizes)
     assert all(augment(image, seed).shape == image.shape for seed in range(20))

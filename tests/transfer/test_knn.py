@@ -88,3 +88,11 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path
         with pytest.raises(UserError, match=message):
             transfer("knn", *options, **more)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_no_accuracy(value):
+    scores = torch.eye(3)
+    scores[1, 2] = value
+    with pytest.raises(UserError, match="1 of 3 samples have scores that are not finite"):
+        accuracies(scores, torch.arange(3))

@@ -77,7 +77,15 @@ def test_labels_that_cannot_be_used_are_named_in_one_line(opened, labels, messag
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [(b"{", "not valid JSON"), (b'{"label": [1]}', "neither a whole number")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b'{"label": [1]}', "neither a whole number"),
+        (b'{"label": 9223372036854775808}', "json.label is 9223372036854775808, beyond the whole numbers of 64 bits"),
+        (b'{"label": -9223372036854775809}', "beyond the whole numbers"),
+    ],
+)
 def test_json_that_holds_no_label_is_named(tmp_path, text, message):
     files = [*labelled_members(range(2)), ("7.png", next(labelled_members([7]))[1]), ("7.json", text)]
     path = write_tar(tmp_path / "a.tar", files)

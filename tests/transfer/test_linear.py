@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
+from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run import checkpoint
 from m3ae_fast.transfer import labelled_loop
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import LinearProbeHead
+from m3ae_fast.transfer.linear import CachedSteps
 from m3ae_fast.transfer.models import load_model
 from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
 from tests.helpers.labelled import labelled_members, labelled_tar
@@ -122,3 +124,21 @@ def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
 def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
     with pytest.raises(UserError, match=r"not finite.*lower probe.peak_lr"):
         transfer("linear", "--cache-features", *FAST, *settings("probe.peak_lr=1e30", "probe.steps=20"))
+
+
+def test_epochs_of_cached_features_are_other_permutations_each():
+    features = Features([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100, None, [])
+    batches = list(CachedSteps(features, range(7), 5, seed=3))
+    rows = torch.cat([batch.features_SD[:, 0] for batch in batches]).long()
+    epochs = rows[:30].view(3, 10)
+    assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+    for batch in batches:
+        assert batch.labels.tolist() == [100 + row for row in batch.features_SD[:, 0].long().tolist()]
+        assert batch.keys == [str(int(row)) for row in batch.features_SD[:, 0]]
+    later = list(CachedSteps(features, range(4, 7), 5, seed=3))
+    assert all(torch.equal(one.features_SD, other.features_SD) for one, other in zip(batches[4:], later))
+    odd = torch.cat([batch.features_SD[:, 0] for batch in CachedSteps(features, range(10), 3, seed=3)]).long()
+    assert torch.equal(odd, rows[:30]), "a step may span two epochs"
+    other = next(iter(CachedSteps(features, range(1), 10, seed=4)))
+    assert not torch.equal(other.features_SD[:, 0].long(), epochs[0])

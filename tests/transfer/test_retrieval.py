@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.transfer import retrieval
 from m3ae_fast.transfer.retrieval import recalls
 from tests.helpers.shards import members, write_tar
 from tests.transfer.conftest import pictures
@@ -44,3 +47,25 @@ def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
     with pytest.raises(UserError, match="1 samples of --val have an image and a caption"):
         one = write_tar(tmp_path / "one.tar", members(range(1)))
         transfer("retrieval", train=None, val=one, out="one")
+
+
+def test_samples_of_one_key_are_refused(transfer, tmp_path):
+    twice = write_tar(tmp_path / "a.tar", [*members(range(3)), *members(range(1, 2))])
+    with pytest.raises(UserError, match=r"two samples have the key .*a\.tar/00001; name each shard once"):
+        transfer("retrieval", train=None, val=twice)
+
+
+def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
+    """By hand: image i is e_i; six captions are their images, and each other one is twice as much like image 0 as like
+    its own, which no other caption is like."""
+    own = torch.eye(18)
+    captions = own.clone()
+    captions[6:] = own[0] + own[6:] / 2
+    given = {"image": own, "text": captions * (1 + torch.arange(18))[:, None]}  # lengths do not count
+    real = retrieval._encode
+    monkeypatch.setattr(retrieval, "_encode", lambda *args: replace(real(*args), features_ND=given[args[-1]]))
+    monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
+    result = transfer("retrieval", train=None)
+    assert [result[f"image_to_text_recall{k}"] for k in (1, 5, 10)] == [1, 1, 1]
+    assert [result[f"text_to_image_recall{k}"] for k in (1, 5, 10)] == [6 / 18, 1, 1]
+    assert [result[f"chance_recall{k}"] for k in (1, 5, 10)] == [1 / 18, 5 / 18, 10 / 18]

@@ -1,5 +1,6 @@
 """Attacks and corruptions are what they are said to be, and the task counts right."""
 
+import argparse
 import colorsys
 import json
 from typing import get_args
@@ -20,7 +21,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.corruptions import KINDS, SEVERITIES, Corruption
 from m3ae_fast.transfer.corruptions.blur import trail
 from m3ae_fast.transfer.corruptions.digital import saturate
-from m3ae_fast.transfer.robustness import corruption_errors
+from m3ae_fast.transfer.robustness import _start, corruption_errors
 from m3ae_fast.transfer.robustness_pgd import pgd
 from tests.helpers.labelled import NAMES, coloured
 
@@ -218,3 +219,15 @@ def test_a_run_is_not_a_classifier(run, shards, tmp_path, capsys):
     command = ["robustness", str(run), "--val", shards[1], "--out", str(tmp_path / "out")]
     assert exit_cleanly(lambda: main(command)) == 2
     assert "not a classifier" in capsys.readouterr().err
+
+
+def test_an_attack_starts_where_the_seed_and_the_sample_say():
+    def starts(keys, seed=3):
+        return dict(zip(keys, _start(argparse.Namespace(keys=keys, images=torch.zeros(len(keys), 3, 8, 8)), seed)))
+
+    whole = starts(["a/1", "a/2", "a/3", "b/1"])
+    for keys in (["b/1"], ["a/3", "a/1"]):
+        assert all(torch.equal(start, whole[key]) for key, start in starts(keys).items())
+    values = torch.stack([*whole.values(), *starts(["a/1"], seed=4).values()])
+    assert len({start.numpy().tobytes() for start in values}) == 5
+    assert -1 <= values.min() < -0.98 and 0.98 < values.max() <= 1 and abs(values.mean()) < 0.05

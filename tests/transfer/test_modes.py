@@ -1,0 +1,90 @@
+"""In which modes every program runs the encoder: training or evaluation, autocast, gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from m3ae_fast import features
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.transfer.__main__ import TASKS
+from m3ae_fast.transfer.classifier import Classifier
+from m3ae_fast.transfer.heads import BatchNorm
+from tests.helpers.labelled import labelled_tar
+from tests.transfer.conftest import settings
+
+EVALUATES, ATTACKS, TRAINS = (False, False), (False, True), (True, True)  # (training, with gradients)
+LINEAR = settings("probe.steps=2", "probe.global_batch=8")
+TUNE = settings("finetune.steps=2", "finetune.global_batch=8", "finetune.warmup_epochs=0", "finetune.drop_path=0")
+LIGHT = settings("robustness.epsilons=[1]", "robustness.steps=2", 'robustness.corruptions=["jpeg"]')
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(training, with gradients, autocast) of each pass through the encoder."""
+    found, real = [], MultimodalEncoder._input
+
+    def looked_at(self, batch):
+        modes = {module.training for module in self.modules()}
+        assert len(modes) == 1
+        found.append((modes.pop(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return real(self, batch)
+
+    monkeypatch.setattr(MultimodalEncoder, "_input", looked_at)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "finetune"])
+def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task, precision):
+    options = {
+        "ood": ["--ood", shards[1]],
+        "linear": LINEAR,
+        "finetune": [*TUNE, *settings(f"finetune.precision={precision}", "finetune.rand_augment=null")],
+    }
+    more = {"train": None} if task == "retrieval" else {}
+    transfer(task, *options.get(task, []), *settings(f"encode.precision={precision}"), **more)
+    expected = {TRAINS, EVALUATES} if task == "finetune" else {EVALUATES}
+    assert {modes[:2] for modes in seen} == expected
+    assert {modes[2] for modes in seen} == {precision == "bf16"}
+
+
+def test_robustness_evaluates_in_float32_and_has_gradients_in_attacks_alone(transfer, tmp_path, seen):
+    transfer("linear", *LINEAR, out="classifier")
+    trained = Classifier.from_pretrained(tmp_path / "classifier")
+    seen.clear()
+    transfer("robustness", *LIGHT, model=tmp_path / "classifier", train=None, out="attacked")
+    assert {modes[:2] for modes in seen} == {EVALUATES, ATTACKS} and not any(modes[2] for modes in seen)
+    assert sum(modes[1] for modes in seen) == 2  # the steps of the attack
+    after = Classifier.from_pretrained(tmp_path / "classifier")
+    assert torch.equal(trained.head.norm.mean, after.head.norm.mean)
+
+
+def test_the_tasks_are_all_of_them(seen):
+    assert {*TASKS} == {"knn", "ood", "retrieval", "linear", "finetune", "robustness"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_are_those_of_an_evaluation(run, shards, tmp_path, seen, precision):
+    out = tmp_path / "a.npz"
+    assert features.main([str(run), shards[1], "--out", str(out), *settings(f"encode.precision={precision}")]) == 0
+    assert {*seen} == {(*EVALUATES, precision == "bf16")} and len(np.load(out)["features"]) == 18
+
+
+def test_a_probe_trains_on_statistics_of_the_step_and_evaluates_with_the_running_ones(transfer, monkeypatch):
+    modes, real = [], BatchNorm.forward
+    monkeypatch.setattr(BatchNorm, "forward", lambda self, x: modes.append((self.training, len(x))) or real(self, x))
+    transfer("linear", "--cache-features", *LINEAR)
+    assert modes == [(True, 8), (True, 8), (False, 18)]
+
+
+def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):
+    """No statistics of the batch, no drop."""
+    transfer("linear", "--cache-features", *LINEAR, out="classifier")
+    shard = labelled_tar(tmp_path / "a.tar", range(6))
+    light = settings("robustness.epsilons=[]", "robustness.corruptions=[]")
+    whole, single = (
+        transfer("robustness", *light, *settings(f"robustness.batch={batch}"), model=tmp_path / "classifier",
+                 train=None, val=shard, out=f"b{batch}")
+        for batch in (6, 1)
+    )  # fmt: skip
+    assert whole["top1"] == single["top1"]
