@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from m3ae_fast.convert.result import Converted
-from m3ae_fast.convert.run import read_run
 from m3ae_fast.convert.run_card import run_section
 from m3ae_fast.convert.timm_model import write_timm
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.open_model import run_weights, saved_run
 from m3ae_fast.weights.card import model_card
 from m3ae_fast.weights.hub import push_folder
 from m3ae_fast.weights.output_folder import CONFIG_FILE
-from m3ae_fast.weights.pretrained import check_weights, read_pretrained, write_pretrained
+from m3ae_fast.weights.pretrained import Pretrained, check_weights, read_pretrained, write_pretrained
 
 
 def export(
     run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None, weights: str = "average"
-) -> Converted:
+) -> Pretrained:
     """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
 
     Args:
@@ -46,14 +46,12 @@ def export(
         UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
     """
     if (Path(run) / CONFIG_FILE).is_file():
-        exported = read_pretrained(run)
+        found, about = replace(read_pretrained(run), kind=f"export {run}"), ""
         with torch.device("meta"):
-            check_weights(M3AE(exported.config), exported.state, str(run))
-        found = Converted(exported.config, exported.state, exported.tokenizer, kind=f"export {run}")
-        about = ""
+            check_weights(M3AE(found.config), found.state, str(run))
     else:
-        trained = read_run(Path(run), average=weights == "average")
-        found, about = trained.weights, run_section(trained)
+        saved, average = saved_run(Path(run)), weights == "average"
+        found, about = run_weights(saved, average=average), run_section(saved, average)
     if format == "timm":
         write_timm(out, found.config, found.state)
     else:

@@ -23,9 +23,9 @@ from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
+from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from m3ae_fast.transfer.models import MODEL_HELP, load_model, set_range
 from m3ae_fast.whole_file import whole_file
 
 NPZ, PARQUET = ".npz", ".parquet"
@@ -97,7 +97,7 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
     """The arrays that FILE holds, on every rank. Raises UserError where model or shards cannot be used."""
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    model = load_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
+    model = open_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
     set_range(model.to(ranks.device), config.data.range)
     store = ShardStore(config.data.cache_dir)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))

@@ -23,9 +23,9 @@ from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
 from m3ae_fast.pictures.reconstructions import draw_reconstructions
 from m3ae_fast.regular_file import open_regular
-from m3ae_fast.transfer.models import MODEL_HELP, load_model, set_range
 
 MASK = "[MASK]"
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--visible {args.visible:g}: must be from 0 to 1")
     if not args.out and MASK not in args.text:
         raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed image")
-    model = load_model(args.model, text=True, tokenizer=args.tokenizer).eval()
+    model = open_model(args.model, text=True, tokenizer=args.tokenizer).eval()
     set_range(model, args.range)
     sample = make_sample(model, args.image, args.text, args.visible, args.seed)
     for place, guesses in enumerate(fill_text(model, sample, args.top), 1):

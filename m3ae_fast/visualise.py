@@ -22,12 +22,12 @@ from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.data.trust import require_harmless
 from m3ae_fast.encoding import UNMASKED, encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.open_model import open_model
 from m3ae_fast.pictures.attention import draw_attention
 from m3ae_fast.pictures.figures import draw_map, require_matplotlib
 from m3ae_fast.pictures.reconstructions import draw_run
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run import checkpoint
-from m3ae_fast.transfer.models import load_model
 
 _SEARCHED = 2000  # samples, for a word
 
@@ -87,7 +87,7 @@ def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, o
 
 
 def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
-    model = load_model(args.run, text=bool(config.model.vocab_size), tokenizer=config.data.tokenizer).eval()
+    model = open_model(args.run, text=bool(config.model.vocab_size), tokenizer=config.data.tokenizer).eval()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, config.run.seed)
     samples = eval_samples(corpus, preparation, _SEARCHED if args.word else args.pictures)
     draw_attention(model, samples, out, args.pictures, args.word)
@@ -101,7 +101,7 @@ def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) ->
         raise UserError("a map needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
     labelled, classes = label_corpus(corpus, args.labels, progress=True)
     with join_ranks() as ranks:
-        model = load_model(args.run, text=False).to(ranks.device)
+        model = open_model(args.run, text=False).to(ranks.device)
         found = encode_corpus(model, labelled, config.data, EncodeConfig(), ranks)
     assert found.labels_N is not None
     if len(found.keys) < 4:

@@ -8,8 +8,8 @@ import torch
 
 from m3ae_fast.engine.optimizer import EMA, track_ema
 from m3ae_fast.export import main as export
+from m3ae_fast.open_model import open_model
 from m3ae_fast.run import checkpoint
-from m3ae_fast.transfer.models import load_model
 from tests.helpers.trainer import zero
 
 OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
@@ -59,7 +59,7 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys):
     assert "moving average with decay 0.7" in (trainer.folder / "out/README.md").read_text()
     assert export([str(run), str(trainer.folder / "last"), "--weights", "last"]) == 0
     for model, kind in ((str(run), "ema"), (trainer.folder / "out", "ema"), (trainer.folder / "last", "model")):
-        weights = load_model(str(model), text=False).state_dict()
+        weights = open_model(str(model), text=False).state_dict()
         assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])
 
 

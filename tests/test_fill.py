@@ -4,7 +4,7 @@ from PIL import Image
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.fill import fill_text, main, make_sample
-from m3ae_fast.transfer.models import load_model
+from m3ae_fast.open_model import open_model
 from tests.helpers.labelled import coloured, tiny_run
 
 
@@ -22,7 +22,7 @@ def photo(tmp_path):
 
 
 def test_each_mask_gets_its_likeliest_tokens(run, photo):
-    model = load_model(str(run), text=True).eval()
+    model = open_model(str(run), text=True).eval()
     text = "a [MASK] house by the [MASK]"
     guesses = fill_text(model, make_sample(model, photo, text, 1.0, 0), top=model.config.vocab_size)
     assert [len(place) for place in guesses] == [2048, 2048]
@@ -33,7 +33,7 @@ def test_each_mask_gets_its_likeliest_tokens(run, photo):
 
 
 def test_a_model_that_knows_a_word_says_it(run, photo):
-    model = load_model(str(run), text=True).eval()
+    model = open_model(str(run), text=True).eval()
     (wanted,) = model.tokenizer.encode("house").tolist()
     with torch.no_grad():
         model.text_head.bias[wanted] += 100
@@ -50,7 +50,7 @@ def test_the_command_prints_guesses_and_draws_a_completion(run, photo, tmp_path,
     assert first.startswith("[MASK] 1: ") and first.count("%") == 3
     assert second == f"drew {out}"
     assert Image.open(out).width > 480
-    model = load_model(str(run), text=True)
+    model = open_model(str(run), text=True)
     assert make_sample(model, photo, "", 0.25, 0).image_mask.float().mean() == 0.75
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     "vqgan",
     "model",
 )
-LAYERS += ("data", "shard_tools", "process", "engine", "pictures", "run", "encoding")
+LAYERS += ("data", "shard_tools", "process", "engine", "pictures", "run", "encoding", "open_model")
 
 
 def _modules():

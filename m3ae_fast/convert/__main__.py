@@ -19,13 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.source import read_source
 from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.vqgan.flax import convert_vqgan
 from m3ae_fast.weights.card import model_card
-from m3ae_fast.weights.pretrained import write_pretrained
+from m3ae_fast.weights.pretrained import Pretrained, write_pretrained
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _summary(found: Converted, out: str) -> str:
+def _summary(found: Pretrained, out: str) -> str:
     parameters = sum(tensor.numel() for tensor in found.state.values())
     what = "encoder and decoder" if found.has_decoder else "an encoder"
     lines = [f"{found.kind}: {what}, {parameters:,} weights, written to {out}", *found.notes]

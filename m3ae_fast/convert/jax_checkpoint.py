@@ -14,10 +14,10 @@ from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.config.schema import SIZES
 from m3ae_fast.convert.flax_names import flax_name, from_flax
 from m3ae_fast.convert.inert_pickle import Inert, load
-from m3ae_fast.convert.result import IMAGENET, Converted
+from m3ae_fast.convert.vit import IMAGENET
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.weights.pretrained import ENCODER
+from m3ae_fast.weights.pretrained import ENCODER, Pretrained
 
 # of the official --m3ae.model_type; the published sizes' decoders have 16 heads
 _HEADS = {size: heads for size, (_, _, heads) in SIZES.items()} | {"debug": 16}
@@ -28,7 +28,7 @@ _NORMALISATION = {
 }
 
 
-def read_jax_checkpoint(path: Path) -> Converted:
+def read_jax_checkpoint(path: Path) -> Pretrained:
     """Convert a checkpoint of pre-training or of fine-tuning (whose head is left out).
 
     Raises:
@@ -55,7 +55,7 @@ def read_jax_checkpoint(path: Path) -> Converted:
     if config.vocab_size:
         tokenizer = _flag(variant, "tokenizer", "bert-base-uncased")
         notes.append(f"its captions were tokenised by {tokenizer}")
-    return Converted(config, state, kind=f"official {kind} checkpoint{steps}", notes=tuple(notes))
+    return Pretrained(config, state, kind=f"official {kind} checkpoint{steps}", notes=tuple(notes))
 
 
 def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

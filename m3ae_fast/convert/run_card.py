@@ -7,19 +7,19 @@ import json
 import re
 from typing import Any
 
-from m3ae_fast.convert.run import RunWeights
+from m3ae_fast.open_model import SavedRun
 from m3ae_fast.run.run_log import METRICS_FILE
 
 _SHOWN = ("masking", "loss", "optim", "train")  # sections; the others name this machine's folders
 
 
-def run_section(run: RunWeights) -> str:
-    """Markdown: data, steps, the last metrics up to this checkpoint, settings."""
+def run_section(run: SavedRun, average: bool) -> str:
+    """Return Markdown: data, steps, the last metrics up to this checkpoint, settings. `average`: of which weights."""
     info, config = run.info, run.info.config
     data = [f"- `{_public(shards)}`" for shards in _shards(config.get("data") or {})]
     lines = ["## Training", "", f"{info.step:,} steps, {info.samples:,} samples seen, of", "", *data, ""]
-    if run.average:
-        what = f"a moving average with decay {run.average:g}; the metrics are of the last weights"
+    if average and run.ema:
+        what = f"a moving average with decay {run.ema:g}; the metrics are of the last weights"
         lines += [f"These weights are {what}.", ""]
     metrics = _last_metrics(run)
     if metrics:
@@ -41,7 +41,7 @@ def _public(shards: str) -> str:
     return re.sub(r"(\w+://)[^/@\s]*@", r"\1", re.sub(r"\?\S*", "", shards))
 
 
-def _last_metrics(run: RunWeights) -> dict[str, tuple[float, int]]:
+def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
     """By name: the value of the last line that has it, up to the checkpoint's step, and the step of that line."""
     wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
     found: dict[str, tuple[float, int]] = {}

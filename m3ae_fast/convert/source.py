@@ -12,21 +12,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from m3ae_fast.convert.jax_checkpoint import read_jax_checkpoint
-from m3ae_fast.convert.result import Converted
-from m3ae_fast.convert.run import is_run, read_run
 from m3ae_fast.convert.timm_model import is_timm_folder, read_timm_folder
 from m3ae_fast.convert.vit import ViTOptions, from_vit
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.open_model import is_run, run_weights, saved_run
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.weights.hub import find_folder
 from m3ae_fast.weights.output_folder import read_tensors
-from m3ae_fast.weights.pretrained import check_weights, read_pretrained
+from m3ae_fast.weights.pretrained import Pretrained, check_weights, read_pretrained
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 
-def read_source(source: str, heads: ViTOptions) -> Converted:
+def read_source(source: str, heads: ViTOptions) -> Pretrained:
     """Recognise and convert a file, a folder, or a model of the hub.
 
     Raises:
@@ -43,7 +42,7 @@ def read_source(source: str, heads: ViTOptions) -> Converted:
     return found
 
 
-def _recognise(source: str, heads: ViTOptions) -> Converted:
+def _recognise(source: str, heads: ViTOptions) -> Pretrained:
     path = find_folder(source)
     if path.is_dir():
         return _read_folder(path, source, heads)
@@ -66,18 +65,17 @@ def _recognise(source: str, heads: ViTOptions) -> Converted:
     return read_jax_checkpoint(path)
 
 
-def _read_folder(path: Path, source: str, heads: ViTOptions) -> Converted:
+def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
     if is_run(path):
-        return read_run(path).weights
+        return run_weights(saved_run(path))
     if is_timm_folder(path):
         return read_timm_folder(path, heads)
     if not (path / "config.json").is_file():
         raise UserError(f"{source}: a folder with neither checkpoints nor an exported model")
-    found = read_pretrained(source)
-    return Converted(found.config, found.state, found.tokenizer, kind="exported M3AE")
+    return read_pretrained(source)
 
 
-def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Converted:
+def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Pretrained:
     config, state, notes = from_vit(weights, heads, source)
     notes.append("images are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are")
     kind = "encoder of an MAE or a timm ViT"
@@ -86,7 +84,7 @@ def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOption
         wanted = norm_pix or "loss.norm_pix=true if MAE was trained with --norm_pix_loss"
         notes.append(f"to train on with MAE's loss, set loss.per=batch and {wanted}")
         kind = "MAE checkpoint"
-    return Converted(config, state, kind=kind, notes=tuple(notes))
+    return Pretrained(config, state, kind=kind, notes=tuple(notes))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.convert.result import Converted
 from m3ae_fast.convert.vit import ViTOptions, from_vit
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.positions import sincos_2d
@@ -29,6 +28,7 @@ from m3ae_fast.weights.output_folder import (
     read_tensors,
     write_tensors,
 )
+from m3ae_fast.weights.pretrained import Pretrained
 
 _ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
 _CARD = """---
@@ -145,7 +145,7 @@ def _about(folder: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def read_timm_folder(folder: Path, heads: ViTOptions) -> Converted:
+def read_timm_folder(folder: Path, heads: ViTOptions) -> Pretrained:
     """Convert a VisionTransformer that timm saved, or `write_timm`.
 
     Raises:
@@ -170,4 +170,4 @@ def read_timm_folder(folder: Path, heads: ViTOptions) -> Converted:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: {MODEL_FILE} cannot be read ({error})") from None
     config, state, notes = from_vit(weights, options, where)
-    return Converted(config, state, kind=f"timm model {about['architecture']}", notes=tuple(notes))
+    return Pretrained(config, state, kind=f"timm model {about['architecture']}", notes=tuple(notes))

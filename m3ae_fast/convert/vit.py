@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.config import ModelConfig, parse
-from m3ae_fast.convert.result import IMAGENET
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.output_folder import check_dtypes
 from m3ae_fast.weights.pretrained import ENCODER
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
 # our name -> theirs; positions, cls token and patch embedding are apart
 _NAMES = {
     r"patch_embed\.bias": r"patch_embed.proj.bias",

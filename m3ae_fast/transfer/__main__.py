@@ -21,12 +21,12 @@ from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
 from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
 from m3ae_fast.transfer.job import Job, refuse_existing, show_result, write_result
-from m3ae_fast.transfer.models import MODEL_HELP, load_model, set_range
 
 
 class Task(NamedTuple):
@@ -125,7 +125,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
         model = Classifier.from_pretrained(args.model)
     else:
         text = args.modality != "image"
-        model = load_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+        model = open_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
     set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         job = Job(args, config, session, folder, model.to(ranks.device).eval())

@@ -38,11 +38,13 @@ _UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_s
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What such a folder holds."""
+    """Weights with what they need: what such a folder holds."""
 
     config: ModelConfig
     state: dict[str, Tensor]  # by parameter name; of the encoder only, or of everything
     tokenizer: CaptionTokenizer | None = None
+    kind: str = "exported M3AE"  # what it was read from
+    notes: tuple[str, ...] = ()  # what the user should know
 
     @property
     def has_decoder(self) -> bool:

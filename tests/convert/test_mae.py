@@ -13,7 +13,7 @@ from m3ae_fast.batch import Sample, pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import LossConfig
 from m3ae_fast.convert.__main__ import main
-from m3ae_fast.convert.result import IMAGENET
+from m3ae_fast.convert.vit import IMAGENET
 from m3ae_fast.errors import UserError
 from m3ae_fast.model import M3AE
 from m3ae_fast.run.throughput import StepCounts

@@ -124,7 +124,13 @@ def test_checkpoint_from_before_a_setting_existed_had_its_default(run):
 
 def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
     """Of `model.init_from`: what changes neither names nor shapes, but what they compute, has to be the same."""
-    base = {**TINY["model"], "vocab_size": 64, "image_targets": "pixels", "output_head_depth": 1}
+    base = {
+        **TINY["model"],
+        "vocab_size": 64,
+        "image_targets": "pixels",
+        "output_head_depth": 1,
+        "image_range": [0, 255],
+    }
     others = {
         "emb_dim": 64, "depth": 1, "dec_emb_dim": 64, "dec_depth": 1, "mlp_ratio": 2, "output_head_depth": 2,
         "use_type_embedding": False, "patch_size": 4, "channels": 1, "vocab_size": 65,
@@ -132,6 +138,7 @@ def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
     compared = {
         "num_heads": 2, "dec_num_heads": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6],
         "image_targets": "vqgan", "gelu": "exact", "positions": "stored", "mean_pool": "before_norm",
+        "image_range": [0, 4095],
     }  # fmt: skip
     free = {"size", "drop", "att_drop", "drop_path", "init_from"}
     adapted = {"image_size", "text_length", "codebook_size"}  # sin-cos positions fit; codes show where they are used

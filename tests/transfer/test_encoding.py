@@ -11,15 +11,15 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError
+from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.transfer.models import load_model
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar
 
 
 @pytest.fixture(scope="module")
 def model(run):
-    return load_model(str(run), text=True).eval()
+    return open_model(str(run), text=True).eval()
 
 
 def images(count, size=32):
@@ -85,7 +85,7 @@ def test_what_cannot_be_encoded_is_a_value_error(model, given, message):
 
 def test_texts_need_a_tokenizer(run):
     with pytest.raises(UserError, match="has no tokenizer"):
-        load_model(str(run), text=False).encode(texts=["a cat"])
+        open_model(str(run), text=False).encode(texts=["a cat"])
 
 
 def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_samples(model, tmp_path):
@@ -116,7 +116,7 @@ def test_a_training_model_is_left_in_training_mode(model):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", ["pooled", "patches"])
 def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run, tmp_path, part, value):
-    model = load_model(str(run), text=True)
+    model = open_model(str(run), text=True)
     pooled, both = model.pooled, model.pooled_and_rows
 
     def spoilt(batch, pool):

@@ -6,7 +6,7 @@ from pyarrow import parquet
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.features import main
-from m3ae_fast.transfer.models import load_model
+from m3ae_fast.open_model import open_model
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.shards import write_tar
 
@@ -62,7 +62,7 @@ def test_patches_leave_pooled_features_as_they_are(features, shards, pool):
 def test_captions_are_encoded_without_their_images(features, shards, run):
     found = np.load(features(shards[1], "text.npz", "--modality", "text"))["features"]
     first = dict(labelled_members([100]))["00100.txt"].decode()
-    expected = load_model(str(run), text=True).encode(texts=[first], precision="fp32")[0]
+    expected = open_model(str(run), text=True).encode(texts=[first], precision="fp32")[0]
     np.testing.assert_allclose(found[0], expected.numpy(), rtol=1e-5, atol=1e-5)
 
 

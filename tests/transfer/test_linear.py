@@ -7,13 +7,13 @@ import torch
 from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
+from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run import checkpoint
 from m3ae_fast.transfer import labelled_loop
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.linear import CachedSteps
-from m3ae_fast.transfer.models import load_model
 from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks
@@ -32,7 +32,7 @@ def test_colours_are_told_apart(transfer, run, tmp_path, options):
     assert sum("val_top1" in line for line in lines) == 15  # every epoch
     classifier = Classifier.from_pretrained(tmp_path / "out").eval()
     assert classifier.config.classes == ["blue", "green", "red"]
-    encoder = load_model(str(run), text=False)
+    encoder = open_model(str(run), text=False)
     assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)  # it was frozen
 
 
