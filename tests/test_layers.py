@@ -6,19 +6,9 @@ import graphlib
 from tests.helpers.trainer import ROOT
 
 # packages and modules of m3ae_fast, lowest first; what is not named, and every __main__, is a program, on top of all
-LAYERS = (
-    "m3ae_kernels",
-    "errors",
-    "whole_file",
-    "progress",
-    "config",
-    "hardware",
-    "batch",
-    "weights",
-    "vqgan",
-    "model",
-)
-LAYERS += ("data", "shard_tools", "process", "engine", "pictures", "run", "encoding", "open_model")
+LAYERS = ("m3ae_kernels", "errors", "whole_file", "regular_file", "home", "progress", "config", "hardware", "batch")
+LAYERS += ("weights", "vqgan", "model", "data", "shard_tools", "process", "engine", "pictures", "run", "encoding")
+LAYERS += ("open_model",)
 
 
 def _modules():
