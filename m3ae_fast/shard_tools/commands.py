@@ -113,7 +113,9 @@ def _convert(source: Source, settings: Settings, args: argparse.Namespace) -> No
 def _from_folder(args: argparse.Namespace) -> None:
     settings = _settings(args)
     columns = (args.image_column, args.caption_column)
-    _convert(Folder(args.input, args.captions, columns, _read_classes(args.classes), args.flat), settings, args)
+    folder = Folder(args.input, args.captions, columns, _read_classes(args.classes), args.flat)
+    _convert(folder, settings, args)
+    print("".join(f"{line}\n" for line in folder.ignored.lines()), end="")
 
 
 def _from_hdf5(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.caption_table import Row, read_captions
 from m3ae_fast.shard_tools.source import Record, read_file
+from m3ae_fast.shard_tools.tally import IGNORED, Tally
 
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
@@ -35,8 +36,10 @@ class Folder:
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
         flat: sub-folders are not classes.
 
+    `ignored` counts files that are neither.
+
     Raises:
-        UserError: there is no image, or the table names some that are not there.
+        UserError: a folder cannot be listed, there is no image, or the table names some that are not there.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class Folder:
         if not folder.is_dir():
             raise UserError(f"{folder}: is not a folder")
         self.folder = str(folder)
-        paths = sorted(_find(self.folder, flat))
+        files = sorted(_find(self.folder, flat))
+        paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not paths:
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
         self.classes: Sequence[str] | None = None if flat else _classes(folder, paths, classes)
@@ -59,6 +63,7 @@ class Folder:
         self._has_table = captions is not None
         if captions is not None:
             self._images = _join(folder, paths, captions, read_captions(captions, *columns))
+        self.ignored = _ignored(folder, files, paths, captions)
         self.splits = {"train": len(self._images)}
         self.identity: dict[str, Any] = {"kind": "folder", **self._fingerprints()}
 
@@ -118,7 +123,7 @@ def _stamp(path: str) -> tuple[int, int] | None:
 
 
 def _find(folder: str, flat: bool) -> Iterator[str]:
-    """Paths of images below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
+    """Paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
     class: two classes may be links to one folder, and a link may lead back.
 
     Raises:
@@ -134,8 +139,23 @@ def _find(folder: str, flat: bool) -> Iterator[str]:
         seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if not name.startswith("."):
                 yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _ignored(folder: Path, files: Sequence[str], images: Sequence[str], table: Path | None) -> Tally:
+    """The files that are neither an image, nor a caption beside one, nor the table."""
+    known = set(images)
+    if table is None:
+        stems = {os.path.splitext(path)[0] for path in images}
+        known |= {path for path in files if path.endswith((".txt", ".TXT")) and path[:-4] in stems}
+    else:
+        known.add(os.path.relpath(table, folder))
+    tally = Tally()
+    for path in files:
+        if path not in known:
+            tally.add(IGNORED, _printable(path))
+    return tally
 
 
 def _refuse(error: OSError) -> None:

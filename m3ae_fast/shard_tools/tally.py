@@ -1,4 +1,4 @@
-"""What a tool tells the user at its end of samples that are not as they should be."""
+"""What a tool tells the user at its end of samples and files that are not as they should be."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections import Counter
 from m3ae_fast.data.reader import MAX_CAPTION_BYTES
 
 _SHOWN = 3  # examples of each kind
-REFUSED, EMPTY, CUT = "refused", "empty", "cut"
+REFUSED, EMPTY, CUT, IGNORED = "refused", "empty", "cut", "ignored"
 _TEXT = {
-    REFUSED: "cannot be used and left out",
-    EMPTY: "with an empty caption",
-    CUT: f"with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which training reads the beginning",
+    REFUSED: "sample{s} cannot be used and left out",
+    EMPTY: "sample{s} with an empty caption",
+    CUT: f"sample{{s}} with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which training reads the beginning",
+    IGNORED: "file{s} ignored, as neither an image nor the caption of one",
 }
 
 
 class Tally:
-    """Samples by kind: how many, and the first of them."""
+    """Samples and files by kind: how many, and the first of them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -48,6 +49,6 @@ class Tally:
         told = []
         for kind, text in _TEXT.items():
             if self.counts[kind]:
-                told.append(f"{self.counts[kind]:,} sample{'s' * (self.counts[kind] != 1)} {text}, such as")
+                told.append(f"{self.counts[kind]:,} {text.format(s='s' * (self.counts[kind] != 1))}, such as")
                 told += [f"    {sample}" for sample in self.examples[kind]]
         return told

@@ -278,6 +278,19 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
     assert "2 samples with an empty caption" in text and "1 left out by the call before" in text
 
 
+def test_files_that_are_no_input_are_named(folder, tmp_path, capsys):
+    for name in ("a.heic", "b.svg", "c.txt", "classes.json", ".hidden"):
+        (folder / name).write_text("")
+    (folder / "t.csv").write_text("image,caption\ngood.jpg,a\n")
+    assert make("from-folder", folder, tmp_path / "out") == 0
+    assert (
+        "5 files ignored, as neither an image nor the caption of one, such as\n    a.heic\n    b.svg\n    c.txt\n"
+        in said(capsys)
+    )
+    assert make("from-folder", folder, tmp_path / "table", "--captions", folder / "t.csv") == 0
+    assert "5 files ignored" in said(capsys)  # good.txt, but not the table
+
+
 def test_the_tally_shows_the_first_three_of_each_kind():
     first, second = Tally(), Tally()
     for number in range(4):
