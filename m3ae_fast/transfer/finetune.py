@@ -69,7 +69,8 @@ def set_up(job: Job, resume: str) -> FineTuning:
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
     }
-    step, notes, stream = 0, [], fingerprint(Data(train, val, job.model.tokenizer))
+    step, stream = 0, fingerprint(Data(train, val, job.model.tokenizer))
+    notes: list[str] = []
     if found:
         same = [("classifier", key) for key in sections["classifier"]]
         same += [("run", "seed"), ("finetune", "global_batch")]

@@ -115,7 +115,8 @@ def set_up(job: Job) -> Probing:
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
     }
-    step, notes, stream = 0, [], fingerprint(Data(train, val, job.model.tokenizer))
+    step, stream = 0, fingerprint(Data(train, val, job.model.tokenizer))
+    notes: list[str] = []
     if found:
         same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
         same += [("probe", "global_batch")]
