@@ -36,7 +36,7 @@ def pixel_options(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def drop_options(config: ModelConfig) -> dict[str, float]:
+def drop_options(config: ModelConfig) -> dict[str, Any]:
     return {"drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
 
 

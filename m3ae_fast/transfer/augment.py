@@ -145,7 +145,8 @@ class Mixing:
     def _draw_pair(self, seed: int) -> tuple[float, tuple[int, int, int, int]]:
         random = np.random.RandomState(seed & 0xFFFFFFFF)
         cuts = self.cutmix > 0 and (self.mixup == 0 or random.rand() < self.switch_prob)
-        own = random.beta(*[self.cutmix if cuts else self.mixup] * 2)
+        alpha = self.cutmix if cuts else self.mixup
+        own = random.beta(alpha, alpha)
         if not cuts:
             return own, (0, 0, 0, 0)
         half = int(self.size * (1 - own) ** 0.5) // 2

@@ -48,7 +48,7 @@ def error_of(error: float, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"use_type_embedding": False, "output_head_depth": 2, "mlp_ratio": 3}],
+    [{}, {"use_type_embedding": False, "output_head_depth": 2, "mlp_ratio": 3, "dec_depth": 1}],
     ids=["types", "heads of MLPs"],
 )
 def test_features_and_losses_are_the_official_ones(tmp_path, capsys, config):

@@ -20,7 +20,8 @@ from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.transfer import finetune_loop
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.augment import Mixing, RandAugment
-from m3ae_fast.transfer.classifier import Classifier
+from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
+from m3ae_fast.transfer.finetune_loop import TrainableClassifier
 from tests.helpers.labelled import coloured, labelled_tar
 from tests.helpers.ranks import run_ranks
 
@@ -51,6 +52,8 @@ def losses(folder):
 def test_it_learns_and_its_classifier_loads(transfer, tmp_path, modality, changed):
     result = transfer("finetune", "--modality", modality, *settings(**changed))
     assert result["task"] == "finetune" and result["top1"] >= 0.7 and "top5" not in result
+    counts = [result[name] for name in ("classes", "train_samples", "val_samples", "skipped", "steps")]
+    assert counts == [3, 48, 18, 0, 3 * changed.get("epochs", 4)]
     model = Classifier.from_pretrained(tmp_path / "out").eval()
     assert model.config.classes == [0, 1, 2] and model.config.modality == modality
     if modality == "text":
@@ -256,6 +259,7 @@ def test_a_sample_whose_partner_is_missing_is_not_mixed_and_views_meet_views_of_
     batch = _labelled_batch(model, 4)  # two views of each of two samples
     _, labels = _mixing(mixup=0.8, repeats=2)(replace(batch, labels=torch.tensor([0, 0, 1, 1])), torch.float32)
     assert ((labels[:, :2] > 0) & (labels[:, :2] < 1)).all()
+    assert labels[0, 0] != labels[1, 0], "each view is drawn on its own"
 
 
 @pytest.mark.parametrize(("micro_batch", "repeats", "fits"), [(8, 1, True), (7, 1, False), (6, 2, False), (8, 2, True)])
@@ -296,3 +300,23 @@ def test_rand_augment_takes_the_highest_levels():
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
     augment = RandAugment("rand-m10-n15-inc1", sizes)
     assert all(augment(image, seed).shape == image.shape for seed in range(20))
+
+
+def test_accuracy_in_training_is_by_the_likeliest_class_of_what_was_mixed():
+    """And losses are sums over the batch, by soft labels, divided by the samples of the step."""
+    config = ClassifierConfig(model=_sizes(), head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
+    mixing = _mixing(mixup=1.0, cutmix=0.0, label_smoothing=0.1)
+    model = TrainableClassifier(config, mixing).train()
+    torch.manual_seed(0)
+    model.backbone.reset_parameters()
+    batch = _labelled_batch(model.backbone, 40)
+    mixed, labels = mixing(batch, torch.float32)
+    logits = Classifier.forward(model, mixed)
+    losses = model(batch, 50.0)
+    torch.testing.assert_close(losses.loss, -(labels * logits.log_softmax(1)).sum() / 50)
+    likeliest = labels.argmax(1)
+    assert (likeliest != batch.labels).any()
+    assert losses.accuracy.item() == pytest.approx((logits.argmax(1) == likeliest).sum().item() / 50)
+    assert (logits.argmax(1) == likeliest).sum() != (logits.argmax(1) == batch.labels).sum()
+    model.eval()
+    torch.testing.assert_close(model(batch), Classifier.forward(model, batch))

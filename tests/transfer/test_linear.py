@@ -84,8 +84,10 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, mon
 def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
     """They are normalised with the statistics of training, not with their own."""
     val = labelled_tar(tmp_path / "red.tar", range(101, 125, 3))
-    result = transfer("linear", "--cache-features", *FAST, *settings("probe.epochs=15"), val=val)
-    assert (result["top1"], result["val_samples"]) == (1.0, 8)
+    result = transfer("linear", "--cache-features", *FAST, *settings("probe.epochs=15", "encode.pool=cls"), val=val)
+    assert (result["top1"], result["val_samples"], result["train_samples"]) == (1.0, 8, 48)
+    saved = Classifier.from_pretrained(tmp_path / "out").config
+    assert (saved.pool, saved.head, saved.modality, saved.classes) == ("cls", "linear", "image", [0, 1, 2])
 
 
 def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
