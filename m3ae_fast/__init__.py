@@ -1,6 +1,10 @@
 """Pre-training of multimodal masked autoencoders (M3AE, arXiv 2205.14204) and their relatives, fast."""
 
+from m3ae_fast.home import settle_home
+
 __all__ = ["__version__"]
+
+settle_home()  # before other libraries look for it
 
 
 def __getattr__(name: str) -> str:

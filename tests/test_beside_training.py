@@ -62,6 +62,17 @@ def test_the_last_work_is_awaited_at_the_end(error):
     timer.join()
 
 
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_an_error_of_the_last_work_is_raised_at_the_end_unless_another_ends_the_run(error):
+    def fail() -> None:
+        raise UserError("the disk is full")
+
+    with pytest.raises(error or UserError, match="enough" if error else "the disk is full"), Background() as background:
+        background.start(fail)
+        if error:
+            raise error("enough")
+
+
 def test_a_save_that_fails_in_the_background_stops_the_run(trainer):
     """The checkpoint folder turns into a file after the first save."""
     process = trainer.fork("run", "--set", "train.steps=2000", "--set", "train.save_every=2", "--set", "train.keep=1")

@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.run import checkpoint
 from m3ae_fast.run.loggers import WANDB_ID_FILE
 from m3ae_fast.run.run_folder import LOCK_FILE, RunFolder
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
@@ -79,6 +81,33 @@ def test_a_folder_that_is_removed_under_way_is_told_and_made_again(tmp_path, cap
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
     captured = capsys.readouterr()
     assert captured.out.count("was removed: what it held is lost") == 1 and "Traceback" not in captured.err
+
+
+def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
+    run, renamed = trainer.folder / "run", trainer.folder / "renamed"
+    process = trainer.fork("run", "--set", "train.steps=100000", "--set", "train.save_every=20")
+    while process.is_alive() and not checkpoint.saved_steps(run):
+        time.sleep(0.01)
+    run.rename(renamed)
+    while process.is_alive() and not checkpoint.saved_steps(run):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    told = f"run.dir {run} was renamed to {renamed}: metrics go on there, checkpoints into a new {run}; to have all"
+    assert process.exitcode == 0 and trainer.log("run").read_text().count(told) == 1
+    for path in checkpoint.saved_steps(run):  # what it says to do
+        path.rename(renamed / "checkpoints" / path.name)
+    last = checkpoint.step_of(checkpoint.saved_steps(renamed)[-1])
+    trainer("renamed", "--set", f"train.steps={last + 1}", "--resume", "auto")
+    assert trainer.lines("renamed")[-1][0] == last + 1
+
+
+def test_what_became_of_a_folder_is_told_once(tmp_path):
+    with RunFolder(tmp_path / "run") as folder:
+        shutil.rmtree(folder.path)
+        assert "was removed, and what it held is lost" in folder.keep() and not folder.keep()
+        (folder.path / LOCK_FILE).unlink()
+        assert "its .lock was removed" in folder.keep() and not folder.keep()
 
 
 def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):

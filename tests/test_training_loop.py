@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -212,6 +213,35 @@ def test_an_engine_trains_with_dropout_and_evaluates_without(kind):
     assert len({evaluated[0], *trained, last}) == 4
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_multiplies_in_its_precision_in_both_modes(precision):
+    """Seen by hooks: what every linear layer gives, with the mode and whether gradients are wanted."""
+    data = json.loads(json.dumps(TINY))
+    data["train"] |= {"global_batch": 2, "micro_batch": 2, "precision": precision}
+    config = parse(Config, data, "test")
+    with join_ranks() as ranks:
+        torch.manual_seed(0)
+        model = M3AE(config.model, config.loss)
+        batch = pack([paired(config, seed) for seed in range(2)], model.geometry)
+        engine, seen = build_engine(model, config, ranks), set()
+
+        def see(layer, _, out):
+            for part in filter(torch.is_tensor, out if isinstance(out, tuple) else (out,)):
+                seen.add((part.dtype, layer.training, torch.is_grad_enabled()))
+
+        for layer in (module for module in engine.model.modules() if isinstance(module, torch.nn.Linear)):
+            layer.register_forward_hook(see)
+        expected = torch.bfloat16 if precision == "bf16" else torch.float32
+        for training, work in (
+            (False, lambda: engine.evaluate(batch)),
+            (True, lambda: engine.step([batch], batch.counts, 0.0)),
+            (False, lambda: engine.evaluate(batch)),
+        ):
+            seen.clear()
+            work()
+            assert seen == {(expected, training, training)}
+
+
 def paired(config: Config, seed: int):
     c, generator = config.model, torch.Generator().manual_seed(seed)
     sample = make_sample(seed, image=False)
@@ -316,6 +346,71 @@ def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
         clock[0] += 2
         spent.append(meter.rates()["utilisation"])
     assert spent == [4, 2]
+
+
+class Agreeing(OneOfTwo):
+    """A rank of two that knows what its partner says: sums and values."""
+
+    world, is_main = 2, True
+
+    def __init__(self, sums=None, value=None):
+        super().__init__(sums)
+        self.value = value
+
+    def start_sum(self, values):
+        total = self.sum(values)
+        return lambda: total
+
+    def gather(self, value):
+        return [value, self.value]
+
+    def on_main(self, work):
+        return work()
+
+
+def _verdict(tmp_path, finite_through, busy=(False, False)):
+    """Whether two ranks, that know losses to be finite through these steps, call the checkpoint of step 4 good before
+    the next step, and whether before they evaluate."""
+    found = []
+    for way in ("next", "evaluation"):
+        folder = tmp_path / f"{way} {finite_through} {busy}"
+        checkpoint.save(folder, {"model/a": torch.zeros(1)}, checkpoint.Info(4, 64, 0, {}, {}), keep=1)
+        loops = [
+            argparse.Namespace(
+                run=argparse.Namespace(dir=folder),
+                loop=argparse.Namespace(keep=1),
+                watch=argparse.Namespace(
+                    failed=lambda: False, first_bad=lambda: "", bad_step=None, finite_through=through
+                ),
+                saving=argparse.Namespace(failed=lambda: False, busy=at_work, wait=lambda: None),
+                unproven=4,
+                log=True,
+                bad=None,
+                ranks=Agreeing(value=("", None, finite_through[1])),
+                count=lambda batches: (),
+            )
+            for through, at_work in zip(finite_through, busy)
+        ]
+        main, other = loops
+        main._mark_good, main._has_proven = partial(Loop._mark_good, main), partial(Loop._has_proven, main)
+        if way == "next":
+            asks = argparse.Namespace(asked=False)
+            Loop.begin_agreement(other, asks, [])()
+            main.ranks = Agreeing(sums=other.ranks.own)
+            agreed = Loop.begin_agreement(main, asks, [])
+            Loop.agreed(main, argparse.Namespace(agreed=agreed, host=[]))
+        else:
+            Loop.stop_if_not_finite(main)
+        assert (main.unproven is None) == checkpoint.is_good(*checkpoint.saved_steps(folder))
+        found.append(main.unproven is None)
+    return found
+
+
+def test_a_checkpoint_is_good_once_the_step_after_it_is_finite_on_all_ranks(tmp_path):
+    """Step 5 is the first whose loss comes from the weights of step 4."""
+    for pair in itertools.product((3, 4, 5, 6), repeat=2):
+        assert _verdict(tmp_path, pair) == [min(pair) >= 5] * 2, pair
+    assert _verdict(tmp_path, (5, 5), busy=(False, True)) == [False, True]  # it may not be written yet
 
 
 def test_what_a_step_draws_depends_on_seed_step_and_rank_alone():

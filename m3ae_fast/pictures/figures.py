@@ -154,7 +154,7 @@ def draw_map(path: Path, places_N2: np.ndarray, labels_N: np.ndarray, classes: S
         marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0))
     axes.set(xticks=[], yticks=[])
     if 0 < len(classes) <= _MOST_NAMES:
-        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         legend = axes.legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
         for text, name in zip(legend.get_texts(), classes):  # matplotlib leaves out labels that begin with _
             text.set_text(str(name)[:24])
@@ -171,7 +171,8 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Seque
 def _save(figure: Figure, path: Path) -> None:
     from matplotlib.text import Text
 
-    for text in figure.findobj(lambda artist: isinstance(artist, Text)):
-        text.set_parse_math(False)  # a class may be called $\frac{$
+    for text in figure.findobj():
+        if isinstance(text, Text):
+            text.set_parse_math(False)  # a class may be called $\frac{$
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")

@@ -200,7 +200,8 @@ class Loop:
 
         def write() -> None:
             assert self.folder and state is not None
-            self.folder.keep()
+            if told := self.folder.keep():
+                self.log.say(f"note: {told}")
             whole = self.complete(state)
             path = checkpoint.save(self.run.dir, whole, info, self.settings.keep, self.remedy())
             self.log.say(f"saved {path}")

@@ -34,22 +34,36 @@ class RunFolder:
         os.register_at_fork(after_in_child=self._unlock_folder)
         self._take()
 
-    def keep(self) -> bool:
-        """Take the lock anew where its file or the folder was removed, and say whether it was. Raises UserError where
-        another run was faster."""
+    def keep(self) -> str:
+        """Take the lock anew where its file or the folder was removed, or the folder renamed, and say what happened; ""
+        where nothing did. Raises UserError where another run was faster."""
         assert self._lock is not None
         try:
             if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK_FILE)):
-                return False
+                return ""
         except OSError:
             pass
+        told = self._what_became_of_it()
         self._unlock()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
         self._take()
-        return True
+        return told
+
+    def _what_became_of_it(self) -> str:
+        assert self._folder_lock is not None
+        held, now = os.fstat(self._folder_lock), Path(os.readlink(f"/proc/self/fd/{self._folder_lock}"))
+        if self.path.exists() and os.path.samestat(held, os.stat(self.path)):
+            return f"run.dir {self.path}: its {LOCK_FILE} was removed, and is there again"
+        if not held.st_nlink or not now.exists():
+            return f"run.dir {self.path} was removed, and what it held is lost; it is made again"
+        return (
+            f"run.dir {self.path} was renamed to {now}: metrics go on there, checkpoints into a new {self.path}; to "
+            f"have all in one, stop the run, move {self.path}/checkpoints/* to {now}/checkpoints, and resume with "
+            f"run.dir={now}"
+        )
 
     def _take(self) -> None:
         try:

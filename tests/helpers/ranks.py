@@ -6,9 +6,11 @@ Launchers, and what happens while a program is imported, are tested with process
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -20,6 +22,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 LIMIT_S = 200
+_SHOW_STACKS = signal.SIGUSR2  # to a rank that is late: of all its threads, where each is
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["pytest", "m3ae_fast.train", "deepspeed", __name__])
 
@@ -54,16 +57,23 @@ def fork_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> list
 
 def run_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> tuple[int, str]:
     """Run `module.main(arguments)` on `ranks` ranks to the end. Returns an exit code, the first that is not 0, and what
-    they printed."""
-    processes = fork_ranks(module, arguments, ranks, log)
+    they printed. Where one is not at the end after LIMIT_S, the failure shows the stacks of all that are late."""
+    return await_ranks(fork_ranks(module, arguments, ranks, log), log)
+
+
+def await_ranks(processes: list[Process], log: Path) -> tuple[int, str]:
+    """See `run_ranks`."""
     deadline = time.monotonic() + LIMIT_S
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
     late = [process for process in processes if process.exitcode is None]
     for process in late:
+        os.kill(process.pid or 0, _SHOW_STACKS)
+    for process in late:
+        process.join(2)  # meanwhile it writes where it waits
         process.kill()
     out = log.read_text() if log.exists() else ""
-    assert not late, f"{len(late)} of {ranks} ranks are still at work after {LIMIT_S} s:\n{out}"
+    assert not late, f"{len(late)} of {len(processes)} ranks are still at work after {LIMIT_S} s:\n{out}"
     return next((process.exitcode for process in processes if process.exitcode), 0), out
 
 
@@ -77,6 +87,7 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.register(_SHOW_STACKS, file=2)
     sys.exit(exit_cleanly(lambda: import_module(module).main(arguments)))
 
 

@@ -1,0 +1,33 @@
+"""What tests rely on when something goes wrong."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from tests.helpers import ranks
+
+
+def main(arguments):
+    """A program of which one rank never ends."""
+    if os.environ["RANK"] == "1":
+        wait_here()
+    return 0
+
+
+def wait_here():
+    print("waiting", flush=True)
+    threading.Event().wait()
+
+
+def test_a_rank_that_hangs_is_shown_with_where_it_waits(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    processes = ranks.fork_ranks(__name__, [], 2, log)
+    processes[0].join(100)
+    while not log.exists() or "waiting" not in log.read_text():
+        time.sleep(0.05)
+    monkeypatch.setattr(ranks, "LIMIT_S", 0.5)
+    with pytest.raises(AssertionError, match="1 of 2 ranks are still at work") as caught:
+        ranks.await_ranks(processes, log)
+    assert "in wait_here" in str(caught.value) and "in main" in str(caught.value)
