@@ -6,6 +6,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: each of pytest's workers has one core
 
+from tests.helpers.slow import is_slow
 from tests.helpers.trainer import Trainer
 
 
@@ -13,7 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
     if (seed := config.getoption("--shuffle")) is not None:
         random.Random(seed).shuffle(items)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from m3ae_fast.config import Config
 from m3ae_fast.config.messages import section_of
+from tests.helpers.slow import SLOW, is_slow
 from tests.helpers.trainer import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
@@ -90,3 +91,16 @@ def test_commits_and_ci_use_one_ruff():
 def test_the_workflow_tests_the_oldest_supported_python():
     oldest = re.search(r"requires-python = \">=([\d.]+)\"", (ROOT / "pyproject.toml").read_text())[1]
     assert f'python-version: ["{oldest}", ' in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_called_slow_exists(name):
+    file, _, test = name.partition("::")
+    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    assert not test or f"\ndef {test}(" in text
+
+
+def test_slow_tests_are_known_by_file_or_name():
+    file, test = "tests/test_resume.py", next(name for name in SLOW if "::" in name)
+    assert is_slow(f"{file}::test_anything[1]") and is_slow(f"tests/{test}") and is_slow(f"tests/{test}[a-1]")
+    assert not is_slow(f"tests/{test}_too") and not is_slow("tests/test_docs.py::test_anything")

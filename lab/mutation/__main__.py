@@ -40,7 +40,8 @@ SLOW = {  # by the part that a mutant is in
     "kernels": ["tests/kernels/test_kernel_ops.py", "tests/kernels/test_kernel_api.py"],
 }
 LIMIT_S = {FAST: 60.0, SLOWLY: 300.0}  # what takes longer hangs
-TREE = ("m3ae_fast", "kernels", "tests", "benchmarks", "lab", "configs", "data", "docs", "README.md", "pyproject.toml")
+TREE = ("m3ae_fast", "kernels", "tests", "benchmarks", "lab", "configs", "data", "docs", "examples", ".github")
+TREE += ("README.md", "CONTRIBUTING.md", "CITATION.cff", "pyproject.toml", ".pre-commit-config.yaml")
 
 
 class Choice:
