@@ -110,7 +110,9 @@ class Crops:
         self.splits = {"tokenized": int(self._starts[-1])}
         self.classes: Sequence[str] | None = None
         codebook = hashlib.sha256(vqgan.codebook.cpu().numpy().tobytes()).hexdigest()
-        crops = {"image_size": size, "views": views, "crop_scale": list(scale), "flip": flip, "seed": seed}
+        crops: dict[str, Any] = {
+            "image_size": size, "views": views, "crop_scale": list(scale), "flip": flip, "seed": seed,
+        }  # fmt: skip
         if image_range is not None:
             crops["image_range"] = image_range
         counts = [[entry.summary.images, entry.summary.size] for entry in found]
