@@ -105,9 +105,9 @@ def test_frozen_tensors_get_no_gradient_and_change_no_other(case):
             assert error(got, expected[name].double()) < 1e-6, (frozen, name)
 
 
-@pytest.mark.parametrize("case", ["norm-some", "residual-some"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(case, dtype):
+def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(dtype):
+    case = "norm-some"
     inputs = make(case, dtype)
     expected = run(m3ae_kernels, case, inputs)
     frozen = {name: t.detach() if name.endswith(("weight", "bias")) else t for name, t in inputs.tensors.items()}
