@@ -116,6 +116,15 @@ def test_a_norm_frozen_as_a_whole_changes_no_gradient_of_rows(dtype):
     assert all(torch.equal(got, expected[name]) for name, got in results.items())
 
 
+def test_without_autograd_no_gradient_is_made():
+    """Though parameters want one: evaluation costs the forward pass alone."""
+    hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64, requires_grad=True)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        m3ae_kernels.masked_token_loss(hidden, weight, None, torch.arange(8))
+    assert max(event.self_cpu_memory_usage for event in record.events()) < 4 * weight.numel()
+    assert sum(event.name in ("aten::mm", "aten::addmm") for event in record.events()) == 1
+
+
 def test_frozen_heads_cost_no_gradient_memory():
     """With the weight frozen nothing of its size is allocated; with the bias frozen no more is done for it."""
     torch.manual_seed(0)
