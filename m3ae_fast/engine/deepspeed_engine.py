@@ -23,6 +23,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
 from m3ae_fast.model.batch import PackedBatch
+from m3ae_fast.model.transformer import MLP
 
 
 class DeepSpeedEngine:
@@ -62,6 +64,9 @@ class DeepSpeedEngine:
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
+        for module in model.modules():
+            if isinstance(module, MLP):
+                set_z3_leaf_module(module, True)  # ZeRO-3 gathers its layers' parameters for it
         optimizer = build_adamw(groups, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
         self.kinds = state_kinds(ema)
