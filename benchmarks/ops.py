@@ -29,7 +29,6 @@ class Workload:
     options: dict = field(default_factory=dict)
     forward: Cost = (0, 0)
     backward: Cost = (0, 0)
-    outputs: tuple[str, ...] = ("out",)
 
     def call(self, module) -> tuple[Tensor, ...]:
         """The results of the op of `m3ae_kernels`, of its `reference`, or of anything with functions so named."""
@@ -50,7 +49,7 @@ class Workload:
         learned = self.learned
         inputs = [self.tensors[name] for name in learned]
         grads = torch.autograd.grad(outs, inputs, [grad.to(out.dtype) for grad, out in zip(upstream, outs)])
-        return dict(zip((*self.outputs, *learned), (*(out.detach() for out in outs), *grads)))
+        return dict(zip(("out", *learned), (*(out.detach() for out in outs), *grads)))
 
     def run_in_chunks(self, module, upstream: tuple[Tensor, ...], chunks: int) -> dict[str, Tensor]:
         """As `run`, a part of the rows at a time: with so much less memory, and with sums over parts in float32."""
@@ -64,7 +63,7 @@ class Workload:
             own = {n: t.requires_grad_(self.tensors[n].requires_grad) for n, t in zip(self.rows, part)}
             for name, result in replace(self, tensors=self.tensors | own).run(module, grads).items():
                 pieces.setdefault(name, []).append(result)
-        joined = {*self.rows, *(name for name, grad in zip(self.outputs, upstream) if grad.dim())}
+        joined = {*self.rows, *(["out"] if upstream[0].dim() else [])}
         return {name: torch.cat(p) if name in joined else sum(t.float() for t in p) for name, p in pieces.items()}
 
     def cast(self, dtype: torch.dtype) -> Workload:
@@ -267,14 +266,6 @@ def _attention_masked(s: Sizes, dtype: torch.dtype, device: torch.device) -> Wor
     return _attention(lengths, lengths - seen, s.decoder, min(32, s.decoder), dtype, device)
 
 
-def _residual(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
-    t, d = s.samples * (1 + s.visible + s.words // 4), s.encoder
-    tensors = {name: _random(t, d, dtype=dtype, device=device) for name in ("x", "branch")}
-    tensors |= {name: _random(d, dtype=dtype, device=device) for name in ("weight", "bias")}
-    cost = (0, 8 * t * d)
-    return Workload("", "residual_norm", tensors, ("x", "branch"), {}, cost, cost, outputs=("total", "normed"))
-
-
 OPS: dict[str, Callable[[Sizes, torch.dtype, torch.device], Workload]] = {
     "patch_embed": _patch_embed,
     "gather_tokens": _gather,
@@ -287,5 +278,4 @@ OPS: dict[str, Callable[[Sizes, torch.dtype, torch.device], Workload]] = {
     "packed_attention, encoder": _attention_encoder,
     "packed_attention, decoder": _attention_decoder,
     "packed_attention, loss rows": _attention_masked,
-    "residual_norm": _residual,
 }

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from m3ae_kernels.attention import Kernel, Segments, cuda, op, padded
+from m3ae_kernels.attention import Kernel, Segments, cuda, op, padded, per_sample
 from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.attention.per_sample import PER_SAMPLE
@@ -134,6 +134,14 @@ def test_no_queries_and_no_rows():
         out = attend(q, kv, segments(q_lengths), segments(k_lengths))
         out.sum().backward()
         assert out.shape == (0, 2, 8) and q.grad.shape == q.shape and not kv.grad.any()
+
+
+def test_scores_that_are_made_at_once_stay_in_the_cache(monkeypatch):
+    """Of equal samples as many as fit, of one that does not fit all."""
+    monkeypatch.setattr(per_sample, "CHUNK_SCORES", 600)
+    for queries, keys, sizes in ((5, 7, [8, 2]), (7, 5, [8, 2]), (20, 20, [1] * 10)):
+        groups = per_sample._groups(segments([queries] * 10), segments([keys] * 10), 2)
+        assert [len(group.q_starts) for group in groups] == sizes
 
 
 def test_dropout_drops():

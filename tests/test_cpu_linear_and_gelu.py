@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from m3ae_kernels.cpu import build, gelu, linear
+from m3ae_kernels.cpu import build, linear, mlp
 from torch import Tensor
 
 from m3ae_fast.model.transformer import MLP
@@ -16,7 +16,7 @@ EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
 @pytest.fixture
 def fresh_libraries():
     """None is loaded yet, and none of the test's stays."""
-    libraries = (build.load, gelu._library, linear._library, linear._product_library)
+    libraries = (build.load, mlp._library, linear._library, linear._product_library)
     for library in libraries:
         library.cache_clear()
     yield
@@ -64,7 +64,7 @@ def test_gelu_equals_float64(dtype):
     grad = torch.randn(x.shape).to(dtype)
     y_exact = F.gelu(exact, approximate="tanh")
     y_exact.backward(grad.double())
-    y, (dx, again) = gelu.gelu_op(x), gelu.gelu_gradient_op(grad, x)
+    y, (dx, again) = mlp.gelu(x), mlp.gelu_gradient(grad, x)
     rounding = 2e-3 if dtype == BF16 else 2e-7  # half a unit of bf16's last place is 1/512
     usual = slice(None, -len(EXTREMES))
     assert y.dtype == dx.dtype == dtype and y.shape == dx.shape == x.shape
@@ -77,16 +77,16 @@ def test_gelu_equals_float64(dtype):
 def test_gelu_of_nan_is_nan():
     for dtype in build.DTYPES:
         x = torch.tensor([1.0, torch.nan, -1.0]).to(dtype)
-        assert gelu.gelu_op(x).isnan().tolist() == [False, True, False]
-        assert all(t.isnan().tolist() == [False, True, False] for t in gelu.gelu_gradient_op(torch.ones_like(x), x))
+        assert mlp.gelu(x).isnan().tolist() == [False, True, False]
+        assert all(t.isnan().tolist() == [False, True, False] for t in mlp.gelu_gradient(torch.ones_like(x), x))
 
 
 def test_gelu_takes_any_strides():
     for dtype in build.DTYPES:
         x = values(dtype)
         across = x.t().contiguous().t()
-        assert torch.equal(gelu.gelu_op(across), gelu.gelu_op(x))
-        results = zip(gelu.gelu_gradient_op(across, across), gelu.gelu_gradient_op(x, x))
+        assert torch.equal(mlp.gelu(across), mlp.gelu(x))
+        results = zip(mlp.gelu_gradient(across, across), mlp.gelu_gradient(x, x))
         assert all(torch.equal(a, b) for a, b in results)
 
 
@@ -180,64 +180,108 @@ def test_linear_equals_torch(kind, size, compiled):
         assert relative(a, e) <= 1.5 * relative(b, e) + 1e-6
 
 
+def plain_mlp(x, *parameters):
+    return F.linear(F.gelu(F.linear(x, *parameters[:2]), approximate="tanh"), *parameters[2:])
+
+
+def mlp_step(layer, x: Tensor, grad: Tensor, parameters: list[Tensor], autocast: bool = False) -> list[Tensor]:
+    """Output and gradients of all leaves that want one."""
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in (x.requires_grad_(), *parameters)]
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        y = layer(*leaves)
+    y.backward(grad.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def mlp_inputs(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    shapes = ((size, 64), (size,), (96, size), (96,))
+    parameters = [torch.randn(shape).div(shape[-1] ** 0.5).to(dtype).requires_grad_() for shape in shapes]
+    return torch.randn(90, 64), torch.randn(90, 96).to(BF16), parameters
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
-@pytest.mark.parametrize("kind", ["float32", "bf16", "autocast of bf16"])
-def test_linear_of_gelu_equals_torch(kind, size, compiled):
-    torch.manual_seed(0)
-    dtype = BF16 if kind == "bf16" else torch.float32
-    if (BF16 if "bf16" in kind else dtype) not in build.DTYPES:
-        assert gelu.gelu_linear(torch.ones(1, 1), None, torch.ones(1, 1), torch.ones(1)) is None or kind != "float32"
-        return
-    x = torch.randn(90, 64, dtype=BF16 if "bf16" in kind else dtype)
-    weight, bias = torch.randn(size, 64, dtype=dtype), torch.randn(size, dtype=dtype)
-    grad = torch.randn(90, size).to(BF16)
-
-    def plain(x, weight, bias):
-        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
-
-    def layer(x, weight, bias):
-        return gelu.gelu_linear(x, None, weight, bias)
-
-    layer = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-    got = step(layer, x, grad, weight, bias, "autocast" in kind)
-    expected = step(plain, x, grad, weight, bias, "autocast" in kind)
-    exact = step(plain, *(t.double() for t in (x, grad, weight, bias)), False)
+@pytest.mark.parametrize("kind", ["float32", "bf16", "autocast", "autocast of bf16"])
+def test_mlp_equals_torch(kind, size, compiled):
+    x, grad, parameters = mlp_inputs(size, BF16 if kind == "bf16" else torch.float32)
+    x = x.to(BF16) if "bf16" in kind else x
+    if (torch.float32 if kind == "float32" else BF16) not in build.DTYPES:
+        pytest.skip("this CPU lacks the instructions")
+    layer = torch.compile(mlp.mlp, backend="aot_eager", fullgraph=True) if compiled else mlp.mlp
+    got = mlp_step(layer, x, grad, parameters, "autocast" in kind)
+    expected = mlp_step(plain_mlp, x, grad, parameters, "autocast" in kind)
+    exact = mlp_step(plain_mlp, x.detach().double(), grad, [p.detach().double().requires_grad_() for p in parameters])
     for a, b, e in zip(got, expected, exact):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert relative(a, e) <= 1.5 * relative(b, e) + 1e-6
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
+def test_mlp_op_is_a_good_citizen():
+    for dtype in build.DTYPES:
+        x, _, parameters = mlp_inputs(64, dtype)
+        torch.library.opcheck(mlp.mlp_op.registered, (x.to(dtype).requires_grad_(), *parameters))
+
+
+def test_mlp_leaves_to_torch_what_it_does_not_know():
+    for x in (torch.randn(3, 64, dtype=torch.float64), torch.randn(0, 64), torch.randn(3, 64).half()):
+        parameters = [p.to(x.dtype) for p in mlp_inputs(64)[2]]
+        assert mlp.mlp(x, *parameters) is None
+
+
+def test_only_what_is_before_gelu_is_kept_for_the_backward():
+    for dtype in build.DTYPES:
+        x, _, parameters = mlp_inputs(64, dtype)
+        y = mlp.mlp(x.to(dtype), *parameters)
+        saved = sum(t.numel() for t in y.grad_fn.saved_tensors)
+        assert saved == x.numel() + parameters[0].numel() + parameters[2].numel() + 90 * 64
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_what_is_frozen_in_an_mlp_costs_nothing_and_changes_nothing(products, frozen):
+    x, grad, parameters = mlp_inputs(64)
+    x = x.to(BF16)
+    whole = mlp_step(mlp.mlp, x, grad, parameters, autocast=True)
+    leaves = [x, *parameters]
+    leaves[frozen].requires_grad_(False)
+    inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in leaves]
+    with torch.autocast("cpu", BF16):
+        mlp.mlp(*inputs).backward(grad)
+    for i, (leaf, expected) in enumerate(zip(inputs, whole[1:])):
+        assert leaf.grad is None if i == frozen else relative(leaf.grad, expected.double()) < 1e-6
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_layers_around_a_gelu_equal_torch(autocast, size, compiled):
+def test_the_models_mlp_equals_float64(autocast, gelu):
     torch.manual_seed(0)
-    mlp = MLP(64, size, "tanh", 0.0)
+    module = MLP(64, 40, gelu, 0.0)
     x, grad = torch.randn(90, 64), torch.randn(90, 64)
-    layer = torch.compile(mlp, backend="aot_eager", fullgraph=True) if compiled else mlp
 
     def exact(x):
-        hidden = F.linear(x, mlp.fc1.weight.double(), mlp.fc1.bias.double())
-        return F.linear(F.gelu(hidden, approximate="tanh"), mlp.fc2.weight.double(), mlp.fc2.bias.double())
+        hidden = F.linear(x, module.fc1.weight.double(), module.fc1.bias.double())
+        hidden = F.gelu(hidden, approximate="none" if gelu == "exact" else "tanh")
+        return F.linear(hidden, module.fc2.weight.double(), module.fc2.bias.double())
 
     results = []
-    for function, dtype in ((layer, torch.float32), (exact, torch.float64)):
+    for function, dtype in ((module, torch.float32), (exact, torch.float64)):
         leaf = x.clone().to(dtype).requires_grad_()
-        mlp.zero_grad()
+        module.zero_grad()
         with torch.autocast("cpu", BF16, enabled=autocast and dtype == torch.float32):
             y = function(leaf)
         y.backward(grad.to(y.dtype))
-        results.append([y.detach(), leaf.grad, *(p.grad for p in mlp.parameters())])
+        results.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters())])
     for got, wanted in zip(*results):
         assert relative(got, wanted) < (1e-2 if autocast else 1e-5)
 
 
-def test_only_the_input_of_gelu_is_kept_for_the_backward():
-    for dtype in build.DTYPES:
-        x, weight = torch.randn(40, 64, dtype=dtype).requires_grad_(), torch.randn(32, 64, dtype=dtype).requires_grad_()
-        y = gelu.gelu_linear(x, None, weight, torch.zeros(32, dtype=dtype))
-        assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == {x.data_ptr(), weight.data_ptr()}
+def test_a_bias_alone_is_summed_in_float32():
+    """Where the weight is frozen, and in 16 bits whoever multiplies."""
+    torch.manual_seed(0)
+    grad, x, weight = (1 + torch.rand(5000, 40)).to(BF16), torch.ones(5000, 8, dtype=BF16), torch.ones(40, 8)
+    _, of_bias = linear.parameter_gradients(grad, x, weight, [False, True])
+    assert of_bias is not None and of_bias.dtype == torch.float32
+    assert relative(of_bias, grad.double().sum(0)) < 1e-6
 
 
 def test_frozen_parameters_get_no_gradient(products):
@@ -255,8 +299,8 @@ def test_frozen_parameters_get_no_gradient(products):
 def test_torch_takes_over_without_a_compiler(no_compiler, caplog):
     x, grad = torch.randn(40, 64).to(BF16), torch.randn(40, 64).to(BF16)
     if BF16 in build.DTYPES:
-        assert torch.equal(gelu.gelu_op(x), F.gelu(x, approximate="tanh"))
-        assert all(t.isfinite().all() for t in gelu.gelu_gradient_op(grad, x))
+        assert torch.equal(mlp.gelu(x), F.gelu(x, approximate="tanh"))
+        assert all(t.isfinite().all() for t in mlp.gelu_gradient(grad, x))
         assert "GELU runs on torch" in caplog.text
     if linear.FLAGS is not None:
         square = torch.randn(64, 64).to(BF16)

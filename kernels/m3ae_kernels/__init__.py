@@ -5,7 +5,6 @@ from .gather import GatherNorm, gather_tokens
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
 from .patch_embed import PatchEmbed, patch_embed
 from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
-from .residual import residual_norm
 from .scatter import scatter_orders, scatter_tokens
 from .token_loss import MaskedTokenLoss, masked_token_loss
 from .version import __version__
@@ -25,7 +24,6 @@ __all__ = [
     "masked_token_loss",
     "packed_attention",
     "patch_embed",
-    "residual_norm",
     "scatter_orders",
     "scatter_tokens",
 ]

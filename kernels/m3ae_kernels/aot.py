@@ -105,15 +105,6 @@ CASES = [
         ("D", "stride"), ("T", "share"), (), {"GRAD_X": True, "PARAMETERS": True}, whole_rows=DIM,
     ),
     Case(
-        "residual", "residual_norm", _pointers(x="x branch weight bias total normed", fp32="mean rstd"),
-        ("D", "stride_x", "stride_branch"), ("T",), ("eps",), {"BIAS": True}, whole_rows=1024, programs=2,
-    ),
-    Case(
-        "residual", "residual_norm_backward",
-        _pointers(x="grad_total grad_normed total weight grad", fp32="mean rstd partial_weight partial_bias"),
-        ("D",), ("T", "share"), (), {"GRAD": True, "PARAMETERS": True}, whole_rows=1024, programs=2,
-    ),
-    Case(
         "pixel_loss", "patch_stats", _pointers(u8="images", i32="ids", fp32="mean rstd"),
         (), ("N",), PIXEL_FLOATS, PATCHES | {"EPS": 1e-6}, whole_rows=1024,
     ),

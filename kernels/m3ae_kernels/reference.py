@@ -145,15 +145,6 @@ def _padded_rows(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
     return torch.where(place < cu_seqlens[1:, None], place, rows).long()
 
 
-def residual_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """See `m3ae_kernels.residual_norm`."""
-    total = x + branch
-    shift = None if bias is None else bias.to(total.dtype)
-    return total, F.layer_norm(total, total.shape[1:], weight.to(total.dtype), shift, eps).to(branch.dtype)
-
-
 def _ones(hidden: Tensor) -> Tensor:
     return hidden.new_ones(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
 

@@ -4,7 +4,7 @@ Shapes: M rows, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,34 @@ from .registry import Op
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
 # The torch implementation takes the softmax in float32, for as many rows at a time as stay in the caches.
 SOFTMAX_BYTES = 8 << 20
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # [M, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    row_weight: Tensor  # [M]
+    targets: Tensor  # [M]
+
+
+class Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    dtype: torch.dtype  # of the matmuls
+    return_correct: bool
+    workspace: int | None  # bytes of logits held at once
+    impl: str
+
+
+class Results(NamedTuple):
+    """Room for what the implementations compute, empty where it is not wanted."""
+
+    row_loss: Tensor  # [M]
+    correct: Tensor  # bool [M]
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
 
 
 def masked_token_loss(
@@ -96,16 +124,19 @@ def masked_token_loss(
     if workspace is not None and workspace < 1:
         raise ValueError(f"workspace is {workspace} bytes, it must be positive")
     dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
-    options = (ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace)
+    options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)
     if reduction == "none":
-        loss, correct = token_rows_op(hidden, weight, bias, targets, *options, impl)
+        loss, correct = token_rows_op(hidden, weight, bias, targets, *options)
         loss = loss if row_weight is None else loss * row_weight.to(loss.dtype)
     else:
         counted = targets != ignore_index if reduction == "mean" else None
         weight_M = row_weights(row_weight, counted, hidden, accumulator(dtype), reduction)
         needs = [wants_grad(hidden), wants_grad(weight), wants_grad(bias)]
-        loss, *_, correct = token_loss_op(hidden, weight, bias, weight_M, targets, *options, needs, impl)
+        loss, *_, correct = token_loss_op(hidden, weight, bias, weight_M, targets, needs, *options)
     return (loss, correct) if return_correct else loss
+
+
+# torch.library reads the ops' arguments from these two signatures; all else takes them as `Inputs` and `Options`.
 
 
 def _forward(
@@ -114,47 +145,18 @@ def _forward(
     bias: Tensor | None,
     row_weight: Tensor,
     targets: Tensor,
+    needs: Sequence[bool],
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     dtype: torch.dtype,
     return_correct: bool,
     workspace: int | None,
-    needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (loss, row losses, unit, the gradients of hidden, weight and bias divided by unit, correct)."""
-    row_weight = row_weight.masked_fill(targets == ignore_index, 0)
-    share_M, unit = unit_weights(row_weight)
-    row_loss_M = torch.empty_like(share_M)
-    correct_M = targets.new_empty(len(targets) if return_correct else 0, dtype=torch.bool)
-    grads = empty_gradients(hidden, weight, dtype, needs)
-    if impl == "triton":
-        from .triton_impl.token_loss import token_loss
-    else:
-        token_loss = _token_loss
-        check_range("targets", targets[targets != ignore_index], len(weight))
-    if not len(hidden):
-        for grad in grads:
-            grad.zero_()
-    else:
-        with no_autocast(hidden):
-            token_loss(
-                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), share_M, targets,
-                ignore_index, label_smoothing, z_loss, workspace or WORKSPACE[impl], needs, row_loss_M, correct_M,
-                *grads,
-            )  # fmt: skip
-    return torch.dot(row_loss_M, row_weight), row_loss_M, unit, *grads, correct_M
-
-
-def _fake(
-    hidden, weight, bias, row_weight, targets, ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace,
-    needs, impl,
-):  # fmt: skip
-    row_loss = torch.empty_like(row_weight)
-    grads = empty_gradients(hidden, weight, dtype, needs)
-    correct = targets.new_empty(targets.shape[0] if return_correct else 0, dtype=torch.bool)
-    return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads, correct
+    """Return (loss, row losses, unit, the gradients of hidden, weight and bias divided by unit, correct)."""
+    options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)
+    return _loss(Inputs(hidden, weight, bias, row_weight, targets), options, needs)
 
 
 def _rows_forward(
@@ -170,59 +172,81 @@ def _rows_forward(
     workspace: int | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (row losses, correct)."""
+    """Return (row losses, correct)."""
+    options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)
     ones_M = hidden.new_ones(len(hidden), dtype=accumulator(dtype))
-    options = (ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace)
-    _, row_loss, *_, correct = _forward(hidden, weight, bias, ones_M, targets, *options, [False] * 3, impl)
+    _, row_loss, *_, correct = _loss(Inputs(hidden, weight, bias, ones_M, targets), options, [False] * 3)
     return row_loss, correct
 
 
-def _rows_fake(
-    hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl
-):  # fmt: skip
-    row_loss = hidden.new_empty(hidden.shape[0], dtype=accumulator(dtype))
-    return row_loss, targets.new_empty(targets.shape[0] if return_correct else 0, dtype=torch.bool)
+def _loss(
+    inputs: Inputs, options: Options, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias, row_weight, targets = inputs
+    dtype, impl = options.dtype, options.impl
+    row_weight = row_weight.masked_fill(targets == options.ignore_index, 0)
+    share_M, unit = unit_weights(row_weight)
+    results = _room(inputs, options, needs)
+    if impl == "triton":
+        from .triton_impl.token_loss import token_loss
+    else:
+        token_loss = _token_loss
+        check_range("targets", targets[targets != options.ignore_index], len(weight))
+    if not len(hidden):
+        for grad in results[2:]:
+            grad.zero_()
+    else:
+        inputs = Inputs(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), share_M, targets)
+        options = options._replace(workspace=options.workspace or WORKSPACE[impl])
+        with no_autocast(hidden):
+            token_loss(inputs, options, needs, results)
+    row_loss_M, correct_M, *grads = results
+    return torch.dot(row_loss_M, row_weight), row_loss_M, unit, grads[0], grads[1], grads[2], correct_M
+
+
+def _room(inputs: Inputs, options: Options, needs: Sequence[bool]) -> Results:
+    rows = inputs.targets.shape[0] if options.return_correct else 0
+    correct = inputs.targets.new_empty(rows, dtype=torch.bool)
+    grads = empty_gradients(inputs.hidden, inputs.weight, options.dtype, needs)
+    return Results(torch.empty_like(inputs.row_weight), correct, *grads)
+
+
+def _fake(hidden, weight, bias, row_weight, targets, needs, *options):
+    row_loss, correct, *grads = _room(Inputs(hidden, weight, bias, row_weight, targets), Options(*options), needs)
+    return row_loss.new_empty(()), row_loss, row_loss.new_empty(()), *grads, correct
+
+
+def _rows_fake(hidden, weight, bias, targets, *options):
+    ones = hidden.new_empty(hidden.shape[0], dtype=accumulator(Options(*options).dtype))
+    return _room(Inputs(hidden, weight, bias, ones, targets), Options(*options), [False] * 3)[:2]
 
 
 def _rows_backward(ctx, upstream, _):
     def loss(inputs, row_weight, needs):
-        *inputs, impl = inputs
-        return token_loss_op(*inputs[:3], row_weight, *inputs[3:], needs, impl)
+        return token_loss_op(*inputs[:3], row_weight, inputs[3], needs, *inputs[4:])
 
     return row_gradients(ctx, upstream, loss)
 
 
 def _backward(ctx, upstream, *_):
-    return scale_gradients(ctx, upstream, 13)
+    return scale_gradients(ctx, upstream, len(Inputs._fields) + 1 + len(Options._fields))
 
 
 token_loss_op = Op("token_loss", _forward, _fake, save_gradients, _backward)
 token_rows_op = Op("token_rows", _rows_forward, _rows_fake, save_inputs, _rows_backward)
 
 
-def _token_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    share: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    z_loss: float,
-    workspace: int,
-    needs: Sequence[bool],
-    row_loss: Tensor,
-    correct: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-) -> None:
-    """Fills row_loss [M], correct [M] where it has room, and the gradients that `needs` names; hidden, weight and bias
-    have one dtype, and the share of an ignored row is 0."""
+def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
+    """Fill the results, of the gradients those that `needs` names; hidden, weight and bias have one dtype, and the
+    weight of an ignored row is 0."""
+    hidden, weight, bias, share, targets = inputs
+    row_loss, correct, grad_hidden, grad_weight, grad_bias = results
+    ignore_index, smoothing, z_loss = options[:3]
+    assert options.workspace is not None
     dtype, acc, vocab = hidden.dtype, share.dtype, weight.shape[0]
     bias = weight.new_zeros(vocab) if bias is None else bias
     grad_bias.zero_()
-    chunk = min(len(hidden), max(1, workspace // (vocab * dtype.itemsize)))
+    chunk = min(len(hidden), max(1, options.workspace // (vocab * dtype.itemsize)))
     logits_CV = hidden.new_empty(chunk, vocab)
     softmax_rows = min(chunk, max(1, SOFTMAX_BYTES // (vocab * acc.itemsize)))
     softmax_CV = hidden.new_empty(softmax_rows, vocab, dtype=acc)

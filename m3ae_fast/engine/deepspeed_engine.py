@@ -23,6 +23,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import averages, build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import out_of_memory
+from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
 
 
@@ -62,6 +64,9 @@ class DeepSpeedEngine:
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
+        for module in model.modules():
+            if isinstance(module, MLP):
+                set_z3_leaf_module(module, True)  # ZeRO-3 gathers its layers' parameters for it
         optimizer = build_adamw(groups, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
         self.kinds = state_kinds(ema)

@@ -17,8 +17,8 @@ import torch._functorch.config
 import torch.nn.functional as F
 from m3ae_kernels import gather_tokens, packed_attention
 from m3ae_kernels.attention import Segments
-from m3ae_kernels.cpu.gelu import gelu_linear, linear_gelu
 from m3ae_kernels.cpu.linear import Linear, linear
+from m3ae_kernels.cpu.mlp import mlp
 from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -64,48 +64,23 @@ class Attention(nn.Module):
         return self.drop(self.proj(out_RHd.flatten(1)))
 
 
-class _BesideGelu(Linear):
-    """A linear layer before or after a GELU. Each is one module: ZeRO-3 gathers weights for the module that owns them,
-    and wants the same modules of every rank, also of one without rows."""
-
-    def __init__(self, dim: int, out_dim: int, gelu: Gelu, drop: float) -> None:
-        super().__init__(dim, out_dim)
-        self.gelu, self.drop = gelu, drop
-
-    def _by_kernels(self) -> bool:
-        """Whether the CPU's kernels may know what comes out of GELU."""
-        return self.gelu == "tanh" and not (self.training and self.drop)
-
-
-class LinearGelu(_BesideGelu):
-    """Before a GELU: its output, and GELU of it, without a gradient, where that comes with the matmul."""
-
-    def forward(self, x_RD: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        if self._by_kernels():
-            return linear_gelu(x_RD, self.weight, self.bias)
-        return super().forward(x_RD), None
-
-
-class GeluLinear(_BesideGelu):
-    """A linear layer of GELU's output, which `y` is where it is known."""
-
-    def forward(self, x_RD: Tensor, y_RD: Tensor | None) -> Tensor:  # type: ignore[override]
-        if self._by_kernels():
-            out_RD = gelu_linear(x_RD, y_RD, self.weight, self.bias)
-            if out_RD is not None:
-                return out_RD
-        return linear(F.dropout(gelu(x_RD, self.gelu), self.drop, self.training), self.weight, self.bias)
-
-
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, whose parameters only this module reads: ZeRO-3 must gather them for
+    it (the engine's part) and not for the layers."""
+
     def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
         super().__init__()
-        self.fc1 = LinearGelu(dim, hidden_dim, gelu, drop)
-        self.fc2 = GeluLinear(hidden_dim, dim, gelu, drop)
-        self.drop = nn.Dropout(drop)
+        self.fc1, self.fc2 = Linear(dim, hidden_dim), Linear(hidden_dim, dim)
+        self.gelu, self.drop = gelu, drop
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.drop(self.fc2(*self.fc1(x_RD)))
+        dropped = self.training and self.drop > 0
+        if self.gelu == "tanh" and not dropped:
+            out_RD = mlp(x_RD, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            if out_RD is not None:
+                return out_RD
+        hidden = F.dropout(gelu(self.fc1(x_RD), self.gelu), self.drop, self.training)
+        return F.dropout(self.fc2(hidden), self.drop, self.training)
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:

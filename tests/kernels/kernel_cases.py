@@ -151,12 +151,6 @@ def packed_attention(dtype, lengths, heads, dim, queries=None, ids=torch.int32) 
     return Inputs(tensors, options)
 
 
-def residual_norm(dtype, rows, dim, bias=True) -> Inputs:
-    tensors = {name: _random(rows, dim, dtype=dtype) for name in ("x", "branch")}
-    tensors |= {name: _random(dim, dtype=dtype) for name in (("weight", "bias") if bias else ("weight",))}
-    return Inputs(tensors)
-
-
 # Rows 0, 1 and prime; widths 48, 123 and 512; tiles left ragged on every side.
 CASES = {
     "attend-empty": (packed_attention, {"lengths": (), "heads": 2, "dim": 16}),
@@ -194,10 +188,6 @@ CASES = {
         gather_tokens,
         {"tokens": 41, "rows": 23, "dim": 64, "norm": True, "bias": False, "ids": torch.int64},
     ),
-    "residual-empty": (residual_norm, {"rows": 0, "dim": 48}),
-    "residual-one": (residual_norm, {"rows": 1, "dim": 512}),
-    "residual-some": (residual_norm, {"rows": 67, "dim": 123}),
-    "residual-no-bias": (residual_norm, {"rows": 23, "dim": 64, "bias": False}),
     "scatter-empty": (scatter_tokens, {"tokens": 0, "rows": 3, "dim": 48, "fill": 2, "table": 5}),
     "scatter-no-rows": (scatter_tokens, {"tokens": 11, "rows": 0, "dim": 48, "fill": 2, "table": 5}),
     "scatter-mask": (scatter_tokens, {"tokens": 641, "rows": 97, "dim": 123, "fill": 2, "table": 131}),
@@ -246,7 +236,7 @@ CASES = {
 }
 # One of each op, small: for the tests that look at something else than sizes.
 SMALL = (
-    "attend-queries", "residual-some", "embed-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
+    "attend-queries", "embed-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
     "pixel-rows", "token-z", "token-rows",
 )  # fmt: skip
 
@@ -258,10 +248,8 @@ def make(case: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
 
 
 def call(module, case: str, inputs: Inputs) -> Tensor:
-    """The op's differentiable result; of `residual_norm` both, side by side."""
+    """Return the op's differentiable result."""
     result = getattr(module, CASES[case][0].__name__)(**inputs.tensors, **inputs.options)
-    if case.startswith("residual"):
-        return torch.cat(result, 1)
     return result[0] if isinstance(result, tuple) else result
 
 

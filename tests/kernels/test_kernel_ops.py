@@ -65,7 +65,6 @@ def test_float64(case):
     [
         ("attend-queries", {"lengths": (1, 2), "heads": 1, "dim": 1, "queries": (1, 1)}),
         ("attend-some", {"lengths": (2, 1), "heads": 1, "dim": 1}),
-        ("residual-some", {"rows": 2, "dim": 3}),
         ("embed-float", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "floating": True}),
         ("gather-some", {"tokens": 5, "rows": 3, "dim": 2}),
         ("norm-some", {"tokens": 5, "rows": 3, "dim": 4, "norm": True}),
@@ -121,7 +120,7 @@ def test_any_upstream_gradient(case):
 
 
 STRIDED = (
-    "attend-some", "attend-queries", "residual-some", "embed-p16", "embed-one", "gather-some", "norm-some",
+    "attend-some", "attend-queries", "embed-p16", "embed-one", "gather-some", "norm-some",
     "scatter-mask", "pixel-p16", "pixel-one", "token-some",
 )  # fmt: skip
 
@@ -512,7 +511,6 @@ def test_m3ae_heads_are_their_parts(vocab):
         ("attend-some", {"qkv": torch.zeros(43, 3, 1, 160), "impl": "triton"}, ValueError, "160 values a head: the Tr"),
         ("attend-some", {"max_queries": 3}, ValueError, "q, cu_queries and max_queries must be given together"),
         ("attend-queries", {"cu_queries": torch.zeros(2).int()}, ValueError, "cu_queries has shape"),
-        ("residual-some", {"branch": torch.zeros(3, 123)}, ValueError, "branch has shape"),
         ("gather-some", {"rows": torch.zeros(3)}, TypeError, "rows must be int32 or int64"),
         ("gather-some", {"x": torch.zeros(3)}, ValueError, r"x has shape \(3,\)"),
         ("norm-some", {"norm_weight": None}, ValueError, "norm_bias needs a norm_weight"),

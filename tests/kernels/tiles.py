@@ -5,16 +5,16 @@ import m3ae_kernels
 import pytest
 import torch
 from m3ae_kernels import reference, tuning
-from m3ae_kernels.triton_impl import norm, patch_embed, rows
+from m3ae_kernels.triton_impl import attention, norm, patch_embed, rows
 
-from tests.kernels.kernel_cases import make, run
+from tests.kernels.kernel_cases import make, packed_attention, run
 from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401
 
 ARCH = "sm_90"
+CPU, SIDES = torch.device("cpu"), ("BLOCK_M", "BLOCK_N")
 RAGGED = (
     "attend-some",
     "attend-queries",
-    "residual-some",
     "embed-p14",
     "embed-last",
     "norm-some",
@@ -37,7 +37,19 @@ def test_shipped_tiles(case, dtype, monkeypatch, poisoned):  # noqa: F811
         assert error(got, true[name]) <= allowed, name
 
 
-@pytest.mark.parametrize("case", ["embed-p14", "norm-some", "residual-some"])
+@pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_attention_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
+    """Samples of one row less than a tile, of as many, one more, and two tiles: of keys and of queries."""
+    rows = {side: attention.as_rows(tuning.config("attention_backward", CPU, dtype), 16)[side] for side in SIDES}
+    edges = sorted({n for b in rows.values() for n in (b - 1, b, b + 1, 2 * b)})
+    inputs = packed_attention(dtype, edges, 1, 16, queries=[*edges[1:], edges[0]] if other else None)
+    true, torch_like = run(reference, "attend-some", double(inputs)), run(reference, "attend-some", inputs)
+    for name, got in run(m3ae_kernels, "attend-some", inputs).items():
+        assert error(got, true[name]) <= 2 * error(torch_like[name], true[name]) + FLOOR[got.dtype], name
+
+
+@pytest.mark.parametrize("case", ["embed-p14", "norm-some"])
 def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
     """As where there are more blocks of rows than programs."""
     monkeypatch.setattr(patch_embed, "TARGET_PROGRAMS", 1)

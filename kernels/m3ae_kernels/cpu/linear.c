@@ -1,9 +1,9 @@
-/* Linear layers in bf16 on CPUs with AMX, or with AVX-512's products of pairs: x w^T + bias, maybe before a GELU, and the
-   gradient of their input, grad w, maybe through a GELU.
+/* Linear layers in bf16 on CPUs with AMX, or with AVX512_BF16's dot products: x w^T + bias, optionally followed by GELU, and
+   the gradient of their input, grad w, optionally through a GELU.
 
    Products are [R, K] by [K, N]. The weight is packed first: pairs of K side by side, N in panels of 32 columns, whose squares
    of 32 by 32 are two tiles each. A part of it is multiplied with all rows before the next; a strip of rows stays in a core's
-   first cache. Results leave by stores that pass all caches, for they are larger than these. Every number is one sum over K in
+   first cache. Results are written with non-temporal stores, because they do not fit in the caches. Every number is one sum over K in
    float, whatever the number of threads. */
 
 #include <omp.h>
@@ -143,7 +143,7 @@ static inline void multiply(Strip *strip, const bf16 *panel, long steps, const R
     *before = *now;
 }
 #else
-/* Rows r to r + STRIP, the missing ones zeros, copied to `room`: 32 values of each side by side. Rows that are a power of 2
+/* Rows r to r + STRIP, the missing ones zeros, copied to `room`: 32 values of each side by side. Rows a power of two
    apart would push each other out of the cache. */
 static inline Strip take_strip(const bf16 *x, bf16 *room, long r, long R, long K, long row, long panels) {
     for (long i = 0; i < STRIP; i++)
@@ -154,7 +154,7 @@ static inline Strip take_strip(const bf16 *x, bf16 *room, long r, long R, long K
     return (Strip){.x = room};
 }
 
-/* `now`, the product of a strip and a panel, to memory: one pair of a row's values, in all lanes, with those of 32 columns. */
+/* `now`, the product of a strip and a panel, to memory: broadcast one bf16 pair of a row and multiply it with 32 columns. */
 static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
                             int kind) {
     const bf16 *x = strip->x;
@@ -185,9 +185,18 @@ static inline void multiply(Strip *strip, const bf16 *panel, long steps, const R
 }
 #endif
 
-/* A thread's part of `linear`. */
-static inline void work(const bf16 *x, bf16 *room, const float *bias, const bf16 *h, const bf16 *packed, bf16 *out, bf16 *y,
-                        long R, long K, long N, long row, int kind) {
+/* What `linear` computes: out [R, N] = x [R, K], its rows `row` values apart, times a packed weight, plus bias [N] or NULL. */
+typedef struct {
+    const bf16 *x;
+    const float *bias;
+    const bf16 *h, *packed;
+    bf16 *out, *y;
+    long R, K, N, row;
+} Product;
+
+/* A thread's part of it; `room` is for a strip of rows. */
+static inline void work(const Product *all, bf16 *room, int kind) {
+    const long R = all->R, K = all->K, N = all->N;
     const long steps = K / 32, panels = N / 32, part = smaller(panels, PART / (32 * K) ? PART / (32 * K) : 1);
     const long parts = (panels + part - 1) / part, blocks = (R + ROWS - 1) / ROWS;
     float sums[2][STRIP * 32] __attribute__((aligned(64)));
@@ -197,11 +206,12 @@ static inline void work(const bf16 *x, bf16 *room, const float *bias, const bf16
     for (long first = 0; first < parts; first++)
         for (long block = 0; block < blocks; block++)
             for (long r = block * ROWS; r < smaller(R, (block + 1) * ROWS); r += STRIP) {
-                Strip strip = take_strip(x, room, r, R, K, row, part);
+                Strip strip = take_strip(all->x, room, r, R, K, all->row, part);
                 for (long p = first * part; p < smaller(panels, (first + 1) * part); p++, turn = !turn) {
                     const long at = r * N + p * 32;
-                    const Result now = {sums[turn], bias ? bias + p * 32 : NULL, h + at, out + at, y + at, smaller(STRIP, R - r)};
-                    multiply(&strip, packed + p * steps * 2 * TILE, steps, &now, &before, N, kind);
+                    const float *bias = all->bias ? all->bias + p * 32 : NULL;
+                    const Result now = {sums[turn], bias, all->h + at, all->out + at, all->y + at, smaller(STRIP, R - r)};
+                    multiply(&strip, all->packed + p * steps * 2 * TILE, steps, &now, &before, N, kind);
                 }
             }
     for (long r = 0; r < before.rows; r++) put_row(&before, r, N, kind);
@@ -213,6 +223,7 @@ static inline void work(const bf16 *x, bf16 *room, const float *bias, const bf16
 int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
            long K, long N, long row, int turned, int wide, int threads) {
     const long steps = K / 32, panels = N / 32;
+    const Product all = {x, bias, h, packed, out, y, R, K, N, row};
     bf16 *rooms = aligned_alloc(64, threads * STRIP * K * sizeof(bf16)); /* a strip for each thread */
     if (!rooms) return 0;
 #pragma omp parallel num_threads(threads)
@@ -226,9 +237,9 @@ int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, 
                 if (turned) pack_turned(weight, K, t * 32, p * 32, wide, tiles);
                 else pack(weight, N, t * 32, p * 32, wide, tiles);
             }
-        if (h) work(x, room, bias, h, packed, out, y, R, K, N, row, THROUGH_GELU);
-        else if (y) work(x, room, bias, h, packed, out, y, R, K, N, row, BEFORE_GELU);
-        else work(x, room, bias, h, packed, out, y, R, K, N, row, PLAIN);
+        if (h) work(&all, room, THROUGH_GELU);
+        else if (y) work(&all, room, BEFORE_GELU);
+        else work(&all, room, PLAIN);
         _mm_sfence();
         give_tiles_back(before);
     }

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..registry import Op
 from .build import BF16, TILES, load, may_use_tiles
 from .processor import this_cpu
 
@@ -68,9 +69,8 @@ def by_kernels(dtype: torch.dtype, weight_OI: Tensor) -> bool:
     return weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
 
 
-@torch.library.custom_op("m3ae::linear", mutates_args=())
-def linear_op(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """In x's dtype; weight and bias may be float32."""
+def linear_forward(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return [R, O] in x's dtype; weight and bias may be float32."""
     dtype = x_RI.dtype
     if _by_onednn(dtype, weight_OI):
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
@@ -80,25 +80,14 @@ def linear_op(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         return F.linear(x_RI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
 
-@linear_op.register_fake
-def _(x_RI, weight_OI, bias_O):
-    return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
-
-
-@torch.library.custom_op("m3ae::input_gradient", mutates_args=())
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
-    """[R, I]: that of `linear_op`'s x, in the dtype of grad."""
+    """Return [R, I], the gradient of `linear_forward`'s x, in the dtype of grad."""
     if _by_onednn(grad_RO.dtype, weight_OI):
-        return linear_op(grad_RO, weight_OI.t(), None)
+        return linear_forward(grad_RO, weight_OI.t(), None)
     if multiplies(grad_RO, weight_OI):
         return product(grad_RO, weight_OI, None, turned=False)[0]
     with torch.autocast("cpu", enabled=False):
         return grad_RO @ weight_OI.to(grad_RO.dtype)
-
-
-@input_gradient.register_fake
-def _(grad_RO, weight_OI):
-    return grad_RO.new_empty(grad_RO.shape[0], weight_OI.shape[1])
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
@@ -147,34 +136,21 @@ def _product_library() -> ctypes.CDLL | None:
 def parameter_gradients(
     grad_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of `linear_op`'s weight and bias, of the two that `needs` wants, in the dtype of the weight."""
+    """Return the gradients of weight and bias, of the two that `needs` wants, in the dtype of the weight."""
     need_weight, need_bias = needs
     dtype = weight_OI.dtype
     if need_weight and by_kernels(x_RI.dtype, weight_OI):
-        grad_weight, grad_bias = weight_gradient(grad_RO, x_RI)
-        return grad_weight.to(dtype), grad_bias.to(dtype)
+        sums, of_bias = weight_gradient(grad_RO, x_RI)
+        return sums.to(dtype), of_bias.to(dtype)
     grad_bias = grad_RO.sum(0, dtype=dtype) if need_bias else None
     if not need_weight:
         return None, grad_bias
     if _by_onednn(x_RI.dtype, weight_OI):
-        return linear_op(grad_RO.t(), x_RI.t(), None), grad_bias
+        return linear_forward(grad_RO.t(), x_RI.t(), None), grad_bias
     with torch.autocast("cpu", enabled=False):
         return (grad_RO.t() @ x_RI).to(dtype), grad_bias
 
 
-def linear_backward(ctx, grad_RO):
-    x_RI, weight_OI = ctx.saved_tensors
-    need_x, *needs = ctx.needs_input_grad
-    grad_x = input_gradient(grad_RO, weight_OI) if need_x else None
-    return grad_x, *parameter_gradients(grad_RO, x_RI, weight_OI, needs)
-
-
-linear_op.register_autograd(
-    linear_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
-)
-
-
-@torch.library.custom_op("m3ae::weight_gradient", mutates_args=())
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     """grad^T x, [O, I], and grad's sum over rows, [O], both float32, from bf16; O and I are multiples of 32."""
     library = _library()
@@ -199,12 +175,6 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     return out, narrow_sums if turned else wide_sums
 
 
-@weight_gradient.register_fake
-def _(grad_RO, x_RI):
-    out = grad_RO.new_empty(grad_RO.shape[1], x_RI.shape[1], dtype=torch.float32)
-    return out, out.new_empty(grad_RO.shape[1])
-
-
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     assert FLAGS is not None
@@ -218,3 +188,42 @@ def _library() -> ctypes.CDLL | None:
 def _rows(x: Tensor) -> Tensor:
     """weight_gradient.c knows one stride, that between rows; torch's allocations are aligned to 64 bytes."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def wanted(grads: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """Return what an op may: each gradient that is needed, and an empty tensor for any other."""
+    return [grad if need and grad is not None else like.new_empty(0) for grad, need in zip(grads, needs)]
+
+
+def _fake(x_RI, weight_OI, bias_O):
+    return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
+
+
+def _gradients(
+    grad_RO: Tensor, x_RI: Tensor, weight_OI: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias."""
+    grad_x = input_gradient(grad_RO, weight_OI) if needs[0] else None
+    grad_x, grad_weight, grad_bias = wanted(
+        (grad_x, *parameter_gradients(grad_RO, x_RI, weight_OI, needs[1:])), needs, grad_RO
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def _fake_gradients(grad_RO, x_RI, weight_OI, needs):
+    grads = torch.empty_like(x_RI), torch.empty_like(weight_OI), weight_OI.new_empty(weight_OI.shape[0])
+    return tuple(wanted(grads, needs, grad_RO))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx, grad_RO):
+    needs = list(ctx.needs_input_grad)
+    grads = linear_backward_op(grad_RO, *ctx.saved_tensors, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs))
+
+
+linear_op = Op("linear", linear_forward, _fake, _setup_context, _backward)
+linear_backward_op = Op("linear_backward", _gradients, _fake_gradients)

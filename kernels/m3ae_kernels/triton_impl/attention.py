@@ -52,7 +52,8 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one sample and head a program, over all its keys; scale is log2(e) / sqrt(D). lse [H, Q] is
-    the base-2 logarithm of the sums of exponentials.
+    the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1 (https://arxiv.org/abs/2307.08691):
+    m_i is the largest score so far, l_i the sum of exponentials, acc that of the weighted values.
 
     FLOPs 4HD sum(n^2), bytes 8THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder (n 73, H 16,
     D 64) 11 GFLOP, 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP, 608 MB, 181 us, and 0.7e9 exponentials,
@@ -72,25 +73,25 @@ def attention_kernel(
         k += key * stride_kv + head * D
         v += key * stride_kv + head * D
         q_MD = load_rows(q + query * stride_q + head * D, m, queries, stride_q, D, BLOCK_D)
-        most = tl.full((BLOCK_M,), float("-inf"), dtype=ACC)
-        total = tl.zeros((BLOCK_M,), dtype=ACC)
+        m_i = tl.full((BLOCK_M,), float("-inf"), dtype=ACC)
+        l_i = tl.zeros((BLOCK_M,), dtype=ACC)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
         for n0 in range(0, keys, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
             s = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION, out_dtype=ACC)
             s = tl.where((n < keys)[None, :], s, float("-inf"))
-            above = tl.maximum(most, tl.max(s, 1))
-            level = above * scale
-            p = tl.exp2(s * scale - level[:, None])
-            shrink = tl.exp2(most * scale - level)
-            total = total * shrink + tl.sum(p, 1)
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            m_scaled = m_new * scale
+            p = tl.exp2(s * scale - m_scaled[:, None])
+            alpha = tl.exp2(m_i * scale - m_scaled)
+            l_i = l_i * alpha + tl.sum(p, 1)
             v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
-            acc = tl.dot(p.to(v_ND.dtype), v_ND, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
-            most = above
+            acc = tl.dot(p.to(v_ND.dtype), v_ND, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
+            m_i = m_new
         row = query * H * D + head * D
-        store_rows(out + row, m, queries, H * D, acc / total[:, None], D, BLOCK_D)
-        tl.store(lse + head * Q + query + m, most * scale + tl.log2(total), mask=m < queries)
+        store_rows(out + row, m, queries, H * D, acc / l_i[:, None], D, BLOCK_D)
+        tl.store(lse + head * Q + query + m, m_i * scale + tl.log2(l_i), mask=m < queries)
 
 
 @launcher
@@ -141,7 +142,8 @@ def attention_backward_kernel(
 ):  # fmt: skip
     """One sample and head a program, so that nobody else adds to its gradients; scale is 1 / sqrt(D), scale2 log2(e)
     times that. Of LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] holds the sums of dq between tiles of
-    keys, in the cache.
+    keys, in the cache. FlashAttention-2's algorithm 2 (https://arxiv.org/abs/2307.08691): p are the weights, dp and ds
+    the gradients of weights and scores, delta the rows' sums of out * grad.
 
     FLOPs 10HD sum(n^2), bytes 16THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder 28 GFLOP,
     612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP, 1.2 GB, 363 us. Instructions issued, as above: encoder 85 us, so
@@ -176,13 +178,13 @@ def attention_backward_kernel(
             q_MD = load_rows(q, m, queries, stride_q, D, BLOCK_D)
             g_MD = load_rows(grad, m, queries, width, D, BLOCK_D)
             o_MD = load_rows(out, m, queries, width, D, BLOCK_D)
-            along = tl.sum(g_MD.to(ACC) * o_MD.to(ACC), 1)
-            level = tl.load(lse + m, mask=m < queries, other=0)
+            delta = tl.sum(g_MD.to(ACC) * o_MD.to(ACC), 1)
+            lse_M = tl.load(lse + m, mask=m < queries, other=0)
             s = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION, out_dtype=ACC)
-            p = tl.where((n < keys)[:, None], tl.exp2(s * scale2 - level[None, :]), 0)
+            p = tl.where((n < keys)[:, None], tl.exp2(s * scale2 - lse_M[None, :]), 0)
             dv_ND = tl.dot(p.to(g_MD.dtype), g_MD, dv_ND, input_precision=PRECISION, out_dtype=ACC)
-            slope = tl.dot(v_ND, tl.trans(g_MD), input_precision=PRECISION, out_dtype=ACC)
-            ds = (p * (slope - along[None, :])).to(q_MD.dtype)
+            dp = tl.dot(v_ND, tl.trans(g_MD), input_precision=PRECISION, out_dtype=ACC)
+            ds = (p * (dp - delta[None, :])).to(q_MD.dtype)
             dk_ND = tl.dot(ds, q_MD, dk_ND, input_precision=PRECISION, out_dtype=ACC)
             dq_MD = tl.dot(tl.trans(ds), k_ND, input_precision=PRECISION, out_dtype=ACC)
             if LONG:

@@ -19,12 +19,12 @@ ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def launcher(launch: Callable) -> Callable:
-    """Makes the device of the first tensor current: Triton launches on the current one."""
+    """Make the device of the first argument current: Triton launches there. It is a tensor, or begins with one."""
 
     @wraps(launch)
-    def on_device(tensor: Tensor, *arguments):
-        with torch.cuda.device_of(tensor):
-            return launch(tensor, *arguments)
+    def on_device(first, *arguments):
+        with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
+            return launch(first, *arguments)
 
     return on_device
 

@@ -1,7 +1,7 @@
 """Kernel of `masked_token_loss`: a chunk's logits come from a plain product, one pass over them makes losses and slopes
 in their place, two plain products make the gradients.
 
-All inner sizes are multiples of 16 or more, by zero columns: the vendors' libraries want rows that start on 16 bytes.
+Inner sizes are zero-padded to multiples of 16, because vendor BLAS needs 16-byte-aligned rows.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..dispatch import accumulator
+from ..token_loss import Inputs, Options, Results
 from ..tuning import config
 from .common import acc_type, launcher, padded, up
 from .matmul import add_product, even_chunks, workspace_rows
@@ -44,33 +44,35 @@ def token_rows_kernel(
     # Read before any thread writes; a target out of range reads nothing and shows in the loss.
     logit = tl.load(logits + target, mask=inside, other=float("nan")).to(ACC)
     column = tl.where(inside, target, -1).to(tl.int32)
-    # Each lane's largest, first place of it, sum of exponentials and sum: across threads they are combined once. The
-    # start is finite, so that a logit of -inf is only a probability of 0.
-    largest = tl.full((BLOCK_V,), -3.0e38, dtype=ACC)
-    total = tl.zeros((BLOCK_V,), dtype=ACC)
-    place = tl.zeros((BLOCK_V,), dtype=tl.int32)
+    # 1. Online softmax (algorithm 3 of https://arxiv.org/abs/1805.02867) in each lane: maximum m, its first place, sum
+    # d of exponentials, sum of logits; reduced across lanes once. m starts finite, so that a logit of -inf is only a
+    # probability of 0.
+    m = tl.full((BLOCK_V,), -3.0e38, dtype=ACC)
+    d = tl.zeros((BLOCK_V,), dtype=ACC)
+    argmax = tl.zeros((BLOCK_V,), dtype=tl.int32)
     sums = tl.zeros((BLOCK_V,), dtype=ACC)
     for v0 in range(0, V, BLOCK_V):
         v = v0 + lane
-        # The mask of a load divides by 16: it is wide. What lies between V and the stride is no logit.
+        # The load mask is a multiple of 16, so loads vectorise; columns from V to stride are padding.
         x = tl.where(v < V, tl.load(logits + v, mask=v < stride, other=0).to(ACC), float("-inf"))
-        above = x > largest
-        e = tl.exp(-tl.abs(x - largest))
-        total = tl.where(above, total * e + 1, total + e)
-        largest = tl.where(above, x, largest)
+        above = x > m
+        e = tl.exp(-tl.abs(x - m))
+        d = tl.where(above, d * e + 1, d + e)
+        m = tl.where(above, x, m)
         if CORRECT:
-            place = tl.where(above, v, place)
+            argmax = tl.where(above, v, argmax)
         if SMOOTH:
             sums += tl.where(v < V, x, 0)
-    most = tl.max(largest, 0)
-    lse = most + tl.log(tl.sum(total * tl.exp(largest - most), 0))
+    m_row = tl.max(m, 0)
+    lse = m_row + tl.log(tl.sum(d * tl.exp(m - m_row), 0))
     loss = (1 - smoothing) * (lse - logit) + z_loss * lse * lse
     if SMOOTH:
         loss += smoothing * (lse - tl.sum(sums, 0) / V)
     tl.store(row_loss + row, tl.where(counted, loss, 0))
     if CORRECT:
-        first = tl.min(tl.where(largest == most, place, V), 0)
+        first = tl.min(tl.where(m == m_row, argmax, V), 0)
         tl.store(correct + row, (first == column).to(tl.int8))
+    # 2. The slope of the loss, in the logits' place.
     if GRAD:
         weight = tl.load(share + row)
         level = 1 + 2 * z_loss * lse
@@ -84,25 +86,12 @@ def token_rows_kernel(
 
 
 @launcher
-def token_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    share: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    z_loss: float,
-    workspace: int,
-    needs: Sequence[bool],
-    row_loss: Tensor,
-    correct: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-) -> None:
-    """Fills row_loss [M], correct [M] where it has room, and the gradients that `needs` wants; hidden, weight and bias
-    have one dtype, and the share of an ignored row is 0."""
+def token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
+    """Fill the results, of the gradients those that `needs` wants; hidden, weight and bias have one dtype, and the
+    weight of an ignored row is 0."""
+    hidden, weight, bias, share, targets = inputs
+    row_loss, correct, grad_hidden, grad_weight, grad_bias = results
+    assert options.workspace is not None
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     (count, dim), vocab = hidden.shape, len(weight)
     wide, stride = up(dim), up(vocab, VOCAB_MULTIPLE)
@@ -112,7 +101,7 @@ def token_loss(
         padded(weight, stride, wide, dtype),
     )
     bias = None if bias is None else padded(bias[None], 1, stride, dtype)[0]
-    most = max(1, workspace // (stride * dtype.itemsize))
+    most = max(1, options.workspace // (stride * dtype.itemsize))
     chunk = even_chunks(count, most, ROW_MULTIPLE)
     space = hidden.new_empty(workspace_rows(count, most), stride)
     columns, last = hidden, dim if needs[1] else 0
@@ -133,8 +122,8 @@ def token_loss(
             torch.addmm(bias, hidden[rows], weight.t(), out=logits)
         token_rows_kernel[(len(logits),)](
             logits, targets[rows], share[rows], row_loss[rows], correct[rows].view(torch.int8), vocab, stride,
-            ignore_index, smoothing, z_loss,
-            GRAD=any(needs), CORRECT=len(correct) > 0, SMOOTH=smoothing > 0, ACC=acc_type(dtype), **tile,
+            options.ignore_index, options.label_smoothing, options.z_loss,
+            GRAD=any(needs), CORRECT=len(correct) > 0, SMOOTH=options.label_smoothing > 0, ACC=acc_type(dtype), **tile,
         )  # fmt: skip
         if needs[0] and wide == dim:
             torch.mm(logits, weight, out=grad_hidden[rows])

@@ -1,0 +1,131 @@
+"""fc2(GELU(fc1(x))) as one op, forward and backward, on CPUs with AVX-512.
+
+GELU comes with the matmul before it (linear.c), or by itself (gelu.c): compiled torch takes two to three times as long,
+most of it for e ** x. The backward pass keeps what is before GELU alone and makes GELU again along with its gradient.
+
+Shapes: R rows, I inputs, H hidden values, O outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..registry import Op
+from .build import BF16, DTYPES, load
+from .linear import (
+    input_gradient,
+    linear_forward,
+    matmul_dtype,
+    multiplies,
+    parameter_gradients,
+    product,
+    wanted,
+)
+
+
+def mlp(x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor | None:
+    """Return fc2(gelu(fc1(x))), [R, O], with GELU's tanh approximation, as autocast has it; None where this CPU has no
+    kernel for it."""
+    dtype = matmul_dtype(x_RI, weight_HI)
+    if dtype not in DTYPES:
+        return None
+    return mlp_op(x_RI.to(dtype), weight_HI, bias_H, weight_OH, bias_O)[0]
+
+
+def _forward(
+    x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the result and what is before GELU."""
+    if multiplies(x_RI, weight_HI):
+        hidden_RH, y_RH = product(x_RI, weight_HI, bias_H, turned=True, before_gelu=True)
+        assert y_RH is not None
+    else:
+        hidden_RH = linear_forward(x_RI, weight_HI, bias_H)
+        y_RH = gelu(hidden_RH)
+    return linear_forward(y_RH, weight_OH, bias_O), hidden_RH
+
+
+def _fake(x_RI, weight_HI, bias_H, weight_OH, bias_O):
+    return tuple(x_RI.new_empty(x_RI.shape[0], weight.shape[0]) for weight in (weight_OH, weight_HI))
+
+
+def _gradients(
+    grad_RO: Tensor, x_RI: Tensor, weight_HI: Tensor, weight_OH: Tensor, hidden_RH: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return those of `_forward`'s five arguments."""
+    grad_RH, y_RH = hidden_gradient(grad_RO, weight_OH, hidden_RH)
+    of_fc2 = parameter_gradients(grad_RO, y_RH, weight_OH, needs[3:])
+    del y_RH
+    of_fc1 = parameter_gradients(grad_RH, x_RI, weight_HI, needs[1:3])
+    grad_x = input_gradient(grad_RH, weight_HI) if needs[0] else None
+    grads = wanted((grad_x, *of_fc1, *of_fc2), needs, grad_RO)
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+def _fake_gradients(grad_RO, x_RI, weight_HI, weight_OH, hidden_RH, needs):
+    weights = (each for w in (weight_HI, weight_OH) for each in (torch.empty_like(w), w.new_empty(w.shape[0])))
+    return tuple(wanted((torch.empty_like(x_RI), *weights), needs, grad_RO))
+
+
+def _setup_context(ctx, inputs, output):
+    x_RI, weight_HI, _, weight_OH, _ = inputs
+    ctx.save_for_backward(x_RI, weight_HI, weight_OH, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_RO, _):
+    needs = list(ctx.needs_input_grad)
+    grads = mlp_backward_op(grad_RO, *ctx.saved_tensors, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs))
+
+
+mlp_op = Op("mlp", _forward, _fake, _setup_context, _backward)
+mlp_backward_op = Op("mlp_backward", _gradients, _fake_gradients)
+
+
+def hidden_gradient(grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of what is before GELU, and GELU of it once more."""
+    if multiplies(grad_RO, weight_OH):
+        grad_RH, y_RH = product(grad_RO, weight_OH, None, turned=False, hidden_RN=hidden_RH)
+        assert y_RH is not None
+        return grad_RH, y_RH
+    return gelu_gradient(input_gradient(grad_RO, weight_OH), hidden_RH)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return GELU's tanh approximation of x, of one of the `DTYPES`."""
+    library = _library(x.dtype)
+    if library is None:
+        return F.gelu(x, approximate="tanh")
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    library.forward(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
+    return y
+
+
+def gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x, and `gelu(x)` once more."""
+    library = _library(x.dtype)
+    if library is None:
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), F.gelu(x, approximate="tanh")
+    grad, x = grad.contiguous(), x.contiguous()
+    dx, y = torch.empty_like(x), torch.empty_like(x)
+    pointers = (tensor.data_ptr() for tensor in (grad, x, dx, y))
+    library.backward(*pointers, x.numel(), torch.get_num_threads())
+    return dx, y
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """None without a C compiler."""
+    library = load("gelu.c", BF16 if dtype == torch.bfloat16 else (), "GELU runs on torch, at half the speed")
+    if library is not None:
+        library.forward.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_long, ctypes.c_int]
+        library.backward.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_long, ctypes.c_int]
+    return library
