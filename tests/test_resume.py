@@ -154,7 +154,7 @@ def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
 
 def test_what_a_resumed_run_may_change(tmp_path):
     config = parse(Config, TINY, "tiny")
-    stream = {"data.train": "1 shards", "data.tokenizer": "9 tokens"}
+    stream = {"data.train": "1 shards", "data.tokenizer": "9 tokens", "data.order": "4 lanes, windows of 2 shards"}
     info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, stream)
 
     def fits(section: str, stream=stream, with_changes=False, **values) -> list[str]:
@@ -166,7 +166,7 @@ def test_what_a_resumed_run_may_change(tmp_path):
         with pytest.raises(UserError, match=f"was made with {section}.{next(iter(values))} = "):
             fits(section, with_changes=True, **values)
     for section, values in (
-        ("data", {"shuffle_shards": 3}),
+        ("run", {"stream": stream | {"data.order": "8 lanes, windows of 2 shards"}}),
         ("data", {"crop_scale": (0.5, 1.0)}),
         ("data", {"flip": False}),
         ("masking", {"image_ratio": 0.5}),
@@ -182,6 +182,27 @@ def test_what_a_resumed_run_may_change(tmp_path):
     ]
     old = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {})  # without a fingerprint
     assert resuming.check_fits(tmp_path, old, config, stream) == []
+
+
+def test_what_a_version_without_lanes_began_keeps_its_order(trainer):
+    """Until --resume-with-changes; in all that follows from the checkpoint, too."""
+    sources = json.dumps([{"shards": str(CLIPART / "train-*.tar")}])
+    options = [*SAVE, "--set", f"data.train={sources}"]
+    trainer("run", *options, "--set", "data.lanes=1", "--set", "data.shuffle_shards=1")
+    whole = trainer.losses("run")
+    _cut(trainer, "run", 2)
+    (path,) = checkpoint.saved_steps(trainer.folder / "run")
+    info = json.loads((path / checkpoint.INFO_FILE).read_text())
+    assert info["stream"].pop("data.order") == "groups of 1 shards"
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(info))
+    for step in (2, 4):
+        _cut(trainer, "run", step)
+        out = trainer("run", *options, "--resume", "auto")
+        assert "note: the order of samples stays groups of 1 shards" in out
+        assert trainer.losses("run") == whole
+    out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=8", "--resume-with-changes")
+    assert "the order of samples stays" not in out
+    assert "note: data.order was groups of 1 shards and is 2 lanes, windows of 64 shards from here on" in out
 
 
 def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):

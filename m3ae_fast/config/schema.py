@@ -207,8 +207,11 @@ class DataConfig(Section):
     """Mirror half of the images."""
     repeats: int = Field(1, gt=0, le=1 << 16)
     """Views (crops and masks) of each sample in an epoch, decoded once; an epoch has that many times the steps."""
-    shuffle_shards: int = Field(16, gt=0, le=1 << 24)
-    """Shards whose samples are shuffled together."""
+    shuffle_shards: int = Field(128, gt=0, le=1 << 24)
+    """Shards whose samples are shuffled together, over all lanes."""
+    lanes: int = Field(64, gt=0, le=1 << 16)
+    """Most lanes of the stream, of which a node reads some. The largest divisor of the batch is taken, up to the number
+    of shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Loader processes per rank; null: as many as the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
@@ -274,7 +277,7 @@ class LoopConfig(Section):
     global_batch: Batch = 4096
     """Samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = None
-    """Most samples per rank and forward pass; the largest divisor that fits is taken. Null: no accumulation."""
+    """Most samples per rank and forward pass; a rank's part of the batch is cut evenly. Null: no accumulation."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run; or give `steps`."""
     steps: Count | None = None

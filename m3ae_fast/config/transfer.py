@@ -70,7 +70,7 @@ class ProbeConfig(LoopConfig, ScheduleConfig):
     global_batch: Batch = 2048
     """Samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = 64
-    """Most samples per rank and forward pass; the largest divisor that fits is taken."""
+    """Most samples per rank and forward pass; a rank's part of the batch is cut evenly."""
     peak_lr: float = Field(0.1, gt=0)
     """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
     warmup_epochs: float = Field(10, ge=0, le=1e6)

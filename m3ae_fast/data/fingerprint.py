@@ -7,10 +7,11 @@ import json
 
 import torch
 
+from m3ae_fast.data.lanes import Layout
 from m3ae_fast.data.opening import Data
 
 
-def fingerprint(data: Data) -> dict[str, str]:
+def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     """By name, what must be unchanged for a resumed run: shards with sizes and order, weights of sources, tokenizers.
 
     Folders do not matter: shards may move.
@@ -23,6 +24,7 @@ def fingerprint(data: Data) -> dict[str, str]:
     ends = [len(source.shards) for source in data.train.sources]
     what = _hash([shards, ends, data.train.weights])
     stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
+    stream["data.order"] = str(layout)
     if data.tokenizer is not None:
         stream["data.tokenizer"] = f"{data.tokenizer.vocab_size:,} tokens, {_hash(data.tokenizer.definition)}"
     if data.image_tokenizer is not None:

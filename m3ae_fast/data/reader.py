@@ -21,7 +21,7 @@ from m3ae_fast.errors import UserError
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
 IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 256  # twice data.shuffle_shards by default; each is two open files
 _RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
 
 

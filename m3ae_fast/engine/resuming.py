@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.config import Config, DataConfig, ModelConfig, parse
+from m3ae_fast.data import Corpus, Layout, lay_out
+from m3ae_fast.data.lanes import without_lanes
 from m3ae_fast.engine import checkpoint
 from m3ae_fast.engine.optimizer import EMA, MOMENTS
 from m3ae_fast.engine.ranks import Ranks
 from m3ae_fast.errors import UserError
+
+_GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
@@ -60,6 +64,24 @@ def judge(run_dir: Path, bad_step: int) -> str:
     return told + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
 
 
+def layout_of(
+    info: checkpoint.Info | None, config: DataConfig, train: Corpus, global_batch: int, with_changes: bool = False
+) -> tuple[Layout, list[str]]:
+    """Return the order's lanes of a run that continues from `info`, if any, and a note where they are not the config's:
+    what a version without lanes began keeps its order, unless `with_changes`."""
+    wanted = lay_out(config, train.sizes, global_batch)
+    if info is None or with_changes:
+        return wanted, []
+    group = (info.config.get("data") or {}).get("shuffle_shards", _GROUP)
+    kept = without_lanes(info.stream.get("data.order", f"groups of {group} shards"))
+    if kept is None or kept == wanted:
+        return wanted, []
+    return kept, [
+        f"the order of samples stays {kept}, as the checkpoint's version had it, and not {wanted}; this is the last "
+        "release that keeps it, and --resume-with-changes changes it"
+    ]
+
+
 def check_fits(
     path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
 ) -> list[str]:
@@ -76,7 +98,7 @@ def check_fits(
 
     same = [("model", key) for key in wanted["model"] if key != "init_from"]
     check_same(path, info, wanted, [*same, ("run", "seed"), ("train", "global_batch")])
-    other = differing("data", ("shuffle_shards", "crop_scale", "flip")) + differing("masking", list(wanted["masking"]))
+    other = differing("data", ("crop_scale", "flip")) + differing("masking", list(wanted["masking"]))
     other += [(name, info.stream[name], now) for name, now in stream.items() if info.stream.get(name, now) != now]
     if other and not with_changes:
         name, was, now = other[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m3ae_fast.config import Config
-from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, fingerprint, open_data, train_loader
+from m3ae_fast.data import BadSamples, Data, Preparation, eval_loader, fingerprint, open_data, train_loader
 from m3ae_fast.drawing import draw_run
 from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.build import build_engine
@@ -69,13 +69,14 @@ class Run(Loop):
         _require_kernels(ranks.device)
         cfg = config.train
         found = ranks.told(lambda: resuming.find(config.run.dir, resume))
-        share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
+        share = split_batch(cfg, ranks.world, ranks.rank)
         data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main))
         schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
 
-        stream, notes = fingerprint(data), cautions(config, data, schedule)
-        if found:
-            info = ranks.told(lambda: checkpoint.read_info(found))
+        info = ranks.told(lambda: checkpoint.read_info(found)) if found else None
+        layout, notes = resuming.layout_of(info, config.data, data.train, cfg.global_batch, with_changes)
+        stream, notes = fingerprint(data, layout), notes + cautions(config, data, schedule)
+        if found and info:
             notes += resuming.check_fits(found, info, config, stream, with_changes)
             if resume == "auto":
                 notes += ranks.told(lambda: resuming.passed_over(config.run.dir))
@@ -115,7 +116,9 @@ class Run(Loop):
             share=share,
             schedule=schedule,
             engine=engine,
-            train_loader=train_loader(config.data, data.train, preparation, share, steps, pin_memory=pin),
+            train_loader=train_loader(
+                config.data, data.train, preparation, share, steps, layout=layout, pin_memory=pin
+            ),
             eval_loader=held_out,
             throughput=Throughput(config.model, config.masking, peak),
             watch=LossWatch(),
@@ -206,13 +209,14 @@ class Run(Loop):
             precision = "bf16 (fp32 is faster here)"
         kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
         views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
+        per_rank, rest = divmod(config.train.global_batch, self.ranks.world)
+        per_rank = f"{per_rank} or {per_rank + 1}" if rest else per_rank
         accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
         lines = [
             f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
             f"attention: {attention}, optimiser: {self.engine.optimizer_name}",
             f"{self.data.train.samples:,} samples{views}, "
-            f"batch {config.train.global_batch} = {self.ranks.world} ranks x "
-            f"{self.share.micro_batch * self.share.accumulation} samples{accumulated}, "
+            f"batch {config.train.global_batch} = {self.ranks.world} ranks x {per_rank} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
             *([self.started] if self.started else []),
         ]

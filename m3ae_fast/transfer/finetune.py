@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from m3ae_fast.config.transfer import FineTuneConfig
-from m3ae_fast.data import BadSamples, Data, Preparation, Share, eval_loader, fingerprint, train_loader
+from m3ae_fast.data import BadSamples, Data, Preparation, eval_loader, fingerprint, train_loader
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import UNMASKED, require_tokenizer
-from m3ae_fast.engine import resuming
+from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.garbage import GarbageCollection
@@ -43,7 +43,7 @@ def set_up(job: Job, resume: str) -> FineTuning:
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.told(lambda: settle_precision(job.config.finetune, ranks.device))
     found = ranks.told(lambda: resuming.find(run.dir, resume))
-    share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
+    share = split_batch(config, ranks.world, ranks.rank)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         require_tokenizer(job.model)
@@ -66,7 +66,8 @@ def set_up(job: Job, resume: str) -> FineTuning:
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
     }
-    step = 0
+    step, info = 0, ranks.told(lambda: checkpoint.read_info(found)) if found else None
+    layout, _ = resuming.layout_of(info, data, train, config.global_batch)
     if found:
         same = [("classifier", key) for key in sections["classifier"]]
         same += [("run", "seed"), ("finetune", "global_batch")]
@@ -86,7 +87,9 @@ def set_up(job: Job, resume: str) -> FineTuning:
         share=share,
         schedule=schedule,
         engine=engine,
-        train_loader=train_loader(data, train, preparation, share, steps, transform=transform, pin_memory=pin),
+        train_loader=train_loader(
+            data, train, preparation, share, steps, layout=layout, transform=transform, pin_memory=pin
+        ),
         val=val,
         val_loader=eval_loader(data, val, preparation, share, pin_memory=pin),
         max_bad_fraction=data.max_bad_fraction,
@@ -94,7 +97,7 @@ def set_up(job: Job, resume: str) -> FineTuning:
         averaged=averaged,
         watch=LossWatch(),
         bad=BadSamples(data.max_bad_fraction, train.samples),
-        stream=fingerprint(Data(train, val, job.model.tokenizer)),
+        stream=fingerprint(Data(train, val, job.model.tokenizer), layout),
         start=step,
         step=step,
     )

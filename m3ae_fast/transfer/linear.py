@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from m3ae_fast.config.transfer import ProbeConfig
-from m3ae_fast.data import BadSamples, Corpus, Data, Preparation, Share, fingerprint, train_loader
+from m3ae_fast.data import BadSamples, Corpus, Data, Layout, Preparation, Share, fingerprint, train_loader
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import UNMASKED, Features, require_tokenizer
-from m3ae_fast.engine import resuming
+from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.garbage import GarbageCollection
 from m3ae_fast.engine.loop import restore
@@ -97,7 +97,7 @@ def set_up(job: Job) -> Probing:
     ranks, run, config = job.ranks, job.config.run, job.config.probe
     cached = job.args.cache_features
     found = ranks.told(lambda: resuming.find(run.dir, job.args.resume))
-    share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
+    share = split_batch(config, ranks.world, ranks.rank)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         require_tokenizer(job.model)
@@ -115,7 +115,8 @@ def set_up(job: Job) -> Probing:
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
     }
-    step = 0
+    step, info = 0, ranks.told(lambda: checkpoint.read_info(found)) if found else None
+    layout, _ = resuming.layout_of(info, job.config.data, train, config.global_batch)
     if found:
         same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
         same += [("probe", "global_batch")]
@@ -132,12 +133,12 @@ def set_up(job: Job) -> Probing:
         share=Share(config.global_batch) if cached else share,
         schedule=schedule,
         engine=engine,
-        train_loader=_crops(job, train, share, steps)
+        train_loader=_crops(job, train, share, steps, layout)
         if bank is None
         else CachedSteps(bank, steps, config.global_batch, run.seed),
         watch=LossWatch(),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
-        stream=fingerprint(Data(train, val, job.model.tokenizer)),
+        stream=fingerprint(Data(train, val, job.model.tokenizer), layout),
         start=step,
         step=step,
         head=head,
@@ -146,10 +147,10 @@ def set_up(job: Job) -> Probing:
     )
 
 
-def _crops(job: Job, train: Corpus, share: Share, steps: range) -> Any:
+def _crops(job: Job, train: Corpus, share: Share, steps: range, layout: Layout) -> Any:
     preparation = Preparation(job.model.geometry, UNMASKED, job.model.tokenizer, job.config.run.seed)
     pin = pins_memory(job.ranks.device)
-    return train_loader(job.config.data, train, preparation, share, steps, pin_memory=pin)
+    return train_loader(job.config.data, train, preparation, share, steps, layout=layout, pin_memory=pin)
 
 
 def run(job: Job) -> dict[str, Any] | None:
