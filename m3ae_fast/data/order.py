@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BLOCK = 1000  # positions within which the sources' shares are exact
+LANE_BLOCK = 32  # the same of a lane of many, whose neighbours' errors level out
 _MASK = (1 << 64) - 1
 _STAGGER = -1  # in the place of a window's number
 
@@ -75,8 +76,8 @@ class SourceOrder:
     Args:
         pieces: of shards.
         window: pieces that are shuffled together.
-        staggered: whether an epoch's first window is a random number of pieces, so that lanes differ in when they
-            begin a shard.
+        staggered: whether an epoch's first window of several is a random number of pieces, so that lanes differ in
+            when they begin a shard.
         key: what the order depends on.
     """
 
@@ -108,7 +109,9 @@ class SourceOrder:
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The epoch's order of the pieces; where its windows begin and end, in pieces and in samples."""
         order = permutation(len(self.pieces.sizes), *self.key, epoch)
-        first = 1 + hash64(*self.key, epoch, _STAGGER) % self.window if self.staggered else self.window
+        first = self.window
+        if self.staggered and len(order) > self.window:
+            first = 1 + hash64(*self.key, epoch, _STAGGER) % self.window
         cuts = np.array([0, *range(first, len(order), self.window), len(order)])
         return order, cuts, np.concatenate(([0], np.cumsum(self.pieces.sizes[order])))[cuts]
 
@@ -123,7 +126,7 @@ class SourceOrder:
 class Lane:
     """A stream of its own, of a part of each source.
 
-    In every BLOCK of positions each source has its exact share (Webster's apportionment, whose seats only ever grow),
+    In every block of positions each source has its exact share (Webster's apportionment, whose seats only ever grow),
     in random order. Shares are counted anew with each epoch; without weights it holds each sample exactly once.
 
     Args:
@@ -131,11 +134,23 @@ class Lane:
         shares: of the sources; their sum does not matter.
         samples: positions of an epoch.
         seed: the lane's.
+        block: positions.
+        start: a block of the epoch in which the lane begins, so that lanes do not round shares at the same time.
     """
 
-    def __init__(self, sources: Sequence[SourceOrder], shares: Sequence[float], samples: int, seed: int):
-        self.sources, self.samples, self.seed = sources, samples, seed
+    def __init__(
+        self,
+        sources: Sequence[SourceOrder],
+        shares: Sequence[float],
+        samples: int,
+        seed: int,
+        block: int = BLOCK,
+        start: int = 0,
+    ):
+        self.sources, self.samples, self.seed, self.block = sources, samples, seed, block
         self.shares = np.asarray(shares, dtype=np.float64) / np.sum(shares, dtype=np.float64)
+        self._start = start * block
+        self._before = self._seats(self._start)
         self._epoch_seats = self._seats(self.samples)
         self._block = _Latest(self._make_block)
 
@@ -146,8 +161,10 @@ class Lane:
 
     def turn(self, position: int) -> tuple[int, int]:
         """Whose turn it is at `position`, and how many of its samples came before."""
-        epoch, rest = divmod(position, self.samples)
-        block, offset = divmod(rest, BLOCK)
+        if len(self.sources) == 1:
+            return 0, position
+        epoch, rest = divmod(self._start + position, self.samples)
+        block, offset = divmod(rest, self.block)
         sources, indices = self._block(epoch, block)
         return int(sources[offset]), int(indices[offset])
 
@@ -159,11 +176,11 @@ class Lane:
         return seats
 
     def _make_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        first, last = (self._seats(min(k * BLOCK, self.samples)) for k in (block, block + 1))
+        first, last = (self._seats(min(k * self.block, self.samples)) for k in (block, block + 1))
         sources = np.repeat(np.arange(len(self.shares)), last - first)
         sources = sources[permutation(len(sources), self.seed, len(self.shares), epoch, block)]
         indices = np.empty_like(sources)
-        for source, before in enumerate(epoch * self._epoch_seats + first):
+        for source, before in enumerate(epoch * self._epoch_seats + first - self._before):
             (mine,) = np.nonzero(sources == source)
             indices[mine] = before + np.arange(len(mine))
         return sources, indices
@@ -215,7 +232,8 @@ class Order:
             ]
             own = [source.samples for source in sources]
             shares, samples = (own, sum(own)) if self._weights is None else (self._weights, self.samples)
-            self._made[number] = Lane(sources, shares, samples, seed)
+            blocks = (BLOCK, 0) if self.lanes == 1 else (LANE_BLOCK, seed % -(-samples // LANE_BLOCK))
+            self._made[number] = Lane(sources, shares, samples, seed, *blocks)
         return self._made[number]
 
     def _whole(self, source: int, sizes: np.ndarray) -> Pieces:

@@ -84,6 +84,9 @@ def test_weights_are_exact_in_every_lane():
         assert len(small) == pytest.approx(300, abs=7)  # of three blocks and as many epochs
         assert [place.epoch for place in small] == sorted(place.epoch for place in small)
         assert len(set(small)) == len(small)
+    steps = [[order.locate(p).source for p in range(first, first + 512)] for first in range(0, 16_000, 512)]
+    assert np.std([np.mean(step) for step in steps]) < 0.008  # by chance 0.013
+    assert np.mean(steps) == pytest.approx(0.1, abs=1e-3)
 
 
 @pytest.mark.parametrize(("batch", "lanes", "repeats"), [(4096, 64, 1), (4096, 64, 4), (600, 50, 3), (512, 1, 1)])
@@ -149,3 +152,12 @@ def test_a_step_mixes_more_shards_than_without_lanes():
 
     assert same(Order([sizes], None, 16, 0)) > 0.05
     assert same(Order([sizes], None, 2, 0, lanes=64)) < 0.014
+
+
+def test_a_small_set_is_shuffled_as_a_whole():
+    """Shards in order of their classes: a step has of each class what chance gives it, or nearer to its share."""
+    order = Order([[1000] * 12], None, 16, 0, lanes=8)
+    for step in (0, 20, 45):
+        samples = np.array([order.locate(position).sample for position in range(step * 256, (step + 1) * 256)])
+        classes = np.bincount(samples // 600, minlength=20)
+        assert ((classes - 12.8) ** 2 / 12.8).sum() < 36  # chi-squared of 19 degrees of freedom: 99 %
