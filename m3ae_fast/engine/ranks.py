@@ -12,10 +12,11 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from m3ae_fast.engine.launchers import adopt
 from m3ae_fast.errors import UserError
 
 T = TypeVar("T")
-# deepspeed and torchrun both set these; plain `python` sets none
+# deepspeed and torchrun both set these, `adopt` where another launcher has started the ranks; plain `python` sets none
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run in which nothing moves
@@ -114,13 +115,14 @@ def _joined() -> Ranks:
     try:
         return _join()
     except ValueError as error:
-        raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
+        raise UserError(f"{error}; start ranks with deepspeed, torchrun or srun, which set it") from None
     except dist.DistError as error:
         who, reason = "rank {RANK} of {WORLD_SIZE}".format_map(os.environ), str(error).strip().splitlines()[0]
         raise UserError(f"{who} cannot join the others ({reason}): have all of them started?") from None
 
 
 def _join() -> Ranks:
+    adopt(os.environ)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torchrun's name and deepspeed's for the ranks of this node

@@ -209,8 +209,8 @@ class Run(Loop):
             precision = "bf16 (fp32 is faster here)"
         kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
         views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
-        per_rank, rest = divmod(config.train.global_batch, self.ranks.world)
-        per_rank = f"{per_rank} or {per_rank + 1}" if rest else per_rank
+        least, rest = divmod(config.train.global_batch, self.ranks.world)
+        per_rank = f"{least} or {least + 1}" if rest else f"{least}"
         accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
         lines = [
             f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
