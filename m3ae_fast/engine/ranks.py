@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -16,6 +16,7 @@ from m3ae_fast.engine.launchers import adopt
 from m3ae_fast.errors import UserError
 
 T = TypeVar("T")
+Waiting = Callable[[], AbstractContextManager[None]]
 # deepspeed and torchrun both set these, `adopt` where another launcher has started the ranks; plain `python` sets none
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
@@ -82,10 +83,23 @@ class Ranks:
         """What `work` gives on rank 0, on every rank; errors as in `on_main`. It must be picklable."""
         return cast(T, self.from_main(self.on_main(work)))
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, then on the others, which find there what it wrote to disk."""
-        result = self.on_main(work)
-        return work() if result is None else result
+    def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
+        """Run `work` on rank 0, then on the others, which find there what it wrote to disk, and wait for all: no rank
+        is late for what follows, which may have a shorter timeout. Errors of any rank as in `on_main`.
+
+        `waiting`: entered while this rank waits for others."""
+        result, error = None, None
+        for turn in (self.is_main, not self.is_main):
+            if turn:
+                try:
+                    result = work()
+                except (UserError, OSError) as caught:
+                    error = str(caught)
+            with waiting():
+                errors = self.gather(error)
+            if failed := next(filter(None, errors), None):
+                raise UserError(failed)
+        return cast(T, result)
 
     def says(self, what: str) -> bool:
         """True on the first rank that asks: an error that all ranks share is printed once."""

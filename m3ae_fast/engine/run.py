@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from m3ae_kernels.dispatch import choose_impl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from m3ae_fast.config import Config
-from m3ae_fast.data import BadSamples, Data, Preparation, eval_loader, fingerprint, open_data, train_loader
+from m3ae_fast.config import Config, DataConfig
+from m3ae_fast.data import (
+    BadSamples,
+    Data,
+    Preparation,
+    ShardStore,
+    counting,
+    eval_loader,
+    fingerprint,
+    open_data,
+    train_loader,
+)
 from m3ae_fast.drawing import draw_run
 from m3ae_fast.engine import checkpoint, resuming
 from m3ae_fast.engine.build import build_engine
@@ -70,7 +81,8 @@ class Run(Loop):
         cfg = config.train
         found = ranks.told(lambda: resuming.find(config.run.dir, resume))
         share = split_batch(cfg, ranks.world, ranks.rank)
-        data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main))
+        _count_shards(config.data, ranks, pulse)
+        data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main), pulse.waiting)
         schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
 
         info = ranks.told(lambda: checkpoint.read_info(found)) if found else None
@@ -223,6 +235,18 @@ class Run(Loop):
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
         return "\n".join(lines)
+
+
+def _count_shards(config: DataConfig, ranks: Ranks, pulse: Pulse) -> None:
+    """Make the manifests of remote shards that have none. Errors as `counting.prepare`'s."""
+    store = ranks.main_first(lambda: ShardStore(config.cache_dir), pulse.waiting)
+
+    def gather(value: Any) -> list[Any]:
+        with pulse.waiting():
+            return ranks.gather(value)
+
+    for source in (*config.train, *config.val):
+        counting.prepare(source.shards, store, ranks, gather, ranks.is_main)
 
 
 def _require_kernels(device: torch.device) -> None:
