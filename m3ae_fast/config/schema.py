@@ -183,7 +183,7 @@ class SourceConfig(Section):
     """Shards that belong together."""
 
     shards: str | list[str]
-    """Tars: paths, brace patterns, globs, URLs or `pipe:` commands; or a manifest of them, `NAME.npy`, or all its parts."""
+    """Tars: paths, brace patterns, globs, URLs or `pipe:` commands; or a manifest of them, `NAME.npy`."""
     weight: float | None = Field(None, gt=0, le=1e12)
     """Relative share of the samples drawn; null: proportional to size."""
     loss_weight: float = Field(1.0, ge=0, le=1e6)
