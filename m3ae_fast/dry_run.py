@@ -33,7 +33,8 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
     parameters = sum(p.numel() for p in model.parameters())
     batch = _typical(config, model)
     world = world or max(config.train.global_batch // (config.train.micro_batch or config.train.global_batch), 1)
-    micro, accumulation = split_batch(config.train, world)
+    share = split_batch(config.train, world)
+    micro, accumulation = share.micro_batch, share.accumulation
     console = Console(highlight=False, soft_wrap=True)
     official, ours = reference_flops(config.model, config.masking), executed_flops(config.model, batch)
     lines = [
@@ -43,6 +44,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
         (
             "batch",
             f"{config.train.global_batch} = {world} GPUs x {micro} samples x {accumulation} accumulated"
+            + (" at most" if micro * world * accumulation != config.train.global_batch else "")
             + (" (train.micro_batch is a maximum)" if micro != config.train.micro_batch else ""),
         ),
         ("network", _network(config, parameters, world, accumulation)),

@@ -75,7 +75,8 @@ def encode_corpus(
         UserError: too many samples cannot be read, a feature is not finite, or there are captions and the model has no
             tokenizer.
     """
-    loader = encoding_loader(model, corpus, data, Share(config.batch, 1, ranks.rank, ranks.world), ranks.device)
+    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
+    loader = encoding_loader(model, corpus, data, share, ranks.device)
     batches: Iterable[PackedBatch] = pulse.watch(loader, title) if pulse else loader
     if stop:
         batches = until_stopped(batches, ranks, stop)

@@ -255,21 +255,25 @@ def test_shards_of_the_repository_are_there():
     assert (CLIPART / "README.md").is_file()
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 64, 512])
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 63, 64, 504, 512, 4096])
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!q]*.json")), ids=lambda p: p.stem)
 def test_shipped_configs_start_on_any_number_of_gpus(path, world):
     config = load_config(path).train
-    micro, accumulation = split_batch(config, world)
-    assert micro * accumulation * world == config.global_batch and micro <= config.micro_batch
-    assert micro == config.micro_batch or accumulation == 1  # powers of two: no smaller than it must be
+    share = split_batch(config, world)
+    assert share.global_batch == config.global_batch and share.micro_batch <= config.micro_batch
+    assert share.accumulation == 1 or world * config.micro_batch * (share.accumulation - 1) < config.global_batch
 
 
-def test_a_micro_batch_is_the_largest_divisor_that_fits():
-    config = TrainConfig(global_batch=360, micro_batch=50, steps=1)
-    assert [split_batch(config, world) for world in (1, 3, 8, 360)] == [(45, 8), (40, 3), (45, 1), (1, 1)]
-    assert split_batch(TrainConfig(global_batch=360, steps=1), 4) == (90, 1)
-    with pytest.raises(UserError, match="360 is not divisible by 7 ranks"):
-        split_batch(config, 7)
+def test_a_batch_is_split_evenly_into_few_parts():
+    def parts(world, **config):
+        share = split_batch(TrainConfig(global_batch=360, steps=1, **config), world)
+        return share.micro_batch, share.accumulation
+
+    assert [parts(world, micro_batch=50) for world in (1, 3, 8, 360)] == [(45, 8), (40, 3), (45, 1), (1, 1)]
+    assert [parts(world, micro_batch=50) for world in (7, 5)] == [(26, 2), (36, 2)]  # 51 or 52 a rank; 72
+    assert parts(4) == (90, 1)
+    with pytest.raises(UserError, match="360 has no sample for some of 361 ranks"):
+        parts(361)
 
 
 def test_dry_run_fails_on_what_a_start_would_fail_on(run):
@@ -283,13 +287,14 @@ def test_dry_run_fails_on_what_a_start_would_fail_on(run):
         code, err = run("--dry-run", "--set", mistake)
         assert code == 2 and message in err
         assert run("--dry-run", "--no-data", "--set", mistake)[0] == 0
-    code, err = run("--dry-run", "--world", "3")
-    assert code == 2 and "train.global_batch 16 is not divisible by 3 ranks; 15 is" in err
+    code, err = run("--dry-run", "--world", "17")
+    assert code == 2 and "train.global_batch 16 has no sample for some of 17 ranks" in err
 
 
 def test_dry_run_says_what_travels(run):
     code, out = run("--dry-run", "--world", "4", "--set", "train.micro_batch=3", out=True)
-    assert code == 0 and "16 = 4 GPUs x 2 samples x 2 accumulated" in out
+    assert code == 0 and "16 = 4 GPUs x 2 samples x 2 accumulated (" in out
+    assert "16 = 3 GPUs x 6 samples x 1 accumulated at most" in run("--dry-run", "--world", "3", out=True)[1]
     for needed in ("sent per GPU and step", "cores per GPU", "GB per GPU", "512 samples, 512 held out"):
         assert needed in out
     one, many = (network_bytes(1000, 0, world, 1, False, True) for world in (1, 1000))

@@ -34,6 +34,14 @@ def test_curves_are_plain_torchs(tmp_path):
             np.testing.assert_allclose(curve, plain[precision], rtol=tolerance, err_msg=f"{name} on {ranks} ranks")
 
 
+def test_ranks_need_not_divide_the_batch(tmp_path):
+    """Three ranks share eight samples, in parts of one and two where they are accumulated."""
+    curves, one = _curves(tmp_path, "uneven", 3), _curves(tmp_path, "uneven", 1)
+    assert len(curves) == 10
+    for name, curve in curves.items():
+        np.testing.assert_allclose(curve, one["stage=None accumulation=1"], rtol=1e-5, err_msg=name)
+
+
 def test_other_settings_of_the_deepspeed_section_change_nothing(tmp_path):
     curves = _curves(tmp_path, "options", 2)
     assert len(curves) == len(OPTIONS) + 2 + 3

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import yaml
 from nbclient import NotebookClient
 from PIL import Image
+from torch.distributed.run import parse_args as torchrun
 
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import ModelConfig, load_config
 from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.model import M3AE
+from m3ae_fast.train import parse_args
 from tests.helpers.shards import caption
 from tests.helpers.trainer import ROOT, TINY, environment
 
@@ -93,3 +97,20 @@ def test_encoder_in_a_plain_torch_classifier(folder):
         for pattern in (r"loss ([\d.]+)", r"accuracy ([\d.]+)%")
     )
     assert len(losses) == 4 and losses[-1] < losses[0] and accuracies[-1] == 100
+
+
+def test_scripts_for_many_nodes_name_what_there_is():
+    """They need a cluster; their syntax, their options and their config do not."""
+    folder = EXAMPLES / "many_nodes"
+    job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    launcher, script, *options = container["command"] + container["args"]
+    assert launcher == "torchrun" and (ROOT / script).is_file()
+    args = parse_args(options)
+    assert args.resume == "auto" and load_config(ROOT / args.config, args.set).run.dir == Path("/runs/large")
+    for name in ("slurm.sbatch", "elastic.sh"):
+        subprocess.run(["bash", "-n", folder / name], check=True)
+    text = (folder / "elastic.sh").read_text().replace("\\\n", " ")
+    words = shlex.split(next(line for line in text.splitlines() if line.startswith("exec torchrun")))
+    parsed = torchrun(words[2:])
+    assert (parsed.nnodes, parsed.training_script) == ("48:64", "m3ae_fast/train.py")

@@ -157,7 +157,7 @@ def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
 
 def test_what_a_resumed_run_may_change(tmp_path):
     config = parse(Config, TINY, "tiny")
-    stream = {"data.train": "1 shards", "data.tokenizer": "9 tokens"}
+    stream = {"data.train": "1 shards", "data.tokenizer": "9 tokens", "data.order": "4 lanes, windows of 2 shards"}
     info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, stream)
 
     def fits(section: str, stream=stream, with_changes=False, **values) -> list[str]:
@@ -169,7 +169,7 @@ def test_what_a_resumed_run_may_change(tmp_path):
         with pytest.raises(UserError, match=f"was made with {section}.{next(iter(values))} = "):
             fits(section, with_changes=True, **values)
     for section, values in (
-        ("data", {"shuffle_shards": 3}),
+        ("run", {"stream": stream | {"data.order": "8 lanes, windows of 2 shards"}}),
         ("data", {"crop_scale": (0.5, 1.0)}),
         ("data", {"flip": False}),
         ("masking", {"image_ratio": 0.5}),
@@ -187,6 +187,27 @@ def test_what_a_resumed_run_may_change(tmp_path):
     assert resuming.check_fits(tmp_path, old, config, stream) == []
 
 
+def test_what_a_version_without_lanes_began_keeps_its_order(trainer):
+    """Until --resume-with-changes; in all that follows from the checkpoint, too."""
+    sources = json.dumps([{"shards": str(CLIPART / "train-*.tar")}])
+    options = [*SAVE, "--set", f"data.train={sources}"]
+    trainer("run", *options, "--set", "data.lanes=1", "--set", "data.shuffle_shards=1")
+    whole = trainer.losses("run")
+    _cut(trainer, "run", 2)
+    (path,) = checkpoint.saved_steps(trainer.folder / "run")
+    info = json.loads((path / checkpoint.INFO_FILE).read_text())
+    assert info["stream"].pop("data.order") == "groups of 1 shards"
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(info))
+    for step in (2, 4):
+        _cut(trainer, "run", step)
+        out = trainer("run", *options, "--resume", "auto")
+        assert "note: the order of samples stays groups of 1 shards" in out
+        assert trainer.losses("run") == whole
+    out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=8", "--resume-with-changes")
+    assert "the order of samples stays" not in out
+    assert "note: data.order was groups of 1 shards and is 2 lanes, windows of 64 shards from here on" in out
+
+
 # what happens where a resumed run has another value; a new setting joins one of them
 REFUSED, STREAM, NOTED, FREE = "was made with", "not the same stream of samples", "from here on", ""
 SETTINGS = {
@@ -196,8 +217,9 @@ SETTINGS = {
     "loss": dict.fromkeys(
         ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED
     ),
-    "data": dict.fromkeys(("shuffle_shards", "crop_scale", "flip", "repeats", "image_tokens"), STREAM)
+    "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)  # by the fingerprint, wherever they lie
+    | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # by the fingerprint's order
     | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "max_bad_fraction"), FREE),
     "optim": dict.fromkeys(
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED

@@ -236,6 +236,16 @@ def test_a_rank_that_computes_is_waited_for():
     assert pulses(2, code) == (0, "whole\n")
 
 
+def test_ranks_that_wait_for_one_that_counts_are_alive():
+    code = """
+        with pulses[0], pulses[1] as other:
+            with pulses[0].waiting(), other.waiting():
+                time.sleep(3)
+        print("whole")
+    """
+    assert pulses(2, code) == (0, "whole\n")
+
+
 def test_one_that_waits_for_something_else_has_no_hung_loader():
     """For a lock of the cache, say, that another run holds while it downloads; or for another rank."""
     code = """

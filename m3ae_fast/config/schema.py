@@ -196,7 +196,7 @@ class SourceConfig(Section):
     """A source: shards that are weighted and read alike."""
 
     shards: str | list[str]
-    """Tar files: paths, brace patterns, globs, URLs or `pipe:` commands."""
+    """Tar files: paths, brace patterns, globs, URLs or `pipe:` commands; or a manifest of them, `NAME.npy`."""
     weight: float | None = Field(None, gt=0, le=1e12)
     """Weight of this source when samples are drawn, relative to the other sources; null: its number of samples."""
     loss_weight: float = Field(1.0, ge=0, le=1e6)
@@ -224,8 +224,11 @@ class DataConfig(Section):
     """Whether images are mirrored with probability 0.5."""
     repeats: int = Field(1, gt=0, le=1 << 16)
     """Number of views (crops and masks) per sample and epoch, decoded once; an epoch has that many times the steps."""
-    shuffle_shards: int = Field(16, gt=0, le=1 << 24)
-    """Number of shards whose samples are shuffled together."""
+    shuffle_shards: int = Field(128, gt=0, le=1 << 24)
+    """Number of shards whose samples are shuffled together, over all lanes."""
+    lanes: int = Field(64, gt=0, le=1 << 16)
+    """Maximum number of lanes of the stream, of which a node reads some. The largest divisor of the batch up to this and
+    up to the number of shards is used."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of loader processes per rank; null: as many as the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
@@ -293,8 +296,8 @@ class LoopConfig(Section):
     global_batch: Batch = 4096
     """Samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = None
-    """Maximum samples per rank and forward pass; the largest divisor of the rank's batch up to this is used. null: no
-    gradient accumulation."""
+    """Maximum samples per rank and forward pass; a rank's part of the batch is cut evenly. null: no gradient
+    accumulation."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run, in epochs; give this or `steps`."""
     steps: Count | None = None

@@ -71,8 +71,8 @@ class ProbeConfig(LoopConfig, ScheduleConfig):
     global_batch: Batch = 2048
     """Samples per optimiser step, over all ranks."""
     micro_batch: Batch | None = 64
-    """Maximum samples per rank and forward pass; the largest divisor of the rank's batch up to this is used. null: no
-    gradient accumulation."""
+    """Maximum samples per rank and forward pass; a rank's part of the batch is cut evenly. null: no gradient
+    accumulation."""
     peak_lr: float = Field(0.1, gt=0)
     """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
     warmup_epochs: float = Field(10, ge=0, le=1e6)

@@ -5,6 +5,7 @@ python -m m3ae_fast.data from-hdf5 cc12m.hdf5 shards/
 python -m m3ae_fast.data from-hf uoft-cs/cifar10 shards/
 python -m m3ae_fast.data index 'shards/*.tar'
 python -m m3ae_fast.data stats 'shards/*.tar' --write configs/mine.json
+python -m m3ae_fast.data manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
 python -m m3ae_fast.data train-tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
 python -m m3ae_fast.data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.shard_tools import commands as convert
-from m3ae_fast.shard_tools import contents, stats, tokenize_images, tokenizer_training
+from m3ae_fast.shard_tools import contents, manifest, stats, tokenize_images, tokenizer_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_argument("--cache-dir", type=Path, help="where copies of remote shards go (default: ~/.cache/m3ae_fast)")
     contents.add_command(commands, common)
     stats.add_command(commands, common)
+    manifest.add_command(commands, common)
     tokenizer_training.add_command(commands, common)
     tokenize_images.add_command(commands, common)
     args = parser.parse_args(argv)

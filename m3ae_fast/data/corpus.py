@@ -10,7 +10,9 @@ import numpy as np
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.config import SourceConfig
+from m3ae_fast.data.counting import cached
 from m3ae_fast.data.index import IMAGE_SUFFIXES, IndexedShard, Modality, index_shards
+from m3ae_fast.data.manifest import UNREAD, CountedShards, is_manifest, read, read_all
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError
 
@@ -19,16 +21,27 @@ from m3ae_fast.errors import UserError
 class Source:
     """Shards that hold samples, and what each trains."""
 
-    shards: list[IndexedShard]
+    shards: Sequence[IndexedShard]
     modalities: list[Modality]
     weight: float | None
     loss_weight: float = 1.0
     labels: np.ndarray | None = None  # int64, of all samples in file order: see data.labels
 
     @property
-    def sizes(self) -> list[int]:
-        """Samples per shard."""
-        return [shard.summary.samples for shard in self.shards]
+    def sizes(self) -> np.ndarray:
+        """Samples per shard, int64."""
+        if isinstance(self.shards, CountedShards):
+            return self.shards.sizes
+        return np.array([shard.summary.samples for shard in self.shards], dtype=np.int64)
+
+    @property
+    def indexed(self) -> Sequence[IndexedShard]:
+        """The shards that an index describes; none of a manifest's."""
+        return () if isinstance(self.shards, CountedShards) else self.shards
+
+    @property
+    def has_images(self) -> bool:
+        return any(shard.summary.images for shard in self.shards)
 
     @property
     def has_captions(self) -> bool:
@@ -53,7 +66,7 @@ class Corpus:
     @property
     def samples(self) -> int:
         """Samples per epoch, broken ones included."""
-        return sum(sum(source.sizes) for source in self.sources)
+        return sum(int(source.sizes.sum()) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:
         """Raises UserError where a larger share of the shards cannot be read: their samples count as bad ones."""
@@ -68,10 +81,10 @@ class Corpus:
     @property
     def ignored(self) -> str:
         """What nothing reads in the shards, such as "12 .mp4, 3 .seg.png"; empty where there is none."""
-        return describe_ignored([shard for source in self.sources for shard in source.shards])
+        return describe_ignored([shard for source in self.sources for shard in source.indexed])
 
     @property
-    def sizes(self) -> list[list[int]]:
+    def sizes(self) -> list[np.ndarray]:
         """Samples of each shard of each source."""
         return [source.sizes for source in self.sources]
 
@@ -86,7 +99,7 @@ class Corpus:
 
 
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
-    """Find all shards and count their samples, indexing those that have no index yet.
+    """Find all shards and count their samples, by their manifest or indexing those that have no index yet.
 
     Args:
         sources: at least one.
@@ -98,8 +111,13 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
     """
     corpus = Corpus([], store)
     for config in sources:
+        names = [] if is_manifest(config.shards) else expand(config.shards)
+        path = cached(names, store)
+        if not names or path.exists():
+            corpus.sources.append(_by_manifest(config, read(path) if names else read_all(config.shards), corpus))
+            continue
         lost: list[Skipped] = []
-        shards = index_shards(expand(config.shards), store, progress, lost)
+        shards: Sequence[IndexedShard] = index_shards(names, store, progress, lost)
         corpus.damaged.extend(lost)
         corpus.counted.append((len(lost), len(lost) + len(shards)))
         for shard in shards:
@@ -130,6 +148,20 @@ def describe_ignored(shards: Sequence[IndexedShard]) -> str:
     for shard in shards:
         counts.update(shard.summary.ignored)
     return ", ".join(f"{count:,} .{suffix}" for suffix, count in counts.most_common())
+
+
+def _by_manifest(config: SourceConfig, rows: np.ndarray, corpus: Corpus) -> Source:
+    unread = rows["kind"] == UNREAD
+    reason = "cannot be read, or could not be when its manifest was made"
+    corpus.damaged.extend(Skipped(name.decode(), "", reason) for name in rows["name"][unread])
+    corpus.counted.append((int(unread.sum()), len(rows)))
+    if not (rows := rows[rows["samples"] > 0] if (rows["samples"] == 0).any() else rows).size:
+        raise UserError(f"shards {config.shards!r}: no samples in them")
+    shards = CountedShards(rows, corpus.store)
+    modalities = shards.kinds if config.modality == "auto" else [config.modality] * len(shards)
+    if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
+        raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")
+    return Source(shards, modalities, config.weight, config.loss_weight)
 
 
 def _holds(shard: IndexedShard, modality: Modality) -> bool:

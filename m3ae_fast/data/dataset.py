@@ -8,7 +8,6 @@ Shapes: C channels, S x S pixels, L patches per image, n tokens of a caption.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,13 +26,13 @@ from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import MaskingConfig
 from m3ae_fast.data.corpus import Corpus
+from m3ae_fast.data.fetch_ahead import FetchAhead
 from m3ae_fast.data.order import FileOrder, Order, Place, hash64
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.vqgan.model import VQGAN
 
 # What a random number is for, so that no two uses share a stream.
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD = range(5)
-FETCHING = "fetch shards ahead"  # the thread's name
 
 
 # uint8 [C, S, S] and a seed -> the same shape; all that it draws comes from the seed
@@ -108,7 +107,9 @@ class Samples(Dataset[Sample | Skipped]):
         self._store = corpus.store
         self._readers = [Reader(source, corpus.store) for source in corpus.sources]
         self._cached = [any(corpus.store.is_cached(s.shard) for s in source.shards) for source in corpus.sources]
-        self._ahead: dict[int, tuple[int, ...]] = {}  # by source: the shards that were last asked for ahead
+        # by lane and source: the shards that were last asked for ahead
+        self._ahead: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._fetching = FetchAhead(corpus.store)
         self._generator = torch.Generator()
 
     def __getitem__(self, position: int) -> Sample | Skipped:
@@ -231,14 +232,11 @@ class Samples(Dataset[Sample | Skipped]):
         return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)
 
     def _fetch_ahead(self, turn: int) -> None:
-        """When a group of shards begins, fetch the next one in the background."""
+        """When a lane begins a window of shards, fetch the next one in the background."""
         if not any(self._cached) or isinstance(self.order, FileOrder):
             return
-        source, index = self.order.turn(turn)
-        if not self._cached[source]:
-            return
-        shards = self.order.sources[source].shards_after(index)
-        if self._ahead.get(source) != shards:
-            self._ahead[source] = shards
+        lane, source, shards = self.order.shards_after(turn)
+        if self._cached[source] and self._ahead.get((lane, source)) != shards:
+            self._ahead[lane, source] = shards
             names = [self._readers[source].source.shards[shard].shard for shard in shards]
-            threading.Thread(target=self._store.fetch_ahead, args=(names,), name=FETCHING, daemon=True).start()
+            self._fetching.add(names)

@@ -63,6 +63,22 @@ def download(shard: str, out: BinaryIO) -> None:
         raise OSError(f"the data is not a tar with its end mark ({_begin(out)})")
 
 
+def read_small(name: str, limit: int) -> bytes:
+    """Return a file or what is behind a URL. Raises OSError where that fails or has more than `limit` bytes."""
+    data = b""
+    try:
+        with _open(name) as chunks:
+            for chunk in _paced(chunks):
+                data += chunk
+                if len(data) > limit:
+                    raise OSError(f"more than {limit:,} bytes")
+    except OSError:
+        raise
+    except Exception as error:  # as in `download`
+        raise OSError(str(error)) from error
+    return data
+
+
 def retry_after(error: OSError, attempt: int) -> float:
     """Seconds to wait after try number `attempt`, from 0, has failed."""
     return min(MAX_WAIT_S, max(2.0**attempt, getattr(error, "retry_after", 0.0)))

@@ -9,12 +9,13 @@ from datetime import datetime, timezone
 import torch
 
 from m3ae_fast.data.corpus import Corpus
+from m3ae_fast.data.lanes import Layout
 from m3ae_fast.data.opening import Data
 
 WRITTEN = "data.train.written"  # when the shards were last written
 
 
-def fingerprint(data: Data) -> dict[str, str]:
+def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     """By name, what must be unchanged for a resumed run: shards with sizes and order, weights of sources, labels,
     tokenizers; and WRITTEN, which copying changes too.
 
@@ -32,6 +33,7 @@ def fingerprint(data: Data) -> dict[str, str]:
     stream[WRITTEN] = _written(data.train)
     if labels := [source.labels.tolist() for source in data.train.sources if source.labels is not None]:
         stream["data.train.labels"] = f"{sum(map(len, labels)):,} labels, {_hash(labels)}"
+    stream["data.order"] = str(layout)
     if data.tokenizer is not None:
         stream["data.tokenizer"] = f"{data.tokenizer.vocab_size:,} tokens, {_hash(data.tokenizer.definition)}"
     if data.image_tokenizer is not None:
@@ -44,7 +46,7 @@ def fingerprint(data: Data) -> dict[str, str]:
 
 def _written(corpus: Corpus) -> str:
     """When the shards were written, in whole seconds; of remote ones only the copies' times are known, and left out."""
-    local = [shard for source in corpus.sources for shard in source.shards if not corpus.store.is_cached(shard.shard)]
+    local = [shard for source in corpus.sources for shard in source.indexed if not corpus.store.is_cached(shard.shard)]
     seconds = [shard.summary.mtime_ns // 10**9 for shard in local]
     newest = datetime.fromtimestamp(max(seconds, default=0), timezone.utc)
     return f"{newest:%Y-%m-%d %H:%M:%S} UTC, {_hash(seconds)}"

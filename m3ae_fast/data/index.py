@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 import re
 import tempfile
@@ -42,6 +43,7 @@ MAX_IMAGE_BYTES = 1 << 28
 _MAX_KEY = 128  # bytes that messages show
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
+_MAX_HEADER = 1 << 17  # bytes of NumPy's
 _OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "ids") for what in ("offset", "size"))
 _CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text", "ids"))
 _MAX_FILE = 1 << 60  # bytes
@@ -100,12 +102,17 @@ class IndexedShard:
 
         Raises OSError where the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:
-            _, _, data = file.read().partition(b"\n")
-        try:
-            return _parse_table(data, self.summary.samples)
-        except Exception as error:  # numpy's parser raises anything for a header that is not its own
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
+            try:
+                # mapped: processes of a node share its memory. A sidecar is replaced, never written to.
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                return _parse_table(data, self.summary.samples)
+            except Exception as error:  # numpy's parser raises anything for a header that is not its own
+                reason = " ".join(str(error).split())[:200]
+                raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
+
+    def located(self) -> IndexedShard:
+        """Return the shard with its sidecar. Raises UserError where it cannot be read."""
+        return self
 
     def again(self, store: ShardStore) -> IndexedShard:
         """See `index_again`."""
@@ -270,9 +277,11 @@ def _checksum(fd: int, member: Member) -> int:
     return zlib.crc32(os.pread(fd, member.size, member.offset))
 
 
-def _parse_table(data: bytes, samples: int) -> np.ndarray:
-    """What `np.save` wrote, read without trusting it. Raises ValueError, and what numpy raises for its header."""
-    file = io.BytesIO(data)
+def _parse_table(data: memoryview, samples: int) -> np.ndarray:
+    """What `np.save` wrote after the first line, read without trusting it. Raises ValueError, and what numpy raises for
+    its header."""
+    file = io.BytesIO(data[: _MAX_SUMMARY + _MAX_HEADER])
+    file.readline()
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("of another version")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)

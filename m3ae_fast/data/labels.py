@@ -80,6 +80,8 @@ def label_corpus(
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
             a class has no training sample, or there is only one class; and as `read_labels` does.
     """
+    sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
+    corpus = replace(corpus, sources=sources)  # labels are read from every shard
     where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
     labels = read_labels(corpus, field, progress=progress)
     _refuse_missing(corpus, labels, where, field)

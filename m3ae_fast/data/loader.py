@@ -18,6 +18,7 @@ from m3ae_fast.batch.tokenizer import require_tokenizer
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
+from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
@@ -27,36 +28,54 @@ from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, st
 class Share:
     """Which part of every step is this rank's."""
 
-    micro_batch: int  # samples
+    global_batch: int  # samples of a step, over all ranks; at least one for each
     accumulation: int = 1  # micro-batches per rank and step
     rank: int = 0
     world: int = 1
 
     @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.world * self.accumulation
+    def micro_batch(self) -> int:
+        """Most samples of a micro-batch."""
+        return -(-self.global_batch // (self.world * self.accumulation))
 
 
 class MicroBatches(Sampler[list[int]]):
     """Positions of one rank's micro-batches.
 
-    Step s takes positions s * G to (s + 1) * G, G the global batch; within it micro-batches go to the ranks in turn.
-    Positions from `end` on do not exist: a micro-batch may come out short or empty, but all ranks have equally many.
+    Step s takes positions s * G to (s + 1) * G, G the global batch. Sorted by lane they are cut into equal parts, so
+    that the ranks of a node, which follow each other, share lanes; where the ranks do not divide G, parts differ by one
+    position. Micro-batches are equal parts of those. Positions from `end` on do not exist: a micro-batch may come out
+    short or empty, but all ranks have equally many.
+
+    Args:
+        steps: which steps of the stream.
+        share: this rank's.
+        lanes: of the order.
+        repeats: positions in a row that are views of one sample.
+        end: positions that there are; None: without end.
     """
 
-    def __init__(self, steps: range, share: Share, end: int | None = None):
-        self.steps, self.share, self.end = steps, share, end
+    def __init__(self, steps: range, share: Share, lanes: int = 1, repeats: int = 1, end: int | None = None):
+        self.steps, self.share, self.lanes, self.repeats, self.end = steps, share, lanes, repeats, end
 
     def __len__(self) -> int:
         return len(self.steps) * self.share.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.share
+        parts = self.share.accumulation
         for step in self.steps:
-            for turn in range(share.accumulation):
-                first = ((step * share.accumulation + turn) * share.world + share.rank) * share.micro_batch
-                last = first + share.micro_batch
-                yield list(range(first, last if self.end is None else min(last, self.end)))
+            own = self._own(step)
+            for part in range(parts):
+                positions = own[len(own) * part // parts : len(own) * (part + 1) // parts]
+                yield positions if self.end is None else [p for p in positions if p < self.end]
+
+    def _own(self, step: int) -> list[int]:
+        """This rank's positions of a step."""
+        batch, rank, world = self.share.global_batch, self.share.rank, self.share.world
+        positions = np.arange(step * batch, (step + 1) * batch)
+        if self.lanes > 1:
+            positions = positions[np.argsort(positions // self.repeats % self.lanes, kind="stable")]
+        return positions[rank * batch // world : (rank + 1) * batch // world].tolist()
 
 
 def train_loader(
@@ -66,6 +85,7 @@ def train_loader(
     share: Share,
     steps: range,
     *,
+    layout: Layout | None = None,
     transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
@@ -79,16 +99,18 @@ def train_loader(
         preparation: how a sample becomes the model's input.
         share: this rank's.
         steps: which steps of the stream; a resumed run starts above 0.
+        layout: the order's lanes; None: `lay_out`'s.
         transform: of each image, cropped.
         pin_memory: hand over batches in pinned memory.
 
     Raises:
         UserError: the corpus has captions and there is no tokenizer.
     """
-    order = Order(corpus.sizes, corpus.weights, config.shuffle_shards, preparation.seed)
+    lanes, window = layout or lay_out(config, corpus.sizes, share.global_batch)
+    order = Order(corpus.sizes, corpus.weights, window, preparation.seed, lanes)
     augment = Augment(config.crop_scale, config.flip)
     samples = Samples(corpus, order, preparation, augment, share.global_batch, config.repeats, transform)
-    return _loader(config, samples, MicroBatches(steps, share), pin_memory)
+    return _loader(config, samples, MicroBatches(steps, share, lanes, config.repeats), pin_memory)
 
 
 def eval_loader(
@@ -104,11 +126,11 @@ def eval_loader(
     """Every sample, or `samples` of them evenly, once, in file order: the central square, with masks that are the same
     each time. Arguments and errors as in `train_loader`; accumulation is ignored."""
     order = FileOrder(corpus.sizes, samples)
-    share = replace(share, accumulation=1)
+    share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
     # masks are shared by the whole set, whatever the number of ranks
     dataset = Samples(corpus, order, preparation, None, order.samples, transform=transform)
-    return _loader(config, dataset, MicroBatches(steps, share, order.samples), pin_memory)
+    return _loader(config, dataset, MicroBatches(steps, share, end=order.samples), pin_memory)
 
 
 def eval_samples(corpus: Corpus, preparation: Preparation, count: int) -> list[Sample]:

@@ -8,13 +8,16 @@ Only integer hashes and stable sorts are used: no library's random numbers, whos
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 BLOCK = 1000  # positions within which the sources' shares are exact
+LANE_BLOCK = 32  # the same of a lane of many, whose neighbours' errors level out
 _MASK = (1 << 64) - 1
+_STAGGER = -1  # in the place of a window's number
 
 
 class Place(NamedTuple):
@@ -59,72 +62,95 @@ class _Latest:
         return self.results[key]
 
 
+class Pieces(NamedTuple):
+    """What a lane owns of a source: runs of samples that follow each other in a shard."""
+
+    shards: np.ndarray  # [pieces]
+    starts: np.ndarray  # the first sample of each, by its number in file order
+    sizes: np.ndarray  # samples
+
+
 class SourceOrder:
-    """Epoch after epoch of one source: shards in random order, groups of them shuffled sample by sample.
+    """Epoch after epoch of a lane's part of a source: pieces in random order, windows of them shuffled by sample.
 
     Args:
-        sizes: samples of each shard.
-        group: shards that are shuffled together.
+        pieces: of shards.
+        window: pieces that are shuffled together.
+        staggered: whether an epoch's first window of several is a random number of pieces, so that lanes differ in
+            when they begin a shard.
         key: what the order depends on.
     """
 
-    def __init__(self, sizes: Sequence[int], group: int, *key: int):
-        self.sizes = np.asarray(sizes, dtype=np.int64)
-        self.starts = np.concatenate(([0], np.cumsum(self.sizes)))
-        self.samples = int(self.starts[-1])
-        self.group_size = group
-        self.key = key
+    def __init__(self, pieces: Pieces, window: int, staggered: bool, *key: int):
+        self.pieces, self.window, self.staggered, self.key = pieces, window, staggered, key
+        self.samples = int(pieces.sizes.sum())
         self._epoch = _Latest(self._make_epoch)
-        self._group = _Latest(self._make_group)
+        self._shuffled = _Latest(self._shuffle)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(epoch, sample) of the source's `index`-th sample since the start."""
         epoch, rest = divmod(index, self.samples)
-        _, bounds = self._epoch(epoch)
+        _, _, bounds = self._epoch(epoch)
         number = int(np.searchsorted(bounds, rest, side="right")) - 1
-        return epoch, int(self._group(epoch, number)[rest - bounds[number]])
+        order, ends, starts = self._shuffled(epoch, number)
+        place = int(order[rest - bounds[number]])
+        piece = bisect_right(ends, place)
+        return epoch, starts[piece] + place - (ends[piece - 1] if piece else 0)
 
     def shards_after(self, index: int) -> tuple[int, ...]:
-        """The shards of the group that follows the one `index` lies in."""
+        """The shards of the window that follows the one `index` lies in."""
         epoch, rest = divmod(index, self.samples)
-        shards, bounds = self._epoch(epoch)
+        order, cuts, bounds = self._epoch(epoch)
         number = int(np.searchsorted(bounds, rest, side="right"))
         if number == len(bounds) - 1:
-            (shards, _), number = self._epoch(epoch + 1), 0
-        return tuple(shards[number * self.group_size : (number + 1) * self.group_size].tolist())
+            (order, cuts, _), number = self._epoch(epoch + 1), 0
+        return tuple(self.pieces.shards[order[cuts[number] : cuts[number + 1]]].tolist())
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of the shards, and where its groups begin and end."""
-        shards = permutation(len(self.sizes), *self.key, epoch)
-        ends = np.cumsum(self.sizes[shards])
-        return shards, np.concatenate(([0], ends[self.group_size - 1 : -1 : self.group_size], ends[-1:]))
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The epoch's order of the pieces; where its windows begin and end, in pieces and in samples."""
+        order = permutation(len(self.pieces.sizes), *self.key, epoch)
+        first = self.window
+        if self.staggered and len(order) > self.window:
+            first = 1 + hash64(*self.key, epoch, _STAGGER) % self.window
+        cuts = np.array([0, *range(first, len(order), self.window), len(order)])
+        return order, cuts, np.concatenate(([0], np.cumsum(self.pieces.sizes[order])))[cuts]
 
-    def _make_group(self, epoch: int, number: int) -> np.ndarray:
-        shards = self._epoch(epoch)[0][number * self.group_size : (number + 1) * self.group_size]
-        samples = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in shards])
-        return samples[permutation(len(samples), *self.key, epoch, number)]
+    def _shuffle(self, epoch: int, number: int) -> tuple[np.ndarray, list[int], list[int]]:
+        """The order of a window's samples, counted from its begin, and the end and first sample of its pieces."""
+        order, cuts, bounds = self._epoch(epoch)
+        own = order[cuts[number] : cuts[number + 1]]
+        shuffled = permutation(int(bounds[number + 1] - bounds[number]), *self.key, epoch, number).astype(np.int32)
+        return shuffled, np.cumsum(self.pieces.sizes[own]).tolist(), self.pieces.starts[own].tolist()
 
 
-class Order:
-    """The training stream of several sources.
+class Lane:
+    """A stream of its own, of a part of each source.
 
-    In every BLOCK of positions each source has its exact share (Webster's apportionment, whose seats only ever grow),
-    in random order. An epoch is as many positions as there are samples; without weights it holds each exactly once.
+    In every block of positions each source has its exact share (Webster's apportionment, whose seats only ever grow),
+    in random order. Shares are counted anew with each epoch; without weights it holds each sample exactly once.
 
     Args:
-        sizes: for each source the samples of its shards.
-        weights: relative shares of the samples; None: by size.
-        group: shards that are shuffled together.
-        seed: the run's.
+        sources: of what it owns.
+        shares: of the sources; their sum does not matter.
+        samples: positions of an epoch.
+        seed: the lane's.
+        block: positions.
+        start: a block of the epoch in which the lane begins, so that lanes do not round shares at the same time.
     """
 
-    def __init__(self, sizes: Sequence[Sequence[int]], weights: Sequence[float] | None, group: int, seed: int):
-        self.seed = seed
-        self.sources = [SourceOrder(shards, group, seed, number) for number, shards in enumerate(sizes)]
-        totals = np.array([source.samples for source in self.sources])
-        self.samples = int(totals.sum())
-        shares = np.asarray(totals if weights is None else weights, dtype=np.float64)
-        self.shares = shares / shares.sum()
+    def __init__(
+        self,
+        sources: Sequence[SourceOrder],
+        shares: Sequence[float],
+        samples: int,
+        seed: int,
+        block: int = BLOCK,
+        start: int = 0,
+    ):
+        self.sources, self.samples, self.seed, self.block = sources, samples, seed, block
+        self.shares = np.asarray(shares, dtype=np.float64) / np.sum(shares, dtype=np.float64)
+        self._start = start * block
+        self._before = self._seats(self._start)
         self._epoch_seats = self._seats(self.samples)
         self._block = _Latest(self._make_block)
 
@@ -135,8 +161,10 @@ class Order:
 
     def turn(self, position: int) -> tuple[int, int]:
         """Whose turn it is at `position`, and how many of its samples came before."""
-        epoch, rest = divmod(position, self.samples)
-        block, offset = divmod(rest, BLOCK)
+        if len(self.sources) == 1:
+            return 0, position
+        epoch, rest = divmod(self._start + position, self.samples)
+        block, offset = divmod(rest, self.block)
         sources, indices = self._block(epoch, block)
         return int(sources[offset]), int(indices[offset])
 
@@ -148,21 +176,90 @@ class Order:
         return seats
 
     def _make_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        first, last = (self._seats(min(k * BLOCK, self.samples)) for k in (block, block + 1))
+        first, last = (self._seats(min(k * self.block, self.samples)) for k in (block, block + 1))
         sources = np.repeat(np.arange(len(self.shares)), last - first)
         sources = sources[permutation(len(sources), self.seed, len(self.shares), epoch, block)]
         indices = np.empty_like(sources)
-        for source, before in enumerate(epoch * self._epoch_seats + first):
+        for source, before in enumerate(epoch * self._epoch_seats + first - self._before):
             (mine,) = np.nonzero(sources == source)
             indices[mine] = before + np.arange(len(mine))
         return sources, indices
 
 
+class Order:
+    """The training stream of several sources, in lanes: position p is lane p % C's number p // C.
+
+    A lane owns an equal piece of each source, for good: of a random order of its shards, cut inside shards. So whoever
+    reads some lanes needs few shards; and C, which no number of ranks changes, says which. With one lane a source is
+    the shards as they come.
+
+    Args:
+        sizes: for each source the samples of its shards; a source has as many samples as there are lanes, or more.
+        weights: relative shares of the samples; None: by size.
+        window: pieces of shards that a lane shuffles together.
+        seed: the run's.
+        lanes: C.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[int] | np.ndarray],
+        weights: Sequence[float] | None,
+        window: int,
+        seed: int,
+        lanes: int = 1,
+    ):
+        self.lanes, self.seed = lanes, seed
+        self._weights, self._window = weights, window
+        self._sources = [self._whole(number, np.asarray(shards)) for number, shards in enumerate(sizes)]
+        self.samples = sum(int(whole.sizes.sum()) for whole in self._sources)
+        self._made: dict[int, Lane] = {}
+
+    def locate(self, position: int) -> Place:
+        """The sample at `position`."""
+        index, lane = divmod(position, self.lanes)
+        return self._lane(lane).locate(index)
+
+    def shards_after(self, position: int) -> tuple[int, int, tuple[int, ...]]:
+        """The lane and the source whose turn it is, and the shards that it goes on with after its window."""
+        index, number = divmod(position, self.lanes)
+        lane = self._lane(number)
+        source, turn = lane.turn(index)
+        return number, source, lane.sources[source].shards_after(turn)
+
+    def _lane(self, number: int) -> Lane:
+        """Made when it is needed: most processes read some lanes only."""
+        if number not in self._made:
+            seed = self.seed if self.lanes == 1 else hash64(self.seed, number)
+            sources = [
+                SourceOrder(self._piece(whole, number), self._window, self.lanes > 1, seed, source)
+                for source, whole in enumerate(self._sources)
+            ]
+            own = [source.samples for source in sources]
+            shares, samples = (own, sum(own)) if self._weights is None else (self._weights, self.samples)
+            blocks = (BLOCK, 0) if self.lanes == 1 else (LANE_BLOCK, seed % -(-samples // LANE_BLOCK))
+            self._made[number] = Lane(sources, shares, samples, seed, *blocks)
+        return self._made[number]
+
+    def _whole(self, source: int, sizes: np.ndarray) -> Pieces:
+        """All shards in the order in which lanes cut them."""
+        shards = np.arange(len(sizes)) if self.lanes == 1 else permutation(len(sizes), self.seed, source)
+        return Pieces(shards, (np.cumsum(sizes) - sizes)[shards], sizes[shards])
+
+    def _piece(self, whole: Pieces, lane: int) -> Pieces:
+        ends = np.cumsum(whole.sizes)
+        first, last = (k * int(ends[-1]) // self.lanes for k in (lane, lane + 1))
+        own = slice(int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(ends, last)) + 1)
+        ends, sizes = ends[own], whole.sizes[own]
+        low, high = np.maximum(ends - sizes, first), np.minimum(ends, last)
+        return Pieces(whole.shards[own], whole.starts[own] + low - (ends - sizes), high - low)
+
+
 class FileOrder:
     """Every sample of every source once, as the shards have them, or `count` evenly among them: for evaluation."""
 
-    def __init__(self, sizes: Sequence[Sequence[int]], count: int | None = None):
-        self.starts = np.concatenate(([0], np.cumsum([sum(shards) for shards in sizes])))
+    def __init__(self, sizes: Sequence[Sequence[int] | np.ndarray], count: int | None = None):
+        self.starts = np.concatenate(([0], np.cumsum([int(np.sum(shards)) for shards in sizes])))
         self.total = int(self.starts[-1])
         self.samples = self.total if count is None else min(count, self.total)
 

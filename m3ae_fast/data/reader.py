@@ -21,7 +21,7 @@ from m3ae_fast.errors import UserError
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
 IDS_DTYPE = np.dtype("<i4")  # of KEY.ids
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 256  # twice data.shuffle_shards by default; each is two open files
 _RETRY_S = 60  # a shard that could not be fetched is not tried again sooner
 
 
@@ -53,8 +53,12 @@ class Reader:
         return shard, sample - int(self._starts[shard])
 
     def key(self, shard: int, row: int) -> str:
-        """The sample's key in its shard. Raises OSError where the shard cannot be read."""
-        return printable(self._get(shard).table["key"][row].decode("utf-8", "replace"))
+        """The sample's key in its shard. Raises OSError where the shard cannot be read, BadSample where it has fewer
+        samples than its manifest says."""
+        table = self._get(shard).table
+        if row >= len(table):
+            raise BadSample(f"the shard has {len(table)} samples, {self.source.sizes[shard]} by its manifest")
+        return printable(table["key"][row].decode("utf-8", "replace"))
 
     def read(self, shard: int, row: int) -> Raw:
         """Bytes and caption of one sample. A copy that turns out damaged is fetched again, once.
@@ -134,6 +138,7 @@ class Reader:
 
     def _open_shard(self, indexed: IndexedShard) -> _Open:
         """Raises OSError or UserError where the shard cannot be read, or is not the one that was indexed."""
+        indexed = indexed.located()
         path = self.store.path(indexed.shard)
         if os.stat(path).st_size != indexed.summary.size:
             if not self.store.is_cached(indexed.shard):

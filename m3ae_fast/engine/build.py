@@ -67,4 +67,5 @@ def make_engine(
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 
     share = split_batch(loop, ranks.world)
-    return DeepSpeedEngine(model, groups, deepspeed, optim, dtype, ranks, *share, ema)
+    parts = (share.micro_batch, share.accumulation)
+    return DeepSpeedEngine(model, groups, deepspeed, optim, dtype, ranks, *parts, ema)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from m3ae_fast.config import LoopConfig, ScheduleConfig
+from m3ae_fast.data import Share
 from m3ae_fast.errors import UserError
 
 
@@ -19,21 +20,20 @@ def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: i
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def split_batch(config: LoopConfig, world: int) -> tuple[int, int]:
-    """(micro_batch, accumulation) with global_batch = micro_batch x world x accumulation.
+def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
+    """Return a rank's part of each step, in as few micro-batches as `config.micro_batch` allows.
 
-    micro_batch is the largest divisor of a rank's share that is at most micro_batch. Raises UserError where the
-    ranks cannot share the batch.
+    Raises:
+        UserError: there are more ranks than samples of a step.
     """
-    share, rest = divmod(config.global_batch, world)
-    if rest:
+    if config.global_batch < world:
         raise UserError(
-            f"config: {config.SECTION}.global_batch {config.global_batch} is not divisible by {world} ranks; "
-            f"{world * max(round(config.global_batch / world), 1)} is"
+            f"config: {config.SECTION}.global_batch {config.global_batch} has no sample for some of {world} ranks; "
+            "raise it, or start fewer"
         )
-    most = min(config.micro_batch or share, share)
-    micro = next(size for size in range(most, 0, -1) if share % size == 0)
-    return micro, share // micro
+    most = -(-config.global_batch // world)
+    accumulation = -(-most // (config.micro_batch or most))
+    return Share(config.global_batch, accumulation, rank, world)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Pulse:
         self._rank, self._store, self._stop = rank, store, stop
         watched = range(1, world) if rank == 0 else [0]  # few words even where there are many ranks
         self._others = {other: _Other() for other in watched}
-        self._doing, self._marks, self._loading = "starting", 0, False
+        self._doing, self._marks, self._loading, self._waiting = "starting", 0, False, False
         self._quiet = 0.0  # seconds for which this process was awake and its main thread came to no mark
         self._idle = 0.0  # seconds for which, moreover, no loader worker moved
         self._end = threading.Event()
@@ -65,6 +65,16 @@ class Pulse:
     def mark(self, doing: str, *, loading: bool = False) -> None:
         """The main thread moves on. `doing` is for messages."""
         self._doing, self._loading, self._marks = doing, loading, self._marks + 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count as at work while the main thread waits for ranks that have more to do."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+            self.mark("starting")
 
     def watch(self, loader: Iterable[T], doing: str) -> Iterator[T]:
         """The batches of `loader`, which is not to hang either."""
@@ -98,7 +108,8 @@ class Pulse:
         beats, marks, activity = 0, -1, _Activity()
         with contextlib.suppress(RuntimeError):  # the process that holds the store has left, or has been killed
             while not self._end.is_set():
-                beats, marks = beats + (marks != self._marks or activity.grown(self._loading)), self._marks
+                alive = self._waiting or marks != self._marks or activity.grown(self._loading)
+                beats, marks = beats + alive, self._marks
                 self._store.set(f"beat {self._rank}", f"{beats} {self._doing}")
                 known = {f"beat {r}": o for r, o in self._others.items() if o.beat or self._store.check([f"beat {r}"])}
                 for other, beat in zip(known.values(), self._store.multi_get(list(known)) if known else []):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.process.launchers import adopt
 
 T = TypeVar("T")
-# deepspeed and torchrun both set these; plain `python` sets none
+Waiting = Callable[[], AbstractContextManager[None]]
+# deepspeed and torchrun both set these, `adopt` where another launcher has started the ranks; plain `python` sets none
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run in which nothing moves
@@ -81,10 +83,23 @@ class Ranks:
         """What `work` gives on rank 0, on every rank; errors as in `on_main`. It must be picklable."""
         return cast(T, self.from_main(self.on_main(work)))
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, then on the others, which find there what it wrote to disk."""
-        result = self.on_main(work)
-        return work() if result is None else result
+    def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
+        """Run `work` on rank 0, then on the others, which find there what it wrote to disk, and wait for all: no rank
+        is late for what follows, which may have a shorter timeout. Errors of any rank as in `on_main`.
+
+        `waiting`: entered while this rank waits for others."""
+        result, error = None, None
+        for turn in (self.is_main, not self.is_main):
+            if turn:
+                try:
+                    result = work()
+                except (UserError, OSError) as caught:
+                    error = str(caught)
+            with waiting():
+                errors = self.gather(error)
+            if failed := next(filter(None, errors), None):
+                raise UserError(failed)
+        return cast(T, result)
 
     def says(self, what: str) -> bool:
         """True on the first rank that asks: an error that all ranks share is printed once."""
@@ -114,13 +129,14 @@ def _joined() -> Ranks:
     try:
         return _join()
     except ValueError as error:
-        raise UserError(f"{error}; start ranks with deepspeed or torchrun, which set it") from None
+        raise UserError(f"{error}; start ranks with deepspeed, torchrun or srun, which set it") from None
     except dist.DistError as error:
         who, reason = "rank {RANK} of {WORLD_SIZE}".format_map(os.environ), str(error).strip().splitlines()[0]
         raise UserError(f"{who} cannot join the others ({reason}): have all of them started?") from None
 
 
 def _join() -> Ranks:
+    adopt(os.environ)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torchrun's name and deepspeed's for the ranks of this node

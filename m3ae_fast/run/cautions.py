@@ -24,8 +24,8 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
             notes.append(f"data.{name}: members of its shards that nothing reads: {corpus.ignored}")
     fields = ModelConfig.model_fields
     default = all(getattr(config.model, name) == fields[name].default for name in ("image_mean", "image_std"))
-    shards = [shard for source in data.train.sources for shard in source.shards if shard.summary.images]
-    if default and shards and not any("cc12m" in shard.shard.lower() for shard in shards):
+    sources = [source for source in data.train.sources if source.has_images]
+    if default and sources and not any("cc12m" in shard.shard.lower() for one in sources for shard in one.shards):
         notes.append(
             "model.image_mean and image_std are their defaults, CC12M's; set them to those of your images, which "
             "python -m m3ae_fast.data stats SHARDS prints"

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.config import Config, DataConfig, ModelConfig, parse
+from m3ae_fast.data import Corpus, Layout, lay_out
 from m3ae_fast.data.fingerprint import WRITTEN
+from m3ae_fast.data.lanes import without_lanes
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
@@ -17,7 +19,8 @@ from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.run import checkpoint
 
 # settings of the data section on which the stream of samples depends, beside what the fingerprint holds
-STREAM = ("shuffle_shards", "crop_scale", "flip", "repeats", "image_tokens")
+STREAM = ("crop_scale", "flip", "repeats", "image_tokens")
+_GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
@@ -109,6 +112,24 @@ def judge(run_dir: Path, bad_step: int) -> str:
         told = f"{before} is thereby marked as failed, and --resume auto will skip it; "
     good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
     return told + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
+
+
+def layout_of(
+    info: checkpoint.Info | None, config: DataConfig, train: Corpus, global_batch: int, with_changes: bool = False
+) -> tuple[Layout, list[str]]:
+    """Return the order's lanes of a run that continues from `info`, if any, and a note where they are not the config's:
+    what a version without lanes began keeps its order, unless `with_changes`."""
+    wanted = lay_out(config, train.sizes, global_batch)
+    if info is None or with_changes:
+        return wanted, []
+    group = (info.config.get("data") or {}).get("shuffle_shards", _GROUP)
+    kept = without_lanes(info.stream.get("data.order", f"groups of {group} shards"))
+    if kept is None or kept == wanted:
+        return wanted, []
+    return kept, [
+        f"the order of samples stays {kept}, as the checkpoint's version had it, and not {wanted}; this is the last "
+        "release that keeps it, and --resume-with-changes changes it"
+    ]
 
 
 def check_fits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from m3ae_kernels.dispatch import choose_impl
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
-from m3ae_fast.config import Config
-from m3ae_fast.data import Data, Preparation, Share, eval_loader, fingerprint, open_data, train_loader
+from m3ae_fast.config import Config, DataConfig
+from m3ae_fast.data import Data, Preparation, ShardStore, counting, eval_loader, fingerprint, open_data, train_loader
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.interface import State
@@ -26,13 +27,14 @@ from m3ae_fast.model.attention import describe
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import draw_run
 from m3ae_fast.process.program import Session
+from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.cautions import cautions
 from m3ae_fast.run.initial_weights import constants, start_from
 from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.resuming import Resume
+from m3ae_fast.run.resuming import Resume, layout_of
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.vqgan.image_tokens import with_image_targets
@@ -66,11 +68,15 @@ class Run(Loop):
         ranks, cfg = session.ranks, config.train
         _require_kernels(ranks.device)
         found = Resume(config.run.dir, resume, ranks)
-        share = Share(*split_batch(cfg, ranks.world), ranks.rank, ranks.world)
-        data = ranks.main_first(lambda: open_data(config.data, config.model, progress=ranks.is_main))
+        share = split_batch(cfg, ranks.world, ranks.rank)
+        _count_shards(config.data, ranks, session.pulse)
+        data = ranks.main_first(
+            lambda: open_data(config.data, config.model, progress=ranks.is_main), session.pulse.waiting
+        )
         schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
-        stream, notes = fingerprint(data), cautions(config, data, schedule)
-        notes += found.notes(config, stream, resume, with_changes)
+        layout, notes = layout_of(found.info, config.data, data.train, cfg.global_batch, with_changes)
+        stream = fingerprint(data, layout)
+        notes += cautions(config, data, schedule) + found.notes(config, stream, resume, with_changes)
 
         model, fixed, started = _build_model(config, found, ranks)
         preparation = _preparation(config, model, data)
@@ -94,7 +100,9 @@ class Run(Loop):
             share=share,
             schedule=schedule,
             engine=engine,
-            train_loader=train_loader(config.data, data.train, preparation, share, steps, pin_memory=pin),
+            train_loader=train_loader(
+                config.data, data.train, preparation, share, steps, layout=layout, pin_memory=pin
+            ),
             eval_loader=held_out,
             bad=BadSamples(config.data.max_bad_fraction, data.train.samples),
             stream=stream,
@@ -177,18 +185,31 @@ class Run(Loop):
             precision = "bf16 (fp32 is faster here)"
         kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
         views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
+        least, rest = divmod(config.train.global_batch, self.ranks.world)
+        per_rank = f"{least} or {least + 1}" if rest else f"{least}"
         accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
         lines = [
             f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
             f"attention: {attention}, optimiser: {self.engine.optimizer_name}",
             f"{self.data.train.samples:,} samples{views}, "
-            f"batch {config.train.global_batch} = {self.ranks.world} ranks x "
-            f"{self.share.micro_batch * self.share.accumulation} samples{accumulated}, "
+            f"batch {config.train.global_batch} = {self.ranks.world} ranks x {per_rank} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
         ]
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
         return "\n".join(lines)
+
+
+def _count_shards(config: DataConfig, ranks: Ranks, pulse: Pulse) -> None:
+    """Make the manifests of remote shards that have none. Errors as `counting.prepare`'s."""
+    store = ranks.main_first(lambda: ShardStore(config.cache_dir), pulse.waiting)
+
+    def gather(value: Any) -> list[Any]:
+        with pulse.waiting():
+            return ranks.gather(value)
+
+    for source in (*config.train, *config.val):
+        counting.prepare(source.shards, store, ranks, gather, ranks.is_main)
 
 
 def _require_kernels(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import FineTuneConfig
-from m3ae_fast.data import Data, Preparation, Share, eval_loader, fingerprint, train_loader
+from m3ae_fast.data import Data, Preparation, eval_loader, fingerprint, train_loader
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.engine.build import make_engine
@@ -17,7 +17,7 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import pins_memory, settle_precision
 from m3ae_fast.run.initial_weights import constants
-from m3ae_fast.run.resuming import STREAM, Resume
+from m3ae_fast.run.resuming import STREAM, Resume, layout_of
 from m3ae_fast.train import train
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
@@ -41,7 +41,7 @@ def set_up(job: Job) -> FineTuning:
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.told(lambda: settle_precision(job.config.finetune, ranks.device))
     found = Resume(run.dir, job.args.resume, ranks)
-    share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
+    share = split_batch(config, ranks.world, ranks.rank)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
@@ -65,11 +65,12 @@ def set_up(job: Job) -> FineTuning:
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
     }
-    stream = fingerprint(Data(train, val, job.model.tokenizer))
+    layout, notes = layout_of(found.info, data, train, config.global_batch)
+    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     same = [("classifier", key) for key in sections["classifier"]]
     same += [("run", "seed"), ("finetune", "global_batch")]
     same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]
-    notes = found.check_same(sections, same, stream)
+    notes += found.check_same(sections, same, stream)
     found.open(engine.model, engine.kinds)
     found.load(engine)
     preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
@@ -85,7 +86,9 @@ def set_up(job: Job) -> FineTuning:
         share=share,
         schedule=schedule,
         engine=engine,
-        train_loader=train_loader(data, train, preparation, share, steps, transform=transform, pin_memory=pin),
+        train_loader=train_loader(
+            data, train, preparation, share, steps, layout=layout, transform=transform, pin_memory=pin
+        ),
         val=val,
         val_loader=eval_loader(data, val, preparation, share, pin_memory=pin),
         max_bad_fraction=data.max_bad_fraction,

@@ -15,12 +15,12 @@ import torch
 
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import ProbeConfig
-from m3ae_fast.data import Corpus, Data, Preparation, Share, fingerprint, train_loader
+from m3ae_fast.data import Corpus, Data, Layout, Preparation, Share, fingerprint, train_loader
 from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import UNMASKED, Features
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
-from m3ae_fast.run.resuming import STREAM, Resume
+from m3ae_fast.run.resuming import STREAM, Resume, layout_of
 from m3ae_fast.train import train
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
@@ -109,7 +109,7 @@ def set_up(job: Job) -> Probing:
     ranks, run, config = job.ranks, job.config.run, job.config.probe
     cached = job.args.cache_features
     found = Resume(run.dir, job.args.resume, ranks)
-    share = Share(*split_batch(config, ranks.world), ranks.rank, ranks.world)
+    share = split_batch(config, ranks.world, ranks.rank)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
@@ -127,11 +127,12 @@ def set_up(job: Job) -> Probing:
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
     }
-    stream = fingerprint(Data(train, val, job.model.tokenizer))
+    layout, notes = layout_of(found.info, job.config.data, train, config.global_batch)
+    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
     same += [("probe", "global_batch")]
     same += [] if cached else [("data", key) for key in STREAM]
-    notes = found.check_same(sections, same, stream)
+    notes += found.check_same(sections, same, stream)
     found.open(engine.model, engine.kinds)
     found.load(engine)
     steps = range(found.step, schedule.total_steps)
@@ -146,7 +147,7 @@ def set_up(job: Job) -> Probing:
         share=Share(config.global_batch) if cached else share,
         schedule=schedule,
         engine=engine,
-        train_loader=_crops(job, train, share, steps)
+        train_loader=_crops(job, train, share, steps, layout)
         if bank is None
         else CachedSteps(bank, steps, config.global_batch, run.seed),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
@@ -159,10 +160,10 @@ def set_up(job: Job) -> Probing:
     )
 
 
-def _crops(job: Job, train: Corpus, share: Share, steps: range) -> Any:
+def _crops(job: Job, train: Corpus, share: Share, steps: range, layout: Layout) -> Any:
     preparation = Preparation(job.model.geometry, UNMASKED, job.model.tokenizer, job.config.run.seed)
     pin = pins_memory(job.ranks.device)
-    return train_loader(job.config.data, train, preparation, share, steps, pin_memory=pin)
+    return train_loader(job.config.data, train, preparation, share, steps, layout=layout, pin_memory=pin)
 
 
 def run(job: Job) -> dict[str, Any] | None:

@@ -100,7 +100,7 @@ def _accuracy(
     """Accuracies over all ranks."""
     config, ranks, model = job.config.robustness, job.ranks, job.model
     preparation = Preparation(model.backbone.geometry, UNMASKED, model.backbone.tokenizer, job.config.run.seed)
-    share = Share(config.batch, 1, ranks.rank, ranks.world)
+    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     batches = eval_loader(job.config.data, corpus, preparation, share, config.samples, transform=transform)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), show=ranks.is_main)
     names = ("top1", "top5") if len(model.config.classes) > 5 else ("top1",)

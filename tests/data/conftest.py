@@ -29,6 +29,7 @@ def load(store, tokenizer_file):
         sources,
         *,
         micro_batch=4,
+        global_batch=None,
         accumulation=1,
         rank=0,
         world=1,
@@ -50,7 +51,7 @@ def load(store, tokenizer_file):
             load_tokenizer(tokenizer_file, 8) if tokenizer else None,
             seed,
         )
-        share = Share(micro_batch, accumulation, rank, world)
+        share = Share(global_batch or micro_batch * accumulation * world, accumulation, rank, world)
         corpus = open_corpus(sources, store)
         if not train:
             return eval_loader(data, corpus, preparation, share, samples)

@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from m3ae_fast.data.order import BLOCK, FileOrder, Order, hash64, permutation
+from m3ae_fast.data.order import BLOCK, FileOrder, Lane, Order, hash64, permutation
 
 
 def places(order, positions):
@@ -59,10 +59,10 @@ def test_groups_bound_the_shards_that_are_open_at_once():
     groups = [set(shards[i : i + 30]) for i in range(0, 120, 30)]
     assert all(len(group) == 3 for group in groups)
     assert set.union(*groups) == set(range(12))
-    ahead = [set(order.sources[0].shards_after(i)) for i in (0, 29, 30, 89)]
+    ahead = [set(order.shards_after(i)[-1]) for i in (0, 29, 30, 89)]
     assert ahead == [groups[1], groups[1], groups[2], groups[3]]
     next_epoch = {place.sample // 10 for place in places(order, range(120, 150))}
-    assert set(order.sources[0].shards_after(119)) == next_epoch
+    assert set(order.shards_after(119)[-1]) == next_epoch
 
 
 @pytest.mark.parametrize("weights", [[3, 1], [1, 1], [0.001, 0.999], [5, 2.5, 1, 1e-9]])
@@ -87,8 +87,8 @@ def test_a_weighted_source_goes_through_its_samples_again_and_again():
 
 def test_seats_only_grow():
     """Else a source's turn would come twice for one sample, or a block's count be negative."""
-    order = Order([[10_000]] * 5, [0.5, 0.3, 0.1, 0.0999, 0.0001], 1, seed=0)
-    seats = [order._seats(n) for n in range(3000)]
+    lane = Lane([], [0.5, 0.3, 0.1, 0.0999, 0.0001], 50_000, seed=0)
+    seats = [lane._seats(n) for n in range(3000)]
     assert all(int(s.sum()) == n for n, s in enumerate(seats))
     assert all(((b - a) >= 0).all() for a, b in pairwise(seats))
 

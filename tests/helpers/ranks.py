@@ -30,7 +30,8 @@ _forks.set_forkserver_preload(["pytest", "m3ae_fast.train", "deepspeed", __name_
 def environment() -> dict[str, str]:
     """This process's, for programs of their own: one core, no GPU, no launcher."""
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-    return {k: v for k, v in os.environ.items() if k not in launched} | {
+    slurm = ("SLURM_", "OMPI_", "PMI_")
+    return {k: v for k, v in os.environ.items() if k not in launched and not k.startswith(slurm)} | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -44,13 +45,18 @@ def free_port() -> int:
 
 def fork_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> list[Process]:
     """Start `module.main(arguments)` on `ranks` ranks, each in a session of its own. What they print goes to `log`."""
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    each = [launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    return fork_each(module, arguments, each, log)
+
+
+def fork_each(module: str, arguments: list[str], each: list[dict[str, str]], log: Path) -> list[Process]:
+    """The same for processes that differ in what the environment says."""
     with _environment(environment()):
         ensure_running()
-    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes = []
-    for rank in range(ranks):
-        mine = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(_forks.Process(target=_run, args=(module, arguments, mine, log)))
+    for variables in each:
+        processes.append(_forks.Process(target=_run, args=(module, arguments, variables, log)))
         processes[-1].start()
     return processes
 

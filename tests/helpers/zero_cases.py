@@ -21,6 +21,7 @@ import torch
 from m3ae_fast.batch import Sample, draw_mask, pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import Config, load_config, parse
+from m3ae_fast.data.loader import MicroBatches
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.model import M3AE
@@ -66,7 +67,7 @@ def _config(
         "train": {
             "steps": STEPS,
             "global_batch": BATCH,
-            "micro_batch": BATCH // world // accumulation,
+            "micro_batch": -(-BATCH // world // accumulation),
             "precision": precision,
         },
         "deepspeed": None if stage is None else {"zero_optimization": {"stage": stage} | zero, **section},
@@ -96,6 +97,13 @@ def options(world: int) -> Iterator[Case]:
     yield "stage=0 prescale", _config(world, 0, 2, "fp32", {}, prescale_gradients=True)
     for name, stage in (("plain", None), ("stage=0", 0), ("stage=2", 2)):
         yield f"{name} unclipped", _config(world, stage, 1, "fp32", {}, clip_grad=None)
+
+
+def uneven(world: int) -> Iterator[Case]:
+    """A batch that the ranks do not divide, whole and in parts."""
+    for stage, accumulation in itertools.product((None, 0, 1, 2, 3), (1, 2)):
+        name = f"stage={stage} accumulation={accumulation}"
+        yield name, _config(world, stage, accumulation, "fp32", SMALL_BUCKET if stage else {})
 
 
 def configs(world: int) -> Iterator[Case]:
@@ -134,15 +142,15 @@ def run(ranks: Ranks, config: Config) -> list[tuple[float, float]]:
     torch.manual_seed(0)
     model = M3AE(config.model, config.loss)
     engine = build_engine(model, config, ranks)
-    micro, accumulation = split_batch(config.train, ranks.world)
+    share = split_batch(config.train, ranks.world, ranks.rank)
     found = []
     for step in range(STEPS):
         everything = samples(step, text=config.model.vocab_size > 0)
         images = sum(sample.image is not None for sample in everything)
         captions = sum(sample.tokens is not None for sample in everything)
         counts = LossCounts(images / ranks.world, captions / ranks.world)
-        starts = [(turn * ranks.world + ranks.rank) * micro for turn in range(accumulation)]
-        batches = [pack(everything[start : start + micro], model.geometry) for start in starts]
+        parts = MicroBatches(range(1), share)
+        batches = [pack([everything[position] for position in part], model.geometry) for part in parts]
         losses, norm = engine.step(batches, counts, LR)
         (loss,) = ranks.sum([sum(part.loss.item() for part in losses)])
         found.append((loss / ranks.world, float(norm)))
@@ -152,7 +160,7 @@ def run(ranks: Ranks, config: Config) -> list[tuple[float, float]]:
 def main(argv: list[str] | None = None) -> int:
     which, out = argv or sys.argv[1:]
     logging.disable(logging.WARNING)
-    cases = {"matrix": matrix, "options": options, "configs": configs}[which]
+    cases = {"matrix": matrix, "options": options, "configs": configs, "uneven": uneven}[which]
     with join_ranks() as ranks, open(out if ranks.is_main else os.devnull, "w", encoding="utf-8") as file:
         torch.set_num_threads(1)
         for name, config in cases(ranks.world):

@@ -1,0 +1,11 @@
+#!/bin/bash
+# On each node: bash examples/many_nodes/elastic.sh HEAD configs/large.json [--set KEY=VALUE ...]
+#
+# HEAD is the name of one of the nodes. 48 to 64 nodes train; when one is lost, the others start again without it from the
+# last checkpoint, with the same global batch, and when one comes, with it.
+
+head=$1 config=$2
+shift 2
+ulimit -n "$(ulimit -Hn)"
+exec torchrun --nnodes 48:64 --nproc-per-node 8 --max-restarts 100 --rdzv-backend c10d --rdzv-endpoint "$head:29400" \
+  --rdzv-id m3ae m3ae_fast/train.py --config "$config" --resume auto "$@"

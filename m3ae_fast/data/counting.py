@@ -1,0 +1,92 @@
+"""Makes manifests: counts what shards hold, in as many processes as there are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.data.index import index_shards
+from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, is_manifest, join, read, rows_of, write
+from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.errors import UserError
+
+Gather = Callable[[Any], list[Any]]  # every process's value, on every process
+
+
+class Process(Protocol):
+    """Which of all processes this is, as `engine.ranks.Ranks` says it."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+
+
+def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
+    """Return a manifest of shards, which are read whole, and those that cannot be read.
+
+    Raises:
+        UserError: an index cannot be written.
+    """
+    lost: list[Skipped] = []
+    found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
+    unread = (0, 0, UNREAD)
+    summaries = [found.get(name) for name in names]
+    counts = [(s.samples, s.size, KINDS.index(s.modality) if s.samples else 0) if s else unread for s in summaries]
+    return rows_of(names, counts), lost
+
+
+def part_of(names: Sequence[str], number: int, parts: int) -> Sequence[str]:
+    """Return the `number`-th, from 0, of equal parts."""
+    return names[number * len(names) // parts : (number + 1) * len(names) // parts]
+
+
+def cached(names: Sequence[str], store: ShardStore) -> Path:
+    """Return where the manifest that a run makes of these shards lies."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return store.cache_dir / "manifests" / (digest + SUFFIX)
+
+
+def prepare(
+    patterns: str | list[str], store: ShardStore, process: Process, gather: Gather, progress: bool = False
+) -> None:
+    """Count shards that are not read in place, each process its part, and leave the manifest on every node. Nothing is
+    done where it is there already or `patterns` names one. Every process must call it.
+
+    Raises:
+        UserError: in every process where one of them cannot write.
+    """
+    names = [] if is_manifest(patterns) else expand(patterns)
+    path = cached(names, store)
+    if not any(map(store.is_cached, names)) or not any(gather(_lacks(path))):
+        return
+
+    def part() -> np.ndarray:
+        return count(part_of(names, process.rank, process.world), store, progress)[0]
+
+    parts = _all(gather, part)
+    _all(gather, lambda: write(path, join(parts)) if process.local_rank == 0 else None)
+
+
+def _lacks(path: Path) -> bool:
+    return not path.exists() or bool((read(path)["kind"] == UNREAD).any())
+
+
+def _all(gather: Gather, work: Callable[[], Any]) -> list[Any]:
+    """Return what `work` gives in each process. A UserError or OSError of one is raised in all, as a UserError."""
+    value, error = None, None
+    try:
+        value = work()
+    except (UserError, OSError) as caught:
+        error = str(caught)
+    found = gather((value, error))
+    if failed := next((error for _, error in found if error), None):
+        raise UserError(failed)
+    return [value for value, _ in found]

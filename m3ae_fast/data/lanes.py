@@ -1,0 +1,46 @@
+"""How a run's stream is cut into lanes: from its data and its batch, never from the number of ranks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from m3ae_fast.config import DataConfig
+
+
+class Layout(NamedTuple):
+    """What an order depends on besides shards, weights and seed."""
+
+    lanes: int
+    window: int  # pieces of shards that a lane shuffles together
+
+    def __str__(self) -> str:
+        """Name it as checkpoints do. One lane is what versions without lanes had."""
+        if self.lanes == 1:
+            return f"groups of {self.window} shards"
+        return f"{self.lanes} lanes, windows of {self.window} shards"
+
+
+def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], global_batch: int) -> Layout:
+    """Return the lanes of a stream: the most, up to `config.lanes`, that a step visits equally often, that cut few
+    shards, and of which each has a part of every source.
+
+    Args:
+        config: lanes, shuffling and repeats.
+        sizes: for each source the samples of its shards.
+        global_batch: samples of a step.
+    """
+    turns = global_batch // math.gcd(global_batch, config.repeats)
+    most = min(config.lanes, turns, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
+    lanes = next(number for number in range(most, 0, -1) if turns % number == 0)
+    return Layout(lanes, -(-config.shuffle_shards // lanes))
+
+
+def without_lanes(order: str) -> Layout | None:
+    """Return the layout that `Layout.__str__` names so, where it has one lane."""
+    match = re.fullmatch(r"groups of (\d+) shards", order)
+    return Layout(1, int(match[1])) if match else None

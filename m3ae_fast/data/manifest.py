@@ -1,0 +1,142 @@
+"""What many shards hold, counted ahead of time: one memory-mapped array, so that a run opens them without reading them.
+
+A manifest is a .npy file of a row for each shard: `name`, `samples` (that have an image or a caption), `size` (bytes of
+the tar; 0: unknown) and `kind`, an index of KINDS. It says how many samples there are, and thereby the order. Where
+they lie is read from each shard when it is fetched; one that holds fewer has skipped samples in their place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args, overload
+
+import numpy as np
+
+from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
+from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import whole_file
+
+KINDS: tuple[Modality, ...] = get_args(Modality)
+UNREAD = len(KINDS)  # the kind of a shard that could not be counted
+SUFFIX = ".npy"
+_MAX_NAME = 1 << 12  # bytes
+_PART = re.compile(r"\.part-(\d+)-of-(\d+)\.npy$")
+
+
+@dataclass(frozen=True)
+class CountedShard(IndexedShard):
+    """A shard of a manifest, which is fetched and indexed when it is read."""
+
+    store: ShardStore
+
+    def located(self) -> IndexedShard:
+        return index_shards([self.shard], self.store)[0]
+
+    def table(self) -> np.ndarray:
+        return self.located().table()
+
+    def again(self, store: ShardStore) -> IndexedShard:
+        return self.located().again(store)
+
+
+class CountedShards(Sequence[IndexedShard]):
+    """The shards of a manifest, each made when it is asked for."""
+
+    def __init__(self, rows: np.ndarray, store: ShardStore):
+        self.rows, self.store = rows, store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> IndexedShard: ...
+    @overload
+    def __getitem__(self, index: slice) -> CountedShards: ...
+    def __getitem__(self, index: int | slice) -> IndexedShard | CountedShards:
+        if isinstance(index, slice):
+            return CountedShards(self.rows[index], self.store)
+        row = self.rows[index]
+        samples, kind = int(row["samples"]), KINDS[row["kind"]]
+        images, captions = (0 if kind == alone else samples for alone in ("text", "image"))
+        paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)  # of "any" it is not known
+        summary = Summary(VERSION, int(row["size"]), 0, samples, images, captions, paired, {}, None)
+        return CountedShard(row["name"].decode(), summary, Path(), self.store)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Samples per shard, int64."""
+        return self.rows["samples"].astype(np.int64)
+
+    @property
+    def kinds(self) -> list[Modality]:
+        return [KINDS[kind] for kind in self.rows["kind"].tolist()]
+
+
+def rows_of(names: Sequence[str], counts: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Return a manifest of shards with these (samples, size, kind)."""
+    encoded = [name.encode() for name in names]
+    width = max([1, *map(len, encoded)])
+    dtype = [("name", f"S{width}"), ("samples", "<u4"), ("size", "<u8"), ("kind", "u1")]
+    return np.array([(name, *row) for name, row in zip(encoded, counts, strict=True)], dtype=dtype)
+
+
+def join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the rows of all parts in one array."""
+    if len(parts) == 1:
+        return parts[0]
+    widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    return np.concatenate([part.astype(widest) for part in parts])
+
+
+def write(path: Path, rows: np.ndarray) -> None:
+    """Raises UserError where it cannot be written."""
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.save(file, rows, allow_pickle=False)
+
+
+def read(path: Path) -> np.ndarray:
+    """Return the mapped rows of a manifest. Raises UserError where it is none, or is damaged."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"manifest {path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # numpy's parser raises anything for a header that is not its own
+        raise UserError(f"manifest {path}: is damaged ({' '.join(str(error).split())[:200]})") from None
+    width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
+    if not 0 < width <= _MAX_NAME or rows.ndim != 1 or rows.dtype != rows_of(["x" * width], [(0, 0, 0)]).dtype:
+        raise UserError(f"manifest {path}: is another .npy; make one with python -m m3ae_fast.data manifest")
+    if len(rows) and rows["kind"].max() > UNREAD:
+        raise UserError(f"manifest {path}: is damaged (a kind of shard that does not exist)")
+    return rows
+
+
+def is_manifest(patterns: str | Sequence[str]) -> bool:
+    """Return whether `shards` names manifests.
+
+    Raises:
+        UserError: it names shards too.
+    """
+    each = [patterns] if isinstance(patterns, str) else patterns
+    manifests = [pattern for pattern in each if pattern.endswith(SUFFIX)]
+    if manifests and len(manifests) < len(each):
+        raise UserError(f"shards {each!r}: are manifests and tars; make a source of each")
+    return bool(manifests)
+
+
+def read_all(patterns: str | list[str]) -> np.ndarray:
+    """Return the rows of the manifests that `shards` names, one after the other.
+
+    Raises:
+        UserError: one is missing or damaged, or a part of one.
+    """
+    paths = expand(patterns)
+    parts = [match for path in paths if (match := _PART.search(path))]
+    if parts and [int(part[1]) for part in parts] != list(range(1, int(parts[0][2]) + 1)):
+        raise UserError(
+            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest; name all, in order"
+        )
+    return join([read(Path(path)) for path in paths])

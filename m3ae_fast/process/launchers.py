@@ -1,0 +1,107 @@
+"""What SLURM's srun and MPI's launchers tell their processes, in the words of torch's launchers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
+from zlib import crc32
+
+from m3ae_fast.errors import UserError
+
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems give to clients
+
+
+class Launcher(NamedTuple):
+    """Names of the variables that a launcher sets; of alternatives the first that is set counts."""
+
+    name: str
+    rank: str
+    world: str
+    local_rank: tuple[str, ...]
+    local_world: tuple[str, ...]
+    job: tuple[str, ...]  # what tells apart the runs on a machine
+
+
+LAUNCHERS = (
+    Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",), (), ("SLURM_JOB_ID", "SLURM_STEP_ID")),
+    Launcher(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+    ),
+    Launcher(
+        "mpiexec",
+        "PMI_RANK",
+        "PMI_SIZE",
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+        ("PMI_JOBID", "PALS_APID"),
+    ),
+)
+_HOSTS = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+
+
+def adopt(environment: MutableMapping[str, str]) -> None:
+    """Set what torch reads of the ranks where a launcher that knows other words has started this process and others.
+    What is set already stays.
+
+    Raises:
+        UserError: a launcher has started several processes, of which this is to be a run of its own, or does not say
+            enough to find the others.
+    """
+    found = next((one for one in LAUNCHERS if environment.keys() >= {one.rank, one.world}), None)
+    if found is None or environment[found.world] == "1":
+        return
+    if environment.get("WORLD_SIZE") == "1":
+        raise UserError(
+            f"{found.name} has started {environment[found.world]} processes, but WORLD_SIZE=1 makes each a run of its "
+            f"own: start `{found.name} python m3ae_fast/train.py` without WORLD_SIZE, or torchrun with --nnodes and "
+            f"--rdzv-endpoint; for separate runs, unset {found.world}"
+        )
+    if "WORLD_SIZE" not in environment and "RANK" not in environment:
+        for name, value in _read(found, environment).items():
+            environment.setdefault(name, value)
+
+
+def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
+    told = {"RANK": environment[launcher.rank], "WORLD_SIZE": environment[launcher.world]}
+    local_rank = _first(environment, ("LOCAL_RANK", *launcher.local_rank))
+    if local_rank is None:
+        raise UserError(
+            f"{launcher.name} does not tell its processes their number on the node ({', '.join(launcher.local_rank)}): "
+            "set LOCAL_RANK"
+        )
+    local_world = _first(environment, launcher.local_world) or _of_step(environment) or "1"
+    told |= {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
+    hosts = _first(environment, _HOSTS)
+    if hosts is None and local_world != told["WORLD_SIZE"] and "MASTER_ADDR" not in environment:
+        raise UserError(f"{launcher.name} does not tell its processes where rank 0 is: set MASTER_ADDR to its host")
+    told["MASTER_ADDR"] = first_host(hosts) if hosts else "127.0.0.1"
+    job = ".".join(environment.get(name, "") for name in launcher.job)
+    told["MASTER_PORT"] = str(_FIRST_PORT + crc32(job.encode()) % _PORTS)
+    return told
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list as SLURM writes it: `gpu[003-008,011],login1` begins with gpu003."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None  # it matches nothing, too
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
+
+
+def _of_step(environment: Mapping[str, str]) -> str | None:
+    """Return the tasks of this node where SLURM says them of all, as in `8(x62),4`."""
+    counts: list[str] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [match[1]] * int(match[2] or 1)
+    node = environment.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else None
+
+
+def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((environment[name] for name in names if name in environment), None)

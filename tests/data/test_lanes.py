@@ -1,0 +1,163 @@
+"""The stream in lanes: which samples, on which ranks, from which shards."""
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from m3ae_fast.config import DataConfig
+from m3ae_fast.data import Share, lay_out
+from m3ae_fast.data.lanes import Layout, without_lanes
+from m3ae_fast.data.loader import MicroBatches
+from m3ae_fast.data.order import Order
+
+WORLDS = (1, 2, 3, 8, 48, 63, 64, 100, 504, 512)
+CORPORA = {"12 M": (1243, 9990), "400 M": (41_408, 9660), "2 B": (231_349, 9000)}  # shards, samples of a shard
+
+
+def layout(sizes, global_batch, **config):
+    return lay_out(DataConfig(train=[{"shards": "none.tar"}], **config), sizes, global_batch)
+
+
+def corpus(name):
+    shards, samples = CORPORA[name]
+    return np.random.default_rng(0).integers(int(samples * 0.95), int(samples * 1.05), shards)
+
+
+def fetched(sizes, lanes, nodes):
+    """Shards that all nodes fetch in an epoch, over those that there are."""
+    order, batch = Order([sizes], None, 2, 42, lanes), 4096
+    total = 0
+    for node in range(nodes):
+        (positions,) = MicroBatches(range(1), Share(batch, rank=node, world=nodes), lanes)
+        own = {position % lanes for position in positions}
+        total += len(set(chain.from_iterable(order._lane(lane).sources[0].pieces.shards.tolist() for lane in own)))
+    return total / len(sizes)
+
+
+@pytest.mark.parametrize(("lanes", "nodes", "most"), [
+    (64, 1, 1), (64, 8, 1.06), (64, 64, 1.06), (64, 48, 2.05), (64, 63, 2.05), (512, 48, 1.2), (512, 63, 1.2),
+])  # fmt: skip
+def test_nodes_share_few_shards(lanes, nodes, most):
+    assert 1 <= fetched(corpus("400 M"), lanes, nodes) <= most
+
+
+@pytest.mark.parametrize("nodes", [8, 64])
+def test_nodes_share_few_shards_of_the_smallest_and_the_largest_corpus(nodes):
+    assert 1 <= fetched(corpus("12 M"), 64, nodes) <= 1.06
+    assert 1 <= fetched(corpus("2 B"), 64, nodes) <= 1.06
+
+
+@pytest.mark.parametrize(("sizes", "lanes"), [([5, 1, 0, 30, 7, 2], 3), ([1] * 9, 9), ([100], 7), ([13, 21, 34], 1)])
+def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
+    order = Order([sizes], None, 2, 5, lanes)
+    owned = []
+    for lane in range(lanes):
+        length = order._lane(lane).samples
+        epochs = [[order.locate((e * length + i) * lanes + lane) for i in range(length)] for e in range(3)]
+        for number, places in enumerate(epochs):
+            assert {place.epoch for place in places} == {number}
+            assert sorted(place.sample for place in places) == sorted(place.sample for place in epochs[0])
+        owned += [place.sample for place in epochs[0]]
+        assert abs(length - sum(sizes) / lanes) < 1
+        if length > 9:
+            assert len({tuple(places) for places in epochs}) == 3
+    assert sorted(owned) == list(range(sum(sizes)))
+
+
+def test_every_sample_of_every_source_comes_once_in_as_many_positions():
+    """Where the lanes divide the sources."""
+    sizes = [[40, 24], [8], [16, 16, 16]]
+    order = Order(sizes, None, 2, 0, lanes=8)
+    for epoch in range(3):
+        found = [order.locate(position) for position in range(epoch * 120, (epoch + 1) * 120)]
+        everything = Counter((source, n, epoch) for source, shards in enumerate(sizes) for n in range(sum(shards)))
+        assert Counter((place.source, place.sample, place.epoch) for place in found) == everything
+
+
+def test_weights_are_exact_in_every_lane():
+    order = Order([[5000, 3000], [640]], [0.9, 0.1], 2, 0, lanes=16)
+    for lane in range(16):
+        places = [order.locate(index * 16 + lane) for index in range(3000)]
+        small = [place for place in places if place.source == 1]
+        assert len(small) == pytest.approx(300, abs=7)  # of three blocks and as many epochs
+        assert [place.epoch for place in small] == sorted(place.epoch for place in small)
+        assert len(set(small)) == len(small)
+    steps = [[order.locate(p).source for p in range(first, first + 512)] for first in range(0, 16_000, 512)]
+    assert np.std([np.mean(step) for step in steps]) < 0.008  # by chance 0.013
+    assert np.mean(steps) == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize(("batch", "lanes", "repeats"), [(4096, 64, 1), (4096, 64, 4), (600, 50, 3), (512, 1, 1)])
+def test_the_samples_of_a_step_do_not_depend_on_the_ranks(batch, lanes, repeats):
+    sizes = corpus("12 M")[:400]
+    step = range(1000, 1001)
+    everything = range(1000 * batch, 1001 * batch)
+    whole = Order([sizes], None, 2, 1, lanes)
+    known = [whole.locate(position // repeats) for position in everything]
+    for world in filter(lambda world: world <= batch, WORLDS):
+        found = []
+        for rank in range(world):
+            parts = list(MicroBatches(step, Share(batch, 3, rank, world), lanes, repeats))
+            assert len(parts) == 3 and max(map(len, parts)) - min(map(len, parts)) <= 1
+            own = list(chain.from_iterable(parts))
+            assert len(own) in (batch // world, -(-batch // world))
+            if rank == world // 2:  # an order that has made no other lanes
+                order = Order([sizes], None, 2, 1, lanes)
+                assert all(order.locate(p // repeats) == known[p - everything[0]] for p in own[:99])
+            found += own
+        assert sorted(found) == list(everything)
+
+
+def test_views_of_a_sample_stay_together():
+    parts = MicroBatches(range(2), Share(48, 2, 1, 2), lanes=4, repeats=3)
+    for positions in parts:
+        assert positions == [p for first in positions[::3] for p in range(first, first + 3)]
+        assert all(first % 3 == 0 for first in positions[::3])
+
+
+def test_the_lanes_follow_from_batch_and_shards():
+    shards = [[10] * 1000]
+    assert layout(shards, 4096) == Layout(64, 2)
+    assert layout(shards, 4096, lanes=512, shuffle_shards=600) == Layout(512, 2)
+    assert layout(shards, 4095) == Layout(63, 3)
+    assert layout(shards, 4093) == Layout(1, 128)  # a prime
+    assert layout([[10] * 7], 4096) == Layout(4, 32)  # no more than there are shards
+    assert layout([[10] * 100, [9]], 4096) == Layout(8, 16)  # each has a part of every source
+    assert layout(shards, 4096, repeats=256) == Layout(16, 8)  # of samples, not of their views
+    assert layout(shards, 4096, repeats=3) == Layout(64, 2)
+
+
+def test_a_layout_has_a_name():
+    assert without_lanes(str(Layout(1, 16))) == Layout(1, 16) and "16" in str(Layout(1, 16))
+    assert without_lanes(str(Layout(64, 2))) is None
+
+
+def test_lanes_begin_their_shards_at_different_times():
+    order = Order([[10] * 640], None, 8, 0, lanes=16)
+    firsts = Counter(int(order._lane(lane).sources[0]._epoch(0)[1][1]) for lane in range(16))
+    assert len(firsts) > 4 and set(firsts) <= set(range(1, 9))
+
+
+def test_a_step_mixes_more_shards_than_without_lanes():
+    """Samples of the same shard in a step of 4096: one pair in 16 without lanes, 128 shards at a time with 64."""
+    sizes = corpus("12 M")
+    ends = np.cumsum(sizes)
+
+    def same(order):
+        samples = [order.locate(position).sample for position in range(500 * 4096, 501 * 4096)]
+        count = np.bincount(np.searchsorted(ends, samples, side="right"))
+        return (count * (count - 1)).sum() / 4096 / 4095
+
+    assert same(Order([sizes], None, 16, 0)) > 0.05
+    assert same(Order([sizes], None, 2, 0, lanes=64)) < 0.014
+
+
+def test_a_small_set_is_shuffled_as_a_whole():
+    """Shards in order of their classes: a step has of each class what chance gives it, or nearer to its share."""
+    order = Order([[1000] * 12], None, 16, 0, lanes=8)
+    for step in (0, 20, 45):
+        samples = np.array([order.locate(position).sample for position in range(step * 256, (step + 1) * 256)])
+        classes = np.bincount(samples // 600, minlength=20)
+        assert ((classes - 12.8) ** 2 / 12.8).sum() < 36  # chi-squared of 19 degrees of freedom: 99 %

@@ -1,0 +1,215 @@
+"""Shards that were counted ahead of time."""
+
+import json
+import os
+import threading
+import tracemalloc
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import ShardStore, counting, open_corpus
+from m3ae_fast.data.__main__ import main
+from m3ae_fast.data.manifest import KINDS, UNREAD, read, rows_of, write
+from m3ae_fast.data.order import Order
+from m3ae_fast.data.reader import Reader
+from m3ae_fast.errors import UserError
+from tests.helpers.shards import members, write_tar
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """(pattern of commands that give shards, the shards fetched so far)"""
+    (tmp_path / "far").mkdir()
+    for i in range(6):
+        kind = ("paired", "image", "text")[i % 3]
+        write_tar(tmp_path / f"far/{i}.tar", members(range(i * 10, i * 10 + 3 + i), kind))
+    log = tmp_path / "fetched"
+    log.touch()
+    pattern = f"pipe:n={{0..5}}; echo $n >> {log}; cat {tmp_path}/far/$n.tar"
+    return pattern, lambda: Counter(log.read_text().split())
+
+
+def make(tmp_path, *options, out="m.npy", cache="maker"):
+    path = str(tmp_path / out)
+    assert main(["manifest", *options, "--out", path, "--cache-dir", str(tmp_path / cache)]) == 0
+    return path
+
+
+def keys(loader):
+    return [key.rpartition("/")[2] for batch in loader for key in batch.keys]
+
+
+def test_a_run_with_a_manifest_sees_what_it_sees_without(load, store, tmp_path, remote):
+    pattern, fetched = remote
+    path = make(tmp_path, pattern)
+    counted = [SourceConfig(shards=path)]
+    before = fetched()
+    found, indexed = (open_corpus([SourceConfig(shards=shards)], ShardStore(tmp_path / str(n)))
+                      for n, shards in enumerate((path, pattern)))  # fmt: skip
+    one, other = found.sources[0], indexed.sources[0]
+    assert one.modalities == other.modalities == ["paired", "image", "text"] * 2
+    assert list(one.sizes) == list(other.sizes) == [3, 4, 5, 6, 7, 8]
+    assert [shard.shard for shard in one.shards] == [shard.shard for shard in other.shards]
+    assert [shard.summary.size for shard in one.shards] == [shard.summary.size for shard in other.shards]
+    assert (one.has_images, one.has_captions) == (other.has_images, other.has_captions) == (True, True)
+    expected = keys(load([SourceConfig(shards=pattern)], micro_batch=11, steps=6, config={"lanes": 1}))
+    (tmp_path / "fetched").write_text("")
+    for copy in (store.cache_dir / "shards").iterdir():
+        copy.unlink()
+    loader = load(counted, micro_batch=11, steps=6, config={"lanes": 1, "shuffle_shards": 128})
+    assert not fetched()  # opening reads no shard
+    assert keys(loader) == expected and len(expected) == 66
+    assert before and set(fetched().values()) == {1}
+
+
+def test_parts_are_one_manifest(tmp_path, remote):
+    pattern, fetched = remote
+    whole = read(make(tmp_path, pattern))
+    assert set(fetched().values()) == {1}
+    for part in (1, 2, 3, 4):
+        make(tmp_path, pattern, "--part", f"{part}/4", cache=f"maker-{part}")
+    assert sorted(fetched().values()) == [2] * 6
+    parts = [SourceConfig(shards=str(tmp_path / "m.part-*.npy"))]
+    rows = open_corpus(parts, ShardStore(tmp_path / "c")).sources[0].shards.rows
+    assert rows.tolist() == whole.tolist()
+    os.unlink(tmp_path / "m.part-0002-of-0004.npy")
+    with pytest.raises(UserError, match="3 of 4 parts of a manifest"):
+        open_corpus(parts, ShardStore(tmp_path / "c"))
+
+
+def test_counts_that_others_have_made(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", members(range(4 + i)))
+        (tmp_path / f"{i}_stats.json").write_text(json.dumps({"count": 99, "successes": 4 + i}))
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{i}.tar": 4 + i for i in range(3)}))
+    shards = [str(tmp_path / f"{i}.tar") for i in range(3)]
+    for options in (["--stats"], ["--sizes", str(tmp_path / "sizes.json")]):
+        rows = read(make(tmp_path, *shards, *options))
+        assert rows[["name", "samples", "kind"]].tolist() == [
+            (name.encode(), 4 + i, KINDS.index("paired")) for i, name in enumerate(shards)
+        ]
+    assert len(list(tmp_path.glob("*.index"))) == 1  # of the shard that told what kind they are
+    (tmp_path / "sizes.json").write_text("{}")
+    with pytest.raises(UserError, match="says None, not a number"):
+        make(tmp_path, *shards, "--sizes", str(tmp_path / "sizes.json"))
+
+
+def test_a_shard_of_another_length_never_moves_the_order(load, tmp_path):
+    paths = [write_tar(tmp_path / f"{i}.tar", members(range(i * 10, i * 10 + 5))) for i in range(3)]
+    path = make(tmp_path, *paths)
+    before = keys(load([SourceConfig(shards=path)], micro_batch=15, steps=1))
+    write_tar(paths[0], members(range(3)))  # two samples fewer
+    write_tar(paths[1], members(range(10, 19)))  # four more
+    (batch,) = load([SourceConfig(shards=path)], micro_batch=15, steps=1)
+    assert keys([batch]) == [key for key in before if key not in ("00003", "00004")]
+    assert [skipped.reason for skipped in batch.skipped] == ["the shard has 3 samples, 5 by its manifest"] * 2
+    assert {skipped.shard for skipped in batch.skipped} == {paths[0]}
+
+
+def test_what_is_no_manifest_is_refused(tmp_path, store):
+    bad, other = tmp_path / "bad.npy", tmp_path / "other.npy"
+    bad.write_bytes(b"\x93NUMPY junk")
+    np.save(other, np.arange(3))
+    for path, words in ((bad, "is damaged"), (other, "is another .npy"), (tmp_path / "none.npy", "no such file")):
+        with pytest.raises(UserError, match=words):
+            open_corpus([SourceConfig(shards=str(path))], store)
+    with pytest.raises(UserError, match="manifests and tars"):
+        open_corpus([SourceConfig(shards=[str(other), "x.tar"])], store)
+    write(bad, rows_of(["x.tar"], [(0, 0, 0)]))
+    with pytest.raises(UserError, match="no samples in them"):
+        open_corpus([SourceConfig(shards=str(bad))], store)
+    for options in (["--part", "3/2"], ["--part", "x"]):
+        with pytest.raises(UserError, match="must be I/N"):
+            make(tmp_path, "x.tar", *options)
+    with pytest.raises(UserError, match=r"must end in \.npy"):
+        make(tmp_path, "x.tar", out="m.json")
+
+
+def together(world, nodes, work):
+    """What `work(process, gather, store)` gives or raises in each of `world` threads, of which nodes share a store."""
+    barrier, box = threading.Barrier(world, timeout=60), [None] * world
+    results = [None] * world
+
+    def run(rank):
+        def gather(value):
+            box[rank] = value
+            barrier.wait()
+            found = list(box)
+            barrier.wait()
+            return found
+
+        each = world // nodes
+        process = SimpleNamespace(rank=rank, world=world, local_rank=rank % each)
+        try:
+            results[rank] = work(process, gather, rank // each)
+        except UserError as error:
+            results[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
+    pattern, fetched = remote
+    stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
+    work = lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    for _ in range(2):  # once is enough
+        assert together(4, 2, work) == [None] * 4
+        assert fetched() == {str(i): 1 for i in range(6)}
+    for store in stores:
+        corpus = open_corpus([SourceConfig(shards=pattern)], store)
+        assert list(corpus.sources[0].sizes) == [3, 4, 5, 6, 7, 8] and not corpus.damaged
+    assert sum(fetched().values()) == 6
+
+
+def test_what_one_cannot_do_all_are_told(tmp_path, remote):
+    pattern, _ = remote
+    stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
+    (stores[1].cache_dir / "manifests").write_text("in the way")
+    found = together(4, 2, lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather))
+    assert len(set(found)) == 1 and "manifests" in found[0]
+
+
+def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, remote, monkeypatch):
+    monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.0)
+    pattern, _ = remote
+    far = tmp_path / "far/2.tar"
+    far.rename(tmp_path / "away")
+    store = ShardStore(tmp_path / "node")
+    prepare = lambda: together(1, 1, lambda process, gather, _: counting.prepare(pattern, store, process, gather))  # noqa: E731
+    assert prepare() == [None]
+    corpus = open_corpus([SourceConfig(shards=pattern)], store)
+    assert corpus.samples == 28 and corpus.counted == [(1, 6)] and "cannot be read" in str(corpus.damaged[0])
+    with pytest.raises(UserError, match="1 of 6 shards cannot be read"):
+        corpus.require(0.1)
+    (tmp_path / "away").rename(far)
+    assert prepare() == [None]
+    assert open_corpus([SourceConfig(shards=pattern)], store).samples == 33
+
+
+def test_two_billion_samples_are_open_at_once(tmp_path, store):
+    """Manifest, order and reader of 231,349 shards, within 50 MB of a process's own."""
+    names = [f"s3://bucket/laion2b/{i:06d}.tar" for i in range(231_349)]
+    path = tmp_path / "laion2b.npy"
+    write(path, rows_of(names, [(9000, 0, KINDS.index("paired"))] * len(names)))
+    assert path.stat().st_size < 12e6
+    del names
+    tracemalloc.start()
+    try:
+        (source,) = open_corpus([SourceConfig(shards=str(path))], store).sources
+        order, reader = Order([source.sizes], None, 2, 42, lanes=64), Reader(source, store)
+        place = order.locate(10**9)
+        shard, _ = reader.find(place.sample)
+        assert source.shards[shard].shard == f"s3://bucket/laion2b/{shard:06d}.tar"
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    assert int(source.sizes.sum()) == 231_349 * 9000 and UNREAD == 4

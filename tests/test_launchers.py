@@ -1,0 +1,111 @@
+"""What srun, mpirun and mpiexec set makes one run of the processes that they start."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.process.launchers import adopt, first_host
+from tests.helpers import ranks as helper
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "502",
+    "SLURM_LOCALID": "6",
+    "SLURM_NODEID": "62",
+    "SLURM_STEP_NUM_TASKS": "508",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x62),6(x2)",
+    "SLURM_STEP_NODELIST": "gpu[003-065,070],login1",
+}
+OMPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "PMIX_NAMESPACE": "prterun-a-1@1",
+}
+PMI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1", "MASTER_ADDR": "head"}
+WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+def adopted(environment):
+    environment = dict(environment)
+    adopt(environment)
+    return environment
+
+
+@pytest.mark.parametrize(("environment", "told"), [
+    (SLURM, ("502", "508", "6", "6", "gpu003")),
+    (SLURM | PMI, ("502", "508", "6", "6", "head")),  # srun --mpi=pmi2; what the user sets stays
+    (OMPI, ("3", "4", "3", "4", "127.0.0.1")),
+    (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NODELIST": "b1,b2"}, ("3", "4", "3", "2", "b1")),
+    (PMI, ("1", "2", "0", "1", "head")),
+])  # fmt: skip
+def test_a_launchers_words_are_understood(environment, told):
+    assert tuple(adopted(environment)[word] for word in WORDS) == told
+
+
+def test_torchs_own_words_count_more():
+    torchrun = SLURM | {"RANK": "1", "WORLD_SIZE": "2"}
+    assert adopted(torchrun) == torchrun
+    alone = {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}  # a shell that srun has opened
+    assert adopted(alone) == alone
+    script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NUM_TASKS"}  # sbatch, without srun
+    assert adopted(script) == script
+    assert adopted({}) == {}
+
+
+def test_jobs_on_a_node_have_ports_of_their_own():
+    jobs = [SLURM, SLURM | {"SLURM_STEP_ID": "1"}, SLURM | {"SLURM_JOB_ID": "4712"}]
+    ports = [int(adopted(job)["MASTER_PORT"]) for job in jobs]
+    assert len(set(ports)) == 3 and all(10_000 <= port < 30_000 for port in ports)
+    assert {adopted(SLURM | {"SLURM_PROCID": str(rank)})["MASTER_PORT"] for rank in range(4)} == {str(ports[0])}
+
+
+@pytest.mark.parametrize(("nodes", "first"), [
+    ("node7", "node7"), ("a,b", "a"), ("n[1-4]", "n1"), ("n[007,9-12]-ib,m", "n007-ib"), ("r[1-2]n[05-8],x", "r1n05"),
+])  # fmt: skip
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("environment", [SLURM, OMPI, PMI])
+def test_runs_of_one_rank_that_were_meant_to_be_one_run_are_refused(environment):
+    with pytest.raises(UserError, match="WORLD_SIZE=1 makes each a run of its own: start `"):
+        adopt(environment | {"RANK": "0", "WORLD_SIZE": "1"})
+
+
+def test_what_a_launcher_does_not_tell_is_asked_for():
+    with pytest.raises(UserError, match=r"mpiexec .*: set LOCAL_RANK"):
+        adopt({"PMI_RANK": "1", "PMI_SIZE": "2"})
+    with pytest.raises(UserError, match="where rank 0 is: set MASTER_ADDR"):
+        adopt(OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+
+
+def main(argv):
+    """Say who this process is among all."""
+    from m3ae_fast.process.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        everybody = ranks.gather([ranks.rank, ranks.local_rank, os.environ["LOCAL_WORLD_SIZE"]])
+        if ranks.is_main:
+            Path(argv[0]).write_text(json.dumps(everybody))
+    return 0
+
+
+def test_processes_of_srun_are_one_run(tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    slurm = SLURM | {
+        "SLURM_JOB_ID": str(os.getpid()),  # of which the port depends
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    found = [slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    code, said = helper.await_ranks(helper.fork_each(__name__, [str(out)], found, log), log)
+    assert code == 0, said
+    assert json.loads(out.read_text()) == [[0, 0, "2"], [1, 1, "2"]]

@@ -1,0 +1,44 @@
+"""How ranks wait for each other."""
+
+import hashlib
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.process import ranks
+from m3ae_fast.process.program import joined_program
+from tests.helpers.ranks import run_ranks
+
+TIMEOUT_S = 3.0  # of collectives, and of stalls
+
+
+def main(argv):
+    """Rank 1 is at work for longer than any timeout, or fails, while rank 0 waits; then both compute together."""
+    ranks.TIMEOUT = timedelta(seconds=TIMEOUT_S)
+    with joined_program() as (joined, _, pulse):
+        pulse.timeout = TIMEOUT_S
+
+        def work():
+            until = time.monotonic() + 2 * TIMEOUT_S * (joined.rank == 1)
+            while time.monotonic() < until:
+                hashlib.sha256(bytes(1 << 20))
+            if argv == ["fail"] and joined.rank == 1:
+                raise UserError("rank 1 finds no shard")
+            return joined.rank
+
+        assert joined.main_first(work, pulse.waiting) == joined.rank
+        total = torch.ones(1)
+        dist.all_reduce(total)  # in the group that has the short timeout
+        print(f"{total.item():g} ranks")
+    return 0
+
+
+def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):
+    assert run_ranks(__name__, ["late"], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
+
+
+def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):
+    assert run_ranks(__name__, ["fail"], 2, tmp_path / "log") == (2, "error: rank 1 finds no shard\n")
