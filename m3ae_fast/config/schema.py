@@ -227,8 +227,8 @@ class DataConfig(Section):
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
     """Number of shards whose samples are shuffled together, over all lanes."""
     lanes: int = Field(64, gt=0, le=1 << 16)
-    """Maximum number of lanes of the stream, of which a node reads some. The largest divisor of the batch is used, up to
-    this and to the number of shards."""
+    """Maximum number of lanes of the stream, of which a node reads some. The largest divisor of the batch is used,
+    up to this and to the number of shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of loader processes per rank; null: as many as the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
