@@ -18,6 +18,7 @@ from torch import Tensor
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import FineTuneConfig
+from m3ae_fast.data.loader import Share
 from m3ae_fast.data.order import hash64
 from m3ae_fast.errors import UserError
 
@@ -74,12 +75,17 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
+def mixes(config: FineTuneConfig, images_only: bool) -> bool:
+    """Return whether training images are mixed with each other."""
+    return images_only and max(config.mixup, config.cutmix) > 0
+
+
 class Mixing:
     """Training batches with soft labels: smoothed and, where images are all that the encoder sees, mixed by mixup
     (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
 
-    The samples at positions 2 k and 2 k + 1 of the stream are mixed with each other; what is drawn for them depends on
-    the seed and k alone. (The official code draws once for a whole micro-batch, which depends on the number of ranks.)
+    The samples 2 k and 2 k + 1 of a lane of the stream are mixed with each other; what is drawn for them depends on the
+    seed, the lane and k alone. (The official code draws once for a micro-batch, which depends on the number of ranks.)
 
     Args:
         config: how much.
@@ -88,25 +94,40 @@ class Mixing:
         images_only: whether images may be mixed.
         seed: the run's.
         repeats: views of a sample, which follow each other in the stream: the k-th ones are mixed.
+        lanes: of the stream.
     """
 
     def __init__(
-        self, config: FineTuneConfig, model: ModelConfig, classes: int, images_only: bool, seed: int, repeats: int = 1
+        self,
+        config: FineTuneConfig,
+        model: ModelConfig,
+        classes: int,
+        images_only: bool,
+        seed: int,
+        repeats: int = 1,
+        lanes: int = 1,
     ) -> None:
         self.smoothing, self.classes, self.size = config.label_smoothing, classes, model.image_size
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (model.image_mean, model.image_std))
         self.mixup, self.cutmix, self.switch_prob = config.mixup, config.cutmix, config.switch_prob
-        self.mixes = images_only and max(config.mixup, config.cutmix) > 0
-        self.seed, self.repeats = seed, repeats
+        self.mixes = mixes(config, images_only)
+        self.seed, self.repeats, self.lanes = seed, repeats, lanes
 
-    def check_micro_batch(self, micro_batch: int) -> None:
-        """Raises UserError where samples that are mixed with each other would lie in different micro-batches."""
-        together = 2 * self.repeats
-        if self.mixes and micro_batch % together:
+    def check_share(self, share: Share) -> None:
+        """Raise UserError where samples that are mixed with each other would lie in different micro-batches."""
+        together, parts = 2 * self.repeats, share.world * share.accumulation
+        if self.mixes and share.global_batch % (parts * together):
             raise UserError(
-                f"finetune.mixup and cutmix mix neighbours, but a micro-batch is {micro_batch} samples, no multiple of "
-                f"{together}; choose another finetune.global_batch or micro_batch, or set both to 0"
+                f"finetune.mixup and cutmix mix neighbours, but {share.global_batch} samples in {parts} micro-batches "
+                f"are no multiple of {together} in each; choose another finetune.global_batch or micro_batch, or set "
+                "both to 0"
             )
+
+    def pair(self, position: int) -> tuple[int, int, int]:
+        """Return the position of the sample that the one at `position` is mixed with; the pair's number; the view."""
+        turn, view = divmod(position, self.repeats)
+        index, lane = divmod(turn, self.lanes)
+        return ((index ^ 1) * self.lanes + lane) * self.repeats + view, index // 2 * self.lanes + lane, view
 
     def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
         """The batch, whose images are normalised and of `dtype` where they are mixed, and soft labels [S, K]. A sample
@@ -135,11 +156,10 @@ class Mixing:
         box_S4 = np.zeros((len(positions), 4), np.int64)
         for position, row in rows.items():
             assert position is not None  # the loader gives every sample one
-            turn, view = divmod(position, self.repeats)
-            partner = rows.get((turn ^ 1) * self.repeats + view)
-            if partner is not None:
-                partner_S[row] = partner
-                own_S[row], box_S4[row] = self._draw_pair(hash64(self.seed, _MIXING, turn // 2, view))
+            other, *pair = self.pair(position)
+            if other in rows:
+                partner_S[row] = rows[other]
+                own_S[row], box_S4[row] = self._draw_pair(hash64(self.seed, _MIXING, *pair))
         return partner_S, own_S, box_S4
 
     def _draw_pair(self, seed: int) -> tuple[float, tuple[int, int, int, int]]:

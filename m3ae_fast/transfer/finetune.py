@@ -19,7 +19,7 @@ from m3ae_fast.hardware import pins_memory, settle_precision
 from m3ae_fast.run.initial_weights import constants
 from m3ae_fast.run.resuming import STREAM, Resume, layout_of
 from m3ae_fast.train import train
-from m3ae_fast.transfer.augment import Mixing, RandAugment
+from m3ae_fast.transfer.augment import Mixing, RandAugment, mixes
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
 from m3ae_fast.transfer.job import Job
@@ -48,8 +48,11 @@ def set_up(job: Job) -> FineTuning:
     schedule = Schedule(config, config, train.samples)
 
     torch.manual_seed(run.seed)
-    model = _build(job, config, classes)
-    model.mixing.check_micro_batch(share.micro_batch)
+    # a lane has pairs of samples in each step where samples are mixed
+    pairs = 2 if mixes(config, job.args.modality == "image") else 1
+    layout, notes = layout_of(found.info, data, train, config.global_batch // pairs)
+    model = _build(job, config, classes, layout.lanes)
+    model.mixing.check_share(share)
     transform = None
     if config.rand_augment and job.args.modality != "text":
         transform = RandAugment(config.rand_augment, model.config.model)
@@ -65,7 +68,6 @@ def set_up(job: Job) -> FineTuning:
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
     }
-    layout, notes = layout_of(found.info, data, train, config.global_batch)
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     same = [("classifier", key) for key in sections["classifier"]]
     same += [("run", "seed"), ("finetune", "global_batch")]
@@ -102,14 +104,15 @@ def set_up(job: Job) -> FineTuning:
     )
 
 
-def _build(job: Job, config: FineTuneConfig, classes: Classes) -> TrainableClassifier:
+def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> TrainableClassifier:
     """The classifier on the CPU, with the pre-trained encoder."""
     sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
     classifier = ClassifierConfig(
         model=sizes, head="finetune", pool=config.pool, modality=job.args.modality, classes=list(classes)
     )
     images_only = job.args.modality == "image"
-    mixing = Mixing(config, sizes, len(classes), images_only, job.config.run.seed, job.config.data.repeats)
+    seed, repeats = job.config.run.seed, job.config.data.repeats
+    mixing = Mixing(config, sizes, len(classes), images_only, seed, repeats, lanes)
     model = TrainableClassifier(classifier, mixing)
     model.load_backbone(job.model.cpu())
     return model

@@ -13,6 +13,7 @@ import torch
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import FineTuneConfig
+from m3ae_fast.data.loader import MicroBatches, Share
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.run import checkpoint
@@ -262,14 +263,32 @@ def test_a_sample_whose_partner_is_missing_is_not_mixed_and_views_meet_views_of_
     assert labels[0, 0] != labels[1, 0], "each view is drawn on its own"
 
 
-@pytest.mark.parametrize(("micro_batch", "repeats", "fits"), [(8, 1, True), (7, 1, False), (6, 2, False), (8, 2, True)])
-def test_a_micro_batch_that_parts_neighbours_is_refused(micro_batch, repeats, fits):
+@pytest.mark.parametrize(("batch", "world", "repeats", "fits"), [(24, 3, 1, True), (28, 4, 1, False), (16, 3, 1, False),
+                                                               (24, 4, 2, False), (24, 3, 2, True)])  # fmt: skip
+def test_micro_batches_that_part_neighbours_are_refused(batch, world, repeats, fits):
     mixing = _mixing(repeats=repeats)
     if fits:
-        return mixing.check_micro_batch(micro_batch)
-    with pytest.raises(UserError, match=f"a micro-batch is {micro_batch} samples, no multiple of {2 * repeats}"):
-        mixing.check_micro_batch(micro_batch)
-    _mixing(repeats=repeats, mixup=0, cutmix=0).check_micro_batch(micro_batch)
+        return mixing.check_share(Share(batch, 1, 0, world))
+    with pytest.raises(UserError, match=f"{batch} samples in {world} micro-batches are no multiple of {2 * repeats}"):
+        mixing.check_share(Share(batch, 1, 0, world))
+    _mixing(repeats=repeats, mixup=0, cutmix=0).check_share(Share(batch, 1, 0, world))
+
+
+@pytest.mark.parametrize(("lanes", "repeats"), [(1, 1), (4, 1), (8, 1), (1, 3), (2, 3), (8, 3)])
+def test_a_sample_and_its_partner_are_in_one_micro_batch_and_one_pair(lanes, repeats):
+    mixing = Mixing(FineTuneConfig(), _sizes(), 3, True, 0, repeats, lanes)
+    drawn = {}
+    for world, parts in ((1, 1), (2, 2), (4, 1)):
+        for rank in range(world):
+            share = Share(48, parts, rank, world)
+            mixing.check_share(share)
+            for positions in MicroBatches(range(1, 3), share, lanes, repeats):
+                for position in positions:
+                    other, *pair = mixing.pair(position)
+                    assert other != position and other in positions and mixing.pair(other) == (position, *pair)
+                    assert drawn.setdefault(position, pair) == pair
+    assert sorted(drawn) == list(range(48, 144))
+    assert len({tuple(pair) for pair in drawn.values()}) == 48
 
 
 def test_labels_are_smoothed_once_whether_mixed_or_not():
@@ -306,8 +325,8 @@ def test_accuracy_in_training_is_by_the_likeliest_class_of_what_was_mixed():
     """And losses are sums over the batch, by soft labels, divided by the samples of the step."""
     config = ClassifierConfig(model=_sizes(), head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
     mixing = _mixing(mixup=1.0, cutmix=0.0, label_smoothing=0.1)
-    model = TrainableClassifier(config, mixing).train()
     torch.manual_seed(0)
+    model = TrainableClassifier(config, mixing).train()
     model.backbone.reset_parameters()
     batch = _labelled_batch(model.backbone, 40)
     mixed, labels = mixing(batch, torch.float32)
