@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:
-    """An image file and a caption with masks, as the model takes them.
+    """Return an image file and a caption, with masks, as the model takes them.
 
     Raises:
         UserError: the file is no image, or the caption is too long for one of its masks.
@@ -101,7 +101,7 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
 
 
 def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
-    """Token ids, 0 where one is masked, and the mask. The parts between masks are cut into tokens by themselves, so no
+    """Return token ids, 0 where one is masked, and the mask. The parts between masks are tokenized by themselves, so no
     tokenizer needs a mask token."""
     assert model.tokenizer is not None
     ids: list[int] = []
@@ -117,7 +117,7 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
 
 
 def fill_text(model: M3AE, sample: Sample, top: int = 5) -> list[list[Guess]]:
-    """For each masked token of a caption, in order, the `top` likeliest with their probabilities.
+    """Return, for each masked token of a caption in order, the `top` likeliest tokens with their probabilities.
 
     Args:
         model: with a tokenizer; on any device.

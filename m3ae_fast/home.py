@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def settle_home() -> None:
-    """Where the user's home folder is not there or not known, let HOME be a temporary one, for other libraries too, and
-    say so once a node. All processes of the user share it."""
+    """Set HOME to a temporary folder, for other libraries too, if the user's is missing or unknown, and say so once per
+    node. All processes of the user share it."""
     home = os.path.expanduser("~")
     if home != "~" and os.path.isdir(home):
         return

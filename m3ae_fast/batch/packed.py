@@ -120,7 +120,7 @@ class PackedBatch:
 
 
 def _rejoin(joined: Tensor, lengths: list[int], sizes: list[tuple[int, int]], others: dict[str, Any]) -> PackedBatch:
-    """The batch that `__reduce__` took apart."""
+    """Return the batch that `__reduce__` took apart."""
     pieces = iter(joined.split(lengths))
     others |= {name: next(pieces) for name in INDEX_ROWS}
     others |= {name: next(pieces).view(torch.float32) for name in WEIGHT_ROWS}

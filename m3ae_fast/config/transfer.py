@@ -169,7 +169,7 @@ class TransferConfig(Section):
 
 
 def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:
-    """The sections that the command line gives, with `section.key=value` overrides.
+    """Return the sections that the command line gives, with `section.key=value` overrides.
 
     Raises:
         UserError: a field is unknown, of the wrong type or impossible.

@@ -38,7 +38,7 @@ class Cell(NamedTuple):
 
 
 def require_matplotlib() -> None:
-    """Raises UserError where it is missing."""
+    """Raise UserError if it is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the pictures of a result need matplotlib: pip install 'm3ae-fast[transfer]'")
 
@@ -66,7 +66,7 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
 
 
 def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
-    """uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels."""
+    """Return uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels."""
     array = image.permute(1, 2, 0).numpy()
     whole = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     return whole.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)

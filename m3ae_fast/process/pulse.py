@@ -63,11 +63,11 @@ class Pulse:
             thread.join(1.0)
 
     def mark(self, doing: str, *, loading: bool = False) -> None:
-        """The main thread moves on. `doing` is for messages."""
+        """Record that the main thread moves on. `doing` is for messages."""
         self._doing, self._loading, self._marks = doing, loading, self._marks + 1
 
     def watch(self, loader: Iterable[T], doing: str) -> Iterator[T]:
-        """The batches of `loader`, which is not to hang either."""
+        """Yield the batches of `loader`, with stall detection."""
         self.mark("starting its loader", loading=True)
         batches = iter(loader)
         while True:

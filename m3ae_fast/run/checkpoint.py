@@ -153,7 +153,7 @@ def _damaged(path: Path, file: str, error: object) -> UserError:
 
 
 def read_info(path: Path) -> Info:
-    """Raises UserError where the checkpoint is damaged."""
+    """Raise UserError where the checkpoint is damaged."""
     try:
         with open_regular(path / INFO_FILE) as file:
             info = TypeAdapter(Info).validate_json(file.read(), strict=True)
@@ -202,7 +202,7 @@ def _lacks(path: Path, name: str) -> UserError:
 
 
 def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises UserError where the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
+    """Raise UserError where the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
     with _tensors(path) as file:
         names = set(file.keys())
         for name, shape in shapes.items():

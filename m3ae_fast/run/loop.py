@@ -244,7 +244,7 @@ class Loop:
         self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
 
     def stop_if_not_finite(self) -> None:
-        """Raises UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
+        """Raise UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
         watch = self.watch
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         bad = [(step, text) for text, step, _ in found if step is not None]

@@ -159,7 +159,7 @@ def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> Use
 
 
 def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
-    """Raises UserError where the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
+    """Raise UserError where the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
     saved = info.config
     if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
         model = parse(ModelConfig, saved["model"], f"checkpoint {path}")

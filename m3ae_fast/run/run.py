@@ -192,7 +192,7 @@ class Run(Loop):
 
 
 def _require_kernels(device: torch.device) -> None:
-    """Raises UserError where the kernels cannot run: an impossible M3AE_KERNELS_IMPL, or no compiler for Triton."""
+    """Raise UserError where the kernels cannot run: an impossible M3AE_KERNELS_IMPL, or no compiler for Triton."""
     try:
         triton = choose_impl("auto", device) == "triton"
     except ValueError as error:

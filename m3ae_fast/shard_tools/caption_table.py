@@ -98,7 +98,7 @@ def _place(columns: Sequence[str], named: str | None, usual: Sequence[str], opti
 
 
 def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int) -> Row:
-    """Raises ValueError where the row does not fit the columns."""
+    """Raise ValueError where the row does not fit the columns."""
     if len(row) != len(columns):
         raise ValueError(
             f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "

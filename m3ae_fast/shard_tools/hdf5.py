@@ -90,7 +90,7 @@ class Hdf5:
         return np.concatenate(([0], np.cumsum(counts)))
 
     def _data_set(self, file: Any, name: str) -> Any:
-        """Raises UserError where the name is a link to nothing, or a group."""
+        """Raise UserError where the name is a link to nothing, or a group."""
         try:
             found = file[name]
         except (KeyError, OSError, RuntimeError):  # a link to itself is a RuntimeError

@@ -35,7 +35,7 @@ class Source(Protocol):
         """Return what the user calls a sample, for messages."""
 
     def read(self, split: str, number: int) -> Record:
-        """Raises BadSample where the sample cannot be used."""
+        """Raise BadSample where the sample cannot be used."""
 
 
 def to_int(value: Any) -> int | None:
@@ -57,7 +57,7 @@ def caption_samples(value: Any) -> list[str]:
 
 
 def read_file(path: str) -> bytes:
-    """Raises BadSample where the file cannot be read, is a pipe or a device, or is larger than images are."""
+    """Raise BadSample where the file cannot be read, is a pipe or a device, or is larger than images are."""
     try:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_IMAGE_BYTES:

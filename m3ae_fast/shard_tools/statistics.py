@@ -119,7 +119,7 @@ def _look(
 
 
 def require_images(found: Statistics) -> None:
-    """Raises UserError where no image could be read."""
+    """Raise UserError where no image could be read."""
     if not found.images:
         reason = f", such as: {next(iter(found.bad))}" if found.bad else ""
         raise UserError(f"none of {found.seen:,} samples has an image that can be read{reason}")

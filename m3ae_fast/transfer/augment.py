@@ -100,7 +100,7 @@ class Mixing:
         self.seed, self.repeats = seed, repeats
 
     def check_micro_batch(self, micro_batch: int) -> None:
-        """Raises UserError where samples that are mixed with each other would lie in different micro-batches."""
+        """Raise UserError where samples that are mixed with each other would lie in different micro-batches."""
         together = 2 * self.repeats
         if self.mixes and micro_batch % together:
             raise UserError(

@@ -102,7 +102,7 @@ class Job:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises UserError where `out` holds a result."""
+    """Raise UserError where `out` holds a result."""
     if (out / RESULT_FILE).exists():
         raise UserError(f"--out {out}: already holds a {RESULT_FILE}; choose another folder")
 

@@ -84,7 +84,7 @@ def _normalised(features: np.ndarray) -> np.ndarray:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Raises UserError where scikit-learn is missing, or as `Job.open_labelled` does."""
+    """Raise UserError where scikit-learn is missing, or as `Job.open_labelled` does."""
     try:
         import sklearn  # noqa: F401
     except ImportError:

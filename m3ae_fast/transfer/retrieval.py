@@ -49,7 +49,7 @@ def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Raises UserError where fewer than two pairs are there, or two samples have one key."""
+    """Raise UserError where fewer than two pairs are there, or two samples have one key."""
     pairs = job.open(job.config.data.val)
     images, texts = (_encode(job, pairs, modality) for modality in ("image", "text"))
     for features in (images, texts):
@@ -76,7 +76,7 @@ def _encode(job: Job, pairs: Corpus, modality: Modality) -> Features:
 
 
 def _refuse_shared(keys: Sequence[str]) -> None:
-    """Raises UserError where two samples have one key: which caption is whose image's is then not known."""
+    """Raise UserError where two samples have one key: which caption is whose image's is then not known."""
     twice = next((key for key, count in Counter(keys).items() if count > 1), None)
     if twice is not None:
         raise UserError(

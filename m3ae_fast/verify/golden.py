@@ -34,7 +34,7 @@ class Golden:
 
     @classmethod
     def load(cls, path: str | Path) -> Golden:
-        """Raises UserError where the file is missing or not of this format."""
+        """Raise UserError where the file is missing or not of this format."""
         path = Path(path)
         try:
             with open_regular(path) as raw, np.load(raw, allow_pickle=False) as file:

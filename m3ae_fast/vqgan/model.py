@@ -164,7 +164,7 @@ class VQGAN(nn.Module):
         return self.decoder(self.codebook[ids.long()].permute(0, 3, 1, 2).contiguous())
 
     def check_fits(self, patch_size: int, codebook_size: int, where: str) -> None:
-        """Raises UserError where a code does not stand for a patch, or the codes are more or fewer than the model's."""
+        """Raise UserError where a code does not stand for a patch, or the codes are more or fewer than the model's."""
         stride = self.config.stride
         if patch_size != stride:
             raise UserError(

@@ -102,7 +102,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError naming the first tensor that is of none of DTYPES."""
+    """Raise UserError naming the first tensor that is of none of DTYPES."""
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

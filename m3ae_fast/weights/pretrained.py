@@ -115,7 +115,7 @@ def read_pretrained(source: str | Path) -> Pretrained:
 
 
 def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
-    """Raises UserError naming the first setting under which the weights of `start` would compute something else."""
+    """Raise UserError naming the first setting under which the weights of `start` would compute something else."""
     unseen = (*_UNSEEN, "dec_num_heads", "image_targets") if start.has_decoder else _UNSEEN
     for name in unseen:
         was, now = getattr(start.config, name), getattr(config, name)
