@@ -130,7 +130,7 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _symbols(tokenizer: Tokenizer, caption: str) -> Iterator[str]:
-    """Return the characters of a caption as WordPiece writes them: with ## inside a word."""
+    """Yield the characters of a caption as WordPiece writes them: with ## inside a word."""
     for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption)):
         yield word[0]
         yield from ("##" + character for character in word[1:])

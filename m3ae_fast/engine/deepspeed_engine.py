@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         accumulation: int,
         ema: float | None = None,
     ) -> None:
-        """`groups`: of the optimiser; `dtype`: what matmuls run in; `ema`: decay of the weights' moving average.
+        """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, the decay of the weights' moving average.
 
         Raises:
             UserError: DeepSpeed refuses its section.

@@ -37,7 +37,7 @@ class QKV(Linear):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, rows_R: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Queries [R, D] of `rows_R` and [T, 2 D], or None and [T, 3 D]."""
+        """Return queries [R, D] of `rows_R` and [T, 2 D], or None and [T, 3 D]."""
         if rows_R is None:
             return None, super().forward(x_TD)
         dim = self.in_features
@@ -170,7 +170,7 @@ class Block(nn.Module):
         queries: Segments | None = None,
         factors_2S: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D], or [R, D] where `rows_R` names the rows that are wanted and `queries` their samples.
+        """Map [T, D] to [T, D], or to [R, D] where `rows_R` names the rows that are wanted and `queries` their samples.
         `factors_2S`: of stochastic depth, for attention and MLP."""
         queries = queries or keys
         attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
         drop_path: float = 0.0,
         drop_key: int = 0,
     ) -> None:
-        """`drop_key`: see `drop_path_factors`."""
+        """Build the blocks. `drop_key`: see `drop_path_factors`."""
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
         self.norm = RowNorm(dim, eps=EPS)
@@ -228,7 +228,7 @@ class Transformer(nn.Module):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D].
+        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D].
         `draws_S`: what stochastic depth draws from, see `drop_path_factors`."""
         *body, last = self.blocks
         factors = [None] * len(self.blocks)

@@ -39,7 +39,7 @@ class Pulse:
     """
 
     def __init__(self, rank: int, world: int, store: dist.Store, stop: StopRequest) -> None:
-        """`store`: only for these threads."""
+        """Prepare the heartbeat; `store` is for its threads only."""
         self.timeout = float("inf")  # seconds; the config's once it is known
         self._rank, self._store, self._stop = rank, store, stop
         watched = range(1, world) if rank == 0 else [0]  # few words even where there are many ranks

@@ -11,7 +11,7 @@ _GROWTH = 1.5
 
 
 def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
-    """What is odd about a run, one line each."""
+    """Return what is odd about a run, one line each."""
     notes = []
     wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     if wanted > schedule.warmup_steps:
@@ -40,7 +40,7 @@ class MemoryGrowth:
         self._settled: float | None = None
 
     def look(self, steps: int, gigabytes: float) -> str | None:
-        """The note after this many steps of this attempt; None where there is none."""
+        """Return the note after this many steps of this attempt; None if there is none."""
         if steps < _SETTLED_STEPS:
             return None
         before, self._settled = self._settled, self._settled or gigabytes

@@ -39,7 +39,8 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
 
 @torch.no_grad()
 def constants(model: nn.Module, read: Callable[[str], Tensor] | None) -> dict[str, Tensor]:
-    """Copies of the weights that training does not change and engines leave out of their state: stored positions.
+    """Return copies of the weights that training does not change and engines leave out of their state: stored
+    positions.
 
     To be called before an engine casts the model. `read`: gives a checkpoint's, which the model takes over.
     """

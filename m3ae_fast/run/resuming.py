@@ -21,8 +21,8 @@ STREAM = ("shuffle_shards", "crop_scale", "flip", "repeats", "image_tokens")
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means: "auto" (the last one that has not FAILED, if any), "no", or a path for
-    `checkpoint.locate`.
+    """Return the checkpoint that `--resume` means: "auto" (the last one that has not FAILED, if any), "no", or a path
+    for `checkpoint.locate`.
 
     Raises:
         UserError: the path holds no checkpoint, `run_dir` holds those of another run, or all have failed.
@@ -88,7 +88,7 @@ class Resume:
 
 
 def passed_over(run_dir: Path) -> list[str]:
-    """Notes on the last checkpoints, where "auto" takes an older one."""
+    """Return notes on the last checkpoints if "auto" takes an older one."""
     notes = []
     for path in reversed(checkpoint.saved_steps(run_dir)):
         if not (path / checkpoint.FAILED).exists():
@@ -114,7 +114,7 @@ def judge(run_dir: Path, bad_step: int) -> str:
 def check_fits(
     path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
 ) -> list[str]:
-    """What a run that continues from the checkpoint does otherwise than the one that wrote it, one line each.
+    """Return the differences between this run and the one that wrote the checkpoint, one line each.
 
     Raises:
         UserError: it would not be the same model, or, unless `with_changes`, not the same stream of samples.
@@ -139,14 +139,15 @@ def check_fits(
 
 
 def changed(info: checkpoint.Info, stream: dict[str, str], noted: bool = False) -> list[tuple[str, str, str]]:
-    """Name, old and new value of what of the `stream`'s fingerprint is another than the checkpoint's; `noted`: of what
-    may as well be the same. One of an earlier version lacks entries, which say nothing then."""
+    """Return name, old and new value of each entry of the `stream`'s fingerprint that differs from the checkpoint's;
+    `noted`: of entries that may differ. A checkpoint of an earlier version lacks entries, which count as equal."""
     mine = {name: now for name, now in stream.items() if (name == WRITTEN) == noted}
     return [(name, info.stream[name], now) for name, now in mine.items() if info.stream.get(name, now) != now]
 
 
 def check_stream(path: Path, info: checkpoint.Info, stream: dict[str, str]) -> list[str]:
-    """Notes on what of the `stream` may be another than the checkpoint's. Raises UserError where it is another."""
+    """Return notes on the entries of `stream` that may differ from the checkpoint's and do. Raises UserError for
+    others."""
     for name, was, now in changed(info, stream):
         raise _other_stream(path, name, was, now, "begin anew in another folder, or set it back")
     return [f"{name} was {was} and is {now} from here on" for name, was, now in changed(info, stream, noted=True)]
@@ -159,7 +160,7 @@ def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> Use
 
 
 def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
-    """Raise UserError where the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
+    """Raise UserError if the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
     saved = info.config
     if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
         model = parse(ModelConfig, saved["model"], f"checkpoint {path}")

@@ -22,7 +22,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raise UserError where `path` cannot be written to, or another run holds it."""
+        """Lock the folder. Raises UserError if `path` cannot be written to, or another run holds it."""
         self.path = path
         self._made = not path.exists()
         try:

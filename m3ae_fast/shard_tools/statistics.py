@@ -43,7 +43,7 @@ class Statistics:
         self.shares_C256 = torch.zeros(self.channels, 256, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Per channel, of pixels / 255, as `model.image_mean` and `image_std` want them."""
+        """Return both per channel, of pixels / 255, as `model.image_mean` and `image_std` want them."""
         levels = torch.arange(256, dtype=torch.float64) / 255
         shares_C256 = self.shares_C256 / max(1, self.images)
         mean_C = shares_C256 @ levels
@@ -52,7 +52,7 @@ class Statistics:
 
 
 def sample(corpus: Corpus, samples: int, seed: int) -> Corpus:
-    """`samples` of the corpus, or all, drawn by `seed` alone, in file order."""
+    """Return a corpus of `samples` samples, or all, drawn by `seed` alone, in file order."""
     drawn = np.full(corpus.samples, LEFT_OUT, dtype=np.int64)
     drawn[permutation(corpus.samples, seed)[:samples]] = 0
     ends = np.cumsum([sum(source.sizes) for source in corpus.sources])
@@ -119,7 +119,7 @@ def _look(
 
 
 def require_images(found: Statistics) -> None:
-    """Raise UserError where no image could be read."""
+    """Raise UserError if no image could be read."""
     if not found.images:
         reason = f", such as: {next(iter(found.bad))}" if found.bad else ""
         raise UserError(f"none of {found.seen:,} samples has an image that can be read{reason}")

@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def describe(found: Statistics, unit: str) -> list[str]:
-    """Lines for the user; `unit`: of the lengths of captions."""
+    """Return lines for the user; `unit`: of the lengths of captions."""
     lines = [f"{found.seen:,} of {found.of:,} samples"]
     if found.bad:
         share = found.bad.total() / found.seen
@@ -102,7 +102,7 @@ def _compact(value: object) -> str:
 
 
 def settings_of(found: Statistics, image_range: object) -> list[tuple[str, str, Any]]:
-    """Section, key and value of what a config should say."""
+    """Return section, key and value of what a config should say."""
     mean, std = found.mean_and_std()
     settings: list[tuple[str, str, Any]] = [("model", "image_mean", mean), ("model", "image_std", std)]
     if found.channels != 3:

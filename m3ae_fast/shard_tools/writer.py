@@ -103,7 +103,7 @@ def convert(source: Source, out: Path, settings: Settings, workers: int) -> Conv
 
 
 def _plan(source: Source, settings: Settings) -> list[Shard]:
-    """Which samples come into which shard."""
+    """Return which samples come into which shard."""
     parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the source, numbers
     for split, samples in source.splits.items():
         order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
@@ -164,7 +164,7 @@ def _begin(*arguments: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work forever."""
+    """End with the main process: if that is killed, a worker would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -203,7 +203,7 @@ def _write(source: Source, out: Path, settings: Settings, shard: Shard, advance:
 
 
 def _files(record: Record, settings: Settings) -> dict[str, bytes]:
-    """The members of a sample by suffix. Raises BadSample where it has neither image nor caption."""
+    """Return the members of a sample by suffix. Raises BadSample if it has neither image nor caption."""
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
@@ -226,7 +226,7 @@ def _example(tally: Tally) -> str:
 
 
 def describe(out: Path, converted: Converted) -> str:
-    """What was made, for the user, with the lines that a config needs."""
+    """Return what was made, for the user, with the lines that a config needs."""
     c = converted
     paired = c.images + c.captions - c.samples
     kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}

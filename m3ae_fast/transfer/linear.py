@@ -54,7 +54,7 @@ class Probing(LabelledLoop):
             )
 
     def evaluate_if_due(self) -> None:
-        """Between the first step and the last; not again where a run goes on."""
+        """Evaluate if due, between the first step and the last; not again if a run goes on."""
         every = self.config.eval_every or self.schedule.steps_per_epoch
         if self.start < self.step < self.schedule.total_steps and self.step % every == 0:
             self.conclude()

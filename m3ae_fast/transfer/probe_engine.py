@@ -90,7 +90,7 @@ class ProbeEngine:
         return [ClassLosses(loss.detach(), accuracy)], norm
 
     def _gathered(self, batches: Sequence) -> tuple[Tensor, Tensor]:
-        """Features and labels of the whole step, in the order of the stream."""
+        """Return features and labels of the whole step, in the order of the stream."""
         labels = [batch.labels for batch in batches]
         if self.frozen is None:
             return torch.cat([batch.features_SD for batch in batches]), torch.cat(labels)

@@ -14,7 +14,7 @@ def shot_noise(x: np.ndarray, photons: float, rng: np.random.Generator) -> np.nd
 
 
 def impulse_noise(x: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Salt and pepper, of each channel by itself."""
+    """Add salt and pepper to each channel by itself."""
     return np.where(rng.random(x.shape) < share, rng.random(x.shape) < 0.5, x)
 
 
