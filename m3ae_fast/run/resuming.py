@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.config.transfer import FORMER_SECTIONS
 from m3ae_fast.data.fingerprint import WRITTEN
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.optimizer import EMA
@@ -161,7 +162,7 @@ def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> Use
 
 def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
     """Raise UserError if the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
-    saved = info.config
+    saved = {FORMER_SECTIONS.get(name, name): section for name, section in info.config.items()}
     if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
         model = parse(ModelConfig, saved["model"], f"checkpoint {path}")
         saved = saved | {"model": model.model_dump(mode="json")}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
+from m3ae_fast.config.transfer import EncodeConfig, LinearProbeConfig
 from m3ae_fast.engine.interface import State
 from m3ae_fast.model.encode import encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -62,7 +62,7 @@ class ProbeEngine:
     def __init__(
         self,
         head: LinearProbeHead,
-        config: ProbeConfig,
+        config: LinearProbeConfig,
         ranks: Ranks,
         model: MultimodalEncoder | None,
         encode: EncodeConfig,
