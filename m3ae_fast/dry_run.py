@@ -1,4 +1,4 @@
-"""What a config means, without training: sizes, FLOPs, how a batch is split, memory, loader cores and communication."""
+"""Explains a config without training: sizes, FLOPs, how a batch is split, memory, loader cores and communication."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _loader_cores(flops: float) -> str:
 def _memory_table(config: Config, parameters: int, world: int, activations: float) -> Table:
     table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB per GPU")
     for stage in range(4):
-        rows = [share / 1e9 for share in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
+        rows = [part / 1e9 for part in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
     return table

@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> int:
             arrays = make_features(args, config, ranks)
             ranks.on_main(lambda: _write(args.out, arrays))
         except Exception as error:
-            told = explain(error)
-            if told is None:
+            shown = explain(error)
+            if shown is None:
                 raise
             if ranks.says("error"):  # once, by the first rank that comes here
-                raise told from None
+                raise shown from None
             raise SystemExit(2) from None
         if ranks.is_main:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())

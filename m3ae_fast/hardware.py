@@ -1,4 +1,4 @@
-"""What this machine is and can do: faster precision, peak FLOP/s, memory, compiler."""
+"""The abilities of this machine: faster precision, peak FLOP/s, memory, compiler."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ def settle_home() -> None:
         return
     os.environ["HOME"] = str(_temporary_home())
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        told = f"note: no home folder: caches go to {os.environ['HOME']}; set HOME to a folder that stays"
-        print(told, file=sys.stderr, flush=True)
+        note = f"note: no home folder: caches go to {os.environ['HOME']}; set HOME to a folder that stays"
+        print(note, file=sys.stderr, flush=True)
 
 
 def _temporary_home() -> Path:

@@ -34,7 +34,7 @@ CHARTS = [
     ("k-NN accuracy", "", [("val_knn_top1", "held out", _HELD_OUT)]),
     ("Throughput", "samples/s", [("samples_per_s", "", _OTHER)]),
     ("Utilisation", "of the peak", [("mfu", "reference FLOPs", _OTHER), ("utilisation", "executed FLOPs", _HELD_OUT)]),
-    ("Waiting for data", "share of the time", [("data_wait", "", _OTHER)]),
+    ("Waiting for data", "fraction of the time", [("data_wait", "", _OTHER)]),
     ("Learning rate", "", [("lr", "", _OTHER)]),
     ("Gradient norm", "", [("grad_norm", "", _OTHER)]),
     ("Memory", "GB", [("peak_memory_gb", "peak", _OTHER)]),

@@ -1,4 +1,4 @@
-"""What the model sees of an image: a random crop in training, the central square in evaluation.
+"""The part of an image that the model sees: a random crop in training, the central square in evaluation.
 
 Shapes: C channels, H x W the image's own pixels, S x S what the model sees.
 """
@@ -23,7 +23,7 @@ def random_crop(image: Tensor, size: int, scale: tuple[float, float], flip: bool
     Args:
         image: uint8 [C, H, W].
         size: S.
-        scale: least and greatest share of the area that is kept.
+        scale: least and greatest fraction of the area that is kept.
         flip: whether to mirror at all.
         generator: where all randomness comes from; always the same number of draws.
     """

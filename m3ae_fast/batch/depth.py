@@ -73,10 +73,10 @@ def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image
         return image
     values = _values(image, depth)
     low, high = depth.limits if image_range == "dtype" else image_range
-    share = ((values - low) / (high - low)).clip(0, 1)
+    lit = ((values - low) / (high - low)).clip(0, 1)
     if depth.white_is_zero:
-        share = 1 - share
-    grey = Image.fromarray(np.rint(255 * share).astype(np.uint8))
+        lit = 1 - lit
+    grey = Image.fromarray(np.rint(255 * lit).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is None:
         return grey

@@ -1,4 +1,4 @@
-"""Which tokens are masked."""
+"""Random masks of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward pass reads: one flat batch of tokens, its row maps and its loss rows.
+"""The input of a forward pass: one flat batch of tokens, its row maps and its loss rows.
 
 Shapes: S samples, B images, L patches per image, C channels, H = W pixels, N visible patches,
 T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.

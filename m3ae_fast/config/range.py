@@ -1,4 +1,4 @@
-"""What becomes black and white of an image whose values are not levels from 0 to 255."""
+"""The values that become black and white in images whose values are not levels from 0 to 255."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickles read without running anything that they name.
+"""Reads pickles without running anything that they name.
 
 The official checkpoints pickle their optimiser with its code, so their globals are many and differ between library
 versions. So there is no list of what may be named: NumPy arrays, dtypes, scalars and plain containers are built here;

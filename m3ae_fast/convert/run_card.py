@@ -1,4 +1,4 @@
-"""What a model card says about the run that made the weights."""
+"""The part of a model card about the run that made the weights."""
 
 from __future__ import annotations
 

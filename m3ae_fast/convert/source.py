@@ -1,4 +1,4 @@
-"""What a file or folder holds, and the reader for it."""
+"""Detects the format of a file or folder of weights, and reads it."""
 
 from __future__ import annotations
 

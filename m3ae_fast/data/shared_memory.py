@@ -1,4 +1,4 @@
-"""Batches go from loader workers to the training in shared memory: what fits there."""
+"""Sizes the loader's prefetch to the shared memory in which workers hand over batches."""
 
 from __future__ import annotations
 

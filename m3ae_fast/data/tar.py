@@ -1,4 +1,4 @@
-"""Where the members of a tar file lie, found without reading their contents (POSIX.1-2001 pax and GNU formats)."""
+"""Finds the members of a tar file without reading their contents (POSIX.1-2001 pax and GNU formats)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training loop asks of an engine: optimiser steps over micro-batches, outputs without training, and its state.
+"""The interface between a training loop and its engine: steps over micro-batches, outputs without training, its state.
 
 A state consists of whole tensors by parameter name, so that a checkpoint knows nothing of ranks, ZeRO stages or
 optimisers' layouts.

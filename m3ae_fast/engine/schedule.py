@@ -1,4 +1,4 @@
-"""How a run is cut into steps, and the learning rate of each."""
+"""The steps of a run, and the learning rate of each."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: i
 def split_batch(config: LoopConfig, world: int) -> tuple[int, int]:
     """Return (micro_batch, accumulation) with global_batch = micro_batch x world x accumulation.
 
-    micro_batch is the largest divisor of a rank's share that is at most micro_batch. Raises UserError where the
-    ranks cannot share the batch.
+    micro_batch is the largest divisor of a rank's samples that is at most micro_batch. Raises UserError if the batch
+    is not divisible by the ranks.
     """
-    share, rest = divmod(config.global_batch, world)
+    own, rest = divmod(config.global_batch, world)
     if rest:
         raise UserError(
             f"config: {config.SECTION}.global_batch {config.global_batch} is not divisible by {world} ranks; "
             f"{world * max(round(config.global_batch / world), 1)} is"
         )
-    most = min(config.micro_batch or share, share)
-    micro = next(size for size in range(most, 0, -1) if share % size == 0)
-    return micro, share // micro
+    most = min(config.micro_batch or own, own)
+    micro = next(size for size in range(most, 0, -1) if own % size == 0)
+    return micro, own // micro
 
 
 @dataclass(frozen=True)

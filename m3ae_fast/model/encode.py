@@ -1,4 +1,4 @@
-"""What a frozen encoder is given, and how it is run.
+"""Input of a frozen encoder, and its inference mode.
 
 Shapes: C channels.
 """

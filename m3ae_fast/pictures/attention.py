@@ -1,4 +1,4 @@
-"""Where the encoder looks: attention of cls and of words over the patches of their image, as in the paper's analysis.
+"""Draws where the encoder looks: attention of cls and of words over the patches of their image, as the paper does.
 
 Shapes: L patches, R queries, T rows of a sample (cls, patches, text), H heads, d values a head, D width.
 """

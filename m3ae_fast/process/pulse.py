@@ -1,4 +1,4 @@
-"""Signs of life between ranks: one that falls silent ends the run, so that it can be restarted."""
+"""Heartbeats between ranks: one that falls silent ends the run, so that it can be restarted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Pulse:
         self._others = {other: _Other() for other in watched}
         self._doing, self._marks, self._loading = "starting", 0, False
         self._quiet = 0.0  # seconds for which this process was awake and its main thread came to no mark
-        self._idle = 0.0  # seconds for which, moreover, no loader worker moved
+        self._idle = 0.0  # seconds of these for which no loader worker moved either
         self._end = threading.Event()
 
     def __enter__(self) -> Pulse:
@@ -79,7 +79,7 @@ class Pulse:
             yield batch
 
     def tell_stop(self, reason: str) -> bool:
-        """Ask every rank to leave. True on the first that does."""
+        """Ask every rank to stop; return whether this rank is the first to ask."""
         self._store.set(_STOP, reason)
         return self._store.add(f"{_STOP} told", 1) == 1
 

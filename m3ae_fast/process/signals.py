@@ -17,7 +17,7 @@ import psutil
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _TICK_S = 0.25  # between looks at the launcher
 _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
-_JOIN_S = 60.0  # for a rank that is to leave to join the others, which it must notify
+_JOIN_S = 60.0  # given to a rank that is asked to stop before it has joined the others: it must notify them
 _GONE = (0,)
 _TWICE_S = 2.0  # a launcher repeats a terminal's Ctrl-C; only a later one means "now"
 

@@ -1,4 +1,4 @@
-"""What a user should know and might not notice: reported once, none of it an error."""
+"""Notes on what a user should know and might not notice: reported once, none of it an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     if wanted > schedule.warmup_steps:
         notes.append(
             f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is cut to the "
-            f"run's {schedule.warmup_steps:,}: the learning rate never decays"
+            f"run's {schedule.warmup_steps:,}: the learning rate reaches its peak only at the end"
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
@@ -27,8 +27,8 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     shards = [shard for source in data.train.sources for shard in source.shards if shard.summary.images]
     if default and shards and not any("cc12m" in shard.shard.lower() for shard in shards):
         notes.append(
-            "model.image_mean and image_std are their defaults, CC12M's; set them to those of your images, which "
-            "python -m m3ae_fast.data stats SHARDS prints"
+            "model.image_mean and model.image_std are still the defaults, CC12M's; set them to those of your images, "
+            "which python -m m3ae_fast.data stats SHARDS prints"
         )
     return notes
 

@@ -1,4 +1,4 @@
-"""What a new run's weights start from."""
+"""The weights that a new run starts from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where metrics and pictures of a run go besides its own files: TensorBoard, Weights & Biases."""
+"""Loggers in addition to a run's own files: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens around each step of a run, whatever it trains: sums over ranks, log, checkpoints, the end."""
+"""Base class of training runs: sums over ranks, logging, checkpoints, shutdown."""
 
 from __future__ import annotations
 
@@ -200,8 +200,8 @@ class Loop:
 
         def write() -> None:
             assert self.folder and state is not None
-            if told := self.folder.keep():
-                self.log.say(f"note: {told}")
+            if event := self.folder.keep():
+                self.log.say(f"note: {event}")
             whole = self.complete(state)
             path = checkpoint.save(self.run.dir, whole, info, self.settings.keep, self.remedy())
             self.log.say(f"saved {path}")

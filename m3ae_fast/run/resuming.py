@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, whether it is then the same run, and what a failed step says about it."""
+"""Finds the checkpoint to continue from, checks that it is of the same run, and marks one whose step failed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find(run_dir: Path, resume: str) -> Path | None:
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
         if own and not usable:
             raise UserError(
-                f"{run_dir}: no checkpoint of it gave a finite loss; remove them to start over, with another config"
+                f"{run_dir}: none of its checkpoints gave a finite loss; delete them to start over, with another config"
             )
         return usable[-1] if own else None
     path = None if resume == "no" else checkpoint.locate(Path(resume))
@@ -99,17 +99,17 @@ def passed_over(run_dir: Path) -> list[str]:
 
 
 def judge(run_dir: Path, bad_step: int) -> str:
-    """Note what a loss or gradient norm of `bad_step` that is not finite says of the checkpoint before it, and say
-    which one is the last good one."""
+    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed, and return a
+    text that says so and names the last good one."""
     before = checkpoint.folder(run_dir) / f"step-{bad_step - 1:08d}"
-    told = ""
+    marked = ""
     if before.is_dir() and not checkpoint.is_good(before):
         checkpoint.mark(
             run_dir, bad_step - 1, checkpoint.FAILED, f"step {bad_step}, the first from its weights, was not finite"
         )
-        told = f"{before} is thereby marked as failed, and --resume auto will skip it; "
+        marked = f"{before} is now marked as failed, and --resume auto will skip it; "
     good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
-    return told + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
+    return marked + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
 
 
 def check_fits(
@@ -150,7 +150,7 @@ def check_stream(path: Path, info: checkpoint.Info, stream: dict[str, str]) -> l
     """Return notes on the entries of `stream` that may differ from the checkpoint's and do. Raises UserError for
     others."""
     for name, was, now in changed(info, stream):
-        raise _other_stream(path, name, was, now, "begin anew in another folder, or set it back")
+        raise _other_stream(path, name, was, now, "start in another folder, or set it back")
     return [f"{name} was {was} and is {now} from here on" for name, was, now in changed(info, stream, noted=True)]
 
 

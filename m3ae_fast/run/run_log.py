@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, metrics.jsonl, and loggers such as TensorBoard, all by the main rank."""
+"""The log of a run: a progress bar, metrics.jsonl, and loggers such as TensorBoard, all by the main rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step processed, and the rates that follow from it."""
+"""Counts of what a step processed, and the rates that follow from them."""
 
 from __future__ import annotations
 

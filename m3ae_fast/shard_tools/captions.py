@@ -1,4 +1,4 @@
-"""What counts as a caption, wherever it comes from."""
+"""Recognises captions, wherever they come from."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ class Hdf5:
         data = {name: self._data_set(file, name) for name in fields if name}
         lengths = {name: len(values) if values.shape else 0 for name, values in data.items()}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
-            raise UserError(f"{self.path}: its fields have different lengths ({told})")
+            listed = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
+            raise UserError(f"{self.path}: its fields have different lengths ({listed})")
         counts = np.ones(next(iter(lengths.values())), dtype=np.int64)
         if fields.caption and _holds_several(data[fields.caption]):
             counts[:] = [count_samples(_as_text(value)) for value in data[fields.caption]]

@@ -1,4 +1,4 @@
-"""What can be converted: samples that are read by number."""
+"""Sources of shards: samples that are read by number."""
 
 from __future__ import annotations
 

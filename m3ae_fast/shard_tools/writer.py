@@ -47,7 +47,7 @@ class Settings:
     samples_per_shard: int = 2000
     short_side: int = 320  # pixels; larger images are scaled down
     quality: int = 95  # of JPEG
-    held_out: float = 0.0  # share of the samples that go to a split of their own
+    held_out: float = 0.0  # fraction of the samples that go to a split of their own
     image_range: Range | None = None  # of images of more than 8 bits
     keep_order: bool = False  # else shuffled, always in the same way
 
@@ -230,9 +230,9 @@ def describe(out: Path, converted: Converted) -> str:
     c = converted
     paired = c.images + c.captions - c.samples
     kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
-    told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
-    lines = [f"{out}: {c.samples:,} samples in {shards} ({told}), {c.captions:,} with a caption"]
+    lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
     lines += c.tally.lines()
     if earlier := c.left_out - c.tally.counts[REFUSED]:
         lines.append(f"{earlier:,} left out by the call before, which this one continued")

@@ -1,4 +1,4 @@
-"""What fine-tuning trains, and what its loop counts and evaluates.
+"""The classifier that fine-tuning trains, and its training loop.
 
 Shapes: S samples of a batch, N held-out samples, K classes, or the best of them.
 """

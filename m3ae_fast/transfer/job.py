@@ -1,4 +1,4 @@
-"""What every task is given, and how its result is written."""
+"""The job that every task is given, and the writing of its result."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from m3ae_fast.transfer.lars import LARS
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Samples whose features are known: stands where a PackedBatch stands otherwise."""
+    """Samples whose features are known; used in place of a PackedBatch."""
 
     keys: list[str]
     features_SD: Tensor

@@ -65,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
         ("image_to_text", images_ND, texts_ND),
         ("text_to_image", texts_ND, images_ND),
     ):
-        result |= {f"{name}_recall{k}": share for k, share in recalls(queries_ND, candidates_ND).items()}
+        result |= {f"{name}_recall{k}": fraction for k, fraction in recalls(queries_ND, candidates_ND).items()}
     chance = {f"chance_recall{k}": min(k / len(common), 1.0) for k in RANKS}
     return result | chance | {"pairs": len(common), "skipped": pairs.samples - len(common)}
 

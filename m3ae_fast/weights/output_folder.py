@@ -19,7 +19,7 @@ from m3ae_fast.whole_file import put_in_place
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
-# of integers and booleans nobody knows what they stand for, and float8 has scales elsewhere
+# not integers and booleans, whose meaning is unknown, nor float8, whose scales are elsewhere
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 

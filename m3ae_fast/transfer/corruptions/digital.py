@@ -12,9 +12,9 @@ from scipy import fft, ndimage
 from m3ae_fast.transfer.corruptions.sizes import STANDARD, resized, scale
 
 
-def contrast(x: np.ndarray, share: float, _: Any) -> np.ndarray:
+def contrast(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
     mean = x.mean(axis=(0, 1), keepdims=True)
-    return (x - mean) * share + mean
+    return (x - mean) * factor + mean
 
 
 def saturate(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarray:
@@ -51,9 +51,9 @@ def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
     return fft.idctn(fft.dctn(x, axes=(-2, -1)) * np.outer(decay, decay), axes=(-2, -1))
 
 
-def pixelate(x: np.ndarray, share: float, _: Any) -> np.ndarray:
+def pixelate(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
     image = _image(x)
-    small = image.resize([max(1, int(side * share)) for side in image.size], Image.Resampling.BOX)
+    small = image.resize([max(1, int(side * factor)) for side in image.size], Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255
 
 
