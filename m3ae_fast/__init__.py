@@ -8,7 +8,7 @@ settle_home()  # before other libraries look for it
 
 
 def __getattr__(name: str) -> str:
-    """The version, read where it is asked for: m3ae_kernels imports torch, which takes a second."""
+    """Return the version, read only when asked for: m3ae_kernels imports torch, which takes a second."""
     if name == "__version__":
         from m3ae_kernels.version import __version__
 

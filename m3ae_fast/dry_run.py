@@ -1,4 +1,4 @@
-"""What a config means, without training: sizes, FLOPs, how a batch is split, memory, loader cores and communication."""
+"""Explains a config without training: sizes, FLOPs, how a batch is split, memory, loader cores and communication."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
 
 
 def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[float, float, float]:
-    """Bytes per GPU of (weights, gradients, fp32 master weights and Adam moments); ZeRO, arXiv 1910.02054. Gradients
-    are accumulated in float32."""
+    """Return bytes per GPU of (weights, gradients, fp32 master weights and Adam moments); ZeRO, arXiv 1910.02054.
+    Gradients are accumulated in float32."""
     master = 4 if bf16 and stage > 0 else 0  # stage 0 keeps float32 weights
     return (
         (2 if master else 4) * parameters / (world if stage >= 3 else 1),
@@ -75,7 +75,8 @@ def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[flo
 def network_bytes(
     parameters: int, stage: int | None, world: int, accumulation: int, bf16: bool, fp32_sums: bool
 ) -> int:
-    """Bytes that a GPU sends per optimiser step. `stage` None: DDP; `fp32_sums`: gradients are reduced in float32.
+    """Return the bytes that a GPU sends per optimiser step. `stage` None: DDP; `fp32_sums`: gradients are reduced in
+    float32.
 
     An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients are sent once
     per step, with stages 2 and 3, which keep only shards, per micro-batch; DeepSpeed reduces them to their owners
@@ -112,7 +113,7 @@ def _loader_cores(flops: float) -> str:
 def _memory_table(config: Config, parameters: int, world: int, activations: float) -> Table:
     table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB per GPU")
     for stage in range(4):
-        rows = [share / 1e9 for share in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
+        rows = [part / 1e9 for part in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
     return table
@@ -123,12 +124,12 @@ def _bf16(config: Config) -> bool:
 
 
 def _caption(config: Config) -> int:
-    """Tokens of the typical caption."""
+    """Return the tokens of the typical caption."""
     return round(config.model.text_length * CAPTION_SHARE) if config.model.vocab_size else 0
 
 
 def _typical(config: Config, model: M3AE) -> PackedBatch:
-    """One image with a caption of usual length, masked."""
+    """Return one image with a caption of usual length, masked."""
     m, masking = config.model, config.masking
     generator = torch.Generator().manual_seed(0)
     sample = Sample("typical", torch.zeros(m.channels, m.image_size, m.image_size, dtype=torch.uint8))
@@ -140,7 +141,8 @@ def _typical(config: Config, model: M3AE) -> PackedBatch:
 
 
 def _activation_bytes(config: Config, batch: PackedBatch) -> float:
-    """A block keeps, per row of width D: 2 norms, q, k, v, attention, 2 residual sums, and the MLP's hidden twice."""
+    """Return an estimate: a block keeps, per row of width D, 2 norms, q, k, v, attention, 2 residual sums, and the
+    MLP's hidden twice."""
     m = config.model
     size = 2 if _bf16(config) else 4
     kept = 1 if config.train.activation_checkpointing else 8 + 2 * m.mlp_ratio

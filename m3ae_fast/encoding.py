@@ -58,7 +58,7 @@ def encode_corpus(
     pulse: Pulse | None = None,
     stop: StopRequest | None = None,
 ) -> Features:
-    """Pooled features of the central square and the caption of every sample, whole on every rank.
+    """Return pooled features of the central square and the caption of every sample, complete on every rank.
 
     Args:
         model: on the device of `ranks`.
@@ -116,7 +116,7 @@ class _Part(NamedTuple):
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:
-    """None where a part is missing."""
+    """Concatenate the parts; None if one is missing."""
     whole = [part for part in parts if part is not None]
     return torch.cat(whole) if len(whole) == len(parts) else None
 
@@ -124,7 +124,8 @@ def _join(parts: list[Tensor | None]) -> Tensor | None:
 def encoding_loader(
     model: MultimodalEncoder, corpus: Corpus, data: DataConfig, share: Share, device: torch.device
 ) -> DataLoader[PackedBatch]:
-    """Unmasked batches of all samples in file order. Raises UserError where captions have no tokenizer."""
+    """Return a loader of unmasked batches of all samples in file order. Raises UserError if captions have no
+    tokenizer."""
     if corpus.has_captions:
         model.require_tokenizer()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
@@ -134,7 +135,7 @@ def encoding_loader(
 def _one_behind(
     encode: Callable[[PackedBatch], T], batches: Iterable[PackedBatch], device: torch.device
 ) -> Iterator[tuple[PackedBatch, T]]:
-    """Each batch with what it gives, handed out when the next one has been launched: a GPU never waits for a copy."""
+    """Yield each batch with its result once the next one has been launched: a GPU never waits for a copy."""
     last = None
     for batch in batches:
         encoded = encode(batch.to(device, non_blocking=True))
@@ -157,7 +158,7 @@ def _pool_and_patches(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) 
 
 
 def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:
-    """Raises UserError where none, or too few, of the samples could be used."""
+    """Raise UserError if none, or too few, of the samples could be used."""
     if len(skipped) == samples or len(skipped) > max_fraction * samples:
         raise UserError(
             f"{len(skipped):,} of {samples:,} samples cannot be used, such as {skipped[0]}; "

@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> int:
             arrays = make_features(args, config, ranks)
             ranks.on_main(lambda: _write(args.out, arrays))
         except Exception as error:
-            told = explain(error)
-            if told is None:
+            shown = explain(error)
+            if shown is None:
                 raise
             if ranks.says("error"):  # once, by the first rank that comes here
-                raise told from None
+                raise shown from None
             raise SystemExit(2) from None
         if ranks.is_main:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
@@ -94,7 +94,7 @@ def _check_out(out: Path) -> None:
 
 
 def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> dict[str, np.ndarray]:
-    """The arrays that FILE holds, on every rank. Raises UserError where model or shards cannot be used."""
+    """Return the arrays that FILE holds, on every rank. Raises UserError if model or shards cannot be used."""
     if ranks.device.type == "cpu":
         keep_freed_memory()
     model = open_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
@@ -116,7 +116,7 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
 
 
 def _number(corpus: Corpus) -> Corpus:
-    """The corpus with each sample's number in place of its label: samples that cannot be read leave gaps."""
+    """Return the corpus with each sample's number in place of its label: samples that cannot be read leave gaps."""
     starts = np.cumsum([0, *(sum(source.sizes) for source in corpus.sources)])
     sources = [replace(s, labels=np.arange(sum(s.sizes)) + start) for s, start in zip(corpus.sources, starts)]
     return replace(corpus, sources=sources)
@@ -137,7 +137,7 @@ def _label_array(labels: list[Label | None]) -> np.ndarray:
 
 
 def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Raises UserError where the disk refuses."""
+    """Write the arrays. Raises UserError if the disk refuses."""
     with whole_file(out) as partial, open(partial, "wb") as file:
         if out.suffix == NPZ:
             np.savez(file, **arrays)  # type: ignore[arg-type]

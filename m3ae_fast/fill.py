@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="guesses per mask (default: 5)")
     parser.add_argument(
-        "--visible", type=float, default=1.0, metavar="SHARE", help="share of the patches that are seen (default: 1)"
+        "--visible", type=float, default=1.0, metavar="SHARE", help="fraction of the patches that are seen (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which patches are seen")
     add_range_option(parser)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:
-    """An image file and a caption with masks, as the model takes them.
+    """Return an image file and a caption, with masks, as the model takes them.
 
     Raises:
         UserError: the file is no image, or the caption is too long for one of its masks.
@@ -101,7 +101,7 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
 
 
 def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
-    """Token ids, 0 where one is masked, and the mask. The parts between masks are cut into tokens by themselves, so no
+    """Return token ids, 0 where one is masked, and the mask. The parts between masks are tokenized by themselves, so no
     tokenizer needs a mask token."""
     assert model.tokenizer is not None
     ids: list[int] = []
@@ -117,7 +117,7 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
 
 
 def fill_text(model: M3AE, sample: Sample, top: int = 5) -> list[list[Guess]]:
-    """For each masked token of a caption, in order, the `top` likeliest with their probabilities.
+    """Return, for each masked token of a caption in order, the `top` likeliest tokens with their probabilities.
 
     Args:
         model: with a tokenizer; on any device.

@@ -1,4 +1,4 @@
-"""What this machine is and can do: faster precision, peak FLOP/s, memory, compiler."""
+"""The abilities of this machine: faster precision, peak FLOP/s, memory, compiler."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
 
 
 def fast_precision(device: torch.device) -> str:
-    """ "bf16" or "fp32": whichever makes matmuls faster."""
+    """Return "bf16" or "fp32": whichever makes matmuls faster."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else this_cpu().bf16
     return "bf16" if fast else "fp32"
 
 
 def settle_precision(config: L, device: torch.device) -> L:
-    """`config` with precision "auto" decided for `device`."""
+    """Return `config` with precision "auto" decided for `device`."""
     return config if config.precision != "auto" else config.model_copy(update={"precision": fast_precision(device)})
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """What matmuls run in under a settled precision."""
+    """Return the dtype of matmuls under a settled precision."""
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 def data_sheet(name: str) -> Peaks | None:
-    """Peaks of the GPU called `name`, None where it is not known."""
+    """Return the peaks of the GPU called `name`, None if it is not known."""
     return next((peaks for part, peaks in _PEAKS.items() if part in name), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s to measure utilisation against: the data sheet's for known GPUs in bf16, else what a large matmul reaches
-    here, best of three."""
+    """Return the FLOP/s to measure utilisation against: the data sheet's for known GPUs in bf16, else what a large
+    matmul reaches here, best of three."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = data_sheet(torch.cuda.get_device_name(device))
         if known is not None:
@@ -84,12 +84,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler, as torch.compile needs."""
+    """Return whether there is a C++ compiler, as torch.compile needs."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"))
 
 
 def missing_for_triton() -> list[str]:
-    """What Triton needs to build its launchers on a GPU and does not find here."""
+    """Return what Triton needs to build its launchers on a GPU and does not find here."""
     compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
     missing = [] if any(shutil.which(name) for name in compilers if name) else ["a C compiler (apt install gcc)"]
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -98,18 +98,18 @@ def missing_for_triton() -> list[str]:
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Whether copies to the device are faster from pinned memory, and overlap with the computation."""
+    """Return whether copies to the device are faster from pinned memory, and overlap with the computation."""
     return device.type == "cuda"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the GPU or this machine has no memory left."""
+    """Return whether an exception says that the GPU or this machine has no memory left."""
     signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's and CUDA's
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on the GPU, or the most that this process held in RAM."""
+    """Return bytes: the most that torch held on the GPU, or the most that this process held in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

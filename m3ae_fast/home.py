@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 def settle_home() -> None:
-    """Where the user's home folder is not there or not known, let HOME be a temporary one, for other libraries too, and
-    say so once a node. All processes of the user share it."""
+    """Set HOME to a temporary folder, for other libraries too, if the user's is missing or unknown, and say so once per
+    node. All processes of the user share it."""
     home = os.path.expanduser("~")
     if home != "~" and os.path.isdir(home):
         return
     os.environ["HOME"] = str(_temporary_home())
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        told = f"note: no home folder: caches go to {os.environ['HOME']}; set HOME to a folder that stays"
-        print(told, file=sys.stderr, flush=True)
+        note = f"note: no home folder: caches go to {os.environ['HOME']}; set HOME to a folder that stays"
+        print(note, file=sys.stderr, flush=True)
 
 
 def _temporary_home() -> Path:

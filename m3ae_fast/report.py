@@ -34,7 +34,7 @@ CHARTS = [
     ("k-NN accuracy", "", [("val_knn_top1", "held out", _HELD_OUT)]),
     ("Throughput", "samples/s", [("samples_per_s", "", _OTHER)]),
     ("Utilisation", "of the peak", [("mfu", "reference FLOPs", _OTHER), ("utilisation", "executed FLOPs", _HELD_OUT)]),
-    ("Waiting for data", "share of the time", [("data_wait", "", _OTHER)]),
+    ("Waiting for data", "fraction of the time", [("data_wait", "", _OTHER)]),
     ("Learning rate", "", [("lr", "", _OTHER)]),
     ("Gradient norm", "", [("grad_norm", "", _OTHER)]),
     ("Memory", "GB", [("peak_memory_gb", "peak", _OTHER)]),
@@ -89,7 +89,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Every result.json below `folders`. Raises UserError where one is damaged."""
+    """Read every result.json below `folders`. Raises UserError if one is damaged."""
     found = {}
     for folder in folders:
         if not folder.is_dir():
@@ -164,7 +164,7 @@ def _number(value: Any) -> str:
 
 
 def _png(path: Path) -> bytes | None:
-    """A picture of the run; None of anything else, as where a link leads to a private file."""
+    """Return a picture of the run; None for anything else, as where a link leads to a private file."""
     data = path.read_bytes() if path.is_file() else b""
     return data if data.startswith(b"\x89PNG\r\n") else None
 

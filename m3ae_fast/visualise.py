@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[SourceConfig], ShardStore]:
-    """Whose samples are drawn, and where copies of them go. Raises UserError where that takes more trust in the run."""
+    """Return whose samples are drawn, and where copies of them go. Raises UserError if that takes more trust in the
+    run."""
     sources = config.data.val or config.data.train
     if args.shards:
         return [sources[0].model_copy(update={"shards": args.shards})], ShardStore()

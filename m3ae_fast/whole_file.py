@@ -15,7 +15,7 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends. The folder is made where needed.
+    """Make a path beside `path` to write to, which takes its place when the block ends. The folder is made if needed.
 
     Raises:
         UserError: `path` is a folder, or the disk refuses. `path` is as it was, then and after any other exception.

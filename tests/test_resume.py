@@ -336,7 +336,7 @@ def test_resume_never_loops_on_weights_that_give_no_finite_loss(trainer):
     assert checkpoint.is_good(checkpoint.saved_steps(run)[0])
     wild = [*options, "--resume", "auto", "--set", "train.steps=9", "--set", "optim.peak_lr=1e30"]
     out = trainer("run", *wild, code=2)
-    assert "step-00000004 is thereby marked as failed" in out and "the last good checkpoint is" in out
+    assert "step-00000004 is now marked as failed" in out and "the last good checkpoint is" in out
     assert trainer.checkpoints("run") == ["step-00000003", "step-00000004"]
     out = trainer("run", *options, "--resume", "auto", "--set", "train.steps=5")
     assert "step-00000004 is skipped: step 5, the first from its weights, was not finite" in out
@@ -365,7 +365,7 @@ def test_auto_passes_over_what_has_failed(tmp_path):
     assert resuming.find(tmp_path, str(three)) == three
     for path in (one, two):
         checkpoint.mark(tmp_path, checkpoint.step_of(path), checkpoint.FAILED, "")
-    with pytest.raises(UserError, match="no checkpoint of it gave a finite loss"):
+    with pytest.raises(UserError, match="none of its checkpoints gave a finite loss"):
         resuming.find(tmp_path, "auto")
 
 

@@ -23,7 +23,7 @@ TINY = {
         "image_size": 16, "patch_size": 8, "text_length": 8, "vocab_size": 2048,
     },
     "train.train": {"global_batch": 8, "steps": 3, "eval_samples": 8, "pictures": 0},
-    "transfer.probe.epochs": 1,
+    "transfer.linear.epochs": 1,
     "transfer.finetune": {"epochs": 1, "global_batch": 16, "rand_augment": None},
 }  # fmt: skip
 

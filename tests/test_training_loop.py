@@ -451,7 +451,7 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
 
     warmup, colours = notes(wild)
     assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
-    assert "image_mean and image_std are their defaults, CC12M's" in colours and "m3ae_fast.data stats" in colours
+    assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae_fast.data stats" in colours
     assert notes(calm) == []
 
 

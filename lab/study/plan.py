@@ -23,7 +23,7 @@ class Encoder:
     width: int
     steps: int  # of pre-training
     seed: int
-    text_ratio: float | None = None  # share of the text tokens masked; None without text
+    text_ratio: float | None = None  # fraction of the text tokens masked; None without text
     captions: Literal["whole", "nameless"] | None = None
 
     @property

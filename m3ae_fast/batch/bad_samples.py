@@ -1,4 +1,4 @@
-"""Samples that cannot be used: what they are, and when there are too many."""
+"""Keeps account of samples that cannot be used, and stops the run when there are too many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from m3ae_fast.errors import UserError
 
-MIN_SEEN = 100  # samples before a share of bad ones means anything
+MIN_SEEN = 100  # samples before a fraction of bad ones means anything
 _LOGGED = 20  # bad samples that are named one by one
 
 _log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class BadSamples:
     """Counts samples that could not be used, names them in the log, and stops a run that has too many.
 
     Args:
-        max_fraction: the share of bad samples that is tolerated.
-        samples: samples per epoch; the share is checked after MIN_SEEN samples, or one epoch if that is fewer.
+        max_fraction: the fraction of bad samples that is tolerated.
+        samples: samples per epoch; it is checked after MIN_SEEN samples, or one epoch if that is fewer.
     """
 
     def __init__(self, max_fraction: float, samples: int):

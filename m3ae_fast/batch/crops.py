@@ -1,4 +1,4 @@
-"""What the model sees of an image: a random crop in training, the central square in evaluation.
+"""The part of an image that the model sees: a random crop in training, the central square in evaluation.
 
 Shapes: C channels, H x W the image's own pixels, S x S what the model sees.
 """
@@ -17,12 +17,13 @@ _RATIO = (3 / 4, 4 / 3)  # width / height
 
 
 def random_crop(image: Tensor, size: int, scale: tuple[float, float], flip: bool, generator: torch.Generator) -> Tensor:
-    """RandomResizedCrop with torchvision's distribution, bicubic and antialiased, then a flip in half of the cases.
+    """Return a RandomResizedCrop with torchvision's distribution, bicubic and antialiased, flipped in half of the
+    cases.
 
     Args:
         image: uint8 [C, H, W].
         size: S.
-        scale: least and greatest share of the area that is kept.
+        scale: least and greatest fraction of the area that is kept.
         flip: whether to mirror at all.
         generator: where all randomness comes from; always the same number of draws.
     """
@@ -33,7 +34,7 @@ def random_crop(image: Tensor, size: int, scale: tuple[float, float], flip: bool
 
 
 def _draw_box(height: int, width: int, scale: tuple[float, float], draws: list[float]) -> tuple[int, int, int, int]:
-    """Top, left, height, width as torchvision.transforms.RandomResizedCrop.get_params chooses them."""
+    """Return top, left, height and width as torchvision.transforms.RandomResizedCrop.get_params chooses them."""
     for i in range(0, 4 * _TRIES, 4):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
         low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
@@ -51,7 +52,7 @@ def _draw_box(height: int, width: int, scale: tuple[float, float], draws: list[f
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
-    """The central square of uint8 [C, H, W], scaled to [C, S, S] (bicubic, antialiased)."""
+    """Return the central square of uint8 [C, H, W], scaled to [C, S, S] (bicubic, antialiased)."""
     side = min(image.shape[-2:])
     top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
     return resize(image[:, top : top + side, left : left + side], size, size).contiguous()

@@ -24,12 +24,12 @@ class Depth(NamedTuple):
 
     @property
     def is_deep(self) -> bool:
-        """Whether a value is more than a level from 0 to 255."""
+        """Return whether a value is more than a level from 0 to 255."""
         return self.kind != "unsigned" or self.bits > 8
 
     @property
     def limits(self) -> tuple[float, float]:
-        """The lowest and the highest value; of floats 0 and 1."""
+        """Return the lowest and the highest value; 0 and 1 for floats."""
         if self.kind == "float":
             return 0.0, 1.0
         half = 1 << (self.bits - 1)
@@ -40,7 +40,8 @@ class Depth(NamedTuple):
 
 
 def depth_of(image: Image.Image) -> Depth:
-    """Of an image that is not loaded yet: afterwards Pillow does not tell that it cut 16-bit colours to 8 bits."""
+    """Return the depth of an image that is not loaded yet: once it is, Pillow hides that it cut 16-bit colours to 8
+    bits."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         kind = _KINDS.get(tags.get(_FORMAT, (1,))[0], "unknown")
@@ -51,7 +52,7 @@ def depth_of(image: Image.Image) -> Depth:
 
 
 def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image.Image:
-    """A deep image in 8 bits: each value itself is scaled, rounded to the nearest level, and clipped.
+    """Return a deep image in 8 bits: each value is scaled, rounded to the nearest level, and clipped.
 
     Colours of 16 bits, of which Pillow keeps 8, are taken as they are where the range is that of their type: within a
     level of the value. Where a value stands for transparency the result has alpha.
@@ -72,10 +73,10 @@ def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image
         return image
     values = _values(image, depth)
     low, high = depth.limits if image_range == "dtype" else image_range
-    share = ((values - low) / (high - low)).clip(0, 1)
+    lit = ((values - low) / (high - low)).clip(0, 1)
     if depth.white_is_zero:
-        share = 1 - share
-    grey = Image.fromarray(np.rint(255 * share).astype(np.uint8))
+        lit = 1 - lit
+    grey = Image.fromarray(np.rint(255 * lit).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is None:
         return grey
@@ -83,7 +84,8 @@ def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image
 
 
 def _values(image: Image.Image, depth: Depth) -> np.ndarray:
-    """float64 [H, W]: what the file says; Pillow has modes for neither uint32 nor int8, and keeps their bits."""
+    """Return the values that the file holds, float64 [H, W]. Pillow has no mode for uint32 or int8, but keeps their
+    bits."""
     values = np.asarray(image)
     if (depth.kind, depth.bits) == ("unsigned", 32):
         values = values.view(np.uint32)

@@ -86,7 +86,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None) -
 
 
 def format_of(data: bytes) -> str:
-    """The name of the format of a file that `decode_image` has read, such as "JPEG"."""
+    """Return the name of the format, such as "JPEG", of a file that `decode_image` has read."""
     return Image.open(BytesIO(data), formats=_FORMATS).format or "?"
 
 
@@ -96,12 +96,12 @@ def _looks_like(data: bytes) -> str:
 
 
 def _is_special(header: Image.Image) -> bool:
-    """Whether torchvision would ignore what the file says: it turns JPEG alone, and has no transparency here."""
+    """Return whether torchvision would ignore part of the file: it rotates only JPEGs, and drops transparency here."""
     return "transparency" in header.info or (header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING))
 
 
 def _check_precision(data: bytes) -> None:
-    """Raises BadSample where a component of a JPEG 2000 has no levels from 0 to 255: Pillow would shift its values."""
+    """Raise BadSample if a component of a JPEG 2000 has no levels from 0 to 255: Pillow would shift its values."""
     start = data.index(b"\xff\x4f\xff\x51") + 40  # of the SIZ marker's Csiz, behind the sizes of image and tiles
     precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]
     if any(precision > 7 for precision in precisions):  # bits - 1, and 128 where signed
@@ -114,7 +114,7 @@ def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:
 
 
 def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None) -> Tensor:
-    """uint8 [C, H, W] of a Pillow image, upright; otherwise as `decode_image`, whose errors it raises too."""
+    """Return a Pillow image, upright, as uint8 [C, H, W]. Transparency, depth and errors as in `decode_image`."""
     depth, clear = depth_of(image), _transparent_level(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == "LAB":
@@ -132,7 +132,8 @@ def pixels_of(image: Image.Image, channels: int, image_range: Range | None = Non
 
 
 def _transparent_level(image: Image.Image) -> int | None:
-    """Of a PNG of 2 or 4 bits, whose levels Pillow scales to 8, but not the one that it calls transparent."""
+    """Return the transparent level of a PNG of 2 or 4 bits, scaled to 8 bits; None for others. Pillow scales the pixels
+    only."""
     found = next((_SCALES[str(tile[3])] for tile in getattr(image, "tile", ()) if str(tile[3]) in _SCALES), None)
     clear = image.info.get("transparency")
     return clear * found if found and isinstance(clear, int) else None

@@ -1,4 +1,4 @@
-"""Which tokens are masked."""
+"""Random masks of tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import Tensor
 
 
 def kept(length: int, ratio: float) -> int:
-    """How many of `length` tokens stay visible: int(length * (1 - ratio)), as the official code rounds."""
+    """Return how many of `length` tokens stay visible: int(length * (1 - ratio)), as the official code rounds."""
     return int(length * (1.0 - ratio))
 
 
 def draw_mask(length: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Random mask, bool [length], True where masked: the `kept` positions with the smallest noise stay visible."""
+    """Return a random mask, bool [length], True where masked: the `kept` positions with the smallest noise stay
+    visible."""
     # NumPy takes a fifth of torch's time for this; float64 has no ties, whose order would depend on the CPU
     noise = torch.rand(length, dtype=torch.float64, generator=generator).numpy()
     mask = np.ones(length, dtype=bool)

@@ -1,4 +1,4 @@
-"""What a forward pass reads: one flat batch of tokens, its row maps and its loss rows.
+"""The input of a forward pass: one flat batch of tokens, its row maps and its loss rows.
 
 Shapes: S samples, B images, L patches per image, C channels, H = W pixels, N visible patches,
 T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.
@@ -120,7 +120,7 @@ class PackedBatch:
 
 
 def _rejoin(joined: Tensor, lengths: list[int], sizes: list[tuple[int, int]], others: dict[str, Any]) -> PackedBatch:
-    """The batch that `__reduce__` took apart."""
+    """Return the batch that `__reduce__` took apart."""
     pieces = iter(joined.split(lengths))
     others |= {name: next(pieces) for name in INDEX_ROWS}
     others |= {name: next(pieces).view(torch.float32) for name in WEIGHT_ROWS}

@@ -41,7 +41,7 @@ class Geometry:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of an image."""
+        """Return the shape of an image, [C, H, W]."""
         return self.channels, self.image_size, self.image_size
 
 
@@ -65,7 +65,7 @@ FEWEST_ROWS, FINENESS = 64, 128  # rows are rounded up to a multiple of 64, of l
 
 
 def rounded(rows: int) -> int:
-    """`rows` rounded up to one of few counts, so that the shapes of batches repeat. Never falls as `rows` grows."""
+    """Return `rows` rounded up to one of few counts, so that batch shapes repeat. Never decreases as `rows` grows."""
     multiple = max(FEWEST_ROWS, 1 << max(rows // FINENESS, 1).bit_length() - 1)
     return -(-rows // multiple) * multiple
 
@@ -274,7 +274,7 @@ def _check(sample: Sample, geometry: Geometry) -> _Checked:
 
 
 def _labels(samples: Sequence[Sample]) -> Tensor | None:
-    """None where a sample has none."""
+    """Return the labels, int64 [S]; None if a sample has none."""
     labels = [sample.label for sample in samples if sample.label is not None]
     return torch.tensor(labels, dtype=torch.int64) if len(labels) == len(samples) else None
 
@@ -298,15 +298,15 @@ def _with_loss(masks: list[np.ndarray], all_tokens: bool) -> int:
 
 
 def _padded(lengths_S: np.ndarray, rows: int) -> np.ndarray:
-    """Lengths of the samples, and of segments no longer than theirs that make `rows` of their rows."""
+    """Return the samples' lengths, followed by those of padding segments, none longer, that bring the sum to `rows`."""
     longest, missing = int(lengths_S.max(initial=1)), rows - int(lengths_S.sum())
     pieces = [min(longest, missing - first) for first in range(0, missing, longest)]
     return np.concatenate((lengths_S, np.array(pieces, np.int64)))
 
 
 def _loss_rows(image_U: np.ndarray, images: int, text_U: np.ndarray, texts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the image loss and of the text loss, `images` and `texts` in all: the last rows without a loss make up
-    the numbers. No row is in both, which the backward of `head_inputs` relies on."""
+    """Return the rows of the image loss and of the text loss, `images` and `texts` of them: the last rows without a
+    loss fill up the numbers. No row is in both, which the backward of `head_inputs` relies on."""
     without = np.flatnonzero(~(image_U | text_U))
     more_images, more_texts = images - int(np.count_nonzero(image_U)), texts - int(np.count_nonzero(text_U))
     spare = without[len(without) - more_images - more_texts :]

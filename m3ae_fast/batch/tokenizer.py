@@ -31,11 +31,11 @@ class CaptionTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The highest id + 1."""
+        """Return the highest id + 1."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def shared_id(self) -> tuple[str, str, int] | None:
-        """Two tokens that have one id, and that; None where all differ."""
+        """Return two tokens that have the same id, and that id; None if all ids differ."""
         words: dict[int, str] = {}
         for word, number in self._tokenizer.get_vocab().items():
             if number in words:
@@ -45,17 +45,17 @@ class CaptionTokenizer:
 
     @property
     def definition(self) -> str:
-        """All of it, as tokenizer.json has it."""
+        """Return the whole tokenizer as tokenizer.json has it."""
         return self._tokenizer.to_str()
 
     def encode(self, caption: str) -> np.ndarray:
-        """Token ids, int64 [n], n <= max_length."""
+        """Return token ids, int64 [n], n <= max_length."""
         return np.array(
             self._tokenizer.encode(caption, add_special_tokens=False).ids[: self.max_length], dtype=np.int64
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids."""
+        """Return the text of token ids."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
@@ -63,7 +63,7 @@ class CaptionTokenizer:
         self._tokenizer.save(str(path))
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's entry for an id, "" where it has none."""
+        """Return the vocabulary's entry for an id, "" if it has none."""
         return self._tokenizer.id_to_token(int(token_id)) or ""
 
 
@@ -108,13 +108,13 @@ def load_tokenizer(
 
 
 def require_tokenizer(tokenizer: CaptionTokenizer | None, has_captions: bool) -> None:
-    """Raises UserError where there are captions and no tokenizer."""
+    """Raise UserError if there are captions but no tokenizer."""
     if tokenizer is None and has_captions:
         raise UserError('data.tokenizer: missing, but the shards have captions; name one, or set modality "image"')
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A lower-cased WordPiece tokenizer as BERT's. The same captions give the same one.
+    """Train a lower-cased WordPiece tokenizer like BERT's. The same captions give the same tokenizer.
 
     It has `vocab_size` tokens, fewer where the captions give no more, more where their characters alone do.
     """
@@ -130,14 +130,15 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _symbols(tokenizer: Tokenizer, caption: str) -> Iterator[str]:
-    """The characters of a caption as WordPiece writes them: with ## inside a word."""
+    """Yield the characters of a caption as WordPiece writes them: with ## inside a word."""
     for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption)):
         yield word[0]
         yield from ("##" + character for character in word[1:])
 
 
 def _find(name: str, label: str) -> Path:
-    """A file of that name, else a copy of the hub's. Raises UserError where there is neither."""
+    """Return the path `name` if there is such a file, else that of a copy of the hub's. Raises UserError if there is
+    neither."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -168,7 +169,8 @@ def _line(error: Exception) -> str:
 
 
 def _from_json(path: Path) -> Tokenizer:
-    """Raises ValueError, before anything is made, where its rules could fill the memory from a short caption."""
+    """Parse a tokenizer. Raises ValueError, before anything is built, if its rules could fill the memory from a short
+    caption."""
     data = read_json(path)
     for part in ("normalizer", "decoder"):
         if isinstance(data, dict) and _growth(data.get(part)) > MAX_GROWTH:
@@ -177,7 +179,7 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _growth(rule: Any) -> int:
-    """How many characters a normalizer or decoder makes of one, at most, where it replaces and prepends."""
+    """Return the most characters that a normalizer or decoder makes of one, by replacing and prepending."""
     if not isinstance(rule, dict):
         return 1
     parts = [part for name in ("normalizers", "decoders") for part in rule.get(name) or ()]

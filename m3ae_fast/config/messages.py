@@ -28,7 +28,7 @@ def describe(section: type[BaseModel], error: ValidationError) -> str:
 
 
 def _section_at(section: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
-    """The section that `loc` points to."""
+    """Return the section that `loc` points to."""
     for part in loc:
         if isinstance(part, str):
             section = section_of(section.model_fields[part].annotation) or section
@@ -36,7 +36,7 @@ def _section_at(section: type[BaseModel], loc: tuple[int | str, ...]) -> type[Ba
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's annotation names: by itself, in a list, or as an optional."""
+    """Return the section that a field's annotation names: by itself, in a list, or as an optional."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

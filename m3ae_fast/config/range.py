@@ -1,4 +1,4 @@
-"""What becomes black and white of an image whose values are not levels from 0 to 255."""
+"""The values that become black and white in images whose values are not levels from 0 to 255."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Range = Annotated[tuple[float, float], Strict(False)] | Literal["dtype"]
 
 
 def check_range(name: str, image_range: Range | None) -> None:
-    """Raises ValueError where the two values are not in order."""
+    """Raise ValueError if the two values are not in order."""
     if isinstance(image_range, tuple) and not image_range[0] < image_range[1]:
         raise ValueError(f"{name} {list(image_range)} must be what is black and, above it, what is white")
 
 
 def add_range_option(parser: argparse._ActionsContainer) -> None:
-    """`--range`, in programs without a config."""
+    """Add `--range`, for programs without a config."""
     parser.add_argument(
         "--range", type=_parse, metavar="LOW,HIGH|dtype", help="values that are black and white in images above 8 bits"
     )

@@ -155,12 +155,12 @@ class ModelConfig(Section):
 
     @property
     def patch_dim(self) -> int:
-        """Values in a patch: rows x columns x channels."""
+        """Return the number of values in a patch: rows x columns x channels."""
         return self.patch_size**2 * self.channels
 
     @property
     def image_output_dim(self) -> int:
-        """Values that the image head gives for a patch."""
+        """Return the number of values that the image head gives for a patch."""
         return self.codebook_size if self.image_targets == "vqgan" else self.patch_dim
 
 
@@ -271,7 +271,7 @@ class ScheduleConfig(Section):
     """Length of the warm-up, in epochs; at most the whole run."""
 
     def lr_factor(self, global_batch: int) -> float:
-        """What learning rates are multiplied by."""
+        """Return the factor of the learning rates."""
         return global_batch / 256
 
 
@@ -417,7 +417,7 @@ class ZeroConfig(Section):
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether Adam runs on the CPU while the model is elsewhere (ZeRO-Offload, arXiv 2101.06840)."""
+        """Return whether Adam runs on the CPU while the model is elsewhere (ZeRO-Offload, arXiv 2101.06840)."""
         return self.offload_optimizer is not None and self.offload_optimizer.device != "none"
 
 
@@ -514,7 +514,7 @@ class Config(Section):
         return self._with_range()
 
     def _with_range(self) -> Config:
-        """The model remembers its images' range, as it does their mean: who decodes for it later has no `data`."""
+        """Store the images' range in `model`, like their mean: whoever decodes for the model later has no `data`."""
         given, remembered = self.data.range, self.model.image_range
         if given is None or given == remembered:
             return self
@@ -524,5 +524,5 @@ class Config(Section):
 
     @property
     def zero(self) -> ZeroConfig | None:
-        """None on plain torch."""
+        """Return the settings of ZeRO; None on plain torch."""
         return None if self.deepspeed is None else self.deepspeed.zero_optimization

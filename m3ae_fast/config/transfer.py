@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -42,6 +44,8 @@ CommonCorruption = Literal[
 ]
 ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
 
+FORMER_SECTIONS = {"probe": "linear"}  # in --set for one more release; older checkpoints have them too
+
 
 class EncodeConfig(Section):
     """Features of the frozen encoder on unmasked input."""
@@ -54,7 +58,7 @@ class EncodeConfig(Section):
     """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
 
 
-class ProbeConfig(LoopConfig, ScheduleConfig):
+class LinearProbeConfig(LoopConfig, ScheduleConfig):
     """A linear classifier on frozen features, trained by LARS.
 
     The defaults are the official recipe's for ImageNet, except for `encode.pool`, which is `cls` there. Small sets need
@@ -62,7 +66,7 @@ class ProbeConfig(LoopConfig, ScheduleConfig):
     neither `epochs` nor `steps` given, the length is 90 epochs.
     """
 
-    SECTION: ClassVar[str] = "probe"
+    SECTION: ClassVar[str] = "linear"
 
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of the linear layer, its bias included."""
@@ -163,17 +167,27 @@ class TransferConfig(Section):
     data: DataConfig
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
-    probe: ProbeConfig = ProbeConfig()
+    linear: LinearProbeConfig = LinearProbeConfig()
     finetune: FineTuneConfig = FineTuneConfig()
     robustness: RobustnessConfig = RobustnessConfig()
 
 
 def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:
-    """The sections that the command line gives, with `section.key=value` overrides.
+    """Return the sections that the command line gives, with `section.key=value` overrides.
 
     Raises:
         UserError: a field is unknown, of the wrong type or impossible.
     """
     for override in overrides:
-        apply_override(given, override)
+        apply_override(given, _renamed(override))
     return parse(TransferConfig, given, "--set")
+
+
+def _renamed(override: str) -> str:
+    """Return the override with its section's present name; print a note if it has the former one."""
+    former = re.split("[.=]", override, maxsplit=1)[0]
+    if former not in FORMER_SECTIONS:
+        return override
+    present = FORMER_SECTIONS[former]
+    print(f"note: --set {former}: is called {present} now; the next release knows only that name", file=sys.stderr)
+    return present + override.removeprefix(former)

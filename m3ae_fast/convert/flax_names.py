@@ -30,7 +30,7 @@ _NAMES = {
 
 
 def flax_name(name: str, head_depth: int) -> str:
-    """The flax path of our parameter `name`: `encoder.norm.weight` -> `encoder/LayerNorm_0/scale`."""
+    """Return the flax path of our parameter `name`: `encoder.norm.weight` -> `encoder/LayerNorm_0/scale`."""
     for pattern, template in _NAMES.items():
         if match := re.fullmatch(pattern, name):
             path = match.expand(template).replace("Dense_last", f"Dense_{head_depth}")
@@ -39,6 +39,6 @@ def flax_name(name: str, head_depth: int) -> str:
 
 
 def from_flax(path: str, array: np.ndarray) -> Tensor:
-    """The parameter at `path` in our layout: [out, in] for matmuls, rows of vectors for single tokens."""
+    """Return the parameter at `path` in our layout: [out, in] for matmuls, rows of vectors for single tokens."""
     tensor = torch.from_numpy(array)
     return tensor.T if path.endswith("kernel") else tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor

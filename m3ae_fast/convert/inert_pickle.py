@@ -1,4 +1,4 @@
-"""Pickles read without running anything that they name.
+"""Reads pickles without running anything that they name.
 
 The official checkpoints pickle their optimiser with its code, so their globals are many and differ between library
 versions. So there is no list of what may be named: NumPy arrays, dtypes, scalars and plain containers are built here;
@@ -66,7 +66,7 @@ class _DType(Inert):
     path = "numpy.dtype"
 
     def plain(self) -> np.dtype | None:
-        """None for what is not a number."""
+        """Return the NumPy dtype; None if it is not one of numbers."""
         code = self.args[0] if self.args else None
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):
             return None
@@ -85,7 +85,8 @@ class _Array(np.ndarray):
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray | Inert:
-    """An array; `Inert` where its elements are not numbers. Raises ValueError or TypeError for impossible arguments."""
+    """Return an array; `Inert` if its elements are not numbers. Raises ValueError or TypeError for impossible
+    arguments."""
     plain = dtype.plain() if isinstance(dtype, _DType) else None
     if plain is None:
         return Inert(dtype)
@@ -105,7 +106,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocols below 3 write bytes."""
+    """Encode text, which is how protocols below 3 write bytes."""
     return str(text).encode("latin-1")
 
 
@@ -136,7 +137,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(path: Path) -> Any:
-    """What a pickle holds: plain containers, strings, numbers, NumPy arrays, and `Inert` for everything else.
+    """Return the contents of a pickle: plain containers, strings, numbers, NumPy arrays, and `Inert` for everything
+    else.
 
     Raises:
         UserError: the file is missing, not a pickle, or damaged.

@@ -59,7 +59,7 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
 
 
 def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Flags, and parameters by flax path."""
+    """Return the flags, and the parameters by flax path."""
     if not isinstance(saved, dict) or not {"state", "variant"} <= saved.keys():
         raise UserError(f"{path}: not an official M3AE checkpoint: a pickle without 'state' and 'variant'")
     state, variant = saved["state"], _plain(saved["variant"])
@@ -83,7 +83,7 @@ def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
 
 
 def _plain(value: Any) -> Any:
-    """flax's FrozenDict, which is a dictionary's only wrapper, as that dictionary."""
+    """Return flax's FrozenDict as the dictionary that it wraps."""
     if isinstance(value, Inert) and value.path.endswith("FrozenDict") and value.args:
         return value.args[0]
     return value
@@ -99,7 +99,7 @@ def _flatten(tree: Any, prefix: str) -> Any:
 
 
 def _flag(variant: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A flag of the data set that was trained on."""
+    """Return a flag of the data set that was trained on."""
     section = "data"
     if "dataset" in variant:  # MAE's script has one section per data set
         section = f"{variant['dataset']}_data"
@@ -107,7 +107,7 @@ def _flag(variant: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _config(variant: dict[str, Any], params: dict[str, np.ndarray], path: Path) -> ModelConfig:
-    """Sizes from the arrays' shapes; heads, images and normalisation from the flags."""
+    """Infer sizes from the arrays' shapes; heads, images and normalisation from the flags."""
     for prefix in ("m3ae", "mae"):
         flags = {key.removeprefix(f"{prefix}."): v for key, v in variant.items() if key.startswith(f"{prefix}.")}
         if "num_heads" in flags:

@@ -1,4 +1,4 @@
-"""What a model card says about the run that made the weights."""
+"""The part of a model card about the run that made the weights."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def _shards(data: dict[str, Any]) -> list[str]:
 
 
 def _public(shards: str) -> str:
-    """Without what may be a secret: the user of a URL, and its query."""
+    """Return a URL without what may be secret: the user and the query."""
     return re.sub(r"(\w+://)[^/@\s]*@", r"\1", re.sub(r"\?\S*", "", shards))
 
 
 def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
-    """By name: the value of the last line that has it, up to the checkpoint's step, and the step of that line."""
+    """Return, by name, the value of the last line that has it, up to the checkpoint's step, and the step of that
+    line."""
     wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
     found: dict[str, tuple[float, int]] = {}
     try:

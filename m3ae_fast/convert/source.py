@@ -1,4 +1,4 @@
-"""What a file or folder holds, and the reader for it."""
+"""Detects the format of a file or folder of weights, and reads it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    """With `weights_only`, which builds only tensors and containers; MAE's own checkpoints also hold a Namespace."""
+    """Read a file with `weights_only`, which builds only tensors and containers, and the Namespace of MAE's own
+    checkpoints."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

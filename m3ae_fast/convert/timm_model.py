@@ -97,7 +97,8 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Keywords of timm's VisionTransformer; with `global_pool` avg its last norm is `fc_norm`, of the mean."""
+    """Return the keywords of timm's VisionTransformer; with `global_pool` avg its last norm is `fc_norm`, of the
+    mean."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -113,7 +114,7 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's weights by timm's names."""
+    """Return the encoder's weights by timm's names."""
     side = config.image_size // config.patch_size
     positions_LD = state.get("encoder_input.positions.image", sincos_2d(config.emb_dim, side))
     if config.use_type_embedding:

@@ -50,7 +50,7 @@ class ViTOptions:
 def from_vit(
     weights: dict[str, Tensor], options: ViTOptions, where: str
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """Config and weights of an MAE, or of its encoder alone where the file has no decoder, and notes about them.
+    """Return config and weights of an MAE, or of its encoder alone if the file has no decoder, and notes about them.
 
     Raises:
         UserError: a weight is missing, or is one that an M3AE cannot represent.

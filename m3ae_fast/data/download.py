@@ -80,12 +80,12 @@ def read_small(name: str, limit: int) -> bytes:
 
 
 def retry_after(error: OSError, attempt: int) -> float:
-    """Seconds to wait after try number `attempt`, from 0, has failed."""
+    """Return the seconds to wait after try number `attempt`, from 0, has failed."""
     return min(MAX_WAIT_S, max(2.0**attempt, getattr(error, "retry_after", 0.0)))
 
 
 def _with_wait(error: OSError, header: str | None) -> OSError:
-    """The error, with what a Retry-After header says: seconds, or a date (RFC 9110)."""
+    """Add to the error what a Retry-After header asks for: seconds, or a date (RFC 9110)."""
     seconds = 0.0
     if header and header.strip().isascii() and header.strip().isdecimal():
         seconds = float(header[:9])
@@ -103,7 +103,7 @@ def _begin(out: BinaryIO) -> str:
 
 @contextmanager
 def _open(shard: str) -> Iterator[Iterator[bytes]]:
-    """The bytes as they come."""
+    """Open a shard; gives its bytes as they arrive."""
     if shard.startswith(("http://", "https://")):  # gopen would need curl installed
         with urllib.request.urlopen(shard, timeout=TIMEOUT_S) as response:
             yield _of_http(response)
@@ -127,7 +127,7 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
 
 
 def _aws(url: str) -> Pipe:
-    """Without a shell, which could read more than a URL in it."""
+    """Start `aws` without a shell, which could read more than a URL into it."""
     return Pipe(["aws", "s3", "cp", url, "-"], mode="rb")
 
 
@@ -157,7 +157,7 @@ def _of_command(source: Pipe) -> Iterator[bytes]:
 
 
 def _paced(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The chunks, unless they come too slowly or for too long."""
+    """Yield the chunks. Raises OSError if they come too slowly or for too long."""
     start = since = time.monotonic()
     got = 0
     for chunk in chunks:

@@ -45,7 +45,7 @@ class _Part(IndexedShard):
 
 
 def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
-    """The label of every sample of each source in file order, None where it has none.
+    """Return the label of every sample of each source in file order, None for a sample without one.
 
     Args:
         corpus: from `open_corpus`.
@@ -67,7 +67,7 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
 def label_corpus(
     corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False
 ) -> tuple[Corpus, Classes]:
-    """The labelled samples of a corpus, with ids of their classes in `Source.labels`.
+    """Return the labelled samples of a corpus, with ids of their classes in `Source.labels`.
 
     Args:
         corpus, field, progress: as in `read_labels`.
@@ -145,7 +145,7 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
 
 
 def choose(source: Source, ids: np.ndarray) -> Source:
-    """The samples of a source whose id is not LEFT_OUT, with their ids as labels.
+    """Return the samples of a source whose id is not LEFT_OUT, with their ids as labels.
 
     `ids`: int64, one for each sample in file order.
     """

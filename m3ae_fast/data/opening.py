@@ -23,7 +23,7 @@ class Data:
 
     @property
     def shown(self) -> Corpus:
-        """Whose samples are drawn: the held-out ones where there are any."""
+        """Return the corpus whose samples are drawn: the held-out one if there is one."""
         return self.val or self.train
 
 
@@ -51,14 +51,15 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
 
 
 def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer | None:
-    """None where the model has no text or the config names no tokenizer. Raises UserError where it does not fit."""
+    """Open the text tokenizer; None if the model has no text or the config names none. Raises UserError if it does not
+    fit."""
     if not model.vocab_size or not config.tokenizer:
         return None
     return load_tokenizer(config.tokenizer, model.text_length, model.vocab_size)
 
 
 def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None:
-    """None where the image targets are pixels. Raises UserError where the VQGAN is missing or does not fit."""
+    """Open the VQGAN; None if the image targets are pixels. Raises UserError if it is missing or does not fit."""
     if model.image_targets == "pixels" or config.image_tokenizer is None:
         return None
     vqgan = VQGAN.from_pretrained(config.image_tokenizer)

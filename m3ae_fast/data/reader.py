@@ -48,12 +48,12 @@ class Reader:
         self._renewed: dict[int, float] = {}  # when
 
     def find(self, sample: int) -> tuple[int, int]:
-        """Shard and row of a sample that is given by its number in file order."""
+        """Return shard and row of a sample that is given by its number in file order."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
     def key(self, shard: int, row: int) -> str:
-        """The sample's key in its shard. Raises OSError where the shard cannot be read, BadSample where it has fewer
+        """Return the sample's key in its shard. Raises OSError if the shard cannot be read, BadSample if it has fewer
         samples than its manifest says."""
         table = self._get(shard).table
         if row >= len(table):
@@ -61,7 +61,7 @@ class Reader:
         return printable(table["key"][row].decode("utf-8", "replace"))
 
     def read(self, shard: int, row: int) -> Raw:
-        """Bytes and caption of one sample. A copy that turns out damaged is fetched again, once.
+        """Return bytes and caption of one sample. A copy that turns out damaged is fetched again, once.
 
         Raises:
             BadSample: a part that its shard trains is missing, cut short, too large, or not text.
@@ -80,7 +80,7 @@ class Reader:
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """The image's token ids, made ahead of time: int64 [L].
+        """Return the image's token ids, made ahead of time: int64 [L].
 
         Raises:
             BadSample: there are none, or they are cut short.
@@ -99,7 +99,7 @@ class Reader:
         return np.frombuffer(data, IDS_DTYPE).astype(np.int64)
 
     def _whole(self, shard: int, read: Callable[[], T]) -> T:
-        """What `read` gives, of a new copy of the shard where this one turns out damaged."""
+        """Return what `read` gives, from a new copy of the shard if this one turns out damaged."""
         try:
             return read()
         except _Damaged:
@@ -137,7 +137,7 @@ class Reader:
         del self._open[shard]
 
     def _open_shard(self, indexed: IndexedShard) -> _Open:
-        """Raises OSError or UserError where the shard cannot be read, or is not the one that was indexed."""
+        """Raise OSError or UserError if the shard cannot be read, or is not the one that was indexed."""
         indexed = indexed.located()
         path = self.store.path(indexed.shard)
         if os.stat(path).st_size != indexed.summary.size:
@@ -161,7 +161,7 @@ class _Damaged(OSError):
 
 
 def _read(fd: int, entry: np.void, part: str, limit: int, what: str, most: int | None = None) -> bytes:
-    """The part's first `most` bytes, or all."""
+    """Return the part's first `most` bytes, or all."""
     offset, size, checksum = (int(entry[f"{part}_{name}"]) for name in ("offset", "size", "crc"))
     if offset == MISSING:
         raise BadSample(f'no {what} (the "modality" of its source decides what is needed)')

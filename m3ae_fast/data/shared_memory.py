@@ -1,4 +1,4 @@
-"""Batches go from loader workers to the training in shared memory: what fits there."""
+"""Sizes the loader's prefetch to the shared memory in which workers hand over batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ INDEX_BYTES = 64  # of index rows and weights, for each token of a sample
 
 
 def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
-    """What a packed micro-batch takes at most."""
+    """Return an upper bound on the bytes of a packed micro-batch."""
     image = geometry.channels * geometry.image_size**2
     return micro_batch * (image + INDEX_BYTES * (1 + geometry.patches_per_image + geometry.text_length))
 
 
 def most_workers(size: int) -> int:
-    """How many workers have room for a batch of `size` bytes that waits and one that they pack; at least 1."""
+    """Return how many workers have room for two batches of `size` bytes each, one waiting and one being packed; at
+    least 1."""
     return max(1, int(min(_room(), 1e15) / (2 * size)))
 
 
 def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
-    """How many batches of `size` bytes each of `workers` prepares ahead: `prefetch`, or as many as fit MAX_BYTES and
-    this rank's part of the shared memory.
+    """Return how many batches of `size` bytes each of `workers` prepares ahead: `prefetch`, or as many as fit MAX_BYTES
+    and this rank's part of the shared memory.
 
     Raises:
         UserError: not even one batch of each worker fits, as with the 64 MB that Docker gives.
@@ -43,7 +44,7 @@ def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
 
 
 def _room() -> float:
-    """Bytes of shared memory that this rank may fill."""
+    """Return the bytes of shared memory that this rank may fill."""
     return SHARE * _free_bytes() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

@@ -1,4 +1,4 @@
-"""Where the members of a tar file lie, found without reading their contents (POSIX.1-2001 pax and GNU formats)."""
+"""Finds the members of a tar file without reading their contents (POSIX.1-2001 pax and GNU formats)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scan_tar(path: Path) -> tuple[list[Member], str | None]:
 
 
 def is_whole_tar(fd: int, size: int) -> bool:
-    """Whether a file of `size` bytes begins with a tar header and ends with its end mark."""
+    """Return whether a file of `size` bytes begins with a tar header and ends with its end mark."""
     header, end = os.pread(fd, BLOCK, 0), os.pread(fd, BLOCK, max(0, size - BLOCK))
     begins = len(header) == BLOCK and (_checksum_ok(header) if header.strip(b"\0") else size >= 2 * BLOCK)
     return begins and len(end) == BLOCK and not end.strip(b"\0")
@@ -81,7 +81,7 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
 
 
 def _after_end(fd: int, position: int) -> str | None:
-    """What follows the end mark at `position`: zeros, or another tar that was appended to this one."""
+    """Describe what follows the end mark at `position`, such as another tar that was appended; None for zeros alone."""
     while chunk := os.pread(fd, 1 << 20, position):
         if chunk.count(0) < len(chunk):
             return f"continues after its end mark at byte {position}; join tars with tar --concatenate, not cat"
@@ -110,7 +110,7 @@ def _name(header: bytes) -> str:
 
 
 def _pax(record: bytes) -> dict[str, str]:
-    """Records "LENGTH KEY=VALUE\\n", as far as they make sense."""
+    """Parse records "LENGTH KEY=VALUE\\n", up to the first that makes no sense."""
     found, position = {}, 0
     while position < len(record):
         digits, _, _ = record[position : position + 16].partition(b" ")
@@ -124,7 +124,8 @@ def _pax(record: bytes) -> dict[str, str]:
 
 
 def _decimal(digits: str) -> int | None:
-    """The number, None where it is not one; more than 19 digits are `_MAX_SIZE` + 1, as nothing has so many bytes."""
+    """Return the number, None if it is not one; more than 19 digits give `_MAX_SIZE` + 1, as nothing has so many
+    bytes."""
     if not (digits.isascii() and digits.isdecimal()):
         return None
     return int(digits) if len(digits) <= 19 else _MAX_SIZE + 1

@@ -1,4 +1,4 @@
-"""What files of somebody else may not make this machine do: run a program, or write where they say."""
+"""Keeps files of somebody else from making this machine run a program, or write where they say."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def default_workers() -> int:
-    """Loader processes for a rank: the cores it has to itself but one, 1 to MAX_WORKERS."""
+    """Return the number of loader processes for a rank: the cores it has to itself but one, 1 to MAX_WORKERS."""
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(MAX_WORKERS, max(1, len(os.sched_getaffinity(0)) // ranks - 1))
 
 
 def allow_open_files() -> None:
-    """Workers hand over each tensor as an open file: many batches ahead are more than the usual soft limit of 1024."""
+    """Raise the limit of open files: workers send each tensor as one, and the usual limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -44,7 +44,7 @@ class Loader(DataLoader[T_co]):
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """What is forked meanwhile inherits the mask, and so do its threads."""
+    """Block signals meanwhile: processes forked in the block inherit the mask, and so do their threads."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -53,7 +53,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def start_worker(worker: int) -> None:
-    """Signals sent to the whole process group are for the main process, which may want to save first.
+    """Ignore signals sent to the whole process group: they are for the main process, which may want to save first.
 
     A worker that died of one would stop it with an error. All are blocked here already (`Loader`).
     """
@@ -66,7 +66,7 @@ def start_worker(worker: int) -> None:
 
 
 def _end_unsent(error: Exception, batch: object) -> None:
-    """The queue would drop a batch that it cannot send, and the main process wait for it for ever."""
+    """End the worker: the queue would drop a batch that it cannot send, and the main process wait for it for ever."""
     if "shared memory" in str(error) and "No space left" in str(error):
         os._exit(SHM_FULL)
     traceback.print_exception(error)

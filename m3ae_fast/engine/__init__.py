@@ -1,1 +1,1 @@
-"""What turns a model into a training run: ranks, optimiser, ZeRO, checkpoints, metrics."""
+"""Optimiser steps: torch or DeepSpeed with ZeRO, learning rate, evaluation."""

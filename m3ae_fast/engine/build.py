@@ -19,7 +19,7 @@ from m3ae_fast.process.ranks import Ranks
 
 
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
-    """Of pre-training. Arguments and errors as in `make_engine`."""
+    """Build the engine of pre-training. Arguments and errors as in `make_engine`."""
     groups = parameter_groups(model, config.optim.weight_decay)
     transformers = (model.encoder, model.decoder)
     train, optim = config.train, config.optim
@@ -36,7 +36,7 @@ def make_engine(
     ranks: Ranks,
     ema: float | None = None,
 ) -> Engine:
-    """An engine for `model`, which it moves to the ranks' device.
+    """Build an engine for `model`, which it moves to the ranks' device.
 
     Args:
         model: see `Engine`.

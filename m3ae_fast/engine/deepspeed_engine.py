@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         accumulation: int,
         ema: float | None = None,
     ) -> None:
-        """`groups`: of the optimiser; `dtype`: what matmuls run in; `ema`: decay of the weights' moving average.
+        """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, the decay of the weights' moving average.
 
         Raises:
             UserError: DeepSpeed refuses its section.
@@ -175,8 +175,8 @@ class DeepSpeedEngine:
 def deepspeed_section(
     config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.dtype, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
-    """The `deepspeed` section with what the rest of the config says filled in, and nothing left to its defaults that
-    would wait for the GPU or lose digits."""
+    """Return the `deepspeed` section completed from the rest of the config. No setting that would wait for the GPU or
+    lose digits is left at its default."""
     section = config.model_dump(exclude_none=True)
     section |= {
         "train_micro_batch_size_per_gpu": micro_batch,

@@ -15,7 +15,7 @@ def evaluate(
     ranks: Ranks,
     with_targets: Callable[[PackedBatch], PackedBatch],
 ) -> dict[str, float]:
-    """Means over the whole of `loader`, whose ranks' batches are parts of one set: what to log.
+    """Return metrics to log: means over the whole of `loader`, whose ranks' batches are parts of one set.
 
     `with_targets` makes on the device the targets that a batch still lacks. Every rank must call it, with equally many
     batches.

@@ -1,4 +1,4 @@
-"""What a training loop asks of an engine: optimiser steps over micro-batches, outputs without training, and its state.
+"""The interface between a training loop and its engine: steps over micro-batches, outputs without training, its state.
 
 A state consists of whole tensors by parameter name, so that a checkpoint knows nothing of ranks, ZeRO stages or
 optimisers' layouts.
@@ -36,7 +36,7 @@ class Engine(Protocol):
     kinds: tuple[str, ...]  # of optimiser state: keys of `State` before the parameter's name
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        """Forward, backward and update; gradients are summed over micro-batches and averaged over ranks.
+        """Run forward, backward and update; gradients are summed over micro-batches and averaged over ranks.
 
         Args:
             batches: this rank's micro-batches, on its device.
@@ -48,14 +48,14 @@ class Engine(Protocol):
         """
 
     def evaluate(self, batch: PackedBatch) -> Any:
-        """What the module gives for one batch, without gradients and dropout."""
+        """Return the module's output for one batch, without gradients and dropout."""
 
     def state(self) -> State | None:
-        """Whole tensors on rank 0, None elsewhere. Every rank must call it."""
+        """Return whole tensors on rank 0, None elsewhere. Every rank must call it."""
 
     def average(self) -> dict[str, Tensor]:
-        """The moving average of the weights by parameter name, whole on every rank: float32, on the CPU. Every rank
-        must call it, of an engine that keeps one."""
+        """Return the moving average of the weights by parameter name, whole on every rank: float32, on the CPU. Every
+        rank must call it, and only if the engine keeps one."""
 
     def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
         """Load a state as of `step` updates; `get` gives its tensors by name, on every rank in the same order."""

@@ -20,12 +20,14 @@ EMA = "ema"
 
 
 def state_kinds(ema: float | None) -> tuple[str, ...]:
-    """What the optimiser's state has of each parameter; `ema`: decay of the weights' moving average, None: none."""
+    """Return the kinds of the optimiser's state per parameter; `ema`: decay of the weights' moving average, None:
+    none."""
     return MOMENTS if ema is None else (*MOMENTS, EMA)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay touches matmul weights and, as in the official code, LayerNorm scales; not biases and embeddings."""
+    """Return AdamW's groups. Decay applies to matmul weights and, as in the official code, LayerNorm scales; not to
+    biases and embeddings."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
@@ -36,7 +38,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_adamw(
     groups: list[dict], config: OptimConfig, *, on_cpu: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or NVIDIA apex's FusedAdam where that is installed and fits.
+    """Return torch's fused AdamW, or NVIDIA apex's FusedAdam where that is installed and fits.
 
     DeepSpeed's own Adams are extensions that every new machine has to compile; the one for CPUs takes as long as
     torch's.
@@ -58,12 +60,12 @@ def build_adamw(
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """ "torch AdamW" or "apex FusedAdam"."""
+    """Return "torch AdamW" or "apex FusedAdam"."""
     return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """`lr`, times a group's `lr_scale` where it has one."""
+    """Set `lr`, times a group's `lr_scale` where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 

@@ -1,4 +1,4 @@
-"""How a run is cut into steps, and the learning rate of each."""
+"""The steps of a run, and the learning rate of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from m3ae_fast.errors import UserError
 
 
 def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of 0-based `step`: linear warm-up, then a cosine (optax.warmup_cosine_decay_schedule)."""
+    """Return the learning rate of 0-based `step`: linear warm-up, then a cosine
+    (optax.warmup_cosine_decay_schedule)."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
     if step < warmup_steps:
@@ -57,9 +58,9 @@ class Schedule:
         return min(round(self.optim.warmup_epochs * self.steps_per_epoch), self.total_steps)
 
     def lr(self, step: int) -> float:
-        """Learning rate of 0-based `step`."""
+        """Return the learning rate of 0-based `step`."""
         return learning_rate(step, self.optim, self.train.global_batch, self.warmup_steps, self.total_steps)
 
     def due(self, step: int, every: int | None) -> bool:
-        """Whether what happens `every` so many steps (None: only at the end) happens after `step` of them."""
+        """Return whether an action with period `every` (None: only at the end) is due after `step` steps."""
         return step == self.total_steps or (every is not None and step % every == 0)

@@ -39,7 +39,8 @@ class TorchEngine:
         ranks: Ranks,
         ema: float | None = None,
     ) -> None:
-        """`groups`: of the optimiser; `dtype`: what matmuls run in; `ema`: decay of the weights' moving average."""
+        """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, the decay of the weights' moving
+        average."""
         self.model = model.to(ranks.device)
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
         self.optimizer = build_adamw(groups, optim)

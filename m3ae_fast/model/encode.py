@@ -1,4 +1,4 @@
-"""What a frozen encoder is given, and how it is run.
+"""Input of a frozen encoder, and its inference mode.
 
 Shapes: C channels.
 """
@@ -24,7 +24,7 @@ from m3ae_fast.hardware import dtype_of, fast_precision
 
 @contextmanager
 def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Inference with the model as it is in evaluation; the weights are cast once for all batches within."""
+    """Switch the model to inference for the block; its weights are cast once for all batches within."""
     was_training = model.training
     model.eval()
     dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
-    """How the ops read images."""
+    """Return how the ops read images."""
     return {
         "patch_size": config.patch_size,
         "channels": config.channels,
@@ -77,7 +77,8 @@ class MultimodalEncoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official initialisation: Xavier-uniform matmuls, N(0, 1) text embeddings, N(0, 0.02) other embeddings."""
+        """Initialise as the official code does: Xavier-uniform matmuls, N(0, 1) text embeddings, N(0, 0.02) other
+        embeddings."""
         for name, p in self.named_parameters():
             if name.endswith("text_embedding"):
                 nn.init.normal_(p)
@@ -92,16 +93,17 @@ class MultimodalEncoder(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
-        """What decoding and `pack` need to know."""
+        """Return what decoding and `pack` need to know."""
         c = self.config
         return Geometry(c.image_size, c.patch_size, c.channels, c.text_length, image_range=c.image_range)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
-        """[T, D] encoder rows of a batch on the model's device, after the final LayerNorm. Differentiable."""
+        """Return encoder rows [T, D] of a batch on the model's device, after the final LayerNorm. Differentiable."""
         return self.encoder.norm(self.encoder(self._input(batch), batch.encoder, batch.draws))
 
     def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
-        """[S, D] features of each sample's visible rows, with the final LayerNorm; at least float32. Differentiable.
+        """Return features [S, D] of each sample's visible rows, with the final LayerNorm; at least float32.
+        Differentiable.
 
         Args:
             batch: on the model's device.
@@ -116,7 +118,7 @@ class MultimodalEncoder(nn.Module):
         return cls[: len(batch.keys)].to(torch.promote_types(cls.dtype, torch.float32))
 
     def pooled_and_rows(self, batch: PackedBatch, pool: Pool = "mean") -> tuple[Tensor, Tensor]:
-        """What `pooled` and `forward_encoder` return, from one pass."""
+        """Return the results of `pooled` and `forward_encoder`, from one pass."""
         x_TD = self.encoder(self._input(batch), batch.encoder, batch.draws)
         rows_TD = self.encoder.norm(x_TD)
         if pool == "mean":
@@ -125,7 +127,7 @@ class MultimodalEncoder(nn.Module):
         return cls.to(torch.promote_types(cls.dtype, torch.float32)), rows_TD
 
     def _mean(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """[S, D] of rows before the final LayerNorm."""
+        """Return the means [S, D] of rows before the final LayerNorm."""
         before, norm = self.config.mean_pool == "before_norm", self.encoder.norm
         mean_SD = mean_of_tokens(x_TD if before else norm(x_TD), batch.encoder)
         mean_SD = mean_SD[: len(batch.keys)]  # segments of padding come after the samples
@@ -145,7 +147,7 @@ class MultimodalEncoder(nn.Module):
         batch: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
-        """Pooled features of images, texts, or pairs of them, unmasked and without gradients.
+        """Return pooled features of images, texts, or pairs of them, unmasked and without gradients.
 
         Args:
             images: PIL images or uint8 tensors [C, H, W] of any size, of which the central square is taken, or floating
@@ -200,7 +202,7 @@ class MultimodalEncoder(nn.Module):
     def representation(
         self, images: Tensor | None = None, text: Tensor | None = None, padding_mask: Tensor | None = None
     ) -> Tensor:
-        """Encoder output on unmasked input: the features for downstream work. Differentiable.
+        """Return encoder output on unmasked input: the features for downstream work. Differentiable.
 
         Args:
             images: [S, C, H, W], uint8, or floating and already normalised; or None.

@@ -13,7 +13,7 @@ from m3ae_fast.config import MaskingConfig, ModelConfig
 
 
 def _block(dim: int, mlp_ratio: float, keys: float, queries: float, pairs: float) -> float:
-    """Forward FLOPs of one block: `keys` rows in, `queries` rows out, `pairs` query-key pairs."""
+    """Return the forward FLOPs of one block: `keys` rows in, `queries` rows out, `pairs` query-key pairs."""
     return (4 * keys + (4 + 4 * mlp_ratio) * queries) * dim**2 + 4 * pairs * dim
 
 
@@ -26,7 +26,7 @@ def _heads(config: ModelConfig, image_rows: float, text_rows: float) -> float:
 
 
 def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = True, text: bool = True) -> float:
-    """What the official code spends on one training sample, forward and backward.
+    """Return the FLOPs that the official code spends on one training sample, forward and backward.
 
     It embeds all patches, pads captions to `text_length`, and runs both heads on every position (arXiv 2205.14204).
     """
@@ -47,8 +47,8 @@ def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = T
 
 
 def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """What this engine spends on the samples of a packed batch, forward and backward; padding does not count. `batch`
-    must still be on the CPU."""
+    """Return the FLOPs that this engine spends on the samples of a packed batch, forward and backward, without padding.
+    `batch` must still be on the CPU."""
     encoder, decoder = (s.cu_seqlens[: len(batch.keys) + 1].diff() for s in (batch.encoder, batch.decoder))
     image, text = batch.image_row_weight > 0, batch.text_row_weight > 0
     patches, image_rows, text_rows = (int(real.sum()) for real in (batch.encoder_src >= 0, image, text))

@@ -124,7 +124,7 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are finished."""
+        """Return hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are computed to the end."""
         x_UE = self.decoder_input(encoded_TD, batch)
         x_ME = self.decoder(x_UE, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
         return head_inputs(
@@ -137,7 +137,7 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward(self, batch: PackedBatch, counts: LossCounts | None = None) -> Losses:
-        """Losses of a packed batch. A modality that the batch lacks has loss 0 and zero gradients.
+        """Return the losses of a packed batch. A modality that the batch lacks has loss 0 and zero gradients.
 
         Args:
             batch: on the model's device.
@@ -164,8 +164,8 @@ class M3AE(MultimodalEncoder):
 
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Of the rows that carry loss: normalised pixels [I, P*P*C], or logits [I, codebook] of image ids, and logits
-        [W, V]."""
+        """Return predictions for the rows that carry loss: normalised pixels [I, P*P*C], or logits [I, codebook] of
+        image ids, and logits [W, V]."""
         hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         logits_WV = None if self.text_head is None or hidden_WE is None else self.text_head.predict(hidden_WE)
         return self.image_head.predict(hidden_IE), logits_WV

@@ -16,7 +16,7 @@ Pool = Literal["mean", "cls"]
 
 
 def mean_of_tokens(x_TD: Tensor, segments: Segments) -> Tensor:
-    """[S, D], at least float32: the mean over each sample's rows but the first, cls; 0 where there is no other."""
+    """Return the mean over each sample's rows but the first, cls: [S, D], at least float32; 0 if it has no other."""
     lengths_S = segments.cu_seqlens.diff()
     samples = len(lengths_S)
     sample_T = torch.repeat_interleave(lengths_S, output_size=segments.rows)
@@ -27,6 +27,6 @@ def mean_of_tokens(x_TD: Tensor, segments: Segments) -> Tensor:
 
 
 def only_cls(segments: Segments) -> Segments:
-    """The same samples with one row each."""
+    """Return the same samples with one row each."""
     starts = torch.arange(len(segments.cu_seqlens), dtype=torch.int32, device=segments.cu_seqlens.device)
     return Segments(starts, min(segments.max_seqlen, 1), len(starts) - 1)

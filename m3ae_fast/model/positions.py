@@ -9,14 +9,14 @@ from m3ae_fast.config import ModelConfig
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
-    """[n] positions -> float32 [n, dim]: first half sines, second half cosines, frequencies 10000^(-2i/dim)."""
+    """Return float32 [n, dim] for positions [n]: first half sines, second half cosines, frequencies 10000^(-2i/dim)."""
     omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device="cpu") / (dim / 2.0))
     angles = torch.outer(positions.float(), omega)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def sincos_2d(dim: int, side: int) -> Tensor:
-    """float32 [side * side, dim], row-major; the first half comes from the column, the second from the row."""
+    """Return float32 [side * side, dim], row-major; the first half comes from the column, the second from the row."""
     places = torch.arange(side, device="cpu")
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
@@ -39,7 +39,7 @@ class Positions(nn.Module):
         self.register_buffer("text", text, persistent=False)
 
     def forward(self, image_type: Tensor | None, text_type: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[L, dim] and [text_length, dim], with the modality's embedding [1, dim] added where there is one."""
+        """Return [L, dim] and [text_length, dim], with the modality's embedding [1, dim] added where there is one."""
         return (
             self.image if image_type is None else self.image + image_type,
             self.text if text_type is None else self.text + text_type,

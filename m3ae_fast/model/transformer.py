@@ -37,7 +37,7 @@ class QKV(Linear):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, rows_R: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Queries [R, D] of `rows_R` and [T, 2 D], or None and [T, 3 D]."""
+        """Return queries [R, D] of `rows_R` and [T, 2 D], or None and [T, 3 D]."""
         if rows_R is None:
             return None, super().forward(x_TD)
         dim = self.in_features
@@ -84,7 +84,7 @@ class MLP(nn.Module):
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:
-    """x times the normal distribution function of x, or its tanh approximation (arXiv 1606.08415, section 2)."""
+    """Return x times the normal distribution function of x, or its tanh approximation (arXiv 1606.08415, section 2)."""
     if kind == "exact":
         return F.gelu(x)
     if not torch.compiler.is_compiling():
@@ -94,8 +94,8 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
 
 
 def drop_path_factors(draws_S: Tensor, branches: int, p: float, key: int) -> Tensor:
-    """What stochastic depth (arXiv 1603.09382) multiplies the branches of each sample with: float32 [branches, S], 0
-    with probability `p`, else 1 / (1 - p).
+    """Return the factors by which stochastic depth (arXiv 1603.09382) multiplies the branches of each sample: float32
+    [branches, S], 0 with probability `p`, else 1 / (1 - p).
 
     Args:
         draws_S: int32, of the samples; what is drawn depends on it alone, or on torch's generator where it is -1.
@@ -114,14 +114,14 @@ _MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """32 well-mixed bits of 32, in int64: the finaliser of MurmurHash3."""
+    """Mix 32 bits well, in int64: the finaliser of MurmurHash3."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
     return x ^ (x >> 16)
 
 
 def drop_path(x_RD: Tensor, segments: Segments, factors_S: Tensor | None) -> Tensor:
-    """Rows of a branch times the factors of their samples; rows of segments after the samples stay."""
+    """Multiply rows of a branch by the factors of their samples; rows of segments after the samples stay."""
     if factors_S is None:
         return x_RD
     lengths_P = segments.cu_seqlens.diff()
@@ -145,7 +145,7 @@ class Block(nn.Module):
         queries: Segments | None = None,
         factors_2S: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D], or [R, D] where `rows_R` names the rows that are wanted and `queries` their samples.
+        """Map [T, D] to [T, D], or to [R, D] where `rows_R` names the rows that are wanted and `queries` their samples.
         `factors_2S`: of stochastic depth, for attention and MLP."""
         queries = queries or keys
         attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         drop_path: float = 0.0,
         drop_key: int = 0,
     ) -> None:
-        """`drop_key`: see `drop_path_factors`."""
+        """Build the blocks. `drop_key`: see `drop_path_factors`."""
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
         self.norm = RowNorm(dim, eps=EPS)
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D].
+        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D].
         `draws_S`: what stochastic depth draws from, see `drop_path_factors`."""
         *body, last = self.blocks
         factors = [None] * len(self.blocks)
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         return self._run(last, x_TD, segments, rows_M, queries, factors[-1])
 
     def compile_blocks(self) -> None:
-        """torch.compile, for any number of rows; equal blocks share one graph.
+        """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph.
 
         The backward pass makes GELU's and LayerNorm's outputs again rather than keep them: half the activations' memory
         at no measurable time, since they fuse with what reads them.

@@ -1,4 +1,4 @@
-"""Where the encoder looks: attention of cls and of words over the patches of their image, as in the paper's analysis.
+"""Draws where the encoder looks: attention of cls and of words over the patches of their image, as the paper does.
 
 Shapes: L patches, R queries, T rows of a sample (cls, patches, text), H heads, d values a head, D width.
 """
@@ -24,8 +24,8 @@ _WORDS = 7  # at most, of one caption
 
 @torch.no_grad()
 def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int]) -> Tensor:
-    """[R, L] weights of the last encoder block, mean over heads, of rows `queries` (0 is cls, 1 + L + i the i-th token)
-    of an unmasked sample that has an image; each query's sum to 1 over the patches."""
+    """Return weights [R, L] of the last encoder block, mean over heads, of rows `queries` (0 is cls, 1 + L + i the i-th
+    token) of an unmasked sample that has an image; each query's sum to 1 over the patches."""
     seen: list[Tensor] = []
     block = cast(Block, model.encoder.blocks[-1])
     with block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
@@ -65,7 +65,7 @@ def draw_attention(model: M3AE, samples: Sequence[Sample], path: Path, count: in
 
 
 def _words(model: M3AE, tokens: Tensor, word: str | None) -> dict[int, str]:
-    """By place in the caption: tokens that begin a word, or the ones that are `word`."""
+    """Return, by place in the caption, the tokens that begin a word, or the ones that are `word`."""
     assert model.tokenizer is not None
     texts = [model.tokenizer.token(token) for token in tokens.tolist()]
     found = {i: text for i, text in enumerate(texts) if (text.isalnum() if word is None else text == word.lower())}
@@ -73,7 +73,7 @@ def _words(model: M3AE, tokens: Tensor, word: str | None) -> dict[int, str]:
 
 
 def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
-    """uint8 [3, H, W]: half the image, half a colour for each patch."""
+    """Return uint8 [3, H, W]: half the image, half a colour for each patch."""
     side = image.shape[-1] // patch
     high = (weights_L / weights_L.max()).view(side, side)
     high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)

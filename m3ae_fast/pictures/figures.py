@@ -38,7 +38,7 @@ class Cell(NamedTuple):
 
 
 def require_matplotlib() -> None:
-    """Raises UserError where it is missing."""
+    """Raise UserError if it is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the pictures of a result need matplotlib: pip install 'm3ae-fast[transfer]'")
 
@@ -66,7 +66,7 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
 
 
 def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
-    """uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels."""
+    """Return uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels."""
     array = image.permute(1, 2, 0).numpy()
     whole = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     return whole.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
@@ -78,14 +78,14 @@ def _wrapped(cell: Cell) -> list[str]:
 
 
 def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
-    """Write a PNG: of the samples of each class, the shares that were taken for each."""
+    """Write a PNG: of the samples of each class, the fractions that were taken for each class."""
     count = len(classes)
     flat = np.bincount(labels_N.numpy() * count + predicted_N.numpy(), minlength=count * count)
-    shares = flat.reshape(count, count) / np.maximum(flat.reshape(count, count).sum(1, keepdims=True), 1)
+    fractions = flat.reshape(count, count) / np.maximum(flat.reshape(count, count).sum(1, keepdims=True), 1)
     side = min(3 + 0.3 * count, 12)
     figure, (axes,) = _figure(side + 0.8, side)
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, ax=axes, fraction=0.046, label="share of the class")
+    image = axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, fraction=0.046, label="fraction of the class")
     axes.set(xlabel="predicted", ylabel="label")
     if count <= _MOST_NAMES:
         names = [str(name)[:20] for name in classes]

@@ -125,7 +125,7 @@ def _row(
 
 
 def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
-    """uint8 [C, H, W]: the image decoded from the true ids where visible and the predicted ones where masked."""
+    """Decode an image, uint8 [C, H, W], from the true ids where visible and the predicted ones where masked."""
     ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
     predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
     side = model.config.image_size // model.config.patch_size
@@ -134,7 +134,7 @@ def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK
 
 
 def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
-    """uint8 [C, H, W] each: original, masked and, where pixels are predicted, reconstruction."""
+    """Return images, uint8 [C, H, W] each: original, masked and, if pixels are predicted, reconstruction."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(image, c.patch_size).float()
     masked, rebuilt = patches_LK.clone(), patches_LK.clone()
@@ -159,14 +159,14 @@ def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
 
 
 def _cut(image: Tensor, patch: int) -> Tensor:
-    """[C, H, W] -> [L, P * P * C]."""
+    """Cut an image [C, H, W] into patches [L, P * P * C]."""
     channels, height, width = image.shape
     blocks = image.reshape(channels, height // patch, patch, width // patch, patch)
     return blocks.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
 
 
 def _join(patches_LK: Tensor, side: int, patch: int) -> Tensor:
-    """[L, P * P * C] -> [C, H, W]."""
+    """Join patches [L, P * P * C] into an image [C, H, W]."""
     blocks = patches_LK.reshape(side, side, patch, patch, -1)
     return blocks.permute(4, 0, 2, 1, 3).reshape(blocks.shape[-1], side * patch, side * patch)
 
@@ -180,7 +180,7 @@ def _show(image_CHW: Tensor) -> Image.Image:
 def captions(
     tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
 ) -> dict[str, list[tuple[str, Colour]]]:
-    """A caption in three ways, as words and colours: itself, as the encoder sees it, and as predicted.
+    """Return a caption in three ways, as words and colours: itself, as the encoder sees it, and as predicted.
 
     Args:
         tokens: int [n].

@@ -22,7 +22,7 @@ class Background:
         self._thread.start()
 
     def failed(self) -> bool:
-        """Whether the work has ended with an error, which `wait` raises."""
+        """Return whether the work has ended with an error, which `wait` raises."""
         return self._error is not None
 
     @property

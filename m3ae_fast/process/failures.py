@@ -16,7 +16,7 @@ _SHM_FULL = (f"exit code {SHM_FULL}", "Bus error")
 
 
 def explain(error: BaseException) -> UserError | None:
-    """The error for the user; None where it is a bug of ours."""
+    """Return the error for the user; None if it is a bug of ours."""
     if isinstance(error, UserError):
         return error
     if out_of_memory(error):

@@ -27,7 +27,7 @@ class GarbageCollection:
             gc.enable()
 
     def after_step(self, step: int) -> None:
-        """Only the youngest objects, but now and then all: cycles of tensors must be freed too."""
+        """Collect only the youngest objects, but now and then all: cycles of tensors must be freed too."""
         if step % EVERY == 0:
             gc.collect()
         elif step % (EVERY // 10) == 0:

@@ -1,4 +1,4 @@
-"""What every program on several ranks begins and ends with."""
+"""The beginning and the end of every program on several ranks."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def joined_program() -> Iterator[Session]:
         except Exception as error:
             if pulse.stop_told():  # a rank that left has taken its connections with it
                 return
-            told = explain(error)
-            if told is None:
+            shown = explain(error)
+            if shown is None:
                 raise
             if ranks.says("error"):
-                raise told from None
+                raise shown from None
             raise SystemExit(2) from None

@@ -1,4 +1,4 @@
-"""Signs of life between ranks: one that falls silent ends the run, so that it can be restarted."""
+"""Heartbeats between ranks: one that falls silent ends the run, so that it can be restarted."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Pulse:
     """
 
     def __init__(self, rank: int, world: int, store: dist.Store, stop: StopRequest) -> None:
-        """`store`: only for these threads."""
+        """Prepare the heartbeat; `store` is for its threads only."""
         self.timeout = float("inf")  # seconds; the config's once it is known
         self._rank, self._store, self._stop = rank, store, stop
         watched = range(1, world) if rank == 0 else [0]  # few words even where there are many ranks
         self._others = {other: _Other() for other in watched}
         self._doing, self._marks, self._loading, self._waiting = "starting", 0, False, False
         self._quiet = 0.0  # seconds for which this process was awake and its main thread came to no mark
-        self._idle = 0.0  # seconds for which, moreover, no loader worker moved
+        self._idle = 0.0  # seconds of these for which no loader worker moved either
         self._end = threading.Event()
 
     def __enter__(self) -> Pulse:
@@ -63,7 +63,7 @@ class Pulse:
             thread.join(1.0)
 
     def mark(self, doing: str, *, loading: bool = False) -> None:
-        """The main thread moves on. `doing` is for messages."""
+        """Record that the main thread moves on. `doing` is for messages."""
         self._doing, self._loading, self._marks = doing, loading, self._marks + 1
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ class Pulse:
             self.mark("starting")
 
     def watch(self, loader: Iterable[T], doing: str) -> Iterator[T]:
-        """The batches of `loader`, which is not to hang either."""
+        """Yield the batches of `loader`, with stall detection."""
         self.mark("starting its loader", loading=True)
         batches = iter(loader)
         while True:
@@ -89,7 +89,7 @@ class Pulse:
             yield batch
 
     def tell_stop(self, reason: str) -> bool:
-        """Ask every rank to leave. True on the first that does."""
+        """Ask every rank to stop; return whether this rank is the first to ask."""
         self._store.set(_STOP, reason)
         return self._store.add(f"{_STOP} told", 1) == 1
 

@@ -17,7 +17,7 @@ import psutil
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _TICK_S = 0.25  # between looks at the launcher
 _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
-_JOIN_S = 60.0  # for a rank that is to leave to join the others, which it must notify
+_JOIN_S = 60.0  # given to a rank that is asked to stop before it has joined the others: it must notify them
 _GONE = (0,)
 _TWICE_S = 2.0  # a launcher repeats a terminal's Ctrl-C; only a later one means "now"
 
@@ -70,13 +70,13 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def joined(self, tell: Callable[[str], bool]) -> None:
-        """From now on, if this rank is to leave before `listen`, `tell` sends the reason to the others; it returns
-        whether this rank is the first."""
+        """Pass on the reason by `tell`, from now until `listen`, if this rank is asked to stop; `tell` returns whether
+        this rank is the first."""
         self._tell = tell
         self._joined.set()
 
     def listen(self) -> None:
-        """From now on the run looks at `asked`, and saves."""
+        """Leave it to the run, from now on, to look at `asked` and save."""
         self._listening = True
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -129,7 +129,7 @@ class StopRequest:
 
 
 def _ignored(number: int) -> bool:
-    """Whether whoever started this process wants the signal to be ignored, as nohup does."""
+    """Return whether whoever started this process wants the signal to be ignored, as nohup does."""
     return signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -141,9 +141,9 @@ def kill_children() -> None:
 
 
 def _launcher_chain() -> tuple[int, ...] | None:
-    """The processes whose end should end this one: none under plain `python`, which may outlive its shell; torchrun's
-    agent; and deepspeed's inner and outer launcher, since the outer one forwards no SIGTERM when it dies. _GONE where a
-    launcher started this process and is no more."""
+    """Return the processes whose end should end this one: none under plain `python`, which may outlive its shell;
+    torchrun's agent; and deepspeed's inner and outer launcher, since the outer one forwards no SIGTERM when it dies.
+    _GONE if a launcher started this process and is no more."""
     elastic, deepspeed = ("TORCHELASTIC_RUN_ID" in os.environ, "CROSS_SIZE" in os.environ)
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())

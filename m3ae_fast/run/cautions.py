@@ -1,4 +1,4 @@
-"""What a user should know and might not notice: reported once, none of it an error."""
+"""Notes on what a user should know and might not notice: reported once, none of it an error."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _GROWTH = 1.5
 
 
 def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
-    """What is odd about a run, one line each."""
+    """Return what is odd about a run, one line each."""
     notes = []
     wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     if wanted > schedule.warmup_steps:
         notes.append(
             f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is cut to the "
-            f"run's {schedule.warmup_steps:,}: the learning rate never decays"
+            f"run's {schedule.warmup_steps:,}: the learning rate reaches its peak only at the end"
         )
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
@@ -27,8 +27,8 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     sources = [source for source in data.train.sources if source.has_images]
     if default and sources and not any("cc12m" in shard.shard.lower() for one in sources for shard in one.shards):
         notes.append(
-            "model.image_mean and image_std are their defaults, CC12M's; set them to those of your images, which "
-            "python -m m3ae_fast.data stats SHARDS prints"
+            "model.image_mean and model.image_std are still the defaults, CC12M's; set them to those of your images, "
+            "which python -m m3ae_fast.data stats SHARDS prints"
         )
     return notes
 
@@ -40,7 +40,7 @@ class MemoryGrowth:
         self._settled: float | None = None
 
     def look(self, steps: int, gigabytes: float) -> str | None:
-        """The note after this many steps of this attempt; None where there is none."""
+        """Return the note after this many steps of this attempt; None if there is none."""
         if steps < _SETTLED_STEPS:
             return None
         before, self._settled = self._settled, self._settled or gigabytes

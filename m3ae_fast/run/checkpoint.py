@@ -56,7 +56,7 @@ def folder(run_dir: Path) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name, -1 for any other name."""
+    """Return the step in a checkpoint's name, -1 for any other name."""
     match = re.fullmatch(r"step-(\d+)", path.name)
     return int(match[1]) if match else -1
 
@@ -153,7 +153,7 @@ def _damaged(path: Path, file: str, error: object) -> UserError:
 
 
 def read_info(path: Path) -> Info:
-    """Raises UserError where the checkpoint is damaged."""
+    """Read a checkpoint's info. Raises UserError if it is damaged."""
     try:
         with open_regular(path / INFO_FILE) as file:
             info = TypeAdapter(Info).validate_json(file.read(), strict=True)
@@ -165,7 +165,7 @@ def read_info(path: Path) -> Info:
 
 
 def open_state(path: Path) -> Callable[[str], Tensor]:
-    """A reader of single tensors by name. Raises UserError where the file is damaged, or later where it lacks one."""
+    """Open a reader of single tensors by name. Raises UserError if the file is damaged, or later if it lacks one."""
     file = _open_state(path)
 
     def get(name: str) -> Tensor:
@@ -202,7 +202,7 @@ def _lacks(path: Path, name: str) -> UserError:
 
 
 def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises UserError where the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
+    """Raise UserError if the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
     with _tensors(path) as file:
         names = set(file.keys())
         for name, shape in shapes.items():
@@ -216,8 +216,8 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def read_weights(path: Path, *, average: bool = True) -> dict[str, Tensor]:
-    """float32 weights of a checkpoint by parameter name; of a run with train.ema their moving average, unless `average`
-    is false. Raises UserError where it is damaged."""
+    """Return float32 weights of a checkpoint by parameter name; of a run with train.ema their moving average, unless
+    `average` is false. Raises UserError if it is damaged."""
     get = open_state(path)
     with _tensors(path) as file:
         chosen = _weight_names(file.keys(), average)
@@ -225,19 +225,20 @@ def read_weights(path: Path, *, average: bool = True) -> dict[str, Tensor]:
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The last weights in a state, by parameter name."""
+    """Return the last weights in a state, by parameter name."""
     return {name: state[stored] for name, stored in _weight_names(state, average=False).items()}
 
 
 def _weight_names(stored: Iterable[str], average: bool) -> dict[str, str]:
-    """Parameter name -> its name in a state. Buffers have no average."""
+    """Return parameter name -> its name in a state. Buffers have no average."""
     kinds = ("model/", f"{EMA}/") if average else ("model/",)
     names = list(stored)
     return {name.removeprefix(kind): name for kind in kinds for name in names if name.startswith(kind)}
 
 
 def locate(path: Path) -> Path:
-    """`path` itself where it is a checkpoint, the last one where it is a run folder. Raises UserError for others."""
+    """Return `path` itself if it is a checkpoint, the last one of it if it is a run folder. Raises UserError for
+    others."""
     if (path / INFO_FILE).is_file():
         return path
     found = saved_steps(path)

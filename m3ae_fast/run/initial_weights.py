@@ -1,4 +1,4 @@
-"""What a new run's weights start from."""
+"""The weights that a new run starts from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
 
 @torch.no_grad()
 def constants(model: nn.Module, read: Callable[[str], Tensor] | None) -> dict[str, Tensor]:
-    """Copies of the weights that training does not change and engines leave out of their state: stored positions.
+    """Return copies of the weights that training does not change and engines leave out of their state: stored
+    positions.
 
     To be called before an engine casts the model. `read`: gives a checkpoint's, which the model takes over.
     """

@@ -1,4 +1,4 @@
-"""Where metrics and pictures of a run go besides its own files: TensorBoard, Weights & Biases."""
+"""Loggers in addition to a run's own files: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WANDB_ID_FILE = "wandb-id"
 
 class Logger(Protocol):
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One point per scalar. Raises OSError where the disk refuses."""
+        """Write one point per scalar. Raises OSError if the disk refuses."""
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """An image file."""
+        """Show an image file."""
 
     def close(self) -> None: ...
 

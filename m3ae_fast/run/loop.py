@@ -1,4 +1,4 @@
-"""What happens around each step of a run, whatever it trains: sums over ranks, log, checkpoints, the end."""
+"""Base class of training runs: sums over ranks, logging, checkpoints, shutdown."""
 
 from __future__ import annotations
 
@@ -91,22 +91,22 @@ class Loop:
         raise NotImplementedError
 
     def rates(self) -> dict[str, float]:
-        """Rates since the last call, to be logged."""
+        """Return rates since the last call, to be logged."""
         raise NotImplementedError
 
     def complete(self, state: State) -> State:
-        """What a checkpoint holds, from what the engine knows; on the main rank."""
+        """Complete the engine's state to what a checkpoint stores. Main rank only."""
         return state
 
     def after_save(self, step: int, state: State) -> None:
-        """What else is written with a checkpoint, on the main rank."""
+        """Write what else belongs to a checkpoint. Main rank only."""
 
     def with_targets(self, batch: PackedBatch) -> PackedBatch:
-        """A batch on the device, with the targets that it still lacks."""
+        """Return a batch on the device, with the targets that it still lacks."""
         return batch
 
     def remedy(self) -> str:
-        """Settings that may help where a loss or a weight is not finite."""
+        """Return settings to suggest when a loss or weight is not finite."""
         section = self.schedule.optim.SECTION
         return f"a lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.settings.SECTION}.precision=fp32"
 
@@ -169,8 +169,8 @@ class Loop:
             self.log.say(f"note: {grown}")
 
     def to_evaluate(self, every: int | None, *names: str) -> bool:
-        """Whether to evaluate now what is logged under one of `names`: every so many steps, before the first and after
-        the last. Where a run goes on, only what a stop had cut short. Every rank must call it."""
+        """Return whether an evaluation logged under one of `names` is due: every so many steps, before the first and
+        after the last. A run that goes on repeats only what a stop cut short. Every rank must call it."""
         if self.step and not self.schedule.due(self.step, every):
             return False
         if self.step == 0 or self.step > self.start:
@@ -178,7 +178,7 @@ class Loop:
         return not self.ranks.told(lambda: self.log.has(self.step, names))
 
     def cut_short(self) -> None:
-        """Tell that a stop has ended an evaluation, which the next start makes up for."""
+        """Log that a stop interrupted an evaluation; the next start repeats it."""
         self.log.say(f"the evaluation after step {self.step} was cut short; --resume auto makes up for it")
 
     def save_if_due(self) -> None:
@@ -200,8 +200,8 @@ class Loop:
 
         def write() -> None:
             assert self.folder and state is not None
-            if told := self.folder.keep():
-                self.log.say(f"note: {told}")
+            if event := self.folder.keep():
+                self.log.say(f"note: {event}")
             whole = self.complete(state)
             path = checkpoint.save(self.run.dir, whole, info, self.settings.keep, self.remedy())
             self.log.say(f"saved {path}")
@@ -214,12 +214,12 @@ class Loop:
         self.unproven = None if proven else step
 
     def _mark_good(self, step: int, why: str) -> None:
-        """On the main rank, of a checkpoint that has been written."""
+        """Mark a checkpoint that has been written as good. Main rank only."""
         checkpoint.mark(self.run.dir, step, checkpoint.GOOD, why)
         checkpoint.prune(self.run.dir, self.settings.keep)
 
     def _has_proven(self) -> None:
-        """The step after the last checkpoint had a finite loss on all ranks."""
+        """Mark the last checkpoint as good: the step after it had a finite loss on all ranks."""
         if self.ranks.is_main and self.unproven is not None:
             self._mark_good(self.unproven, "the next step's loss is finite")
         self.unproven = None
@@ -244,7 +244,7 @@ class Loop:
         self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
 
     def stop_if_not_finite(self) -> None:
-        """Raises UserError on all ranks where a step of any rank had a loss or gradient norm that is not finite."""
+        """Raise UserError on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
         watch = self.watch
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         bad = [(step, text) for text, step, _ in found if step is not None]
@@ -257,7 +257,7 @@ class Loop:
             raise UserError(f"{text}. {advice}: look at these samples, or continue with {self.remedy()}")
 
     def _begin(self) -> None:
-        """Now that there is a step to take, put away what an earlier attempt left beyond it."""
+        """Put away what an earlier attempt left beyond this step, now that there is a step to take."""
         if self.ranks.is_main:
             self.log.begin()
             for path in checkpoint.set_aside_after(self.run.dir, self.start):

@@ -35,12 +35,12 @@ class LossWatch:
         self._pending.append((step, keys, stacked, event))
 
     def failed(self) -> bool:
-        """Whether a step whose loss is known by now was not finite."""
+        """Return whether a step whose loss is known by now was not finite."""
         self._look(wait=False)
         return bool(self._bad)
 
     def first_bad(self) -> str:
-        """A description of the first non-finite step so far, "" where there is none. Waits for the GPU."""
+        """Describe the first non-finite step so far; "" if there is none. Waits for the GPU."""
         self._look(wait=True)
         return self._bad
 

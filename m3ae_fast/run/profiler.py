@@ -15,7 +15,8 @@ _log = logging.getLogger(__name__)
 
 
 def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.profile | None]:
-    """A profiler whose `step()` is to be called after every step; it writes run_dir/trace.json.gz. None: none."""
+    """Return a profiler whose `step()` is to be called after every step; it writes run_dir/trace.json.gz. None:
+    none."""
     if run_dir is None:
         return nullcontext()
     return torch.profiler.profile(

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, whether it is then the same run, and what a failed step says about it."""
+"""Finds the checkpoint to continue from, checks that it is of the same run, and marks one whose step failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from m3ae_fast.config import Config, DataConfig, ModelConfig, parse
+from m3ae_fast.config.transfer import FORMER_SECTIONS
 from m3ae_fast.data import Corpus, Layout, lay_out
 from m3ae_fast.data.fingerprint import WRITTEN
 from m3ae_fast.data.lanes import without_lanes
@@ -24,8 +25,8 @@ _GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means: "auto" (the last one that has not FAILED, if any), "no", or a path for
-    `checkpoint.locate`.
+    """Return the checkpoint that `--resume` means: "auto" (the last one that has not FAILED, if any), "no", or a path
+    for `checkpoint.locate`.
 
     Raises:
         UserError: the path holds no checkpoint, `run_dir` holds those of another run, or all have failed.
@@ -35,7 +36,7 @@ def find(run_dir: Path, resume: str) -> Path | None:
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
         if own and not usable:
             raise UserError(
-                f"{run_dir}: no checkpoint of it gave a finite loss; remove them to start over, with another config"
+                f"{run_dir}: none of its checkpoints gave a finite loss; delete them to start over, with another config"
             )
         return usable[-1] if own else None
     path = None if resume == "no" else checkpoint.locate(Path(resume))
@@ -91,7 +92,7 @@ class Resume:
 
 
 def passed_over(run_dir: Path) -> list[str]:
-    """Notes on the last checkpoints, where "auto" takes an older one."""
+    """Return notes on the last checkpoints if "auto" takes an older one."""
     notes = []
     for path in reversed(checkpoint.saved_steps(run_dir)):
         if not (path / checkpoint.FAILED).exists():
@@ -101,17 +102,17 @@ def passed_over(run_dir: Path) -> list[str]:
 
 
 def judge(run_dir: Path, bad_step: int) -> str:
-    """Note what a loss or gradient norm of `bad_step` that is not finite says of the checkpoint before it, and say
-    which one is the last good one."""
+    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed, and return a
+    text that says so and names the last good one."""
     before = checkpoint.folder(run_dir) / f"step-{bad_step - 1:08d}"
-    told = ""
+    marked = ""
     if before.is_dir() and not checkpoint.is_good(before):
         checkpoint.mark(
             run_dir, bad_step - 1, checkpoint.FAILED, f"step {bad_step}, the first from its weights, was not finite"
         )
-        told = f"{before} is thereby marked as failed, and --resume auto will skip it; "
+        marked = f"{before} is now marked as failed, and --resume auto will skip it; "
     good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
-    return told + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
+    return marked + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")
 
 
 def layout_of(
@@ -135,7 +136,7 @@ def layout_of(
 def check_fits(
     path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
 ) -> list[str]:
-    """What a run that continues from the checkpoint does otherwise than the one that wrote it, one line each.
+    """Return the differences between this run and the one that wrote the checkpoint, one line each.
 
     Raises:
         UserError: it would not be the same model, or, unless `with_changes`, not the same stream of samples.
@@ -160,16 +161,17 @@ def check_fits(
 
 
 def changed(info: checkpoint.Info, stream: dict[str, str], noted: bool = False) -> list[tuple[str, str, str]]:
-    """Name, old and new value of what of the `stream`'s fingerprint is another than the checkpoint's; `noted`: of what
-    may as well be the same. One of an earlier version lacks entries, which say nothing then."""
+    """Return name, old and new value of each entry of the `stream`'s fingerprint that differs from the checkpoint's;
+    `noted`: of entries that may differ. A checkpoint of an earlier version lacks entries, which count as equal."""
     mine = {name: now for name, now in stream.items() if (name == WRITTEN) == noted}
     return [(name, info.stream[name], now) for name, now in mine.items() if info.stream.get(name, now) != now]
 
 
 def check_stream(path: Path, info: checkpoint.Info, stream: dict[str, str]) -> list[str]:
-    """Notes on what of the `stream` may be another than the checkpoint's. Raises UserError where it is another."""
+    """Return notes on the entries of `stream` that may differ from the checkpoint's and do. Raises UserError for
+    others."""
     for name, was, now in changed(info, stream):
-        raise _other_stream(path, name, was, now, "begin anew in another folder, or set it back")
+        raise _other_stream(path, name, was, now, "start in another folder, or set it back")
     return [f"{name} was {was} and is {now} from here on" for name, was, now in changed(info, stream, noted=True)]
 
 
@@ -180,8 +182,8 @@ def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> Use
 
 
 def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
-    """Raises UserError where the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
-    saved = info.config
+    """Raise UserError if the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
+    saved = {FORMER_SECTIONS.get(name, name): section for name, section in info.config.items()}
     if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
         model = parse(ModelConfig, saved["model"], f"checkpoint {path}")
         saved = saved | {"model": model.model_dump(mode="json")}

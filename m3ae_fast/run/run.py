@@ -168,7 +168,7 @@ class Run(Loop):
         return state | {f"model/{name}": tensor for name, tensor in self.fixed.items()}
 
     def after_save(self, step: int, state: State) -> None:
-        """Reconstructions."""
+        """Draw reconstructions."""
         config = self.config
         if config.train.pictures:
             out = config.run.dir / "reconstructions.png"
@@ -177,7 +177,7 @@ class Run(Loop):
             self.log.picture(step, "reconstructions", out)
 
     def _describe(self, attention: str) -> str:
-        """The lines a run begins with."""
+        """Return the lines a run begins with."""
         config, device = self.config, self.ranks.device
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.model.parameters())
         precision: str = config.train.precision
@@ -213,7 +213,7 @@ def _count_shards(config: DataConfig, ranks: Ranks, pulse: Pulse) -> None:
 
 
 def _require_kernels(device: torch.device) -> None:
-    """Raises UserError where the kernels cannot run: an impossible M3AE_KERNELS_IMPL, or no compiler for Triton."""
+    """Raise UserError if the kernels cannot run: an impossible M3AE_KERNELS_IMPL, or no compiler for Triton."""
     try:
         triton = choose_impl("auto", device) == "triton"
     except ValueError as error:

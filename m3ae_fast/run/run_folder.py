@@ -22,7 +22,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError where `path` cannot be written to, or another run holds it."""
+        """Lock the folder. Raises UserError if `path` cannot be written to, or another run holds it."""
         self.path = path
         self._made = not path.exists()
         try:
@@ -35,22 +35,22 @@ class RunFolder:
         self._take()
 
     def keep(self) -> str:
-        """Take the lock anew where its file or the folder was removed, or the folder renamed, and say what happened; ""
-        where nothing did. Raises UserError where another run was faster."""
+        """Take the lock again if its file or the folder was removed, or the folder renamed. Return what happened; "" if
+        nothing did. Raises UserError if another run was faster."""
         assert self._lock is not None
         try:
             if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK_FILE)):
                 return ""
         except OSError:
             pass
-        told = self._what_became_of_it()
+        event = self._what_became_of_it()
         self._unlock()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
         self._take()
-        return told
+        return event
 
     def _what_became_of_it(self) -> str:
         assert self._folder_lock is not None

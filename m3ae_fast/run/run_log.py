@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, metrics.jsonl, and loggers such as TensorBoard, all by the main rank."""
+"""The log of a run: a progress bar, metrics.jsonl, and loggers such as TensorBoard, all by the main rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunLog:
         loggers: Sequence[str] = ("tensorboard",),
         config: dict[str, Any] | None = None,
     ) -> None:
-        """`loggers`: names of `LOGGERS`; `config`: what they show of it."""
+        """Prepare the log. `loggers`: names of `LOGGERS`; `config`: what they show of it."""
         self._folder, self._start, self._total = folder, start_step, total_steps
         self._names, self._config = loggers, config or {}
         self._file: BinaryIO | None = None
@@ -74,7 +74,7 @@ class RunLog:
         threading.excepthook = self._old_hook
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread prints a traceback when the disk refuses, which `log` reports anyway."""
+        """Keep TensorBoard's thread from printing a traceback when the disk refuses, which `log` reports anyway."""
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
             self._old_hook(args)
 
@@ -108,8 +108,8 @@ class RunLog:
         self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run: its
-        weights may still find room."""
+        """Write one JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run:
+        its weights may still find room."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
             self.say(f"{self._folder / METRICS_FILE} was removed: what it held is lost")
             self._close()
@@ -126,7 +126,7 @@ class RunLog:
         self.say("  ".join([f"step {step}", *shown]))
 
     def has(self, step: int, names: Collection[str]) -> bool:
-        """Whether this attempt or an earlier one has logged a value of any of these names after this step."""
+        """Return whether this attempt or an earlier one has logged a value of any of these names after this step."""
         with contextlib.suppress(OSError):
             lines = _lines(self._folder / METRICS_FILE)
             return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)
@@ -140,7 +140,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
-        """A full disk is reported once."""
+        """Report a full disk, once."""
         try:
             yield
         except OSError as error:
@@ -149,7 +149,7 @@ class RunLog:
             self._written = False
 
     def _left(self, step: int) -> timedelta:
-        """The time that the rest of the run takes, at its pace so far."""
+        """Return the time that the rest of the run takes, at its pace so far."""
         done = max(step - self._start, 1)
         seconds = (time.monotonic() - self._since) / done * (self._total - step)
         return timedelta(seconds=round(seconds))
@@ -191,7 +191,7 @@ class SilentLog(RunLog):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run folder's metrics.jsonl that have a step. Raises UserError where there are none."""
+    """Return the lines of a run folder's metrics.jsonl that have a step. Raises UserError if there are none."""
     try:
         lines = _lines(folder / METRICS_FILE)
     except OSError as error:

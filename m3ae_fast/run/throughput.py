@@ -1,4 +1,4 @@
-"""What a step processed, and the rates that follow from it."""
+"""Counts of what a step processed, and the rates that follow from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StepCounts(NamedTuple):
 
     @classmethod
     def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
-        """`batches` must still be on the CPU."""
+        """Count what `batches` hold; they must still be on the CPU."""
         each = []
         for b in batches:
             samples = len(b.keys), len(b.images), b.captions
@@ -34,7 +34,7 @@ class StepCounts(NamedTuple):
 
 
 def _tokens(batch: PackedBatch) -> int:
-    """Decoder rows, without padding."""
+    """Return the number of decoder rows, without padding."""
     return int(batch.decoder.cu_seqlens[len(batch.keys)])
 
 
@@ -42,7 +42,7 @@ class Throughput:
     """Rates between two log lines."""
 
     def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float) -> None:
-        """`peak_flops`: FLOP/s of all ranks together."""
+        """Start counting. `peak_flops`: FLOP/s of all ranks together."""
         self._peak = peak_flops
         paired, image, text = ((True, True), (True, False), (False, True))
         self._paired, self._image, self._text = (
@@ -56,12 +56,12 @@ class Throughput:
         self._counts = StepCounts(*[0] * len(StepCounts._fields))
 
     def add(self, counts: StepCounts, waited: float) -> None:
-        """A step over all ranks, and the seconds that this rank waited for its data."""
+        """Add a step over all ranks, and the seconds that this rank waited for its data."""
         self._counts = StepCounts(*(a + b for a, b in zip(self._counts, counts)))
         self._waited += waited
 
     def rates(self) -> dict[str, float]:
-        """Rates since the last call."""
+        """Return rates since the last call."""
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples
         reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text

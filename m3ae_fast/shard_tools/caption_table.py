@@ -98,7 +98,7 @@ def _place(columns: Sequence[str], named: str | None, usual: Sequence[str], opti
 
 
 def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int) -> Row:
-    """Raises ValueError where the row does not fit the columns."""
+    """Return a row of the table. Raises ValueError if it does not fit the columns."""
     if len(row) != len(columns):
         raise ValueError(
             f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
@@ -117,7 +117,7 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
 
 
 def _lines(table: Path) -> Generator[str, None, None]:
-    """A text file's lines, with their ends. Raises ValueError where it has a null byte, as UTF-16 has."""
+    """Yield a text file's lines, with their ends. Raises ValueError if one has a null byte, as UTF-16 has."""
     with io.TextIOWrapper(io.BufferedReader(open_regular(table)), encoding="utf-8-sig", newline="") as file:
         for line in file:
             if "\0" in line:
@@ -126,7 +126,7 @@ def _lines(table: Path) -> Generator[str, None, None]:
 
 
 def _undecodable(table: Path) -> int:
-    """The number of the first line that is not UTF-8."""
+    """Return the number of the first line that is not UTF-8."""
     with io.BufferedReader(open_regular(table)) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -142,7 +142,7 @@ def _csv(table: Path, delimiter: str = ",") -> _Rows:
 
 
 def _quoted(lines: Iterable[str], delimiter: str) -> _Rows:
-    """The rows of csv; empty lines are none."""
+    """Yield the rows of csv; empty lines are none."""
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     first = 1
     try:
@@ -169,7 +169,7 @@ def _tsv(table: Path) -> _Rows:
 
 
 def _fields(line: str, count: int) -> list[str]:
-    """The fields of a line of tsv, `count` where it can be read so."""
+    """Return the fields of a line of tsv, `count` of them if it can be read so."""
     fields = line.split("\t")
     if len(fields) > count and '"' in line:
         try:

@@ -1,4 +1,4 @@
-"""What counts as a caption, wherever it comes from."""
+"""Recognises captions, wherever they come from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _is_none(value: Any) -> bool:
 
 
 def _text(value: str | bytes) -> str:
-    """Raises ValueError where it is no Unicode."""
+    """Raise ValueError where it is no Unicode."""
     try:
         return value.encode().decode() if isinstance(value, str) else value.decode()
     except UnicodeError:

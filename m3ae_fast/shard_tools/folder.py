@@ -81,7 +81,7 @@ class Folder:
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
 
     def _beside(self, path: str) -> str | None:
-        """The .txt beside an image, None where there is none."""
+        """Return the text of the .txt beside an image, None if there is none."""
         beside = _text_file(path)
         if beside is None:
             return None
@@ -91,7 +91,7 @@ class Folder:
             raise BadSample(f"{beside}: cannot be read ({error})") from None
 
     def _fingerprints(self) -> dict[str, str]:
-        """Of pictures, captions and classes: what differs where the user changed them."""
+        """Return fingerprints of pictures, captions and classes, which differ if the user changed them."""
         pictures, captions = hashlib.sha256(), hashlib.sha256()
         for image in self._images:
             path = os.path.join(self.folder, image.path)
@@ -108,13 +108,13 @@ def _printable(path: str) -> str:
 
 
 def _text_file(image: str) -> str | None:
-    """NAME.txt or NAME.TXT beside NAME.jpg. A link to nothing is one too: it was meant to be a caption."""
+    """Return NAME.txt or NAME.TXT beside NAME.jpg. A link to nothing counts too: it was meant to be a caption."""
     stem = os.path.splitext(image)[0]
     return next((stem + suffix for suffix in (".txt", ".TXT") if os.path.lexists(stem + suffix)), None)
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
-    """Bytes and time of change of a file; None of what is not there, such as the end of a link."""
+    """Return size in bytes and modification time of a file; None if it is not there, such as the end of a link."""
     try:
         found = os.stat(path)
     except OSError:
@@ -123,7 +123,7 @@ def _stamp(path: str) -> tuple[int, int] | None:
 
 
 def _find(folder: str, flat: bool) -> Iterator[str]:
-    """Paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
+    """Yield paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
     class: two classes may be links to one folder, and a link may lead back.
 
     Raises:
@@ -144,7 +144,7 @@ def _find(folder: str, flat: bool) -> Iterator[str]:
 
 
 def _ignored(folder: Path, files: Sequence[str], images: Sequence[str], table: Path | None) -> Tally:
-    """The files that are neither an image, nor a caption beside one, nor the table."""
+    """Tally the files that are neither an image, nor a caption beside one, nor the table."""
     known = set(images)
     if table is None:
         stems = {os.path.splitext(path)[0] for path in images}
@@ -163,7 +163,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) -> list[str] | None:
-    """The first level of sub-folders, if there are at least two and every image is in one."""
+    """Return the first level of sub-folders, if there are at least two and every image is in one."""
     found = sorted({path.partition("/")[0] for path in paths if "/" in path})
     classes = known is not None or (len(found) > 1 and all("/" in path for path in paths))
     if classes and (odd := next((name for name in found if not _is_unicode(name)), None)):
@@ -182,7 +182,7 @@ def _is_unicode(name: str) -> bool:
 
 
 def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[_Image]:
-    """A sample for each caption of each row of the table, and for each image that it does not name."""
+    """Return a sample for each caption of each row of the table, and for each image that it does not name."""
     captions: dict[str, list[str | None]] = {path: [] for path in paths}
     missing = []
     for row in rows:

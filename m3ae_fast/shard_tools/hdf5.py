@@ -78,19 +78,19 @@ class Hdf5:
         }
 
     def _find_samples(self, file: Any, fields: _Fields) -> np.ndarray:
-        """Where each row's samples begin, and the total: int64 [rows + 1]."""
+        """Return where each row's samples begin, and the total: int64 [rows + 1]."""
         data = {name: self._data_set(file, name) for name in fields if name}
         lengths = {name: len(values) if values.shape else 0 for name, values in data.items()}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
-            raise UserError(f"{self.path}: its fields have different lengths ({told})")
+            listed = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
+            raise UserError(f"{self.path}: its fields have different lengths ({listed})")
         counts = np.ones(next(iter(lengths.values())), dtype=np.int64)
         if fields.caption and _holds_several(data[fields.caption]):
             counts[:] = [count_samples(_as_text(value)) for value in data[fields.caption]]
         return np.concatenate(([0], np.cumsum(counts)))
 
     def _data_set(self, file: Any, name: str) -> Any:
-        """Raises UserError where the name is a link to nothing, or a group."""
+        """Return the data set of that name. Raises UserError if it is a link to nothing, or a group."""
         try:
             found = file[name]
         except (KeyError, OSError, RuntimeError):  # a link to itself is a RuntimeError
@@ -124,7 +124,7 @@ class Hdf5:
 
 
 def _holds_several(captions: Any) -> bool:
-    """Whether each row of a data set is a list of texts; a row of uint8 is one text."""
+    """Return whether each row of a data set is a list of texts; a row of uint8 is one text."""
     import h5py
 
     inner = h5py.check_vlen_dtype(captions.dtype) or captions.dtype
@@ -132,14 +132,14 @@ def _holds_several(captions: Any) -> bool:
 
 
 def _as_text(value: Any) -> Any:
-    """A caption, or a list of them, in which rows of uint8 are bytes."""
+    """Return a caption, or a list of them, in which rows of uint8 are bytes."""
     if not isinstance(value, np.ndarray):
         return value
     return value.tobytes() if value.dtype == np.uint8 else [_as_text(item) for item in value]
 
 
 def _bytes(value: Any) -> bytes:
-    """Variable-length uint8 or a string, as h5py gives them."""
+    """Return the bytes of variable-length uint8 or a string, as h5py gives them."""
     if isinstance(value, str):
         return value.encode()
     return value if isinstance(value, bytes) else np.asarray(value, dtype=np.uint8).tobytes()

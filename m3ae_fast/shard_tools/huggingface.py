@@ -76,7 +76,7 @@ class HuggingFace:
 
 
 def _load(name: str, subset: str | None) -> dict[str, Any]:
-    """The splits of a dataset."""
+    """Load the splits of a dataset."""
     try:
         import datasets
     except ImportError:
@@ -96,7 +96,7 @@ def _undecoded() -> Any:
 
 
 def _columns(features: Any, named: tuple[str | None, str | None, str | None], where: str) -> list[str | None]:
-    """The image, caption and label columns: as named, else by type and usual name, else None."""
+    """Return the image, caption and label columns: as named, else by type and usual name, else None."""
     import datasets
 
     def kind(feature: Any) -> str:
@@ -125,7 +125,7 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
 
 
 def _starts(rows: Any, caption: str | None) -> np.ndarray:
-    """Where each row's samples begin, and the total: int64 [rows + 1]."""
+    """Return where each row's samples begin, and the total: int64 [rows + 1]."""
     counts = np.ones(len(rows), dtype=np.int64)
     if caption and not hasattr(rows.features[caption], "dtype"):  # a list of captions
         values = rows.with_format("arrow")[caption]
@@ -134,7 +134,7 @@ def _starts(rows: Any, caption: str | None) -> np.ndarray:
 
 
 def _image(value: Any) -> bytes | None:
-    """The file behind an undecoded image. Raises BadSample where it cannot be read."""
+    """Return the file behind an undecoded image. Raises BadSample if it cannot be read."""
     if value is None or isinstance(value, bytes):
         return value
     return value["bytes"] if value["bytes"] is not None else read_file(value["path"])

@@ -15,7 +15,8 @@ _MAX_SIDE = 65_500  # pixels that libjpeg writes
 
 
 def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
-    """An image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where transparent.
+    """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where
+    transparent.
 
     A JPEG that is small enough is returned as it is. `image_range` is that of `decode_image`.
 

@@ -1,4 +1,4 @@
-"""What can be converted: samples that are read by number."""
+"""Sources of shards: samples that are read by number."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Source(Protocol):
         """Return what the user calls a sample, for messages."""
 
     def read(self, split: str, number: int) -> Record:
-        """Raises BadSample where the sample cannot be used."""
+        """Return a sample. Raises BadSample if it cannot be used."""
 
 
 def to_int(value: Any) -> int | None:
-    """A label as a plain int. Raises BadSample where it is not a number."""
+    """Return a label as a plain int. Raises BadSample if it is not a number."""
     if value is None:
         return None
     try:
@@ -49,7 +49,7 @@ def to_int(value: Any) -> int | None:
 
 
 def caption_samples(value: Any) -> list[str]:
-    """`captions_of` a sample. Raises BadSample where it is no caption."""
+    """Return `captions_of` a sample. Raises BadSample if it is no caption."""
     try:
         return captions_of(value)
     except ValueError as error:
@@ -57,7 +57,7 @@ def caption_samples(value: Any) -> list[str]:
 
 
 def read_file(path: str) -> bytes:
-    """Raises BadSample where the file cannot be read, is a pipe or a device, or is larger than images are."""
+    """Read a file. Raises BadSample if it cannot be read, is a pipe or a device, or is larger than images are."""
     try:
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_IMAGE_BYTES:

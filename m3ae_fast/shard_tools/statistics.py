@@ -1,4 +1,4 @@
-"""What samples of some shards are like: pixels, sizes, captions, formats, labels.
+"""Statistics of samples: pixels, sizes, captions, formats, labels.
 
 Shapes: C channels.
 """
@@ -32,7 +32,7 @@ class Statistics:
     channels: int
     seen: int = 0
     images: int = 0
-    shares_C256: Tensor = field(init=False)  # float64, how often each level is met; every image weighs the same
+    fractions_C256: Tensor = field(init=False)  # float64, how often each level is met; every image weighs the same
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height in pixels
     lengths: list[int] = field(default_factory=list)  # of captions, in tokens, without a tokenizer in words
     formats: Counter[str] = field(default_factory=Counter)
@@ -40,19 +40,19 @@ class Statistics:
     bad: Counter[str] = field(default_factory=Counter)  # by reason
 
     def __post_init__(self) -> None:
-        self.shares_C256 = torch.zeros(self.channels, 256, dtype=torch.float64)
+        self.fractions_C256 = torch.zeros(self.channels, 256, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Per channel, of pixels / 255, as `model.image_mean` and `image_std` want them."""
+        """Return both per channel, of pixels / 255, as `model.image_mean` and `image_std` want them."""
         levels = torch.arange(256, dtype=torch.float64) / 255
-        shares_C256 = self.shares_C256 / max(1, self.images)
-        mean_C = shares_C256 @ levels
-        std_C = (shares_C256 @ levels**2 - mean_C**2).clamp_min(0).sqrt()
+        fractions_C256 = self.fractions_C256 / max(1, self.images)
+        mean_C = fractions_C256 @ levels
+        std_C = (fractions_C256 @ levels**2 - mean_C**2).clamp_min(0).sqrt()
         return [round(x, 4) for x in mean_C.tolist()], [round(max(x, 1e-4), 4) for x in std_C.tolist()]
 
 
 def sample(corpus: Corpus, samples: int, seed: int) -> Corpus:
-    """`samples` of the corpus, or all, drawn by `seed` alone, in file order."""
+    """Return a corpus of `samples` samples, or all, drawn by `seed` alone, in file order."""
     drawn = np.full(corpus.samples, LEFT_OUT, dtype=np.int64)
     drawn[permutation(corpus.samples, seed)[:samples]] = 0
     ends = np.cumsum([sum(source.sizes) for source in corpus.sources])
@@ -114,12 +114,12 @@ def _look(
     found.images += 1
     found.formats[format_of(data)] += 1
     found.sizes.append((image.shape[2], image.shape[1]))
-    for shares_256, plane in zip(found.shares_C256, image):
-        shares_256 += torch.bincount(plane.flatten(), minlength=256) / plane.numel()
+    for fractions_256, plane in zip(found.fractions_C256, image):
+        fractions_256 += torch.bincount(plane.flatten(), minlength=256) / plane.numel()
 
 
 def require_images(found: Statistics) -> None:
-    """Raises UserError where no image could be read."""
+    """Raise UserError if no image could be read."""
     if not found.images:
         reason = f", such as: {next(iter(found.bad))}" if found.bad else ""
         raise UserError(f"none of {found.seen:,} samples has an image that can be read{reason}")

@@ -66,11 +66,11 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def describe(found: Statistics, unit: str) -> list[str]:
-    """Lines for the user; `unit`: of the lengths of captions."""
+    """Return lines for the user; `unit`: of the lengths of captions."""
     lines = [f"{found.seen:,} of {found.of:,} samples"]
     if found.bad:
-        share = found.bad.total() / found.seen
-        lines.append(f"cannot be read: {found.bad.total():,} ({share:.2%}; see data.max_bad_fraction)")
+        fraction = found.bad.total() / found.seen
+        lines.append(f"cannot be read: {found.bad.total():,} ({fraction:.2%}; see data.max_bad_fraction)")
         lines += [f"  {count:,}: {reason}" for reason, count in found.bad.most_common(_SHOWN)]
     if found.images:
         mean, std = found.mean_and_std()
@@ -102,7 +102,7 @@ def _compact(value: object) -> str:
 
 
 def settings_of(found: Statistics, image_range: object) -> list[tuple[str, str, Any]]:
-    """Section, key and value of what a config should say."""
+    """Return section, key and value of what a config should say."""
     mean, std = found.mean_and_std()
     settings: list[tuple[str, str, Any]] = [("model", "image_mean", mean), ("model", "image_std", std)]
     if found.channels != 3:
@@ -140,14 +140,14 @@ def draw(found: Statistics, path: Path, unit: str) -> None:
     figure = Figure(figsize=(12, 8), layout="constrained")
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
     names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}[found.channels]
-    for name, shares_256 in zip(names, found.shares_C256 / found.images):
-        levels.semilogy(shares_256.numpy(), color=name)
+    for name, fractions_256 in zip(names, found.fractions_C256 / found.images):
+        levels.semilogy(fractions_256.numpy(), color=name)
     widths, heights = np.array(found.sizes).T
     sizes.hist([widths, heights], bins=40, label=["width", "height"])
     sizes.legend()
     ratios.hist(np.log2(widths / heights), bins=40)
     lengths.hist(found.lengths, bins=40)
-    titles = ("share of each level", "pixels", "log2(width / height)", f"{unit} of captions")
+    titles = ("fraction of each level", "pixels", "log2(width / height)", f"{unit} of captions")
     for axes, title in zip((levels, sizes, ratios, lengths), titles):
         axes.set_title(title)
     with whole_file(path) as partial:

@@ -1,4 +1,4 @@
-"""What a tool tells the user at its end of samples and files that are not as they should be."""
+"""Counts samples and files that are not as they should be; a tool reports them at its end."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Tally:
 
     def lines(self) -> list[str]:
         """Return a line for each kind that there is, followed by its examples."""
-        told = []
+        lines = []
         for kind, text in _TEXT.items():
             if self.counts[kind]:
-                told.append(f"{self.counts[kind]:,} {text.format(s='s' * (self.counts[kind] != 1))}, such as")
-                told += [f"    {sample}" for sample in self.examples[kind]]
-        return told
+                lines.append(f"{self.counts[kind]:,} {text.format(s='s' * (self.counts[kind] != 1))}, such as")
+                lines += [f"    {sample}" for sample in self.examples[kind]]
+        return lines

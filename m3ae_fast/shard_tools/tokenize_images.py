@@ -134,7 +134,7 @@ class Crops:
         return found
 
     def _prepare(self, numbers: range) -> dict[int, Record | BadSample]:
-        """Records of some numbers, the ids of all of them made at once."""
+        """Return the records of some numbers, with the ids of all of them made at once."""
         places = [self._place(number) for number in numbers]
         with ThreadPoolExecutor(self.threads) as pool:
             crops = list(pool.map(self._crop, places))
@@ -153,7 +153,7 @@ class Crops:
         return ready
 
     def _place(self, number: int) -> tuple[int, int, int, dict[str, Member]]:
-        """Shard, row of the image in it, view, and the sample's members."""
+        """Return shard, row of the image in it, view, and the sample's members."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         row, view = divmod(number - int(self._starts[shard]), self.views or 1)
         if self._files[0] != shard:
@@ -168,7 +168,7 @@ class Crops:
     def _crop(
         self, place: tuple[int, int, int, dict[str, Member]]
     ) -> tuple[Tensor, bytes, dict[str, bytes]] | BadSample:
-        """uint8 [C, S, S] as the JPEG decodes, the JPEG, and the sample's other members."""
+        """Return uint8 [C, S, S] as the JPEG decodes, the JPEG, and the sample's other members."""
         shard, row, view, files = place
         suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in files)
         try:

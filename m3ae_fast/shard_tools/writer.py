@@ -47,7 +47,7 @@ class Settings:
     samples_per_shard: int = 2000
     short_side: int = 320  # pixels; larger images are scaled down
     quality: int = 95  # of JPEG
-    held_out: float = 0.0  # share of the samples that go to a split of their own
+    held_out: float = 0.0  # fraction of the samples that go to a split of their own
     image_range: Range | None = None  # of images of more than 8 bits
     keep_order: bool = False  # else shuffled, always in the same way
 
@@ -103,7 +103,7 @@ def convert(source: Source, out: Path, settings: Settings, workers: int) -> Conv
 
 
 def _plan(source: Source, settings: Settings) -> list[Shard]:
-    """Which samples come into which shard."""
+    """Return which samples come into which shard."""
     parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the source, numbers
     for split, samples in source.splits.items():
         order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
@@ -164,7 +164,7 @@ def _begin(*arguments: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work forever."""
+    """End with the main process: if that is killed, a worker would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -203,7 +203,7 @@ def _write(source: Source, out: Path, settings: Settings, shard: Shard, advance:
 
 
 def _files(record: Record, settings: Settings) -> dict[str, bytes]:
-    """The members of a sample by suffix. Raises BadSample where it has neither image nor caption."""
+    """Return the members of a sample by suffix. Raises BadSample if it has neither image nor caption."""
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
@@ -226,13 +226,13 @@ def _example(tally: Tally) -> str:
 
 
 def describe(out: Path, converted: Converted) -> str:
-    """What was made, for the user, with the lines that a config needs."""
+    """Return what was made, for the user, with the lines that a config needs."""
     c = converted
     paired = c.images + c.captions - c.samples
     kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
-    told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
-    lines = [f"{out}: {c.samples:,} samples in {shards} ({told}), {c.captions:,} with a caption"]
+    lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
     lines += c.tally.lines()
     if earlier := c.left_out - c.tally.counts[REFUSED]:
         lines.append(f"{earlier:,} left out by the call before, which this one continued")

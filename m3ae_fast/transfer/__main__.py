@@ -1,4 +1,4 @@
-"""What the representation of a trained model is worth.
+"""Evaluate the representation of a trained model.
 
 python -m m3ae_fast.transfer knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
 python -m m3ae_fast.transfer knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random

@@ -47,7 +47,7 @@ class RandAugment:
             ) from None
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """uint8 [3, H, W] -> the same."""
+        """Augment an image, uint8 [3, H, W]."""
         states = random.getstate(), np.random.get_state()
         random.seed(seed)  # timm draws from both
         np.random.seed(seed & 0xFFFFFFFF)
@@ -71,7 +71,7 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's asks for 0 bits at the highest levels, which Pillow 13 refuses."""
+    """Keep at least one bit, where timm's would ask for 0 at the highest levels, which Pillow 13 refuses."""
     return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
@@ -130,8 +130,8 @@ class Mixing:
         return ((index ^ 1) * self.lanes + lane) * self.repeats + view, index // 2 * self.lanes + lane, view
 
     def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
-        """The batch, whose images are normalised and of `dtype` where they are mixed, and soft labels [S, K]. A sample
-        whose partner could not be read is not mixed."""
+        """Return the batch, whose images are normalised and of `dtype` if they are mixed, and soft labels [S, K]. A
+        sample whose partner could not be read is not mixed."""
         assert batch.labels is not None
         labels_SK = F.one_hot(batch.labels, self.classes).float()
         labels_SK = labels_SK * (1 - self.smoothing) + self.smoothing / self.classes
@@ -149,8 +149,8 @@ class Mixing:
         return replace(batch, images=images.to(dtype)), labels_SK
 
     def _draw(self, positions: list[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each sample: the row of its partner (itself where there is none), its own share, and the box that cutmix
-        takes from the partner: int64 [S], float32 [S], int64 [S, 4] (top, bottom, left, right; 0 for mixup)."""
+        """Draw, for each sample, the row of its partner (itself if there is none), its own fraction, and the box that
+        cutmix takes from the partner: int64 [S], float32 [S], int64 [S, 4] (top, bottom, left, right; 0 for mixup)."""
         rows = {position: row for row, position in enumerate(positions)}
         partner_S, own_S = np.arange(len(positions)), np.ones(len(positions), np.float32)
         box_S4 = np.zeros((len(positions), 4), np.int64)
@@ -176,7 +176,7 @@ class Mixing:
 
 
 def _inside(box_S4: Tensor, size: int) -> Tensor:
-    """Bool [S, 1, H, W]: which pixels lie in the box."""
+    """Return which pixels lie in the box, bool [S, 1, H, W]."""
     place = torch.arange(size, device=box_S4.device)
     rows_SH, columns_SW = ((place >= low[:, None]) & (place < high[:, None]) for low, high in box_S4.T.split(2))
     return (rows_SH[:, :, None] & columns_SW[:, None])[:, None]

@@ -45,7 +45,7 @@ class ClassifierConfig(Section):
 
 
 def read_config(folder: str | Path) -> ClassifierConfig:
-    """What the classifier saved in `folder` is. Raises UserError where there is none."""
+    """Read the config of the classifier saved in `folder`. Raises UserError if there is none."""
     path = Path(folder) / CONFIG_FILE
     try:
         data = read_json(path)
@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         self.head = HEADS[config.head](config.model.emb_dim, len(config.classes))
 
     def features(self, batch: PackedBatch) -> Tensor:
-        """[S, D] what the head reads."""
+        """Return the features that the head reads, [S, D]."""
         return self.backbone.pooled(batch, self.config.pool)
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -95,7 +95,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Classifier:
-        """What `save_pretrained` wrote, on the CPU. Raises UserError where a file is missing or damaged."""
+        """Load what `save_pretrained` wrote, on the CPU. Raises UserError if a file is missing or damaged."""
         folder = Path(folder)
         config = read_config(folder)
         try:

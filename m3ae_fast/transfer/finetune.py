@@ -105,7 +105,7 @@ def set_up(job: Job) -> FineTuning:
 
 
 def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> TrainableClassifier:
-    """The classifier on the CPU, with the pre-trained encoder."""
+    """Build the classifier on the CPU, with the pre-trained encoder."""
     sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
     classifier = ClassifierConfig(
         model=sizes, head="finetune", pool=config.pool, modality=job.args.modality, classes=list(classes)

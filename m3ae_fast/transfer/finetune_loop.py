@@ -1,4 +1,4 @@
-"""What fine-tuning trains, and what its loop counts and evaluates.
+"""The classifier that fine-tuning trains, and its training loop.
 
 Shapes: S samples of a batch, N held-out samples, K classes, or the best of them.
 """
@@ -67,7 +67,7 @@ class FineTuning(LabelledLoop):
         )
 
     def evaluate_if_due(self) -> None:
-        """Between the first step and the last."""
+        """Evaluate if due, between the first step and the last."""
         if 0 < self.step < self.schedule.total_steps and self.to_evaluate(self.config.eval_every, "val_top1"):
             self.conclude()
 
@@ -98,7 +98,7 @@ class FineTuning(LabelledLoop):
 
     @contextmanager
     def _inference(self) -> Iterator[Callable[[PackedBatch], Tensor]]:
-        """Logits of a batch, by the average of the weights where there is one."""
+        """Return logits of a batch, by the average of the weights if there is one."""
         if self.averaged is None:
             yield self.engine.evaluate
             return

@@ -72,8 +72,8 @@ class FineTuneHead(nn.Module):
 
 @torch.no_grad()
 def init_linear(linear: nn.Linear) -> None:
-    """flax's default: weights of variance 1 / inputs from a normal distribution cut off at two standard deviations
-    (`lecun_normal`), bias 0."""
+    """Initialise as flax does: weights of variance 1 / inputs from a normal distribution cut off at two standard
+    deviations (`lecun_normal`), bias 0."""
     std = math.sqrt(1 / linear.in_features) / _TRUNCATED_STD
     nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(linear.bias)

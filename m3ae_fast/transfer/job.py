@@ -1,4 +1,4 @@
-"""What every task is given, and how its result is written."""
+"""The job that every task is given, and the writing of its result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Job:
         return self.config.run.dir
 
     def open(self, sources: Sequence[SourceConfig]) -> Corpus:
-        """Their samples, labelled or not. Raises UserError as `open_corpus` does."""
+        """Open the samples of the sources, labelled or not. Raises UserError as `open_corpus` does."""
         store = ShardStore(self.config.data.cache_dir)
         corpus = self.ranks.main_first(lambda: open_corpus(sources, store, progress=self.ranks.is_main))
         for damaged in corpus.damaged:
@@ -57,7 +57,7 @@ class Job:
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Training and validation samples that have a class, and the classes by id.
+        """Return training and validation samples that have a class, and the classes by id.
 
         Raises:
             UserError: as `open_corpus` and `label_corpus` do.
@@ -74,17 +74,17 @@ class Job:
         return labelled[0], labelled[1], classes
 
     def encode(self, corpus: Corpus, title: str) -> Features:
-        """Pooled features of all samples. Raises UserError as `encode_corpus` does."""
+        """Return pooled features of all samples. Raises UserError as `encode_corpus` does."""
         data, config = self.config.data, self.config.encode
         return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse)
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
-        """Samples of a corpus as the encoder saw them, by key."""
+        """Return samples of a corpus as the encoder saw them, by key."""
         preparation = Preparation(self.model.geometry, UNMASKED, self.model.tokenizer, self.config.run.seed)
         return samples_of(corpus, preparation, keys)
 
     def cell(self, sample: Sample | None, text: str | None = None, colour: Colour = BLACK) -> Cell:
-        """A sample to be shown: its image, or else its caption, with a text below it."""
+        """Return a sample to be shown: its image, or else its caption, with a text below it."""
         if sample is None:
             return Cell(None)
         caption = ""
@@ -102,7 +102,7 @@ class Job:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises UserError where `out` holds a result."""
+    """Raise UserError if `out` holds a result."""
     if (out / RESULT_FILE).exists():
         raise UserError(f"--out {out}: already holds a {RESULT_FILE}; choose another folder")
 

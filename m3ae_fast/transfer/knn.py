@@ -28,7 +28,7 @@ _SHOWN, _NEIGHBOURS = 8, 7  # samples drawn, and neighbours of each
 def knn_scores(
     features_ND: Tensor, labels_N: Tensor, queries_MD: Tensor, classes: int, k: int, temperature: float
 ) -> Tensor:
-    """Votes for each class.
+    """Return votes for each class.
 
     Args:
         features_ND, labels_N: floating, and int64 ids, of the training samples.
@@ -83,7 +83,7 @@ def _draw_neighbours(
     predicted_M: Tensor,
     classes: Classes,
 ) -> None:
-    """Some samples evenly, and the training samples most like each; green where they are of its class."""
+    """Draw some samples evenly, and the training samples most like each; green where they are of its class."""
     bank, queries = features
     assert bank.labels_N is not None and queries.labels_N is not None
     rows_Q = torch.arange(min(_SHOWN, len(queries.keys))) * len(queries.keys) // min(_SHOWN, len(queries.keys))

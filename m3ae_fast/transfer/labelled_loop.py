@@ -1,4 +1,4 @@
-"""The parts of a training loop over labelled samples that do not depend on what is trained.
+"""The training loop that the linear probe and fine-tuning have in common.
 
 Shapes: N held-out samples, K best classes.
 """

@@ -25,7 +25,7 @@ class LARS(torch.optim.Optimizer):
         lr: learning rate; a schedule sets it before each step.
         momentum: decay of the buffer.
         weight_decay: added to the gradient, times the parameter.
-        trust_coefficient: size of a step at lr 1, as a share of the parameter's norm.
+        trust_coefficient: size of a step at lr 1, as a fraction of the parameter's norm.
     """
 
     def __init__(

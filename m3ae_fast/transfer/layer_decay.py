@@ -18,7 +18,7 @@ from torch import nn
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a classifier's parameter, from 0 to depth + 1, by its name with or without leading modules:
+    """Return the layer of a classifier's parameter, from 0 to depth + 1, by its name with or without leading modules:
     `backbone.encoder.blocks.3.norm1.weight` -> 4."""
     if block := re.search(r"\bencoder\.blocks\.(\d+)\.", name):
         return int(block[1]) + 1
@@ -26,12 +26,12 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def lr_scale(layer: int, depth: int, layer_decay: float) -> float:
-    """What the learning rate of a layer is multiplied by."""
+    """Return the factor of a layer's learning rate."""
     return layer_decay ** (depth + 1 - layer)
 
 
 def parameter_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
-    """AdamW's groups, two a layer, each with its `weight_decay` and `lr_scale` (see `engine.optimizer.set_lr`).
+    """Return AdamW's groups, two a layer, each with its `weight_decay` and `lr_scale` (see `engine.optimizer.set_lr`).
 
     Args:
         model: a Classifier.

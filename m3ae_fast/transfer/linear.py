@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from m3ae_fast.batch.bad_samples import BadSamples
-from m3ae_fast.config.transfer import ProbeConfig
+from m3ae_fast.config.transfer import LinearProbeConfig
 from m3ae_fast.data import Corpus, Data, Layout, Preparation, Share, fingerprint, train_loader
 from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import UNMASKED, Features
@@ -36,7 +36,7 @@ _SMALL = 100_000  # samples
 class Probing(LabelledLoop):
     """A linear probe's run."""
 
-    config: ProbeConfig
+    config: LinearProbeConfig
     pool: str
     head: LinearProbeHead
     val: Features
@@ -47,20 +47,20 @@ class Probing(LabelledLoop):
             f"linear probe of {self.pool} features, {samples:,} samples, {len(self.classes)} classes, batch "
             f"{config.global_batch}, steps {self.step} to {self.schedule.total_steps}"
         )
-        if samples < _SMALL and config.peak_lr == ProbeConfig().peak_lr:
+        if samples < _SMALL and config.peak_lr == LinearProbeConfig().peak_lr:
             self.log.say(
-                f"probe.peak_lr {config.peak_lr:g} is the published one, for 1.3 million samples; so few may need "
-                "probe.peak_lr=30 with probe.global_batch=256"
+                f"linear.peak_lr {config.peak_lr:g} is the published one, for 1.3 million samples; so few may need "
+                "linear.peak_lr=30 with linear.global_batch=256"
             )
 
     def evaluate_if_due(self) -> None:
-        """Between the first step and the last; not again where a run goes on."""
+        """Evaluate if due, between the first step and the last; not again if a run goes on."""
         every = self.config.eval_every or self.schedule.steps_per_epoch
         if self.start < self.step < self.schedule.total_steps and self.step % every == 0:
             self.conclude()
 
     def remedy(self) -> str:
-        return "a lower probe.peak_lr"
+        return "a lower linear.peak_lr"
 
     def conclude(self) -> dict[str, float]:
         """Return accuracies on all held-out samples, which are logged too."""
@@ -106,7 +106,7 @@ def set_up(job: Job) -> Probing:
     Raises:
         UserError: something is missing, or does not fit something else.
     """
-    ranks, run, config = job.ranks, job.config.run, job.config.probe
+    ranks, run, config = job.ranks, job.config.run, job.config.linear
     cached = job.args.cache_features
     found = Resume(run.dir, job.args.resume, ranks)
     share = split_batch(config, ranks.world, ranks.rank)
@@ -122,7 +122,7 @@ def set_up(job: Job) -> Probing:
     engine = ProbeEngine(head, config, ranks, None if cached else job.model, job.config.encode)
     sections = {
         "run": run.model_dump(mode="json"),
-        "probe": config.model_dump(mode="json"),
+        "linear": config.model_dump(mode="json"),
         "encode": job.config.encode.model_dump(mode="json"),
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
@@ -130,7 +130,7 @@ def set_up(job: Job) -> Probing:
     layout, notes = layout_of(found.info, job.config.data, train, config.global_batch)
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
-    same += [("probe", "global_batch")]
+    same += [("linear", "global_batch")]
     same += [] if cached else [("data", key) for key in STREAM]
     notes += found.check_same(sections, same, stream)
     found.open(engine.model, engine.kinds)

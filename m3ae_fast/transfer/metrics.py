@@ -11,7 +11,8 @@ from m3ae_fast.errors import UserError
 
 
 def best_classes(scores_NC: Tensor) -> Tensor:
-    """int64 [N, K]: the class of the highest score or, of more than 5 classes, those of the 5 highest, best first.
+    """Return int64 [N, K]: the class of the highest score or, of more than 5 classes, those of the 5 highest, best
+    first.
 
     Raises UserError where a score is not finite: NaN would be the highest.
     """
@@ -25,13 +26,13 @@ def best_classes(scores_NC: Tensor) -> Tensor:
 
 
 def shares_of_correct(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Shares of the samples whose label is the best class, "top1", and, where there are K = 5, one of them, "top5"."""
+    """Return accuracies from 0 to 1: "top1" and, if K = 5, "top5"."""
     correct_NK = best_NK == labels_N[:, None]
     return {f"top{k}": correct_NK[:, :k].any(1).double().mean().item() for k in sorted({1, best_NK.shape[1]})}
 
 
 def accuracies(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """`shares_of_correct` of scores, from 0 to 1.
+    """Return `shares_of_correct` of scores, from 0 to 1.
 
     Args:
         scores_NC: floating; the higher, the likelier.

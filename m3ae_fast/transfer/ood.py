@@ -25,8 +25,8 @@ TRUE_POSITIVES = 0.95
 
 
 def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
-    """Area under the ROC curve with familiar samples as positives, and the share of strange samples that pass the
-    threshold which 95 % of the familiar ones pass (both from 0 to 1).
+    """Return the area under the ROC curve with familiar samples as positives, and the fraction of strange samples that
+    pass the threshold which 95 % of the familiar ones pass (both from 0 to 1).
 
     Args:
         familiar, strange: floating scores, one a sample, each higher for what looks familiar.
@@ -65,7 +65,7 @@ class Scores:
         self.precision_DD = LedoitWolf(assume_centered=True).fit(centred_ND).precision_
 
     def __call__(self, features_MD: np.ndarray) -> dict[str, np.ndarray]:
-        """[M] each, by name."""
+        """Return scores by name, [M] each."""
         logits_MK = torch.from_numpy(self.classifier.decision_function(features_MD))
         if logits_MK.ndim == 1:  # of two classes scikit-learn gives one: the log-odds
             logits_MK = torch.stack((torch.zeros_like(logits_MK), logits_MK), 1)
@@ -84,7 +84,7 @@ def _normalised(features: np.ndarray) -> np.ndarray:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Raises UserError where scikit-learn is missing, or as `Job.open_labelled` does."""
+    """Run the task. Raises UserError if scikit-learn is missing, or as `Job.open_labelled` does."""
     try:
         import sklearn  # noqa: F401
     except ImportError:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
+from m3ae_fast.config.transfer import EncodeConfig, LinearProbeConfig
 from m3ae_fast.engine.interface import State
 from m3ae_fast.model.encode import encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -25,7 +25,7 @@ from m3ae_fast.transfer.lars import LARS
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Samples whose features are known: stands where a PackedBatch stands otherwise."""
+    """Samples whose features are known; used in place of a PackedBatch."""
 
     keys: list[str]
     features_SD: Tensor
@@ -62,7 +62,7 @@ class ProbeEngine:
     def __init__(
         self,
         head: LinearProbeHead,
-        config: ProbeConfig,
+        config: LinearProbeConfig,
         ranks: Ranks,
         model: MultimodalEncoder | None,
         encode: EncodeConfig,
@@ -90,7 +90,7 @@ class ProbeEngine:
         return [ClassLosses(loss.detach(), accuracy)], norm
 
     def _gathered(self, batches: Sequence) -> tuple[Tensor, Tensor]:
-        """Features and labels of the whole step, in the order of the stream."""
+        """Return features and labels of the whole step, in the order of the stream."""
         labels = [batch.labels for batch in batches]
         if self.frozen is None:
             return torch.cat([batch.features_SD for batch in batches]), torch.cat(labels)

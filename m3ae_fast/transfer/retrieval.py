@@ -30,8 +30,8 @@ _SHOWN, _BEST = 5, 5  # queries drawn, and what is found for each
 
 
 def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
-    """Share of the queries, from 0 to 1, whose own candidate, the one of the same row, is among the k most alike
-    (cosine), by k of RANKS.
+    """Return the fraction of the queries, from 0 to 1, whose own candidate, the one of the same row, is among the k
+    most alike (cosine), by k of RANKS.
 
     A tie counts as a miss: features that are all the same find nothing.
 
@@ -49,7 +49,7 @@ def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Raises UserError where fewer than two pairs are there, or two samples have one key."""
+    """Run the task. Raises UserError if there are fewer than two pairs, or two samples have one key."""
     pairs = job.open(job.config.data.val)
     images, texts = (_encode(job, pairs, modality) for modality in ("image", "text"))
     for features in (images, texts):
@@ -65,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
         ("image_to_text", images_ND, texts_ND),
         ("text_to_image", texts_ND, images_ND),
     ):
-        result |= {f"{name}_recall{k}": share for k, share in recalls(queries_ND, candidates_ND).items()}
+        result |= {f"{name}_recall{k}": fraction for k, fraction in recalls(queries_ND, candidates_ND).items()}
     chance = {f"chance_recall{k}": min(k / len(common), 1.0) for k in RANKS}
     return result | chance | {"pairs": len(common), "skipped": pairs.samples - len(common)}
 
@@ -76,7 +76,7 @@ def _encode(job: Job, pairs: Corpus, modality: Modality) -> Features:
 
 
 def _refuse_shared(keys: Sequence[str]) -> None:
-    """Raises UserError where two samples have one key: which caption is whose image's is then not known."""
+    """Raise UserError if two samples have one key: it is then unknown which caption belongs to which image."""
     twice = next((key for key, count in Counter(keys).items() if count > 1), None)
     if twice is not None:
         raise UserError(
@@ -89,7 +89,7 @@ def _rows(features: Features, keys: set[str]) -> Tensor:
 
 
 def _draw(job: Job, pairs: Corpus, keys: list[str], images_ND: Tensor, texts_ND: Tensor) -> None:
-    """What is found for some captions, and for some images; the own ones are green."""
+    """Draw what is found for some captions, and for some images; the own ones are green."""
     count = min(_SHOWN, len(keys))
     rows = [number * len(keys) // count for number in range(count)]
     for name, queries_ND, candidates_ND in (
@@ -109,7 +109,7 @@ def _draw(job: Job, pairs: Corpus, keys: list[str], images_ND: Tensor, texts_ND:
 
 
 def _cell(job: Job, sample: Sample | None, modality: str, own: bool = False) -> Cell:
-    """One half of a pair."""
+    """Return one half of a pair."""
     colour = GREEN if own else BLACK
     if sample is None or modality == "text":
         return job.cell(sample and replace(sample, image=None), colour=colour)

@@ -64,8 +64,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:
-    """Errors from accuracies by kind and severity: by kind, the plain mean over kinds, and how much that is above the
-    error on clean images. Not divided by AlexNet's, as those of arXiv 1903.12261 are."""
+    """Return errors from accuracies by kind and severity: by kind, the plain mean over kinds, and how much that is
+    above the error on clean images. Not divided by AlexNet's, as those of arXiv 1903.12261 are."""
     errors = {kind: 1 - sum(found) / len(found) for kind, found in corruptions.items()}
     mean = sum(errors.values()) / len(errors)
     return {
@@ -77,7 +77,7 @@ def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict
 
 
 def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
-    """Accuracy over epsilon, and one sample under every corruption at every severity."""
+    """Draw accuracy over epsilon, and one sample under every corruption at every severity."""
     config, backbone = job.config.robustness, job.model.backbone
     if config.epsilons:
         draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
@@ -97,7 +97,7 @@ def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
 def _accuracy(
     job: Job, corpus: Corpus, classify: Classify, title: str, transform: Transform | None = None
 ) -> dict[str, float]:
-    """Accuracies over all ranks."""
+    """Return accuracies over all ranks."""
     config, ranks, model = job.config.robustness, job.ranks, job.model
     preparation = Preparation(model.backbone.geometry, UNMASKED, model.backbone.tokenizer, job.config.run.seed)
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
@@ -123,7 +123,7 @@ def _accuracy(
 
 
 def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
-    """Logits of what PGD makes of a batch's images."""
+    """Return a classifier that takes a batch's images after PGD has attacked them."""
     config, sizes = job.config.robustness, model.config.model
     mean, std = (
         torch.tensor(values, device=job.ranks.device)[:, None, None] for values in (sizes.image_mean, sizes.image_std)
@@ -144,7 +144,7 @@ def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
 
 
 def _start(batch: PackedBatch, seed: int) -> Tensor:
-    """[S, C, H, W] uniform in [-1, 1], a function of the seed and the samples only."""
+    """Return [S, C, H, W] uniform in [-1, 1], a function of the seed and the samples only."""
     generator = torch.Generator()
     starts = []
     for key in batch.keys:

@@ -21,7 +21,7 @@ def pgd(
     steps: int,
     step_size: float,
 ) -> Tensor:
-    """Images that raise the cross entropy of their labels.
+    """Return images that raise the cross entropy of their labels.
 
     Args:
         logits_of: differentiable, of images; [S, K].

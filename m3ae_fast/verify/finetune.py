@@ -53,7 +53,7 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
 
 
 def flax_path(name: str) -> str:
-    """The flax path of our classifier's parameter `name`."""
+    """Return the flax path of our classifier's parameter `name`."""
     if name.startswith("backbone."):
         return "base_model/" + flax_name(name.removeprefix("backbone."), 0)
     heads = {"head.norm.weight": "LayerNorm_0/scale", "head.norm.bias": "LayerNorm_0/bias"}
@@ -93,7 +93,7 @@ def _batch(golden: Golden, backbone: MultimodalEncoder) -> PackedBatch:
 
 
 def _layers(golden: Golden, model: Classifier) -> Iterator[Quantity]:
-    """Layers and their factors, of every parameter."""
+    """Yield layers and their factors, of every parameter."""
     depth, names = golden.meta["depth"], [name for name, _ in model.named_parameters()]
     ours = [layer_of(name, depth) for name in names]
     official = [golden.meta["layer_id"][flax_path(name)] for name in names]
@@ -106,7 +106,8 @@ def _layers(golden: Golden, model: Classifier) -> Iterator[Quantity]:
 def _steps(
     golden: Golden, model: Classifier, batch: PackedBatch, labels_SK: Tensor, *, decay: bool
 ) -> Iterator[Quantity]:
-    """Steps on one batch; `decay`: with the weight decay that the official script means, but does not apply."""
+    """Yield comparisons after steps on one batch; `decay`: with the weight decay that the official script means, but
+    does not apply."""
     m, suffix, text = golden.meta, "_decay" * decay, " with decay" * decay
     _load(golden, model)
     optim = OptimConfig(

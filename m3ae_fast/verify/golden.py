@@ -34,7 +34,7 @@ class Golden:
 
     @classmethod
     def load(cls, path: str | Path) -> Golden:
-        """Raises UserError where the file is missing or not of this format."""
+        """Load the file. Raises UserError if it is missing or not of this format."""
         path = Path(path)
         try:
             with open_regular(path) as raw, np.load(raw, allow_pickle=False) as file:
@@ -58,7 +58,7 @@ class Golden:
         )
 
     def build_model(self, dtype: torch.dtype = torch.float32) -> M3AE:
-        """Our model of this file's config, with its parameters."""
+        """Build our model of this file's config, with its parameters."""
         c, m = self.meta["config"], self.meta
         same = (
             "emb_dim depth num_heads dec_emb_dim dec_depth dec_num_heads mlp_ratio output_head_depth use_type_embedding"
@@ -78,11 +78,11 @@ class Golden:
         return model.to(dtype)
 
     def parameter(self, group: str, name: str) -> Tensor:
-        """`params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
+        """Return `params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
         return self.at(f"{group}/{flax_name(name, self.meta['config']['output_head_depth'])}")
 
     def at(self, key: str) -> Tensor:
-        """The array of a parameter in our layout."""
+        """Return the array of a parameter in our layout."""
         return from_flax(key, self.arrays[key])
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class Golden:
             p.copy_(self.parameter("params", name))
 
     def samples(self, masked: bool = True) -> list[Sample]:
-        """The batch with its masks, or with everything visible."""
+        """Return the batch with its masks, or with everything visible."""
         images, text = self.get("in/image_u8"), self.get("in/text")
         size = next(len(array) for array in (images, text) if array is not None)
         samples = []
@@ -108,14 +108,15 @@ class Golden:
         return samples
 
     def valid(self, i: int) -> Tensor:
-        """bool [X]: text positions of sample i that are not padding. Raises ValueError where padding comes first."""
+        """Return which text positions of sample i are not padding, bool [X]. Raises ValueError if padding comes
+        first."""
         valid = self.arrays["in/text_padding_mask"][i] == 0
         if (valid[1:] > valid[:-1]).any():
             raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the text tokens")
         return torch.from_numpy(valid)
 
     def kept(self, modality: str) -> np.ndarray:
-        """Visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
+        """Return visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
         restore = self.arrays[f"in/{modality}_ids_restore"]
         ratio = self.meta["config"][f"{modality}_mask_ratio"]
         return np.argsort(restore)[: int(len(restore) * (1.0 - ratio))]

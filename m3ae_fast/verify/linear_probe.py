@@ -88,7 +88,7 @@ def _replay(
 def _end(
     golden: Golden, variant: str, settings: dict[str, Any], optimizer: LARS, tensors: dict[str, Tensor]
 ) -> Iterator[Quantity]:
-    """The momentum buffers, and what the steps changed."""
+    """Yield the momentum buffers, and what the steps changed."""
     tolerance = TOLERANCE_CHANGE
     for name in ("kernel", "bias"):
         buffer = optimizer.state[tensors[name]]["momentum_buffer"]
@@ -113,7 +113,7 @@ def _evaluation(golden: Golden, variant: str, head: LinearProbeHead, features_ND
 
 
 def _tensors(head: LinearProbeHead) -> dict[str, Tensor]:
-    """By their names in the file."""
+    """Return the tensors by their names in the file."""
     return {"kernel": head.linear.weight, "bias": head.linear.bias, "mean": head.norm.mean, "var": head.norm.var}
 
 

@@ -23,7 +23,7 @@ TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW: its division turns round
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """All comparisons of one file."""
+    """Yield all comparisons of one file."""
     model = golden.build_model(dtype).to(device)
     batch = pack(golden.samples(), model.geometry).to(device)
     yield from _encoder_outputs(golden, model, batch)

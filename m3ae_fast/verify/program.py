@@ -29,8 +29,8 @@ _KINDS = {
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """All comparisons of one file, of whatever kind it is. Raises UserError for whatever it lacks or has in a wrong
-    shape."""
+    """Yield all comparisons of one file, of whatever kind it is. Raises UserError for whatever it lacks or has in a
+    wrong shape."""
     replay = next((replay for key, replay in _KINDS.items() if key in golden.arrays), pretraining.quantities)
     try:
         yield from replay(golden, device, dtype)

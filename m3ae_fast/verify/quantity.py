@@ -18,8 +18,8 @@ class Quantity(NamedTuple):
 
 
 def relative_error(ours: Tensor, official: Tensor) -> float:
-    """||ours - official|| / ||official||, in float64; the plain norm where the official one is 0, infinite where the
-    shapes differ."""
+    """Return ||ours - official|| / ||official||, in float64; the plain norm where the official one is 0, infinite where
+    the shapes differ."""
     ours, official = ours.detach().double().cpu(), official.double()
     if ours.shape != official.shape:
         return math.inf

@@ -31,7 +31,8 @@ def convert_vqgan(path: str | Path, out: str | Path) -> VQGAN:
 
 
 def from_flax(arrays: Mapping[str, np.ndarray], where: str) -> VQGAN:
-    """The VQGAN of arrays by flax path ("params/encoder/Conv_0/kernel"). Raises UserError where they are of another."""
+    """Return the VQGAN of arrays by flax path ("params/encoder/Conv_0/kernel"). Raises UserError if they are of
+    another."""
     try:
         config = _config(arrays)
         vqgan = VQGAN(config)
@@ -49,7 +50,7 @@ def from_flax(arrays: Mapping[str, np.ndarray], where: str) -> VQGAN:
 
 
 def _config(arrays: Mapping[str, np.ndarray]) -> VQGANConfig:
-    """Sizes inferred from the shapes."""
+    """Infer sizes from the shapes."""
 
     def count(pattern: str) -> int:
         return len({match[0] for path in arrays if (match := re.match(f"params/{pattern}_[0-9]+/", path))})
@@ -65,7 +66,7 @@ def _config(arrays: Mapping[str, np.ndarray]) -> VQGANConfig:
 
 
 def _our_name(path: str, config: VQGANConfig) -> str | None:
-    """params/encoder/ResBlock_3/Conv_0/kernel -> encoder.blocks.3.conv1.weight."""
+    """Return our name: params/encoder/ResBlock_3/Conv_0/kernel -> encoder.blocks.3.conv1.weight."""
     if path == "params/quantizer/codebook":
         return "codebook"
     match = re.fullmatch(
@@ -87,7 +88,7 @@ def _our_name(path: str, config: VQGANConfig) -> str | None:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """float32; a kernel [height, width, in, out] as torch has it, [out, in, height, width]."""
+    """Return float32; a kernel [height, width, in, out] as torch has it, [out, in, height, width]."""
     tensor = torch.from_numpy(np.array(array, dtype=np.float32))
     return tensor.permute(3, 2, 0, 1).contiguous() if tensor.ndim == 4 else tensor
 

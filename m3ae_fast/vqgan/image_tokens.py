@@ -12,8 +12,8 @@ from m3ae_fast.vqgan.model import VQGAN
 
 
 def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) -> PackedBatch:
-    """`batch` with the ids of its patches that carry loss, on the device where batch and `vqgan` are; 0 for rows of
-    weight 0.
+    """Return `batch` with the ids of its patches that carry loss, on the device where batch and `vqgan` are; 0 for rows
+    of weight 0.
 
     The VQGAN takes pixels in [0, 1]: floating images, which are normalised, are put back. (The official code hands it
     the normalised ones, whatever they are.)

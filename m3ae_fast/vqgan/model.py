@@ -38,12 +38,12 @@ class VQGANConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels, in each direction, that a code stands for."""
+        """Return the pixels, in each direction, that a code covers."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, the finest first."""
+        """Return the channels of each level, the finest first."""
         return [self.filters * multiplier for multiplier in self.channel_multipliers]
 
 
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
 
 
 def _res_blocks(width: int, widths: list[int], count: int) -> nn.ModuleList:
-    """`count` blocks for each of `widths`, from `width` on."""
+    """Return `count` blocks for each of `widths`, from `width` on."""
     every = [w for w in widths for _ in range(count)]
     return nn.ModuleList(ResBlock(before, after) for before, after in zip([width, *every], every))
 
@@ -131,12 +131,12 @@ class VQGAN(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] floating in [0, 1] -> [B, h, w, E], before the codebook."""
+        """Return features before the codebook: [B, 3, H, W] floating in [0, 1] -> [B, h, w, E]."""
         return self.encoder(images.to(self.codebook.dtype)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The nearest code at each position, by squared distance.
+        """Return the nearest code at each position, by squared distance.
 
         Args:
             images: [B, 3, H, W], uint8 or floating in [0, 1]; H and W multiples of the stride.
@@ -160,11 +160,11 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """int [B, h, w] -> images [B, 3, H, W], nearly within [0, 1]."""
+        """Return images [B, 3, H, W], nearly within [0, 1], of codes, int [B, h, w]."""
         return self.decoder(self.codebook[ids.long()].permute(0, 3, 1, 2).contiguous())
 
     def check_fits(self, patch_size: int, codebook_size: int, where: str) -> None:
-        """Raises UserError where a code does not stand for a patch, or the codes are more or fewer than the model's."""
+        """Raise UserError if a code does not cover exactly a patch, or the codes are more or fewer than the model's."""
         stride = self.config.stride
         if patch_size != stride:
             raise UserError(
@@ -187,7 +187,7 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VQGAN:
-        """What `save_pretrained` wrote. Raises UserError where a file is missing, damaged or of something else."""
+        """Load what `save_pretrained` wrote. Raises UserError if a file is missing, damaged or of something else."""
         folder = Path(folder).expanduser()
         try:
             data = read_json(folder / CONFIG_FILE)

@@ -13,7 +13,7 @@ from m3ae_fast.weights.output_folder import FILES
 
 
 def find_folder(source: str | Path) -> Path:
-    """`source` itself where it exists, else a copy of what the hub has under that name.
+    """Return `source` itself if it exists, else a copy of what the hub has under that name.
 
     Raises:
         UserError: neither a path nor a model of the hub, or the hub does not answer.

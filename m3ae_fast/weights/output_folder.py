@@ -19,14 +19,14 @@ from m3ae_fast.whole_file import put_in_place
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
-# of integers and booleans nobody knows what they stand for, and float8 has scales elsewhere
+# not integers and booleans, whose meaning is unknown, nor float8, whose scales are elsewhere
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 
 
 @contextmanager
 def output_folder(out: str | Path) -> Iterator[Path]:
-    """An empty folder to fill with FILES, which takes the place of `out` when the block ends.
+    """Make an empty folder to fill with FILES, which takes the place of `out` when the block ends.
 
     Raises:
         UserError: `out` is a file, or a folder that holds anything but an earlier output of this package; or the disk
@@ -90,7 +90,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The weights in a safetensors file, by name.
+    """Return the weights in a safetensors file, by name.
 
     Raises:
         OSError, SafetensorError: it cannot be read, or is damaged.
@@ -102,7 +102,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError naming the first tensor that is of none of DTYPES."""
+    """Raise UserError naming the first tensor that is of none of DTYPES."""
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -111,5 +111,5 @@ def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """As safetensors, with the mark by which `output_folder` knows them again."""
+    """Write safetensors, with the mark by which `output_folder` knows them again."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=_MARK)

@@ -52,7 +52,7 @@ class Pretrained:
 
 
 def is_encoder(names: Iterable[str]) -> bool:
-    """Whether weights of these names are only an encoder."""
+    """Return whether weights of these names are only an encoder."""
     return all(name.startswith(ENCODER) for name in names)
 
 
@@ -74,8 +74,8 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
 
 
 def _preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """How an image becomes the input, as transformers' image processors read it. Perceiver's is the one that cuts out
-    the central square before it resizes; the others cut afterwards."""
+    """Describe how an image becomes the input, as transformers' image processors read it. Perceiver's is the one that
+    cuts out the central square before it resizes; the others cut afterwards."""
     size = {"height": config.image_size, "width": config.image_size}
     return {
         "image_processor_type": "PerceiverImageProcessor",
@@ -94,7 +94,7 @@ def _preprocessing(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_pretrained(source: str | Path) -> Pretrained:
-    """What `write_pretrained` wrote into a folder, or what the hub has under a name.
+    """Read what `write_pretrained` wrote into a folder, or what the hub has under a name.
 
     Raises:
         UserError: there is no such folder or model, or a file is missing or damaged.
@@ -115,7 +115,7 @@ def read_pretrained(source: str | Path) -> Pretrained:
 
 
 def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
-    """Raises UserError naming the first setting under which the weights of `start` would compute something else."""
+    """Raise UserError naming the first setting under which the weights of `start` would compute something else."""
     unseen = (*_UNSEEN, "dec_num_heads", "image_targets") if start.has_decoder else _UNSEEN
     for name in unseen:
         was, now = getattr(start.config, name), getattr(config, name)
@@ -124,8 +124,8 @@ def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
 
 
 def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
-    """The module that `make` gives, with the weights `state`. Its sizes come from a file too: no memory is taken for
-    them before they are known to be those of the weights. Errors as in `check_weights`."""
+    """Return the module that `make` gives, with the weights `state`. Its sizes come from a file too: no memory is taken
+    for them before they are known to be those of the weights. Errors as in `check_weights`."""
     with torch.device("meta"):
         check_weights(make(), state, where)
     model = make()
@@ -134,8 +134,8 @@ def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
-    """Strict load, but that the decoder may be missing as a whole, and then stays. Returns whether it was there. With
-    `assign` the tensors themselves become the weights.
+    """Load strictly, except that the decoder may be missing as a whole, and then stays. Returns whether it was there.
+    With `assign` the tensors themselves become the weights.
 
     Raises:
         UserError: naming the first weight that does not fit.
@@ -146,7 +146,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assi
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """As `load_weights`, without loading."""
+    """Check the weights as `load_weights` does, without loading."""
     check_dtypes(state, where)
     own = model.state_dict()
     if is_encoder(state):

@@ -63,7 +63,7 @@ def test_statistics_are_numpys(shards, store):
     assert found.formats == {"PNG": 4, "GIF": 4}
     assert found.labels == {0: 3, 1: 3, 2: 2, None: 6}
     assert list(found.bad.values()) == [2] and "not an image" in next(iter(found.bad))
-    torch.testing.assert_close(found.shares_C256.sum(1), torch.full((3,), 8.0, dtype=torch.float64))
+    torch.testing.assert_close(found.fractions_C256.sum(1), torch.full((3,), 8.0, dtype=torch.float64))
 
 
 def test_captions_are_counted_in_tokens(shards, store, tokenizer_file):
@@ -117,7 +117,7 @@ def test_deep_images_are_counted_as_their_range_says(tmp_path, store):
     values = np.arange(600, 856).reshape(16, 16)
     shard = write_tar(tmp_path / "a.tar", [("0.png", png(values, 16, 0))])
     found = look(shard, store, channels=1, image_range=(600, 855))
-    assert torch.equal(found.shares_C256, torch.full((1, 256), 1 / 256, dtype=torch.float64))
+    assert torch.equal(found.fractions_C256, torch.full((1, 256), 1 / 256, dtype=torch.float64))
     assert "set data.range" in next(iter(look(shard, store).bad))
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from m3ae_fast.config.transfer import EncodeConfig, ProbeConfig
+from m3ae_fast.config.transfer import EncodeConfig, LinearProbeConfig
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.open_model import open_model
@@ -20,12 +20,12 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import write_tar
 from tests.transfer.conftest import pictures, settings
 
-FAST = settings("probe.peak_lr=30", "probe.global_batch=24", "probe.micro_batch=8", "probe.warmup_epochs=2")
+FAST = settings("linear.peak_lr=30", "linear.global_batch=24", "linear.micro_batch=8", "linear.warmup_epochs=2")
 
 
 @pytest.mark.parametrize("options", [["--cache-features"], []])
 def test_colours_are_told_apart(transfer, run, tmp_path, options):
-    result = transfer("linear", "--labels", "json.name", *options, *FAST, *settings("probe.epochs=15"))
+    result = transfer("linear", "--labels", "json.name", *options, *FAST, *settings("linear.epochs=15"))
     assert (result["top1"], result["steps"], result["classes"]) == (1.0, 30, 3)
     assert pictures(tmp_path / "out") == ["confusion", "training"]
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
@@ -42,7 +42,7 @@ def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
     with join_ranks() as ranks:
         head = LinearProbeHead(8, 3)
         weight = head.linear.weight.detach().clone()
-        engine = ProbeEngine(head, ProbeConfig(), ranks, None, EncodeConfig())
+        engine = ProbeEngine(head, LinearProbeConfig(), ranks, None, EncodeConfig())
         parts = [EncodedBatch(list("abcdef"), features[:6], labels[:6]), EncodedBatch([], features[6:], labels[6:])]
         (losses,), _ = engine.step(parts, 12.0, lr=0.5)
     normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
@@ -56,7 +56,7 @@ def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
 
 @pytest.mark.parametrize("options", [["--cache-features"], []])
 def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, monkeypatch, options):
-    options = [*options, *FAST, *settings("probe.steps=6", "probe.save_every=2")]
+    options = [*options, *FAST, *settings("linear.steps=6", "linear.save_every=2")]
     whole = transfer("linear", *options, out="whole")
     save = checkpoint.save
 
@@ -71,7 +71,7 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, mon
     monkeypatch.undo()
     with pytest.raises(UserError, match="already holds checkpoints"):
         transfer("linear", *options, out="cut")
-    for other, was in (("encode.pool=cls", "mean"), ("probe.global_batch=48", "24")):
+    for other, was in (("encode.pool=cls", "mean"), ("linear.global_batch=48", "24")):
         name, _, now = other.partition("=")
         with pytest.raises(UserError, match=f"was made with {name} = {was}, the config says {now}"):
             transfer("linear", *options, "--resume", "auto", *settings(other), out="cut")
@@ -81,10 +81,28 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, mon
     assert states[0].read_bytes() == states[1].read_bytes()
 
 
+def test_the_section_s_former_name_still_works_with_a_note(transfer, tmp_path, capsys):
+    options = ["--cache-features", "--labels", "json.name"]
+    transfer("linear", *options, *settings("probe.steps=1", "probe.warmup_epochs=0", "probe.global_batch=8"))
+    assert "note: --set probe: is called linear now" in capsys.readouterr().err
+    info_file = checkpoint.saved_steps(tmp_path / "out")[-1] / checkpoint.INFO_FILE
+    info = json.loads(info_file.read_text())
+    assert (info["config"]["linear"]["steps"], info["config"]["linear"]["global_batch"]) == (1, 8)
+
+    (tmp_path / "out/result.json").unlink()
+    info["config"]["probe"] = info["config"].pop("linear")  # as checkpoints had it
+    info_file.write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"was made with linear\.global_batch = 8, the config says 16"):
+        transfer("linear", *options, "--resume", "auto", *settings("linear.steps=2", "linear.global_batch=16"))
+    more = settings("linear.steps=2", "linear.warmup_epochs=0", "linear.global_batch=8")
+    assert transfer("linear", *options, "--resume", "auto", *more)["steps"] == 2
+    assert "note: --set" not in capsys.readouterr().err
+
+
 def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
     """They are normalised with the statistics of training, not with their own."""
     val = labelled_tar(tmp_path / "red.tar", range(101, 125, 3))
-    result = transfer("linear", "--cache-features", *FAST, *settings("probe.epochs=15", "encode.pool=cls"), val=val)
+    result = transfer("linear", "--cache-features", *FAST, *settings("linear.epochs=15", "encode.pool=cls"), val=val)
     assert (result["top1"], result["val_samples"], result["train_samples"]) == (1.0, 8, 48)
     saved = Classifier.from_pretrained(tmp_path / "out").config
     assert (saved.pool, saved.head, saved.modality, saved.classes) == ("cls", "linear", "image", [0, 1, 2])
@@ -94,7 +112,7 @@ def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
     """One of five."""
     broken = [("99.png", b""), ("99.txt", b"red"), ("99.cls", b"2")]
     train = write_tar(tmp_path / "train.tar", [*labelled_members(range(4)), *broken])
-    options = settings("probe.global_batch=5", "probe.micro_batch=5", "probe.steps=2")
+    options = settings("linear.global_batch=5", "linear.micro_batch=5", "linear.steps=2")
     result = transfer("linear", *options, *settings("data.max_bad_fraction=0.2"), train=train)
     assert result["skipped"] == 2
     with pytest.raises(UserError, match="1 of 5 samples cannot be used"):
@@ -112,7 +130,7 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
 
 
 def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
-    options = [*FAST, *settings("probe.steps=3", "encode.batch=4", "encode.precision=fp32")]
+    options = [*FAST, *settings("linear.steps=3", "encode.batch=4", "encode.precision=fp32")]
     transfer("linear", *options, out="one")
     command = ["linear", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
     command += [*settings("data.workers=0"), *options]
@@ -124,8 +142,8 @@ def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
 
 
 def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
-    with pytest.raises(UserError, match=r"not finite.*lower probe.peak_lr"):
-        transfer("linear", "--cache-features", *FAST, *settings("probe.peak_lr=1e30", "probe.steps=20"))
+    with pytest.raises(UserError, match=r"not finite.*lower linear.peak_lr"):
+        transfer("linear", "--cache-features", *FAST, *settings("linear.peak_lr=1e30", "linear.steps=20"))
 
 
 def test_epochs_of_cached_features_are_other_permutations_each():

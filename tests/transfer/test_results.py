@@ -19,7 +19,7 @@ QUICK = {
     "knn": (),
     "ood": (),
     "retrieval": (),
-    "linear": ("--cache-features", *settings("probe.steps=2", "probe.global_batch=16", "probe.warmup_epochs=0")),
+    "linear": ("--cache-features", *settings("linear.steps=2", "linear.global_batch=16", "linear.warmup_epochs=0")),
     "finetune": settings("finetune.steps=1", "finetune.global_batch=16", "finetune.micro_batch=16"),
 }
 

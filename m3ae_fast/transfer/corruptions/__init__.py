@@ -37,7 +37,7 @@ class Corruption:
     severity: int
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """uint8 [3, H, W] -> the same. All that is drawn depends on `seed` alone."""
+        """Corrupt an image, uint8 [3, H, W]. All that is drawn depends on `seed` alone."""
         corrupt, parameters = KINDS[self.kind]
         x_HWC = image.permute(1, 2, 0).numpy() / 255
         x_HWC = corrupt(x_HWC, parameters[self.severity - 1], np.random.default_rng(seed))

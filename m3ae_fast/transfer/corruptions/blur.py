@@ -18,7 +18,7 @@ def gaussian_blur(x: np.ndarray, sigma: float, _: Any) -> np.ndarray:
 
 
 def defocus_blur(x: np.ndarray, parameters: tuple[int, float], _: Any) -> np.ndarray:
-    """A disk of a radius, its edge softened by a Gaussian of 3 pixels, of 5 from radius 9 on."""
+    """Blur with a disk of a radius, its edge softened by a Gaussian of 3 pixels, of 5 from radius 9 on."""
     radius, sigma = parameters
     reach = max(8, radius)
     offsets = np.arange(-reach, reach + 1)
@@ -29,7 +29,7 @@ def defocus_blur(x: np.ndarray, parameters: tuple[int, float], _: Any) -> np.nda
 
 
 def _shrunk(kernel: np.ndarray, scale: float) -> np.ndarray:
-    """A kernel of odd side for images that are `scale` times as large: its areas averaged, its sum kept."""
+    """Return a kernel of odd side for images that are `scale` times as large: its areas averaged, its sum kept."""
     side = 2 * math.ceil((len(kernel) * scale - 1) / 2) + 1
     source = side / scale  # pixels of the kernel that the new one covers
     margin = math.ceil(max(0.0, source - len(kernel)) / 2)
@@ -41,8 +41,8 @@ def _shrunk(kernel: np.ndarray, scale: float) -> np.ndarray:
 
 
 def glass_blur(x: np.ndarray, parameters: tuple[float, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Between two Gaussian blurs each pixel is swapped with one near it, some times over. Where the reach of a swap is
-    rounded down, more swaps make up for it: displacements have the mean square that is meant."""
+    """Swap each pixel with one near it, several times, between two Gaussian blurs. Where the reach of a swap is rounded
+    down, more swaps make up for it, so that displacements keep their mean square."""
     sigma, meant, rounds = parameters
     reach = max(1, int(meant * scale(x)))
     swaps = rounds * scale(x) ** 2 * (2 * meant**2 + 1) / (2 * reach**2 + 1)  # of each pixel
@@ -59,13 +59,14 @@ def glass_blur(x: np.ndarray, parameters: tuple[float, int, int], rng: np.random
 
 
 def motion_blur(x: np.ndarray, parameters: tuple[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Along a line at most 45 degrees from the horizontal."""
+    """Blur along a line at most 45 degrees from the horizontal."""
     radius, sigma = parameters
     return trail(x, radius, sigma, rng.uniform(-45, 45), scale(x))
 
 
 def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float = 1.0) -> np.ndarray:
-    """ImageMagick's motion blur: half a Gaussian over 2 * radius + 1 steps of `scale` pixels; edges are repeated."""
+    """Blur as ImageMagick's motion blur: half a Gaussian over 2 * radius + 1 steps of `scale` pixels; edges are
+    repeated."""
     steps, angle = np.arange(2 * radius + 1), math.radians(degrees)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     downs, rights = (np.ceil(steps * scale * way - 0.5).astype(int) for way in (math.sin(angle), math.cos(angle)))
@@ -80,14 +81,14 @@ def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float
 
 
 def zoom_blur(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarray:
-    """The mean of the image and its centre at growing zooms, up to an end in steps."""
+    """Return the mean of the image and its centre at growing zooms, up to an end in steps."""
     end, step = parameters
     zooms = np.arange(1, end, step)
     return (x + sum(zoomed(x, zoom) for zoom in zooms)) / (len(zooms) + 1)
 
 
 def zoomed(x: np.ndarray, zoom: float) -> np.ndarray:
-    """The centre, as large as the whole."""
+    """Return the centre, as large as the whole."""
     height, width = x.shape[:2]
     h, w = int(np.ceil(height / zoom)), int(np.ceil(width / zoom))
     top, left = (height - h) // 2, (width - w) // 2

@@ -12,13 +12,13 @@ from scipy import fft, ndimage
 from m3ae_fast.transfer.corruptions.sizes import STANDARD, resized, scale
 
 
-def contrast(x: np.ndarray, share: float, _: Any) -> np.ndarray:
+def contrast(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
     mean = x.mean(axis=(0, 1), keepdims=True)
-    return (x - mean) * share + mean
+    return (x - mean) * factor + mean
 
 
 def saturate(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarray:
-    """HSV's saturation times a factor plus a term; grey has hue 0, red."""
+    """Multiply HSV's saturation by a factor and add a term; grey has hue 0, red."""
     factor, added = parameters
     value = x.max(axis=2, keepdims=True)
     spread = value - x.min(axis=2, keepdims=True)
@@ -29,8 +29,8 @@ def saturate(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarr
 
 
 def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """An affine map that moves three corners of a central square by up to `jitter` pixels, then a displacement of each
-    pixel: uniform noise, smoothed by a Gaussian of `sigma` pixels, times `amplitude`."""
+    """Distort by an affine map that moves three corners of a central square by up to `jitter` pixels, then by a
+    displacement of each pixel: uniform noise, smoothed by a Gaussian of `sigma` pixels, times `amplitude`."""
     amplitude, sigma, jitter = parameters
     centre, half, size = STANDARD // 2, STANDARD // 3, x.shape[0]
     corners = np.array([(centre + half, centre + half), (centre + half, centre - half), (centre - half, centre - half)])
@@ -44,16 +44,16 @@ def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.rando
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
-    """A Gaussian filter of planes [.., n, n] that are mirrored at their edges: a product of cosine coefficients, at no
-    cost that grows with sigma."""
+    """Smooth planes [.., n, n], mirrored at their edges, by a Gaussian: a product of cosine coefficients, whose cost
+    does not grow with sigma."""
     n = x.shape[-1]
     decay = np.exp(-0.5 * (sigma * np.pi * np.arange(n) / n) ** 2)
     return fft.idctn(fft.dctn(x, axes=(-2, -1)) * np.outer(decay, decay), axes=(-2, -1))
 
 
-def pixelate(x: np.ndarray, share: float, _: Any) -> np.ndarray:
+def pixelate(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
     image = _image(x)
-    small = image.resize([max(1, int(side * share)) for side in image.size], Image.Resampling.BOX)
+    small = image.resize([max(1, int(side * factor)) for side in image.size], Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255
 
 

@@ -13,9 +13,9 @@ def shot_noise(x: np.ndarray, photons: float, rng: np.random.Generator) -> np.nd
     return rng.poisson(x * photons) / photons
 
 
-def impulse_noise(x: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Salt and pepper, of each channel by itself."""
-    return np.where(rng.random(x.shape) < share, rng.random(x.shape) < 0.5, x)
+def impulse_noise(x: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Add salt and pepper to each channel by itself."""
+    return np.where(rng.random(x.shape) < fraction, rng.random(x.shape) < 0.5, x)
 
 
 def speckle_noise(x: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:

@@ -9,12 +9,12 @@ STANDARD = 224  # pixels
 
 
 def scale(x: np.ndarray) -> float:
-    """What a length is multiplied by for the image `x` [H, W, C]."""
+    """Return the factor of lengths for the image `x` [H, W, C]."""
     return x.shape[0] / STANDARD
 
 
 def resized(layer: np.ndarray, size: int) -> np.ndarray:
-    """A layer [H, W], or planes of one [C, H, W], at `size` x `size`; shrunk without aliasing."""
+    """Return a layer [H, W], or planes of one [C, H, W], at `size` x `size`; shrunk without aliasing."""
     if layer.ndim == 3:
         return np.stack([resized(plane, size) for plane in layer])
     image = Image.fromarray(layer.astype(np.float32))

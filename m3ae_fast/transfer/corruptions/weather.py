@@ -19,22 +19,22 @@ _EMBOSS = np.array([[2, 1, 0], [1, 1, -1], [0, -1, -2]])  # as a convolution
 
 
 def brightness(x: np.ndarray, added: float, _: Any) -> np.ndarray:
-    """Added to HSV's value, with hue and saturation as they are."""
+    """Add to HSV's value, with hue and saturation as they are."""
     value = x.max(axis=2, keepdims=True)
     brighter = (value + added).clip(0, 1)
     return np.where(value > 0, x * brighter / np.maximum(value, 1e-12), brighter)
 
 
 def fog(x: np.ndarray, parameters: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Clouds added, and the whole divided so that what is brightest stays so."""
+    """Add clouds, and divide the whole so that what is brightest stays so."""
     amount, decay = parameters
     clouds = resized(plasma(decay, rng), x.shape[0])[..., None]
     return (x + amount * clouds) * x.max() / (x.max() + amount) if x.any() else x
 
 
 def plasma(decay: float, rng: np.random.Generator) -> np.ndarray:
-    """Clouds in [0, 1], [224, 224]: the diamond-square algorithm (Fournier, Fussell & Carpenter 1982) on a torus of 256
-    pixels. Each halving of the distance divides the noise by `decay` squared."""
+    """Return clouds in [0, 1], [224, 224]: the diamond-square algorithm (Fournier, Fussell & Carpenter 1982) on a torus
+    of 256 pixels. Each halving of the distance divides the noise by `decay` squared."""
     heights, spread = np.zeros((1, 1)), 1.0
 
     def between(*points: np.ndarray) -> np.ndarray:
@@ -52,15 +52,15 @@ def plasma(decay: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def frost(x: np.ndarray, parameters: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """A texture added to the darkened image."""
+    """Add a texture to the darkened image."""
     kept, added = parameters
     texture = np.stack([resized(plane, x.shape[0]) for plane in frost_texture(rng).transpose(2, 0, 1)], axis=2)
     return kept * x + added * texture
 
 
 def frost_texture(rng: np.random.Generator) -> np.ndarray:
-    """Ice on a window, [224, 224, 3] in [0, 1]: fern-like crystals that grow from the edges, over a pale haze. A
-    stand-in for the photographs that the paper's code ships, drawn anew for each image."""
+    """Return ice on a window, [224, 224, 3] in [0, 1]: fern-like crystals that grow from the edges, over a pale haze.
+    It replaces the photographs that the paper's code ships, and is drawn anew for each image."""
     crystals = Image.new("L", (2 * STANDARD, 2 * STANDARD))
     draw = ImageDraw.Draw(crystals)
     for _ in range(22):
@@ -76,7 +76,8 @@ def frost_texture(rng: np.random.Generator) -> np.ndarray:
 def _grow(
     draw: ImageDraw.ImageDraw, at: tuple[float, float], angle: float, length: float, rng: np.random.Generator
 ) -> None:
-    """A stem that bends a little, with pairs of branches at 60 degrees, as ice has them, shorter towards its tip."""
+    """Grow a stem that bends a little, with pairs of branches at 60 degrees, as ice has them, shorter towards its
+    tip."""
     step, grown = 9.0, 0.0
     while grown < length:
         angle += rng.normal(0, 2.5)
@@ -90,7 +91,7 @@ def _grow(
 
 
 def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Flakes with trails, twice, on a whitened image."""
+    """Draw flakes with trails, twice, on a whitened image."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
     flakes = zoomed(rng.normal(mean, deviation, (STANDARD, STANDARD, 1)), zoom)
     flakes = np.where(flakes < threshold, 0, flakes).clip(0, 1)
@@ -101,7 +102,7 @@ def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator)
 
 
 def spatter(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Drops of water, or of mud."""
+    """Draw drops of water, or of mud."""
     mean, deviation, sigma, threshold, strength, mud = parameters
     liquid = ndimage.gaussian_filter(rng.normal(mean, deviation, (STANDARD, STANDARD)), sigma, mode="nearest")
     wet = liquid >= threshold
@@ -115,7 +116,7 @@ def spatter(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generat
 
 
 def _relief(wet: np.ndarray) -> np.ndarray:
-    """How light falls on drops, [0, 255]: their distance from an edge, equalised and embossed."""
+    """Return how light falls on drops, [0, 255]: their distance from an edge, equalised and embossed."""
     edge = wet & ~ndimage.binary_erosion(wet)
     distance = np.minimum(ndimage.distance_transform_edt(~edge), 20) if edge.any() else np.full(wet.shape, 20.0)
     _, level, counts = np.unique(_mean(distance).astype(int), return_inverse=True, return_counts=True)
