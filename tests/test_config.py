@@ -294,7 +294,7 @@ def test_dry_run_fails_on_what_a_start_would_fail_on(run):
 def test_dry_run_says_what_travels(run):
     code, out = run("--dry-run", "--world", "4", "--set", "train.micro_batch=3", out=True)
     assert code == 0 and "16 = 4 GPUs x 2 samples x 2 accumulated (" in out
-    assert "16 = 3 GPUs x 6 samples x 1 accumulated at most" in run("--dry-run", "--world", "3", out=True)[1]
+    assert "16 = 3 GPUs x 3 samples x 2 accumulated at most" in run("--dry-run", "--world", "3", out=True)[1]
     for needed in ("sent per GPU and step", "cores per GPU", "GB per GPU", "512 samples, 512 held out"):
         assert needed in out
     one, many = (network_bytes(1000, 0, world, 1, False, True) for world in (1, 1000))
