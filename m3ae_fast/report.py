@@ -94,7 +94,7 @@ def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        for path in filter(Path.is_file, sorted(folder.rglob("result.json"))):
+        for path in sorted(folder.rglob("result.json")):
             try:
                 result = read_json(path)
             except (OSError, ValueError) as error:

@@ -133,13 +133,13 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, messag
 
 
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
-    """Crop, mask and transform of all views and epochs: a seed of its own for each."""
+    """Crop, mask, transform and forward pass of all views and epochs: a seed of its own for each."""
     seeds = []
     monkeypatch.setattr(dataset, "hash64", lambda *key: seeds.append(hash64(*key)) or seeds[-1])
     loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2})
     loader.dataset.transform = lambda image, seed: image
     assert sum(len(batch.keys) for batch in loader) == 72
-    assert len(seeds) == len(set(seeds)) == 3 * 72
+    assert len(seeds) == len(set(seeds)) == 4 * 72
 
 
 def test_samples_are_found_by_key_behind_shards_with_captions_alone(load, tmp_path):

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(en
 
 
 def test_readme_examples():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 6
     names: dict = {}
     for block in BLOCKS:
         exec(block, names)
