@@ -1,3 +1,4 @@
+import json
 import logging
 import multiprocessing
 import os
@@ -8,6 +9,8 @@ import subprocess
 import threading
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch
 from m3ae_fast.batch.bad_samples import BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import dataset, open_corpus
 from m3ae_fast.data.dataset import FETCHING
@@ -23,6 +27,7 @@ from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.data.workers import Loader, default_workers
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.encode import unmasked_sample
 from m3ae_fast.process.failures import explain
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
@@ -340,6 +345,23 @@ def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
     good = dict(stream(load(write_tar(tmp_path / "b.tar", [*members(range(4)), *members(range(4, 8))]), steps=2)))
     for key, sample in content(batch):  # the others are what they are without it
         assert good[key.replace("a.tar", "b.tar")] == sample
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_caption_on_which_the_tokenizers_library_panics_is_a_bad_sample(load, tmp_path, tokenizer_file, workers):
+    definition = json.loads(Path(tokenizer_file).read_text())
+    rule = {"type": "Replace", "pattern": {"Regex": "(?:a|aa)+$"}, "content": "a"}  # tries for ever, and gives up
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": rule}))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"), 8)
+    text = "a" * 60 + "b"
+    files = [*members(range(3)), ("x.jpg", picture(0)), ("x.txt", text.encode()), *members(range(4, 8))]
+    path = write_tar(tmp_path / "a.tar", files)
+    (batch,) = load(path, micro_batch=8, steps=1, tokenizer=tokenizer, config={"workers": workers})
+    assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
+    (skipped,) = batch.skipped
+    assert skipped.key == "x" and skipped.reason.startswith("the tokenizer fails: the library panics: Onig")
+    with pytest.raises(ValueError, match="a text cannot be used: the tokenizer fails"):
+        unmasked_sample(0, None, text, SimpleNamespace(), tokenizer)
 
 
 def test_a_batch_may_be_empty(load, tmp_path):
