@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import threading
+import traceback
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -115,19 +116,28 @@ def test_the_global_generator_is_left_alone(load, paired):
 
 
 @pytest.mark.parametrize(
-    "message, told",
+    "failure, told",
     [
-        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "/dev/shm is full"),
-        ("cannot be pickled", "a loader worker was killed"),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+            "/dev/shm is full",
+        ),
+        (RuntimeError("cannot be pickled"), "a loader worker was killed"),
+        (MemoryError(), "a loader worker was killed, perhaps for lack of memory"),
     ],
+    ids=repr,
 )
-def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, message, told):
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failure, told):
     """The queue's thread would drop it, and the loader wait for ever; here sharing memory fails as on a full disk."""
 
     def refuse(storage):
-        raise RuntimeError(message)
+        raise failure
+
+    def no_memory(*_):
+        raise MemoryError
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traceback, "print_exception", no_memory)
         patch.setitem(ForkingPickler._extra_reducers, torch.UntypedStorage, refuse)
         with pytest.raises(RuntimeError, match="DataLoader worker") as error:
             next(iter(load(paired, steps=20, config={"workers": 1})))
