@@ -1,9 +1,15 @@
 """Pre-training of multimodal masked autoencoders (M3AE, arXiv 2205.14204) and their relatives, fast."""
 
+import os
+import sys
+
 from m3ae_fast.home import settle_home
+from m3ae_fast.memory import shown_in_one_line
 
 __all__ = ["__version__"]
 
+if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(__file__):
+    sys.excepthook = shown_in_one_line  # a command of this package is being started
 settle_home()  # before other libraries look for it
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from m3ae_fast.memory import no_memory, out_of_memory
+
 
 class UserError(Exception):
     """A mistake in config, data, checkpoint or command line: one line that names the thing and what to do.
@@ -14,11 +16,15 @@ class UserError(Exception):
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:
-    """Run a program's main; a UserError, or what the system refuses (a full disk), becomes one line on stderr and exit
-    code 2, Ctrl-C code 130."""
+    """Run a program's main; a UserError, a lack of memory, or what the system refuses (a full disk), becomes one line
+    on stderr and exit code 2, Ctrl-C code 130."""
     try:
         return main()
-    except (UserError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, UserError) and out_of_memory(error):
+            error = UserError(no_memory(error))
+        if not isinstance(error, (UserError, OSError)):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -107,7 +107,10 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
     ids: list[int] = []
     masked: list[bool] = []
     for number, part in enumerate(text.split(MASK)):
-        own = model.tokenizer.encode(part).tolist()
+        try:
+            own = model.tokenizer.encode(part).tolist()
+        except BadSample as error:
+            raise UserError(f"{part!r}: {error}") from None
         ids += ([0] if number else []) + own
         masked += ([True] if number else []) + [False] * len(own)
     length = model.config.text_length

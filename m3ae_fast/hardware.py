@@ -102,12 +102,6 @@ def pins_memory(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that the GPU or this machine has no memory left."""
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's and CUDA's
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
-
-
 def peak_memory(device: torch.device) -> int:
     """Return bytes: the most that torch held on the GPU, or the most that this process held in RAM."""
     if device.type == "cuda":

@@ -2,6 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.errors import UserError
 from m3ae_fast.fill import fill_text, main, make_sample
 from m3ae_fast.open_model import open_model
@@ -65,3 +67,13 @@ def test_mistakes_are_one_line(run, photo, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             main([str(run), *options])
+
+
+def test_a_text_on_which_the_tokenizer_fails_is_one_line(run, photo, monkeypatch):
+    def fails(self, caption):
+        raise BadSample("the tokenizer fails: so it is")
+
+    model = open_model(str(run), text=True)
+    monkeypatch.setattr(CaptionTokenizer, "encode", fails)
+    with pytest.raises(UserError, match="'a ': the tokenizer fails: so it is"):
+        make_sample(model, photo, "a [MASK]", 1.0, 0)

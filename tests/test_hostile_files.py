@@ -311,6 +311,16 @@ def test_any_damage_to_the_files_of_a_checkpoint(tmp_path, saved, cut, edits, ch
     look_at(path)
 
 
+def test_a_pipe_in_the_place_of_a_checkpoints_state_is_not_waited_for(tmp_path, saved):
+    path = tmp_path / saved.name
+    path.mkdir()
+    (path / checkpoint.INFO_FILE).write_bytes((saved / checkpoint.INFO_FILE).read_bytes())
+    os.mkfifo(path / checkpoint.STATE_FILE)
+    for read in (checkpoint.open_state, checkpoint.read_weights, lambda path: checkpoint.check_tensors(path, {})):
+        with pytest.raises(UserError, match=r"state\.safetensors is damaged .*is not a regular file"):
+            read(path)
+
+
 @fuzz(60)
 @given(lines=st.lists(st.binary(max_size=30) | JSON.map(lambda v: json.dumps({"step": v}).encode()), max_size=6))
 def test_any_metrics_of_an_earlier_attempt(tmp_path, lines):

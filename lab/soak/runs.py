@@ -11,13 +11,12 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
@@ -25,7 +24,10 @@ from typing import IO, cast
 import psutil
 
 from lab.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, Running, no_large_files
+from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.run import checkpoint
+from tests.helpers.pictures import CASES
+from tests.helpers.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 CLIPART = ROOT / "data/openclipart"
@@ -55,6 +57,10 @@ CONFIG = {
     },
     "deepspeed": None,
 }  # fmt: skip
+ODD_CAPTIONS = (  # of which some are bad samples and none may change another
+    b"", b" \n", b"a\0cat\0", b"\0" * 64, b"\xff\xfe\x00a", b"cat " * 20_000, b"a" * 100_000,
+    "\u202ec\u0301at \U0001f408".encode(),
+)  # fmt: skip
 _BITWISE = ("step", "loss", "image_loss", "text_loss", "grad_norm", "lr", "val_image_loss", "val_text_loss")
 
 
@@ -162,7 +168,7 @@ class Soak:
         """
         self.tally.starts += 1
         run_dir = self.folder / name
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
         options = ["--set", f"run.dir={run_dir}", "--set", f"data.cache_dir={run_dir / 'cache'}", "--resume", "auto"]
         with open(self.folder / "log", "w+", encoding="utf-8", errors="replace") as log:
             process = subprocess.Popen(
@@ -230,19 +236,35 @@ def _step(run_dir: Path) -> int:
 
 
 def _with_broken_samples(path: Path) -> Path:
-    """A shard of which every sixteenth image is cut short and the last sample is missing, as its end mark is."""
+    """Write a shard of pictures of every kind, captions that are hardly any, images of which every sixteenth is cut
+    short, and an end in the middle of the last sample."""
+    odd = _odd_samples()
     with tarfile.open(CLIPART / "train-0001.tar") as source, tarfile.open(path, "w") as shard:
         for i, member in enumerate(source.getmembers()):
             data = cast("IO[bytes]", source.extractfile(member)).read()
             if member.name.endswith(".jpg") and i % 16 == 0:
                 data = data[: len(data) // 2]
-            member.size = len(data)
-            shard.addfile(member, io.BytesIO(data))
+            _add(shard, member.name, data)
+            if i % 8 == 0:
+                for name, part in next(odd, {}).items():
+                    _add(shard, name, part)
+        assert next(odd, None) is None
     os.truncate(path, path.stat().st_size - 12_000)
     return path
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _odd_samples() -> Iterator[dict[str, bytes]]:
+    """The parts of each by their names: a picture of some kind with one caption after another."""
+    suffixes = {"JPEG": "jpg", "TIFF": "tif", "JPEG 2000": "jp2"}
+    for number, (case, caption) in enumerate(zip(CASES, itertools.cycle(ODD_CAPTIONS))):
+        suffix = suffixes.get(case.fmt, case.fmt.lower())
+        yield {
+            f"odd-{number}.{suffix if suffix in IMAGE_SUFFIXES else 'jpg'}": case.make(),
+            f"odd-{number}.txt": caption,
+        }
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    shard.addfile(member, io.BytesIO(data))

@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import read_json
 
@@ -49,10 +50,13 @@ class CaptionTokenizer:
         return self._tokenizer.to_str()
 
     def encode(self, caption: str) -> np.ndarray:
-        """Return token ids, int64 [n], n <= max_length."""
-        return np.array(
-            self._tokenizer.encode(caption, add_special_tokens=False).ids[: self.max_length], dtype=np.int64
-        )
+        """Return token ids, int64 [n], n <= max_length. Raises BadSample where the library fails on the caption."""
+        try:
+            with _panics_as_errors():
+                ids = self._tokenizer.encode(caption, add_special_tokens=False).ids
+        except Exception as error:  # the library raises just that
+            raise BadSample(f"the tokenizer fails: {_line(error)}") from None
+        return np.array(ids[: self.max_length], dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
@@ -89,11 +93,10 @@ def load_tokenizer(
         raise UserError(f"{label} {name}: not a tokenizer.json or BERT vocab.txt ({_line(error)})") from None
     captions = CaptionTokenizer(tokenizer, max_length)
     try:
-        with _panics_as_errors():
-            captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
-    except Exception as error:
+        captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
+    except BadSample as error:
         raise UserError(
-            f"{label} {name}: fails on words it does not know ({_line(error)}); give it an unknown token"
+            f"{label} {name}: fails on words it does not know ({error}); give it an unknown token"
         ) from None
     if twice := captions.shared_id():
         raise UserError(

@@ -139,12 +139,10 @@ class Samples(Dataset[Sample | Skipped]):
             key = reader.key(shard, row)
             image, caption = reader.read(shard, row)
             ids = None if image is None else self._stored_ids(reader, shard, row)
+            tokens = None if caption is None else self._tokens(caption)
         except (BadSample, OSError) as error:
             return [Skipped(name, key, str(error))] * len(positions)
-        tokens, labels = None, reader.source.labels
-        if caption is not None:
-            assert self.preparation.tokenizer is not None  # the loader asks for one
-            tokens = torch.from_numpy(self.preparation.tokenizer.encode(caption))
+        labels = reader.source.labels
         views = [position % self.repeats for position in positions]
         samples = []
         for position, view in zip(positions, views):
@@ -174,6 +172,11 @@ class Samples(Dataset[Sample | Skipped]):
             key = _key(draft.place, view)
             sample.image = self._transform(self._crop(image, key), key)
         return draft.samples
+
+    def _tokens(self, caption: str) -> Tensor:
+        """Raises BadSample where the tokenizer fails on it."""
+        assert self.preparation.tokenizer is not None  # the loader asks for one
+        return torch.from_numpy(self.preparation.tokenizer.encode(caption))
 
     def _stored_ids(self, reader: Reader, shard: int, row: int) -> Tensor | None:
         """Raises BadSample where there are none, or they do not fit the model."""

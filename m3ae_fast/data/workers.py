@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
+from m3ae_fast.memory import out_of_memory
+
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
 SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
@@ -69,8 +71,11 @@ def _end_unsent(error: Exception, batch: object) -> None:
     """End the worker: the queue would drop a batch that it cannot send, and the main process wait for it for ever."""
     if "shared memory" in str(error) and "No space left" in str(error):
         os._exit(SHM_FULL)
-    traceback.print_exception(error)
-    os._exit(1)
+    try:
+        if not out_of_memory(error):
+            traceback.print_exception(error)
+    finally:
+        os._exit(1)
 
 
 def _await_end() -> None:

@@ -32,7 +32,7 @@ from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import averages, build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import out_of_memory
+from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
 

@@ -39,14 +39,17 @@ def unmasked_sample(
     number: int, image: Image | Tensor | None, text: str | None, config: ModelConfig, tokenizer: CaptionTokenizer | None
 ) -> Sample:
     """Return an image, a text or a pair of them as a sample of which everything is visible; for a text the tokenizer is
-    needed. Raises ValueError as `prepare_image` does."""
+    needed. Raises ValueError as `prepare_image` does, and where the tokenizer fails on the text."""
     sample = Sample(str(number))
     if image is not None:
         sample.image = prepare_image(image, config)
         sample.image_mask = torch.zeros(config.patches_per_image, dtype=torch.bool)
     if text is not None:
         assert tokenizer is not None
-        sample.tokens = torch.from_numpy(tokenizer.encode(text))
+        try:
+            sample.tokens = torch.from_numpy(tokenizer.encode(text))
+        except BadSample as error:
+            raise ValueError(f"a text cannot be used: {error}") from None
         sample.text_mask = torch.zeros(len(sample.tokens), dtype=torch.bool)
     return sample
 

@@ -18,8 +18,9 @@ class Background:
         """Begin `work`; the one before must have been waited for."""
         assert self._thread is None
         # a daemon: a process that must exit at once does not wait for it
-        self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
+        thread.start()  # or there is no room for its stack
+        self._thread = thread
 
     def failed(self) -> bool:
         """Return whether the work has ended with an error, which `wait` raises."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from m3ae_fast.data.shared_memory import SHM
 from m3ae_fast.data.workers import SHM_FULL
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import out_of_memory
+from m3ae_fast.memory import limit_note, out_of_memory
 
 # what gloo and the store say when the process at the other end is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "failed to send")
@@ -22,7 +22,7 @@ def explain(error: BaseException) -> UserError | None:
     if out_of_memory(error):
         return UserError(
             "out of memory: lower train.micro_batch, set train.activation_checkpointing, raise the ZeRO stage, or "
-            "choose a smaller model; --dry-run estimates what a config needs"
+            "choose a smaller model; --dry-run estimates what a config needs" + limit_note()
         )
     if "DataLoader worker" in str(error):
         if any(sign in f"{error} {error.__cause__}" for sign in _SHM_FULL):

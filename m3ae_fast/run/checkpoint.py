@@ -141,7 +141,7 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
@@ -192,6 +192,7 @@ def _open_state(path: Path) -> Any:
 
 def _tensors(path: Path) -> Any:
     try:
+        open_regular(path / STATE_FILE).close()  # safetensors would wait for a pipe
         return safe_open(path / STATE_FILE, framework="pt")
     except (OSError, SafetensorError) as error:
         raise _damaged(path, STATE_FILE, error) from None

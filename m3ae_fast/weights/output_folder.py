@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import open_regular
 from m3ae_fast.whole_file import put_in_place
 
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
@@ -83,6 +84,7 @@ def _check_free(out: str | Path, target: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("written_by") == _MARK["written_by"]
     except (OSError, SafetensorError):
@@ -93,9 +95,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the weights in a safetensors file, by name.
 
     Raises:
-        OSError, SafetensorError: it cannot be read, or is damaged.
+        OSError, SafetensorError: it cannot be read, is a pipe or a device, or is damaged.
         UserError: a tensor is not a weight: see `check_dtypes`.
     """
+    open_regular(path).close()  # safetensors would wait for a pipe
     state = load_file(path)
     check_dtypes(state, str(path))
     return state

@@ -1,6 +1,7 @@
 """What files of weights may hold, and that their sizes are believed only when they fit."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -60,7 +61,24 @@ def timm_file(folder):
     return lambda: main([str(folder / "model.safetensors"), str(folder.with_name("out")), "--num-heads", "2"])
 
 
-@pytest.mark.parametrize("make", [exported, classifier, vqgan, timm_folder, timm_file], ids=lambda make: make.__name__)
+MAKERS = pytest.mark.parametrize(
+    "make", [exported, classifier, vqgan, timm_folder, timm_file], ids=lambda make: make.__name__
+)
+
+
+@MAKERS
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, make):
+    load = make(tmp_path / "model")
+    path = tmp_path / "model" / FILES.get(make.__name__, "model.safetensors")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a regular file"):
+        load()
+    with pytest.raises(UserError, match=r"already holds .*; name a new folder"):
+        exported(tmp_path / "model")
+
+
+@MAKERS
 def test_only_floats_of_16_to_64_bits_are_weights(tmp_path, make):
     load = make(tmp_path / "model")
     path = tmp_path / "model" / FILES.get(make.__name__, "model.safetensors")

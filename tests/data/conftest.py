@@ -48,7 +48,7 @@ def load(store, tokenizer_file):
         preparation = Preparation(
             Geometry(image_size=32, patch_size=8, channels=3, text_length=8),
             masking or MaskingConfig(image_ratio=0.5, text_ratio=0.5),
-            load_tokenizer(tokenizer_file, 8) if tokenizer else None,
+            load_tokenizer(tokenizer_file, 8) if tokenizer is True else tokenizer or None,
             seed,
         )
         share = Share(global_batch or micro_batch * accumulation * world, accumulation, rank, world)

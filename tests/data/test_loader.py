@@ -1,3 +1,4 @@
+import json
 import logging
 import multiprocessing
 import os
@@ -6,8 +7,11 @@ import resource
 import signal
 import subprocess
 import threading
+import traceback
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ import torch
 from m3ae_fast.batch.bad_samples import BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import dataset, open_corpus
 from m3ae_fast.data.fetch_ahead import FETCHING
@@ -23,6 +28,7 @@ from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.data.workers import Loader, default_workers
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.encode import unmasked_sample
 from m3ae_fast.process.failures import explain
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
@@ -113,19 +119,28 @@ def test_the_global_generator_is_left_alone(load, paired):
 
 
 @pytest.mark.parametrize(
-    "message, told",
+    "failure, told",
     [
-        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "/dev/shm is full"),
-        ("cannot be pickled", "a loader worker was killed"),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+            "/dev/shm is full",
+        ),
+        (RuntimeError("cannot be pickled"), "a loader worker was killed"),
+        (MemoryError(), "a loader worker was killed, perhaps for lack of memory"),
     ],
+    ids=repr,
 )
-def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, message, told):
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, failure, told):
     """The queue's thread would drop it, and the loader wait for ever; here sharing memory fails as on a full disk."""
 
     def refuse(storage):
-        raise RuntimeError(message)
+        raise failure
+
+    def no_memory(*_):
+        raise MemoryError
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traceback, "print_exception", no_memory)
         patch.setitem(ForkingPickler._extra_reducers, torch.UntypedStorage, refuse)
         with pytest.raises(RuntimeError, match="DataLoader worker") as error:
             next(iter(load(paired, steps=20, config={"workers": 1})))
@@ -345,6 +360,23 @@ def test_bad_samples_are_left_out_and_named(load, tmp_path, name, workers):
     good = dict(stream(load(write_tar(tmp_path / "b.tar", [*members(range(4)), *members(range(4, 8))]), steps=2)))
     for key, sample in content(batch):  # the others are what they are without it
         assert good[key.replace("a.tar", "b.tar")] == sample
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_caption_on_which_the_tokenizers_library_panics_is_a_bad_sample(load, tmp_path, tokenizer_file, workers):
+    definition = json.loads(Path(tokenizer_file).read_text())
+    rule = {"type": "Replace", "pattern": {"Regex": "(?:a|aa)+$"}, "content": "a"}  # tries for ever, and gives up
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": rule}))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"), 8)
+    text = "a" * 60 + "b"
+    files = [*members(range(3)), ("x.jpg", picture(0)), ("x.txt", text.encode()), *members(range(4, 8))]
+    path = write_tar(tmp_path / "a.tar", files)
+    (batch,) = load(path, micro_batch=8, steps=1, tokenizer=tokenizer, config={"workers": workers})
+    assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
+    (skipped,) = batch.skipped
+    assert skipped.key == "x" and skipped.reason.startswith("the tokenizer fails: the library panics: Onig")
+    with pytest.raises(ValueError, match="a text cannot be used: the tokenizer fails"):
+        unmasked_sample(0, None, text, SimpleNamespace(), tokenizer)
 
 
 def test_a_batch_may_be_empty(load, tmp_path):

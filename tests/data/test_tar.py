@@ -110,3 +110,61 @@ def test_the_oracle_sees_what_was_written(tmp_path, fmt):
     """Otherwise two wrong lists could be equal."""
     write(tmp_path / "a.tar", [("a.jpg", 700, b"0"), ("d", 0, b"5"), ("b.txt", 3, b"0")], fmt)
     assert [(name, size) for name, _, size in listed(tmp_path / "a.tar")] == [("a.jpg", 700), ("b.txt", 3)]
+
+
+def by_hand(name, data, fields=(), fmt=tarfile.USTAR_FORMAT, checksum="%06o\0 "):
+    """A member whose header has `fields` at their offsets, and its checksum written in some way."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    header = bytearray(info.tobuf(fmt))
+    for start, value in fields:
+        header[start : start + len(value)] = value
+    header[148:156] = b" " * 8
+    header[148:156] = (checksum % sum(header)).encode()
+    return bytes(header) + data + b"\0" * (-len(data) % BLOCK)
+
+
+def scanned(path, *members):
+    path.write_bytes(b"".join(members) + b"\0" * 2 * BLOCK)
+    found, damage = scan_tar(path)
+    return [(member.name, member.size) for member in found], damage
+
+
+LAST = by_hand("b.txt", b"dog")
+
+
+@pytest.mark.parametrize("checksum", ["%06o\0 ", "%07o\0", "%7o ", "%06o \0", " %06o\0"])
+def test_a_checksum_is_written_in_several_ways(tmp_path, checksum):
+    assert scanned(tmp_path / "a.tar", by_hand("a.txt", b"cat", checksum=checksum), LAST) == (
+        [("a.txt", 3), ("b.txt", 3)],
+        None,
+    )
+    wrong = bytearray(by_hand("a.txt", b"cat", checksum=checksum))
+    wrong[0] += 1
+    assert scanned(tmp_path / "a.tar", bytes(wrong), LAST) == ([], "no tar header at byte 0")
+
+
+def test_sizes_in_binary_count_all_their_bytes(tmp_path):
+    """As GNU's tar writes those of 8 GiB and more; here 700, so that the member can be there."""
+    size = b"\x80" + (700).to_bytes(11, "big")
+    assert scanned(tmp_path / "a.tar", by_hand("a.txt", b"c" * 700, [(124, size)]), LAST) == (
+        [("a.txt", 700), ("b.txt", 3)],
+        None,
+    )
+    for huge in (b"\x81" + size[1:], b"\x80\x01" + size[2:], b"\xff" * 12):
+        found = scanned(tmp_path / "a.tar", by_hand("a.txt", b"c" * 700, [(124, huge)]), LAST)
+        assert found == ([], "no tar header at byte 0")
+
+
+def test_a_record_is_of_the_next_member_alone(tmp_path):
+    records = by_hand("pax", b"12 size=700\n18 path=sky/a.txt\n", [(156, b"x")])
+    first = by_hand("a.txt", b"c" * 700, [(124, b"%011o\0" % 3)])
+    assert scanned(tmp_path / "a.tar", records, first, LAST) == ([("sky/a.txt", 700), ("b.txt", 3)], None)
+
+
+def test_a_prefix_is_part_of_a_name_where_the_header_has_one(tmp_path):
+    """GNU's tar keeps times in its place."""
+    times = [(345, b"14601234567\0")]
+    for fmt, name in ((tarfile.USTAR_FORMAT, "14601234567/a.txt"), (tarfile.GNU_FORMAT, "a.txt")):
+        found = scanned(tmp_path / "a.tar", by_hand("a.txt", b"cat", times, fmt), LAST)
+        assert found == ([(name, 3), ("b.txt", 3)], None)

@@ -6,10 +6,12 @@ Launchers, and what happens while a program is imported, are tested with process
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -38,9 +40,13 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port below those that the system hands out: until rank 0 listens there, a connection or a listener of
+    another test could be given one of those, and a rank would wait at the wrong store."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)  # not the seeded generator: tests run side by side
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 def fork_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> list[Process]:

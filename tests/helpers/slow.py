@@ -40,6 +40,7 @@ SLOW = (
     "test_examples.py",
     "test_hostile_files.py::test_any_damage_to_a_sidecar",
     "test_hostile_files.py::test_any_value_in_any_field_of_a_config",
+    "test_memory.py::test_too_little_memory_to_import_torch_is_one_line",
     "test_model.py::test_every_gradient_in_bf16_is_near_that_in_float32",
     "test_own_data.py",
     "test_rehearsal.py",

@@ -13,6 +13,7 @@ from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_lo
 from m3ae_fast.engine.feed import feed
 from m3ae_fast.engine.optimizer import build_adamw, name_of, set_lr
 from m3ae_fast.errors import UserError
+from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.m3ae import Losses
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run.loss_watch import LossWatch
@@ -164,6 +165,6 @@ def test_memory_is_the_gpus_or_the_process(cuda):
 
 
 def test_a_gpu_without_memory_left_is_known():
-    assert hardware.out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert hardware.out_of_memory(torch.OutOfMemoryError())
-    assert not hardware.out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+    assert out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access"))

@@ -1,0 +1,89 @@
+"""A program without memory left ends with one line, wherever it is noticed."""
+
+import resource
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.memory import out_of_memory
+from m3ae_fast.process.background import Background
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
+
+TOO_LITTLE = 300 << 20  # bytes of addresses: torch's libraries alone need more
+
+
+def under_limit(*arguments):
+    """Run Python under `ulimit -v`."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (TOO_LITTLE, TOO_LITTLE)),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "m3ae_fast.train", "--help"],
+        ["-m", "m3ae_fast.data", "--help"],
+        ["-m", "m3ae_fast", "train", "--help"],
+        [str(ROOT / "m3ae_fast/train.py"), "--help"],
+    ],
+    ids=str,
+)
+def test_too_little_memory_to_import_torch_is_one_line(command):
+    done = under_limit(*command)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: not enough memory (")
+    assert "ulimit -v allows this process 0.31 GB of addresses" in done.stderr
+
+
+def test_who_imports_the_library_keeps_tracebacks():
+    done = under_limit("-c", "import m3ae_fast; raise MemoryError")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def too_much():
+    torch.empty(1 << 55)
+
+
+def too_much_for_python():
+    bytearray(1 << 55)
+
+
+@pytest.mark.parametrize("main", [too_much, too_much_for_python])
+def test_a_command_that_asks_for_too_much_ends_with_one_line(main, capsys, monkeypatch):
+    assert exit_cleanly(main) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: not enough memory (") and err.count("\n") == 1
+    assert err.endswith("; end other programs, or ask for less at a time\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2_500_000_000, resource.RLIM_INFINITY))
+    assert exit_cleanly(main) == 2
+    assert capsys.readouterr().err.endswith("; ulimit -v allows this process 2.5 GB of addresses: raise that first\n")
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch):
+    def wrong():
+        raise RuntimeError("Resource temporarily unavailable")  # of a thread, where processes are limited
+
+    with pytest.raises(RuntimeError, match="temporarily"):
+        exit_cleanly(wrong)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 30, 1 << 30))
+    assert exit_cleanly(wrong) == 2
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+
+
+def test_work_whose_thread_cannot_start_ends_with_that_error(monkeypatch):
+    def no_room(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_room)
+    with pytest.raises(RuntimeError, match="can't start new thread"), Background() as background:
+        background.start(lambda: None)
