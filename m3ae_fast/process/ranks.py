@@ -77,7 +77,7 @@ class Ranks:
             raise UserError(error)
         return result
 
-    def told(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank; errors as in `on_main`. It must be picklable."""
         return cast(T, self.from_main(self.on_main(work)))
 
@@ -86,7 +86,7 @@ class Ranks:
         result = self.on_main(work)
         return work() if result is None else result
 
-    def says(self, what: str) -> bool:
+    def claim(self, what: str) -> bool:
         """True on the first rank that asks: an error that all ranks share is printed once."""
         try:
             return self.store.add(what, 1) == 1
