@@ -16,7 +16,7 @@ from m3ae_fast.hardware import data_sheet
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 
-CAPTION_SHARE = 1 / 3  # of text_length, for the sample that stands for all: CC12M captions have about 20 words of 64
+CAPTION_FRACTION = 1 / 3  # of text_length, for the typical sample: CC12M captions have about 20 words of 64
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
 
@@ -125,7 +125,7 @@ def _bf16(config: Config) -> bool:
 
 def _caption(config: Config) -> int:
     """Return the tokens of the typical caption."""
-    return round(config.model.text_length * CAPTION_SHARE) if config.model.vocab_size else 0
+    return round(config.model.text_length * CAPTION_FRACTION) if config.model.vocab_size else 0
 
 
 def _typical(config: Config, model: M3AE) -> PackedBatch:

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with join_ranks() as ranks:
         try:
-            config = ranks.told(lambda: _settings(args))
+            config = ranks.broadcast(lambda: _settings(args))
             ranks.on_main(lambda: _check_out(args.out))
             arrays = make_features(args, config, ranks)
             ranks.on_main(lambda: _write(args.out, arrays))
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             shown = explain(error)
             if shown is None:
                 raise
-            if ranks.says("error"):  # once, by the first rank that comes here
+            if ranks.claim("error"):  # once, by the first rank that comes here
                 raise shown from None
             raise SystemExit(2) from None
         if ranks.is_main:

@@ -46,7 +46,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="guesses per mask (default: 5)")
     parser.add_argument(
-        "--visible", type=float, default=1.0, metavar="SHARE", help="fraction of the patches that are seen (default: 1)"
+        "--visible",
+        type=float,
+        default=1.0,
+        metavar="FRACTION",
+        help="fraction of the patches that are seen (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="decides which patches are seen")
     add_range_option(parser)

@@ -85,11 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with joined_program() as session:
         ranks = session.ranks
-        config = ranks.told(lambda: load_config(args.config, args.set))
+        config = ranks.broadcast(lambda: load_config(args.config, args.set))
         if args.dry_run:
             ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
             return 0
-        settled = ranks.told(lambda: settle_precision(config.train, ranks.device))
+        settled = ranks.broadcast(lambda: settle_precision(config.train, ranks.device))
         pre_train(config.model_copy(update={"train": settled}), args, session)
     return 0  # also where a rank was asked to stop
 

@@ -14,7 +14,7 @@ from m3ae_kernels.attention.per_sample import PER_SAMPLE
 from torch import Tensor
 
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.model.attention import describe
+from m3ae_fast.model.attention import describe_attention
 from m3ae_fast.model.transformer import Block
 from tests.helpers.attention import attend
 
@@ -338,7 +338,7 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
         for impl, name in (("torch", torch_kernel.name), ("triton", "triton")):
             assert kernel_for(impl, device, BF16, 2, 16, 9).name == name
             monkeypatch.setenv("M3AE_KERNELS_IMPL", impl)
-            assert describe(CONFIG, MaskingConfig(), device, BF16) == name
+            assert describe_attention(CONFIG, MaskingConfig(), device, BF16) == name
 
 
 def test_times_are_measured(monkeypatch):
@@ -358,11 +358,11 @@ def test_a_run_names_its_kernels(monkeypatch):
         return Kernel("wide" if head_dim > 16 else "narrow", PADDED.forward, PADDED.backward)
 
     monkeypatch.setattr(cuda, "try_out", try_out)
-    text = describe(CONFIG, MaskingConfig(), torch.device("cuda"), BF16)
+    text = describe_attention(CONFIG, MaskingConfig(), torch.device("cuda"), BF16)
     assert text == "wide (encoder), narrow (decoder)" and asked == [(2, 32, 1 + 4 + 3), (3, 16, 1 + 16 + 12)]
-    assert describe(CONFIG, MaskingConfig(), CPU, torch.float64) == "torch, per sample"
+    assert describe_attention(CONFIG, MaskingConfig(), CPU, torch.float64) == "torch, per sample"
     dropout = CONFIG.model_copy(update={"att_drop": 0.1})
-    assert describe(dropout, MaskingConfig(), CPU, BF16) == "padded SDPA"
+    assert describe_attention(dropout, MaskingConfig(), CPU, BF16) == "padded SDPA"
 
 
 def test_devices_have_their_own_kernels(monkeypatch):

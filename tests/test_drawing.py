@@ -15,7 +15,7 @@ from m3ae_fast.pictures.reconstructions import (
     _cut,
     _images,
     _join,
-    captions,
+    caption_views,
     draw_reconstructions,
 )
 from tests.test_model import make_model, make_sample
@@ -48,7 +48,7 @@ def test_true_pixels_as_predictions_give_the_image_again():
 
 
 def test_right_words_are_green_and_wrong_ones_red():
-    shown = captions(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), {1: 5, 2: 7}, None)
+    shown = caption_views(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), {1: 5, 2: 7}, None)
     assert shown["caption"] == [("4", BLACK), ("5", BLACK), ("6", BLACK)]
     assert [word for word, _ in shown["masked"]] == ["4", HIDDEN, HIDDEN]
     assert shown["predicted"] == [("4", BLACK), ("5", GREEN), ("7", RED)]

@@ -378,31 +378,31 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
         loops = [
             argparse.Namespace(
                 run=argparse.Namespace(dir=folder),
-                loop=argparse.Namespace(keep=1),
+                settings=argparse.Namespace(keep=1),
+                stop=argparse.Namespace(asked=False),
                 watch=argparse.Namespace(
                     failed=lambda: False, first_bad=lambda: "", bad_step=None, finite_through=through
                 ),
                 saving=argparse.Namespace(failed=lambda: False, busy=at_work, wait=lambda: None),
-                unproven=4,
+                unjudged=4,
                 log=True,
                 bad=None,
                 ranks=Agreeing(value=("", None, finite_through[1])),
                 count=lambda batches: (),
+                counted=lambda sums, waited: sums,
             )
             for through, at_work in zip(finite_through, busy)
         ]
         main, other = loops
-        main._mark_good, main._has_proven = partial(Loop._mark_good, main), partial(Loop._has_proven, main)
+        main._mark_good, main._mark_last_good = partial(Loop._mark_good, main), partial(Loop._mark_last_good, main)
         if way == "next":
-            asks = argparse.Namespace(asked=False)
-            Loop.begin_agreement(other, asks, [])()
+            Loop._start_sums(other, [])()
             main.ranks = Agreeing(sums=other.ranks.own)
-            agreed = Loop.begin_agreement(main, asks, [])
-            Loop.agreed(main, argparse.Namespace(agreed=agreed, host=[]))
+            Loop.step_counts(main, argparse.Namespace(sums=Loop._start_sums(main, []), host=[], waited=0.0))
         else:
             Loop.stop_if_not_finite(main)
-        assert (main.unproven is None) == checkpoint.is_good(*checkpoint.saved_steps(folder))
-        found.append(main.unproven is None)
+        assert (main.unjudged is None) == checkpoint.is_good(*checkpoint.saved_steps(folder))
+        found.append(main.unjudged is None)
     return found
 
 

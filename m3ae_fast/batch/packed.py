@@ -35,7 +35,7 @@ INDEX_ROWS = (
     "text_targets",
     "draws",
 )
-WEIGHT_ROWS = ("image_row_weight", "text_row_weight", "text_row_share")
+WEIGHT_ROWS = ("image_row_weight", "text_row_weight", "text_row_mean_weight")
 SEGMENTS = ("encoder", "decoder", "loss")
 
 
@@ -77,7 +77,7 @@ class PackedBatch:
     text_rows: Tensor  # [W] row among the M
     text_targets: Tensor  # [W] token id
     text_row_weight: Tensor  # float32 [W] loss weight / (rows of this caption), or the loss weight alone
-    text_row_share: Tensor  # float32 [W] the same without the loss weight, for the accuracy
+    text_row_mean_weight: Tensor  # float32 [W] the same without the loss weight, for the accuracy
     draws: Tensor  # [S] what stochastic depth draws from
     captions: int  # empty ones included
     counts: LossCounts

@@ -221,7 +221,7 @@ def _loss(
     weights = {
         "image_row_weight": image_loss_U[image_I] * (weight_P * per_image_P)[sample_U[image_I]],
         "text_row_weight": text_loss_U[text_W] * (weight_P * per_caption_P)[sample_U[text_W]],
-        "text_row_share": text_loss_U[text_W] * per_caption_P[sample_U[text_W]],
+        "text_row_mean_weight": text_loss_U[text_W] * per_caption_P[sample_U[text_W]],
     }
     return _segments(count(sample_U[loss_M])), counts, rows, weights
 

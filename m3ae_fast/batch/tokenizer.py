@@ -110,7 +110,7 @@ def load_tokenizer(
     return captions
 
 
-def require_tokenizer(tokenizer: CaptionTokenizer | None, has_captions: bool) -> None:
+def check_tokenizer(tokenizer: CaptionTokenizer | None, has_captions: bool) -> None:
     """Raise UserError if there are captions but no tokenizer."""
     if tokenizer is None and has_captions:
         raise UserError('data.tokenizer: missing, but the shards have captions; name one, or set modality "image"')

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from m3ae_fast.config.messages import describe
+from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.schema import Config, Section
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import parse_json, read_json
@@ -45,7 +45,7 @@ def parse(section: type[T], data: Any, where: str) -> T:
     try:
         return section.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe(section, error)}") from None
+        raise UserError(f"{where}: {describe_error(section, error)}") from None
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

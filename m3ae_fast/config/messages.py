@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 
-def describe(section: type[BaseModel], error: ValidationError) -> str:
+def describe_error(section: type[BaseModel], error: ValidationError) -> str:
     first, *others = error.errors()
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

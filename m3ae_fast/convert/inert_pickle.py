@@ -136,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
         return self._stand_ins[path]
 
 
-def load(path: Path) -> Any:
+def load_inert(path: Path) -> Any:
     """Return the contents of a pickle: plain containers, strings, numbers, NumPy arrays, and `Inert` for everything
     else.
 

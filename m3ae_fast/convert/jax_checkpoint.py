@@ -13,7 +13,7 @@ import torch
 from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.config.schema import SIZES
 from m3ae_fast.convert.flax_names import flax_name, from_flax
-from m3ae_fast.convert.inert_pickle import Inert, load
+from m3ae_fast.convert.inert_pickle import Inert, load_inert
 from m3ae_fast.convert.vit import IMAGENET
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
@@ -34,7 +34,7 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
     Raises:
         UserError: the file is no such checkpoint, is damaged, or holds what an M3AE cannot represent.
     """
-    saved = load(path)
+    saved = load_inert(path)
     variant, params = _parts(saved, path)
     config = _config(variant, params, path)
     with torch.device("meta"):

@@ -82,7 +82,7 @@ class Samples(Dataset[Sample | Skipped]):
         order: which one stands where.
         preparation: how they become the model's input.
         augment: None: the central square as it is.
-        share_mask: with `masking.per` "batch", how many positions in a row have one mask: a step's, over all ranks.
+        positions_per_mask: with `masking.per` "batch", the samples of a step, which have one mask, over all ranks.
         repeats: views of a sample, which follow each other.
         transform: of each image, cropped; None: none.
     """
@@ -93,14 +93,14 @@ class Samples(Dataset[Sample | Skipped]):
         order: Order | FileOrder,
         preparation: Preparation,
         augment: Augment | None,
-        share_mask: int,
+        positions_per_mask: int,
         repeats: int = 1,
         transform: Transform | None = None,
     ):
         self.order = order
         self.preparation = preparation
         self.augment = augment
-        self.share_mask = share_mask
+        self.positions_per_mask = positions_per_mask
         self.repeats = repeats
         self.transform = transform
         self.has_captions = corpus.has_captions
@@ -150,7 +150,7 @@ class Samples(Dataset[Sample | Skipped]):
             sample.position, sample.draw = position, self._draw(_key(place, view))
             if labels is not None:
                 sample.label = int(labels[place.sample])
-            image_mask, text_mask = self._masks(_key(place, view), position // self.share_mask)
+            image_mask, text_mask = self._masks(_key(place, view), position // self.positions_per_mask)
             if image is not None:
                 sample.image_mask = image_mask
             if tokens is not None:

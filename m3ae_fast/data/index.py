@@ -114,7 +114,7 @@ class IndexedShard:
         """Return the shard with its sidecar. Raises UserError where it cannot be read."""
         return self
 
-    def again(self, store: ShardStore) -> IndexedShard:
+    def reindexed(self, store: ShardStore) -> IndexedShard:
         """See `index_again`."""
         return index_again(self, store)
 
@@ -198,7 +198,7 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
     try:
         status, members, damage = os.stat(path), *scan_tar(path)
         if damage and store.is_cached(shard):
-            path = store.again(shard)
+            path = store.refetch(shard)
             status, members, damage = os.stat(path), *scan_tar(path)
         with open_regular(path) as file:
             table = _tabulate(members, file.fileno(), store.is_cached(shard))

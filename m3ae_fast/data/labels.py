@@ -40,8 +40,8 @@ class _Part(IndexedShard):
     def table(self) -> np.ndarray:
         return self.whole.table()[self.rows]
 
-    def again(self, store: ShardStore) -> IndexedShard:
-        return replace(self, whole=self.whole.again(store))
+    def reindexed(self, store: ShardStore) -> IndexedShard:
+        return replace(self, whole=self.whole.reindexed(store))
 
 
 def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
@@ -97,7 +97,7 @@ def label_corpus(
                 f"{where}: no training sample has the label {label!r} ({field}); add some, or leave these out by -1"
             )
     sources = [
-        choose(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
+        select_labelled(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
         for source, own in zip(corpus.sources, labels)
     ]
     return replace(corpus, sources=[source for source in sources if source.shards]), classes
@@ -144,7 +144,7 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
     return range(high + 1)
 
 
-def choose(source: Source, ids: np.ndarray) -> Source:
+def select_labelled(source: Source, ids: np.ndarray) -> Source:
     """Return the samples of a source whose id is not LEFT_OUT, with their ids as labels.
 
     `ids`: int64, one for each sample in file order.

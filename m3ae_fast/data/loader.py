@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
-from m3ae_fast.batch.tokenizer import require_tokenizer
+from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
@@ -136,7 +136,7 @@ def eval_loader(
 def eval_samples(corpus: Corpus, preparation: Preparation, count: int) -> list[Sample]:
     """The usable ones of `count` samples spread evenly over `corpus`, as an evaluation sees them."""
     order = FileOrder(corpus.sizes, count)
-    dataset = Samples(corpus, order, preparation, None, share_mask=order.samples)
+    dataset = Samples(corpus, order, preparation, None, positions_per_mask=order.samples)
     return [sample for i in range(order.samples) if isinstance(sample := dataset[i], Sample)]
 
 
@@ -151,7 +151,7 @@ def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) ->
             found = np.flatnonzero(np.isin(table, np.array(own, dtype=table.dtype)))
             places |= {prefix + table[row].decode(): start + int(row) for row in found}
         start += shard.summary.samples
-    dataset = Samples(corpus, FileOrder(corpus.sizes), preparation, None, share_mask=start)
+    dataset = Samples(corpus, FileOrder(corpus.sizes), preparation, None, positions_per_mask=start)
     samples = {key: dataset[place] for key, place in places.items()}
     return {key: sample for key, sample in samples.items() if isinstance(sample, Sample)}
 
@@ -159,7 +159,7 @@ def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) ->
 def _loader(
     config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool
 ) -> DataLoader[PackedBatch]:
-    require_tokenizer(samples.preparation.tokenizer, samples.has_captions)
+    check_tokenizer(samples.preparation.tokenizer, samples.has_captions)
     geometry = samples.preparation.geometry
     size = batch_bytes(geometry, micro_batches.share.micro_batch)
     workers = min(default_workers(), most_workers(size)) if config.workers is None else config.workers

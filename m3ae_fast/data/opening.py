@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer, require_tokenizer
+from m3ae_fast.batch.tokenizer import CaptionTokenizer, check_tokenizer, load_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.shards import ShardStore
@@ -46,7 +46,7 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
                     f'model.vocab_size is 0, but {shard} has captions; set "modality": "image" on its source'
                 )
     data = Data(train, val, open_tokenizer(config, model), open_image_tokenizer(config, model))
-    require_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))
+    check_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))
     return data
 
 

@@ -133,7 +133,7 @@ class Reader:
             raise OSError(f"its copy {self.store.copy(name)} is not what was indexed")
         self._renewed[shard] = time.monotonic()
         if os.path.samestat(os.fstat(opened.file.fileno()), os.stat(self.store.path(name))):
-            self.store.again(name)
+            self.store.refetch(name)
         del self._open[shard]
 
     def _open_shard(self, indexed: IndexedShard) -> _Open:
@@ -143,13 +143,13 @@ class Reader:
         if os.stat(path).st_size != indexed.summary.size:
             if not self.store.is_cached(indexed.shard):
                 raise OSError("it has changed since it was indexed")
-            path = self.store.again(indexed.shard)
+            path = self.store.refetch(indexed.shard)
             if os.stat(path).st_size != indexed.summary.size:
                 raise OSError(f"its copy {path} is not what was indexed; delete {indexed.sidecar} to index it anew")
         try:
             table = indexed.table()
         except OSError:
-            table = indexed.again(self.store).table()
+            table = indexed.reindexed(self.store).table()
         return _Open(open(path, "rb", buffering=0), table)
 
     def __reduce__(self):

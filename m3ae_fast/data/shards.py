@@ -28,7 +28,7 @@ from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 from m3ae_fast.errors import UserError
 from m3ae_fast.whole_file import put_in_place
 
-FREE_SHARE = 0.1  # of the cache folder's disk stays free: older copies make room
+FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
 ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
@@ -141,7 +141,7 @@ class ShardStore:
                     if not copy.exists():
                         self._fetch(shard, copy)
 
-    def again(self, shard: str) -> Path:
+    def refetch(self, shard: str) -> Path:
         """`path`, of a new copy: the old one turned out damaged. Raises OSError where the shard is read in place, or
         cannot be fetched."""
         copy = self.copy(shard)
@@ -194,12 +194,12 @@ class ShardStore:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
-        """Remove the copies used longest ago until FREE_SHARE of the disk is free. Open ones stay readable (POSIX)."""
+        """Remove the copies used longest ago until FREE_FRACTION of the disk is free. Open ones can be read (POSIX)."""
         for path in sorted((self.cache_dir / "shards").iterdir(), key=_mtime):
             if path.name.startswith("partial-") and time.time() - _mtime(path) < ABANDONED_S:
                 continue
             usage = shutil.disk_usage(self.cache_dir)
-            if usage.free >= FREE_SHARE * usage.total:
+            if usage.free >= FREE_FRACTION * usage.total:
                 return
             with contextlib.suppress(PermissionError):  # another user's
                 path.unlink(missing_ok=True)

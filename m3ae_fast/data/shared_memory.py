@@ -10,7 +10,7 @@ from m3ae_fast.errors import UserError
 
 SHM = Path("/dev/shm")
 MAX_BYTES = 8 << 30  # of a rank's batches that wait
-SHARE = 0.8  # of the free shared memory that all ranks of a node may fill
+FRACTION = 0.8  # of the free shared memory that all ranks of a node may fill
 INDEX_BYTES = 64  # of index rows and weights, for each token of a sample
 
 
@@ -45,7 +45,7 @@ def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
 
 def _room() -> float:
     """Return the bytes of shared memory that this rank may fill."""
-    return SHARE * _free_bytes() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return FRACTION * _free_bytes() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _free_bytes() -> float:

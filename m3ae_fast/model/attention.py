@@ -13,7 +13,7 @@ from m3ae_fast.batch.masking import kept
 from m3ae_fast.config import MaskingConfig, ModelConfig
 
 
-def describe(config: ModelConfig, masking: MaskingConfig, device: torch.device, dtype: torch.dtype) -> str:
+def describe_attention(config: ModelConfig, masking: MaskingConfig, device: torch.device, dtype: torch.dtype) -> str:
     """Return what attention runs on in the encoder and in the decoder. On CUDA this is when kernels are tried."""
     if config.att_drop:
         return "padded SDPA"

@@ -155,7 +155,7 @@ class M3AE(MultimodalEncoder):
             text_head=self.text_head,
             targets=batch.text_targets,
             text_row_weight=batch.text_row_weight,
-            correct_weight=batch.text_row_share,
+            correct_weight=batch.text_row_mean_weight,
         )
         image_loss = sums.image / image_terms
         text_loss, text_accuracy = sums.text / text_terms, sums.correct / text_terms

@@ -120,7 +120,7 @@ def _row(
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
         with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
         guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
-        _write_captions(ImageDraw.Draw(row), captions(sample.tokens, sample.text_mask, guesses, tokenizer))
+        _write_captions(ImageDraw.Draw(row), caption_views(sample.tokens, sample.text_mask, guesses, tokenizer))
     return row
 
 
@@ -177,7 +177,7 @@ def _show(image_CHW: Tensor) -> Image.Image:
     return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def captions(
+def caption_views(
     tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
 ) -> dict[str, list[tuple[str, Colour]]]:
     """Return a caption in three ways, as words and colours: itself, as the encoder sees it, and as predicted.

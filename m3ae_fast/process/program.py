@@ -41,6 +41,6 @@ def joined_program() -> Iterator[Session]:
             shown = explain(error)
             if shown is None:
                 raise
-            if ranks.says("error"):
+            if ranks.claim("error"):
                 raise shown from None
             raise SystemExit(2) from None

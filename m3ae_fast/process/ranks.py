@@ -79,7 +79,7 @@ class Ranks:
             raise UserError(error)
         return result
 
-    def told(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank; errors as in `on_main`. It must be picklable."""
         return cast(T, self.from_main(self.on_main(work)))
 
@@ -101,7 +101,7 @@ class Ranks:
                 raise UserError(failed)
         return cast(T, result)
 
-    def says(self, what: str) -> bool:
+    def claim(self, what: str) -> bool:
         """True on the first rank that asks: an error that all ranks share is printed once."""
         try:
             return self.store.add(what, 1) == 1

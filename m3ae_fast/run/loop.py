@@ -53,8 +53,8 @@ class Loop:
         self.step = self.start  # optimiser steps so far
         self.log = self._open_log()
         self.watch = LossWatch()
-        self.unproven: int | None = None  # step of the last checkpoint not yet marked good or failed
-        self.proven: int | None = None  # step of which an evaluation was finite
+        self.unjudged: int | None = None  # step of the last checkpoint not yet marked good or failed
+        self.finite_evaluation: int | None = None  # step of which an evaluation was finite
         self.growth = MemoryGrowth()
         self.saving = Background()  # of checkpoints, on the main rank
 
@@ -122,8 +122,8 @@ class Loop:
     def _start_sums(self, batches: list[PackedBatch]) -> Callable[[], list[float]]:
         """Start the all-reduce of stop requests and sample counts that precedes a step."""
         failed = self.watch.failed() or self.saving.failed()
-        proven = self.unproven is not None and self.watch.finite_through > self.unproven and not self.saving.busy
-        return self.ranks.start_sum((self.stop.asked, failed, proven, *self.count(batches)))
+        good = self.unjudged is not None and self.watch.finite_through > self.unjudged and not self.saving.busy
+        return self.ranks.start_sum((self.stop.asked, failed, good, *self.count(batches)))
 
     def step_counts(self, inputs: StepInput) -> Any | None:
         """Return what the losses of the next step are means over; None where a rank asks to stop or has failed.
@@ -131,9 +131,9 @@ class Loop:
         Raises:
             UserError: too many samples cannot be used.
         """
-        asked, failed, proven, *sums = inputs.sums()
-        if proven == self.ranks.world:
-            self._has_proven()
+        asked, failed, good, *sums = inputs.sums()
+        if good == self.ranks.world:
+            self._mark_last_good()
         if asked or failed:
             return None
         for batch in inputs.host:
@@ -175,7 +175,7 @@ class Loop:
             return False
         if self.step == 0 or self.step > self.start:
             return True
-        return not self.ranks.told(lambda: self.log.has(self.step, names))
+        return not self.ranks.broadcast(lambda: self.log.has(self.step, names))
 
     def cut_short(self) -> None:
         """Log that a stop interrupted an evaluation; the next start repeats it."""
@@ -194,7 +194,7 @@ class Loop:
         """
         self.pulse.mark(f"saving step {self.step}")
         self.ranks.on_main(self.saving.wait)  # before there is a second state in memory
-        step, state, proven = self.step, self.engine.state(), self.proven == self.step
+        step, state, good = self.step, self.engine.state(), self.finite_evaluation == self.step
         seen = step * self.settings.global_batch
         info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
 
@@ -205,24 +205,24 @@ class Loop:
             whole = self.complete(state)
             path = checkpoint.save(self.run.dir, whole, info, self.settings.keep, self.remedy())
             self.log.say(f"saved {path}")
-            if proven:
+            if good:
                 self._mark_good(step, "the losses of an evaluation are finite")
             self.after_save(step, whole)
 
         if self.ranks.is_main:
             self.saving.start(write)
-        self.unproven = None if proven else step
+        self.unjudged = None if good else step
 
     def _mark_good(self, step: int, why: str) -> None:
         """Mark a checkpoint that has been written as good. Main rank only."""
         checkpoint.mark(self.run.dir, step, checkpoint.GOOD, why)
         checkpoint.prune(self.run.dir, self.settings.keep)
 
-    def _has_proven(self) -> None:
+    def _mark_last_good(self) -> None:
         """Mark the last checkpoint as good: the step after it had a finite loss on all ranks."""
-        if self.ranks.is_main and self.unproven is not None:
-            self._mark_good(self.unproven, "the next step's loss is finite")
-        self.unproven = None
+        if self.ranks.is_main and self.unjudged is not None:
+            self._mark_good(self.unjudged, "the next step's loss is finite")
+        self.unjudged = None
 
     def finish(self) -> None:
         """Wait for the last save; where the run was stopped early, save what it has.
@@ -248,12 +248,12 @@ class Loop:
         watch = self.watch
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         bad = [(step, text) for text, step, _ in found if step is not None]
-        if self.unproven is not None and min(through for *_, through in found) > self.unproven:
+        if self.unjudged is not None and min(through for *_, through in found) > self.unjudged:
             self.ranks.on_main(self.saving.wait)
-            self._has_proven()
+            self._mark_last_good()
         if bad:
             step, text = min(bad)
-            advice = self.ranks.told(lambda: resuming.judge(self.run.dir, step))
+            advice = self.ranks.broadcast(lambda: resuming.judge(self.run.dir, step))
             raise UserError(f"{text}. {advice}: look at these samples, or continue with {self.remedy()}")
 
     def _begin(self) -> None:

@@ -51,8 +51,8 @@ class Resume:
     def __init__(self, run_dir: Path, resume: str, ranks: Ranks) -> None:
         """Find the checkpoint that `--resume` means. Raises UserError as `find` does, and where it is damaged."""
         self.ranks = ranks
-        self.path = path = ranks.told(lambda: find(run_dir, resume))
-        self.info = ranks.told(lambda: checkpoint.read_info(path)) if path else None
+        self.path = path = ranks.broadcast(lambda: find(run_dir, resume))
+        self.info = ranks.broadcast(lambda: checkpoint.read_info(path)) if path else None
         self.step = self.info.step if self.info else 0
         self.read: Callable[[str], Tensor] | None = None  # see `open`
 
@@ -78,7 +78,7 @@ class Resume:
         if not (self.path and self.info):
             return []
         notes = check_fits(self.path, self.info, config, stream, with_changes)
-        return notes + (self.ranks.told(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
+        return notes + (self.ranks.broadcast(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
 
     def open(self, model: nn.Module, kinds: Sequence[str]) -> None:
         """Make `read` give the checkpoint's tensors of a model and of its optimiser's `kinds`, as `open_checkpoint`."""
@@ -217,4 +217,4 @@ def open_checkpoint(
         assert read is not None  # asked on the main rank only
         return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))
 
-    return lambda name: ranks.told(lambda: own(name))
+    return lambda name: ranks.broadcast(lambda: own(name))

@@ -23,7 +23,7 @@ from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
-from m3ae_fast.model.attention import describe
+from m3ae_fast.model.attention import describe_attention
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import draw_run
 from m3ae_fast.process.program import Session
@@ -114,7 +114,7 @@ class Run(Loop):
     def announce(self) -> None:
         """Say what the run is, and name the shards that are not whole."""
         config, dtype = self.config, dtype_of(self.config.train.precision)
-        attention = describe(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a GPU's is tried
+        attention = describe_attention(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a trial
         if self.ranks.is_main:
             self.bad.report(self.data.train.damaged)
             self.log.say("\n".join([self._describe(attention), *(f"note: {note}" for note in self.notes)]))
@@ -162,7 +162,7 @@ class Run(Loop):
             return
         self.log.log(self.step, values)
         if values and all(map(math.isfinite, values.values())):
-            self.proven = self.step
+            self.finite_evaluation = self.step
 
     def complete(self, state: State) -> State:
         return state | {f"model/{name}": tensor for name, tensor in self.fixed.items()}

@@ -75,7 +75,7 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
     return found
 
 
-def choose(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
+def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
     """Return the column that the user named, else the first with a usual name.
 
     Raises:
@@ -94,7 +94,7 @@ def choose(columns: Sequence[str], named: str | None, usual: Sequence[str], opti
 
 
 def _place(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, table: Path) -> int:
-    return columns.index(choose(columns, named, usual, option, str(table)))
+    return columns.index(choose_column(columns, named, usual, option, str(table)))
 
 
 def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int) -> Row:

@@ -15,7 +15,7 @@ from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.shard_tools.huggingface import HuggingFace
 from m3ae_fast.shard_tools.source import Source
-from m3ae_fast.shard_tools.writer import Settings, convert, describe
+from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
 
 FOLDER = """Make shards of a folder of images.
 
@@ -88,7 +88,11 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
         shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
     add_range_option(shards)
     shards.add_argument(
-        "--held-out", type=float, default=0.0, metavar="SHARE", help="write this fraction of the samples to val-*.tar"
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="write this fraction of the samples to val-*.tar",
     )
     shards.add_argument(
         "--keep-order", action="store_true", help="do not shuffle (default: shuffle, deterministically)"
@@ -107,7 +111,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _convert(source: Source, settings: Settings, args: argparse.Namespace) -> None:
-    print(describe(args.out, convert(source, args.out, settings, args.workers)))
+    print(describe_conversion(args.out, convert(source, args.out, settings, args.workers)))
 
 
 def _from_folder(args: argparse.Namespace) -> None:

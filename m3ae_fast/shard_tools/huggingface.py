@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose
+from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from m3ae_fast.shard_tools.captions import count_samples
 from m3ae_fast.shard_tools.source import Record, caption_samples, read_file, to_int
 
@@ -118,7 +118,7 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
             only = fitting[0] if len(fitting) == 1 and what == "image" else None
             found.append(only)
         else:
-            found.append(choose(fitting, name, names, f"--{what}-column", where))
+            found.append(choose_column(fitting, name, names, f"--{what}-column", where))
     if found[0] is None and found[1] is None:
         raise UserError(f"{where}: has {', '.join(features)}; name --image-column or --caption-column")
     return found

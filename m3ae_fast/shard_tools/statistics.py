@@ -17,7 +17,7 @@ from m3ae_fast.batch.images import decode_image, format_of
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Range
 from m3ae_fast.data.corpus import Corpus, Source
-from m3ae_fast.data.labels import LEFT_OUT, Label, choose, read_labels
+from m3ae_fast.data.labels import LEFT_OUT, Label, read_labels, select_labelled
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.errors import UserError
@@ -57,7 +57,7 @@ def sample(corpus: Corpus, samples: int, seed: int) -> Corpus:
     drawn[permutation(corpus.samples, seed)[:samples]] = 0
     ends = np.cumsum([sum(source.sizes) for source in corpus.sources])
     parts = np.split(drawn, ends[:-1])
-    return replace(corpus, sources=[choose(source, part) for source, part in zip(corpus.sources, parts)])
+    return replace(corpus, sources=[select_labelled(source, part) for source, part in zip(corpus.sources, parts)])
 
 
 def collect(

@@ -24,7 +24,7 @@ formats, labels, and what cannot be read. Prints the settings that a config need
   python -m m3ae_fast.data stats 'shards/train-*.tar' --tokenizer tokenizer.json
   python -m m3ae_fast.data stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
 """
-_SHARES = (0, 0.05, 0.5, 0.95, 1)  # of a distribution, that are shown
+_QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # of a distribution, that are shown
 _LONGEST = 1 << 16  # tokens
 _SHOWN = 5  # labels, and reasons why samples cannot be read
 
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer, _LONGEST, label="--tokenizer") if args.tokenizer else None
     corpus = open_corpus([SourceConfig(shards=args.shards)], ShardStore(args.cache_dir), progress=True)
     found = collect(corpus, args.samples, args.seed, args.channels, args.range, tokenizer, args.labels)
-    print("\n".join(describe(found, "tokens" if tokenizer else "words")))
+    print("\n".join(describe_statistics(found, "tokens" if tokenizer else "words")))
     require_images(found)
     settings = settings_of(found, args.range)
     print("\n".join(f"--set {section}.{key}={_compact(value)}" for section, key, value in settings))
@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
         _write_config(args.write, given, settings)
 
 
-def describe(found: Statistics, unit: str) -> list[str]:
+def describe_statistics(found: Statistics, unit: str) -> list[str]:
     """Return lines for the user; `unit`: of the lengths of captions."""
     lines = [f"{found.seen:,} of {found.of:,} samples"]
     if found.bad:
@@ -93,7 +93,7 @@ def _counts(counts: Sequence[tuple[object, int]]) -> str:
 
 
 def _spread(values: Sequence[float] | np.ndarray) -> str:
-    smallest, low, middle, high, largest = np.quantile(values, _SHARES)
+    smallest, low, middle, high, largest = np.quantile(values, _QUANTILES)
     return f"median {middle:.4g}, 90% from {low:.4g} to {high:.4g}, all from {smallest:.4g} to {largest:.4g}"
 
 

@@ -33,7 +33,7 @@ from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.source import Record
-from m3ae_fast.shard_tools.writer import Settings, convert, describe
+from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
 
 HELP = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
@@ -220,4 +220,4 @@ def _run(args: argparse.Namespace) -> None:
         (low, high), not args.no_flip, args.seed, threads=1 if on_cpu else args.workers, image_range=args.range,
     )  # fmt: skip
     settings = Settings(args.samples_per_shard, args.image_size, QUALITY, keep_order=True)
-    print(describe(args.out, convert(crops, args.out, settings, args.workers if on_cpu else 1)))
+    print(describe_conversion(args.out, convert(crops, args.out, settings, args.workers if on_cpu else 1)))

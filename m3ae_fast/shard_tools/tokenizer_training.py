@@ -35,7 +35,7 @@ def _run(args: argparse.Namespace) -> None:
             f"and at most {MAX_VOCAB}"
         )
     tally = Tally()
-    texts = list(captions(args.shards, ShardStore(args.cache_dir), tally))
+    texts = list(caption_texts(args.shards, ShardStore(args.cache_dir), tally))
     tokenizer = train_tokenizer(texts, args.vocab_size)
     size = tokenizer.get_vocab_size()
     if size > args.vocab_size:
@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     print(*tally.lines(), sep="\n", end="\n" if tally.counts else "")
 
 
-def captions(shards: list[str], store: ShardStore, tally: Tally) -> Iterator[str]:
+def caption_texts(shards: list[str], store: ShardStore, tally: Tally) -> Iterator[str]:
     """Yield all captions of some shards; those that are blank or cannot be used are left out and counted in `tally`."""
     corpus = open_corpus([SourceConfig(shards=shards, modality="text")], store, progress=True)
     for source in corpus.sources:

@@ -225,7 +225,7 @@ def _example(tally: Tally) -> str:
     return "".join(f", such as {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
 
 
-def describe(out: Path, converted: Converted) -> str:
+def describe_conversion(out: Path, converted: Converted) -> str:
     """Return what was made, for the user, with the lines that a config needs."""
     c = converted
     paired = c.images + c.captions - c.samples

@@ -100,7 +100,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with joined_program() as session:
-        perform(args, session.ranks.told(lambda: _config(args)), session)
+        perform(args, session.ranks.broadcast(lambda: _config(args)), session)
     return 0
 
 

@@ -23,7 +23,7 @@ from m3ae_fast.transfer.augment import Mixing, RandAugment, mixes
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
 from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.layer_decay import parameter_groups
+from m3ae_fast.transfer.layer_decay import layer_decay_groups
 
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 
@@ -39,7 +39,7 @@ def set_up(job: Job) -> FineTuning:
     except ImportError:
         raise UserError("finetune needs timm: pip install 'm3ae-fast[transfer]'") from None
     ranks, run, data = job.ranks, job.config.run, job.config.data
-    config = ranks.told(lambda: settle_precision(job.config.finetune, ranks.device))
+    config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
     found = Resume(run.dir, job.args.resume, ranks)
     share = split_batch(config, ranks.world, ranks.rank)
     train, val, classes = job.open_labelled()
@@ -60,7 +60,7 @@ def set_up(job: Job) -> FineTuning:
     if config.ema is not None:
         averaged = Classifier(model.config).to(ranks.device).eval()
         averaged.load_state_dict(model.state_dict())  # its stored positions: the weights will be the average's
-    groups = parameter_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
+    groups = layer_decay_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
     engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks, config.ema)
     sections = {
         "run": run.model_dump(mode="json"),

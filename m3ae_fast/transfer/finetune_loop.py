@@ -24,7 +24,7 @@ from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop
-from m3ae_fast.transfer.metrics import best_classes, shares_of_correct
+from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
 
 
 class TrainableClassifier(Classifier):
@@ -92,7 +92,7 @@ class FineTuning(LabelledLoop):
         best, labels, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
         check_skipped([each for part in skipped for each in part], self.val.samples, self.max_bad_fraction)
         self.best_NK, self.labels_N = torch.cat(best), torch.cat(labels)
-        values = shares_of_correct(self.best_NK, self.labels_N)
+        values = topk_accuracy(self.best_NK, self.labels_N)
         self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
         return values
 

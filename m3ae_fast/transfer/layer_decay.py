@@ -30,7 +30,7 @@ def lr_scale(layer: int, depth: int, layer_decay: float) -> float:
     return layer_decay ** (depth + 1 - layer)
 
 
-def parameter_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
     """Return AdamW's groups, two a layer, each with its `weight_decay` and `lr_scale` (see `engine.optimizer.set_lr`).
 
     Args:

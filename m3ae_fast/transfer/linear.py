@@ -26,7 +26,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.labelled_loop import LabelledLoop
-from m3ae_fast.transfer.metrics import best_classes, shares_of_correct
+from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
 from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
 
 _SMALL = 100_000  # samples
@@ -71,7 +71,7 @@ class Probing(LabelledLoop):
             self.best_NK = best_classes(self.head(self.val.features_ND.to(self.ranks.device))).cpu()
         assert self.val.labels_N is not None
         self.labels_N = self.val.labels_N
-        values = shares_of_correct(self.best_NK, self.labels_N)
+        values = topk_accuracy(self.best_NK, self.labels_N)
         self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
         return values
 

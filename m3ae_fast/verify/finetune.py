@@ -22,7 +22,7 @@ from m3ae_fast.engine.optimizer import build_adamw, set_lr
 from m3ae_fast.engine.schedule import learning_rate
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
-from m3ae_fast.transfer.layer_decay import layer_of, lr_scale, parameter_groups
+from m3ae_fast.transfer.layer_decay import layer_decay_groups, layer_of, lr_scale
 from m3ae_fast.verify.golden import Golden, flax_name
 from m3ae_fast.verify.quantity import Quantity
 
@@ -114,7 +114,7 @@ def _steps(
         init_lr=m["lr_init_value"], peak_lr=m["lr_peak_value"], end_lr=m["lr_end_value"],
         betas=(m["b1"], m["b2"]), eps=m["adam_eps"],
     )  # fmt: skip
-    groups = parameter_groups(model, m["depth"], m["weight_decay"] * decay, m["layer_decay"])
+    groups = layer_decay_groups(model, m["depth"], m["weight_decay"] * decay, m["layer_decay"])
     optimizer = build_adamw(groups, optim)
     layers = {name: layer_of(name, m["depth"]) for name, _ in model.named_parameters()}
     by_layer = {str(layers[name]): p for name, p in model.named_parameters()}  # any parameter of each

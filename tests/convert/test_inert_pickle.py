@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from m3ae_fast.convert.inert_pickle import Inert, load
+from m3ae_fast.convert.inert_pickle import Inert, load_inert
 from m3ae_fast.errors import UserError
 from tests.convert.official_pickle import Call, write_checkpoint
 
@@ -34,7 +34,7 @@ def test_arrays_and_plain_containers_come_back(tmp_path, protocol):
     }
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(ARRAYS | others, protocol))
-    found = load(path)
+    found = load_inert(path)
     assert {key: found[key] for key in others} == others
     for key, array in ARRAYS.items():
         assert (
@@ -57,7 +57,7 @@ def test_arrays_and_plain_containers_come_back(tmp_path, protocol):
 def test_what_is_named_is_not_run(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "h.pkl").write_bytes(pickle.dumps({"state": call, "array": ARRAYS["matrix"]}))
-    found = load(tmp_path / "h.pkl")
+    found = load_inert(tmp_path / "h.pkl")
     assert isinstance(found["state"], Inert) and found["array"].shape == (2, 3)
     assert os.listdir(tmp_path) == ["h.pkl"]
 
@@ -65,11 +65,11 @@ def test_what_is_named_is_not_run(tmp_path, monkeypatch, call):
 def test_dtypes_of_objects_and_impossible_arrays_are_not_built(tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps([np.array([{}, print], dtype=object), np.zeros(2, "i4,f4")], 4))
-    assert [array.size for array in load(path)] == [0, 0]  # left empty
+    assert [array.size for array in load_inert(path)] == [0, 0]  # left empty
     data = pickle.dumps(ARRAYS["matrix"], 5)
     path.write_bytes(data.replace(b"K\x02K\x03", b"K\x09K\x09"))  # a shape that its bytes do not fill
     with pytest.raises(UserError, match="a damaged one"):
-        load(path)
+        load_inert(path)
 
 
 def test_damage_anywhere_is_one_line(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_damage_anywhere_is_one_line(tmp_path, monkeypatch):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256) if len(damaged) else 0
         (tmp_path / "a.pkl").write_bytes(damaged)
         try:
-            load(tmp_path / "a.pkl")
+            load_inert(tmp_path / "a.pkl")
         except UserError as error:
             refused += "\n" not in str(error)
     assert refused > 300

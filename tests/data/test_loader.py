@@ -269,8 +269,8 @@ def test_a_source_has_a_loss_weight_beside_its_share(load, tmp_path):
         one, other = getattr(plain, name), getattr(weighted, name)
         factors = (other / one)[one > 0]  # the others only make shapes repeat
         assert factors.unique_consecutive().tolist() == [1.0, 0.25]
-    assert torch.equal(plain.text_row_share, weighted.text_row_share)
-    assert torch.equal(plain.text_row_share, plain.text_row_weight)
+    assert torch.equal(plain.text_row_mean_weight, weighted.text_row_mean_weight)
+    assert torch.equal(plain.text_row_mean_weight, plain.text_row_weight)
     assert plain.counts == weighted.counts == (8, 8)
 
 

@@ -90,7 +90,7 @@ def test_special_tokens_alone_are_special():
 
 def test_the_committed_tokenizer_fits_its_captions(store):
     from m3ae_fast.shard_tools.tally import Tally
-    from m3ae_fast.shard_tools.tokenizer_training import captions as captions_of
+    from m3ae_fast.shard_tools.tokenizer_training import caption_texts as captions_of
 
     folder = Path(__file__).parents[2] / "data" / "openclipart"
     captions = list(captions_of([str(folder / "train-{0000..0002}.tar")], store, Tally()))

@@ -9,7 +9,7 @@ from m3ae_fast.batch.packed import Segments
 from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
 from m3ae_fast.transfer.lars import LARS
-from m3ae_fast.transfer.layer_decay import layer_of, parameter_groups
+from m3ae_fast.transfer.layer_decay import layer_decay_groups, layer_of
 from m3ae_fast.verify import main, quantities, relative_error
 from m3ae_fast.verify.finetune import flax_path
 from m3ae_fast.verify.golden import Golden
@@ -78,7 +78,7 @@ def test_decay_and_layers_reach_every_parameter_once(tmp_path):
 
     golden = Golden.load(make_finetuning(tmp_path / "finetune.npz"))
     model, m = _build(golden), golden.meta
-    groups = parameter_groups(model, m["depth"], 0.3, 0.5)
+    groups = layer_decay_groups(model, m["depth"], 0.3, 0.5)
     found = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
     decayed = {flax_path(name) for name, p in model.named_parameters() if found[id(p)]["weight_decay"] == 0.3}
