@@ -39,7 +39,7 @@ class CountedShard(IndexedShard):
     def table(self) -> np.ndarray:
         return self.located().table()
 
-    def again(self, store: ShardStore) -> IndexedShard:
+    def reindexed(self, store: ShardStore) -> IndexedShard:
         return self.located().again(store)
 
 
