@@ -40,7 +40,7 @@ class CountedShard(IndexedShard):
         return self.located().table()
 
     def reindexed(self, store: ShardStore) -> IndexedShard:
-        return self.located().again(store)
+        return self.located().reindexed(store)
 
 
 class CountedShards(Sequence[IndexedShard]):

@@ -151,8 +151,8 @@ def draw_map(path: Path, places_N2: np.ndarray, labels_N: np.ndarray, classes: S
     for number in range(max(len(classes), 1)):
         mine = labels_N == number if classes else slice(None)
         x, y = places_N2[mine].T
-        name = str(classes[number]) if classes else "samples"
-        marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=name))
+        label = str(classes[number]) if classes else "samples"
+        marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=label))
     axes.set(xticks=[], yticks=[])
     if 0 < len(classes) <= _MOST_NAMES:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
