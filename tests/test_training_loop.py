@@ -19,6 +19,7 @@ from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
+from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.flops import reference_flops
@@ -378,27 +379,26 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
         loops = [
             argparse.Namespace(
                 run=argparse.Namespace(dir=folder),
-                loop=argparse.Namespace(keep=1),
+                settings=argparse.Namespace(keep=1),
+                stop=argparse.Namespace(asked=False),
                 watch=argparse.Namespace(
                     failed=lambda: False, first_bad=lambda: "", bad_step=None, finite_through=through
                 ),
                 saving=argparse.Namespace(failed=lambda: False, busy=at_work, wait=lambda: None),
                 unproven=4,
                 log=True,
-                bad=None,
                 ranks=Agreeing(value=("", None, finite_through[1])),
                 count=lambda batches: (),
+                counted=lambda sums, waited: None,
             )
             for through, at_work in zip(finite_through, busy)
         ]
         main, other = loops
         main._mark_good, main._has_proven = partial(Loop._mark_good, main), partial(Loop._has_proven, main)
         if way == "next":
-            asks = argparse.Namespace(asked=False)
-            Loop.begin_agreement(other, asks, [])()
+            Loop._start_sums(other, [])()
             main.ranks = Agreeing(sums=other.ranks.own)
-            agreed = Loop.begin_agreement(main, asks, [])
-            Loop.agreed(main, argparse.Namespace(agreed=agreed, host=[]))
+            Loop.step_counts(main, StepInput([], [], 0.0, Loop._start_sums(main, [])))
         else:
             Loop.stop_if_not_finite(main)
         assert (main.unproven is None) == checkpoint.is_good(*checkpoint.saved_steps(folder))
