@@ -66,12 +66,13 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
     assert sorted(owned) == list(range(sum(sizes)))
 
 
-def test_every_sample_of_every_source_comes_once_in_as_many_positions():
+@pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
+def test_every_sample_of_every_source_comes_once_in_as_many_positions(scale):
     """Where the lanes divide the sources."""
-    sizes = [[40, 24], [8], [16, 16, 16]]
-    order = Order(sizes, None, 2, 0, lanes=8)
+    sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
+    order, total = Order(sizes, None, 2, 0, lanes=8), 120 * scale
     for epoch in range(3):
-        found = [order.locate(position) for position in range(epoch * 120, (epoch + 1) * 120)]
+        found = [order.locate(position) for position in range(epoch * total, (epoch + 1) * total)]
         everything = Counter((source, n, epoch) for source, shards in enumerate(sizes) for n in range(sum(shards)))
         assert Counter((place.source, place.sample, place.epoch) for place in found) == everything
 

@@ -6,17 +6,20 @@ import resource
 import signal
 import subprocess
 import threading
+from argparse import Namespace
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
 
+import numpy as np
 import pytest
 import torch
 
-from m3ae_fast.batch.bad_samples import BadSamples, Skipped
+from m3ae_fast.batch.bad_samples import BadSample, BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import dataset, open_corpus
+from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.fetch_ahead import FETCHING
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.order import hash64
@@ -133,13 +136,13 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader(load, paired, messag
 
 
 def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch):
-    """Crop, mask and transform of all views and epochs: a seed of its own for each."""
+    """Crop, mask, transform and forward pass of all views and epochs: a seed of its own for each."""
     seeds = []
     monkeypatch.setattr(dataset, "hash64", lambda *key: seeds.append(hash64(*key)) or seeds[-1])
     loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2})
     loader.dataset.transform = lambda image, seed: image
     assert sum(len(batch.keys) for batch in loader) == 72
-    assert len(seeds) == len(set(seeds)) == 3 * 72
+    assert len(seeds) == len(set(seeds)) == 4 * 72
 
 
 def test_samples_are_found_by_key_behind_shards_with_captions_alone(load, tmp_path):
@@ -286,6 +289,23 @@ def test_repeats_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
     assert by_step(load, paired, 4, micro_batch=12, config=config, start=2) == reference[2:]
 
 
+def test_ids_are_those_of_a_codebook_one_for_each_patch():
+    def stored(*ids):
+        geometry = Namespace(patches_per_image=4)
+        samples = Namespace(preparation=Namespace(stored_codebook=16, geometry=geometry))
+        reader = Namespace(image_ids=lambda shard, row: np.array(ids))
+        return Samples._stored_ids(samples, reader, 0, 0).tolist()
+
+    assert stored(0, 15, 0, 15) == [0, 15, 0, 15]
+    for outside in (16, -1):
+        for place in range(4):
+            with pytest.raises(BadSample, match="outside the codebook of 16"):
+                stored(*[3] * place, outside, *[3] * (3 - place))
+    for ids in ((1, 2, 3), (1, 2, 3, 4, 5)):
+        with pytest.raises(BadSample, match=f"{len(ids)} ids for 4 patches"):
+            stored(*ids)
+
+
 def test_image_only_and_text_only(load, tmp_path):
     images = write_tar(tmp_path / "i.tar", members(range(6), "image"))
     texts = write_tar(tmp_path / "t.tar", members(range(6), "text"))
@@ -373,6 +393,21 @@ def test_a_shard_that_cannot_be_fetched_again_is_not_tried_for_every_sample(load
     assert len((tmp_path / "tries").read_text()) == ATTEMPTS
 
 
+def test_a_shard_that_was_away_for_a_while_is_read_again(load, tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("m3ae_fast.data.reader.time.monotonic", lambda: clock[0])
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    samples = load(path, train=False).dataset
+    os.rename(path, tmp_path / "away")
+    assert isinstance(samples[0], Skipped)
+    os.rename(tmp_path / "away", path)
+    found = []
+    for seconds in (1, 58, 2):
+        clock[0] += seconds
+        found.append(isinstance(samples[0], Skipped))
+    assert found == [True, True, False]
+
+
 def test_signals_are_left_to_the_main_process(load, paired):
     batches = iter(load(paired, steps=40, config={"workers": 1, "prefetch": 1}))
     next(batches)
@@ -416,10 +451,14 @@ def test_fewer_shards_than_readers(load, tmp_path):
     assert len(set(keys)) == 16
 
 
-def test_remote_shards_are_fetched_group_by_group(load, tmp_path, store):
+@pytest.mark.parametrize("beside", [False, True])
+def test_remote_shards_are_fetched_group_by_group(load, tmp_path, store, beside):
     for i in range(4):
         write_tar(tmp_path / f"{i}.tar", members(range(i * 4, i * 4 + 4)))
-    loader = load(f"pipe:cat {tmp_path}/{{0..3}}.tar", micro_batch=4, steps=4, config={"shuffle_shards": 1, "lanes": 1})
+    shards = [f"pipe:cat {tmp_path}/{{0..3}}.tar"]
+    if beside:  # a shard of the same source that is read where it lies
+        shards.append(write_tar(tmp_path / "beside.tar", members([99])))
+    loader = load([SourceConfig(shards=shards)], micro_batch=4, steps=4, config={"shuffle_shards": 1, "lanes": 1})
     copies = store.cache_dir / "shards"
     for copy in copies.iterdir():
         copy.unlink()

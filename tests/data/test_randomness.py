@@ -82,7 +82,12 @@ def test_held_out_masks_do_not_depend_on_the_batch(load, tmp_path, per):
 def test_a_mask_of_a_batch_is_that_of_all_its_parts(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(24)))
     masking = MaskingConfig(image_ratio=0.5, text_ratio=0.5, per="batch")
-    for parts in ({"micro_batch": 12}, {"micro_batch": 4, "accumulation": 3}, {"micro_batch": 6, "world": 2}):
+    for parts in (
+        {"micro_batch": 12},
+        {"micro_batch": 4, "accumulation": 3},
+        {"micro_batch": 6, "world": 2},
+        {"micro_batch": 12, "config": {"repeats": 2}},
+    ):
         steps = [set(), set()]
         for rank in range(parts.get("world", 1)):
             batches = list(load(path, steps=2, rank=rank, masking=masking, **parts))
