@@ -142,6 +142,8 @@ def test_going_back_to_an_older_checkpoint(trainer):
     assert trainer.losses("run") == whole
     steps = [f"step-{step:08d}" for step in (2, 4, 6)]
     assert trainer.checkpoints("run") == [f"aside-{step}" for step in steps[1:]] + steps
+    saved = checkpoint.saved_steps(trainer.folder / "run")
+    assert [checkpoint.read_info(path).samples for path in saved] == [16 * step for step in (2, 4, 6)]
 
 
 def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):

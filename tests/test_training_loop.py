@@ -27,9 +27,10 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.stopping import Stopped, until_stopped
-from m3ae_fast.run import checkpoint, throughput
+from m3ae_fast.run import checkpoint, resuming, throughput
 from m3ae_fast.run.cautions import MemoryGrowth, cautions
 from m3ae_fast.run.loop import Loop
+from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.run import Run
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.train import pre_train
@@ -302,6 +303,49 @@ def test_work_ends_before_the_first_batch_where_a_rank_asks_to_stop():
             done.append(batch)
             stop.asked = batch == 2
     assert done == [0, 1, 2]
+
+
+@pytest.mark.parametrize("repeat_shapes", [False, True])
+def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
+    batches = [
+        pack(samples, M3AE(SMALL).geometry, repeat_shapes=repeat_shapes) for samples in (MIXED[:2], MIXED[2:], [])
+    ]
+    counts = StepCounts.of(batches, SMALL)
+    images, texts = (sum(getattr(sample, name) is not None for sample in MIXED) for name in ("image", "tokens"))
+    words = sum(len(sample.tokens) for sample in MIXED if sample.tokens is not None)
+    tokens = len(MIXED) + SMALL.patches_per_image * images + words
+    assert counts[:-1] == (len(MIXED), images, texts, images, texts, 0, tokens)
+
+
+def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
+    """Of two micro-batches, whose losses come before the norm."""
+    fine, wrong = torch.tensor(1.0), torch.tensor(math.nan)
+    for place, what in ((0, "loss"), (1, "loss"), (2, "gradient norm")):
+        watch = LossWatch()
+        for step in range(1, 6):
+            values = [wrong if (step, i) == (3, place) or step == 5 else fine for i in range(3)]
+            losses = [argparse.Namespace(loss=value) for value in values[:2]]
+            watch.add(step, [f"{step}-{number}" for number in range(step * 3)], losses, values[2])
+            assert watch.failed() == (step > 2)
+        shown = ", ".join(f"3-{number}" for number in range(8)) + " and 1 more"
+        assert watch.first_bad() == f"the {what} of step 3 is not finite; samples: {shown}"
+        assert (watch.bad_step, watch.finite_through) == (3, 2)
+
+
+def test_of_two_ranks_that_failed_the_earlier_step_is_judged(monkeypatch):
+    """A step fails on the rank that has the sample; the others' next steps fail of its gradients."""
+    judged = []
+    monkeypatch.setattr(resuming, "judge", lambda folder, step: judged.append(step) or "told")
+    for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
+        watch = argparse.Namespace(first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6)
+        ranks = Agreeing(value=(f"step {other}", other, 6))
+        ranks.told = lambda work: work()
+        loop = argparse.Namespace(
+            watch=watch, ranks=ranks, unproven=None, run=argparse.Namespace(dir=None), remedy=lambda: "less"
+        )
+        with pytest.raises(UserError, match="step 7"):
+            Loop.stop_if_not_finite(loop)
+    assert judged == [7] * 4
 
 
 def test_rates_are_those_since_the_last_time(monkeypatch):

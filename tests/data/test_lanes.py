@@ -111,6 +111,13 @@ def test_the_samples_of_a_step_do_not_depend_on_the_ranks(batch, lanes, repeats)
         assert sorted(found) == list(everything)
 
 
+@pytest.mark.parametrize(("batch", "world", "parts"), [(12, 1, 1), (12, 5, 1), (13, 2, 3), (7, 7, 1), (64, 9, 2)])
+def test_the_largest_micro_batch_is_as_large_as_is_reckoned_with(batch, world, parts):
+    shares = [Share(batch, parts, rank, world) for rank in range(world)]
+    largest = max(len(positions) for share in shares for positions in MicroBatches(range(2), share))
+    assert {share.micro_batch for share in shares} == {largest}
+
+
 def test_views_of_a_sample_stay_together():
     parts = MicroBatches(range(2), Share(48, 2, 1, 2), lanes=4, repeats=3)
     for positions in parts:

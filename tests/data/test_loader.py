@@ -372,12 +372,13 @@ def test_a_batch_may_be_empty(load, tmp_path):
     assert (batch.keys, len(batch.skipped), batch.images.shape) == ([], 4, (0, 3, 32, 32))
 
 
-def test_a_shard_that_vanishes_is_counted(load, tmp_path):
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_shard_that_vanishes_is_counted(load, tmp_path, repeats):
     paths = [write_tar(tmp_path / f"{i}.tar", members(range(i * 3, i * 3 + 3))) for i in range(2)]
-    loader = load(paths, micro_batch=6, steps=1)
+    loader = load(paths, micro_batch=6 * repeats, steps=1, config={"repeats": repeats})
     (tmp_path / "1.tar").unlink()
     (batch,) = loader
-    assert len(batch.keys) == 3
+    assert len(batch.keys) == len(batch.skipped) == 3 * repeats
     assert {skipped.shard for skipped in batch.skipped} == {paths[1]}
     assert "cannot be read" in batch.skipped[0].reason
 

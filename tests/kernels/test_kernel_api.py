@@ -59,6 +59,19 @@ def test_ignored_rows_leave_no_trace():
         assert all((value == 0).all() for value in result.values())
 
 
+def test_an_ignored_word_of_the_vocabulary_is_never_correct():
+    """As a padding's id is, which a model learns to predict."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 12), torch.randn(7, 12)
+    targets = (hidden @ weight.t()).argmax(1)
+    assert (targets == 3).any() and (targets != 3).any()
+    for reduction in ("sum", "none"):
+        options = {"ignore_index": 3, "reduction": reduction, "return_correct": True}
+        loss, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets, **options)
+        assert torch.equal(correct, targets != 3)
+        assert torch.allclose(loss, F.cross_entropy(hidden @ weight.t(), targets, ignore_index=3, reduction=reduction))
+
+
 @pytest.mark.parametrize("target", [-1, 97, 2**31 - 1, -(2**31)])
 def test_a_target_out_of_range_shows_in_its_loss_and_nowhere_else(target):
     """On a CPU it is an IndexError."""
