@@ -72,6 +72,9 @@ def test_parts_are_one_manifest(tmp_path, remote):
     assert set(fetched().values()) == {1}
     for part in (1, 2, 3, 4):
         make(tmp_path, pattern, "--part", f"{part}/4", cache=f"maker-{part}")
+        assert sorted(path.name for path in tmp_path.glob("m.part-*")) == [
+            f"m.part-{number:04d}-of-0004.npy" for number in range(1, part + 1)
+        ]
     assert sorted(fetched().values()) == [2] * 6
     parts = [SourceConfig(shards=str(tmp_path / "m.part-*.npy"))]
     rows = open_corpus(parts, ShardStore(tmp_path / "c")).sources[0].shards.rows
