@@ -3,6 +3,7 @@
 import hashlib
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,17 @@ def main(argv):
         pulse.timeout = TIMEOUT_S
 
         def work():
-            until = time.monotonic() + 2 * TIMEOUT_S * (joined.rank == 1)
+            until = time.monotonic() + 2 * TIMEOUT_S * (joined.rank == 1 and argv[0] != "made")
             while time.monotonic() < until:
                 hashlib.sha256(bytes(1 << 20))
             if argv == ["fail"] and joined.rank == 1:
                 raise UserError("rank 1 finds no shard")
+            if argv[0] == "made":
+                path = Path(argv[1])
+                if joined.rank == 0:
+                    path.touch()
+                elif not path.exists():
+                    raise UserError("rank 0 has made nothing yet")
             return joined.rank
 
         assert joined.main_first(work, pulse.waiting) == joined.rank
@@ -38,6 +45,10 @@ def main(argv):
 
 def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):
     assert run_ranks(__name__, ["late"], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
+
+
+def test_the_others_find_what_rank_0_made(tmp_path):
+    assert run_ranks(__name__, ["made", str(tmp_path / "made")], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
 
 
 def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):

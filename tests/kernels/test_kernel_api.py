@@ -59,6 +59,23 @@ def test_ignored_rows_leave_no_trace():
         assert all((value == 0).all() for value in result.values())
 
 
+@pytest.mark.parametrize("op", ["token", "pixel", "embed"])
+def test_float64_stays_float64_under_autocast(op):
+    """As in torch's own layers."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 192, dtype=torch.float64), torch.randn(192, 192, dtype=torch.float64)
+    images, patch_ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
+    work = {
+        "token": lambda: m3ae_kernels.masked_token_loss(hidden, weight, None, patch_ids),
+        "pixel": lambda: m3ae_kernels.masked_pixel_loss(hidden, weight, None, images, patch_ids, **PIXELS),
+        "embed": lambda: m3ae_kernels.patch_embed(images, patch_ids, weight, **PIXELS),
+    }[op]
+    expected = work()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = work()
+    assert found.dtype == torch.float64 and torch.equal(found, expected)
+
+
 def test_an_ignored_word_of_the_vocabulary_is_never_correct():
     """As a padding's id is, which a model learns to predict."""
     torch.manual_seed(0)

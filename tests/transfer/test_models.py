@@ -1,37 +1,33 @@
 """The model that a command names, and the classifier that it leaves."""
 
 import torch
-from m3ae_fast.transfer.models import load_model
 
+from m3ae_fast import open_model as opening
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.transfer import models
+from m3ae_fast.open_model import open_model, saved_run
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 
 
 def test_an_untrained_network_depends_on_the_seed_alone(run):
     def weights(seed):
         torch.manual_seed(torch.seed() % 1000)
-        return load_model(f"random:{run}", text=False, seed=seed).patch_embed.weight
+        return open_model(f"random:{run}", text=False, seed=seed).patch_embed.weight
 
     before = torch.get_rng_state()
-    load_model(f"random:{run}", text=False, seed=1)
+    open_model(f"random:{run}", text=False, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
-    assert not torch.equal(weights(1), load_model(str(run), text=False).patch_embed.weight)
+    assert not torch.equal(weights(1), open_model(str(run), text=False).patch_embed.weight)
 
 
 def test_a_tokenizer_that_is_named_goes_before_the_runs_own(run, monkeypatch):
-    asked, real = [], models.load_tokenizer
-    monkeypatch.setattr(models, "load_tokenizer", lambda name, *sizes: asked.append(name) or real(own, *sizes))
-    own = load_own(run)
-    load_model(str(run), text=True)
-    load_model(str(run), text=True, tokenizer="another.json")
-    load_model(str(run), text=False, tokenizer="another.json")
+    asked, real = [], opening.load_tokenizer
+    monkeypatch.setattr(opening, "load_tokenizer", lambda name, *sizes: asked.append(name) or real(own, *sizes))
+    own = saved_run(run).tokenizer
+    open_model(str(run), text=True)
+    open_model(str(run), text=True, tokenizer="another.json")
+    open_model(str(run), text=False, tokenizer="another.json")
     assert asked == [own, "another.json"]
-
-
-def load_own(run):
-    return models._read_config(run)[1].data.tokenizer
 
 
 def test_a_classifier_is_saved_with_the_weights_that_are_given(tmp_path):
