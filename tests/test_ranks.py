@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -41,6 +42,16 @@ def main(argv):
         dist.all_reduce(total)  # in the group that has the short timeout
         print(f"{total.item():g} ranks")
     return 0
+
+
+def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):
+    def read():
+        return (tmp_path / "nothing").read_text()
+
+    with ranks.join_ranks() as joined:
+        for way in (joined.on_main, joined.told, joined.main_first):
+            with pytest.raises(UserError, match=r"No such file .*nothing"):
+                way(read)
 
 
 def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):

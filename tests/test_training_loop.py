@@ -17,9 +17,11 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
+from m3ae_fast.engine import feed as feed_module
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.feed import StepInput
+from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.flops import reference_flops
@@ -250,6 +252,66 @@ def paired(config: Config, seed: int):
     sample.image = torch.randint(0, 256, (3, c.image_size, c.image_size), dtype=torch.uint8, generator=generator)
     sample.image_mask = torch.arange(c.patches_per_image) % 4 > 0
     return sample
+
+
+def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
+    data = json.loads(json.dumps(TINY))
+    data["train"] |= {"global_batch": 2, "micro_batch": 2, "ema": 0.5}
+    config = parse(Config, data, "test")
+    with join_ranks() as ranks:
+        model = M3AE(config.model, config.loss)
+        batch = pack([paired(config, seed) for seed in range(2)], model.geometry)
+        engine = build_engine(model, config, ranks)
+        engine.step([batch], batch.counts, 0.1)
+        state = engine.state()
+        before = {name: tensor.clone() for name, tensor in state.items()}
+        engine.step([batch], batch.counts, 0.1)
+        after = engine.state()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_checkpointing_is_of_encoder_and_decoder(on):
+    data = json.loads(json.dumps(TINY))
+    data["train"] |= {"activation_checkpointing": on}
+    config = parse(Config, data, "test")
+    with join_ranks() as ranks:
+        model = build_engine(M3AE(config.model, config.loss), config, ranks).model
+    assert (model.encoder.checkpointing, model.decoder.checkpointing) == (on, on)
+
+
+@pytest.mark.parametrize("most", [None, 0.01, 1.0, 1e9])
+def test_gradients_are_clipped_as_torch_does(most):
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(3, n)) for n in (1, 5)] for _ in range(2))
+    for one, other in zip(ours, theirs):
+        one.grad = torch.randn_like(one)
+        other.grad = one.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(theirs, math.inf if most is None else most)
+    assert clip_by_global_norm(ours, most) == pytest.approx(norm.item())
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=0)
+
+
+def test_the_wait_for_data_is_that_for_the_loader_alone(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(feed_module.time, "perf_counter", lambda: clock[0])
+
+    def batches():
+        for number in range(4):
+            clock[0] += 1
+            yield number
+
+    def start_sums(host):
+        clock[0] += 10
+        return lambda: host
+
+    steps = []
+    for step in feed_module.feed(batches(), 2, torch.device("cpu"), start_sums):
+        steps.append((step.host, step.waited))
+        clock[0] += 100
+    assert steps == [([0, 1], 2.0), ([2, 3], 2.0)]
 
 
 class OneOfTwo:
@@ -483,6 +545,15 @@ def test_an_epoch_of_less_than_a_batch_is_a_step():
     config = parse(Config, TINY, "test")
     schedule = Schedule(config.train, config.optim.model_copy(update={"warmup_epochs": 1000.0}), samples=5)
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (1, 6, 6)
+
+
+def test_the_learning_rate_stays_at_its_end():
+    config = parse(Config, TINY, "test")
+    optim = config.optim.model_copy(update={"warmup_epochs": 1.0, "end_lr": 0.01, "peak_lr": 1.0})
+    schedule = Schedule(config.train, optim, samples=5)
+    last = schedule.lr(schedule.total_steps)
+    assert last == pytest.approx(0.01 * optim.lr_factor(config.train.global_batch))
+    assert [schedule.lr(schedule.total_steps + more) for more in (1, 2, 5, 9)] == [last] * 4
 
 
 def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
