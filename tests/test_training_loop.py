@@ -365,6 +365,9 @@ def test_work_ends_before_the_first_batch_where_a_rank_asks_to_stop():
             done.append(batch)
             stop.asked = batch == 2
     assert done == [0, 1, 2]
+    other = argparse.Namespace(sum=lambda values: [values[0] + 1])  # the partner asks
+    with pytest.raises(Stopped):
+        next(until_stopped(range(5), other, argparse.Namespace(asked=False)))
 
 
 @pytest.mark.parametrize("repeat_shapes", [False, True])
@@ -545,6 +548,13 @@ def test_an_epoch_of_less_than_a_batch_is_a_step():
     config = parse(Config, TINY, "test")
     schedule = Schedule(config.train, config.optim.model_copy(update={"warmup_epochs": 1000.0}), samples=5)
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (1, 6, 6)
+
+
+def test_an_epoch_is_of_whole_batches():
+    config = parse(Config, TINY, "test")
+    batch = config.train.global_batch
+    found = [Schedule(config.train, config.optim, samples).steps_per_epoch for samples in (batch, 3 * batch - 1)]
+    assert found == [1, 2]
 
 
 def test_the_learning_rate_stays_at_its_end():
