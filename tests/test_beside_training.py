@@ -25,10 +25,10 @@ def test_an_error_in_the_background_is_known_at_once_and_raised_once():
         raise UserError("the disk is full")
 
     background.start(work)
-    assert not background.failed()
+    assert background.busy and not background.failed()
     begun.set()
     background._thread.join()
-    assert background.failed()
+    assert background.failed() and not background.busy
     with pytest.raises(UserError, match="the disk is full"):
         background.wait()
     assert not background.failed()

@@ -18,7 +18,7 @@ from m3ae_fast.pictures.reconstructions import (
     caption_views,
     draw_reconstructions,
 )
-from tests.test_model import make_model, make_sample
+from tests.test_model import TINY, make_model, make_sample
 
 SMALL = ModelConfig(
     size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1,
@@ -63,3 +63,14 @@ def test_a_sheet_shows_each_sample(tmp_path):
     assert [row[:, 8:168].std() > 5 for row in rows] == [True, True, False]
     assert [row[:, 512:].std() > 1 for row in rows] == [True, False, True]
     assert model.training
+
+
+def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):
+    model = make_model(TINY.model_copy(update={"drop": 0.5}))
+    sheets = []
+    for training in (True, True, False):
+        model.train(training)
+        draw_reconstructions(model, [make_sample(0), make_sample(1)], None, tmp_path / "sheet.png")
+        assert model.training is training
+        sheets.append((tmp_path / "sheet.png").read_bytes())
+    assert len(set(sheets)) == 1

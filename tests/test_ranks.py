@@ -3,7 +3,9 @@
 import hashlib
 import time
 from datetime import timedelta
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,11 +24,17 @@ def main(argv):
         pulse.timeout = TIMEOUT_S
 
         def work():
-            until = time.monotonic() + 2 * TIMEOUT_S * (joined.rank == 1)
+            until = time.monotonic() + 2 * TIMEOUT_S * (joined.rank == 1 and argv[0] != "made")
             while time.monotonic() < until:
                 hashlib.sha256(bytes(1 << 20))
             if argv == ["fail"] and joined.rank == 1:
                 raise UserError("rank 1 finds no shard")
+            if argv[0] == "made":
+                path = Path(argv[1])
+                if joined.rank == 0:
+                    path.touch()
+                elif not path.exists():
+                    raise UserError("rank 0 has made nothing yet")
             return joined.rank
 
         assert joined.main_first(work, pulse.waiting) == joined.rank
@@ -36,8 +44,22 @@ def main(argv):
     return 0
 
 
+def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):
+    def read():
+        return (tmp_path / "nothing").read_text()
+
+    with ranks.join_ranks() as joined:
+        for way in (joined.on_main, joined.told, joined.main_first):
+            with pytest.raises(UserError, match=r"No such file .*nothing"):
+                way(read)
+
+
 def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):
     assert run_ranks(__name__, ["late"], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
+
+
+def test_the_others_find_what_rank_0_made(tmp_path):
+    assert run_ranks(__name__, ["made", str(tmp_path / "made")], 2, tmp_path / "log") == (0, "2 ranks\n" * 2)
 
 
 def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):

@@ -142,6 +142,8 @@ def test_going_back_to_an_older_checkpoint(trainer):
     assert trainer.losses("run") == whole
     steps = [f"step-{step:08d}" for step in (2, 4, 6)]
     assert trainer.checkpoints("run") == [f"aside-{step}" for step in steps[1:]] + steps
+    saved = checkpoint.saved_steps(trainer.folder / "run")
+    assert [checkpoint.read_info(path).samples for path in saved] == [16 * step for step in (2, 4, 6)]
 
 
 def test_a_run_on_other_data_is_refused_and_other_changes_are_told(trainer):
@@ -355,7 +357,7 @@ def test_keep_never_removes_the_last_good_one(tmp_path):
 
 
 def test_auto_passes_over_what_has_failed(tmp_path):
-    one, two, three = (_save(tmp_path, step) for step in (1, 2, 3))
+    _, two, three = (_save(tmp_path, step) for step in (1, 2, 3))
     assert "no checkpoint is known to be good" in resuming.judge(tmp_path, 4)
     assert resuming.find(tmp_path, "auto") == two
     assert len(resuming.passed_over(tmp_path)) == 1 and str(three) in resuming.passed_over(tmp_path)[0]
@@ -363,8 +365,9 @@ def test_auto_passes_over_what_has_failed(tmp_path):
     assert resuming.judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is not to blame
     assert resuming.find(tmp_path, "auto") == two
     assert resuming.find(tmp_path, str(three)) == three
-    for path in (one, two):
-        checkpoint.mark(tmp_path, checkpoint.step_of(path), checkpoint.FAILED, "")
+    checkpoint.mark(tmp_path, 1, checkpoint.FAILED, "")
+    assert [str(three) in note for note in resuming.passed_over(tmp_path)] == [True]  # what lies before is no news
+    checkpoint.mark(tmp_path, 2, checkpoint.FAILED, "")
     with pytest.raises(UserError, match="none of its checkpoints gave a finite loss"):
         resuming.find(tmp_path, "auto")
 

@@ -117,6 +117,10 @@ def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         (folder.path / METRICS_FILE).touch()
     assert (tmp_path / "run" / METRICS_FILE).exists()
+    (tmp_path / "mine").mkdir()  # the user's own, empty
+    with RunFolder(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
 
 
 @pytest.mark.parametrize("reader", ["head -1", "true", "cat > /dev/full"])
@@ -159,6 +163,16 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
     assert (point.step, point.value) == (3, 1.5)
     (picture,) = events.Images("reconstructions")
     assert (picture.step, picture.width, picture.height) == (3, 8, 6)
+
+
+def test_tensorboard_keeps_what_was_before_a_resume_and_purges_what_came_after(tmp_path):
+    for start, last, value in ((0, 4, 1.0), (2, 3, 2.0)):
+        with RunLog(tmp_path, start, 9) as log:
+            for step in range(start + 1, last + 1):
+                log.log(step, {"loss": value})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):

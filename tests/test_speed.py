@@ -131,6 +131,8 @@ def test_padding_is_apart(kinds):
         assert torch.equal(more.cu_seqlens[: S + 1], few.cu_seqlens) or name == "loss"
         if name != "loss":
             assert more.max_seqlen == few.max_seqlen
+            segments, longest = len(more.cu_seqlens) - 1 - S, max(few.max_seqlen, 1)
+            assert segments == -(-(count - few.rows) // longest), "no more segments than need be"
     for name in ("image", "text"):
         weights = [getattr(b, f"{name}_row_weight") for b in (exact, padded)]
         assert len(weights[1]) == rounded(len(weights[0]))

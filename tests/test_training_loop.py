@@ -17,8 +17,11 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
+from m3ae_fast.engine import feed as feed_module
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
+from m3ae_fast.engine.feed import StepInput
+from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.flops import reference_flops
@@ -26,9 +29,10 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.stopping import Stopped, until_stopped
-from m3ae_fast.run import checkpoint, throughput
+from m3ae_fast.run import checkpoint, resuming, throughput
 from m3ae_fast.run.cautions import MemoryGrowth, cautions
 from m3ae_fast.run.loop import Loop
+from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.run import Run
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.train import pre_train
@@ -250,6 +254,66 @@ def paired(config: Config, seed: int):
     return sample
 
 
+def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
+    data = json.loads(json.dumps(TINY))
+    data["train"] |= {"global_batch": 2, "micro_batch": 2, "ema": 0.5}
+    config = parse(Config, data, "test")
+    with join_ranks() as ranks:
+        model = M3AE(config.model, config.loss)
+        batch = pack([paired(config, seed) for seed in range(2)], model.geometry)
+        engine = build_engine(model, config, ranks)
+        engine.step([batch], batch.counts, 0.1)
+        state = engine.state()
+        before = {name: tensor.clone() for name, tensor in state.items()}
+        engine.step([batch], batch.counts, 0.1)
+        after = engine.state()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_checkpointing_is_of_encoder_and_decoder(on):
+    data = json.loads(json.dumps(TINY))
+    data["train"] |= {"activation_checkpointing": on}
+    config = parse(Config, data, "test")
+    with join_ranks() as ranks:
+        model = build_engine(M3AE(config.model, config.loss), config, ranks).model
+    assert (model.encoder.checkpointing, model.decoder.checkpointing) == (on, on)
+
+
+@pytest.mark.parametrize("most", [None, 0.01, 1.0, 1e9])
+def test_gradients_are_clipped_as_torch_does(most):
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(3, n)) for n in (1, 5)] for _ in range(2))
+    for one, other in zip(ours, theirs):
+        one.grad = torch.randn_like(one)
+        other.grad = one.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(theirs, math.inf if most is None else most)
+    assert clip_by_global_norm(ours, most) == pytest.approx(norm.item())
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=0)
+
+
+def test_the_wait_for_data_is_that_for_the_loader_alone(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(feed_module.time, "perf_counter", lambda: clock[0])
+
+    def batches():
+        for number in range(4):
+            clock[0] += 1
+            yield number
+
+    def start_sums(host):
+        clock[0] += 10
+        return lambda: host
+
+    steps = []
+    for step in feed_module.feed(batches(), 2, torch.device("cpu"), start_sums):
+        steps.append((step.host, step.waited))
+        clock[0] += 100
+    assert steps == [([0, 1], 2.0), ([2, 3], 2.0)]
+
+
 class OneOfTwo:
     """A rank whose partner has the sums `other`."""
 
@@ -301,6 +365,52 @@ def test_work_ends_before_the_first_batch_where_a_rank_asks_to_stop():
             done.append(batch)
             stop.asked = batch == 2
     assert done == [0, 1, 2]
+    other = argparse.Namespace(sum=lambda values: [values[0] + 1])  # the partner asks
+    with pytest.raises(Stopped):
+        next(until_stopped(range(5), other, argparse.Namespace(asked=False)))
+
+
+@pytest.mark.parametrize("repeat_shapes", [False, True])
+def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
+    batches = [
+        pack(samples, M3AE(SMALL).geometry, repeat_shapes=repeat_shapes) for samples in (MIXED[:2], MIXED[2:], [])
+    ]
+    counts = StepCounts.of(batches, SMALL)
+    images, texts = (sum(getattr(sample, name) is not None for sample in MIXED) for name in ("image", "tokens"))
+    words = sum(len(sample.tokens) for sample in MIXED if sample.tokens is not None)
+    tokens = len(MIXED) + SMALL.patches_per_image * images + words
+    assert counts[:-1] == (len(MIXED), images, texts, images, texts, 0, tokens)
+
+
+def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
+    """Of two micro-batches, whose losses come before the norm."""
+    fine, wrong = torch.tensor(1.0), torch.tensor(math.nan)
+    for place, what in ((0, "loss"), (1, "loss"), (2, "gradient norm")):
+        watch = LossWatch()
+        for step in range(1, 6):
+            values = [wrong if (step, i) == (3, place) or step == 5 else fine for i in range(3)]
+            losses = [argparse.Namespace(loss=value) for value in values[:2]]
+            watch.add(step, [f"{step}-{number}" for number in range(step * 3)], losses, values[2])
+            assert watch.failed() == (step > 2)
+        shown = ", ".join(f"3-{number}" for number in range(8)) + " and 1 more"
+        assert watch.first_bad() == f"the {what} of step 3 is not finite; samples: {shown}"
+        assert (watch.bad_step, watch.finite_through) == (3, 2)
+
+
+def test_of_two_ranks_that_failed_the_earlier_step_is_judged(monkeypatch):
+    """A step fails on the rank that has the sample; the others' next steps fail of its gradients."""
+    judged = []
+    monkeypatch.setattr(resuming, "judge", lambda folder, step: judged.append(step) or "told")
+    for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
+        watch = argparse.Namespace(first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6)
+        ranks = Agreeing(value=(f"step {other}", other, 6))
+        ranks.told = lambda work: work()
+        loop = argparse.Namespace(
+            watch=watch, ranks=ranks, unjudged=None, run=argparse.Namespace(dir=None), remedy=lambda: "less"
+        )
+        with pytest.raises(UserError, match="step 7"):
+            Loop.stop_if_not_finite(loop)
+    assert judged == [7] * 4
 
 
 def test_rates_are_those_since_the_last_time(monkeypatch):
@@ -386,10 +496,9 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
                 saving=argparse.Namespace(failed=lambda: False, busy=at_work, wait=lambda: None),
                 unjudged=4,
                 log=True,
-                bad=None,
                 ranks=Agreeing(value=("", None, finite_through[1])),
                 count=lambda batches: (),
-                counted=lambda sums, waited: sums,
+                counted=lambda sums, waited: None,
             )
             for through, at_work in zip(finite_through, busy)
         ]
@@ -398,7 +507,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
         if way == "next":
             Loop._start_sums(other, [])()
             main.ranks = Agreeing(sums=other.ranks.own)
-            Loop.step_counts(main, argparse.Namespace(sums=Loop._start_sums(main, []), host=[], waited=0.0))
+            Loop.step_counts(main, StepInput([], [], 0.0, Loop._start_sums(main, [])))
         else:
             Loop.stop_if_not_finite(main)
         assert (main.unjudged is None) == checkpoint.is_good(*checkpoint.saved_steps(folder))
@@ -439,6 +548,22 @@ def test_an_epoch_of_less_than_a_batch_is_a_step():
     config = parse(Config, TINY, "test")
     schedule = Schedule(config.train, config.optim.model_copy(update={"warmup_epochs": 1000.0}), samples=5)
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (1, 6, 6)
+
+
+def test_an_epoch_is_of_whole_batches():
+    config = parse(Config, TINY, "test")
+    batch = config.train.global_batch
+    found = [Schedule(config.train, config.optim, samples).steps_per_epoch for samples in (batch, 3 * batch - 1)]
+    assert found == [1, 2]
+
+
+def test_the_learning_rate_stays_at_its_end():
+    config = parse(Config, TINY, "test")
+    optim = config.optim.model_copy(update={"warmup_epochs": 1.0, "end_lr": 0.01, "peak_lr": 1.0})
+    schedule = Schedule(config.train, optim, samples=5)
+    last = schedule.lr(schedule.total_steps)
+    assert last == pytest.approx(0.01 * optim.lr_factor(config.train.global_batch))
+    assert [schedule.lr(schedule.total_steps + more) for more in (1, 2, 5, 9)] == [last] * 4
 
 
 def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):

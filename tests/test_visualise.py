@@ -8,7 +8,7 @@ from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.attention import attention_to_patches
+from m3ae_fast.pictures.attention import _laid_over, attention_to_patches
 from m3ae_fast.run import checkpoint
 from m3ae_fast.visualise import main
 from tests.helpers.attention import attend
@@ -37,6 +37,15 @@ def test_attention_maps_are_the_ops_weights():
         (grad,) = torch.autograd.grad(out_THd[row].sum(), kv, retain_graph=True)
         expected_L = grad[1:17, 2, :, 0].mean(1)
         torch.testing.assert_close(found_L, expected_L / expected_L.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_patch_looked_at_most_is_red_and_others_bluer():
+    weights = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    shown = _laid_over(torch.full((3, 16, 16), 100, dtype=torch.uint8), weights, 8).int()
+    patches = [shown[:, y : y + 8, x : x + 8].flatten(1) for y in (0, 8) for x in (0, 8)]
+    assert all((patch == patch[:, :1]).all() for patch in patches)
+    redness = torch.tensor([(patch[0, 0] - patch[2, 0]).item() for patch in patches])
+    assert redness.argsort().tolist() == weights.argsort().tolist() and redness[1] > 100 > -50 > redness[0]
 
 
 @pytest.fixture

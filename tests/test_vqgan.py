@@ -3,6 +3,7 @@
 import json
 import tarfile
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import msgpack
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
@@ -22,6 +24,7 @@ from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import _decoded, draw_reconstructions
+from m3ae_fast.shard_tools.tokenize_images import QUALITY, Crops
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.vqgan import quantities
 from m3ae_fast.vqgan.flax import convert_vqgan, from_flax
@@ -225,6 +228,33 @@ def test_ids_made_ahead_of_time(tmp_path, vqgan, monkeypatch, capsys):
         assert exit_cleanly(partial(data, [*arguments, option, "--out", str(out)])) == 2
         assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
+    shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
+    usual = {"size": 32, "views": 2, "scale": (0.2, 1.0), "flip": True, "seed": 0, "threads": 1, "image_range": None}
+    others = {"size": 64, "views": None, "scale": (0.3, 1.0), "flip": False, "seed": 1, "image_range": "dtype"}
+
+    def identity(**changed):
+        return json.dumps(Crops([shards], ShardStore(tmp_path / "cache"), vqgan, **usual | changed).identity)
+
+    assert len({identity(), *(identity(**{name: value}) for name, value in others.items())}) == 1 + len(others)
+    assert identity(threads=2) == identity()
+
+
+def test_held_out_ids_are_of_the_central_square(tmp_path, vqgan):
+    vqgan.save_pretrained(tmp_path / "vqgan")
+    shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
+    arguments = ["--vqgan", str(tmp_path / "vqgan"), "--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
+    out = tmp_path / "out"
+    assert data(["tokenize-images", shards, *arguments, "--centre", "--out", str(out), "--workers", "1"]) == 0
+    with tarfile.open(out / "tokenized-00000.tar") as tar:
+        found = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
+    assert len(found) == 2
+    for number, crop in enumerate(found):
+        square, expected = centre_crop(decode_image(picture(number), 3), 32), BytesIO()
+        Image.fromarray(square.permute(1, 2, 0).numpy()).save(expected, "JPEG", quality=QUALITY)
+        assert torch.equal(decode_image(crop, 3), decode_image(expected.getvalue(), 3))
 
 
 def test_reconstructions_are_drawn_through_the_decoder(tmp_path, vqgan, model):

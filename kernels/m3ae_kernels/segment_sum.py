@@ -9,7 +9,7 @@ from torch import Tensor
 
 def segment_order(ids: Tensor) -> Tensor:
     """What `segment_sum` sorts by, where it is known before: [T] int32, the stable order of ids [T], negative first."""
-    return torch.argsort(ids.clamp(min=-1), stable=True).int()
+    return torch.argsort(ids, stable=True).int()
 
 
 def segment_sum(

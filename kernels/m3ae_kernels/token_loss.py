@@ -257,7 +257,8 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
         ignored_C1 = targets[rows, None] == ignore_index
         target_C1 = targets[rows, None].long().masked_fill(ignored_C1, 0)
         if len(correct):
-            correct[rows] = logits_CV.max(1).indices == targets[rows]  # faster than argmax
+            hit_C = logits_CV.max(1).indices == targets[rows]  # faster than argmax
+            correct[rows] = hit_C.masked_fill_(ignored_C1[:, 0], False)
         log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
         # Any column gives the log-partition; the target's keeps the digits that the loss is made of.
         log_p_target_C1 = log_p_CV.gather(1, target_C1)

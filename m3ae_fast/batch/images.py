@@ -96,8 +96,8 @@ def _looks_like(data: bytes) -> str:
 
 
 def _is_special(header: Image.Image) -> bool:
-    """Return whether torchvision would ignore part of the file: it rotates only JPEGs, and drops transparency here."""
-    return "transparency" in header.info or (header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING))
+    """Return whether torchvision would ignore which side the file says is up: it rotates only JPEGs."""
+    return header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING)
 
 
 def _check_precision(data: bytes) -> None:

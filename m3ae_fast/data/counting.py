@@ -39,7 +39,7 @@ def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tu
     found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
     unread = (0, 0, UNREAD)
     summaries = [found.get(name) for name in names]
-    counts = [(s.samples, s.size, KINDS.index(s.modality) if s.samples else 0) if s else unread for s in summaries]
+    counts = [(s.samples, s.size, KINDS.index(s.modality)) if s else unread for s in summaries]
     return rows_of(names, counts), lost
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from m3ae_fast.export import export
 from m3ae_fast.model import M3AE
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
+from m3ae_fast.weights.card import model_card
 from m3ae_fast.weights.pretrained import Pretrained, write_pretrained
 from tests.helpers.mae import MAE
 
@@ -150,3 +152,27 @@ def test_an_export_changes_its_format_only_where_its_weights_fit(tmp_path):
         with pytest.raises(UserError, match=message):
             export(tmp_path / "model", tmp_path / "timm", format="timm")
         assert not (tmp_path / "timm").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_all_files_of_a_model_are_as_readable_as_the_users_others(tmp_path, umask):
+    config = ModelConfig(size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1)
+    old = os.umask(umask)
+    try:
+        M3AE(config).save_pretrained(tmp_path / "out")
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) > 2 and set(modes.values()) == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("vocab", [0, 50])
+def test_a_card_has_the_models_sizes(vocab):
+    config = ModelConfig(
+        size=None, emb_dim=12, depth=3, num_heads=2, dec_emb_dim=20, dec_depth=4, dec_num_heads=5,
+        image_size=48, patch_size=8, text_length=17, vocab_size=vocab,
+    )  # fmt: skip
+    card = model_card("me/it", config)
+    sentence = card.partition("arXiv 2205.14204: ")[2].partition("\n\n")[0]
+    assert [int(n) for n in re.findall(r"\d+", sentence)] == [3, 12, 48, 48, 8, 8, *([17] if vocab else [])]
+    assert "[B, 3, 48, 48] -> [B, 1 + 36, 12]" in card

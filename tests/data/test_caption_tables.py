@@ -212,3 +212,11 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_table_is_refused(tmp_path, suffix)
     (tmp_path / f"folder.{suffix}").mkdir()
     for kind in ("pipe", "folder"):
         assert "is not a regular file" in error(tmp_path / f"{kind}.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_a_mark_that_windows_puts_before_utf8_is_no_part_of_the_first_name(tmp_path, suffix):
+    row = {"image": "0.jpg", "caption": "a café"}
+    lines = [json.dumps(row)] if suffix == "jsonl" else map({"csv": ",", "tsv": "\t"}[suffix].join, (row, row.values()))
+    (tmp_path / f"a.{suffix}").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    assert pairs(tmp_path / f"a.{suffix}", image="image") == [("0.jpg", "a café")]

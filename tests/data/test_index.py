@@ -2,6 +2,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from webdataset.tariterators import group_by_keys
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import index
 from m3ae_fast.data.__main__ import main as data_tools
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MISSING, index_shards
@@ -272,6 +274,31 @@ def test_few_files_are_open_at_once(tmp_path, store, monkeypatch):
     for shard in (0, 1, 2, 3, 4, 5, 0, 3):
         assert reader.read(shard, 0).caption == caption(shard)
         assert len(os.listdir("/proc/self/fd")) <= before + 2 * 2  # a shard and its table
+
+
+def test_the_shard_used_longest_ago_is_closed_first(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("m3ae_fast.data.reader._OPEN_SHARDS", 2)
+    paths = [write_tar(tmp_path / f"{i}.tar", members([i])) for i in range(3)]
+    reader = Reader(open_corpus([SourceConfig(shards=paths)], store).sources[0], store)
+    opened, real = [], reader._open_shard
+    monkeypatch.setattr(reader, "_open_shard", lambda entry: opened.append(entry.shard) or real(entry))
+    for shard in (0, 1, 0, 2, 0, 1):
+        reader.read(shard, 0)
+    assert opened == [paths[shard] for shard in (0, 1, 2, 1)]
+
+
+def test_a_shard_is_indexed_by_one_while_others_wait(tmp_path, store, monkeypatch):
+    made, real = [], index._make
+
+    def make(*arguments):
+        made.append(1)
+        time.sleep(0.2)  # the others have found no index meanwhile
+        return real(*arguments)
+
+    monkeypatch.setattr(index, "_make", make)
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    assert [entry.summary.samples for entry in index.index_shards([path] * 4, store)] == [3] * 4
+    assert made == [1]
 
 
 def test_a_shard_that_changes_under_way_is_noticed(tmp_path, store):

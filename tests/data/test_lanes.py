@@ -66,12 +66,13 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
     assert sorted(owned) == list(range(sum(sizes)))
 
 
-def test_every_sample_of_every_source_comes_once_in_as_many_positions():
+@pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
+def test_every_sample_of_every_source_comes_once_in_as_many_positions(scale):
     """Where the lanes divide the sources."""
-    sizes = [[40, 24], [8], [16, 16, 16]]
-    order = Order(sizes, None, 2, 0, lanes=8)
+    sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
+    order, total = Order(sizes, None, 2, 0, lanes=8), 120 * scale
     for epoch in range(3):
-        found = [order.locate(position) for position in range(epoch * 120, (epoch + 1) * 120)]
+        found = [order.locate(position) for position in range(epoch * total, (epoch + 1) * total)]
         everything = Counter((source, n, epoch) for source, shards in enumerate(sizes) for n in range(sum(shards)))
         assert Counter((place.source, place.sample, place.epoch) for place in found) == everything
 
@@ -108,6 +109,13 @@ def test_the_samples_of_a_step_do_not_depend_on_the_ranks(batch, lanes, repeats)
                 assert all(order.locate(p // repeats) == known[p - everything[0]] for p in own[:99])
             found += own
         assert sorted(found) == list(everything)
+
+
+@pytest.mark.parametrize(("batch", "world", "parts"), [(12, 1, 1), (12, 5, 1), (13, 2, 3), (7, 7, 1), (64, 9, 2)])
+def test_the_largest_micro_batch_is_as_large_as_is_reckoned_with(batch, world, parts):
+    shares = [Share(batch, parts, rank, world) for rank in range(world)]
+    largest = max(len(positions) for share in shares for positions in MicroBatches(range(2), share))
+    assert {share.micro_batch for share in shares} == {largest}
 
 
 def test_views_of_a_sample_stay_together():

@@ -8,20 +8,23 @@ import signal
 import subprocess
 import threading
 import traceback
+from argparse import Namespace
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from m3ae_fast.batch.bad_samples import BadSamples, Skipped
+from m3ae_fast.batch.bad_samples import BadSample, BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import dataset, open_corpus
+from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.fetch_ahead import FETCHING
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.order import hash64
@@ -247,9 +250,8 @@ def test_sources_of_all_kinds_meet_in_one_batch(load, tmp_path):
         assert sorted(int(key[-5:]) for key in batch.keys) == list(range(20))
         assert batch.counts == (16, 14)
     weighted = [source.model_copy(update={"weight": weight}) for source, weight in zip(sources, (1, 2, 1))]
-    keys = [key for batch in load(weighted, micro_batch=10, steps=10) for key in batch.keys]
-    counts = [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"]
-    assert counts == pytest.approx([25, 50, 25], abs=2)  # each of two lanes rounds
+    keys = [key for batch in load(weighted, micro_batch=10, steps=8) for key in batch.keys]
+    assert [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"] == [20, 40, 20]  # four epochs of both lanes
 
 
 def test_sources_with_the_same_samples_draw_on_their_own(load, tmp_path):
@@ -300,6 +302,23 @@ def test_repeats_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
         assert by_step(load, paired, 4, config=config, **options) == reference
     assert by_step(load, paired, 4, micro_batch=12, config={**config, "workers": 2}) == reference
     assert by_step(load, paired, 4, micro_batch=12, config=config, start=2) == reference[2:]
+
+
+def test_ids_are_those_of_a_codebook_one_for_each_patch():
+    def stored(*ids):
+        geometry = Namespace(patches_per_image=4)
+        samples = Namespace(preparation=Namespace(stored_codebook=16, geometry=geometry))
+        reader = Namespace(image_ids=lambda shard, row: np.array(ids))
+        return Samples._stored_ids(samples, reader, 0, 0).tolist()
+
+    assert stored(0, 15, 0, 15) == [0, 15, 0, 15]
+    for outside in (16, -1):
+        for place in range(4):
+            with pytest.raises(BadSample, match="outside the codebook of 16"):
+                stored(*[3] * place, outside, *[3] * (3 - place))
+    for ids in ((1, 2, 3), (1, 2, 3, 4, 5)):
+        with pytest.raises(BadSample, match=f"{len(ids)} ids for 4 patches"):
+            stored(*ids)
 
 
 def test_image_only_and_text_only(load, tmp_path):
@@ -385,12 +404,13 @@ def test_a_batch_may_be_empty(load, tmp_path):
     assert (batch.keys, len(batch.skipped), batch.images.shape) == ([], 4, (0, 3, 32, 32))
 
 
-def test_a_shard_that_vanishes_is_counted(load, tmp_path):
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_shard_that_vanishes_is_counted(load, tmp_path, repeats):
     paths = [write_tar(tmp_path / f"{i}.tar", members(range(i * 3, i * 3 + 3))) for i in range(2)]
-    loader = load(paths, micro_batch=6, steps=1)
+    loader = load(paths, micro_batch=6 * repeats, steps=1, config={"repeats": repeats})
     (tmp_path / "1.tar").unlink()
     (batch,) = loader
-    assert len(batch.keys) == 3
+    assert len(batch.keys) == len(batch.skipped) == 3 * repeats
     assert {skipped.shard for skipped in batch.skipped} == {paths[1]}
     assert "cannot be read" in batch.skipped[0].reason
 
@@ -404,6 +424,21 @@ def test_a_shard_that_cannot_be_fetched_again_is_not_tried_for_every_sample(load
     (batch,) = loader
     assert len(batch.skipped) == 6
     assert len((tmp_path / "tries").read_text()) == ATTEMPTS
+
+
+def test_a_shard_that_was_away_for_a_while_is_read_again(load, tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("m3ae_fast.data.reader.time.monotonic", lambda: clock[0])
+    path = write_tar(tmp_path / "a.tar", members(range(3)))
+    samples = load(path, train=False).dataset
+    os.rename(path, tmp_path / "away")
+    assert isinstance(samples[0], Skipped)
+    os.rename(tmp_path / "away", path)
+    found = []
+    for seconds in (1, 58, 2):
+        clock[0] += seconds
+        found.append(isinstance(samples[0], Skipped))
+    assert found == [True, True, False]
 
 
 def test_signals_are_left_to_the_main_process(load, paired):
@@ -449,10 +484,14 @@ def test_fewer_shards_than_readers(load, tmp_path):
     assert len(set(keys)) == 16
 
 
-def test_remote_shards_are_fetched_group_by_group(load, tmp_path, store):
+@pytest.mark.parametrize("beside", [False, True])
+def test_remote_shards_are_fetched_group_by_group(load, tmp_path, store, beside):
     for i in range(4):
         write_tar(tmp_path / f"{i}.tar", members(range(i * 4, i * 4 + 4)))
-    loader = load(f"pipe:cat {tmp_path}/{{0..3}}.tar", micro_batch=4, steps=4, config={"shuffle_shards": 1, "lanes": 1})
+    shards = [f"pipe:cat {tmp_path}/{{0..3}}.tar"]
+    if beside:  # a shard of the same source that is read where it lies
+        shards.append(write_tar(tmp_path / "beside.tar", members([99])))
+    loader = load([SourceConfig(shards=shards)], micro_batch=4, steps=4, config={"shuffle_shards": 1, "lanes": 1})
     copies = store.cache_dir / "shards"
     for copy in copies.iterdir():
         copy.unlink()

@@ -13,7 +13,7 @@ import pytest
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, counting, open_corpus
 from m3ae_fast.data.__main__ import main
-from m3ae_fast.data.manifest import KINDS, UNREAD, read, rows_of, write
+from m3ae_fast.data.manifest import KINDS, UNREAD, join, read, rows_of, write
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.errors import UserError
@@ -72,6 +72,9 @@ def test_parts_are_one_manifest(tmp_path, remote):
     assert set(fetched().values()) == {1}
     for part in (1, 2, 3, 4):
         make(tmp_path, pattern, "--part", f"{part}/4", cache=f"maker-{part}")
+        assert sorted(path.name for path in tmp_path.glob("m.part-*")) == [
+            f"m.part-{number:04d}-of-0004.npy" for number in range(1, part + 1)
+        ]
     assert sorted(fetched().values()) == [2] * 6
     parts = [SourceConfig(shards=str(tmp_path / "m.part-*.npy"))]
     rows = open_corpus(parts, ShardStore(tmp_path / "c")).sources[0].shards.rows
@@ -79,6 +82,20 @@ def test_parts_are_one_manifest(tmp_path, remote):
     os.unlink(tmp_path / "m.part-0002-of-0004.npy")
     with pytest.raises(UserError, match="3 of 4 parts of a manifest"):
         open_corpus(parts, ShardStore(tmp_path / "c"))
+
+
+def test_parts_whose_names_have_other_lengths_lose_no_letter():
+    names = ["a.tar", "a-longer-name.tar", "mid.tar"]
+    parts = [rows_of([name], [(number, 10 * number, 1)]) for number, name in enumerate(names)]
+    for order in ([0, 1, 2], [1, 0, 2], [2, 0, 1]):
+        rows = join([parts[number] for number in order])
+        assert rows.tolist() == [(names[number].encode(), number, 10 * number, 1) for number in order]
+
+
+def test_a_manifest_made_by_a_run_is_of_these_shards_in_this_order(store):
+    lists = (["a.tar", "b.tar"], ["b.tar", "a.tar"], ["a.tar"], ["a.tar", "b.tar", "b.tar"])
+    assert len({counting.cached(names, store) for names in lists}) == len(lists)
+    assert counting.cached(lists[0], store) == counting.cached(list(lists[0]), store)
 
 
 def test_counts_that_others_have_made(tmp_path):

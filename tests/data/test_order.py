@@ -103,3 +103,13 @@ def test_file_order_is_the_order_of_the_files():
     some = FileOrder([[2, 3], [1], [4]], 5)
     assert [(p.source, p.sample) for p in places(some, range(5))] == [(0, 0), (0, 2), (0, 4), (2, 0), (2, 2)]
     assert FileOrder([[2]], 5).samples == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 11, 12, 13, 23, 24])
+def test_some_of_a_set_lie_evenly_over_all_of_it(count):
+    """Gaps differ by at most one, the one behind the last among them."""
+    sizes = [[5, 6], [1, 12]]
+    order, starts = FileOrder(sizes, count), (0, 11)
+    numbers = [starts[place.source] + place.sample for place in places(order, range(order.samples))]
+    gaps = np.diff([*numbers, 24])
+    assert numbers[0] == 0 and len(numbers) == count and set(gaps) <= {24 // count, -(-24 // count)}

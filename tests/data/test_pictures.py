@@ -10,8 +10,8 @@ import torch
 from PIL import Image, features
 
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.depth import depth_of
-from m3ae_fast.batch.images import decode_image, pixels_of
+from m3ae_fast.batch.depth import Depth, depth_of
+from m3ae_fast.batch.images import _check_precision, decode_image, pixels_of
 from m3ae_fast.shard_tools.shrink import shrink
 from tests.helpers.pictures import CASES, GREY, NEEDS_RANGE, Case, png, table, tiff
 
@@ -26,6 +26,40 @@ def expected(case: Case) -> torch.Tensor:
     """int32 [3, H, W]."""
     pixels = torch.from_numpy(np.ascontiguousarray(case.pixels).astype(np.int32))
     return pixels.expand(3, *pixels.shape) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("image_range", ["dtype", (0, 4095), (1000, 60_000)])
+def test_each_value_becomes_the_nearest_level(image_range):
+    values = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    low, high = (0, 65_535) if image_range == "dtype" else image_range
+    exact = 255 * (np.clip(values.astype(np.float64), low, high) - low) / (high - low)
+    found = decode_image(png(values, 16, 0), 1, image_range)[0].numpy()
+    assert np.abs(found - exact).max() <= 0.5
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize(("kind", "name"), [("unsigned", "uint"), ("signed", "int")])
+def test_the_limits_of_a_depth_are_numpys(kind, name, bits):
+    limits = np.iinfo(f"{name}{bits}")
+    assert Depth(kind, bits).limits == (limits.min, limits.max)
+
+
+def test_jpeg_2000_is_read_up_to_8_bits():
+    """By the byte that says how many there are, less one; 128 more where values are signed."""
+    file = BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "JPEG2000")
+    data = bytearray(file.getvalue())
+    first = data.index(b"\xff\x4f\xff\x51") + 42
+    assert data[first : first + 9 : 3] == bytes([7, 7, 7])
+    for component in range(3):
+        for precision in (0, 6, 7, 8, 11, 15, 128 + 7):
+            changed = data.copy()
+            changed[first + 3 * component] = precision
+            if precision <= 7:
+                _check_precision(bytes(changed))
+            else:
+                with pytest.raises(BadSample, match="more than 8 bits"):
+                    _check_precision(bytes(changed))
 
 
 def skip_without_avif(case: Case) -> None:

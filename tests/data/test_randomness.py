@@ -31,6 +31,25 @@ def test_a_flip_tells_nothing_of_the_box(monkeypatch):
         assert correlation(list(zip(flipped, number))) < 0.09
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_box_may_be_as_wide_or_as_high_as_the_picture(turned):
+    """And lies anywhere then, as others do: only where no box fits is it the central one."""
+    size = (8, 30) if turned else (30, 8)
+    boxes = [crops._draw_box(*size, (0.2, 0.5), torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist())
+             for seed in range(300)]  # fmt: skip
+    whole = [(left, top) if turned else (top, left) for top, left, *part in boxes if part[turned ^ 1] == 8]
+    assert len({along for along, _ in whole}) > 10 and {across for _, across in whole} == {0}
+
+
+@pytest.mark.parametrize(("height", "width", "box"), [
+    (30, 8, (9, 0, 11, 8)), (8, 30, (0, 9, 8, 11)), (12, 12, (0, 0, 12, 12)), (40, 33, (0, 0, 40, 33)),
+    (41, 8, (15, 0, 11, 8)),
+])  # fmt: skip
+def test_where_no_box_fits_it_is_the_largest_central_one(height, width, box):
+    """No wider than 4 : 3 and no higher than 3 : 4."""
+    assert crops._draw_box(height, width, (9.0, 9.0), [0.5] * 41) == box
+
+
 def test_crops_are_what_they_were(monkeypatch):
     """A run goes on with the crops that it began with, with a later version too."""
     rows, columns = torch.meshgrid(torch.arange(100), torch.arange(80), indexing="ij")
@@ -82,7 +101,12 @@ def test_held_out_masks_do_not_depend_on_the_batch(load, tmp_path, per):
 def test_a_mask_of_a_batch_is_that_of_all_its_parts(load, tmp_path):
     path = write_tar(tmp_path / "a.tar", members(range(24)))
     masking = MaskingConfig(image_ratio=0.5, text_ratio=0.5, per="batch")
-    for parts in ({"micro_batch": 12}, {"micro_batch": 4, "accumulation": 3}, {"micro_batch": 6, "world": 2}):
+    for parts in (
+        {"micro_batch": 12},
+        {"micro_batch": 4, "accumulation": 3},
+        {"micro_batch": 6, "world": 2},
+        {"micro_batch": 12, "config": {"repeats": 2}},
+    ):
         steps = [set(), set()]
         for rank in range(parts.get("world", 1)):
             batches = list(load(path, steps=2, rank=rank, masking=masking, **parts))

@@ -10,6 +10,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from m3ae_fast.config import SourceConfig
@@ -238,6 +239,27 @@ def test_a_copy_of_which_a_byte_changed_is_fetched_again_once(server, store, no_
     assert reader.read(0, 1) == intact[1]
 
 
+def test_ids_of_which_a_byte_changed_are_fetched_again(server, store, no_waiting):
+    url, folder, requests = server
+    ids = np.arange(1000, 1016, dtype="<i4")
+    files = [("0.jpg", picture(0)), ("0.cls", b"3"), ("0.ids", ids.tobytes())]
+    write_tar(folder / "a.tar", files)
+    corpus = open_corpus([SourceConfig(shards=url + "/a.tar")], store)
+    assert Reader(corpus.sources[0], store).image_ids(0, 0).tolist() == ids.tolist()
+    copy = store.copy(url + "/a.tar")
+    copy.write_bytes(copy.read_bytes().replace(ids.tobytes(), (ids + 1).tobytes()))
+    assert Reader(corpus.sources[0], store).image_ids(0, 0).tolist() == ids.tolist()
+    assert requests["/a.tar"] == 2
+
+
+def test_a_long_caption_of_a_copy_is_cut_and_not_taken_for_damage(server, store, no_waiting):
+    url, folder, requests = server
+    write_tar(folder / "a.tar", [("0.txt", b"ab" * 50_000)])
+    corpus = open_corpus([SourceConfig(shards=url + "/a.tar")], store)
+    assert Reader(corpus.sources[0], store).read(0, 0).caption == "ab" * 32_768
+    assert requests["/a.tar"] == 1
+
+
 def test_one_cache_serves_several_users(server, store, monkeypatch):
     """Copies are as readable as the umask lets them be, and those of others are neither touched nor in the way."""
     url, folder, requests = server
@@ -247,6 +269,8 @@ def test_one_cache_serves_several_users(server, store, monkeypatch):
         copy = store.path(url + "/a.tar")
         assert copy.stat().st_mode & 0o777 == 0o664
         assert (store.cache_dir / "locks" / copy.name).stat().st_mode & 0o777 == 0o664
+        (entry,) = index_shards([url + "/a.tar"], store)
+        assert entry.sidecar.stat().st_mode & 0o444 == 0o444
     finally:
         os.umask(old)
 

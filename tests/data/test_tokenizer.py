@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from m3ae_fast.batch.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
 from m3ae_fast.errors import UserError
@@ -32,9 +32,20 @@ def test_settings_in_the_file_do_not_matter(tmp_path, tokenizer_file):
     other = Tokenizer.from_file(tokenizer_file)
     other.enable_padding(length=20)
     other.enable_truncation(2)
+    special = [(word, other.token_to_id(word)) for word in ("[CLS]", "[SEP]")]
+    other.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=special)
     other.save(str(tmp_path / "other.json"))
     found = load_tokenizer(str(tmp_path / "other.json"), 8)
     assert found.encode("red cat dog").tolist() == plain.encode("red cat dog").tolist()
+
+
+def test_ids_may_have_gaps(tmp_path):
+    """As those of a vocabulary that lost words: the model's table has a row for each number up to the highest."""
+    Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 7}, unk_token="[UNK]")).save(str(tmp_path / "gaps.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "gaps.json"), 8, vocab_size=8)
+    assert max(tokenizer.encode("cat")) < tokenizer.vocab_size == 8
+    with pytest.raises(UserError, match=r"has 8 tokens but model\.vocab_size is 2"):
+        load_tokenizer(str(tmp_path / "gaps.json"), 8, vocab_size=2)
 
 
 def test_vocab_txt(tmp_path):

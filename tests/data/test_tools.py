@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import h5py
@@ -20,6 +21,8 @@ from m3ae_fast.data.__main__ import main
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.shard_tools import writer
+from m3ae_fast.shard_tools.folder import Folder
+from m3ae_fast.shard_tools.huggingface import HuggingFace
 from tests.helpers.shards import caption, picture
 
 
@@ -147,6 +150,18 @@ def test_captions_from_a_table(tmp_path, pictures, kind):
     assert not any("cls" in sample for sample in samples)
 
 
+@pytest.mark.parametrize("keep_order", [False, True])
+@pytest.mark.parametrize(("samples", "share"), [(10, 0.28), (10, 0.22), (10, 0.01), (1000, 0.0348), (7, 0.5), (2, 0.1)])
+def test_as_many_are_held_out_as_come_nearest_to_the_share(samples, share, keep_order):
+    """At least one; each sample is in one of both."""
+    settings = writer.Settings(samples_per_shard=6, held_out=share, keep_order=keep_order)
+    shards = writer._plan(SimpleNamespace(splits={"train": samples}), settings)
+    numbers = [number for shard in shards for number in shard.numbers.tolist()]
+    held_out = sum(len(shard.numbers) for shard in shards if shard.name.startswith("val-"))
+    assert held_out == 1 or abs(held_out - share * samples) <= 0.5
+    assert sorted(numbers) == list(range(samples)) and (numbers == sorted(numbers)) == (keep_order or samples == 2)
+
+
 def test_small_jpegs_stay_as_they_are(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(picture(1))
@@ -257,6 +272,24 @@ def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
     assert [path.name for path in (tmp_path / "one").glob("*.tar")] == ["test-00000.tar"]
     assert make("from-hf", tmp_path / "saved", tmp_path / "two", "--held-out", "0.5") == 2
     assert "has splits of its own (train, test)" in capsys.readouterr().err
+
+
+def test_other_columns_or_splits_of_a_dataset_are_another_conversion(tmp_path, dataset):
+    both = dataset.map(lambda row: {"title": "a " + str(row["id"])})
+    datasets.DatasetDict(train=both.select(range(3)), test=both.select([3])).save_to_disk(tmp_path / "saved")
+
+    def identity(split=None, image=None, caption="caption", label=None):
+        return json.dumps(HuggingFace(str(tmp_path / "saved"), None, split, (image, caption, label)).identity)
+
+    ways = [{}, {"caption": "title"}, {"label": "id"}, {"split": "train"}, {"split": "test"}]
+    assert len({identity(**way) for way in ways}) == len(ways)
+    assert identity() == identity()
+
+
+def test_classes_in_another_order_are_another_conversion(pictures):
+    orders = (["cat", "dog"], ["dog", "cat"], ["cat", "dog", "emu"])
+    assert len({json.dumps(Folder(pictures, classes=classes).identity) for classes in orders}) == 3
+    assert Folder(pictures, classes=orders[0]).identity == Folder(pictures).identity
 
 
 def _mistakes(folder):

@@ -59,6 +59,88 @@ def test_ignored_rows_leave_no_trace():
         assert all((value == 0).all() for value in result.values())
 
 
+def test_the_bias_of_an_embedding_is_summed_in_its_own_digits():
+    torch.manual_seed(0)
+    images, patch_ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.arange(8).repeat(50)
+    weight, bias = torch.randn(32, 192, requires_grad=True), torch.zeros(32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = m3ae_kernels.patch_embed(images, patch_ids, weight, bias, **PIXELS)
+    grad = torch.randn(out.shape).to(out.dtype)
+    out.backward(grad)
+    assert out.dtype == torch.bfloat16 and error(bias.grad, grad.double().sum(0)) < 1e-5
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 6, 8])
+def test_images_and_rows_may_begin_at_any_element(offset):
+    """As slices of a buffer do: what is read as wide elements is read as narrower ones then."""
+    torch.manual_seed(0)
+    buffer, weight = torch.randint(0, 256, (2 * 3 * 16 * 16 + 8,), dtype=torch.uint8), torch.randn(5, 192)
+    images = buffer[offset : offset + 2 * 3 * 16 * 16].view(2, 3, 16, 16)
+    found, expected = (
+        m3ae_kernels.patch_embed(each, torch.arange(8), weight, **PIXELS) for each in (images, images.clone())
+    )
+    assert torch.equal(found, expected)
+    rows = torch.randn(8 + 12 * 8).half()[offset : offset + 12 * 8].view(12, 8)
+    x, order = torch.randn(12, 8).half().requires_grad_(), torch.randperm(12)
+    m3ae_kernels.gather_tokens(x, order, norm_weight=torch.ones(8).half()).backward(rows)
+    first, x.grad = x.grad, None
+    m3ae_kernels.gather_tokens(x, order, norm_weight=torch.ones(8).half()).backward(rows.clone())
+    assert torch.equal(first, x.grad)
+
+
+def test_correct_predictions_are_counted_with_weights_of_their_own():
+    """Or else with the loss's; they never have a gradient."""
+    torch.manual_seed(0)
+    head = m3ae_kernels.MaskedTokenLoss(12, 5)
+    image_head = m3ae_kernels.MaskedTokenLoss(12, 5)
+    hidden, targets = torch.randn(30, 12), torch.randint(0, 5, (30,))
+    hits = ((hidden @ head.weight.t() + head.bias).argmax(1) == targets).float()
+    loss_weight, own_weight = (torch.rand(30, requires_grad=True) for _ in range(2))
+    image = {"image_head": image_head, "image_targets": targets[:4]}
+
+    def correct(**weights):
+        text = {"text_head": head, "targets": targets, **weights}
+        found = m3ae_kernels.m3ae_loss(hidden[:4], hidden, **image, **text)
+        assert not found.correct.requires_grad and found.text.requires_grad
+        return found.correct
+
+    assert 0 < hits.sum() < 30
+    torch.testing.assert_close(correct(), hits.sum())
+    torch.testing.assert_close(correct(text_row_weight=loss_weight), (hits * loss_weight).sum().detach())
+    both = {"text_row_weight": loss_weight, "correct_weight": own_weight}
+    torch.testing.assert_close(correct(**both), (hits * own_weight).sum().detach())
+
+
+@pytest.mark.parametrize("op", ["token", "pixel", "embed"])
+def test_float64_stays_float64_under_autocast(op):
+    """As in torch's own layers."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 192, dtype=torch.float64), torch.randn(192, 192, dtype=torch.float64)
+    images, patch_ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
+    work = {
+        "token": lambda: m3ae_kernels.masked_token_loss(hidden, weight, None, patch_ids),
+        "pixel": lambda: m3ae_kernels.masked_pixel_loss(hidden, weight, None, images, patch_ids, **PIXELS),
+        "embed": lambda: m3ae_kernels.patch_embed(images, patch_ids, weight, **PIXELS),
+    }[op]
+    expected = work()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = work()
+    assert found.dtype == torch.float64 and torch.equal(found, expected)
+
+
+def test_an_ignored_word_of_the_vocabulary_is_never_correct():
+    """As a padding's id is, which a model learns to predict."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 12), torch.randn(7, 12)
+    targets = (hidden @ weight.t()).argmax(1)
+    assert (targets == 3).any() and (targets != 3).any()
+    for reduction in ("sum", "none"):
+        options = {"ignore_index": 3, "reduction": reduction, "return_correct": True}
+        loss, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets, **options)
+        assert torch.equal(correct, targets != 3)
+        assert torch.allclose(loss, F.cross_entropy(hidden @ weight.t(), targets, ignore_index=3, reduction=reduction))
+
+
 @pytest.mark.parametrize("target", [-1, 97, 2**31 - 1, -(2**31)])
 def test_a_target_out_of_range_shows_in_its_loss_and_nowhere_else(target):
     """On a CPU it is an IndexError."""

@@ -382,7 +382,7 @@ def test_correct_is_the_first_of_the_largest():
     assert correct.all()
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1e4])
+@pytest.mark.parametrize("scale", [1e-7, 1e4, -1e-7, -1e4])
 def test_row_weights_of_any_magnitude_in_float16(scale):
     """Weights far from one neither vanish nor overflow in the stored gradients; a loss scale undoes 1e-7."""
     for case in ("pixel-p16", "token-some"):

@@ -19,8 +19,10 @@ def drawn(monkeypatch):
 
 
 def points(axes):
+    names = [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else ["samples"]
     return {
-        artist.get_label(): sorted(map(tuple, np.asarray(artist.get_offsets()).tolist())) for artist in axes.collections
+        name: sorted(map(tuple, np.asarray(artist.get_offsets()).tolist()))
+        for name, artist in zip(names, axes.collections, strict=True)
     }
 
 
