@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader
 
@@ -34,12 +34,27 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+class Beside(Protocol):
+    """A process that is started with the workers, and told of the batches."""
+
+    def begin(self) -> None: ...
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]: ...
+
+
 class Loader(DataLoader[T_co]):
-    """A DataLoader whose workers leave signals to the main process from their first moment."""
+    """A DataLoader whose workers leave signals to the main process from their first moment.
+
+    `beside` may be set before the first batch.
+    """
+
+    beside: Beside | None = None
 
     def __iter__(self) -> Any:
         with _signals_blocked():
-            return super().__iter__()
+            if self.beside is None:
+                return super().__iter__()
+            self.beside.begin()
+            return self.beside.watch(super().__iter__())
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,8 +33,14 @@ class Ranks:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup  # gloo, for host numbers: no GPU ever waits for it
+    hosts: list[str]  # the machine of each rank
     store: dist.Store
     side_store: dist.Store  # the same through a connection of its own, for threads
+
+    @property
+    def of_node(self) -> list[int]:
+        """The ranks of this machine."""
+        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
     @property
     def is_main(self) -> bool:
@@ -152,7 +159,10 @@ def _join() -> Ranks:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
-    return Ranks(rank, world, local_rank, device, *_connect(rank, world, device))
+    control, *stores = _connect(rank, world, device)
+    hosts: list[str] = [""] * world
+    dist.all_gather_object(hosts, socket.gethostname(), group=control)
+    return Ranks(rank, world, local_rank, device, control, hosts, *stores)
 
 
 def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store, dist.Store]:

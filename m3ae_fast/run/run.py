@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,17 @@ from torch.utils.data import DataLoader
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.config import Config, DataConfig
-from m3ae_fast.data import Data, Preparation, ShardStore, counting, eval_loader, fingerprint, open_data, train_loader
+from m3ae_fast.data import (
+    Data,
+    Node,
+    Preparation,
+    ShardStore,
+    counting,
+    eval_loader,
+    fingerprint,
+    open_data,
+    train_loader,
+)
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.interface import State
@@ -89,6 +100,12 @@ class Run(Loop):
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
         steps = range(found.step, schedule.total_steps)
+        node = Node(ranks.from_main(uuid.uuid4().hex), ranks.of_node)
+        loader = ranks.main_first(
+            lambda: train_loader(
+                config.data, data.train, preparation, share, steps, layout=layout, node=node, pin_memory=pin
+            )
+        )
         return cls(
             session=session,
             folder=folder,
@@ -100,9 +117,7 @@ class Run(Loop):
             share=share,
             schedule=schedule,
             engine=engine,
-            train_loader=train_loader(
-                config.data, data.train, preparation, share, steps, layout=layout, pin_memory=pin
-            ),
+            train_loader=loader,
             eval_loader=held_out,
             bad=BadSamples(config.data.max_bad_fraction, data.train.samples),
             stream=stream,
@@ -202,7 +217,7 @@ class Run(Loop):
 
 def _count_shards(config: DataConfig, ranks: Ranks, pulse: Pulse) -> None:
     """Make the manifests of remote shards that have none. Errors as `counting.prepare`'s."""
-    store = ranks.main_first(lambda: ShardStore(config.cache_dir), pulse.waiting)
+    store = ranks.main_first(lambda: ShardStore(config.cache_dir, config.cache_gb), pulse.waiting)
 
     def gather(value: Any) -> list[Any]:
         with pulse.waiting():
