@@ -27,7 +27,7 @@ def default_workers() -> int:
 
 
 def allow_open_files() -> None:
-    """Workers hand over each tensor as an open file: many batches ahead are more than the usual soft limit of 1024."""
+    """Raise the soft limit of open files, usually 1024: a tensor that a worker hands over is one, and a connection."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -13,6 +13,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from m3ae_fast.data.workers import allow_open_files
 from m3ae_fast.errors import UserError
 from m3ae_fast.process.launchers import adopt
 
@@ -144,6 +145,7 @@ def _joined() -> Ranks:
 
 def _join() -> Ranks:
     adopt(os.environ)
+    allow_open_files()  # rank 0 may hold a connection of every other one
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torchrun's name and deepspeed's for the ranks of this node

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
-from m3ae_fast.config import Config, DataConfig
+from m3ae_fast.config import Config
 from m3ae_fast.data import (
     Data,
     Node,
@@ -80,7 +80,7 @@ class Run(Loop):
         _require_kernels(ranks.device)
         found = Resume(config.run.dir, resume, ranks)
         share = split_batch(cfg, ranks.world, ranks.rank)
-        _count_shards(config.data, ranks, session.pulse)
+        _count_shards(config, ranks, session.pulse)
         data = ranks.main_first(
             lambda: open_data(config.data, config.model, progress=ranks.is_main), session.pulse.waiting
         )
@@ -215,16 +215,18 @@ class Run(Loop):
         return "\n".join(lines)
 
 
-def _count_shards(config: DataConfig, ranks: Ranks, pulse: Pulse) -> None:
+def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
     """Make the manifests of remote shards that have none. Errors as `counting.prepare`'s."""
-    store = ranks.main_first(lambda: ShardStore(config.cache_dir, config.cache_gb), pulse.waiting)
+    data = config.data
+    store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), pulse.waiting)
 
     def gather(value: Any) -> list[Any]:
         with pulse.waiting():
             return ranks.gather(value)
 
-    for source in (*config.train, *config.val):
-        counting.prepare(source.shards, store, ranks, gather, ranks.is_main)
+    for sources in (data.train, data.val):
+        for number, source in enumerate(sources):
+            counting.prepare(source.shards, store, ranks, gather, ranks.is_main, (config.run.seed, number))
 
 
 def _require_kernels(device: torch.device) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data import ShardStore
+from m3ae_fast.data import ShardStore, counting
 from m3ae_fast.data.fetcher import Fetcher, Node
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.errors import UserError
+from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
 
 SHARDS, PER, BATCH, LANES = 96, 16, 32, 16
@@ -220,3 +221,17 @@ def test_a_shard_that_cannot_be_fetched_is_not_asked_for_all_the_time(start, far
 def test_a_cache_that_is_too_small_is_refused(start, far):
     with pytest.raises(UserError, match=r"data\.cache_gb 6\.144e-05: shards of 8\.19e-05 GB are in use"):
         start(0, 4, 3 * far[2] / 1e9)
+
+
+def test_what_a_node_fetches_to_count_it_trains_on(start, far, tmp_path):
+    """Counting and an epoch together ask for each shard once."""
+    manifest, requests, _ = far
+    names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]
+    stores = [ShardStore(tmp_path / f"node{number}") for number in range(4)]
+    work = lambda process, gather, node: counting.prepare(names, stores[node], process, gather)  # noqa: E731
+    assert together(4, 4, work) == [None] * 4
+    assert sum(requests.values()) == SHARDS
+    manifest[0] = SourceConfig(shards=names)
+    seen = list(chain.from_iterable(epoch([start(number, 4) for number in range(4)])))
+    assert len(seen) == len(set(seen)) == SHARDS * PER
+    assert sum(requests.values()) <= 1.05 * SHARDS
