@@ -92,16 +92,22 @@ class Needs:
         """Return the shards whose copies to keep: the first ones needed that fit."""
         return self._fitting(heapq.merge(*self.order.needs(self.lanes, span.first, span.end)))
 
+    def in_use(self) -> int:
+        """Return the bytes of the shards that are in use at a time, at most, in an epoch."""
+        each = self.order.needs(self.lanes, 0, 0)
+        return sum(max(sum(shard.size for shard in self._named([need])) for need in needs) for needs in each)
+
+    def owned(self) -> int:
+        """Return the bytes of all shards that are fetched in an epoch."""
+        each = self.order.needs(self.lanes, 0, 0)
+        return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
+
     def require_room(self) -> None:
         """Raises UserError where the shards that are in use at a time do not fit into the cache."""
-        store = self.corpus.store
-        if store.limit == float("inf"):
-            return
-        each = self.order.needs(self.lanes, 0, 0)
-        most = sum(max(sum(s.size for s in self._named([need])) for need in needs) for needs in each)
-        if most > store.limit:
+        limit = self.corpus.store.limit
+        if limit < math.inf and (most := self.in_use()) > limit:
             raise UserError(
-                f"data.cache_gb {store.limit / 1e9:g}: shards of {most / 1e9:.3g} GB are in use on a node at a time; "
+                f"data.cache_gb {limit / 1e9:g}: shards of {most / 1e9:.3g} GB are in use on a node at a time; "
                 "raise it, or lower data.shuffle_shards"
             )
 

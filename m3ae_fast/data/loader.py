@@ -141,6 +141,16 @@ def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: Micr
     return Fetching(needs, node, share.rank, share.accumulation)
 
 
+def needs_of_node(
+    config: DataConfig, corpus: Corpus, global_batch: int, world: int, ranks: Sequence[int], seed: int
+) -> Needs:
+    """Return what a node of a run from its first step on reads whose ranks these are."""
+    lanes, window = lay_out(config, corpus.sizes, global_batch)
+    order = Order(corpus.sizes, corpus.weights, window, seed, lanes)
+    own = MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats).lanes_of(ranks)
+    return Needs(corpus, order, own, 0, 1, global_batch / config.repeats, 0)
+
+
 def eval_loader(
     config: DataConfig,
     corpus: Corpus,
