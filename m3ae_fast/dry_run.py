@@ -10,7 +10,8 @@ from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config
-from m3ae_fast.data import open_data
+from m3ae_fast.data import Corpus, open_data
+from m3ae_fast.data.loader import needs_of_node
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import data_sheet
 from m3ae_fast.model.flops import executed_flops, reference_flops
@@ -18,6 +19,9 @@ from m3ae_fast.model.m3ae import M3AE
 
 CAPTION_FRACTION = 1 / 3  # of text_length, for the typical sample: CC12M captions have about 20 words of 64
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
+NETWORK = 50e9  # bytes per second and GPU: 400 Gbit/s
+FETCHED = 1e9  # bytes per second and node
+GPUS_OF_NODE = 8
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
 
 
@@ -47,14 +51,15 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
             + (" at most" if micro * world * accumulation != config.train.global_batch else "")
             + (" (train.micro_batch is a maximum)" if micro != config.train.micro_batch else ""),
         ),
-        ("network", _network(config, parameters, world, accumulation)),
-        ("loader", _loader_cores(ours)),
+        ("network", _network(config, parameters, world, accumulation, _rate(ours))),
+        ("loader", _loader_cores(_rate(ours))),
     ]
     if data:
         found = open_data(config.data, config.model, progress=True)
         schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
         held_out = f", {found.val.samples:,} held out" if found.val else ""
         lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
+        lines += _fetching(config, found.train, world, _rate(ours))
     for name, text in lines:
         console.print(f"{name:21} {text}")
     console.print(_memory_table(config, parameters, world, micro * _activation_bytes(config, batch)))
@@ -93,17 +98,49 @@ def network_bytes(
     return round((gradients + 2 * weights) * accumulation)
 
 
-def _network(config: Config, parameters: int, world: int, accumulation: int) -> str:
+def _network(config: Config, parameters: int, world: int, accumulation: int, rate: float) -> str:
     stage = None if config.zero is None else config.zero.stage
     fp32_sums = config.deepspeed is None or config.deepspeed.communication_data_type == "fp32"
     sent = network_bytes(parameters, stage, world, accumulation, _bf16(config), fp32_sums)
-    return f"{sent / 1e9:,.2f} GB sent per GPU and step"
+    text = f"{sent / 1e9:,.2f} GB sent per GPU and step"
+    if not sent:
+        return text
+    batch = config.train.global_batch
+    seconds, work = sent / NETWORK, batch / world / rate
+    text += f": {1e3 * seconds:.3g} ms at {NETWORK / 1e9:g} GB/s, beside {1e3 * work:.3g} ms of work"
+    if seconds > work:
+        other = ", or zero.stage 1" if (stage or 0) > 1 and accumulation > 1 else ""
+        most = max(1, int(batch / rate / seconds))
+        text += f"; above {most:,} GPUs the network sets the pace: a larger train.global_batch helps{other}"
+    return text
 
 
-def _loader_cores(flops: float) -> str:
+def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
+    """What a node fetches and keeps, where shards are not read in place and their sizes are known."""
+    ranks = range(min(world, GPUS_OF_NODE))
+    needs = needs_of_node(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
+    first, owned = needs.in_use(), needs.owned()
+    if not owned:
+        return []
+    epoch = corpus.samples * config.data.repeats / (rate * world)  # seconds
+    return [
+        (
+            "fetching",
+            f"{first / 1e9:,.3g} GB on a node before the first step at most, {first / FETCHED:,.0f} s at "
+            f"{FETCHED / 1e9:g} GB/s; then {owned / epoch / 1e6:,.3g} MB/s",
+        ),
+        ("disk of a node", f"{2 * first / 1e9:,.3g} GB of copies or more; {owned / 1e9:,.3g} GB for all that it reads"),
+    ]
+
+
+def _rate(flops: float) -> float:
+    """Samples per second of an H100."""
     peaks = data_sheet("H100")
     assert peaks is not None
-    rate = UTILISATION * peaks.flops / flops
+    return UTILISATION * peaks.flops / flops
+
+
+def _loader_cores(rate: float) -> str:
     return (
         f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for the {rate:,.0f} samples/s of an H100 at {UTILISATION:.0%} "
         "of its peak"

@@ -99,7 +99,7 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
         keep_freed_memory()
     model = open_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
     set_range(model.to(ranks.device), config.data.range)
-    store = ShardStore(config.data.cache_dir)
+    store = ShardStore(config.data.cache_dir, config.data.cache_gb)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
     labels = read_labels(corpus, args.labels, progress=ranks.is_main)
     numbered = _number(corpus)

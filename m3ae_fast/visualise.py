@@ -78,7 +78,7 @@ def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[S
         return [sources[0].model_copy(update={"shards": args.shards})], ShardStore()
     if not args.trust:
         require_harmless(sources, config.data.cache_dir, where)
-    return sources, ShardStore(config.data.cache_dir)
+    return sources, ShardStore(config.data.cache_dir, config.data.cache_gb)
 
 
 def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:

@@ -13,7 +13,9 @@ from m3ae_fast.__main__ import COMMANDS
 from m3ae_fast.config import Config, ModelConfig, TrainConfig, load_config, parse
 from m3ae_fast.config.__main__ import main as write_page
 from m3ae_fast.config.__main__ import train_page, transfer_page
-from m3ae_fast.dry_run import network_bytes
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.manifest import KINDS, rows_of, write
+from m3ae_fast.dry_run import _fetching, network_bytes
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.process import ranks
@@ -301,6 +303,27 @@ def test_dry_run_says_what_travels(run):
     assert one == 0 and many == pytest.approx(8000, rel=2e-3)  # an all-reduce sends everything twice
     assert network_bytes(1000, 2, 2, 4, True, True) == 4 * 2 * 2000 + 1000
     assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 2 * 1000)
+
+
+def test_dry_run_says_where_the_network_sets_the_pace(capsys):
+    arguments = ["--config", str(ROOT / "configs/large.json"), "--dry-run", "--no-data", "--world"]
+    told = {}
+    for world in (1, 8, 512):
+        assert train.main([*arguments, str(world)]) == 0
+        told[world] = capsys.readouterr().out
+    assert " ms at 50 GB/s, beside " in told[8] and " ms at " not in told[1]
+    assert "the network sets the pace" in told[512] and "the network sets the pace" not in told[8]
+
+
+def test_dry_run_says_what_a_node_fetches(tmp_path):
+    """Of 640 shards of 1 GB, in 64 lanes, 16 nodes: each owns 40 and shuffles 8 at a time."""
+    names = [f"s3://bucket/{i:03}.tar" for i in range(640)]
+    write(tmp_path / "far.npy", rows_of(names, [(1000, 10**9, KINDS.index("paired"))] * 640))
+    config = load_config(ROOT / "configs/large.json", [f"data.train.0.shards={tmp_path / 'far.npy'}"])
+    corpus = open_corpus(config.data.train, ShardStore(tmp_path / "cache"))
+    lines = dict(_fetching(config, corpus, 128, rate=100.0))
+    assert lines["fetching"] == "8 GB on a node before the first step at most, 8 s at 1 GB/s; then 800 MB/s"
+    assert lines["disk of a node"] == "16 GB of copies or more; 40 GB for all that it reads"
 
 
 def test_repeats_lengthen_an_epoch(run):

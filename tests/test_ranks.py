@@ -1,6 +1,7 @@
 """How ranks wait for each other."""
 
 import hashlib
+import resource
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +21,11 @@ TIMEOUT_S = 3.0  # of collectives, and of stalls
 def main(argv):
     """Rank 1 is at work for longer than any timeout, or fails, while rank 0 waits; then both compute together."""
     ranks.TIMEOUT = timedelta(seconds=TIMEOUT_S)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with joined_program() as (joined, _, pulse):
         pulse.timeout = TIMEOUT_S
+        assert joined.of_node == [0, 1]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
 
         def work():
             until = time.monotonic() + 2 * TIMEOUT_S * (joined.rank == 1 and argv[0] != "made")

@@ -222,7 +222,7 @@ SETTINGS = {
     "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)  # by the fingerprint, wherever they lie
     | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # by the fingerprint's order
-    | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "max_bad_fraction"), FREE),
+    | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": dict.fromkeys(
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
     ),

@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.loggers import WANDB_ID_FILE
+from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_folder import LOCK_FILE, RunFolder
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 
@@ -23,7 +27,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
 
 
-def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path):
+def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd):
     with RunLog(tmp_path, 0, 9) as metrics:
         for step in range(4):
             metrics.log(step, {"loss": 1.0})
@@ -34,8 +38,9 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path):
         metrics.log(3, {"loss": 2.0})
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
     with RunLog(tmp_path, 0, 9) as metrics:
-        metrics.log(0, {"val_loss": 3.0})
+        metrics.log(0, {"val_loss": 3.0}, {"val_loss": "gpu07"})
     assert lines(tmp_path) == [{"step": 0, "val_loss": 3.0}]
+    assert "val_loss 3 (on gpu07)" in capfd.readouterr().out
 
 
 def test_one_folder_is_for_one_run(tmp_path):
@@ -206,3 +211,22 @@ def test_plain_output_tells_the_time_left(tmp_path, capsys):
         log.log(20, {"val_loss": 1.0})
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("eta 0:01:40") and "eta" not in second
+
+
+def test_the_line_names_the_node_that_waits_longest_for_data():
+    """By rank the sums have what each of them waited."""
+    told = []
+    for hosts, where in ((["a", "a", "b"], {"data_wait": "b"}), (["a"] * 3, {})):
+        ranks = SimpleNamespace(rank=0, world=3, hosts=hosts, is_main=True, device=torch.device("cpu"))
+        ranks.sum = lambda values: [values[0] * 3, *(a + b for a, b in zip(values[1:], (0, 0.1, 0.4)))]
+        schedule = SimpleNamespace(lr=lambda step: 0.1, steps_per_epoch=10)
+        log = SimpleNamespace(log=lambda step, values, where: told.append((values, where)))
+        loop = SimpleNamespace(step=1, ranks=ranks, schedule=schedule, log=log, start=0, bad=SimpleNamespace(bad=0))
+        loop.rates, loop.growth = lambda: {"data_wait": 0.2}, SimpleNamespace(look=lambda *_: None)
+        Loop.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
+        values, named = told[-1]
+        assert (values["loss"], values["data_wait"], named) == (2.0, 0.4, where)
+
+
+class PackedLosses(NamedTuple):
+    loss: torch.Tensor

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -588,6 +589,20 @@ def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
     schedule = Schedule(config.train, config.optim, 100)
     for data, name in ((Data(other, whole, None), "train"), (Data(whole, other, None), "val")):
         assert cautions(config, data, schedule) == [f"data.{name}: members of its shards that nothing reads: 1 .mp4"]
+
+
+def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
+    """Where shards are copied into it."""
+    calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
+    path = write_tar(tmp_path / "one.tar", [("0.jpg", picture(0))])
+    store, schedule = ShardStore(tmp_path / "cache"), Schedule(calm.train, calm.optim, 100)
+    far, near = (Data(open_corpus([SourceConfig(shards=s)], store), None, None) for s in (f"pipe:cat {path}", path))
+    assert cautions(calm, far, schedule) == []
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    (note,) = cautions(calm, far, schedule)
+    assert f"data.cache_dir {store.cache_dir} is on a network file system (nfs4)" in note
+    assert cautions(calm, near, schedule) == []
 
 
 def test_memory_that_goes_on_growing_is_told():

@@ -235,6 +235,8 @@ class DataConfig(Section):
     """Number of batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
     cache_dir: Path | None = None
     """Folder for copies of remote shards and indexes of read-only folders; null: `~/.cache/m3ae_fast`."""
+    cache_gb: float | None = Field(None, gt=0, le=1e9)
+    """Maximum size of the copies on a node, in GB; null: all of the disk but a tenth of it."""
     image_tokenizer: Path | None = None
     """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"

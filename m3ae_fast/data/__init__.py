@@ -2,6 +2,7 @@
 
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.dataset import Preparation
+from m3ae_fast.data.fetcher import Node
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.loader import Share, eval_loader, eval_samples, samples_of, train_loader
@@ -12,6 +13,7 @@ __all__ = [
     "Corpus",
     "Data",
     "Layout",
+    "Node",
     "Preparation",
     "ShardStore",
     "Share",

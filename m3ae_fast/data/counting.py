@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, is_manifest, join, read, rows_of, write
+from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError
 
+T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # every process's value, on every process
 
 
@@ -43,7 +45,7 @@ def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tu
     return rows_of(names, counts), lost
 
 
-def part_of(names: Sequence[str], number: int, parts: int) -> Sequence[str]:
+def part_of(names: Sequence[T], number: int, parts: int) -> Sequence[T]:
     """Return the `number`-th, from 0, of equal parts."""
     return names[number * len(names) // parts : (number + 1) * len(names) // parts]
 
@@ -55,10 +57,18 @@ def cached(names: Sequence[str], store: ShardStore) -> Path:
 
 
 def prepare(
-    patterns: str | list[str], store: ShardStore, process: Process, gather: Gather, progress: bool = False
+    patterns: str | list[str],
+    store: ShardStore,
+    process: Process,
+    gather: Gather,
+    progress: bool = False,
+    key: tuple[int, int] = (0, 0),
 ) -> None:
     """Count shards that are not read in place, each process its part, and leave the manifest on every node. Nothing is
     done where it is there already or `patterns` names one. Every process must call it.
+
+    `key`: the seed and the number of the source. Parts are cut as lanes will be: what a node fetches to count it, it is
+    to train on, and where there is room it does not fetch it again.
 
     Raises:
         UserError: in every process where one of them cannot write.
@@ -68,11 +78,14 @@ def prepare(
     if not any(map(store.is_cached, names)) or not any(gather(_lacks(path))):
         return
 
-    def part() -> np.ndarray:
-        return count(part_of(names, process.rank, process.world), store, progress)[0]
+    order = permutation(len(names), *key)
 
-    parts = _all(gather, part)
-    _all(gather, lambda: write(path, join(parts)) if process.local_rank == 0 else None)
+    def part() -> np.ndarray:
+        own = [names[number] for number in part_of(order.tolist(), process.rank, process.world)]
+        return count(own, store, progress)[0]
+
+    rows = join(_all(gather, part))[np.argsort(order)]
+    _all(gather, lambda: write(path, rows) if process.local_rank == 0 else None)
 
 
 def _lacks(path: Path) -> bool:

@@ -26,7 +26,6 @@ from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import MaskingConfig
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.fetch_ahead import FetchAhead
 from m3ae_fast.data.order import FileOrder, Order, Place, hash64
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.vqgan.model import VQGAN
@@ -97,6 +96,7 @@ class Samples(Dataset[Sample | Skipped]):
         repeats: int = 1,
         transform: Transform | None = None,
     ):
+        self.corpus = corpus
         self.order = order
         self.preparation = preparation
         self.augment = augment
@@ -104,12 +104,7 @@ class Samples(Dataset[Sample | Skipped]):
         self.repeats = repeats
         self.transform = transform
         self.has_captions = corpus.has_captions
-        self._store = corpus.store
         self._readers = [Reader(source, corpus.store) for source in corpus.sources]
-        self._cached = [any(corpus.store.is_cached(s.shard) for s in source.shards) for source in corpus.sources]
-        # by lane and source: the shards that were last asked for ahead
-        self._ahead: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._fetching = FetchAhead(corpus.store)
         self._generator = torch.Generator()
 
     def __getitem__(self, position: int) -> Sample | Skipped:
@@ -131,7 +126,6 @@ class Samples(Dataset[Sample | Skipped]):
         """The views of one sample that stand at `positions`."""
         turn = positions[0] // self.repeats
         place = self.order.locate(turn)
-        self._fetch_ahead(turn)
         reader = self._readers[place.source]
         shard, row = reader.find(place.sample)
         name, key = reader.source.shards[shard].shard, f"sample {row}"
@@ -233,13 +227,3 @@ class Samples(Dataset[Sample | Skipped]):
     def _seeded(self, *key: int) -> torch.Generator:
         # torch's generator takes 32 bits of a seed
         return self._generator.manual_seed(hash64(self.preparation.seed, *key) & 0xFFFFFFFF)
-
-    def _fetch_ahead(self, turn: int) -> None:
-        """When a lane begins a window of shards, fetch the next one in the background."""
-        if not any(self._cached) or isinstance(self.order, FileOrder):
-            return
-        lane, source, shards = self.order.shards_after(turn)
-        if self._cached[source] and self._ahead.get((lane, source)) != shards:
-            self._ahead[lane, source] = shards
-            names = [self._readers[source].source.shards[shard].shard for shard in shards]
-            self._fetching.add(names)

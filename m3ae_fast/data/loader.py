@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +20,10 @@ from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
+from m3ae_fast.data.fetcher import Fetching, Needs, Node
 from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
+from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
 
@@ -64,14 +68,20 @@ class MicroBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         parts = self.share.accumulation
         for step in self.steps:
-            own = self._own(step)
+            own = self._own(step, self.share.rank)
             for part in range(parts):
                 positions = own[len(own) * part // parts : len(own) * (part + 1) // parts]
                 yield positions if self.end is None else [p for p in positions if p < self.end]
 
-    def _own(self, step: int) -> list[int]:
-        """This rank's positions of a step."""
-        batch, rank, world = self.share.global_batch, self.share.rank, self.share.world
+    def lanes_of(self, ranks: Sequence[int]) -> list[int]:
+        """Return the lanes that these ranks read."""
+        period = range(self.repeats // math.gcd(self.repeats, self.share.global_batch))
+        own = (position for step in period for rank in ranks for position in self._own(step, rank))
+        return sorted({position // self.repeats % self.lanes for position in own})
+
+    def _own(self, step: int, rank: int) -> list[int]:
+        """A rank's positions of a step."""
+        batch, world = self.share.global_batch, self.share.world
         positions = np.arange(step * batch, (step + 1) * batch)
         if self.lanes > 1:
             positions = positions[np.argsort(positions // self.repeats % self.lanes, kind="stable")]
@@ -86,6 +96,7 @@ def train_loader(
     steps: range,
     *,
     layout: Layout | None = None,
+    node: Node | None = None,
     transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
@@ -100,17 +111,44 @@ def train_loader(
         share: this rank's.
         steps: which steps of the stream; a resumed run starts above 0.
         layout: the order's lanes; None: `lay_out`'s.
+        node: the ranks of this machine, which share a fetcher; None: this one alone.
         transform: of each image, cropped.
         pin_memory: hand over batches in pinned memory.
 
     Raises:
-        UserError: the corpus has captions and there is no tokenizer.
+        UserError: the corpus has captions and there is no tokenizer, or `data.cache_gb` is too small.
     """
     lanes, window = layout or lay_out(config, corpus.sizes, share.global_batch)
     order = Order(corpus.sizes, corpus.weights, window, preparation.seed, lanes)
     augment = Augment(config.crop_scale, config.flip)
     samples = Samples(corpus, order, preparation, augment, share.global_batch, config.repeats, transform)
-    return _loader(config, samples, MicroBatches(steps, share, lanes, config.repeats), pin_memory)
+    micro_batches = MicroBatches(steps, share, lanes, config.repeats)
+    loader = _loader(config, samples, micro_batches, pin_memory)
+    if any(ShardStore.is_cached(shard.shard) for source in corpus.sources for shard in source.shards):
+        node = node or Node(uuid.uuid4().hex, [share.rank])
+        loader.beside = _fetching(loader, samples, micro_batches, node)
+    return loader
+
+
+def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: MicroBatches, node: Node) -> Fetching:
+    """Raises UserError where what the node reads at a time does not fit into the cache."""
+    share, steps, order = micro_batches.share, micro_batches.steps, cast("Order", samples.order)
+    ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
+    positions = share.global_batch / micro_batches.repeats
+    lanes = micro_batches.lanes_of(node.ranks)
+    needs = Needs(samples.corpus, order, lanes, steps.start, steps.stop, positions, ahead)
+    needs.require_room()
+    return Fetching(needs, node, share.rank, share.accumulation)
+
+
+def needs_of_node(
+    config: DataConfig, corpus: Corpus, global_batch: int, world: int, ranks: Sequence[int], seed: int
+) -> Needs:
+    """Return what a node of a run from its first step on reads whose ranks these are."""
+    lanes, window = lay_out(config, corpus.sizes, global_batch)
+    order = Order(corpus.sizes, corpus.weights, window, seed, lanes)
+    own = MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats).lanes_of(ranks)
+    return Needs(corpus, order, own, 0, 1, global_batch / config.repeats, 0)
 
 
 def eval_loader(
@@ -156,9 +194,7 @@ def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) ->
     return {key: sample for key, sample in samples.items() if isinstance(sample, Sample)}
 
 
-def _loader(
-    config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool
-) -> DataLoader[PackedBatch]:
+def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool) -> Loader[PackedBatch]:
     check_tokenizer(samples.preparation.tokenizer, samples.has_captions)
     geometry = samples.preparation.geometry
     size = batch_bytes(geometry, micro_batches.share.micro_batch)

@@ -33,7 +33,7 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
     Raises:
         UserError: a shard or the tokenizer is missing, broken, or does not fit.
     """
-    store = ShardStore(config.cache_dir)
+    store = ShardStore(config.cache_dir, config.cache_gb)
     train = open_corpus(config.train, store, progress=progress)
     val = open_corpus(config.val, store, progress=progress) if config.val else None
     for corpus in (train, val):

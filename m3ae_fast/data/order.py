@@ -9,7 +9,7 @@ Only integer hashes and stable sorts are used: no library's random numbers, whos
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,15 @@ def permutation(length: int, *key: int) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.argsort(value ^ (value >> np.uint64(31)), kind="stable")
+
+
+class Need(NamedTuple):
+    """A window of shards."""
+
+    wait: float  # positions of its lane until it is needed, about; 0: it is in use
+    ahead: int  # windows from those in use to this one
+    source: int
+    shards: tuple[int, ...]
 
 
 class _Latest:
@@ -97,14 +106,15 @@ class SourceOrder:
         piece = bisect_right(ends, place)
         return epoch, starts[piece] + place - (ends[piece - 1] if piece else 0)
 
-    def shards_after(self, index: int) -> tuple[int, ...]:
-        """The shards of the window that follows the one `index` lies in."""
+    def windows(self, index: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield the index at which a window begins, and its shards: from the one that `index` lies in, without end."""
         epoch, rest = divmod(index, self.samples)
-        order, cuts, bounds = self._epoch(epoch)
-        number = int(np.searchsorted(bounds, rest, side="right"))
-        if number == len(bounds) - 1:
-            (order, cuts, _), number = self._epoch(epoch + 1), 0
-        return tuple(self.pieces.shards[order[cuts[number] : cuts[number + 1]]].tolist())
+        while True:
+            order, cuts, bounds = self._make_epoch(epoch)
+            for number in range(int(np.searchsorted(bounds, rest, side="right")) - 1, len(cuts) - 1):
+                shards = self.pieces.shards[order[cuts[number] : cuts[number + 1]]]
+                yield epoch * self.samples + int(bounds[number]), tuple(shards.tolist())
+            epoch, rest = epoch + 1, 0
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The epoch's order of the pieces; where its windows begin and end, in pieces and in samples."""
@@ -168,6 +178,14 @@ class Lane:
         sources, indices = self._block(epoch, block)
         return int(sources[offset]), int(indices[offset])
 
+    def before(self, position: int) -> list[int]:
+        """Return how many samples of each source come before `position`, or before the block it lies in."""
+        if len(self.sources) == 1:
+            return [position]
+        epoch, rest = divmod(self._start + position, self.samples)
+        seats = self._seats(rest - rest % self.block)
+        return np.maximum(0, epoch * self._epoch_seats + seats - self._before).tolist()
+
     def _seats(self, positions: int) -> np.ndarray:
         """How many of the first `positions` of an epoch belong to each source: the lowest (k + 1/2) / share win."""
         seats = np.maximum(0, np.floor((positions - len(self.shares) / 2) * self.shares)).astype(np.int64)
@@ -220,12 +238,21 @@ class Order:
         index, lane = divmod(position, self.lanes)
         return self._lane(lane).locate(index)
 
-    def shards_after(self, position: int) -> tuple[int, int, tuple[int, ...]]:
-        """The lane and the source whose turn it is, and the shards that it goes on with after its window."""
-        index, number = divmod(position, self.lanes)
-        lane = self._lane(number)
-        source, turn = lane.turn(index)
-        return number, source, lane.sources[source].shards_after(turn)
+    def needs(self, lanes: Iterable[int], first: int, end: int) -> list[Iterator[Need]]:
+        """Return the shards that lanes need in an epoch, the soonest first: an iterator for each lane and source.
+
+        Args:
+            lanes: which.
+            first: the position that they are at.
+            end: the position up to which shards are in use already.
+        """
+        found = []
+        for number in lanes:
+            lane, last = self._lane(number), -(-end // self.lanes)
+            here = lane.before(max(0, first - number) // self.lanes)
+            there = lane.before(last + lane.block * (len(here) > 1))
+            found += [_needs(lane, source, here[source], there[source]) for source in range(len(here))]
+        return found
 
     def _lane(self, number: int) -> Lane:
         """Made when it is needed: most processes read some lanes only."""
@@ -253,6 +280,17 @@ class Order:
         ends, sizes = ends[own], whole.sizes[own]
         low, high = np.maximum(ends - sizes, first), np.minimum(ends, last)
         return Pieces(whole.shards[own], whole.starts[own] + low - (ends - sizes), high - low)
+
+
+def _needs(lane: Lane, source: int, here: int, there: int) -> Iterator[Need]:
+    """Of a lane's source whose samples from `here` up to `there` are in use."""
+    order, ahead = lane.sources[source], 0
+    for start, shards in order.windows(here):
+        if start >= here + order.samples:
+            return
+        ahead += start >= there
+        wait = max(0, start - there) / float(lane.shares[source])
+        yield Need(wait if ahead else 0.0, ahead, source, shards)
 
 
 class FileOrder:

@@ -120,10 +120,16 @@ class Reader:
             failure = OSError(f"the shard cannot be read ({error})")
             self._failed[shard] = time.monotonic(), failure
             raise failure from None
+        self._close_removed()
         self._open[shard] = entry
         if len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[shard]
+
+    def _close_removed(self) -> None:
+        """Give back the disk of copies that have made room for others."""
+        for shard in [number for number, entry in self._open.items() if not os.fstat(entry.file.fileno()).st_nlink]:
+            del self._open[shard]
 
     def _renew(self, shard: int) -> None:
         """Fetch the copy of a shard again, unless another process has, and open it anew. Raises OSError where that
@@ -138,8 +144,8 @@ class Reader:
 
     def _open_shard(self, indexed: IndexedShard) -> _Open:
         """Raise OSError or UserError if the shard cannot be read, or is not the one that was indexed."""
+        path = self.store.path(indexed.shard, indexed.summary.size)
         indexed = indexed.located()
-        path = self.store.path(indexed.shard)
         if os.stat(path).st_size != indexed.summary.size:
             if not self.store.is_cached(indexed.shard):
                 raise OSError("it has changed since it was indexed")

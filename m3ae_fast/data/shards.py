@@ -18,9 +18,10 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from webdataset.shardlists import expand_urls
 
@@ -29,7 +30,8 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.whole_file import put_in_place
 
 FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
-ABANDONED_S = 86_400  # a partial copy this old was left by a process that was killed
+_KEPT_NS = 1000  # between the dates of copies that are needed one after the other
+_PARTIAL = "partial-"  # how the names of copies begin that are not whole yet
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
 _FOLDERS = ("shards", "locks", "index")  # of a cache folder
@@ -82,17 +84,27 @@ def _local(name: str) -> list[str]:
     return found
 
 
+class Room(NamedTuple):
+    """Of the cache folder, in bytes."""
+
+    limit: float  # what copies may take
+    used: int  # with those that are being made
+    largest: int  # copy
+
+
 class ShardStore:
     """Local files for shards.
 
     Args:
         cache_dir: where copies and locks are kept; None: `$XDG_CACHE_HOME/m3ae_fast` or `~/.cache/m3ae_fast`.
+        cache_gb: what copies may take of the disk, in GB; None: all but FREE_FRACTION.
 
     Raises:
         UserError: the cache folder cannot be made.
     """
 
-    def __init__(self, cache_dir: Path | None = None):
+    def __init__(self, cache_dir: Path | None = None, cache_gb: float | None = None):
+        self.limit = math.inf if cache_gb is None else round(cache_gb * 1e9)  # bytes
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache_dir = Path(cache_dir or Path(home) / "m3ae_fast").expanduser()
         try:
@@ -124,8 +136,10 @@ class ShardStore:
         """Where the copy of a shard that is not read in place lies."""
         return self.cache_dir / "shards" / self.name(shard)
 
-    def path(self, shard: str) -> Path:
-        """The file that holds the shard's tar, fetched first if need be. Raises OSError where that fails."""
+    def path(self, shard: str, size: int = 0) -> Path:
+        """The file that holds the shard's tar, fetched first if need be. Raises OSError where that fails.
+
+        `size`: bytes of the tar; 0: unknown."""
         if not self.is_cached(shard):
             return Path(shard)
         copy = self.copy(shard)
@@ -139,7 +153,7 @@ class ShardStore:
             except FileNotFoundError:
                 with self.lock(copy.name):  # per shard: processes that want another one do not wait
                     if not copy.exists():
-                        self._fetch(shard, copy)
+                        self._fetch(shard, copy, size)
 
     def refetch(self, shard: str) -> Path:
         """`path`, of a new copy: the old one turned out damaged. Raises OSError where the shard is read in place, or
@@ -151,16 +165,35 @@ class ShardStore:
             self._fetch(shard, copy)
         return copy
 
-    def fetch_ahead(self, shards: list[str]) -> None:
-        """Fetch those of `shards` that no other process is fetching. A failure is left to whoever reads the shard."""
-        for shard in filter(self.is_cached, shards):
-            try:
-                copy = self.copy(shard)
-                with self.lock(copy.name, wait=False):
-                    if not copy.exists():
-                        self._fetch(shard, copy)
-            except OSError:
-                continue
+    def fetch_ahead(self, shard: str, size: int = 0) -> bool:
+        """Fetch a shard unless its copy is there or another process is fetching it. Return False where that fails,
+        which is left to whoever reads the shard."""
+        try:
+            copy = self.copy(shard)
+            with self.lock(copy.name, wait=False):
+                if not copy.exists():
+                    self._fetch(shard, copy, size)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def keep(self, shards: Sequence[str]) -> None:
+        """Date the copies of shards, named in the order in which they are needed: others make room first, then the last
+        of these."""
+        now = time.time_ns()
+        for number, shard in enumerate(shards):
+            when = now - number * _KEPT_NS
+            with contextlib.suppress(OSError):  # not there, or another user's
+                os.utime(self.copy(shard), ns=(when, when))
+
+    def room(self) -> Room:
+        """Return what copies may take and take now."""
+        sizes = [copy.size for copy in self._copies()]
+        usage = shutil.disk_usage(self.cache_dir)
+        most = min(self.limit, sum(sizes) + usage.free - FREE_FRACTION * usage.total)
+        return Room(most, sum(sizes), max(sizes, default=0))
 
     @contextmanager
     def lock(self, name: str, wait: bool = True) -> Iterator[None]:
@@ -176,15 +209,17 @@ class ShardStore:
         finally:
             os.close(fd)
 
-    def _fetch(self, shard: str, copy: Path) -> None:
+    def _fetch(self, shard: str, copy: Path, size: int = 0) -> None:
         """Replace any old copy by a new one; processes that have the old one open can still read it."""
         for attempt in range(ATTEMPTS):
-            partial = copy.with_name(f"partial-{uuid.uuid4().hex}")
+            partial = self.cache_dir / "shards" / f"{_PARTIAL}{uuid.uuid4().hex}"
             try:
-                with open(partial, "x+b") as out:  # the umask decides who may read it
-                    self._make_room()
+                with self._begin(partial, size) as out:
                     download(shard, out)
-                put_in_place(partial, copy)
+                    out.truncate(out.tell())
+                    with self.lock("room"):  # where it is larger than expected
+                        self._make_room(0)
+                    put_in_place(partial, copy)
                 return
             except OSError as error:
                 if isinstance(error, NotThere) or attempt == ATTEMPTS - 1 or not is_remote(shard):
@@ -193,20 +228,57 @@ class ShardStore:
             finally:
                 partial.unlink(missing_ok=True)
 
-    def _make_room(self) -> None:
-        """Remove the copies used longest ago until FREE_FRACTION of the disk is free. Open ones can be read (POSIX)."""
-        for path in sorted((self.cache_dir / "shards").iterdir(), key=_mtime):
-            if path.name.startswith("partial-") and time.time() - _mtime(path) < ABANDONED_S:
-                continue
+    def _begin(self, partial: Path, size: int) -> BinaryIO:
+        """Return an empty file that counts as `size` bytes, or where that is 0 as the largest copy. It is locked until
+        it is closed: where it is not, its process has been killed. The umask decides who may read it."""
+        with self.lock("room"):
+            size = size or self.room().largest
+            self._make_room(size)
+            out = open(partial, "x+b")  # noqa: SIM115
+            fcntl.flock(out, fcntl.LOCK_EX)
+            out.truncate(size)  # a hole, which takes no blocks
+        return out
+
+    def _make_room(self, size: int) -> None:
+        """Remove the oldest copies until `size` bytes more are within the limit and FREE_FRACTION of the disk is free.
+        Whoever has one open can still read it (POSIX)."""
+        copies = sorted(self._copies())
+        used = sum(copy.size for copy in copies)
+        for _, taken, path in copies:
             usage = shutil.disk_usage(self.cache_dir)
-            if usage.free >= FREE_FRACTION * usage.total:
-                return
+            partial = path.name.startswith(_PARTIAL)
+            if not partial and used + size <= self.limit and usage.free >= FREE_FRACTION * usage.total:
+                continue
+            if partial and not _is_abandoned(path):
+                continue
             with contextlib.suppress(PermissionError):  # another user's
                 path.unlink(missing_ok=True)
+                used -= taken
+
+    def _copies(self) -> list[_Copy]:
+        found = []
+        for entry in os.scandir(self.cache_dir / "shards"):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                status = entry.stat()
+                found.append(_Copy(status.st_mtime_ns, status.st_size, Path(entry.path)))
+        return found
 
 
-def _mtime(path: Path) -> float:
+class _Copy(NamedTuple):
+    """A file in the cache folder, perhaps not whole yet."""
+
+    used: int  # when, in ns: last, or see `ShardStore.keep`
+    size: int
+    path: Path
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether the process that made it has been killed."""
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another process makes room too
-        return 0.0
+        with open(partial, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True

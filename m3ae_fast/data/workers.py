@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader
 
@@ -29,19 +29,34 @@ def default_workers() -> int:
 
 
 def allow_open_files() -> None:
-    """Raise the limit of open files: workers send each tensor as one, and the usual limit is 1,024."""
+    """Raise the soft limit of open files, usually 1024: a tensor that a worker hands over is one, and a connection."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+class Beside(Protocol):
+    """A process that is started with the workers, and told of the batches."""
+
+    def begin(self) -> None: ...
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]: ...
+
+
 class Loader(DataLoader[T_co]):
-    """A DataLoader whose workers leave signals to the main process from their first moment."""
+    """A DataLoader whose workers leave signals to the main process from their first moment.
+
+    `beside` may be set before the first batch.
+    """
+
+    beside: Beside | None = None
 
     def __iter__(self) -> Any:
         with _signals_blocked():
-            return super().__iter__()
+            if self.beside is None:
+                return super().__iter__()
+            self.beside.begin()
+            return self.beside.watch(super().__iter__())
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from m3ae_fast.data.workers import allow_open_files
 from m3ae_fast.errors import UserError
 from m3ae_fast.process.launchers import adopt
 
@@ -32,8 +34,14 @@ class Ranks:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup  # gloo, for host numbers: no GPU ever waits for it
+    hosts: list[str]  # the machine of each rank
     store: dist.Store
     side_store: dist.Store  # the same through a connection of its own, for threads
+
+    @property
+    def of_node(self) -> list[int]:
+        """The ranks of this machine."""
+        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
     @property
     def is_main(self) -> bool:
@@ -137,6 +145,7 @@ def _joined() -> Ranks:
 
 def _join() -> Ranks:
     adopt(os.environ)
+    allow_open_files()  # rank 0 may hold a connection of every other one
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torchrun's name and deepspeed's for the ranks of this node
@@ -152,7 +161,10 @@ def _join() -> Ranks:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
-    return Ranks(rank, world, local_rank, device, *_connect(rank, world, device))
+    control, *stores = _connect(rank, world, device)
+    hosts: list[str] = [""] * world
+    dist.all_gather_object(hosts, socket.gethostname(), group=control)
+    return Ranks(rank, world, local_rank, device, control, hosts, *stores)
 
 
 def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store, dist.Store]:

@@ -91,7 +91,8 @@ class Loop:
         raise NotImplementedError
 
     def rates(self) -> dict[str, float]:
-        """Return rates since the last call, to be logged."""
+        """Return rates since the last call, to be logged; `data_wait` is this rank's, in the log that of who waits
+        longest."""
         raise NotImplementedError
 
     def complete(self, state: State) -> State:
@@ -157,14 +158,19 @@ class Loop:
         """Log the step just taken, where it is due."""
         if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
             return
-        sums = self.ranks.sum([sum(values).item() for values in zip(*losses)])
+        rates, waits = self.rates(), [0.0] * self.ranks.world
+        waits[self.ranks.rank] = rates["data_wait"]
+        sums = self.ranks.sum([*(sum(values).item() for values in zip(*losses)), *waits])
         if not self.ranks.is_main:
             return
         values = {name: value / self.ranks.world for name, value in zip(losses[0]._fields, sums)}
+        waits = sums[-self.ranks.world :]
+        slowest = self.ranks.hosts[waits.index(max(waits))]
         values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
-        values |= {"epoch": self.step / self.schedule.steps_per_epoch, **self.rates()}
+        values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates, "data_wait": max(waits)}
         memory = peak_memory(self.ranks.device) / 1e9
-        self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad})
+        where = {"data_wait": slowest} if len(set(self.ranks.hosts)) > 1 else {}
+        self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad}, where)
         if grown := self.growth.look(self.step - self.start, memory):
             self.log.say(f"note: {grown}")
 

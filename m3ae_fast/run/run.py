@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,18 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
-from m3ae_fast.config import Config, DataConfig
-from m3ae_fast.data import Data, Preparation, ShardStore, counting, eval_loader, fingerprint, open_data, train_loader
+from m3ae_fast.config import Config
+from m3ae_fast.data import (
+    Data,
+    Node,
+    Preparation,
+    ShardStore,
+    counting,
+    eval_loader,
+    fingerprint,
+    open_data,
+    train_loader,
+)
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.interface import State
@@ -69,7 +80,7 @@ class Run(Loop):
         _require_kernels(ranks.device)
         found = Resume(config.run.dir, resume, ranks)
         share = split_batch(cfg, ranks.world, ranks.rank)
-        _count_shards(config.data, ranks, session.pulse)
+        _count_shards(config, ranks, session.pulse)
         data = ranks.main_first(
             lambda: open_data(config.data, config.model, progress=ranks.is_main), session.pulse.waiting
         )
@@ -89,6 +100,12 @@ class Run(Loop):
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
         steps = range(found.step, schedule.total_steps)
+        node = Node(ranks.from_main(uuid.uuid4().hex), ranks.of_node)
+        loader = ranks.main_first(
+            lambda: train_loader(
+                config.data, data.train, preparation, share, steps, layout=layout, node=node, pin_memory=pin
+            )
+        )
         return cls(
             session=session,
             folder=folder,
@@ -100,9 +117,7 @@ class Run(Loop):
             share=share,
             schedule=schedule,
             engine=engine,
-            train_loader=train_loader(
-                config.data, data.train, preparation, share, steps, layout=layout, pin_memory=pin
-            ),
+            train_loader=loader,
             eval_loader=held_out,
             bad=BadSamples(config.data.max_bad_fraction, data.train.samples),
             stream=stream,
@@ -200,16 +215,18 @@ class Run(Loop):
         return "\n".join(lines)
 
 
-def _count_shards(config: DataConfig, ranks: Ranks, pulse: Pulse) -> None:
+def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
     """Make the manifests of remote shards that have none. Errors as `counting.prepare`'s."""
-    store = ranks.main_first(lambda: ShardStore(config.cache_dir), pulse.waiting)
+    data = config.data
+    store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), pulse.waiting)
 
     def gather(value: Any) -> list[Any]:
         with pulse.waiting():
             return ranks.gather(value)
 
-    for source in (*config.train, *config.val):
-        counting.prepare(source.shards, store, ranks, gather, ranks.is_main)
+    for sources in (data.train, data.val):
+        for number, source in enumerate(sources):
+            counting.prepare(source.shards, store, ranks, gather, ranks.is_main, (config.run.seed, number))
 
 
 def _require_kernels(device: torch.device) -> None:

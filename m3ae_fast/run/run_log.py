@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +107,7 @@ class RunLog:
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
         """Write one JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run:
         its weights may still find room."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
@@ -120,7 +120,10 @@ class RunLog:
             for logger in self._loggers:
                 logger.log(step, values)
         self._progress.update(self._task, summary=_summary(values))
-        shown = [f"{name} {_short(value)}" for name, value in values.items()]
+        shown = [
+            f"{name} {_short(value)}" + (f" (on {where[name]})" if where and name in where else "")
+            for name, value in values.items()
+        ]
         if "loss" in values and not self.console.is_terminal:  # on a terminal the bar shows it
             shown.append(f"eta {self._left(step)}")
         self.say("  ".join([f"step {step}", *shown]))
@@ -177,7 +180,7 @@ class SilentLog(RunLog):
     def advance(self, step: int) -> None:
         pass
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
         pass
 
     def has(self, step: int, names: Collection[str]) -> bool:

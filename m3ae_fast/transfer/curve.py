@@ -30,7 +30,7 @@ def knn_probe(run: Run) -> Callable[[Run], None] | None:
     config, ranks, data = run.config.train.probe, run.ranks, run.config.data
     if config is None:
         return None
-    store = ShardStore(data.cache_dir)
+    store = ShardStore(data.cache_dir, data.cache_gb)
 
     def open_both() -> tuple[Corpus, Corpus, Classes]:
         train, val = (open_corpus(s, store, progress=ranks.is_main) for s in (config.train, config.val))

@@ -48,7 +48,7 @@ class Job:
 
     def open(self, sources: Sequence[SourceConfig]) -> Corpus:
         """Open the samples of the sources, labelled or not. Raises UserError as `open_corpus` does."""
-        store = ShardStore(self.config.data.cache_dir)
+        store = ShardStore(self.config.data.cache_dir, self.config.data.cache_gb)
         corpus = self.ranks.main_first(lambda: open_corpus(sources, store, progress=self.ranks.is_main))
         for damaged in corpus.damaged:
             self.say(str(damaged))

@@ -23,7 +23,8 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture
 def load(store, tokenizer_file):
-    """load(shards | [SourceConfig], micro_batch=..., ...) -> loader with small images and captions."""
+    """load(shards | [SourceConfig], micro_batch=..., ...) -> loader with small images and captions. `at`: another store
+    than the fixture."""
 
     def build(
         sources,
@@ -41,6 +42,8 @@ def load(store, tokenizer_file):
         steps=None,
         train=True,
         samples=None,
+        at=None,
+        node=None,
     ):
         if not isinstance(sources, list) or isinstance(sources[0], str):
             sources = [SourceConfig(shards=sources)]
@@ -52,9 +55,10 @@ def load(store, tokenizer_file):
             seed,
         )
         share = Share(global_batch or micro_batch * accumulation * world, accumulation, rank, world)
-        corpus = open_corpus(sources, store)
+        corpus = open_corpus(sources, at or store)
         if not train:
             return eval_loader(data, corpus, preparation, share, samples)
-        return train_loader(data, corpus, preparation, share, range(start_step, 1000 if steps is None else steps))
+        span = range(start_step, 1000 if steps is None else steps)
+        return train_loader(data, corpus, preparation, share, span, node=node)
 
     return build

@@ -6,7 +6,6 @@ import pickle
 import resource
 import signal
 import subprocess
-import threading
 import traceback
 from argparse import Namespace
 from itertools import chain, islice
@@ -25,7 +24,6 @@ from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import dataset, open_corpus
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.data.fetch_ahead import FETCHING
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
@@ -482,26 +480,6 @@ def test_fewer_shards_than_readers(load, tmp_path):
     loaders = [load(path, rank=r, world=4, micro_batch=4, steps=1, config={"workers": 2}) for r in range(4)]
     keys = [key for loader in loaders for batch in loader for key in batch.keys]
     assert len(set(keys)) == 16
-
-
-@pytest.mark.parametrize("beside", [False, True])
-def test_remote_shards_are_fetched_group_by_group(load, tmp_path, store, beside):
-    for i in range(4):
-        write_tar(tmp_path / f"{i}.tar", members(range(i * 4, i * 4 + 4)))
-    shards = [f"pipe:cat {tmp_path}/{{0..3}}.tar"]
-    if beside:  # a shard of the same source that is read where it lies
-        shards.append(write_tar(tmp_path / "beside.tar", members([99])))
-    loader = load([SourceConfig(shards=shards)], micro_batch=4, steps=4, config={"shuffle_shards": 1, "lanes": 1})
-    copies = store.cache_dir / "shards"
-    for copy in copies.iterdir():
-        copy.unlink()
-    batches = iter(loader)
-    next(batches)
-    for thread in threading.enumerate():
-        if thread.name == FETCHING:
-            thread.join()
-    assert len(list(copies.iterdir())) == 2  # the next group's shard came without being asked for
-    assert len([key for batch in batches for key in batch.keys]) == 12
 
 
 def test_workers_may_be_spawned(load, paired):

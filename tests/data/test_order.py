@@ -59,10 +59,32 @@ def test_groups_bound_the_shards_that_are_open_at_once():
     groups = [set(shards[i : i + 30]) for i in range(0, 120, 30)]
     assert all(len(group) == 3 for group in groups)
     assert set.union(*groups) == set(range(12))
-    ahead = [set(order.shards_after(i)[-1]) for i in (0, 29, 30, 89)]
-    assert ahead == [groups[1], groups[1], groups[2], groups[3]]
-    next_epoch = {place.sample // 10 for place in places(order, range(120, 150))}
-    assert set(order.shards_after(119)[-1]) == next_epoch
+    groups.append({place.sample // 10 for place in places(order, range(120, 150))})  # the next epoch's
+    for first, end, known in ((0, 1, 1), (29, 30, 1), (29, 31, 2), (30, 31, 1), (65, 119, 2)):
+        (needs,) = order.needs([0], first, end)
+        found = [(need.ahead, set(need.shards)) for need in needs]
+        number = first // 30
+        assert found[:3] == [(max(0, i - known + 1), groups[number + i]) for i in range(3)]
+        assert len(found) == 4 + (first % 30 > 0) and {need.wait for need in order.needs([0], 0, 1)[0]} == {
+            0,
+            29,
+            59,
+            89,
+        }
+
+
+def test_needs_are_sorted_and_cover_what_is_read():
+    """Of two sources with weights, by the lanes of a node: what a step reads is in use, or was before."""
+    sizes = [[30] * 20, [25] * 8]
+    order = Order(sizes, [0.7, 0.3], 2, seed=1, lanes=4)
+    shards = [np.repeat(np.arange(len(source)), source) for source in sizes]
+    for first in range(0, 2400, 40):
+        needs = [list(needs) for needs in order.needs([1, 2], first, first + 40)]
+        assert all([need.wait for need in each] == sorted(need.wait for need in each) for each in needs)
+        live = {(need.source, shard) for each in needs for need in each if not need.ahead for shard in need.shards}
+        read = places(order, [p for p in range(first, first + 40) if p % 4 in (1, 2)])
+        assert {(place.source, shards[place.source][place.sample]) for place in read} <= live
+        assert len(live) <= 2 * 2 * 2 * 2 * 2
 
 
 @pytest.mark.parametrize("weights", [[3, 1], [1, 1], [0.001, 0.999], [5, 2.5, 1, 1e-9]])

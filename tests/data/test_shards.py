@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import gzip
 import http.server
 import multiprocessing
@@ -404,25 +405,58 @@ def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_wait
     assert requests == {"/0.tar": 1, "/1.tar": 1} and not no_waiting
 
 
-def test_abandoned_copies_are_removed(server, store, monkeypatch):
+def test_what_a_killed_process_was_fetching_is_removed(server, store):
     url, folder, _ = server
     write_tar(folder / "0.tar", members(range(3)))
-    old, young = (store.cache_dir / "shards" / f"partial-{name}" for name in ("old", "young"))
-    for path in (old, young):
-        path.write_bytes(b"")
-    os.utime(old, (0, 0))
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
-    assert store.path(url + "/0.tar").exists()
-    assert (old.exists(), young.exists()) == (False, True)
+    dead, alive = (store.cache_dir / "shards" / f"partial-{name}" for name in ("dead", "alive"))
+    dead.write_bytes(b"")
+    with open(alive, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert store.path(url + "/0.tar").exists()
+    assert (dead.exists(), alive.exists()) == (False, True)
+
+
+def test_copies_keep_to_their_limit(server, tmp_path):
+    """Also while they are made; those whose size is not known are taken to be as large as the largest one."""
+    url, folder, requests = server
+    for i in range(6):
+        write_tar(folder / f"{i}.tar", members(range(3 - i % 2)))
+    size = (folder / "0.tar").stat().st_size
+    store = ShardStore(tmp_path / "limited", 3.5 * size / 1e9)
+    copies, sizes = store.cache_dir / "shards", []
+    for name in [f"{url}/{i}.tar" for i in (0, 1, 2, 3, 4, 5)]:
+        store.path(name)
+        sizes.append(sum(path.stat().st_size for path in copies.iterdir()))
+    assert max(sizes) <= store.limit and store.room().limit == store.limit
+    assert sizes[-1] > 2 * size
+    store.path(f"{url}/5.tar")
+    assert requests["/5.tar"] == 1
+
+
+def test_copies_that_are_needed_last_make_room(server, tmp_path):
+    url, folder, _ = server
+    names = [f"{url}/{i}.tar" for i in range(5)]
+    for i in range(5):
+        write_tar(folder / f"{i}.tar", members(range(3)))
+    size = (folder / "0.tar").stat().st_size
+    store = ShardStore(tmp_path / "limited", 3 * size / 1e9)
+    for name in names[:3]:
+        store.path(name)
+    store.keep([names[1], names[4], names[0]])  # names[2]: not at all
+    store.path(names[3])
+    assert [store.copy(name).exists() for name in names] == [True, True, False, True, False]
+    store.path(names[4])
+    assert [store.copy(name).exists() for name in names] == [False, True, False, True, True]
 
 
 def test_fetch_ahead(server, store):
     url, folder, requests = server
     write_tar(folder / "0.tar", members(range(3)))
     with store.lock(store.name(url + "/0.tar")):  # someone else is at it
-        store.fetch_ahead([url + "/0.tar"])
+        assert store.fetch_ahead(url + "/0.tar")
     assert not requests
-    store.fetch_ahead([url + "/missing.tar", url + "/0.tar"])
+    assert not store.fetch_ahead(url + "/missing.tar")
+    assert store.fetch_ahead(url + "/0.tar")
     assert requests["/0.tar"] == 1
     assert store.path(url + "/0.tar").exists()
     assert requests["/0.tar"] == 1

@@ -1,0 +1,237 @@
+"""One fetcher for each node: over a server that counts, with several nodes' cache folders."""
+
+import contextlib
+import http.server
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import ShardStore, counting
+from m3ae_fast.data.fetcher import Fetcher, Node
+from m3ae_fast.data.manifest import KINDS, rows_of, write
+from m3ae_fast.errors import UserError
+from tests.data.test_manifest import together
+from tests.helpers.shards import members, write_tar
+
+SHARDS, PER, BATCH, LANES = 96, 16, 32, 16
+STEPS = SHARDS * PER // BATCH  # of an epoch
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    paths = [write_tar(folder / f"{i:02}.tar", members(range(i * PER, i * PER + PER), "text")) for i in range(SHARDS)]
+    return folder, os.path.getsize(paths[0])
+
+
+@pytest.fixture
+def far(shards, tmp_path):
+    """(manifest of shards behind a URL, Counter of requests, bytes of a shard)"""
+    folder, size = shards
+    requests = Counter()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            requests[self.path] += 1
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+        def handle(self):
+            with contextlib.suppress(ConnectionError):  # a client that was killed
+                super().handle()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        names = [f"http://127.0.0.1:{httpd.server_port}/{i:02}.tar" for i in range(SHARDS)]
+        write(tmp_path / "far.npy", rows_of(names, [(PER, size, KINDS.index("text"))] * SHARDS))
+        yield [SourceConfig(shards=str(tmp_path / "far.npy"))], requests, size
+        httpd.shutdown()
+
+
+@pytest.fixture
+def start(load, far, tmp_path):
+    """start(number, world, cache_gb=..., ...) -> the loader of a node of one rank."""
+
+    def build(number, world, cache_gb=None, folder="node{}", **options):
+        store = ShardStore(tmp_path / folder.format(number), cache_gb)
+        options = {"steps": STEPS, "config": {"lanes": LANES, "shuffle_shards": LANES}} | options
+        return load(far[0], global_batch=BATCH, rank=number, world=world, at=store, **options)
+
+    return build
+
+
+def disk(loader):
+    copies = loader.dataset.corpus.store.cache_dir / "shards"
+    found = 0
+    for entry in os.scandir(copies):
+        with contextlib.suppress(FileNotFoundError):
+            found += entry.stat().st_size
+    return found
+
+
+def until(true):
+    """Wait for what a fetcher does."""
+    late = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < late
+        time.sleep(0.01)
+
+
+def come(loader):
+    """Whether what a node is to fetch at this step is there."""
+    needs, steps = loader.beside.needs, loader.beside._steps
+    return all(needs.corpus.store.copy(shard.name).exists() for shard in needs.near(needs.span(steps)))
+
+
+def epoch(loaders):
+    """The keys of each step of some nodes, whose steps take longer than a fetch."""
+    batches = [iter(loader) for loader in loaders]
+    for _ in range(len(loaders[0])):
+        until(lambda: all(map(come, loaders)))
+        keys = list(chain.from_iterable(next(each).keys for each in batches))
+        assert all(disk(loader) <= loader.dataset.corpus.store.limit for loader in loaders)
+        yield sorted(keys)
+    end(*loaders)
+
+
+def end(*loaders):
+    for loader in loaders:
+        loader.beside.process.kill()
+        loader.beside.process.join()
+
+
+def test_nodes_fetch_each_shard_once_and_keep_to_their_disk(start, far):
+    _, requests, size = far
+    loaders = [start(number, 4, 11 * size / 1e9) for number in range(4)]
+    seen = list(chain.from_iterable(epoch(loaders)))
+    assert len(seen) == len(set(seen)) == SHARDS * PER
+    assert SHARDS <= sum(requests.values()) <= 1.05 * SHARDS
+    assert max(map(disk, loaders)) > 6 * size
+
+
+def test_before_the_first_step_the_first_windows_are_fetched(start, far):
+    loader = start(0, 2)
+    iter(loader)
+    until(lambda: come(loader) and sum(far[1].values()) == LANES // 2)
+    time.sleep(0.5)
+    assert sum(far[1].values()) == LANES // 2
+    end(loader)
+
+
+def test_a_second_epoch_fetches_nothing_where_there_is_room(start, far):
+    _, requests, _ = far
+    loader = start(1, 4, steps=3 * STEPS)
+    steps = epoch([loader])
+    for _ in range(STEPS):
+        next(steps)
+    assert sum(requests.values()) == 24
+    assert len(list(steps)) == 2 * STEPS
+    assert sum(requests.values()) == 24
+
+
+def test_a_run_that_loses_a_node_reads_the_same_samples(start, far):
+    """The others' copies are lost too, which is the worst."""
+    _, requests, size = far
+    known = list(epoch([start(0, 1, folder="whole")]))
+    requests.clear()
+    found = []
+    for nodes, steps in ((4, range(STEPS // 2)), (3, range(STEPS // 2, STEPS))):
+        options = {"folder": f"of{nodes}-{{}}", "start_step": steps.start, "steps": steps.stop}
+        found += epoch([start(number, nodes, 16 * size / 1e9, **options) for number in range(nodes)])
+    assert found == known
+    assert sum(requests.values()) <= 1.3 * SHARDS
+
+
+def test_no_sample_is_lost_with_the_fetcher(start, far):
+    _, requests, size = far
+    loader = start(0, 2, 24 * size / 1e9, config={"lanes": LANES, "shuffle_shards": LANES, "workers": 1})
+    batches = iter(loader)
+    seen = list(next(batches).keys)
+    os.kill(loader.beside.process.pid, signal.SIGKILL)
+    loader.beside.process.join()
+    for batch in batches:
+        assert not batch.skipped and disk(loader) <= 24 * size
+        seen += batch.keys
+    assert len(seen) == len(set(seen)) == SHARDS * PER // 2
+    assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # what the fetcher was at when it died
+
+
+def test_the_fetcher_leaves_with_the_run(start):
+    loader = start(0, 1)
+    path = loader.beside._path
+    child = os.fork()
+    if not child:
+        loader.beside.begin()
+        os.write(2, b"")
+        os._exit(0)
+    os.waitpid(child, 0)
+    until(lambda: not path.exists())
+
+
+def test_ranks_of_a_node_share_one_fetcher(start):
+    """It waits for the slower one."""
+    node = Node("run", [0, 1])
+    loaders = [start(rank, 2, folder="same", node=node) for rank in (0, 1)]
+    assert [loader.beside.needs.lanes for loader in loaders] == [list(range(LANES))] * 2
+    for loader in loaders:
+        iter(loader)
+    assert loaders[1].beside.process is None
+    batches = iter(loaders[0])
+    for _ in range(3):
+        next(batches)
+    steps = loaders[1].beside._steps
+    assert list(steps) == [3, 0]
+    span = loaders[1].beside.needs.span(steps)
+    assert span.first == 0 and span.end > 3 * BATCH and not span.begun
+    end(loaders[0])
+
+
+def test_tables_come_with_the_copies(start):
+    needs = start(0, 4).beside.needs
+    store, span = needs.corpus.store, needs.span(np.zeros(1, np.int64))
+    fetcher = Fetcher(needs)
+    until(lambda: fetcher.look(span) or fetcher.wait() or not fetcher._busy)
+    near = [shard.name for shard in needs.near(span)]
+    assert len(near) == 4 and all(store.copy(name).exists() for name in near)
+    assert len(list((store.cache_dir / "index").iterdir())) == 4
+
+
+def test_a_shard_that_cannot_be_fetched_is_not_asked_for_all_the_time(start, far, tmp_path):
+    rows = np.load(tmp_path / "far.npy")
+    rows["name"] = np.char.replace(rows["name"], b".tar", b".gone")
+    write(tmp_path / "far.npy", rows)
+    needs = start(0, 4).beside.needs
+    fetcher = Fetcher(needs)
+    for _ in range(3):
+        fetcher.look(needs.span(np.zeros(1, np.int64)))
+        until(lambda: fetcher.wait() or not fetcher._busy)
+    assert sorted(far[1].values()) == [1] * 4
+
+
+def test_a_cache_that_is_too_small_is_refused(start, far):
+    with pytest.raises(UserError, match=r"data\.cache_gb 6\.144e-05: shards of 8\.19e-05 GB are in use"):
+        start(0, 4, 3 * far[2] / 1e9)
+
+
+def test_what_a_node_fetches_to_count_it_trains_on(start, far, tmp_path):
+    """Counting and an epoch together ask for each shard once."""
+    manifest, requests, _ = far
+    names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]
+    stores = [ShardStore(tmp_path / f"node{number}") for number in range(4)]
+    work = lambda process, gather, node: counting.prepare(names, stores[node], process, gather)  # noqa: E731
+    assert together(4, 4, work) == [None] * 4
+    assert sum(requests.values()) == SHARDS
+    manifest[0] = SourceConfig(shards=names)
+    seen = list(chain.from_iterable(epoch([start(number, 4) for number in range(4)])))
+    assert len(seen) == len(set(seen)) == SHARDS * PER
+    assert sum(requests.values()) <= 1.05 * SHARDS
