@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from m3ae_fast import train
 from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
-from m3ae_fast.data import Data, ShardStore, fingerprint, open_corpus
+from m3ae_fast.data import Data, Layout, ShardStore, fingerprint, open_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.run import checkpoint, resuming, run
 from tests.helpers.shards import members, write_tar
@@ -222,6 +222,7 @@ SETTINGS = {
     "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)  # by the fingerprint, wherever they lie
     | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # by the fingerprint's order
+    | {"range": FREE}  # by model.image_range, which follows it
     | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": dict.fromkeys(
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
@@ -253,7 +254,8 @@ def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by
     saved[section] |= {name: "another"}
     if section == "model":  # whose section is parsed
         grey = {"image_mean": [0.5], "image_std": [0.5]} if name == "channels" else {}
-        saved[section] |= grey | {name: 1 if grey else _another(getattr(config.model, name))}
+        other = [0, 4095] if name == "image_range" else 1 if grey else _another(getattr(config.model, name))
+        saved[section] |= grey | {name: other}
     info = checkpoint.Info(1, 0, config.run.seed, saved, {}, {})
     kind = SETTINGS[section][name]
     if kind in (REFUSED, STREAM):
@@ -285,7 +287,7 @@ def _fingerprint(folder, sources, labels=None):
     corpus = open_corpus(data.train, ShardStore(folder))
     if labels is not None:
         corpus = replace(corpus, sources=[replace(corpus.sources[0], labels=np.array(labels))])
-    return fingerprint(Data(corpus, None, None))
+    return fingerprint(Data(corpus, None, None), Layout(1, 1))
 
 
 def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):

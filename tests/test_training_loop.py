@@ -405,7 +405,7 @@ def test_of_two_ranks_that_failed_the_earlier_step_is_judged(monkeypatch):
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
         watch = argparse.Namespace(first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6)
         ranks = Agreeing(value=(f"step {other}", other, 6))
-        ranks.told = lambda work: work()
+        ranks.broadcast = lambda work: work()
         loop = argparse.Namespace(
             watch=watch, ranks=ranks, unjudged=None, run=argparse.Namespace(dir=None), remedy=lambda: "less"
         )

@@ -22,7 +22,7 @@ from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
-from m3ae_fast.data import dataset, open_corpus
+from m3ae_fast.data import ShardStore, dataset, open_corpus
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.order import hash64
@@ -162,7 +162,7 @@ def test_samples_are_found_by_key_behind_shards_with_captions_alone(load, tmp_pa
     texts = write_tar(tmp_path / "a.tar", [*members(range(3), "text"), *members(range(3, 5))])
     wanted = write_tar(tmp_path / "b.tar", members(range(5, 9)))
     samples = load([texts, wanted]).dataset
-    corpus = open_corpus([SourceConfig(shards=[texts, wanted])], samples._store)
+    corpus = open_corpus([SourceConfig(shards=[texts, wanted])], ShardStore())
     keys = [f"{wanted}/{number:05d}" for number in (6, 8)] + [f"{texts}/00004"]
     found = samples_of(corpus, samples.preparation, keys)
     assert {key: sample.key for key, sample in found.items()} == {key: key for key in keys}
