@@ -13,8 +13,7 @@ from m3ae_fast.run import checkpoint
 from m3ae_fast.transfer import labelled_loop
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import LinearProbeHead
-from m3ae_fast.transfer.linear import CachedSteps
-from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
+from m3ae_fast.transfer.probe_engine import CachedSteps, EncodedBatch, ProbeEngine
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import write_tar
