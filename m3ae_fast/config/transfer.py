@@ -90,8 +90,8 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Fine-tuning of the encoder with a classification head.
 
-    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. What is null
-    follows from the number of training samples, as for the linear probe.
+    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. What is
+    null follows from the number of training samples, as for the linear probe.
     """
 
     SECTION: ClassVar[str] = "finetune"

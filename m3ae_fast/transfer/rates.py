@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -33,14 +34,14 @@ class Tried(NamedTuple):
 
     peak_lr: float
     top1: float  # 0 where it diverged
-    loss: float  # infinite where it diverged
+    loss: float | None  # None where it diverged
 
 
 def try_rates(
     bank: Features, config: LinearProbeConfig, classes: int, seed: int, ranks: Ranks, pulse: Pulse
 ) -> list[Tried]:
     """Train a head for each multiple of the config's rate on nine tenths of the samples, for as many steps as the run
-    will take, and return what each comes to on the rest. Empty where there are too few samples to part.
+    will take, and return what each comes to on the rest. Empty where there are fewer than ten samples.
 
     The heads begin alike and see the same batches, whose BatchNorm they share. What is drawn by torch afterwards is not
     changed.
@@ -83,14 +84,14 @@ def try_rates(
 def split(bank: Features) -> tuple[Features, Features]:
     """Return nine tenths of the samples and the rest, by a hash of their keys; both in the bank's order. There is no
     rest of fewer than ten samples."""
-    order = sorted(range(len(bank.keys)), key=lambda row: hashlib.sha256(bank.keys[row].encode()).digest())
+    order = sorted(range(len(bank.keys)), key=lambda row: hashlib.sha256(os.fsencode(bank.keys[row])).digest())
     few = len(order) // 10
     return _rows(bank, sorted(order[few:])), _rows(bank, sorted(order[:few]))
 
 
 def best(tried: Sequence[Tried]) -> Tried:
     """Return the rate of the highest accuracy; of equal ones, that of the lowest loss."""
-    return max(tried, key=lambda each: (each.top1, -each.loss))
+    return max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
 
 
 def edge(tried: Sequence[Tried], peak_lr: float | None) -> list[str]:
@@ -125,6 +126,6 @@ def _times(config: LinearProbeConfig, factor: float) -> float:
 
 def _judged(peak_lr: float, logits_NK: Tensor, labels_N: Tensor) -> Tried:
     if not logits_NK.isfinite().all():
-        return Tried(peak_lr, 0.0, math.inf)
+        return Tried(peak_lr, 0.0, None)
     correct = (logits_NK.argmax(1) == labels_N).double().mean()
     return Tried(peak_lr, correct.item(), F.cross_entropy(logits_NK, labels_N).item())
