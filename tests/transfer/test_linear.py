@@ -189,5 +189,5 @@ def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(trans
     transfer("linear", *FAST, *settings("linear.epochs=5"))
     out = capsys.readouterr().out
     said = "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 warm up), learning rate 2.81"
-    assert out.index(said) < out.index("step 1 ") < out.index("expected: 0:00:0")
+    assert out.index(said) < out.index("step 1 ") < out.index("expected: ")
     assert "for 4 more steps" in out
