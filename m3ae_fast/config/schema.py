@@ -294,6 +294,7 @@ class LoopConfig(Section):
     """Steps, and what happens around them."""
 
     SECTION: ClassVar[str] = "train"  # for messages
+    LENGTH_FOLLOWS: ClassVar[bool] = False  # from the number of samples, where neither epochs nor steps are given
 
     global_batch: Batch = 4096
     """Samples per optimiser step, over all ranks."""
@@ -315,7 +316,8 @@ class LoopConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> LoopConfig:
-        if (self.epochs is None) == (self.steps is None):
+        given = (self.epochs is not None) + (self.steps is not None)
+        if given == 2 or (given == 0 and not self.LENGTH_FOLLOWS):
             raise ValueError("give epochs or steps, not both")
         return self
 

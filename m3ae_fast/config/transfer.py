@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from m3ae_fast.config.load import apply_override, parse
 from m3ae_fast.config.schema import (
@@ -61,41 +61,41 @@ class EncodeConfig(Section):
 class LinearProbeConfig(LoopConfig, ScheduleConfig):
     """A linear classifier on frozen features, trained by LARS.
 
-    The defaults are the official recipe's for ImageNet, except for `encode.pool`, which is `cls` there. Small sets need
-    a higher `peak_lr`: a step of LARS moves a weight by a fraction of its norm, so few steps move it little. With
-    neither `epochs` nor `steps` given, the length is 90 epochs.
+    What is null follows from the number of training samples: [Evaluating](guide/evaluating.md#by-the-number-of-samples)
+    has the rule, and its values. For ImageNet it gives the official recipe, except for `encode.pool`, which is `cls`
+    there. A run that continues keeps the values it began with.
     """
 
     SECTION: ClassVar[str] = "linear"
+    LENGTH_FOLLOWS: ClassVar[bool] = True
 
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of the linear layer, its bias included."""
     momentum: Beta = 0.9
     """Momentum of LARS."""
-    global_batch: Batch = 2048
-    """Samples per optimiser step, over all ranks."""
+    global_batch: Batch | None = None  # type: ignore[assignment]
+    """Samples per optimiser step, over all ranks; null: by the number of samples, from 256 to 2,048."""
     micro_batch: Batch | None = 64
     """Maximum samples per rank and forward pass; a rank's part of the batch is cut evenly. null: no gradient
     accumulation."""
-    peak_lr: float = Field(0.1, gt=0)
-    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
-    warmup_epochs: float = Field(10, ge=0, le=1e6)
-    """Length of the warm-up, in epochs; at most the whole run."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_length(cls, data: Any) -> Any:
-        return {"epochs": 90} | data if isinstance(data, dict) and "steps" not in data else data
+    peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
+    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256. null: with --cache-features,
+    the best of six on a held-out tenth of the training samples; without, by the number of samples."""
+    warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
+    """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 90 or more."""
 
 
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Fine-tuning of the encoder with a classification head.
 
-    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. With
-    neither `epochs` nor `steps` given, the length is 100 epochs.
+    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. What is
+    null follows from the number of training samples, as for the linear probe.
     """
 
     SECTION: ClassVar[str] = "finetune"
+    LENGTH_FOLLOWS: ClassVar[bool] = True
 
     pool: Literal["mean", "cls"] = "cls"
     """Input of the head: `cls`, the cls token; `mean`, the mean of all other tokens."""
@@ -118,8 +118,12 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     deepspeed: DeepSpeedConfig | None = None
     """Settings of DeepSpeed, as in training; null: plain torch, data-parallel (DDP)."""
 
-    global_batch: Batch = 1024
-    """Samples per optimiser step, over all ranks."""
+    global_batch: Batch | None = None  # type: ignore[assignment]
+    """Samples per optimiser step, over all ranks; null: by the number of samples, from 64 to 1,024."""
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 100 or more."""
+    warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
+    """Length of the warm-up, in epochs; at most the whole run. null: a twentieth of the run."""
     peak_lr: float = Field(1e-3, gt=0)
     """Learning rate after warm-up."""
     init_lr: float = Field(0.0, ge=0)
@@ -130,11 +134,6 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Weight decay of matmul weights."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates of the first and the second moment, per step."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_length(cls, data: Any) -> Any:
-        return {"epochs": 100} | data if isinstance(data, dict) and "steps" not in data else data
 
     def lr_factor(self, global_batch: int) -> float:
         return 1.0

@@ -56,6 +56,10 @@ class Resume:
         self.step = self.info.step if self.info else 0
         self.read: Callable[[str], Tensor] | None = None  # see `open`
 
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a section of the checkpoint's config; empty where there is none."""
+        return (_sections(self.info).get(name) or {}) if self.info else {}
+
     def check_same(
         self, sections: dict[str, Any], same: Iterable[tuple[str, str]], stream: dict[str, str]
     ) -> list[str]:
@@ -181,9 +185,14 @@ def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> Use
     )
 
 
+def _sections(info: checkpoint.Info) -> dict[str, Any]:
+    """Return the checkpoint's config by the sections' present names."""
+    return {FORMER_SECTIONS.get(name, name): section for name, section in info.config.items()}
+
+
 def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: Iterable[tuple[str, str]]) -> None:
     """Raise UserError if the checkpoint and the `wanted` sections differ in a `same` (section, key)."""
-    saved = {FORMER_SECTIONS.get(name, name): section for name, section in info.config.items()}
+    saved = _sections(info)
     if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
         model = parse(ModelConfig, saved["model"], f"checkpoint {path}")
         saved = saved | {"model": model.model_dump(mode="json")}

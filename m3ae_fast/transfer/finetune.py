@@ -24,6 +24,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.layer_decay import layer_decay_groups
+from m3ae_fast.transfer.recipe import chosen, settled
 
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 
@@ -41,16 +42,17 @@ def set_up(job: Job) -> FineTuning:
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
     found = Resume(run.dir, job.args.resume, ranks)
-    share = split_batch(config, ranks.world, ranks.rank)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
+    config = settled(config, train.samples, found.section("finetune"))
+    share = split_batch(config, ranks.world, ranks.rank)
     schedule = Schedule(config, config, train.samples)
 
     torch.manual_seed(run.seed)
     # a lane has pairs of samples in each step where samples are mixed
     pairs = 2 if mixes(config, job.args.modality == "image") else 1
-    layout, notes = layout_of(found.info, data, train, config.global_batch // pairs)
+    layout, notes = layout_of(found.info, data, train, share.global_batch // pairs)
     model = _build(job, config, classes, layout.lanes)
     model.mixing.check_share(share)
     transform = None
@@ -127,12 +129,17 @@ def run(job: Job) -> dict[str, Any] | None:
         return None
     _save_classifier(loop)
     job.pictures.append(loop.draw)
+    cautions = job.ranks.broadcast(loop.cautions)
+    for caution in cautions:
+        job.say(f"note: {caution}")
     return result | {
         "classes": len(loop.classes),
         "steps": loop.step,
         "train_samples": loop.schedule.samples,
         "val_samples": loop.val.samples,
         "skipped": loop.bad.bad,
+        "recipe": chosen(loop.config),
+        "cautions": cautions,
     }
 
 

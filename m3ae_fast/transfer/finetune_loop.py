@@ -25,6 +25,7 @@ from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop
 from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
+from m3ae_fast.transfer.recipe import sentence
 
 
 class TrainableClassifier(Classifier):
@@ -62,8 +63,7 @@ class FineTuning(LabelledLoop):
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         self.say_first(
             f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, "
-            f"{kind}, optimiser: {self.engine.optimizer_name}, {self.schedule.samples:,} samples, batch "
-            f"{config.global_batch}, steps {self.step} to {self.schedule.total_steps}"
+            f"{kind}, optimiser: {self.engine.optimizer_name}, {sentence(config, self.schedule, self.step)}"
         )
 
     def evaluate_if_due(self) -> None:

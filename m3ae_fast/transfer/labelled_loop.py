@@ -6,17 +6,24 @@ Shapes: N held-out samples, K best classes.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.data.labels import Classes
+from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_confusion, draw_training
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
+from m3ae_fast.transfer.recipe import OFFICIAL
+
+_TIMED = 5  # steps
+_RISE = 0.02  # of training accuracy, that is worth a word
 
 
 class ClassLosses(NamedTuple):
@@ -58,8 +65,50 @@ class LabelledLoop(Loop):
         self.seen, self.waited, self.since = 0.0, 0.0, time.perf_counter()
         return rates
 
+    def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
+        """Log the step just taken, where it is due, and the run's duration, once a few steps have shown it."""
+        super().log_step(losses, grad_norm)
+        taken, left = self.step - self.start, self.schedule.total_steps - self.step
+        if taken == 1:
+            self.first = time.perf_counter()
+        if taken == 1 + _TIMED and left:
+            seconds = (time.perf_counter() - self.first) / _TIMED * left
+            self.log.say(f"expected: {timedelta(seconds=round(seconds))} for {left:,} more steps, and evaluations")
+
+    def cautions(self) -> list[str]:
+        """Return what speaks against taking the result as it is, a line each. Main rank only."""
+        fewest = OFFICIAL[self.settings.SECTION].fewest_steps
+        lines = []
+        if self.schedule.total_steps < fewest:
+            lines.append(
+                f"{self.schedule.total_steps:,} steps are few: a run without {self.settings.SECTION}.epochs and "
+                f".steps takes {fewest:,} or more"
+            )
+        with suppress(UserError):  # no metrics are left
+            if rise := rising(read_metrics(self.run.dir), self.share.global_batch):
+                lines.append(f"training accuracy was still rising, by {rise:.1%}; raise {self.settings.SECTION}.epochs")
+        return lines
+
     def draw(self) -> None:
         """Draw the run and its last evaluation, on the main rank."""
         folder = self.run.dir
         draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
         draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], self.classes)
+
+
+def rising(lines: list[dict[str, Any]], batch: int) -> float:
+    """Return by how much the training accuracy of a run's last quarter is above that of the quarter before; 0 where
+    that is little, or within two standard errors.
+
+    Args:
+        lines: of the run's metrics, each with the accuracy of one step.
+        batch: samples of a step.
+    """
+    accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
+    quarter = len(accuracies) // 4
+    if not quarter:
+        return 0.0
+    before, last = (sum(part) / quarter for part in (accuracies[-2 * quarter : -quarter], accuracies[-quarter:]))
+    middle = (before + last) / 2
+    error = (2 * middle * (1 - middle) / (quarter * batch)) ** 0.5
+    return last - before if last - before > max(_RISE, 2 * error) else 0.0

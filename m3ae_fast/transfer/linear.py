@@ -1,13 +1,13 @@
 """Linear probe: a linear classifier on the frozen encoder's pooled features, as the official code trains it.
 
-With --cache-features every sample is encoded once, as in evaluation; otherwise its crops are encoded as they are drawn.
+With --cache-features every sample is encoded once, as in evaluation, and several learning rates are tried before the
+run; otherwise crops are encoded as they are drawn.
 
 Shapes: N training samples, S samples of a step, D encoder width, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import LinearProbeConfig
 from m3ae_fast.data import Corpus, Data, Layout, Preparation, Share, fingerprint, train_loader
-from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import UNMASKED, Features
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
@@ -27,9 +26,11 @@ from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.labelled_loop import LabelledLoop
 from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
-from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
+from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
+from m3ae_fast.transfer.rates import Tried, best, edge, table, try_rates
+from m3ae_fast.transfer.recipe import chosen, sentence, settled
 
-_SMALL = 100_000  # samples
+_EVALUATIONS = 100  # of a run, at most
 
 
 @dataclass(kw_only=True)
@@ -40,22 +41,16 @@ class Probing(LabelledLoop):
     pool: str
     head: LinearProbeHead
     val: Features
+    tried: list[Tried]  # rates; empty where one was given
 
     def announce(self) -> None:
-        config, samples = self.config, self.schedule.samples
-        self.say_first(
-            f"linear probe of {self.pool} features, {samples:,} samples, {len(self.classes)} classes, batch "
-            f"{config.global_batch}, steps {self.step} to {self.schedule.total_steps}"
-        )
-        if samples < _SMALL and config.peak_lr == LinearProbeConfig().peak_lr:
-            self.log.say(
-                f"linear.peak_lr {config.peak_lr:g} is the published one, for 1.3 million samples; so few may need "
-                "linear.peak_lr=30 with linear.global_batch=256"
-            )
+        task = f"linear probe of {self.pool} features, {len(self.classes)} classes, "
+        self.say_first(task + sentence(self.config, self.schedule, self.step))
 
     def evaluate_if_due(self) -> None:
         """Evaluate if due, between the first step and the last; not again if a run goes on."""
-        every = self.config.eval_every or self.schedule.steps_per_epoch
+        often = max(self.schedule.steps_per_epoch, self.schedule.total_steps // _EVALUATIONS)
+        every = self.config.eval_every or often
         if self.start < self.step < self.schedule.total_steps and self.step % every == 0:
             self.conclude()
 
@@ -76,46 +71,28 @@ class Probing(LabelledLoop):
         return values
 
 
-@dataclass(frozen=True)
-class CachedSteps:
-    """Steps of a shuffled stream over features: an epoch is a permutation of all samples, and a step may span two."""
-
-    features: Features
-    steps: range
-    batch: int  # samples of a step
-    seed: int
-
-    def __iter__(self) -> Iterator[EncodedBatch]:
-        samples = len(self.features.keys)
-        orders: dict[int, Any] = {}
-        for step in self.steps:
-            rows = []
-            for position in range(step * self.batch, (step + 1) * self.batch):
-                epoch, place = divmod(position, samples)
-                if epoch not in orders:
-                    orders = {epoch: permutation(samples, self.seed, epoch)}
-                rows.append(int(orders[epoch][place]))
-            assert self.features.labels_N is not None
-            keys = [self.features.keys[row] for row in rows]
-            yield EncodedBatch(keys, self.features.features_ND[rows], self.features.labels_N[rows])
-
-
 def set_up(job: Job) -> Probing:
     """Open the data, encode what stays the same, find the checkpoint to continue from.
 
     Raises:
         UserError: something is missing, or does not fit something else.
     """
-    ranks, run, config = job.ranks, job.config.run, job.config.linear
+    ranks, run = job.ranks, job.config.run
     cached = job.args.cache_features
     found = Resume(run.dir, job.args.resume, ranks)
-    share = split_batch(config, ranks.world, ranks.rank)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
     held_out = job.encode(val, "encoding val")
     bank = job.encode(train, "encoding train") if cached else None
-    schedule = Schedule(config, config, len(bank.keys) if bank else train.samples)
+    samples = len(bank.keys) if bank else train.samples
+    config = settled(job.config.linear, samples, found.section("linear"))
+    share = split_batch(config, ranks.world, ranks.rank)
+    tried = [Tried(*each) for each in found.section("rates").get("tried", [])]
+    if bank and job.config.linear.peak_lr is None and not found.info:
+        tried = _try_rates(job, bank, config, len(classes))
+        config = config.model_copy(update={"peak_lr": best(tried).peak_lr}) if tried else config
+    schedule = Schedule(config, config, samples)
 
     torch.manual_seed(run.seed)
     head = LinearProbeHead(job.model.config.emb_dim, len(classes)).to(ranks.device)
@@ -126,8 +103,9 @@ def set_up(job: Job) -> Probing:
         "encode": job.config.encode.model_dump(mode="json"),
         "data": job.config.data.model_dump(mode="json"),
         "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
+        "rates": {"tried": tried},
     }
-    layout, notes = layout_of(found.info, job.config.data, train, config.global_batch)
+    layout, notes = layout_of(found.info, job.config.data, train, share.global_batch)
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
     same += [("linear", "global_batch")]
@@ -144,20 +122,30 @@ def set_up(job: Job) -> Probing:
         sections=sections,
         config=config,
         pool=job.config.encode.pool,
-        share=Share(config.global_batch) if cached else share,
+        share=Share(share.global_batch) if cached else share,
         schedule=schedule,
         engine=engine,
         train_loader=_crops(job, train, share, steps, layout)
         if bank is None
-        else CachedSteps(bank, steps, config.global_batch, run.seed),
+        else CachedSteps(bank, steps, share.global_batch, run.seed),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
         stream=stream,
         notes=notes,
         head=head,
         val=held_out,
+        tried=tried,
         classes=classes,
         start=found.step,
     )
+
+
+def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int) -> list[Tried]:
+    """Return the rates that were tried, as the main rank found them, and print them."""
+    own = try_rates(bank, config, classes, job.config.run.seed, job.ranks, job.pulse)
+    tried = job.ranks.broadcast(lambda: own)
+    if tried:
+        job.say(f"linear.peak_lr, accuracy on a held-out tenth of the training samples: {table(tried)}")
+    return tried
 
 
 def _crops(job: Job, train: Corpus, share: Share, steps: range, layout: Layout) -> Any:
@@ -175,12 +163,18 @@ def run(job: Job) -> dict[str, Any] | None:
         return None
     job.ranks.on_main(lambda: _save_classifier(job, loop))
     job.pictures.append(loop.draw)
+    cautions = job.ranks.broadcast(loop.cautions) + edge(loop.tried, loop.config.peak_lr)
+    for caution in cautions:
+        job.say(f"note: {caution}")
     return result | {
         "classes": len(loop.classes),
         "steps": loop.step,
         "train_samples": loop.schedule.samples,
         "val_samples": len(loop.val.keys),
         "skipped": loop.bad.bad + len(loop.val.skipped),
+        "recipe": chosen(loop.config),
+        "rates": [tried._asdict() for tried in loop.tried],
+        "cautions": cautions,
     }
 
 

@@ -5,8 +5,9 @@ Shapes: S samples, D encoder width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import EncodeConfig, LinearProbeConfig
+from m3ae_fast.data.order import permutation
+from m3ae_fast.encoding import Features
 from m3ae_fast.engine.interface import State
 from m3ae_fast.model.encode import encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -39,6 +42,30 @@ class EncodedBatch:
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         self.features_SD.record_stream(stream)
         self.labels.record_stream(stream)
+
+
+@dataclass(frozen=True)
+class CachedSteps:
+    """Steps of a shuffled stream over features: an epoch is a permutation of all samples, and a step may span two."""
+
+    features: Features
+    steps: range
+    batch: int  # samples of a step
+    seed: int
+
+    def __iter__(self) -> Iterator[EncodedBatch]:
+        samples = len(self.features.keys)
+        orders: dict[int, Any] = {}
+        for step in self.steps:
+            rows = []
+            for position in range(step * self.batch, (step + 1) * self.batch):
+                epoch, place = divmod(position, samples)
+                if epoch not in orders:
+                    orders = {epoch: permutation(samples, self.seed, epoch)}
+                rows.append(int(orders[epoch][place]))
+            assert self.features.labels_N is not None
+            keys = [self.features.keys[row] for row in rows]
+            yield EncodedBatch(keys, self.features.features_ND[rows], self.features.labels_N[rows])
 
 
 class ProbeEngine:

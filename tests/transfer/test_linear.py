@@ -10,11 +10,10 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run import checkpoint
-from m3ae_fast.transfer import labelled_loop
+from m3ae_fast.transfer import labelled_loop, linear
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import LinearProbeHead
-from m3ae_fast.transfer.linear import CachedSteps
-from m3ae_fast.transfer.probe_engine import EncodedBatch, ProbeEngine
+from m3ae_fast.transfer.probe_engine import CachedSteps, EncodedBatch, ProbeEngine
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import write_tar
@@ -162,3 +161,33 @@ def test_epochs_of_cached_features_are_other_permutations_each():
     assert torch.equal(odd, rows[:30]), "a step may span two epochs"
     other = next(iter(CachedSteps(features, range(1), 10, seed=4)))
     assert not torch.equal(other.features_SD[:, 0].long(), epochs[0])
+
+
+def test_without_settings_it_tries_rates_and_a_resumed_run_keeps_the_one_it_chose(transfer, tmp_path, monkeypatch):
+    short = settings("linear.steps=12", "linear.global_batch=24", "linear.save_every=6")
+    whole = transfer("linear", "--cache-features", *short, out="whole")
+    rates = {tried["peak_lr"]: tried["top1"] for tried in whole["rates"]}
+    rate = whole["recipe"]["peak_lr"]
+    assert len(rates) == 6 and rates[rate] == max(rates.values())
+    assert "12 steps are few" in whole["cautions"][0]
+    given = transfer("linear", "--cache-features", *short, *settings(f"linear.peak_lr={rate}"), out="given")
+    assert given["rates"] == [] and given["recipe"] == whole["recipe"]
+    weights = [checkpoint.read_weights(checkpoint.locate(tmp_path / name)) for name in ("whole", "given")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    last = checkpoint.saved_steps(tmp_path / "whole")[-1] / "state.safetensors"
+    state = last.read_bytes()
+    (tmp_path / "whole/result.json").unlink()
+    monkeypatch.setattr(linear, "try_rates", None)
+    first = str(checkpoint.saved_steps(tmp_path / "whole")[0])
+    resumed = transfer("linear", "--cache-features", "--resume", first, out="whole")
+    assert (resumed["recipe"], resumed["rates"], resumed["steps"]) == (whole["recipe"], whole["rates"], 12)
+    assert last.read_bytes() == state
+
+
+def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(transfer, capsys):
+    transfer("linear", *FAST, *settings("linear.epochs=5"))
+    out = capsys.readouterr().out
+    said = "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 warm up), learning rate 2.81"
+    assert out.index(said) < out.index("step 1 ") < out.index("expected: ")
+    assert "for 4 more steps" in out

@@ -13,7 +13,7 @@ from tests.helpers.labelled import labelled_tar
 from tests.transfer.conftest import settings
 
 EVALUATES, ATTACKS, TRAINS = (False, False), (False, True), (True, True)  # (training, with gradients)
-LINEAR = settings("linear.steps=2", "linear.global_batch=8")
+LINEAR = settings("linear.steps=2", "linear.global_batch=8", "linear.peak_lr=0.1")
 TUNE = settings("finetune.steps=2", "finetune.global_batch=8", "finetune.warmup_epochs=0", "finetune.drop_path=0")
 LIGHT = settings("robustness.epsilons=[1]", "robustness.steps=2", 'robustness.corruptions=["jpeg"]')
 
