@@ -1,10 +1,14 @@
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: each of pytest's workers has one core
+
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes that tests start are sent it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from tests.helpers.slow import is_slow
 from tests.helpers.trainer import Trainer
