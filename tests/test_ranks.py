@@ -44,7 +44,7 @@ def main(argv):
         assert joined.main_first(work, pulse.waiting) == joined.rank
         total = torch.ones(1)
         dist.all_reduce(total)  # in the group that has the short timeout
-        print(f"{total.item():g} ranks")
+        print(f"{total.item():g} ranks\n", end="", flush=True)  # in one piece: the ranks share the output
     return 0
 
 
@@ -53,7 +53,7 @@ def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):
         return (tmp_path / "nothing").read_text()
 
     with ranks.join_ranks() as joined:
-        for way in (joined.on_main, joined.told, joined.main_first):
+        for way in (joined.on_main, joined.broadcast, joined.main_first):
             with pytest.raises(UserError, match=r"No such file .*nothing"):
                 way(read)
 

@@ -102,7 +102,8 @@ def test_sizes_and_kinds_count_as_tarfile_counts_them(tmp_path, members, fmt, da
     path.write_bytes(content)
     found, damage = scan_tar(path)
     if damage is None:
-        assert [tuple(member) for member in found] == listed(path)
+        # a directory that has become a file keeps its slash, which tarfile cuts off
+        assert [(member[0].rstrip("/"), *member[1:]) for member in found] == listed(path)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from m3ae_kernels.attention import op as attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -69,6 +70,8 @@ class FakeCuda(TorchFunctionMode):
         for name, answer in answers.items():
             others.append((torch.accelerator, name, lambda *_, answer=answer: answer))
         others += [(torch, name, _on_cpu(getattr(torch, name))) for name in AUTOCAST]
+        choose = attention.kernel_for  # a backward runs outside of this mode, and would choose a CPU's kernel
+        others += [(attention, "kernel_for", lambda impl, device, *head: choose(impl, CUDA, *head))]
         for owner, name, answer in others:
             self._patches.enter_context(mock.patch.object(owner, name, answer))
         return super().__enter__()

@@ -123,7 +123,7 @@ def test_ranks_meet_on_nccl(cuda, monkeypatch):
     [
         ({"LOCAL_RANK": "1"}, "rank 0 needs GPU 1 of this node, which has 1"),
         ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=1"),
-        ({"WORLD_SIZE": "2"}, "start ranks with deepspeed or torchrun"),
+        ({"WORLD_SIZE": "2"}, "start ranks with deepspeed, torchrun or srun"),
     ],
 )
 def test_a_wrong_launch_is_told(cuda, monkeypatch, environment, message):
