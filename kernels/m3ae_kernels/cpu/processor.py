@@ -16,18 +16,18 @@ class Cpu:
 
     @property
     def pairs(self) -> bool:
-        """Whether AVX-512's products of bf16 pairs beat those of floats. AMD's are twice as fast; Intel's, measured on
-        Emerald Rapids, half as fast."""
+        """Return whether AVX-512's products of bf16 pairs beat those of floats. AMD's are twice as fast; Intel's, as
+        measured on Emerald Rapids, half as fast."""
         return self.vendor == "AuthenticAMD" and "avx512_bf16" in self.flags
 
     @property
     def tiles(self) -> bool:
-        """Whether AMX multiplies bf16."""
+        """Return whether AMX multiplies bf16."""
         return self.flags >= {"amx_tile", "amx_bf16"}
 
     @property
     def bf16(self) -> bool:
-        """Whether torch's matmuls are faster in bf16 than in float32."""
+        """Return whether torch's matmuls are faster in bf16 than in float32."""
         return self.pairs or self.tiles
 
 
