@@ -107,6 +107,20 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
     assert trainer.lines("renamed")[-1][0] == last + 1
 
 
+@pytest.mark.parametrize("step", ["save_file", "_sha256", "put_in_place"])
+def test_a_folder_that_is_renamed_in_the_midst_of_a_save_costs_nothing(tmp_path, monkeypatch, step):
+    run, done = tmp_path / "run", getattr(checkpoint, step)
+
+    def rename_first(*args):
+        if not (tmp_path / "renamed").exists():
+            run.rename(tmp_path / "renamed")
+        return done(*args)
+
+    monkeypatch.setattr(checkpoint, step, rename_first)
+    saved = checkpoint.save(run, {"model/a": torch.zeros(2)}, checkpoint.Info(1, 16, 0, {}, {}), keep=1)
+    assert checkpoint.saved_steps(run) == [saved]
+
+
 def test_what_became_of_a_folder_is_told_once(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         shutil.rmtree(folder.path)

@@ -85,19 +85,28 @@ def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, remedy:
             )
     partial = folder(run_dir) / f".writing-{info.step:08d}-{os.getpid()}"
     try:
-        for leftover in (*folder(run_dir).glob(".writing-*"), *folder(run_dir).glob(".removing-*"), target):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a save or a removal that was killed
-        partial.mkdir(parents=True)
-        save_file(state, partial / STATE_FILE)
-        info = replace(info, sha256={STATE_FILE: _sha256(partial / STATE_FILE)})
-        (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors makes it readable only to its owner
-        put_in_place(partial, target)
+        try:
+            _write(partial, target, state, info)
+        except (OSError, SafetensorError):
+            if partial.exists():
+                raise
+            _write(partial, target, state, info)  # the run's folder was renamed or removed meanwhile
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"checkpoint {target}: cannot be written ({error}); the earlier ones are intact") from None
     prune(run_dir, keep)
     return target
+
+
+def _write(partial: Path, target: Path, state: dict[str, Tensor], info: Info) -> None:
+    for leftover in (*target.parent.glob(".writing-*"), *target.parent.glob(".removing-*"), target):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a save or a removal that was killed
+    partial.mkdir(parents=True)
+    save_file(state, partial / STATE_FILE)
+    info = replace(info, sha256={STATE_FILE: _sha256(partial / STATE_FILE)})
+    (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors makes it readable only to its owner
+    put_in_place(partial, target)
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -107,7 +116,8 @@ def prune(run_dir: Path, keep: int) -> None:
     for old in saved[:-keep]:
         if old not in good:
             removed = old.with_name(f".removing-{old.name}")  # renamed first: it is whole or not there
-            old.rename(removed)
+            with contextlib.suppress(FileNotFoundError):  # the run's folder was renamed or removed meanwhile
+                old.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
 
 
