@@ -4,12 +4,13 @@ import os
 import sys
 
 from m3ae_fast.home import settle_home
-from m3ae_fast.memory import shown_in_one_line
+from m3ae_fast.memory import refuse_too_few_addresses, shown_in_one_line
 
 __all__ = ["__version__"]
 
 if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(__file__):
     sys.excepthook = shown_in_one_line  # a command of this package is being started
+    refuse_too_few_addresses()
 settle_home()  # before other libraries look for it
 
 

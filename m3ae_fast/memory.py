@@ -16,6 +16,17 @@ _SIGNS_OF_LIMIT = (
     "error return without",
 )
 
+_ADDRESSES = 1_500_000_000  # bytes that torch and its threads take; with less they abort or hang instead of raising
+
+
+def refuse_too_few_addresses() -> None:
+    """Raise SystemExit, with one line on stderr, where `ulimit -v` leaves a program less than torch itself takes."""
+    limit = _limit()
+    if limit is not None and limit < _ADDRESSES:
+        reason = f"torch alone takes {_ADDRESSES / 1e9:.2g} GB of addresses"
+        print(f"error: not enough memory ({reason}){limit_note()}", file=sys.stderr)
+        raise SystemExit(2)
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an exception says that the GPU, this machine or what `ulimit -v` allows has no memory left."""

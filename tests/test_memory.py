@@ -17,12 +17,12 @@ from tests.helpers.trainer import ROOT
 TOO_LITTLE = 300 << 20  # bytes of addresses: torch's libraries alone need more
 
 
-def under_limit(*arguments):
+def under_limit(*arguments, limit=TOO_LITTLE):
     """Run Python under `ulimit -v`."""
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (TOO_LITTLE, TOO_LITTLE)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         capture_output=True,
         text=True,
     )
@@ -43,6 +43,13 @@ def test_too_little_memory_to_import_torch_is_one_line(command):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: not enough memory (")
     assert "ulimit -v allows this process 0.31 GB of addresses" in done.stderr
+
+
+@pytest.mark.parametrize("limit", [600 << 20, 1200 << 20])  # where torch's libraries abort, and where they hang
+def test_too_little_memory_for_its_threads_is_one_line_too(limit):
+    done = under_limit("-m", "m3ae_fast.train", "--help", limit=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: not enough memory (torch alone takes 1.5 GB of addresses); ulimit -v allows")
 
 
 def test_who_imports_the_library_keeps_tracebacks():
