@@ -76,15 +76,12 @@ def _config(
 
 
 def matrix(world: int) -> Iterator[Case]:
-    """Stage x overlap x bucket x accumulation x precision."""
+    """Stage x precision, and each pair of what overlap, bucket and accumulation may be."""
+    ways = [(False, {}, 1), (False, SMALL_BUCKET, 2), (True, {}, 2), (True, SMALL_BUCKET, 1)]
     for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2, 3)):
-        ways = [("", {})]
-        if stage:
-            ways = [
-                (f" overlap={overlap} bucket={'small' if bucket else 'default'}", {"overlap_comm": overlap} | bucket)
-                for overlap, bucket in itertools.product((False, True), ({}, SMALL_BUCKET))
-            ]
-        for (way, zero), accumulation in itertools.product(ways, (1, 2)):
+        for overlap, bucket, accumulation in ways if stage else [(False, {}, 1), (False, {}, 2)]:
+            way = f" overlap={overlap} bucket={'small' if bucket else 'default'}" if stage else ""
+            zero = {"overlap_comm": overlap} | bucket if stage else {}
             name = f"{precision} stage={stage}{way} accumulation={accumulation}"
             yield name, _config(world, stage, accumulation, precision, zero)
 
