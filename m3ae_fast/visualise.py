@@ -2,7 +2,7 @@
 
 python -m m3ae_fast.visualise runs/large                                  # original, masked, reconstructed; captions
 python -m m3ae_fast.visualise runs/large --ratios 0.5 0.75 0.9            # the same images at several mask ratios
-python -m m3ae_fast.visualise runs/large attention --word dog             # of cls and of a word over the patches
+python -m m3ae_fast.visualise runs/large attention --word dog             # of the cls token and of a word
 python -m m3ae_fast.visualise runs/large map --labels json.label          # t-SNE of features, coloured by class
 
 Samples lie evenly over the run's data.val (without it, data.train), or over --shards; a map has all that have a class.

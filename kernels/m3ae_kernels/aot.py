@@ -137,7 +137,7 @@ class Report:
 
 
 def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | None = None) -> Report:
-    """Compiles one kernel for one architecture and dtype with the table's settings, or with those given."""
+    """Compile one kernel for one architecture and dtype with the table's settings, or with those given."""
     import importlib
 
     import triton
@@ -231,7 +231,7 @@ def _read_amd(report: Report, assembly: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; returns the exit code."""
+    """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES), metavar="ARCH")
     parser.add_argument("--kernel", nargs="+", choices=dict.fromkeys(c.kernel for c in CASES), metavar="KERNEL")

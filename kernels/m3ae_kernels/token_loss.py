@@ -32,7 +32,7 @@ from .loss import (
 )
 from .registry import Op
 
-# Logits held at once, in bytes: enough for the matmuls to run at full speed.
+# Workspace for logits in bytes; large enough for full matmul speed.
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
 # The torch implementation takes the softmax in float32, for as many rows at a time as stay in the caches.
 SOFTMAX_BYTES = 8 << 20
@@ -253,14 +253,14 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
     sum_VD = torch.zeros_like(grad_weight, dtype=acc) if chunk < len(hidden) else None
 
     def softmax(rows: slice, logits_CV: Tensor) -> None:
-        """Turns logits into the slope of each row's loss to them, and fills in row losses, correct and bias's sum."""
+        """Turn logits into the slope of each row's loss to them, and fill in row losses, correct and bias's sum."""
         ignored_C1 = targets[rows, None] == ignore_index
         target_C1 = targets[rows, None].long().masked_fill(ignored_C1, 0)
         if len(correct):
             hit_C = logits_CV.max(1).indices == targets[rows]  # faster than argmax
             correct[rows] = hit_C.masked_fill_(ignored_C1[:, 0], False)
         log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
-        # Any column gives the log-partition; the target's keeps the digits that the loss is made of.
+        # Any column yields the log-partition; using the target's avoids cancellation in the loss.
         log_p_target_C1 = log_p_CV.gather(1, target_C1)
         lse_C1 = logits_CV.gather(1, target_C1) - log_p_target_C1
         loss_C1 = -(1 - smoothing) * log_p_target_C1 + z_loss * lse_C1.square()
@@ -331,7 +331,7 @@ class MaskedTokenLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
-        """The loss of a language model's head, whose parameters it shares; options as the constructor's."""
+        """Build the loss of a language model's head, whose parameters it shares; options as the constructor's."""
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, **options)
         for name in ("weight", "bias"):
@@ -346,14 +346,14 @@ class MaskedTokenLoss(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden [M, dim], targets [M] int, row_weight [M] -> the loss, scalar or [M]; with return_correct (loss,
+        """Map hidden [M, dim], targets [M] int, row_weight [M] -> the loss, scalar or [M]; with return_correct (loss,
         correct [M] bool)."""
         return masked_token_loss(
             hidden, self.weight, self.bias, targets, row_weight, return_correct=return_correct, **self.options
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """The logits [M, vocab] of hidden [M, dim]."""
+        """Return the logits [M, vocab] of hidden [M, dim]."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

@@ -17,7 +17,8 @@ MAX_PARTIALS = 512  # programs of the backward, each with its own sums for weigh
 
 @triton.jit
 def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.constexpr):
-    """LayerNorm of whole rows, with their means and reciprocal standard deviations; value is 0 where mask is false."""
+    """Compute the LayerNorm of whole rows, with their means and reciprocal standard deviations; value is 0 where mask
+    is false."""
     mu = tl.sum(value, 1) / D
     centred = tl.where(mask, value - mu[:, None], 0)
     r = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
@@ -29,8 +30,8 @@ def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.
 
 @triton.jit
 def norm_slope(gw, normed, r, D):
-    """The gradient of a LayerNorm's input: gw is that of its result times the weight, and it and normed, the input with
-    mean 0 and variance 1, are 0 beyond D."""
+    """Return the gradient of a LayerNorm's input: gw is that of its result times the weight, and it and normed, the
+    input with mean 0 and variance 1, are 0 beyond D."""
     along = tl.sum(gw * normed, 1) / D
     level = tl.sum(gw, 1) / D
     return (gw - normed * along[:, None] - level[:, None]) * r[:, None]
@@ -41,8 +42,8 @@ def gather_norm_kernel(
     x, rows, weight, bias, y, mean, rstd, M, D, stride, eps,
     BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = LayerNorm(x[rows]), BLOCK_M whole rows a program. Bytes 4MD in bfloat16: M3AE-Large's decoder output at 512
-    samples (M 123k, D 512): 252 MB, 75 us at 3.35 TB/s."""
+    """Compute y = LayerNorm(x[rows]), BLOCK_M whole rows a program. Bytes 4MD in bfloat16: M3AE-Large's decoder output
+    at 512 samples (M 123k, D 512): 252 MB, 75 us at 3.35 TB/s."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     mask = (m < M)[:, None] & (d < D)[None, :]
@@ -74,20 +75,20 @@ def gather_norm(
 
 
 def whole_rows(name: str, x: Tensor) -> dict:
-    """A table's TILE elements as BLOCK_M rows of the next power of two."""
+    """Return a table's TILE elements as BLOCK_M rows of the next power of two."""
     tile = config(name, x.device, x.dtype)
     block_d = triton.next_power_of_2(x.shape[1])
     return {"BLOCK_M": max(1, tile.pop("TILE") // block_d), "BLOCK_D": block_d} | tile
 
 
 def row_shares(rows: int, block: int) -> tuple[int, int]:
-    """Rows of each program of a backward, a multiple of `block`, and the number of programs."""
+    """Return the rows of each program of a backward, a multiple of `block`, and the number of programs."""
     share = cdiv(cdiv(rows, block), MAX_PARTIALS) * block
     return share, cdiv(rows, share) if rows else 0
 
 
 def summed(partial: Tensor, wanted: bool) -> Tensor:
-    """The programs' sums [programs, D] together, [D]; no elements where they are not wanted."""
+    """Return the programs' sums [programs, D] together, [D]; no elements where they are not wanted."""
     return partial.sum(0) if wanted else partial.new_empty(0)
 
 
@@ -96,8 +97,8 @@ def gather_norm_backward_kernel(
     grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, share,
     GRAD_X: tl.constexpr, PARAMETERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Each program's `share` of the rows of grad_x, zero where `source` is negative, and its sums for the weight's and
-    bias's gradients [programs, D].
+    """Compute each program's `share` of the rows of grad_x, zero where `source` is negative, and its sums for the
+    weight's and bias's gradients [programs, D].
 
     Bytes at least 4MD + 2TD in bfloat16: M3AE-Large at 512 samples (M 123k, T 164k, D 512): 420 MB, 125 us at 3.35
     TB/s.

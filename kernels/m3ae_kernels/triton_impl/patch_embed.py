@@ -32,8 +32,8 @@ def patch_embed_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P, and the weight's rows
-    start `stride` elements apart.
+    """Compute out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P, and the weight's
+    rows start `stride` elements apart.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 2KD for uint8 and bfloat16. M3AE-Large at 512 samples (N 32768, K 768, D
     1024): 51.5 GFLOP, 52 us at 989 TFLOP/s; 94 MB, 28 us at 3.35 TB/s: bound by the tensor cores.
@@ -61,7 +61,7 @@ def patch_embed_kernel(
 def patch_embed(
     images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, patch_size: int, scale, shift, out: Tensor
 ) -> None:
-    """Fills out [N, D], in whose dtype bias is and the matmul runs."""
+    """Fill out [N, D], in whose dtype bias is and the matmul runs."""
     if not out.numel():
         return
     (rows, dim), dtype, stride = out.shape, out.dtype, up(weight.shape[1])
@@ -82,8 +82,8 @@ def patch_embed_dweight_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial [S, D, K] = grad [N, D].T @ pixels [N, K] over split s's rows, one tile a program; tiles M over D, N over
-    the patch's elements, K over rows.
+    """Compute partial [S, D, K] = grad [N, D].T @ pixels [N, K] over split s's rows, one tile a program; tiles M over
+    D, N over the patch's elements, K over rows.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 4KD, and 8SKD for the splits. M3AE-Large at 512 samples (N 32768, K 768,
     D 1024, S 6): 51.5 GFLOP, 52 us at 989 TFLOP/s; 133 MB, 40 us at 3.35 TB/s.
@@ -110,7 +110,7 @@ def patch_embed_dweight_kernel(
 
 @launcher
 def patch_embed_dweight(grad: Tensor, images: Tensor, ids: Tensor, patch_size: int, scale, shift, out: Tensor) -> None:
-    """Writes the weight's gradient [D, K] to `out`."""
+    """Write the weight's gradient [D, K] to `out`."""
     rows, dim = grad.shape
     if not rows or not out.numel():
         out.zero_()
