@@ -101,8 +101,8 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, row losses, unit, and the gradients of hidden, weight and bias divided by unit)."""
-    share_M, unit = unit_weights(row_weight)
-    row_loss_M = torch.empty_like(share_M)
+    unit_weight_M, unit = unit_weights(row_weight)
+    row_loss_M = torch.empty_like(unit_weight_M)
     grads = empty_gradients(hidden, weight, dtype, needs)
     if impl == "triton":
         from .triton_impl.pixel_loss import pixel_loss
@@ -115,7 +115,7 @@ def _forward(
         bias_K = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
         with no_autocast(hidden):
             pixel_loss(
-                hidden.to(dtype), weight.to(dtype), bias_K, share_M, images, patch_ids, patch_size, scale, shift,
+                hidden.to(dtype), weight.to(dtype), bias_K, unit_weight_M, images, patch_ids, patch_size, scale, shift,
                 norm_pix, needs, row_loss_M, *grads,
             )  # fmt: skip
     return torch.dot(row_loss_M, row_weight), row_loss_M, unit, *grads
@@ -176,7 +176,7 @@ def _pixel_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
-    share: Tensor,
+    unit_weight: Tensor,
     images: Tensor,
     patch_ids: Tensor,
     patch_size: int,
@@ -190,7 +190,7 @@ def _pixel_loss(
     grad_bias: Tensor,
 ) -> None:
     """Fill row_loss [M], and the gradients that `needs` names; hidden, weight and bias have one dtype."""
-    dtype, acc = hidden.dtype, share.dtype
+    dtype, acc = hidden.dtype, unit_weight.dtype
     weight, bias = to_cut(weight, images, patch_size, 0), to_cut(bias, images, patch_size, 0)
     sum_KD, sum_K = torch.zeros_like(grad_weight, dtype=acc), torch.zeros_like(grad_bias)
     for start in range(0, len(hidden), CHUNK_ROWS):
@@ -202,7 +202,7 @@ def _pixel_loss(
         row_loss[rows] = torch.linalg.vector_norm(error_MK, dim=1).square_().div_(error_MK.shape[1])
         if not any(needs):
             continue
-        slope_MK = error_MK.mul_(share[rows, None] * (2 / error_MK.shape[1]))
+        slope_MK = error_MK.mul_(unit_weight[rows, None] * (2 / error_MK.shape[1]))
         slope_low_MK = slope_MK.to(dtype)
         if needs[0]:
             torch.mm(slope_low_MK, weight, out=grad_hidden[rows])

@@ -185,7 +185,7 @@ def _loss(
     hidden, weight, bias, row_weight, targets = inputs
     dtype, impl = options.dtype, options.impl
     row_weight = row_weight.masked_fill(targets == options.ignore_index, 0)
-    share_M, unit = unit_weights(row_weight)
+    unit_weight_M, unit = unit_weights(row_weight)
     results = _room(inputs, options, needs)
     if impl == "triton":
         from .triton_impl.token_loss import token_loss
@@ -196,7 +196,9 @@ def _loss(
         for grad in results[2:]:
             grad.zero_()
     else:
-        inputs = Inputs(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), share_M, targets)
+        inputs = Inputs(
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), unit_weight_M, targets
+        )
         options = options._replace(workspace=options.workspace or WORKSPACE[impl])
         with no_autocast(hidden):
             token_loss(inputs, options, needs, results)
@@ -239,11 +241,11 @@ token_rows_op = Op("token_rows", _rows_forward, _rows_fake, save_inputs, _rows_b
 def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
     """Fill the results, of the gradients those that `needs` names; hidden, weight and bias have one dtype, and the
     weight of an ignored row is 0."""
-    hidden, weight, bias, share, targets = inputs
+    hidden, weight, bias, unit_weight, targets = inputs
     row_loss, correct, grad_hidden, grad_weight, grad_bias = results
     ignore_index, smoothing, z_loss = options[:3]
     assert options.workspace is not None
-    dtype, acc, vocab = hidden.dtype, share.dtype, weight.shape[0]
+    dtype, acc, vocab = hidden.dtype, unit_weight.dtype, weight.shape[0]
     bias = weight.new_zeros(vocab) if bias is None else bias
     grad_bias.zero_()
     chunk = min(len(hidden), max(1, options.workspace // (vocab * dtype.itemsize)))
@@ -276,20 +278,20 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
             slope_CV -= smoothing / vocab
         slope_CV.scatter_add_(1, target_C1, slope_CV.new_full((1, 1), smoothing - 1).expand_as(target_C1))
         if needs[2]:
-            grad_bias.addmv_(slope_CV.t(), share[rows])
+            grad_bias.addmv_(slope_CV.t(), unit_weight[rows])
         logits_CV.copy_(slope_CV)
 
     for start in range(0, len(hidden), chunk):
-        hidden_CD, share_C1 = hidden[start : start + chunk], share[start : start + chunk, None]
+        hidden_CD, unit_weight_C1 = hidden[start : start + chunk], unit_weight[start : start + chunk, None]
         slope_CV = torch.addmm(bias, hidden_CD, weight.t(), out=logits_CV[: len(hidden_CD)])
         for first in range(0, len(hidden_CD), softmax_rows):
             part_CV = slope_CV[first : first + softmax_rows]
             softmax(slice(start + first, start + first + len(part_CV)), part_CV)
         # Row weights scale the narrow matrices, not the wide one.
         if needs[0]:
-            torch.mul(slope_CV @ weight, share_C1, out=grad_hidden[start : start + chunk])
+            torch.mul(slope_CV @ weight, unit_weight_C1, out=grad_hidden[start : start + chunk])
         if needs[1]:
-            weighted_CD = (hidden_CD * share_C1).to(dtype)
+            weighted_CD = (hidden_CD * unit_weight_C1).to(dtype)
             if sum_VD is not None:
                 sum_VD += slope_CV.t() @ weighted_CD
             elif grad_weight.dtype == dtype:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BLOCK = 1000  # positions within which the sources' shares are exact
+BLOCK = 1000  # positions within which the sources' proportions are exact
 LANE_BLOCK = 32  # the same of a lane of many, whose neighbours' errors level out
 _MASK = (1 << 64) - 1
 _STAGGER = -1  # in the place of a window's number
@@ -136,29 +136,29 @@ class SourceOrder:
 class Lane:
     """A stream of its own, of a part of each source.
 
-    In every block of positions each source has its exact share (Webster's apportionment, whose seats only ever grow),
-    in random order. Shares are counted anew with each epoch; without weights it holds each sample exactly once.
+    In every block of positions each source has its exact part (Webster's apportionment, whose seats only ever grow),
+    in random order. Parts are counted anew with each epoch; without weights it holds each sample exactly once.
 
     Args:
         sources: of what it owns.
-        shares: of the sources; their sum does not matter.
+        proportions: of the sources; their sum does not matter.
         samples: positions of an epoch.
         seed: the lane's.
         block: positions.
-        start: a block of the epoch in which the lane begins, so that lanes do not round shares at the same time.
+        start: a block of the epoch in which the lane begins, so that lanes do not round at the same time.
     """
 
     def __init__(
         self,
         sources: Sequence[SourceOrder],
-        shares: Sequence[float],
+        proportions: Sequence[float],
         samples: int,
         seed: int,
         block: int = BLOCK,
         start: int = 0,
     ):
         self.sources, self.samples, self.seed, self.block = sources, samples, seed, block
-        self.shares = np.asarray(shares, dtype=np.float64) / np.sum(shares, dtype=np.float64)
+        self.proportions = np.asarray(proportions, dtype=np.float64) / np.sum(proportions, dtype=np.float64)
         self._start = start * block
         self._before = self._seats(self._start)
         self._epoch_seats = self._seats(self.samples)
@@ -188,15 +188,15 @@ class Lane:
 
     def _seats(self, positions: int) -> np.ndarray:
         """Return how many of an epoch's first `positions` are each source's: the lowest (k + 1/2) / proportion win."""
-        seats = np.maximum(0, np.floor((positions - len(self.shares) / 2) * self.shares)).astype(np.int64)
+        seats = np.maximum(0, np.floor((positions - len(self.proportions) / 2) * self.proportions)).astype(np.int64)
         for _ in range(positions - int(seats.sum())):
-            seats[np.argmin((seats + 0.5) / self.shares)] += 1
+            seats[np.argmin((seats + 0.5) / self.proportions)] += 1
         return seats
 
     def _make_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         first, last = (self._seats(min(k * self.block, self.samples)) for k in (block, block + 1))
-        sources = np.repeat(np.arange(len(self.shares)), last - first)
-        sources = sources[permutation(len(sources), self.seed, len(self.shares), epoch, block)]
+        sources = np.repeat(np.arange(len(self.proportions)), last - first)
+        sources = sources[permutation(len(sources), self.seed, len(self.proportions), epoch, block)]
         indices = np.empty_like(sources)
         for source, before in enumerate(epoch * self._epoch_seats + first - self._before):
             (mine,) = np.nonzero(sources == source)
@@ -213,7 +213,7 @@ class Order:
 
     Args:
         sizes: for each source the samples of its shards; a source has as many samples as there are lanes, or more.
-        weights: relative shares of the samples; None: by size.
+        weights: proportions of the samples; None: by size.
         window: pieces of shards that a lane shuffles together.
         seed: the run's.
         lanes: C.
@@ -263,9 +263,9 @@ class Order:
                 for source, whole in enumerate(self._sources)
             ]
             own = [source.samples for source in sources]
-            shares, samples = (own, sum(own)) if self._weights is None else (self._weights, self.samples)
+            proportions, samples = (own, sum(own)) if self._weights is None else (self._weights, self.samples)
             blocks = (BLOCK, 0) if self.lanes == 1 else (LANE_BLOCK, seed % -(-samples // LANE_BLOCK))
-            self._made[number] = Lane(sources, shares, samples, seed, *blocks)
+            self._made[number] = Lane(sources, proportions, samples, seed, *blocks)
         return self._made[number]
 
     def _whole(self, source: int, sizes: np.ndarray) -> Pieces:
@@ -289,7 +289,7 @@ def _needs(lane: Lane, source: int, here: int, there: int) -> Iterator[Need]:
         if start >= here + order.samples:
             return
         ahead += start >= there
-        wait = max(0, start - there) / float(lane.shares[source])
+        wait = max(0, start - there) / float(lane.proportions[source])
         yield Need(wait if ahead else 0.0, ahead, source, shards)
 
 

@@ -14,7 +14,7 @@ from m3ae_fast.regular_file import read_json
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.shard_tools.huggingface import HuggingFace
-from m3ae_fast.shard_tools.source import Source
+from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
 
 FOLDER = """Make shards of a folder of images.
@@ -110,8 +110,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.range, args.keep_order)
 
 
-def _convert(source: Source, settings: Settings, args: argparse.Namespace) -> None:
-    print(describe_conversion(args.out, convert(source, args.out, settings, args.workers)))
+def _convert(records: Records, settings: Settings, args: argparse.Namespace) -> None:
+    print(describe_conversion(args.out, convert(records, args.out, settings, args.workers)))
 
 
 def _from_folder(args: argparse.Namespace) -> None:

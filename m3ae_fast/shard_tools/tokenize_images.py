@@ -32,7 +32,7 @@ from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.source import Record
+from m3ae_fast.shard_tools.records import Record
 from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
 
@@ -73,7 +73,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 class Crops:
-    """Crops of the images in some shards, with their ids. See `source.Source`.
+    """Crops of the images in some shards, with their ids. See `records.Records`.
 
     Args:
         shards: where the images are.

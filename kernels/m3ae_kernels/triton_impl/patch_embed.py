@@ -1,4 +1,7 @@
-"""Kernels of `patch_embed`."""
+"""Kernels of `patch_embed`: a product whose left side is cut from the images and normalised as it is loaded, as an
+implicit GEMM does for convolutions (https://arxiv.org/abs/1410.0759). The weight's gradient sums over rows in splits,
+as split-K products do (https://github.com/NVIDIA/cutlass).
+"""
 
 import triton
 import triton.language as tl
@@ -44,6 +47,7 @@ def patch_embed_kernel(
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
+    # 1. Pixels times weight, in tiles of K.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -53,6 +57,7 @@ def patch_embed_kernel(
         )  # fmt: skip
         w = tl.load(weight + n[None, :] * stride + k[:, None], mask=(n < D)[None, :] & (k < stride)[:, None], other=0)
         acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
+    # 2. The bias.
     acc += tl.load(bias + n, mask=n < D, other=0).to(ACC)[None, :]
     tl.store(out + m.to(tl.int64)[:, None] * D + n[None, :], acc, mask=(m < N)[:, None] & (n < D)[None, :])
 
@@ -94,6 +99,7 @@ def patch_embed_dweight_kernel(
     split = tl.program_id(1)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # 1. This split's rows; `patch_embed_dweight` adds the splits, in their order.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for r0 in range(split * split_rows, tl.minimum((split + 1) * split_rows, N), BLOCK_K):
         r = r0 + tl.arange(0, BLOCK_K)

@@ -1,4 +1,7 @@
-"""Kernels that move rows: gather, its backward, and `scatter_tokens`. One pass over memory each."""
+"""Kernels that move rows: gather, its backward, and `scatter_tokens`. One pass over memory each.
+
+A scatter is 1. the inverse of its places, 2. a gather by it: every row is written once, and none needs zeros before.
+"""
 
 import torch
 import triton
@@ -66,6 +69,7 @@ def scatter_tokens_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (d < D)[None, :]
     s = tl.load(src + t, mask=t < T, other=-1).to(tl.int64)[:, None]
+    # 1. The row that exists. 2. Or a learned one. 3. And a table's row.
     token = tl.load(x + s * D + d[None, :], mask=(s >= 0) & inside, other=0).to(ACC)
     if FILL:
         f = tl.load(fill_ids + t, mask=t < T, other=-1).to(tl.int64)[:, None]

@@ -1,5 +1,9 @@
-"""Kernel of `segment_sum`: rows are sorted by id, then each id's run is summed by as many programs as its size asks
-for."""
+"""Kernel of `segment_sum`, a segmented reduction over a stable sort: no atomics, one order of summation.
+
+1. Sort the rows' ids; find where each id's run starts.
+2. Sum each run by as many programs as an average run's size asks for.
+3. Add the splits of each run, in their order.
+"""
 
 import torch
 import triton
@@ -30,9 +34,9 @@ def segment_sum_kernel(
     segment = pid % count
     first = tl.load(starts + segment)
     last = tl.load(starts + segment + 1)
-    share = tl.cdiv(last - first, splits)
-    begin = first + split * share
-    end = tl.minimum(begin + share, last)
+    split_rows = tl.cdiv(last - first, splits)
+    begin = first + split * split_rows
+    end = tl.minimum(begin + split_rows, last)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     for i0 in range(begin, end, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
