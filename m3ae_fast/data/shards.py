@@ -199,7 +199,7 @@ class ShardStore:
     def lock(self, name: str, wait: bool = True) -> Iterator[None]:
         """Hold a lock of this node. Raises BlockingIOError where another process has it and `wait` is false."""
         path = self.cache_dir / "locks" / name
-        try:
+        try:  # by hand, as filelock cannot lock a file that is another user's, and polls
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except PermissionError:  # another user's
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
