@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from m3ae_fast.data.workers import allow_open_files
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, attempt
 from m3ae_fast.process.launchers import adopt
 
 T = TypeVar("T")
@@ -77,12 +77,7 @@ class Ranks:
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 and wait for it: its result there, None elsewhere. A UserError of it is raised on every
         rank, and an OSError as one."""
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except (UserError, OSError) as caught:
-                error = str(caught)
+        result, error = attempt(work) if self.is_main else (None, None)
         if (error := self.from_main(error)) is not None:
             raise UserError(error)
         return result
@@ -99,10 +94,7 @@ class Ranks:
         result, error = None, None
         for turn in (self.is_main, not self.is_main):
             if turn:
-                try:
-                    result = work()
-                except (UserError, OSError) as caught:
-                    error = str(caught)
+                result, error = attempt(work)
             with waiting():
                 errors = self.gather(error)
             if failed := next(filter(None, errors), None):
