@@ -49,11 +49,11 @@ class Alone:
         self.startup, self.losses = self._answer()
 
     def step(self) -> float:
-        """Seconds of one more step."""
+        """Return the seconds of one more step."""
         return self._ask("step")
 
     def peak_bytes(self) -> int:
-        """The most memory during one more step, above parameters, gradients and optimiser state. On a CPU of the
+        """Return the most memory during one more step, above parameters, gradients and optimiser state. On a CPU of the
         process's resident memory, on a GPU of torch's allocator."""
         return self._ask("peak")
 
@@ -77,7 +77,7 @@ class Alone:
 
 
 def peak_above(function: Callable[[], object], device) -> int:
-    """Bytes that `function` needs at its peak beyond what the process holds before it."""
+    """Return bytes that `function` needs at its peak beyond what the process holds before it."""
     import torch
 
     gc.collect()
@@ -103,7 +103,7 @@ def _status(field: str) -> int:
 
 
 def _age() -> float:
-    """Seconds since this process was started."""
+    """Return the seconds since this process was started."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 

@@ -40,7 +40,7 @@ def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
 
 
 def _patches_given(work: Workload) -> Callable[..., Tensor]:
-    """The patch embedding where the chosen patches were cut and normalised before."""
+    """Return the patch embedding where the chosen patches were cut and normalised before."""
     weight, ids = work.tensors["weight"], work.tensors["patch_ids"].long()
     rows = reference.patches(work.tensors["images"], dtype=weight.dtype, **work.options)[ids]
     return lambda images, patch_ids, weight, bias, **_: F.linear(rows, weight, bias)
@@ -65,7 +65,7 @@ class _Matmuls(torch.autograd.Function):
 
 
 def _kernels() -> dict[str, Kernel]:
-    """Attention kernels of others that can be imported; whether they run here shows when they do."""
+    """Return attention kernels of others that can be imported; whether they run here shows when they do."""
     found = {}
     for name, make in cuda.MAKERS.items():
         with suppress(ImportError):
@@ -79,7 +79,7 @@ def _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries) -> tuple[
 
 
 def _sdpa(qkv, cu_seqlens, max_seqlen, q=None, cu_queries=None, max_queries=None) -> Tensor:
-    """Every sample padded to the longest."""
+    """Pad every sample to the longest."""
     queries, keys = _segments(qkv, cu_seqlens, max_seqlen, q, cu_queries, max_queries)
     return padded_attention(*(qkv.unbind(1) if q is None else (q, *qkv.unbind(1))), queries, keys)
 

@@ -31,7 +31,7 @@ def build(
     words: tuple[int, int] = WORDS,
     batches: int = 1,
 ) -> Callable[[], Tensor]:
-    """A function that takes one step on a batch of `samples` and returns its loss, 0-d.
+    """Return a function that takes one step on a batch of `samples` and returns its loss, 0-d.
 
     All implementations start from the same parameters and see the same `batches`, again and again. The expert and the
     engine compute in bf16 where the machine is faster in it.

@@ -33,7 +33,7 @@ class CpuDevice:
         return time.perf_counter()
 
     def between(self, pairs: list[tuple[float, float]]) -> list[float]:
-        """Milliseconds."""
+        """Return milliseconds."""
         return [1e3 * (end - start) for start, end in pairs]
 
     def time(self, function: Callable[[], object], repeats: int) -> list[float]:
@@ -74,7 +74,7 @@ class CudaDevice:
         return event
 
     def between(self, pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
-        """Milliseconds. Waits for the GPU."""
+        """Return milliseconds. Waits for the GPU."""
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
 
@@ -100,7 +100,7 @@ class CudaDevice:
 def measure(
     device: CpuDevice | CudaDevice, functions: dict[str, Callable[[], object]], rounds: int = 5, repeats: int = 10
 ) -> dict[str, Timing]:
-    """Times functions that do the same work, in turns, so that a change of clocks affects them all."""
+    """Time functions that do the same work, in turns, so that a change of clocks affects them all."""
     for function in functions.values():
         device.time(function, 3)
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -31,7 +31,7 @@ class Workload:
     backward: Cost = (0, 0)
 
     def call(self, module) -> tuple[Tensor, ...]:
-        """The results of the op of `m3ae_kernels`, of its `reference`, or of anything with functions so named."""
+        """Return the results of the op of `m3ae_kernels`, of its `reference`, or of anything that has them."""
         result = getattr(module, self.op)(**self.tensors, **self.options)
         return result if isinstance(result, tuple) else (result,)
 
@@ -43,7 +43,7 @@ class Workload:
         return tuple(torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out) for out in outs)
 
     def run(self, module, upstream: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
-        """The results by name, and the gradient of every learned input."""
+        """Return the results by name, and the gradient of every learned input."""
         outs = self.call(module)
         upstream = upstream or self.upstream(outs)
         learned = self.learned
@@ -52,7 +52,7 @@ class Workload:
         return dict(zip(("out", *learned), (*(out.detach() for out in outs), *grads)))
 
     def run_in_chunks(self, module, upstream: tuple[Tensor, ...], chunks: int) -> dict[str, Tensor]:
-        """As `run`, a part of the rows at a time: with so much less memory, and with sums over parts in float32."""
+        """Do as `run`, a part of the rows at a time: with so much less memory, and with sums over parts in float32."""
         if not self.rows:
             return self.run(module, upstream)
         size = -(-len(self.tensors[self.rows[0]]) // chunks)
@@ -67,7 +67,7 @@ class Workload:
         return {name: torch.cat(p) if name in joined else sum(t.float() for t in p) for name, p in pieces.items()}
 
     def cast(self, dtype: torch.dtype) -> Workload:
-        """The same values in another floating dtype."""
+        """Return the same values in another floating dtype."""
         tensors = {
             name: t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
             for name, t in self.tensors.items()
@@ -93,7 +93,7 @@ ODD = Sizes(samples=5, patch=14, grid=3, visible=4, words=19, encoder=200, decod
 
 
 def make(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
-    """The workload of `OPS` so named; the same values each time."""
+    """Make the workload of `OPS` so named; the same values each time."""
     torch.manual_seed(0)
     work = OPS[name](sizes, dtype, device)
     work.name = name
@@ -115,7 +115,7 @@ def _images(s: Sizes, device: torch.device) -> tuple[Tensor, dict]:
 
 
 def _patches(s: Sizes, visible: bool, device: torch.device) -> Tensor:
-    """Patch ids, drawn for each sample on its own."""
+    """Return patch ids, drawn for each sample on its own."""
     count = s.grid**2
     order = torch.rand(s.samples, count, device=device).argsort(1)
     chosen = order[:, : s.visible] if visible else order[:, s.visible :]
@@ -137,7 +137,7 @@ def _patch_embed(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload
 
 
 def _loss_rows(s: Sizes) -> tuple[int, int]:
-    """Packed decoder rows, and those that carry loss."""
+    """Return packed decoder rows, and those that carry loss."""
     tokens = s.samples * (s.grid**2 + s.words)
     return tokens, tokens - s.samples * (s.visible + s.words // 4)
 
@@ -162,7 +162,7 @@ def _norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _scatter(s: Sizes, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
-    """Samples of `length` rows: n rows of x in all, the others from `fill`."""
+    """Scatter into samples of `length` rows: n rows of x in all, the others from `fill`."""
     t = s.samples * length
     src = torch.full((t,), -1, dtype=torch.int32, device=device)
     places = torch.randperm(t, device=device)[:n].sort().values
@@ -229,13 +229,13 @@ def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _lengths(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of each sample in the encoder and in the decoder, with captions of any length."""
+    """Return the rows of each sample in the encoder and in the decoder, with captions of any length."""
     words = torch.randint(s.words // 4, s.words + 1, (s.samples,), device=device)
     return 1 + s.visible + words // 4, 1 + s.grid**2 + words
 
 
 def _attention(lengths: Tensor, queries: Tensor, width: int, dim: int, dtype, device) -> Workload:
-    """`queries` of each sample; as many as `lengths`: of all rows."""
+    """Return a workload with `queries` of each sample; as many as `lengths`: of all rows."""
     h, t, m = width // dim, int(lengths.sum()), int(queries.sum())
     some = m < t
     tensors = {

@@ -47,7 +47,7 @@ class PaddedBatch:
     def of(
         cls, images_BCHW: Tensor, image_mask_BL: Tensor, tokens_BX: Tensor, text_mask_BX: Tensor, padding_BX: Tensor
     ):
-        """With the rest found. All images have equally many masked patches."""
+        """Complete it with the rest found. All images have equally many masked patches."""
         masked_BX = text_mask_BX & ~padding_BX
         weight_BX = 1 / (len(masked_BX) * masked_BX.sum(1, keepdim=True).clamp(min=1)).expand_as(masked_BX)
         return cls(
@@ -146,13 +146,13 @@ class ReferenceM3AE(nn.Module):
             self.register_buffer(f"{name}_text_positions", sincos_1d(size, places), persistent=False)
 
     def patchify(self, images_BCHW: Tensor) -> Tensor:
-        """[B, L, P * P * C], a patch in the order (row, column, channel)."""
+        """Return [B, L, P * P * C], a patch in the order (row, column, channel)."""
         p = self.config.patch_size
         blocks = images_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, rows, P, columns, P]
         return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        """The weighted sum of both losses, 0-d."""
+        """Return the weighted sum of both losses, 0-d."""
         patches_BLK = self.patchify(batch.images_BCHW)
         encoder, decoder = self.encoder_input, self.decoder_input["unshuffle"]
         image_order = batch.image_mask_BL.int().argsort(dim=1, stable=True)  # visible first
@@ -191,7 +191,7 @@ class ReferenceM3AE(nn.Module):
         return self.loss.image_weight * image_loss + self.loss.text_weight * text_loss
 
     def loss_of_masked(self, image_BLD: Tensor, text_BXD: Tensor, patches_BLK: Tensor, batch: PaddedBatch) -> Tensor:
-        """The same from predictions for the masked, valid positions alone. Every image has equally many masked."""
+        """Return it from predictions for the masked, valid positions alone. All images have equally many masked."""
         hidden_image = take(image_BLD, batch.masked_image_BM).flatten(0, 1)
         target_image = take(patches_BLK, batch.masked_image_BM).flatten(0, 1)
         image_loss = (self.image_head(hidden_image).float() - target_image).square().mean()
@@ -206,7 +206,7 @@ def take(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 def restore(seen_BKD: Tensor, mask_1D: Tensor, order_BN: Tensor) -> Tensor:
-    """Visible rows and mask rows, back in reading order."""
+    """Put visible rows and mask rows back in reading order."""
     masks = mask_1D.to(seen_BKD.dtype).expand(len(seen_BKD), order_BN.shape[1] - seen_BKD.shape[1], -1)
     return take(torch.cat((seen_BKD, masks), 1), order_BN.argsort(1))
 
@@ -216,7 +216,7 @@ def pad_left(padding: Tensor, rows: int) -> Tensor:
 
 
 def masked_mean(error_BN: Tensor, mask_BN: Tensor) -> Tensor:
-    """Mean over samples of the mean over a sample's masked positions; a sample without any counts as 0."""
+    """Return the mean over samples of the mean over a sample's masked positions; a sample without any counts as 0."""
     return ((error_BN * mask_BN).sum(1) / mask_BN.sum(1).clamp(min=1)).mean()
 
 
@@ -246,7 +246,7 @@ class ReferenceTrainer:
             self.model.compile()
 
     def step(self, batch: PaddedBatch, lr: float) -> Tensor:
-        """One update. Returns the loss before it."""
+        """Take one update. Return the loss before it."""
         with self.autocast():
             loss = self.model(batch)
         loss.backward()

@@ -22,7 +22,7 @@ Row = dict[str, str | int | float | None]
 
 
 def about() -> dict[str, str | float]:
-    """Machine, versions and date; `load` is the machine's load average: above `cores`, others were busy here too."""
+    """Return machine, versions and date; a load average `load` above `cores` says that others were busy here too."""
     return {
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -37,19 +37,19 @@ def about() -> dict[str, str | float]:
 
 
 def device_name() -> str:
-    """What this machine is named by: its GPU, or else its CPU."""
+    """Return what this machine is named by: its GPU, or else its CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return this_cpu().name or platform.processor() or "CPU"
 
 
 def here() -> Path:
-    """This machine's folder."""
+    """Return this machine's folder."""
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
 def write(name: str, title: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
-    """`save`, and print the table."""
+    """Save the rows as `save` does, and print the table."""
     path = save(name, title, rows, folder)
     print("\n" + markdown(path))
     return path
@@ -67,12 +67,12 @@ def save(name: str, title: str, rows: Sequence[Row], folder: Path | None = None)
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a results file, none where there is no file."""
+    """Return the rows of a results file, none where there is no file."""
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def markdown(path: Path) -> str:
-    """A results file as a Markdown table under its title."""
+    """Return a results file as a Markdown table under its title."""
     data = json.loads(path.read_text(encoding="utf-8"))
     a, columns = data["about"], list(data["rows"][0])
     lines = [f"**{data['title']}** ({a['device']}, {a['cores']} cores, torch {a['torch']}, {a['date']})", ""]

@@ -29,24 +29,24 @@ NOTE = "\\* against an earlier, weaker expert, which embedded all patches and ma
 
 
 def machines(folder: Path) -> list[Path]:
-    """Folders of results that have one of ALL: the study's has none."""
+    """Return folders of results that have one of ALL: the study's has none."""
     return sorted({path.parent for name in ALL for path in folder.glob(f"*/{name}.json")})
 
 
 def tables(machine: Path, names: tuple[str, ...]) -> str:
-    """Those results of a machine that are there."""
+    """Return those results of a machine that are there."""
     files = (machine / f"{name}.json" for name in names)
     return "\n".join(markdown(file) for file in files if file.exists())
 
 
 def page(machine: Path) -> str:
-    """All results of a machine."""
+    """Return all results of a machine."""
     plot = f"\n![Speed and memory as one thing grows]({PLOT})\n" if (machine / PLOT).exists() else ""
     return f"# {machine.name}\n\nMade by `python -m benchmarks.table`.\n\n{tables(machine, ALL)}{plot}"
 
 
 def section(folder: Path, readme: Path) -> str:
-    """The training step on all machines, a row for each: by size, the engine's speed and its speed-ups."""
+    """Return the training step on all machines, a row for each: by size, the engine's speed and its speed-ups."""
     cases: list[tuple[str, int]] = []
     machine_rows = []
     marked = False
@@ -82,7 +82,7 @@ def _cells(rows: dict[str, results.Row] | None, mark: str) -> list[str]:
 
 
 def rewrite(text: str, made: str) -> str:
-    """`text` with what stands between the markers replaced. Raises ValueError where they are missing."""
+    """Return `text` with what stands between the markers replaced. Raises ValueError where they are missing."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:

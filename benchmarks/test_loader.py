@@ -1,4 +1,4 @@
-"""The loader alone, from JPEG shards made here, and the share of the quickstart's steps that waits for data."""
+"""The loader alone, from JPEG shards made here, and the fraction of the quickstart's steps that waits for data."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ def one_thread():
 
 @pytest.mark.parametrize("size", [224, 256])
 def test_loader(benchmark, shards, one_thread, size):
-    """Index, decoding, augmentation, tokens, masks, packing, beside torchvision's decoding and crop by themselves."""
+    """Time index, decoding, augmentation, tokens, masks and packing, beside torchvision's decoding and crop alone."""
     data = DataConfig(train=[SourceConfig(shards=f"{shards}/{{0..1}}.tar")], workers=0)
     corpus = open_corpus(data.train, ShardStore(None))
     tokenizer = load_tokenizer(str(shards / "vocab.txt"), 64, 2048)
@@ -89,7 +89,7 @@ def test_loader(benchmark, shards, one_thread, size):
 
 
 def test_data_wait(benchmark, tmp_path):
-    """What the quickstart's steps wait for the next batch, once it runs."""
+    """Time what the quickstart's steps wait for the next batch, once it runs."""
     options = ["train.steps=50", "train.log_every=10", "train.pictures=0", f"run.dir={tmp_path}", "data.val=[]"]
     command = [sys.executable, str(ROOT / "m3ae_fast/train.py"), "--config", "configs/quickstart.json"]
     command += [word for option in options for word in ("--set", option)]
@@ -97,7 +97,7 @@ def test_data_wait(benchmark, tmp_path):
     benchmark.pedantic(lambda: subprocess.run(command, **run), rounds=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steady = [line for line in lines if "data_wait" in line and line["step"] > 10]
-    share = statistics.median(line["data_wait"] for line in steady)
+    waiting = statistics.median(line["data_wait"] for line in steady)
     speed = statistics.median(line["samples_per_s"] for line in steady)
-    ROWS.append({"what": "quickstart, training", "samples/s": speed, "waiting": f"{share:.1%}"})
-    assert share < 0.02
+    ROWS.append({"what": "quickstart, training", "samples/s": speed, "waiting": f"{waiting:.1%}"})
+    assert waiting < 0.02

@@ -34,7 +34,7 @@ def write():
 
 
 def attention(heads: int = 16) -> tuple[Workload, dict]:
-    """The decoder's self-attention over captions of 8 to 32 tokens; eager torch pads to the longest, with a mask."""
+    """Return self-attention over captions of 8 to 32 tokens; eager torch pads to the longest, with a mask."""
     torch.manual_seed(0)
     lengths = 1 + SIZES.grid**2 + torch.randint(8, 33, (SIZES.samples,))
     rows, longest = int(lengths.sum()), int(lengths.max())
@@ -54,7 +54,7 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
 
 
 def case(name: str) -> tuple[Workload, dict]:
-    """An op, and who runs it."""
+    """Return an op, and who runs it."""
     if name == "attention":
         return attention()
     work = make(name, SIZES, DTYPE, DEVICE.device)

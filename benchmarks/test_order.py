@@ -30,12 +30,12 @@ def table():
 
 
 def resident() -> float:
-    """MB of this process."""
+    """Return the MB of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def private() -> float:
-    """MB that this process shares with no other."""
+    """Return the MB that this process shares with no other."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(kb) for kb in re.findall(r"Private_\w+:\s+(\d+)", text)) / 1e3
 

@@ -33,7 +33,7 @@ def write():
 
 
 def draw(rows: list[results.Row]) -> None:
-    """Writes scaling.png."""
+    """Write scaling.png."""
     figure, axes = plt.subplots(2, len(SERIES), figsize=(3.2 * len(SERIES), 5), squeeze=False)
     for column, what in enumerate(SERIES):
         mine = [row for row in rows if row["what grows"] == what]

@@ -27,12 +27,12 @@ def write():
 
 @functools.cache
 def peak(precision: str) -> float:
-    """FLOP/s of large matmuls here."""
+    """Return the FLOP/s of large matmuls here."""
     return peak_flops(DEVICE, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
 
 
 def least() -> tuple[float, float]:
-    """Ratios of the engine's speed to the reference's and the expert's that this machine must show.
+    """Return ratios of the engine's speed to the reference's and the expert's that this machine must show.
 
     The reference computes in float32: where bf16 matmuls are little faster, one peak binds all three.
     """

@@ -18,7 +18,7 @@ WORDS = (8, 32)  # fewest and most valid tokens of a caption
 
 
 def make_config(model: ModelConfig, samples: int, *, masking: MaskingConfig | None = None, **train) -> Config:
-    """A config for engines that are fed by hand; `train` goes to its section."""
+    """Return a config for engines that are fed by hand; `train` goes to its section."""
     return Config(
         model=model,
         masking=masking or MaskingConfig(),
@@ -31,7 +31,7 @@ def make_config(model: ModelConfig, samples: int, *, masking: MaskingConfig | No
 def make_batch(
     config: Config, samples: int, *, seed: int = 0, words: tuple[int, int] = WORDS
 ) -> tuple[PackedBatch, PaddedBatch]:
-    """Random images, captions of `words` tokens (uniform), and masks as the loader draws them."""
+    """Return random images, captions of `words` tokens (uniform), and masks as the loader draws them."""
     m, masking = config.model, config.masking
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (samples, m.channels, m.image_size, m.image_size), dtype=torch.uint8, generator=rng)

@@ -116,7 +116,7 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
 
 
 def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
-    """What a node fetches and keeps, where shards are not read in place and their sizes are known."""
+    """Say what a node fetches and keeps, where shards are not read in place and their sizes are known."""
     ranks = range(min(world, GPUS_OF_NODE))
     needs = needs_of_node(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
     first, owned = needs.in_use(), needs.owned()
@@ -134,7 +134,7 @@ def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[t
 
 
 def _rate(flops: float) -> float:
-    """Samples per second of an H100."""
+    """Return the samples per second of an H100."""
     peaks = data_sheet("H100")
     assert peaks is not None
     return UTILISATION * peaks.flops / flops

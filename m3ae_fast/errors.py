@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 from m3ae_fast.memory import no_memory, out_of_memory
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -13,6 +16,14 @@ class UserError(Exception):
 
     Programs of this package print it without a traceback and exit with code 2.
     """
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what `work` gives, and the text of a UserError or OSError that it raises instead; else None."""
+    try:
+        return work(), None
+    except (UserError, OSError) as error:
+        return None, str(error)
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:

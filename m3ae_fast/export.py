@@ -9,13 +9,13 @@ It holds model.safetensors, config.json, the tokenizer, how images are prepared,
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from m3ae_fast.command_line import program
 from m3ae_fast.convert.run_card import run_section
 from m3ae_fast.convert.timm_model import write_timm
 from m3ae_fast.errors import exit_cleanly
@@ -61,9 +61,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("export", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken), checkpoint or export")
     parser.add_argument("out", metavar="OUT", help="a new folder, or an earlier export, which is replaced")
     parser.add_argument(

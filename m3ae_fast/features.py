@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from m3ae_fast.command_line import add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
@@ -32,14 +33,12 @@ NPZ, PARQUET = ".npz", ".parquet"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("features", __doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, brace patterns, globs, URLs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .parquet or .npz file to write")
     parser.add_argument("--pool", choices=("mean", "cls"), help="mean over all tokens but cls (default), or cls itself")
-    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+    add_labels(parser)
     parser.add_argument(
         "--modality",
         choices=("image", "text", "paired"),
@@ -47,10 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="what the encoder sees of a sample (default: image)",
     )
     parser.add_argument("--patches", action="store_true", help="also the features of all patches (large)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set encode.batch=256"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_settings(parser, "encode.batch=256")
     return parser.parse_args(argv)
 
 

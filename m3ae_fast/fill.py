@@ -20,6 +20,7 @@ from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.command_line import program
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.m3ae import M3AE
@@ -38,9 +39,7 @@ class Guess(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.fill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("fill", __doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file; its central square is taken")
     parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")

@@ -26,6 +26,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+from m3ae_fast.command_line import add_settings
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.dry_run import report
 from m3ae_fast.errors import exit_cleanly
@@ -46,9 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a JSON config, such as configs/quickstart.json"
     )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: --set train.epochs=20"
-    )
+    add_settings(parser, "train.epochs=20")
     parser.add_argument(
         "--resume",
         default="no",
@@ -72,7 +71,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     dry.add_argument("--world", type=int, metavar="N", help="for N GPUs (default: as many as need no accumulation)")
     dry.add_argument("--no-data", action="store_true", help="leave out shards and tokenizer, which lie elsewhere")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args(argv)
     if (args.world is not None or args.no_data) and not args.dry_run:
         parser.error("--world and --no-data go with --dry-run")

@@ -2,7 +2,7 @@
 
 python -m m3ae_fast.visualise runs/large                                  # original, masked, reconstructed; captions
 python -m m3ae_fast.visualise runs/large --ratios 0.5 0.75 0.9            # the same images at several mask ratios
-python -m m3ae_fast.visualise runs/large attention --word dog             # of cls and of a word over the patches
+python -m m3ae_fast.visualise runs/large attention --word dog             # of the cls token and of a word
 python -m m3ae_fast.visualise runs/large map --labels json.label          # t-SNE of features, coloured by class
 
 Samples lie evenly over the run's data.val (without it, data.train), or over --shards; a map has all that have a class.
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from m3ae_fast.command_line import add_labels, program
 from m3ae_fast.config import Config, SourceConfig, parse
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
@@ -33,9 +34,7 @@ _SEARCHED = 2000  # samples, for a word
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.visualise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("visualise", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken) or a checkpoint folder")
     parser.add_argument("what", nargs="?", choices=KINDS, default="reconstructions", help="default: reconstructions")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN/WHAT.png")
@@ -44,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--ratios", type=float, nargs="+", default=[], metavar="R", help="mask ratios of the image (default: the run's)"
     )
     parser.add_argument("--word", help="whose attention is shown (default: that of each caption's first words)")
-    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+    add_labels(parser)
     parser.add_argument("--shards", nargs="+", metavar="SHARDS", help="whose samples are drawn in place of the run's")
     parser.add_argument(
         "--trust", action="store_true", help="open whatever shards the run names, also those that run a program"

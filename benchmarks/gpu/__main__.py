@@ -37,7 +37,7 @@ def check_and_time(
     rounds: int = 5,
     repeats: int = 10,
 ) -> None:
-    """Every op: the inputs to be timed are checked, then timed; then `small` odd sizes are checked in all dtypes.
+    """Check the inputs of every op, then time it on them; then check `small` odd sizes in all dtypes.
 
     `quick`: nothing is timed. Fills `checks`, and writes gpu-checks.json and gpu-ops.json into `folder` (None: this
     machine's) as it goes.
@@ -72,7 +72,7 @@ def _verdict(check: Check) -> str:
 
 
 def main(arguments: list[str] | None = None, **options: Any) -> int:
-    """`options`: of `check_and_time`."""
+    """Run the benchmarks; `options` are those of `check_and_time`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="checks alone, no timing")

@@ -14,7 +14,7 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """Ends the block after `seconds`, wherever it is (in C code, when that returns), and says so. The block must write
+    """End the block after `seconds`, wherever it is (in C code, when that returns), and say so. The block must write
     what is to stay as it goes along."""
 
     def end(*_: object) -> None:

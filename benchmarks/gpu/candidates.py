@@ -36,13 +36,13 @@ Settings = dict[str, int]
 
 
 def read(arch: str) -> dict[str, dict[str, list[Settings]]]:
-    """By kernel and width what is worth timing on an architecture; empty where nothing was compiled for it."""
+    """Return by kernel and width what is worth timing on an architecture; empty where nothing was compiled for it."""
     path = FOLDER / f"{arch}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def possible(arch: str, width: str) -> list[Settings]:
-    """Settings whose accumulators fit into registers and whose stages fit into shared memory."""
+    """Return settings whose accumulators fit into registers and whose stages fit into shared memory."""
     found = []
     for (m, n), (k, stages), warps in itertools.product(TILES[width], DEPTHS[width], (4, 8)):
         accumulators = m * n // (32 * warps)
@@ -52,7 +52,7 @@ def possible(arch: str, width: str) -> list[Settings]:
 
 
 def best(arch: str, width: str, reports: Sequence[tuple[Settings, Report]]) -> list[Settings]:
-    """PER_TILE sound settings of each tile shape, by bytes under way on a multiprocessor."""
+    """Return PER_TILE sound settings of each tile shape, by bytes under way on a multiprocessor."""
 
     def in_flight(settings: Settings, report: Report) -> float:
         threads = 32 * settings["num_warps"]

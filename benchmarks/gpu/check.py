@@ -38,7 +38,7 @@ class Check:
 
 
 def check_small(name: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = ODD, module=m3ae_kernels) -> Check:
-    """Odd sizes, which no tile divides, against float64."""
+    """Check odd sizes, which no tile divides, against float64."""
     work = make(name, sizes, dtype, device)
     upstream = work.upstream(work.call(reference))
     true = work.cast(torch.float64).run(reference, upstream)
@@ -46,7 +46,7 @@ def check_small(name: str, dtype: torch.dtype, device: torch.device, sizes: Size
 
 
 def check_timed(work: Workload, module=m3ae_kernels) -> Check:
-    """The inputs that are about to be timed, against float32 in chunks of rows."""
+    """Check the inputs that are about to be timed against float32 in chunks of rows."""
     upstream = work.upstream(work.call(module))
     true = work.cast(torch.float32).run_in_chunks(reference, upstream, CHUNKS)
     plain = work.run_in_chunks(reference, upstream, CHUNKS)
@@ -89,7 +89,7 @@ def _syncs(work: Workload, module, upstream: tuple[Tensor, ...]) -> list[str]:
 
 
 def _error(got: Tensor, true: Tensor) -> float:
-    """Relative, in float64, a part at a time: the largest gradients have 50 million elements."""
+    """Return the relative error in float64, a part at a time: the largest gradients have 50 million elements."""
     wrong = size = 0.0
     for g, t in zip(got.flatten().split(1 << 24), true.flatten().split(1 << 24)):
         wrong += (g.double() - t.double()).square().sum().item()

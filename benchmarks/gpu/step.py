@@ -51,7 +51,7 @@ class Case:
 
 
 def shipped() -> list[Case]:
-    """The configs of the paper's sizes, the largest first: time may run out."""
+    """Return the configs of the paper's sizes, the largest first: time may run out."""
     names = ("large", "base", "small")
     return [Case(name, json.loads((ROOT / f"configs/{name}.json").read_text(encoding="utf-8"))) for name in names]
 
@@ -129,7 +129,7 @@ def time_trainer(case: Case, shards: Path, run_dir: Path, gpus: int, *, plain: b
 
 
 def time_expert(case: Case) -> results.Row:
-    """On one GPU. Raises RuntimeError where it fails."""
+    """Time the expert on one GPU. Raises RuntimeError where it fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Alone("expert", case.config["model"], case.batch, words=WORDS, batches=EXPERT_BATCHES) as process:
         for _ in range(EXPERT_WARMUP):

@@ -1,4 +1,4 @@
-"""Forward, backward and both of an op beside its baselines, with the share of the least possible time."""
+"""Forward, backward and both of an op beside its baselines, with the fraction of the least possible time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS = "m3ae_kernels"
 def time_op(
     device: CpuDevice | CudaDevice, work: Workload, compiled: bool, rounds: int = 5, repeats: int = 10
 ) -> list[Row]:
-    """A row per phase and implementation. `compiled`: torch.compile is one of the baselines."""
+    """Return a row per phase and implementation. `compiled`: torch.compile is one of the baselines."""
     forward, backward, both = {}, {}, {}
     learned = [work.tensors[name] for name in work.learned]
     for name, module in {OURS: m3ae_kernels, **baselines(work, compiled)}.items():
@@ -53,13 +53,13 @@ def time_op(
 
 
 def least_ms(cost: Cost, device_name: str) -> float | None:
-    """The time that a device's peaks allow for (FLOPs, bytes); None where they are not known."""
+    """Return the time that a device's peaks allow for (FLOPs, bytes); None where they are not known."""
     peaks = data_sheet(device_name)
     return None if peaks is None else 1e3 * max(cost[0] / peaks.flops, cost[1] / peaks.bandwidth)
 
 
 def line(row: Row) -> str:
-    """A row for people."""
-    share = "" if row["of roofline"] is None else f"  {row['of roofline']:4.0%} of the roofline"
+    """Return a row for people."""
+    reached = "" if row["of roofline"] is None else f"  {row['of roofline']:4.0%} of the roofline"
     peak = "" if row["peak MB"] is None else f"  {row['peak MB']:7.0f} MB"
-    return f"{row['op']:28} {row['phase']:9} {row['implementation']:27} {row['p50 ms']:9.3f} ms{share}{peak}"
+    return f"{row['op']:28} {row['phase']:9} {row['implementation']:27} {row['p50 ms']:9.3f} ms{reached}{peak}"

@@ -30,7 +30,7 @@ def part_of(kernel: str) -> str:
 
 
 def breakdown(path: Path) -> list[Row]:
-    """Milliseconds per step and share of the time by part; no rows where the trace has no kernels.
+    """Return milliseconds per step and fraction of the time by part; no rows where the trace has no kernels.
 
     Kernels of several streams may overlap, so that parts may add up to more than all; "idle" is when none ran.
     """
@@ -52,5 +52,5 @@ def breakdown(path: Path) -> list[Row]:
         busy_until = max(busy_until, end)
     whole = busy_until - begin
     each = 1e3 * max(len(steps), 1)  # from microseconds of all steps
-    rows: list[Row] = [{"part": p, "ms per step": us / each, "share": us / whole} for p, us in spent.items()]
-    return [*rows, {"part": "whole", "ms per step": whole / each, "share": 1.0}]
+    rows: list[Row] = [{"part": p, "ms per step": us / each, "fraction": us / whole} for p, us in spent.items()]
+    return [*rows, {"part": "whole", "ms per step": whole / each, "fraction": 1.0}]

@@ -49,7 +49,7 @@ class Launches:
 
 @contextmanager
 def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """By the name of its settings the stamps of every kernel that is launched meanwhile."""
+    """Collect by the name of its settings the stamps of every kernel that is launched meanwhile."""
     stamps: dict[str, list[tuple[Any, Any]]] = {}
     names = {f"{case.kernel}_kernel": case.table or case.kernel for case in CASES}
     modules = [module for name, module in sys.modules.items() if name.startswith("m3ae_kernels.triton_impl.")]
@@ -69,7 +69,7 @@ def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
 
 
 def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dict[str, float]:
-    """What the launches of each kernel take in one forward and backward pass; the median of some."""
+    """Return what the launches of each kernel take in one forward and backward pass; the median of some."""
     work.run(m3ae_kernels)  # compiled, and the launchers imported
     rounds: list[dict[str, float]] = []
     for _ in range(repeats or REPEATS):
@@ -81,7 +81,7 @@ def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dic
 
 
 def busiest(device: Device, sizes: Sizes, dtype: torch.dtype) -> dict[str, str]:
-    """By kernel the op that keeps it busiest."""
+    """Return by kernel the op that keeps it busiest."""
     most: dict[str, tuple[float, str]] = {}
     for name in OPS:
         for kernel, ms in kernel_ms(device, make(name, sizes, dtype, device.device), repeats=1).items():
@@ -133,7 +133,7 @@ def tune(
 
 
 def write(arch: str, table: dict, folder: Path = tuning.FOLDER) -> Path:
-    """Writes a table as the package keeps it."""
+    """Write a table as the package keeps it."""
     kernels = []
     for name, widths in table.items():
         lines = ",\n".join(f'    "{width}": {json.dumps(settings)}' for width, settings in widths.items())

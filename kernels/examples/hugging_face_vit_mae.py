@@ -40,7 +40,7 @@ class FusedViTMAE(nn.Module):
         self.decoder.decoder_pred = nn.Identity()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] uint8 -> the mean loss over masked patches."""
+        """Map images [B, 3, H, W] uint8 -> the mean loss over masked patches."""
         encoded = self.vit(images, noise=noise)
         hidden_BLD = self.decoder(encoded.last_hidden_state, encoded.ids_restore).logits
         rows = encoded.mask.flatten().nonzero()[:, 0]  # masked patches: rows of the batch, and their own targets
@@ -48,7 +48,7 @@ class FusedViTMAE(nn.Module):
 
 
 def main() -> tuple[float, float]:
-    """Prints and returns the losses of the model and of its fused form."""
+    """Print and return the losses of the model and of its fused form."""
     torch.manual_seed(0)
     config = ViTMAEConfig(
         image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384,

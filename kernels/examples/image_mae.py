@@ -31,7 +31,7 @@ class ImageMAE(nn.Module):
         self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD, reduction="mean")
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, 64, 64] uint8 -> scalar loss."""
+        """Map images [B, 3, 64, 64] uint8 -> scalar loss."""
         batch, count = len(images), GRID**2
         visible = round(count * (1 - MASK_RATIO))
         order_BL = torch.rand(batch, count, device=images.device).argsort(1)
@@ -57,7 +57,7 @@ def ramps(count: int, device: torch.device) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Trains and prints; returns the losses."""
+    """Train and print; return the losses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)

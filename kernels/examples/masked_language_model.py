@@ -31,7 +31,7 @@ class MaskedLanguageModel(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """words [B, L] int -> the mean loss over masked words, and the share of them that is right."""
+        """Map words [B, L] int to the mean loss over masked words, and the fraction of them that is right."""
         masked_BL = torch.rand(words.shape, device=words.device) < MASK_RATIO
         x_BLD = self.encoder(self.embedding(words.masked_fill(masked_BL, MASK)) + self.positions)
         targets = words.masked_fill(~masked_BL, IGNORED).flatten()
@@ -40,12 +40,12 @@ class MaskedLanguageModel(nn.Module):
 
 
 def sentences(count: int, device: torch.device) -> Tensor:
-    """[count, L]: three words that repeat, so that any masked one stands elsewhere in the sentence."""
+    """Return sentences [count, L]: three words that repeat, so that any masked one stands elsewhere in the sentence."""
     return torch.randint(1, VOCAB, (count, 3), device=device).repeat(1, LENGTH // 3)
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Trains and prints; returns the losses."""
+    """Train and print; return the losses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)

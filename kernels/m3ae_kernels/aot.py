@@ -102,7 +102,7 @@ CASES = [
     Case(
         "norm", "gather_norm_backward",
         _pointers(x="grad x weight grad_x", i32="source", fp32="mean rstd partial_weight partial_bias"),
-        ("D", "stride"), ("T", "share"), (), {"GRAD_X": True, "PARAMETERS": True}, whole_rows=DIM,
+        ("D", "stride"), ("T", "program_rows"), (), {"GRAD_X": True, "PARAMETERS": True}, whole_rows=DIM,
     ),
     Case(
         "pixel_loss", "patch_stats", _pointers(u8="images", i32="ids", fp32="mean rstd"),
@@ -110,11 +110,13 @@ CASES = [
     ),
     Case(
         "pixel_loss", "pixel_error",
-        _pointers(x="hidden weight bias slope", u8="images", i32="ids", fp32="share mean rstd tile_loss tile_bias"),
+        _pointers(
+            x="hidden weight bias slope", u8="images", i32="ids", fp32="unit_weight mean rstd tile_loss tile_bias"
+        ),
         ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
     ),
     Case(
-        "token_loss", "token_rows", _pointers(x="logits", i32="targets", fp32="share row_loss", i8="correct"),
+        "token_loss", "token_rows", _pointers(x="logits", i32="targets", fp32="unit_weight row_loss", i8="correct"),
         ("stride",), ("V", "ignore_index"), ("smoothing", "z_loss"), {"GRAD": True, "CORRECT": True, "SMOOTH": True},
     ),
 ]  # fmt: skip
@@ -137,7 +139,7 @@ class Report:
 
 
 def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | None = None) -> Report:
-    """Compiles one kernel for one architecture and dtype with the table's settings, or with those given."""
+    """Compile one kernel for one architecture and dtype with the table's settings, or with those given."""
     import importlib
 
     import triton
@@ -231,7 +233,7 @@ def _read_amd(report: Report, assembly: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; returns the exit code."""
+    """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES), metavar="ARCH")
     parser.add_argument("--kernel", nargs="+", choices=dict.fromkeys(c.kernel for c in CASES), metavar="KERNEL")

@@ -33,8 +33,8 @@ def choose_impl(impl: str, device: torch.device) -> str:
 
 
 def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that the matmul of `activations` with `weight` runs in: autocast's where it is on (float64 stays, as
-    in torch), else that of the activations, or the weight's where the activations are integers (pixels)."""
+    """Return the dtype that the matmul of `activations` with `weight` runs in: autocast's where it is on (float64
+    stays, as in torch), else that of the activations, or the weight's where the activations are integers (pixels)."""
     own = activations.dtype if activations.is_floating_point() else weight.dtype
     device = activations.device.type
     if own != torch.float64 and torch.is_autocast_enabled(device):
@@ -43,22 +43,22 @@ def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """The ops choose their dtypes themselves: inside them autocast is off."""
+    """Switch autocast off: the ops choose their dtypes themselves."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Sums and losses are float32, or float64 for float64 inputs."""
+    """Return the dtype of sums and losses: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of one of the tensors."""
+    """Return whether autograd will ask for the gradient of one of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_float(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Raises TypeError or ValueError unless `tensor` is floating with this shape (None: any size) on the device of
+    """Raise TypeError or ValueError unless `tensor` is floating with this shape (None: any size) on the device of
     `like`."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating, not {tensor.dtype}")
@@ -67,7 +67,7 @@ def check_float(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: 
 
 
 def check_index(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Raises TypeError or ValueError unless `tensor` holds int32 or int64 indices of this shape on the device of
+    """Raise TypeError or ValueError unless `tensor` holds int32 or int64 indices of this shape on the device of
     `like`."""
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
@@ -76,8 +76,8 @@ def check_index(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: 
 
 
 def check_range(name: str, ids: Tensor, rows: int, *, none: bool = False) -> None:
-    """Raises IndexError unless all ids are below `rows` and, but with `none`, not negative. It reads the values: for
-    CPU code alone, inside an op."""
+    """Raise IndexError unless all ids are below `rows` and, but with `none`, not negative. It reads the values: for CPU
+    code alone, inside an op."""
     if len(ids) and (ids.max() >= rows or (ids.min() < 0 and not none)):
         raise IndexError(f"{name} is out of range: from {ids.min()} to {ids.max()}, with {rows} rows to choose from")
 

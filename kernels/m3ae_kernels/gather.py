@@ -24,7 +24,7 @@ def gather_tokens(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """y = x[rows], LayerNorm'ed where the norm's weight is given.
+    """Return y = x[rows], LayerNorm'ed where the norm's weight is given.
 
     Args:
         x: [T, D] floating.
@@ -100,7 +100,7 @@ gather_rows_backward = Op(
 def _norm_forward(
     x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (y [M, D], mean [M], reciprocal standard deviation [M])."""
+    """Return (y [M, D], mean [M], reciprocal standard deviation [M])."""
     if impl == "triton":
         from .triton_impl.norm import gather_norm
 
@@ -143,7 +143,7 @@ def _norm_gradients(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, and of the norm's weight and bias in the accumulator dtype; of those that `needs`
+    """Return the gradients of x, and of the norm's weight and bias in the accumulator dtype; of those that `needs`
     names; the others have no elements."""
     if impl == "triton":
         from .triton_impl.norm import gather_norm_backward
@@ -171,7 +171,7 @@ def norm_backward(
     needs: Sequence[bool],
     totals: Sequence[Tensor],
 ) -> Tensor:
-    """A LayerNorm's backward on torch. Returns the gradient of x in its dtype, and adds those of weight and bias to
+    """Run a LayerNorm's backward on torch. Return the gradient of x in its dtype, and add those of weight and bias to
     `totals`: summed in float32, since torch's sums in 16 bits are 3 to 7 % off. `wide_2CD` has room for copies."""
     scale_D = weight_D.to(mean_C.dtype)
     norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the bias's value plays no part
@@ -194,8 +194,8 @@ def _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl):
 
 
 def empty_norm_gradients(x: Tensor, weight: Tensor, mean: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Of a LayerNorm's input in its dtype, and of its weight and bias in the accumulator's; of those that `needs` does
-    not want, without elements."""
+    """Return room for the gradients of a LayerNorm's input in its dtype, and of its weight and bias in the
+    accumulator's; of those that `needs` does not want, without elements."""
     parameters = (weight.new_empty(weight.shape if need else 0, dtype=mean.dtype) for need in needs[1:])
     return x.new_empty(x.shape if needs[0] else 0), *parameters
 
@@ -214,7 +214,7 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x [T, dim], rows [M] int, distinct -> [M, dim]."""
+        """Map x [T, dim], rows [M] int, distinct -> [M, dim]."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

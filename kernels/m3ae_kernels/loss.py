@@ -21,8 +21,8 @@ def check_reduction(reduction: str) -> None:
 def row_weights(
     row_weight: Tensor | None, counted: Tensor | None, hidden: Tensor, acc: torch.dtype, reduction: str
 ) -> Tensor:
-    """What the rows' losses are multiplied by before they are summed, [M] of dtype `acc`: the weights (ones if None),
-    for a mean divided by their sum over the rows that are `counted` (None: all). A mean over nothing is 0."""
+    """Return the weight of each row in the summed loss, [M] of dtype `acc`: `row_weight` (ones if None), for a mean
+    divided by their sum over the rows that are `counted` (None: all). A mean over nothing is 0."""
     weight_M = hidden.new_ones(hidden.shape[0], dtype=acc) if row_weight is None else row_weight.to(acc)
     if reduction != "mean":
         return weight_M
@@ -31,7 +31,7 @@ def row_weights(
 
 
 def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (row weights divided by the largest magnitude, that magnitude, 0-d).
+    """Return (row weights divided by the largest magnitude, that magnitude, 0-d).
 
     The stored gradients are those of the scaled weights: weights such as 1e-6 would push them below what float16 holds.
     """
@@ -45,8 +45,8 @@ def unit_weights(weight_M: Tensor) -> tuple[Tensor, Tensor]:
 def empty_gradients(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own, and bias [V] in the
-    accumulator's, of those that `needs` names; no elements for the others."""
+    """Return room for the gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own, and bias [V] in
+    the accumulator's, of those that `needs` names; no elements for the others."""
     return (
         hidden.new_empty(hidden.shape if needs[0] else 0, dtype=dtype),
         weight.new_empty(weight.shape if needs[1] else 0),
@@ -55,8 +55,8 @@ def empty_gradients(
 
 
 def save_gradients(ctx, inputs, output) -> None:
-    """`setup_context` of a loss: inputs start with (hidden, weight, bias), outputs are (loss, row losses, unit, the
-    gradients of hidden, weight and bias, others)."""
+    """Serve as `setup_context` of a loss: inputs start with (hidden, weight, bias), outputs are (loss, row losses,
+    unit, the gradients of hidden, weight and bias, others)."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:6])
@@ -64,8 +64,8 @@ def save_gradients(ctx, inputs, output) -> None:
 
 
 def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor | None, ...]:
-    """The gradients of a loss's `inputs`, the first of which (hidden, weight, bias, row_weight) are the only ones to
-    have any, for the gradient of the loss."""
+    """Return the gradients of a loss's `inputs`, the first of which (hidden, weight, bias, row_weight) are the only
+    ones to have any, for the gradient of the loss."""
     if upstream is None:
         return (None,) * inputs
     row_loss, unit, *grads = ctx.saved_tensors
@@ -76,8 +76,8 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """`setup_context` of a loss by rows, whose gradients are made in the backward: inputs start with (hidden, weight,
-    bias), outputs with the row losses."""
+    """Serve as `setup_context` of a loss by rows, whose gradients are made in the backward: inputs start with (hidden,
+    weight, bias), outputs with the row losses."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
@@ -87,8 +87,8 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs that `save_inputs` saved, for the gradients of the row losses: the summed loss once
-    more, with those for row weights. `loss(inputs, row_weight, needs)` calls it."""
+    """Return the gradients of the inputs that `save_inputs` saved, for the gradients of the row losses: the summed loss
+    once more, with those for row weights. `loss(inputs, row_weight, needs)` calls it."""
     if upstream is None:
         return (None,) * len(ctx.others)
     inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]

@@ -32,7 +32,7 @@ def head_inputs(
     image_mlp: Callable[[Tensor], Tensor] | None = None,
     text_mlp: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The rows of both heads, with the final LayerNorm in one pass over them and nowhere else.
+    """Return the rows of both heads, with the final LayerNorm in one pass over them and nowhere else.
 
     Args:
         x: [M, D] floating, the last block's output.
@@ -66,8 +66,8 @@ def m3ae_loss(
     text_row_weight: Tensor | None = None,
     correct_weight: Tensor | None = None,
 ) -> M3AELoss:
-    """The losses of the rows that `head_inputs` returns. Each weight is read only in its owner's forward, as ZeRO-3
-    asks.
+    """Return the losses of the rows that `head_inputs` returns. Each weight is read only in its owner's forward, as
+    ZeRO-3 asks.
 
     Args:
         image_hidden: [I, D]; text_hidden: [W, D], or None without a text head.
@@ -126,14 +126,14 @@ class M3AEHeads(nn.Module):
             self.text_head = MaskedTokenLoss(dim, vocab, label_smoothing=label_smoothing, z_loss=z_loss, impl=impl)
 
     def forward(self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None, **targets) -> M3AELoss:
-        """x and rows as in `head_inputs`; images, patch_ids, targets and row weights as in `m3ae_loss`."""
+        """Return the losses; x and rows as in `head_inputs`, the other arguments as in `m3ae_loss`."""
         hidden = self._inputs(x, image_rows, text_rows)
         return m3ae_loss(*hidden, image_head=self.image_head, text_head=self.text_head, **targets)
 
     def predict(
         self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Normalised pixels [I, K], and logits [W, V] where there is a text head."""
+        """Return normalised pixels [I, K], and logits [W, V] where there is a text head."""
         image, text = self._inputs(x, image_rows, text_rows)
         logits = None if self.text_head is None or text is None else self.text_head.predict(text)
         return self.image_head.predict(image), logits

@@ -27,7 +27,7 @@ def patch_embed(
     std: Sequence[float] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Embeds the chosen patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
+    """Embed the chosen patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
 
     Args:
         images: [B, C, H, W], C from 1 to 4, contiguous or channels_last (else a copy is made); uint8, normalised as
@@ -68,7 +68,7 @@ def _forward(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (the embeddings, the patches [N, K] where they are to be kept, which only torch can)."""
+    """Return (the embeddings, the patches [N, K] where they are to be kept, which only torch can)."""
     out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
     bias_D = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
     if impl == "triton":
@@ -123,7 +123,7 @@ def _gradients(
     bias_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of images, weight and bias, of those that `needs` names; the others have no elements."""
+    """Return the gradients of images, weight and bias, of those that `needs` names; the others have no elements."""
     dtype = grad.dtype
     grad_images, grad_weight, grad_bias = _empty_gradients(
         grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
@@ -194,8 +194,8 @@ class PatchEmbed(nn.Module):
         std: Sequence[float] | None = None,
         impl: str = "auto",
     ) -> "PatchEmbed":
-        """The same embedding as a convolution of patches: timm's `patch_embed.proj`, Hugging Face ViT's and ViT-MAE's
-        `embeddings.patch_embeddings.projection`. Copies its weights; mean and std are for uint8 images.
+        """Build the same embedding as a convolution of patches: timm's `patch_embed.proj`, Hugging Face ViT's and
+        ViT-MAE's `embeddings.patch_embeddings.projection`. Copies its weights; mean and std are for uint8 images.
 
         Raises:
             ValueError: the convolution does more than embed square patches.
@@ -218,7 +218,7 @@ class PatchEmbed(nn.Module):
         return embed
 
     def to_conv(self) -> nn.Conv2d:
-        """The convolution that embeds the same: of floating images, normalised before it."""
+        """Build the convolution that embeds the same: of floating images, normalised before it."""
         channels = self.weight.shape[1] // self.patch_size**2
         conv = nn.Conv2d(
             channels, len(self.weight), self.patch_size, self.patch_size, bias=self.bias is not None,
@@ -238,7 +238,7 @@ class PatchEmbed(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """images [B, C, H, W], uint8, or floating and already normalised; patch_ids [N] int -> [N, dim]."""
+        """Map images [B, C, H, W], uint8, or floating and already normalised; patch_ids [N] int -> [N, dim]."""
         return patch_embed(
             images,
             patch_ids,

@@ -100,9 +100,9 @@ def _forward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (loss, row losses, unit, and the gradients of hidden, weight and bias divided by unit)."""
-    share_M, unit = unit_weights(row_weight)
-    row_loss_M = torch.empty_like(share_M)
+    """Return (loss, row losses, unit, and the gradients of hidden, weight and bias divided by unit)."""
+    unit_weight_M, unit = unit_weights(row_weight)
+    row_loss_M = torch.empty_like(unit_weight_M)
     grads = empty_gradients(hidden, weight, dtype, needs)
     if impl == "triton":
         from .triton_impl.pixel_loss import pixel_loss
@@ -115,7 +115,7 @@ def _forward(
         bias_K = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
         with no_autocast(hidden):
             pixel_loss(
-                hidden.to(dtype), weight.to(dtype), bias_K, share_M, images, patch_ids, patch_size, scale, shift,
+                hidden.to(dtype), weight.to(dtype), bias_K, unit_weight_M, images, patch_ids, patch_size, scale, shift,
                 norm_pix, needs, row_loss_M, *grads,
             )  # fmt: skip
     return torch.dot(row_loss_M, row_weight), row_loss_M, unit, *grads
@@ -142,7 +142,7 @@ def _rows_forward(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    """Returns only the row losses."""
+    """Return only the row losses."""
     ones_M = hidden.new_ones(len(hidden), dtype=accumulator(dtype))
     target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
     return _forward(hidden, weight, bias, ones_M, *target, [False] * 3, impl)[1]
@@ -176,7 +176,7 @@ def _pixel_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
-    share: Tensor,
+    unit_weight: Tensor,
     images: Tensor,
     patch_ids: Tensor,
     patch_size: int,
@@ -189,8 +189,8 @@ def _pixel_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], and the gradients that `needs` names; hidden, weight and bias have one dtype."""
-    dtype, acc = hidden.dtype, share.dtype
+    """Fill row_loss [M], and the gradients that `needs` names; hidden, weight and bias have one dtype."""
+    dtype, acc = hidden.dtype, unit_weight.dtype
     weight, bias = to_cut(weight, images, patch_size, 0), to_cut(bias, images, patch_size, 0)
     sum_KD, sum_K = torch.zeros_like(grad_weight, dtype=acc), torch.zeros_like(grad_bias)
     for start in range(0, len(hidden), CHUNK_ROWS):
@@ -202,7 +202,7 @@ def _pixel_loss(
         row_loss[rows] = torch.linalg.vector_norm(error_MK, dim=1).square_().div_(error_MK.shape[1])
         if not any(needs):
             continue
-        slope_MK = error_MK.mul_(share[rows, None] * (2 / error_MK.shape[1]))
+        slope_MK = error_MK.mul_(unit_weight[rows, None] * (2 / error_MK.shape[1]))
         slope_low_MK = slope_MK.to(dtype)
         if needs[0]:
             torch.mm(slope_low_MK, weight, out=grad_hidden[rows])
@@ -241,7 +241,7 @@ class MaskedPixelLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, patch_size: int, **options) -> "MaskedPixelLoss":
-        """The loss of a head such as ViT-MAE's `decoder_pred`, whose parameters it shares; options as the
+        """Build the loss of a head such as ViT-MAE's `decoder_pred`, whose parameters it shares; options as the
         constructor's."""
         channels = linear.out_features // patch_size**2
         with torch.device("meta"):
@@ -256,7 +256,7 @@ class MaskedPixelLoss(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """hidden [M, dim], images [B, C, H, W], patch_ids [M] int, row_weight [M] -> the loss, scalar or [M]."""
+        """Map hidden [M, dim], images [B, C, H, W], patch_ids [M] int, row_weight [M] -> the loss, scalar or [M]."""
         return masked_pixel_loss(
             hidden,
             self.weight,
@@ -273,7 +273,7 @@ class MaskedPixelLoss(nn.Module):
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """The predicted patches [M, P * P * channels] of hidden [M, dim], normalised as the targets are."""
+        """Return the predicted patches [M, P * P * channels] of hidden [M, dim], normalised as the targets are."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

@@ -22,8 +22,8 @@ NORM_PIX_EPS = 1e-6
 def check_pixels(
     images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Checks the image arguments; returns (scale, shift) per channel, with pixel * scale + shift = (pixel / 255 - mean)
-    / std for uint8 images, and two empty lists for floating images, which are taken as they are.
+    """Check the image arguments; return (scale, shift) per channel, with pixel * scale + shift = (pixel / 255 - mean) /
+    std for uint8 images, and two empty lists for floating images, which are taken as they are.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
@@ -50,19 +50,19 @@ def check_pixels(
 
 
 def planar(images: Tensor) -> bool:
-    """Whether patches are cut from these images channel by channel."""
+    """Return whether patches are cut from these images channel by channel."""
     return images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last)
 
 
 def to_cut(weight: Tensor, images: Tensor, patch_size: int, dim: int) -> Tensor:
-    """Contiguous, dimension `dim` of K elements reordered from (row, column, channel) to how `images` are cut."""
+    """Return it contiguous, with `dim`, of K elements, moved from (row, column, channel) to how `images` are cut."""
     if planar(images) and images.shape[1] > 1:
         weight = weight.unflatten(dim, (patch_size**2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
     return weight.contiguous()
 
 
 def from_cut(weight: Tensor, images: Tensor, patch_size: int, dim: int) -> Tensor:
-    """The inverse of `to_cut`."""
+    """Undo `to_cut`."""
     if planar(images) and images.shape[1] > 1:
         weight = weight.unflatten(dim, (-1, patch_size**2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
     return weight
@@ -86,8 +86,8 @@ def take_patches(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """Rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised; with `channels_last` in the order (row,
-    column, channel) whatever the images' memory."""
+    """Return rows [N, K] of `dtype` cut from images [B, C, H, W] and normalised; with `channels_last` in the order
+    (row, column, channel) whatever the images' memory."""
     channels = images.shape[1]
     if not len(patch_ids):
         return images.new_empty(0, channels * patch_size**2, dtype=dtype)
@@ -117,8 +117,8 @@ def take_patches(
 
 
 def put_patches(rows: Tensor, images: Tensor, patch_size: int) -> Tensor:
-    """Contiguous images [B, C, H, W] whose patches, all of them and in order, are rows [B * patches, K] as `images` are
-    cut."""
+    """Return contiguous images [B, C, H, W] whose patches, all of them and in order, are rows [B * patches, K] as
+    `images` are cut."""
     batch, channels, height, width = images.shape
     grid, patch = (batch, height // patch_size, width // patch_size), (patch_size, patch_size)
     if planar(images):
@@ -129,6 +129,6 @@ def put_patches(rows: Tensor, images: Tensor, patch_size: int) -> Tensor:
 
 
 def standardise(target: Tensor) -> Tensor:
-    """Each row to mean 0 and variance 1, as MAE's norm_pix_loss does it: unbiased variance, eps 1e-6."""
+    """Bring each row to mean 0 and variance 1, as MAE's norm_pix_loss does it: unbiased variance, eps 1e-6."""
     var, mean = torch.var_mean(target, dim=1, keepdim=True)
     return (target - mean) * (var + NORM_PIX_EPS).rsqrt()

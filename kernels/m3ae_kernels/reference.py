@@ -14,7 +14,7 @@ from torch import Tensor
 def patches(
     images: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> Tensor:
-    """All patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised where they are uint8."""
+    """Return all patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised where they are uint8."""
     x_BCHW = images.to(dtype)
     if mean is not None and std is not None:
         mean_C, std_C = (torch.tensor(v, dtype=dtype, device=images.device)[:, None, None] for v in (mean, std))
@@ -140,7 +140,7 @@ def packed_attention(
 
 
 def _padded_rows(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:
-    """[S, longest]: which row each sample's n-th is; `rows` where there is none."""
+    """Return [S, longest]: which row each sample's n-th is; `rows` where there is none."""
     place = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)
     return torch.where(place < cu_seqlens[1:, None], place, rows).long()
 

@@ -65,11 +65,11 @@ def _function(name: str, forward: Callable, setup_context: Callable, backward: C
 
 
 def _nothing(ctx, inputs, output) -> None:
-    """`setup_context` of what is not differentiable."""
+    """Serve as `setup_context` of what is not differentiable."""
 
 
 def traced(*args) -> bool:
-    """Whether something observes the ops that are called, not only their results."""
+    """Return whether something observes the ops that are called, not only their results."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return any(isinstance(arg, Tensor) and type(arg) not in PLAIN for arg in args)

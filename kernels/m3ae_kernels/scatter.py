@@ -25,8 +25,8 @@ def scatter_tokens(
     table_order: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """out[t] = (x[src[t]] if src[t] >= 0 else fill[fill_ids[t]] if fill_ids[t] >= 0 else 0)
-             + (table[table_ids[t]] if table_ids[t] >= 0 else 0)
+    """Return out[t] = (x[src[t]] if src[t] >= 0 else fill[fill_ids[t]] if fill_ids[t] >= 0 else 0)
+    + (table[table_ids[t]] if table_ids[t] >= 0 else 0).
 
     Args:
         x: [N, D] floating.
@@ -66,8 +66,8 @@ def scatter_tokens(
 def scatter_orders(
     src: Tensor, fill_ids: Tensor | None = None, table_ids: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(fill_order, table_order) of `scatter_tokens`, [T] int32 each, None for ids that are None: the orders in which
-    the backward sums the rows of fill and table. For a data loader, which has the time."""
+    """Return (fill_order, table_order) of `scatter_tokens`, [T] int32 each, None for ids that are None: the orders in
+    which the backward sums the rows of fill and table. For a data loader, which has the time."""
     return (
         None if fill_ids is None else segment_order(_filled(src, fill_ids)),
         None if table_ids is None else segment_order(table_ids),
@@ -75,12 +75,12 @@ def scatter_orders(
 
 
 def _filled(src_T: Tensor, fill_ids_T: Tensor) -> Tensor:
-    """The ids of fill that count."""
+    """Return the ids of fill that count."""
     return torch.where(src_T < 0, fill_ids_T, -1)
 
 
 def _rows_or_zero(ids_T: Tensor, *parts: Tensor) -> Tensor:
-    """Rows of the parts, one below the other, by id; zero where an id is negative. Far faster on a CPU than masking."""
+    """Return rows of the joined parts by id, zero where that is negative. Far faster on a CPU than masking."""
     rows = torch.cat((*parts, parts[0].new_zeros(1, parts[0].shape[1])))
     return rows.index_select(0, torch.where(ids_T < 0, len(rows) - 1, ids_T))
 
@@ -148,7 +148,7 @@ def _gradients(
     table_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, fill and table, whose rows `counts` holds; -1 there: not wanted, no rows."""
+    """Return the gradients of x, fill and table, whose rows `counts` holds; -1 there: not wanted, no rows."""
     x_rows, fill_rows, table_rows = counts
     orders = fill_order, table_order
     grad_x, grad_fill, grad_table = _empty_gradients(
@@ -172,7 +172,7 @@ def _empty_gradients(
 
 
 def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor:
-    """out [count, D], out[src[t]] = grad[t] where src[t] >= 0, zero where no t points."""
+    """Return out [count, D], out[src[t]] = grad[t] where src[t] >= 0, zero where no t points."""
     if impl == "triton":
         from .triton_impl.rows import place_rows
 

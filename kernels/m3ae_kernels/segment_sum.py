@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def segment_order(ids: Tensor) -> Tensor:
-    """What `segment_sum` sorts by, where it is known before: [T] int32, the stable order of ids [T], negative first."""
+    """Return `segment_sum`'s order, where the ids [T] are known before: [T] int32, stable, negative ones first."""
     return torch.argsort(ids, stable=True).int()
 
 
 def segment_sum(
     rows_TD: Tensor, ids_T: Tensor, count: int, dtype: torch.dtype, impl: str, order_T: Tensor | None = None
 ) -> Tensor:
-    """Returns out [count, D] of `dtype`, out[k] = sum of rows[t] over the t with ids[t] == k in order of t; negative
-    ids are left out. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch";
-    `order_T` is `segment_order(ids_T)`, made here where it is not given."""
+    """Return out [count, D] of `dtype`, out[k] = sum of rows[t] over the t with ids[t] == k in order of t; negative ids
+    are left out. Sums in float32 (float64 for float64 rows); no atomics. `impl` is "triton" or "torch"; `order_T` is
+    `segment_order(ids_T)`, made here where it is not given."""
     if impl == "triton":
         from .triton_impl.segment_sum import segment_sum
 

@@ -32,7 +32,7 @@ from .loss import (
 )
 from .registry import Op
 
-# Logits held at once, in bytes: enough for the matmuls to run at full speed.
+# Workspace for logits in bytes; large enough for full matmul speed.
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
 # The torch implementation takes the softmax in float32, for as many rows at a time as stay in the caches.
 SOFTMAX_BYTES = 8 << 20
@@ -185,7 +185,7 @@ def _loss(
     hidden, weight, bias, row_weight, targets = inputs
     dtype, impl = options.dtype, options.impl
     row_weight = row_weight.masked_fill(targets == options.ignore_index, 0)
-    share_M, unit = unit_weights(row_weight)
+    unit_weight_M, unit = unit_weights(row_weight)
     results = _room(inputs, options, needs)
     if impl == "triton":
         from .triton_impl.token_loss import token_loss
@@ -196,7 +196,9 @@ def _loss(
         for grad in results[2:]:
             grad.zero_()
     else:
-        inputs = Inputs(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), share_M, targets)
+        inputs = Inputs(
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), unit_weight_M, targets
+        )
         options = options._replace(workspace=options.workspace or WORKSPACE[impl])
         with no_autocast(hidden):
             token_loss(inputs, options, needs, results)
@@ -239,11 +241,11 @@ token_rows_op = Op("token_rows", _rows_forward, _rows_fake, save_inputs, _rows_b
 def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
     """Fill the results, of the gradients those that `needs` names; hidden, weight and bias have one dtype, and the
     weight of an ignored row is 0."""
-    hidden, weight, bias, share, targets = inputs
+    hidden, weight, bias, unit_weight, targets = inputs
     row_loss, correct, grad_hidden, grad_weight, grad_bias = results
     ignore_index, smoothing, z_loss = options[:3]
     assert options.workspace is not None
-    dtype, acc, vocab = hidden.dtype, share.dtype, weight.shape[0]
+    dtype, acc, vocab = hidden.dtype, unit_weight.dtype, weight.shape[0]
     bias = weight.new_zeros(vocab) if bias is None else bias
     grad_bias.zero_()
     chunk = min(len(hidden), max(1, options.workspace // (vocab * dtype.itemsize)))
@@ -253,14 +255,14 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
     sum_VD = torch.zeros_like(grad_weight, dtype=acc) if chunk < len(hidden) else None
 
     def softmax(rows: slice, logits_CV: Tensor) -> None:
-        """Turns logits into the slope of each row's loss to them, and fills in row losses, correct and bias's sum."""
+        """Turn logits into the slope of each row's loss to them, and fill in row losses, correct and bias's sum."""
         ignored_C1 = targets[rows, None] == ignore_index
         target_C1 = targets[rows, None].long().masked_fill(ignored_C1, 0)
         if len(correct):
             hit_C = logits_CV.max(1).indices == targets[rows]  # faster than argmax
             correct[rows] = hit_C.masked_fill_(ignored_C1[:, 0], False)
         log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
-        # Any column gives the log-partition; the target's keeps the digits that the loss is made of.
+        # Any column yields the log-partition; using the target's avoids cancellation in the loss.
         log_p_target_C1 = log_p_CV.gather(1, target_C1)
         lse_C1 = logits_CV.gather(1, target_C1) - log_p_target_C1
         loss_C1 = -(1 - smoothing) * log_p_target_C1 + z_loss * lse_C1.square()
@@ -276,20 +278,20 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
             slope_CV -= smoothing / vocab
         slope_CV.scatter_add_(1, target_C1, slope_CV.new_full((1, 1), smoothing - 1).expand_as(target_C1))
         if needs[2]:
-            grad_bias.addmv_(slope_CV.t(), share[rows])
+            grad_bias.addmv_(slope_CV.t(), unit_weight[rows])
         logits_CV.copy_(slope_CV)
 
     for start in range(0, len(hidden), chunk):
-        hidden_CD, share_C1 = hidden[start : start + chunk], share[start : start + chunk, None]
+        hidden_CD, unit_weight_C1 = hidden[start : start + chunk], unit_weight[start : start + chunk, None]
         slope_CV = torch.addmm(bias, hidden_CD, weight.t(), out=logits_CV[: len(hidden_CD)])
         for first in range(0, len(hidden_CD), softmax_rows):
             part_CV = slope_CV[first : first + softmax_rows]
             softmax(slice(start + first, start + first + len(part_CV)), part_CV)
         # Row weights scale the narrow matrices, not the wide one.
         if needs[0]:
-            torch.mul(slope_CV @ weight, share_C1, out=grad_hidden[start : start + chunk])
+            torch.mul(slope_CV @ weight, unit_weight_C1, out=grad_hidden[start : start + chunk])
         if needs[1]:
-            weighted_CD = (hidden_CD * share_C1).to(dtype)
+            weighted_CD = (hidden_CD * unit_weight_C1).to(dtype)
             if sum_VD is not None:
                 sum_VD += slope_CV.t() @ weighted_CD
             elif grad_weight.dtype == dtype:
@@ -331,7 +333,7 @@ class MaskedTokenLoss(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
-        """The loss of a language model's head, whose parameters it shares; options as the constructor's."""
+        """Build the loss of a language model's head, whose parameters it shares; options as the constructor's."""
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, **options)
         for name in ("weight", "bias"):
@@ -346,14 +348,14 @@ class MaskedTokenLoss(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden [M, dim], targets [M] int, row_weight [M] -> the loss, scalar or [M]; with return_correct (loss,
+        """Map hidden [M, dim], targets [M] int, row_weight [M] -> the loss, scalar or [M]; with return_correct (loss,
         correct [M] bool)."""
         return masked_token_loss(
             hidden, self.weight, self.bias, targets, row_weight, return_correct=return_correct, **self.options
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """The logits [M, vocab] of hidden [M, dim]."""
+        """Return the logits [M, vocab] of hidden [M, dim]."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

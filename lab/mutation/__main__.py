@@ -58,7 +58,7 @@ class Choice:
                     self.tests.setdefault(name, {}).setdefault(line, []).extend(tests)
 
     def fast(self, mutant: Mutant) -> list[str]:
-        """Those that ran the line or, where it ran while modules were imported, any line of its file."""
+        """Return the tests that ran the line or, where it ran while modules were imported, any line of its file."""
         lines = self.tests.get(mutant.file, {})
         seen = lines.get(str(mutant.line)) or [test for tests in lines.values() for test in tests]
         chosen, total = [], 0.0

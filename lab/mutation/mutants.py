@@ -60,7 +60,7 @@ class Mutant:
 
 
 def sample(count: int, seed: int) -> list[Mutant]:
-    """`count` of all mutants, each as likely as any other."""
+    """Draw `count` of all mutants, each as likely as any other."""
     every = [mutant for path in _files() for mutant in mutants(path)]
     return random.Random(seed).sample(every, count)
 
@@ -86,7 +86,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
 
 
 def _changes(tree: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
-    """(node, the source to put in its place)."""
+    """Yield (node, the source to put in its place)."""
     for node in _walk(tree):
         match node:
             case ast.Compare(ops=[op]) if type(op) in _SWAPPED:

@@ -25,7 +25,7 @@ from m3ae_fast.errors import exit_cleanly
 
 
 def report(tally: Tally, server: Counter, seed: int, minutes: float) -> str:
-    """In Markdown."""
+    """Return the report in Markdown."""
     faults = "\n".join(f"| {name} | {count} | {tally.survived[name]} |" for name, count in sorted(tally.tried.items()))
     failures = "\n".join(f"| {name} | {count} |" for name, count in sorted(server.items()))
     wrong = "\n".join(f"- {line}" for line in tally.wrong) or "Nothing hung, nothing was lost, no traceback showed."

@@ -32,12 +32,12 @@ class Running:
     chance: random.Random
 
     def processes(self) -> list[psutil.Process]:
-        """All that are left, orphans too."""
+        """Return all processes that are left, orphans too."""
         mine = f"run.dir={self.run_dir}"
         return [p for p in psutil.process_iter(["cmdline"]) if mine in (p.info["cmdline"] or ())]
 
     def ranks(self) -> list[psutil.Process]:
-        """Those that are old enough to heed signals."""
+        """Return the ranks that are old enough to heed signals."""
         found = [p for p in self.processes() if not any("torch.distributed.run" in word for word in p.info["cmdline"])]
         pids, ranks = {p.pid for p in found}, []
         for process in found:
@@ -53,7 +53,7 @@ class Running:
 
 
 def _send(running: Running, processes: list[psutil.Process], number: int) -> bool:
-    """To one of them. False where there is none yet."""
+    """Send a signal to one of them. Return False where there is none yet."""
     with contextlib.suppress(psutil.Error):
         if processes:
             running.chance.choice(processes).send_signal(number)
@@ -70,7 +70,7 @@ def _to_worker(number: int) -> Fault:
 
 
 def _to_all(number: int) -> Fault:
-    """As schedulers do: launcher, ranks and workers."""
+    """Send to all, as schedulers do: launcher, ranks and workers."""
 
     def send(running: Running) -> bool:
         if not running.ranks():
@@ -94,7 +94,7 @@ def _to_launcher(number: int) -> Fault:
 
 
 def _suspend(running: Running) -> bool:
-    """All processes, as a laptop or a virtual machine does: they wake up and go on."""
+    """Suspend all processes, as a laptop or a virtual machine does: they wake up and go on."""
     processes = running.processes() if running.ranks() else []
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in processes:
@@ -105,7 +105,7 @@ def _suspend(running: Running) -> bool:
 
 
 def _freeze_rank(running: Running) -> bool:
-    """One of several, for ever; nobody could notice one that is alone."""
+    """Freeze one of several, for ever; nobody could notice one that is alone."""
     ranks = running.ranks()
     return len(ranks) > 1 and _send(running, ranks, signal.SIGSTOP)
 
@@ -173,5 +173,5 @@ FULL_DISK = "the disk is full"
 
 
 def no_large_files() -> None:
-    """As on a full disk, no checkpoint and no copy of a shard can be written from now on."""
+    """Let no checkpoint and no copy of a shard be written from now on, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))

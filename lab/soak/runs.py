@@ -104,7 +104,7 @@ class Soak:
         self._config.write_text(json.dumps(config))
 
     def one_run(self) -> None:
-        """A run under faults, to its end."""
+        """Take a run under faults to its end."""
         ranks = self.chance.choice((1, 2))
         expected = self._untouched.get(ranks) or self._run_untouched(ranks)
         self.tally.runs += 1
@@ -142,7 +142,7 @@ class Soak:
         return self._untouched[ranks]
 
     def _choose(self, run_dir: Path, ranks: int) -> str | None:
-        """A fault that is possible now, all of them before any comes again; damage is done at once."""
+        """Choose a fault that is possible now, all of them before any comes again; damage is done at once."""
         if not self._deck:
             self._deck = [*FAULTS, *DAMAGES, FULL_DISK]
             self.chance.shuffle(self._deck)
@@ -198,7 +198,7 @@ class Soak:
             return happened, code, log.read()
 
     def _see_off(self, name: str, running: Running) -> None:
-        """What a launcher left behind is to leave by itself, but for what is frozen."""
+        """Require that what a launcher left behind leaves by itself, but for what is frozen."""
         left = running.processes()
         for process in left:
             with contextlib.suppress(psutil.Error):
@@ -213,14 +213,14 @@ class Soak:
         return bool(saved) and checkpoint.step_of(saved[-1]) == STEPS
 
     def _outcome(self, name: str) -> tuple[list[list[float | None]], str]:
-        """Losses, norms and rates of every step, and the checksum of the last checkpoint."""
+        """Return losses, norms and rates of every step, and the checksum of the last checkpoint."""
         lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
         trajectory = [[line.get(key) for key in _BITWISE] for line in lines]
         info = checkpoint.read_info(checkpoint.saved_steps(self.folder / name)[-1])
         return trajectory, info.sha256[checkpoint.STATE_FILE]
 
     def _difference(self, name: str, expected: Outcome) -> str:
-        """From the run that nobody touched, in words."""
+        """Return the difference from the run that nobody touched, in words."""
         trajectory, _ = self._outcome(name)
         for found, wanted in itertools.zip_longest(trajectory, expected.trajectory):
             if found != wanted:
@@ -229,7 +229,7 @@ class Soak:
 
 
 def _step(run_dir: Path) -> int:
-    """The last that was logged."""
+    """Return the last step that was logged."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     return 0
@@ -254,7 +254,7 @@ def _with_broken_samples(path: Path) -> Path:
 
 
 def _odd_samples() -> Iterator[dict[str, bytes]]:
-    """The parts of each by their names: a picture of some kind with one caption after another."""
+    """Return the parts of odd samples by their names: a picture of some kind with one caption after another."""
     suffixes = {"JPEG": "jpg", "TIFF": "tif", "JPEG 2000": "jp2"}
     for number, (case, caption) in enumerate(zip(CASES, itertools.cycle(ODD_CAPTIONS))):
         suffix = suffixes.get(case.fmt, case.fmt.lower())

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def set_up(args: argparse.Namespace) -> tuple[Study, dict[str, Any]]:
-    """The study, and what its results say of the data.
+    """Set up the study, and what its results say of the data.
 
     Raises:
         UserError: there are no such shards, or they have no labels.
@@ -122,7 +122,7 @@ def set_up(args: argparse.Namespace) -> tuple[Study, dict[str, Any]]:
 
 
 def labels(shards: str, field: str) -> list[Label]:
-    """Of the samples that have a class."""
+    """Return the labels of the samples that have a class."""
     corpus = open_corpus([SourceConfig(shards=shards, modality="image")], ShardStore(None))
     return [label for source in read_labels(corpus, field) for label in source if label not in (None, LEFT_OUT)]
 

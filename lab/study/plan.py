@@ -28,7 +28,7 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Return the name of the job's folder."""
         text = () if self.text_ratio is None else (f"text{100 * self.text_ratio:.0f}", str(self.captions))
         return "-".join([self.objective, *text, f"width{self.width}", f"steps{self.steps}", f"seed{self.seed}"])
 
@@ -45,17 +45,17 @@ class Job(NamedTuple):
 
     @property
     def work(self) -> float:
-        """About how long it takes, beside other jobs of its kind."""
+        """Return about how long it takes, beside other jobs of its kind."""
         return (1 + self.encoder.width / 64) * (self.encoder.steps if self.task is None else 1)
 
 
 def m3ae(width: int, steps: int, seed: int = 0) -> Encoder:
-    """The common encoder."""
+    """Return the common encoder."""
     return Encoder("m3ae", width, steps, seed, USUAL_RATIO, "whole")
 
 
 def plan(width: int, steps: int, seeds: int) -> list[Job]:
-    """All jobs, each comparison once and then by further seeds, so that a study cut short says what it can.
+    """Return all jobs, each comparison once and then by further seeds, so that a study cut short says what it can.
 
     Args:
         width, steps: of the common encoder.

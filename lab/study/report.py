@@ -50,19 +50,19 @@ class Rows:
         self.width, self.steps = train["model"]["emb_dim"], train["train"]["steps"]
 
     def top1(self, task: str, **wanted: Any) -> dict[int, float]:
-        """By seed."""
+        """Return the accuracy by seed."""
         steps = 0 if wanted["objective"] == "random" else self.steps
         wanted = {"width": self.width, "steps": steps, "text_ratio": None, "captions": None, "task": task} | wanted
         found = (row for row in self.rows if all(row[key] == value for key, value in wanted.items()))
         return {row["seed"]: row["top1"] for row in found}
 
     def sizes(self) -> list[tuple[int, int]]:
-        """(width, steps) of pre-trained encoders."""
+        """Return (width, steps) of pre-trained encoders."""
         return sorted({(row["width"], row["steps"]) for row in self.rows if row["steps"]})
 
 
 def tables(study: dict[str, Any]) -> str:
-    """All tables, in Markdown."""
+    """Return all tables, in Markdown."""
     rows, about, data = Rows(study), study["about"], study["data"]
     lines = [
         f"{about['device']}, {about['threads']} thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, "
@@ -112,7 +112,7 @@ def _sizes(rows: Rows) -> Iterable[list[str]]:
 
 
 def _losses(study: dict[str, Any], rows: Rows) -> Iterable[list[str]]:
-    """Of the common sizes."""
+    """Return the losses of the common sizes."""
     for name in ("MAE", "M3AE"):
         encoder = OBJECTIVES[name]
         wanted = {"text_ratio": None, "captions": None, "width": rows.width, "steps": rows.steps} | encoder
@@ -138,7 +138,7 @@ def _spread(by_seed: dict[int, float], sign: str = "") -> str:
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
-    """The study in three panels: encoders, text mask ratios, sizes. Error bars: one standard error of the test set."""
+    """Draw encoders, text mask ratios and sizes in three panels, with bars of one standard error of the test set."""
     rows, data = Rows(study), study["data"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(1.5, 1, 1))
     samples = data["labelled test samples"]
@@ -168,8 +168,8 @@ class Point(NamedTuple):
 
     @classmethod
     def of(cls, by_seed: dict[int, float], samples: int) -> Point:
-        share = mean(by_seed.values())
-        return cls(100 * share, 100 * (share * (1 - share) / samples) ** 0.5)
+        accuracy = mean(by_seed.values())
+        return cls(100 * accuracy, 100 * (accuracy * (1 - accuracy) / samples) ** 0.5)
 
 
 def _draw_objectives(rows: Rows, axis: Axes, samples: int) -> None:

@@ -62,7 +62,7 @@ class Study:
             raise Stopped
 
     def results(self, jobs: list[Job]) -> dict[str, Any]:
-        """Of what is done: `encoders`, with held-out losses and speed; `rows`, an encoder and its accuracy each."""
+        """Return what is done: `encoders`, with held-out losses and speed; `rows`, an encoder and its accuracy each."""
         done = [job for job in jobs if self.done(job)]
         return {
             "encoders": [asdict(job.encoder) | self._training(job) for job in done if job.task is None],
@@ -116,7 +116,7 @@ class Study:
 
 
 def flat(sections: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings as `section.key`, value."""
+    """Yield settings as `section.key`, value."""
     for key, value in sections.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")

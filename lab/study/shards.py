@@ -22,12 +22,12 @@ _NAMED = re.compile(rf"_*(?<![a-z])(?:{CLASS_WORDS})(?![a-z])_*", re.IGNORECASE)
 
 
 def names_class(caption: str) -> bool:
-    """Whether a class's word is in it, be it the sample's own class or another."""
+    """Return whether a class's word is in it, be it the sample's own class or another."""
     return _NAMED.search(caption) is not None
 
 
 def without_classes(caption: str) -> str:
-    """The caption without any class's words; empty where no letter or digit is left.
+    """Return the caption without any class's words; empty where no letter or digit is left.
 
     >>> without_classes("France - Ile de France. europe, flag, sign, subnational, flags")
     'France - Ile de France. europe, subnational'
@@ -38,7 +38,7 @@ def without_classes(caption: str) -> str:
 
 
 def captions_of(shards: Iterable[Path]) -> Iterator[str]:
-    """All captions, shard after shard."""
+    """Return all captions, shard after shard."""
     for shard in shards:
         with tarfile.open(shard) as tar:
             for member in tar:
@@ -47,9 +47,9 @@ def captions_of(shards: Iterable[Path]) -> Iterator[str]:
 
 
 def copy_shards(shards: Iterable[Path], folder: Path, side: int, *, nameless: bool = False) -> None:
-    """Copies of the shards in `folder`, those that are not there yet, with images of `side` x `side` pixels: decoding
-    larger ones would take longer than training. `nameless`: with `without_classes` of the captions; a sample keeps no
-    caption where nothing of it is left."""
+    """Copy the shards in `folder`, those that are not there yet, with images of `side` x `side` pixels: decoding larger
+    ones would take longer than training. `nameless`: with `without_classes` of the captions; a sample keeps no caption
+    where nothing of it is left."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in shards:
         path, partial = folder / shard.name, folder / f".{shard.name}"

@@ -13,12 +13,12 @@ A model in OUT can be loaded, fine-tuned, and trained on: set model.init_from to
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.command_line import program
 from m3ae_fast.convert.source import read_source
 from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.errors import exit_cleanly
@@ -28,9 +28,7 @@ from m3ae_fast.weights.pretrained import Pretrained, write_pretrained
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("convert", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="file, folder, or name on the hub")
     parser.add_argument("out", metavar="OUT", help="folder for the weights, their config and tokenizer")
     parser.add_argument("--tokenizer", help="tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer")

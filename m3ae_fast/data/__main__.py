@@ -17,15 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from m3ae_fast.command_line import program
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.shard_tools import commands as convert
 from m3ae_fast.shard_tools import contents, manifest, stats, tokenize_images, tokenizer_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("data", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
     convert.add_commands(commands)
     common = argparse.ArgumentParser(add_help=False)

@@ -29,14 +29,14 @@ class Source:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Samples per shard, int64."""
+        """Return the samples per shard, int64."""
         if isinstance(self.shards, CountedShards):
             return self.shards.sizes
         return np.array([shard.summary.samples for shard in self.shards], dtype=np.int64)
 
     @property
     def indexed(self) -> Sequence[IndexedShard]:
-        """The shards that an index describes; none of a manifest's."""
+        """Return the shards that an index describes; none of a manifest's."""
         return () if isinstance(self.shards, CountedShards) else self.shards
 
     @property
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def shard_with_captions(self) -> str | None:
-        """The first shard whose captions are trained on."""
+        """Return the first shard whose captions are trained on."""
         shards = zip(self.shards, self.modalities)
         return next((s.shard for s, modality in shards if modality != "image" and s.summary.captions), None)
 
@@ -65,11 +65,11 @@ class Corpus:
 
     @property
     def samples(self) -> int:
-        """Samples per epoch, broken ones included."""
+        """Return the samples per epoch, broken ones included."""
         return sum(int(source.sizes.sum()) for source in self.sources)
 
     def require(self, max_bad_fraction: float) -> None:
-        """Raises UserError where a larger share of the shards cannot be read: their samples count as bad ones."""
+        """Raise UserError where a larger fraction of the shards cannot be read: their samples count as bad ones."""
         for lost, of in self.counted:
             if lost > max_bad_fraction * of:
                 named = next(item for item in self.damaged if item.reason.startswith("cannot be read"))
@@ -80,12 +80,12 @@ class Corpus:
 
     @property
     def ignored(self) -> str:
-        """What nothing reads in the shards, such as "12 .mp4, 3 .seg.png"; empty where there is none."""
+        """Return what nothing reads in the shards, such as "12 .mp4, 3 .seg.png"; empty where there is none."""
         return describe_ignored([shard for source in self.sources for shard in source.indexed])
 
     @property
     def sizes(self) -> list[np.ndarray]:
-        """Samples of each shard of each source."""
+        """Return the samples of each shard of each source."""
         return [source.sizes for source in self.sources]
 
     @property
@@ -143,7 +143,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
 
 
 def describe_ignored(shards: Sequence[IndexedShard]) -> str:
-    """The members that nothing reads, by suffix, the most frequent first."""
+    """Return the members that nothing reads, by suffix, the most frequent first."""
     counts: Counter[str] = Counter()
     for shard in shards:
         counts.update(shard.summary.ignored)

@@ -14,7 +14,7 @@ from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, is_manifest, join, read, rows_of, write
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import ShardStore, expand
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, attempt
 
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # every process's value, on every process
@@ -94,12 +94,7 @@ def _lacks(path: Path) -> bool:
 
 def _all(gather: Gather, work: Callable[[], Any]) -> list[Any]:
     """Return what `work` gives in each process. A UserError or OSError of one is raised in all, as a UserError."""
-    value, error = None, None
-    try:
-        value = work()
-    except (UserError, OSError) as caught:
-        error = str(caught)
-    found = gather((value, error))
+    found = gather(attempt(work))
     if failed := next((error for _, error in found if error), None):
         raise UserError(failed)
     return [value for value, _ in found]

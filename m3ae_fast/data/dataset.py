@@ -1,4 +1,4 @@
-"""Positions of the stream -> samples for the model.
+"""Turns positions of the stream into samples for the model.
 
 A sample's crop, flip and masks depend on (seed, source, epoch, sample, view) alone. With `repeats` R, positions R k to
 R k + R - 1 are the views of the order's k-th sample.
@@ -40,7 +40,7 @@ Transform = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Augment:
-    """RandomResizedCrop's share of the area, and whether to mirror half of the images."""
+    """RandomResizedCrop's fraction of the area, and whether to mirror half of the images."""
 
     crop_scale: tuple[float, float]
     flip: bool
@@ -69,7 +69,7 @@ class _Draft(NamedTuple):
 
 
 def _key(place: Place, view: int) -> tuple[int, ...]:
-    """What a view's random numbers depend on."""
+    """Return what a view's random numbers depend on."""
     return (*place, view) if view else place
 
 
@@ -108,11 +108,11 @@ class Samples(Dataset[Sample | Skipped]):
         self._generator = torch.Generator()
 
     def __getitem__(self, position: int) -> Sample | Skipped:
-        """The sample at `position`, or why there is none."""
+        """Return the sample at `position`, or why there is none."""
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Sample | Skipped]:
-        """Called by the DataLoader: a whole micro-batch, which may be empty.
+        """Return a whole micro-batch, as the DataLoader asks for it, which may be empty.
 
         Everything else comes before the images: between two of them, which evict the caches, it takes twice as long.
         """
@@ -123,7 +123,7 @@ class Samples(Dataset[Sample | Skipped]):
         return found
 
     def _without_image(self, positions: Sequence[int]) -> _Draft | list[Skipped]:
-        """The views of one sample that stand at `positions`."""
+        """Return the views of one sample that stand at `positions`."""
         turn = positions[0] // self.repeats
         place = self.order.locate(turn)
         reader = self._readers[place.source]
@@ -168,12 +168,12 @@ class Samples(Dataset[Sample | Skipped]):
         return draft.samples
 
     def _tokens(self, caption: str) -> Tensor:
-        """Raises BadSample where the tokenizer fails on it."""
+        """Raise BadSample where the tokenizer fails on it."""
         assert self.preparation.tokenizer is not None  # the loader asks for one
         return torch.from_numpy(self.preparation.tokenizer.encode(caption))
 
     def _stored_ids(self, reader: Reader, shard: int, row: int) -> Tensor | None:
-        """Raises BadSample where there are none, or they do not fit the model."""
+        """Raise BadSample where there are none, or they do not fit the model."""
         codes, length = self.preparation.stored_codebook, self.preparation.geometry.patches_per_image
         if codes is None:
             return None
@@ -213,7 +213,7 @@ class Samples(Dataset[Sample | Skipped]):
         return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key))
 
     def _masks(self, key: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
-        """Of patches and of text tokens, over the whole text length, as the official code draws them."""
+        """Draw the masks of patches and of text tokens, over the whole text length, as the official code draws them."""
         geometry, masking = self.preparation.geometry, self.preparation.masking
         generator = self._seeded(_MASK, *key) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
         return (

@@ -1,4 +1,4 @@
-"""What a training stream is made of, in a few words that a checkpoint keeps."""
+"""Fingerprint of the training data, stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WRITTEN = "data.train.written"  # when the shards were last written
 
 
 def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
-    """By name, what must be unchanged for a resumed run: shards with sizes and order, weights of sources, labels,
+    """Return by name what must be unchanged for a resumed run: shards with sizes and order, weights of sources, labels,
     tokenizers; and WRITTEN, which copying changes too.
 
     Folders do not matter: shards may move. Settings are not in it: see `engine.resuming.STREAM`.
@@ -45,7 +45,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
 
 
 def _written(corpus: Corpus) -> str:
-    """When the shards were written, in whole seconds; of remote ones only the copies' times are known, and left out."""
+    """Return when the shards were written, in whole seconds, without remote ones, of which only copies tell a time."""
     local = [shard for source in corpus.sources for shard in source.indexed if not corpus.store.is_cached(shard.shard)]
     seconds = [shard.summary.mtime_ns // 10**9 for shard in local]
     newest = datetime.fromtimestamp(max(seconds, default=0), timezone.utc)

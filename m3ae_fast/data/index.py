@@ -74,7 +74,7 @@ class Summary:
 
     @property
     def modality(self) -> Modality:
-        """What the shard trains: `any` where its samples are of several kinds, and each trains what it has."""
+        """Return what the shard trains: `any` where its samples are of several kinds, and each trains what it has."""
         kinds: dict[Modality, int] = {
             "paired": self.paired,
             "image": self.images - self.paired,
@@ -95,8 +95,8 @@ class IndexedShard:
     sidecar: Path
 
     def table(self) -> np.ndarray:
-        """Structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset MISSING
-        where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
+        """Return a structured array [samples]: `image_offset`, `image_size`, `text_offset`, `text_size` (bytes; offset
+        MISSING where there is none), `json` (the caption is the member's "caption" field), `cls_offset`, `cls_size`,
         `json_offset`, `json_size` (members that may hold a label), `ids_offset`, `ids_size` (the image's token ids),
         `image_crc`, `text_crc`, `ids_crc` (CRC-32 of these members; 0: unknown) and `key` (UTF-8).
 
@@ -126,7 +126,7 @@ class Unreadable(UserError):
 def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
-    """All shards in order, from their sidecars or indexed now: one process per node indexes a shard, the others
+    """Return all shards in order, from their sidecars or indexed now: one process per node indexes a shard, the others
     wait. Those that cannot be read go to `lost`, where it is given.
 
     Raises:
@@ -160,8 +160,8 @@ def index_shards(
 
 
 def index_again(indexed: IndexedShard, store: ShardStore) -> IndexedShard:
-    """A new entry for a shard whose sidecar or copy turned out damaged. Raises OSError where it is not the same shard
-    any more, or cannot be read."""
+    """Return a new entry for a shard whose sidecar or copy turned out damaged. Raises OSError where it is not the same
+    shard any more, or cannot be read."""
     with store.lock(f"index-{store.name(indexed.shard)}"):
         made = _make(indexed.shard, store.path(indexed.shard), store)
     if (made.summary.samples, made.summary.size) != (indexed.summary.samples, indexed.summary.size):
@@ -175,7 +175,7 @@ def _sidecars(shard: str, store: ShardStore) -> list[Path]:
 
 
 def _load(shard: str, store: ShardStore) -> IndexedShard | None:
-    """The shard's entry if a sidecar fits it."""
+    """Return the shard's entry if a sidecar fits it."""
     try:
         status = None if store.is_cached(shard) else os.stat(shard)
         sidecars = _sidecars(shard, store)
@@ -194,7 +194,7 @@ def _load(shard: str, store: ShardStore) -> IndexedShard | None:
 
 
 def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
-    """`path`: the file that holds the shard. A copy that is damaged is fetched again, once."""
+    """Make a shard's entry. `path`: the file that holds the shard. A copy that is damaged is fetched again, once."""
     try:
         status, members, damage = os.stat(path), *scan_tar(path)
         if damage and store.is_cached(shard):
@@ -256,7 +256,7 @@ def _tabulate(members: list[Member], fd: int, checked: bool) -> np.ndarray:
 
 
 def _ignored(members: list[Member]) -> dict[str, int]:
-    """How many members nothing reads, by suffix: of several images of a sample one is read."""
+    """Return how many members nothing reads, by suffix: of several images of a sample one is read."""
     counts: Counter[str] = Counter()
     for _, files in group(members):
         images = [suffix for suffix in IMAGE_SUFFIXES if suffix in files]
@@ -265,21 +265,21 @@ def _ignored(members: list[Member]) -> dict[str, int]:
 
 
 def _row(width: int) -> np.dtype:
-    """A row of the table, with keys of `width` bytes."""
+    """Return a row of the table, with keys of `width` bytes."""
     sums = [(name, "<u4") for name in _CHECKSUMS]
     return np.dtype([*((name, "<i8") for name in _OFFSETS), ("json", "?"), *sums, ("key", f"S{width}")])
 
 
 def _checksum(fd: int, member: Member) -> int:
-    """0 of what is not there, or too large."""
+    """Return the checksum; 0 of what is not there, or too large."""
     if member.offset == MISSING or member.size > MAX_IMAGE_BYTES:
         return 0
     return zlib.crc32(os.pread(fd, member.size, member.offset))
 
 
 def _parse_table(data: memoryview, samples: int) -> np.ndarray:
-    """What `np.save` wrote after the first line, read without trusting it. Raises ValueError, and what numpy raises for
-    its header."""
+    """Read, without trust, what `np.save` wrote after the first line. Raises ValueError, and what numpy raises for its
+    header."""
     file = io.BytesIO(data[: _MAX_SUMMARY + _MAX_HEADER])
     file.readline()
     if np.lib.format.read_magic(file) != (1, 0):
@@ -301,7 +301,7 @@ def _parse_table(data: memoryview, samples: int) -> np.ndarray:
 
 
 def group(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Key and members by suffix of each sample.
+    """Yield key and members by suffix of each sample.
 
     Neighbours with the same key are a sample, as in WebDataset; a repeated suffix begins another one.
     """
@@ -329,7 +329,7 @@ def _has_caption(fd: int, member: Member) -> bool:
 
 
 def caption_of(data: bytes) -> str | None:
-    """The "caption" text of a JSON member, None if it has none. Raises ValueError if it is not JSON."""
+    """Return the "caption" text of a JSON member, None if it has none. Raises ValueError if it is not JSON."""
     try:
         content = json.loads(data)
     except RecursionError:

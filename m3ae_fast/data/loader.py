@@ -39,7 +39,7 @@ class Share:
 
     @property
     def micro_batch(self) -> int:
-        """Most samples of a micro-batch."""
+        """Return the most samples of a micro-batch."""
         return -(-self.global_batch // (self.world * self.accumulation))
 
 
@@ -80,7 +80,7 @@ class MicroBatches(Sampler[list[int]]):
         return sorted({position // self.repeats % self.lanes for position in own})
 
     def _own(self, step: int, rank: int) -> list[int]:
-        """A rank's positions of a step."""
+        """Return a rank's positions of a step."""
         batch, world = self.share.global_batch, self.share.world
         positions = np.arange(step * batch, (step + 1) * batch)
         if self.lanes > 1:
@@ -100,7 +100,7 @@ def train_loader(
     transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
-    """`share.accumulation` micro-batches per step, shuffled and augmented, epoch after epoch.
+    """Yield `share.accumulation` micro-batches per step, shuffled and augmented, epoch after epoch.
 
     Unusable samples are left out of their batch and listed in `batch.skipped`.
 
@@ -131,7 +131,7 @@ def train_loader(
 
 
 def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: MicroBatches, node: Node) -> Fetching:
-    """Raises UserError where what the node reads at a time does not fit into the cache."""
+    """Raise UserError where what the node reads at a time does not fit into the cache."""
     share, steps, order = micro_batches.share, micro_batches.steps, cast("Order", samples.order)
     ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
     positions = share.global_batch / micro_batches.repeats
@@ -161,8 +161,8 @@ def eval_loader(
     transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
-    """Every sample, or `samples` of them evenly, once, in file order: the central square, with masks that are the same
-    each time. Arguments and errors as in `train_loader`; accumulation is ignored."""
+    """Yield every sample, or `samples` of them evenly, once, in file order: the central square, with masks that are the
+    same each time. Arguments and errors as in `train_loader`; accumulation is ignored."""
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
@@ -172,14 +172,14 @@ def eval_loader(
 
 
 def eval_samples(corpus: Corpus, preparation: Preparation, count: int) -> list[Sample]:
-    """The usable ones of `count` samples spread evenly over `corpus`, as an evaluation sees them."""
+    """Return the usable ones of `count` samples spread evenly over `corpus`, as an evaluation sees them."""
     order = FileOrder(corpus.sizes, count)
     dataset = Samples(corpus, order, preparation, None, positions_per_mask=order.samples)
     return [sample for i in range(order.samples) if isinstance(sample := dataset[i], Sample)]
 
 
 def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) -> dict[str, Sample]:
-    """The usable ones of the samples with these keys (`Sample.key`), as an evaluation sees them."""
+    """Return the usable ones of the samples with these keys (`Sample.key`), as an evaluation sees them."""
     places: dict[str, int] = {}
     start = 0
     for shard in (shard for source in corpus.sources for shard in source.shards):

@@ -68,7 +68,7 @@ class CountedShards(Sequence[IndexedShard]):
 
     @property
     def sizes(self) -> np.ndarray:
-        """Samples per shard, int64."""
+        """Return the samples per shard, int64."""
         return self.rows["samples"].astype(np.int64)
 
     @property
@@ -93,7 +93,7 @@ def join(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def write(path: Path, rows: np.ndarray) -> None:
-    """Raises UserError where it cannot be written."""
+    """Raise UserError where it cannot be written."""
     with whole_file(path) as partial, open(partial, "wb") as file:
         np.save(file, rows, allow_pickle=False)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BLOCK = 1000  # positions within which the sources' shares are exact
+BLOCK = 1000  # positions within which the sources' proportions are exact
 LANE_BLOCK = 32  # the same of a lane of many, whose neighbours' errors level out
 _MASK = (1 << 64) - 1
 _STAGGER = -1  # in the place of a window's number
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 def hash64(*parts: int) -> int:
-    """64 well-mixed bits of some integers (splitmix64, Steele et al. 2014, chained)."""
+    """Return 64 well-mixed bits of some integers (splitmix64, Steele et al. 2014, chained)."""
     value = 0
     for part in parts:
         value = ((value ^ (part & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
@@ -40,7 +40,7 @@ def hash64(*parts: int) -> int:
 
 
 def permutation(length: int, *key: int) -> np.ndarray:
-    """A random order of 0 .. length - 1 (int64 [length]) that depends on `key` alone."""
+    """Return a random order of 0 .. length - 1 (int64 [length]) that depends on `key` alone."""
     value = np.arange(length, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(hash64(*key))
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -97,7 +97,7 @@ class SourceOrder:
         self._shuffled = _Latest(self._shuffle)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(epoch, sample) of the source's `index`-th sample since the start."""
+        """Return (epoch, sample) of the source's `index`-th sample since the start."""
         epoch, rest = divmod(index, self.samples)
         _, _, bounds = self._epoch(epoch)
         number = int(np.searchsorted(bounds, rest, side="right")) - 1
@@ -117,7 +117,7 @@ class SourceOrder:
             epoch, rest = epoch + 1, 0
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The epoch's order of the pieces; where its windows begin and end, in pieces and in samples."""
+        """Return the epoch's order of the pieces; where its windows begin and end, in pieces and in samples."""
         order = permutation(len(self.pieces.sizes), *self.key, epoch)
         first = self.window
         if self.staggered and len(order) > self.window:
@@ -126,7 +126,7 @@ class SourceOrder:
         return order, cuts, np.concatenate(([0], np.cumsum(self.pieces.sizes[order])))[cuts]
 
     def _shuffle(self, epoch: int, number: int) -> tuple[np.ndarray, list[int], list[int]]:
-        """The order of a window's samples, counted from its begin, and the end and first sample of its pieces."""
+        """Return the order of a window's samples, counted from its begin, and its pieces' ends and first samples."""
         order, cuts, bounds = self._epoch(epoch)
         own = order[cuts[number] : cuts[number + 1]]
         shuffled = permutation(int(bounds[number + 1] - bounds[number]), *self.key, epoch, number).astype(np.int32)
@@ -136,41 +136,41 @@ class SourceOrder:
 class Lane:
     """A stream of its own, of a part of each source.
 
-    In every block of positions each source has its exact share (Webster's apportionment, whose seats only ever grow),
-    in random order. Shares are counted anew with each epoch; without weights it holds each sample exactly once.
+    In every block of positions each source has its exact part (Webster's apportionment, whose seats only ever grow),
+    in random order. Parts are counted anew with each epoch; without weights it holds each sample exactly once.
 
     Args:
         sources: of what it owns.
-        shares: of the sources; their sum does not matter.
+        proportions: of the sources; their sum does not matter.
         samples: positions of an epoch.
         seed: the lane's.
         block: positions.
-        start: a block of the epoch in which the lane begins, so that lanes do not round shares at the same time.
+        start: a block of the epoch in which the lane begins, so that lanes do not round at the same time.
     """
 
     def __init__(
         self,
         sources: Sequence[SourceOrder],
-        shares: Sequence[float],
+        proportions: Sequence[float],
         samples: int,
         seed: int,
         block: int = BLOCK,
         start: int = 0,
     ):
         self.sources, self.samples, self.seed, self.block = sources, samples, seed, block
-        self.shares = np.asarray(shares, dtype=np.float64) / np.sum(shares, dtype=np.float64)
+        self.proportions = np.asarray(proportions, dtype=np.float64) / np.sum(proportions, dtype=np.float64)
         self._start = start * block
         self._before = self._seats(self._start)
         self._epoch_seats = self._seats(self.samples)
         self._block = _Latest(self._make_block)
 
     def locate(self, position: int) -> Place:
-        """The sample at `position`."""
+        """Return the sample at `position`."""
         source, index = self.turn(position)
         return Place(source, *self.sources[source].locate(index))
 
     def turn(self, position: int) -> tuple[int, int]:
-        """Whose turn it is at `position`, and how many of its samples came before."""
+        """Return the source that `position` belongs to, and how many of its samples came before."""
         if len(self.sources) == 1:
             return 0, position
         epoch, rest = divmod(self._start + position, self.samples)
@@ -187,16 +187,16 @@ class Lane:
         return np.maximum(0, epoch * self._epoch_seats + seats - self._before).tolist()
 
     def _seats(self, positions: int) -> np.ndarray:
-        """How many of the first `positions` of an epoch belong to each source: the lowest (k + 1/2) / share win."""
-        seats = np.maximum(0, np.floor((positions - len(self.shares) / 2) * self.shares)).astype(np.int64)
+        """Return how many of an epoch's first `positions` are each source's: the lowest (k + 1/2) / proportion win."""
+        seats = np.maximum(0, np.floor((positions - len(self.proportions) / 2) * self.proportions)).astype(np.int64)
         for _ in range(positions - int(seats.sum())):
-            seats[np.argmin((seats + 0.5) / self.shares)] += 1
+            seats[np.argmin((seats + 0.5) / self.proportions)] += 1
         return seats
 
     def _make_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         first, last = (self._seats(min(k * self.block, self.samples)) for k in (block, block + 1))
-        sources = np.repeat(np.arange(len(self.shares)), last - first)
-        sources = sources[permutation(len(sources), self.seed, len(self.shares), epoch, block)]
+        sources = np.repeat(np.arange(len(self.proportions)), last - first)
+        sources = sources[permutation(len(sources), self.seed, len(self.proportions), epoch, block)]
         indices = np.empty_like(sources)
         for source, before in enumerate(epoch * self._epoch_seats + first - self._before):
             (mine,) = np.nonzero(sources == source)
@@ -213,7 +213,7 @@ class Order:
 
     Args:
         sizes: for each source the samples of its shards; a source has as many samples as there are lanes, or more.
-        weights: relative shares of the samples; None: by size.
+        weights: proportions of the samples; None: by size.
         window: pieces of shards that a lane shuffles together.
         seed: the run's.
         lanes: C.
@@ -234,7 +234,7 @@ class Order:
         self._made: dict[int, Lane] = {}
 
     def locate(self, position: int) -> Place:
-        """The sample at `position`."""
+        """Return the sample at `position`."""
         index, lane = divmod(position, self.lanes)
         return self._lane(lane).locate(index)
 
@@ -255,7 +255,7 @@ class Order:
         return found
 
     def _lane(self, number: int) -> Lane:
-        """Made when it is needed: most processes read some lanes only."""
+        """Return the lane, made when it is needed: most processes read some lanes only."""
         if number not in self._made:
             seed = self.seed if self.lanes == 1 else hash64(self.seed, number)
             sources = [
@@ -263,13 +263,13 @@ class Order:
                 for source, whole in enumerate(self._sources)
             ]
             own = [source.samples for source in sources]
-            shares, samples = (own, sum(own)) if self._weights is None else (self._weights, self.samples)
+            proportions, samples = (own, sum(own)) if self._weights is None else (self._weights, self.samples)
             blocks = (BLOCK, 0) if self.lanes == 1 else (LANE_BLOCK, seed % -(-samples // LANE_BLOCK))
-            self._made[number] = Lane(sources, shares, samples, seed, *blocks)
+            self._made[number] = Lane(sources, proportions, samples, seed, *blocks)
         return self._made[number]
 
     def _whole(self, source: int, sizes: np.ndarray) -> Pieces:
-        """All shards in the order in which lanes cut them."""
+        """Return all shards in the order in which lanes cut them."""
         shards = np.arange(len(sizes)) if self.lanes == 1 else permutation(len(sizes), self.seed, source)
         return Pieces(shards, (np.cumsum(sizes) - sizes)[shards], sizes[shards])
 
@@ -283,13 +283,13 @@ class Order:
 
 
 def _needs(lane: Lane, source: int, here: int, there: int) -> Iterator[Need]:
-    """Of a lane's source whose samples from `here` up to `there` are in use."""
+    """Return the needs of a lane's source whose samples from `here` up to `there` are in use."""
     order, ahead = lane.sources[source], 0
     for start, shards in order.windows(here):
         if start >= here + order.samples:
             return
         ahead += start >= there
-        wait = max(0, start - there) / float(lane.shares[source])
+        wait = max(0, start - there) / float(lane.proportions[source])
         yield Need(wait if ahead else 0.0, ahead, source, shards)
 
 
@@ -302,7 +302,7 @@ class FileOrder:
         self.samples = self.total if count is None else min(count, self.total)
 
     def locate(self, position: int) -> Place:
-        """The sample at `position`, which lies below `samples`."""
+        """Return the sample at `position`, which lies below `samples`."""
         number = position * self.total // self.samples
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         return Place(source, 0, number - int(self.starts[source]))

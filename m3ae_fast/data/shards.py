@@ -115,16 +115,16 @@ class ShardStore:
 
     @staticmethod
     def is_cache(folder: Path) -> bool:
-        """Whether the folder serves as a cache already."""
+        """Return whether the folder serves as a cache already."""
         return all((folder.expanduser() / name).is_dir() for name in _FOLDERS)
 
     @staticmethod
     def is_cached(shard: str) -> bool:
-        """Whether the shard is read from a copy in the cache folder, not in place."""
+        """Return whether the shard is read from a copy in the cache folder, not in place."""
         return is_remote(shard) or shard.endswith((".gz", ".tgz"))
 
     def name(self, shard: str) -> str:
-        """A file name for things about the shard: unique, and of the contents too where it is a local file."""
+        """Return a file name for things about the shard: unique, and of the contents too where it is a local file."""
         identity = shard
         if not is_remote(shard):
             status = os.stat(shard)
@@ -133,11 +133,11 @@ class ShardStore:
         return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{tail}"
 
     def copy(self, shard: str) -> Path:
-        """Where the copy of a shard that is not read in place lies."""
+        """Return where the copy of a shard that is not read in place lies."""
         return self.cache_dir / "shards" / self.name(shard)
 
     def path(self, shard: str, size: int = 0) -> Path:
-        """The file that holds the shard's tar, fetched first if need be. Raises OSError where that fails.
+        """Return the file that holds the shard's tar, fetched first if need be. Raises OSError where that fails.
 
         `size`: bytes of the tar; 0: unknown."""
         if not self.is_cached(shard):
@@ -156,8 +156,8 @@ class ShardStore:
                         self._fetch(shard, copy, size)
 
     def refetch(self, shard: str) -> Path:
-        """`path`, of a new copy: the old one turned out damaged. Raises OSError where the shard is read in place, or
-        cannot be fetched."""
+        """Return `path` after fetching a new copy, since the old one turned out damaged. Raises OSError where the shard
+        is read in place, or cannot be fetched."""
         copy = self.copy(shard)
         if not self.is_cached(shard):
             raise OSError(f"{shard} is damaged")
@@ -199,7 +199,7 @@ class ShardStore:
     def lock(self, name: str, wait: bool = True) -> Iterator[None]:
         """Hold a lock of this node. Raises BlockingIOError where another process has it and `wait` is false."""
         path = self.cache_dir / "locks" / name
-        try:
+        try:  # by hand, as filelock cannot lock a file that is another user's, and polls
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except PermissionError:  # another user's
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -273,7 +273,7 @@ class _Copy(NamedTuple):
 
 
 def _is_abandoned(partial: Path) -> bool:
-    """Whether the process that made it has been killed."""
+    """Return whether the process that made it has been killed."""
     try:
         with open(partial, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-6  # of every LayerNorm, flax's default
 Gelu: TypeAlias = Literal["tanh", "exact"]
-MEMORY_BUDGET = 0.9  # of the activations; below 0.8 matmuls would be made again too
+MEMORY_BUDGET = 0.9  # fraction of the activations kept; below 0.8 matmuls would be recomputed too
 
 
 class QKV(Linear):
@@ -166,7 +166,7 @@ class RowNorm(LayerNorm):
 @functools.cache
 def _source_tag() -> str:
     """Return a hash of the code of the model and of its ops. torch's cache of compiled graphs knows an op by its name:
-    without this a graph from before an update would bring the old gradient."""
+    without this a graph from before an update would run the old backward."""
     folders = (Path(__file__).parent, Path(m3ae_kernels.__file__).parent)
     sources = sorted(path for folder in folders for path in folder.rglob("*.py"))
     return f"m3ae_fast-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
@@ -216,8 +216,8 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph.
 
-        The backward pass makes GELU's and LayerNorm's outputs again rather than keep them: half the activations' memory
-        at no measurable time, since they fuse with what reads them.
+        The backward pass recomputes GELU and LayerNorm outputs: half the activation memory at no measurable time, since
+        they fuse with what reads them.
         """
         torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
         torch.compiler.config.cache_key_tag = _source_tag()

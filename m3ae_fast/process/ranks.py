@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from m3ae_fast.data.workers import allow_open_files
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, attempt
 from m3ae_fast.process.launchers import adopt
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def of_node(self) -> list[int]:
-        """The ranks of this machine."""
+        """Return the ranks of this machine."""
         return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
     @property
@@ -48,7 +48,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sum over ranks, of host numbers."""
+        """Return the element-wise sum over ranks, of host numbers."""
         return self.start_sum(values)()
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
@@ -63,13 +63,13 @@ class Ranks:
         return wait
 
     def from_main(self, value: T) -> T:
-        """Rank 0's picklable `value`, on every rank."""
+        """Return rank 0's picklable `value` on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's picklable `value`, on every rank."""
+        """Return every rank's picklable `value` on every rank."""
         values: list[T | None] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return cast("list[T]", values)
@@ -77,18 +77,13 @@ class Ranks:
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 and wait for it: its result there, None elsewhere. A UserError of it is raised on every
         rank, and an OSError as one."""
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except (UserError, OSError) as caught:
-                error = str(caught)
+        result, error = attempt(work) if self.is_main else (None, None)
         if (error := self.from_main(error)) is not None:
             raise UserError(error)
         return result
 
     def broadcast(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank; errors as in `on_main`. It must be picklable."""
+        """Run `work` on rank 0 and return its picklable result on every rank; errors as in `on_main`."""
         return cast(T, self.from_main(self.on_main(work)))
 
     def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
@@ -99,10 +94,7 @@ class Ranks:
         result, error = None, None
         for turn in (self.is_main, not self.is_main):
             if turn:
-                try:
-                    result = work()
-                except (UserError, OSError) as caught:
-                    error = str(caught)
+                result, error = attempt(work)
             with waiting():
                 errors = self.gather(error)
             if failed := next(filter(None, errors), None):
@@ -110,7 +102,7 @@ class Ranks:
         return cast(T, result)
 
     def claim(self, what: str) -> bool:
-        """True on the first rank that asks: an error that all ranks share is printed once."""
+        """Claim the right to print `what`, an error of all ranks say: True on the rank that asks first."""
         try:
             return self.store.add(what, 1) == 1
         except RuntimeError:  # the rank that held the store spoke and left
@@ -168,7 +160,7 @@ def _join() -> Ranks:
 
 
 def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store, dist.Store]:
-    """`Ranks.control`, `store` and `side_store`."""
+    """Return `Ranks.control`, `store` and `side_store`."""
     if world == 1:
         store: dist.Store = dist.HashStore()  # needs no address and no port
     else:

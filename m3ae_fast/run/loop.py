@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from m3ae_fast.run.run_log import RunLog, SilentLog
 
 
 @dataclass(kw_only=True)
-class Loop:
+class Loop(ABC):
     """Base class of runs: rank synchronisation, logging, checkpoints, shutdown.
 
     `train.train` takes its steps; subclasses say what is counted and evaluated.
@@ -63,22 +64,23 @@ class Loop:
             return SilentLog()
         return RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
 
+    @abstractmethod
     def announce(self) -> None:
         """Say what the run is. Every rank must call it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate_if_due(self) -> None:
         """Evaluate on held-out samples, where it is time to. Every rank must call it."""
-        raise NotImplementedError
 
     def conclude(self) -> dict[str, Any] | None:
         """Return the result of a run that has taken its last step; None where a rank asks to stop meanwhile."""
         return {}
 
+    @abstractmethod
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         """Return what to all-reduce of a step's micro-batches, which are still on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counted(self, sums: list[float], waited: float) -> Any:
         """Record the sums over ranks of what `count` returns, and the seconds that this rank waited for its data.
 
@@ -88,19 +90,19 @@ class Loop:
         Raises:
             UserError: too many samples cannot be used.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def rates(self) -> dict[str, float]:
         """Return rates since the last call, to be logged; `data_wait` is this rank's, in the log that of who waits
         longest."""
-        raise NotImplementedError
 
     def complete(self, state: State) -> State:
         """Complete the engine's state to what a checkpoint stores. Main rank only."""
         return state
 
     def after_save(self, step: int, state: State) -> None:
-        """Write what else belongs to a checkpoint. Main rank only."""
+        """Write what else belongs to a checkpoint, where there is more. Main rank only."""
+        return None
 
     def with_targets(self, batch: PackedBatch) -> PackedBatch:
         """Return a batch on the device, with the targets that it still lacks."""

@@ -18,7 +18,8 @@ class RunFolder:
 
     Two locks: POSIX's on a file, which all file systems know, and flock's on the folder itself, which outlives that
     file where it is known. Both end with this process, however that ends: the first does not pass to loader workers,
-    and they drop the second.
+    and they drop the second. (filelock's, flock's on a file, has two holders once that file is removed, passes to
+    workers before version 4, and where flock is missing leaves a mark that outlives a killed run.)
     """
 
     def __init__(self, path: Path) -> None:

@@ -29,7 +29,7 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
             raise UserError(f"{out}: is not empty and does not hold a conversion; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="utf-8") as file:
-            try:
+            try:  # the manifest is its own lock: filelock would leave one more file among the shards
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{out}: another process is converting into it") from None

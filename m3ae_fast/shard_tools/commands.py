@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from m3ae_fast.command_line import command
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.shard_tools.huggingface import HuggingFace
-from m3ae_fast.shard_tools.source import Source
+from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
 
 FOLDER = """Make shards of a folder of images.
@@ -45,7 +45,7 @@ the hub. All splits are taken unless one is named. A row with a list of captions
 
 
 def add_commands(commands: Any) -> None:
-    folder = _command(commands, "from-folder", "make shards of a folder of images", FOLDER, _from_folder)
+    folder = command(commands, "from-folder", "make shards of a folder of images", FOLDER, _from_folder)
     folder.add_argument("input", type=Path, metavar="DIR", help="folder of images, in sub-folders too")
     _add_out(folder)
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
@@ -54,25 +54,17 @@ def add_commands(commands: Any) -> None:
     folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
     folder.add_argument("--flat", action="store_true", help="sub-folders are not classes")
 
-    hdf5 = _command(commands, "from-hdf5", "make shards of an HDF5 file in the official layout", HDF5, _from_hdf5)
+    hdf5 = command(commands, "from-hdf5", "make shards of an HDF5 file in the official layout", HDF5, _from_hdf5)
     hdf5.add_argument("input", type=Path, metavar="FILE")
     _add_out(hdf5)
 
-    hf = _command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, _from_hf)
+    hf = command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, _from_hf)
     hf.add_argument("input", metavar="DATASET", help="a folder, or a name on the hub")
     _add_out(hf)
     hf.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
     hf.add_argument("--split", metavar="NAME", help="the split to take (default: all)")
     for what in ("image", "caption", "label"):
         hf.add_argument(f"--{what}-column", metavar="NAME", help=f"the column of {what}s (default: detected)")
-
-
-def _command(commands: Any, name: str, summary: str, text: str, run: Callable) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +102,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.range, args.keep_order)
 
 
-def _convert(source: Source, settings: Settings, args: argparse.Namespace) -> None:
-    print(describe_conversion(args.out, convert(source, args.out, settings, args.workers)))
+def _convert(records: Records, settings: Settings, args: argparse.Namespace) -> None:
+    print(describe_conversion(args.out, convert(records, args.out, settings, args.workers)))
 
 
 def _from_folder(args: argparse.Namespace) -> None:

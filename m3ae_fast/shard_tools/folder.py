@@ -1,4 +1,4 @@
-"""A folder of images as a source: class folders, captions from a table or from .txt files."""
+"""A folder of images as records: class folders, captions from a table or from .txt files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.caption_table import Row, read_captions
-from m3ae_fast.shard_tools.source import Record, read_file
+from m3ae_fast.shard_tools.records import Record, read_file
 from m3ae_fast.shard_tools.tally import IGNORED, Tally
 
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
@@ -27,7 +27,7 @@ class _Image:
 
 
 class Folder:
-    """Images below a folder, in the order of their paths. See `source.Source`.
+    """Images below a folder, in the order of their paths. See `records.Records`.
 
     Args:
         folder: where to look, in sub-folders too.

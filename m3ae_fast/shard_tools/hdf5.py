@@ -1,4 +1,4 @@
-"""The HDF5 files of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/data.py) as a source.
+"""The HDF5 files of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/data.py) as records.
 
 `jpg` holds each image file as variable-length uint8, `caption` its text; ImageNet's has `train_jpg`, `train_labels`,
 `val_jpg`, `val_labels`; a file of unpaired text has `text`.
@@ -16,7 +16,7 @@ from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.source import Record, caption_samples, to_int
+from m3ae_fast.shard_tools.records import Record, caption_samples, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 
@@ -36,7 +36,7 @@ _SPLITS = {
 
 
 class Hdf5:
-    """See `source.Source`. A row with several captions, [N, K] or variable-length text, gives a sample for each.
+    """See `records.Records`. A row with several captions, [N, K] or variable-length text, gives a sample for each.
 
     Raises:
         UserError: h5py is not installed, or the file is not HDF5 or lacks the fields.

@@ -1,4 +1,4 @@
-"""A Hugging Face dataset, on disk or by name, as a source."""
+"""A Hugging Face dataset, on disk or by name, as records."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.source import Record, caption_samples, read_file, to_int
+from m3ae_fast.shard_tools.records import Record, caption_samples, read_file, to_int
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 
 
 class HuggingFace:
-    """See `source.Source`. A row with a list of captions gives a sample for each.
+    """See `records.Records`. A row with a list of captions gives a sample for each.
 
     Args:
         name: a folder that `save_to_disk` wrote, a folder of data files, or a name on the hub.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.command_line import add_labels, command
 from m3ae_fast.config import Config, SourceConfig, add_range_option, parse
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.shards import ShardStore
@@ -30,22 +31,17 @@ _SHOWN = 5  # labels, and reasons why samples cannot be read
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "stats",
-        parents=[common],
-        help="show what samples are like, and the settings that they need",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command(
+        commands, "stats", "show what samples are like, and the settings that they need", HELP, _run, common
     )
     parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="decides which (default: 0)")
     parser.add_argument("--channels", type=int, choices=(1, 3, 4), default=3, help="of the model (default: 3)")
     parser.add_argument("--tokenizer", metavar="FILE", help="counts captions in its tokens (default: in words)")
-    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+    add_labels(parser)
     add_range_option(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw histograms")
     parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
-    parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import centre_crop, random_crop
 from m3ae_fast.batch.images import decode_image
+from m3ae_fast.command_line import command
 from m3ae_fast.config import Range, add_range_option
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, group, index_shards
 from m3ae_fast.data.order import hash64
@@ -32,7 +33,7 @@ from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.source import Record
+from m3ae_fast.shard_tools.records import Record
 from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
 
@@ -48,13 +49,8 @@ QUALITY = 95  # of the crops' JPEGs; ids are of what they decode to
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "tokenize-images",
-        parents=[common],
-        help="make shards of crops with their VQGAN token ids",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "make shards of crops with their VQGAN token ids"
+    parser = command(commands, "tokenize-images", summary, HELP, _run, common)
     parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards: new, or to be continued")
     parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
@@ -69,11 +65,10 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes, or a GPU's threads"
     )
-    parser.set_defaults(run=_run)
 
 
 class Crops:
-    """Crops of the images in some shards, with their ids. See `source.Source`.
+    """Crops of the images in some shards, with their ids. See `records.Records`.
 
     Args:
         shards: where the images are.

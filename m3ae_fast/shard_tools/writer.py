@@ -32,8 +32,8 @@ from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import progress
 from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
+from m3ae_fast.shard_tools.records import Record, Records
 from m3ae_fast.shard_tools.shrink import shrink
-from m3ae_fast.shard_tools.source import Record, Source
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import put_in_place
 
@@ -57,7 +57,7 @@ class Shard:
     """A shard to be written."""
 
     name: str
-    split: str  # of the source
+    split: str  # of the records
     numbers: np.ndarray
 
 
@@ -74,20 +74,20 @@ class Converted:
     tally: Tally
 
 
-def convert(source: Source, out: Path, settings: Settings, workers: int) -> Converted:
-    """Write what `out` lacks of the source's shards, with their indexes.
+def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
+    """Write what `out` lacks of the shards of `records`, with their indexes.
 
     Raises:
         UserError: `out` holds something else, or cannot be written, or no sample can be used.
     """
-    plan = _plan(source, settings)
-    manifest = {"source": source.identity, "settings": asdict(settings)}
+    plan = _plan(records, settings)
+    manifest = {"source": records.identity, "settings": asdict(settings)}
     created = not out.exists()
-    with claimed(out, manifest, source.classes):
+    with claimed(out, manifest, records.classes):
         for leftover in out.glob(".*.partial"):
             leftover.unlink()
         todo = [shard for shard in plan if not (out / shard.name).exists()]
-        tally = _write_all(source, out, settings, todo, workers)
+        tally = _write_all(records, out, settings, todo, workers)
         shards = [out / shard.name for shard in plan]
         found = [entry.summary for entry in index_shards([str(path) for path in shards], ShardStore())]
         samples = sum(summary.samples for summary in found)
@@ -102,15 +102,15 @@ def convert(source: Source, out: Path, settings: Settings, workers: int) -> Conv
     return Converted(shards, samples, images, captions, left_out, tally)
 
 
-def _plan(source: Source, settings: Settings) -> list[Shard]:
+def _plan(records: Records, settings: Settings) -> list[Shard]:
     """Return which samples come into which shard."""
-    parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the source, numbers
-    for split, samples in source.splits.items():
+    parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the records, numbers
+    for split, samples in records.splits.items():
         order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
         parts.append((split, split, order))
     if settings.held_out:
         if len(parts) > 1:
-            raise UserError(f"--held-out: the input has splits of its own ({', '.join(source.splits)}); choose one")
+            raise UserError(f"--held-out: the input has splits of its own ({', '.join(records.splits)}); choose one")
         ((name, split, order),) = parts
         kept = len(order) - max(1, round(len(order) * settings.held_out))
         if kept < 1:
@@ -123,16 +123,16 @@ def _plan(source: Source, settings: Settings) -> list[Shard]:
     return shards
 
 
-def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard], workers: int) -> Tally:
+def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard], workers: int) -> Tally:
     total = Tally()
     with progress("writing shards", sum(len(shard.numbers) for shard in todo)) as advance:
         if min(workers, len(todo)) <= 1:
             for shard in todo:
-                total.merge(_write(source, out, settings, shard, advance))
+                total.merge(_write(records, out, settings, shard, advance))
             return total
-        # forked: the source, which may list millions of files, need not be pickled
+        # forked: the records, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (source, out, settings)) as pool:
+        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (records, out, settings)) as pool:
             futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}
             try:
                 for future in as_completed(futures):
@@ -152,7 +152,7 @@ def _write_all(source: Source, out: Path, settings: Settings, todo: list[Shard],
     return total
 
 
-_of_worker: tuple[Source, Path, Settings]
+_of_worker: tuple[Records, Path, Settings]
 
 
 def _begin(*arguments: Any) -> None:
@@ -175,7 +175,7 @@ def _write_in_worker(shard: Shard) -> Tally:
     return _write(*_of_worker, shard, lambda count: None)
 
 
-def _write(source: Source, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:
+def _write(records: Records, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:
     """Write one shard under its name only when it is whole."""
     tally = Tally()
     partial = out / f".{shard.name}.partial"
@@ -183,9 +183,9 @@ def _write(source: Source, out: Path, settings: Settings, shard: Shard, advance:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in shard.numbers.tolist():
                 key = f"{number:09d}"
-                name = source.name(shard.split, number)
+                name = records.name(shard.split, number)
                 try:
-                    record = source.read(shard.split, number)
+                    record = records.read(shard.split, number)
                     files = _files(record, settings)
                     tally.add_caption(record.caption, name)
                 except BadSample as error:

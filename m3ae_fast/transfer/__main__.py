@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3ae_fast.command_line import add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
@@ -50,9 +51,7 @@ TASKS = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("transfer", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
         command = tasks.add_parser(name, help=task.about, description=task.about)
@@ -63,9 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 "--train", nargs="+", required=True, metavar="SHARDS", help=f"training samples, {shards}"
             )
         if task.trains or task.classifies:
-            command.add_argument(
-                "--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)"
-            )
+            add_labels(command)
         command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help="held-out samples, likewise")
         if not task.classifies:
             command.add_argument(
@@ -75,9 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 help=f"what the encoder sees of a sample (default: {task.modality or 'image'})",
             )
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set knn.k=10"
-        )
+        add_settings(command, "knn.k=10")
         if name == "ood":
             command.add_argument("--ood", nargs="+", required=True, metavar="SHARDS", help="samples of other data")
         if name == "linear":
@@ -93,7 +88,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 metavar="auto|no|PATH",
                 help="auto: continue from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
             )
-        command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
 

@@ -41,33 +41,31 @@ class BatchNorm(nn.Module):
         return (x_SD - mean_D) * (var_D + BATCH_NORM_EPS).rsqrt()
 
 
-class LinearProbeHead(nn.Module):
-    """BatchNorm without scale and bias, then a linear layer: pooled features [S, D] -> logits [S, K].
+class Head(nn.Module):
+    """A norm, then a linear layer: pooled features [S, D] -> logits [S, K]."""
 
-    In training mode the statistics are those of the features it is given: give it a whole step's.
-    """
-
-    def __init__(self, dim: int, classes: int) -> None:
+    def __init__(self, norm: nn.Module, dim: int, classes: int) -> None:
         super().__init__()
-        self.norm = BatchNorm(dim)
-        self.linear = nn.Linear(dim, classes)
+        self.norm, self.linear = norm, nn.Linear(dim, classes)
         init_linear(self.linear)
 
     def forward(self, features_SD: Tensor) -> Tensor:
         return self.linear(self.norm(features_SD))
 
 
-class FineTuneHead(nn.Module):
-    """LayerNorm (eps 1e-6), then a linear layer: pooled features [S, D] -> logits [S, K]."""
+class LinearProbeHead(Head):
+    """The norm is a BatchNorm without scale and bias; in training mode its statistics are those of the features it is
+    given: give it a whole step's."""
 
     def __init__(self, dim: int, classes: int) -> None:
-        super().__init__()
-        self.norm = LayerNorm(dim, eps=EPS)
-        self.linear = nn.Linear(dim, classes)
-        init_linear(self.linear)
+        super().__init__(BatchNorm(dim), dim, classes)
 
-    def forward(self, features_SD: Tensor) -> Tensor:
-        return self.linear(self.norm(features_SD))
+
+class FineTuneHead(Head):
+    """The norm is a LayerNorm (eps 1e-6)."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__(LayerNorm(dim, eps=EPS), dim, classes)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ NAMES = list(COLOURS)
 
 
 def coloured(number, colour):
-    """An image of noise around one colour."""
+    """Return an image of noise around one colour."""
     noise = np.random.RandomState(number).randint(-30, 30, (40, 40, 3))
     out = io.BytesIO()
     Image.fromarray((np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
@@ -25,7 +25,7 @@ def coloured(number, colour):
 
 
 def labelled_members(numbers, labels=None):
-    """(name, bytes): an image of one of three colours, a caption that names it, its class as number and as name.
+    """Yield (name, bytes): an image of one of three colours, a caption that names it, its class as number and as name.
 
     labels: by number: written in place of the right class id; None: no cls and no json.
     """
@@ -45,7 +45,7 @@ def labelled_tar(path, numbers, labels=None):
 
 
 def tiny_run(folder, **model):
-    """A run folder with one checkpoint of an untrained tiny model."""
+    """Return a run folder with one checkpoint of an untrained tiny model."""
     config = Config.model_validate({**TINY, "model": {**TINY["model"], **model}}, strict=False)
     weights = {f"model/{name}": p for name, p in M3AE(config.model).state_dict().items()}
     info = checkpoint.Info(1, 16, 0, config.model_dump(mode="json"), checkpoint.versions())

@@ -39,14 +39,14 @@ class MAE(nn.Module):
                     p[:, 0] = 0
 
     def tokens(self, images_BCHW: Tensor, before_norm: bool = False) -> Tensor:
-        """[B, 1 + L, D] of the whole image."""
+        """Return the tokens [B, 1 + L, D] of the whole image."""
         x = self.patch_embed(images_BCHW) + self.pos_embed[:, 1:]
         x = torch.cat(((self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x), 1)
         x = nn.Sequential(*self.blocks)(x)
         return x if before_norm else self.norm(x)
 
     def loss(self, images_BCHW: Tensor, mask_BL: Tensor, norm_pix: bool) -> Tensor:
-        """Over the masked patches of the whole batch; an image may have any number of them."""
+        """Return the loss over the masked patches of the whole batch; an image may have any number of them."""
         patches = images_BCHW.unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH)).permute(0, 2, 4, 3, 5, 1)
         target = patches.flatten(3).flatten(1, 2)
         if norm_pix:

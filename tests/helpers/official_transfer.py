@@ -158,7 +158,7 @@ class OfficialFineTuning:
         return {key: value.detach() for key, value in out.items()}, dict(zip(p, grads))
 
     def layer(self, path: str) -> int:
-        """As `name_to_layer_id` of the official script gives it."""
+        """Return what `name_to_layer_id` of the official script gives."""
         parts = path.split("/")
         if len(parts) > 2 and parts[2].startswith("Block_"):
             return int(parts[2].split("_")[1]) + 1
@@ -197,7 +197,7 @@ class OfficialFineTuning:
         return self.meta["layer_decay"] ** (self.meta["depth"] + 1 - layer)
 
     def arrays(self) -> dict[str, Tensor]:
-        """What a file holds beside the parameters and the batch."""
+        """Return what a file holds beside the parameters and the batch."""
         out, grads = self.gradients(self.params)
         plain, decayed = self.trained(decay=False), self.trained(decay=True)
         out |= {"loss_trajectory": plain["loss"], "accuracy_trajectory": plain["accuracy"]}
@@ -206,7 +206,7 @@ class OfficialFineTuning:
         return {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
 
     def described(self) -> dict:
-        """What `meta` holds beside the sizes and settings."""
+        """Return what `meta` holds beside the sizes and settings."""
         m, layers = self.meta, range(self.meta["depth"] + 2)
         return {
             "layer_id": {path: self.layer(path) for path in self.params},
@@ -241,7 +241,7 @@ def make_finetuning(
 
 
 def _parameters(m: dict, types: bool) -> list[tuple[str, tuple[int, ...], float, float]]:
-    """(flax path, shape, spread, mean) of every parameter, the unread ones of the decoder among them."""
+    """Return (flax path, shape, spread, mean) of every parameter, the unread ones of the decoder among them."""
     d, hidden, found = m["emb_dim"], int(m["emb_dim"] * m["mlp_ratio"]), []
     blocks = [f"base_model/encoder/Block_{i}" for i in range(m["depth"])]
     matmuls = [("base_model/image_embedding", m["patch"] ** 2 * 3, d), ("Dense_0", d, m["C"])]

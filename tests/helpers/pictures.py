@@ -67,7 +67,7 @@ def tiff(values: np.ndarray, **options) -> bytes:
 
 
 def png(values: np.ndarray, bits: int, colour: int, *chunks: tuple[bytes, bytes], interlaced: bool = False) -> bytes:
-    """By hand, without a filter. `values`: [H, W] or [H, W, C], below 2 ** bits. `colour`: PNG's colour type."""
+    """Encode a PNG by hand, unfiltered. `values`: [H, W] or [H, W, C], below 2 ** bits. `colour`: PNG's colour type."""
     height, width = values.shape[:2]
     rows = values.reshape(height, -1)
     if bits == 16:
@@ -86,7 +86,7 @@ def png(values: np.ndarray, bits: int, colour: int, *chunks: tuple[bytes, bytes]
 
 
 def bmp16() -> bytes:
-    """By hand: 5 bits a colour, rows from the bottom up."""
+    """Encode a BMP by hand: 5 bits a colour, rows from the bottom up."""
     five = (RGB >> 3).astype(np.uint16)
     words = (five[..., 0] << 10 | five[..., 1] << 5 | five[..., 2])[::-1].astype("<u2").tobytes()
     height, width = GREY.shape
@@ -95,12 +95,12 @@ def bmp16() -> bytes:
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The levels that a range asks for."""
+    """Return the levels that a range asks for."""
     return np.rint(255 * np.clip((values.astype(np.float64) - low) / (high - low), 0, 1))
 
 
 def cmyk_pixels(data: bytes) -> np.ndarray:
-    """What inks leave of white."""
+    """Return what inks leave of white."""
     inks = np.asarray(Image.open(io.BytesIO(data))).astype(np.float64) / 255
     return np.rint(255 * (1 - inks[..., :3]) * (1 - inks[..., 3:]))
 
@@ -110,7 +110,7 @@ def _bits(bits: int) -> np.ndarray:
 
 
 def _jpeg(array: np.ndarray | Image.Image, **options) -> tuple[Callable[[], bytes], np.ndarray]:
-    """With Pillow's pixels, which are not those of the decoder that the project uses for most JPEGs."""
+    """Encode a JPEG with Pillow's pixels, which are not those of the decoder that the project uses for most JPEGs."""
     data = pillow(array, "JPEG", quality=95, **options)
     return (lambda: data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
@@ -322,12 +322,12 @@ CASES = [
 
 
 def tiny_interlaced() -> bytes:
-    """Adam7's first pass is all that one pixel needs."""
+    """Encode one pixel, for which Adam7's first pass is enough."""
     return png(RGB[:1, :1], 8, 2, interlaced=True)
 
 
 def table() -> str:
-    """The rows of the guide."""
+    """Return the rows of the guide."""
     return "\n".join(["| format | stored as | read |", "|---|---|---|", *(case.row for case in CASES)])
 
 

@@ -30,7 +30,7 @@ _forks.set_forkserver_preload(["pytest", "m3ae_fast.train", "deepspeed", __name_
 
 
 def environment() -> dict[str, str]:
-    """This process's, for programs of their own: one core, no GPU, no launcher."""
+    """Return this process's environment, for programs of their own: one core, no GPU, no launcher."""
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
     slurm = ("SLURM_", "OMPI_", "PMI_")
     return {k: v for k, v in os.environ.items() if k not in launched and not k.startswith(slurm)} | {
@@ -57,7 +57,7 @@ def fork_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> list
 
 
 def fork_each(module: str, arguments: list[str], each: list[dict[str, str]], log: Path) -> list[Process]:
-    """The same for processes that differ in what the environment says."""
+    """Do the same for processes that differ in what the environment says."""
     with _environment(environment()):
         ensure_running()
     processes = []

@@ -10,7 +10,7 @@ WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "river"]
 
 
 def picture(number=0, size=(40, 30), mode="RGB", fmt="JPEG", **options):
-    """Encoded noise that depends on `number`."""
+    """Return encoded noise that depends on `number`."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     noise = np.random.RandomState(number).randint(0, 256, (size[1], size[0], channels), dtype=np.uint8)
     out = io.BytesIO()
@@ -19,12 +19,12 @@ def picture(number=0, size=(40, 30), mode="RGB", fmt="JPEG", **options):
 
 
 def caption(number):
-    """Two to six words that depend on `number`."""
+    """Return two to six words that depend on `number`."""
     return " ".join(WORDS[(number * 7 + i) % len(WORDS)] for i in range(2 + number % 5))
 
 
 def members(numbers, kind="paired"):
-    """(name, bytes) of good samples."""
+    """Yield (name, bytes) of good samples."""
     for number in numbers:
         if kind != "text":
             yield f"{number:05d}.jpg", picture(number)

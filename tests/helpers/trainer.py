@@ -100,7 +100,7 @@ class Trainer:
         return self.folder / f"{run}.log"
 
     def lines(self, run: str, *names: str) -> list[tuple]:
-        """The step and the named values of every logged line that has them."""
+        """Return the step and the named values of every logged line that has them."""
         lines = map(json.loads, (self.folder / run / "metrics.jsonl").read_text().splitlines())
         return [tuple(line[name] for name in ("step", *names)) for line in lines if line.keys() >= set(names)]
 
@@ -112,6 +112,6 @@ class Trainer:
 
 
 def zero(stage: int | None) -> list[str]:
-    """The --set option for plain torch (None) or a ZeRO stage."""
+    """Return the --set option for plain torch (None) or a ZeRO stage."""
     section = None if stage is None else {"zero_optimization": {"stage": stage}}
     return ["--set", f"deepspeed={json.dumps(section)}"]

@@ -76,7 +76,7 @@ def _config(
 
 
 def matrix(world: int) -> Iterator[Case]:
-    """Stage x precision, and each pair of what overlap, bucket and accumulation may be."""
+    """Return stage x precision, and each pair of what overlap, bucket and accumulation may be."""
     ways = [(False, {}, 1), (False, SMALL_BUCKET, 2), (True, {}, 2), (True, SMALL_BUCKET, 1)]
     for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2, 3)):
         for overlap, bucket, accumulation in ways if stage else [(False, {}, 1), (False, {}, 2)]:
@@ -87,7 +87,7 @@ def matrix(world: int) -> Iterator[Case]:
 
 
 def options(world: int) -> Iterator[Case]:
-    """Every other setting of the deepspeed section that this machine can run, in float32, and what is without one."""
+    """Return every other deepspeed setting that this machine can run, in float32, and what is without one."""
     yield "plain", _config(world, None, 1, "fp32", {})
     for stage, option in OPTIONS:
         yield f"stage={stage} {option}", _config(world, stage, 2, "fp32", option | SMALL_BUCKET)
@@ -97,14 +97,14 @@ def options(world: int) -> Iterator[Case]:
 
 
 def uneven(world: int) -> Iterator[Case]:
-    """A batch that the ranks do not divide, whole and in parts."""
+    """Return a batch that the ranks do not divide, whole and in parts."""
     for stage, accumulation in itertools.product((None, 0, 1, 2, 3), (1, 2)):
         name = f"stage={stage} accumulation={accumulation}"
         yield name, _config(world, stage, accumulation, "fp32", SMALL_BUCKET if stage else {})
 
 
 def configs(world: int) -> Iterator[Case]:
-    """The shipped configs as they are but for their sizes, in the precision of a GPU; and each on plain torch."""
+    """Return the shipped configs in the precision of a GPU, only their sizes changed; and each on plain torch."""
     for path in CONFIGS:
         whole = load_config(path)
         model = TINY | {"vocab_size": 64 if whole.model.vocab_size else 0}
@@ -120,7 +120,7 @@ def configs(world: int) -> Iterator[Case]:
 
 
 def samples(step: int, text: bool) -> list[Sample]:
-    """Captions of all lengths, an image without one, and one without an image: counts that differ by rank."""
+    """Return captions of all lengths, an image without one, and one without an image: counts that differ by rank."""
     generator = torch.Generator().manual_seed(step)
     made = []
     for i in range(BATCH):

@@ -58,8 +58,8 @@ def test_what_may_lie_anywhere_compiles_once():
     """Ids and numbers by row come from callers or from the middle of a tensor: whether they start on 16 bytes changes
     from step to step, and must not change the kernel."""
     anywhere = {
-        "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "share", "row_loss", "correct",
-        "cu_queries", "cu_keys",
+        "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "unit_weight", "row_loss",
+        "correct", "cu_queries", "cu_keys",
     }  # fmt: skip
     seen = set()
     for case in CASES:
@@ -70,7 +70,7 @@ def test_what_may_lie_anywhere_compiles_once():
                 seen.add(parameter.name)
                 assert parameter.do_not_specialize_on_alignment, (case.kernel, parameter.name)
             if (
-                parameter.name in ("M", "N", "T", "Q", "blocks", "share", "splits", "split_rows", "ignore_index")
+                parameter.name in ("M", "N", "T", "Q", "blocks", "program_rows", "splits", "split_rows", "ignore_index")
                 and kind is None
             ):
                 assert parameter.do_not_specialize, (case.kernel, parameter.name)

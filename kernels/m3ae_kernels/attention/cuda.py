@@ -31,8 +31,8 @@ _chosen: dict[tuple, dict[int, Kernel]] = {}  # by device, dtype, heads and head
 
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """The fastest kernel for samples of about `length` rows. Tried once for each kind of head; later lengths get the
-    choice for the nearest of those that were asked for with `try_out`."""
+    """Return the fastest kernel for samples of about `length` rows. Tried once for each kind of head; later lengths get
+    the choice for the nearest of those that were asked for with `try_out`."""
     choices = _chosen.get((device, dtype, heads, head_dim))
     if choices is None:
         return try_out(device, dtype, heads, head_dim, length)
@@ -40,7 +40,7 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, 
 
 
 def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
-    """As `choose`, with a trial at `length` unless there has been one."""
+    """Choose as `choose` does, with a trial at `length` unless there has been one."""
     if dtype not in (torch.bfloat16, torch.float16):
         return PADDED
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
@@ -50,7 +50,7 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int,
 
 
 def fastest(makers: dict[str, Callable[[], Kernel]], qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> Kernel:
-    """The one of `makers`' kernels that is done first with forward and backward, where any works; else `PADDED`."""
+    """Return the one of `makers`' kernels that is the fastest, forward and backward; `PADDED` where none works."""
     best, shortest = PADDED, math.inf
     expected = _run(PADDED, qkv_T3HD, grad_THD, segments)
     for name, make in makers.items():
@@ -71,7 +71,7 @@ def fastest(makers: dict[str, Callable[[], Kernel]], qkv_T3HD: Tensor, grad_THD:
 
 
 def _example(device, dtype, heads, head_dim, length) -> tuple[Tensor, Tensor, Segments]:
-    """qkv, a gradient and segments of `SAMPLES` samples, some shorter than `length`."""
+    """Return qkv, a gradient and segments of `SAMPLES` samples, some shorter than `length`."""
     lengths = [max(1, length - i % 8) for i in range(SAMPLES)]
     rng = torch.Generator().manual_seed(0)
     qkv, grad = (
@@ -91,7 +91,7 @@ def _run(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments)
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:
-    """Relative; NaN where something is."""
+    """Return the relative distance; NaN where something is."""
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 

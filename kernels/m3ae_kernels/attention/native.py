@@ -45,7 +45,7 @@ class Build(NamedTuple):
 
 
 def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
-    """The compiled kernel for such heads, where there is one."""
+    """Return the compiled kernel for such heads, where there is one."""
     build = best_build(dtype, head_dim)
     if build is None:
         return None
@@ -58,7 +58,7 @@ def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
 
 
 def best_build(dtype: torch.dtype, head_dim: int) -> Build | None:
-    """None for other types and heads, and where the CPU lacks the instructions."""
+    """Return the best build; None for other types and heads, and where the CPU lacks the instructions."""
     cpu = this_cpu()
     if head_dim % 16 or not cpu.flags >= AVX512:
         return None
@@ -88,12 +88,12 @@ def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries
 
 
 def _rows(x_THD: Tensor) -> Tensor:
-    """The kernels know one stride, that between rows."""
+    """Return rows for the kernels, which know one stride, that between rows."""
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 
 def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor, **tensors: Tensor) -> None:
-    """All heads of all samples, on as many threads as torch has. They are Python's: torch's own wait for each other
+    """Compute all heads of all samples on as many threads as torch has, of Python: torch's own wait for each other
     after every op, these once."""
     cu_queries, cu_keys = queries.cu_seqlens, keys.cu_seqlens
     samples, (rows, heads, dim) = len(cu_queries) - 1, q.shape

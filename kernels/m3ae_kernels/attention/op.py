@@ -37,7 +37,7 @@ def packed_attention(
         q: [Q, H, D] floating, queries of some rows alone.
         cu_queries, max_queries: as cu_seqlens and max_seqlen, of q. A sample may have no queries; one with queries has
             keys.
-        dropout_p: share of the attention weights that are dropped; above 0 each sample is padded to the longest, and
+        dropout_p: fraction of the attention weights that are dropped; above 0 each sample is padded to the longest, and
             `impl` does not matter.
         impl: "auto", the fastest that is installed; "triton" (D up to 128) or "torch".
 
@@ -82,7 +82,7 @@ def _kernel(kv: Tensor, max_keys: int, impl: str) -> Kernel:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Contiguous but for its rows."""
+    """Return it contiguous but for its rows."""
     return x if x[:1].is_contiguous() else x.contiguous()
 
 

@@ -17,7 +17,7 @@ _NEVER = -1e30  # a score that no softmax gives weight to, and yet no infinity, 
 def padded_attention(
     q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments, dropout_p: float = 0.0
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each sample, by scaled_dot_product_attention."""
+    """Return softmax(q k^T / sqrt(D)) v within each sample, by scaled_dot_product_attention."""
     q_SHND = _pad(q_QHD, queries)
     k_SHMD, v_SHMD = (_pad(x, keys) for x in (k_KHD, v_KHD))
     out_SHND = F.scaled_dot_product_attention(q_SHND, k_SHMD, v_SHMD, attn_mask=_valid(keys), dropout_p=dropout_p)
@@ -25,7 +25,7 @@ def padded_attention(
 
 
 def _pad(x_QHD: Tensor, segments: Segments) -> Tensor:
-    """[S, H, N, D], zero where a sample has no row."""
+    """Return [S, H, N, D], zero where a sample has no row."""
     samples = len(segments.cu_seqlens) - 1
     out = x_QHD.new_zeros(samples * segments.max_seqlen, *x_QHD.shape[1:])
     return out.index_copy(0, _places(segments), x_QHD).unflatten(0, (samples, -1)).transpose(1, 2)
@@ -36,7 +36,7 @@ def _unpad(x_SHND: Tensor, segments: Segments) -> Tensor:
 
 
 def _places(segments: Segments) -> Tensor:
-    """Where each row lies among the S * N padded ones."""
+    """Return where each row lies among the S * N padded ones."""
     starts_S, lengths_S = segments.cu_seqlens[:-1], segments.cu_seqlens.diff()
     shift_S = segments.max_seqlen * torch.arange(len(starts_S), device=starts_S.device) - starts_S
     rows = torch.arange(segments.rows, device=starts_S.device)
@@ -44,7 +44,7 @@ def _places(segments: Segments) -> Tensor:
 
 
 def _valid(keys: Segments) -> Tensor:
-    """Bool [S, 1, 1, M]: which keys exist."""
+    """Return bool [S, 1, 1, M]: which keys exist."""
     lengths_S = keys.cu_seqlens.diff()
     return (torch.arange(keys.max_seqlen, device=lengths_S.device) < lengths_S[:, None])[:, None, None]
 

@@ -32,7 +32,7 @@ class _Group:
 
 
 def _groups(queries: Segments, keys: Segments, heads: int) -> Iterator[_Group]:
-    """Cuts the samples that have queries into groups."""
+    """Cut the samples that have queries into groups."""
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for (q, q_end), (k, k_end) in zip(_ends(queries), _ends(keys)):
         if q_end > q:
@@ -53,7 +53,7 @@ def _rows(starts: list[int], length: int) -> Tensor:
 
 
 def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
-    """[samples * H, length, D], contiguous."""
+    """Return [samples * H, length, D], contiguous."""
     if len(starts) == 1:
         return x_THD[starts[0] : starts[0] + length].transpose(0, 1).contiguous()
     rows = x_THD.index_select(0, _rows(starts, length))
@@ -61,7 +61,7 @@ def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
 
 
 def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None:
-    """The inverse of `_take`."""
+    """Undo `_take`."""
     rows = x_BnD.unflatten(0, (len(starts), -1)).transpose(1, 2).flatten(0, 1)
     if len(starts) == 1:
         out_THD[starts[0] : starts[0] + length] = rows
@@ -70,12 +70,12 @@ def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None
 
 
 def _powers(scores_Bqk: Tensor, scale: float, shift_Bq1: Tensor) -> Tensor:
-    """2 ** (scale * scores - shift), in place."""
+    """Compute 2 ** (scale * scores - shift), in place."""
     return torch.add(-shift_Bq1, scores_Bqk, alpha=scale, out=scores_Bqk).exp2_()
 
 
 def _forward(q_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
-    """Returns (out [Q, H, D], the base-2 logarithm of the sums of exponentials [H, Q])."""
+    """Return (out [Q, H, D], the base-2 logarithm of the sums of exponentials [H, Q])."""
     out_QHD = q_QHD.new_empty(q_QHD.shape)
     lse_HQ = q_QHD.new_empty((q_QHD.shape[1], len(q_QHD)), dtype=accumulator(q_QHD.dtype))
     scale = q_QHD.shape[-1] ** -0.5 * math.log2(math.e)
@@ -105,7 +105,7 @@ def _backward(
     queries: Segments,
     keys: Segments,
 ) -> None:
-    """Writes every row of dq, dk and dv. The probabilities are computed again."""
+    """Write every row of dq, dk and dv. The probabilities are computed again."""
     for x in (dk, dv):
         x.zero_()  # samples without queries
     scale = q_QHD.shape[-1] ** -0.5

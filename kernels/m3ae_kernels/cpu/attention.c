@@ -354,7 +354,7 @@ static int run(Work *w, int (*task)(const Work *, long, long, Scratch *)) {
     return ok;
 }
 
-/* Every thread makes the same call. 0 where memory is short. */
+/* Every thread makes the same call. Returns 0 if allocation fails. */
 int forward(Work *w) { return run(w, forward_task); }
 
 int backward(Work *w) { return run(w, backward_task); }

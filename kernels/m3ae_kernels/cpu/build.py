@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def may_use_tiles() -> bool:
-    """Asks Linux for this process's use of AMX's registers (its documentation, arch/x86/xstate)."""
+    """Ask Linux for this process's use of AMX's registers (its documentation, arch/x86/xstate)."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 

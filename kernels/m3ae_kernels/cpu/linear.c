@@ -2,9 +2,9 @@
    the gradient of their input, grad w, optionally through a GELU.
 
    Products are [R, K] by [K, N]. The weight is packed first: pairs of K side by side, N in panels of 32 columns, whose squares
-   of 32 by 32 are two tiles each. A part of it is multiplied with all rows before the next; a strip of rows stays in a core's
-   first cache. Results are written with non-temporal stores, because they do not fit in the caches. Every number is one sum over K in
-   float, whatever the number of threads. */
+   of 32 by 32 are two tiles each. Each block of it is applied to all rows before the next; a strip of rows stays in a core's first
+   cache. Results are written with non-temporal stores, because they do not fit in the caches. Every number is one sum over K
+   in float, whatever the number of threads. */
 
 #include <omp.h>
 
@@ -109,8 +109,8 @@ static inline Strip take_strip(const bf16 *x, bf16 *room, long r, long R, long K
 }
 
 /* The sums of `now` = the product of a strip and a panel. Meanwhile the result before goes to memory, and rows of the next
-   strip and the h of this result come from there: between the instructions of the tiles' unit there is room for others. The
-   weight's tiles pass by the first cache (tileloaddt1). */
+   strip and the h of this result come from there: loads and stores overlap with the AMX instructions. The weight's tiles pass
+   by the first cache (tileloaddt1). */
 static inline void multiply(Strip *strip, const bf16 *panel, long steps, const Result *now, Result *before, long N,
                             int kind) {
     const long each = (STRIP - 1 + steps) / steps, row = strip->row;
@@ -219,7 +219,7 @@ static inline void work(const Product *all, bf16 *room, int kind) {
 
 /* x is [R, K], its rows `row` values apart; the weight, of float if `wide`, else bf16, is [N, K] if `turned`, else [K, N];
    bias [N] may be NULL. With h [R, N]: THROUGH_GELU; with y alone: BEFORE_GELU. `packed` has room for the weight. K and N
-   are multiples of 32, and out, y and packed are aligned to 64 bytes. 0 where memory is short. */
+   are multiples of 32, and out, y and packed are aligned to 64 bytes. Returns 0 if allocation fails. */
 int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
            long K, long N, long row, int turned, int wide, int threads) {
     const long steps = K / 32, panels = N / 32;

@@ -19,7 +19,7 @@ from .processor import this_cpu
 
 
 def _flags() -> tuple[str, ...] | None:
-    """The compiler's for linear.c and weight_gradient.c; None where bf16 products are slow."""
+    """Return the compiler's flags for linear.c and weight_gradient.c; None where bf16 products are slow."""
     if this_cpu().tiles and may_use_tiles():
         return TILES
     return BF16 if this_cpu().pairs else None
@@ -37,7 +37,7 @@ class Linear(nn.Linear):
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """As torch.nn.functional.linear, autocast included.
+    """Compute torch.nn.functional.linear, autocast included.
 
     In float32 on AMD's CPUs through oneDNN, where torch takes MKL, which reaches half of that there; on Intel's MKL is
     the faster by a tenth. In bf16 on CPUs with AMX, and on AMD's with AVX-512's products of pairs, by linear.c and
@@ -50,7 +50,7 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 
 def matmul_dtype(x_RI: Tensor, weight_OI: Tensor) -> torch.dtype | None:
-    """What `linear` multiplies in; None where it is left to torch: on a GPU, of no rows, of two dtypes."""
+    """Return the dtype that `linear` multiplies in; None where torch does: on a GPU, of no rows, of two dtypes."""
     if x_RI.device.type != "cpu" or len(x_RI) == 0:
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -63,7 +63,7 @@ def _by_onednn(dtype: torch.dtype, weight_OI: Tensor) -> bool:
 
 
 def by_kernels(dtype: torch.dtype, weight_OI: Tensor) -> bool:
-    """Whether linear.c and weight_gradient.c know them."""
+    """Return whether linear.c and weight_gradient.c support these dtypes and sizes."""
     if FLAGS is None or dtype != torch.bfloat16 or weight_OI.dtype not in (torch.float32, torch.bfloat16):
         return False
     return weight_OI.shape[0] % 32 == 0 and weight_OI.shape[1] % 32 == 0
@@ -91,7 +91,7 @@ def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` can."""
+    """Return whether `product` supports these tensors on this machine."""
     return by_kernels(x.dtype, weight) and _product_library() is not None
 
 
@@ -104,9 +104,9 @@ def product(
     before_gelu: bool = False,
     hidden_RN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """linear.c: x times a weight [N, K] that is `turned` first, or [K, N], plus bias. All are bf16, weight and bias may
-    be float32. Second: GELU of it, where it comes before one. With `hidden` it is a gradient on its way through a GELU:
-    times its slope at hidden, and GELU of hidden."""
+    """Run linear.c: x times a weight [N, K] that is `turned` first, or [K, N], plus bias. All are bf16, weight and bias
+    may be float32. Second: GELU of it, where it comes before one. With `hidden` it is a gradient on its way through a
+    GELU: times its slope at hidden, and GELU of hidden."""
     library = _product_library()
     assert library is not None
     x_RK, weight = _rows(x_RK), weight.contiguous()
@@ -152,7 +152,7 @@ def parameter_gradients(
 
 
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """grad^T x, [O, I], and grad's sum over rows, [O], both float32, from bf16; O and I are multiples of 32."""
+    """Return grad^T x, [O, I], and grad's sum over rows, [O], both float32, from bf16; O and I are multiples of 32."""
     library = _library()
     if library is None:
         with torch.autocast("cpu", enabled=False):
@@ -186,7 +186,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """weight_gradient.c knows one stride, that between rows; torch's allocations are aligned to 64 bytes."""
+    """Return x with one stride, that between rows, as the C code wants it; torch aligns it to 64 bytes."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

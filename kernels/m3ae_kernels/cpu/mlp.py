@@ -123,7 +123,7 @@ def gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """None without a C compiler."""
+    """Return the C library; None without a C compiler."""
     library = load("gelu.c", BF16 if dtype == torch.bfloat16 else (), "GELU runs on torch, at half the speed")
     if library is not None:
         library.forward.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_long, ctypes.c_int]

@@ -24,7 +24,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """As torch.nn.functional.layer_norm, with right gradients. What torch.compile makes of that sums in float32."""
+    """Compute torch.nn.functional.layer_norm, with gradients accumulated in float32. What torch.compile makes of that
+    sums in float32."""
     low = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not low:
         return F.layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)
@@ -34,7 +35,7 @@ def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Te
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, mean and reciprocal standard deviation."""
+        """Return output, mean and reciprocal standard deviation."""
         return torch.native_layer_norm(x_RD, weight_D.shape, weight_D.float(), bias_D.float(), eps)
 
     @staticmethod
@@ -56,7 +57,8 @@ class _LayerNorm(torch.autograd.Function):
 def layer_norm_gradients(
     grad_RD: Tensor, x_RD: Tensor, weight_D: Tensor, mean_R1: Tensor, rstd_R1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, in its dtype, and of weight and bias, in float32 like weight, mean and reciprocal standard deviation."""
+    """Return the gradients of x, in its dtype, and of weight and bias, in float32 like weight, mean and reciprocal
+    standard deviation."""
     library = _library() if x_RD.dtype == torch.bfloat16 and x_RD.dtype in DTYPES else None
     if library is None:
         wide = grad_RD.float(), x_RD.float(), weight_D.shape, mean_R1, rstd_R1, weight_D, weight_D
@@ -78,7 +80,7 @@ def _(grad_RD, x_RD, weight_D, mean_R1, rstd_R1):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """None without a C compiler."""
+    """Return the C library; None without a C compiler."""
     library = load("norm.c", BF16, "the gradients of LayerNorms run on torch, slower")
     if library is not None:
         library.backward.argtypes = [*[ctypes.c_void_p] * 7, *[ctypes.c_long] * 3, ctypes.c_int]

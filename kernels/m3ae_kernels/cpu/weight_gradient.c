@@ -179,7 +179,7 @@ static inline void put(const float *c, long width, int turned, float *dst, long 
 
 /* `wide` is [rows, W] and `narrow` [rows, N], their rows `_row` values apart; W and N are multiples of 32. `packed`
    has room for N values for each of the rows, rounded up to a multiple of 32; sums are zero. A thread takes about `panel`
-   columns. 0 where memory is short. */
+   columns. Returns 0 if allocation fails. */
 int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, long N, long wide_row, long narrow_row,
                     int turned, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
     const long deep = round_up(rows, 32) / 32, blocks = round_up(deep, STEPS) / STEPS, b_step = N / 16 * TILE;

@@ -24,7 +24,7 @@ ANYWHERE = ["cu_queries", "cu_keys", "lse"]
 
 @triton.jit
 def places(rows, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offsets [rows, BLOCK_D] inside a sample, 32 bits wide, and which of them are below `count` and D."""
+    """Return offsets [rows, BLOCK_D] inside a sample, 32 bits wide, and which of them are below `count` and D."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < count)[:, None]
     if D < BLOCK_D:
@@ -34,7 +34,7 @@ def places(rows, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_rows(x, rows, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D], zero past `count` and past D."""
+    """Load [rows, BLOCK_D], zero past `count` and past D."""
     offsets, mask = places(rows, count, stride, D, BLOCK_D)
     return tl.load(x + offsets, mask=mask, other=0)
 
@@ -96,7 +96,7 @@ def attention_kernel(
 
 @launcher
 def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
-    """Returns (out [Q, H, D], lse [H, Q])."""
+    """Return (out [Q, H, D], lse [H, Q])."""
     rows, heads, dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=accumulator(q.dtype))
@@ -111,7 +111,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments)
 
 
 def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
-    """What a table says, with no more rows than the longest sample fills."""
+    """Return what a table says, with no more rows than the longest sample fills."""
     if q.shape[2] > MOST_DIM:
         raise ValueError(
             f"{q.shape[2]} values a head: the Triton kernels take at most {MOST_DIM}; impl='torch' takes more"
@@ -121,8 +121,8 @@ def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
 
 
 def as_rows(tile: dict, dim: int, longest_queries: int = MOST_ROWS, longest_keys: int = MOST_ROWS) -> dict:
-    """A table's TILE_M and TILE_N elements, taken out of it, as rows of `dim` values: powers of two, at least the 16
-    that a matrix instruction takes."""
+    """Return a table's TILE_M and TILE_N elements, taken out of it, as rows of `dim` values: powers of two, at least
+    the 16 that a matrix instruction takes."""
     block_d = _power(dim)
     rows = {"BLOCK_M": (tile.pop("TILE_M"), longest_queries), "BLOCK_N": (tile.pop("TILE_N"), longest_keys)}
     fit = {name: min(max(16, elements // block_d), MOST_ROWS, _power(n)) for name, (elements, n) in rows.items()}
@@ -140,10 +140,10 @@ def attention_backward_kernel(
     D: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One sample and head a program, so that nobody else adds to its gradients; scale is 1 / sqrt(D), scale2 log2(e)
-    times that. Of LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] holds the sums of dq between tiles of
-    keys, in the cache. FlashAttention-2's algorithm 2 (https://arxiv.org/abs/2307.08691): p are the weights, dp and ds
-    the gradients of weights and scores, delta the rows' sums of out * grad.
+    """Compute one sample and head a program, so that nobody else adds to its gradients; scale is 1 / sqrt(D), scale2
+    log2(e) times that. Of LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] holds the sums of dq between
+    tiles of keys, in the cache. FlashAttention-2's algorithm 2 (https://arxiv.org/abs/2307.08691): p are the weights,
+    dp and ds the gradients of weights and scores, delta the rows' sums of out * grad.
 
     FLOPs 10HD sum(n^2), bytes 16THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder 28 GFLOP,
     612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP, 1.2 GB, 363 us. Instructions issued, as above: encoder 85 us, so
@@ -214,7 +214,7 @@ def _backward(
     queries: Segments,
     keys: Segments,
 ) -> None:
-    """Writes every row of dq, dk and dv. grad, out and lse are contiguous."""
+    """Write every row of dq, dk and dv. grad, out and lse are contiguous."""
     rows, heads, dim = q.shape
     tile = _tile("attention_backward", q, queries, keys)
     long = keys.max_seqlen > tile["BLOCK_N"]

@@ -34,7 +34,7 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: as torch's own matmuls are set to, on tensor cores either way (three TF32
+    """Return how `tl.dot` multiplies float32: as torch's own matmuls are set to, on tensor cores either way (three TF32
     products keep about float32's precision). AMD's matrix cores take float32 itself."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
@@ -47,25 +47,25 @@ def cdiv(a: int, b: int) -> int:
 
 
 def padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The matrix in `dtype`, contiguous, with zeros below and to its right up to this shape: odd widths would be loaded
-    one element at a time."""
+    """Return the matrix in `dtype`, contiguous, with zeros below and to its right up to this shape: odd widths would be
+    loaded one element at a time."""
     if matrix.shape == (rows, columns):
         return matrix.to(dtype).contiguous()
     return F.pad(matrix.to(dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
 
 
 def up(size: int, multiple: int = 16) -> int:
-    """The next multiple."""
+    """Round up to the next multiple."""
     return cdiv(size, multiple) * multiple
 
 
 def in_place(images: Tensor) -> Tensor:
-    """The images as kernels read them: contiguous, or in channels_last memory."""
+    """Return the images as kernels read them: contiguous, or in channels_last memory."""
     return images.contiguous() if planar(images) else images
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:
-    """The keyword arguments of every kernel that calls `load_pixels`."""
+    """Return the keyword arguments of every kernel that calls `load_pixels`."""
     channels, height, width = images.shape[1:]
     pad = [0.0] * (4 - len(scale))
     named = zip(("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3"), [*scale, *pad, *shift, *pad])
@@ -75,7 +75,7 @@ def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: 
 
 @triton.jit
 def patch_starts(ids, P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr):
-    """The offset of each patch's first pixel; int64, as a batch of images may pass 2^31 pixels."""
+    """Return the offset of each patch's first pixel; int64, as a batch of images may pass 2^31 pixels."""
     grid_w: tl.constexpr = W // P
     patches: tl.constexpr = grid_w * (H // P)
     patch = (ids % patches).to(tl.int32)
@@ -89,7 +89,7 @@ def load_pixels(
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Elements k of the patches that start at `starts` [rows, 1] or [1, rows]; k is shaped to broadcast with them."""
+    """Load elements k of the patches that start at `starts` [rows, 1] or [1, rows], with which k broadcasts."""
     if PLANAR:
         channel = k // (P * P)
         offset = channel * (H * W) + k % (P * P) // P * W + k % P

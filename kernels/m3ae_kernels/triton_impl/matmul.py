@@ -8,8 +8,8 @@ from .common import cdiv
 
 
 def even_chunks(count: int, most: int, multiple: int) -> int:
-    """The rows of a chunk: at most `most`, all chunks about equal, a multiple of `multiple` where there are several and
-    `most` allows it."""
+    """Return the rows of a chunk: at most `most`, all chunks about equal, a multiple of `multiple` where there are
+    several and `most` allows it."""
     multiple = min(multiple, max(1, most))
     most = max(1, most // multiple * multiple)
     chunks = max(1, cdiv(count, most))
@@ -18,13 +18,13 @@ def even_chunks(count: int, most: int, multiple: int) -> int:
 
 
 def workspace_rows(count: int, most: int) -> int:
-    """The rows to allocate for chunks of at most `most` of `count` rows: few different sizes, whatever the counts, so
-    that the allocator meets the same ones again."""
+    """Return the rows to allocate for chunks of at most `most` of `count` rows: few different sizes, whatever the
+    counts, so that the allocator meets the same ones again."""
     return max(1, min(most, 1 << max(0, count - 1).bit_length()))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or total = a @ b where it is the first.
+    """Compute total += a @ b, or total = a @ b where it is the first.
 
     Summed in total's float32 where a and b have 16 bits and the device can; elsewhere (AMD, and the interpreter on a
     CPU) the product of 16-bit matrices is rounded to 16 bits once a call.

@@ -1,4 +1,8 @@
-"""Kernels of `gather_tokens` with a LayerNorm."""
+"""Kernels of `gather_tokens` with a LayerNorm (https://arxiv.org/abs/1607.06450).
+
+Whole rows lie in registers, so that mean and variance are the two exact passes over them, not a running formula; the
+backward's sums over rows are partial sums of each program, added afterwards in a fixed order.
+"""
 
 from collections.abc import Sequence
 
@@ -17,10 +21,13 @@ MAX_PARTIALS = 512  # programs of the backward, each with its own sums for weigh
 
 @triton.jit
 def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.constexpr):
-    """LayerNorm of whole rows, with their means and reciprocal standard deviations; value is 0 where mask is false."""
+    """Return the LayerNorm of whole rows, their means and reciprocal standard deviations; value is 0 where mask is
+    false."""
+    # 1. Mean, then variance about it.
     mu = tl.sum(value, 1) / D
     centred = tl.where(mask, value - mu[:, None], 0)
     r = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    # 2. Scale and shift.
     out = centred * r[:, None] * tl.load(weight + d, mask=d < D, other=0).to(ACC)[None, :]
     if BIAS:
         out += tl.load(bias + d, mask=d < D, other=0).to(ACC)[None, :]
@@ -29,8 +36,8 @@ def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.
 
 @triton.jit
 def norm_slope(gw, normed, r, D):
-    """The gradient of a LayerNorm's input: gw is that of its result times the weight, and it and normed, the input with
-    mean 0 and variance 1, are 0 beyond D."""
+    """Return the gradient of a LayerNorm's input, r * (gw - mean(gw) - normed * mean(gw * normed)): gw is that of its
+    result times the weight, and it and normed, the input with mean 0 and variance 1, are 0 beyond D."""
     along = tl.sum(gw * normed, 1) / D
     level = tl.sum(gw, 1) / D
     return (gw - normed * along[:, None] - level[:, None]) * r[:, None]
@@ -41,8 +48,8 @@ def gather_norm_kernel(
     x, rows, weight, bias, y, mean, rstd, M, D, stride, eps,
     BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = LayerNorm(x[rows]), BLOCK_M whole rows a program. Bytes 4MD in bfloat16: M3AE-Large's decoder output at 512
-    samples (M 123k, D 512): 252 MB, 75 us at 3.35 TB/s."""
+    """Compute y = LayerNorm(x[rows]), BLOCK_M whole rows a program. Bytes 4MD in bfloat16: M3AE-Large's decoder output
+    at 512 samples (M 123k, D 512): 252 MB, 75 us at 3.35 TB/s."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     mask = (m < M)[:, None] & (d < D)[None, :]
@@ -74,30 +81,30 @@ def gather_norm(
 
 
 def whole_rows(name: str, x: Tensor) -> dict:
-    """A table's TILE elements as BLOCK_M rows of the next power of two."""
+    """Return a table's TILE elements as BLOCK_M rows of the next power of two."""
     tile = config(name, x.device, x.dtype)
     block_d = triton.next_power_of_2(x.shape[1])
     return {"BLOCK_M": max(1, tile.pop("TILE") // block_d), "BLOCK_D": block_d} | tile
 
 
-def row_shares(rows: int, block: int) -> tuple[int, int]:
-    """Rows of each program of a backward, a multiple of `block`, and the number of programs."""
-    share = cdiv(cdiv(rows, block), MAX_PARTIALS) * block
-    return share, cdiv(rows, share) if rows else 0
+def rows_by_program(rows: int, block: int) -> tuple[int, int]:
+    """Return the rows of each program of a backward, a multiple of `block`, and the number of programs."""
+    program_rows = cdiv(cdiv(rows, block), MAX_PARTIALS) * block
+    return program_rows, cdiv(rows, program_rows) if rows else 0
 
 
 def summed(partial: Tensor, wanted: bool) -> Tensor:
-    """The programs' sums [programs, D] together, [D]; no elements where they are not wanted."""
+    """Return the programs' sums [programs, D] together, [D]; no elements where they are not wanted."""
     return partial.sum(0) if wanted else partial.new_empty(0)
 
 
-@triton.jit(do_not_specialize=["T", "share"], do_not_specialize_on_alignment=["mean", "rstd"])
+@triton.jit(do_not_specialize=["T", "program_rows"], do_not_specialize_on_alignment=["mean", "rstd"])
 def gather_norm_backward_kernel(
-    grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, share,
+    grad, x, source, weight, mean, rstd, grad_x, partial_weight, partial_bias, T, D, stride, program_rows,
     GRAD_X: tl.constexpr, PARAMETERS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Each program's `share` of the rows of grad_x, zero where `source` is negative, and its sums for the weight's and
-    bias's gradients [programs, D].
+    """Compute grad_x of `program_rows` rows a program, zero where `source` is negative, and their sums for the weight's
+    and bias's gradients [programs, D].
 
     Bytes at least 4MD + 2TD in bfloat16: M3AE-Large at 512 samples (M 123k, T 164k, D 512): 420 MB, 125 us at 3.35
     TB/s.
@@ -108,8 +115,9 @@ def gather_norm_backward_kernel(
     # One sum a lane: across the program's threads they are added once, at the end.
     sum_w = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     sum_b = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
-    end = tl.minimum((pid + 1) * share, T)
-    for t0 in range(pid * share, end, BLOCK_M):
+    end = tl.minimum((pid + 1) * program_rows, T)
+    for t0 in range(pid * program_rows, end, BLOCK_M):
+        # 1. The rows as the forward had them, mean 0 and variance 1, made again from its mean and rstd.
         t = t0 + tl.arange(0, BLOCK_M)
         m = tl.load(source + t, mask=t < end, other=-1).to(tl.int64)
         mask = (m >= 0)[:, None] & (d < D)[None, :]
@@ -118,9 +126,11 @@ def gather_norm_backward_kernel(
         mu = tl.load(mean + m, mask=m >= 0, other=0)
         r = tl.load(rstd + m, mask=m >= 0, other=0)
         normed = tl.where(mask, (value - mu[:, None]) * r[:, None], 0)
+        # 2. Their gradient.
         if GRAD_X:
             out = norm_slope(g * w[None, :], normed, r, D)
             tl.store(grad_x + t.to(tl.int64)[:, None] * D + d[None, :], out, mask=(t < end)[:, None] & (d < D)[None, :])
+        # 3. The sums for weight and bias.
         if PARAMETERS:
             sum_w += g * normed
             sum_b += g
@@ -139,12 +149,12 @@ def gather_norm_backward(
     grad_x = x.new_empty(x.shape if needs[0] else 0)
     parameters = needs[1] or needs[2]
     tile = whole_rows("gather_norm_backward", x)
-    share, programs = row_shares(count, tile["BLOCK_M"])
+    program_rows, programs = rows_by_program(count, tile["BLOCK_M"])
     partial_weight, partial_bias = (mean.new_empty(programs if parameters else 0, dim) for _ in range(2))
     if programs:
         gather_norm_backward_kernel[(programs,)](
             grad.contiguous(), x, invert(rows, count), weight.contiguous(), mean, rstd, grad_x, partial_weight,
-            partial_bias, count, dim, x.stride(0), share,
+            partial_bias, count, dim, x.stride(0), program_rows,
             GRAD_X=needs[0], PARAMETERS=parameters, ACC=acc_type(x.dtype), **tile,
         )  # fmt: skip
     return grad_x, summed(partial_weight, needs[1]), summed(partial_bias, needs[2])

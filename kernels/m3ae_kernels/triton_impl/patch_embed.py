@@ -1,4 +1,7 @@
-"""Kernels of `patch_embed`."""
+"""Kernels of `patch_embed`: a product whose left side is cut from the images and normalised as it is loaded, as an
+implicit GEMM does for convolutions (https://arxiv.org/abs/1410.0759). The weight's gradient sums over rows in splits,
+as split-K products do (https://github.com/NVIDIA/cutlass).
+"""
 
 import triton
 import triton.language as tl
@@ -32,8 +35,8 @@ def patch_embed_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P, and the weight's rows
-    start `stride` elements apart.
+    """Compute out [N, D] = pixels [N, K] @ weight [D, K].T + bias, one tile a program; K = C * P * P, and the weight's
+    rows start `stride` elements apart.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 2KD for uint8 and bfloat16. M3AE-Large at 512 samples (N 32768, K 768, D
     1024): 51.5 GFLOP, 52 us at 989 TFLOP/s; 94 MB, 28 us at 3.35 TB/s: bound by the tensor cores.
@@ -44,6 +47,7 @@ def patch_embed_kernel(
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
+    # 1. Pixels times weight, in tiles of K.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -53,6 +57,7 @@ def patch_embed_kernel(
         )  # fmt: skip
         w = tl.load(weight + n[None, :] * stride + k[:, None], mask=(n < D)[None, :] & (k < stride)[:, None], other=0)
         acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
+    # 2. The bias.
     acc += tl.load(bias + n, mask=n < D, other=0).to(ACC)[None, :]
     tl.store(out + m.to(tl.int64)[:, None] * D + n[None, :], acc, mask=(m < N)[:, None] & (n < D)[None, :])
 
@@ -61,7 +66,7 @@ def patch_embed_kernel(
 def patch_embed(
     images: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, patch_size: int, scale, shift, out: Tensor
 ) -> None:
-    """Fills out [N, D], in whose dtype bias is and the matmul runs."""
+    """Fill out [N, D], in whose dtype bias is and the matmul runs."""
     if not out.numel():
         return
     (rows, dim), dtype, stride = out.shape, out.dtype, up(weight.shape[1])
@@ -82,8 +87,8 @@ def patch_embed_dweight_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial [S, D, K] = grad [N, D].T @ pixels [N, K] over split s's rows, one tile a program; tiles M over D, N over
-    the patch's elements, K over rows.
+    """Compute partial [S, D, K] = grad [N, D].T @ pixels [N, K] over split s's rows, one tile a program; tiles M over
+    D, N over the patch's elements, K over rows.
 
     FLOPs 2NKD; bytes at least N(K + 2D) + 4KD, and 8SKD for the splits. M3AE-Large at 512 samples (N 32768, K 768,
     D 1024, S 6): 51.5 GFLOP, 52 us at 989 TFLOP/s; 133 MB, 40 us at 3.35 TB/s.
@@ -94,6 +99,7 @@ def patch_embed_dweight_kernel(
     split = tl.program_id(1)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # 1. This split's rows; `patch_embed_dweight` adds the splits, in their order.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for r0 in range(split * split_rows, tl.minimum((split + 1) * split_rows, N), BLOCK_K):
         r = r0 + tl.arange(0, BLOCK_K)
@@ -110,7 +116,7 @@ def patch_embed_dweight_kernel(
 
 @launcher
 def patch_embed_dweight(grad: Tensor, images: Tensor, ids: Tensor, patch_size: int, scale, shift, out: Tensor) -> None:
-    """Writes the weight's gradient [D, K] to `out`."""
+    """Write the weight's gradient [D, K] to `out`."""
     rows, dim = grad.shape
     if not rows or not out.numel():
         out.zero_()

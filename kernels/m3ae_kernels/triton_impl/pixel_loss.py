@@ -1,4 +1,9 @@
-"""Kernels of `masked_pixel_loss`."""
+"""Kernels of `masked_pixel_loss`, MAE's loss (https://arxiv.org/abs/2111.06377, section 3).
+
+1. Of all patches, mean and standard deviation (`patch_stats`), for norm_pix alone.
+2. Chunk by chunk: predictions, targets and errors in one kernel (`pixel_error`), which writes slopes; two plain
+   products make the gradients of hidden and weight from them while they lie in the cache.
+"""
 
 from collections.abc import Sequence
 
@@ -34,14 +39,14 @@ def patch_stats_kernel(
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Each patch's mean and 1 / sqrt(unbiased variance + eps). Bytes NK for uint8: 98304 patches of 768 in 23 us at
-    3.35 TB/s."""
+    """Compute each patch's mean and 1 / sqrt(unbiased variance + eps). Bytes NK for uint8: 98304 patches of 768 in 23
+    us at 3.35 TB/s."""
     K: tl.constexpr = C * P * P
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_D)
     mask = (m < N)[:, None] & (k < K)[None, :]
     starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
-    x = load_pixels(
+    x = load_pixels(  # whole patches lie in registers: two exact passes over each
         images, starts[:, None], k[None, :], mask, s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC
     )
     mu = tl.sum(tl.where(mask, x, 0), 1) / K
@@ -52,18 +57,18 @@ def patch_stats_kernel(
 
 @triton.jit(
     do_not_specialize=["N"],
-    do_not_specialize_on_alignment=["bias", "ids", "share", "mean", "rstd", "tile_loss", "tile_bias"],
+    do_not_specialize_on_alignment=["bias", "ids", "unit_weight", "mean", "rstd", "tile_loss", "tile_bias"],
 )
 def pixel_error_kernel(
-    hidden, weight, bias, images, ids, share, mean, rstd, tile_loss, tile_bias, slope, N, D, stride,
+    hidden, weight, bias, images, ids, unit_weight, mean, rstd, tile_loss, tile_bias, slope, N, D, stride,
     s0, s1, s2, s3, b0, b1, b2, b3,
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     NORM_PIX: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Predictions hidden [N, D] @ weight [K, D].T + bias against the pixels, one tile a program: the tile's squared
-    errors by row (tile_loss [tiles of K, N]), and, where gradients are wanted, the slopes share[r] * 2 / K * error
-    (slope [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N, K]).
+    """Compare predictions hidden [N, D] @ weight [K, D].T + bias with the pixels, one tile a program: the tile's
+    squared errors by row (tile_loss [tiles of K, N]), and, where gradients are wanted, the slopes unit_weight[r] * 2 /
+    K * error (slope [N, stride], zero beyond K) and their sums by column (tile_bias [tiles of N, K]).
 
     FLOPs 2NDK; bytes at least N(2D + K + 2K) + 2KD. M3AE-Large at 512 samples (N 98304, D 512, K 768): 77 GFLOP, 78 us
     at 989 TFLOP/s; 328 MB, 98 us at 3.35 TB/s, of which the slopes, 151 MB, stay in the second-level cache chunk by
@@ -76,6 +81,7 @@ def pixel_error_kernel(
     tile_n = pid % tiles_n
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # 1. Predictions, in tiles of D.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for d0 in range(0, D, BLOCK_K):
         d = d0 + tl.arange(0, BLOCK_K)
@@ -84,6 +90,7 @@ def pixel_error_kernel(
         )
         w = tl.load(weight + n[None, :] * D + d[:, None], mask=(n < stride)[None, :] & (d < D)[:, None], other=0)
         acc = tl.dot(h, w, acc, input_precision=PRECISION, out_dtype=ACC)
+    # 2. Targets, cut from the images here.
     mask = (m < N)[:, None] & (n < K)[None, :]
     starts = patch_starts(tl.load(ids + m, mask=m < N, other=0), P, C, H, W, PLANAR)
     target = load_pixels(
@@ -93,10 +100,12 @@ def pixel_error_kernel(
         mu = tl.load(mean + m, mask=m < N, other=0)
         r = tl.load(rstd + m, mask=m < N, other=0)
         target = (target - mu[:, None]) * r[:, None]
+    # 3. Squared errors by row.
     error = tl.where(mask, acc + tl.load(bias + n, mask=n < K, other=0).to(ACC)[None, :] - target, 0)
     tl.store(tile_loss + tile_n * N + m, tl.sum(error * error, 1), mask=m < N)
+    # 4. Slopes, and their sums by column.
     if GRAD:
-        error *= tl.load(share + m, mask=m < N, other=0)[:, None] * (2 / K)
+        error *= tl.load(unit_weight + m, mask=m < N, other=0)[:, None] * (2 / K)
         inside = (m < N)[:, None] & (n < stride)[None, :]
         tl.store(slope + m.to(tl.int64)[:, None] * stride + n[None, :], error, mask=inside)
         tl.store(tile_bias + tile_m * K + n, tl.sum(error, 0), mask=n < K)
@@ -107,7 +116,7 @@ def pixel_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
-    share: Tensor,
+    unit_weight: Tensor,
     images: Tensor,
     ids: Tensor,
     patch_size: int,
@@ -120,7 +129,7 @@ def pixel_loss(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Fills row_loss [M], and the gradients that `needs` wants; hidden, weight and bias have one dtype."""
+    """Fill row_loss [M], and the gradients that `needs` wants; hidden, weight and bias have one dtype."""
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     (count, dim), patch = hidden.shape, len(weight)
     wide, stride = up(dim), up(patch)  # rows start on 16 bytes: what wide loads and the vendors' products want
@@ -128,9 +137,9 @@ def pixel_loss(
     hidden = padded(hidden, count, wide, dtype)
     weight = padded(to_cut(weight, images, patch_size, 0), stride, wide, dtype)
     pixels = pixel_arguments(images, patch_size, scale, shift) | {"ACC": acc_type(dtype)}
-    mean = rstd = share  # read only with norm_pix
+    mean = rstd = unit_weight  # read only with norm_pix
     if norm_pix:
-        mean, rstd = torch.empty_like(share), torch.empty_like(share)
+        mean, rstd = torch.empty_like(unit_weight), torch.empty_like(unit_weight)
         tile = config("patch_stats", images.device, dtype)
         block_d = triton.next_power_of_2(patch)
         tile = {"BLOCK_M": max(1, tile.pop("TILE") // block_d), "BLOCK_D": block_d} | tile
@@ -147,10 +156,10 @@ def pixel_loss(
         rows = slice(start, min(start + chunk, count))
         size = rows.stop - start
         tiles_m = cdiv(size, tile["BLOCK_M"])
-        tile_loss = share.new_empty(tiles_n, size)
-        tile_bias = share.new_empty(tiles_m if any(needs) else 0, patch)
+        tile_loss = unit_weight.new_empty(tiles_n, size)
+        tile_bias = unit_weight.new_empty(tiles_m if any(needs) else 0, patch)
         pixel_error_kernel[(tiles_m * tiles_n,)](
-            hidden[rows], weight, bias, images, ids[rows], share[rows], mean[rows], rstd[rows],
+            hidden[rows], weight, bias, images, ids[rows], unit_weight[rows], mean[rows], rstd[rows],
             tile_loss, tile_bias, slope, size, wide, stride, **pixels,
             NORM_PIX=norm_pix, GRAD=any(needs), PRECISION=precision(dtype), **tile,
         )  # fmt: skip

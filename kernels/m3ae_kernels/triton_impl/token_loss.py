@@ -1,5 +1,6 @@
-"""Kernel of `masked_token_loss`: a chunk's logits come from a plain product, one pass over them makes losses and slopes
-in their place, two plain products make the gradients.
+"""Kernel of `masked_token_loss`, chunk by chunk of rows as in Liger's fused linear cross-entropy
+(https://arxiv.org/abs/2410.10989): 1. a plain product makes the logits, 2. one kernel the losses, and the
+slopes in the logits' place, 3. two plain products the gradients.
 
 Inner sizes are zero-padded to multiples of 16, because vendor BLAS needs 16-byte-aligned rows.
 """
@@ -21,14 +22,14 @@ ROW_MULTIPLE = 128
 
 
 @triton.jit(
-    do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["targets", "share", "row_loss", "correct"]
+    do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=["targets", "unit_weight", "row_loss", "correct"]
 )
 def token_rows_kernel(
-    logits, targets, share, row_loss, correct, V, stride, ignore_index, smoothing, z_loss,
+    logits, targets, unit_weight, row_loss, correct, V, stride, ignore_index, smoothing, z_loss,
     GRAD: tl.constexpr, CORRECT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits [V] a program: its loss, whether its target is the first of the largest, and, where gradients
-    are wanted, share * the slope of the loss to each logit, in the logits' place.
+    """Compute from one row of logits [V] a program its loss, whether its target is the first of the largest, and, where
+    gradients are wanted, unit_weight * the slope of the loss to each logit, in the logits' place.
 
     The second reading finds the row in the caches (61 kB for a vocabulary of 30522 in 16 bits), so memory is read once
     and written once. Bytes 4MV: M3AE-Large at 512 samples (M 24576, V 30522): 3 GB, 0.9 ms at 3.35 TB/s; one
@@ -74,7 +75,7 @@ def token_rows_kernel(
         tl.store(correct + row, (first == column).to(tl.int8))
     # 2. The slope of the loss, in the logits' place.
     if GRAD:
-        weight = tl.load(share + row)
+        weight = tl.load(unit_weight + row)
         level = 1 + 2 * z_loss * lse
         for v0 in range(0, stride, BLOCK_V):
             v = v0 + lane
@@ -89,7 +90,7 @@ def token_rows_kernel(
 def token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results: Results) -> None:
     """Fill the results, of the gradients those that `needs` wants; hidden, weight and bias have one dtype, and the
     weight of an ignored row is 0."""
-    hidden, weight, bias, share, targets = inputs
+    hidden, weight, bias, unit_weight, targets = inputs
     row_loss, correct, grad_hidden, grad_weight, grad_bias = results
     assert options.workspace is not None
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
@@ -121,7 +122,7 @@ def token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results:
         else:
             torch.addmm(bias, hidden[rows], weight.t(), out=logits)
         token_rows_kernel[(len(logits),)](
-            logits, targets[rows], share[rows], row_loss[rows], correct[rows].view(torch.int8), vocab, stride,
+            logits, targets[rows], unit_weight[rows], row_loss[rows], correct[rows].view(torch.int8), vocab, stride,
             options.ignore_index, options.label_smoothing, options.z_loss,
             GRAD=any(needs), CORRECT=len(correct) > 0, SMOOTH=options.label_smoothing > 0, ACC=acc_type(dtype), **tile,
         )  # fmt: skip

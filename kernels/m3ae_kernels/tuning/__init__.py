@@ -1,7 +1,7 @@
 """Block sizes by kernel, element size and architecture, as JSON files beside this one.
 
 `sm_90.json` and its like hold for every kernel the launch settings of 16-bit inputs ("16") and of wider ones ("32");
-`benchmarks/gpu.py --tune` rewrites them. Nothing is tuned at run time: every rank runs the same code.
+`python -m benchmarks.gpu --tune` rewrites them. Nothing is tuned at run time: every rank runs the same code.
 """
 
 import json
@@ -22,13 +22,13 @@ AMD = "gfx942"
 
 @lru_cache
 def table(arch: str) -> dict[str, dict[str, dict[str, int]]]:
-    """The settings of an architecture: {kernel: {"16" | "32": {setting: value}}}."""
+    """Return the settings of an architecture: {kernel: {"16" | "32": {setting: value}}}."""
     return json.loads((FOLDER / f"{arch}.json").read_text())
 
 
 @lru_cache
 def arch_of(device: torch.device) -> str:
-    """The name of the table for a device; a CPU runs the kernels on Triton's interpreter."""
+    """Return the name of the table for a device; a CPU runs the kernels on Triton's interpreter."""
     if device.type == "cpu":
         return INTERPRETER
     if torch.version.hip:
@@ -37,7 +37,7 @@ def arch_of(device: torch.device) -> str:
 
 
 def config(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    """The launch settings of a kernel, a fresh dict."""
+    """Return the launch settings of a kernel, a fresh dict."""
     arch = arch_of(device)
     settings = table(arch)[kernel]["16" if dtype.itemsize == 2 else "32"]
     return dict(settings) if arch == INTERPRETER else settings | FUSE

@@ -1,4 +1,4 @@
-"""Sources of shards: samples that are read by number."""
+"""What shards are made of: records that are read by number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m3ae_fast.shard_tools.captions import captions_of
 
 @dataclass(frozen=True)
 class Record:
-    """One sample of a source."""
+    """One sample."""
 
     image: bytes | None = None  # a file in any format that `decode_image` knows
     caption: str | None = None  # blank: none
@@ -24,8 +24,8 @@ class Record:
     members: dict[str, bytes] = field(default_factory=dict)  # more of its files, by suffix
 
 
-class Source(Protocol):
-    """Samples that can be read in any order, in several processes."""
+class Records(Protocol):
+    """An input that can be read in any order, in several processes."""
 
     splits: dict[str, int]  # samples of each
     classes: Sequence[str] | None  # names of the labels

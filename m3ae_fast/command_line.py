@@ -1,0 +1,36 @@
+"""What the command lines of several programs have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def program(name: str, text: str | None) -> argparse.ArgumentParser:
+    """Return a parser for `python -m m3ae_fast.NAME`, whose help shows the lines of `text` as they are."""
+    shown = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m m3ae_fast.{name}", description=text, formatter_class=shown)
+
+
+def command(
+    commands: Any, name: str, summary: str, text: str, run: Callable, common: argparse.ArgumentParser | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser for a command of a program, which `run(args)` performs; `common`: has more arguments of it."""
+    shown, parents = argparse.RawDescriptionHelpFormatter, [common] if common else []
+    parser = commands.add_parser(name, parents=parents, help=summary, description=text, formatter_class=shown)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `--set KEY=VALUE`, and what the deepspeed launcher adds."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting: --set {example}"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """Add `--labels`, the member of a sample that holds its class."""
+    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
