@@ -1,5 +1,6 @@
 """The CPU's attention kernels against float64, and what happens where they cannot be built."""
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -119,9 +120,41 @@ def test_results_do_not_depend_on_threads_or_strides(build):
     odd = [torch.zeros(len(x), x.shape[1] * x.shape[2] + 5, dtype=x.dtype) for x in tensors]
     strided = [pad[:, : x[0].numel()].unflatten(1, x.shape[1:]).copy_(x) for pad, x in zip(odd, tensors)]
     across = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in tensors]
-    for others in (strided, across):
-        for part, got in run(*others, cu_queries, cu_keys).items():
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
+    apart = [torch.nn.functional.pad(x, (0, 3))[..., : x.shape[2]] for x in tensors]
+    for others, number in itertools.product((strided, across, by_head, apart), range(4)):
+        mixed = [*tensors[:number], others[number], *tensors[number + 1 :]]
+        for part, got in run(*mixed, cu_queries, cu_keys).items():
             assert torch.equal(got, expected[part])
+
+
+@pytest.mark.parametrize("short", [0, 1, 2])
+def test_a_thread_without_memory_is_an_error_whatever_the_others_did(monkeypatch, short):
+    _, q, k, v, *ends = inputs("encoder")
+    answers = [1, 1, 1]
+    answers[short] = 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    parts = {"q": q, "k": k, "v": v, "out": q, "lse": q[..., 0]}
+    with pytest.raises(MemoryError, match="no memory for the scores"):
+        native._run(lambda _: answers.pop(), *ends, **parts)
+    native._run(lambda _: 1, *ends, **parts)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "pairs", "tiles", "name", "defined"),
+    [
+        (torch.float32, 48, True, True, "AVX-512", set()),
+        (torch.bfloat16, 48, True, True, "AVX-512", {"-DBF16", "-DPAIRS"}),
+        (torch.bfloat16, 48, False, True, "AVX-512", {"-DBF16"}),
+        (torch.bfloat16, 64, False, True, "AMX", {"-DBF16", "-DTILES"}),
+        (torch.bfloat16, 64, False, False, "AVX-512", {"-DBF16"}),
+    ],
+)
+def test_each_cpu_has_the_build_for_its_instructions(cpu, monkeypatch, dtype, dim, pairs, tiles, name, defined):
+    monkeypatch.setattr(native, "may_use_tiles", lambda: True)
+    cpu("AuthenticAMD" if pairs else "GenuineIntel", builds.AVX512 | {"avx512_bf16"} | (AMX if tiles else set()))
+    build = native.best_build(dtype, dim)
+    assert build.name == name and {flag for flag in build.flags if flag.startswith("-D")} == defined
 
 
 def test_large_scores_and_what_is_not_finite(build):
