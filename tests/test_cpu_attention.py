@@ -195,26 +195,42 @@ def cache(monkeypatch, tmp_path) -> Path:
     return path
 
 
-def test_built_once(cache):
-    builds.compiled("gelu.c", ())
-    library, *others = (cache / "m3ae_kernels").iterdir()
+def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
+    """Also where only a header that it includes has changed."""
+    monkeypatch.setattr(builds, "FOLDER", tmp_path)
+    header, source = tmp_path / "one.h", tmp_path / "one.c"
+    header.write_text("#define ONE 1\n")
+    source.write_text('#include "one.h"\nint one(void) { return ONE; }\n')
+    assert builds.compiled("one.c", ()).one() == 1
+    (library,) = cached(cache)
     built = library.stat().st_mtime_ns
-    builds.compiled("gelu.c", ())
-    assert not others and library.stat().st_mtime_ns == built and list(cached(cache)) == [library]
-    builds.compiled("gelu.c", ("-DOTHER",))
-    assert len(cached(cache)) == 2
+    builds.compiled("one.c", ())
+    assert library.stat().st_mtime_ns == built and list(cached(cache)) == [library]
+    assert builds.compiled("one.c", ("-DOTHER",)).one() == 1 and len(cached(cache)) == 2
+    header.write_text("#define ONE 2\n")
+    assert builds.compiled("one.c", ()).one() == 2 and len(cached(cache)) == 3
+    source.write_text(source.read_text().replace("return", "return 1 +"))
+    assert builds.compiled("one.c", ()).one() == 3 and len(cached(cache)) == 4
 
 
-@pytest.mark.parametrize("left", [0, 5000, -1])
-def test_a_damaged_library_is_built_again(cache, left):
+def test_a_damaged_library_is_built_again(cache):
     """In a process of its own: a truncated library ends it with SIGBUS."""
     builds.compiled("gelu.c", ())
     whole = cached(cache)
     (library,) = whole
-    library.unlink()  # this process has it open
-    library.write_bytes(whole[library][:left])
-    code = "from m3ae_kernels.cpu import build; build.compiled('gelu.c', ()).forward"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from m3ae_kernels.cpu import build
+        library = Path(sys.argv[1])
+        whole = library.read_bytes()
+        for left in (0, 5000, -1):
+            library.unlink()  # somebody has it open
+            library.write_bytes(whole[:left])
+            build.compiled("gelu.c", ()).forward
+            assert library.read_bytes() == whole, left
+    """
+    subprocess.run([sys.executable, "-c", code, str(library)], check=True)
     assert cached(cache) == whole
 
 
