@@ -81,7 +81,7 @@ def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
 def inks(sheet: Image.Image, top: int, height: int) -> set[str]:
     """The colours of words in a band of a sheet, whose edges are mixed with white."""
     left = 3 * (SIDE + GAP) + GAP + 64
-    r, g, b = np.asarray(sheet.crop((left, top, sheet.width, top + height))).astype(int).reshape(-1, 3).T
+    r, g, _ = np.asarray(sheet.crop((left, top, sheet.width, top + height))).astype(int).reshape(-1, 3).T
     found = {"red": r - g > 60, "green": g - r > 60, "black": np.maximum(r, g) < 100}
     return {name for name, pixels in found.items() if pixels.any()}
 

@@ -1,5 +1,5 @@
-"""When a process takes itself or another rank for stalled, by a clock of the tests' own, on which hours pass at once; and
-what signals leave behind. What processes really do is in test_stop_and_stall.py."""
+"""When a process takes itself or another rank for stalled, by a clock of the tests' own, on which hours pass at once;
+what signals leave behind. test_stop_and_stall.py has what processes really do."""
 
 import signal
 import time
@@ -18,8 +18,8 @@ class Ended(Exception):
 
 
 class Judged:
-    """A rank whose stalls are judged. `at(seconds)` is called at each look and may change `busy`, who computes or writes:
-    "workers" or "self"; what it returns, if anything, is for how long the whole process is suspended then."""
+    """A rank whose stalls are judged. `at(seconds)` is called at each look. It may change `busy`, who computes or
+    writes: "workers" or "self"; what it returns, if anything, is for how long the whole process is suspended then."""
 
     def __init__(self, monkeypatch, timeout: float, rank: int = 0, ranks: int = 1) -> None:
         self.now, self.busy, self.looks = 0.0, set(), 0

@@ -137,7 +137,9 @@ def test_inputs_of_any_stride(case):
             return torch.stack([t] * (2 + number), 1)[:, 1]
         if t.dim() == 4:
             return t.contiguous(memory_format=torch.channels_last)
-        return t.transpose(0, 1).contiguous().transpose(0, 1) if across else F.pad(t, (1 + number, 0))[..., 1 + number :]
+        if across:
+            return t.transpose(0, 1).contiguous().transpose(0, 1)
+        return F.pad(t, (1 + number, 0))[..., 1 + number :]
 
     for turn in (0, 1):
         strided = {
