@@ -310,7 +310,8 @@ def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplo
     seconds["torch varlen"] = 0.5
     assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
     assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
-    assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in (12, 290)] == ["flash-attn 2", "torch varlen"]
+    asked = (12, 50, 54, 150, 290)  # nearer by their ratio: 9 * 300 is 52 * 52
+    assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in asked] == ["flash-attn 2"] * 2 + ["torch varlen"] * 3
 
 
 def test_what_does_not_work_is_left_out(monkeypatch, caplog):
@@ -328,6 +329,44 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
     monkeypatch.setattr(cuda, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
     assert cuda.choose(CPU, torch.float32, 2, 16, 9) is PADDED
+
+
+def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
+    """NaN, and what takes all samples to be of one length."""
+
+    def nothing(q, k, v, queries, keys):
+        out, lse = PADDED.forward(q, k, v, queries, keys)
+        return out * torch.nan, lse
+
+    def alike(q, k, v, queries, keys):
+        ends = (torch.arange(len(keys.cu_seqlens)) * keys.max_seqlen).clamp(max=keys.rows).int()
+        even = Segments(ends, keys.max_seqlen, keys.rows)
+        return PADDED.forward(q, k, v, even, even)
+
+    monkeypatch.setattr(cuda, "SAMPLES", 3)
+    makers = {
+        name: lambda forward=forward: Kernel("wrong", forward, PADDED.backward)
+        for name, forward in (("nan", nothing), ("alike", alike))
+    }
+    assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is PADDED
+    assert all(f"attention: {name} is left out: its results are off by" in caplog.text for name in makers)
+
+
+@pytest.mark.parametrize(
+    ("ends", "longest"), [([0, 5, 3, 9], 5), ([0, 4, 9], 4), ([1, 5, 9], 5), ([0, 4, 8], 5), ([0, 4, 10], 6), ([], 9)]
+)
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_ends_that_are_those_of_no_samples_are_refused(ends, longest, impl):
+    """That fall, that are further apart than the longest, and that leave rows out: of keys and of queries."""
+    kv, right = torch.randn(9, 3, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32)
+    wrong = torch.tensor(ends, dtype=torch.int32)
+    op.packed_attention(kv, right, 5, impl=impl)
+    with pytest.raises(IndexError, match="cu_seqlens must rise from 0 to the 9 rows"):
+        op.packed_attention(kv, wrong, longest, impl=impl)
+    if len(ends) == 3:
+        queries = {"q": kv[:, 0], "cu_queries": wrong, "max_queries": longest}
+        with pytest.raises(IndexError, match="cu_queries must rise from 0 to the 9 rows"):
+            op.packed_attention(kv[:, 1:], right, 5, impl=impl, **queries)
 
 
 def test_what_is_asked_for_is_what_runs(monkeypatch):

@@ -99,6 +99,13 @@ def test_garbage_is_collected_in_the_same_steps_everywhere(monkeypatch):
             collection.after_step(step)
     assert gc.isenabled() and gc.get_freeze_count() == 0
     assert collected == [1] * 9 + [2]
+    gc.disable()
+    try:
+        with GarbageCollection():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
 
 
 GEOMETRY = Geometry(256, 16, 3, 64)

@@ -1,5 +1,6 @@
 """The CPU's attention kernels against float64, and what happens where they cannot be built."""
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -119,9 +120,41 @@ def test_results_do_not_depend_on_threads_or_strides(build):
     odd = [torch.zeros(len(x), x.shape[1] * x.shape[2] + 5, dtype=x.dtype) for x in tensors]
     strided = [pad[:, : x[0].numel()].unflatten(1, x.shape[1:]).copy_(x) for pad, x in zip(odd, tensors)]
     across = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in tensors]
-    for others in (strided, across):
-        for part, got in run(*others, cu_queries, cu_keys).items():
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
+    apart = [torch.nn.functional.pad(x, (0, 3))[..., : x.shape[2]] for x in tensors]
+    for others, number in itertools.product((strided, across, by_head, apart), range(4)):
+        mixed = [*tensors[:number], others[number], *tensors[number + 1 :]]
+        for part, got in run(*mixed, cu_queries, cu_keys).items():
             assert torch.equal(got, expected[part])
+
+
+@pytest.mark.parametrize("short", [0, 1, 2])
+def test_a_thread_without_memory_is_an_error_whatever_the_others_did(monkeypatch, short):
+    _, q, k, v, *ends = inputs("encoder")
+    answers = [1, 1, 1]
+    answers[short] = 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    parts = {"q": q, "k": k, "v": v, "out": q, "lse": q[..., 0]}
+    with pytest.raises(MemoryError, match="no memory for the scores"):
+        native._run(lambda _: answers.pop(), *ends, **parts)
+    native._run(lambda _: 1, *ends, **parts)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "pairs", "tiles", "name", "defined"),
+    [
+        (torch.float32, 48, True, True, "AVX-512", set()),
+        (torch.bfloat16, 48, True, True, "AVX-512", {"-DBF16", "-DPAIRS"}),
+        (torch.bfloat16, 48, False, True, "AVX-512", {"-DBF16"}),
+        (torch.bfloat16, 64, False, True, "AMX", {"-DBF16", "-DTILES"}),
+        (torch.bfloat16, 64, False, False, "AVX-512", {"-DBF16"}),
+    ],
+)
+def test_each_cpu_has_the_build_for_its_instructions(cpu, monkeypatch, dtype, dim, pairs, tiles, name, defined):
+    monkeypatch.setattr(native, "may_use_tiles", lambda: True)
+    cpu("AuthenticAMD" if pairs else "GenuineIntel", builds.AVX512 | {"avx512_bf16"} | (AMX if tiles else set()))
+    build = native.best_build(dtype, dim)
+    assert build.name == name and {flag for flag in build.flags if flag.startswith("-D")} == defined
 
 
 def test_large_scores_and_what_is_not_finite(build):
@@ -162,26 +195,42 @@ def cache(monkeypatch, tmp_path) -> Path:
     return path
 
 
-def test_built_once(cache):
-    builds.compiled("gelu.c", ())
-    library, *others = (cache / "m3ae_kernels").iterdir()
+def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
+    """Also where only a header that it includes has changed."""
+    monkeypatch.setattr(builds, "FOLDER", tmp_path)
+    header, source = tmp_path / "one.h", tmp_path / "one.c"
+    header.write_text("#define ONE 1\n")
+    source.write_text('#include "one.h"\nint one(void) { return ONE; }\n')
+    assert builds.compiled("one.c", ()).one() == 1
+    (library,) = cached(cache)
     built = library.stat().st_mtime_ns
-    builds.compiled("gelu.c", ())
-    assert not others and library.stat().st_mtime_ns == built and list(cached(cache)) == [library]
-    builds.compiled("gelu.c", ("-DOTHER",))
-    assert len(cached(cache)) == 2
+    builds.compiled("one.c", ())
+    assert library.stat().st_mtime_ns == built and list(cached(cache)) == [library]
+    assert builds.compiled("one.c", ("-DOTHER",)).one() == 1 and len(cached(cache)) == 2
+    header.write_text("#define ONE 2\n")
+    assert builds.compiled("one.c", ()).one() == 2 and len(cached(cache)) == 3
+    source.write_text(source.read_text().replace("return", "return 1 +"))
+    assert builds.compiled("one.c", ()).one() == 3 and len(cached(cache)) == 4
 
 
-@pytest.mark.parametrize("left", [0, 5000, -1])
-def test_a_damaged_library_is_built_again(cache, left):
+def test_a_damaged_library_is_built_again(cache):
     """In a process of its own: a truncated library ends it with SIGBUS."""
     builds.compiled("gelu.c", ())
     whole = cached(cache)
     (library,) = whole
-    library.unlink()  # this process has it open
-    library.write_bytes(whole[library][:left])
-    code = "from m3ae_kernels.cpu import build; build.compiled('gelu.c', ()).forward"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from m3ae_kernels.cpu import build
+        library = Path(sys.argv[1])
+        whole = library.read_bytes()
+        for left in (0, 5000, -1):
+            library.unlink()  # somebody has it open
+            library.write_bytes(whole[:left])
+            build.compiled("gelu.c", ()).forward
+            assert library.read_bytes() == whole, left
+    """
+    subprocess.run([sys.executable, "-c", code, str(library)], check=True)
     assert cached(cache) == whole
 
 

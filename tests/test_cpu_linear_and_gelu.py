@@ -129,6 +129,8 @@ def test_products_equal_float64(products, rows, depth, width, turned, dtype, thr
         through = linear.product(x, weight, None, turned=turned, hidden_RN=hidden)
         results.append((plain[0], *before, *through))
     assert plain[1] is None and all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
+    # of what is stored, as the backward makes it again
+    assert torch.equal(before[1], mlp.gelu(before[0])) and torch.equal(through[1], mlp.gelu(hidden))
     rounded = weight.to(BF16).double()
     exact = x.double() @ (rounded.t() if turned else rounded)
     leaf = hidden.double().requires_grad_()
@@ -139,6 +141,19 @@ def test_products_equal_float64(products, rows, depth, width, turned, dtype, thr
     for got, wanted in zip(results[0], values):
         assert got.dtype == BF16 and got.shape == wanted.shape
         assert relative(got, wanted) < 3e-3
+
+
+def test_products_take_any_strides(products):
+    """One input at a time: rows apart, and columns side by side."""
+    torch.manual_seed(0)
+    x, weight, hidden = (torch.randn(shape).to(BF16) for shape in ((40, 64), (64, 96), (40, 96)))
+    expected = linear.product(x, weight, None, turned=False, hidden_RN=hidden)
+    for number in range(3):
+        tensors = [x, weight, hidden]
+        for other in (F.pad(tensors[number], (0, 32))[:, :-32], tensors[number].t().contiguous().t()):
+            a, b, c = *tensors[:number], other, *tensors[number + 1 :]
+            got = linear.product(a, b, None, turned=False, hidden_RN=c)
+            assert all(torch.equal(one, right) for one, right in zip(got, expected))
 
 
 def test_products_keep_nan_where_it_is(products):

@@ -2,19 +2,23 @@
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import (
     BLACK,
+    GAP,
     GREEN,
     GREY,
     HIDDEN,
     RED,
+    SIDE,
+    TEXT_WIDTH,
     _cut,
     _images,
     _join,
+    _write_captions,
     caption_views,
     draw_reconstructions,
 )
@@ -63,6 +67,52 @@ def test_a_sheet_shows_each_sample(tmp_path):
     assert [row[:, 8:168].std() > 5 for row in rows] == [True, True, False]
     assert [row[:, 512:].std() > 1 for row in rows] == [True, False, True]
     assert model.training
+
+
+def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
+    """Visible patches and words are shown as they are, masked ones as predicted by the same weights."""
+    sheets = set()
+    for losses in ({}, {"image_all_tokens": True}, {"text_all_tokens": True}):
+        draw_reconstructions(make_model(**losses), [make_sample(0), make_sample(1)], None, tmp_path / "sheet.png")
+        sheets.add((tmp_path / "sheet.png").read_bytes())
+    assert len(sheets) == 1
+
+
+def inks(sheet: Image.Image, top: int, height: int) -> set[str]:
+    """The colours of words in a band of a sheet, whose edges are mixed with white."""
+    left = 3 * (SIDE + GAP) + GAP + 64
+    r, g, _ = np.asarray(sheet.crop((left, top, sheet.width, top + height))).astype(int).reshape(-1, 3).T
+    found = {"red": r - g > 60, "green": g - r > 60, "black": np.maximum(r, g) < 100}
+    return {name for name, pixels in found.items() if pixels.any()}
+
+
+def test_words_have_their_colours_in_the_line_that_shows_predictions(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.text_head.bias[5] = 1e3  # it says 5, whatever the word
+    samples = [make_sample(0, words=4), make_sample(1, words=4)]
+    for sample, word in zip(samples, (5, 7)):
+        sample.tokens, sample.text_mask = torch.full((4,), word), torch.tensor([True, True, False, True])
+    draw_reconstructions(model, samples, None, tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
+    for number, colour in enumerate(("green", "red")):
+        lines = [inks(sheet, 24 + number * (SIDE + GAP) + line * 22, 20) for line in range(3)]
+        assert lines == [{"black"}, {"black"}, {"black", colour}]
+
+
+def width(words: list[str]) -> tuple[int, int]:
+    """Pixels across and down that the words take in a line of captions."""
+    row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH + 200, 400), "white")
+    _write_captions(ImageDraw.Draw(row), {"": [(word, BLACK) for word in words]})
+    left, top, right, bottom = ImageOps.invert(row).getbbox()
+    return right - left, bottom - top
+
+
+def test_pieces_of_a_word_are_joined_and_lines_are_broken_where_they_end():
+    assert width(["play", "##ing"]) == width(["playing"])
+    assert width(["play", "ing"])[0] > width(["playing"])[0]
+    one_line, many = width(["word"] * 4), width(["word"] * 40)
+    assert many[0] <= TEXT_WIDTH and many[1] > 3 * one_line[1]
 
 
 def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):

@@ -1,6 +1,7 @@
 """How ranks wait for each other."""
 
 import hashlib
+import os
 import resource
 import time
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.process import ranks
+from m3ae_fast.process.failures import explain
 from m3ae_fast.process.program import joined_program
 from tests.helpers.ranks import run_ranks
 
@@ -46,6 +48,54 @@ def main(argv):
         dist.all_reduce(total)  # in the group that has the short timeout
         print(f"{total.item():g} ranks\n", end="", flush=True)  # in one piece: the ranks share the output
     return 0
+
+
+LOST = "another rank has ended; its output says why"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"), LOST),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:529] Read error [10.0.0.1]:1: Connection reset by peer"), LOST),
+        (dist.DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed"), LOST),
+        (dist.DistNetworkError("sendBytes failed: Broken pipe"), LOST),
+        (dist.DistNetworkError("failed to send 8 bytes"), LOST),
+        (OSError("Broken pipe"), None),  # that of a program's own
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader worker was killed"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "/dev/shm is full"),
+        (torch.OutOfMemoryError("CUDA out of memory. Broken pipe"), "out of memory: lower train.micro_batch"),
+        (UserError("as it is"), "as it is"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_and_the_rest_is_a_bug(error, told):
+    found = explain(error)
+    assert found is None if told is None else str(found).startswith(told)
+
+
+@pytest.mark.parametrize(("cores", "here", "threads"), [(8, 2, 4), (8, 1, 8), (2, 3, 1), (7, 2, 3)])
+def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
+    """Not those of all nodes; what the user sets stays."""
+    found = []
+    variables = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(here)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_connect", lambda *_: (None, None, None))
+    monkeypatch.setattr(dist, "all_gather_object", lambda hosts, host, group: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    ranks._join()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    ranks._join()
+    assert found == [threads]
+
+
+def test_a_node_is_of_the_ranks_on_one_machine():
+    hosts = ["a", "a", "b", "a", "b"]
+    nodes = [ranks.Ranks(rank, 5, 0, torch.device("cpu"), None, hosts, None, None).of_node for rank in range(5)]
+    assert nodes == [[0, 1, 3], [0, 1, 3], [2, 4], [0, 1, 3], [2, 4]]
 
 
 def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):

@@ -221,11 +221,6 @@ def test_a_silent_rank_ends_the_run_and_is_named():
     )
 
 
-def test_a_frozen_rank_0_is_noticed_by_the_others():
-    code, out = pulses(3, "with pulses[2] as pulse: time.sleep(60)")
-    assert code == 75 and "rank 2, starting: for 1 s, no sign of life from rank 0 (last: joining)" in out
-
-
 def test_a_rank_that_computes_is_waited_for():
     code = """
         with pulses[0] as pulse, pulses[1]:
@@ -234,28 +229,6 @@ def test_a_rank_that_computes_is_waited_for():
         print("whole")
     """
     assert pulses(2, code) == (0, "whole\n")
-
-
-def test_ranks_that_wait_for_one_that_counts_are_alive():
-    code = """
-        with pulses[0], pulses[1] as other:
-            with pulses[0].waiting(), other.waiting():
-                time.sleep(3)
-        print("whole")
-    """
-    assert pulses(2, code) == (0, "whole\n")
-
-
-def test_one_that_waits_for_something_else_has_no_hung_loader():
-    """For a lock of the cache, say, that another run holds while it downloads; or for another rank."""
-    code = """
-        with pulses[0] as pulse:
-            time.sleep(2)
-            pulse.mark("step 1")
-            time.sleep(2)
-        print("whole")
-    """
-    assert pulses(1, code) == (0, "whole\n")
 
 
 HUNG = """

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import m3ae_fast.run.run as run_module
+from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
@@ -346,11 +347,15 @@ def test_held_out_losses_are_means_over_the_pictures_and_captions_of_all_ranks()
         samples[6], tokens=torch.tensor([5, 5, 1]), text_mask=torch.ones(3, dtype=torch.bool)
     )
     parts = [pack(samples[:2], model.geometry), pack(samples[2:5], model.geometry)], [pack(samples[5:], model.geometry)]
+    bad = [Skipped("a.tar", key, "broken") for key in "12"]
+    parts[0][1] = dataclasses.replace(parts[0][1], skipped=bad)
+    parts[1][0] = dataclasses.replace(parts[1][0], skipped=bad[:1])
     second = OneOfTwo()
-    evaluate(engine, parts[1], second, as_it_is)
+    assert evaluate(engine, parts[1], second, as_it_is)["val_skipped"] == 1
     values = evaluate(engine, parts[0], OneOfTwo(second.own), as_it_is)
     with torch.no_grad():
         alone = [model(pack([sample], model.geometry)) for sample in samples]
+    assert values["val_skipped"] == 3 and "val_skipped" not in evaluate(engine, parts[0][:1], OneOfTwo(), as_it_is)
     assert 0 < values["val_text_accuracy"] < 1
     images = [one.image_loss.item() for one, sample in zip(alone, samples) if sample.image is not None]
     texts = [(one.text_loss.item(), one.text_accuracy.item()) for one, s in zip(alone, samples) if s.tokens is not None]

@@ -1,18 +1,25 @@
 """What `visualise` draws is what the model does."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.open_model import open_model
+from m3ae_fast.pictures import attention, reconstructions
 from m3ae_fast.pictures.attention import _laid_over, attention_to_patches
 from m3ae_fast.run import checkpoint
 from m3ae_fast.visualise import main
 from tests.helpers.attention import attend
-from tests.helpers.labelled import labelled_tar, tiny_run
+from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
+from tests.helpers.shards import write_tar
 
 SIZES = ModelConfig(
     size=None, emb_dim=32, depth=2, num_heads=4, dec_emb_dim=16, dec_depth=1, dec_num_heads=2,
@@ -72,6 +79,64 @@ def test_each_kind_is_drawn(run, tmp_path):
     assert main([str(run), "attention", "--word", "blue", "--pictures", "2", "--out", str(tmp_path / "a.png")]) == 0
     assert main([str(run), "map", "--labels", "json.name"]) == 0
     assert all(Image.open(path).width > 200 for path in (tmp_path / "a.png", run / "map.png"))
+
+
+def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypatch):
+    """Captions are masked as in the run."""
+    _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
+    drawn = []
+    monkeypatch.setattr(reconstructions, "draw_reconstructions", lambda model, samples, *_: drawn.append(samples))
+    for given in ([], [0.25, 0.5, 1.0]):
+        main([str(run), "--pictures", "3", *(["--ratios", *map(str, given)] if given else [])])
+    for samples, ratios in zip(drawn, ([0.75], [0.25, 0.5, 1.0])):
+        assert [Path(sample.key).name for sample in samples] == [k for k in ("00000", "00004", "00008") for _ in ratios]
+        assert [sample.image_mask.float().mean().item() for sample in samples] == ratios * 3
+        for one, other in zip(samples[:: len(ratios)], drawn[0]):
+            assert torch.equal(one.text_mask, other.text_mask) and torch.equal(one.image, other.image)
+
+
+@pytest.mark.parametrize("word", [None, "blue", "Blue"])
+def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, word):
+    """Of a word that is asked for, wherever it is; else of cls and the first tokens that begin a word."""
+    captions = ["a, b", "the red of a blue house by the sea and so on", "", "blue, blue", "no such", "a blue one"]
+    files = [file for i in range(6) for file in ((f"{i}.png", coloured(i, "red")), (f"{i}.txt", captions[i].encode()))]
+    _use(run, write_tar(tmp_path / "val.tar", [*files, ("6.txt", b"blue alone")]))
+    sheets = []
+    monkeypatch.setattr(attention, "draw_sheet", lambda path, rows: sheets.append(rows))
+    main([str(run), "attention", "--pictures", "2" if word else "7", *(["--word", word] if word else [])])
+    (rows,) = sheets
+    shown = [[cell.text for cell in row] for row in rows]
+    if word:
+        assert shown == [["", "cls", "blue"], ["", "cls", "blue", "blue"]]
+    else:
+        assert len(rows) == 6 and shown[0] == ["", "cls", "a", "b"] and shown[2] == ["", "cls"]
+        assert len(shown[1]) == 2 + 7 and all(text.isalnum() for row in shown for text in row[1:])
+    model, whole = open_model(str(run), text=True).eval(), torch.zeros(16, dtype=torch.bool)
+    places = model.config.patches_per_image
+    for row, caption in zip(rows, [captions[1], captions[3]] if word else captions):
+        tokens = torch.from_numpy(model.tokenizer.encode(caption))
+        sample = Sample("", row[0].image, whole[:places], tokens=tokens, text_mask=whole[: len(tokens)])
+        used = {}
+        for cell in row[1:]:
+            same = [i for i, token in enumerate(tokens.tolist()) if model.tokenizer.token(token) == cell.text]
+            query = 0 if cell.text == "cls" else 1 + places + same[used.setdefault(cell.text, 0)]
+            used[cell.text] = used.get(cell.text, 0) + 1
+            (weights_L,) = attention_to_patches(model, sample, [query])
+            assert torch.equal(cell.image, _laid_over(row[0].image, weights_L, model.config.patch_size))
+
+
+def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypatch):
+    """Placed by two of the features in the place of t-SNE."""
+    _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
+    drawn = []
+    monkeypatch.setattr("m3ae_fast.visualise.draw_map", lambda path, *what: drawn.append(what))
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
+    main([str(run), "map", "--labels", "json.name"])
+    ((places, labels, classes),) = drawn
+    images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(12)]
+    expected = open_model(str(run), text=False).eval().encode(images)[:, :2]
+    np.testing.assert_allclose(np.asarray(places), expected, atol=2e-2)
+    assert [classes[label] for label in labels] == [NAMES[number % 3] for number in range(12)]
 
 
 def test_mistakes_are_one_line_and_draw_nothing(run, tmp_path):

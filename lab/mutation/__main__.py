@@ -27,7 +27,7 @@ SLOW = {  # by the part that a mutant is in
     "m3ae_fast/engine/deepspeed": [f"{RESUMED}::test_resume_is_bitwise[{stage}]" for stage in (2, 3)],
     "m3ae_fast/engine": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
     "m3ae_fast/run": [RESUMED, "-k", "not bitwise and not signal and not sigkill and not launcher and not stage"],
-    "m3ae_fast/process": ["tests/test_stop_and_stall.py"],
+    "m3ae_fast/process": ["tests/test_pulse.py", "tests/test_ranks.py", "tests/test_stop_and_stall.py"],
     "m3ae_fast/config": ["tests/test_config.py"],
     "m3ae_fast/data": ["tests/data", "tests/test_hostile_files.py"],
     "m3ae_fast/batch": ["tests/data", "tests/test_model.py"],

@@ -203,7 +203,7 @@ CASES = {
     "pixel-p16": (masked_pixel_loss, {"rows": 37, "dim": 123, "batch": 8, "channels": 3, "patch": 16}),
     "pixel-norm": (
         masked_pixel_loss,
-        {"rows": 67, "dim": 48, "batch": 12, "channels": 4, "patch": 14, "norm_pix": True},
+        {"rows": 67, "dim": 48, "batch": 12, "channels": 4, "patch": 9, "norm_pix": True},
     ),
     "pixel-float": (
         masked_pixel_loss,

@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from m3ae_kernels import tuning
-from m3ae_kernels.aot import CASES, compile_case
+from m3ae_kernels.aot import CASES, SHARED_BYTES, compile_case
 
 CASE = {case.kernel: case for case in CASES}
 
@@ -42,6 +43,18 @@ def test_tables_name_every_kernel_and_nothing_else():
         table = tuning.table(path.stem)
         assert table.keys() == names, path.name
         assert all(entry.keys() == {"16", "32"} for entry in table.values())
+
+
+@pytest.mark.parametrize("arch", [*SHARED_BYTES, tuning.INTERPRETER])
+def test_a_dtype_has_the_settings_of_its_width(arch, monkeypatch):
+    """And nobody can change them for the next."""
+    monkeypatch.setattr(tuning, "arch_of", lambda device: arch)
+    wide = {torch.float16: "16", torch.bfloat16: "16", torch.float32: "32", torch.float64: "32"}
+    for kernel, by_width in tuning.table(arch).items():
+        for dtype, width in wide.items():
+            found = tuning.config(kernel, torch.device("cpu"), dtype)
+            assert found.items() >= by_width[width].items()
+            found.clear()
 
 
 def test_command():

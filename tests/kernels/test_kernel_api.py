@@ -1,6 +1,8 @@
 """What those who come from torch, Liger, timm or transformers count on. Runs on either implementation, as
 test_kernel_ops.py does."""
 
+import importlib
+import inspect
 import os
 
 import m3ae_kernels
@@ -16,6 +18,75 @@ from tests.kernels.test_kernel_ops import double, error
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
 PIXELS = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+
+OWN = {"impl": "torch", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "patch_size": 4, "channels": 3, "bias": False}
+OWN |= {"reduction": "none", "norm_pix": True, "label_smoothing": 0.2, "z_loss": 0.3, "ignore_index": 5, "eps": 0.7}
+OWN |= {"workspace": 999, "image_mlp": nn.Linear(8, 8), "text_mlp": nn.Linear(8, 8)}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The options with which modules call their ops, by the op's name."""
+    seen = {}
+
+    def watch(module, name):
+        real = getattr(importlib.import_module(f"m3ae_kernels.{module}"), name)
+
+        def op(*args, **options):
+            bound = inspect.signature(real).bind(*args, **options)
+            bound.apply_defaults()
+            seen[name] = bound.arguments
+            return real(*args, **options)
+
+        monkeypatch.setattr(importlib.import_module(f"m3ae_kernels.{module}"), name, op)
+
+    for module, name in (
+        ("gather", "gather_tokens"),
+        ("patch_embed", "patch_embed"),
+        ("pixel_loss", "masked_pixel_loss"),
+        ("token_loss", "masked_token_loss"),
+    ):
+        watch(module, name)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("module", "ops"),
+    [
+        (m3ae_kernels.GatherNorm, {"gather_tokens"}),
+        (m3ae_kernels.PatchEmbed, {"patch_embed"}),
+        (m3ae_kernels.MaskedPixelLoss, {"masked_pixel_loss"}),
+        (m3ae_kernels.MaskedTokenLoss, {"masked_token_loss"}),
+        (m3ae_kernels.M3AEHeads, {"gather_tokens", "masked_pixel_loss", "masked_token_loss"}),
+    ],
+)
+def test_a_module_hands_each_of_its_options_to_its_ops(asked, module, ops):
+    """Each other than by default, whatever options there are."""
+    options = [p for p in inspect.signature(module).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    own = {p.name: OWN[p.name] for p in options}
+    assert all(own[p.name] != p.default for p in options if p.name != "channels")
+    made = module(8, *([] if "vocab" not in inspect.signature(module).parameters else [31]), **own)
+    ids, rows = torch.arange(3), {"image_rows": torch.arange(3), "text_rows": torch.arange(3, 6)}
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    targets = {"images": images, "patch_ids": ids, "targets": ids}
+    {
+        m3ae_kernels.GatherNorm: lambda: made(torch.randn(5, 8), ids),
+        m3ae_kernels.PatchEmbed: lambda: made(images, ids),
+        m3ae_kernels.MaskedPixelLoss: lambda: made(torch.randn(3, 8), images, ids),
+        m3ae_kernels.MaskedTokenLoss: lambda: made(torch.randn(3, 8), ids),
+        m3ae_kernels.M3AEHeads: lambda: made(torch.randn(6, 8), **rows, **targets),
+    }[module]()
+    assert asked.keys() == ops
+    heeded = {"channels", "image_mlp", "text_mlp"}
+    for op, arguments in asked.items():
+        for name in own.keys() & arguments.keys() - {"bias"}:
+            assert arguments[name] == own[name], (op, name)
+            heeded.add(name)
+        if "bias" in own:
+            heeded.add("bias")
+            assert arguments.get("bias", arguments.get("norm_bias")) is None
+    assert heeded >= own.keys()
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])

@@ -10,6 +10,7 @@ import m3ae_kernels
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from m3ae_kernels import reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -127,22 +128,26 @@ STRIDED = (
 
 @pytest.mark.parametrize("case", STRIDED)
 def test_inputs_of_any_stride(case):
-    """Transposed, sliced and offset inputs give what contiguous ones give."""
+    """Transposed, sliced and offset inputs, each with strides of its own, give what contiguous ones give."""
     inputs = make(case, torch.float32)
     expected = run(m3ae_kernels, case, inputs)
 
-    def awkward(t: Tensor) -> Tensor:
+    def awkward(t: Tensor, number: int, across: bool) -> Tensor:
         if t.dim() == 1:
-            return torch.stack([t, t], 1)[:, 1]
+            return torch.stack([t] * (2 + number), 1)[:, 1]
         if t.dim() == 4:
             return t.contiguous(memory_format=torch.channels_last)
-        return (
-            torch.cat([t, t], 1)[:, t.shape[1] :] if t.shape[0] % 2 else t.transpose(0, 1).contiguous().transpose(0, 1)
-        )
+        if across:
+            return t.transpose(0, 1).contiguous().transpose(0, 1)
+        return F.pad(t, (1 + number, 0))[..., 1 + number :]
 
-    strided = {name: awkward(t.detach()).requires_grad_(t.requires_grad) for name, t in inputs.tensors.items()}
-    for name, got in run(m3ae_kernels, case, Inputs(strided, inputs.options)).items():
-        assert error(got, expected[name].double()) < 1e-6, name
+    for turn in (0, 1):
+        strided = {
+            name: awkward(t.detach(), i, (i + turn) % 2 == 1).requires_grad_(t.requires_grad)
+            for i, (name, t) in enumerate(inputs.tensors.items())
+        }
+        for name, got in run(m3ae_kernels, case, Inputs(strided, inputs.options)).items():
+            assert error(got, expected[name].double()) < 1e-6, (name, turn)
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -372,10 +377,10 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
 
 def test_correct_is_the_first_of_the_largest():
     hidden = torch.zeros(4, 8)
-    bias = torch.zeros(200)
-    bias[[70, 3, 150]] = 2.0  # three equal largest, in three tiles
-    targets = torch.tensor([3, 70, 150, 0], dtype=torch.int32)
-    weight, row_weight = torch.zeros(200, 8), torch.ones(4)
+    bias = torch.zeros(1200)
+    bias[[515, 3, 1027]] = 2.0  # three equal largest, in three tiles, of which one lane sees them all
+    targets = torch.tensor([3, 515, 1027, 0], dtype=torch.int32)
+    weight, row_weight = torch.zeros(1200, 8), torch.ones(4)
     _, correct = m3ae_kernels.masked_token_loss(hidden, weight, bias, targets, row_weight, return_correct=True)
     assert correct.tolist() == [True, False, False, False]
     _, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets * 0, row_weight, return_correct=True)

@@ -49,6 +49,15 @@ def test_attention_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F
         assert error(got, true[name]) <= 2 * error(torch_like[name], true[name]) + FLOOR[got.dtype], name
 
 
+def test_a_loss_scale_changes_no_gradient_of_attention():
+    """Of float16's largest numbers: the product of two of them would be infinite."""
+    inputs, scale = make("attend-queries", torch.float16), 2.0**13
+    upstream = torch.randn(inputs.tensors["q"].shape, dtype=torch.float64).clamp(-3, 3)
+    plain, scaled = (run(m3ae_kernels, "attend-queries", inputs, upstream * factor) for factor in (1.0, scale))
+    for name in inputs.learned:
+        assert error(scaled[name] / scale, plain[name].double()) < 2e-3, name
+
+
 @pytest.mark.parametrize("case", ["embed-p14", "norm-some"])
 def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
     """As where there are more blocks of rows than programs."""

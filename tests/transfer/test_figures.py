@@ -1,13 +1,21 @@
 """What the pictures of results show, read from what matplotlib is given and from the pixels."""
 
+import argparse
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import auc
 
+from m3ae_fast.batch.packing import Sample
+from m3ae_fast.config.transfer import LinearProbeConfig
+from m3ae_fast.encoding import Features
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.pictures import figures
-from m3ae_fast.pictures.figures import GREEN, RED, Cell
+from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Cell
+from m3ae_fast.transfer import knn, labelled_loop, retrieval
 
 
 @pytest.fixture
@@ -48,7 +56,9 @@ def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path)
     expected = np.array([[0.75, 0, 0.25, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(axes.images[0].get_array(), expected)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "label")
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c", "d"]
+    assert axes.images[0].get_clim() == (0, 1)  # one colour is one share in all pictures
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [text.get_text() for text in ticks] == ["a", "b", "c", "d"]
 
 
 def test_a_training_curve_is_over_epochs_and_by_name(drawn, tmp_path):
@@ -80,6 +90,8 @@ def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
         for bars in panels[0].containers
     ]
     assert centres[0] > centres[1]
+    for bars in (bars for panel in panels for bars in panel.containers):  # few samples are as high as many
+        assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(1)
 
 
 def test_a_sheet_has_each_cell_in_its_row_and_column(tmp_path):
@@ -95,31 +107,98 @@ def test_a_sheet_has_each_cell_in_its_row_and_column(tmp_path):
     assert {GREEN, (250, 0, 0)} <= inks and RED not in inks
 
 
-def test_neighbours_are_green_where_they_are_of_the_samples_class(transfer, monkeypatch):
-    sheets = []
-    monkeypatch.setattr("m3ae_fast.transfer.knn.draw_sheet", lambda path, rows, titles: sheets.append(rows))
-    monkeypatch.setattr("m3ae_fast.transfer.knn.draw_confusion", lambda *_: None)
-    transfer("knn", "--labels", "json.name", *("--set", "knn.k=3"))
-    (rows,) = sheets
-    assert len(rows) == 8 and all(len(row) == 8 for row in rows)
-    for asked, *neighbours in rows:
-        tint = asked.image.float().mean((1, 2))
-        for cell in neighbours:  # each image shows the colour that its class is called
-            assert cell.text == ("red", "green", "blue")[int(cell.image.float().mean((1, 2)).argmax())]
-            assert cell.colour == (GREEN if cell.text == asked.text.split(",")[0] else RED)
-        assert asked.text.split(",")[0] == ("red", "green", "blue")[int(tint.argmax())]
+def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
+    """Of texts as long as they can be, in every row and column: none lies on an image or on another text."""
+    green = torch.tensor([0, 250, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    long = "word after word " * 20
+    cells = [Cell(green, long, RED), Cell(None, long, RED), Cell(green, "short", RED)]
+    figures.draw_sheet(tmp_path / "a.png", [cells] * 2, ("one", "two", "three"))
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    image = (sheet == (0, 250, 0)).all(2)
+    assert image.sum() == 4 * figures._SIDE**2
+    dark = sheet.sum(2) < 3 * 200
+    width, height = figures._SIDE + figures._GAP, (len(sheet) - 20) // 2
+    assert all(dark[:18, figures._GAP + i * width :][:, : figures._SIDE].any() for i in range(3))  # titles
+    ink = dark & ~image
+    for row in range(2):
+        parts = [ink[20 + row * height :][:height, figures._GAP + i * width :][:, :width] for i in range(3)]
+        lines = [int((np.diff(part.any(1).astype(int)) == 1).sum()) for part in parts]
+        assert lines[0] >= 2 > lines[2] == 1 and lines[1] > 5
+        assert not any(part[-2:].any() for part in parts)
 
 
-def test_what_is_found_is_green_where_it_is_the_own_one(transfer, monkeypatch):
-    sheets = {}
-    monkeypatch.setattr(
-        "m3ae_fast.transfer.retrieval.draw_sheet", lambda path, rows, titles: sheets.__setitem__(path.stem, rows)
+def shown_by(samples=None):
+    """A task's job whose samples are their keys, and whose cells are what was to be shown."""
+    return argparse.Namespace(
+        out=Path("out"),
+        samples=lambda corpus, keys: {key: f"{corpus}{key}" for key in keys} if samples is None else samples,
+        cell=lambda sample, text=None, colour=None: (sample, text, colour),
     )
-    transfer("retrieval", train=None)
+
+
+def on_a_circle(angles: torch.Tensor) -> torch.Tensor:
+    """Features [N, 2] of any lengths, which do not count."""
+    return torch.stack((angles.cos(), angles.sin()), 1) * torch.arange(1, len(angles) + 1)[:, None]
+
+
+def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_class(monkeypatch):
+    """Of eight samples that lie evenly among all."""
+    sheets, classes = [], ["cat", "dog", "emu"]
+    monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
+    random = np.random.RandomState(0)
+    angles = [torch.from_numpy(random.rand(count) * 6.28) for count in (30, 20)]
+    labels = [torch.from_numpy(random.randint(3, size=count)) for count in (30, 20)]
+    bank, asked = (Features([*range(len(a))], on_a_circle(a), own, None, []) for a, own in zip(angles, labels))
+    predicted = torch.from_numpy(random.randint(3, size=20))
+    knn._draw_neighbours(shown_by(), ("train", "val"), (bank, asked), predicted, classes)
+    (rows,) = sheets
+    assert [row[0][0] for row in rows] == [f"val{20 * number // 8}" for number in range(8)]
+    for number, ((_, text, colour), *found) in enumerate(rows):
+        mine = 20 * number // 8
+        own, taken = int(labels[1][mine]), int(predicted[mine])
+        assert text == (classes[own] if own == taken else f"{classes[own]}, taken for {classes[taken]}")
+        assert colour == (GREEN if own == taken else RED)
+        nearest = torch.cos(angles[0] - angles[1][mine]).argsort(descending=True)[:7].tolist()
+        expected = [(f"train{i}", classes[labels[0][i]], GREEN if labels[0][i] == own else RED) for i in nearest]
+        assert found == expected
+
+
+def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monkeypatch):
+    sheets = {}
+    monkeypatch.setattr(retrieval, "draw_sheet", lambda path, rows, titles: sheets.__setitem__(path.stem, rows))
+    random = np.random.RandomState(0)
+    images, texts = (torch.from_numpy(random.rand(12) * 6.28) for _ in range(2))
+    texts[:6] = images[:6]  # of which each finds itself first
+    features = [on_a_circle(angles) for angles in (images, texts)]
+    keys = [f"{number:02d}" for number in range(12)]
+    samples = {key: Sample(key, torch.zeros(1), tokens=torch.zeros(1)) for key in keys}
+    retrieval._draw(shown_by(samples), None, keys, *features)
     assert {*sheets} == {"text_to_image", "image_to_text"}
-    for name, rows in sheets.items():
-        images_asked = name == "image_to_text"
-        for asked, *found in rows:
-            assert (asked.image is not None) == images_asked and len(found) == 5
-            assert all((cell.image is None) == images_asked for cell in found)
-            assert sum(cell.colour == GREEN for cell in found) <= 1
+    for name, (asked, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
+        assert [row[0][0].key for row in sheets[name]] == [keys[12 * number // 5] for number in range(5)]
+        for number, ((sample, _, _), *found) in enumerate(sheets[name]):
+            row = 12 * number // 5
+            best = torch.cos(candidates - asked[row]).argsort(descending=True)[:5].tolist()
+            assert [(cell[0].key, cell[2]) for cell in found] == [(keys[i], GREEN if i == row else BLACK) for i in best]
+            assert (sample.image is not None) == (name == "image_to_text")
+            assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
+
+
+def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_path):
+    drawn = {}
+    for name in ("draw_training", "draw_confusion"):
+        monkeypatch.setattr(labelled_loop, name, lambda path, *what, name=name: drawn.__setitem__(name, (path, *what)))
+    monkeypatch.setattr(labelled_loop, "read_metrics", lambda folder: [folder])
+    guesses = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    loop = argparse.Namespace(
+        run=argparse.Namespace(dir=tmp_path),
+        schedule=Schedule(LinearProbeConfig(global_batch=4), LinearProbeConfig(), samples=12),
+        labels_N=torch.tensor([2, 0]),
+        best_NK=guesses,
+        classes=["a", "b", "c"],
+    )
+    labelled_loop.LabelledLoop.draw(loop)
+    assert drawn["draw_training"] == (tmp_path / "training.png", [tmp_path], 3)
+    path, labels, found, classes = drawn["draw_confusion"]
+    assert (path, classes) == (tmp_path / "confusion.png", loop.classes)
+    assert (labels.tolist(), found.tolist()) == ([2, 0], [2, 1])

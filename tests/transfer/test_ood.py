@@ -3,7 +3,7 @@ import pytest
 from scipy.special import logsumexp
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -40,11 +40,18 @@ def test_every_score_is_lower_far_from_the_training_samples(classes):
     np.testing.assert_allclose(scores(train[:5])["max_softmax"], odds, rtol=1e-5)
 
 
-def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path):
+def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, monkeypatch):
+    drawn = []
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
+    draw = ood.draw_detection
+    monkeypatch.setattr(ood, "draw_detection", lambda path, *scores: drawn.extend(scores) or draw(path, *scores))
     result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # below a class's 16 samples
     assert result["knn_auroc"] > 0.95
     assert pictures(tmp_path / "out") == ["scores"]
+    familiar, strange = drawn
+    for name in familiar:  # what is drawn is what is told
+        both = np.concatenate((familiar[name], strange[name]))
+        assert result[f"{name}_auroc"] == pytest.approx(roc_auc_score(np.arange(len(both)) < 18, both))
     assert result["mahalanobis_fpr95"] < 0.1
     assert (result["train_samples"], result["val_samples"], result["ood_samples"]) == (48, 18, 20)
 

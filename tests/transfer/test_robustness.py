@@ -16,6 +16,7 @@ from m3ae_fast.batch.images import decode_image
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import CommonCorruption, ExtraCorruption, RobustnessConfig
 from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.transfer import robustness
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.corruptions import KINDS, SEVERITIES, Corruption
@@ -175,7 +176,16 @@ def test_blurs_keep_an_even_picture_and_spread_a_point():
     assert (disk.numpy() == (rows**2 + columns**2 <= 9)).all()
 
 
-def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, shards, tmp_path):
+def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, shards, tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("draw_attack", "draw_sheet"):
+        draw = getattr(robustness, name)
+
+        def keep(path, *what, draw=draw, name=name):
+            drawn[name] = what
+            draw(path, *what)
+
+        monkeypatch.setattr(robustness, name, keep)
     options = ["--set", "robustness.epsilons=[1e-6,64]", "--set", 'robustness.corruptions=["jpeg","contrast"]']
     result = transfer("robustness", *options, model=classifier, train=None)
     assert result["task"] == "robustness" and list(result["pgd"]) == ["1e-06/255", "64/255"]
@@ -186,6 +196,14 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, sh
     assert result["mean_corruption_error"] == pytest.approx(1 - every)
     assert result["val_samples"] == 18
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attack.png", "corruptions.png"}
+    assert drawn["draw_attack"] == ([1e-6, 64], list(result["pgd"].values()), result["top1"])
+    rows, titles = drawn["draw_sheet"]
+    assert titles == ("", *(f"severity {number}" for number in range(1, 6)))
+    for (kind, found), (clean, *corrupted) in zip(result["corruptions"].items(), rows, strict=True):
+        assert clean.text == f"{kind}: none"
+        for severity, (cell, top1) in enumerate(zip(corrupted, found, strict=True), 1):
+            assert cell.text == f"{top1:.1%} right"
+            assert torch.equal(cell.image, Corruption(kind, severity)(clean.image, result["config"]["run"]["seed"]))
 
 
 def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):

@@ -1,0 +1,202 @@
+"""When a process takes itself or another rank for stalled, by a clock of the tests' own, on which hours pass at once;
+what signals leave behind. test_stop_and_stall.py has what processes really do."""
+
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from m3ae_fast.process import pulse as pulse_module
+from m3ae_fast.process import signals
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.signals import StopRequest
+
+
+class Ended(Exception):
+    """In place of the end of the process."""
+
+
+class Judged:
+    """A rank whose stalls are judged. `at(seconds)` is called at each look. It may change `busy`, who computes or
+    writes: "workers" or "self"; what it returns, if anything, is for how long the whole process is suspended then."""
+
+    def __init__(self, monkeypatch, timeout: float, rank: int = 0, ranks: int = 1) -> None:
+        self.now, self.busy, self.looks = 0.0, set(), 0
+        self.store, self.stop = dist.HashStore(), StopRequest()
+        self.pulse = Pulse(rank, ranks, self.store, self.stop)
+        self.pulse.timeout = timeout
+        monkeypatch.setattr(pulse_module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(pulse_module, "_Activity", lambda: self)
+        monkeypatch.setattr(self.pulse, "_end_process", self.end)
+        monkeypatch.setattr(self.pulse, "_end", self)
+
+    def grown(self, children_alone: bool) -> bool:
+        return bool(self.busy - ({"self"} if children_alone else set()))
+
+    def end(self, what: str) -> None:
+        raise Ended(what)
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        self.looks += 1
+        self.now += self.at(self.now) or 0.0
+        return self.is_set()
+
+    def is_set(self) -> bool:
+        return self.now > self.until
+
+    def ended(self, until: float, at=lambda now: None) -> tuple[float, str] | None:
+        """When the process ended and why; None if it was still there after `until` seconds."""
+        self.until, self.at = until, at
+        try:
+            self.pulse._judge()
+        except Ended as end:
+            return self.now, str(end)
+        return None
+
+    def beats(self, seconds: int, at=lambda now: None) -> int:
+        """How many beats that tell of something the rank sends in so many seconds from now on."""
+        self.until, self.at = self.now + seconds, at
+        self.pulse._beat()
+        return int(self.store.get("beat 0").split()[0])
+
+
+@pytest.mark.parametrize("timeout", [0.5, 5.0, 600.0])
+def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, timeout):
+    """Whatever the main thread, which waits for them, does beside."""
+    judged = Judged(monkeypatch, timeout)
+    judged.busy = {"self"}
+    judged.pulse.mark("waiting for its loader", loading=True)
+    end, why = judged.ended(10 * timeout)
+    assert timeout < end < 1.3 * timeout and "its loader workers are idle" in why
+    assert judged.looks >= 10
+
+
+def test_workers_that_do_something_are_waited_for(monkeypatch):
+    judged = Judged(monkeypatch, 60.0)
+    judged.busy = {"workers"}
+    judged.pulse.mark("waiting for its loader", loading=True)
+
+    def at(now: float) -> None:
+        if now > 1000:
+            judged.busy = set()
+
+    end, _ = judged.ended(5000, at)
+    assert 1060 <= end < 1070  # a timeout after they fell idle
+
+
+def test_every_batch_begins_the_wait_anew(monkeypatch):
+    judged = Judged(monkeypatch, 60.0)
+
+    def at(now: float) -> None:
+        if now < 500 and now % 50 == 0:
+            judged.pulse.mark("waiting for its loader", loading=True)
+
+    end, _ = judged.ended(5000, at)
+    assert 510 < end < 520
+
+
+def test_workers_may_be_idle_while_a_batch_is_used(monkeypatch):
+    """A step or a compilation of hours."""
+    judged = Judged(monkeypatch, 60.0)
+    batches = judged.pulse.watch([1, 2], "training")
+    for _ in range(2):
+        next(batches)
+        assert judged.ended(judged.now + 5000) is None
+
+
+def test_a_process_that_was_suspended_accuses_nobody(monkeypatch):
+    judged = Judged(monkeypatch, 60.0, ranks=2)
+    judged.pulse.mark("waiting for its loader", loading=True)
+    end, _ = judged.ended(2e5, lambda now: 1e5 if 30 <= now < 31 else None)
+    assert 1e5 + 60 - 2 <= end < 1e5 + 70  # the seconds for which it was awake
+
+
+@pytest.mark.parametrize(("rank", "others"), [(0, [1, 2, 3]), (1, [0]), (3, [0])])
+def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
+    """Rank 0 watches all, and all watch rank 0; whoever has been heard of since is not meant."""
+    judged = Judged(monkeypatch, 60.0, rank, ranks=4)
+    end, why = judged.ended(1000)
+    assert 60 < end < 70 and f"no sign of life from rank {', '.join(map(str, others))} (last: joining)" in why
+
+    def heard(now: float) -> None:
+        for other in others[:-1]:
+            judged.pulse._others[other].silent = 0.0
+
+    judged.pulse._others[others[-1]].beat = b"7 saving step 4"
+    judged.pulse.mark("step 5")
+    _, why = judged.ended(judged.now + 1000, heard)
+    assert f"from rank {others[-1]} (last: saving step 4)" in why
+
+
+def test_a_rank_that_moves_on_ends_nobody(monkeypatch):
+    """However silent the other is: it is for the one that waits to say so."""
+    judged = Judged(monkeypatch, 60.0, ranks=2)
+    assert judged.ended(1000, lambda now: judged.pulse.mark("step")) is None
+
+
+def test_a_rank_beats_while_something_of_it_moves_and_no_longer(monkeypatch):
+    judged = Judged(monkeypatch, 600.0, ranks=2)
+    assert judged.beats(50) <= 1
+    assert judged.beats(50, lambda now: judged.pulse.mark("step")) > 45
+    judged.busy = {"self"}
+    assert judged.beats(50) > 45
+    judged.busy = set()
+    with judged.pulse.waiting():
+        assert judged.beats(50) > 45
+    assert judged.beats(50) <= 1
+    judged.busy = {"self"}
+    judged.pulse.mark("waiting for its loader", loading=True)
+    assert judged.beats(50) <= 1
+    judged.busy = {"workers"}
+    assert judged.beats(50) > 45
+
+
+def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
+    judged = Judged(monkeypatch, 600.0, ranks=3)
+    one, two = (judged.pulse._others[other] for other in (1, 2))
+    judged.store.set("beat 1", "1 step 1")
+    judged.beats(5)
+    assert one.beat == b"1 step 1" and two.beat == b""
+    one.silent = two.silent = 7.0
+    judged.beats(5)
+    assert (one.silent, two.silent) == (7.0, 7.0)
+    judged.store.set("beat 2", "4 step 1")
+    judged.beats(5)
+    assert (one.silent, two.silent) == (7.0, 0.0) and not judged.stop.asked
+    judged.store.set("beat 1", "2 step 2")
+    judged.store.set("stop", "SIGTERM")
+    judged.beats(5)
+    assert one.silent == 0.0 and judged.stop.reason == "asked by another rank" and judged.pulse.stop_told()
+
+
+def test_the_first_that_asks_the_others_to_stop_is_told_so(monkeypatch):
+    judged = Judged(monkeypatch, 600.0, ranks=2)
+    assert not judged.pulse.stop_told()
+    assert [judged.pulse.tell_stop("SIGTERM") for _ in range(3)] == [True, False, False]
+    assert judged.pulse.stop_told()
+
+
+def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
+    looks = []
+    monkeypatch.setattr(signals, "_launcher_chain", lambda: looks.append(1))
+    with StopRequest() as stop:
+        stop.listen()
+        time.sleep(0.6)
+    assert 2 <= len(looks) <= 10
+
+
+def test_signals_are_handled_afterwards_as_before():
+    def mine(*_) -> None:
+        """What the program did with SIGUSR1."""
+
+    before = signal.signal(signal.SIGUSR1, mine)
+    try:
+        expected = {number: signal.getsignal(number) for number in signals.SIGNALS}
+        with StopRequest() as stop:
+            assert signal.getsignal(signal.SIGUSR1) != mine
+            stop.listen()
+        assert {number: signal.getsignal(number) for number in signals.SIGNALS} == expected
+    finally:
+        signal.signal(signal.SIGUSR1, before)
