@@ -3,6 +3,7 @@
 python -m m3ae_fast.visualise runs/large                                  # original, masked, reconstructed; captions
 python -m m3ae_fast.visualise runs/large --ratios 0.5 0.75 0.9            # the same images at several mask ratios
 python -m m3ae_fast.visualise runs/large attention --word dog             # of cls and of a word over the patches
+python -m m3ae_fast.visualise runs/large attention --patch 3,5 --head 2   # of a patch over the words, by one head
 python -m m3ae_fast.visualise runs/large map --labels json.label          # t-SNE of features, coloured by class
 
 Samples lie evenly over the run's data.val (without it, data.train), or over --shards; a map has all that have a class.
@@ -11,11 +12,12 @@ Samples lie evenly over the run's data.val (without it, data.train), or over --s
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from m3ae_fast.config import Config, SourceConfig, parse
+from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
 from m3ae_fast.data.labels import label_corpus
@@ -23,8 +25,9 @@ from m3ae_fast.data.trust import require_harmless
 from m3ae_fast.encoding import UNMASKED, encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.open_model import open_model
-from m3ae_fast.pictures.attention import draw_attention
+from m3ae_fast.pictures.attention import Look, draw_attention
 from m3ae_fast.pictures.figures import draw_map, require_matplotlib
+from m3ae_fast.pictures.patch_attention import draw_patch_attention
 from m3ae_fast.pictures.reconstructions import draw_run
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run import checkpoint
@@ -43,7 +46,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[], metavar="R", help="mask ratios of the image (default: the run's)"
     )
-    parser.add_argument("--word", help="whose attention is shown (default: that of each caption's first words)")
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--word", help="whose attention is shown (default: that of each caption's first words)")
+    whose.add_argument("--patch", metavar="R,C", help="whose attention over the words is shown: row and column, from 0")
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="encoder block whose attention it is, from 1 (default: the last)"
+    )
+    parser.add_argument("--head", type=int, metavar="N", help="its attention head, from 1 (default: the mean over all)")
     parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
     parser.add_argument("--shards", nargs="+", metavar="SHARDS", help="whose samples are drawn in place of the run's")
     parser.add_argument(
@@ -88,10 +97,34 @@ def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, o
 
 
 def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
-    model = open_model(args.run, text=bool(config.model.vocab_size), tokenizer=config.data.tokenizer).eval()
+    look, patch = _look(args, config.model), _patch(args.patch, config.model)
+    text = bool(config.model.vocab_size) or patch is not None
+    model = open_model(args.run, text=text, tokenizer=config.data.tokenizer).eval()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, config.run.seed)
     samples = eval_samples(corpus, preparation, _SEARCHED if args.word else args.pictures)
-    draw_attention(model, samples, out, args.pictures, args.word)
+    if patch:
+        draw_patch_attention(model, samples, out, args.pictures, patch, look)
+    else:
+        draw_attention(model, samples, out, args.pictures, args.word, look)
+
+
+def _look(args: argparse.Namespace, model: ModelConfig) -> Look:
+    """Return whose attention is asked for. Raises UserError if the model has no such block or head."""
+    for name, most in (("layer", model.depth), ("head", model.num_heads)):
+        if (number := getattr(args, name)) is not None and not 1 <= number <= most:
+            raise UserError(f"--{name} {number}: the encoder has {most}, counted from 1")
+    return Look((args.layer or model.depth) - 1, args.head and args.head - 1)
+
+
+def _patch(given: str | None, model: ModelConfig) -> tuple[int, int] | None:
+    """Return row and column of a patch, from 0. Raises UserError if the model has no such patch."""
+    if given is None:
+        return None
+    side = model.image_size // model.patch_size
+    found = re.fullmatch(r"(\d{1,5}),(\d{1,5})", given)
+    if not found or max(place := (int(found[1]), int(found[2]))) >= side:
+        raise UserError(f"--patch {given}: must be row and column from 0,0 to {side - 1},{side - 1}")
+    return place
 
 
 def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
