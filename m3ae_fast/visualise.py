@@ -5,6 +5,7 @@ python -m m3ae_fast.visualise runs/large --ratios 0.5 0.75 0.9            # the 
 python -m m3ae_fast.visualise runs/large attention --word dog             # of cls and of a word over the patches
 python -m m3ae_fast.visualise runs/large attention --patch 3,5 --head 2   # of a patch over the words, by one head
 python -m m3ae_fast.visualise runs/large map --labels json.label          # t-SNE of features, coloured by class
+python -m m3ae_fast.visualise map runs/mae runs/m3ae --classes cat,dog    # of several runs beside each other
 
 Samples lie evenly over the run's data.val (without it, data.train), or over --shards; a map has all that have a class.
 """
@@ -18,18 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
-from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
-from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.data.labels import keep_classes, label_corpus
 from m3ae_fast.data.trust import require_harmless
-from m3ae_fast.encoding import UNMASKED, encode_corpus
+from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.feature_map import draw_feature_map, require_scikit_learn
 from m3ae_fast.open_model import open_model
 from m3ae_fast.pictures.attention import Look, draw_attention
-from m3ae_fast.pictures.figures import draw_map, require_matplotlib
 from m3ae_fast.pictures.patch_attention import draw_patch_attention
 from m3ae_fast.pictures.reconstructions import draw_run
-from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run import checkpoint
 
 _SEARCHED = 2000  # samples, for a word
@@ -39,8 +38,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m m3ae_fast.visualise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken) or a checkpoint folder")
-    parser.add_argument("what", nargs="?", choices=KINDS, default="reconstructions", help="default: reconstructions")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="RUN|WHAT",
+        help="a run folder (its last checkpoint is taken) or a checkpoint folder; for a map several, whose samples are "
+        f"those of the first; and what to draw: {', '.join(KINDS)} (default: the first of these)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN/WHAT.png")
     parser.add_argument("--pictures", type=int, default=12, help="samples shown (default: 12)")
     parser.add_argument(
@@ -54,11 +58,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--head", type=int, metavar="N", help="its attention head, from 1 (default: the mean over all)")
     parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+    parser.add_argument("--classes", metavar="A,B,...", help="the classes that a map shows (default: all)")
     parser.add_argument("--shards", nargs="+", metavar="SHARDS", help="whose samples are drawn in place of the run's")
     parser.add_argument(
         "--trust", action="store_true", help="open whatever shards the run names, also those that run a program"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.runs = [word for word in args.words if word not in KINDS]
+    kinds = [word for word in args.words if word in KINDS] or ["reconstructions"]
+    if len(kinds) > 1 or not args.runs:
+        parser.error("name a run, and one thing to draw")
+    args.run, args.what = args.runs[0], kinds[0]
+    if len(args.runs) > 1 and args.what != "map":
+        parser.error(f"{args.what} are of one run; a map can be of several")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     sources, store = _shown(args, config, f"checkpoint {path}")
     if args.what == "map":
-        sources = [source.model_copy(update={"modality": "image"}) for source in sources]
+        sources = [source.model_copy(update={"modality": "image", "caption_fraction": 1.0}) for source in sources]
     corpus = open_corpus(sources, store, progress=True)
     out = args.out or Path(args.run) / f"{args.what}.png"
     KINDS[args.what](args, config, corpus, out)
@@ -84,7 +97,7 @@ def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[S
     run."""
     sources = config.data.val or config.data.train
     if args.shards:
-        return [sources[0].model_copy(update={"shards": args.shards})], ShardStore()
+        return [sources[0].model_copy(update={"shards": args.shards, "caption_fraction": 1.0})], ShardStore()
     if not args.trust:
         require_harmless(sources, config.data.cache_dir, where)
     return sources, ShardStore(config.data.cache_dir, config.data.cache_gb)
@@ -128,21 +141,11 @@ def _patch(given: str | None, model: ModelConfig) -> tuple[int, int] | None:
 
 
 def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
-    require_matplotlib()
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise UserError("a map needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
+    require_scikit_learn()
     labelled, classes = label_corpus(corpus, args.labels, progress=True)
-    with join_ranks() as ranks:
-        model = open_model(args.run, text=False).to(ranks.device)
-        found = encode_corpus(model, labelled, config.data, EncodeConfig(), ranks)
-    assert found.labels_N is not None
-    if len(found.keys) < 4:
-        raise UserError(f"{len(found.keys)} samples have a class: a map needs 4 or more")
-    perplexity = min(30.0, (len(found.keys) - 1) / 3)
-    places_N2 = TSNE(init="pca", perplexity=perplexity, random_state=config.run.seed).fit_transform(found.features_ND)
-    draw_map(out, places_N2, found.labels_N.numpy(), classes)
+    if args.classes is not None:
+        labelled, classes = keep_classes(labelled, classes, args.classes.split(","))
+    draw_feature_map(out, args.runs, labelled, classes, config.data, config.run.seed)
 
 
 KINDS: dict[str, Callable[[argparse.Namespace, Config, Corpus, Path], None]] = {
