@@ -2,8 +2,10 @@
 
 python -m m3ae_fast.visualise runs/large                                  # original, masked, reconstructed; captions
 python -m m3ae_fast.visualise runs/large --ratios 0.5 0.75 0.9            # the same images at several mask ratios
-python -m m3ae_fast.visualise runs/large attention --word dog             # of the cls token and of a word
+python -m m3ae_fast.visualise runs/large attention --word dog             # of the cls token and of a word, over patches
+python -m m3ae_fast.visualise runs/large attention --patch 3,5 --head 2   # of a patch over the words, by one head
 python -m m3ae_fast.visualise runs/large map --labels json.label          # t-SNE of features, coloured by class
+python -m m3ae_fast.visualise map runs/mae runs/m3ae --classes cat,dog    # of several runs beside each other
 
 Samples lie evenly over the run's data.val (without it, data.train), or over --shards; a map has all that have a class.
 """
@@ -11,23 +13,23 @@ Samples lie evenly over the run's data.val (without it, data.train), or over --s
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from m3ae_fast.command_line import add_labels, program
-from m3ae_fast.config import Config, SourceConfig, parse
-from m3ae_fast.config.transfer import EncodeConfig
+from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
-from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.data.labels import keep_classes, label_corpus
 from m3ae_fast.data.trust import require_harmless
-from m3ae_fast.encoding import UNMASKED, encode_corpus
+from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.feature_map import draw_feature_map, require_scikit_learn
 from m3ae_fast.open_model import open_model
-from m3ae_fast.pictures.attention import draw_attention
-from m3ae_fast.pictures.figures import draw_map, require_matplotlib
+from m3ae_fast.pictures.attention import Look, draw_attention
+from m3ae_fast.pictures.patch_attention import draw_patch_attention
 from m3ae_fast.pictures.reconstructions import draw_run
-from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run import checkpoint
 
 _SEARCHED = 2000  # samples, for a word
@@ -35,20 +37,40 @@ _SEARCHED = 2000  # samples, for a word
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("visualise", __doc__)
-    parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken) or a checkpoint folder")
-    parser.add_argument("what", nargs="?", choices=KINDS, default="reconstructions", help="default: reconstructions")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="RUN|WHAT",
+        help="a run folder (its last checkpoint is taken) or a checkpoint folder; for a map several, whose samples are "
+        f"those of the first; and what to draw: {', '.join(KINDS)} (default: the first of these)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN/WHAT.png")
     parser.add_argument("--pictures", type=int, default=12, help="samples shown (default: 12)")
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[], metavar="R", help="mask ratios of the image (default: the run's)"
     )
-    parser.add_argument("--word", help="whose attention is shown (default: that of each caption's first words)")
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--word", help="whose attention is shown (default: that of each caption's first words)")
+    whose.add_argument("--patch", metavar="R,C", help="whose attention over the words is shown: row and column, from 0")
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="encoder block whose attention it is, from 1 (default: the last)"
+    )
+    parser.add_argument("--head", type=int, metavar="N", help="its attention head, from 1 (default: the mean over all)")
+    parser.add_argument("--classes", metavar="A,B,...", help="the classes that a map shows (default: all)")
     add_labels(parser)
     parser.add_argument("--shards", nargs="+", metavar="SHARDS", help="whose samples are drawn in place of the run's")
     parser.add_argument(
         "--trust", action="store_true", help="open whatever shards the run names, also those that run a program"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.runs = [word for word in args.words if word not in KINDS]
+    kinds = [word for word in args.words if word in KINDS] or ["reconstructions"]
+    if len(kinds) > 1 or not args.runs:
+        parser.error("name a run, and one thing to draw")
+    args.run, args.what = args.runs[0], kinds[0]
+    if len(args.runs) > 1 and args.what != "map":
+        parser.error(f"{args.what} are of one run; a map can be of several")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     sources, store = _shown(args, config, f"checkpoint {path}")
     if args.what == "map":
-        sources = [source.model_copy(update={"modality": "image"}) for source in sources]
+        sources = [source.model_copy(update={"modality": "image", "caption_fraction": 1.0}) for source in sources]
     corpus = open_corpus(sources, store, progress=True)
     out = args.out or Path(args.run) / f"{args.what}.png"
     KINDS[args.what](args, config, corpus, out)
@@ -74,7 +96,7 @@ def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[S
     run."""
     sources = config.data.val or config.data.train
     if args.shards:
-        return [sources[0].model_copy(update={"shards": args.shards})], ShardStore()
+        return [sources[0].model_copy(update={"shards": args.shards, "caption_fraction": 1.0})], ShardStore()
     if not args.trust:
         require_harmless(sources, config.data.cache_dir, where)
     return sources, ShardStore(config.data.cache_dir, config.data.cache_gb)
@@ -87,28 +109,42 @@ def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, o
 
 
 def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
-    model = open_model(args.run, text=bool(config.model.vocab_size), tokenizer=config.data.tokenizer).eval()
+    look, patch = _look(args, config.model), _patch(args.patch, config.model)
+    text = bool(config.model.vocab_size) or patch is not None
+    model = open_model(args.run, text=text, tokenizer=config.data.tokenizer).eval()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, config.run.seed)
     samples = eval_samples(corpus, preparation, _SEARCHED if args.word else args.pictures)
-    draw_attention(model, samples, out, args.pictures, args.word)
+    if patch:
+        draw_patch_attention(model, samples, out, args.pictures, patch, look)
+    else:
+        draw_attention(model, samples, out, args.pictures, args.word, look)
+
+
+def _look(args: argparse.Namespace, model: ModelConfig) -> Look:
+    """Return whose attention is asked for. Raises UserError if the model has no such block or head."""
+    for name, most in (("layer", model.depth), ("head", model.num_heads)):
+        if (number := getattr(args, name)) is not None and not 1 <= number <= most:
+            raise UserError(f"--{name} {number}: the encoder has {most}, counted from 1")
+    return Look((args.layer or model.depth) - 1, args.head and args.head - 1)
+
+
+def _patch(given: str | None, model: ModelConfig) -> tuple[int, int] | None:
+    """Return row and column of a patch, from 0. Raises UserError if the model has no such patch."""
+    if given is None:
+        return None
+    side = model.image_size // model.patch_size
+    found = re.fullmatch(r"(\d{1,5}),(\d{1,5})", given)
+    if not found or max(place := (int(found[1]), int(found[2]))) >= side:
+        raise UserError(f"--patch {given}: must be row and column from 0,0 to {side - 1},{side - 1}")
+    return place
 
 
 def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
-    require_matplotlib()
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise UserError("a map needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
+    require_scikit_learn()
     labelled, classes = label_corpus(corpus, args.labels, progress=True)
-    with join_ranks() as ranks:
-        model = open_model(args.run, text=False).to(ranks.device)
-        found = encode_corpus(model, labelled, config.data, EncodeConfig(), ranks)
-    assert found.labels_N is not None
-    if len(found.keys) < 4:
-        raise UserError(f"{len(found.keys)} samples have a class: a map needs 4 or more")
-    perplexity = min(30.0, (len(found.keys) - 1) / 3)
-    places_N2 = TSNE(init="pca", perplexity=perplexity, random_state=config.run.seed).fit_transform(found.features_ND)
-    draw_map(out, places_N2, found.labels_N.numpy(), classes)
+    if args.classes is not None:
+        labelled, classes = keep_classes(labelled, classes, args.classes.split(","))
+    draw_feature_map(out, args.runs, labelled, classes, config.data, config.run.seed)
 
 
 KINDS: dict[str, Callable[[argparse.Namespace, Config, Corpus, Path], None]] = {

@@ -300,6 +300,7 @@ def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):
         (1, {"weight": 1.0}, "data.train"),
         (1, {"loss_weight": 0.5}, "data.train.loss_weight"),
         (0, {"modality": "image"}, "data.train"),
+        (0, {"caption_fraction": 0.5}, "data.train"),
         (0, {"shards": two}, "data.train"),
         (0, {"shards": [one, two]}, "data.train"),
     ):
@@ -307,7 +308,10 @@ def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):
         sources[number] |= change
         other = _fingerprint(tmp_path, sources)
         assert entry in [name for name in other if other[name] != found[name]], change
-    assert {*SourceConfig.model_fields} == {"shards", "weight", "loss_weight", "modality"}
+    assert {*SourceConfig.model_fields} == {"shards", "weight", "loss_weight", "modality", "caption_fraction"}
+    halves = [_fingerprint(tmp_path, [base[0] | a, base[1] | b]) for a, b in (({"caption_fraction": 0.5}, {}),
+              ({}, {"caption_fraction": 0.5}), ({"caption_fraction": 0.5000001}, {}))]  # fmt: skip
+    assert len({half["data.train"] for half in halves}) == 3
     labelled = [_fingerprint(tmp_path, base[:1], labels) for labels in ([0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 1, 0])]
     assert labelled[0]["data.train.labels"] != labelled[1]["data.train.labels"]
 

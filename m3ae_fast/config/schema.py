@@ -204,6 +204,15 @@ class SourceConfig(Section):
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
     """Which modalities of a sample to use. `any`: whatever it has; `auto`: what every sample of the shard has, else
     `any`."""
+    caption_fraction: float = Field(1.0, ge=0, le=1)
+    """Fraction of the pairs that keep their caption; the others are images alone. A hash of its key chooses a pair: the
+    same ones in every run, and a larger fraction holds those of a smaller one."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> SourceConfig:
+        if self.caption_fraction < 1 and self.modality in ("image", "text"):
+            raise ValueError(f"caption_fraction {self.caption_fraction:g} needs pairs, not modality {self.modality!r}")
+        return self
 
 
 class DataConfig(Section):

@@ -26,6 +26,7 @@ class Source:
     weight: float | None
     loss_weight: float = 1.0
     labels: np.ndarray | None = None  # int64, of all samples in file order: see data.labels
+    caption_fraction: float = 1.0  # of the pairs that keep their caption: see data.reader
 
     @property
     def sizes(self) -> np.ndarray:
@@ -51,7 +52,11 @@ class Source:
     def shard_with_captions(self) -> str | None:
         """Return the first shard whose captions are trained on."""
         shards = zip(self.shards, self.modalities)
-        return next((s.shard for s, modality in shards if modality != "image" and s.summary.captions), None)
+        return next((s.shard for s, modality in shards if modality != "image" and self._captions(s)), None)
+
+    def _captions(self, shard: IndexedShard) -> int:
+        """At most how many captions of a shard are kept."""
+        return shard.summary.captions - (0 if self.caption_fraction else shard.summary.paired)
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
             kinds = f"images {', '.join(IMAGE_SUFFIXES)}; captions txt, json"
             others = f", but {ignored}" if ignored else ""
             raise UserError(f"shards {config.shards!r}: no samples in them ({kinds}){others}{damage}")
-        modalities = [shard.summary.modality if config.modality == "auto" else config.modality for shard in shards]
-        if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
-            raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")
-        corpus.sources.append(Source(shards, modalities, config.weight, config.loss_weight))
+        corpus.sources.append(_source(config, shards, [shard.summary.modality for shard in shards]))
     return corpus
 
 
@@ -158,10 +160,17 @@ def _by_manifest(config: SourceConfig, rows: np.ndarray, corpus: Corpus) -> Sour
     if not (rows := rows[rows["samples"] > 0] if (rows["samples"] == 0).any() else rows).size:
         raise UserError(f"shards {config.shards!r}: no samples in them")
     shards = CountedShards(rows, corpus.store)
-    modalities = shards.kinds if config.modality == "auto" else [config.modality] * len(shards)
+    return _source(config, shards, shards.kinds)
+
+
+def _source(config: SourceConfig, shards: Sequence[IndexedShard], kinds: list[Modality]) -> Source:
+    """Return a source of shards of these kinds. Raises UserError where none holds what the config asks for."""
+    modalities = kinds if config.modality == "auto" else [config.modality] * len(shards)
     if not any(_holds(shard, modality) for shard, modality in zip(shards, modalities)):
         raise UserError(f"shards {config.shards!r}: no sample in them is {config.modality!r}; change its modality")
-    return Source(shards, modalities, config.weight, config.loss_weight)
+    if config.caption_fraction < 1 and not any(_holds(shard, "paired") for shard in shards):
+        raise UserError(f"shards {config.shards!r}: hold no pairs; leave out caption_fraction")
+    return Source(shards, modalities, config.weight, config.loss_weight, caption_fraction=config.caption_fraction)
 
 
 def _holds(shard: IndexedShard, modality: Modality) -> bool:

@@ -16,8 +16,8 @@ WRITTEN = "data.train.written"  # when the shards were last written
 
 
 def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
-    """Return by name what must be unchanged for a resumed run: shards with sizes and order, weights of sources, labels,
-    tokenizers; and WRITTEN, which copying changes too.
+    """Return by name what must be unchanged for a resumed run: shards with sizes and order, weights of sources,
+    captions kept, labels, tokenizers; and WRITTEN, which copying changes too.
 
     Folders do not matter: shards may move. Settings are not in it: see `engine.resuming.STREAM`.
     """
@@ -29,6 +29,9 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     ends = [len(source.shards) for source in data.train.sources]
     what = _hash([shards, ends, data.train.weights])
     stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
+    fractions = [source.caption_fraction for source in data.train.sources]
+    if min(fractions) < 1:  # without it the entry is that of earlier versions
+        stream["data.train"] += f", caption_fraction {', '.join(map(str, fractions))}"
     stream["data.train.loss_weight"] = ", ".join(f"{source.loss_weight:g}" for source in data.train.sources)
     stream[WRITTEN] = _written(data.train)
     if labels := [source.labels.tolist() for source in data.train.sources if source.labels is not None]:

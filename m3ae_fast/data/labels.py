@@ -161,6 +161,28 @@ def select_labelled(source: Source, ids: np.ndarray) -> Source:
     return replace(source, shards=shards, modalities=modalities, labels=ids[ids != LEFT_OUT])
 
 
+def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tuple[Corpus, Classes]:
+    """Return the samples of the classes with these names or numbers, and those classes, whose ids follow their order.
+
+    Args:
+        corpus, classes: from `label_corpus`.
+        names: as text.
+
+    Raises:
+        UserError: no sample has such a class, a name is given twice, or there is only one.
+    """
+    ids = {str(label): number for number, label in enumerate(classes)}
+    if unknown := [name for name in names if name not in ids]:
+        raise UserError(f"no sample has the class {unknown[0]!r}; there are {', '.join(list(ids)[:20])}")
+    if len(set(names)) < max(len(names), 2):
+        raise UserError(f"classes {', '.join(names)}: name two or more, each once")
+    new = np.full(len(classes), LEFT_OUT)
+    new[[ids[name] for name in names]] = np.arange(len(names))
+    sources = [select_labelled(source, new[source.labels]) for source in corpus.sources]
+    kept = [source for source in sources if source.shards]
+    return replace(corpus, sources=kept), [classes[ids[name]] for name in names]
+
+
 def _read_shard(shard: IndexedShard, store: ShardStore, field: str) -> list[Label | None]:
     member = "cls" if field == "cls" else "json"
     labels: list[Label | None] = []

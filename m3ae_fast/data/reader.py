@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
@@ -75,7 +76,8 @@ class Reader:
         image = caption = None
         if modality in ("paired", "image") or (modality == "any" and entry["image_offset"] != MISSING):
             image = _read(file.fileno(), entry, "image", MAX_IMAGE_BYTES, "image")
-        if modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING):
+        wanted = modality in ("paired", "text") or (modality == "any" and entry["text_offset"] != MISSING)
+        if wanted and (image is None or keeps_caption(entry["key"], self.source.caption_fraction)):
             caption = _read_caption(file.fileno(), entry)
         return Raw(image, caption)
 
@@ -160,6 +162,11 @@ class Reader:
 
     def __reduce__(self):
         return Reader, (self.source, self.store)  # open files are not pickled
+
+
+def keeps_caption(key: bytes, fraction: float) -> bool:
+    """Return whether the pair of this key is among the `fraction` (0 to 1) of all pairs that keep their caption."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < fraction * 2**64
 
 
 class _Damaged(OSError):

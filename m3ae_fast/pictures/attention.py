@@ -1,6 +1,8 @@
 """Draws where the encoder looks: attention of cls and of words over the patches of their image, as the paper does.
 
-Shapes: L patches, R queries, T rows of a sample (cls, patches, text), H heads, d values a head, D width.
+Rows of a sample: cls, its patches, its text tokens.
+
+Shapes: L patches, n text tokens, R queries, T rows, H heads, d values a head, D width.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,23 +24,40 @@ from m3ae_fast.pictures.figures import RED, Cell, draw_sheet
 _WORDS = 7  # at most, of one caption
 
 
+class Look(NamedTuple):
+    """Whose attention it is."""
+
+    block: int = -1  # of the encoder, from 0; -1: the last
+    head: int | None = None  # from 0; None: the mean over all
+
+
+LAST = Look()
+
+
 @torch.no_grad()
-def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int]) -> Tensor:
-    """Return weights [R, L] of the last encoder block, mean over heads, of rows `queries` (0 is cls, 1 + L + i the i-th
-    token) of an unmasked sample that has an image; each query's sum to 1 over the patches."""
+def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], look: Look = LAST) -> Tensor:
+    """Return weights [R, T] of the rows `queries` of an unmasked sample over all its rows; each query's sum to 1."""
     seen: list[Tensor] = []
-    block = cast(Block, model.encoder.blocks[-1])
+    block = cast(Block, model.encoder.blocks[look.block])
     with block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
         model.forward_encoder(pack([sample], model.geometry))
-    heads, patches = block.attn.num_heads, model.config.patches_per_image
+    heads = block.attn.num_heads
     _, qkv = block.attn.qkv(block.norm1(seen[0]))
     q_THd, k_THd, _ = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
     scores_HRT = torch.einsum("rhd,thd->hrt", q_THd[list(queries)], k_THd) / math.sqrt(q_THd.shape[-1])
-    weights_RL = scores_HRT.softmax(-1).mean(0)[:, 1 : 1 + patches]
+    weights_HRT = scores_HRT.softmax(-1)
+    return weights_HRT.mean(0) if look.head is None else weights_HRT[look.head]
+
+
+def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int], look: Look = LAST) -> Tensor:
+    """Return the part [R, L] of `attention_weights` that goes to the patches of an image, as fractions of it."""
+    weights_RL = attention_weights(model, sample, queries, look)[:, 1 : 1 + model.config.patches_per_image]
     return weights_RL / weights_RL.sum(1, keepdim=True)
 
 
-def draw_attention(model: M3AE, samples: Sequence[Sample], path: Path, count: int, word: str | None = None) -> None:
+def draw_attention(
+    model: M3AE, samples: Sequence[Sample], path: Path, count: int, word: str | None = None, look: Look = LAST
+) -> None:
     """Write a PNG: a row for each of the first `count` samples with an image, with the attention of cls and of the
     first words, or of `word` alone, laid over it from blue, none, to red, the highest.
 
@@ -54,7 +73,7 @@ def draw_attention(model: M3AE, samples: Sequence[Sample], path: Path, count: in
         if word is not None and not words:
             continue
         queries = [0, *(1 + length + token for token in words)]
-        weights_RL = attention_to_patches(model, sample, queries)
+        weights_RL = attention_to_patches(model, sample, queries, look)
         cells = [Cell(sample.image)]
         for weights_L, text in zip(weights_RL, ["cls", *words.values()]):
             cells.append(Cell(_laid_over(sample.image, weights_L, model.config.patch_size), text, RED))

@@ -141,22 +141,32 @@ def draw_detection(path: Path, familiar: Mapping[str, np.ndarray], strange: Mapp
     _save(figure, path)
 
 
-def draw_map(path: Path, places_N2: np.ndarray, labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
-    """Write a PNG: points in a plane, coloured by class. Labels are ids; without `classes` they play no part."""
+class MapPanel(NamedTuple):
+    """Points of the same samples as in the other panels of a map."""
+
+    title: str
+    places_N2: np.ndarray
+    told: str = ""  # beneath them
+
+
+def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
+    """Write a PNG: a panel of points in a plane for each, beside each other, coloured by class. Labels are ids; without
+    `classes` they play no part."""
     from matplotlib import colormaps
 
-    figure, (axes,) = _figure(8, 6)
+    figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))
     colours = colormaps["tab20" if len(classes) <= 20 else "gist_ncar"].resampled(max(len(classes), 1))
-    marks = []
-    for number in range(max(len(classes), 1)):
-        mine = labels_N == number if classes else slice(None)
-        x, y = places_N2[mine].T
-        label = str(classes[number]) if classes else "samples"
-        marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=label))
-    axes.set(xticks=[], yticks=[])
+    for axes, panel in zip(all_axes, panels):
+        marks = []
+        for number in range(max(len(classes), 1)):
+            mine = labels_N == number if classes else slice(None)
+            x, y = panel.places_N2[mine].T
+            label = str(classes[number]) if classes else "samples"
+            marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=label))
+        axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.told)
     if 0 < len(classes) <= _MOST_NAMES:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        legend = axes.legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
+        legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
         for text, name in zip(legend.get_texts(), classes):  # matplotlib leaves out labels that begin with _
             text.set_text(str(name)[:24])
     _save(figure, path)

@@ -37,15 +37,18 @@ def points(axes):
 def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
     random = np.random.RandomState(0)
     places, labels = random.randn(40, 2), random.randint(3, size=40)
-    figures.draw_map(tmp_path / "map.png", places, labels, ["cat", "dog", "emu"])
-    (axes,) = drawn[0].axes
-    expected = {
-        name: sorted(map(tuple, places[labels == number].tolist())) for number, name in enumerate(("cat", "dog", "emu"))
-    }
-    assert points(axes) == expected
-    assert len({tuple(artist.get_facecolor()[0]) for artist in axes.collections}) == 3
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["cat", "dog", "emu"]
-    figures.draw_map(tmp_path / "plain.png", places, np.full(40, -1), [])
+    panels = [figures.MapPanel("one", places, "told"), figures.MapPanel("two", -places)]
+    figures.draw_map(tmp_path / "map.png", panels, labels, ["cat", "dog", "emu"])
+    left, right = drawn[0].axes
+    for axes, sign in ((left, 1), (right, -1)):
+        for number, artist in enumerate(axes.collections):
+            np.testing.assert_array_equal(artist.get_offsets(), sign * places[labels == number])
+    assert points(right).keys() == {"cat", "dog", "emu"} and left.get_legend() is None
+    colours = [[tuple(artist.get_facecolor()[0]) for artist in axes.collections] for axes in (left, right)]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 3
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["cat", "dog", "emu"]
+    assert [(axes.get_title(), axes.get_xlabel()) for axes in (left, right)] == [("one", "told"), ("two", "")]
+    figures.draw_map(tmp_path / "plain.png", [figures.MapPanel("", places)], np.full(40, -1), [])
     assert points(drawn[1].axes[0]) == {"samples": sorted(map(tuple, places.tolist()))}
 
 

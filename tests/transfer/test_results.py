@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from m3ae_fast.pictures.figures import draw_confusion, draw_map
+from m3ae_fast.pictures.figures import MapPanel, draw_confusion, draw_map
 from m3ae_fast.transfer import job, knn, labelled_loop, ood, retrieval
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar
@@ -40,7 +40,7 @@ def texts(monkeypatch):
 
 def test_names_are_drawn_as_they_are(tmp_path, texts):
     labels_N = torch.arange(6) % 3
-    draw_map(tmp_path / "map.png", np.random.RandomState(0).rand(6, 2), labels_N.numpy(), ODD)
+    draw_map(tmp_path / "map.png", [MapPanel("", np.random.RandomState(0).rand(6, 2))], labels_N.numpy(), ODD)
     assert set(ODD) <= set(texts)
     texts.clear()
     draw_confusion(tmp_path / "confusion.png", labels_N, labels_N, ODD)

@@ -1,0 +1,137 @@
+"""What `visualise attention --patch` draws is the softmax of the encoder's attention, computed by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pictures import patch_attention
+from m3ae_fast.pictures.attention import Look, attention_to_patches
+from m3ae_fast.pictures.patch_attention import OUTLINE, SHADE, attention_to_words, draw_patch_attention, shade
+from m3ae_fast.visualise import main
+from tests.helpers.labelled import labelled_tar, tiny_run
+from tests.test_visualise import SIZES, _use
+
+HEADS, LENGTH = 4, 16  # of SIZES: heads, and patches of an image
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return M3AE(SIZES).eval()
+
+
+@pytest.fixture
+def sample():
+    none = torch.zeros(16, dtype=torch.bool)
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    return Sample("a", image, none, tokens=torch.arange(5), text_mask=none[:5])
+
+
+@torch.no_grad()
+def by_hand(model, sample, number):
+    """Weights of all heads of a block, float64 [H, T, T]: block after block, then norm, matmul, softmax in NumPy."""
+    inputs = []
+    block = model.encoder.blocks[number]
+    handle = block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    model.forward_encoder(pack([sample], model.geometry))
+    handle.remove()
+    x = inputs[0].double().numpy()
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+    x = x * block.norm1.weight.numpy() + block.norm1.bias.numpy()
+    q, k, _ = np.split(x @ block.attn.qkv.weight.double().numpy().T + block.attn.qkv.bias.numpy(), 3, axis=1)
+    width = q.shape[1] // HEADS
+    found = []
+    for head in range(HEADS):
+        part = slice(head * width, (head + 1) * width)
+        e = np.exp(q[:, part] @ k[:, part].T / np.sqrt(width))
+        found.append(e / e.sum(1, keepdims=True))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("block", [0, 1, -1])
+@pytest.mark.parametrize("head", [None, 0, 3])
+def test_a_patchs_attention_is_the_softmax_by_hand(model, sample, block, head):
+    weights = by_hand(model, sample, block)
+    weights = weights.mean(0) if head is None else weights[head]
+    look = Look(block, head)
+    for row, column in ((0, 0), (1, 2), (3, 3)):
+        found = attention_to_words(model, sample, (row, column), look).numpy()
+        np.testing.assert_allclose(found, weights[1 + 4 * row + column, 1 + LENGTH :], rtol=1e-4)
+    patches = weights[[0, 18], 1 : 1 + LENGTH]
+    found = attention_to_patches(model, sample, [0, 18], look).numpy()
+    np.testing.assert_allclose(found, patches / patches.sum(1, keepdims=True), rtol=1e-4)
+
+
+def test_heads_and_blocks_differ(model, sample):
+    looks = [Look(), Look(0), Look(-1, 0), Look(-1, 1)]
+    assert len({tuple(attention_to_words(model, sample, (1, 1), look).tolist()) for look in looks}) == 4
+
+
+def test_shades_are_in_proportion():
+    assert (shade(0, 0.2), shade(0.2, 0.2), shade(0, 0)) == ((255, 255, 255), SHADE, (255, 255, 255))
+    assert shade(0.1, 0.2) == tuple(round((255 + end) / 2) for end in SHADE)
+
+
+class Words:
+    """A tokenizer of five tokens."""
+
+    def token(self, number):
+        return ["a", "red", "##dish", "old", "boat"][number]
+
+
+def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, monkeypatch):
+    model.tokenizer = Words()
+    parts = torch.tensor([0.0, 0.125, 0.0625, 0.25, 0.1875])
+    monkeypatch.setattr(patch_attention, "attention_to_words", lambda *_: parts)
+    sample.image = torch.full((3, 32, 32), 200, dtype=torch.uint8)
+    draw_patch_attention(model, [Sample("text"), sample, sample, sample], tmp_path / "a.png", 2, (1, 2))
+    sheet = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    assert len(sheet) == 8 + 2 * 200  # of those with both, two
+    for top in (8, 208):
+        image = sheet[top : top + 192, 8:200]
+        rows, columns = np.nonzero((image == OUTLINE).all(-1))
+        assert [rows.min(), rows.max(), columns.min(), columns.max()] == [48, 95, 96, 143]
+        line = sheet[top, 208:]  # the upper edge of the words' shades
+        seen = [tuple(colour) for i, colour in enumerate(line) if i == 0 or (colour != line[i - 1]).any()]
+        assert [colour for colour in seen if colour != (255, 255, 255)] == [
+            shade(part, 0.25) for part in parts[1:].tolist()
+        ]
+    with pytest.raises(UserError, match="has both an image and a caption"):
+        draw_patch_attention(model, [Sample("text")], tmp_path / "b.png", 2, (1, 2))
+
+
+def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    run = tiny_run(tmp_path / "run")
+    _use(run, labelled_tar(tmp_path / "val.tar", range(6)))
+    looks, real = [], patch_attention.attention_to_words
+    monkeypatch.setattr(
+        patch_attention, "attention_to_words", lambda *given: looks.append(given[2:]) or real(*given)
+    )  # fmt: skip
+    out = tmp_path / "a.png"
+    base = [str(run), "attention", "--pictures", "2", "--out", str(out)]
+    assert main([*base, "--patch", "1,3", "--layer", "1", "--head", "4"]) == 0
+    assert main([*base, "--patch", "0,0"]) == 0
+    assert looks == [((1, 3), Look(0, 3))] * 2 + [((0, 0), Look(1, None))] * 2
+    pictures = set()
+    for options in ([], ["--layer", "1"], ["--head", "1"], ["--word", "blue", "--head", "1"]):
+        assert main([*base, *options]) == 0
+        pictures.add(out.read_bytes())
+    assert len(pictures) == 4
+    out.unlink()
+    for options, message in (
+        (["--patch", "4,0"], "--patch 4,0: must be row and column from 0,0 to 3,3"),
+        (["--patch", "1"], "--patch 1: must be row and column"),
+        (["--layer", "3"], "--layer 3: the encoder has 2, counted from 1"),
+        (["--head", "0"], "--head 0: the encoder has 4, counted from 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*base, *options])
+    alone = tiny_run(tmp_path / "alone", vocab_size=0)
+    with pytest.raises(UserError, match="is an image-only model"):
+        main([str(alone), "attention", "--patch", "0,0", "--shards", str(tmp_path / "val.tar"), "--out", str(out)])
+    assert not out.exists()
