@@ -3,9 +3,9 @@
     python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
 One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
-instruction. Nothing is compiled for architectures where the ops run on torch. Exit code 1 where one does not compile, spills, keeps arrays in local memory, asks for more shared memory
-than the chip has, multiplies matrices without its tensor cores, or leaves room for fewer programs on an NVIDIA
-multiprocessor than it should; 2 for a wrong argument.
+instruction. Nothing is compiled for architectures where the ops run on torch. Exit code 1 where one does not compile,
+spills, keeps arrays in local memory, asks for more shared memory than the chip has, multiplies matrices without its
+tensor cores, or leaves room for fewer programs on an NVIDIA multiprocessor than it should; 2 for a wrong argument.
 """
 
 import argparse

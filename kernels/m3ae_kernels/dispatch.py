@@ -12,7 +12,7 @@ from . import tuning
 
 IMPLS = ("auto", "triton", "torch")
 ENV = "M3AE_KERNELS_IMPL"
-Shape = tuple[int | None | EllipsisType, ...]  # None: any size; a first ...: any number of dimensions
+Shape = tuple[int | EllipsisType | None, ...]  # None: any size; a first ...: any number of dimensions
 
 
 def asked_impl(impl: str) -> str:

@@ -35,8 +35,8 @@ def gather_tokens(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D], as many as `rows`, in x's dtype; autocast changes nothing. Statistics in float32 (float64 for float64). Gradients for x and
-        the norm's parameters.
+        [..., D], as many as `rows`, in x's dtype; autocast changes nothing. Statistics in float32 (float64 for
+        float64). Gradients for x and the norm's parameters.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.

@@ -165,9 +165,7 @@ def _norm_forward(options: _Options) -> Callable:
         """As the LayerNorm; with rows of those rows of x alone."""
         if rows is None:
             return type(self).forward(self, x)
-        return gather_tokens(
-            x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=options.impl
-        )
+        return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=options.impl)
 
     return forward
 

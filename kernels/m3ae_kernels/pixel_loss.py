@@ -68,8 +68,8 @@ def masked_pixel_loss(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype where it is
-        on, else in that of hidden. Gradients for hidden, weight, bias and row_weight; the first three are computed
+        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype where it
+        is on, else in that of hidden. Gradients for hidden, weight, bias and row_weight; the first three are computed
         where they are wanted, in the forward pass (with "none" in the backward, the matmuls once more). None for
         images.
 

@@ -40,9 +40,9 @@ def scatter_tokens(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D], of src's shape, in x's dtype; autocast changes nothing, as with torch's Embedding. The sum is taken in float32 (float64
-        for float64). Gradients for x, fill and table, each in its own dtype; those of fill and table are summed in a
-        fixed order, without atomics.
+        [..., D], of src's shape, in x's dtype; autocast changes nothing, as with torch's Embedding. The sum is taken in
+        float32 (float64 for float64). Gradients for x, fill and table, each in its own dtype; those of fill and table
+        are summed in a fixed order, without atomics.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong, or that lacks its companion.

@@ -103,10 +103,10 @@ def masked_token_loss(
 
     Returns:
         The loss, a scalar or [...], float32 (float64 for float64 hidden), and, where asked for, correct [...] bool:
-        argmax == target, the first of equals. The matmuls run in autocast's dtype where it is on, else in that of hidden; the
-        softmax in float32. Gradients for hidden, weight, bias and row_weight; the first three are computed where they
-        are wanted, in the forward pass (with "none" in the backward, the matmuls once more). Another target out of
-        range is an IndexError on a CPU and a loss of NaN on a GPU.
+        argmax == target, the first of equals. The matmuls run in autocast's dtype where it is on, else in that of
+        hidden; the softmax in float32. Gradients for hidden, weight, bias and row_weight; the first three are computed
+        where they are wanted, in the forward pass (with "none" in the backward, the matmuls once more). Another target
+        out of range is an IndexError on a CPU and a loss of NaN on a GPU.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.

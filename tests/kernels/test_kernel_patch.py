@@ -61,7 +61,9 @@ def test_raw_images_give_the_loss_of_normalised_ones():
     of_raw, of_floating = (step(fused, pixels)[0].loss for pixels in (raw, floating))
     torch.testing.assert_close(of_raw, of_floating, rtol=1e-6, atol=0)
     fused.eval()
-    torch.testing.assert_close(fused(raw, noise=torch.ones(4, 16)).logits, fused(floating, noise=torch.ones(4, 16)).logits)
+    torch.testing.assert_close(
+        fused(raw, noise=torch.ones(4, 16)).logits, fused(floating, noise=torch.ones(4, 16)).logits
+    )
 
 
 def test_patched_models_never_embed_what_is_masked():
@@ -136,5 +138,7 @@ def test_an_encoder_alone():
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(TypeError, match="^m3ae_kernels.patch knows .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"):
+    with pytest.raises(
+        TypeError, match=r"^m3ae_kernels\.patch knows .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"
+    ):
         patch(nn.Linear(2, 3))

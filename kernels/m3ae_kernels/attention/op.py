@@ -51,8 +51,8 @@ def packed_attention(
         impl: "auto", the fastest that is installed; "triton" (D up to 128) or "torch".
 
     Returns:
-        [..., H, D], as many rows as queries, in autocast's dtype where it is on, else in qkv's. Sums in float32 (float64 for
-        float64). Gradients for qkv, as one contiguous tensor of its layout, and for q, without atomics.
+        [..., H, D], as many rows as queries, in autocast's dtype where it is on, else in qkv's. Sums in float32
+        (float64 for float64). Gradients for qkv, as one contiguous tensor of its layout, and for q, without atomics.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong, or that lacks its companion.
