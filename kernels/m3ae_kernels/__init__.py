@@ -2,6 +2,7 @@
 
 from .attention import packed_attention
 from .gather import GatherNorm, gather_tokens
+from .hugging_face import patch
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
 from .patch_embed import PatchEmbed, patch_embed
 from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
@@ -23,6 +24,7 @@ __all__ = [
     "masked_pixel_loss",
     "masked_token_loss",
     "packed_attention",
+    "patch",
     "patch_embed",
     "scatter_orders",
     "scatter_tokens",

@@ -3,9 +3,9 @@
     python -m m3ae_kernels.aot [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
 One line per kernel, architecture and dtype: registers, spills and local memory, shared memory, and the matrix
-instruction. Exit code 1 where one does not compile, spills, keeps arrays in local memory, asks for more shared memory
-than the chip has, multiplies matrices without its tensor cores, or leaves room for fewer programs on an NVIDIA
-multiprocessor than it should; 2 for a wrong argument.
+instruction. Nothing is compiled for architectures where the ops run on torch. Exit code 1 where one does not compile,
+spills, keeps arrays in local memory, asks for more shared memory than the chip has, multiplies matrices without its
+tensor cores, or leaves room for fewer programs on an NVIDIA multiprocessor than it should; 2 for a wrong argument.
 """
 
 import argparse
@@ -23,7 +23,10 @@ from . import tuning
 # CDNA 3 architecture guide, local data share).
 # A multiprocessor has 1 kB more, and keeps 1 kB of each program's; registers are given out by
 # 8 a thread.
-SHARED_BYTES = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_BYTES = {
+    "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
+    "sm_120": 101376, "gfx942": 65536,
+}  # fmt: skip
 REGISTERS = 65536
 DTYPES = {"bf16": "16", "fp32": "32"}
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
@@ -147,9 +150,9 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    table = tuning.table(arch)
-    width = DTYPES[dtype]
-    tile = dict(settings or table[case.table or case.kernel][width])
+    amd = arch.startswith("gfx")
+    table = tuning.table(arch if amd else tuning.nvidia_arch(_capability(arch)))
+    tile = dict(settings or table[case.table or case.kernel][DTYPES[dtype]])
     shown = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_')}={v}" for k, v in tile.items())
     report = Report(case.kernel, arch, dtype, shown)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages") if name in tile} | tuning.FUSE
@@ -161,7 +164,6 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
         report.settings = f"D={dim} {shown}"
         tile = module.as_rows(tile, dim, rows, rows) | tile
     kernel = getattr(module, f"{case.kernel}_kernel")
-    amd = arch.startswith("gfx")
     known = {
         "ACC": tl.float32,
         "PRECISION": "tf32x3" if dtype == "fp32" and not amd else "ieee",
@@ -186,7 +188,10 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
         report.problems = (f"does not compile: {str(error).strip().splitlines()[-1] if str(error) else repr(error)}",)
         return report
     report.shared_bytes = compiled.metadata.shared
-    assembly = _read_amd(report, compiled.asm["amdgcn"]) if amd else _read_nvidia(report, compiled.asm["cubin"])
+    if amd:
+        assembly = _read_amd(report, compiled.asm["amdgcn"])
+    else:
+        assembly = _read_nvidia(report, compiled.asm["cubin"], case.matmul)
     found = MATRIX_INSTRUCTION.search(assembly)
     report.instruction = found.group(1).upper().removeprefix("V_") if found else "-"
     problems = []
@@ -205,21 +210,34 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     return report
 
 
-def _read_nvidia(report: Report, cubin: bytes) -> str:
+def _capability(arch: str) -> tuple[int, int]:
+    """Return (8, 0) for sm_80."""
+    number = int(arch.removeprefix("sm_"))
+    return number // 10, number % 10
+
+
+def _on_torch(arch: str) -> bool:
+    """Return whether `dispatch` leaves this architecture to torch."""
+    return arch.startswith("sm_") and _capability(arch) < tuning.OLDEST
+
+
+def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
+    """Return the assembly, empty where nothing in it is of interest: disassembling takes half of a small kernel's
+    time."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, assembly = (
-            subprocess.run(
-                [knobs.nvidia.cuobjdump.path, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    report.registers = int(numbers["REG"])
-    report.local_bytes = int(numbers["STACK"]) + int(numbers["LOCAL"])
+
+        def dump(flag: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
+        report.registers = int(numbers["REG"])
+        report.local_bytes = int(numbers["STACK"]) + int(numbers["LOCAL"])
+        assembly = dump("-sass") if matmul or report.local_bytes else ""
     report.spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
     return assembly
 
@@ -242,7 +260,12 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
-    work = [(case, arch, dtype) for case in cases for arch in args.arch for dtype in case.dtypes]
+    for arch in filter(_on_torch, args.arch):
+        print(f"{arch}: the ops run on torch there, and nothing is compiled")
+    compiled = [arch for arch in args.arch if not _on_torch(arch)]
+    work = [(case, arch, dtype) for case in cases for arch in compiled for dtype in case.dtypes]
+    if not work:
+        return 0
     form = "{:21} {:7} {:5} {:40} {:>4} {:>6} {:>6} {:>7}  {:8} {}"
     print(form.format("kernel", "arch", "dtype", "settings", "regs", "spills", "local", "shared", "matrix", ""))
     bad = 0

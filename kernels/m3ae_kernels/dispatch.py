@@ -1,12 +1,18 @@
 """What every op decides before it runs: which implementation, which dtype, and whether its arguments make sense."""
 
+import functools
 import os
+import warnings
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
+from . import tuning
+
 IMPLS = ("auto", "triton", "torch")
 ENV = "M3AE_KERNELS_IMPL"
+Shape = tuple[int | EllipsisType | None, ...]  # None: any size; a first ...: any number of dimensions
 
 
 def asked_impl(impl: str) -> str:
@@ -27,9 +33,28 @@ def asked_impl(impl: str) -> str:
 def choose_impl(impl: str, device: torch.device) -> str:
     """Return "triton" or "torch": what is asked for, else what suits the device."""
     impl = asked_impl(impl)
-    if impl == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    return impl
+    if impl != "auto":
+        return impl
+    return _on_gpu(device) if device.type == "cuda" else "torch"
+
+
+@torch.compiler.assume_constant_result
+def _on_gpu(device: torch.device) -> str:
+    return _best_on_gpu(device)
+
+
+@functools.cache
+def _best_on_gpu(device: torch.device) -> str:
+    """Return "triton", or, with the one warning there is for a device, "torch" where its kernels do not fit."""
+    if tuning.fits(device):
+        return "triton"
+    oldest = ".".join(map(str, tuning.OLDEST))
+    warnings.warn(
+        f"m3ae_kernels: the ops run on torch on {torch.cuda.get_device_name(device)}: the Triton kernels need a GPU of "
+        f"compute capability {oldest} or newer",
+        stacklevel=5,
+    )
+    return "torch"
 
 
 def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
@@ -57,16 +82,33 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_float(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` is floating with this shape (None: any size) on the device of
-    `like`."""
+def as_rows(tensor: Tensor, inner: int) -> Tensor:
+    """Return [..., *the last `inner` dimensions] with those before them in one: itself, a view, or where strides allow
+    none a copy."""
+    lead = tensor.dim() - inner
+    if lead == 1:
+        return tensor
+    return tensor.flatten(0, lead - 1) if lead else tensor[None]
+
+
+def with_lead(rows: Tensor, lead: torch.Size) -> Tensor:
+    """Return the rows [N, ...] as [*lead, ...]: the inverse of `as_rows`."""
+    return rows if len(lead) == 1 else rows.reshape(lead + rows.shape[1:])
+
+
+def check_float(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
+    """Raise TypeError or ValueError unless `tensor` is floating with this shape on the device of `like`."""
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor: hand over {name}.full_tensor(), or use a Module that owns it, under fully_shard"
+        )
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating, not {tensor.dtype}")
     _check_shape(name, tensor, shape)
     _check_device(name, tensor, like)
 
 
-def check_index(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+def check_index(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
     """Raise TypeError or ValueError unless `tensor` holds int32 or int64 indices of this shape on the device of
     `like`."""
     if tensor.dtype not in (torch.int32, torch.int64):
@@ -82,9 +124,13 @@ def check_range(name: str, ids: Tensor, rows: int, *, none: bool = False) -> Non
         raise IndexError(f"{name} is out of range: from {ids.min()} to {ids.max()}, with {rows} rows to choose from")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape)):
-        want = ", ".join("?" if size is None else str(size) for size in shape)
+def _check_shape(name: str, tensor: Tensor, shape: Shape) -> None:
+    inner = shape[1:] if shape[:1] == (...,) else shape
+    lead = tensor.dim() - len(inner)
+    fits = lead >= 0 if len(inner) < len(shape) else lead == 0
+    if not fits or any(want not in (None, have) for have, want in zip(tensor.shape[lead:], inner)):
+        names = {None: "?", ...: "..."}
+        want = ", ".join(names.get(size, str(size)) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{want}]")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .dispatch import accumulator, check_float, check_index, choose_impl
+from .dispatch import accumulator, as_rows, check_float, check_index, choose_impl, with_lead
 from .registry import Op, traced
 from .wide import put_rows
 
@@ -27,33 +27,35 @@ def gather_tokens(
     """Return y = x[rows], LayerNorm'ed where the norm's weight is given.
 
     Args:
-        x: [T, D] floating.
-        rows: [M] int32 or int64, each at most once: the backward is then a scatter without atomics.
+        x: [..., D] floating, T rows of it.
+        rows: [...] int32 or int64, below T, each at most once: the backward is then a scatter without atomics.
         norm_weight: [D] floating, or None for no LayerNorm.
         norm_bias: [D] floating, or None for none.
         eps: added to the (biased) variance.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [M, D] in x's dtype; autocast changes nothing. Statistics in float32 (float64 for float64). Gradients for x and
-        the norm's parameters.
+        [..., D], as many as `rows`, in x's dtype; autocast changes nothing. Statistics in float32 (float64 for
+        float64). Gradients for x and the norm's parameters.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong.
     """
-    check_float("x", x, (None, None), x)
-    check_index("rows", rows, (None,), x)
-    impl = choose_impl(impl, x.device)
+    check_float("x", x, (..., None), x)
+    check_index("rows", rows, (...,), x)
+    impl, lead = choose_impl(impl, x.device), rows.shape
+    x, rows = as_rows(x, 1), as_rows(rows, 0)
     if norm_weight is None:
         if norm_bias is not None:
             raise ValueError("norm_bias needs a norm_weight")
         if impl == "torch" and not traced(x, rows):
-            return torch.embedding(x, rows)  # as fast as the op at any size, and half its cost per call
-        return gather_rows(x, rows, impl)
+            # as fast as the op at any size, and half its cost per call
+            return with_lead(torch.embedding(x, rows), lead)
+        return with_lead(gather_rows(x, rows, impl), lead)
     check_float("norm_weight", norm_weight, (x.shape[1],), x)
     if norm_bias is not None:
         check_float("norm_bias", norm_bias, (x.shape[1],), x)
-    return gather_norm(x, rows, norm_weight, norm_bias, eps, impl)[0]
+    return with_lead(gather_norm(x, rows, norm_weight, norm_bias, eps, impl)[0], lead)
 
 
 def _rows_forward(x: Tensor, rows: Tensor, impl: str) -> Tensor:
@@ -214,7 +216,7 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Map x [T, dim], rows [M] int, distinct -> [M, dim]."""
+        """Map x [..., dim], rows [...] int, distinct rows of x -> [..., dim], as many as `rows`."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

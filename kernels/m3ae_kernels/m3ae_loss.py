@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .dispatch import as_rows, with_lead
 from .gather import GatherNorm
 from .pixel_loss import MaskedPixelLoss
 from .token_loss import MaskedTokenLoss
@@ -35,20 +36,23 @@ def head_inputs(
     """Return the rows of both heads, with the final LayerNorm in one pass over them and nowhere else.
 
     Args:
-        x: [M, D] floating, the last block's output.
+        x: [..., D] floating, the last block's output.
         norm: a `GatherNorm`, or anything called as norm(x, rows).
-        image_rows: [I] int, distinct rows of x.
-        text_rows: [W] int, distinct and none of the image's; None for an image-only model.
+        image_rows: [...] int, distinct rows of x.
+        text_rows: [...] int, distinct and none of the image's; None for an image-only model.
         image_mlp, text_mlp: hidden layers between the norm and a head; None for none.
 
     Returns:
-        The image's [I, D] and the text's [W, D] or None.
+        The image's rows [..., D] and the text's, or None.
     """
-    rows = image_rows if text_rows is None else torch.cat((image_rows, text_rows))
-    image, text = norm(x, rows).tensor_split([image_rows.shape[0]])
+    own_rows = as_rows(image_rows, 0)
+    rows = own_rows if text_rows is None else torch.cat((own_rows, as_rows(text_rows, 0)))
+    image, text = norm(x, rows).tensor_split([own_rows.shape[0]])
+    image = with_lead(image, image_rows.shape)
     image = image if image_mlp is None else image_mlp(image)
     if text_rows is None:
         return image, None
+    text = with_lead(text, text_rows.shape)
     return image, text if text_mlp is None else text_mlp(text)
 
 

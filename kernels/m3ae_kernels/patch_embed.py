@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast, wants_grad
+from .dispatch import (
+    accumulator,
+    as_rows,
+    check_float,
+    choose_impl,
+    compute_dtype,
+    no_autocast,
+    wants_grad,
+    with_lead,
+)
 from .pixels import check_pixels, put_patches, take_patches, to_cut
 from .registry import Op
 from .segment_sum import segment_sum
@@ -32,7 +41,7 @@ def patch_embed(
     Args:
         images: [B, C, H, W], C from 1 to 4, contiguous or channels_last (else a copy is made); uint8, normalised as
             (x / 255 - mean) / std, or floating, taken as it is.
-        patch_ids: [N] int32 or int64, image * patches_per_image + patch, patches in row-major order.
+        patch_ids: [...] int32 or int64, image * patches_per_image + patch, patches in row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
@@ -40,7 +49,7 @@ def patch_embed(
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [N, D] in the dtype of the matmul: that of autocast where it is on (as torch's Linear), else that of floating
+        [..., D] in the dtype of the matmul: that of autocast where it is on (as torch's Linear), else that of floating
         images, else that of the weight. Gradients for weight, bias, and floating images. For the weight's the Triton
         implementation cuts the patches again in the backward; the torch implementation keeps them, [N, K].
 
@@ -53,7 +62,9 @@ def patch_embed(
         check_float("bias", bias, (weight.shape[0],), images)
     dtype, impl = compute_dtype(images, weight), choose_impl(impl, images.device)
     keep = impl == "torch" and wants_grad(weight)
-    return patch_embed_op(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)[0]
+    ids = as_rows(patch_ids, 0)
+    out_ND, _ = patch_embed_op(images, ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
+    return with_lead(out_ND, patch_ids.shape)
 
 
 def _forward(
@@ -238,7 +249,7 @@ class PatchEmbed(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """Map images [B, C, H, W], uint8, or floating and already normalised; patch_ids [N] int -> [N, dim]."""
+        """Map images [B, C, H, W], uint8, or floating and already normalised; patch_ids [...] int -> [..., dim]."""
         return patch_embed(
             images,
             patch_ids,

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dispatch import accumulator, check_float, choose_impl, compute_dtype, no_autocast, wants_grad
+from .dispatch import (
+    accumulator,
+    as_rows,
+    check_float,
+    choose_impl,
+    compute_dtype,
+    no_autocast,
+    wants_grad,
+    with_lead,
+)
 from .loss import (
     check_reduction,
     empty_gradients,
@@ -44,23 +53,23 @@ def masked_pixel_loss(
     """Sum over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
 
     Args:
-        hidden: [M, D] floating.
+        hidden: [..., D] floating.
         weight: [P * P * C, D], its rows in the order (row, column, channel).
         bias: [P * P * C], or None for none.
         images: [B, C, H, W], C from 1 to 4, contiguous or channels_last (else a copy is made); uint8, normalised as
             (x / 255 - mean) / std, or floating, taken as it is.
-        patch_ids: [M] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
+        patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
-        row_weight: [M] floating, or None for ones.
+        row_weight: [...] floating, or None for ones.
         patch_size: P.
         mean, std: one number per channel in units of [0, 1] pixels for uint8 images, None for floating ones.
         norm_pix: standardise each target patch: unbiased variance, eps 1e-6 (He et al., arXiv 2111.06377, section 4.1).
-        reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [M].
+        reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [...].
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [M], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype where it is
-        on, else in that of hidden. Gradients for hidden, weight, bias and row_weight; the first three are computed
+        The loss, a scalar or [...], float32 (float64 for float64 hidden). The matmuls run in autocast's dtype where it
+        is on, else in that of hidden. Gradients for hidden, weight, bias and row_weight; the first three are computed
         where they are wanted, in the forward pass (with "none" in the backward, the matmuls once more). None for
         images.
 
@@ -68,18 +77,21 @@ def masked_pixel_loss(
         TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
-    check_float("hidden", hidden, (patch_ids.shape[0], None), hidden)
-    check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[1]), hidden)
+    lead = patch_ids.shape
+    check_float("hidden", hidden, (*lead, None), hidden)
+    check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[-1]), hidden)
     if bias is not None:
         check_float("bias", bias, (weight.shape[0],), hidden)
     if row_weight is not None:
-        check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
+        check_float("row_weight", row_weight, lead, hidden)
+        row_weight = as_rows(row_weight, 0)
     check_reduction(reduction)
+    hidden, patch_ids = as_rows(hidden, 1), as_rows(patch_ids, 0)
     dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
     target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
     if reduction == "none":
         row_loss = pixel_rows_op(hidden, weight, bias, *target, impl)
-        return row_loss if row_weight is None else row_loss * row_weight.to(row_loss.dtype)
+        return with_lead(row_loss if row_weight is None else row_loss * row_weight.to(row_loss.dtype), lead)
     weight_M = row_weights(row_weight, None, hidden, accumulator(dtype), reduction)
     needs = [wants_grad(hidden), wants_grad(weight), wants_grad(bias)]
     return pixel_loss_op(hidden, weight, bias, weight_M, *target, needs, impl)[0]
@@ -256,7 +268,8 @@ class MaskedPixelLoss(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """Map hidden [M, dim], images [B, C, H, W], patch_ids [M] int, row_weight [M] -> the loss, scalar or [M]."""
+        """Map hidden [..., dim], images [B, C, H, W], patch_ids [...] int, row_weight [...] -> the loss, scalar or
+        [...]."""
         return masked_pixel_loss(
             hidden,
             self.weight,
@@ -273,7 +286,7 @@ class MaskedPixelLoss(nn.Module):
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Return the predicted patches [M, P * P * channels] of hidden [M, dim], normalised as the targets are."""
+        """Return the predicted patches [..., P * P * channels] of hidden [..., dim], normalised as the targets are."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

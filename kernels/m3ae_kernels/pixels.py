@@ -35,7 +35,7 @@ def check_pixels(
         raise ValueError(f"images has {channels} channels, expected 1 to 4")
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {patch_size}")
-    check_index("patch_ids", patch_ids, (None,), images)
+    check_index("patch_ids", patch_ids, (...,), images)
     if images.dtype != torch.uint8:
         if not images.is_floating_point():
             raise TypeError(f"images must be uint8 or floating, not {images.dtype}")

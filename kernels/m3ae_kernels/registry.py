@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 PLAIN = (Tensor, nn.Parameter)
+# A copy loaded under another name (hub.py) registers its ops beside the installed ones, not in their place.
+NAMESPACE = "m3ae" if __package__ == "m3ae_kernels" else __package__
 
 
 class Op:
-    """`m3ae::name`, called with positional arguments.
+    """`NAMESPACE::name`, called with positional arguments.
 
     Args:
         name: the op's.
@@ -31,7 +33,7 @@ class Op:
         setup_context: Callable | None = None,
         backward: Callable | None = None,
     ) -> None:
-        self.registered = torch.library.custom_op(f"m3ae::{name}", forward, mutates_args=())
+        self.registered = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
         self.registered.register_fake(fake)
         self.eager = forward
         refuse = _refusal(name, "second derivatives")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import check_float, check_index, check_range, choose_impl
+from .dispatch import as_rows, check_float, check_index, check_range, choose_impl, with_lead
 from .registry import Op
 from .segment_sum import segment_order, segment_sum
 
@@ -29,38 +29,40 @@ def scatter_tokens(
     + (table[table_ids[t]] if table_ids[t] >= 0 else 0).
 
     Args:
-        x: [N, D] floating.
-        src: [T] int32 or int64, each row of x at most once: its backward is then a gather.
-        fill: [F, D] floating: mask embeddings, or a whole text embedding; None for zeros.
-        fill_ids: [T] int32 or int64, with fill.
-        table: [K, D] floating: positions and types; None for zeros.
-        table_ids: [T] int32 or int64, with table.
+        x: [..., D] floating, N rows of it.
+        src: [...] int32 or int64, T of them, each row of x at most once: its backward is then a gather.
+        fill: [..., D] floating, F rows of it: mask embeddings, or a whole text embedding; None for zeros.
+        fill_ids: int32 or int64, of src's shape, with fill.
+        table: [..., D] floating, K rows of it: positions and types; None for zeros.
+        table_ids: int32 or int64, of src's shape, with table.
         fill_order, table_order: `scatter_orders(src, fill_ids, table_ids)`, where a loader made them: the backward then
             sorts nothing.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [T, D] in x's dtype; autocast changes nothing, as with torch's Embedding. The sum is taken in float32 (float64
-        for float64). Gradients for x, fill and table, each in its own dtype; those of fill and table are summed in a
-        fixed order, without atomics.
+        [..., D], of src's shape, in x's dtype; autocast changes nothing, as with torch's Embedding. The sum is taken in
+        float32 (float64 for float64). Gradients for x, fill and table, each in its own dtype; those of fill and table
+        are summed in a fixed order, without atomics.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong, or that lacks its companion.
     """
-    check_float("x", x, (None, None), x)
-    check_index("src", src, (None,), x)
+    check_float("x", x, (..., None), x)
+    check_index("src", src, (...,), x)
     for name, rows, ids, order in (("fill", fill, fill_ids, fill_order), ("table", table, table_ids, table_order)):
         if (rows is None) != (ids is None):
             raise ValueError(f"{name} and {name}_ids must be given together")
         if rows is None and order is not None:
             raise ValueError(f"{name}_order needs {name} and {name}_ids")
         if rows is not None and ids is not None:
-            check_float(name, rows, (None, x.shape[1]), x)
-            check_index(f"{name}_ids", ids, (src.shape[0],), x)
+            check_float(name, rows, (..., x.shape[-1]), x)
+            check_index(f"{name}_ids", ids, src.shape, x)
         if order is not None:
-            check_index(f"{name}_order", order, (src.shape[0],), x)
-    impl = choose_impl(impl, x.device)
-    return scatter_tokens_op(x, src, fill, fill_ids, table, table_ids, fill_order, table_order, impl)
+            check_index(f"{name}_order", order, (src.numel(),), x)
+    fill, table = (None if rows is None else as_rows(rows, 1) for rows in (fill, table))
+    fill_ids, table_ids = (None if ids is None else as_rows(ids, 0) for ids in (fill_ids, table_ids))
+    tensors = as_rows(x, 1), as_rows(src, 0), fill, fill_ids, table, table_ids, fill_order, table_order
+    return with_lead(scatter_tokens_op(*tensors, choose_impl(impl, x.device)), src.shape)
 
 
 def scatter_orders(
@@ -69,8 +71,8 @@ def scatter_orders(
     """Return (fill_order, table_order) of `scatter_tokens`, [T] int32 each, None for ids that are None: the orders in
     which the backward sums the rows of fill and table. For a data loader, which has the time."""
     return (
-        None if fill_ids is None else segment_order(_filled(src, fill_ids)),
-        None if table_ids is None else segment_order(table_ids),
+        None if fill_ids is None else segment_order(as_rows(_filled(src, fill_ids), 0)),
+        None if table_ids is None else segment_order(as_rows(table_ids, 0)),
     )
 
 

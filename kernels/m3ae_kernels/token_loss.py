@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .dispatch import (
     accumulator,
+    as_rows,
     check_float,
     check_index,
     check_range,
@@ -19,6 +20,7 @@ from .dispatch import (
     compute_dtype,
     no_autocast,
     wants_grad,
+    with_lead,
 )
 from .loss import (
     check_reduction,
@@ -85,37 +87,40 @@ def masked_token_loss(
     with logits = hidden @ weight.T + bias.
 
     Args:
-        hidden: [M, D] floating.
+        hidden: [..., D] floating.
         weight: [V, D].
         bias: [V], or None for none.
-        targets: [M] int32 or int64 in [0, V), or `ignore_index`.
-        row_weight: [M] floating, or None for ones.
+        targets: [...] int32 or int64 in [0, V), or `ignore_index`.
+        row_weight: [...] floating, or None for ones.
         ignore_index: rows with this target have loss 0, no gradient, and are not correct.
         label_smoothing: as torch.nn.functional.cross_entropy has it.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
         reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 where there are
-            none; "none": the summands, [M].
+            none; "none": the summands, [...].
         return_correct: return (loss, correct) rather than only the loss.
         workspace: bytes of logits held at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        The loss, a scalar or [M], float32 (float64 for float64 hidden), and, where asked for, correct [M] bool: argmax
-        == target, the first of equals. The matmuls run in autocast's dtype where it is on, else in that of hidden; the
-        softmax in float32. Gradients for hidden, weight, bias and row_weight; the first three are computed where they
-        are wanted, in the forward pass (with "none" in the backward, the matmuls once more). Another target out of
-        range is an IndexError on a CPU and a loss of NaN on a GPU.
+        The loss, a scalar or [...], float32 (float64 for float64 hidden), and, where asked for, correct [...] bool:
+        argmax == target, the first of equals. The matmuls run in autocast's dtype where it is on, else in that of
+        hidden; the softmax in float32. Gradients for hidden, weight, bias and row_weight; the first three are computed
+        where they are wanted, in the forward pass (with "none" in the backward, the matmuls once more). Another target
+        out of range is an IndexError on a CPU and a loss of NaN on a GPU.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
     """
-    check_float("hidden", hidden, (None, None), hidden)
-    check_float("weight", weight, (None, hidden.shape[1]), hidden)
+    check_float("hidden", hidden, (..., None), hidden)
+    lead = hidden.shape[:-1]
+    check_float("weight", weight, (None, hidden.shape[-1]), hidden)
     if bias is not None:
         check_float("bias", bias, (weight.shape[0],), hidden)
-    check_index("targets", targets, (hidden.shape[0],), hidden)
+    check_index("targets", targets, lead, hidden)
     if row_weight is not None:
-        check_float("row_weight", row_weight, (hidden.shape[0],), hidden)
+        check_float("row_weight", row_weight, lead, hidden)
+        row_weight = as_rows(row_weight, 0)
+    hidden, targets = as_rows(hidden, 1), as_rows(targets, 0)
     if not weight.shape[0]:
         raise ValueError("weight has no rows: there must be a vocabulary")
     if not 0 <= label_smoothing <= 1:
@@ -127,13 +132,13 @@ def masked_token_loss(
     options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)
     if reduction == "none":
         loss, correct = token_rows_op(hidden, weight, bias, targets, *options)
-        loss = loss if row_weight is None else loss * row_weight.to(loss.dtype)
+        loss = with_lead(loss if row_weight is None else loss * row_weight.to(loss.dtype), lead)
     else:
         counted = targets != ignore_index if reduction == "mean" else None
         weight_M = row_weights(row_weight, counted, hidden, accumulator(dtype), reduction)
         needs = [wants_grad(hidden), wants_grad(weight), wants_grad(bias)]
         loss, *_, correct = token_loss_op(hidden, weight, bias, weight_M, targets, needs, *options)
-    return (loss, correct) if return_correct else loss
+    return (loss, with_lead(correct, lead)) if return_correct else loss
 
 
 # torch.library reads the ops' arguments from these two signatures; all else takes them as `Inputs` and `Options`.
@@ -348,14 +353,14 @@ class MaskedTokenLoss(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Map hidden [M, dim], targets [M] int, row_weight [M] -> the loss, scalar or [M]; with return_correct (loss,
-        correct [M] bool)."""
+        """Map hidden [..., dim], targets [...] int, row_weight [...] -> the loss, scalar or [...]; with return_correct
+        (loss, correct [...] bool)."""
         return masked_token_loss(
             hidden, self.weight, self.bias, targets, row_weight, return_correct=return_correct, **self.options
         )
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Return the logits [M, vocab] of hidden [M, dim]."""
+        """Return the logits [..., vocab] of hidden [..., dim]."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

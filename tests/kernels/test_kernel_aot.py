@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from m3ae_kernels import tuning
+import torch._dynamo
+from m3ae_kernels import aot, dispatch, tuning
 from m3ae_kernels.aot import CASES, SHARED_BYTES, compile_case
 
 CASE = {case.kernel: case for case in CASES}
@@ -65,6 +67,62 @@ def test_command():
     assert "2 of 2 compilations are sound" in result.stdout
     interpreted = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert interpreted.returncode == 2 and "Traceback" not in interpreted.stderr
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
+def test_small_gpus_have_room(arch):
+    """99 KiB of shared memory; the largest kernel of each sort, attention's longest tile among them."""
+    for kernel in ("pixel_error", "attention_backward"):
+        report = compile_case(CASE[kernel], arch, "bf16")
+        assert report.problems == () and 0 < report.shared_bytes <= 99 << 10
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make this machine's GPU one of some compute capability."""
+    monkeypatch.delenv("M3AE_KERNELS_IMPL", raising=False)
+
+    def of(capability: tuple[int, int]) -> torch.device:
+        dispatch._best_on_gpu.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+        return torch.device("cuda", 0)
+
+    yield of
+    dispatch._best_on_gpu.cache_clear()
+
+
+def test_gpus_too_old_for_the_kernels_run_on_torch_with_one_warning(gpu):
+    device = gpu((7, 5))
+    with pytest.warns(UserWarning, match=r"^m3ae_kernels: the ops run on torch on Tesla T4: .* 8\.0 or newer$") as told:
+        assert [dispatch.choose_impl("auto", device) for _ in range(3)] == ["torch"] * 3
+    assert len(told) == 1
+    assert dispatch.choose_impl("triton", device) == "triton"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_gpus_for_which_the_kernels_are_compiled_run_them_without_a_word(gpu, capability):
+    device = gpu(capability)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose_impl("auto", device) == "triton"
+    assert f"sm_{capability[0]}{capability[1]}" in SHARED_BYTES
+
+
+def test_the_choice_of_an_implementation_breaks_no_graph(gpu):
+    device = gpu((7, 5))
+    torch._dynamo.reset()
+
+    def doubled(x):
+        return 2 * x if dispatch.choose_impl("auto", device) == "torch" else x
+
+    with pytest.warns(UserWarning, match="ops run on torch"):
+        assert torch.compile(doubled, fullgraph=True, backend="eager")(torch.ones(())) == 2
+
+
+def test_an_architecture_on_torch_is_not_compiled(capsys):
+    assert aot.main(["--arch", "sm_75", "--kernel", "attention"]) == 0
+    assert "sm_75: the ops run on torch there" in capsys.readouterr().out
 
 
 def test_what_may_lie_anywhere_compiles_once():

@@ -1,5 +1,5 @@
-"""The Triton kernels on Triton's interpreter: test_kernel_ops.py and test_kernel_api.py once more, in a process of
-their own, and tiles.py in another.
+"""The Triton kernels on Triton's interpreter: test_kernel_ops.py, test_kernel_api.py and test_kernel_shapes.py once
+more, in a process of their own, and tiles.py in another.
 
 Triton decides at its import whether it interprets; the rest of the suite must not be interpreted.
 """
@@ -21,7 +21,9 @@ def run(*command: str) -> str:
 
 
 def test_ops_on_the_interpreter():
-    out = run("pytest", "-p", "no:cacheprovider", *(str(HERE / f"test_kernel_{name}.py") for name in ("ops", "api")))
+    out = run(
+        "pytest", "-p", "no:cacheprovider", *(str(HERE / f"test_kernel_{name}.py") for name in ("ops", "api", "shapes"))
+    )
     assert " passed" in out and "skipped" not in out
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from m3ae_kernels import tuning
+from m3ae_kernels import dispatch, tuning
 from m3ae_kernels.attention import cuda as attention_cuda
 from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.dispatch import choose_impl
@@ -20,12 +20,15 @@ from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 
 @pytest.fixture(autouse=True)
 def fresh_tables():
-    tuning.arch_of.cache_clear()
+    caches = tuning.arch_of, dispatch._best_on_gpu
+    for cache in caches:
+        cache.cache_clear()
     yield
-    tuning.arch_of.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
-def test_a_gpu_gets_triton(monkeypatch):
+def test_a_gpu_gets_triton(cuda, monkeypatch):
     monkeypatch.delenv("M3AE_KERNELS_IMPL")
     assert choose_impl("auto", CUDA) == "triton" and choose_impl("torch", CUDA) == "torch"
     assert choose_impl("auto", torch.device("cpu")) == "torch"
@@ -34,7 +37,8 @@ def test_a_gpu_gets_triton(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "arch"), [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((8, 6), "sm_89")]
+    ("capability", "arch"),
+    [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((8, 6), "sm_89"), ((12, 1), "sm_120")],
 )
 def test_tables_follow_the_gpu(capability, arch):
     with FakeCuda(capability=capability):

@@ -9,7 +9,16 @@ Shapes: S samples, T rows, Q query rows, H heads, D values a head.
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulator, asked_impl, check_float, check_index, compute_dtype, no_autocast
+from ..dispatch import (
+    accumulator,
+    as_rows,
+    asked_impl,
+    check_float,
+    check_index,
+    compute_dtype,
+    no_autocast,
+    with_lead,
+)
 from ..registry import Op
 from .choice import kernel_for
 from .kernel import Kernel, Segments
@@ -30,11 +39,11 @@ def packed_attention(
     """Return softmax(q k^T / sqrt(D)) v within each sample.
 
     Args:
-        qkv: [T, 3, H, D] floating, queries, keys and values; or, with q, [T, 2, H, D] keys and values.
+        qkv: [..., 3, H, D] floating, T rows of queries, keys and values; or, with q, [..., 2, H, D] keys and values.
         cu_seqlens: [S + 1] int32 or int64: sample s is the rows cu_seqlens[s] to cu_seqlens[s + 1]; from 0 to T, so
             that every row is some sample's.
         max_seqlen: rows of the longest sample, or more.
-        q: [Q, H, D] floating, queries of some rows alone.
+        q: [..., H, D] floating, Q rows: queries of some rows alone.
         cu_queries, max_queries: as cu_seqlens and max_seqlen, of q. A sample may have no queries; one with queries has
             keys.
         dropout_p: fraction of the attention weights that are dropped; above 0 each sample is padded to the longest, and
@@ -42,27 +51,28 @@ def packed_attention(
         impl: "auto", the fastest that is installed; "triton" (D up to 128) or "torch".
 
     Returns:
-        [T, H, D] or [Q, H, D], in autocast's dtype where it is on, else in qkv's. Sums in float32 (float64 for
-        float64). Gradients for qkv, as one contiguous tensor of its layout, and for q, without atomics.
+        [..., H, D], as many rows as queries, in autocast's dtype where it is on, else in qkv's. Sums in float32
+        (float64 for float64). Gradients for qkv, as one contiguous tensor of its layout, and for q, without atomics.
 
     Raises:
         TypeError, ValueError: naming the argument whose dtype, shape or device is wrong, or that lacks its companion.
     """
-    check_float("qkv", qkv, (None, 3 if q is None else 2, None, None), qkv)
+    check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
     check_index("cu_seqlens", cu_seqlens, (None,), qkv)
     if (q is None) != (cu_queries is None) or (q is None) != (max_queries is None):
         raise ValueError("q, cu_queries and max_queries must be given together")
     if q is not None and cu_queries is not None:
-        check_float("q", q, (None, *qkv.shape[2:]), qkv)
+        check_float("q", q, (..., *qkv.shape[-2:]), qkv)
         check_index("cu_queries", cu_queries, cu_seqlens.shape, qkv)
     impl, dtype = asked_impl(impl), compute_dtype(qkv, qkv)
-    q, qkv = None if q is None else q.to(dtype), qkv.to(dtype)
+    lead = qkv.shape[:-3] if q is None else q.shape[:-2]
+    q, qkv = None if q is None else as_rows(q.to(dtype), 2), as_rows(qkv.to(dtype), 3)
     cu_queries = cu_seqlens if cu_queries is None else cu_queries
     max_queries = max_seqlen if max_queries is None else max_queries
     if dropout_p:
         queries, keys = _segments(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen)
-        return padded_attention(*_parts(q, qkv), queries, keys, dropout_p)
-    return attention_op(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen, impl)[0]
+        return with_lead(padded_attention(*_parts(q, qkv), queries, keys, dropout_p), lead)
+    return with_lead(attention_op(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen, impl)[0], lead)
 
 
 def _parts(q: Tensor | None, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..registry import NAMESPACE
 from .build import BF16, DTYPES, load
 
 BLOCK_ROWS = 64  # that norm.c sums at once
@@ -53,7 +54,7 @@ class _LayerNorm(torch.autograd.Function):
         return *(g.to(d) if need else None for g, d, need in zip(grads, ctx.dtypes, ctx.needs_input_grad)), None
 
 
-@torch.library.custom_op("m3ae::layer_norm_gradients", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_gradients", mutates_args=())
 def layer_norm_gradients(
     grad_RD: Tensor, x_RD: Tensor, weight_D: Tensor, mean_R1: Tensor, rstd_R1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

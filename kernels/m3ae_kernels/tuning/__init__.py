@@ -12,8 +12,11 @@ import torch
 
 FOLDER = Path(__file__).parent
 INTERPRETER = "interpreter"
+OLDEST = (8, 0)  # compute capability of the first tensor cores that the kernels fit; older devices run on torch
 # By compute capability; other NVIDIA devices, all with less shared memory, take FALLBACK.
-NVIDIA = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+NVIDIA = {
+    (8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
+}  # fmt: skip
 FALLBACK = "sm_89"
 # Multiply-adds in one rounding: Triton 3.9 and older do so by default, newer ones only when asked.
 FUSE = {"enable_fp_fusion": True}
@@ -26,6 +29,16 @@ def table(arch: str) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads((FOLDER / f"{arch}.json").read_text())
 
 
+def fits(device: torch.device) -> bool:
+    """Return whether the Triton kernels are made for this GPU: AMD's, or NVIDIA's not older than `OLDEST`."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def nvidia_arch(capability: tuple[int, int]) -> str:
+    """Return the name of the table for an NVIDIA GPU of this compute capability."""
+    return NVIDIA.get(capability, FALLBACK)
+
+
 @lru_cache
 def arch_of(device: torch.device) -> str:
     """Return the name of the table for a device; a CPU runs the kernels on Triton's interpreter."""
@@ -33,7 +46,7 @@ def arch_of(device: torch.device) -> str:
         return INTERPRETER
     if torch.version.hip:
         return AMD
-    return NVIDIA.get(torch.cuda.get_device_capability(device), FALLBACK)
+    return nvidia_arch(torch.cuda.get_device_capability(device))
 
 
 def config(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:

@@ -1,0 +1,144 @@
+"""`m3ae_kernels.patch` under a small ViT-MAE of transformers with random weights."""
+
+import copy
+
+import m3ae_kernels
+import pytest
+import torch
+from m3ae_kernels import patch
+from torch import Tensor, nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
+
+MEAN, STD = (0.48, 0.45, 0.4), (0.22, 0.23, 0.22)
+
+
+def vit_mae(**changes) -> ViTMAEForPreTraining:
+    torch.manual_seed(0)
+    config = ViTMAEConfig(
+        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+        decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
+        decoder_intermediate_size=48, **changes,
+    )  # fmt: skip
+    model = ViTMAEForPreTraining(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # zeros, in biases and positions, would hide a mistake
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.train()
+
+
+def images() -> tuple[Tensor, Tensor]:
+    """uint8, and what an image processor makes of them."""
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return pixels, (pixels / 255 - mean) / std
+
+
+def step(model: nn.Module, pixels: Tensor, seed: int = 2):
+    torch.manual_seed(seed)
+    out = model(pixel_values=pixels)
+    model.zero_grad()
+    out.loss.backward()
+    return out, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_pix_loss": True}, {"mask_ratio": 0.5}, {"qkv_bias": False}], ids=str)
+def test_loss_and_gradients_are_those_of_transformers(changes):
+    plain = vit_mae(**changes)
+    fused = patch(copy.deepcopy(plain))
+    floating = images()[1]
+    (expected, true), (found, grads) = step(plain, floating), step(fused, floating)
+    assert abs(found.loss - expected.loss) <= 1e-6 * expected.loss
+    assert torch.equal(found.mask, expected.mask) and torch.equal(found.ids_restore, expected.ids_restore)
+    assert found.logits is None and expected.logits is not None
+    assert grads.keys() == true.keys() and len(grads) > 30
+    for name, grad in grads.items():
+        assert (grad - true[name]).norm() <= 1e-6 * true[name].norm() + 1e-9, name
+
+
+def test_raw_images_give_the_loss_of_normalised_ones():
+    raw, floating = images()
+    fused = patch(vit_mae(), mean=MEAN, std=STD)
+    of_raw, of_floating = (step(fused, pixels)[0].loss for pixels in (raw, floating))
+    torch.testing.assert_close(of_raw, of_floating, rtol=1e-6, atol=0)
+    fused.eval()
+    torch.testing.assert_close(
+        fused(raw, noise=torch.ones(4, 16)).logits, fused(floating, noise=torch.ones(4, 16)).logits
+    )
+
+
+def test_patched_models_never_embed_what_is_masked():
+    """Nor predict what is visible: the ops get the rows that count, and no more."""
+    seen = []
+    fused = patch(vit_mae())
+    fused.vit.embeddings.patch_embeddings.projection.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    fused.decoder.decoder_norm.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    step(fused, images()[1])
+    assert seen == [(4, 4, 48), (4, 12, 24)]
+
+
+def test_evaluation_is_as_it_was():
+    plain = vit_mae().eval()
+    fused = patch(copy.deepcopy(plain))
+    floating, noise = images()[1], torch.rand(4, 16)
+    expected, found = plain(floating, noise=noise), fused(floating, noise=noise)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    wide = torch.randn(2, 3, 48, 48)
+    options = {"noise": torch.rand(2, 36), "interpolate_pos_encoding": True}
+    assert torch.equal(fused(wide, **options).logits, plain(wide, **options).logits)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        fused(wide)
+
+
+def test_training_on_other_sizes_takes_the_models_own_path():
+    plain = vit_mae()
+    fused = patch(copy.deepcopy(plain))
+    wide, options = torch.randn(2, 3, 48, 48), {"noise": torch.rand(2, 36), "interpolate_pos_encoding": True}
+    assert torch.equal(fused(wide, **options).loss, plain(wide, **options).loss)
+
+
+def test_autocast_keeps_the_residual_stream_in_float32():
+    plain = vit_mae()
+    fused = patch(copy.deepcopy(plain))
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected, _), (found, _) = (step(model, images()[1]) for model in (plain, fused))
+        assert fused.vit.embeddings(images()[1])[0].dtype == torch.float32
+    assert abs(found.loss - expected.loss) < 5e-3 * expected.loss
+
+
+def test_parameters_and_outputs_keep_their_names():
+    plain = vit_mae()
+    fused = patch(copy.deepcopy(plain))
+    own = fused.state_dict()
+    assert own.keys() == plain.state_dict().keys()
+    assert all(torch.equal(own[name], value) for name, value in plain.state_dict().items())
+    as_tuple = fused(images()[1], return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].requires_grad
+    states = fused(images()[1], output_hidden_states=True).hidden_states
+    assert len(states) == 3
+
+
+def test_a_copy_of_a_patched_model_reads_its_own_weights():
+    fused = patch(vit_mae())
+    other = copy.deepcopy(fused)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    before = step(fused, images()[1])[0].loss
+    assert before == step(fused, images()[1])[0].loss != step(other, images()[1])[0].loss
+
+
+def test_an_encoder_alone():
+    torch.manual_seed(0)
+    plain = ViTMAEModel(vit_mae().config)
+    fused = m3ae_kernels.patch(copy.deepcopy(plain))
+    floating, noise = images()[1], torch.rand(4, 16)
+    expected, found = (model(floating, noise=noise).last_hidden_state for model in (plain, fused))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_other_models_are_refused_by_name():
+    with pytest.raises(
+        TypeError, match=r"^m3ae_kernels\.patch knows .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"
+    ):
+        patch(nn.Linear(2, 3))
