@@ -49,7 +49,7 @@ class Loop:
     start: int  # steps that the checkpoint to continue from has taken
 
     def __post_init__(self) -> None:
-        self.ranks, self.stop, self.pulse = self.session
+        self.ranks, self.stop, self.pulse, _ = self.session
         self.step = self.start  # optimiser steps so far
         self.log = self._open_log()
         self.watch = LossWatch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import (
     Data,
-    Node,
     Preparation,
     ShardStore,
     counting,
@@ -100,7 +98,7 @@ class Run(Loop):
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
         steps = range(found.step, schedule.total_steps)
-        node = Node(ranks.from_main(uuid.uuid4().hex), ranks.of_node)
+        node = session.node()
         loader = ranks.main_first(
             lambda: train_loader(
                 config.data, data.train, preparation, share, steps, layout=layout, node=node, pin_memory=pin

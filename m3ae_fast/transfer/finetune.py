@@ -91,7 +91,15 @@ def set_up(job: Job) -> FineTuning:
         schedule=schedule,
         engine=engine,
         train_loader=train_loader(
-            data, train, preparation, share, steps, layout=layout, transform=transform, pin_memory=pin
+            data,
+            train,
+            preparation,
+            share,
+            steps,
+            layout=layout,
+            node=job.session.node(),
+            transform=transform,
+            pin_memory=pin,
         ),
         val=val,
         val_loader=eval_loader(data, val, preparation, share, pin_memory=pin),

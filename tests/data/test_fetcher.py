@@ -11,11 +11,12 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
+import psutil
 import pytest
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, counting
-from m3ae_fast.data.fetcher import Fetcher, Node
+from m3ae_fast.data.fetcher import Fetcher, Node, standby
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.errors import UserError
 from tests.data.test_manifest import together
@@ -106,8 +107,8 @@ def epoch(loaders):
 
 def end(*loaders):
     for loader in loaders:
-        loader.beside.process.kill()
-        loader.beside.process.join()
+        loader.beside._fetcher.process.kill()
+        loader.beside._fetcher.process.join()
 
 
 def test_nodes_fetch_each_shard_once_and_keep_to_their_disk(start, far):
@@ -157,8 +158,8 @@ def test_no_sample_is_lost_with_the_fetcher(start, far):
     loader = start(0, 2, 24 * size / 1e9, config={"lanes": LANES, "shuffle_shards": LANES, "workers": 1})
     batches = iter(loader)
     seen = list(next(batches).keys)
-    os.kill(loader.beside.process.pid, signal.SIGKILL)
-    loader.beside.process.join()
+    os.kill(loader.beside._fetcher.process.pid, signal.SIGKILL)
+    loader.beside._fetcher.process.join()
     for batch in batches:
         assert not batch.skipped and disk(loader) <= 24 * size
         seen += batch.keys
@@ -166,26 +167,29 @@ def test_no_sample_is_lost_with_the_fetcher(start, far):
     assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # what the fetcher was at when it died
 
 
-def test_the_fetcher_leaves_with_the_run(start):
-    loader = start(0, 1)
-    path = loader.beside._path
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
+    pids, other = os.pipe()
     child = os.fork()
     if not child:
-        loader.beside.begin()
-        os.write(2, b"")
+        loader = start(0, 1)
+        os.write(other, loader.beside._fetcher.process.pid.to_bytes(4, "little"))
+        if begun:
+            loader.beside.begin()
         os._exit(0)
     os.waitpid(child, 0)
-    until(lambda: not path.exists())
+    pid = int.from_bytes(os.read(pids, 4), "little")
+    until(lambda: not psutil.pid_exists(pid))
+    assert not list((tmp_path / "node0/locks").glob("steps-*"))
 
 
 def test_ranks_of_a_node_share_one_fetcher(start):
     """It waits for the slower one."""
-    node = Node("run", [0, 1])
-    loaders = [start(rank, 2, folder="same", node=node) for rank in (0, 1)]
+    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], standby())) for rank in (0, 1)]
     assert [loader.beside.needs.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
         iter(loader)
-    assert loaders[1].beside.process is None
+    assert [loader.beside._fetcher.process.is_alive() for loader in loaders] == [True, False]
     batches = iter(loaders[0])
     for _ in range(3):
         next(batches)
