@@ -7,8 +7,8 @@ from tests.helpers.trainer import ROOT
 
 # packages and modules of m3ae_fast, lowest first; what is not named, and every __main__, is a program, on top of all
 LAYERS = ("m3ae_kernels", "memory", "errors", "whole_file", "regular_file", "home", "progress", "config", "hardware")
-LAYERS += ("batch", "weights", "vqgan", "model", "data", "shard_tools", "process", "engine", "pictures", "run")
-LAYERS += ("encoding", "open_model")
+LAYERS += ("object_store", "batch", "weights", "vqgan", "model", "data", "shard_tools", "process", "engine", "pictures")
+LAYERS += ("run", "encoding", "open_model")
 
 
 def _modules():

@@ -22,7 +22,6 @@ import numpy as np
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import Need, Order
-from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.data.standby import Standby
 from m3ae_fast.errors import UserError
 
@@ -102,8 +101,11 @@ class Needs:
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
     def require_room(self) -> None:
-        """Raises UserError where the shards that are in use at a time do not fit into the cache."""
-        limit = self.corpus.store.limit
+        """Raises UserError where the shards that are in use at a time do not fit into the cache. Where some are on a
+        network file system, these are read in place then."""
+        store = self.corpus.store
+        store.staging = store.staging and self.in_use() <= store.room().limit
+        limit = store.limit
         if limit < math.inf and (most := self.in_use()) > limit:
             raise UserError(
                 f"data.cache_gb {limit / 1e9:g}: shards of {most / 1e9:.3g} GB are in use on a node at a time; "
@@ -126,7 +128,7 @@ class Needs:
         for need in needs:
             shards = self.corpus.sources[need.source].shards
             for entry in map(shards.__getitem__, need.shards):
-                if ShardStore.is_cached(entry.shard):
+                if self.corpus.store.is_staged(entry.shard):
                     yield Shard(entry.shard, entry.summary.size)
 
 

@@ -1,19 +1,16 @@
 """One fetcher for each node: over a server that counts, with several nodes' cache folders."""
 
 import contextlib
-import http.server
 import os
 import signal
-import threading
 import time
-from collections import Counter
-from functools import partial
 from itertools import chain
 
 import numpy as np
 import psutil
 import pytest
 
+from lab.soak.server import faulty_server
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, counting
 from m3ae_fast.data.fetcher import Fetcher, Node, standby
@@ -33,30 +30,17 @@ def shards(tmp_path_factory):
     return folder, os.path.getsize(paths[0])
 
 
-@pytest.fixture
-def far(shards, tmp_path):
-    """(manifest of shards behind a URL, Counter of requests, bytes of a shard)"""
+@pytest.fixture(params=[0.0])
+def far(request, shards, tmp_path, monkeypatch):
+    """(manifest of shards behind a URL, Counter of the paths served, bytes of a shard). The parameter: which share of
+    requests fails."""
     folder, size = shards
-    requests = Counter()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            requests[self.path] += 1
-            super().do_GET()
-
-        def log_message(self, *args):
-            pass
-
-        def handle(self):
-            with contextlib.suppress(ConnectionError):  # a client that was killed
-                super().handle()
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        names = [f"http://127.0.0.1:{httpd.server_port}/{i:02}.tar" for i in range(SHARDS)]
+    monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.01)
+    with faulty_server(folder, 0, request.param) as server:
+        names = [f"{server.url}/{i:02}.tar" for i in range(SHARDS)]
         write(tmp_path / "far.npy", rows_of(names, [(PER, size, KINDS.index("text"))] * SHARDS))
-        yield [SourceConfig(shards=str(tmp_path / "far.npy"))], requests, size
-        httpd.shutdown()
+        yield [SourceConfig(shards=str(tmp_path / "far.npy"))], server.served, size
+        assert bool(server.failures) == bool(request.param)
 
 
 @pytest.fixture
@@ -111,6 +95,7 @@ def end(*loaders):
         loader.beside._fetcher.process.join()
 
 
+@pytest.mark.parametrize("far", [0.0, 0.5], indirect=True)
 def test_nodes_fetch_each_shard_once_and_keep_to_their_disk(start, far):
     _, requests, size = far
     loaders = [start(number, 4, 11 * size / 1e9) for number in range(4)]
