@@ -193,9 +193,12 @@ PULSE = """
     import hashlib, subprocess, sys, time
     import torch.distributed as dist
     from m3ae_fast.process.pulse import Pulse
+    from m3ae_fast.process.rooms import Room
     from m3ae_fast.process.signals import StopRequest
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
-    pulses = [Pulse(rank, {world}, store.clone(), StopRequest()) for rank in range({world})]
+    heard = [list(range(1, {world})), *[[0]] * ({world} - 1)]
+    rooms = [[Room(store.clone(), ranks)] for ranks in heard]
+    pulses = [Pulse(rank, rooms[rank], store, StopRequest()) for rank in range({world})]
     for pulse in pulses: pulse.timeout = 1.0
 """
 

@@ -40,7 +40,7 @@ def joined_program() -> Iterator[Session]:
         standby() as fetcher,  # forked before there are threads, connections to other ranks, or anything of CUDA
         StopRequest() as stop,
         join_ranks() as ranks,
-        Pulse(ranks.rank, ranks.world, ranks.side_store, stop) as pulse,
+        Pulse(ranks.rank, ranks.rooms, ranks.store, stop) as pulse,
     ):
         stop.joined(pulse.tell_stop)
         try:

@@ -128,8 +128,8 @@ class Run(Loop):
         """Say what the run is, and name the shards that are not whole."""
         config, dtype = self.config, dtype_of(self.config.train.precision)
         attention = describe_attention(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a trial
+        self.bad.report(self.ranks.from_main(self.data.train.damaged), say=self.ranks.is_main)
         if self.ranks.is_main:
-            self.bad.report(self.data.train.damaged)
             self.log.say("\n".join([self._describe(attention), *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:

@@ -157,7 +157,7 @@ def _crops(job: Job, train: Corpus, share: Share, steps: range, layout: Layout) 
 
 def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
-    job.pulse.timeout = job.config.run.stall_timeout
+    job.pulse.watch_over(job.config.run)
     loop = set_up(job)
     result = train(loop)
     if result is None:
