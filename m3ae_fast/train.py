@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def pre_train(config: Config, args: argparse.Namespace, session: Session) -> None:
     """Open the data, build or restore the model, and train it."""
-    session.pulse.timeout = config.run.stall_timeout
+    session.pulse.watch_over(config.run)
     with session.ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         run = Run.set_up(config, args.resume, session, folder, args.resume_with_changes)
         run.probe = knn_probe(run)

@@ -1,8 +1,10 @@
 """How ranks wait for each other."""
 
+import contextlib
 import hashlib
 import os
 import resource
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,19 +14,20 @@ import torch
 import torch.distributed as dist
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.process import ranks
+from m3ae_fast.process import program, ranks
 from m3ae_fast.process.failures import explain
-from m3ae_fast.process.program import joined_program
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
 
 TIMEOUT_S = 3.0  # of collectives, and of stalls
 
 
 def main(argv):
     """Rank 1 is at work for longer than any timeout, or fails, while rank 0 waits; then both compute together."""
+    if argv[0] in PROGRAMS:
+        return PROGRAMS[argv[0]](*argv[1:])
     ranks.TIMEOUT = timedelta(seconds=TIMEOUT_S)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    with joined_program() as (joined, _, pulse):
+    with program.joined_program() as (joined, _, pulse, _):
         pulse.timeout = TIMEOUT_S
         assert joined.of_node == [0, 1]
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
@@ -48,6 +51,109 @@ def main(argv):
         dist.all_reduce(total)  # in the group that has the short timeout
         print(f"{total.item():g} ranks\n", end="", flush=True)  # in one piece: the ranks share the output
     return 0
+
+
+def sockets(pid):
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the folder itself
+            found |= {link for link in [os.readlink(file)] if link.startswith("socket:")}
+    return found
+
+
+def standing_by():
+    """Say what CUDA is asked, and whether this rank and its fetcher have connections."""
+    touched, before = [], sockets(os.getpid())
+    begin, available = program.standby, torch.cuda.is_available
+    program.standby = lambda: touched.append("fetcher") or begin()
+    torch.cuda.is_available = lambda: touched.append("cuda") or available()
+    with program.joined_program() as session:
+        own, its = (len(sockets(pid) - before) > 0 for pid in (os.getpid(), session.fetcher.process.pid))
+        print(touched[0], "cuda" in touched, own, its, session.fetcher.process.is_alive(), flush=True)
+    return 0
+
+
+def test_what_is_to_fetch_begins_before_connections_and_cuda(tmp_path):
+    assert run_ranks(__name__, ["standing by"], 2, tmp_path / "log") == (0, "fetcher True True False True\n" * 2)
+
+
+def many_clients():
+    """A store whose process may have few files open, until it is a rank."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with ranks.join_ranks():
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        clients = [socket.create_connection(("127.0.0.1", store.port)) for _ in range(300)]
+        late = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
+        late.set("key", "heard")
+        print(store.get("key").decode(), len(clients), flush=True)
+    return 0
+
+
+def few_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    with ranks.join_ranks():
+        return 0
+
+
+def test_a_store_of_300_clients_starts_under_a_low_limit_of_open_files(tmp_path):
+    assert run_ranks(__name__, ["many clients"], 1, tmp_path / "log") == (0, "heard 300\n")
+
+
+def test_too_low_a_hard_limit_of_open_files_is_one_line(tmp_path):
+    each = [{"RANK": "0", "WORLD_SIZE": "300", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}]
+    said = await_ranks(fork_each(__name__, ["few files"], each, tmp_path / "log"), tmp_path / "log")
+    line = "error: rank 0 of 300 opens up to 1,400 files, and the limit here is 256: raise it with `ulimit -n 1400` "
+    assert said[0] == 2 and said[1].startswith(line) and said[1].count("\n") == 1
+
+
+def on_two_machines(what, folder):
+    """Four ranks, of which each two say that they are on a machine of their own. The last one asks the others to stop,
+    or stands still."""
+    rank = int(os.environ["RANK"])
+    ranks.machine = lambda: f"machine {rank // 2}"
+    with program.joined_program() as (joined, stop, pulse, _):
+        stop.listen()
+        print(f"{rank}: {joined.of_node} {[list(room.heard) for room in joined.rooms]}\n", end="", flush=True)
+        joined.gather(None)
+        pulse.timeout, pulse.folder = (3.0 if what == "stall" else 60.0), Path(folder)
+        if rank == 3 and what == "stop":
+            pulse.tell_stop("enough")
+        if rank == 3 and what == "stall":
+            stand_still(pulse)
+        if what == "stall":
+            joined.gather(None)
+        while not stop.asked:
+            time.sleep(0.01)
+        joined.gather(None)  # before one of them leaves
+    return 0
+
+
+def stand_still(pulse):
+    pulse.timeout = 6.0  # it is not the first to notice
+    time.sleep(20)
+
+
+def test_ranks_of_a_machine_hear_its_first_one_and_stop_together(tmp_path):
+    code, said = run_ranks(__name__, ["two machines", "stop", str(tmp_path)], 4, tmp_path / "log")
+    assert code == 0 and sorted(said.splitlines()) == [
+        "0: [0, 1] [[1], [2]]", "1: [0, 1] [[0]]", "2: [2, 3] [[3], [0]]", "3: [2, 3] [[2]]"
+    ]  # fmt: skip
+
+
+def test_a_stall_leaves_what_each_rank_was_at(tmp_path):
+    """The first rank of its machine notices the silent one, and all write where they are."""
+    folder, log = tmp_path / "stall", tmp_path / "log"
+    processes = fork_ranks(__name__, ["two machines", "stall", str(folder)], 4, log)
+    for process in processes[:3]:
+        process.join(60)
+    processes[3].kill()
+    assert 75 in [process.exitcode for process in processes[:3]]
+    line = "error: rank 2, starting: for 3 s, no sign of life from rank 3 (last: starting); --resume auto continues; "
+    assert f"{line}{folder} shows where each rank was\n" in log.read_text()
+    stacks = {path.name: path.read_text() for path in folder.iterdir()}
+    assert sorted(stacks) == [f"rank-{rank}.txt" for rank in range(4)]
+    assert all(("stand_still" in text) == (name == "rank-3.txt") for name, text in stacks.items())
+    assert all("all_gather_object" in stacks[f"rank-{rank}.txt"] for rank in range(3))
 
 
 LOST = "another rank has ended; its output says why"
@@ -81,8 +187,9 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
     variables = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(here)}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ranks, "_connect", lambda *_: (None, None, None))
+    monkeypatch.setattr(ranks, "_connect", lambda *_: (None, None))
     monkeypatch.setattr(dist, "all_gather_object", lambda hosts, host, group: None)
+    monkeypatch.setattr(ranks, "rooms_of", lambda *_: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -90,12 +197,6 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     ranks._join()
     assert found == [threads]
-
-
-def test_a_node_is_of_the_ranks_on_one_machine():
-    hosts = ["a", "a", "b", "a", "b"]
-    nodes = [ranks.Ranks(rank, 5, 0, torch.device("cpu"), None, hosts, None, None).of_node for rank in range(5)]
-    assert nodes == [[0, 1, 3], [0, 1, 3], [2, 4], [0, 1, 3], [2, 4]]
 
 
 def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):
@@ -118,3 +219,11 @@ def test_the_others_find_what_rank_0_made(tmp_path):
 
 def test_what_one_rank_cannot_do_ends_all_with_one_line(tmp_path):
     assert run_ranks(__name__, ["fail"], 2, tmp_path / "log") == (2, "error: rank 1 finds no shard\n")
+
+
+PROGRAMS = {
+    "standing by": standing_by,
+    "many clients": many_clients,
+    "few files": few_files,
+    "two machines": on_two_machines,
+}

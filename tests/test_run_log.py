@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from m3ae_fast.batch.bad_samples import BadSamples, Skipped
 from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint
+from m3ae_fast.run import checkpoint, forward_time
 from m3ae_fast.run.loggers import WANDB_ID_FILE
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_folder import LOCK_FILE, RunFolder
@@ -227,19 +228,61 @@ def test_plain_output_tells_the_time_left(tmp_path, capsys):
     assert first.endswith("eta 0:01:40") and "eta" not in second
 
 
-def test_the_line_names_the_node_that_waits_longest_for_data():
-    """By rank the sums have what each of them waited."""
+def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():
+    """By rank the sums have what each of them waited, and what its forward passes took."""
     told = []
-    for hosts, where in ((["a", "a", "b"], {"data_wait": "b"}), (["a"] * 3, {})):
+    for hosts, where in ((["a", "c", "b"], {"data_wait": "b", "forward_s": "c"}), (["a"] * 3, {})):
         ranks = SimpleNamespace(rank=0, world=3, hosts=hosts, is_main=True, device=torch.device("cpu"))
-        ranks.sum = lambda values: [values[0] * 3, *(a + b for a, b in zip(values[1:], (0, 0.1, 0.4)))]
+        ranks.sum = lambda values: [values[0] * 3, *(a + b for a, b in zip(values[1:], (0, 0.1, 0.4, 0, 0.3, 0.1)))]
         schedule = SimpleNamespace(lr=lambda step: 0.1, steps_per_epoch=10)
         log = SimpleNamespace(log=lambda step, values, where: told.append((values, where)))
-        loop = SimpleNamespace(step=1, ranks=ranks, schedule=schedule, log=log, start=0, bad=SimpleNamespace(bad=0))
+        forward = SimpleNamespace(per_step=lambda steps: 0.2 / steps)
+        loop = SimpleNamespace(
+            step=1,
+            logged=0,
+            forward=forward,
+            ranks=ranks,
+            schedule=schedule,
+            log=log,
+            start=0,
+            bad=SimpleNamespace(bad=0),
+        )
         loop.rates, loop.growth = lambda: {"data_wait": 0.2}, SimpleNamespace(look=lambda *_: None)
         Loop.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
         values, named = told[-1]
-        assert (values["loss"], values["data_wait"], named) == (2.0, 0.4, where)
+        assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, 0.4, 0.3, where)
+        assert loop.logged == 1
+
+
+def test_forward_passes_of_training_are_timed(monkeypatch):
+    clock, module = [0.0], torch.nn.Identity()
+    monkeypatch.setattr(forward_time.time, "perf_counter", lambda: clock[0])
+    timer = forward_time.ForwardTime(module, torch.device("cpu"))
+
+    def step(seconds):
+        monkeypatch.setattr(module, "forward", lambda: clock.__setitem__(0, clock[0] + seconds))
+        module()
+        clock[0] += 100  # backward, and others
+
+    step(1.0), step(2.0)
+    module.eval()
+    step(50.0)
+    assert timer.per_step(2) == 1.5
+    module.train()
+    step(4.0)
+    assert timer.per_step(1) == 4.0
+
+
+def test_bad_samples_of_all_ranks_are_named_once_and_by_rank_0(caplog):
+    found = [[Skipped("a.tar", str(number), "no caption") for number in range(count)] for count in (3, 0, 30)]
+    for rank, named in ((0, 21), (1, 0)):
+        caplog.clear()
+        ranks = SimpleNamespace(is_main=rank == 0, gather=lambda own: [each[:20] for each in found])
+        loop = SimpleNamespace(ranks=ranks, bad=BadSamples(0.5, 1000))
+        Loop._name_bad(loop, found[rank])
+        assert not loop.bad.names_more and len(caplog.messages) == named
+        with pytest.raises(UserError, match=r"such as a\.tar/19: no caption"):
+            loop.bad.count(100, 51)
 
 
 class PackedLosses(NamedTuple):

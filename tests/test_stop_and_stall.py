@@ -193,9 +193,12 @@ PULSE = """
     import hashlib, subprocess, sys, time
     import torch.distributed as dist
     from m3ae_fast.process.pulse import Pulse
+    from m3ae_fast.process.rooms import Room
     from m3ae_fast.process.signals import StopRequest
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
-    pulses = [Pulse(rank, {world}, store.clone(), StopRequest()) for rank in range({world})]
+    heard = [list(range(1, {world})), *[[0]] * ({world} - 1)]
+    rooms = [[Room(store.clone(), ranks)] for ranks in heard]
+    pulses = [Pulse(rank, rooms[rank], store, StopRequest()) for rank in range({world})]
     for pulse in pulses: pulse.timeout = 1.0
 """
 
@@ -268,9 +271,9 @@ def test_a_start_is_left_by_all_and_leaves_nothing(trainer, launcher, ranks):
         for child in psutil.Process(process.pid).children(recursive=True)
         if script in child.cmdline() and not any("launch" in word for word in child.cmdline())
     ]
-    assert len(found) == ranks
+    assert len(found) == 2 * ranks  # with who is to fetch
     if launcher == "torchrun":
-        found[-1].terminate()
+        (found[-1].parent() if found[-1].parent() in found else found[-1]).terminate()
     else:
         process.kill()
     psutil.wait_procs(found, timeout=20)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as folder,
-        faulty_server(CLIPART, args.seed) as (url, server),
+        faulty_server(CLIPART, args.seed) as server,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         task = progress.add_task("", total=args.minutes)
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         def say(what: str) -> None:
             progress.update(task, description=what, completed=(time.monotonic() - begin) / 60)
 
-        soak = Soak(Path(folder), url, args.seed, until, say)
+        soak = Soak(Path(folder), server.url, args.seed, until, say)
         while time.monotonic() < until:
             soak.one_run()
-        text = report(soak.tally, server, args.seed, (time.monotonic() - begin) / 60)
+        text = report(soak.tally, server.failures, args.seed, (time.monotonic() - begin) / 60)
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

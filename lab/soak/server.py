@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 IN_A_ROW = 3  # faults that one path shows before it is served
 STATUSES = ("500", "503", "429", "425", "408")
@@ -25,18 +26,31 @@ WORDLESS = {"no answer": b"", "an answer that is not HTTP": b"\x00\xff not a sta
 SLOW = "slow, but whole"
 
 
+class Server(NamedTuple):
+    """Where it is, how often it failed in which way, and how often it gave the whole of which path."""
+
+    url: str
+    failures: Counter[str]
+    served: Counter[str]
+
+
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    def __init__(self, *args, faults: Counter, chance: random.Random, rows: Counter, **options) -> None:
-        self.faults, self.chance, self.rows = faults, chance, rows
+    def __init__(
+        self, *args, told: Server, share: float, latency: float, chance: random.Random, rows: Counter, **options
+    ) -> None:
+        self.told, self.share, self.latency, self.chance, self.rows = told, share, latency, chance, rows
         super().__init__(*args, **options)
 
     def do_GET(self) -> None:
-        if self.rows[self.path] >= IN_A_ROW or self.chance.random() < 0.3:
+        time.sleep(self.latency)
+        if self.rows[self.path] >= IN_A_ROW or self.chance.random() >= self.share:
             self.rows[self.path] = 0
+            self.told.served[self.path] += 1
             return super().do_GET()
         self.rows[self.path] += 1
         kind = self.chance.choice([*STATUSES, *BODIES, *WORDLESS, SLOW])
-        self.faults[kind] += 1
+        self.told.failures[kind] += 1
+        self.told.served[self.path] += kind == SLOW
         if kind in STATUSES:
             self.send_response(int(kind))
             self.send_header("Retry-After", "0")
@@ -65,11 +79,19 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_server(folder: Path, seed: int) -> Iterator[tuple[str, Counter]]:
-    """Serve `folder` while the block runs: its URL, and how often it failed in which way."""
-    faults: Counter = Counter()
-    handler = partial(_Handler, directory=str(folder), faults=faults, chance=random.Random(seed), rows=Counter())
+def faulty_server(folder: Path, seed: int, share: float = 0.7, latency: float = 0.0) -> Iterator[Server]:
+    """Serve `folder` while the block runs.
+
+    Args:
+        folder: what is served.
+        seed: of the faults.
+        share: of requests that fail, where not IN_A_ROW before did.
+        latency: seconds before each answer.
+    """
+    told = Server("", Counter(), Counter())
+    options = {"told": told, "share": share, "latency": latency, "chance": random.Random(seed), "rows": Counter()}
+    handler = partial(_Handler, directory=str(folder), **options)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", faults
+        yield told._replace(url=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()

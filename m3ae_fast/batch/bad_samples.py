@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from m3ae_fast.errors import UserError
 
 MIN_SEEN = 100  # samples before a fraction of bad ones means anything
-_LOGGED = 20  # bad samples that are named one by one
+NAMED = 20  # bad samples that are named one by one
 
 _log = logging.getLogger(__name__)
 
@@ -41,17 +41,22 @@ class BadSamples:
     def __init__(self, max_fraction: float, samples: int):
         self.max_fraction = max_fraction
         self.least = max(1, min(MIN_SEEN, samples))
-        self.seen = self.bad = self._logged = 0
+        self.seen = self.bad = self._named = 0
         self._latest: Skipped | None = None
 
-    def report(self, skipped: Sequence[Skipped]) -> None:
-        """Log this rank's bad samples."""
+    @property
+    def names_more(self) -> bool:
+        """Whether `report` would log another one."""
+        return self._named < NAMED
+
+    def report(self, skipped: Sequence[Skipped], say: bool = True) -> None:
+        """Log bad samples by name, or, without `say`, only remember that another process does."""
         for item in skipped:
             self._latest = item
-            self._logged += 1
-            if self._logged <= _LOGGED:
+            self._named += 1
+            if say and self._named <= NAMED:
                 _log.warning("skipped %s", item)
-            if self._logged == _LOGGED:
+            if say and self._named == NAMED:
                 _log.warning("further bad samples are counted, not named")
 
     def count(self, seen: int, bad: int) -> None:

@@ -243,7 +243,8 @@ class DataConfig(Section):
     prefetch: int = Field(4, gt=0, le=1024)
     """Number of batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
     cache_dir: Path | None = None
-    """Folder for copies of remote shards and indexes of read-only folders; null: `~/.cache/m3ae_fast`."""
+    """Folder for copies of shards that are remote or on a network file system, and indexes of read-only folders; null:
+    `~/.cache/m3ae_fast`."""
     cache_gb: float | None = Field(None, gt=0, le=1e9)
     """Maximum size of the copies on a node, in GB; null: all of the disk but a tenth of it."""
     image_tokenizer: Path | None = None

@@ -15,6 +15,7 @@ from m3ae_fast.data.index import IMAGE_SUFFIXES, IndexedShard, Modality, index_s
 from m3ae_fast.data.manifest import UNREAD, CountedShards, is_manifest, read, read_all
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError
+from m3ae_fast.object_store import require
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def _by_manifest(config: SourceConfig, rows: np.ndarray, corpus: Corpus) -> Sour
     if not (rows := rows[rows["samples"] > 0] if (rows["samples"] == 0).any() else rows).size:
         raise UserError(f"shards {config.shards!r}: no samples in them")
     shards = CountedShards(rows, corpus.store)
+    require(shards[0].shard)
     return _source(config, shards, shards.kinds)
 
 

@@ -9,6 +9,7 @@ import io
 import os
 import select
 import shutil
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen
 
+from m3ae_fast import object_store
 from m3ae_fast.data.tar import is_whole_tar
 
 TIMEOUT_S = 60.0  # without a byte
@@ -111,13 +113,14 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
         with open(shard, "rb") as file:
             yield iter(lambda: file.read(_CHUNK), b"")
     else:
-        source = _aws(shard) if shard.startswith("s3://") else gopen(shard)
+        stored = shard.startswith(object_store.SCHEMES)
+        source = _object(shard) if stored else gopen(shard)
         if not isinstance(source, Pipe):
             with source:
                 yield iter(lambda: source.read(_CHUNK), b"")
             return
         try:
-            yield _of_command(source)
+            yield _of_object(source) if stored else _of_command(source)
         except BaseException:
             source.proc.kill()  # or closing would wait for it
             source.ignore_errors = True
@@ -126,9 +129,15 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
             source.close()  # raises where the command failed
 
 
-def _aws(url: str) -> Pipe:
-    """Start `aws` without a shell, which could read more than a URL into it."""
-    return Pipe(["aws", "s3", "cp", url, "-"], mode="rb")
+def _object(url: str) -> Pipe:
+    return Pipe(object_store.command(url), mode="rb", stderr=subprocess.PIPE, ignore_errors=True)
+
+
+def _of_object(source: Pipe) -> Iterator[bytes]:
+    yield from _of_command(source)
+    if code := source.proc.wait():
+        reason = source.proc.stderr.read().decode("utf-8", "replace").strip()
+        raise NotThere(reason) if code == object_store.NOT_THERE else OSError(reason)
 
 
 def _of_http(response) -> Iterator[bytes]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import math
 import mmap
-import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +22,7 @@ import numpy as np
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import Need, Order
-from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.data.workers import start_worker
+from m3ae_fast.data.standby import Standby
 from m3ae_fast.errors import UserError
 
 T = TypeVar("T")
@@ -103,8 +101,11 @@ class Needs:
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
     def require_room(self) -> None:
-        """Raises UserError where the shards that are in use at a time do not fit into the cache."""
-        limit = self.corpus.store.limit
+        """Raises UserError where the shards that are in use at a time do not fit into the cache. Where some are on a
+        network file system, these are read in place then."""
+        store = self.corpus.store
+        store.staging = store.staging and self.in_use() <= store.room().limit
+        limit = store.limit
         if limit < math.inf and (most := self.in_use()) > limit:
             raise UserError(
                 f"data.cache_gb {limit / 1e9:g}: shards of {most / 1e9:.3g} GB are in use on a node at a time; "
@@ -127,7 +128,7 @@ class Needs:
         for need in needs:
             shards = self.corpus.sources[need.source].shards
             for entry in map(shards.__getitem__, need.shards):
-                if ShardStore.is_cached(entry.shard):
+                if self.corpus.store.is_staged(entry.shard):
                     yield Shard(entry.shard, entry.summary.size)
 
 
@@ -137,6 +138,12 @@ class Node:
 
     run: str  # a name that no other run on the machine has
     ranks: Sequence[int]
+    fetcher: Standby  # this rank's; that of the first one fetches
+
+
+def standby() -> Standby:
+    """Return what is to be a fetcher: a program makes it before it touches anything else."""
+    return Standby(serve, "fetcher")
 
 
 class Fetching:
@@ -146,16 +153,15 @@ class Fetching:
         self.needs, self.accumulation = needs, accumulation
         self._path = needs.corpus.store.cache_dir / "locks" / f"steps-{node.run}"
         self._ranks, self._slot = len(node.ranks), list(node.ranks).index(rank)
-        self.process: multiprocessing.Process | None = None
+        self._fetcher = node.fetcher
+        if self._slot > 0:
+            self._fetcher.end()
 
     def begin(self) -> None:
-        """Start the fetcher where it is this rank's and does not run. As for workers, it is before the first step."""
+        """Let the fetcher fetch where it is this rank's. As for workers, it is before the first step."""
         self._steps = _shared_steps(self._path, self._ranks)
         self._steps[self._slot] = self.needs.start
-        if self._slot == 0 and (self.process is None or not self.process.is_alive()):
-            arguments = (self.needs, self._path, self._ranks)
-            self.process = multiprocessing.Process(target=serve, args=arguments, name="fetcher", daemon=True)
-            self.process.start()
+        self._fetcher.start(self.needs, self._path, self._ranks)
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield micro-batches from the first step's on, and tell how many steps are behind."""
@@ -171,10 +177,8 @@ def _shared_steps(path: Path, ranks: int) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 8 * ranks), np.int64)
 
 
-def serve(needs: Needs, path: Path, ranks: int) -> None:
-    """Fetch, in a process of its own, for as long as the one lives that has started it."""
-    parent = os.getppid()
-    start_worker(0)
+def serve(parent: int, needs: Needs, path: Path, ranks: int) -> None:
+    """Fetch, in a process of its own, for as long as its parent lives."""
     steps = _shared_steps(path, ranks)
     fetcher = Fetcher(needs)
     try:

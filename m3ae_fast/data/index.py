@@ -137,7 +137,7 @@ def index_shards(
         try:
             if entry := _load(shard, store):
                 return entry
-            path = store.path(shard)  # before the lock, which is not to be held while bytes move
+            path = _file(shard, store)  # before the lock, which is not to be held while bytes move
             with store.lock(f"index-{store.name(shard)}"):
                 return _load(shard, store) or _make(shard, path, store)
         except Unreadable as error:
@@ -163,10 +163,15 @@ def index_again(indexed: IndexedShard, store: ShardStore) -> IndexedShard:
     """Return a new entry for a shard whose sidecar or copy turned out damaged. Raises OSError where it is not the same
     shard any more, or cannot be read."""
     with store.lock(f"index-{store.name(indexed.shard)}"):
-        made = _make(indexed.shard, store.path(indexed.shard), store)
+        made = _make(indexed.shard, _file(indexed.shard, store), store)
     if (made.summary.samples, made.summary.size) != (indexed.summary.samples, indexed.summary.size):
         raise OSError("it has changed since it was indexed")
     return made
+
+
+def _file(shard: str, store: ShardStore) -> Path:
+    """The file to index: of a shard on a network file system the original, whose headers alone are read."""
+    return store.path(shard) if store.is_cached(shard) else Path(shard)
 
 
 def _sidecars(shard: str, store: ShardStore) -> list[Path]:

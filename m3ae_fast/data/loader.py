@@ -20,10 +20,9 @@ from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
-from m3ae_fast.data.fetcher import Fetching, Needs, Node
+from m3ae_fast.data.fetcher import Fetching, Needs, Node, standby
 from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
-from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
 
@@ -124,9 +123,11 @@ def train_loader(
     samples = Samples(corpus, order, preparation, augment, share.global_batch, config.repeats, transform)
     micro_batches = MicroBatches(steps, share, lanes, config.repeats)
     loader = _loader(config, samples, micro_batches, pin_memory)
-    if any(ShardStore.is_cached(shard.shard) for source in corpus.sources for shard in source.shards):
-        node = node or Node(uuid.uuid4().hex, [share.rank])
+    if any(corpus.store.is_staged(shard.shard) for source in corpus.sources for shard in source.shards):
+        node = node or Node(uuid.uuid4().hex, [share.rank], standby())
         loader.beside = _fetching(loader, samples, micro_batches, node)
+    elif node:
+        node.fetcher.end()
     return loader
 
 

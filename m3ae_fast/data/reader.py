@@ -149,7 +149,7 @@ class Reader:
         path = self.store.path(indexed.shard, indexed.summary.size)
         indexed = indexed.located()
         if os.stat(path).st_size != indexed.summary.size:
-            if not self.store.is_cached(indexed.shard):
+            if not self.store.is_staged(indexed.shard):
                 raise OSError("it has changed since it was indexed")
             path = self.store.refetch(indexed.shard)
             if os.stat(path).st_size != indexed.summary.size:

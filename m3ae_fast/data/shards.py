@@ -1,8 +1,8 @@
 """Shard names as users write them, and where their bytes lie on this machine.
 
-A plain local tar is read in place. Everything else (URLs, `pipe:` commands, gzipped tars) is copied into the cache
-folder once per node: into a temporary file, then renamed, under a lock per shard that all processes of the node
-respect. Several users may share the folder where its mode and their umask let them.
+A plain tar on a disk of the machine is read in place. Everything else (URLs, `pipe:` commands, gzipped tars, files on a
+network) is copied into the cache folder once per node: into a temporary file, then renamed, under a lock per shard that
+all processes of the node respect. Several users may share the folder where its mode and their umask let them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import BinaryIO, NamedTuple
 from webdataset.shardlists import expand_urls
 
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
+from m3ae_fast.data.file_systems import network_file_system
 from m3ae_fast.errors import UserError
+from m3ae_fast.object_store import require
 from m3ae_fast.whole_file import put_in_place
 
 FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
@@ -42,7 +44,8 @@ def expand(patterns: str | list[str]) -> list[str]:
     """Write out brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs.
 
     Raises:
-        UserError: a pattern is malformed, matches nothing, or names a local shard that is not there.
+        UserError: a pattern is malformed, matches nothing, or names a local shard that is not there or one that nothing
+            installed can read.
     """
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -53,6 +56,7 @@ def expand(patterns: str | list[str]) -> list[str]:
         except (ValueError, AssertionError) as error:  # unbalanced braces, a missing WDS_ variable
             raise UserError(f"shards {pattern!r}: not a valid pattern ({error})") from None
         for name in names:
+            require(name)
             shards += [name] if is_remote(name) else _local(name)
     if not shards:
         raise UserError(f"shards {patterns!r}: matches nothing")
@@ -104,6 +108,7 @@ class ShardStore:
     """
 
     def __init__(self, cache_dir: Path | None = None, cache_gb: float | None = None):
+        self._far: dict[str, bool] = {}  # by folder
         self.limit = math.inf if cache_gb is None else round(cache_gb * 1e9)  # bytes
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache_dir = Path(cache_dir or Path(home) / "m3ae_fast").expanduser()
@@ -112,6 +117,7 @@ class ShardStore:
                 (self.cache_dir / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir {self.cache_dir}: {error.strerror}; name a writable folder") from None
+        self.staging = not network_file_system(self.cache_dir)  # whether copies are nearer than a network file system
 
     @staticmethod
     def is_cache(folder: Path) -> bool:
@@ -120,8 +126,18 @@ class ShardStore:
 
     @staticmethod
     def is_cached(shard: str) -> bool:
-        """Return whether the shard is read from a copy in the cache folder, not in place."""
+        """Return whether the shard has to be copied into the cache folder before anything can be read."""
         return is_remote(shard) or shard.endswith((".gz", ".tgz"))
+
+    def is_staged(self, shard: str) -> bool:
+        """Return whether samples are read from a copy in the cache folder, not in place: also those that would be read
+        over a network, a few KB at a time."""
+        if self.is_cached(shard):
+            return True
+        folder = os.path.dirname(os.path.abspath(shard))
+        if self.staging and folder not in self._far:
+            self._far[folder] = bool(network_file_system(Path(folder)))
+        return self.staging and self._far[folder]
 
     def name(self, shard: str) -> str:
         """Return a file name for things about the shard: unique, and of the contents too where it is a local file."""
@@ -140,7 +156,7 @@ class ShardStore:
         """Return the file that holds the shard's tar, fetched first if need be. Raises OSError where that fails.
 
         `size`: bytes of the tar; 0: unknown."""
-        if not self.is_cached(shard):
+        if not self.is_staged(shard):
             return Path(shard)
         copy = self.copy(shard)
         while True:
@@ -159,7 +175,7 @@ class ShardStore:
         """Return `path` after fetching a new copy, since the old one turned out damaged. Raises OSError where the shard
         is read in place, or cannot be fetched."""
         copy = self.copy(shard)
-        if not self.is_cached(shard):
+        if not self.is_staged(shard):
             raise OSError(f"{shard} is damaged")
         with self.lock(copy.name):
             self._fetch(shard, copy)

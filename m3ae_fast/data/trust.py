@@ -10,7 +10,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.errors import UserError
 
-_FETCHED = re.compile(r"(https?|s3|gs)://")  # by this process, or by a tool that is given the URL as one word
+_FETCHED = re.compile(r"(https?|s3|gs)://")  # by this process, or by one that is given the URL as one word
 
 
 def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, where: str) -> None:

@@ -52,7 +52,7 @@ class Loader(DataLoader[T_co]):
     beside: Beside | None = None
 
     def __iter__(self) -> Any:
-        with _signals_blocked():
+        with signals_blocked():
             if self.beside is None:
                 return super().__iter__()
             self.beside.begin()
@@ -60,7 +60,7 @@ class Loader(DataLoader[T_co]):
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block signals meanwhile: processes forked in the block inherit the mask, and so do their threads."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from m3ae_fast.data import Node
+from m3ae_fast.data.fetcher import standby
+from m3ae_fast.data.standby import Standby
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks, join_ranks
@@ -13,11 +17,16 @@ from m3ae_fast.process.signals import StopRequest
 
 
 class Session(NamedTuple):
-    """What a program on several ranks has: the ranks, who asks them to stop, and their pulse."""
+    """What a program on several ranks has: the ranks, who asks them to stop, their pulse, and who fetches."""
 
     ranks: Ranks
     stop: StopRequest
     pulse: Pulse
+    fetcher: Standby
+
+    def node(self) -> Node:
+        """Return the ranks of this machine. Every rank must call it."""
+        return Node(self.ranks.from_main(uuid.uuid4().hex), self.ranks.of_node, self.fetcher)
 
 
 @contextmanager
@@ -28,13 +37,14 @@ def joined_program() -> Iterator[Session]:
     that follows from a rank that left before there was anything to save is ignored: the program ends there.
     """
     with (
+        standby() as fetcher,  # forked before there are threads, connections to other ranks, or anything of CUDA
         StopRequest() as stop,
         join_ranks() as ranks,
-        Pulse(ranks.rank, ranks.world, ranks.side_store, stop) as pulse,
+        Pulse(ranks.rank, ranks.rooms, ranks.store, stop) as pulse,
     ):
         stop.joined(pulse.tell_stop)
         try:
-            yield Session(ranks, stop, pulse)
+            yield Session(ranks, stop, pulse, fetcher)
         except Exception as error:
             if pulse.stop_told():  # a rank that left has taken its connections with it
                 return

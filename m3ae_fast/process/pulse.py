@@ -6,20 +6,27 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch.distributed as dist
 
+from m3ae_fast.config import RunConfig
+from m3ae_fast.process.rooms import Room
 from m3ae_fast.process.signals import StopRequest, kill_children
+from m3ae_fast.process.stacks import write_stacks
 
 T = TypeVar("T")
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+STALL_FOLDER = "stall"
 _BUSY = 0.05  # of a core: less is what idle threads use
 _WRITING = 1 << 12  # bytes between two looks: a download, a save
-_STOP = "stop"
+_STOP, _STALL = "stop", "stall"  # words between ranks
+_HOPS = 3  # beats that a word takes to reach every rank: to the first of a machine, to rank 0, and back
+_WRITE_S = 5.0  # for the stacks, at most
 
 
 @dataclass
@@ -38,12 +45,15 @@ class Pulse:
     the main thread may wait in a collective forever. Use as a context manager.
     """
 
-    def __init__(self, rank: int, world: int, store: dist.Store, stop: StopRequest) -> None:
-        """Prepare the heartbeat; `store` is for its threads only."""
+    def __init__(self, rank: int, rooms: Sequence[Room], store: dist.Store, stop: StopRequest) -> None:
+        """Prepare the heartbeat in some rooms; `store` is that of all ranks, for the main thread."""
         self.timeout = float("inf")  # seconds; the config's once it is known
-        self._rank, self._store, self._stop = rank, store, stop
-        watched = range(1, world) if rank == 0 else [0]  # few words even where there are many ranks
-        self._others = {other: _Other() for other in watched}
+        self.folder: Path | None = None  # for what ranks were at when nothing moved; the run's once it is known
+        self._rank, self._rooms, self._store, self._stop = rank, rooms, store, stop
+        self._others = {other: _Other() for room in rooms for other in room.heard}
+        self._words: set[str] = set()  # that were heard, or are to be passed on
+        self._spoken: set[str] = set()
+        self._unwritten = threading.Lock()
         self._doing, self._marks, self._loading, self._waiting = "starting", 0, False, False
         self._quiet = 0.0  # seconds for which this process was awake and its main thread came to no mark
         self._idle = 0.0  # seconds of these for which no loader worker moved either
@@ -61,6 +71,10 @@ class Pulse:
         self._end.set()
         for thread in self._threads:
             thread.join(1.0)
+
+    def watch_over(self, run: RunConfig) -> None:
+        """Take a run's timeout, and the folder for what ranks were at when it stands still."""
+        self.timeout, self.folder = run.stall_timeout, run.dir / STALL_FOLDER
 
     def mark(self, doing: str, *, loading: bool = False) -> None:
         """Record that the main thread moves on. `doing` is for messages."""
@@ -89,9 +103,10 @@ class Pulse:
             yield batch
 
     def tell_stop(self, reason: str) -> bool:
-        """Ask every rank to stop; return whether this rank is the first to ask."""
-        self._store.set(_STOP, reason)
-        return self._store.add(f"{_STOP} told", 1) == 1
+        """Ask every rank to stop; return whether this rank is the first of its machine to ask."""
+        for room in self._rooms:
+            room.store.set(_STOP, reason)
+        return self._rooms[0].store.add(f"{_STOP} told", 1) == 1
 
     def stop_told(self) -> bool:
         try:
@@ -110,14 +125,32 @@ class Pulse:
             while not self._end.is_set():
                 alive = self._waiting or marks != self._marks or activity.grown(self._loading)
                 beats, marks = beats + alive, self._marks
-                self._store.set(f"beat {self._rank}", f"{beats} {self._doing}")
-                known = {f"beat {r}": o for r, o in self._others.items() if o.beat or self._store.check([f"beat {r}"])}
-                for other, beat in zip(known.values(), self._store.multi_get(list(known)) if known else []):
-                    if beat != other.beat:
-                        other.beat, other.silent = beat, 0.0
-                if self._store.check([_STOP]):
-                    self._stop.ask("asked by another rank")
+                for room in self._rooms:
+                    self._listen(room, f"{beats} {self._doing}")
+                self._pass_on()
                 self._end.wait(self._interval)
+
+    def _listen(self, room: Room, beat: str) -> None:
+        """Give a sign of life in a room, and take in those of others and their words."""
+        store = room.store
+        store.set(f"beat {self._rank}", beat)
+        others = {f"beat {rank}": self._others[rank] for rank in room.heard}
+        known = {key: other for key, other in others.items() if other.beat or store.check([key])}
+        for other, new in zip(known.values(), store.multi_get(list(known)) if known else []):
+            if new != other.beat:
+                other.beat, other.silent = new, 0.0
+        self._words |= {word for word in (_STOP, _STALL) if store.check([word])}
+
+    def _pass_on(self) -> None:
+        """Heed new words, and tell them in all rooms."""
+        for word in self._words - self._spoken:
+            self._spoken.add(word)
+            for room in self._rooms:
+                room.store.set(word, "")
+            if word == _STOP:
+                self._stop.ask("asked by another rank")
+            else:
+                self._write_stacks()
 
     def _judge(self) -> None:
         marks, activity, looked = -1, _Activity(), time.monotonic()
@@ -146,11 +179,23 @@ class Pulse:
             self._end_process(f"no sign of life from rank {names} (last: {last})")
 
     def _end_process(self, what: str) -> None:
-        text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; --resume auto continues\n"
+        text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; --resume auto continues"
+        text += f"; {self.folder} shows where each rank was\n" if self.folder else "\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
+        self._words.add(_STALL)
+        writing = threading.Thread(target=self._write_stacks, daemon=True)  # the disk may be what does not respond
+        writing.start()
+        time.sleep(_HOPS * self._interval)
+        writing.join(_WRITE_S)
         kill_children()  # a worker that is frozen would never leave
         os._exit(EXIT_CODE)
+
+    def _write_stacks(self) -> None:
+        """Do so once, whichever thread is first: one may wait for a disk."""
+        if self.folder and self._unwritten.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                write_stacks(self.folder, self._rank)
 
 
 class _Activity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,11 +17,14 @@ import torch.distributed as dist
 from m3ae_fast.data.workers import allow_open_files
 from m3ae_fast.errors import UserError, attempt
 from m3ae_fast.process.launchers import adopt
+from m3ae_fast.process.rooms import Room, machine, rooms_of
+from m3ae_fast.process.stacks import RECORDED
 
 T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]
 # deepspeed and torchrun both set these, `adopt` where another launcher has started the ranks; plain `python` sets none
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_OTHER_FILES = 200  # libraries, shards, logs
 TIMEOUT = timedelta(minutes=30)  # for the last rank to join
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Pulse` ends a run in which nothing moves
 
@@ -35,13 +39,9 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup  # gloo, for host numbers: no GPU ever waits for it
     hosts: list[str]  # the machine of each rank
+    of_node: list[int]  # the ranks of this machine
     store: dist.Store
-    side_store: dist.Store  # the same through a connection of its own, for threads
-
-    @property
-    def of_node(self) -> list[int]:
-        """Return the ranks of this machine."""
-        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
+    rooms: list[Room]  # for heartbeats
 
     @property
     def is_main(self) -> bool:
@@ -145,6 +145,7 @@ def _join() -> Ranks:
     rank, world, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank >= world:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world} in the environment: ranks are numbered from 0")
+    _require_files(rank, world)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
@@ -153,22 +154,40 @@ def _join() -> Ranks:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
-    control, *stores = _connect(rank, world, device)
-    hosts: list[str] = [""] * world
-    dist.all_gather_object(hosts, socket.gethostname(), group=control)
-    return Ranks(rank, world, local_rank, device, control, hosts, *stores)
+    control, store = _connect(rank, world, device)
+
+    def gather(value: T) -> list[T]:
+        values: list[T] = [value] * world
+        dist.all_gather_object(values, value, group=control)
+        return values
+
+    hosts, machines = gather(socket.gethostname()), gather(machine())
+    of_node = [other for other, name in enumerate(machines) if name == machines[rank]]
+    rooms = rooms_of(rank, machines, store, gather, TIMEOUT)
+    return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, rooms)
 
 
-def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store, dist.Store]:
-    """Return `Ranks.control`, `store` and `side_store`."""
+def _require_files(rank: int, world: int) -> None:
+    """Raise UserError where the connections to other ranks are more than this process may have files open."""
+    needed = (4 if rank == 0 else 2) * world + _OTHER_FILES  # of two groups, and of the store's clients
+    if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < needed and limit != resource.RLIM_INFINITY:
+        raise UserError(
+            f"rank {rank} of {world} opens up to {needed:,} files, and the limit here is {limit:,}: raise it with "
+            f"`ulimit -n {needed}` before the start, or the hard limit (`ulimit -Hn`) in /etc/security/limits.conf"
+        )
+
+
+def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.Store]:
+    """Return `Ranks.control` and `store`."""
     if world == 1:
         store: dist.Store = dist.HashStore()  # needs no address and no port
     else:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo" if device.type == "cpu" else "nccl"
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return control, store, store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+    return control, store
 
 
 def _number(name: str) -> int:

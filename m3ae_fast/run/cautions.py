@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
-
 from m3ae_fast.config import Config, ModelConfig
 from m3ae_fast.data import Data
+from m3ae_fast.data.file_systems import network_file_system
 from m3ae_fast.engine.schedule import Schedule
 
 _SETTLED_STEPS = 50  # after which memory should not grow much any more
 _GROWTH = 1.5
-NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "fuse.sshfs", "beegfs", "wekafs")
 
 
 def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
@@ -25,7 +21,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
             f"run's {schedule.warmup_steps:,}: the learning rate reaches its peak only at the end"
         )
     store = data.train.store
-    if (kind := file_system(store.cache_dir)).startswith(NETWORK_FILE_SYSTEMS) and any(
+    if (kind := network_file_system(store.cache_dir)) and any(
         store.is_cached(shard.shard) for source in data.train.sources for shard in source.shards
     ):
         notes.append(
@@ -44,13 +40,6 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
             "which python -m m3ae_fast.data stats SHARDS prints"
         )
     return notes
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system that `path` is on, such as "ext4"; empty where it is not known."""
-    own = path.resolve()
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    return next((mounts[parent] for parent in (own, *own.parents) if parent in mounts), "")
 
 
 class MemoryGrowth:

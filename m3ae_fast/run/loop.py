@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3ae_fast.batch.bad_samples import BadSamples
+from m3ae_fast.batch.bad_samples import NAMED, BadSamples, Skipped
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import Share
@@ -24,6 +24,7 @@ from m3ae_fast.process.background import Background
 from m3ae_fast.process.program import Session
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
+from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
@@ -50,8 +51,8 @@ class Loop(ABC):
     start: int  # steps that the checkpoint to continue from has taken
 
     def __post_init__(self) -> None:
-        self.ranks, self.stop, self.pulse = self.session
-        self.step = self.start  # optimiser steps so far
+        self.ranks, self.stop, self.pulse, _ = self.session
+        self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
         self.log = self._open_log()
         self.watch = LossWatch()
         self.unjudged: int | None = None  # step of the last checkpoint not yet marked good or failed
@@ -126,7 +127,8 @@ class Loop(ABC):
         """Start the all-reduce of stop requests and sample counts that precedes a step."""
         failed = self.watch.failed() or self.saving.failed()
         good = self.unjudged is not None and self.watch.finite_through > self.unjudged and not self.saving.busy
-        return self.ranks.start_sum((self.stop.asked, failed, good, *self.count(batches)))
+        skipped = sum(len(batch.skipped) for batch in batches)
+        return self.ranks.start_sum((self.stop.asked, failed, good, skipped, *self.count(batches)))
 
     def step_counts(self, inputs: StepInput) -> Any | None:
         """Return what the losses of the next step are means over; None where a rank asks to stop or has failed.
@@ -134,14 +136,19 @@ class Loop(ABC):
         Raises:
             UserError: too many samples cannot be used.
         """
-        asked, failed, good, *sums = inputs.sums()
+        asked, failed, good, skipped, *sums = inputs.sums()
         if good == self.ranks.world:
             self._mark_last_good()
         if asked or failed:
             return None
-        for batch in inputs.host:
-            self.bad.report(batch.skipped)
+        if skipped and self.bad.names_more:
+            self._name_bad([item for batch in inputs.host for item in batch.skipped])
         return self.counted(sums, inputs.waited)
+
+    def _name_bad(self, skipped: list[Skipped]) -> None:
+        """Name the bad samples of all ranks in one log. Every rank must call it."""
+        for items in self.ranks.gather(skipped[:NAMED]):
+            self.bad.report(items, say=self.ranks.is_main)
 
     def take_step(self, inputs: StepInput, counts: Any) -> tuple[list[Any], Tensor]:
         """Take one optimiser step. Return the micro-batches' losses and the gradient norm."""
@@ -160,18 +167,23 @@ class Loop(ABC):
         """Log the step just taken, where it is due."""
         if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
             return
-        rates, waits = self.rates(), [0.0] * self.ranks.world
-        waits[self.ranks.rank] = rates["data_wait"]
-        sums = self.ranks.sum([*(sum(values).item() for values in zip(*losses)), *waits])
+        world, rates = self.ranks.world, self.rates()
+        own = [sum(values).item() for values in zip(*losses)]  # which waits for a GPU
+        forward = self.forward.per_step(self.step - self.logged)
+        self.logged = self.step
+        by_rank = [0.0] * 2 * world
+        by_rank[self.ranks.rank :: world] = rates["data_wait"], forward
+        sums = self.ranks.sum([*own, *by_rank])
         if not self.ranks.is_main:
             return
-        values = {name: value / self.ranks.world for name, value in zip(losses[0]._fields, sums)}
-        waits = sums[-self.ranks.world :]
-        slowest = self.ranks.hosts[waits.index(max(waits))]
+        values = {name: value / world for name, value in zip(losses[0]._fields, sums)}
         values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
-        values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates, "data_wait": max(waits)}
+        values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates}
+        where = {}
+        for name, each in (("data_wait", sums[-2 * world : -world]), ("forward_s", sums[-world:])):
+            values[name] = max(each)
+            where |= {name: self.ranks.hosts[each.index(values[name])]} if len(set(self.ranks.hosts)) > 1 else {}
         memory = peak_memory(self.ranks.device) / 1e9
-        where = {"data_wait": slowest} if len(set(self.ranks.hosts)) > 1 else {}
         self.log.log(self.step, values | {"peak_memory_gb": memory, "skipped": self.bad.bad}, where)
         if grown := self.growth.look(self.step - self.start, memory):
             self.log.say(f"note: {grown}")
@@ -265,7 +277,8 @@ class Loop(ABC):
             raise UserError(f"{text}. {advice}: look at these samples, or continue with {self.remedy()}")
 
     def _begin(self) -> None:
-        """Put away what an earlier attempt left beyond this step, now that there is a step to take."""
+        """Put away what an earlier attempt left beyond this step, now that there is a step to take, and time it."""
+        self.forward = ForwardTime(self.engine.model, self.ranks.device)
         if self.ranks.is_main:
             self.log.begin()
             for path in checkpoint.set_aside_after(self.run.dir, self.start):

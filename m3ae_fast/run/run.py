@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import (
     Data,
-    Node,
     Preparation,
     ShardStore,
     counting,
@@ -100,7 +98,7 @@ class Run(Loop):
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
         steps = range(found.step, schedule.total_steps)
-        node = Node(ranks.from_main(uuid.uuid4().hex), ranks.of_node)
+        node = session.node()
         loader = ranks.main_first(
             lambda: train_loader(
                 config.data, data.train, preparation, share, steps, layout=layout, node=node, pin_memory=pin
@@ -130,8 +128,8 @@ class Run(Loop):
         """Say what the run is, and name the shards that are not whole."""
         config, dtype = self.config, dtype_of(self.config.train.precision)
         attention = describe_attention(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a trial
+        self.bad.report(self.ranks.from_main(self.data.train.damaged), say=self.ranks.is_main)
         if self.ranks.is_main:
-            self.bad.report(self.data.train.damaged)
             self.log.say("\n".join([self._describe(attention), *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:

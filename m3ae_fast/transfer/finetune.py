@@ -91,7 +91,15 @@ def set_up(job: Job) -> FineTuning:
         schedule=schedule,
         engine=engine,
         train_loader=train_loader(
-            data, train, preparation, share, steps, layout=layout, transform=transform, pin_memory=pin
+            data,
+            train,
+            preparation,
+            share,
+            steps,
+            layout=layout,
+            node=job.session.node(),
+            transform=transform,
+            pin_memory=pin,
         ),
         val=val,
         val_loader=eval_loader(data, val, preparation, share, pin_memory=pin),
@@ -122,7 +130,7 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> Tr
 
 def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
-    job.pulse.timeout = job.config.run.stall_timeout
+    job.pulse.watch_over(job.config.run)
     loop = set_up(job)
     result = train(loop)
     if result is None:

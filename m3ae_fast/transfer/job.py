@@ -40,7 +40,7 @@ class Job:
     pictures: list[Callable[[], None]] = field(default_factory=list)  # drawn once the result is written
 
     def __post_init__(self) -> None:
-        self.ranks, self.stop, self.pulse = self.session
+        self.ranks, self.stop, self.pulse, _ = self.session
 
     @property
     def out(self) -> Path:

@@ -151,12 +151,13 @@ def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int
 def _crops(job: Job, train: Corpus, share: Share, steps: range, layout: Layout) -> Any:
     preparation = Preparation(job.model.geometry, UNMASKED, job.model.tokenizer, job.config.run.seed)
     pin = pins_memory(job.ranks.device)
-    return train_loader(job.config.data, train, preparation, share, steps, layout=layout, pin_memory=pin)
+    node = job.session.node()
+    return train_loader(job.config.data, train, preparation, share, steps, layout=layout, node=node, pin_memory=pin)
 
 
 def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
-    job.pulse.timeout = job.config.run.stall_timeout
+    job.pulse.watch_over(job.config.run)
     loop = set_up(job)
     result = train(loop)
     if result is None:

@@ -1,21 +1,19 @@
 """One fetcher for each node: over a server that counts, with several nodes' cache folders."""
 
 import contextlib
-import http.server
 import os
 import signal
-import threading
 import time
-from collections import Counter
-from functools import partial
 from itertools import chain
 
 import numpy as np
+import psutil
 import pytest
 
+from lab.soak.server import faulty_server
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, counting
-from m3ae_fast.data.fetcher import Fetcher, Node
+from m3ae_fast.data.fetcher import Fetcher, Node, standby
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.errors import UserError
 from tests.data.test_manifest import together
@@ -32,30 +30,17 @@ def shards(tmp_path_factory):
     return folder, os.path.getsize(paths[0])
 
 
-@pytest.fixture
-def far(shards, tmp_path):
-    """(manifest of shards behind a URL, Counter of requests, bytes of a shard)"""
+@pytest.fixture(params=[0.0])
+def far(request, shards, tmp_path, monkeypatch):
+    """(manifest of shards behind a URL, Counter of the paths served, bytes of a shard). The parameter: which share of
+    requests fails."""
     folder, size = shards
-    requests = Counter()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            requests[self.path] += 1
-            super().do_GET()
-
-        def log_message(self, *args):
-            pass
-
-        def handle(self):
-            with contextlib.suppress(ConnectionError):  # a client that was killed
-                super().handle()
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        names = [f"http://127.0.0.1:{httpd.server_port}/{i:02}.tar" for i in range(SHARDS)]
+    monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.01)
+    with faulty_server(folder, 0, request.param) as server:
+        names = [f"{server.url}/{i:02}.tar" for i in range(SHARDS)]
         write(tmp_path / "far.npy", rows_of(names, [(PER, size, KINDS.index("text"))] * SHARDS))
-        yield [SourceConfig(shards=str(tmp_path / "far.npy"))], requests, size
-        httpd.shutdown()
+        yield [SourceConfig(shards=str(tmp_path / "far.npy"))], server.served, size
+        assert bool(server.failures) == bool(request.param)
 
 
 @pytest.fixture
@@ -106,10 +91,11 @@ def epoch(loaders):
 
 def end(*loaders):
     for loader in loaders:
-        loader.beside.process.kill()
-        loader.beside.process.join()
+        loader.beside._fetcher.process.kill()
+        loader.beside._fetcher.process.join()
 
 
+@pytest.mark.parametrize("far", [0.0, 0.5], indirect=True)
 def test_nodes_fetch_each_shard_once_and_keep_to_their_disk(start, far):
     _, requests, size = far
     loaders = [start(number, 4, 11 * size / 1e9) for number in range(4)]
@@ -157,8 +143,8 @@ def test_no_sample_is_lost_with_the_fetcher(start, far):
     loader = start(0, 2, 24 * size / 1e9, config={"lanes": LANES, "shuffle_shards": LANES, "workers": 1})
     batches = iter(loader)
     seen = list(next(batches).keys)
-    os.kill(loader.beside.process.pid, signal.SIGKILL)
-    loader.beside.process.join()
+    os.kill(loader.beside._fetcher.process.pid, signal.SIGKILL)
+    loader.beside._fetcher.process.join()
     for batch in batches:
         assert not batch.skipped and disk(loader) <= 24 * size
         seen += batch.keys
@@ -166,26 +152,29 @@ def test_no_sample_is_lost_with_the_fetcher(start, far):
     assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # what the fetcher was at when it died
 
 
-def test_the_fetcher_leaves_with_the_run(start):
-    loader = start(0, 1)
-    path = loader.beside._path
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
+    pids, other = os.pipe()
     child = os.fork()
     if not child:
-        loader.beside.begin()
-        os.write(2, b"")
+        loader = start(0, 1)
+        os.write(other, loader.beside._fetcher.process.pid.to_bytes(4, "little"))
+        if begun:
+            loader.beside.begin()
         os._exit(0)
     os.waitpid(child, 0)
-    until(lambda: not path.exists())
+    pid = int.from_bytes(os.read(pids, 4), "little")
+    until(lambda: not psutil.pid_exists(pid))
+    assert not list((tmp_path / "node0/locks").glob("steps-*"))
 
 
 def test_ranks_of_a_node_share_one_fetcher(start):
     """It waits for the slower one."""
-    node = Node("run", [0, 1])
-    loaders = [start(rank, 2, folder="same", node=node) for rank in (0, 1)]
+    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], standby())) for rank in (0, 1)]
     assert [loader.beside.needs.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
         iter(loader)
-    assert loaders[1].beside.process is None
+    assert [loader.beside._fetcher.process.is_alive() for loader in loaders] == [True, False]
     batches = iter(loaders[0])
     for _ in range(3):
         next(batches)

@@ -321,15 +321,6 @@ def test_commands_are_read_where_a_thousand_files_are_open(tmp_path, store):
         assert samples(f"pipe:cat {path}", store) == 3
 
 
-def test_s3_goes_through_the_aws_tool(tmp_path, store, monkeypatch):
-    path = write_tar(tmp_path / "a.tar", members(range(3)))
-    tool = tmp_path / "aws"
-    tool.write_text(f'#!/bin/sh\n[ "$*" = "s3 cp s3://bucket/it\'s.tar -" ] && cat {path}\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert samples("s3://bucket/it's.tar", store) == 3
-
-
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz"])
 def test_gzip(tmp_path, server, store, name):
     plain = Path(write_tar(tmp_path / "a.tar", members(range(3)))).read_bytes()

@@ -9,6 +9,8 @@ SLOW = (
     "convert/test_start.py::test_converted_mae_trains_on_with_its_positions",
     "convert/test_start.py::test_run_starts_where_another_ended",
     "data/test_cli.py::test_mistakes_give_one_line",
+    "data/test_fetcher.py",
+    "data/test_object_store.py",
     "kernels/test_gpu_benchmark.py::test_checks_and_times_are_written",
     "kernels/test_gpu_benchmark.py::test_checks_pass_and_see_errors",
     "kernels/test_gpu_benchmark.py::test_no_gpu_is_one_line_and_exit_code_2",

@@ -1,0 +1,54 @@
+"""Who hears whom between steps: the ranks of a machine its first one, and the first ones of all machines rank 0."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Room(NamedTuple):
+    """Ranks that speak through one store."""
+
+    store: dist.Store  # through a connection of its own, for threads
+    heard: Sequence[int]  # the ranks in it whose silence this one notices
+
+
+def machine() -> str:
+    """Return what this machine alone is called: hosts may share a name."""
+    boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def rooms_of(
+    rank: int, machines: Sequence[str], store: dist.Store, gather: Callable[[int], list[int]], timeout: timedelta
+) -> list[Room]:
+    """Return this rank's rooms: with others of its machine, and, of a machine's first rank, with other first ones.
+
+    Every rank must call it.
+
+    Args:
+        rank: this one.
+        machines: of all ranks.
+        store: of all ranks; its process has a connection for each machine from here, not one for each rank.
+        gather: gives every rank's value, on every rank.
+        timeout: for the first rank of this machine to answer.
+    """
+    groups = [[r for r, other in enumerate(machines) if other == name] for name in dict.fromkeys(machines)]
+    own = next(group for group in groups if rank in group)
+    if len(groups) == 1 or len(groups) == len(machines):
+        return [Room(store.clone(), range(1, len(machines)) if rank == 0 else [0])]  # type: ignore[attr-defined]
+    leads = rank == own[0]
+    local = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if leads else None
+    ports = gather(local.port if local else 0)
+    if local is None:
+        return [Room(dist.TCPStore("127.0.0.1", ports[own[0]], is_master=False, timeout=timeout), own[:1])]
+    first = [group[0] for group in groups]
+    among = Room(store.clone(), first[1:] if rank == 0 else [0])  # type: ignore[attr-defined]
+    return [Room(local, own[1:]), among]

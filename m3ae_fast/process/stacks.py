@@ -1,0 +1,22 @@
+"""What a rank was at when a run stood still, as files for whoever looks for the cause."""
+
+from __future__ import annotations
+
+import faulthandler
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RECORDED = "2000"  # collectives that NCCL remembers
+_TRACE = "nccl_trace_rank_"  # the name that torch's torchfrtrace expects
+
+
+def write_stacks(folder: Path, rank: int) -> None:
+    """Write where all threads are into `rank-RANK.txt` and, where there is NCCL, its last collectives into a file for
+    torchfrtrace. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"rank-{rank}.txt", "w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    if dist.is_nccl_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+        (folder / f"{_TRACE}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())

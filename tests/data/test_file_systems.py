@@ -1,0 +1,87 @@
+"""Shards on file systems of a network: a table of mounts stands in for the machine's."""
+
+import os
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.file_systems import network_file_system
+from m3ae_fast.data.reader import Reader
+from tests.data.test_fetcher import epoch
+from tests.helpers.shards import members, write_tar
+
+SHARDS, PER = 4, 8
+
+
+@pytest.fixture
+def far(tmp_path, monkeypatch):
+    """A folder with shards on NFS; the rest of the machine is not."""
+    (tmp_path / "far").mkdir()
+    mounts = {"/": "ext4", str(tmp_path / "far"): "nfs4"}
+    table = lambda all: [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts.items()]  # noqa: E731
+    monkeypatch.setattr("psutil.disk_partitions", table)
+    for i in range(SHARDS):
+        write_tar(tmp_path / f"far/{i}.tar", members(range(i * PER, i * PER + PER), "text"))
+    return tmp_path / "far"
+
+
+def copies(store):
+    return {path.name: path.stat().st_ino for path in (store.cache_dir / "shards").iterdir()}
+
+
+def captions(store, folder):
+    (source,) = open_corpus([SourceConfig(shards=str(folder / "*.tar"))], store).sources
+    return [Reader(source, store).read(shard, row).caption for shard in range(SHARDS) for row in range(PER)]
+
+
+@pytest.mark.parametrize(("kind", "far"), [
+    ("nfs4", True), ("nfs", True), ("lustre", True), ("gpfs", True), ("cifs", True), ("smb3", True), ("ceph", True),
+    ("fuse.sshfs", True), ("fuse.gcsfuse", True), ("fuse.fuse-overlayfs", False), ("fuseblk", False), ("ext4", False),
+    ("overlay", False), ("tmpfs", False), ("", False),
+])  # fmt: skip
+def test_file_systems_of_a_network(tmp_path, monkeypatch, kind, far):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a/b")
+    mounts = [SimpleNamespace(mountpoint=str(tmp_path / "a"), fstype=kind)]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    assert network_file_system(tmp_path / "link/c") == kind * far
+    assert network_file_system(tmp_path) == ""
+
+
+def test_shards_on_a_network_are_read_from_whole_copies(far, store, tmp_path):
+    """Their headers are read in place: to count samples moves no pictures."""
+    corpus = open_corpus([SourceConfig(shards=str(far / "*.tar"))], store)
+    assert corpus.samples == SHARDS * PER and not copies(store)
+    assert len(list(far.glob("*.index"))) == SHARDS
+    expected = captions(ShardStore(far / "cache"), far)
+    assert not copies(ShardStore(far / "cache"))  # a copy there would be no nearer
+    assert captions(store, far) == expected
+    assert len(copies(store)) == SHARDS
+    write_tar(far / "0.tar", members(range(30), "text"))  # a larger one, which its old copy is not taken for
+    with pytest.raises(OSError, match="is not what was indexed"):
+        Reader(corpus.sources[0], store).read(0, 0)
+
+
+def test_a_second_epoch_reads_nothing_over_the_network(far, store, load):
+    sources = [SourceConfig(shards=str(far / "*.tar"))]
+    loader = load(sources, micro_batch=8, steps=2 * SHARDS, config={"lanes": 2})
+    steps = epoch([loader])
+    first = list(chain.from_iterable(next(steps) for _ in range(SHARDS)))
+    before = copies(store)
+    for path in far.glob("*.tar"):
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sorted(chain.from_iterable(steps)) == sorted(first)
+    assert copies(store) == before and len(before) == SHARDS
+
+
+def test_without_room_they_are_read_in_place(far, store, load, tmp_path):
+    size = (far / "0.tar").stat().st_size
+    small = ShardStore(tmp_path / "small", 1.5 * size / 1e9)
+    loader = load([SourceConfig(shards=str(far / "*.tar"))], micro_batch=8, steps=SHARDS, config={"lanes": 2}, at=small)
+    keys = list(chain.from_iterable(batch.keys for batch in loader))
+    assert len(set(keys)) == SHARDS * PER and not copies(small)
