@@ -17,6 +17,7 @@ from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Colour
 from m3ae_fast.vqgan.model import VQGAN
 from m3ae_fast.weights.pretrained import load_weights
 from m3ae_fast.whole_file import whole_file
@@ -26,8 +27,7 @@ TEXT_WIDTH = 440
 GAP = 8
 GREY = 127
 HIDDEN = "___"
-Colour = tuple[int, int, int]
-BLACK, GREEN, RED, FAINT = (20, 20, 20), (0, 130, 50), (190, 30, 30), (130, 130, 130)
+FAINT = (130, 130, 130)
 
 
 def draw_run(
