@@ -101,7 +101,7 @@ class Needs:
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
     def require_room(self) -> None:
-        """Raises UserError where the shards that are in use at a time do not fit into the cache. Where some are on a
+        """Raise UserError where the shards that are in use at a time do not fit into the cache. Where some are on a
         network file system, these are read in place then."""
         store = self.corpus.store
         store.staging = store.staging and self.in_use() <= store.room().limit
@@ -124,7 +124,7 @@ class Needs:
         return list(found.values())
 
     def _named(self, needs: Iterable[Need]) -> Iterator[Shard]:
-        """Those of the shards that are not read in place."""
+        """Return those of the shards that are not read in place."""
         for need in needs:
             shards = self.corpus.sources[need.source].shards
             for entry in map(shards.__getitem__, need.shards):
@@ -212,7 +212,7 @@ class Fetcher:
                 self._busy[shard.name] = self._pool.submit(self._bring, shard)
 
     def wait(self) -> None:
-        """Until a shard has come, or it is time to look again."""
+        """Wait until a shard has come, or it is time to look again."""
         if len(self._busy) == CONNECTIONS:
             wait(self._busy.values(), _LOOK_S, FIRST_COMPLETED)
         else:
