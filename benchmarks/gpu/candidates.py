@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
-    """Return what was compiled ahead of time for a matmul kernel; for others, which compile in a second, what is near."""
+    """Return what was compiled ahead of time for a matmul kernel; for others, which compile fast, what is near."""
     if "BLOCK_K" in now:
         return read(arch).get(kernel, {}).get(width, [])
     choices = {
