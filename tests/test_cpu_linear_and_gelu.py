@@ -268,6 +268,21 @@ def test_the_backward_makes_no_zeros_for_what_is_before_gelu():
         assert sum(size >= rows * hidden * dtype.itemsize for size in sizes) == expected
 
 
+def test_an_mlp_whose_output_gets_no_gradient_gives_none():
+    class Dropped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            return None
+
+    x, _, parameters = mlp_inputs(64)
+    (Dropped.apply(mlp.mlp(x, *parameters)).sum() + parameters[0].sum()).backward()
+    assert parameters[0].grad.unique().tolist() == [1.0] and all(p.grad is None for p in parameters[1:])
+
+
 @pytest.mark.parametrize("frozen", range(5))
 def test_what_is_frozen_in_an_mlp_costs_nothing_and_changes_nothing(products, frozen):
     x, grad, parameters = mlp_inputs(64)
