@@ -19,7 +19,7 @@ from m3ae_fast.model.transformer import Block
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-QUERIES, KEYS = [0, 1, 3, 5], [2, 1, 7, 5]
+QUERIES, KEYS = [0, 1, 3, 5, 3, 3], [2, 1, 7, 5, 7, 7]  # some alike
 CONFIG = ModelConfig(
     size=None, emb_dim=64, depth=1, num_heads=2, dec_emb_dim=48, dec_depth=1, dec_num_heads=3,
     image_size=32, patch_size=8, text_length=12, vocab_size=50,
@@ -99,7 +99,7 @@ def test_a_block_is_one_graph(pruned):
     torch.manual_seed(0)
     block = Block(32, 2, 4, "tanh", drop=0.0, att_drop=0.0)
     x = torch.randn(sum(KEYS), 32)
-    rows = (torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14][: sum(QUERIES)], dtype=torch.int32), segments(QUERIES))
+    rows = (torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14, *range(15, 18), *range(22, 25)], dtype=torch.int32), segments(QUERIES))
     arguments = (x, segments(KEYS), *(rows if pruned else ()))
     expected, got = (
         block(*arguments),
@@ -329,6 +329,8 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
     monkeypatch.setattr(cuda, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
     assert cuda.choose(CPU, torch.float32, 2, 16, 9) is PADDED
+    monkeypatch.setattr(cuda, "fastest", lambda *_: "tried")
+    assert [cuda.choose(CPU, dtype, 2, 24, 9) for dtype in (BF16, torch.float16)] == ["tried"] * 2
 
 
 def test_what_computes_something_else_is_left_out(monkeypatch, caplog):

@@ -51,6 +51,8 @@ def test_the_patch_looked_at_most_is_red_and_others_bluer():
     shown = _laid_over(torch.full((3, 16, 16), 100, dtype=torch.uint8), weights, 8).int()
     patches = [shown[:, y : y + 8, x : x + 8].flatten(1) for y in (0, 8) for x in (0, 8)]
     assert all((patch == patch[:, :1]).all() for patch in patches)
+    brighter = _laid_over(torch.full((3, 16, 16), 200, dtype=torch.uint8), weights, 8).int()
+    assert (brighter - shown).unique().tolist() == [50]  # half of what the image is
     redness = torch.tensor([(patch[0, 0] - patch[2, 0]).item() for patch in patches])
     assert redness.argsort().tolist() == weights.argsort().tolist() and redness[1] > 100 > -50 > redness[0]
 

@@ -53,10 +53,10 @@ def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
 
 
 def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path):
-    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 2]), torch.tensor([0, 0, 0, 2, 1, 1])
+    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 2, 1, 0, 0, 1])
     figures.draw_confusion(tmp_path / "a.png", labels, predicted, ["a", "b", "c", "d"])
     axes = drawn[0].axes[0]
-    expected = np.array([[0.75, 0, 0.25, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    expected = np.array([[0.75, 0, 0.25, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(axes.images[0].get_array(), expected)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "label")
     assert axes.images[0].get_clim() == (0, 1)  # one colour is one share in all pictures
