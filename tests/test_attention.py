@@ -99,7 +99,10 @@ def test_a_block_is_one_graph(pruned):
     torch.manual_seed(0)
     block = Block(32, 2, 4, "tanh", drop=0.0, att_drop=0.0)
     x = torch.randn(sum(KEYS), 32)
-    rows = (torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14, *range(15, 18), *range(22, 25)], dtype=torch.int32), segments(QUERIES))
+    rows = (
+        torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14, *range(15, 18), *range(22, 25)], dtype=torch.int32),
+        segments(QUERIES),
+    )
     arguments = (x, segments(KEYS), *(rows if pruned else ()))
     expected, got = (
         block(*arguments),
