@@ -337,24 +337,31 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
 
 
 def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
-    """NaN, and what takes all samples to be of one length."""
+    """NaN, a few percent more, wrong gradients, and what takes all samples to be of one length."""
 
-    def nothing(q, k, v, queries, keys):
-        out, lse = PADDED.forward(q, k, v, queries, keys)
-        return out * torch.nan, lse
+    def times(factor: float):
+        def forward(*arguments):
+            out, lse = PADDED.forward(*arguments)
+            return out * factor, lse
+
+        return Kernel("wrong", forward, PADDED.backward)
 
     def alike(q, k, v, queries, keys):
         ends = (torch.arange(len(keys.cu_seqlens)) * keys.max_seqlen).clamp(max=keys.rows).int()
         even = Segments(ends, keys.max_seqlen, keys.rows)
         return PADDED.forward(q, k, v, even, even)
 
+    def swapped(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
+        PADDED.backward(grad, q, k, v, out, lse, dk, dq, dv, queries, keys)
+
+    wrong = {"nan": times(torch.nan), "near": times(1.05), "alike": Kernel("wrong", alike, PADDED.backward)}
+    wrong["swapped"] = Kernel("wrong", PADDED.forward, swapped)
     monkeypatch.setattr(cuda, "SAMPLES", 3)
-    makers = {
-        name: lambda forward=forward: Kernel("wrong", forward, PADDED.backward)
-        for name, forward in (("nan", nothing), ("alike", alike))
-    }
+    makers = {name: lambda kernel=kernel: kernel for name, kernel in wrong.items()}
     assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is PADDED
     assert all(f"attention: {name} is left out: its results are off by" in caplog.text for name in makers)
+    right = times(1.0)
+    assert cuda.fastest(makers | {"right": lambda: right}, *cuda._example(CPU, BF16, 2, 16, 9)) is right
 
 
 @pytest.mark.parametrize(

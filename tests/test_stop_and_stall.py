@@ -209,6 +209,21 @@ def pulses(world: int, code: str) -> tuple[int, str]:
     return process.returncode, out
 
 
+def test_whoever_exits_at_once_leaves_no_process_behind():
+    """Nor one that a child has started."""
+    code = """
+        import subprocess, sys
+        from m3ae_fast.process.signals import kill_children
+        child = subprocess.Popen(["sh", "-c", "sleep 100 & echo $!; wait"], stdout=subprocess.PIPE)
+        number = child.stdout.readline().decode().strip()
+        kill_children()
+        print(child.wait(10), number, flush=True)
+    """
+    code, number = program(code).communicate(timeout=20)[0].split()
+    assert int(code) == -signal.SIGKILL
+    assert not psutil.pid_exists(int(number)) or psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_silent_rank_ends_the_run_and_is_named():
     code = """
         with pulses[0] as pulse:

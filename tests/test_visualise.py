@@ -92,6 +92,11 @@ def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypa
         assert [sample.image_mask.float().mean().item() for sample in samples] == ratios * 3
         for one, other in zip(samples[:: len(ratios)], drawn[0]):
             assert torch.equal(one.text_mask, other.text_mask) and torch.equal(one.image, other.image)
+    info = checkpoint.saved_steps(run)[-1] / checkpoint.INFO_FILE
+    assert '"seed": 42' in info.read_text()
+    info.write_text(info.read_text().replace('"seed": 42', '"seed": 7'))
+    main([str(run), "--pictures", "3"])
+    assert not all(torch.equal(one.image_mask, other.image_mask) for one, other in zip(drawn[0], drawn[2]))
 
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])

@@ -52,6 +52,18 @@ def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
     assert points(drawn[1].axes[0]) == {"samples": sorted(map(tuple, places.tolist()))}
 
 
+@pytest.mark.parametrize(("classes", "named"), [(20, True), (21, True), (40, True), (41, False)])
+def test_many_classes_have_colours_of_their_own_and_few_their_names(drawn, tmp_path, classes, named):
+    labels = np.arange(classes)
+    figures.draw_map(tmp_path / "map.png", np.random.RandomState(0).randn(classes, 2), labels, labels.tolist())
+    (axes,) = drawn[0].axes
+    assert len({tuple(artist.get_facecolor()[0]) for artist in axes.collections}) == classes
+    assert (axes.get_legend() is not None) == named
+    figures.draw_confusion(tmp_path / "a.png", torch.arange(classes), torch.arange(classes), labels.tolist())
+    ticks = [text.get_text() for text in drawn[1].axes[0].get_yticklabels()]
+    assert (ticks == [str(label) for label in labels]) == named
+
+
 def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path):
     labels, predicted = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 2, 1, 0, 0, 1])
     figures.draw_confusion(tmp_path / "a.png", labels, predicted, ["a", "b", "c", "d"])
@@ -182,7 +194,9 @@ def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monke
         for number, ((sample, _, _), *found) in enumerate(sheets[name]):
             row = 12 * number // 5
             best = torch.cos(candidates - asked[row]).argsort(descending=True)[:5].tolist()
-            assert [(cell[0].key, cell[2]) for cell in found] == [(keys[i], GREEN if i == row else BLACK) for i in best]
+            text = {True: "its own", False: ""} if name == "text_to_image" else {True: None, False: None}
+            expected = [(keys[i], text[i == row], GREEN if i == row else BLACK) for i in best]
+            assert [(cell[0].key, *cell[1:]) for cell in found] == expected
             assert (sample.image is not None) == (name == "image_to_text")
             assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
 
