@@ -60,14 +60,22 @@ def test_right_words_are_green_and_wrong_ones_red():
     assert shown["predicted"] == [("4", BLACK), ("5", GREEN), ("7", RED)]
 
 
-def test_a_sheet_shows_each_sample(tmp_path):
-    model = make_model()
+def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
+    model, written, write = make_model(), [], ImageDraw.ImageDraw.text
+
+    def text(self, place, what, **style):
+        written.append((*place, what))
+        write(self, place, what, **style)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     samples = [make_sample(0), make_sample(1, words=None), make_sample(2, image=False)]
     draw_reconstructions(model, samples, None, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).astype(float)
     rows = [sheet[24 + i * 168 :][:160] for i in range(3)]
     assert [row[:, 8:168].std() > 5 for row in rows] == [True, True, False]
     assert [row[:, 512:].std() > 1 for row in rows] == [True, False, True]
+    titles = [what.partition(";")[0] for x, y, what in sorted(written) if y == 5]
+    assert titles == ["original", "masked", "reconstruction", "caption"]
     shown = Image.open(tmp_path / "sheet.png").crop((0, 24, 3 * (SIDE + GAP), 24 + SIDE))
     with torch.no_grad():
         pixels_IK, _ = model.eval().predict(pack(samples[:1], model.geometry))

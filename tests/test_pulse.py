@@ -187,6 +187,14 @@ def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
     assert 2 <= len(looks) <= 10
 
 
+def test_the_first_reason_to_stop_is_the_one_that_is_told():
+    stop = StopRequest()
+    assert not stop.asked
+    stop.ask("SIGTERM")
+    stop.ask("asked by another rank")
+    assert stop.asked and stop.reason == "SIGTERM"
+
+
 def test_signals_are_handled_afterwards_as_before():
     def mine(*_) -> None:
         """What the program did with SIGUSR1."""

@@ -33,6 +33,11 @@ def main(argv):
     with program.joined_program() as (joined, _, pulse, _):
         pulse.timeout = TIMEOUT_S
         assert joined.of_node == [0, 1]
+        mine = joined.rank + 7
+        assert joined.from_main(mine) == joined.broadcast(lambda: mine) == 7
+        assert joined.gather(mine) == [7, 8] and joined.sum([mine, 0.5]) == [15, 1]
+        assert joined.on_main(lambda: mine) == (7 if joined.is_main else None)
+        assert sum(joined.gather(joined.claim("a word"))) == 1
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
 
         def work():

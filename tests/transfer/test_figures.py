@@ -15,7 +15,7 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.pictures import figures
 from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Cell
-from m3ae_fast.transfer import knn, labelled_loop, retrieval
+from m3ae_fast.transfer import job, knn, labelled_loop, retrieval
 
 
 @pytest.fixture
@@ -199,6 +199,23 @@ def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monke
             assert [(cell[0].key, *cell[1:]) for cell in found] == expected
             assert (sample.image is not None) == (name == "image_to_text")
             assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
+
+
+def test_a_cell_has_the_image_or_else_the_caption_with_what_is_said_of_it():
+    model = argparse.Namespace(tokenizer=argparse.Namespace(decode=lambda ids: f"caption {ids}"))
+    task = argparse.Namespace(model=model)
+    image, tokens = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([1, 2])
+    both, alone = Sample("a", image, tokens=tokens), Sample("a", tokens=tokens)
+    cases = [
+        (None, "cat", Cell(None)),
+        (both, None, Cell(image, "caption [1, 2]", RED)),
+        (both, "cat", Cell(image, "cat", RED)),
+        (alone, None, Cell(None, "caption [1, 2]", RED)),
+        (alone, "cat", Cell(None, "cat: caption [1, 2]", RED)),
+        (Sample("a", image), None, Cell(image, "", RED)),
+    ]
+    for sample, text, expected in cases:
+        assert job.Job.cell(task, sample, text, RED) == expected
 
 
 def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_path):
