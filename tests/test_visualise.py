@@ -133,13 +133,13 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
     """Placed by two of the features in the place of t-SNE."""
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
-    monkeypatch.setattr("m3ae_fast.visualise.draw_map", lambda path, *what: drawn.append(what))
+    monkeypatch.setattr("m3ae_fast.feature_map.draw_map", lambda path, *what: drawn.append(what))
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
     main([str(run), "map", "--labels", "json.name"])
-    ((places, labels, classes),) = drawn
+    (([panel], labels, classes),) = drawn
     images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(12)]
     expected = open_model(str(run), text=False).eval().encode(images)[:, :2]
-    np.testing.assert_allclose(np.asarray(places), expected, atol=2e-2)
+    np.testing.assert_allclose(panel.places_N2, expected, atol=2e-2)
     assert [classes[label] for label in labels] == [NAMES[number % 3] for number in range(12)]
 
 

@@ -55,7 +55,8 @@ def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
 @pytest.mark.parametrize(("classes", "named"), [(20, True), (21, True), (40, True), (41, False)])
 def test_many_classes_have_colours_of_their_own_and_few_their_names(drawn, tmp_path, classes, named):
     labels = np.arange(classes)
-    figures.draw_map(tmp_path / "map.png", np.random.RandomState(0).randn(classes, 2), labels, labels.tolist())
+    panel = figures.MapPanel("", np.random.RandomState(0).randn(classes, 2))
+    figures.draw_map(tmp_path / "map.png", [panel], labels, labels.tolist())
     (axes,) = drawn[0].axes
     assert len({tuple(artist.get_facecolor()[0]) for artist in axes.collections}) == classes
     assert (axes.get_legend() is not None) == named
