@@ -169,8 +169,12 @@ def test_a_process_whose_launcher_died_leaves(when):
     launcher = program(code, TORCHELASTIC_RUN_ID="1")
     child = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()  # which also closes the child's input
-    launcher.communicate()
-    child.wait(20)
+    try:
+        launcher.communicate(timeout=20)  # what the child says goes there, too
+        child.wait(20)
+    finally:
+        if child.is_running():
+            child.kill()
 
 
 def test_a_process_without_a_launcher_outlives_its_shell():
