@@ -19,7 +19,7 @@ from m3ae_fast.model.transformer import Block
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-QUERIES, KEYS = [0, 1, 3, 5], [2, 1, 7, 5]
+QUERIES, KEYS = [0, 1, 3, 5, 3, 3], [2, 1, 7, 5, 7, 7]  # some alike
 CONFIG = ModelConfig(
     size=None, emb_dim=64, depth=1, num_heads=2, dec_emb_dim=48, dec_depth=1, dec_num_heads=3,
     image_size=32, patch_size=8, text_length=12, vocab_size=50,
@@ -99,7 +99,10 @@ def test_a_block_is_one_graph(pruned):
     torch.manual_seed(0)
     block = Block(32, 2, 4, "tanh", drop=0.0, att_drop=0.0)
     x = torch.randn(sum(KEYS), 32)
-    rows = (torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14][: sum(QUERIES)], dtype=torch.int32), segments(QUERIES))
+    rows = (
+        torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14, *range(15, 18), *range(22, 25)], dtype=torch.int32),
+        segments(QUERIES),
+    )
     arguments = (x, segments(KEYS), *(rows if pruned else ()))
     expected, got = (
         block(*arguments),
@@ -329,27 +332,36 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
     monkeypatch.setattr(cuda, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
     assert cuda.choose(CPU, torch.float32, 2, 16, 9) is PADDED
+    monkeypatch.setattr(cuda, "fastest", lambda *_: "tried")
+    assert [cuda.choose(CPU, dtype, 2, 24, 9) for dtype in (BF16, torch.float16)] == ["tried"] * 2
 
 
 def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
-    """NaN, and what takes all samples to be of one length."""
+    """NaN, a few percent more, wrong gradients, and what takes all samples to be of one length."""
 
-    def nothing(q, k, v, queries, keys):
-        out, lse = PADDED.forward(q, k, v, queries, keys)
-        return out * torch.nan, lse
+    def times(factor: float):
+        def forward(*arguments):
+            out, lse = PADDED.forward(*arguments)
+            return out * factor, lse
+
+        return Kernel("wrong", forward, PADDED.backward)
 
     def alike(q, k, v, queries, keys):
         ends = (torch.arange(len(keys.cu_seqlens)) * keys.max_seqlen).clamp(max=keys.rows).int()
         even = Segments(ends, keys.max_seqlen, keys.rows)
         return PADDED.forward(q, k, v, even, even)
 
+    def swapped(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
+        PADDED.backward(grad, q, k, v, out, lse, dk, dq, dv, queries, keys)
+
+    wrong = {"nan": times(torch.nan), "near": times(1.05), "alike": Kernel("wrong", alike, PADDED.backward)}
+    wrong["swapped"] = Kernel("wrong", PADDED.forward, swapped)
     monkeypatch.setattr(cuda, "SAMPLES", 3)
-    makers = {
-        name: lambda forward=forward: Kernel("wrong", forward, PADDED.backward)
-        for name, forward in (("nan", nothing), ("alike", alike))
-    }
+    makers = {name: lambda kernel=kernel: kernel for name, kernel in wrong.items()}
     assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is PADDED
     assert all(f"attention: {name} is left out: its results are off by" in caplog.text for name in makers)
+    right = times(1.0)
+    assert cuda.fastest(makers | {"right": lambda: right}, *cuda._example(CPU, BF16, 2, 16, 9)) is right
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import (
@@ -18,6 +19,7 @@ from m3ae_fast.pictures.reconstructions import (
     _cut,
     _images,
     _join,
+    _show,
     _write_captions,
     caption_views,
     draw_reconstructions,
@@ -58,15 +60,28 @@ def test_right_words_are_green_and_wrong_ones_red():
     assert shown["predicted"] == [("4", BLACK), ("5", GREEN), ("7", RED)]
 
 
-def test_a_sheet_shows_each_sample(tmp_path):
-    model = make_model()
+def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
+    model, written, write = make_model(), [], ImageDraw.ImageDraw.text
+
+    def text(self, place, what, **style):
+        written.append((*place, what))
+        write(self, place, what, **style)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     samples = [make_sample(0), make_sample(1, words=None), make_sample(2, image=False)]
     draw_reconstructions(model, samples, None, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).astype(float)
     rows = [sheet[24 + i * 168 :][:160] for i in range(3)]
     assert [row[:, 8:168].std() > 5 for row in rows] == [True, True, False]
     assert [row[:, 512:].std() > 1 for row in rows] == [True, False, True]
-    assert model.training
+    titles = [what.partition(";")[0] for x, y, what in sorted(written) if y == 5]
+    assert titles == ["original", "masked", "reconstruction", "caption"]
+    shown = Image.open(tmp_path / "sheet.png").crop((0, 24, 3 * (SIDE + GAP), 24 + SIDE))
+    with torch.no_grad():
+        pixels_IK, _ = model.eval().predict(pack(samples[:1], model.geometry))
+    for number, image in enumerate(_images(model, samples[0].image, samples[0].image_mask, pixels_IK)):
+        column = shown.crop((GAP + number * (SIDE + GAP), 0, (number + 1) * (SIDE + GAP), SIDE))
+        assert np.abs(np.asarray(column).astype(int) - np.asarray(_show(image)).astype(int)).max() <= 1, number
 
 
 def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
