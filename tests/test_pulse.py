@@ -10,6 +10,7 @@ import torch.distributed as dist
 from m3ae_fast.process import pulse as pulse_module
 from m3ae_fast.process import signals
 from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.rooms import Room
 from m3ae_fast.process.signals import StopRequest
 
 
@@ -24,7 +25,8 @@ class Judged:
     def __init__(self, monkeypatch, timeout: float, rank: int = 0, ranks: int = 1) -> None:
         self.now, self.busy, self.looks = 0.0, set(), 0
         self.store, self.stop = dist.HashStore(), StopRequest()
-        self.pulse = Pulse(rank, ranks, self.store, self.stop)
+        room = Room(self.store, [0] if rank else range(1, ranks))
+        self.pulse = Pulse(rank, [room], self.store, self.stop)
         self.pulse.timeout = timeout
         monkeypatch.setattr(pulse_module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(pulse_module, "_Activity", lambda: self)
