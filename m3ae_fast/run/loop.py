@@ -179,7 +179,7 @@ class Loop(ABC):
         values = {name: value / world for name, value in zip(losses[0]._fields, sums)}
         values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
         values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates}
-        where = {}
+        where: dict[str, str] = {}
         for name, each in (("data_wait", sums[-2 * world : -world]), ("forward_s", sums[-world:])):
             values[name] = max(each)
             where |= {name: self.ranks.hosts[each.index(values[name])]} if len(set(self.ranks.hosts)) > 1 else {}
