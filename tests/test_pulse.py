@@ -27,8 +27,8 @@ class Judged:
     def __init__(self, monkeypatch, timeout: float, rank: int = 0, ranks: int = 1) -> None:
         self.now, self.busy, self.looks = 0.0, set(), 0
         self.store, self.stop = dist.HashStore(), StopRequest()
-        heard = range(1, ranks) if rank == 0 else [0]
-        self.pulse = Pulse(rank, [Room(self.store, heard)], self.store, self.stop)
+        room = Room(self.store, [0] if rank else range(1, ranks))
+        self.pulse = Pulse(rank, [room], self.store, self.stop)
         self.pulse.timeout = timeout
         monkeypatch.setattr(pulse_module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(pulse_module, "_Activity", lambda: self)

@@ -129,7 +129,8 @@ def on_two_machines(what, folder):
         if rank == 3 and what == "stall":
             stand_still(pulse)
         if what == "stall":
-            joined.gather(None)
+            with pulse.waiting():  # as one that waits for its GPU, which takes time of the CPU
+                joined.gather(None)
         while not stop.asked:
             time.sleep(0.01)
         joined.gather(None)  # before one of them leaves

@@ -20,7 +20,7 @@ from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
-from m3ae_fast.data.fetcher import Fetching, Needs, Node, standby
+from m3ae_fast.data.fetcher import Fetching, Needs, Node
 from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
@@ -124,9 +124,9 @@ def train_loader(
     micro_batches = MicroBatches(steps, share, lanes, config.repeats)
     loader = _loader(config, samples, micro_batches, pin_memory)
     if any(corpus.store.is_staged(shard.shard) for source in corpus.sources for shard in source.shards):
-        node = node or Node(uuid.uuid4().hex, [share.rank], standby())
+        node = node or Node(uuid.uuid4().hex, [share.rank])
         loader.beside = _fetching(loader, samples, micro_batches, node)
-    elif node:
+    elif node and node.fetcher:
         node.fetcher.end()
     return loader
 
