@@ -13,6 +13,7 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.leaving = threading.Event()  # set where an error ends the run
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin `work`; the one before must have been waited for."""
@@ -51,5 +52,7 @@ class Background:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             self.wait()
-        elif issubclass(kind, Exception) and self._thread is not None:
+            return
+        self.leaving.set()
+        if issubclass(kind, Exception) and self._thread is not None:
             self._thread.join()  # what it saves is worth waiting for; the error that ends the run is the one to report

@@ -9,6 +9,7 @@ from PIL import Image
 from m3ae_fast.config import Config
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.run import checkpoint
+from tests.helpers.checkpoints import save
 from tests.helpers.shards import WORDS, write_tar
 from tests.helpers.trainer import TINY
 
@@ -49,5 +50,5 @@ def tiny_run(folder, **model):
     config = Config.model_validate({**TINY, "model": {**TINY["model"], **model}}, strict=False)
     weights = {f"model/{name}": p for name, p in M3AE(config.model).state_dict().items()}
     info = checkpoint.Info(1, 16, 0, config.model_dump(mode="json"), checkpoint.versions())
-    checkpoint.save(folder, weights, info, keep=1)
+    save(folder, weights, info, keep=1)
     return folder
