@@ -137,7 +137,15 @@ class DeepSpeedEngine:
     def load_state(self, step: int, read: Read) -> None:
         self._prime(step)
         for name, p, kind in self._state():
-            self._load(name, p, kind, read)
+            if self.zero.stage == 3:
+                self._load_partition(name, p, kind, read)
+                continue
+            if self.zero.stage == 0 or kind == "model":  # from stage 1 on, what matmuls take
+                place = p if kind == "model" else self._inner.state[p][kind]
+                place.data.copy_(read(name, 0, p.numel()).view_as(p))
+            if self.zero.stage > 0:
+                own = self._own(p, kind)
+                own.data.copy_(read(name, own.start, len(own.data)))
 
     def _state(self) -> Iterator[tuple[str, nn.Parameter, str]]:
         """Yield each tensor's name in the state, its parameter and its kind."""
@@ -169,25 +177,16 @@ class DeepSpeedEngine:
             self.ds.optimizer._hp_optimizer_states_linked = False
             self.ds.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _load(self, name: str, p: Any, kind: str, read: Read) -> None:
-        """Read this rank's part of one tensor of the state into its place."""
-        if kind == "model" and self.zero.stage < 3:  # also the weights that matmuls take
-            p.data.copy_(read(name, 0, p.numel()).view_as(p))
-        if self.zero.stage == 0:
-            if kind != "model":
-                self._whole(p, kind).copy_(read(name, 0, p.numel()).view_as(p))
-            return
-        own = self._own(p, kind)
+    def _load_partition(self, name: str, p: Any, kind: str, read: Read) -> None:
+        """Read this rank's part of one tensor into its place, at stage 3."""
+        own, length = self._own(p, kind), p.ds_tensor.numel()
         value = read(name, own.start, len(own.data))
-        if self.zero.stage < 3:
-            own.data.copy_(value)
-            return
-        mine = nn.functional.pad(value, (0, p.ds_tensor.numel() - len(value)))
+        padded = nn.functional.pad(value, (0, length - len(value)))
         if kind == "model":
-            p.ds_tensor.data.copy_(mine)
-            safe_set_local_fp32_param(p, mine)
+            p.ds_tensor.data.copy_(padded)
+            safe_set_local_fp32_param(p, padded)
         else:
-            safe_set_local_optimizer_state(p, mine, kind)
+            safe_set_local_optimizer_state(p, padded, kind)
 
 
 def deepspeed_section(
