@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.errors import UserError
+from m3ae_fast.export import export
 from m3ae_fast.process import agreement
 from m3ae_fast.run import checkpoint, parts, resuming
 from m3ae_fast.run.parts import TABLE_FILE, part_files, stage
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
+from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
 
 MODULE = "tests.helpers.checkpoint_cases"
@@ -87,6 +89,23 @@ def test_one_rank_s_checkpoint_is_one_file_that_safetensors_reads(tmp_path):
     found = load_file(path / "state.safetensors")
     assert found.keys() == STATE.keys() and all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
     assert torch.equal(checkpoint.open_state(path).read("model/a", 3, 9), STATE["model/a"].flatten()[3:12])
+
+
+def test_a_run_on_several_ranks_exports_what_one_on_one_rank_does(tmp_path):
+    for ranks in (1, 3):
+        torch.manual_seed(0)
+        run = tiny_run(tmp_path / str(ranks), ranks=ranks)
+        export(run, tmp_path / f"out-{ranks}")
+    one, three = ((tmp_path / f"out-{ranks}/model.safetensors").read_bytes() for ranks in (1, 3))
+    assert one == three
+
+
+def test_the_average_of_the_weights_is_read_from_parts_and_the_buffers_with_it(tmp_path):
+    state = {"model/a": torch.zeros(9), "model/fixed": torch.ones(2), "ema/a": torch.arange(9.0)}
+    path = save_cut(tmp_path, state, 4)
+    for average, expected in ((True, state["ema/a"]), (False, state["model/a"])):
+        found = checkpoint.read_weights(path, average=average)
+        assert found.keys() == {"a", "fixed"} and torch.equal(found["a"], expected)
 
 
 def _parts(world=3):

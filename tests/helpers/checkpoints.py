@@ -26,13 +26,15 @@ def agreements(world: int) -> list[Agreement]:
     return [Agreement(rank, world, store.clone(), threading.Event()) for rank in range(world)]
 
 
-def save_parts(run_dir: Path, parts: list[Fragments], step: int = 1, keep: int = 9) -> list[Path | str]:
+def save_parts(
+    run_dir: Path, parts: list[Fragments], step: int = 1, info: checkpoint.Info | None = None
+) -> list[Path | str]:
     """Save what each rank has; by rank the checkpoint, or the error's text."""
-    info = checkpoint.Info(step, 0, 42, {}, {})
+    info = info or checkpoint.Info(step, 0, 42, {}, {})
 
     def one(part: Fragments, ranks: Agreement) -> Path | str:
         try:
-            return checkpoint.save(run_dir, part, info, keep, ranks=ranks)
+            return checkpoint.save(run_dir, part, info, 9, ranks=ranks)
         except UserError as error:
             return str(error)
 
@@ -40,9 +42,11 @@ def save_parts(run_dir: Path, parts: list[Fragments], step: int = 1, keep: int =
         return list(threads.map(one, parts, agreements(len(parts))))
 
 
-def save_cut(run_dir: Path, tensors: dict[str, Tensor], world: int, step: int = 1) -> Path:
+def save_cut(
+    run_dir: Path, tensors: dict[str, Tensor], world: int, step: int = 1, info: checkpoint.Info | None = None
+) -> Path:
     """Save tensors as `world` ranks do that have an equal part of them each."""
-    found = save_parts(run_dir, [cut(tensors, rank, world) for rank in range(world)], step)
+    found = save_parts(run_dir, [cut(tensors, rank, world) for rank in range(world)], step, info)
     (path,) = set(found)
     assert isinstance(path, Path), path
     return path
