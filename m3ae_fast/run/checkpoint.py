@@ -174,9 +174,7 @@ class _Save(NamedTuple):
         sums = dict(zip(parts.part_files(self.world), (report["sha256"] for report in reports)))
         if self.world > 1:
             shapes = {name: piece.shape for name, piece in self.part.items()}
-            sums[parts.TABLE_FILE] = parts.write_table(
-                self.unfinished, parts.tabulate(self.unfinished, shapes, self.world)
-            )
+            sums[parts.TABLE_FILE] = parts.write_table(self.unfinished, shapes, self.world)
         info = json.dumps(asdict(replace(self.info, sha256=sums)), indent=2)
         (self.unfinished / INFO_FILE).write_text(info + "\n", encoding="utf-8")
         for file in sums:  # safetensors makes its files readable only to their owner

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,10 +97,7 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
                 for name, start in json.loads(opened.metadata()[_STARTS]).items():
                     found[name].append((start, number, *opened.get_slice(name).get_shape()))
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{folder / file}, which rank {number} wrote, cannot be read by rank 0 ({error}): is run.dir on a file "
-                "system that all nodes see?"
-            ) from None
+            raise _unseen(folder / file, number, error) from None
     for name, pieces in found.items():
         at = 0
         for start, _, count in [*sorted(pieces), (math.prod(shapes[name]), 0, 0)]:
@@ -110,10 +108,40 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
     return Table(parts, shapes, {name: [(i, n) for _, i, n in sorted(pieces)] for name, pieces in found.items()})
 
 
-def write_table(folder: Path, table: Table) -> str:
-    """Write a table and return its file's SHA-256."""
-    (folder / TABLE_FILE).write_text(json.dumps(asdict(table)), encoding="utf-8")
+@dataclass(frozen=True)
+class _Written:
+    """Files of which a table is made; equal where their headers are."""
+
+    headers: str  # their SHA-256
+    folder: Path = field(compare=False)
+    shapes: dict[str, Shape] = field(compare=False)
+    parts: int = field(compare=False)
+
+
+@lru_cache(maxsize=1)  # one save is cut as the last: of many ranks, its table takes seconds
+def _table(written: _Written) -> str:
+    return json.dumps(asdict(tabulate(written.folder, written.shapes, written.parts)))
+
+
+def write_table(folder: Path, shapes: dict[str, Shape], parts: int) -> str:
+    """Write the table of the files in `folder` and return its file's SHA-256. Arguments and errors as of `tabulate`."""
+    headers = hashlib.sha256(json.dumps(shapes).encode())
+    for number, file in enumerate(part_files(parts)):
+        try:
+            with open_regular(folder / file) as opened:
+                headers.update(opened.read(int.from_bytes(opened.read(8), "little")))
+        except OSError as error:
+            raise _unseen(folder / file, number, error) from None
+    text = _table(_Written(headers.hexdigest(), folder, shapes, parts))
+    (folder / TABLE_FILE).write_text(text, encoding="utf-8")
     return sha256(folder / TABLE_FILE)
+
+
+def _unseen(file: Path, rank: int, error: Exception) -> UserError:
+    return UserError(
+        f"{file}, which rank {rank} wrote, cannot be read by rank 0 ({error}): is run.dir on a file system that all "
+        "nodes see?"
+    )
 
 
 def sha256(path: Path) -> str:
