@@ -16,7 +16,7 @@ class Fragment(NamedTuple):
 
 
 # "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq" and, with train.ema, "ema".
-# Every rank names every tensor of the state.
+# Rank 0 names every tensor, also those of which it has nothing.
 Fragments = dict[str, Fragment]
 
 

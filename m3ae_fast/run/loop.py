@@ -229,7 +229,7 @@ class Loop(ABC):
         info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
 
         def write() -> None:
-            if self.folder and (event := self.folder.keep()):
+            if event := self.agreement.decide("", lambda _: self.folder.keep() if self.folder else ""):
                 self.log.say(f"note: {event}")
             path = checkpoint.save(self.run.dir, part, info, self.settings.keep, self.remedy(), self.agreement)
             if not main:
