@@ -97,7 +97,7 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
 def main(out: str) -> None:
     with join_ranks() as ranks, tempfile.TemporaryDirectory() as own:
         folder = Path(ranks.from_main(own))
-        agreed = Agreement(ranks.rank, ranks.world, ranks.store.clone(), threading.Event())  # type: ignore[attr-defined]
+        agreed = Agreement(ranks.rank, ranks.world, ranks.store, threading.Event())
         rows = [measure(zero, ranks, agreed, folder) for zero in (None, 0, 1, 2, 3)]
         ranks.gather(None)
         if ranks.is_main:

@@ -16,7 +16,7 @@ _SAID, _REFUSED = "said ", "refused "
 
 
 class Agreement:
-    """Decisions of rank 0 on what all ranks report, through a connection of its own to the ranks' store."""
+    """Decisions of rank 0 on what all ranks report, through their store, which no thread keeps from the others."""
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
         """Take the only agreement over `store`. `leaving`: set where this rank ends with an error; a rank that is then

@@ -63,8 +63,7 @@ class Loop(ABC):
         self.finite_evaluation: int | None = None  # step of which an evaluation was finite
         self.growth = MemoryGrowth()
         self.saving = Background()  # of checkpoints
-        store = self.ranks.store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
-        self.agreement = Agreement(self.ranks.rank, self.ranks.world, store, self.saving.leaving)
+        self.agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.store, self.saving.leaving)
         self.staged: Tensor | None = None  # what is being saved, or has been
 
     def _open_log(self) -> RunLog:

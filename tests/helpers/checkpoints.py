@@ -23,7 +23,7 @@ def save(run_dir: Path, tensors: dict[str, Tensor], info: checkpoint.Info, keep:
 def agreements(world: int) -> list[Agreement]:
     """Return those of ranks that are threads of this process."""
     store = dist.HashStore()
-    return [Agreement(rank, world, store.clone(), threading.Event()) for rank in range(world)]
+    return [Agreement(rank, world, store, threading.Event()) for rank in range(world)]
 
 
 def save_parts(
