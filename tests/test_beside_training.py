@@ -36,7 +36,7 @@ def test_an_error_in_the_background_is_known_at_once_and_raised_once():
     background.wait()
 
 
-@pytest.mark.parametrize("error", [None, UserError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [None, UserError, RuntimeError, KeyboardInterrupt])
 def test_the_last_work_is_awaited_at_the_end(error):
     """But where the user wants to be gone."""
     done, go = [], threading.Event()
@@ -47,8 +47,10 @@ def test_the_last_work_is_awaited_at_the_end(error):
         go.wait(5)
         done.append(1)
 
+    background = Background()
+
     def run() -> None:
-        with Background() as background:
+        with background:
             background.start(work)
             if error:
                 raise error("enough")
@@ -59,6 +61,7 @@ def test_the_last_work_is_awaited_at_the_end(error):
         with pytest.raises(error):
             run()
     assert done == ([] if error is KeyboardInterrupt else [1])
+    assert background.leaving.is_set() == (error in (KeyboardInterrupt, RuntimeError))  # a UserError is all ranks'
     go.set()
     timer.join()
 

@@ -19,8 +19,8 @@ class Agreement:
     """Decisions of rank 0 on what all ranks report, through their store, which no thread keeps from the others."""
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
-        """Take the only agreement over `store`. `leaving`: set where this rank ends with an error; a rank that is then
-        not heard of within seconds is given up."""
+        """Take the only agreement over `store`. `leaving`: set where this rank is about to end, perhaps since another
+        has; one that is then not heard of within seconds is given up."""
         self.rank, self.world = rank, world
         self._store, self._leaving, self._round = store, leaving, 0
 
