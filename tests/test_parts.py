@@ -72,7 +72,7 @@ def test_a_row_of_tensors_is_cut_into_equal_parts(world):
         assert {part[name].shape for part in pieces} == {tuple(tensor.shape)}
 
 
-@pytest.mark.parametrize("world", [2, 5, 40])
+@pytest.mark.parametrize("world", [2, 5, 80])  # of 80 some have nothing
 def test_any_elements_of_a_tensor_are_read_from_whoever_wrote_them(tmp_path, world):
     state = checkpoint.open_state(save_cut(tmp_path, STATE, world))
     assert state.shapes == {name: tuple(tensor.shape) for name, tensor in STATE.items()}

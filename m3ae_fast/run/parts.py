@@ -58,13 +58,14 @@ def stage(part: Fragments, buffer: Tensor | None) -> tuple[Fragments, Tensor]:
     count = sum(len(piece.data) for piece in part.values())
     on_gpu = any(piece.data.is_cuda for piece in part.values())
     if buffer is None or len(buffer) < count:
-        buffer = torch.empty(count, dtype=torch.float32, pin_memory=on_gpu)
+        buffer = torch.empty(count, dtype=torch.float32)
+        buffer = buffer.pin_memory() if on_gpu else buffer  # or the GPU waits for each piece by itself
     staged, at = {}, 0
     for name, (data, start, shape) in part.items():
         copy = buffer[at : (at := at + len(data))]
         staged[name] = Fragment(copy.copy_(data, non_blocking=True), start, shape)
     if on_gpu:
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.synchronize()
     return staged, buffer
 
 
@@ -74,10 +75,10 @@ def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
     Raises OSError or SafetensorError where the disk refuses.
     """
     file = folder / part_files(world)[rank]
-    pieces = {name: piece for name, piece in part.items() if len(piece.data)}
     if world == 1:
-        save_file({name: data.view(shape) for name, (data, _, shape) in pieces.items()}, file)
+        save_file({name: data.view(shape) for name, (data, _, shape) in part.items()}, file)
     else:
+        pieces = {name: piece for name, piece in part.items() if len(piece.data)}
         starts = json.dumps({name: start for name, (_, start, _) in pieces.items()})
         save_file({name: data for name, (data, *_) in pieces.items()}, file, {_STARTS: starts})
     to_disk(file)
