@@ -35,9 +35,11 @@ from m3ae_fast.run import checkpoint, resuming, throughput
 from m3ae_fast.run.cautions import MemoryGrowth, cautions
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.parts import stage
 from m3ae_fast.run.run import Run
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.train import pre_train
+from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED, make_sample
@@ -265,12 +267,13 @@ def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
         batch = pack([paired(config, seed) for seed in range(2)], model.geometry)
         engine = build_engine(model, config, ranks)
         engine.step([batch], batch.counts, 0.1)
-        state = engine.state()
-        before = {name: tensor.clone() for name, tensor in state.items()}
+        staged, buffer = stage(engine.fragments(), None)
+        before = {name: piece.data.clone() for name, piece in staged.items()}
         engine.step([batch], batch.counts, 0.1)
-        after = engine.state()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+        assert all(torch.equal(piece.data, before[name]) for name, piece in staged.items())
+        after, again = stage(engine.fragments(), buffer)
+    assert any(not torch.equal(piece.data, before[name]) for name, piece in after.items())
+    assert again is buffer  # whose memory the next save takes
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -490,7 +493,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
     found = []
     for way in ("next", "evaluation"):
         folder = tmp_path / f"{way} {finite_through} {busy}"
-        checkpoint.save(folder, {"model/a": torch.zeros(1)}, checkpoint.Info(4, 64, 0, {}, {}), keep=1)
+        save(folder, {"model/a": torch.zeros(1)}, checkpoint.Info(4, 64, 0, {}, {}), keep=1)
         loops = [
             argparse.Namespace(
                 run=argparse.Namespace(dir=folder),

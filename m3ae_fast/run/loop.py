@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import Share
 from m3ae_fast.data.order import hash64
 from m3ae_fast.engine.feed import StepInput, feed
-from m3ae_fast.engine.interface import Engine, State
+from m3ae_fast.engine.fragments import whole
+from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import peak_memory
+from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.program import Session
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.parts import stage
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
 
@@ -58,7 +62,9 @@ class Loop(ABC):
         self.unjudged: int | None = None  # step of the last checkpoint not yet marked good or failed
         self.finite_evaluation: int | None = None  # step of which an evaluation was finite
         self.growth = MemoryGrowth()
-        self.saving = Background()  # of checkpoints, on the main rank
+        self.saving = Background()  # of checkpoints
+        self.agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.store, self.saving.leaving)
+        self.staged: Tensor | None = None  # what is being saved, or has been
 
     def _open_log(self) -> RunLog:
         if not self.ranks.is_main:
@@ -97,12 +103,12 @@ class Loop(ABC):
         """Return rates since the last call, to be logged; `data_wait` is this rank's, in the log that of who waits
         longest."""
 
-    def complete(self, state: State) -> State:
-        """Complete the engine's state to what a checkpoint stores. Main rank only."""
-        return state
+    def constants(self) -> dict[str, Tensor]:
+        """Return what a checkpoint stores beside the engine's state, by its name there."""
+        return {}
 
-    def after_save(self, step: int, state: State) -> None:
-        """Write what else belongs to a checkpoint, where there is more. Main rank only."""
+    def after_save(self, step: int, path: Path) -> None:
+        """Write what else belongs to the checkpoint at `path`, where there is more. Main rank only."""
         return None
 
     def with_targets(self, batch: PackedBatch) -> PackedBatch:
@@ -207,30 +213,32 @@ class Loop(ABC):
             self.save()
 
     def save(self) -> None:
-        """Gather a checkpoint, then write it in the background. Every rank must call it.
+        """Copy this rank's part of a checkpoint, then write it in the background. Every rank must call it.
 
         Raises:
             UserError: the save before this one has failed.
         """
         self.pulse.mark(f"saving step {self.step}")
-        self.ranks.on_main(self.saving.wait)  # before there is a second state in memory
-        step, state, good = self.step, self.engine.state(), self.finite_evaluation == self.step
+        self.ranks.on_main(self.saving.wait)  # before its copy is overwritten
+        self.saving.wait()
+        step, good, main = self.step, self.finite_evaluation == self.step, self.ranks.is_main
+        constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
+        part, self.staged = stage(self.engine.fragments() | constants, self.staged)
         seen = step * self.settings.global_batch
         info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
 
         def write() -> None:
-            assert self.folder and state is not None
-            if event := self.folder.keep():
+            if event := self.agreement.decide("", lambda _: self.folder.keep() if self.folder else ""):
                 self.log.say(f"note: {event}")
-            whole = self.complete(state)
-            path = checkpoint.save(self.run.dir, whole, info, self.settings.keep, self.remedy())
+            path = checkpoint.save(self.run.dir, part, info, self.settings.keep, self.remedy(), self.agreement)
+            if not main:
+                return
             self.log.say(f"saved {path}")
             if good:
                 self._mark_good(step, "the losses of an evaluation are finite")
-            self.after_save(step, whole)
+            self.after_save(step, path)
 
-        if self.ranks.is_main:
-            self.saving.start(write)
+        self.saving.start(write)
         self.unjudged = None if good else step
 
     def _mark_good(self, step: int, why: str) -> None:

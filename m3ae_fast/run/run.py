@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from m3ae_fast.data import (
 )
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
-from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
@@ -177,15 +177,15 @@ class Run(Loop):
         if values and all(map(math.isfinite, values.values())):
             self.finite_evaluation = self.step
 
-    def complete(self, state: State) -> State:
-        return state | {f"model/{name}": tensor for name, tensor in self.fixed.items()}
+    def constants(self) -> dict[str, Tensor]:
+        return {f"model/{name}": tensor for name, tensor in self.fixed.items()}
 
-    def after_save(self, step: int, state: State) -> None:
+    def after_save(self, step: int, path: Path) -> None:
         """Draw reconstructions."""
         config = self.config
         if config.train.pictures:
             out = config.run.dir / "reconstructions.png"
-            weights = checkpoint.weights(state)
+            weights = checkpoint.read_weights(path, average=False)
             draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
             self.log.picture(step, "reconstructions", out)
 
