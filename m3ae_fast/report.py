@@ -15,13 +15,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.regular_file import read_json
-from m3ae_fast.run import checkpoint
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.whole_file import whole_file
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.run import checkpoint
 
 REPORT_FILE = "report.html"
 # title, axis, and (metric, label, colour) of each line of a chart
@@ -58,6 +60,8 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
     Raises:
         UserError: `run` has no metrics, a file is damaged, or `out` cannot be written.
     """
+    from m3ae_fast.run import checkpoint
+
     metrics = read_metrics(run)
     found = read_results([run, *results])
     info = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.record import Recorder
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
 
@@ -54,6 +56,7 @@ class Loop(ABC):
         self.ranks, self.stop, self.pulse, _ = self.session
         self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
         self.log = self._open_log()
+        self.record = Recorder(self.run.dir, self.schedule.total_steps)
         self.watch = LossWatch()
         self.unjudged: int | None = None  # step of the last checkpoint not yet marked good or failed
         self.finite_evaluation: int | None = None  # step of which an evaluation was finite
@@ -64,6 +67,10 @@ class Loop(ABC):
         if not self.ranks.is_main:
             return SilentLog()
         return RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
+
+    def ending(self) -> AbstractContextManager[None]:
+        """Return what records how the block ends."""
+        return self.record.ending(lambda: self.step, lambda: self.stop.reason or "asked by another rank")
 
     @abstractmethod
     def announce(self) -> None:
@@ -281,5 +288,6 @@ class Loop(ABC):
         self.forward = ForwardTime(self.engine.model, self.ranks.device)
         if self.ranks.is_main:
             self.log.begin()
+            self.record.begin(self.start)
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
                 self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
