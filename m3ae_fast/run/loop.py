@@ -88,6 +88,11 @@ class Loop(ABC):
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         """Return what to all-reduce of a step's micro-batches, which are still on the CPU."""
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Return how the names of losses begin that this run does not have."""
+        return ()
+
     @abstractmethod
     def counted(self, sums: list[float], waited: float) -> Any:
         """Record the sums over ranks of what `count` returns, and the seconds that this rank waited for its data.
@@ -183,7 +188,8 @@ class Loop(ABC):
         sums = self.ranks.sum([*own, *by_rank])
         if not self.ranks.is_main:
             return
-        values = {name: value / world for name, value in zip(losses[0]._fields, sums)}
+        means = zip(losses[0]._fields, sums)
+        values = {name: value / world for name, value in means if not name.startswith(self.absent)}
         values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
         values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates}
         where = {}

@@ -136,6 +136,10 @@ class Run(Loop):
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        return () if self.config.model.vocab_size else ("text_",)
+
     def counted(self, sums: list[float], waited: float) -> LossCounts:
         counts = StepCounts(*sums)
         self.bad.count(int(counts.samples + counts.skipped), int(counts.skipped))
