@@ -9,11 +9,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from m3ae_fast.command_line import program
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.regular_file import read_json
 
@@ -58,9 +58,7 @@ def _last_step(run: Path, recorded: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("status", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     state, sentence = status(parser.parse_args(argv).run)
     print(sentence)

@@ -10,7 +10,7 @@ from m3ae_fast.__main__ import COMMANDS, MODULES
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 
-LATE = {"transfer", "verify"}  # whose parsers import torch
+LATE = {"data", "transfer", "verify", "visualise"}  # whose parsers come with torch
 
 
 def imported(*arguments, code=0):
@@ -43,16 +43,6 @@ def test_the_list_of_commands_imports_none_of_them():
 def test_a_mistake_in_a_config_is_told_before_torch_is_imported(arguments):
     names, said = imported("-m", "m3ae_fast.train", *arguments, code=2)
     assert "torch" not in names and "error: config " in said
-
-
-def test_no_name_of_the_data_package_is_that_of_a_module_in_it():
-    """The import of such a module would take the name's place."""
-    from m3ae_fast import data
-
-    assert all(getattr(data, name).__name__.rpartition(".")[2] == name for name in data.__all__)
-    assert not set(data.__all__) & {path.stem for path in (ROOT / "m3ae_fast/data").glob("*.py")}
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        data.nothing  # noqa: B018
 
 
 def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):

@@ -15,13 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from m3ae_fast.command_line import add_labels, add_settings, program
 from m3ae_fast.errors import exit_cleanly
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="m3ae-fast pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("pretraining", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="a folder of images, shards, or a data set's name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument(
@@ -33,14 +32,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--val", nargs="+", default=[], metavar="SHARDS", help="held-out samples, where SOURCE is shards"
     )
-    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where classes are (default: cls)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting: --set train.global_batch=64",
-    )
+    add_labels(parser)
+    add_settings(parser, "train.global_batch=64")
     parser.add_argument("--dry-run", action="store_true", help="say what would be chosen and how long it takes")
     return parser.parse_args(argv)
 
