@@ -19,7 +19,7 @@ from m3ae_fast.shard_tools.caption_table import read_captions
 from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.huggingface import HuggingFace
-from m3ae_fast.shard_tools.source import Source
+from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.writer import HELD_OUT, Settings, convert
 
 SHARDS = "shards"  # folder of a run folder
@@ -108,7 +108,7 @@ def _split(train: list[str], val: list[str]) -> Shards:
     return Shards(names[:-count], names[-count:], [f"the last {count:,} of {len(names):,} shards are held out"])
 
 
-def _made(source: Source, name: str, out: Path, notes: list[str]) -> Shards:
+def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
     """Write the shards that `out` lacks; those of other pictures go where no training has begun."""
     folder, settings = out / SHARDS, _settings(source)
     before, now = _manifest(folder), {"source": source.identity, "settings": asdict(settings)}
@@ -134,7 +134,7 @@ def _of(split: str, shard: Path) -> bool:
     return shard.name.rpartition("-")[0] == split
 
 
-def _settings(source: Source) -> Settings:
+def _settings(source: Records) -> Settings:
     """Hold out a part of a source that has one split."""
     if len(source.splits) > 1:
         return Settings()
