@@ -23,11 +23,12 @@ from tests.test_model import TINY as SMALL
 
 
 def trained(folder, **sections):
-    """Train the tiny model with other settings for 20 steps; return what it logged."""
+    """Train the tiny model with other settings for 12 steps; return what it logged."""
     data = json.loads(json.dumps(TINY))
     data["run"] = {"dir": str(folder / "run"), "loggers": []}
     data["data"]["workers"] = 0
-    data["train"] |= {"steps": 20, "micro_batch": None, "eval_samples": 16}
+    data["train"] |= {"steps": 12, "global_batch": 8, "micro_batch": None, "eval_samples": 16}
+    data["optim"]["peak_lr"] = 0.1
     for name, values in sections.items():
         data.setdefault(name, {}).update(values)
     args = argparse.Namespace(resume="no", resume_with_changes=False, profile=False)
@@ -39,7 +40,7 @@ def trained(folder, **sections):
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
-        ("collapse", {"optim": {"peak_lr": 0.16, "weight_decay": 90.0}}),
+        ("collapse", {"optim": {"peak_lr": 0.32, "weight_decay": 90.0}}),
         ("no learning", {"optim": {"peak_lr": 1e-9}}),
         ("text alone learns", {"loss": {"image_weight": 0.0}}),
         ("image alone learns", {"loss": {"text_weight": 0.0}}),

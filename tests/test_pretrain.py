@@ -158,6 +158,24 @@ def test_shards_are_taken_as_they_are(tmp_path):
     assert facts.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
 
 
+def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from datasets import Image as ImageFeature
+
+    names = Features({"image": ImageFeature(), "label": ClassLabel(names=["no", "yes"]), "text": Value("string")})
+    pictures = [Image.new("RGB", (20, 20), (40 * i, 0, 0)) for i in range(4)]
+    rows = {"image": pictures, "label": [0, 1, 0, 1], "text": ["a", "b", "c", "d"]}
+    split = Dataset.from_dict(rows, features=names)
+    DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "set"))
+    shards = find_shards(str(tmp_path / "set"), tmp_path / "run", None, [])
+    assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "test")]
+    facts, notes = look(shards, tmp_path / "run", "cls")
+    assert (facts.samples, facts.held_out, facts.classes, notes) == (4, 4, 2, []) and facts.vocab_size
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
+    with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
+        find_shards("nowhere", tmp_path / "other", None, [])
+
+
 def test_mistakes_are_told_before_anything_is_made(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=2)
     out = tmp_path / "run"
@@ -167,7 +185,8 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, out), {"val": ["a.tar"]}, "--val: goes with shards"),
         ((photos, out), {"overrides": ["run.dir=x"]}, "is what --out names"),
-        (("a.tar", out), {"captions": "a.csv"}, "goes with a folder of images"),
+        (("a.tar", out), {"captions": "a.csv"}, "goes with a folder of images, and a.tar is none"),
+        (("owner/set", out), {"captions": "a.csv"}, "goes with a folder of images, and owner/set is none"),
     ):
         with pytest.raises(UserError, match=message):
             pretrain(*arguments, **options)

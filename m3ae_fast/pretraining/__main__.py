@@ -34,7 +34,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_labels(parser)
     add_settings(parser, "train.global_batch=64")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be chosen and how long it takes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="make shards, say what would be chosen and how long it takes, and stop"
+    )
     return parser.parse_args(argv)
 
 

@@ -53,7 +53,7 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
     if tars or _names_shards(source):
         if captions:
-            raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is shards")
+            raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
         return _split(tars or [source], list(val))
     if val:
         raise UserError(f"--val: goes with shards, and {source} is not")
@@ -65,7 +65,13 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
         return _made(pictures, source, out, [*notes, *pictures.ignored.lines()])
     if not folder.is_dir() and (folder.exists() or source.startswith((".", "/", "~")) or source.endswith("/")):
         raise UserError(f"{source}: is not a folder, and neither shards nor the name of a Hugging Face data set")
-    return _made(HuggingFace(source, None, None, (None, None, None)), source, out, [])
+    if captions:
+        raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
+    try:
+        records = HuggingFace(source, None, None, (None, None, None))
+    except UserError as error:
+        raise UserError(f"{source}: no such folder here; as a data set's name: {error}") from None
+    return _made(records, source, out, [])
 
 
 def _names_shards(source: str) -> bool:
