@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +65,9 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
         parts.append(_results_table(found))
     parts.append(_numbers(runs[str(run)], info))
     parts.append(_section("Curves", _charts(LEARNING, runs), is_open=True))
-    for picture in ("reconstructions.png", "attention.png", "map.png"):
-        if png := _png(run / picture):
-            parts.append(_section(picture.removesuffix(".png").capitalize(), _image(png, "wide"), is_open=True))
+    for kind in ("reconstructions", "attention", "map"):
+        if png := _png(run / f"{kind}.png"):
+            parts.append(_section(kind.capitalize(), _image(png, "wide"), is_open=True))
     for path, result in found:
         for picture in sorted(path.parent.glob("*.png")):
             title = f"{result.get('task', '?')} ({path.parent.name}): {picture.stem.replace('_', ' ')}"
@@ -162,7 +162,7 @@ def _chance(name: str, result: dict[str, Any]) -> str:
     return f"{min(int(name[3:]) / classes, 1):.1%}"
 
 
-def _charts(charts: Sequence[Chart], runs: dict[str, Metrics]) -> str:
+def _charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> str:
     drawn = "".join(_image(png, alt=title) for title, png in draw_charts(charts, runs))
     return f'<div class="charts">{drawn}</div>'
 

@@ -65,7 +65,8 @@ def pretrain(
     if any(override.startswith(("run.dir=", "run=")) for override in overrides):
         raise UserError("--set run.dir: is what --out names")
     out = Path(out)
-    config = _configured(str(source), out, hours, captions and Path(captions), val, labels, overrides, dry_run)
+    table_of_captions = None if captions is None else Path(captions)
+    config = _configured(str(source), out, hours, table_of_captions, val, labels, overrides, dry_run)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
@@ -73,11 +74,10 @@ def pretrain(
     train.main(["--config", str(out / CONFIG), "--resume", "auto", *settings])
     if status(out)[0] != "finished":
         return outcome
-    results: dict[str, dict[str, Any]] | None = {}
-    if config.train.probe:
-        results = evaluate(config)
-        if results is None:
-            return outcome
+    results = evaluate(config) if config.train.probe else {}
+    if results is None:
+        return outcome
+    if results:
         print("\n".join(table(results)))
     write_report(out, out / REPORT_FILE)
     export(out, out / EXPORT)

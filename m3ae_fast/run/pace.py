@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,7 +102,7 @@ def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace
     return pace
 
 
-def _times(run: Run) -> Iterator[float]:
+def _times(run: Run) -> Generator[float, None, None]:
     """Take steps, and yield the seconds of each, its wait for data included."""
     began = time.perf_counter()
     for inputs in run.inputs():
