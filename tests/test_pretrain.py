@@ -5,19 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from m3ae_fast import pretrain
 from m3ae_fast.config import load_config
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pretraining import choices, program
+from m3ae_fast.pretraining import choices, plan, program
 from m3ae_fast.pretraining.choices import LADDER, batch_of, image_and_patch, settings, steps_in
-from m3ae_fast.pretraining.facts import look
-from m3ae_fast.pretraining.source import find_shards
+from m3ae_fast.pretraining.facts import Facts, look
+from m3ae_fast.pretraining.source import Shards, find_shards
+from m3ae_fast.run.pace import Pace
 from m3ae_fast.status import status
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, write_tar
@@ -221,3 +224,23 @@ def test_the_users_size_and_epochs_take_the_place_of_what_was_chosen(tmp_path):
     facts, _ = look(shards, tmp_path / "r", "cls")
     config = settings(facts, shards, tmp_path / "r", LADDER[0], 4, 9, "cls", ["model.size=small", "train.epochs=3"])
     assert config.model.emb_dim == 384 and config.train.epochs == 3 and config.train.steps is None
+
+
+@pytest.mark.parametrize(
+    ("paces", "size", "why"),
+    [
+        ({"tiny": 1e-3, "mini": 2e-3}, "mini", '"small" is for 10,000 samples or more'),
+        ({"tiny": 1e-3, "mini": 1.0}, "tiny", '"mini" would see each sample 2.9 times'),
+    ],
+)
+def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, paces, size, why):
+    """Measured paces stand in, in seconds a sample."""
+    facts = Facts(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    widths = {128: "tiny", 192: "mini"}
+    monkeypatch.setattr(plan, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
+    session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
+    shards = Shards(["a.tar"], ["b.tar"], [])
+    found = plan.choose(facts, shards, tmp_path, 1.0, "cls", [], session)
+    assert f'model: "{size}"' in found.lines[1] and why in found.lines[1]
+    taken = found.config.train.steps * found.config.train.global_batch * paces[size]
+    assert 0.7 * 3600 < taken <= 0.8 * 3600 or found.config.train.steps == choices.LONGEST * (1000 // 64)

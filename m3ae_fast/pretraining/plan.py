@@ -50,7 +50,7 @@ def choose(
         return measure(settled, session, min(_TRIAL * 3600 * hours, _LONGEST_TRIAL))
 
     rung, pace = allowed[0], measured(allowed[0])
-    why = f"no larger one for fewer than {_next(allowed):,.0f} samples"
+    why = _why_not_larger(allowed)
     for larger in allowed[1:]:
         needed = memory_needed(config_of(larger, choices.SMALLEST_BATCH, 1), 1, choices.SMALLEST_BATCH)
         if lacking := missing_memory(needed, session.ranks.device):
@@ -66,9 +66,10 @@ def choose(
     return Plan(config, _lines(config, facts, rung, why, pace, hours))
 
 
-def _next(allowed: Sequence[Rung]) -> float:
-    """Return the samples that the size above the largest allowed one takes."""
-    return next((rung.samples for rung in choices.LADDER[len(allowed) :]), float("inf"))
+def _why_not_larger(allowed: Sequence[Rung]) -> str:
+    """Return why no size above those is considered."""
+    above = choices.LADDER[len(allowed) :]
+    return f'"{above[0].name}" is for {above[0].samples:,.0f} samples or more' if above else "there is no larger one"
 
 
 def _seen(seconds: float, pace: Pace, facts: Facts) -> str:
