@@ -14,20 +14,19 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from m3ae_fast.command_line import add_labels, add_settings, program
+from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.data import Corpus, ShardStore, open_corpus
-from m3ae_fast.data.labels import Label, read_labels
-from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.hardware import keep_freed_memory
-from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
-from m3ae_fast.process.failures import explain
-from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.whole_file import whole_file
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.data import Corpus
+    from m3ae_fast.data.labels import Label
+    from m3ae_fast.process.ranks import Ranks
 
 NPZ, PARQUET = ".npz", ".parquet"
 
@@ -52,6 +51,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    from m3ae_fast.process.failures import explain
+    from m3ae_fast.process.ranks import join_ranks
+
     with join_ranks() as ranks:
         try:
             config = ranks.broadcast(lambda: _settings(args))
@@ -91,6 +93,12 @@ def _check_out(out: Path) -> None:
 
 def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> dict[str, np.ndarray]:
     """Return the arrays that FILE holds, on every rank. Raises UserError if model or shards cannot be used."""
+    from m3ae_fast.data import ShardStore, open_corpus
+    from m3ae_fast.data.labels import read_labels
+    from m3ae_fast.encoding import encode_corpus
+    from m3ae_fast.hardware import keep_freed_memory
+    from m3ae_fast.open_model import open_model, set_range
+
     if ranks.device.type == "cpu":
         keep_freed_memory()
     model = open_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)

@@ -130,6 +130,20 @@ def test_pieces_of_a_word_are_joined_and_lines_are_broken_where_they_end():
     assert many[0] <= TEXT_WIDTH and many[1] > 3 * one_line[1]
 
 
+def test_a_long_caption_makes_its_row_as_high_as_it_needs(tmp_path):
+    model = make_model(TINY.model_copy(update={"text_length": 200}))
+    sheets = []
+    for words in (4, 200):
+        samples = [make_sample(0, words=words), make_sample(1, words=4)]
+        samples[0].text_mask = torch.arange(words) % 4 > 0
+        draw_reconstructions(model, samples, None, tmp_path / "sheet.png")
+        sheets.append(Image.open(tmp_path / "sheet.png").convert("L"))
+    short, long = (sheet.height for sheet in sheets)
+    assert short == 24 + 2 * (SIDE + GAP) and long > short + SIDE
+    end = long - SIDE - GAP  # of the long row
+    assert sheets[1].crop((600, end - 60, 900, end - GAP)).getextrema()[0] < 128  # it has its last words
+
+
 def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):
     model = make_model(TINY.model_copy(update={"drop": 0.5}))
     sheets = []

@@ -589,6 +589,26 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
     assert notes(calm) == []
 
 
+def test_images_that_are_enlarged_are_told(tmp_path, mixed):
+    """Those of `mixed` have 40 x 30 pixels."""
+    for size, told in ((40, False), (48, True)):
+        config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3, "image_size": size})
+        data = open_data(config.data, config.model)
+        notes = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
+        assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
+        assert all("short side of 30 pixels or less, and model.image_size is 48" in note for note in notes)
+
+
+def test_an_image_only_run_logs_no_text(monkeypatch, tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(range(8), "image"))
+    train = {"global_batch": 8, "micro_batch": 8, "steps": 2, "log_every": 1}
+    config = settings(tmp_path, [{"shards": path}], model={"vocab_size": 0}, train=train)
+    run(monkeypatch, config)
+    names = {name for line in lines(config) for name in line}
+    assert {"image_loss", "val_image_loss", "val_image_relative", "val_rankme"} <= names
+    assert not any("text" in name for name in names)
+
+
 def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
     config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
     films = write_tar(tmp_path / "films.tar", [("0.jpg", picture(0)), ("0.mp4", b"film")])

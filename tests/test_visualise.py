@@ -101,17 +101,21 @@ def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypa
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])
 def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, word):
-    """Of a word that is asked for, wherever it is; else of cls and the first tokens that begin a word."""
+    """Of a word that is asked for, where it is first; else of cls and the first tokens that begin a word, each once.
+    The last row is the key to the colours."""
     captions = ["a, b", "the red of a blue house by the sea and so on", "", "blue, blue", "no such", "a blue one"]
     files = [file for i in range(6) for file in ((f"{i}.png", coloured(i, "red")), (f"{i}.txt", captions[i].encode()))]
     _use(run, write_tar(tmp_path / "val.tar", [*files, ("6.txt", b"blue alone")]))
     sheets = []
     monkeypatch.setattr(attention, "draw_sheet", lambda path, rows: sheets.append(rows))
     main([str(run), "attention", "--pictures", "2" if word else "7", *(["--word", word] if word else [])])
-    (rows,) = sheets
+    ((*rows, key),) = sheets
+    (cell,) = key
+    assert cell.text == "blue none, red the most of that image"
+    assert cell.image[0, 0, -1] > cell.image[0, 0, 0] and cell.image[2, 0, -1] < cell.image[2, 0, 0]
     shown = [[cell.text for cell in row] for row in rows]
     if word:
-        assert shown == [["", "cls", "blue"], ["", "cls", "blue", "blue"]]
+        assert shown == [["", "cls", "blue"]] * 2
     else:
         assert len(rows) == 6 and shown[0] == ["", "cls", "a", "b"] and shown[2] == ["", "cls"]
         assert len(shown[1]) == 2 + 7 and all(text.isalnum() for row in shown for text in row[1:])
@@ -120,11 +124,9 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
     for row, caption in zip(rows, [captions[1], captions[3]] if word else captions):
         tokens = torch.from_numpy(model.tokenizer.encode(caption))
         sample = Sample("", row[0].image, whole[:places], tokens=tokens, text_mask=whole[: len(tokens)])
-        used = {}
         for cell in row[1:]:
             same = [i for i, token in enumerate(tokens.tolist()) if model.tokenizer.token(token) == cell.text]
-            query = 0 if cell.text == "cls" else 1 + places + same[used.setdefault(cell.text, 0)]
-            used[cell.text] = used.get(cell.text, 0) + 1
+            query = 0 if cell.text == "cls" else 1 + places + same[0]
             (weights_L,) = attention_to_patches(model, sample, [query])
             assert torch.equal(cell.image, _laid_over(row[0].image, weights_L, model.config.patch_size))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from m3ae_fast.run.cautions import MemoryGrowth
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.parts import stage
+from m3ae_fast.run.record import Recorder
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
 
@@ -58,6 +60,7 @@ class Loop(ABC):
         self.ranks, self.stop, self.pulse, _ = self.session
         self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
         self.log = self._open_log()
+        self.record = Recorder(self.run.dir, self.schedule.total_steps)
         self.watch = LossWatch()
         self.unjudged: int | None = None  # step of the last checkpoint not yet marked good or failed
         self.finite_evaluation: int | None = None  # step of which an evaluation was finite
@@ -70,6 +73,10 @@ class Loop(ABC):
         if not self.ranks.is_main:
             return SilentLog()
         return RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
+
+    def ending(self) -> AbstractContextManager[None]:
+        """Return what records how the block ends."""
+        return self.record.ending(lambda: self.step, lambda: self.stop.reason or "asked by another rank")
 
     @abstractmethod
     def announce(self) -> None:
@@ -86,6 +93,11 @@ class Loop(ABC):
     @abstractmethod
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         """Return what to all-reduce of a step's micro-batches, which are still on the CPU."""
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Return how the names of losses begin that this run does not have."""
+        return ()
 
     @abstractmethod
     def counted(self, sums: list[float], waited: float) -> Any:
@@ -182,7 +194,8 @@ class Loop(ABC):
         sums = self.ranks.sum([*own, *by_rank])
         if not self.ranks.is_main:
             return
-        values = {name: value / world for name, value in zip(losses[0]._fields, sums)}
+        means = zip(losses[0]._fields, sums)
+        values = {name: value / world for name, value in means if not name.startswith(self.absent)}
         values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
         values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates}
         where: dict[str, str] = {}
@@ -289,5 +302,6 @@ class Loop(ABC):
         self.forward = ForwardTime(self.engine.model, self.ranks.device)
         if self.ranks.is_main:
             self.log.begin()
+            self.record.begin(self.start)
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
                 self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")

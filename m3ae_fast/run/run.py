@@ -30,6 +30,7 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.engine.yardsticks import Yardsticks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
 from m3ae_fast.model.attention import describe_attention
@@ -135,6 +136,10 @@ class Run(Loop):
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        return () if self.config.model.vocab_size else ("text_",)
+
     def counted(self, sums: list[float], waited: float) -> LossCounts:
         counts = StepCounts(*sums)
         self.bad.count(int(counts.samples + counts.skipped), int(counts.skipped))
@@ -167,9 +172,14 @@ class Run(Loop):
         if not self.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
             return
         self.stop_if_not_finite()
+        model = self.engine.model
+        assert isinstance(model, M3AE)
+        yardsticks = Yardsticks(model, self.config.train.precision, self.ranks)
         batches = self.pulse.watch(loader, f"evaluating after step {self.step}")
         try:
-            values = evaluate(self.engine, until_stopped(batches, self.ranks, self.stop), self.ranks, self.with_targets)
+            heeding = until_stopped(batches, self.ranks, self.stop)
+            values = evaluate(self.engine, heeding, self.ranks, self.with_targets, yardsticks.add)
+            values |= yardsticks.values(values)
         except Stopped:
             self.cut_short()
             return

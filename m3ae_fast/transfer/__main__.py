@@ -17,12 +17,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3ae_fast.command_line import add_labels, add_settings, program
+from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
+from m3ae_fast.open_model import open_model, set_range
 from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
