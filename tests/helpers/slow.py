@@ -43,6 +43,7 @@ SLOW = (
     "test_ema.py::test_zero_shards_it_and_a_checkpoint_has_it_whole",
     "test_end_to_end.py",
     "test_engine_parity.py",
+    "test_engine_waits.py",
     "test_examples.py",
     "test_hostile_files.py::test_any_damage_to_a_sidecar",
     "test_hostile_files.py::test_any_value_in_any_field_of_a_config",
