@@ -88,7 +88,8 @@ class DeepSpeedEngine:
             wait_for_one_stream(self.ds.optimizer)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        self.ds.train()
+        if not self.model.training:  # it walks through all modules
+            self.ds.train()
         set_lr(self.ds.optimizer, lr)
         results, norm = [], None
         for i, batch in enumerate(batches):

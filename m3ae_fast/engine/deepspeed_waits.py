@@ -21,7 +21,7 @@ def read_no_norms() -> None:
 
 
 def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> Tensor:
-    """As DeepSpeed's, which reads the norm: a factor of 1 leaves every gradient as it is."""
+    """Clip as DeepSpeed does, which reads the norm: a factor of 1 leaves every gradient as it is."""
     torch._foreach_mul_(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1))
     return global_norm
 
@@ -32,8 +32,8 @@ def valid_norm(norm: Tensor) -> Tensor:
 
 
 def wait_for_one_stream(optimizer: Any) -> None:
-    """Replace the wait for the whole device after each micro-batch's backward by one, on the device, for the stream that
-    reduces gradients. Not for offloaded optimisers, whose host reads what that stream copies."""
+    """Replace the wait for the whole device after each micro-batch's backward by one, on the device, for the stream
+    that reduces gradients. Not for offloaded optimisers, whose host reads what that stream copies."""
     epilogue = optimizer.independent_gradient_partition_epilogue
 
     def quietly() -> None:

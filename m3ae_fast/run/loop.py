@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Loop(ABC):
     bad: BadSamples
     stream: dict[str, str]  # fingerprint of the data
     start: int  # steps that the checkpoint to continue from has taken
+    attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints remember, by part of the network
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
@@ -216,7 +217,9 @@ class Loop(ABC):
         self.ranks.on_main(self.saving.wait)  # before there is a second state in memory
         step, state, good = self.step, self.engine.state(), self.finite_evaluation == self.step
         seen = step * self.settings.global_batch
-        info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
+        info = checkpoint.Info(
+            step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream, attention=self.attention
+        )
 
         def write() -> None:
             assert self.folder and state is not None

@@ -45,7 +45,7 @@ class Stream:
     def __init__(self, name: str, waits: list[tuple[str, str]]) -> None:
         self.name, self.waits = name, waits
 
-    def wait_stream(self, other: "Stream") -> None:
+    def wait_stream(self, other: Stream) -> None:
         self.waits.append((self.name, other.name))
 
 
