@@ -418,6 +418,7 @@ def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
             "model": SMALL.model_dump(),
             "data": {"train": [{"shards": "none.tar"}]},
             "train": {"steps": 1, "precision": "fp32"},
+            "deepspeed": None,
         },
         "case",
     )

@@ -48,6 +48,12 @@ def test_tables_follow_the_gpu(capability, arch):
     assert tuning.arch_of(torch.device("cpu")) == "interpreter"
 
 
+def test_a_gpu_older_than_the_kernels_gets_torch(monkeypatch):
+    monkeypatch.delenv("M3AE_KERNELS_IMPL")
+    with FakeCuda(capability=(7, 5)), pytest.warns(UserWarning, match="run on torch on NVIDIA"):
+        assert choose_impl("auto", CUDA) == "torch"
+
+
 def test_tables_of_amd(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert tuning.arch_of(CUDA) == "gfx942"
