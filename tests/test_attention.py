@@ -14,7 +14,7 @@ from m3ae_kernels.attention.per_sample import PER_SAMPLE
 from torch import Tensor
 
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.model.attention import describe_attention
+from m3ae_fast.model.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.model.transformer import Block
 from tests.helpers.attention import attend
 
@@ -397,7 +397,67 @@ def test_times_are_measured(monkeypatch):
     fast = Kernel("fast", PADDED.forward, PADDED.backward)
     for order in ((slow, fast), (fast, slow)):
         makers = {kernel.name: lambda kernel=kernel: kernel for kernel in order}
-        assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is fast
+        inputs = cuda.example(CPU, BF16, 2, 16, 9)
+        times = cuda.fastest(makers, inputs, inputs)
+        assert list(times) == ["fast", "slow"] and 0 < times["fast"] < times["slow"]
+
+
+def test_kernels_are_checked_small_and_timed_at_the_micro_batchs_size(monkeypatch):
+    rows = []
+
+    def forward(q, *others):
+        rows.append(len(q))
+        return PADDED.forward(q, *others)
+
+    monkeypatch.setattr(cuda, "MAKERS", {"one": lambda: Kernel("one", forward, PADDED.backward)})
+    monkeypatch.setattr(cuda, "SAMPLES", 2)
+    times = cuda.trial(CPU, BF16, 2, 16, 9, samples=5)
+    small, large = sum(9 - i for i in range(2)), sum(9 - i for i in range(5))
+    assert list(times) == ["one"] and rows == [small, *[large] * (1 + cuda.ROUNDS**2)]
+    assert cuda.trial(CPU, torch.float32, 2, 16, 9, samples=5) == {}
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Trials that find "new" the fastest, and "old" next; what was tried."""
+    tried = []
+
+    def trial(device, dtype, heads, head_dim, length, samples):
+        tried.append((heads, head_dim, length, samples))
+        return {"new": 1.0, "old": 2.0}
+
+    makers = {name: lambda name=name: Kernel(name, PADDED.forward, PADDED.backward) for name in ("new", "old")}
+    monkeypatch.setattr(cuda, "MAKERS", makers)
+    monkeypatch.setattr(cuda, "trial", trial)
+    monkeypatch.setattr(cuda, "_chosen", {})
+    monkeypatch.delenv("M3AE_KERNELS_IMPL", raising=False)
+    return tried
+
+
+def test_one_rank_chooses_and_all_run_the_same(trials):
+    gpu = torch.device("cuda", 0)
+    where = (CONFIG, MaskingConfig(), gpu, BF16)
+    names, times = choose_attention(*where, 512)
+    assert names == {"encoder": "new", "decoder": "new"} and times["encoder"] == {"new": 1.0, "old": 2.0}
+    assert trials == [(2, 32, 8, 512), (3, 16, 29, 512)]
+    settle_attention(*where, {"encoder": "new", "decoder": "old"})  # of another rank
+    assert describe_attention(*where) == "new (encoder), old (decoder)"
+    assert [kernel_for("auto", gpu, BF16, *head, 8).name for head in ((2, 32), (3, 16))] == ["new", "old"]
+    assert len(trials) == 2
+
+
+def test_a_resumed_run_keeps_its_kernels_where_they_are(trials):
+    where = (CONFIG, MaskingConfig(), torch.device("cuda", 0), BF16)
+    known = {"encoder": "old", "decoder": "of another machine"}
+    names, times = choose_attention(*where, 512, known)
+    assert names == {"encoder": "old", "decoder": "new"} and list(times) == ["decoder"] and len(trials) == 1
+
+
+def test_nothing_is_tried_where_nothing_is_to_be_chosen(trials, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    assert choose_attention(CONFIG, MaskingConfig(), CPU, BF16, 512) == ({}, {})
+    monkeypatch.setenv("M3AE_KERNELS_IMPL", "torch")
+    assert choose_attention(CONFIG, MaskingConfig(), gpu, BF16, 512) == ({}, {}) and not trials
 
 
 def test_a_run_names_its_kernels(monkeypatch):

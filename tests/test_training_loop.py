@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
+from m3ae_fast.data.loader import collate
 from m3ae_fast.engine import feed as feed_module
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
@@ -26,7 +28,7 @@ from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.flops import reference_flops
+from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
@@ -36,7 +38,7 @@ from m3ae_fast.run.cautions import MemoryGrowth, cautions
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.parts import stage
-from m3ae_fast.run.run import Run
+from m3ae_fast.run.run import Run, _preparation
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.train import pre_train
 from tests.helpers.checkpoints import save
@@ -389,6 +391,52 @@ def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
     words = sum(len(sample.tokens) for sample in MIXED if sample.tokens is not None)
     tokens = len(MIXED) + SMALL.patches_per_image * images + words
     assert counts[:-1] == (len(MIXED), images, texts, images, texts, 0, tokens)
+
+
+def test_what_a_worker_has_counted_is_not_counted_again(monkeypatch):
+    """A step's FLOPs take milliseconds, in which a GPU would wait."""
+    model = M3AE(SMALL)
+    batch = collate(MIXED, model.geometry, SMALL)
+    assert batch.flops == executed_flops(SMALL, batch) > 0 and collate(MIXED, model.geometry).flops is None
+    expected = StepCounts.of([replace(batch, flops=None)], SMALL)
+    there = pickle.loads(pickle.dumps(batch)).to("cpu")
+    monkeypatch.setattr(throughput, "executed_flops", lambda *_: pytest.fail("counted again"))
+    assert StepCounts.of([there], SMALL) == expected
+
+
+def test_a_run_lets_its_workers_count():
+    data = argparse.Namespace(tokenizer=None, image_tokenizer=None)
+    config = parse(
+        Config,
+        {"model": SMALL.model_dump(), "data": {"train": [{"shards": "none.tar"}]}, "train": {"steps": 1}},
+        "case",
+    )
+    assert _preparation(config, M3AE(SMALL), data).counted_for == config.model
+
+
+def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
+    config = parse(
+        Config,
+        {
+            "model": SMALL.model_dump(),
+            "data": {"train": [{"shards": "none.tar"}]},
+            "train": {"steps": 1, "precision": "fp32"},
+            "deepspeed": None,
+        },
+        "case",
+    )
+    with join_ranks() as ranks:
+        engine = build_engine(M3AE(config.model), config, ranks)
+        batch, told = pack(MIXED, engine.model.geometry), []
+        train = type(engine.model).train
+        monkeypatch.setattr(type(engine.model), "train", lambda self, *mode: told.append(mode) or train(self, *mode))
+        for _ in range(2):
+            engine.step([batch], batch.counts, 1e-3)
+        assert told == []
+        engine.evaluate(batch)
+        assert told == [(False,)] and not engine.model.training
+        engine.step([batch], batch.counts, 1e-3)
+        assert told == [(False,), ()] and engine.model.encoder.training
 
 
 def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
+from m3ae_fast.engine.deepspeed_waits import read_no_norms, valid_norm, wait_for_one_stream
 from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
@@ -63,6 +64,7 @@ class DeepSpeedEngine:
         self.zero = config.zero_optimization
         # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+        read_no_norms()
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         for module in model.modules():
@@ -83,9 +85,12 @@ class DeepSpeedEngine:
             raise UserError(
                 f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
             ) from None
+        if hasattr(self.ds.optimizer, "independent_gradient_partition_epilogue") and not self.zero.offloads_optimizer:
+            wait_for_one_stream(self.ds.optimizer)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        self.ds.train()
+        if not self.model.training:  # it walks through all modules
+            self.ds.train()
         set_lr(self.ds.optimizer, lr)
         results, norm = [], None
         for i, batch in enumerate(batches):
@@ -97,7 +102,7 @@ class DeepSpeedEngine:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             self.ds.step()
             results.append(losses)
-        return results, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm)
+        return results, valid_norm(torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm))
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> Any:

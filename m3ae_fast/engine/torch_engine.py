@@ -57,7 +57,8 @@ class TorchEngine:
             self.ddp = ddp(self.model, **options)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        self.model.train()
+        if not self.model.training:  # it walks through all modules
+            self.model.train()
         results = []
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1

@@ -54,6 +54,7 @@ class Info:
     versions: dict[str, str]
     stream: dict[str, str] = field(default_factory=dict)  # what data it was trained on: `data.fingerprint`
     sha256: dict[str, str] = field(default_factory=dict)  # by file
+    attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the kernel that was chosen, by part
 
 
 def folder(run_dir: Path) -> Path:

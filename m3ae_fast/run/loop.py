@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Loop(ABC):
     bad: BadSamples
     stream: dict[str, str]  # fingerprint of the data
     start: int  # steps that the checkpoint to continue from has taken
+    attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints remember, by part of the network
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
@@ -238,7 +239,9 @@ class Loop(ABC):
         constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
         part, self.staged = stage(self.engine.fragments() | constants, self.staged)
         seen = step * self.settings.global_batch
-        info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
+        info = checkpoint.Info(
+            step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream, attention=self.attention
+        )
 
         def write() -> None:
             if event := self.agreement.decide("", lambda _: self.folder.keep() if self.folder else ""):

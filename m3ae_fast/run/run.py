@@ -33,7 +33,7 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.engine.yardsticks import Yardsticks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
-from m3ae_fast.model.attention import describe_attention
+from m3ae_fast.model.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import draw_run
 from m3ae_fast.process.program import Session
@@ -123,15 +123,23 @@ class Run(Loop):
             fixed=fixed,
             notes=[*started, *notes],
             start=found.step,
+            attention=found.info.attention if found.info else {},
         )
 
     def announce(self) -> None:
         """Say what the run is, and name the shards that are not whole."""
         config, dtype = self.config, dtype_of(self.config.train.precision)
-        attention = describe_attention(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a trial
+        where = (config.model, config.masking, self.ranks.device, dtype)
+        # rank 0 tries kernels, and its checkpoints remember them: or else ranks and resumed runs may differ in bits
+        self.attention, times = self.ranks.broadcast(
+            lambda: choose_attention(*where, self.share.micro_batch, self.attention)
+        )
+        settle_attention(*where, self.attention)
+        attention = describe_attention(*where)
         self.bad.report(self.ranks.from_main(self.data.train.damaged), say=self.ranks.is_main)
         if self.ranks.is_main:
-            self.log.say("\n".join([self._describe(attention), *(f"note: {note}" for note in self.notes)]))
+            tried = [f"attention of the {part}: {_shown(each)}" for part, each in times.items()]
+            self.log.say("\n".join([self._describe(attention), *tried, *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
@@ -223,6 +231,10 @@ class Run(Loop):
         return "\n".join(lines)
 
 
+def _shown(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()) or "no kernel but padded matmuls works"
+
+
 def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
     """Make the manifests of remote shards that have none. Errors as `counting.prepare`'s."""
     data = config.data
@@ -271,4 +283,5 @@ def _preparation(config: Config, model: M3AE, data: Data) -> Preparation:
         config.run.seed,
         image_tokenizer=vqgan if tokens == "workers" else None,
         stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
+        counted_for=config.model,
     )
