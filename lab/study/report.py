@@ -166,8 +166,8 @@ def _spread(by_seed: dict[int, float], sign: str = "") -> str:
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
-    """Draw the study in five panels: encoders; then, as the paper's figures 3, 4 and 5, captions kept, training time, width
-    and text mask ratio. Error bars: one standard error of the test set."""
+    """Draw the study in five panels: encoders; then, as the paper's figures 3, 4 and 5, captions kept, training time,
+    width and text mask ratio. Error bars: one standard error of the test set."""
     rows, data = Rows(study), study["data"]
     figure = plt.figure(figsize=(14, 8.6), layout="constrained")
     grid = figure.add_gridspec(2, 6)
