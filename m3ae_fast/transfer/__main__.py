@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model, set_range
@@ -27,6 +27,7 @@ from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
+from m3ae_fast.transfer.classifier import CONFIG_FILE as CLASSIFIER_FILE
 from m3ae_fast.transfer.job import Job, refuse_existing, show_result, write_result
 
 
@@ -37,6 +38,7 @@ class Task(NamedTuple):
     trains: bool = True  # has --train and --labels
     resumes: bool = False  # has --resume
     classifies: bool = False  # MODEL is a classifier; has --labels
+    may_classify: bool = False  # MODEL may be one
     modality: str | None = None  # the only one it takes
 
 
@@ -45,7 +47,7 @@ TASKS = {
     "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
     "robustness": Task("accuracy of a classifier on attacked and on corrupted images", trains=False, classifies=True),
-    "ood": Task("detect out-of-distribution samples from frozen features"),
+    "ood": Task("detect out-of-distribution samples from frozen features or a classifier", may_classify=True),
     "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
 }
 
@@ -55,7 +57,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
         command = tasks.add_parser(name, help=task.about, description=task.about)
-        command.add_argument("model", metavar="MODEL", help=CLASSIFIER_HELP if task.classifies else MODEL_HELP)
+        about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
+        about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
+        command.add_argument("model", metavar="MODEL", help=about)
         shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
         if task.trains:
             command.add_argument(
@@ -68,13 +72,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--modality",
                 choices=(task.modality,) if task.modality else ("image", "text", "paired"),
-                default=task.modality or "image",
-                help=f"what the encoder sees of a sample (default: {task.modality or 'image'})",
+                help=f"what the encoder sees of a sample (default: {task.modality or 'image'}, or as the classifier)",
             )
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
         add_settings(command, "knn.k=10")
         if name == "ood":
-            command.add_argument("--ood", nargs="+", required=True, metavar="SHARDS", help="samples of other data")
+            command.add_argument(
+                "--ood",
+                action="append",
+                nargs="+",
+                required=True,
+                metavar="[NAME=]SHARDS",
+                help="samples of other data; give it again for each of several sets, with names",
+            )
         if name == "linear":
             command.add_argument(
                 "--cache-features",
@@ -94,13 +104,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with joined_program() as session:
+        args.modality = session.ranks.broadcast(lambda: _modality(args))
         perform(args, session.ranks.broadcast(lambda: _config(args)), session)
     return 0
 
 
+def _is_classifier(args: argparse.Namespace) -> bool:
+    """Return whether MODEL is to be opened as a classifier."""
+    task = TASKS[args.task]
+    return task.classifies or (task.may_classify and (Path(args.model) / CLASSIFIER_FILE).is_file())
+
+
+def _modality(args: argparse.Namespace) -> str:
+    """Return what the encoder sees. Raises UserError where it is asked for other than what the classifier does."""
+    given = getattr(args, "modality", None)
+    if not _is_classifier(args):
+        return given or TASKS[args.task].modality or "image"
+    own = read_config(args.model).modality
+    if given not in (None, own):
+        raise UserError(f"--modality {given}: the classifier {args.model} sees {own}; leave it out")
+    return own
+
+
 def _config(args: argparse.Namespace) -> TransferConfig:
-    if TASKS[args.task].classifies:
-        args.modality = read_config(args.model).modality
     val = [{"shards": args.val, "modality": args.modality}]
     train = [{"shards": args.train, "modality": args.modality}] if TASKS[args.task].trains else val
     return transfer_config({"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}, args.set)
@@ -115,7 +141,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     if ranks.device.type == "cpu":
         keep_freed_memory()
     model: M3AE | Classifier
-    if TASKS[args.task].classifies:
+    if _is_classifier(args):
         model = Classifier.from_pretrained(args.model)
     else:
         text = args.modality != "image"
