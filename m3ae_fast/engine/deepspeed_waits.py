@@ -22,7 +22,7 @@ def read_no_norms() -> None:
 
 def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> Tensor:
     """Clip as DeepSpeed does, which reads the norm: a factor of 1 leaves every gradient as it is."""
-    torch._foreach_mul_(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1))
+    torch._foreach_mul_(list(input_tensors), (max_norm / (global_norm + 1e-6)).clamp(max=1))
     return global_norm
 
 

@@ -214,7 +214,7 @@ def _of_encoder(job: Job, classifier: Classifier) -> Job:
 
 def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
     """Return what each score makes of familiar and strange samples: its area and interval, and what passes."""
-    found = {}
+    found: dict[str, float] = {}
     for name in known:
         area, passed = auroc_and_fpr(known[name], other[name])
         low, high = auroc_interval(known[name], other[name], seed)
