@@ -32,7 +32,15 @@ _forks.set_forkserver_preload(["pytest", *_IMPORTED, __name__])
 
 def environment() -> dict[str, str]:
     """Return this process's environment, for programs of their own: one core, no GPU, no launcher."""
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    launched = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+    )
     slurm = ("SLURM_", "OMPI_", "PMI_")
     return {k: v for k, v in os.environ.items() if k not in launched and not k.startswith(slurm)} | {
         "OMP_NUM_THREADS": "1",
