@@ -89,6 +89,19 @@ def test_a_module_hands_each_of_its_options_to_its_ops(asked, module, ops):
     assert heeded >= own.keys()
 
 
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_a_gathered_norm_is_torchs_of_the_same_eps(eps):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((9, 12), (12,), (12,))]
+    rows, upstream = torch.tensor([7, 0, 3]), torch.randn(3, 12)
+    x, weight, bias = tensors
+    got = m3ae_kernels.gather_tokens(x, rows, norm_weight=weight, norm_bias=bias, eps=eps)
+    expected = F.layer_norm(x[rows], (12,), weight, bias, eps)
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(out, tensors, upstream) for out in (got, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_token_loss_is_cross_entropy(reduction, smoothing):
