@@ -155,7 +155,8 @@ def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, class
     from matplotlib import colormaps
 
     figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))
-    colours = colormaps["tab20" if len(classes) <= 20 else "gist_ncar"].resampled(max(len(classes), 1))
+    palette = "tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "gist_ncar"
+    colours = colormaps[palette].resampled(max(len(classes), 1))
     for axes, panel in zip(all_axes, panels):
         marks = []
         for number in range(max(len(classes), 1)):
