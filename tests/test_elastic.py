@@ -7,10 +7,11 @@ import time
 import numpy as np
 import psutil
 
+from m3ae_fast.run import checkpoint
 from tests.helpers.ranks import environment, free_port
 from tests.helpers.trainer import ROOT
 
-OPTIONS = ("train.steps=40", "train.save_every=5", "train.eval_every=1000", "run.loggers=[]")
+OPTIONS = ("train.steps=50", "train.save_every=5", "train.eval_every=1000", "run.loggers=[]")
 WITHIN_S = 60.0  # training again
 
 
@@ -36,9 +37,9 @@ def test_the_others_go_on_when_a_node_is_lost(trainer):
             return subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     first, other = agent(0), agent(1)
-    log, metrics = trainer.folder / "log0", trainer.folder / "run/metrics.jsonl"
+    log = trainer.folder / "log0"
     try:
-        while "on 2 x cpu" not in log.read_text() or not metrics.exists() or len(trainer.losses("run")) < 6:
+        while "on 2 x cpu" not in log.read_text() or not checkpoint.saved_steps(trainer.folder / "run"):
             assert first.poll() is other.poll() is None, log.read_text()
             time.sleep(0.02)
         kill(other)
@@ -54,5 +55,5 @@ def test_the_others_go_on_when_a_node_is_lost(trainer):
     said = log.read_text()
     assert first.returncode == 0, said
     assert "batch 16 = 1 ranks x 16 samples" in said and "Traceback" not in said
-    assert 0 < int(said.rpartition(", steps ")[2].split()[0]) < 40
+    assert 0 < int(said.rpartition(", steps ")[2].split()[0]) < 50
     np.testing.assert_allclose(np.array(trainer.losses("run")), np.array(trainer.losses("one")), rtol=2e-5)
