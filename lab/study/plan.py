@@ -34,7 +34,9 @@ class Encoder:
     @property
     def name(self) -> str:
         """Return the name of the job's folder."""
-        text = () if self.text_ratio is None else (f"text{100 * self.text_ratio:.0f}", str(self.captions))
+        text: tuple[str, ...] = (
+            () if self.text_ratio is None else (f"text{100 * self.text_ratio:.0f}", str(self.captions))
+        )
         text += () if self.caption_fraction == 1 else (f"captions{100 * self.caption_fraction:.0f}",)
         return "-".join([self.objective, *text, f"width{self.width}", f"steps{self.steps}", f"seed{self.seed}"])
 
