@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 FALLEN = 0.98  # of the first evaluation's: a loss that is not below has not fallen
+_FEW = 10  # log lines: with fewer a training loss, which is of other samples each time, is not judged
 COLLAPSED = 2.0  # dimensions, and COLLAPSED_TO of the untrained network's: features that fill fewer have collapsed
 COLLAPSED_TO = 0.5
 WAITING = 0.3  # of the time spent waiting for data, by the median of the log lines
@@ -51,7 +52,7 @@ def _learning(metrics: Metrics) -> list[Finding]:
     remedy = "a higher or lower optim.peak_lr by a factor of three, and more steps"
     if not known:
         losses = series(metrics, "loss")
-        if len(losses) < 2 or median(losses[-3:]) < FALLEN * losses[0]:
+        if len(losses) < _FEW or median(losses[-3:]) < FALLEN * losses[0]:
             return []
         return [Finding("no learning", "the training loss has not fallen", remedy)]
     if not any(known.values()):
