@@ -332,8 +332,10 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
     monkeypatch.setattr(cuda, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
     assert cuda.choose(CPU, torch.float32, 2, 16, 9) is PADDED
-    monkeypatch.setattr(cuda, "fastest", lambda *_: "tried")
-    assert [cuda.choose(CPU, dtype, 2, 24, 9) for dtype in (BF16, torch.float16)] == ["tried"] * 2
+    tried = Kernel("tried", elsewhere, elsewhere)
+    monkeypatch.setattr(cuda, "MAKERS", {"tried": lambda: tried})
+    monkeypatch.setattr(cuda, "fastest", lambda *_: {"tried": 1.0})
+    assert [cuda.choose(CPU, dtype, 2, 24, 9) for dtype in (BF16, torch.float16)] == [tried] * 2
 
 
 def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
@@ -358,10 +360,11 @@ def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
     wrong["swapped"] = Kernel("wrong", PADDED.forward, swapped)
     monkeypatch.setattr(cuda, "SAMPLES", 3)
     makers = {name: lambda kernel=kernel: kernel for name, kernel in wrong.items()}
-    assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is PADDED
+    inputs = cuda.example(CPU, BF16, 2, 16, 9)
+    assert cuda.fastest(makers, inputs, inputs) == {}
     assert all(f"attention: {name} is left out: its results are off by" in caplog.text for name in makers)
     right = times(1.0)
-    assert cuda.fastest(makers | {"right": lambda: right}, *cuda._example(CPU, BF16, 2, 16, 9)) is right
+    assert list(cuda.fastest(makers | {"right": lambda: right}, inputs, inputs)) == ["right"]
 
 
 @pytest.mark.parametrize(

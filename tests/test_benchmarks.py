@@ -141,7 +141,9 @@ def test_an_implementation_works_alone():
         first, second = process.losses
         assert first > second  # it learns
         assert process.startup > process.step() > 0
-        assert process.peak_bytes() > -4 * 200_000  # less its gradients
+        peak = process.peak_bytes()
+        assert peak > -4 * 200_000  # less its gradients
+        assert process.held_bytes() > peak  # as the trainer's log: with weights and all
 
 
 def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
@@ -163,7 +165,10 @@ def test_training_as_it_ships_is_timed(tmp_path, monkeypatch):
     assert not (tmp_path / "gpu-profile.json").exists()  # a CPU has no kernels
     with pytest.raises(RuntimeError, match=r"zero_optimization\.stage"):
         wrong = replace(case, config=config | {"deepspeed": {"zero_optimization": {"stage": 9}}})
-        gpu_step.time_trainer(wrong, tmp_path, tmp_path / "run", 1, plain=False)
+        gpu_step.time_trainer(wrong, tmp_path, tmp_path / "kept", 1, plain=False)
+    assert "zero_optimization.stage" in (tmp_path / "kept/log.txt").read_text()
+    kept = {path.name for path in (tmp_path / "tiny-4-torch").iterdir()}
+    assert kept >= {"log.txt", "metrics.jsonl", "trace.json.gz"}
 
 
 def test_the_expert_is_timed_on_changing_batches(monkeypatch):
@@ -180,7 +185,7 @@ def test_the_expert_is_timed_on_changing_batches(monkeypatch):
         def step(self):
             return 0.5
 
-        def peak_bytes(self):
+        def held_bytes(self):
             return 2e9
 
     monkeypatch.setattr(gpu_step, "Alone", Fake)

@@ -117,7 +117,7 @@ def moments(stage: int | None, clip: float, ranks: Ranks) -> dict[str, torch.Ten
     engine = engine_of(stage, clip, "fp32" if stage is None else "bf16", ranks)
     (batch,) = batches_of(engine, 1)
     engine.step([batch], batch.counts, 1e-3)
-    return {name: value for name, value in engine.state().items() if name.startswith("exp_avg/")}
+    return engine.whole("exp_avg")
 
 
 def main(arguments: list[str]) -> int:

@@ -99,7 +99,7 @@ def test_steps(tmp_path, cuda, monkeypatch):
         def step(self):
             return 0.5
 
-        def peak_bytes(self):
+        def held_bytes(self):
             raise RuntimeError("no memory left")
 
     monkeypatch.setattr(step, "Alone", Process)
