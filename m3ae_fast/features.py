@@ -10,7 +10,6 @@ or "" for a sample without), and with --patches `patches` float16 [N, L, D] (in 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
+from m3ae_fast.parquet import require_pyarrow, write_parquet
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.whole_file import whole_file
@@ -85,8 +85,8 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
     if out.exists():
         raise UserError(f"--out {out}: exists already; remove it or choose another name")
-    if out.suffix == PARQUET and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"--out {out}: needs pyarrow; install it (pip install pyarrow), or name an {NPZ} file")
+    if out.suffix == PARQUET:
+        require_pyarrow(f"--out {out}:")
 
 
 def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> dict[str, np.ndarray]:
@@ -134,23 +134,10 @@ def _label_array(labels: list[Label | None]) -> np.ndarray:
 
 def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays. Raises UserError if the disk refuses."""
+    if out.suffix == PARQUET:
+        return write_parquet(out, arrays)
     with whole_file(out) as partial, open(partial, "wb") as file:
-        if out.suffix == NPZ:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        else:
-            _write_parquet(file, arrays)
-
-
-def _write_parquet(file, arrays: dict[str, np.ndarray]) -> None:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
-    columns = {}
-    for name, array in arrays.items():
-        flat = pyarrow.array(array.reshape(-1))
-        width = array[:1].size
-        columns[name] = flat if array.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, width)
-    parquet.write_table(pyarrow.table(columns), file)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

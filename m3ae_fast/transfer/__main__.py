@@ -23,11 +23,12 @@ from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
+from m3ae_fast.parquet import require_pyarrow
 from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
-from m3ae_fast.transfer.job import Job, refuse_existing, show_result, write_result
+from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
 
 
 class Task(NamedTuple):
@@ -111,6 +112,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     ranks = session.ranks
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     require_matplotlib()
+    require_pyarrow("the table of predictions")
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()
@@ -132,7 +134,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
         for draw in job.pictures:
             ranks.on_main(draw)
         ranks.on_main(lambda: show_result(job.out, result))
-        job.say(f"{args.task}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, int | float)))
+        job.say(f"{args.task}: {summary(result)}")
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ def run(job: Job) -> dict[str, Any] | None:
     if result is None:
         return None
     _save_classifier(loop)
+    assert loop.predictions is not None
+    job.keep(loop.predictions.columns(loop.classes))
     job.pictures.append(loop.draw)
     cautions = job.ranks.broadcast(loop.cautions)
     for caution in cautions:

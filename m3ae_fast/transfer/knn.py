@@ -19,7 +19,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import Features
 from m3ae_fast.pictures.figures import GREEN, RED, draw_confusion, draw_sheet
 from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.metrics import accuracies
+from m3ae_fast.transfer.predictions import Predictions
 
 _AT_A_TIME = 512
 _SHOWN, _NEIGHBOURS = 8, 7  # samples drawn, and neighbours of each
@@ -59,15 +59,16 @@ def run(job: Job) -> dict[str, Any]:
     scores_MC = knn_scores(
         bank.features_ND, bank.labels_N, queries.features_ND, len(classes), config.k, config.temperature
     )
-    predicted_M = scores_MC.argmax(1)
+    predictions = Predictions.of(queries.keys, queries.labels_N, scores_MC, votes=True)
+    job.keep(predictions.columns(classes))
 
     def draw() -> None:
-        assert queries.labels_N is not None
-        draw_confusion(job.out / "confusion.png", queries.labels_N, predicted_M, classes)
+        predicted_M = predictions.best_NK[:, 0]
+        draw_confusion(job.out / "confusion.png", predictions.labels_N, predicted_M, classes)
         _draw_neighbours(job, (train, val), (bank, queries), predicted_M, classes)
 
     job.pictures.append(draw)
-    return accuracies(scores_MC, queries.labels_N) | {
+    return predictions.accuracies() | {
         "k": config.k,
         "classes": len(classes),
         "train_samples": len(bank.keys),

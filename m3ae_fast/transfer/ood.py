@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_detection
-from m3ae_fast.transfer.job import Job
+from m3ae_fast.transfer.job import Job, summary
 
 TRUE_POSITIVES = 0.95
 
@@ -90,16 +90,27 @@ def run(job: Job) -> dict[str, Any]:
     except ImportError:
         raise UserError("ood needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
     labelled, held_out, classes = job.open_labelled()
+    other = job.open([SourceConfig(shards=job.args.ood, modality=job.args.modality)])
+    result: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    job.say(
+        f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {other.samples:,} other samples are "
+        "encoded; then four scores tell the last two apart"
+    )
+    job.keep_if_stopped(lambda: (dict(result), dict(columns)))
     train, val = job.encode(labelled, "encoding train"), job.encode(held_out, "encoding val")
-    source = SourceConfig(shards=job.args.ood, modality=job.args.modality)
-    strange = job.encode(job.open([source]), "encoding ood")
+    strange = job.encode(other, "encoding ood")
     assert train.labels_N is not None
     scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, job.config.run.seed)
     familiar_scores, strange_scores = (scores(part.features_ND.numpy()) for part in (val, strange))
     job.pictures.append(lambda: draw_detection(job.out / "scores.png", familiar_scores, strange_scores))
-    result: dict[str, Any] = {}
+    columns |= {"key": val.keys + strange.keys, "set": ["val"] * len(val.keys) + ["ood"] * len(strange.keys)}
     for name in familiar_scores:
         area, passed = auroc_and_fpr(familiar_scores[name], strange_scores[name])
-        result |= {f"{name}_auroc": area, f"{name}_fpr95": passed}
+        found = {f"{name}_auroc": area, f"{name}_fpr95": passed}
+        columns[name] = np.concatenate((familiar_scores[name], strange_scores[name]))
+        result |= found
+        job.say(f"{name}: {summary(found)}")
+    job.keep(columns)
     sizes = {"train": train, "val": val, "ood": strange}
     return result | {"classes": len(classes)} | {f"{name}_samples": len(part.keys) for name, part in sizes.items()}

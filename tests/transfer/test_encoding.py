@@ -5,16 +5,20 @@ import torch
 from PIL import Image
 
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import DataConfig, SourceConfig
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.config import DataConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.encode import unmasked_sample
+from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar
+from tests.helpers.trainer import TINY
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,38 @@ def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
     exact, filled = (pack(samples, model.geometry, repeat_shapes=repeat) for repeat in (False, True))
     assert filled.encoder.rows > exact.encoder.rows
     torch.testing.assert_close(model.pooled(filled, pool), model.pooled(exact, pool))
+
+
+@pytest.mark.parametrize("order", ["after_norm", "before_norm"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool, order):
+    """And the last layer's are today's, to the bit, alone or in one pass with others."""
+    deep = M3AE(ModelConfig.model_validate({**TINY["model"], "depth": 3, "mean_pool": order}, strict=False))
+    pictures, texts = list(images(5)), ["a red house"] * 5
+    deep.tokenizer = load_tokenizer(TINY["data"]["tokenizer"], deep.config.text_length)
+    cut = M3AE(deep.config.model_copy(update={"depth": 2}))
+    names = cut.state_dict().keys()
+    cut.load_state_dict({name: tensor for name, tensor in deep.state_dict().items() if name in names})
+    cut.tokenizer = deep.tokenizer
+    given = {"images": pictures, "texts": texts, "pool": pool, "precision": "fp32"}
+    torch.testing.assert_close(deep.encode(**given, layer=2), cut.encode(**given), rtol=1e-5, atol=1e-5)
+    assert (deep.encode(**given, layer=1) - deep.encode(**given, layer=2)).abs().max() > 1e-2
+    samples = [unmasked_sample(i, x, "a red house", deep.config, deep.tokenizer) for i, x in enumerate(pictures)]
+    batch = pack(samples, deep.geometry)
+    with torch.no_grad():
+        whole, each = deep.pooled(batch, pool), deep.pooled_of_layers(batch, [3, 1, 2], pool)
+        patches = deep.pooled_and_patches(batch, [2, 3], pool)[1]
+    assert torch.equal(each[:, 0], whole) and torch.equal(deep.encode(**given, batch=5), whole)
+    for place, layer in enumerate((3, 1, 2)):
+        assert torch.equal(each[:, place], deep.encode(**given, batch=5, layer=layer))
+    torch.testing.assert_close(patches[:, 1], deep.representation(torch.stack(pictures), _tokens(deep))[:, 1:17])
+    for layer in (0, 4):
+        with pytest.raises(ValueError, match=f"layer {layer}: the encoder has layers 1 to 3"):
+            deep.encode(**given, layer=layer)
+
+
+def _tokens(model):
+    return torch.from_numpy(model.tokenizer.encode("a red house")).expand(5, -1)
 
 
 def test_images_come_as_pil_or_tensors_of_any_size(model):
@@ -117,15 +153,15 @@ def test_a_training_model_is_left_in_training_mode(model):
 @pytest.mark.parametrize("part", ["pooled", "patches"])
 def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run, tmp_path, part, value):
     model = open_model(str(run), text=True)
-    pooled, both = model.pooled, model.pooled_and_rows
+    pooled, both, second = model.pooled_of_layers, model.pooled_and_patches, torch.tensor([1])
 
-    def spoilt(batch, pool):
-        return pooled(batch, pool).index_fill(0, torch.tensor([1]), value)
+    def spoilt(*args):
+        return pooled(*args).index_fill(0, second, value)
 
-    def rows_spoilt(batch, pool):
-        return both(batch, pool)[0], both(batch, pool)[1].index_fill(0, batch.encoder.cu_seqlens[2:3].long() - 1, value)
+    def patches_spoilt(*args):
+        return both(*args)[0], both(*args)[1].index_fill(0, second, value)
 
-    model.pooled, model.pooled_and_rows = spoilt, rows_spoilt
+    model.pooled_of_layers, model.pooled_and_patches = spoilt, patches_spoilt
     shard = write_tar(tmp_path / "a.tar", labelled_members(range(3)))
     corpus = open_corpus([SourceConfig(shards=shard, modality="image")], ShardStore(tmp_path))
     data = DataConfig(train=[SourceConfig(shards="x")], workers=0)
