@@ -110,6 +110,21 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_ep
     _save(figure, path)
 
 
+def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str) -> None:
+    """Write a PNG: accuracies with their standard errors, a line for each name. `lines`: (x, accuracy, error) of each
+    point. `axis`: what x is."""
+    figure, (axes,) = _figure(5.6, 3.6)
+    for name, points in lines.items():
+        x, accuracy, error = zip(*points)
+        axes.errorbar(x, accuracy, yerr=error, label=name, marker="o", markersize=3, capsize=2, linewidth=1.2)
+    axes.set(
+        xlabel=axis, ylabel="top-1 accuracy", xticks=sorted({point[0] for each in lines.values() for point in each})
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
 def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
     """Write a PNG: accuracy over the bound of an attack, in units of 1/255."""
     figure, (axes,) = _figure(4.6, 3.2)

@@ -39,11 +39,15 @@ class Task(NamedTuple):
     resumes: bool = False  # has --resume
     classifies: bool = False  # MODEL is a classifier; has --labels
     modality: str | None = None  # the only one it takes
+    surveys: bool = False  # has --layers and --shots
 
 
 TASKS = {
-    "knn": Task("k-nearest-neighbour accuracy of frozen features"),
-    "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
+    "knn": Task("k-nearest-neighbour accuracy of frozen features", surveys=True),
+    "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True, surveys=True),
+    "attentive": Task(
+        "train a query that pools the frozen patch tokens, and a linear classifier", modality="image", surveys=True
+    ),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
     "robustness": Task("accuracy of a classifier on attacked and on corrupted images", trains=False, classifies=True),
     "ood": Task("detect out-of-distribution samples from frozen features"),
@@ -82,6 +86,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 action="store_true",
                 help="encode every sample once, without augmentation: takes seconds instead of hours",
             )
+        if task.surveys:
+            _add_survey(command)
         if task.resumes:
             command.add_argument(
                 "--resume",
@@ -90,6 +96,43 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 help="auto: continue from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
             )
     return parser.parse_args(argv)
+
+
+def _add_survey(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layers",
+        metavar="all|N,N",
+        help="features after these blocks, from 1, in one pass over the images: OUT gets accuracy by depth, and no "
+        "classifier (default: the last one)",
+    )
+    command.add_argument(
+        "--shots",
+        type=_counts,
+        metavar="N,N",
+        help="train on so many samples of each class, drawn several times: 1,5,10 (default: on all)",
+    )
+    command.add_argument(
+        "--draws", type=_draws, default=5, metavar="N", help="how often --shots are drawn, from 2 (default: 5)"
+    )
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers from 1 with commas, such as 1,5,10")
+    return sorted({int(part) for part in parts})
+
+
+def _draws(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 1):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 2")
+    return int(text)
+
+
+def _module(args: argparse.Namespace) -> str:
+    """Return the module that does the task."""
+    surveys = args.task == "attentive" or getattr(args, "layers", None) or getattr(args, "shots", None)
+    return "survey" if surveys else args.task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,7 +168,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         job = Job(args, config, session, folder, model.to(ranks.device).eval())
-        result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
+        result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{_module(args)}").run(job)
         if result is None:
             return
         result = {"task": args.task, **result, "model": args.model, "modality": args.modality}

@@ -78,10 +78,15 @@ class Job:
         assert classes is not None
         return labelled[0], labelled[1], classes
 
-    def encode(self, corpus: Corpus, title: str) -> Features:
-        """Return pooled features of all samples. Raises UserError as `encode_corpus` does."""
-        data, config = self.config.data, self.config.encode
-        return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse)
+    def encode(
+        self, corpus: Corpus, title: str, layers: Sequence[int] | None = None, *, patches: bool = False
+    ) -> Features:
+        """Return pooled features of all samples; of several layers, or with their patches, and errors as
+        `encode_corpus` does."""
+        data, config, pulse = self.config.data, self.config.encode, self.pulse
+        return encode_corpus(
+            self.model, corpus, data, config, self.ranks, title=title, layers=layers, patches=patches, pulse=pulse
+        )
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
         """Return samples of a corpus as the encoder saw them, by key."""

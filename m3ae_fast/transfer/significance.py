@@ -6,6 +6,7 @@ Shapes: N samples, B bootstrap samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,24 @@ LEVEL = 0.05  # of the tests, and of what an interval leaves out
 def standard_error(accuracy: float, samples: int) -> float:
     """Return the standard error of a fraction of so many samples, which another draw of samples would change."""
     return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / samples)
+
+
+def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
+    """Return the mean accuracy of D trials on the same samples, bool [D, N], and its standard error, which other
+    samples or other trials would change."""
+    trials, samples = correct_DN.shape
+    accuracies_D, shares_N = correct_DN.mean(1), correct_DN.mean(0)
+    of_trials = accuracies_D.var(ddof=1) / trials if trials > 1 else 0.0
+    return float(shares_N.mean()), math.sqrt(shares_N.var() / samples + of_trials)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of several values, by Student's t."""
+    from scipy.stats import t
+
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = error * float(t.ppf(1 - LEVEL / 2, len(values) - 1))
+    return mean - half, mean + half
 
 
 class Difference(NamedTuple):

@@ -34,11 +34,12 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "finetune"])
+@pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "attentive", "finetune"])
 def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task, precision):
     options = {
         "ood": ["--ood", shards[1]],
         "linear": LINEAR,
+        "attentive": settings("attentive.steps=2"),
         "finetune": [*TUNE, *settings(f"finetune.precision={precision}", "finetune.rand_augment=null")],
     }
     more = {"train": None} if task == "retrieval" else {}
@@ -60,7 +61,7 @@ def test_robustness_evaluates_in_float32_and_has_gradients_in_attacks_alone(tran
 
 
 def test_the_tasks_are_all_of_them(seen):
-    assert {*TASKS} == {"knn", "ood", "retrieval", "linear", "finetune", "robustness"}
+    assert {*TASKS} == {"knn", "ood", "retrieval", "linear", "attentive", "finetune", "robustness"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
