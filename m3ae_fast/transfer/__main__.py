@@ -28,7 +28,9 @@ from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
+from m3ae_fast.transfer.difference import compare_results
 from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
+from m3ae_fast.transfer.probes import PROBES
 
 
 class Task(NamedTuple):
@@ -40,13 +42,20 @@ class Task(NamedTuple):
     classifies: bool = False  # MODEL is a classifier; has --labels
     modality: str | None = None  # the only one it takes
     surveys: bool = False  # has --layers and --shots
+    compares: bool = False  # takes several MODELs, and opens them itself
 
 
+DIFFERENCE = "difference"
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features", surveys=True),
     "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True, surveys=True),
     "attentive": Task(
         "train a query that pools the frozen patch tokens, and a linear classifier", modality="image", surveys=True
+    ),
+    "compare": Task(
+        "random weights and each MODEL by several probes and seeds: a table, and which differ",
+        modality="image",
+        compares=True,
     ),
     "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
     "robustness": Task("accuracy of a classifier on attacked and on corrupted images", trains=False, classifies=True),
@@ -60,7 +69,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
         command = tasks.add_parser(name, help=task.about, description=task.about)
-        command.add_argument("model", metavar="MODEL", help=CLASSIFIER_HELP if task.classifies else MODEL_HELP)
+        about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
+        command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
         shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
         if task.trains:
             command.add_argument(
@@ -86,6 +96,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 action="store_true",
                 help="encode every sample once, without augmentation: takes seconds instead of hours",
             )
+        if task.compares:
+            _add_comparison(command)
         if task.surveys:
             _add_survey(command)
         if task.resumes:
@@ -95,6 +107,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 metavar="auto|no|PATH",
                 help="auto: continue from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
             )
+    about = "which of two results on the same samples is better, or whether they cannot be told apart"
+    command = tasks.add_parser(DIFFERENCE, help=about, description=about)
+    command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")
     return parser.parse_args(argv)
 
 
@@ -114,6 +129,31 @@ def _add_survey(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--draws", type=_draws, default=5, metavar="N", help="how often --shots are drawn, from 2 (default: 5)"
     )
+
+
+def _add_comparison(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--probes",
+        type=_probes,
+        default=[*PROBES],
+        metavar="NAME,NAME",
+        help=f"which of {', '.join(PROBES)} (default: all)",
+    )
+    command.add_argument(
+        "--seeds",
+        type=int,
+        choices=range(1, 101),
+        default=3,
+        metavar="N",
+        help="of each probe, and of random weights (default: 3)",
+    )
+
+
+def _probes(text: str) -> list[str]:
+    names = [*dict.fromkeys(text.split(","))]
+    if unknown := [name for name in names if name not in PROBES]:
+        raise argparse.ArgumentTypeError(f"{text}: no probe {unknown[0]!r}; choose from {', '.join(PROBES)}")
+    return names
 
 
 def _counts(text: str) -> list[int]:
@@ -137,6 +177,9 @@ def _module(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.task == DIFFERENCE:
+        print(compare_results(args.results))
+        return 0
     with joined_program() as session:
         perform(args, session.ranks.broadcast(lambda: _config(args)), session)
     return 0
@@ -159,15 +202,19 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    model: M3AE | Classifier
-    if TASKS[args.task].classifies:
+    model: M3AE | Classifier | None
+    if TASKS[args.task].compares:
+        model = None
+    elif TASKS[args.task].classifies:
         model = Classifier.from_pretrained(args.model)
     else:
         text = args.modality != "image"
         model = open_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
-    set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
+    if model is not None:
+        set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
+        model = model.to(ranks.device).eval()
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(args, config, session, folder, model.to(ranks.device).eval())
+        job = Job(args, config, session, folder, model)
         result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{_module(args)}").run(job)
         if result is None:
             return

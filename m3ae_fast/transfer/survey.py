@@ -90,7 +90,7 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
     """Return features, or patch tokens where the probe reads those, after each layer, from one pass over the images."""
     train, val, classes = job.open_labelled()
     if probe.tokens:
-        _require_memory(job.model.config, len(layers), [train, val])
+        require_memory(job.model.config, len(layers), [train, val])
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
         found = job.encode(corpus, title, layers, patches=probe.tokens)
@@ -100,7 +100,7 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
     return Encoded(parts[0], parts[1], classes)
 
 
-def _require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> None:
+def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> None:
     """Raise UserError where patch tokens would not fit into memory."""
     samples = sum(corpus.samples for corpus in corpora)
     needed = 2 * samples * layers * model.patches_per_image * model.emb_dim  # of float16
