@@ -4,22 +4,28 @@ python -m m3ae_fast.features runs/large 'imagenet/val-*.tar' --out val.parquet
 python -m m3ae_fast.features out/ 'shards/*.tar' --out captions.npz --modality text --pool cls
 
 FILE has the arrays or columns `keys` and `shards` [N], `features` float32 [N, D], `labels` [N] where any are found (-1
-or "" for a sample without), and with --patches `patches` float16 [N, L, D] (in parquet [N, L * D]).
+or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet [N, L * D]), and what --columns
+names: `path` and `class` from the samples' json, as from-folder writes it, and `caption`; "" where a sample has none.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.command_line import add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
+from m3ae_fast.data.index import Modality
 from m3ae_fast.data.labels import Label, read_labels
+from m3ae_fast.data.reader import Reader
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
@@ -46,8 +52,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="what the encoder sees of a sample (default: image)",
     )
     parser.add_argument("--patches", action="store_true", help="also the features of all patches (large)")
+    parser.add_argument(
+        "--columns", type=_columns, default=[], metavar="NAME,NAME", help=f"also of each sample: {', '.join(COLUMNS)}"
+    )
     add_settings(parser, "encode.batch=256")
     return parser.parse_args(argv)
+
+
+def _columns(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in COLUMNS]:
+        raise argparse.ArgumentTypeError(f"{text}: no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +124,37 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
         arrays["labels"] = _label_array([everything[number] for number in numbers])
     if found.patches_NLD is not None:
         arrays["patches"] = found.patches_NLD.numpy()
-    return arrays
+    return arrays | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in args.columns}
+
+
+def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:
+    """Return a field of the json of these samples, "" of one without."""
+    found = [value for own in read_labels(corpus, f"json.{name}") for value in own]
+    return ["" if found[number] is None else str(found[number]) for number in numbers]
+
+
+def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
+    """Return the captions of these samples, "" of one without."""
+    texts: list[Modality] = ["text"]
+    sources = [replace(s, modalities=texts * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
+    readers = [Reader(source, corpus.store) for source in sources]
+    ends = np.cumsum([source.sizes.sum() for source in sources])
+    captions = []
+    for number, place in zip(numbers, np.searchsorted(ends, numbers, side="right")):
+        reader = readers[place]
+        try:
+            caption = reader.read(*reader.find(int(number - ends[place] + sources[place].sizes.sum()))).caption
+        except BadSample:
+            caption = None
+        captions.append(caption or "")
+    return captions
+
+
+COLUMNS: dict[str, Callable[[Corpus, np.ndarray], list[str]]] = {
+    "path": partial(_field, "path"),
+    "class": partial(_field, "class_name"),
+    "caption": _captions,
+}
 
 
 def _number(corpus: Corpus) -> Corpus:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.command_line import add_labels, add_settings, program
+from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
@@ -43,23 +44,40 @@ class Task(NamedTuple):
     modality: str | None = None  # the only one it takes
     surveys: bool = False  # has --layers and --shots
     compares: bool = False  # takes several MODELs, and opens them itself
+    sections: tuple[str, ...] = ("encode",)  # of settings
 
 
 DIFFERENCE = "difference"
 TASKS = {
-    "knn": Task("k-nearest-neighbour accuracy of frozen features", surveys=True),
-    "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True, surveys=True),
+    "knn": Task("k-nearest-neighbour accuracy of frozen features", surveys=True, sections=("encode", "knn")),
+    "linear": Task(
+        "train a linear classifier on frozen features; OUT gets the classifier",
+        resumes=True,
+        surveys=True,
+        sections=("encode", "linear"),
+    ),
     "attentive": Task(
-        "train a query that pools the frozen patch tokens, and a linear classifier", modality="image", surveys=True
+        "train a query that pools the frozen patch tokens, and a linear classifier",
+        modality="image",
+        surveys=True,
+        sections=("encode", "attentive"),
     ),
     "compare": Task(
         "random weights and each MODEL by several probes and seeds: a table, and which differ",
         modality="image",
         compares=True,
+        sections=("encode", "knn", "linear", "attentive"),
     ),
-    "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
-    "robustness": Task("accuracy of a classifier on attacked and on corrupted images", trains=False, classifies=True),
-    "ood": Task("detect out-of-distribution samples from frozen features"),
+    "finetune": Task(
+        "train the encoder with a classification head; OUT gets the classifier", resumes=True, sections=("finetune",)
+    ),
+    "robustness": Task(
+        "accuracy of a classifier on attacked and on corrupted images",
+        trains=False,
+        classifies=True,
+        sections=("robustness",),
+    ),
+    "ood": Task("detect out-of-distribution samples from frozen features", sections=("encode", "knn")),
     "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
 }
 
@@ -68,7 +86,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("transfer", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
-        command = tasks.add_parser(name, help=task.about, description=task.about)
+        command = tasks.add_parser(
+            name,
+            help=task.about,
+            description=task.about,
+            epilog=settings_help(TransferConfig, task.sections),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
         command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
         shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"

@@ -110,6 +110,7 @@ def set_up(job: Job) -> FineTuning:
         stream=stream,
         notes=notes,
         classes=classes,
+        names=job.names,
         start=found.step,
     )
 

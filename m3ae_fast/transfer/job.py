@@ -17,7 +17,7 @@ from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.transfer import TransferConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, open_corpus, samples_of
-from m3ae_fast.data.labels import Classes, label_corpus
+from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.encoding import UNMASKED, Features, encode_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import write_parquet
@@ -42,6 +42,7 @@ class Job:
     session: Session
     folder: RunFolder | None  # OUT, on the main rank only
     model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
+    names: list[str] = field(default_factory=list)  # of classes, for pictures; see `open_labelled`
     pictures: list[Callable[[], None]] = field(default_factory=list)  # drawn once the result is written
 
     def __post_init__(self) -> None:
@@ -62,7 +63,8 @@ class Job:
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Return training and validation samples that have a class, and the classes by id.
+        """Return training and validation samples that have a class, and the classes by id; `names` then has what to
+        call them.
 
         Raises:
             UserError: as `open_corpus` and `label_corpus` do.
@@ -76,6 +78,7 @@ class Job:
             labelled.append(found)
             self.say(f"{found.samples:,} of {corpus.samples:,} samples have one of {len(classes)} classes")
         assert classes is not None
+        self.names = class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
     def encode(

@@ -36,6 +36,7 @@ class LabelledLoop(Loop):
 
     notes: list[str]  # on what a resumed run does otherwise
     classes: Classes
+    names: list[str]  # of the classes, for pictures
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +100,7 @@ class LabelledLoop(Loop):
         draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
         found = self.predictions
         assert found is not None
-        draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.classes)
+        draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.names)
 
 
 def rising(lines: list[dict[str, Any]], batch: int) -> float:

@@ -132,6 +132,7 @@ def set_up(job: Job) -> Probing:
         val=held_out,
         tried=tried,
         classes=classes,
+        names=job.names,
         start=found.step,
     )
 
