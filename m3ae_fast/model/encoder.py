@@ -6,7 +6,7 @@ Shapes: T encoder rows, N visible patches, D width, L patches per image, V vocab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
@@ -17,13 +17,10 @@ from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.encode import check_finite, encoding, unmasked_sample
+from m3ae_fast.model.encode import OneImage, as_images, check_finite, encoding, unmasked_sample
 from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
@@ -171,8 +168,8 @@ class MultimodalEncoder(nn.Module):
 
     def encode(
         self,
-        images: Sequence[Image | Tensor] | Tensor | None = None,
-        texts: Sequence[str] | None = None,
+        images: OneImage | Sequence[OneImage] | None = None,
+        texts: str | Sequence[str] | None = None,
         *,
         pool: Pool = "mean",
         layer: int | None = None,
@@ -182,9 +179,10 @@ class MultimodalEncoder(nn.Module):
         """Return pooled features of images, texts, or pairs of them, unmasked and without gradients.
 
         Args:
-            images: PIL images or uint8 tensors [C, H, W] of any size, of which the central square is taken, or floating
-                tensors [C, image_size, image_size], already normalised; a list, or one tensor of them all; or None.
-            texts: for which the model's `tokenizer` is needed; or None.
+            images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, of which the central
+                square is taken, or a floating tensor [C, image_size, image_size], already normalised; a list of them,
+                or one tensor or array of many; or None.
+            texts: one or a list, for which the model's `tokenizer` is needed; or None.
             pool: "mean" over all tokens but cls, or the "cls" token; see `pooled`.
             layer: the block after which features are taken, from 1; None: the last one.
             batch: samples per forward pass.
@@ -195,10 +193,14 @@ class MultimodalEncoder(nn.Module):
 
         Raises:
             ValueError: both are None, their numbers differ, an image does not fit the model, or it has no such layer.
-            UserError: there are texts, and the model has no tokenizer, or a feature is not finite.
+            UserError: a file cannot be read, there are texts, and the model has no tokenizer, or a feature is not
+                finite.
         """
         if images is None and texts is None:
             raise ValueError("encode needs images, texts or both")
+        if images is not None:
+            images = as_images(images)
+        texts = [texts] if isinstance(texts, str) else texts
         if images is not None and texts is not None and len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts")
         if layer is not None and not 1 <= layer <= self.config.depth:

@@ -1,9 +1,11 @@
 from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig, SourceConfig
@@ -102,6 +104,40 @@ def test_images_come_as_pil_or_tensors_of_any_size(model):
     with torch.no_grad():
         empty = model.encode(texts=[""])
     assert not empty.any()  # of an empty caption only cls is left
+
+
+def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
+    """And all give the features of the tensor; transparency is as in the shards."""
+    pixels = images(3, 40)
+    arrays = [image.permute(1, 2, 0).numpy() for image in pixels]
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, array in zip(paths, arrays):
+        Image.fromarray(array).save(path)
+    expected = model.encode(list(pixels), precision="fp32")
+    for many in (pixels, np.stack(arrays), arrays, paths, list(map(str, paths)), [paths[0], arrays[1], pixels[2]]):
+        assert torch.equal(model.encode(many, precision="fp32"), expected)
+    for one in (pixels[0], arrays[0], paths[0], str(paths[0]), Image.fromarray(arrays[0])):
+        torch.testing.assert_close(model.encode(one, precision="fp32"), expected[:1], rtol=1e-5, atol=1e-5)
+    alpha = np.dstack((arrays[0], np.full((40, 40), 99, np.uint8)))
+    Image.fromarray(alpha).save(tmp_path / "clear.png")
+    shard = decode_image((tmp_path / "clear.png").read_bytes(), 3)
+    for clear in (tmp_path / "clear.png", Image.fromarray(alpha)):
+        torch.testing.assert_close(model.encode(clear), model.encode(shard))
+    torch.testing.assert_close(model.encode(texts="a red house"), model.encode(texts=["a red house"]))
+    grey = M3AE(model.config.model_copy(update={"channels": 1, "image_mean": (0.5,), "image_std": (0.5,)}))
+    flat = arrays[0][..., 0]
+    assert torch.equal(grey.encode(flat, precision="fp32"), grey.encode(pixels[0][:1], precision="fp32"))
+
+
+def test_a_file_that_is_no_image_is_named(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"a.png: not an image in a known format"):
+        model.encode(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"nowhere.png: cannot be read \(No such file or directory\)"):
+        model.encode(["nowhere.png"])
+    for wrong in (np.zeros((4, 4, 3)), np.zeros((2, 2, 4, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"an array is .*, not uint8 \[height, width, channels\]"):
+            model.encode(wrong)
 
 
 @pytest.mark.parametrize(
