@@ -128,6 +128,8 @@ class Job:
     def _write_so_far(self, result: dict[str, Any], columns: Columns) -> str:
         if not self.ranks.is_main:
             return "rank 0 writes what was found so far"
+        if (self.out / RESULT_FILE).exists():
+            return f"the result is in {self.out / RESULT_FILE}"
         if not result:
             return "nothing was found yet"
         write_parquet(self.out / PREDICTIONS_FILE, columns)
