@@ -27,11 +27,10 @@ def write_parquet(path: Path, columns: Mapping[str, np.ndarray | Sequence[Any]])
 
     table = {}
     for name, values in columns.items():
-        array = values if isinstance(values, np.ndarray) else pyarrow.array(values)
-        if isinstance(array, np.ndarray):
-            flat, width = pyarrow.array(array.reshape(-1)), array[:1].size
-            array = flat if values.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, width)
-        table[name] = array
+        if isinstance(values, np.ndarray) and values.ndim > 1:
+            table[name] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values[:1].size)
+        else:
+            table[name] = pyarrow.array(values)
     with whole_file(path) as partial:
         parquet.write_table(pyarrow.table(table), partial)
 
