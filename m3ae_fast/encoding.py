@@ -105,10 +105,10 @@ def encode_corpus(
         ]
     # rank r's b-th batch is the stream's number b x world + r
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
-    keys, pooled, patches, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
+    keys, pooled, kept, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
     skipped = list(chain.from_iterable(skipped))
     check_skipped(skipped, corpus.samples, data.max_bad_fraction)
-    found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches), skipped)
+    found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(kept), skipped)
     if layers is None:
         features_ND, patches_NLD = (None if t is None else t[:, 0] for t in (found.features_ND, found.patches_NLD))
         assert features_ND is not None

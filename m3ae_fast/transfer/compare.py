@@ -22,7 +22,7 @@ from m3ae_fast.open_model import RANDOM, open_model, set_range
 from m3ae_fast.pictures.figures import draw_comparison
 from m3ae_fast.progress import Pace
 from m3ae_fast.transfer.job import Job, summary
-from m3ae_fast.transfer.predictions import ERROR, Predictions
+from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
 from m3ae_fast.transfer.probes import PROBES, Setting
 from m3ae_fast.transfer.significance import LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.transfer.survey import require_memory
@@ -75,14 +75,12 @@ class Found:
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the table of all predictions."""
-        columns: dict[str, list[Any]] = {}
-        for (model, probe), trials in self.trials.items():
-            for seed, predictions in trials.items():
-                count = len(predictions.keys)
-                about = {"model": [model] * count, "probe": [probe] * count, "seed": [seed] * count}
-                for name, values in (predictions.columns(self.classes) | about).items():
-                    columns.setdefault(name, []).extend(values)
-        return columns
+        parts = (
+            (predictions, {"model": model, "probe": probe, "seed": seed})
+            for (model, probe), trials in self.trials.items()
+            for seed, predictions in trials.items()
+        )
+        return stacked(parts, self.classes)
 
     def page(self) -> str:
         """Return the table and the tests as Markdown."""
@@ -172,9 +170,14 @@ def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -
     set_range(model, job.config.data.range)
     own = replace(job, model=model.to(job.ranks.device).eval())
     whole = [own.encode(corpus, f"{name}: {title}", patches=tokens) for corpus, title in zip(corpora, ("train", "val"))]
-    pooled = tuple(replace(part, patches_NLD=None) for part in whole)
-    patches = tuple(replace(part, features_ND=part.patches_NLD, patches_NLD=None) for part in whole)
-    return [patches if PROBES[probe].tokens else pooled for probe in job.args.probes]  # type: ignore[misc]
+    parts = []
+    for probe in job.args.probes:
+        values = [part.patches_NLD if PROBES[probe].tokens else part.features_ND for part in whole]
+        bank, held_out = (
+            replace(part, features_ND=v, patches_NLD=None) for part, v in zip(whole, values) if v is not None
+        )
+        parts.append((bank, held_out))
+    return parts
 
 
 def _write(path: Path, text: str) -> None:

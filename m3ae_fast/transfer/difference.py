@@ -27,8 +27,8 @@ def compare_results(folders: Sequence[Path]) -> str:
             f"{folders[0]} and {folders[1]}: {alone:,} samples are in one of them alone; name two results of the same "
             "--val, spelled alike"
         )
-    values = (np.array([each[key] for key in first]) for each in (first, second))
-    return difference(*values).words(str(folders[0]), str(folders[1]))
+    ours, theirs = (np.array([each[key] for key in first]) for each in (first, second))
+    return difference(ours, theirs).words(str(folders[0]), str(folders[1]))
 
 
 def _correct(folder: Path) -> dict[str, bool]:

@@ -5,7 +5,7 @@ Shapes: N samples, C classes, K best classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -60,3 +60,13 @@ class Predictions:
         named = {"label": self.labels_N, "prediction": self.best_NK[:, 0]}
         columns = {name: [classes[number] for number in ids.tolist()] for name, ids in named.items()}
         return {"key": self.keys, **columns, "score": self.scores_N.tolist()}
+
+
+def stacked(parts: Iterable[tuple[Predictions, Mapping[str, Any]]], classes: Classes) -> dict[str, list[Any]]:
+    """Return one table of several predictions, each with columns that say which it is."""
+    columns: dict[str, list[Any]] = {}
+    for predictions, which in parts:
+        same = {name: [value] * len(predictions.keys) for name, value in which.items()}
+        for name, values in (predictions.columns(classes) | same).items():
+            columns.setdefault(name, []).extend(values)
+    return columns

@@ -26,7 +26,7 @@ from m3ae_fast.progress import Pace, track
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.corruptions import PROCEDURAL, Corruption
 from m3ae_fast.transfer.job import Job, summary
-from m3ae_fast.transfer.predictions import Predictions
+from m3ae_fast.transfer.predictions import Predictions, stacked
 from m3ae_fast.transfer.robustness_pgd import pgd
 
 _TRIED = 8  # samples, until one has an image to be drawn
@@ -104,7 +104,7 @@ def _result(config: RobustnessConfig, found: Mapping[str, Predictions]) -> dict[
         return {}
     top1 = {name: predictions.accuracies()["top1"] for name, predictions in found.items()}
     pgd = {f"{e:g}/255": top1[_attack_name(e)] for e in config.epsilons if _attack_name(e) in top1}
-    corruptions = {
+    corruptions: dict[str, list[float]] = {
         kind: [top1[f"{kind} {severity}"] for severity in config.severities if f"{kind} {severity}" in top1]
         for kind in config.corruptions
     }
@@ -116,11 +116,7 @@ def _result(config: RobustnessConfig, found: Mapping[str, Predictions]) -> dict[
 
 def _columns(found: Mapping[str, Predictions], classes: Classes) -> dict[str, list[Any]]:
     """Return the table of all passes' predictions, with the pass in the column `condition`."""
-    table: dict[str, list[Any]] = {}
-    for name, predictions in found.items():
-        for column, values in {**predictions.columns(classes), "condition": [name] * len(predictions.keys)}.items():
-            table.setdefault(column, []).extend(values)
-    return table
+    return stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes)
 
 
 def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:

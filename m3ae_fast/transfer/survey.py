@@ -21,7 +21,7 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_accuracies
 from m3ae_fast.transfer.job import Job, summary
-from m3ae_fast.transfer.predictions import ERROR, Predictions
+from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
 from m3ae_fast.transfer.probes import PROBES, Probe, Setting
 from m3ae_fast.transfer.significance import interval, mean_accuracy
 
@@ -63,9 +63,9 @@ def run(job: Job) -> dict[str, Any]:
         found = [_predictions(job, encoded, case, draw) for draw in range(draws)]
         measured = _measured(found)
         rows.append(case._asdict() | measured)
-        table += [(case, draw, predictions) for draw, predictions in enumerate(found)]
+        table += [(predictions, case._asdict() | {"draw": draw}) for draw, predictions in enumerate(found)]
         job.say(f"{_name(case)}: {summary(measured)}")
-    job.keep(_columns(table, encoded.classes))
+    job.keep(stacked(table, encoded.classes))
     job.pictures.append(lambda: _draw(job, rows))
     last = rows[-1]  # of the last layer, and the most shots
     result = {name: value for name, value in last.items() if name.startswith("top")}
@@ -154,16 +154,6 @@ def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
 
 def _name(case: Case) -> str:
     return f"layer {case.layer}" + ("" if case.shots is None else f", {case.shots} shots")
-
-
-def _columns(table: Sequence[tuple[Case, int, Predictions]], classes: Classes) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
-    for case, draw, predictions in table:
-        count = len(predictions.keys)
-        about = {name: [value] * count for name, value in (case._asdict() | {"draw": draw}).items()}
-        for column, values in {**predictions.columns(classes), **about}.items():
-            columns.setdefault(column, []).extend(values)
-    return columns
 
 
 def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
