@@ -57,6 +57,10 @@ class Alone:
         process's resident memory, on a GPU of torch's allocator."""
         return self._ask("peak")
 
+    def held_bytes(self) -> int:
+        """Return the most memory that the process ever held, of all kinds: what the trainer logs as its peak."""
+        return self._ask("held")
+
     def _ask(self, what: str):
         print(what, file=self._process.stdin, flush=True)
         return self._answer()
@@ -122,6 +126,7 @@ def _serve(spec: dict, ranks, answers) -> None:
 
     from benchmarks.implementations import build
     from m3ae_fast.config import MaskingConfig, ModelConfig
+    from m3ae_fast.hardware import peak_memory
     from m3ae_fast.model.m3ae import M3AE
 
     model, options = ModelConfig(**spec["model"]), spec["options"]
@@ -141,6 +146,8 @@ def _serve(spec: dict, ranks, answers) -> None:
             answer = time.perf_counter() - start
         elif what == "peak":
             answer = peak_above(step, ranks.device) - gradients
+        elif what == "held":
+            answer = peak_memory(ranks.device)
         else:
             break
 

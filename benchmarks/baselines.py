@@ -23,7 +23,7 @@ LIGER_CHUNKS = 16  # its `chunk_mem_const`: as few chunks; with its default ther
 
 
 def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
-    """Modules by name, each with a function named as the op."""
+    """Return modules by name, each with a function named as the op."""
     found: dict[str, Callable] = {"eager": getattr(reference, work.op)}
     if compiled:
         found["torch.compile"] = torch.compile(getattr(reference, work.op))

@@ -2,11 +2,12 @@
 
 import os
 import sys
+from typing import Any
 
 from m3ae_fast.home import settle_home
 from m3ae_fast.memory import refuse_too_few_addresses, shown_in_one_line
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "pretrain"]
 
 if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(__file__):
     sys.excepthook = shown_in_one_line  # a command of this package is being started
@@ -14,10 +15,14 @@ if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == o
 settle_home()  # before other libraries look for it
 
 
-def __getattr__(name: str) -> str:
-    """Return the version, read only when asked for: m3ae_kernels imports torch, which takes a second."""
+def __getattr__(name: str) -> Any:
+    """Return what is imported only when it is asked for: it imports torch, which takes seconds."""
     if name == "__version__":
         from m3ae_kernels.version import __version__
 
         return __version__
+    if name == "pretrain":
+        from m3ae_fast.pretraining.program import pretrain
+
+        return pretrain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

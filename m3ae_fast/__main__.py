@@ -6,10 +6,12 @@ import runpy
 import sys
 
 COMMANDS = {
+    "pretrain": "pictures in, model out: makes shards, chooses settings, trains, evaluates, writes a report, exports",
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
     "data": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
     "transfer": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
+    "status": "say whether a run is finished, stopped, running or failed, and at which step",
     "features": "write a model's features of a data set as .npz or .parquet",
     "fill": "guess masked words of a caption, complete an image",
     "visualise": "draw reconstructions of a run's samples",
@@ -18,6 +20,7 @@ COMMANDS = {
     "verify": "compare the model with golden files of the official implementation",
     "config": "print every setting as a Markdown page",
 }
+MODULES = {"pretrain": "pretraining"}  # `m3ae_fast.pretrain` is the function
 
 
 def usage() -> str:
@@ -38,7 +41,7 @@ def run() -> int:
         print(f"error: no command {name!r}; python -m m3ae_fast lists them", file=sys.stderr)
         return 2
     sys.argv = [f"m3ae-fast {name}", *sys.argv[2:]]
-    runpy.run_module(f"m3ae_fast.{name}", run_name="__main__", alter_sys=False)
+    runpy.run_module(f"m3ae_fast.{MODULES.get(name, name)}", run_name="__main__", alter_sys=False)
     return 0
 
 

@@ -6,6 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+RANDOM = "random:"
+MODEL_HELP = (
+    "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
+    "random:MODEL for that network untrained"
+)
+
 
 def program(name: str, text: str | None) -> argparse.ArgumentParser:
     """Return a parser for `python -m m3ae_fast.NAME`, whose help shows the lines of `text` as they are."""

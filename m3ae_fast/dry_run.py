@@ -13,15 +13,18 @@ from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data
 from m3ae_fast.data.loader import needs_of_node
 from m3ae_fast.engine.schedule import Schedule, split_batch
-from m3ae_fast.hardware import data_sheet
+from m3ae_fast.hardware import data_sheet, settle_precision
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.program import Session
+from m3ae_fast.run.pace import FIRST_BATCH, measure, missing_memory
 
 CAPTION_FRACTION = 1 / 3  # of text_length, for the typical sample: CC12M captions have about 20 words of 64
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
 NETWORK = 50e9  # bytes per second and GPU: 400 Gbit/s
 FETCHED = 1e9  # bytes per second and node
 GPUS_OF_NODE = 8
+MEASURED_S = 5.0  # seconds of steps that say how long the run takes
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
 
 
@@ -64,6 +67,34 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
         console.print(f"{name:21} {text}")
     console.print(_memory_table(config, parameters, world, micro * _activation_bytes(config, batch)))
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
+
+
+def report_time(config: Config, session: Session) -> None:
+    """Print how long the run takes here, on the ranks that there are, measured by some steps. Every rank must call it.
+
+    Raises:
+        UserError: as at the run's start.
+    """
+    ranks = session.ranks
+    if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world), ranks.device)):
+        print(f"{'time':21} not measured on this machine: {lacking}")
+        return
+    settled = config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
+    pace = measure(settled, session, MEASURED_S)
+    if ranks.is_main:
+        samples = open_data(config.data, config.model).train.samples * config.data.repeats
+        print(f"{'time':21} {pace.sentence(config, Schedule(config.train, config.optim, samples))}", flush=True)
+
+
+def memory_needed(config: Config, world: int, samples: int = FIRST_BATCH) -> float:
+    """Return an estimate of the bytes that a rank needs for steps of so many samples."""
+    with torch.device("meta"):
+        model = M3AE(config.model, config.loss)
+    parameters = sum(p.numel() for p in model.parameters())
+    stage = 0 if config.zero is None else config.zero.stage
+    micro = min(samples, config.train.micro_batch or samples)
+    weights = zero_bytes(parameters, stage, world, _bf16(config))
+    return sum(weights) + micro * _activation_bytes(config, _typical(config, model))
 
 
 def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[float, float, float]:

@@ -13,20 +13,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from m3ae_fast.command_line import program
-from m3ae_fast.convert.onnx_model import write_onnx
-from m3ae_fast.convert.run_card import run_section
-from m3ae_fast.convert.timm_model import write_timm
 from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import run_weights, saved_run
-from m3ae_fast.weights.card import model_card
-from m3ae_fast.weights.hub import push_folder
-from m3ae_fast.weights.output_folder import CONFIG_FILE
-from m3ae_fast.weights.pretrained import Pretrained, check_weights, read_pretrained, write_pretrained
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.weights.pretrained import Pretrained
 
 
 def export(
@@ -47,21 +40,41 @@ def export(
     Raises:
         UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
     """
-    if (Path(run) / CONFIG_FILE).is_file():
-        found, about = replace(read_pretrained(run), kind=f"export {run}"), ""
-        with torch.device("meta"):
-            check_weights(M3AE(found.config), found.state, str(run))
+    from m3ae_fast.convert.run_card import run_section
+    from m3ae_fast.open_model import is_run, run_weights, saved_run
+    from m3ae_fast.weights.card import model_card
+    from m3ae_fast.weights.output_folder import CONFIG_FILE
+    from m3ae_fast.weights.pretrained import write_pretrained
+
+    if not is_run(Path(run)) and (Path(run) / CONFIG_FILE).is_file():
+        found, about = _read_export(run), ""
     else:
         saved, average = saved_run(Path(run)), weights == "average"
         found, about = run_weights(saved, average=average), run_section(saved, average)
     if format == "onnx":
+        from m3ae_fast.convert.onnx_model import write_onnx
+
         files = write_onnx(out, found.config, found.state)
         return replace(found, notes=(*found.notes, *map(str, files)))
     if format == "timm":
+        from m3ae_fast.convert.timm_model import write_timm
+
         write_timm(out, found.config, found.state)
     else:
         card = model_card(name or Path(out).resolve().name, found.config, about)
         write_pretrained(out, found, card)
+    return found
+
+
+def _read_export(folder: str | Path) -> Pretrained:
+    import torch
+
+    from m3ae_fast.model.m3ae import M3AE
+    from m3ae_fast.weights.pretrained import check_weights, read_pretrained
+
+    found = replace(read_pretrained(folder), kind=f"export {folder}")
+    with torch.device("meta"):
+        check_weights(M3AE(found.config), found.state, str(folder))
     return found
 
 
@@ -83,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     found = export(args.run, args.out, args.format, args.push, args.weights)
     print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
     if args.push:
+        from m3ae_fast.weights.hub import push_folder
+
         print(f"pushed to {push_folder(args.out, args.push, args.private)}")
     return 0
 

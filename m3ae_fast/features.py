@@ -16,24 +16,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.command_line import add_labels, add_settings, program
+from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.data import Corpus, ShardStore, open_corpus
-from m3ae_fast.data.index import Modality
-from m3ae_fast.data.labels import Label, read_labels
-from m3ae_fast.data.reader import Reader
-from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.hardware import keep_freed_memory
-from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
 from m3ae_fast.parquet import require_pyarrow, write_parquet
-from m3ae_fast.process.failures import explain
-from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.whole_file import whole_file
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.data import Corpus
+    from m3ae_fast.data.labels import Label
+    from m3ae_fast.process.ranks import Ranks
 
 NPZ, PARQUET = ".npz", ".parquet"
 
@@ -68,6 +64,9 @@ def _columns(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    from m3ae_fast.process.failures import explain
+    from m3ae_fast.process.ranks import join_ranks
+
     with join_ranks() as ranks:
         try:
             config = ranks.broadcast(lambda: _settings(args))
@@ -107,6 +106,12 @@ def _check_out(out: Path) -> None:
 
 def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> dict[str, np.ndarray]:
     """Return the arrays that FILE holds, on every rank. Raises UserError if model or shards cannot be used."""
+    from m3ae_fast.data import ShardStore, open_corpus
+    from m3ae_fast.data.labels import read_labels
+    from m3ae_fast.encoding import encode_corpus
+    from m3ae_fast.hardware import keep_freed_memory
+    from m3ae_fast.open_model import open_model, set_range
+
     if ranks.device.type == "cpu":
         keep_freed_memory()
     model = open_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
@@ -129,14 +134,18 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
 
 def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:
     """Return a field of the json of these samples, "" of one without."""
+    from m3ae_fast.data.labels import read_labels
+
     found = [value for own in read_labels(corpus, f"json.{name}") for value in own]
     return ["" if found[number] is None else str(found[number]) for number in numbers]
 
 
 def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
     """Return the captions of these samples, "" of one without."""
-    texts: list[Modality] = ["text"]
-    sources = [replace(s, modalities=texts * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
+    from m3ae_fast.batch.bad_samples import BadSample
+    from m3ae_fast.data.reader import Reader
+
+    sources = [replace(s, modalities=["text"] * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
     readers = [Reader(source, corpus.store) for source in sources]
     ends = np.cumsum([source.sizes.sum() for source in sources])
     captions = []
@@ -150,7 +159,7 @@ def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
     return captions
 
 
-COLUMNS: dict[str, Callable[[Corpus, np.ndarray], list[str]]] = {
+COLUMNS: dict[str, Callable[[Any, np.ndarray], list[str]]] = {
     "path": partial(_field, "path"),
     "class": partial(_field, "class_name"),
     "caption": _captions,

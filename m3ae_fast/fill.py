@@ -10,23 +10,18 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.crops import centre_crop
-from m3ae_fast.batch.images import decode_image
-from m3ae_fast.batch.masking import draw_mask
-from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.command_line import program
+from m3ae_fast.command_line import MODEL_HELP, program
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
-from m3ae_fast.pictures.reconstructions import draw_reconstructions
 from m3ae_fast.regular_file import open_regular
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from torch import Tensor
+
+    from m3ae_fast.batch.packing import Sample
+    from m3ae_fast.model.m3ae import M3AE
 
 MASK = "[MASK]"
 
@@ -66,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--visible {args.visible:g}: must be from 0 to 1")
     if not args.out and MASK not in args.text:
         raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed image")
+    from m3ae_fast.open_model import open_model, set_range
+    from m3ae_fast.pictures.reconstructions import draw_reconstructions
+
     model = open_model(args.model, text=True, tokenizer=args.tokenizer).eval()
     set_range(model, args.range)
     sample = make_sample(model, args.image, args.text, args.visible, args.seed)
@@ -84,6 +82,14 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
     Raises:
         UserError: the file is no image, or the caption is too long for one of its masks.
     """
+    import torch
+
+    from m3ae_fast.batch.bad_samples import BadSample
+    from m3ae_fast.batch.crops import centre_crop
+    from m3ae_fast.batch.images import decode_image
+    from m3ae_fast.batch.masking import draw_mask
+    from m3ae_fast.batch.packing import Sample
+
     config = model.config
     try:
         with open_regular(image) as file:
@@ -106,6 +112,10 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
 def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
     """Return token ids, 0 where one is masked, and the mask. The parts between masks are tokenized by themselves, so no
     tokenizer needs a mask token."""
+    import torch
+
+    from m3ae_fast.batch.bad_samples import BadSample
+
     assert model.tokenizer is not None
     ids: list[int] = []
     masked: list[bool] = []
@@ -130,6 +140,8 @@ def fill_text(model: M3AE, sample: Sample, top: int = 5) -> list[list[Guess]]:
         sample: with a caption, as `make_sample` gives it.
         top: guesses for each.
     """
+    from m3ae_fast.batch.packing import pack
+
     assert sample.text_mask is not None and model.tokenizer is not None
     geometry = replace(model.geometry, image_all_tokens=False, text_all_tokens=False)
     device = model.encoder_input.cls_token.device

@@ -17,7 +17,7 @@ _LONGEST = "1d"  # for a request; who reads the output has limits of its own
 
 
 def require(url: str) -> None:
-    """Raises UserError where what reads such URLs is not installed."""
+    """Raise UserError where what reads such URLs is not installed."""
     if url.startswith(SCHEMES) and not (find_spec("obstore") and find_spec("boto3")):
         raise UserError(
             f"{url}: pip install 'm3ae-fast[remote]' to read it, or name it by a command: 'pipe:aws s3 cp {url} -'"

@@ -9,18 +9,13 @@ from typing import Any
 import torch
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.command_line import RANDOM
 from m3ae_fast.config import LossConfig, ModelConfig, Range, parse
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.run import checkpoint
 from m3ae_fast.weights.pretrained import Pretrained, build
-
-RANDOM = "random:"
-MODEL_HELP = (
-    "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
-    "random:MODEL for that network untrained"
-)
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
     """Return a model on the CPU, float32, with its tokenizer where text is asked for.
 
     Args:
-        name: see MODEL_HELP.
+        name: see `command_line.MODEL_HELP`.
         text: whether captions are going to be encoded.
         tokenizer: to be taken instead of the model's own.
         seed: of the weights of `random:MODEL`.

@@ -1,91 +1,87 @@
-"""python -m m3ae_fast.report RUN: one self-contained page of a run, report.html, readable without a server.
+"""python -m m3ae_fast.report RUN ...: one self-contained page of a run, report.html, readable without a server.
 
-It holds the curves of the run's metrics, its reconstructions, the results of tasks (every result.json below the run
-folder and below `--results`), config and versions.
+It says what the run has come to and what is unusual, and holds the results of tasks (every result.json below the run
+folder and below `--results`), curves, pictures, config and versions. Further runs join tables and curves.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
-import io
 import json
-import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from m3ae_fast.command_line import program
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.regular_file import read_json
-from m3ae_fast.run import checkpoint
+from m3ae_fast.run.diagnosis import Metrics, findings, verdict
 from m3ae_fast.run.run_log import read_metrics
+from m3ae_fast.status import status
 from m3ae_fast.whole_file import whole_file
 
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.run import checkpoint
+
 REPORT_FILE = "report.html"
-# title, axis, and (metric, label, colour) of each line of a chart
-_TRAIN, _HELD_OUT, _OTHER = "#9db4d3", "#1f4e9c", "#b5651d"
-CHARTS = [
-    ("Loss", "", [("loss", "training", _TRAIN)]),
-    ("Image loss", "", [("image_loss", "training", _TRAIN), ("val_image_loss", "held out", _HELD_OUT)]),
-    ("Text loss", "", [("text_loss", "training", _TRAIN), ("val_text_loss", "held out", _HELD_OUT)]),
-    ("Text accuracy", "", [("text_accuracy", "training", _TRAIN), ("val_text_accuracy", "held out", _HELD_OUT)]),
-    ("k-NN accuracy", "", [("val_knn_top1", "held out", _HELD_OUT)]),
-    ("Throughput", "samples/s", [("samples_per_s", "", _OTHER)]),
-    ("Utilisation", "of the peak", [("mfu", "reference FLOPs", _OTHER), ("utilisation", "executed FLOPs", _HELD_OUT)]),
-    ("Waiting for data", "fraction of the time", [("data_wait", "", _OTHER)]),
-    ("Learning rate", "", [("lr", "", _OTHER)]),
-    ("Gradient norm", "", [("grad_norm", "", _OTHER)]),
-    ("Memory", "GB", [("peak_memory_gb", "peak", _OTHER)]),
-]
+_COUNTS = ("k", "classes", "steps", "seconds", "skipped", "train_samples", "val_samples")  # of a result: no metrics
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+h1 { font-size: 1.5rem; } summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin-top: 1.6rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; }
 th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr { border-bottom: 1px solid #8884; } .faint { color: #888; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
 .charts img { background: #fff; border-radius: 4px; width: 100%; }
 img.wide { background: #fff; max-width: 100%; } pre { overflow-x: auto; }
 """
 
 
-def write_report(run: Path, out: Path, results: Sequence[Path] = ()) -> None:
+def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Sequence[Path] = ()) -> None:
     """Write the page of the run folder `run` to `out`.
 
+    Args:
+        run: whose pictures and config are shown.
+        out: an HTML file.
+        results: folders with result.json of other places.
+        others: further run folders, whose curves and results are beside those of the first.
+
     Raises:
-        UserError: `run` has no metrics, a file is damaged, or `out` cannot be written.
+        UserError: a run has no metrics, a file is damaged, or `out` cannot be written.
     """
-    metrics = read_metrics(run)
-    found = read_results([run, *results])
-    info = None
-    if saved := checkpoint.saved_steps(run):
-        info = checkpoint.read_info(saved[-1])
-    parts = [f"<h1>{escape(run.resolve().name)}</h1>", _summary(metrics, info)]
+    from m3ae_fast.run import checkpoint
+
+    runs = {str(folder): read_metrics(folder) for folder in (run, *others)}
+    found = read_results([run, *others, *results])
+    saved = checkpoint.saved_steps(run)
+    info = checkpoint.read_info(saved[-1]) if saved else None
+    name = escape(run.resolve().name)
+    parts = [f"<h1>{name}</h1>", *(_head(Path(folder), metrics, len(runs) > 1) for folder, metrics in runs.items())]
     if found:
-        parts += ["<h2>Transfer</h2>", _results_table(found)]
-    parts += ["<h2>Curves</h2>", f'<div class="charts">{"".join(_charts(metrics))}</div>']
-    for name in ("reconstructions.png", "attention.png", "map.png"):
-        if png := _png(run / name):
-            parts += [f"<h2>{name.removesuffix('.png').capitalize()}</h2>", _image(png, "wide")]
+        parts.append(_results_table(found))
+    parts.append(_numbers(runs[str(run)], info))
+    parts.append(_section("Curves", _charts(LEARNING, runs), is_open=True))
+    for kind in ("reconstructions", "attention", "map"):
+        if png := _png(run / f"{kind}.png"):
+            parts.append(_section(kind.capitalize(), _image(png, "wide"), is_open=True))
     for path, result in found:
         for picture in sorted(path.parent.glob("*.png")):
             title = f"{result.get('task', '?')} ({path.parent.name}): {picture.stem.replace('_', ' ')}"
             if png := _png(picture):
-                parts += [f"<h2>{escape(title)}</h2>", _image(png, "wide")]
+                parts.append(_section(title, _image(png, "wide")))
+    parts.append(_section("Speed and optimiser", _charts(RUNNING, runs)))
     if info:
-        config = escape(json.dumps(info.config, indent=2))
-        parts += ["<h2>Config</h2>", f"<details><summary>all settings</summary><pre>{config}</pre></details>"]
-        parts += ["<h2>Versions</h2>", _table([[escape(k), escape(v)] for k, v in info.versions.items()])]
-    name = f"<title>{escape(run.resolve().name)}</title>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{name}<style>{_STYLE}</style>'
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
-    )
+        parts.append(_section("Config", f"<pre>{escape(json.dumps(info.config, indent=2))}</pre>"))
+        parts.append(_section("Versions", _table([[escape(k), escape(v)] for k, v in info.versions.items()])))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
+    body = "\n".join(parts)
+    page = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n'
     with whole_file(out) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page + "</html>\n", encoding="utf-8")
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -104,7 +100,28 @@ def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
     return list(found.items())
 
 
-def _summary(metrics: list[dict[str, Any]], info: checkpoint.Info | None) -> str:
+def _head(run: Path, metrics: Metrics, named: bool) -> str:
+    """Return what a run has come to, what is unusual about it, and what to try, in words."""
+    try:
+        state = status(run)[1]
+    except UserError:  # of a version that kept no record
+        state = f"step {metrics[-1]['step']:,}"
+    words = f"{run}: {state}" if named else state
+    lines = [f"<p>{escape(_sentence(words, verdict(metrics)))}</p>"]
+    unusual = findings(metrics)
+    for finding in unusual:
+        lines.append(f"<p><b>{finding.name}</b>: {escape(finding.what)}. To try: {escape(finding.remedy)}.</p>")
+    if not unusual:
+        lines.append('<p class="faint">Nothing unusual.</p>')
+    return "\n".join(lines)
+
+
+def _sentence(*parts: str) -> str:
+    text = ". ".join(part[:1].upper() + part[1:] for part in parts if part)
+    return f"{text}."
+
+
+def _numbers(metrics: Metrics, info: checkpoint.Info | None) -> str:
     last: dict[str, Any] = {}
     for values in metrics:
         last |= values
@@ -113,50 +130,46 @@ def _summary(metrics: list[dict[str, Any]], info: checkpoint.Info | None) -> str
         rows.append(["samples seen", f"{info.samples:,}"])
     shown = ("loss", "val_image_loss", "val_text_loss", "val_text_accuracy", "val_knn_top1", "samples_per_s", "mfu")
     rows += [[name, _number(last[name])] for name in shown if name in last]
-    return _table([[escape(name), f'<td class="number">{value}</td>'] for name, value in rows])
+    return _section("Last numbers", _table([[escape(name), _cell(value)] for name, value in rows]))
 
 
 def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
     rows = []
     for path, result in found:
-        numbers = {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        shown = ", ".join(f"{escape(k)} {_number(v)}" for k, v in numbers.items())
-        rows.append(
-            [escape(str(result.get("task", "?"))), shown, f'<span class="faint">{escape(path.parent.name)}</span>']
-        )
-    return _table(rows, ["task", "result", "folder"])
+        model = str(result.get("model", path.parent.name))
+        for name, value in result.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _COUNTS:
+                texts = (str(result.get("task", "?")), model, name)
+                cells = (_with_error(name, value, result), _chance(name, result))
+                rows.append([*map(escape, texts), *map(_cell, cells)])
+    return _table(rows, ["task", "model", "metric", "value", "chance"])
 
 
-def _charts(metrics: list[dict[str, Any]]) -> Iterable[str]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the report's charts need matplotlib: pip install matplotlib") from None
-    for title, unit, lines in CHARTS:
-        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
-        axes = figure.add_subplot()
-        for name, label, colour in lines:
-            points = [(m["step"], m[name]) for m in metrics if _finite(m.get(name))]
-            if points:
-                marker = "o" if len(points) < 30 and name.startswith("val_") else ""
-                axes.plot(*zip(*points), label=label, color=colour, marker=marker, markersize=3, linewidth=1.4)
-        if not axes.lines:
-            continue
-        axes.set_title(title, fontsize=10)
-        axes.set_ylabel(unit, fontsize=8)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(axes.lines) > 1:
-            axes.legend(fontsize=8, frameon=False)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=160)
-        yield _image(picture.getvalue(), alt=title)
+def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
+    """Return a metric; of an accuracy with the standard error over the samples that it is a mean of."""
+    samples = result.get("val_samples")
+    if not (name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1):
+        return _number(value)
+    likely = (value * samples + 1) / (samples + 2)  # Laplace's estimate: the error of 100% is not 0
+    return f"{value:.1%} ± {(likely * (1 - likely) / samples) ** 0.5:.1%}"
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _chance(name: str, result: dict[str, Any]) -> str:
+    """Return the accuracy of guessing among the classes, "" where there are none."""
+    classes = result.get("classes")
+    if not (name in ("top1", "top5") and isinstance(classes, int) and classes > 0):
+        return ""
+    return f"{min(int(name[3:]) / classes, 1):.1%}"
+
+
+def _charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> str:
+    drawn = "".join(_image(png, alt=title) for title, png in draw_charts(charts, runs))
+    return f'<div class="charts">{drawn}</div>'
+
+
+def _section(title: str, content: str, is_open: bool = False) -> str:
+    """Return a part of the page that folds."""
+    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
 
 
 def _number(value: Any) -> str:
@@ -174,6 +187,10 @@ def _image(png: bytes, kind: str = "", alt: str = "") -> str:
     return f'<img class="{kind}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
+def _cell(number: str) -> str:
+    return f'<td class="number">{number}</td>'
+
+
 def _table(rows: list[list[str]], head: Sequence[str] = ()) -> str:
     top = f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>" if head else ""
     body = "".join(
@@ -184,18 +201,18 @@ def _table(rows: list[list[str]], head: Sequence[str] = ()) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m m3ae_fast.report",
-        description="One self-contained page of a run: curves, reconstructions, results of tasks, config, versions.",
+    parser = program("report", __doc__)
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run folder; more of them join its tables and curves"
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help=f"default: RUN/{REPORT_FILE}")
     parser.add_argument(
         "--results", nargs="+", type=Path, default=[], metavar="DIR", help="folders with result.json outside RUN"
     )
     args = parser.parse_args(argv)
-    out = args.out or args.run / REPORT_FILE
-    write_report(args.run, out, args.results)
+    run, *others = args.runs
+    out = args.out or run / REPORT_FILE
+    write_report(run, out, args.results, others)
     print(f"wrote {out}")
     return 0
 

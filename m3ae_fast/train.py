@@ -14,7 +14,7 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handles what arrived meanwhile
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
@@ -28,16 +28,12 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
 
 from m3ae_fast.command_line import add_settings
 from m3ae_fast.config import Config, load_config
-from m3ae_fast.dry_run import report
 from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.hardware import settle_precision
-from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.process.program import Session, joined_program
-from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.profiler import TRACE_FILE, profiler
-from m3ae_fast.run.run import Run
-from m3ae_fast.run.run_folder import RunFolder
-from m3ae_fast.transfer.curve import knn_probe
+from m3ae_fast.process.launchers import alone
+
+if TYPE_CHECKING:  # torch is imported by what needs it: not by --help, nor by what only says that the config is wrong
+    from m3ae_fast.process.program import Session
+    from m3ae_fast.run.loop import Loop
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -61,15 +57,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="continue although shards, tokenizer, crops or masks are not the checkpoint's: it will be another run",
     )
     parser.add_argument(
-        "--profile", action="store_true", help=f"write {TRACE_FILE} into run.dir: a torch profiler trace of some steps"
+        "--profile", action="store_true", help="write trace.json.gz into run.dir: a torch profiler trace of some steps"
     )
     dry = parser.add_argument_group("looking at a config without training")
     dry.add_argument(
         "--dry-run",
         action="store_true",
-        help="check config, shards and tokenizer, print sizes, memory and communication, and exit",
+        help="check config, shards and tokenizer, print sizes, memory, communication and, measured by a few steps, how "
+        "long the run takes on this machine; then exit",
     )
-    dry.add_argument("--world", type=int, metavar="N", help="for N GPUs (default: as many as need no accumulation)")
+    dry.add_argument(
+        "--world", type=int, metavar="N", help="for N GPUs elsewhere (default: as many as need no accumulation)"
+    )
     dry.add_argument("--no-data", action="store_true", help="leave out shards and tokenizer, which lie elsewhere")
     args = parser.parse_args(argv)
     if (args.world is not None or args.no_data) and not args.dry_run:
@@ -81,11 +80,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if alone():
+        load_config(args.config, args.set)  # a mistake is told before the imports, which take seconds
+    from m3ae_fast.dry_run import report, report_time
+    from m3ae_fast.hardware import settle_precision
+    from m3ae_fast.process.program import joined_program
+
     with joined_program() as session:
         ranks = session.ranks
         config = ranks.broadcast(lambda: load_config(args.config, args.set))
         if args.dry_run:
             ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
+            if args.world is None and not args.no_data:
+                report_time(config, session)
             return 0
         settled = ranks.broadcast(lambda: settle_precision(config.train, ranks.device))
         pre_train(config.model_copy(update={"train": settled}), args, session)
@@ -94,6 +101,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def pre_train(config: Config, args: argparse.Namespace, session: Session) -> None:
     """Open the data, build or restore the model, and train it."""
+    from m3ae_fast.run.run import Run
+    from m3ae_fast.run.run_folder import RunFolder
+    from m3ae_fast.transfer.curve import knn_probe
+
     session.pulse.watch_over(config.run)
     with session.ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         run = Run.set_up(config, args.resume, session, folder, args.resume_with_changes)
@@ -114,8 +125,11 @@ def train(loop: Loop, trace_dir: Path | None = None) -> dict[str, Any] | None:
     Raises:
         UserError: a loss is not finite, too many samples cannot be used, or a checkpoint cannot be written.
     """
+    from m3ae_fast.process.garbage import GarbageCollection
+    from m3ae_fast.run.profiler import profiler
+
     loop.stop.listen()
-    with loop.log, loop.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
+    with loop.ending(), loop.log, loop.saving, profiler(trace_dir) as trace, GarbageCollection() as garbage:
         loop.announce()
         loop.evaluate_if_due()
         for inputs in loop.inputs():  # micro-batches on the device; the next ones are loaded meanwhile

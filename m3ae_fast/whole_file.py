@@ -41,12 +41,13 @@ def put_in_place(partial: Path, path: Path) -> None:
     Raises OSError where the disk refuses.
     """
     for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
-        _to_disk(written)
+        to_disk(written)
     os.replace(partial, path)
-    _to_disk(path.parent)
+    to_disk(path.parent)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk. Raises OSError where it refuses."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

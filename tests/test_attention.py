@@ -14,12 +14,12 @@ from m3ae_kernels.attention.per_sample import PER_SAMPLE
 from torch import Tensor
 
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.model.attention import describe_attention
+from m3ae_fast.model.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.model.transformer import Block
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-QUERIES, KEYS = [0, 1, 3, 5], [2, 1, 7, 5]
+QUERIES, KEYS = [0, 1, 3, 5, 3, 3], [2, 1, 7, 5, 7, 7]  # some alike
 CONFIG = ModelConfig(
     size=None, emb_dim=64, depth=1, num_heads=2, dec_emb_dim=48, dec_depth=1, dec_num_heads=3,
     image_size=32, patch_size=8, text_length=12, vocab_size=50,
@@ -99,7 +99,10 @@ def test_a_block_is_one_graph(pruned):
     torch.manual_seed(0)
     block = Block(32, 2, 4, "tanh", drop=0.0, att_drop=0.0)
     x = torch.randn(sum(KEYS), 32)
-    rows = (torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14][: sum(QUERIES)], dtype=torch.int32), segments(QUERIES))
+    rows = (
+        torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14, *range(15, 18), *range(22, 25)], dtype=torch.int32),
+        segments(QUERIES),
+    )
     arguments = (x, segments(KEYS), *(rows if pruned else ()))
     expected, got = (
         block(*arguments),
@@ -329,27 +332,36 @@ def test_what_does_not_work_is_left_out(monkeypatch, caplog):
     assert "old is left out: libcudart.so.11" in caplog.text and "new is left out: FlashAttention only" in caplog.text
     monkeypatch.setattr(cuda, "MAKERS", {"any": lambda: pytest.fail("float32 has no kernel of others")})
     assert cuda.choose(CPU, torch.float32, 2, 16, 9) is PADDED
+    monkeypatch.setattr(cuda, "fastest", lambda *_: "tried")
+    assert [cuda.choose(CPU, dtype, 2, 24, 9) for dtype in (BF16, torch.float16)] == ["tried"] * 2
 
 
 def test_what_computes_something_else_is_left_out(monkeypatch, caplog):
-    """NaN, and what takes all samples to be of one length."""
+    """NaN, a few percent more, wrong gradients, and what takes all samples to be of one length."""
 
-    def nothing(q, k, v, queries, keys):
-        out, lse = PADDED.forward(q, k, v, queries, keys)
-        return out * torch.nan, lse
+    def times(factor: float):
+        def forward(*arguments):
+            out, lse = PADDED.forward(*arguments)
+            return out * factor, lse
+
+        return Kernel("wrong", forward, PADDED.backward)
 
     def alike(q, k, v, queries, keys):
         ends = (torch.arange(len(keys.cu_seqlens)) * keys.max_seqlen).clamp(max=keys.rows).int()
         even = Segments(ends, keys.max_seqlen, keys.rows)
         return PADDED.forward(q, k, v, even, even)
 
+    def swapped(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
+        PADDED.backward(grad, q, k, v, out, lse, dk, dq, dv, queries, keys)
+
+    wrong = {"nan": times(torch.nan), "near": times(1.05), "alike": Kernel("wrong", alike, PADDED.backward)}
+    wrong["swapped"] = Kernel("wrong", PADDED.forward, swapped)
     monkeypatch.setattr(cuda, "SAMPLES", 3)
-    makers = {
-        name: lambda forward=forward: Kernel("wrong", forward, PADDED.backward)
-        for name, forward in (("nan", nothing), ("alike", alike))
-    }
+    makers = {name: lambda kernel=kernel: kernel for name, kernel in wrong.items()}
     assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is PADDED
     assert all(f"attention: {name} is left out: its results are off by" in caplog.text for name in makers)
+    right = times(1.0)
+    assert cuda.fastest(makers | {"right": lambda: right}, *cuda._example(CPU, BF16, 2, 16, 9)) is right
 
 
 @pytest.mark.parametrize(
@@ -385,7 +397,67 @@ def test_times_are_measured(monkeypatch):
     fast = Kernel("fast", PADDED.forward, PADDED.backward)
     for order in ((slow, fast), (fast, slow)):
         makers = {kernel.name: lambda kernel=kernel: kernel for kernel in order}
-        assert cuda.fastest(makers, *cuda._example(CPU, BF16, 2, 16, 9)) is fast
+        inputs = cuda.example(CPU, BF16, 2, 16, 9)
+        times = cuda.fastest(makers, inputs, inputs)
+        assert list(times) == ["fast", "slow"] and 0 < times["fast"] < times["slow"]
+
+
+def test_kernels_are_checked_small_and_timed_at_the_micro_batchs_size(monkeypatch):
+    rows = []
+
+    def forward(q, *others):
+        rows.append(len(q))
+        return PADDED.forward(q, *others)
+
+    monkeypatch.setattr(cuda, "MAKERS", {"one": lambda: Kernel("one", forward, PADDED.backward)})
+    monkeypatch.setattr(cuda, "SAMPLES", 2)
+    times = cuda.trial(CPU, BF16, 2, 16, 9, samples=5)
+    small, large = sum(9 - i for i in range(2)), sum(9 - i for i in range(5))
+    assert list(times) == ["one"] and rows == [small, *[large] * (1 + cuda.ROUNDS**2)]
+    assert cuda.trial(CPU, torch.float32, 2, 16, 9, samples=5) == {}
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Trials that find "new" the fastest, and "old" next; what was tried."""
+    tried = []
+
+    def trial(device, dtype, heads, head_dim, length, samples):
+        tried.append((heads, head_dim, length, samples))
+        return {"new": 1.0, "old": 2.0}
+
+    makers = {name: lambda name=name: Kernel(name, PADDED.forward, PADDED.backward) for name in ("new", "old")}
+    monkeypatch.setattr(cuda, "MAKERS", makers)
+    monkeypatch.setattr(cuda, "trial", trial)
+    monkeypatch.setattr(cuda, "_chosen", {})
+    monkeypatch.delenv("M3AE_KERNELS_IMPL", raising=False)
+    return tried
+
+
+def test_one_rank_chooses_and_all_run_the_same(trials):
+    gpu = torch.device("cuda", 0)
+    where = (CONFIG, MaskingConfig(), gpu, BF16)
+    names, times = choose_attention(*where, 512)
+    assert names == {"encoder": "new", "decoder": "new"} and times["encoder"] == {"new": 1.0, "old": 2.0}
+    assert trials == [(2, 32, 8, 512), (3, 16, 29, 512)]
+    settle_attention(*where, {"encoder": "new", "decoder": "old"})  # of another rank
+    assert describe_attention(*where) == "new (encoder), old (decoder)"
+    assert [kernel_for("auto", gpu, BF16, *head, 8).name for head in ((2, 32), (3, 16))] == ["new", "old"]
+    assert len(trials) == 2
+
+
+def test_a_resumed_run_keeps_its_kernels_where_they_are(trials):
+    where = (CONFIG, MaskingConfig(), torch.device("cuda", 0), BF16)
+    known = {"encoder": "old", "decoder": "of another machine"}
+    names, times = choose_attention(*where, 512, known)
+    assert names == {"encoder": "old", "decoder": "new"} and list(times) == ["decoder"] and len(trials) == 1
+
+
+def test_nothing_is_tried_where_nothing_is_to_be_chosen(trials, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    assert choose_attention(CONFIG, MaskingConfig(), CPU, BF16, 512) == ({}, {})
+    monkeypatch.setenv("M3AE_KERNELS_IMPL", "torch")
+    assert choose_attention(CONFIG, MaskingConfig(), gpu, BF16, 512) == ({}, {}) and not trials
 
 
 def test_a_run_names_its_kernels(monkeypatch):

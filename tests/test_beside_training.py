@@ -15,6 +15,7 @@ from m3ae_fast.process import garbage
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.garbage import GarbageCollection
 from m3ae_fast.run import checkpoint
+from tests.helpers.ranks import fork_ranks
 
 
 def test_an_error_in_the_background_is_known_at_once_and_raised_once():
@@ -35,7 +36,7 @@ def test_an_error_in_the_background_is_known_at_once_and_raised_once():
     background.wait()
 
 
-@pytest.mark.parametrize("error", [None, UserError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [None, UserError, RuntimeError, KeyboardInterrupt])
 def test_the_last_work_is_awaited_at_the_end(error):
     """But where the user wants to be gone."""
     done, go = [], threading.Event()
@@ -46,8 +47,10 @@ def test_the_last_work_is_awaited_at_the_end(error):
         go.wait(5)
         done.append(1)
 
+    background = Background()
+
     def run() -> None:
-        with Background() as background:
+        with background:
             background.start(work)
             if error:
                 raise error("enough")
@@ -58,6 +61,7 @@ def test_the_last_work_is_awaited_at_the_end(error):
         with pytest.raises(error):
             run()
     assert done == ([] if error is KeyboardInterrupt else [1])
+    assert background.leaving.is_set() == (error in (KeyboardInterrupt, RuntimeError))  # a UserError is all ranks'
     go.set()
     timer.join()
 
@@ -73,17 +77,20 @@ def test_an_error_of_the_last_work_is_raised_at_the_end_unless_another_ends_the_
             raise error("enough")
 
 
-def test_a_save_that_fails_in_the_background_stops_the_run(trainer):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_save_that_fails_in_the_background_stops_the_run(trainer, ranks):
     """The checkpoint folder turns into a file after the first save."""
-    process = trainer.fork("run", "--set", "train.steps=2000", "--set", "train.save_every=2", "--set", "train.keep=1")
+    options = ["--set", "train.steps=2000", "--set", "train.save_every=2", "--set", "train.keep=1"]
+    processes = fork_ranks("m3ae_fast.train", trainer.arguments("run", *options), ranks, trainer.log("run"))
     folder = trainer.folder / "run/checkpoints"
-    while process.is_alive() and not checkpoint.saved_steps(trainer.folder / "run"):
+    while processes[0].is_alive() and not checkpoint.saved_steps(trainer.folder / "run"):
         time.sleep(0.01)
     folder.rename(trainer.folder / "away")
     folder.write_text("in the way")
-    process.join(120)
+    for process in processes:
+        process.join(120)
     out = trainer.log("run").read_text()
-    assert process.exitcode == 2 and "Traceback" not in out
+    assert {process.exitcode for process in processes} == {2} and "Traceback" not in out
     assert "cannot be written" in out and out.count("error") <= 2
     steps = [json.loads(line)["step"] for line in (trainer.folder / "run/metrics.jsonl").read_text().splitlines()]
     assert max(steps) < 200

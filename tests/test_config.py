@@ -7,10 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from m3ae_fast import train
 from m3ae_fast.__main__ import COMMANDS
-from m3ae_fast.config import Config, ModelConfig, TrainConfig, load_config, parse
+from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, load_config, parse
 from m3ae_fast.config.__main__ import main as write_page
 from m3ae_fast.config.__main__ import train_page, transfer_page
 from m3ae_fast.data import ShardStore, open_corpus, open_data
@@ -189,6 +190,31 @@ def test_deepspeed_sections_that_fail(run, section, message):
     section = {"zero_optimization": {"stage": 1}} | section
     code, err = run("--set", f"deepspeed={json.dumps(section)}")
     assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("clip_grad", [None, 0.7])
+def test_deepspeed_waits_for_nothing_and_sums_gradients_in_float32(stage, clip_grad):
+    from m3ae_fast.engine.deepspeed_engine import deepspeed_section
+
+    config = DeepSpeedConfig(zero_optimization={"stage": stage})
+    found = {
+        dtype: deepspeed_section(config, OptimConfig(clip_grad=clip_grad), dtype, 3, 5)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for section in found.values():
+        sizes = section["train_micro_batch_size_per_gpu"], section["gradient_accumulation_steps"]
+        assert (*sizes, section["gradient_clipping"]) == (3, 5, clip_grad or 0)
+        assert not section["timers"]["throughput"]["enabled"] and section["steps_per_print"] > 1e6
+        assert section["zero_optimization"]["stage"] == stage
+    plain, low = found.values()
+    assert not plain.keys() & {"torch_autocast", "bf16", "data_types"}
+    if stage == 0:
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        assert low["torch_autocast"] == autocast and "bf16" not in low
+    else:
+        assert low["bf16"] == {"enabled": True, "check_grad_overflow": False} and "torch_autocast" not in low
+        assert low["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 def test_out_of_memory_says_what_to_do(run, monkeypatch):

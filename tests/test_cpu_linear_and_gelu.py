@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from m3ae_kernels.cpu import build, linear, mlp
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from m3ae_fast.model.transformer import MLP
 from tests.helpers.amx import TILES_ANYWHERE
@@ -250,6 +251,36 @@ def test_only_what_is_before_gelu_is_kept_for_the_backward():
         y = mlp.mlp(x.to(dtype), *parameters)
         saved = sum(t.numel() for t in y.grad_fn.saved_tensors)
         assert saved == x.numel() + parameters[0].numel() + parameters[2].numel() + 90 * 64
+
+
+def test_the_backward_makes_no_zeros_for_what_is_before_gelu():
+    """Of that size it makes the gradients before and after GELU, which are one where they come with the product, and
+    GELU once more."""
+    rows, hidden = 4096, 256
+    for dtype in build.DTYPES:
+        parameters = [torch.randn(shape).requires_grad_() for shape in ((hidden, 32), (hidden,), (32, hidden), (32,))]
+        with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+            y = mlp.mlp(torch.randn(rows, 32), *parameters)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            y.backward(torch.ones_like(y))
+        sizes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        expected = 2 if linear.multiplies(y, parameters[2]) else 3
+        assert sum(size >= rows * hidden * dtype.itemsize for size in sizes) == expected
+
+
+def test_an_mlp_whose_output_gets_no_gradient_gives_none():
+    class Dropped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            return None
+
+    x, _, parameters = mlp_inputs(64)
+    (Dropped.apply(mlp.mlp(x, *parameters)).sum() + parameters[0].sum()).backward()
+    assert parameters[0].grad.unique().tolist() == [1.0] and all(p.grad is None for p in parameters[1:])
 
 
 @pytest.mark.parametrize("frozen", range(5))

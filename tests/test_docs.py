@@ -8,6 +8,7 @@ import shlex
 import pytest
 from pydantic import BaseModel
 
+from m3ae_fast.__main__ import MODULES
 from m3ae_fast.config import Config
 from m3ae_fast.config.messages import section_of
 from tests.helpers.slow import SLOW, is_slow
@@ -15,7 +16,7 @@ from tests.helpers.trainer import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
 TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
-MODULE = r"(?:python -m m3ae_fast\.(\w+)|m3ae_fast/(train)\.py)"
+MODULE = r"(?:python -m m3ae_fast\.(\w+)|m3ae_fast/(train)\.py|m3ae-fast (\w+))"
 
 
 def commands() -> list[str]:
@@ -46,7 +47,8 @@ def test_a_printed_command_is_accepted(command, monkeypatch, capsys):
     found = re.search(MODULE, command)
     words = shlex.split(command[found.end() :], comments=True)
     assert all((ROOT / word).exists() for word in words if word.startswith("configs/"))
-    name = f"m3ae_fast.{found[1] or found[2]}"
+    word = found[1] or found[2] or found[3]
+    name = f"m3ae_fast.{MODULES.get(word, word)}"
     folder = (ROOT / name.replace(".", "/")).is_dir()
     program = importlib.import_module(f"{name}.__main__" if folder else name)
     with pytest.raises((Accepted, SystemExit)) as stopped:

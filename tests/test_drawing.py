@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import (
@@ -18,6 +19,7 @@ from m3ae_fast.pictures.reconstructions import (
     _cut,
     _images,
     _join,
+    _show,
     _write_captions,
     caption_views,
     draw_reconstructions,
@@ -58,15 +60,28 @@ def test_right_words_are_green_and_wrong_ones_red():
     assert shown["predicted"] == [("4", BLACK), ("5", GREEN), ("7", RED)]
 
 
-def test_a_sheet_shows_each_sample(tmp_path):
-    model = make_model()
+def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
+    model, written, write = make_model(), [], ImageDraw.ImageDraw.text
+
+    def text(self, place, what, **style):
+        written.append((*place, what))
+        write(self, place, what, **style)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     samples = [make_sample(0), make_sample(1, words=None), make_sample(2, image=False)]
     draw_reconstructions(model, samples, None, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).astype(float)
     rows = [sheet[24 + i * 168 :][:160] for i in range(3)]
     assert [row[:, 8:168].std() > 5 for row in rows] == [True, True, False]
     assert [row[:, 512:].std() > 1 for row in rows] == [True, False, True]
-    assert model.training
+    titles = [what.partition(";")[0] for x, y, what in sorted(written) if y == 5]
+    assert titles == ["original", "masked", "reconstruction", "caption"]
+    shown = Image.open(tmp_path / "sheet.png").crop((0, 24, 3 * (SIDE + GAP), 24 + SIDE))
+    with torch.no_grad():
+        pixels_IK, _ = model.eval().predict(pack(samples[:1], model.geometry))
+    for number, image in enumerate(_images(model, samples[0].image, samples[0].image_mask, pixels_IK)):
+        column = shown.crop((GAP + number * (SIDE + GAP), 0, (number + 1) * (SIDE + GAP), SIDE))
+        assert np.abs(np.asarray(column).astype(int) - np.asarray(_show(image)).astype(int)).max() <= 1, number
 
 
 def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):
@@ -113,6 +128,20 @@ def test_pieces_of_a_word_are_joined_and_lines_are_broken_where_they_end():
     assert width(["play", "ing"])[0] > width(["playing"])[0]
     one_line, many = width(["word"] * 4), width(["word"] * 40)
     assert many[0] <= TEXT_WIDTH and many[1] > 3 * one_line[1]
+
+
+def test_a_long_caption_makes_its_row_as_high_as_it_needs(tmp_path):
+    model = make_model(TINY.model_copy(update={"text_length": 200}))
+    sheets = []
+    for words in (4, 200):
+        samples = [make_sample(0, words=words), make_sample(1, words=4)]
+        samples[0].text_mask = torch.arange(words) % 4 > 0
+        draw_reconstructions(model, samples, None, tmp_path / "sheet.png")
+        sheets.append(Image.open(tmp_path / "sheet.png").convert("L"))
+    short, long = (sheet.height for sheet in sheets)
+    assert short == 24 + 2 * (SIDE + GAP) and long > short + SIDE
+    end = long - SIDE - GAP  # of the long row
+    assert sheets[1].crop((600, end - 60, 900, end - GAP)).getextrema()[0] < 128  # it has its last words
 
 
 def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):

@@ -28,12 +28,14 @@ from m3ae_fast.fill import make_sample
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.report import read_results
 from m3ae_fast.run import checkpoint, resuming
+from m3ae_fast.run.parts import STATE_FILE, State
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.transfer.classifier import read_config
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.vqgan.model import VQGAN
 from m3ae_fast.weights.pretrained import read_pretrained
+from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY
 
@@ -256,7 +258,7 @@ STATE = {"model/w": torch.arange(6.0).view(2, 3), "exp_avg/w": torch.ones(2, 3)}
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
-    return checkpoint.save(run, STATE, checkpoint.Info(3, 48, 42, WHOLE, {"torch": "2"}, {"data.train": "1"}), keep=9)
+    return save(run, STATE, checkpoint.Info(3, 48, 42, WHOLE, {"torch": "2"}, {"data.train": "1"}), keep=9)
 
 
 def look_at(path: Path) -> None:
@@ -266,7 +268,7 @@ def look_at(path: Path) -> None:
         resuming.check_fits(path, info, parse(Config, TINY, "tiny"), {"data.train": "1"})
         parse(ModelConfig, info.config.get("model"), f"checkpoint {path}")
         parse(Config, info.config, f"checkpoint {path}")
-        checkpoint.check_tensors(path, {name: tuple(t.shape) for name, t in STATE.items()})
+        State(path).check({name: tuple(t.shape) for name, t in STATE.items()})
         state = checkpoint.read_weights(path)
         assert state["w"].shape == (2, 3)
     except UserError as error:
@@ -289,7 +291,7 @@ def test_any_value_in_any_field_of_a_state_json(tmp_path, saved, where, value):
     path = tmp_path / saved.name
     path.mkdir(exist_ok=True)
     (path / checkpoint.INFO_FILE).write_text(json.dumps(data))
-    (path / checkpoint.STATE_FILE).write_bytes((saved / checkpoint.STATE_FILE).read_bytes())
+    (path / STATE_FILE).write_bytes((saved / STATE_FILE).read_bytes())
     look_at(path)
 
 
@@ -299,10 +301,10 @@ def test_any_damage_to_the_files_of_a_checkpoint(tmp_path, saved, cut, edits, ch
     path = tmp_path / saved.name
     path.mkdir(exist_ok=True)
     info = json.loads((saved / checkpoint.INFO_FILE).read_text())
-    whole = (saved / checkpoint.STATE_FILE).read_bytes()
+    whole = (saved / STATE_FILE).read_bytes()
     (path / checkpoint.INFO_FILE).write_text(json.dumps(info if checked else info | {"sha256": {}}))
     for content in (damaged(whole, cut, edits), head.to_bytes(8, "little") + whole[8:]):
-        (path / checkpoint.STATE_FILE).write_bytes(content)
+        (path / STATE_FILE).write_bytes(content)
         look_at(path)
         if checked and content != whole:
             with pytest.raises(UserError, match="is damaged"):
@@ -315,8 +317,8 @@ def test_a_pipe_in_the_place_of_a_checkpoints_state_is_not_waited_for(tmp_path, 
     path = tmp_path / saved.name
     path.mkdir()
     (path / checkpoint.INFO_FILE).write_bytes((saved / checkpoint.INFO_FILE).read_bytes())
-    os.mkfifo(path / checkpoint.STATE_FILE)
-    for read in (checkpoint.open_state, checkpoint.read_weights, lambda path: checkpoint.check_tensors(path, {})):
+    os.mkfifo(path / STATE_FILE)
+    for read in (checkpoint.open_state, checkpoint.read_weights, State):
         with pytest.raises(UserError, match=r"state\.safetensors is damaged .*is not a regular file"):
             read(path)
 

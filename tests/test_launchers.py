@@ -52,6 +52,9 @@ def test_a_launchers_words_are_understood(environment, told):
 def test_torchs_own_words_count_more():
     torchrun = SLURM | {"RANK": "1", "WORLD_SIZE": "2"}
     assert adopted(torchrun) == torchrun
+    for name in ("RANK", "WORLD_SIZE"):
+        some = {key: value for key, value in torchrun.items() if key != name}
+        assert adopted(some) == some
     alone = {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}  # a shell that srun has opened
     assert adopted(alone) == alone
     script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NUM_TASKS"}  # sbatch, without srun

@@ -14,6 +14,7 @@ from m3ae_fast.process.background import Background
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 
+CONFIG = str(ROOT / "configs/quickstart.json")
 TOO_LITTLE = 300 << 20  # bytes of addresses: torch's libraries alone need more
 
 
@@ -31,10 +32,10 @@ def under_limit(*arguments, limit=TOO_LITTLE):
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "m3ae_fast.train", "--help"],
-        ["-m", "m3ae_fast.data", "--help"],
-        ["-m", "m3ae_fast", "train", "--help"],
-        [str(ROOT / "m3ae_fast/train.py"), "--help"],
+        ["-m", "m3ae_fast.train", "--config", CONFIG],
+        ["-m", "m3ae_fast.data", "index", "--help"],
+        ["-m", "m3ae_fast", "train", "--config", CONFIG],
+        [str(ROOT / "m3ae_fast/train.py"), "--config", CONFIG],
     ],
     ids=str,
 )

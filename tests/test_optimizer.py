@@ -14,6 +14,7 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import collect, prime, set_lr
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.run.parts import stage
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED
 from tests.test_model import TINY as SMALL
@@ -62,9 +63,9 @@ def test_steps_are_those_of_the_formula(clip_grad):
         engine = build_engine(model, settings, ranks)
         for rate in RATES:
             engine.step(batches, counts, rate)
-        state = engine.state()
+        weights = engine.whole("model")
     for name, weight in expected.items():
-        torch.testing.assert_close(state[f"model/{name}"].double(), weight, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(weights[name].double(), weight, rtol=2e-4, atol=2e-5)
 
 
 def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
@@ -76,13 +77,13 @@ def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
         one, other = (build_engine(M3AE(SMALL, settings.loss), settings, ranks) for _ in range(2))
         for rate in RATES[:3]:
             one.step([batch, batch], batch.counts, rate)
-        saved = one.state()
-        other.load_state(3, saved.__getitem__)
+        saved, _ = stage(one.fragments(), None)
+        other.load_state(3, lambda name, start, count: saved[name].data[start : start + count])
         for engine in (one, other):
             engine.step([batch, batch], batch.counts, 0.03)
-        after, again = one.state(), other.state()
-    assert all(torch.equal(after[name], again[name]) for name in after)
-    assert any(not torch.equal(after[name], saved[name]) for name in after)
+        after, again = one.fragments(), other.fragments()
+        assert all(torch.equal(after[name].data, again[name].data) for name in after)
+        assert any(not torch.equal(after[name].data, saved[name].data) for name in after)
 
 
 def test_priming_makes_a_state_and_changes_nothing_else():
@@ -99,7 +100,7 @@ def test_priming_makes_a_state_and_changes_nothing_else():
     assert state["step"] == 7 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
 
 
-def test_a_state_is_a_copy_in_float32_of_who_keeps_it():
+def test_what_is_collected_is_a_copy_in_float32():
     model = torch.nn.Linear(3, 2).bfloat16()
     asked = []
 
@@ -107,13 +108,11 @@ def test_a_state_is_a_copy_in_float32_of_who_keeps_it():
         asked.append(kind)
         return p
 
-    state = collect(model, ("model", "ema"), whole, keep=True)
-    assert {name: (t.dtype, t.device.type) for name, t in state.items()} == {
-        f"{kind}/{name}": (torch.float32, "cpu") for kind in ("model", "ema") for name in ("weight", "bias")
+    found = collect(model, "ema", whole)
+    assert {name: (t.dtype, t.device.type) for name, t in found.items()} == {
+        name: (torch.float32, "cpu") for name in ("weight", "bias")
     }
-    before = state["model/weight"].clone()
+    before = found["weight"].clone()
     model.weight.data += 1
-    assert torch.equal(state["model/weight"], before)
-    asked.clear()
-    assert collect(model, ("model", "ema"), whole, keep=False) is None
-    assert asked == ["model", "ema"] * 2  # which all ranks must ask for together
+    assert torch.equal(found["weight"], before)
+    assert asked == ["ema", "ema"]  # of each parameter, by all ranks together

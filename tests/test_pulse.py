@@ -3,6 +3,8 @@ what signals leave behind. test_stop_and_stall.py has what processes really do."
 
 import signal
 import time
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from m3ae_fast.process import pulse as pulse_module
 from m3ae_fast.process import signals
 from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.rooms import Room, rooms_of
 from m3ae_fast.process.signals import StopRequest
 
 
@@ -24,7 +27,8 @@ class Judged:
     def __init__(self, monkeypatch, timeout: float, rank: int = 0, ranks: int = 1) -> None:
         self.now, self.busy, self.looks = 0.0, set(), 0
         self.store, self.stop = dist.HashStore(), StopRequest()
-        self.pulse = Pulse(rank, ranks, self.store, self.stop)
+        room = Room(self.store, [0] if rank else range(1, ranks))
+        self.pulse = Pulse(rank, [room], self.store, self.stop)
         self.pulse.timeout = timeout
         monkeypatch.setattr(pulse_module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(pulse_module, "_Activity", lambda: self)
@@ -178,6 +182,35 @@ def test_the_first_that_asks_the_others_to_stop_is_told_so(monkeypatch):
     assert judged.pulse.stop_told()
 
 
+@pytest.mark.parametrize("machines", ["a", "aaa", "abc", "aabb", "abab", "aabbbc", "abbaac"])
+def test_every_rank_is_heard_by_one_that_rank_0_hears(machines):
+    """The ranks of a machine by its first one, and the first ones by rank 0; each hears whoever hears it."""
+    ports: dict[int, int] = {}
+    first = [machines.index(name) for name in dict.fromkeys(machines)]
+    store, rooms = dist.TCPStore("127.0.0.1", 0, 1, is_master=True), {}
+
+    def gather(rank: int, port: int) -> list[int]:
+        ports[rank] = port
+        return [ports.get(other, 0) for other in range(len(machines))]
+
+    for rank in (*first, *(rank for rank in range(len(machines)) if rank not in first)):
+        rooms[rank] = rooms_of(rank, machines, store, partial(gather, rank), timedelta(seconds=20))
+    hears = {rank: {other for room in rooms[rank] for other in room.heard} for rank in rooms}
+    for rank, others in hears.items():
+        assert rank not in others and all(rank in hears[other] for other in others)
+    for rank in range(1, len(machines)):
+        apart = len(first) not in (1, len(machines))
+        assert (machines.index(machines[rank]) if apart and rank not in first else 0) in hears[rank]
+    for rank, own in rooms.items():  # what is said in a room is heard by those who are in it
+        for number, room in enumerate(own):
+            room.store.set(f"said {rank} {number}", "x")
+    for rank, own in rooms.items():
+        for room in own:
+            for other in room.heard:
+                number = next(number for number, theirs in enumerate(rooms[other]) if rank in theirs.heard)
+                room.store.wait([f"said {other} {number}"], timedelta(seconds=20))
+
+
 def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
     looks = []
     monkeypatch.setattr(signals, "_launcher_chain", lambda: looks.append(1))
@@ -185,6 +218,14 @@ def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):
         stop.listen()
         time.sleep(0.6)
     assert 2 <= len(looks) <= 10
+
+
+def test_the_first_reason_to_stop_is_the_one_that_is_told():
+    stop = StopRequest()
+    assert not stop.asked
+    stop.ask("SIGTERM")
+    stop.ask("asked by another rank")
+    assert stop.asked and stop.reason == "SIGTERM"
 
 
 def test_signals_are_handled_afterwards_as_before():

@@ -6,8 +6,10 @@ import os
 import resource
 import socket
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from m3ae_fast.errors import UserError
 from m3ae_fast.process import program, ranks
 from m3ae_fast.process.failures import explain
+from m3ae_fast.process.rooms import Room
 from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
 
 TIMEOUT_S = 3.0  # of collectives, and of stalls
@@ -30,6 +33,11 @@ def main(argv):
     with program.joined_program() as (joined, _, pulse, _):
         pulse.timeout = TIMEOUT_S
         assert joined.of_node == [0, 1]
+        mine = joined.rank + 7
+        assert joined.from_main(mine) == joined.broadcast(lambda: mine) == 7
+        assert joined.gather(mine) == [7, 8] and joined.sum([mine, 0.5]) == [15, 1]
+        assert joined.on_main(lambda: mine) == (7 if joined.is_main else None)
+        assert sum(joined.gather(joined.claim("a word"))) == 1
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
 
         def work():
@@ -121,7 +129,8 @@ def on_two_machines(what, folder):
         if rank == 3 and what == "stall":
             stand_still(pulse)
         if what == "stall":
-            joined.gather(None)
+            with pulse.waiting():  # as one that waits for its GPU, which takes time of the CPU
+                joined.gather(None)
         while not stop.asked:
             time.sleep(0.01)
         joined.gather(None)  # before one of them leaves
@@ -197,6 +206,66 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     ranks._join()
     assert found == [threads]
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """Let programs join as rank 1 of two; whether it is the first with an error is what is given."""
+
+    def pretend(first: bool) -> None:
+        store = dist.HashStore()
+        rank = SimpleNamespace(rank=1, world=2, store=store, rooms=[Room(store, [0])], claim=lambda what: first)
+        monkeypatch.setattr(program, "join_ranks", lambda: nullcontext(rank))
+        monkeypatch.setattr(program, "standby", lambda: nullcontext(None))
+
+    return pretend
+
+
+@pytest.mark.parametrize("error", [UserError("no shard"), RuntimeError("Connection closed by peer")])
+def test_an_error_is_told_by_the_first_rank_and_all_end_with_2(join, error):
+    join(first=True)
+    with pytest.raises(UserError), program.joined_program():
+        raise error
+    join(first=False)
+    with pytest.raises(SystemExit) as end, program.joined_program():
+        raise error
+    assert end.value.code == 2
+
+
+def test_an_error_after_a_rank_has_left_is_none(join):
+    """Nor is it told; one that nobody foresaw is otherwise a traceback, on every rank."""
+    for first in (True, False):
+        join(first)
+        with program.joined_program() as session:
+            session.pulse.tell_stop("SIGTERM")
+            raise RuntimeError("Connection closed by peer")
+        join(first)
+        with pytest.raises(RuntimeError, match="a bug"), program.joined_program():
+            raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(("rank", "failing", "runs"), [(1, 0, False), (1, 1, True), (0, 1, True), (0, 0, True)])
+def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs):
+    """And what one of them cannot do is raised on both."""
+    done, turns = [], []
+
+    class OneOfTwo(ranks.Ranks):
+        """Whose partner fails in its turn, where it is to fail."""
+
+        def gather(self, value):
+            other = 1 - rank
+            theirs = "no shard" if other == failing and len(turns) >= other else None
+            turns.append(value)
+            return [value, theirs] if rank == 0 else [theirs, value]
+
+    def work():
+        done.append(rank)
+        if rank == failing:
+            raise UserError("no shard")
+
+    with pytest.raises(UserError, match="no shard"):
+        OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, []).main_first(work)
+    assert bool(done) == runs and len(turns) == 1 + failing  # it is known as soon as it has happened
 
 
 def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from m3ae_fast.errors import UserError
@@ -39,8 +40,51 @@ def test_one_file_with_everything(run):
     assert charts == ["Loss", "Image loss", "Learning rate"]
     assert page.count("data:image/png") == 4  # and the reconstructions
     assert "&lt;run&gt;" in page and "<run>" not in page and "&lt;tiny&gt;" in page
-    assert "top1 0.4212" in page and "torch" in page
+    assert '<td>linear</td><td>probe</td><td>top1</td><td class="number">0.4212</td>' in page and "torch" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+
+
+def test_the_head_says_in_words_what_the_run_has_come_to(run):
+    lines = [{"step": 0, "val_image_relative": 1.5, "val_rankme": 20.0}]
+    lines += [{"step": 9, "val_image_relative": 0.5, "val_rankme": 1.25}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (run / "status.json").write_text('{"state": "stopped", "step": 9, "total_steps": 20, "reason": "SIGTERM"}')
+    write_report(run, run / "report.html")
+    head = (run / "report.html").read_text().partition("<table>")[0]
+    assert "Stopped at step 9 of 20 (SIGTERM). The image loss on held-out samples is 0.50 of that of" in head
+    assert "<b>collapse</b>: the features fill 1.2 dimensions" in head and "To try: a lower optim.peak_lr" in head
+
+
+def test_results_have_errors_and_chance(run):
+    result = {"task": "knn", "top1": 0.5, "top5": 1.0, "classes": 10, "val_samples": 98, "model": "random:<run>"}
+    (run / "probe/result.json").write_text(json.dumps(result))
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text()
+    row = '<tr><td>knn</td><td>random:&lt;run&gt;</td><td>{}</td><td class="number">{}</td><td class="number">{}</td>'
+    assert row.format("top1", "50.0% ± 5.1%", "10.0%") in page
+    assert row.format("top5", "100.0% ± 1.0%", "50.0%") in page
+
+
+def test_what_is_long_is_folded(run):
+    write_report(run, run / "report.html")
+    folded = re.findall(r"<details( open)?><summary>([^<]+)</summary>", (run / "report.html").read_text())
+    shown = ["Curves", "Reconstructions"]
+    assert [name for is_open, name in folded if is_open] == shown
+    assert {"Config", "Versions", "Speed and optimiser"} <= {name for is_open, name in folded if not is_open}
+
+
+def test_several_runs_share_each_chart(run, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "val_image_loss": 1.0}))
+    (other / "result.json").write_text('{"task": "linear", "top1": 0.75}')
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **options: drawn.append(options["label"]) or plot(*args, **options))
+    assert main([str(run), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    assert drawn[:4] == [str(run), str(other)] * 2  # loss, image loss
+    page = (tmp_path / "both.html").read_text()
+    assert "0.75" in page and f"{other}: step 1" in page.replace("Other", "other")
 
 
 def test_results_may_lie_elsewhere(run, tmp_path):

@@ -10,13 +10,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from m3ae_fast import train
 from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Data, Layout, ShardStore, fingerprint, open_corpus
 from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint, resuming, run
+from m3ae_fast.run import checkpoint, parts, resuming, run
+from m3ae_fast.run.parts import STATE_FILE, State
+from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY, zero
 
@@ -381,20 +383,20 @@ def test_auto_passes_over_what_has_failed(tmp_path):
 @pytest.mark.parametrize("tensor", [torch.ones(1, 3), torch.ones(6), torch.ones(3, dtype=torch.float64), None])
 def test_tensors_of_another_shape_or_type_are_refused_before_anything_is_copied(tmp_path, tensor):
     state = {} if tensor is None else {"model/w": tensor}
-    path = checkpoint.save(tmp_path, state | {"model/b": torch.ones(2)}, checkpoint.Info(1, 0, 42, {}, {}), keep=9)
-    checkpoint.check_tensors(path, {"model/b": (2,)})
+    path = save(tmp_path, state | {"model/b": torch.ones(2)}, checkpoint.Info(1, 0, 42, {}, {}), keep=9)
+    State(path).check({"model/b": (2,)})
     words = "has no tensor model/w" if tensor is None else r"model/w is F\d+ \[.*the model needs F32 \[3\]"
     with pytest.raises(UserError, match=words):
-        checkpoint.check_tensors(path, {"model/b": (2,), "model/w": (3,)})
+        State(path).check({"model/b": (2,), "model/w": (3,)})
 
 
 def test_the_trainer_checks_the_whole_state(trainer):
     """One moment of one weight is of a shape that would broadcast."""
     trainer("run", *SAVE)
     path = checkpoint.saved_steps(trainer.folder / "run")[-1]
-    state = load_file(path / checkpoint.STATE_FILE)
+    state = load_file(path / STATE_FILE)
     name = next(name for name, t in state.items() if name.startswith("exp_avg_sq/") and t.ndim == 2 and len(t) > 1)
-    checkpoint.save_file(state | {name: state[name][:1].contiguous()}, path / checkpoint.STATE_FILE)
+    save_file(state | {name: state[name][:1].contiguous()}, path / STATE_FILE)
     info = json.loads((path / checkpoint.INFO_FILE).read_text()) | {"sha256": {}}
     (path / checkpoint.INFO_FILE).write_text(json.dumps(info))
     out = trainer("run", *SAVE, "--set", "train.steps=8", "--resume", "auto", code=2)
@@ -408,7 +410,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
 
 
 def _save(run_dir, step, **options):
-    return checkpoint.save(
+    return save(
         run_dir, {"model/w": torch.full((3,), step)}, checkpoint.Info(step, 0, 42, {}, {}), **{"keep": 9, **options}
     )
 
@@ -421,13 +423,13 @@ def test_checkpoints_lie_in_order_of_steps(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [paths[-1], last]
 
 
-@pytest.mark.parametrize("lost", [checkpoint.STATE_FILE, checkpoint.INFO_FILE])
+@pytest.mark.parametrize("lost", [STATE_FILE, checkpoint.INFO_FILE])
 def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path, lost):
     one, two = _save(tmp_path, 1), _save(tmp_path, 2)
     (two / lost).unlink()
     assert resuming.find(tmp_path, "auto") == one
     assert _save(tmp_path, 2) == two
-    assert checkpoint.open_state(two)("model/w").tolist() == [2, 2, 2]
+    assert checkpoint.open_state(two).whole("model/w").tolist() == [2, 2, 2]
 
 
 def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
@@ -441,25 +443,25 @@ def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
 
 def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     info = checkpoint.Info(1, 16, 42, {}, {})
-    good = checkpoint.save(tmp_path, {"model/w": torch.ones(3)}, info, keep=1)
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    good = save(tmp_path, {"model/w": torch.ones(3)}, info, keep=1)
+    monkeypatch.setattr(parts, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.save(tmp_path, {"model/w": torch.zeros(3)}, checkpoint.Info(2, 32, 42, {}, {}), keep=1)
+        save(tmp_path, {"model/w": torch.zeros(3)}, checkpoint.Info(2, 32, 42, {}, {}), keep=1)
     assert checkpoint.saved_steps(tmp_path) == [good]
     assert os.listdir(tmp_path / "checkpoints") == [good.name]
-    assert checkpoint.open_state(good)("model/w").tolist() == [1, 1, 1]
+    assert checkpoint.open_state(good).whole("model/w").tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
     info, poison = checkpoint.Info(2, 32, 42, {}, {}), {"model/w": torch.tensor([1.0, value])}
     with pytest.raises(UserError, match=r"not written, since model/w is not finite"):
-        checkpoint.save(tmp_path, poison, info, keep=1)
+        save(tmp_path, poison, info, keep=1)
     assert checkpoint.saved_steps(tmp_path) == []
-    path = checkpoint.save(tmp_path, {"model/w": torch.ones(2)}, info, keep=1)
-    checkpoint.save_file(poison, path / checkpoint.STATE_FILE)
+    path = save(tmp_path, {"model/w": torch.ones(2)}, info, keep=1)
+    save_file(poison, path / STATE_FILE)
     with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum"):
         checkpoint.open_state(path)
     (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info)))  # as before there were checksums
     with pytest.raises(UserError, match=r"model/w is not finite; remove the folder"):
-        checkpoint.open_state(path)("model/w")
+        checkpoint.open_state(path).whole("model/w")

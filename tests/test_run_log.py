@@ -17,11 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from m3ae_fast.batch.bad_samples import BadSamples, Skipped
 from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint, forward_time
+from m3ae_fast.run import checkpoint, forward_time, parts
 from m3ae_fast.run.loggers import WANDB_ID_FILE
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_folder import LOCK_FILE, RunFolder
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
+from tests.helpers.checkpoints import save
 
 
 def lines(folder) -> list[dict]:
@@ -108,17 +109,17 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
     assert trainer.lines("renamed")[-1][0] == last + 1
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sha256", "put_in_place"])
-def test_a_folder_that_is_renamed_in_the_midst_of_a_save_costs_nothing(tmp_path, monkeypatch, step):
-    run, done = tmp_path / "run", getattr(checkpoint, step)
+@pytest.mark.parametrize("module, step", [(parts, "save_file"), (parts, "sha256"), (checkpoint, "put_in_place")])
+def test_a_folder_that_is_renamed_in_the_midst_of_a_save_costs_nothing(tmp_path, monkeypatch, module, step):
+    run, done = tmp_path / "run", getattr(module, step)
 
     def rename_first(*args):
         if not (tmp_path / "renamed").exists():
             run.rename(tmp_path / "renamed")
         return done(*args)
 
-    monkeypatch.setattr(checkpoint, step, rename_first)
-    saved = checkpoint.save(run, {"model/a": torch.zeros(2)}, checkpoint.Info(1, 16, 0, {}, {}), keep=1)
+    monkeypatch.setattr(module, step, rename_first)
+    saved = save(run, {"model/a": torch.zeros(2)}, checkpoint.Info(1, 16, 0, {}, {}), keep=1)
     assert checkpoint.saved_steps(run) == [saved]
 
 

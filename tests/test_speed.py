@@ -16,6 +16,7 @@ from m3ae_fast.batch.packing import Geometry, Sample, pack, rounded
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.hardware import has_compiler
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.transformer import gelu
 from m3ae_fast.run.throughput import StepCounts
 from tests.helpers.attention import attend
 
@@ -202,6 +203,33 @@ def test_compiled_blocks_are_right_and_compile_once():
         if step == 1:
             warm = graphs
     assert graphs == warm == 3  # encoder, decoder, the decoder's last block
+
+
+def test_compiled_graphs_are_kept_by_the_micro_batchs_size(monkeypatch):
+    """The first batch's rows decide how sums over rows are split, which torch's cache does not look at."""
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    tags = []
+    for samples in (64, 512, 512):
+        M3AE(TINY).encoder.compile_blocks(samples)
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] != tags[1] == tags[2]
+
+
+def test_compiled_gelu_has_no_input_but_its_own():
+    """A number with a name, such as math.pi, would be a tensor that each block's backward reads on the host."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([node.name for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph
+
+    torch._dynamo.reset()
+    x = torch.randn(8, 8)
+    found = torch.compile(lambda x: gelu(x, "tanh"), dynamic=True, backend=backend)(x)
+    torch.testing.assert_close(found, F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1 and not [name for name in seen[0] if "pi" in name or "math" in name]
+    assert len([name for name in seen[0] if "x" in name]) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose host could wait")

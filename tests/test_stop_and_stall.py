@@ -160,7 +160,8 @@ def test_a_process_whose_launcher_died_leaves(when):
     child += textwrap.dedent(STARTING.format("threading.Event().wait()"))
     code = f"""
         import subprocess, sys
-        child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        out = subprocess.PIPE if {when == "after"} else subprocess.DEVNULL  # a broken pipe would end it, too
+        child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE, stdout=out)
         if {when == "after"}: child.stdout.readline()
         print(child.pid, flush=True)
         input()
@@ -168,8 +169,12 @@ def test_a_process_whose_launcher_died_leaves(when):
     launcher = program(code, TORCHELASTIC_RUN_ID="1")
     child = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()  # which also closes the child's input
-    launcher.communicate()
-    child.wait(20)
+    try:
+        launcher.communicate(timeout=20)  # what the child says goes there, too
+        child.wait(20)
+    finally:
+        if child.is_running():
+            child.kill()
 
 
 def test_a_process_without_a_launcher_outlives_its_shell():
@@ -207,6 +212,21 @@ def pulses(world: int, code: str) -> tuple[int, str]:
     process = program(textwrap.dedent(PULSE.format(world=world)) + textwrap.dedent(code))
     out, _ = process.communicate(timeout=60)
     return process.returncode, out
+
+
+def test_whoever_exits_at_once_leaves_no_process_behind():
+    """Nor one that a child has started."""
+    code = """
+        import subprocess, sys
+        from m3ae_fast.process.signals import kill_children
+        child = subprocess.Popen(["sh", "-c", "sleep 100 & echo $!; wait"], stdout=subprocess.PIPE)
+        number = child.stdout.readline().decode().strip()
+        kill_children()
+        print(child.wait(10), number, flush=True)
+    """
+    code, number = program(code).communicate(timeout=20)[0].split()
+    assert int(code) == -signal.SIGKILL
+    assert not psutil.pid_exists(int(number)) or psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_silent_rank_ends_the_run_and_is_named():

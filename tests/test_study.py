@@ -5,13 +5,14 @@ import json
 import tarfile
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import table
 from lab.study import __main__ as study
 from lab.study import report, shards
-from lab.study.plan import Job, plan
+from lab.study.plan import ARMS, Encoder, Job, m3ae, plan
 from lab.study.run import SETTINGS, Study
 from m3ae_fast import train
 from tests.helpers.labelled import labelled_tar
@@ -43,7 +44,7 @@ def call(tmp_path):
     return perform
 
 
-def some(width, steps, seeds):
+def some(width, steps, seeds, arms=()):
     """Of a plan: a job of each kind."""
     kinds = [
         ("m3ae", None),
@@ -57,7 +58,9 @@ def some(width, steps, seeds):
         job for job in plan(width, steps, seeds) if (job.encoder.width, job.encoder.captions) != (width, "nameless")
     ]
     chosen = [next(job for job in jobs if (job.encoder.objective, job.task) == kind) for kind in kinds]
-    return chosen + [job for job in plan(width, steps, seeds) if job.encoder.captions == "nameless"][:2]
+    nameless = [job for job in plan(width, steps, seeds) if job.encoder.captions == "nameless"]
+    fewer = [job for job in plan(width, steps, seeds) if job.encoder.caption_fraction < 1]
+    return chosen + nameless[:2] + fewer[:2]
 
 
 def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
@@ -67,16 +70,19 @@ def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, m
         patch.setattr(train, "main", lambda arguments: 0)  # asked to stop before its first checkpoint
         assert call() == 1
     assert not (out / report.JSON).exists()
-    assert call("--minutes", "0") == 0 and "8 jobs are left" in capsys.readouterr().out
+    assert call("--minutes", "0") == 0 and "10 jobs are left" in capsys.readouterr().out
     assert call() == 0
     found = json.loads((out / report.JSON).read_text())
     assert [(row["objective"], row["captions"], row["task"]) for row in found["rows"]] == [
         ("m3ae", "whole", "knn"), ("m3ae", "whole", "linear"), ("m3ae", "whole", "finetune"), ("random", None, "knn"),
-        ("m3ae", "nameless", "knn"),
+        ("m3ae", "nameless", "knn"), ("m3ae", "whole", "knn"),
     ]  # fmt: skip
+    assert [row["caption_fraction"] for row in found["rows"]] == [1.0] * 5 + [0.1]
+    (fewer,) = (path for path in out.glob("*captions10*.json") if path.is_file())
+    assert json.loads(fewer.read_text())["data"]["train"][0]["caption_fraction"] == 0.1
     assert all(0 <= row["top1"] <= 1 for row in found["rows"])
     assert [("val_text_loss" in row, row["val_image_loss"] > 0) for row in found["encoders"]] == [
-        (True, True), (False, True), (True, True),
+        (True, True), (False, True), (True, True), (True, True),
     ]  # fmt: skip
     assert (found["data"]["classes"], found["data"]["majority class"]) == (3, pytest.approx(1 / 3))
     monkeypatch.setattr(Study, "perform", lambda self, job: pytest.fail(f"{job.name} is done again"))
@@ -102,6 +108,30 @@ def test_a_plan_compares_like_with_like():
     for encoder in {job.encoder for job in jobs if job.encoder.objective == "m3ae"}:
         changed = {key for key, value in asdict(encoder).items() if value != common[key]} - {"seed"}
         assert len(changed) <= 1
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_is_what_is_compared_and_what_with(arm):
+    """By every seed, and in the whole plan too."""
+    jobs = plan(192, 360, 2, [arm])
+    common = {Job(Encoder(kind, 192, 360, seed, *text), task) for seed in range(2) for task in (None, "knn", "linear")
+              for kind, text in (("m3ae", (0.75, "whole")), ("mae", ()))}  # fmt: skip
+    assert common < set(jobs) < set(plan(192, 360, 2))
+    differing = {key for job in {*jobs} - common for key, value in asdict(job.encoder).items()
+                 if value != asdict(m3ae(192, 360))[key]} - {"seed"}  # fmt: skip
+    changed = {"nameless": "captions", "ratios": "text_ratio", "fractions": "caption_fraction", "widths": "width",
+               "lengths": "steps"}  # fmt: skip
+    if arm != "objectives":
+        assert differing - {"objective", "text_ratio", "captions"} <= {changed[arm]} <= differing
+    assert {job.encoder.seed for job in {*jobs} - common} == {0, 1}
+
+
+def test_the_arms_are_of_the_papers_figures():
+    encoders = [job.encoder for job in plan(192, 360, 1)]
+    assert {e.text_ratio for e in encoders} == {None, 0.15, 0.5, 0.75, 0.9}
+    assert {e.caption_fraction for e in encoders} == {0.1, 0.3, 1.0}
+    assert {e.width for e in encoders} == {96, 192} and {e.steps for e in encoders} == {0, 180, 360, 1080}
+    assert len({e.name for e in encoders}) == len({*encoders})
 
 
 @pytest.mark.parametrize(
@@ -174,9 +204,53 @@ def test_results_become_tables_and_a_plot(tmp_path):
     assert "| M3AE | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) |" in text
     assert "| M3AE less MAE | +1.0 ± 0.0 (3) |" in text
     assert "| 90 % | 52.0 ± 1.0 (3) |" in text
-    assert "| 64 | 600 | M3AE | 51.0 (1) | 51.0 (1) |" in text
+    assert "| 64 | 600 | M3AE | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) |" in text
+    assert "| 0 % | 51.0 ± 1.0 (3) | 51.0 ± 1.0 (3) |\n| 10 % | 52.0 ± 1.0 (3) |" in text
     assert "| MAE | 0.800 | - | - |" in text
     assert (tmp_path / report.PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_shows_the_means_over_seeds_as_the_papers_figures_do(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    study = results_of(usual_jobs())
+    for row in study["rows"]:  # each setting has its part
+        row["top1"] += row["steps"] / 2e4 + row["width"] / 2e3 + row["caption_fraction"] / 20
+        row["top1"] += (row["text_ratio"] or 0) / 20
+    report.save(tmp_path, study)
+    (figure,) = figures
+    _, captions, lengths, widths, ratios = figure.axes
+
+    def drawn(axes):
+        return {bar.get_label(): bar.lines[0].get_xydata().T for bar in axes.containers}
+
+    def expected(key, values, **wanted):
+        rows = [row for row in study["rows"] if row["task"] == "linear" and all(row[k] == v for k, v in wanted.items())]
+        return [100 * np.mean([row["top1"] for row in rows if row[key] == value]) for value in values]
+
+    usual = {"objective": "m3ae", "captions": "whole", "width": 128, "steps": 600, "text_ratio": 0.75}
+    x, y = drawn(captions)["linear probe"]
+    kept = expected("caption_fraction", [0.1, 0.3, 1.0], **usual)
+    mae = expected("steps", [600], objective="mae", width=128)
+    assert x.tolist() == [0, 10, 30, 100] and y == pytest.approx([*mae, *kept])
+    x, y = drawn(ratios)["M3AE, linear probe"]
+    usual |= {"caption_fraction": 1.0}
+    others = {key: value for key, value in usual.items() if key != "text_ratio"}
+    assert x == pytest.approx([15.5, 50.5, 75.5, 90.5])
+    assert y == pytest.approx(expected("text_ratio", [0.15, 0.5, 0.75, 0.9], **others))
+    for axes, key, values in ((lengths, "steps", [300, 600, 1800]), (widths, "width", [64, 128])):
+        for name, fixed in (("M3AE", usual), ("MAE", {"objective": "mae", "width": 128, "steps": 600})):
+            fixed = {k: v for k, v in fixed.items() if k != key}
+            x, y = drawn(axes)[name]
+            assert x == pytest.approx(values, abs=20) and y == pytest.approx(expected(key, values, **fixed))
+
+
+def test_a_study_of_an_earlier_version_has_the_same_tables():
+    study = results_of([job for job in usual_jobs() if job.encoder.caption_fraction == 1])
+    whole = report.tables(study)
+    for row in [*study["rows"], *study["encoders"]]:
+        del row["caption_fraction"]
+    assert report.tables(study) == whole
 
 
 def test_a_study_cut_short_has_tables_too(tmp_path):

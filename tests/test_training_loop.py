@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
+from m3ae_fast.data.loader import collate
 from m3ae_fast.engine import feed as feed_module
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
@@ -26,7 +28,7 @@ from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.flops import reference_flops
+from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
@@ -35,9 +37,11 @@ from m3ae_fast.run import checkpoint, resuming, throughput
 from m3ae_fast.run.cautions import MemoryGrowth, cautions
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.run import Run
+from m3ae_fast.run.parts import stage
+from m3ae_fast.run.run import Run, _preparation
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.train import pre_train
+from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED, make_sample
@@ -265,12 +269,13 @@ def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
         batch = pack([paired(config, seed) for seed in range(2)], model.geometry)
         engine = build_engine(model, config, ranks)
         engine.step([batch], batch.counts, 0.1)
-        state = engine.state()
-        before = {name: tensor.clone() for name, tensor in state.items()}
+        staged, buffer = stage(engine.fragments(), None)
+        before = {name: piece.data.clone() for name, piece in staged.items()}
         engine.step([batch], batch.counts, 0.1)
-        after = engine.state()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+        assert all(torch.equal(piece.data, before[name]) for name, piece in staged.items())
+        after, again = stage(engine.fragments(), buffer)
+    assert any(not torch.equal(piece.data, before[name]) for name, piece in after.items())
+    assert again is buffer  # whose memory the next save takes
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -388,6 +393,52 @@ def test_a_step_counts_its_samples_and_no_padding(repeat_shapes):
     assert counts[:-1] == (len(MIXED), images, texts, images, texts, 0, tokens)
 
 
+def test_what_a_worker_has_counted_is_not_counted_again(monkeypatch):
+    """A step's FLOPs take milliseconds, in which a GPU would wait."""
+    model = M3AE(SMALL)
+    batch = collate(MIXED, model.geometry, SMALL)
+    assert batch.flops == executed_flops(SMALL, batch) > 0 and collate(MIXED, model.geometry).flops is None
+    expected = StepCounts.of([replace(batch, flops=None)], SMALL)
+    there = pickle.loads(pickle.dumps(batch)).to("cpu")
+    monkeypatch.setattr(throughput, "executed_flops", lambda *_: pytest.fail("counted again"))
+    assert StepCounts.of([there], SMALL) == expected
+
+
+def test_a_run_lets_its_workers_count():
+    data = argparse.Namespace(tokenizer=None, image_tokenizer=None)
+    config = parse(
+        Config,
+        {"model": SMALL.model_dump(), "data": {"train": [{"shards": "none.tar"}]}, "train": {"steps": 1}},
+        "case",
+    )
+    assert _preparation(config, M3AE(SMALL), data).counted_for == config.model
+
+
+def test_modules_are_told_to_train_only_after_an_evaluation(monkeypatch):
+    config = parse(
+        Config,
+        {
+            "model": SMALL.model_dump(),
+            "data": {"train": [{"shards": "none.tar"}]},
+            "train": {"steps": 1, "precision": "fp32"},
+            "deepspeed": None,
+        },
+        "case",
+    )
+    with join_ranks() as ranks:
+        engine = build_engine(M3AE(config.model), config, ranks)
+        batch, told = pack(MIXED, engine.model.geometry), []
+        train = type(engine.model).train
+        monkeypatch.setattr(type(engine.model), "train", lambda self, *mode: told.append(mode) or train(self, *mode))
+        for _ in range(2):
+            engine.step([batch], batch.counts, 1e-3)
+        assert told == []
+        engine.evaluate(batch)
+        assert told == [(False,)] and not engine.model.training
+        engine.step([batch], batch.counts, 1e-3)
+        assert told == [(False,), ()] and engine.model.encoder.training
+
+
 def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
     """Of two micro-batches, whose losses come before the norm."""
     fine, wrong = torch.tensor(1.0), torch.tensor(math.nan)
@@ -490,7 +541,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
     found = []
     for way in ("next", "evaluation"):
         folder = tmp_path / f"{way} {finite_through} {busy}"
-        checkpoint.save(folder, {"model/a": torch.zeros(1)}, checkpoint.Info(4, 64, 0, {}, {}), keep=1)
+        save(folder, {"model/a": torch.zeros(1)}, checkpoint.Info(4, 64, 0, {}, {}), keep=1)
         loops = [
             argparse.Namespace(
                 run=argparse.Namespace(dir=folder),
@@ -584,6 +635,26 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
     assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
     assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae_fast.data stats" in colours
     assert notes(calm) == []
+
+
+def test_images_that_are_enlarged_are_told(tmp_path, mixed):
+    """Those of `mixed` have 40 x 30 pixels."""
+    for size, told in ((40, False), (48, True)):
+        config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3, "image_size": size})
+        data = open_data(config.data, config.model)
+        notes = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
+        assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
+        assert all("short side of 30 pixels or less, and model.image_size is 48" in note for note in notes)
+
+
+def test_an_image_only_run_logs_no_text(monkeypatch, tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(range(8), "image"))
+    train = {"global_batch": 8, "micro_batch": 8, "steps": 2, "log_every": 1}
+    config = settings(tmp_path, [{"shards": path}], model={"vocab_size": 0}, train=train)
+    run(monkeypatch, config)
+    names = {name for line in lines(config) for name in line}
+    assert {"image_loss", "val_image_loss", "val_image_relative", "val_rankme"} <= names
+    assert not any("text" in name for name in names)
 
 
 def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):

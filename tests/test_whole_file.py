@@ -14,6 +14,7 @@ from m3ae_fast.run import checkpoint
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 from m3ae_fast.weights.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.whole_file import whole_file
+from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, picture, write_tar
 
 
@@ -30,7 +31,7 @@ def _model(folder, text="new"):
 
 
 def _checkpoint(folder):
-    checkpoint.save(folder, {"model/a": torch.zeros(2)}, checkpoint.Info(1, 16, 0, {}, {}), keep=1)
+    save(folder, {"model/a": torch.zeros(2)}, checkpoint.Info(1, 16, 0, {}, {}), keep=1)
 
 
 def _metrics(folder):

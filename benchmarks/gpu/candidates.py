@@ -18,7 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from m3ae_kernels.aot import CASES, SHARED_BYTES, Case, Report, compile_case
-from rich.progress import track
 
 FOLDER = Path(__file__).parent / "precompiled"
 DTYPES = {"16": "bf16", "32": "fp32"}
@@ -90,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", nargs="+", choices=DTYPES, default=list(DTYPES), help="bits of the inputs")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
     args = parser.parse_args(arguments)
+    from rich.progress import track  # of the trainer's packages: tuning, which reads what is found here, has none
+
     found = {kernel: dict(tables) for kernel, tables in read(args.arch).items() if kernel in cases}
     with ProcessPoolExecutor(args.jobs) as pool:
         for kernel, width in itertools.product(args.kernel, args.width):
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
-    """For a matmul kernel what was compiled ahead of time; for others, which compile in a second, what is near."""
+    """Return what was compiled ahead of time for a matmul kernel; for others, which compile fast, what is near."""
     if "BLOCK_K" in now:
         return read(arch).get(kernel, {}).get(width, [])
     choices = {

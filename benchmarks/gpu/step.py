@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.alone import ROOT, Alone
+from benchmarks.gpu.plan import SIZES
 from benchmarks.gpu.trace import breakdown
 from benchmarks.shards import make_shards
 from m3ae_fast.config import MaskingConfig, ModelConfig
@@ -44,22 +47,31 @@ class Case:
     config: dict[str, Any]
     batch: int = 512
     samples: int = 2048
+    memory_budget: float | None = None  # share of the activations that are kept, in place of the engine's own
 
     @property
     def model(self) -> ModelConfig:
         return ModelConfig.model_validate(self.config["model"])
 
 
-def shipped() -> list[Case]:
+def shipped(names: Sequence[str] = SIZES) -> list[Case]:
     """Return the configs of the paper's sizes, the largest first: time may run out."""
-    names = ("large", "base", "small")
     return [Case(name, json.loads((ROOT / f"configs/{name}.json").read_text(encoding="utf-8"))) for name in names]
 
 
-def run(folder: Path | None = None, cases: Sequence[Case] | None = None) -> None:
+IMPLEMENTATIONS = {"deepspeed": "engine, DeepSpeed", "torch": "engine, torch", "expert": "expert"}
+METRICS = "metrics.jsonl"
+
+
+def run(
+    folder: Path | None = None,
+    cases: Sequence[Case] | None = None,
+    implementations: Sequence[str] = tuple(IMPLEMENTATIONS.values()),
+) -> int:
     """Time each case, print tables, and write gpu-step.json and gpu-profile.json into `folder` (None: this machine's)
-    after each run. What fails, for lack of memory mostly, has no numbers."""
-    gpus = max(1, torch.cuda.device_count())
+    after each run. What fails, for lack of memory mostly, has no numbers, and the next begins. A run's log, metrics and
+    trace are kept in a folder beside the tables. Return how many have failed."""
+    gpus, failed = max(1, torch.cuda.device_count()), 0
     steps: list[results.Row] = []
     parts: list[results.Row] = []
     for case in shipped() if cases is None else cases:
@@ -68,7 +80,7 @@ def run(folder: Path | None = None, cases: Sequence[Case] | None = None) -> None
             model = case.model
             side = model.image_size * 5 // 4
             make_shards(shards, 4, case.samples, (side, side * 5 // 4), vocab=model.vocab_size, words=WORDS)
-            for name in ("engine, DeepSpeed", "engine, torch", "expert"):
+            for name in implementations:
                 row: results.Row = {
                     "size": case.name,
                     "batch per GPU": case.batch,
@@ -76,25 +88,38 @@ def run(folder: Path | None = None, cases: Sequence[Case] | None = None) -> None
                     "implementation": name,
                 }
                 row |= dict.fromkeys(("samples/s", "reference MFU", "utilisation", "data wait", "peak GB"))
+                kept = (folder or results.here()) / f"{case.name}-{case.batch}-{name.rpartition(' ')[2]}".lower()
                 try:
                     if name == "expert":
                         row |= time_expert(case)
                     else:
-                        run_dir = shards / name.replace(", ", "-")
-                        row |= time_trainer(case, shards, run_dir, gpus, plain=name == "engine, torch")
-                        own = breakdown(run_dir / TRACE_FILE)
-                        parts += [{"size": case.name, "implementation": name} | part for part in own]
-                except RuntimeError as error:
-                    print(f"{case.name}, {name}: {error}", flush=True)
+                        row |= time_trainer(case, shards, kept, gpus, plain=name == "engine, torch")
+                        parts += [{"size": case.name, "implementation": name} | part for part in _parts(kept)]
+                except Exception as error:  # of any kind: it costs this run alone
+                    failed += 1
+                    print(f"{case.name}, {name}: {error or repr(error)}", flush=True)
                 steps.append(row)
                 path = results.save("gpu-step", "Training as it ships, captions of 8 to 32 tokens", steps, folder)
                 if parts:
                     path = results.save("gpu-profile", "Where a step's time goes", parts, folder)
                 print(results.markdown(path), flush=True)
+    return failed
 
 
-def time_trainer(case: Case, shards: Path, run_dir: Path, gpus: int, *, plain: bool) -> results.Row:
-    """Run the trainer with --profile; what it logs once it is settled. Raises RuntimeError where it fails."""
+def _parts(kept: Path) -> list[results.Row]:
+    """Return what the trace says; no rows where there is none that can be read."""
+    try:
+        return breakdown(kept / TRACE_FILE)
+    except (OSError, EOFError, ValueError, LookupError) as error:
+        print(f"{kept / TRACE_FILE}: no profile ({error or repr(error)})", flush=True)
+        return []
+
+
+def time_trainer(case: Case, shards: Path, kept: Path, gpus: int, *, plain: bool) -> results.Row:
+    """Run the trainer with --profile, keep its log, metrics and trace in `kept`, and return what it logs once it is
+    settled. Raises RuntimeError where it fails or logs nothing by then."""
+    run_dir = shards / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
     config = {section: dict(values or {}) for section, values in case.config.items()}
     config["run"] = {"dir": str(run_dir)}
     config["data"] = {"train": [{"shards": f"{shards}/*.tar"}], "tokenizer": str(shards / "vocab.txt")}
@@ -103,29 +128,53 @@ def time_trainer(case: Case, shards: Path, run_dir: Path, gpus: int, *, plain: b
     config["deepspeed"] = None if plain else case.config.get("deepspeed") or {}
     file = shards / "config.json"
     file.write_text(json.dumps(config), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "m3ae_fast/train.py"), "--config", str(file), "--profile"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        out = process.communicate()[0]
-    finally:  # time may run out here
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    log = kept / "log.txt"
+    kept.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*_trainer(gpus, case.memory_budget), "--config", str(file), "--profile"],
+            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
             process.wait()
+        finally:  # time may run out here
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            for name in (METRICS, TRACE_FILE):
+                with suppress(OSError):
+                    shutil.copy(run_dir / name, kept)
     if process.returncode:
-        raise RuntimeError((out.strip().splitlines() or ["no output"])[-1])
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    settled = [line for line in lines if "samples_per_s" in line and line["step"] > SETTLED]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise RuntimeError(f"{(lines or ['no output'])[-1]} (see {log})")
+    return settled(kept / METRICS)
+
+
+def _trainer(gpus: int, memory_budget: float | None) -> list[str]:
+    """Return the command of the trainer, with another share of kept activations where one is given."""
+    program = [str(ROOT / "m3ae_fast/train.py")]
+    if memory_budget is not None:
+        code = "import sys; from m3ae_fast.model import transformer; from m3ae_fast import train; "
+        code += f"transformer.MEMORY_BUDGET = {memory_budget}; sys.exit(train.main())"
+        program = ["-c", code] if gpus == 1 else ["--no-python", sys.executable, "-c", code]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    return [sys.executable, *launcher, *program]
+
+
+def settled(metrics: Path) -> results.Row:
+    """Return the medians of what was logged after the first steps. Raises RuntimeError where nothing was."""
+    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ())
+    found = [line for line in lines if "samples_per_s" in line and line["step"] > SETTLED]
+    if not found:
+        raise RuntimeError(f"{metrics} has no line of a step after {SETTLED}")
     names = {
         "samples/s": "samples_per_s",
         "reference MFU": "mfu",
         "utilisation": "utilisation",
         "data wait": "data_wait",
     }
-    row: results.Row = {column: statistics.median(line[name] for line in settled) for column, name in names.items()}
-    return row | {"peak GB": settled[-1]["peak_memory_gb"]}
+    row: results.Row = {column: statistics.median(line[name] for line in found) for column, name in names.items()}
+    return row | {"peak GB": found[-1]["peak_memory_gb"]}
 
 
 def time_expert(case: Case) -> results.Row:
@@ -137,4 +186,4 @@ def time_expert(case: Case) -> results.Row:
         speed = case.batch / statistics.median(process.step() for _ in range(EXPERT_ROUNDS))
         flops = reference_flops(case.model, MaskingConfig())
         mfu = speed * flops / peak_flops(device, torch.bfloat16)
-        return {"samples/s": speed, "reference MFU": mfu, "peak GB": process.peak_bytes() / 1e9}
+        return {"samples/s": speed, "reference MFU": mfu, "peak GB": process.held_bytes() / 1e9}

@@ -8,4 +8,4 @@ head=$1 config=$2
 shift 2
 ulimit -n "$(ulimit -Hn)"
 exec torchrun --nnodes 48:64 --nproc-per-node 8 --max-restarts 100 --rdzv-backend c10d --rdzv-endpoint "$head:29400" \
-  --rdzv-id m3ae m3ae_fast/train.py --config "$config" --resume auto "$@"
+  --rdzv-id m3ae --rdzv-conf last_call_timeout=15 m3ae_fast/train.py --config "$config" --resume auto "$@"

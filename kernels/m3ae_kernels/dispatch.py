@@ -129,7 +129,7 @@ def _check_shape(name: str, tensor: Tensor, shape: Shape) -> None:
     lead = tensor.dim() - len(inner)
     fits = lead >= 0 if len(inner) < len(shape) else lead == 0
     if not fits or any(want not in (None, have) for have, want in zip(tensor.shape[lead:], inner)):
-        names = {None: "?", ...: "..."}
+        names: dict[object, str] = {None: "?", ...: "..."}
         want = ", ".join(names.get(size, str(size)) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{want}]")
 

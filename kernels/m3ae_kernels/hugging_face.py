@@ -91,7 +91,7 @@ KNOWN = {"ViTMAEForPreTraining": _patch_pre_training, "ViTMAEModel": _patch_enco
 
 def _projection_forward(options: _Options) -> Callable:
     def forward(self: nn.Conv2d, images: Tensor, patch_ids_BN: Tensor | None = None) -> Tensor:
-        """As the convolution; with patch_ids the embeddings of those patches, [B, N, D]."""
+        """Return what the convolution does; with patch_ids the embeddings of those patches, [B, N, D]."""
         if patch_ids_BN is None:
             return type(self).forward(self, images)
         weight_DK = self.weight.permute(0, 2, 3, 1).flatten(1)
@@ -138,7 +138,7 @@ def _decoder_forward(options: _Options) -> Callable:
         interpolate_pos_encoding: bool | None = False,
         images: Tensor | None = None,
     ) -> Any:
-        """As transformers' own; with images the mean loss of what the encoder has not seen."""
+        """Decode as transformers' own; with images return the mean loss of what the encoder has not seen."""
         if images is None:
             return type(self).forward(self, hidden_states, ids_restore, interpolate_pos_encoding)
         x = self.decoder_embed(hidden_states)
@@ -162,7 +162,7 @@ def _decoder_forward(options: _Options) -> Callable:
 
 def _norm_forward(options: _Options) -> Callable:
     def forward(self: nn.LayerNorm, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """As the LayerNorm; with rows of those rows of x alone."""
+        """Return the LayerNorm of x; with rows of those rows alone."""
         if rows is None:
             return type(self).forward(self, x)
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=options.impl)
@@ -175,7 +175,7 @@ def _head_forward(options: _Options) -> Callable:
         self: nn.Linear, hidden: Tensor, images: Tensor | None = None, patch_ids: Tensor | None = None,
         config: Any = None,
     ) -> Tensor:  # fmt: skip
-        """As the Linear; with images the mean loss of its predictions of those patches."""
+        """Return what the Linear does; with images the mean loss of its predictions of those patches."""
         if images is None or patch_ids is None:
             return type(self).forward(self, hidden)
         pixels = options.pixels(images, config.patch_size)
@@ -195,7 +195,7 @@ def _pre_training_forward(options: _Options) -> Callable:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own; in training without logits."""
+        """Return what transformers' own does; in training without logits."""
         if not self.training or interpolate_pos_encoding:
             images = options.floating(pixel_values)
             return type(self).forward(self, images, noise, interpolate_pos_encoding, attention_mask, **kwargs)

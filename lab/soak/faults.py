@@ -149,8 +149,8 @@ def _damage(path: Path, chance: random.Random) -> bool:
 
 
 def _damage_checkpoint(run_dir: Path, chance: random.Random) -> bool:
-    file = chance.choice((checkpoint.STATE_FILE, checkpoint.INFO_FILE))
-    return any([_damage(path / file, chance) for path in checkpoint.saved_steps(run_dir)[-1:]])
+    last = checkpoint.saved_steps(run_dir)[-1:]
+    return any([_damage(chance.choice(sorted(path.glob("*.*"))), chance) for path in last])  # not its mark
 
 
 def _damage_cache(folder: str) -> Damage:

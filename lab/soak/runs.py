@@ -81,7 +81,7 @@ class Outcome:
     """The whole course of a run."""
 
     trajectory: list[list[float | None]]
-    checksum: str  # of the last checkpoint's tensors
+    checksums: dict[str, str]  # of the last checkpoint's tensors, by file
 
 
 class Soak:
@@ -212,12 +212,12 @@ class Soak:
         saved = checkpoint.saved_steps(self.folder / name)
         return bool(saved) and checkpoint.step_of(saved[-1]) == STEPS
 
-    def _outcome(self, name: str) -> tuple[list[list[float | None]], str]:
-        """Return losses, norms and rates of every step, and the checksum of the last checkpoint."""
+    def _outcome(self, name: str) -> tuple[list[list[float | None]], dict[str, str]]:
+        """Return losses, norms and rates of every step, and the checksums of the last checkpoint."""
         lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
         trajectory = [[line.get(key) for key in _BITWISE] for line in lines]
         info = checkpoint.read_info(checkpoint.saved_steps(self.folder / name)[-1])
-        return trajectory, info.sha256[checkpoint.STATE_FILE]
+        return trajectory, info.sha256
 
     def _difference(self, name: str, expected: Outcome) -> str:
         """Return the difference from the run that nobody touched, in words."""

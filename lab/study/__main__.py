@@ -3,6 +3,7 @@
 python -m lab.study                               # on the images that come with the project
 python -m lab.study DATA --out runs/study         # on DATA/train-*.tar and DATA/val-*.tar
 python -m lab.study DATA --minutes 75             # begin nothing after 75 minutes; the next call goes on
+python -m lab.study --arms fractions ratios       # what figures 3 and 5 of the paper compare
 python -m lab.study --set train.train.steps=3000 --set train.model.emb_dim=384
 
 Pre-trains encoders (m3ae_fast.train) and tests them (m3ae_fast.transfer), one thing after the other, and writes
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks import results
 from lab.study import report
-from lab.study.plan import Job, plan
+from lab.study.plan import ARMS, Job, plan
 from lab.study.run import SETTINGS, Stopped, Study
 from lab.study.shards import captions_of, copy_shards, names_class
 from m3ae_fast.config import SourceConfig
@@ -48,6 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, metavar="DIR", help="folder for tables and plot (default: --out)")
     parser.add_argument("--labels", default="json.label", metavar="cls|json.FIELD", help="default: json.label")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of each encoder (default: 3)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what is compared (default: all)")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin no job after so many minutes")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json"
@@ -60,13 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     torch._dynamo.config.recompile_limit = 64  # models of several sizes share compiled code in this process
     study, data = set_up(args)
     common = study.common
-    jobs = plan(common.width, common.steps, args.seeds)
+    everything = plan(common.width, common.steps, args.seeds)
+    jobs = plan(common.width, common.steps, args.seeds, args.arms)
     started, pace = time.monotonic(), Pace()
     folder = args.results or args.out
 
     def write() -> None:
         head = {"title": TITLE, "about": results.about(), "data": data, "settings": study.settings}
-        report.save(folder, head | study.results(jobs))
+        report.save(folder, head | study.results(everything))
 
     left = [job for job in jobs if not study.done(job)]
     say(f"{len(jobs)} jobs, {len(jobs) - len(left)} done; runs in {study.out}")

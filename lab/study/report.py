@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.table import END, START, rewrite
-from lab.study.plan import ALL, FROZEN, TEXT_RATIOS, USUAL_RATIO
+from lab.study.plan import ALL, CAPTION_FRACTIONS, FROZEN, TEXT_RATIOS, USUAL_RATIO
 from m3ae_fast.whole_file import put_in_place
 
 JSON, PLOT, PAGE = "study.json", "study.png", "README.md"
@@ -24,7 +24,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "M3AE": WHOLE,
     "M3AE, captions name no class": WHOLE | {"captions": "nameless"},
 }
+COMMON: dict[str, Any] = {"text_ratio": None, "captions": None, "caption_fraction": 1.0}  # where nothing else is said
 COLOURS = dict(zip(OBJECTIVES, ("0.7", "tab:blue", "tab:orange", "tab:red")))
+TASK_COLOURS = ("tab:green", "tab:purple")  # of FROZEN
 
 Row = dict[str, Any]
 
@@ -51,10 +53,22 @@ class Rows:
 
     def top1(self, task: str, **wanted: Any) -> dict[int, float]:
         """Return the accuracy by seed."""
-        steps = 0 if wanted["objective"] == "random" else self.steps
-        wanted = {"width": self.width, "steps": steps, "text_ratio": None, "captions": None, "task": task} | wanted
-        found = (row for row in self.rows if all(row[key] == value for key, value in wanted.items()))
+        found = self.matching(self.rows, task=task, **wanted)
         return {row["seed"]: row["top1"] for row in found}
+
+    def matching(self, rows: Iterable[Row], **wanted: Any) -> list[Row]:
+        """Return the rows of an encoder. One of an earlier study lacks what was the same for all then."""
+        steps = 0 if wanted["objective"] == "random" else self.steps
+        wanted = COMMON | {"width": self.width, "steps": steps} | wanted
+        return [row for row in rows if all((COMMON | row)[key] == value for key, value in wanted.items())]
+
+    def lengths(self) -> list[int]:
+        """Return the steps of encoders of the common width."""
+        return [steps for width, steps in self.sizes() if width == self.width]
+
+    def widths(self) -> list[int]:
+        """Return the widths of encoders of the common number of steps."""
+        return [width for width, steps in self.sizes() if steps == self.steps]
 
     def sizes(self) -> list[tuple[int, int]]:
         """Return (width, steps) of pre-trained encoders."""
@@ -74,10 +88,14 @@ def tables(study: dict[str, Any]) -> str:
         *_table(["encoder", *(TASKS[task] for task in ALL)], _objectives(rows)),
         *_table(["", *(TASKS[task] for task in ALL)], _differences(rows)),
         *_table(["text tokens masked", *(TASKS[task] for task in FROZEN)], _ratios(rows)),
+        *_table(["captions kept", *(TASKS[task] for task in FROZEN)], _fractions(rows)),
         *_table(["width", "steps", "encoder", *(TASKS[task] for task in FROZEN)], _sizes(rows)),
         *_table(["held-out", "image loss", "text loss", "text accuracy"], _losses(study, rows)),
     ]
-    return "\n".join(lines) + f"\n![Accuracy by encoder, text mask ratio, and size]({PLOT})\n"
+    return (
+        "\n".join(lines)
+        + f"\n![Accuracy by encoder, captions kept, text mask ratio, training time and width]({PLOT})\n"
+    )
 
 
 def _objectives(rows: Rows) -> Iterable[list[str]]:
@@ -104,6 +122,19 @@ def _ratios(rows: Rows) -> Iterable[list[str]]:
         yield [f"{100 * ratio:.0f} %", *cells]
 
 
+def _by_fraction(rows: Rows, task: str) -> dict[float, dict[int, float]]:
+    """Return accuracies by seed, of each fraction of captions that is there; MAE keeps none."""
+    found = {0.0: rows.top1(task, **OBJECTIVES["MAE"])}
+    found |= {fraction: rows.top1(task, **WHOLE | {"caption_fraction": fraction}) for fraction in CAPTION_FRACTIONS}
+    return {fraction: values for fraction, values in found.items() if values}
+
+
+def _fractions(rows: Rows) -> Iterable[list[str]]:
+    found = {task: _by_fraction(rows, task) for task in FROZEN}
+    for fraction in (0.0, *CAPTION_FRACTIONS):
+        yield [f"{100 * fraction:.0f} %", *(_spread(found[task].get(fraction, {})) for task in FROZEN)]
+
+
 def _sizes(rows: Rows) -> Iterable[list[str]]:
     for width, steps in rows.sizes():
         for name in ("MAE", "M3AE"):
@@ -114,10 +145,7 @@ def _sizes(rows: Rows) -> Iterable[list[str]]:
 def _losses(study: dict[str, Any], rows: Rows) -> Iterable[list[str]]:
     """Return the losses of the common sizes."""
     for name in ("MAE", "M3AE"):
-        encoder = OBJECTIVES[name]
-        wanted = {"text_ratio": None, "captions": None, "width": rows.width, "steps": rows.steps} | encoder
-        found = [row for row in study["encoders"] if all(row[key] == value for key, value in wanted.items())]
-        if found:
+        if found := rows.matching(study["encoders"], **OBJECTIVES[name]):
             names = ("val_image_loss", "val_text_loss", "val_text_accuracy")
             cells = ([row[n] for row in found if n in row] for n in names)
             yield [name, *(f"{mean(values):.3f}" if values else "-" for values in cells)]
@@ -138,24 +166,26 @@ def _spread(by_seed: dict[int, float], sign: str = "") -> str:
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
-    """Draw encoders, text mask ratios and sizes in three panels, with bars of one standard error of the test set."""
+    """Draw the study in five panels: encoders; then, as the paper's figures 3, 4 and 5, captions kept, training time,
+    width and text mask ratio. Error bars: one standard error of the test set."""
     rows, data = Rows(study), study["data"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(1.5, 1, 1))
+    figure = plt.figure(figsize=(14, 8.6), layout="constrained")
+    grid = figure.add_gridspec(2, 6)
+    places = (grid[0, :4], grid[0, 4:], grid[1, :2], grid[1, 2:4], grid[1, 4:])
+    first, *others = (figure.add_subplot(place) for place in places)
     samples = data["labelled test samples"]
-    _draw_objectives(rows, axes[0], samples)
-    axes[0].axhline(100 * data["majority class"], color="black", lw=0.8, ls=":", label="always the largest class")
-    axes[0].legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    _draw_ratios(rows, axes[1], samples)
-    _draw_sizes(rows, axes[2], samples)
-    limits = [axis.get_ylim() for axis in axes[1:]]
-    for axis in axes[1:]:
-        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    _draw_objectives(rows, first, samples)
+    first.axhline(100 * data["majority class"], color="black", lw=0.8, ls=":", label="always the largest class")
+    for panel, axis in zip((_draw_fractions, _draw_lengths, _draw_widths, _draw_ratios), others):
+        panel(rows, axis, samples)
+    low, high = zip(*(axis.get_ylim() for axis in others))
+    for axis in (first, *others):
+        if axis is not first:
+            axis.set_ylim(min(low), max(high))
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
-    for axis in axes:
+            axis.legend(fontsize=8, framealpha=0.9)
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -193,26 +223,42 @@ def _draw_objectives(rows: Rows, axis: Axes, samples: int) -> None:
 
 
 def _draw_ratios(rows: Rows, axis: Axes, samples: int) -> None:
-    for task, colour, aside in zip(FROZEN, ("tab:green", "tab:purple"), (-0.5, 0.5)):
+    for task, colour, aside in zip(FROZEN, TASK_COLOURS, (-0.5, 0.5)):
         found = {ratio: rows.top1(task, **WHOLE | {"text_ratio": ratio}) for ratio in TEXT_RATIOS}
         points = {100 * ratio + aside: Point.of(values, samples) for ratio, values in found.items() if values}
         _draw_line(axis, points, color=colour, label=f"M3AE, {TASKS[task]}")
         if mae := rows.top1(task, objective="mae"):
             axis.axhline(100 * mean(mae.values()), color=colour, ls="--", lw=1, label=f"MAE, {TASKS[task]}")
     axis.set_xticks([100 * ratio for ratio in TEXT_RATIOS])
-    axis.set(xlabel="text tokens masked, %", title="text mask ratio")
+    axis.set(xlabel="text tokens masked, %", title="text mask ratio (figure 5)")
 
 
-def _draw_sizes(rows: Rows, axis: Axes, samples: int) -> None:
-    sizes, shift = rows.sizes(), 0.01 * rows.steps
+def _draw_fractions(rows: Rows, axis: Axes, samples: int) -> None:
+    for task, colour in zip(FROZEN, TASK_COLOURS):
+        points = {100 * part: Point.of(values, samples) for part, values in _by_fraction(rows, task).items()}
+        _draw_line(axis, points, color=colour, label=TASKS[task])
+    axis.set_xticks([0, *(100 * fraction for fraction in CAPTION_FRACTIONS)])
+    axis.set(xlabel="pairs that keep their caption, %", title="captions (0 %: MAE; figure 3)")
+
+
+def _draw_lengths(rows: Rows, axis: Axes, samples: int) -> None:
+    _draw_both(rows, axis, samples, "steps", rows.lengths())
+    axis.set(xlabel="steps of pre-training", title="training time, by linear probe (figure 4)")
+
+
+def _draw_widths(rows: Rows, axis: Axes, samples: int) -> None:
+    _draw_both(rows, axis, samples, "width", rows.widths())
+    axis.set(xlabel="width of the encoder", title="size, by linear probe (figure 4)")
+
+
+def _draw_both(rows: Rows, axis: Axes, samples: int, setting: str, values: list[int]) -> None:
+    """Draw a line for MAE and one for M3AE over the values of a setting."""
+    shift = 0.01 * max(values, default=0)
     for name, aside in (("MAE", -shift), ("M3AE", shift)):
-        for width in sorted({width for width, _ in sizes}):
-            found = {s: rows.top1("linear", **OBJECTIVES[name], width=width, steps=s) for w, s in sizes if w == width}
-            points = {steps + aside: Point.of(values, samples) for steps, values in found.items() if values}
-            style = {} if width == rows.width else {"mfc": "white"}
-            _draw_line(axis, points, color=COLOURS[name], label=f"{name}, {width} wide", **style)
-    axis.set_xticks(sorted({steps for _, steps in sizes}))
-    axis.set(xlabel="steps of pre-training", title="width and training time, by linear probe")
+        found = {value: rows.top1("linear", **OBJECTIVES[name], **{setting: value}) for value in values}
+        points = {value + aside: Point.of(by_seed, samples) for value, by_seed in found.items() if by_seed}
+        _draw_line(axis, points, color=COLOURS[name], label=name)
+    axis.set_xticks(values)
 
 
 def _draw_line(axis: Axes, points: dict[float, Point], **style: Any) -> None:

@@ -88,12 +88,13 @@ class Study:
     def _config(self, encoder: Encoder) -> dict[str, Any]:
         config = json.loads(json.dumps(self.settings["train"]))
         text = encoder.text_ratio is not None
+        kept = {} if encoder.caption_fraction == 1 else {"caption_fraction": encoder.caption_fraction}
         modality = {"modality": "auto" if text else "image"}
         shards = self.nameless if encoder.captions == "nameless" else self.train
         config["run"] = {"dir": str(self.out / encoder.name), "seed": encoder.seed}
         heads = config["model"]["num_heads"] * encoder.width // config["model"]["emb_dim"]  # of the same size
         config["model"] |= {"emb_dim": encoder.width, "num_heads": max(1, heads)}
-        config["data"] |= {"train": [{"shards": shards, **modality}], "val": [{"shards": self.val, **modality}]}
+        config["data"] |= {"train": [{"shards": shards, **modality, **kept}], "val": [{"shards": self.val, **modality}]}
         config["train"] |= {"steps": encoder.steps}
         if text:
             config["masking"] = {"text_ratio": encoder.text_ratio}

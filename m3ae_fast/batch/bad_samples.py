@@ -46,7 +46,7 @@ class BadSamples:
 
     @property
     def names_more(self) -> bool:
-        """Whether `report` would log another one."""
+        """Return whether `report` would log another one."""
         return self._named < NAMED
 
     def report(self, skipped: Sequence[Skipped], say: bool = True) -> None:

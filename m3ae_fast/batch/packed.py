@@ -84,6 +84,7 @@ class PackedBatch:
     labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None where there are none
     positions: list[int | None] = field(default_factory=list)  # of the samples in the training stream
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
+    flops: float | None = None  # that a step spends on the samples, where the loader has counted them
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

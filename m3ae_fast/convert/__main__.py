@@ -16,15 +16,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.command_line import program
-from m3ae_fast.convert.source import read_source
-from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.vqgan.flax import convert_vqgan
-from m3ae_fast.weights.card import model_card
-from m3ae_fast.weights.pretrained import Pretrained, write_pretrained
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.weights.pretrained import Pretrained
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-heads", type=int, help="of a .pth or .safetensors of no published width")
     parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
     args = parser.parse_args(argv)
+    from m3ae_fast.batch.tokenizer import load_tokenizer
+    from m3ae_fast.convert.source import read_source
+    from m3ae_fast.convert.vit import ViTOptions
+    from m3ae_fast.vqgan.flax import convert_vqgan
+    from m3ae_fast.weights.card import model_card
+    from m3ae_fast.weights.pretrained import write_pretrained
+
     if Path(args.source).suffix == ".msgpack":
         vqgan = convert_vqgan(args.source, args.out)
         print(f"MaskGIT VQGAN of {vqgan.config.codebook_size:,} codes, written to {args.out}")

@@ -7,8 +7,9 @@ import json
 import re
 from typing import Any
 
+from m3ae_fast.errors import UserError
 from m3ae_fast.open_model import SavedRun
-from m3ae_fast.run.run_log import METRICS_FILE
+from m3ae_fast.run.run_log import read_metrics
 
 _SHOWN = ("masking", "loss", "optim", "train")  # sections; the others name this machine's folders
 
@@ -46,14 +47,9 @@ def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
     line."""
     wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
     found: dict[str, tuple[float, int]] = {}
-    try:
-        lines = (run.path.parents[1] / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # a checkpoint that was moved
-        return found
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # not one of the run's
-            values = json.loads(line)
-            if values["step"] <= run.info.step:
-                shown = {name: float(value) for name, value in values.items() if wanted.fullmatch(name)}
-                found |= {name: (value, values["step"]) for name, value in shown.items()}
+    with contextlib.suppress(UserError):  # a checkpoint that was moved
+        for line in read_metrics(run.path.parents[1]):
+            if (step := line["step"]) <= run.info.step:
+                numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+                found |= {name: (value, step) for name, value in numbers.items() if wanted.fullmatch(name)}
     return found

@@ -56,7 +56,7 @@ class Source:
         return next((s.shard for s, modality in shards if modality != "image" and self._captions(s)), None)
 
     def _captions(self, shard: IndexedShard) -> int:
-        """At most how many captions of a shard are kept."""
+        """Return at most how many captions of a shard are kept."""
         return shard.summary.captions - (0 if self.caption_fraction else shard.summary.paired)
 
 

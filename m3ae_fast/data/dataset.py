@@ -24,7 +24,7 @@ from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
-from m3ae_fast.config import MaskingConfig
+from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.order import FileOrder, Order, Place, hash64
 from m3ae_fast.data.reader import Reader
@@ -56,6 +56,7 @@ class Preparation:
     seed: int  # the run's
     image_tokenizer: VQGAN | None = None  # that makes the images' token ids in the loader
     stored_codebook: int | None = None  # codes of the codebook, where the shards hold the images' ids
+    counted_for: ModelConfig | None = None  # whose FLOPs workers count for each batch, beside the training
 
 
 class _Draft(NamedTuple):

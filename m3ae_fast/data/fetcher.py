@@ -101,7 +101,7 @@ class Needs:
         return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
 
     def require_room(self) -> None:
-        """Raises UserError where the shards that are in use at a time do not fit into the cache. Where some are on a
+        """Raise UserError where the shards that are in use at a time do not fit into the cache. Where some are on a
         network file system, these are read in place then."""
         store = self.corpus.store
         store.staging = store.staging and self.in_use() <= store.room().limit
@@ -124,7 +124,7 @@ class Needs:
         return list(found.values())
 
     def _named(self, needs: Iterable[Need]) -> Iterator[Shard]:
-        """Those of the shards that are not read in place."""
+        """Return those of the shards that are not read in place."""
         for need in needs:
             shards = self.corpus.sources[need.source].shards
             for entry in map(shards.__getitem__, need.shards):
@@ -138,7 +138,7 @@ class Node:
 
     run: str  # a name that no other run on the machine has
     ranks: Sequence[int]
-    fetcher: Standby  # this rank's; that of the first one fetches
+    fetcher: Standby | None = None  # this rank's, of which the first one's fetches; None: begun with the loader
 
 
 def standby() -> Standby:
@@ -154,14 +154,16 @@ class Fetching:
         self._path = needs.corpus.store.cache_dir / "locks" / f"steps-{node.run}"
         self._ranks, self._slot = len(node.ranks), list(node.ranks).index(rank)
         self._fetcher = node.fetcher
-        if self._slot > 0:
+        if self._slot > 0 and self._fetcher:
             self._fetcher.end()
 
     def begin(self) -> None:
         """Let the fetcher fetch where it is this rank's. As for workers, it is before the first step."""
         self._steps = _shared_steps(self._path, self._ranks)
         self._steps[self._slot] = self.needs.start
-        self._fetcher.start(self.needs, self._path, self._ranks)
+        if self._slot == 0:
+            self._fetcher = self._fetcher or standby()
+            self._fetcher.start(self.needs, self._path, self._ranks)
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield micro-batches from the first step's on, and tell how many steps are behind."""
@@ -212,7 +214,7 @@ class Fetcher:
                 self._busy[shard.name] = self._pool.submit(self._bring, shard)
 
     def wait(self) -> None:
-        """Until a shard has come, or it is time to look again."""
+        """Wait until a shard has come, or it is time to look again."""
         if len(self._busy) == CONNECTIONS:
             wait(self._busy.values(), _LOOK_S, FIRST_COMPLETED)
         else:

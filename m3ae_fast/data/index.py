@@ -170,7 +170,7 @@ def index_again(indexed: IndexedShard, store: ShardStore) -> IndexedShard:
 
 
 def _file(shard: str, store: ShardStore) -> Path:
-    """The file to index: of a shard on a network file system the original, whose headers alone are read."""
+    """Return the file to index: of a shard on a network file system the original, whose headers alone are read."""
     return store.path(shard) if store.is_cached(shard) else Path(shard)
 
 

@@ -17,14 +17,15 @@ from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import check_tokenizer
-from m3ae_fast.config import DataConfig
+from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
-from m3ae_fast.data.fetcher import Fetching, Needs, Node, standby
+from m3ae_fast.data.fetcher import Fetching, Needs, Node
 from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
+from m3ae_fast.model.flops import executed_flops
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ def train_loader(
     micro_batches = MicroBatches(steps, share, lanes, config.repeats)
     loader = _loader(config, samples, micro_batches, pin_memory)
     if any(corpus.store.is_staged(shard.shard) for source in corpus.sources for shard in source.shards):
-        node = node or Node(uuid.uuid4().hex, [share.rank], standby())
+        node = node or Node(uuid.uuid4().hex, [share.rank])
         loader.beside = _fetching(loader, samples, micro_batches, node)
-    elif node:
+    elif node and node.fetcher:
         node.fetcher.end()
     return loader
 
@@ -205,7 +206,7 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
         cast("Dataset[PackedBatch]", samples),  # which `collate` makes of its samples
         batch_sampler=micro_batches,
         num_workers=workers,
-        collate_fn=partial(collate, geometry=geometry),
+        collate_fn=partial(collate, geometry=geometry, model=samples.preparation.counted_for),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         prefetch_factor=fitting_prefetch(config.prefetch, workers, size) if workers else None,
@@ -214,7 +215,9 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
     )
 
 
-def collate(samples: Sequence[Sample | Skipped], geometry: Geometry) -> PackedBatch:
-    """Pack the usable samples of a micro-batch, possibly none; the others are the batch's `skipped`."""
+def collate(samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None) -> PackedBatch:
+    """Pack the usable samples of a micro-batch, possibly none; the others are the batch's `skipped`. Count the FLOPs of
+    `model` where it is given."""
     batch = pack([sample for sample in samples if isinstance(sample, Sample)], geometry, repeat_shapes=True)
-    return replace(batch, skipped=tuple(sample for sample in samples if isinstance(sample, Skipped)))
+    skipped = tuple(sample for sample in samples if isinstance(sample, Skipped))
+    return replace(batch, skipped=skipped, flops=None if model is None else executed_flops(model, batch))

@@ -14,7 +14,7 @@ from m3ae_fast.vqgan.model import VQGAN
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads."""
+    """Training and validation data, and their tokenizers."""
 
     train: Corpus
     val: Corpus | None

@@ -6,9 +6,11 @@ import contextlib
 import os
 import resource
 import signal
+import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
+from multiprocessing import util
 from multiprocessing.queues import Queue
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +21,7 @@ from m3ae_fast.memory import out_of_memory
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
 SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
+_LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -34,6 +37,14 @@ def allow_open_files() -> None:
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def keep_socket_paths_short() -> None:
+    """Have multiprocessing make its sockets in /tmp where TMPDIR is too long: their paths may have 107 bytes."""
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        util.get_temp_dir()  # type: ignore[attr-defined]  # remembered, also by processes forked from here on
+        tempfile.tempdir = before
 
 
 class Beside(Protocol):
@@ -52,6 +63,7 @@ class Loader(DataLoader[T_co]):
     beside: Beside | None = None
 
     def __iter__(self) -> Any:
+        keep_socket_paths_short()
         with signals_blocked():
             if self.beside is None:
                 return super().__iter__()

@@ -57,15 +57,15 @@ def make_engine(
         raise UserError(
             f"{loop.SECTION}.compile: needs a C++ compiler; install g++, or set {loop.SECTION}.compile=false"
         )
+    share = split_batch(loop, ranks.world)
     for transformer in transformers:
         transformer.checkpointing = loop.activation_checkpointing
         if loop.compile:
-            transformer.compile_blocks()
+            transformer.compile_blocks(share.micro_batch)
     dtype = dtype_of(loop.precision)
     if deepspeed is None:
         return TorchEngine(model, groups, optim, dtype, ranks, ema)
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 
-    share = split_batch(loop, ranks.world)
     parts = (share.micro_batch, share.accumulation)
     return DeepSpeedEngine(model, groups, deepspeed, optim, dtype, ranks, *parts, ema)

@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
     set_z3_leaf_module,
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
-from m3ae_fast.engine.interface import State
-from m3ae_fast.engine.optimizer import averages, build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
+from m3ae_fast.engine.deepspeed_waits import read_no_norms, valid_norm, wait_for_one_stream
+from m3ae_fast.engine.fragments import Fragment, Fragments, cut
+from m3ae_fast.engine.interface import Read
+from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
 from m3ae_fast.errors import UserError
 from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.transformer import MLP
@@ -62,6 +64,7 @@ class DeepSpeedEngine:
         self.zero = config.zero_optimization
         # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+        read_no_norms()
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         for module in model.modules():
@@ -82,9 +85,12 @@ class DeepSpeedEngine:
             raise UserError(
                 f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
             ) from None
+        if hasattr(self.ds.optimizer, "independent_gradient_partition_epilogue") and not self.zero.offloads_optimizer:
+            wait_for_one_stream(self.ds.optimizer)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        self.ds.train()
+        if not self.model.training:  # it walks through all modules
+            self.ds.train()
         set_lr(self.ds.optimizer, lr)
         results, norm = [], None
         for i, batch in enumerate(batches):
@@ -96,34 +102,61 @@ class DeepSpeedEngine:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             self.ds.step()
             results.append(losses)
-        return results, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm)
+        return results, valid_norm(torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm))
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> Any:
         self.ds.eval()
         return self.ds(batch)
 
-    def state(self) -> State | None:
+    def fragments(self) -> Fragments:
         if not self._inner.state:
             self._prime(0)
         self._link_moments()
-        return collect(self.model, ("model", *self.kinds), self._whole, self.ranks.is_main)
+        if self.zero.stage == 0:
+            tensors = {name: self._whole(p, kind) for name, p, kind in self._state()}
+            return cut(tensors, self.ranks.rank, self.ranks.world)
+        return {name: self._own(p, kind) for name, p, kind in self._state()}
 
-    def average(self) -> dict[str, Tensor]:
+    def whole(self, kind: str) -> dict[str, Tensor]:
         self._link_moments()
-        return averages(self.model, self._whole)
+        return collect(self.model, kind, self._whole)
 
     def _whole(self, p: nn.Parameter, kind: str) -> Tensor:
         if self.zero.stage == 0:
             return p if kind == "model" else self._inner.state[p][kind]
         return safe_get_full_fp32_param(p) if kind == "model" else safe_get_full_optimizer_state(p, kind)
 
-    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
+    def _own(self, p: Any, kind: str) -> Fragment:
+        """Return what this rank keeps in float32 of weight `p` (kind "model") or of its moment `kind` from stage 1
+        on."""
+        if self.zero.stage < 3:
+            if (mine := p._hp_mapping) is None:
+                return Fragment(p.new_empty(0, dtype=torch.float32), 0, tuple(p.shape))
+            kept = mine.get_hp_fragment(None if kind == "model" else kind)
+            return Fragment(kept.detach(), mine.lp_fragment_address.start, tuple(p.shape))
+        kept = safe_get_local_fp32_param(p) if kind == "model" else safe_get_local_optimizer_state(p, kind)
+        start = self.ranks.rank * p.ds_tensor.numel()  # the last parts are padded
+        return Fragment(kept.detach().flatten()[: max(0, p.ds_numel - start)], start, tuple(p.ds_shape))
+
+    def load_state(self, step: int, read: Read) -> None:
         self._prime(step)
+        for name, p, kind in self._state():
+            if self.zero.stage == 3:
+                self._load_partition(name, p, kind, read)
+                continue
+            if self.zero.stage == 0 or kind == "model":  # from stage 1 on, what matmuls take
+                place = p if kind == "model" else self._inner.state[p][kind]
+                place.data.copy_(read(name, 0, p.numel()).view_as(p))
+            if self.zero.stage > 0:
+                own = self._own(p, kind)
+                own.data.copy_(read(name, own.start, len(own.data)))
+
+    def _state(self) -> Iterator[tuple[str, nn.Parameter, str]]:
+        """Yield each tensor's name in the state, its parameter and its kind."""
         for name, p in self.model.named_parameters():
-            self._set(p, get(f"model/{name}"), None)
-            for key in self.kinds:
-                self._set(p, get(f"{key}/{name}"), key)
+            for kind in ("model", *self.kinds):
+                yield f"{kind}/{name}", p, kind
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -149,27 +182,16 @@ class DeepSpeedEngine:
             self.ds.optimizer._hp_optimizer_states_linked = False
             self.ds.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Write a whole float32 tensor into this rank's part of weight `p` (key None) or of its moment `key`."""
-        if self.zero.stage == 0:
-            (p.data if key is None else self._inner.state[p][key]).copy_(value)
-        elif self.zero.stage < 3:
-            if key is None:
-                p.data.copy_(value)
-                safe_set_full_fp32_param(p, value)
-            else:
-                safe_set_full_optimizer_state(p, value, key)
+    def _load_partition(self, name: str, p: Any, kind: str, read: Read) -> None:
+        """Read this rank's part of one tensor into its place, at stage 3."""
+        own, length = self._own(p, kind), p.ds_tensor.numel()
+        value = read(name, own.start, len(own.data))
+        padded = nn.functional.pad(value, (0, length - len(value)))
+        if kind == "model":
+            p.ds_tensor.data.copy_(padded)
+            safe_set_local_fp32_param(p, padded)
         else:
-            # the whole-tensor setters reject a size that is not divisible by the ranks: cut the part here
-            own: Tensor = p.ds_tensor  # type: ignore[attr-defined]
-            part = own.numel()
-            flat = nn.functional.pad(value.flatten(), (0, part * self.ranks.world - value.numel()))
-            mine = flat[part * self.ranks.rank :][:part]
-            if key is None:
-                own.data.copy_(mine)
-                safe_set_local_fp32_param(p, mine)
-            else:
-                safe_set_local_optimizer_state(p, mine, key)
+            safe_set_local_optimizer_state(p, padded, kind)
 
 
 def deepspeed_section(

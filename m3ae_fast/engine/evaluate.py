@@ -14,16 +14,19 @@ def evaluate(
     loader: Iterable[PackedBatch],
     ranks: Ranks,
     with_targets: Callable[[PackedBatch], PackedBatch],
+    look: Callable[[PackedBatch], None] = lambda batch: None,
 ) -> dict[str, float]:
     """Return metrics to log: means over the whole of `loader`, whose ranks' batches are parts of one set.
 
-    `with_targets` makes on the device the targets that a batch still lacks. Every rank must call it, with equally many
-    batches.
+    `with_targets` makes on the device the targets that a batch still lacks, and `look` is shown the result. Every rank
+    must call it, with equally many batches.
     """
     sums = [0.0] * 6
     for batch in loader:
         image, text = batch.counts
-        losses = engine.evaluate(with_targets(batch.to(ranks.device)))
+        batch = with_targets(batch.to(ranks.device))
+        losses = engine.evaluate(batch)
+        look(batch)
         part = (
             image,
             float(losses.image_loss) * image,

@@ -1,7 +1,7 @@
 """The interface between a training loop and its engine: steps over micro-batches, outputs without training, its state.
 
-A state consists of whole tensors by parameter name, so that a checkpoint knows nothing of ranks, ZeRO stages or
-optimisers' layouts.
+A state consists of tensors by parameter name, of which each rank gives and takes flat pieces, so that a checkpoint
+knows nothing of ZeRO stages or optimisers' layouts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.engine.fragments import Fragments
 
-# "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq" and, with train.ema, "ema"
-# -> on the CPU, float32
-State = dict[str, Tensor]
+Read = Callable[[str, int, int], Tensor]  # name in a state, first element, number of elements -> float32, 1-D
 
 
 class StepLosses(Protocol):
@@ -33,7 +32,7 @@ class Engine(Protocol):
 
     model: nn.Module
     optimizer_name: str
-    kinds: tuple[str, ...]  # of optimiser state: keys of `State` before the parameter's name
+    kinds: tuple[str, ...]  # of optimiser state: keys of `Fragments` before the parameter's name
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         """Run forward, backward and update; gradients are summed over micro-batches and averaged over ranks.
@@ -50,12 +49,13 @@ class Engine(Protocol):
     def evaluate(self, batch: PackedBatch) -> Any:
         """Return the module's output for one batch, without gradients and dropout."""
 
-    def state(self) -> State | None:
-        """Return whole tensors on rank 0, None elsewhere. Every rank must call it."""
+    def fragments(self) -> Fragments:
+        """Return this rank's part of the state, which training goes on to change. All ranks' parts together are each
+        tensor once. Every rank must call it."""
 
-    def average(self) -> dict[str, Tensor]:
-        """Return the moving average of the weights by parameter name, whole on every rank: float32, on the CPU. Every
-        rank must call it, and only if the engine keeps one."""
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """Return "model", the weights, or one of `kinds` by parameter name, whole on every rank: float32, on the CPU.
+        Every rank must call it."""
 
-    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
-        """Load a state as of `step` updates; `get` gives its tensors by name, on every rank in the same order."""
+    def load_state(self, step: int, read: Read) -> None:
+        """Load a state as of `step` updates. Each rank reads the elements that it keeps."""

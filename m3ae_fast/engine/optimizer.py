@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from m3ae_fast.config import OptimConfig
-from m3ae_fast.engine.interface import State
 
 _log = logging.getLogger(__name__)
 
@@ -122,22 +121,6 @@ def _set_step(counter: dict, step: int) -> None:
         counter["step"] = torch.full_like(counter["step"], step) if isinstance(counter["step"], Tensor) else step
 
 
-def collect(
-    model: nn.Module, kinds: Sequence[str], whole: Callable[[nn.Parameter, str], Tensor], keep: bool
-) -> State | None:
-    """Gather whole float32 tensors one by one: `kinds` are "model", the weights, and those of optimiser state. `keep`
-    says whether this rank wants them."""
-    state: State = {}
-    for name, p in model.named_parameters():
-        for kind in kinds:
-            tensor = whole(p, kind)
-            if keep:
-                state[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
-    return state if keep else None
-
-
-def averages(model: nn.Module, whole: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Tensor]:
-    """See `engine.interface.Engine.average`."""
-    state = collect(model, (EMA,), whole, keep=True)
-    assert state is not None
-    return {name.removeprefix(f"{EMA}/"): tensor for name, tensor in state.items()}
+def collect(model: nn.Module, kind: str, whole: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Tensor]:
+    """Return `whole(parameter, kind)` of each parameter by its name, as float32 copies on the CPU."""
+    return {name: whole(p, kind).detach().to("cpu", torch.float32, copy=True) for name, p in model.named_parameters()}

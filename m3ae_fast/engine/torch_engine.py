@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import OptimConfig
-from m3ae_fast.engine.interface import State
+from m3ae_fast.engine.fragments import Fragments, cut
+from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import (
-    averages,
     build_adamw,
     clip_by_global_norm,
     collect,
@@ -57,7 +57,8 @@ class TorchEngine:
             self.ddp = ddp(self.model, **options)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
-        self.model.train()
+        if not self.model.training:  # it walks through all modules
+            self.model.train()
         results = []
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -81,20 +82,24 @@ class TorchEngine:
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def state(self) -> State | None:
+    def fragments(self) -> Fragments:
         if not self.optimizer.state:
             prime(self.optimizer, 0)
-        return collect(self.model, ("model", *self.kinds), self._whole, self.ranks.is_main)
+        tensors = {
+            f"{kind}/{name}": self._whole(p, kind)
+            for name, p in self.model.named_parameters()
+            for kind in ("model", *self.kinds)
+        }
+        return cut(tensors, self.ranks.rank, self.ranks.world)
 
-    def average(self) -> dict[str, Tensor]:
-        return averages(self.model, self._whole)
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        return collect(self.model, kind, self._whole)
 
     def _whole(self, p: nn.Parameter, kind: str) -> Tensor:
         return p if kind == "model" else self.optimizer.state[p][kind]
 
-    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
+    def load_state(self, step: int, read: Read) -> None:
         prime(self.optimizer, step)
         for name, p in self.model.named_parameters():
-            p.data.copy_(get(f"model/{name}"))
-            for key in self.kinds:
-                self.optimizer.state[p][key].copy_(get(f"{key}/{name}"))
+            for kind in ("model", *self.kinds):
+                self._whole(p, kind).data.copy_(read(f"{kind}/{name}", 0, p.numel()).view_as(p))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +91,8 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     # 0.5 (1 + tanh(u)) = sigmoid(2 u): one cheap exponential, where a CPU's tanh takes several times longer
-    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    # 2 sqrt(2 / pi), in digits: with dynamic shapes a number that has a name is an input, which every backward reads
+    return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 def drop_path_factors(draws_S: Tensor, branches: int, p: float, key: int) -> Tensor:
@@ -227,14 +227,16 @@ class Transformer(nn.Module):
             yield x_TD
         yield self._run(last, x_TD, segments, rows_M, queries, factors[-1])
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph.
+    def compile_blocks(self, samples: int = 0) -> None:
+        """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. Of `samples` a
+        micro-batch: sums over rows are compiled for about as many as the first batch has, which torch's cache of
+        compiled graphs does not know.
 
         The backward pass recomputes GELU and LayerNorm outputs: half the activation memory at no measurable time, since
         they fuse with what reads them.
         """
         torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
-        torch.compiler.config.cache_key_tag = _source_tag()
+        torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
         for block in self.blocks:
             block.compile(dynamic=True)
 

@@ -80,15 +80,16 @@ def draw_attention(
         rows.append(cells)
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
-    draw_sheet(path, rows)
+    draw_sheet(path, [*rows, [Cell(_key(rows[0][0].image), "blue none, red the most of that image")]])
 
 
 def _words(model: M3AE, tokens: Tensor, word: str | None) -> dict[int, str]:
-    """Return, by place in the caption, the tokens that begin a word, or the ones that are `word`."""
+    """Return, by place in the caption, the tokens that begin a word, or that are `word`: each once, the first one."""
     assert model.tokenizer is not None
     texts = [model.tokenizer.token(token) for token in tokens.tolist()]
     found = {i: text for i, text in enumerate(texts) if (text.isalnum() if word is None else text == word.lower())}
-    return dict(list(found.items())[:_WORDS])
+    first = {text: place for place, text in reversed(found.items())}
+    return {first[text]: text for text in list(dict.fromkeys(found.values()))[:_WORDS]}
 
 
 def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
@@ -96,5 +97,16 @@ def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
     side = image.shape[-1] // patch
     high = (weights_L / weights_L.max()).view(side, side)
     high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    colour = torch.stack((high, 1 - (2 * high - 1).abs(), 1 - high)) * 255
-    return ((image.expand(3, -1, -1) + colour) / 2).to(torch.uint8)
+    return ((image.expand(3, -1, -1) + _colours(high)) / 2).to(torch.uint8)
+
+
+def _colours(high: Tensor) -> Tensor:
+    """Return colours [3, H, W], from 0 to 255, of numbers [H, W] from 0, blue, to 1, red."""
+    return torch.stack((high, 1 - (2 * high - 1).abs(), 1 - high)) * 255
+
+
+def _key(like: Tensor | None) -> Tensor:
+    """Return the colours from left to right, laid over grey as over an image of that size: uint8 [3, H, W]."""
+    assert like is not None
+    height, width = like.shape[1:]
+    return ((127 + _colours(torch.linspace(0, 1, width).expand(height, -1))) / 2).to(torch.uint8)

@@ -17,17 +17,18 @@ from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Colour
 from m3ae_fast.vqgan.model import VQGAN
 from m3ae_fast.weights.pretrained import load_weights
 from m3ae_fast.whole_file import whole_file
 
 SIDE = 160  # pixels at which an image is shown
 TEXT_WIDTH = 440
+TALLEST = 2000  # pixels of a row, whose caption may be long
 GAP = 8
 GREY = 127
 HIDDEN = "___"
-Colour = tuple[int, int, int]
-BLACK, GREEN, RED, FAINT = (20, 20, 20), (0, 130, 50), (190, 30, 30), (130, 130, 130)
+FAINT = (130, 130, 130)
 
 
 def draw_run(
@@ -94,13 +95,15 @@ def draw_reconstructions(
     rows = [_row(model, sample, tokenizer, device, vqgan) for sample in samples]
     model.train(was_training)
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
-    sheet = Image.new("RGB", (width, 24 + len(rows) * (SIDE + GAP)), "white")
+    sheet = Image.new("RGB", (width, 24 + sum(row.height + GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)
     titles = ("original", "masked", "reconstruction", "caption; masked tokens in green are predicted correctly")
     for i, title in enumerate(titles):
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, 24 + i * (SIDE + GAP)))
+    y = 24
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height + GAP
     with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
 
@@ -109,7 +112,8 @@ def _row(
     model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device, vqgan: VQGAN | None
 ) -> Image.Image:
     output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
-    row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, SIDE), "white")
+    row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, TALLEST), "white")
+    height = SIDE
     if sample.image is not None and sample.image_mask is not None:
         output_IK = output_IK.float().cpu()
         shown = _images(model, sample.image, sample.image_mask, None if vqgan else output_IK)
@@ -120,8 +124,9 @@ def _row(
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
         with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
         guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
-        _write_captions(ImageDraw.Draw(row), caption_views(sample.tokens, sample.text_mask, guesses, tokenizer))
-    return row
+        views = caption_views(sample.tokens, sample.text_mask, guesses, tokenizer)
+        height = min(max(_write_captions(ImageDraw.Draw(row), views), SIDE), TALLEST)
+    return row.crop((0, 0, row.width, height))
 
 
 def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
@@ -201,7 +206,8 @@ def caption_views(
     return {"caption": caption, "masked": visible, "predicted": predicted}
 
 
-def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> None:
+def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> int:
+    """Write the lines, each over as many as it needs, and return their height in pixels."""
     left, y = 3 * (SIDE + GAP) + GAP, 0
     font = _font(13)
     for title, words in lines.items():
@@ -216,6 +222,7 @@ def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, 
             draw.text((left + x + space, y), joined, fill=colour, font=font)
             x += space + width
         y += 22
+    return y
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from m3ae_fast.errors import UserError
+
 
 class Background:
     """A thread for one piece of work at a time. As a context manager it waits for the last one at the end."""
@@ -13,6 +15,7 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.leaving = threading.Event()  # set where an error ends this rank that other ranks may not share
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin `work`; the one before must have been waited for."""
@@ -51,5 +54,8 @@ class Background:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             self.wait()
-        elif issubclass(kind, Exception) and self._thread is not None:
+            return
+        if not issubclass(kind, UserError):
+            self.leaving.set()
+        if issubclass(kind, Exception) and self._thread is not None:
             self._thread.join()  # what it saves is worth waiting for; the error that ends the run is the one to report

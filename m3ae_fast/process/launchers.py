@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
@@ -65,6 +66,13 @@ def adopt(environment: MutableMapping[str, str]) -> None:
     if "WORLD_SIZE" not in environment and "RANK" not in environment:
         for name, value in _read(found, environment).items():
             environment.setdefault(name, value)
+
+
+def alone() -> bool:
+    """Return whether this process is the only rank. Raises UserError as `adopt`."""
+    environment = dict(os.environ)
+    adopt(environment)
+    return environment.get("WORLD_SIZE", "1") in ("", "1")
 
 
 def _read(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:

@@ -37,7 +37,7 @@ def joined_program() -> Iterator[Session]:
     that follows from a rank that left before there was anything to save is ignored: the program ends there.
     """
     with (
-        standby() as fetcher,  # forked before there are threads, connections to other ranks, or anything of CUDA
+        standby() as fetcher,  # forked before there are threads, connections to other ranks, or a GPU's memory
         StopRequest() as stop,
         join_ranks() as ranks,
         Pulse(ranks.rank, ranks.rooms, ranks.store, stop) as pulse,

@@ -86,20 +86,22 @@ class Ranks:
         """Run `work` on rank 0 and return its picklable result on every rank; errors as in `on_main`."""
         return cast(T, self.from_main(self.on_main(work)))
 
-    def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
-        """Run `work` on rank 0, then on the others, which find there what it wrote to disk, and wait for all: no rank
-        is late for what follows, which may have a shorter timeout. Errors of any rank as in `on_main`.
+    def together(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
+        """Run `work` on every rank and wait for all. Errors of any rank as in `on_main`.
 
         `waiting`: entered while this rank waits for others."""
-        result, error = None, None
-        for turn in (self.is_main, not self.is_main):
-            if turn:
-                result, error = attempt(work)
-            with waiting():
-                errors = self.gather(error)
-            if failed := next(filter(None, errors), None):
-                raise UserError(failed)
+        result, error = attempt(work)
+        with waiting():
+            errors = self.gather(error)
+        if failed := next(filter(None, errors), None):
+            raise UserError(failed)
         return cast(T, result)
+
+    def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
+        """Run `work` on rank 0, then on the others, which find there what it wrote to disk, and wait for all: no rank
+        is late for what follows, which may have a shorter timeout. Errors and `waiting` as in `together`."""
+        first = self.together(lambda: work() if self.is_main else None, waiting)
+        return self.together(lambda: cast(T, first) if self.is_main else work(), waiting)
 
     def claim(self, what: str) -> bool:
         """Claim the right to print `what`, an error of all ranks say: True on the rank that asks first."""

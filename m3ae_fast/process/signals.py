@@ -13,8 +13,6 @@ from types import FrameType
 
 import psutil
 
-from m3ae_fast.errors import UserError
-
 # SLURM can announce the end of a job's time with SIGUSR1; SIGHUP comes when a terminal closes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _TICK_S = 0.25  # between looks at the launcher
@@ -137,7 +135,7 @@ class StopRequest:
             return f"before the first step ({self.reason}); nothing to save"
         try:
             return f"({self.reason}); {self.at_leaving()}"
-        except UserError as error:
+        except Exception as error:  # this thread must live on to end the process
             return f"({self.reason}); what was found so far is lost: {error}"
 
 

@@ -19,4 +19,5 @@ def write_stacks(folder: Path, rank: int) -> None:
     with open(folder / f"rank-{rank}.txt", "w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
     if dist.is_nccl_available() and dist.is_initialized() and dist.get_backend() == "nccl":
-        (folder / f"{_TRACE}{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+        record = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]  # torch for CPUs lacks it
+        (folder / f"{_TRACE}{rank}").write_bytes(record)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from statistics import median
+
+from PIL import Image
+
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.config import Config, ModelConfig
-from m3ae_fast.data import Data
+from m3ae_fast.data import Corpus, Data
 from m3ae_fast.data.file_systems import network_file_system
+from m3ae_fast.data.reader import Reader
 from m3ae_fast.engine.schedule import Schedule
 
 _SETTLED_STEPS = 50  # after which memory should not grow much any more
 _GROWTH = 1.5
+_LOOKED_AT = 32  # images of a source
+_ENLARGED = 0.75  # of the model's image size: smaller images are told
 
 
 def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
@@ -39,7 +49,28 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
             "model.image_mean and model.image_std are still the defaults, CC12M's; set them to those of your images, "
             "which python -m m3ae_fast.data stats SHARDS prints"
         )
+    if note := _enlarged(config, data.train):
+        notes.append(note)
     return notes
+
+
+def _enlarged(config: Config, corpus: Corpus) -> str:
+    """Return a note where most images are much smaller than the model's: of some that lie on this machine."""
+    sides = []
+    for source in corpus.sources:
+        if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
+            reader = Reader(source, corpus.store)
+            for row in range(min(source.indexed[0].summary.samples, _LOOKED_AT)):
+                with contextlib.suppress(BadSample, OSError, ValueError):
+                    image = reader.read(0, row).image
+                    sides += [min(Image.open(io.BytesIO(image)).size)] if image else []
+    size = config.model.image_size
+    if not sides or (middle := median(sides)) >= _ENLARGED * size:
+        return ""
+    return (
+        f"images are enlarged: half of {len(sides):,} that were looked at have a short side of {middle:g} pixels or "
+        f"less, and model.image_size is {size}: a smaller one is faster and loses nothing"
+    )
 
 
 class MemoryGrowth:

@@ -1,41 +1,46 @@
 """Checkpoints that are whole or not there, and that fit any number of ranks and any ZeRO stage.
 
 run.dir/checkpoints/step-00001234/
-    state.safetensors   float32 weights, Adam moments and, with train.ema, averaged weights: whole tensors by name
+    state*.safetensors  float32 weights, Adam moments and, with train.ema, averaged weights: see `parts`
     state.json          step, samples seen, seeds, config, versions, the data's fingerprint, checksums of other files
     good                a loss computed from its weights was finite
     failed              one was not: `--resume auto` skips it
 
-M3AE models are at most a few billion bytes, so one rank writes one file: simpler than a file per rank, and resuming on
-another number of ranks or another ZeRO stage needs no conversion.
+Each rank writes what it keeps; when all have, rank 0 gives the folder its name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from m3ae_fast.engine.fragments import Fragments
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
+from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.regular_file import open_regular
+from m3ae_fast.run import parts
+from m3ae_fast.run.parts import State, damaged
 from m3ae_fast.whole_file import put_in_place
 
-STATE_FILE, INFO_FILE = "state.safetensors", "state.json"
+INFO_FILE = "state.json"
 GOOD, FAILED = "good", "failed"
+ALONE = Agreement(0, 1, dist.HashStore(), threading.Event())
 
 
 @dataclass
@@ -49,6 +54,7 @@ class Info:
     versions: dict[str, str]
     stream: dict[str, str] = field(default_factory=dict)  # what data it was trained on: `data.fingerprint`
     sha256: dict[str, str] = field(default_factory=dict)  # by file
+    attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the kernel that was chosen, by part
 
 
 def folder(run_dir: Path) -> Path:
@@ -63,50 +69,118 @@ def step_of(path: Path) -> int:
 
 def saved_steps(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    whole = (p for p in folder(run_dir).glob("step-*") if (p / INFO_FILE).is_file() and (p / STATE_FILE).is_file())
-    return sorted((p for p in whole if step_of(p) >= 0), key=step_of)
+    steps = (p for p in folder(run_dir).glob("step-*") if (p / INFO_FILE).is_file() and any(p.glob(parts.ANY_PART)))
+    return sorted((p for p in steps if step_of(p) >= 0), key=step_of)
 
 
-def save(run_dir: Path, state: dict[str, Tensor], info: Info, keep: int, remedy: str = "a lower optim.peak_lr") -> Path:
-    """Write a checkpoint beside the others and only then give it its name; then `prune`. `remedy`: settings that may
-    help where a tensor is not finite.
+def save(
+    run_dir: Path,
+    part: Fragments,
+    info: Info,
+    keep: int,
+    remedy: str = "a lower optim.peak_lr",
+    ranks: Agreement = ALONE,
+) -> Path:
+    """Write a checkpoint beside the others and only then give it its name; then `prune`. Every rank must call it.
+
+    Args:
+        run_dir: on a file system that all ranks see.
+        part: of the state, on the CPU; all of it where there is one rank.
+        info: what else is stored; rank 0's counts.
+        keep: checkpoints that stay.
+        remedy: settings that may help where a tensor is not finite.
+        ranks: all that have a part.
 
     Raises:
-        UserError: a tensor is not finite, or the disk refuses; the earlier checkpoints are as they were.
+        UserError: on every rank, where a tensor is not finite, the disk refuses, or a part is missing; the earlier
+            checkpoints are as they were.
     """
     target = folder(run_dir) / f"step-{info.step:08d}"
-    if target in saved_steps(run_dir):
-        return target
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"checkpoint {target}: not written, since {name} is not finite; the earlier ones are intact: "
-                f"go on with {remedy}"
-            )
-    partial = folder(run_dir) / f".writing-{info.step:08d}-{os.getpid()}"
-    try:
-        try:
-            _write(partial, target, state, info)
-        except (OSError, SafetensorError):
-            if partial.exists():
-                raise
-            _write(partial, target, state, info)  # the run's folder was renamed or removed meanwhile
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"checkpoint {target}: cannot be written ({error}); the earlier ones are intact") from None
-    prune(run_dir, keep)
+    for last in (False, True):
+        unfinished = ranks.decide("", lambda _: _begin(target))
+        if not unfinished:
+            return target
+        job = _Save(Path(unfinished), target, part, info, remedy, ranks.world)
+        if ranks.decide(job.write(ranks.rank), partial(job.end, last=last)):
+            break
+    if ranks.rank == 0:
+        prune(run_dir, keep)
     return target
 
 
-def _write(partial: Path, target: Path, state: dict[str, Tensor], info: Info) -> None:
+def _begin(target: Path) -> str:
+    """Make the folder to write to, and return it; "" where the checkpoint is there. Rank 0 only."""
+    if target in saved_steps(target.parents[1]):
+        return ""
+    unfinished = target.parent / f".writing-{step_of(target):08d}-{os.getpid()}"
     for leftover in (*target.parent.glob(".writing-*"), *target.parent.glob(".removing-*"), target):
         shutil.rmtree(leftover, ignore_errors=True)  # of a save or a removal that was killed
-    partial.mkdir(parents=True)
-    save_file(state, partial / STATE_FILE)
-    info = replace(info, sha256={STATE_FILE: _sha256(partial / STATE_FILE)})
-    (partial / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(partial / INFO_FILE, partial / STATE_FILE)  # safetensors makes it readable only to its owner
-    put_in_place(partial, target)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritten(target, error) from None
+    return str(unfinished)
+
+
+def _unwritten(target: Path, error: object) -> UserError:
+    return UserError(f"checkpoint {target}: cannot be written ({error}); the earlier ones are intact")
+
+
+class _Save(NamedTuple):
+    """One attempt to write a checkpoint; arguments as of `save`."""
+
+    unfinished: Path
+    target: Path
+    part: Fragments
+    info: Info
+    remedy: str
+    world: int
+
+    def write(self, rank: int) -> str:
+        """Write this rank's part. Return, as JSON, its checksum or why there is none."""
+        try:
+            self._check_finite()
+            return json.dumps({"sha256": parts.write_part(self.unfinished, self.part, rank, self.world)})
+        except UserError as error:
+            return json.dumps({"error": str(error)})
+        except Exception as error:  # whatever it is, the others wait for a report
+            who = f"rank {rank}: " if self.world > 1 else ""
+            kind = "" if isinstance(error, (OSError, SafetensorError)) else f"{type(error).__name__}: "
+            return json.dumps({"error": str(_unwritten(self.target, f"{who}{kind}{error}"))})
+
+    def _check_finite(self) -> None:
+        for name, piece in self.part.items():
+            if not piece.data.isfinite().all():
+                raise UserError(
+                    f"checkpoint {self.target}: not written, since {name} is not finite; the earlier ones are intact: "
+                    f"go on with {self.remedy}"
+                )
+
+    def end(self, reports: list[str], last: bool) -> str:
+        """Give the checkpoint its name, if all have written. Rank 0 only. Return "" where the folder was renamed or
+        removed meanwhile and this was not the `last` attempt."""
+        try:
+            self._end([json.loads(report) for report in reports])
+        except (UserError, OSError) as error:
+            if not (last or self.unfinished.exists()):
+                return ""
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            raise error if isinstance(error, UserError) else _unwritten(self.target, error) from None
+        return "saved"
+
+    def _end(self, reports: list[dict[str, str]]) -> None:
+        for report in reports:
+            if "error" in report:
+                raise UserError(report["error"])
+        sums = dict(zip(parts.part_files(self.world), (report["sha256"] for report in reports)))
+        if self.world > 1:
+            shapes = {name: piece.shape for name, piece in self.part.items()}
+            sums[parts.TABLE_FILE] = parts.write_table(self.unfinished, shapes, self.world)
+        info = json.dumps(asdict(replace(self.info, sha256=sums)), indent=2)
+        (self.unfinished / INFO_FILE).write_text(info + "\n", encoding="utf-8")
+        for file in sums:  # safetensors makes its files readable only to their owner
+            shutil.copymode(self.unfinished / INFO_FILE, self.unfinished / file)
+        put_in_place(self.unfinished, self.target)
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -149,95 +223,37 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
     return moved
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _damaged(path: Path, file: str, error: object) -> UserError:
-    reason = " ".join(str(error).split())[:200]  # pydantic's has several lines
-    return UserError(f"checkpoint {path}: {file} is damaged ({reason}); remove the folder to use an older one")
-
-
 def read_info(path: Path) -> Info:
     """Read a checkpoint's info. Raises UserError if it is damaged."""
     try:
         with open_regular(path / INFO_FILE) as file:
             info = TypeAdapter(Info).validate_json(file.read(), strict=True)
     except (OSError, ValueError) as error:
-        raise _damaged(path, INFO_FILE, error) from None
+        raise damaged(path, INFO_FILE, error) from None
     if step_of(path) not in (-1, info.step):
-        raise _damaged(path, INFO_FILE, f"it is of step {info.step}")
+        raise damaged(path, INFO_FILE, f"it is of step {info.step}")
     return info
 
 
-def open_state(path: Path) -> Callable[[str], Tensor]:
-    """Open a reader of single tensors by name. Raises UserError if the file is damaged, or later if it lacks one."""
-    file = _open_state(path)
-
-    def get(name: str) -> Tensor:
-        try:
-            tensor = file.get_tensor(name)
-        except SafetensorError:
-            raise _lacks(path, name) from None
-        if not tensor.isfinite().all():
-            raise UserError(f"checkpoint {path}: {name} is not finite; remove the folder to use an older one")
-        return tensor
-
-    return get
-
-
-def _open_state(path: Path) -> Any:
-    expected = read_info(path).sha256.get(STATE_FILE)
-    try:
-        if expected not in (None, _sha256(path / STATE_FILE)):
-            raise OSError("its checksum is not the one it was written with")
-    except OSError as error:
-        raise _damaged(path, STATE_FILE, error) from None
-    return _tensors(path)
-
-
-def _tensors(path: Path) -> Any:
-    try:
-        open_regular(path / STATE_FILE).close()  # safetensors would wait for a pipe
-        return safe_open(path / STATE_FILE, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, STATE_FILE, error) from None
-
-
-def _lacks(path: Path, name: str) -> UserError:
-    return UserError(f"checkpoint {path}: has no tensor {name}; is it of another model config?")
-
-
-def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise UserError if the state lacks a tensor of `shapes`, or has it with another shape or not in float32."""
-    with _tensors(path) as file:
-        names = set(file.keys())
-        for name, shape in shapes.items():
-            if name not in names:
-                raise _lacks(path, name)
-            part = file.get_slice(name)
-            if (found := tuple(part.get_shape())) != shape or part.get_dtype() != "F32":
-                raise UserError(
-                    f"checkpoint {path}: {name} is {part.get_dtype()} {list(found)}, the model needs F32 {list(shape)}"
-                )
+def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
+    """Open a checkpoint's tensors, after a look at the checksums of its files; `world` ranks share that work. Raises
+    UserError if it is damaged, or not there."""
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: rank {rank} does not see it; it must be where all nodes do")
+    sums, table = read_info(path).sha256, None
+    if parts.TABLE_FILE in sums:
+        parts.check(path, parts.TABLE_FILE, sums[parts.TABLE_FILE])
+        table = parts.read_table(path)
+    for file in parts.part_files(table.parts if table else 1)[rank::world]:
+        parts.check(path, file, sums.get(file))
+    return State(path, table)
 
 
 def read_weights(path: Path, *, average: bool = True) -> dict[str, Tensor]:
     """Return float32 weights of a checkpoint by parameter name; of a run with train.ema their moving average, unless
     `average` is false. Raises UserError if it is damaged."""
-    get = open_state(path)
-    with _tensors(path) as file:
-        chosen = _weight_names(file.keys(), average)
-    return {name: get(stored) for name, stored in chosen.items()}
-
-
-def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the last weights in a state, by parameter name."""
-    return {name: state[stored] for name, stored in _weight_names(state, average=False).items()}
+    state = open_state(path)
+    return {name: state.whole(stored) for name, stored in _weight_names(state.shapes, average).items()}
 
 
 def _weight_names(stored: Iterable[str], average: bool) -> dict[str, str]:

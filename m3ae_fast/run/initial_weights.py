@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast.engine.interface import Read
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.weights.pretrained import Pretrained, check_start, check_weights, read_pretrained
@@ -38,7 +37,7 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
 
 
 @torch.no_grad()
-def constants(model: nn.Module, read: Callable[[str], Tensor] | None) -> dict[str, Tensor]:
+def constants(model: nn.Module, read: Read | None) -> dict[str, Tensor]:
     """Return copies of the weights that training does not change and engines leave out of their state: stored
     positions.
 
@@ -48,5 +47,5 @@ def constants(model: nn.Module, read: Callable[[str], Tensor] | None) -> dict[st
     fixed = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
     if read:
         for name, tensor in fixed.items():
-            tensor.copy_(read(f"model/{name}"))
+            tensor.copy_(read(f"model/{name}", 0, tensor.numel()).view_as(tensor))
     return {name: tensor.clone() for name, tensor in fixed.items()}

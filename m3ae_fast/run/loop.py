@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +18,20 @@ from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import Share
 from m3ae_fast.data.order import hash64
 from m3ae_fast.engine.feed import StepInput, feed
-from m3ae_fast.engine.interface import Engine, State
+from m3ae_fast.engine.fragments import whole
+from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import peak_memory
+from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.program import Session
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.parts import stage
+from m3ae_fast.run.record import Recorder
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
 
@@ -49,21 +55,29 @@ class Loop(ABC):
     bad: BadSamples
     stream: dict[str, str]  # fingerprint of the data
     start: int  # steps that the checkpoint to continue from has taken
+    attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints remember, by part of the network
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
         self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
         self.log = self._open_log()
+        self.record = Recorder(self.run.dir, self.schedule.total_steps)
         self.watch = LossWatch()
         self.unjudged: int | None = None  # step of the last checkpoint not yet marked good or failed
         self.finite_evaluation: int | None = None  # step of which an evaluation was finite
         self.growth = MemoryGrowth()
-        self.saving = Background()  # of checkpoints, on the main rank
+        self.saving = Background()  # of checkpoints
+        self.agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.store, self.saving.leaving)
+        self.staged: Tensor | None = None  # what is being saved, or has been
 
     def _open_log(self) -> RunLog:
         if not self.ranks.is_main:
             return SilentLog()
         return RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
+
+    def ending(self) -> AbstractContextManager[None]:
+        """Return what records how the block ends."""
+        return self.record.ending(lambda: self.step, lambda: self.stop.reason or "asked by another rank")
 
     @abstractmethod
     def announce(self) -> None:
@@ -81,6 +95,11 @@ class Loop(ABC):
     def count(self, batches: list[PackedBatch]) -> tuple[float, ...]:
         """Return what to all-reduce of a step's micro-batches, which are still on the CPU."""
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Return how the names of losses begin that this run does not have."""
+        return ()
+
     @abstractmethod
     def counted(self, sums: list[float], waited: float) -> Any:
         """Record the sums over ranks of what `count` returns, and the seconds that this rank waited for its data.
@@ -97,12 +116,12 @@ class Loop(ABC):
         """Return rates since the last call, to be logged; `data_wait` is this rank's, in the log that of who waits
         longest."""
 
-    def complete(self, state: State) -> State:
-        """Complete the engine's state to what a checkpoint stores. Main rank only."""
-        return state
+    def constants(self) -> dict[str, Tensor]:
+        """Return what a checkpoint stores beside the engine's state, by its name there."""
+        return {}
 
-    def after_save(self, step: int, state: State) -> None:
-        """Write what else belongs to a checkpoint, where there is more. Main rank only."""
+    def after_save(self, step: int, path: Path) -> None:
+        """Write what else belongs to the checkpoint at `path`, where there is more. Main rank only."""
         return None
 
     def with_targets(self, batch: PackedBatch) -> PackedBatch:
@@ -176,10 +195,11 @@ class Loop(ABC):
         sums = self.ranks.sum([*own, *by_rank])
         if not self.ranks.is_main:
             return
-        values = {name: value / world for name, value in zip(losses[0]._fields, sums)}
+        means = zip(losses[0]._fields, sums)
+        values = {name: value / world for name, value in means if not name.startswith(self.absent)}
         values |= {"lr": self.schedule.lr(self.step - 1), "grad_norm": float(grad_norm)}
         values |= {"epoch": self.step / self.schedule.steps_per_epoch, **rates}
-        where = {}
+        where: dict[str, str] = {}
         for name, each in (("data_wait", sums[-2 * world : -world]), ("forward_s", sums[-world:])):
             values[name] = max(each)
             where |= {name: self.ranks.hosts[each.index(values[name])]} if len(set(self.ranks.hosts)) > 1 else {}
@@ -207,30 +227,34 @@ class Loop(ABC):
             self.save()
 
     def save(self) -> None:
-        """Gather a checkpoint, then write it in the background. Every rank must call it.
+        """Copy this rank's part of a checkpoint, then write it in the background. Every rank must call it.
 
         Raises:
             UserError: the save before this one has failed.
         """
         self.pulse.mark(f"saving step {self.step}")
-        self.ranks.on_main(self.saving.wait)  # before there is a second state in memory
-        step, state, good = self.step, self.engine.state(), self.finite_evaluation == self.step
+        self.ranks.on_main(self.saving.wait)  # before its copy is overwritten
+        self.saving.wait()
+        step, good, main = self.step, self.finite_evaluation == self.step, self.ranks.is_main
+        constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
+        part, self.staged = stage(self.engine.fragments() | constants, self.staged)
         seen = step * self.settings.global_batch
-        info = checkpoint.Info(step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream)
+        info = checkpoint.Info(
+            step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream, attention=self.attention
+        )
 
         def write() -> None:
-            assert self.folder and state is not None
-            if event := self.folder.keep():
+            if event := self.agreement.decide("", lambda _: self.folder.keep() if self.folder else ""):
                 self.log.say(f"note: {event}")
-            whole = self.complete(state)
-            path = checkpoint.save(self.run.dir, whole, info, self.settings.keep, self.remedy())
+            path = checkpoint.save(self.run.dir, part, info, self.settings.keep, self.remedy(), self.agreement)
+            if not main:
+                return
             self.log.say(f"saved {path}")
             if good:
                 self._mark_good(step, "the losses of an evaluation are finite")
-            self.after_save(step, whole)
+            self.after_save(step, path)
 
-        if self.ranks.is_main:
-            self.saving.start(write)
+        self.saving.start(write)
         self.unjudged = None if good else step
 
     def _mark_good(self, step: int, why: str) -> None:
@@ -281,5 +305,6 @@ class Loop(ABC):
         self.forward = ForwardTime(self.engine.model, self.ranks.device)
         if self.ranks.is_main:
             self.log.begin()
+            self.record.begin(self.start)
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
                 self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")

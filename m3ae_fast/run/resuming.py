@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from m3ae_fast.config.transfer import FORMER_SECTIONS
 from m3ae_fast.data import Corpus, Layout, lay_out
 from m3ae_fast.data.fingerprint import WRITTEN
 from m3ae_fast.data.lanes import without_lanes
-from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.interface import Engine, Read
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
 from m3ae_fast.process.ranks import Ranks
@@ -54,7 +54,7 @@ class Resume:
         self.path = path = ranks.broadcast(lambda: find(run_dir, resume))
         self.info = ranks.broadcast(lambda: checkpoint.read_info(path)) if path else None
         self.step = self.info.step if self.info else 0
-        self.read: Callable[[str], Tensor] | None = None  # see `open`
+        self.read: Read | None = None  # see `open`
 
     def section(self, name: str) -> dict[str, Any]:
         """Return a section of the checkpoint's config; empty where there is none."""
@@ -202,10 +202,8 @@ def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: 
             raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
 
 
-def open_checkpoint(
-    path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Sequence[str]
-) -> Callable[[str], Tensor]:
-    """Return a reader of the tensors of a checkpoint of `model`, for every rank in the same order.
+def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Sequence[str]) -> Read:
+    """Return a reader of the tensors of a checkpoint of `model`.
 
     `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
     call it. Raises UserError where the checkpoint is damaged, or a tensor of it does not fit the model.
@@ -213,17 +211,11 @@ def open_checkpoint(
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
     saved = ("model", *(kind for kind in kinds if kind != EMA or had_ema))
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    state = ranks.together(lambda: checkpoint.open_state(path, ranks.rank, ranks.world))
     wanted = {f"{kind}/{name}": shape for kind in saved for name, shape in shapes.items()}
+    ranks.together(lambda: state.check(wanted))
 
-    def open_checked() -> Callable[[str], Tensor]:
-        read = checkpoint.open_state(path)
-        checkpoint.check_tensors(path, wanted)
-        return read
+    def read(name: str, start: int, count: int) -> Tensor:
+        return state.read(name if had_ema else name.replace(f"{EMA}/", "model/", 1), start, count)
 
-    read = ranks.on_main(open_checked)
-
-    def own(name: str) -> Tensor:
-        assert read is not None  # asked on the main rank only
-        return read(name if had_ema else name.replace(f"{EMA}/", "model/", 1))
-
-    return lambda name: ranks.broadcast(lambda: own(name))
+    return read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,12 @@ from m3ae_fast.data import (
 )
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
-from m3ae_fast.engine.interface import State
 from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.engine.yardsticks import Yardsticks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
-from m3ae_fast.model.attention import describe_attention
+from m3ae_fast.model.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.reconstructions import draw_run
 from m3ae_fast.process.program import Session
@@ -122,18 +123,30 @@ class Run(Loop):
             fixed=fixed,
             notes=[*started, *notes],
             start=found.step,
+            attention=found.info.attention if found.info else {},
         )
 
     def announce(self) -> None:
         """Say what the run is, and name the shards that are not whole."""
         config, dtype = self.config, dtype_of(self.config.train.precision)
-        attention = describe_attention(config.model, config.masking, self.ranks.device, dtype)  # on all ranks: a trial
+        where = (config.model, config.masking, self.ranks.device, dtype)
+        # rank 0 tries kernels, and its checkpoints remember them: or else ranks and resumed runs may differ in bits
+        self.attention, times = self.ranks.broadcast(
+            lambda: choose_attention(*where, self.share.micro_batch, self.attention)
+        )
+        settle_attention(*where, self.attention)
+        attention = describe_attention(*where)
         self.bad.report(self.ranks.from_main(self.data.train.damaged), say=self.ranks.is_main)
         if self.ranks.is_main:
-            self.log.say("\n".join([self._describe(attention), *(f"note: {note}" for note in self.notes)]))
+            tried = [f"attention of the {part}: {_shown(each)}" for part, each in times.items()]
+            self.log.say("\n".join([self._describe(attention), *tried, *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        return () if self.config.model.vocab_size else ("text_",)
 
     def counted(self, sums: list[float], waited: float) -> LossCounts:
         counts = StepCounts(*sums)
@@ -167,9 +180,14 @@ class Run(Loop):
         if not self.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
             return
         self.stop_if_not_finite()
+        model = self.engine.model
+        assert isinstance(model, M3AE)
+        yardsticks = Yardsticks(model, self.config.train.precision, self.ranks)
         batches = self.pulse.watch(loader, f"evaluating after step {self.step}")
         try:
-            values = evaluate(self.engine, until_stopped(batches, self.ranks, self.stop), self.ranks, self.with_targets)
+            heeding = until_stopped(batches, self.ranks, self.stop)
+            values = evaluate(self.engine, heeding, self.ranks, self.with_targets, yardsticks.add)
+            values |= yardsticks.values(values)
         except Stopped:
             self.cut_short()
             return
@@ -177,15 +195,15 @@ class Run(Loop):
         if values and all(map(math.isfinite, values.values())):
             self.finite_evaluation = self.step
 
-    def complete(self, state: State) -> State:
-        return state | {f"model/{name}": tensor for name, tensor in self.fixed.items()}
+    def constants(self) -> dict[str, Tensor]:
+        return {f"model/{name}": tensor for name, tensor in self.fixed.items()}
 
-    def after_save(self, step: int, state: State) -> None:
+    def after_save(self, step: int, path: Path) -> None:
         """Draw reconstructions."""
         config = self.config
         if config.train.pictures:
             out = config.run.dir / "reconstructions.png"
-            weights = checkpoint.weights(state)
+            weights = checkpoint.read_weights(path, average=False)
             draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
             self.log.picture(step, "reconstructions", out)
 
@@ -211,6 +229,10 @@ class Run(Loop):
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
         return "\n".join(lines)
+
+
+def _shown(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()) or "no kernel but padded matmuls works"
 
 
 def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
@@ -261,4 +283,5 @@ def _preparation(config: Config, model: M3AE, data: Data) -> Preparation:
         config.run.seed,
         image_tokenizer=vqgan if tokens == "workers" else None,
         stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
+        counted_for=config.model,
     )

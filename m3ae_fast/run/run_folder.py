@@ -5,12 +5,25 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import BinaryIO
 
 from m3ae_fast.errors import UserError
 
 LOCK_FILE = ".lock"
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+
+def is_held(path: Path) -> bool:
+    """Return whether another process holds the run folder. Takes no lock, which might keep a run from starting."""
+    try:
+        with (path / LOCK_FILE).open("rb") as file:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except OSError:
+        return False
+    return kind != fcntl.F_UNLCK
 
 
 class RunFolder:

@@ -165,32 +165,11 @@ class RunLog:
 class SilentLog(RunLog):
     """The log of a rank that is not the main one: says and writes nothing."""
 
-    def __init__(self) -> None:
-        pass
+    _nothing: Any = staticmethod(lambda *_, **__: None)
+    __init__ = __exit__ = begin = advance = log = has = picture = say = _nothing
 
     def __enter__(self) -> SilentLog:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def begin(self) -> None:
-        pass
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
-        pass
-
-    def has(self, step: int, names: Collection[str]) -> bool:
-        return False
-
-    def picture(self, step: int, name: str, path: Path) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -233,13 +212,7 @@ def _forget_after(path: Path, step: int) -> None:
         path.unlink(missing_ok=True)
     if not path.exists():
         return
-    if not path.is_file():
-        raise OSError(f"{path.name} is not a regular file")
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # not one of ours
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     put_in_place(partial, path)

@@ -29,7 +29,8 @@ class StepCounts(NamedTuple):
         each = []
         for b in batches:
             samples = len(b.keys), len(b.images), b.captions
-            each.append((*samples, *b.counts, len(b.skipped), _tokens(b), executed_flops(config, b)))
+            flops = executed_flops(config, b) if b.flops is None else b.flops
+            each.append((*samples, *b.counts, len(b.skipped), _tokens(b), flops))
         return cls(*map(sum, zip(*each)))
 
 

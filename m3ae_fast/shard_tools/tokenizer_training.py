@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.tokenizer import SPECIAL, train_tokenizer
 from m3ae_fast.config import MAX_VOCAB, SourceConfig
@@ -40,14 +42,19 @@ def _run(args: argparse.Namespace) -> None:
     size = tokenizer.get_vocab_size()
     if size > args.vocab_size:
         raise UserError(f"--vocab-size {args.vocab_size}: the captions' characters alone need {size}")
-    try:
-        tokenizer.save(str(args.out))
-    except Exception as error:  # the library raises just that
-        raise UserError(f"--out {args.out}: cannot be written ({error})") from None
+    save_tokenizer(tokenizer, args.out)
     print(f"{args.out}: {size:,} tokens of {len(texts):,} captions; set model.vocab_size={size}")
     if size < FEW * args.vocab_size:
         print(f"fewer than the {args.vocab_size:,} requested: the captions yield no more words and word pieces")
     print(*tally.lines(), sep="\n", end="\n" if tally.counts else "")
+
+
+def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """Write a tokenizer.json. Raises UserError where that is not possible."""
+    try:
+        tokenizer.save(str(out))
+    except Exception as error:  # the library raises just that
+        raise UserError(f"--out {out}: cannot be written ({error})") from None
 
 
 def caption_texts(shards: list[str], store: ShardStore, tally: Tally) -> Iterator[str]:

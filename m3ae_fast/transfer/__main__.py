@@ -17,18 +17,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3ae_fast.command_line import add_labels, add_settings, program
+from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import MODEL_HELP, open_model, set_range
+from m3ae_fast.open_model import open_model, set_range
 from m3ae_fast.parquet import require_pyarrow
 from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
+from m3ae_fast.transfer.classifier import CONFIG_FILE as CLASSIFIER_FILE
 from m3ae_fast.transfer.difference import compare_results
 from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
 from m3ae_fast.transfer.probes import PROBES
@@ -41,6 +42,7 @@ class Task(NamedTuple):
     trains: bool = True  # has --train and --labels
     resumes: bool = False  # has --resume
     classifies: bool = False  # MODEL is a classifier; has --labels
+    may_classify: bool = False  # MODEL may be one
     modality: str | None = None  # the only one it takes
     surveys: bool = False  # has --layers and --shots
     compares: bool = False  # takes several MODELs, and opens them itself
@@ -77,7 +79,11 @@ TASKS = {
         classifies=True,
         sections=("robustness",),
     ),
-    "ood": Task("detect out-of-distribution samples from frozen features", sections=("encode", "knn")),
+    "ood": Task(
+        "detect out-of-distribution samples from frozen features or a classifier",
+        may_classify=True,
+        sections=("encode", "knn"),
+    ),
     "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
 }
 
@@ -94,6 +100,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
+        about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
         command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
         shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
         if task.trains:
@@ -107,13 +114,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--modality",
                 choices=(task.modality,) if task.modality else ("image", "text", "paired"),
-                default=task.modality or "image",
-                help=f"what the encoder sees of a sample (default: {task.modality or 'image'})",
+                help=f"what the encoder sees of a sample (default: {task.modality or 'image'}, or as the classifier)",
             )
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
         add_settings(command, "knn.k=10")
         if name == "ood":
-            command.add_argument("--ood", nargs="+", required=True, metavar="SHARDS", help="samples of other data")
+            command.add_argument(
+                "--ood",
+                action="append",
+                nargs="+",
+                required=True,
+                metavar="[NAME=]SHARDS",
+                help="samples of other data; give it again for each of several sets, with names",
+            )
         if name == "linear":
             command.add_argument(
                 "--cache-features",
@@ -205,13 +218,29 @@ def main(argv: list[str] | None = None) -> int:
         print(compare_results(args.results))
         return 0
     with joined_program() as session:
+        args.modality = session.ranks.broadcast(lambda: _modality(args))
         perform(args, session.ranks.broadcast(lambda: _config(args)), session)
     return 0
 
 
+def _is_classifier(args: argparse.Namespace) -> bool:
+    """Return whether MODEL is to be opened as a classifier."""
+    task = TASKS[args.task]
+    return task.classifies or (task.may_classify and (Path(args.model) / CLASSIFIER_FILE).is_file())
+
+
+def _modality(args: argparse.Namespace) -> str:
+    """Return what the encoder sees. Raises UserError where it is asked for other than what the classifier does."""
+    given = getattr(args, "modality", None)
+    if not _is_classifier(args):
+        return given or TASKS[args.task].modality or "image"
+    own = read_config(args.model).modality
+    if given not in (None, own):
+        raise UserError(f"--modality {given}: the classifier {args.model} sees {own}; leave it out")
+    return own
+
+
 def _config(args: argparse.Namespace) -> TransferConfig:
-    if TASKS[args.task].classifies:
-        args.modality = read_config(args.model).modality
     val = [{"shards": args.val, "modality": args.modality}]
     train = [{"shards": args.train, "modality": args.modality}] if TASKS[args.task].trains else val
     return transfer_config({"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}, args.set)
@@ -229,7 +258,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     model: M3AE | Classifier | None
     if TASKS[args.task].compares:
         model = None
-    elif TASKS[args.task].classifies:
+    elif _is_classifier(args):
         model = Classifier.from_pretrained(args.model)
     else:
         text = args.modality != "image"

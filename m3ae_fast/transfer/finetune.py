@@ -159,11 +159,5 @@ def _save_classifier(loop: FineTuning) -> None:
     if loop.averaged is not None:  # as it was evaluated
         loop.ranks.on_main(partial(loop.averaged.save_pretrained, loop.run.dir))
         return
-    state = loop.engine.state()
-
-    def write() -> None:
-        assert state is not None
-        weights = {name.removeprefix("model/"): t for name, t in state.items() if name.startswith("model/")}
-        loop.model.save_pretrained(loop.run.dir, weights | loop.fixed)
-
-    loop.ranks.on_main(write)
+    weights = loop.engine.whole("model") | loop.fixed
+    loop.ranks.on_main(partial(loop.model.save_pretrained, loop.run.dir, weights))

@@ -20,6 +20,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import FineTuneConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.encoding import check_skipped
+from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
@@ -99,7 +100,7 @@ class FineTuning(LabelledLoop):
         if self.averaged is None:
             yield self.engine.evaluate
             return
-        average = self.engine.average()
+        average = self.engine.whole(EMA)
         for name, p in self.averaged.named_parameters():
             p.data.copy_(average[name])
         bf16 = self.config.precision == "bf16"

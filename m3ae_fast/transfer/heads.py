@@ -57,6 +57,8 @@ class LinearProbeHead(Head):
     """The norm is a BatchNorm without scale and bias; in training mode its statistics are those of the features it is
     given: give it a whole step's."""
 
+    norm: BatchNorm
+
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__(BatchNorm(dim), dim, classes)
 

@@ -1,27 +1,37 @@
-"""Out-of-distribution detection on frozen features: how well scores separate --ood from --val samples.
+"""Out-of-distribution detection: how well scores separate --ood from --val samples, on the features of a frozen encoder
+or of a fine-tuned classifier.
 
 Scores, each higher for what looks familiar: the highest softmax probability (arXiv 1610.02136) and the energy
-logsumexp of the logits (arXiv 2010.03759) of a logistic regression; minus the distance to the k-th nearest training
-sample among normalised features (arXiv 2204.06507); minus the Mahalanobis distance to the nearest class, with one
-covariance for all (arXiv 1807.03888).
+logsumexp of the logits (arXiv 2010.03759), which are those of the classifier's own head or, on frozen features, of a
+logistic regression; minus the distance to the k-th nearest training sample among normalised features (arXiv
+2204.06507); minus the Mahalanobis distance to the nearest class, with one covariance for all (arXiv 1807.03888).
 
-Shapes: N training samples, M samples to score, K classes, D width.
+Shapes: N training samples, M samples to score, K classes, D width, V different scores.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from m3ae_fast.config import SourceConfig
+from m3ae_fast.data.labels import Classes
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_detection
+from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.job import Job, summary
 
 TRUE_POSITIVES = 0.95
+BOOTSTRAPS, CONFIDENCE = 1000, 0.95
+_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first shards
 
 
 def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
@@ -39,6 +49,30 @@ def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, flo
     return float(area), float((strange >= threshold).mean())
 
 
+def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the ends of the interval that holds the middle 95 % of the areas under the ROC curve of BOOTSTRAPS draws
+    of as many familiar and as many strange samples, with replacement.
+
+    Args:
+        familiar, strange: as in `auroc_and_fpr`.
+        seed: of the draws.
+    """
+    random = np.random.default_rng(seed)
+    values_V, place = np.unique(np.concatenate((familiar, strange)), return_inverse=True)
+    parts = place[: len(familiar)], place[len(familiar) :]
+
+    def area() -> float:
+        known_V, other_V = (
+            np.bincount(part[random.integers(len(part), size=len(part))], minlength=len(values_V)) for part in parts
+        )
+        lower_V = other_V.cumsum() - other_V / 2  # strange samples with a lower score; half of those with an equal one
+        return float(known_V @ lower_V) / (len(familiar) * len(strange))
+
+    rest = (1 - CONFIDENCE) / 2
+    low, high = np.quantile([area() for _ in range(BOOTSTRAPS)], (rest, 1 - rest))
+    return float(low), float(high)
+
+
 class Scores:
     """The four scores, fitted to training features.
 
@@ -47,17 +81,27 @@ class Scores:
         labels_N: int class ids.
         k: which neighbour's distance counts; at most N.
         seed: of the logistic regression.
+        head: features [M, D] -> logits [M, K], of a classifier; None: a logistic regression is fitted.
     """
 
-    def __init__(self, train_ND: np.ndarray, labels_N: np.ndarray, k: int, seed: int):
+    def __init__(
+        self,
+        train_ND: np.ndarray,
+        labels_N: np.ndarray,
+        k: int,
+        seed: int,
+        head: Callable[[np.ndarray], Tensor] | None = None,
+    ):
         from sklearn.covariance import LedoitWolf
         from sklearn.linear_model import LogisticRegression
         from sklearn.neighbors import NearestNeighbors
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        self.classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
-        self.classifier.fit(train_ND, labels_N)
+        self.head = head
+        if head is None:
+            self.classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
+            self.classifier.fit(train_ND, labels_N)
         self.k = min(k, len(train_ND))
         self.neighbours = NearestNeighbors(n_neighbors=self.k).fit(_normalised(train_ND))
         self.means_KD = np.stack([train_ND[labels_N == label].mean(0) for label in np.unique(labels_N)])
@@ -66,9 +110,7 @@ class Scores:
 
     def __call__(self, features_MD: np.ndarray) -> dict[str, np.ndarray]:
         """Return scores by name, [M] each."""
-        logits_MK = torch.from_numpy(self.classifier.decision_function(features_MD))
-        if logits_MK.ndim == 1:  # of two classes scikit-learn gives one: the log-odds
-            logits_MK = torch.stack((torch.zeros_like(logits_MK), logits_MK), 1)
+        logits_MK = self.head(features_MD) if self.head else self._logits(features_MD)
         apart_MKD = features_MD[:, None] - self.means_KD
         mahalanobis_MK = np.einsum("mkd,de,mke->mk", apart_MKD, self.precision_DD, apart_MKD, optimize=True)
         return {
@@ -78,39 +120,116 @@ class Scores:
             "mahalanobis": -mahalanobis_MK.min(1),
         }
 
+    def _logits(self, features_MD: np.ndarray) -> Tensor:
+        logits_MK = torch.from_numpy(self.classifier.decision_function(features_MD))
+        if logits_MK.ndim == 1:  # of two classes scikit-learn gives one: the log-odds
+            logits_MK = torch.stack((torch.zeros_like(logits_MK), logits_MK), 1)
+        return logits_MK
+
 
 def _normalised(features: np.ndarray) -> np.ndarray:
     return F.normalize(torch.from_numpy(features), dim=1).numpy()
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if scikit-learn is missing, or as `Job.open_labelled` does."""
+    """Run the task. Raises UserError if scikit-learn is missing, the classifier is of other classes, two sets have one
+    name, or as `Job.open_labelled` does."""
     try:
         import sklearn  # noqa: F401
     except ImportError:
         raise UserError("ood needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
+    sets = named_sets(job.args.ood)
     labelled, held_out, classes = job.open_labelled()
-    other = job.open([SourceConfig(shards=job.args.ood, modality=job.args.modality)])
+    strange = {name: job.open([_source(job, shards)]) for name, shards in sets.items()}
+    head = None
+    if isinstance(job.model, Classifier):
+        _check_classes(job.model, classes)
+        head, job = _head_of(job.model), _of_encoder(job, job.model)
     result: dict[str, Any] = {}
     columns: dict[str, Any] = {}
+    others = sum(corpus.samples for corpus in strange.values())
     job.say(
-        f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {other.samples:,} other samples are "
+        f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
         "encoded; then four scores tell the last two apart"
     )
-    job.keep_if_stopped(lambda: (dict(result), dict(columns)))
+    job.keep_if_stopped(lambda: (dict(result), dict(columns)))  # at any time, from another thread
     train, val = job.encode(labelled, "encoding train"), job.encode(held_out, "encoding val")
-    strange = job.encode(other, "encoding ood")
     assert train.labels_N is not None
-    scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, job.config.run.seed)
-    familiar_scores, strange_scores = (scores(part.features_ND.numpy()) for part in (val, strange))
-    job.pictures.append(lambda: draw_detection(job.out / "scores.png", familiar_scores, strange_scores))
-    columns |= {"key": val.keys + strange.keys, "set": ["val"] * len(val.keys) + ["ood"] * len(strange.keys)}
-    for name in familiar_scores:
-        area, passed = auroc_and_fpr(familiar_scores[name], strange_scores[name])
-        found = {f"{name}_auroc": area, f"{name}_fpr95": passed}
-        columns[name] = np.concatenate((familiar_scores[name], strange_scores[name]))
-        result |= found
-        job.say(f"{name}: {summary(found)}")
+    seed = job.config.run.seed
+    scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, seed, head)
+    known = scores(val.features_ND.numpy())
+    columns |= {"key": [*val.keys], "set": ["val"] * len(val.keys), **{name: [*own] for name, own in known.items()}}
+    samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
+    for name, corpus in strange.items():
+        prefix = f"{name}_" if name else ""
+        found = job.encode(corpus, f"encoding {name or 'ood'}")
+        other = scores(found.features_ND.numpy())
+        told = {f"{prefix}{key}": value for key, value in _compare(known, other, seed).items()}
+        result |= told
+        job.say(f"{name or 'ood'}: {summary(told)}")
+        more = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
+        columns.update({column: [*columns[column], *values] for column, values in more.items()})  # at once: see above
+        samples[f"{name or 'ood'}_samples"] = len(found.keys)
+        path = job.out / (f"scores-{name}.png" if name else "scores.png")
+        job.pictures.append(partial(draw_detection, path, known, other))
     job.keep(columns)
-    sizes = {"train": train, "val": val, "ood": strange}
-    return result | {"classes": len(classes)} | {f"{name}_samples": len(part.keys) for name, part in sizes.items()}
+    return result | {"classes": len(classes)} | samples
+
+
+def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Return shards by name of their set; "" where only one is given, without a name.
+
+    Args:
+        given: for each --ood its words, of which the first may be NAME=SHARDS.
+
+    Raises:
+        UserError: one of several has no name, or two have the same.
+    """
+    sets: dict[str, list[str]] = {}
+    for first, *rest in given:
+        match = _NAMED.fullmatch(first)
+        name, shards = match.groups() if match else ("", first)
+        if name in sets or (not name and len(given) > 1):
+            raise UserError(f"--ood {first}: give each of several sets a name of its own, such as --ood other={shards}")
+        sets[name] = [shards, *rest]
+    return sets
+
+
+def _source(job: Job, shards: list[str]) -> SourceConfig:
+    return SourceConfig(shards=shards, modality=job.args.modality)
+
+
+def _check_classes(classifier: Classifier, classes: Classes) -> None:
+    """Raise UserError where the training samples have others than those of the classifier."""
+    if (own := classifier.config.classes) != (found := list(classes)):
+        differing = sorted(map(str, {*own} ^ {*found}))
+        raise UserError(
+            f"--train: its samples have {len(found)} classes, the classifier {len(own)}, and only one of them "
+            f"{differing[0]!r}; name the samples that it was trained on"
+        )
+
+
+def _head_of(classifier: Classifier) -> Callable[[np.ndarray], Tensor]:
+    device = next(classifier.parameters()).device
+
+    @torch.no_grad()
+    def logits(features_MD: np.ndarray) -> Tensor:
+        return classifier.head(torch.from_numpy(features_MD).to(device)).double().cpu()
+
+    return logits
+
+
+def _of_encoder(job: Job, classifier: Classifier) -> Job:
+    """Return the job on the encoder of a classifier, whose features are those that the head reads."""
+    encode = job.config.encode.model_copy(update={"pool": classifier.config.pool})
+    return replace(job, model=classifier.backbone, config=job.config.model_copy(update={"encode": encode}))
+
+
+def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
+    """Return what each score makes of familiar and strange samples: its area and interval, and what passes."""
+    found: dict[str, float] = {}
+    for name in known:
+        area, passed = auroc_and_fpr(known[name], other[name])
+        low, high = auroc_interval(known[name], other[name], seed)
+        found |= {f"{name}_auroc": area, f"{name}_auroc_low": low, f"{name}_auroc_high": high, f"{name}_fpr95": passed}
+    return found

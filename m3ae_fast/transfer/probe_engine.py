@@ -5,7 +5,7 @@ Shapes: S samples, D encoder width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import EncodeConfig, LinearProbeConfig
 from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import Features
-from m3ae_fast.engine.interface import State
+from m3ae_fast.engine.fragments import Fragments, cut
+from m3ae_fast.engine.interface import Read
 from m3ae_fast.model.encode import encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
@@ -132,20 +133,19 @@ class ProbeEngine:
     def evaluate(self, batch: PackedBatch) -> Tensor:
         raise NotImplementedError("held-out features are encoded once, before the first step")
 
-    def average(self) -> dict[str, Tensor]:
-        raise NotImplementedError("LARS keeps no average of the weights")
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        raise NotImplementedError("every rank has the whole head")
 
-    def state(self) -> State | None:
-        if not self.ranks.is_main:
-            return None
-        state = {f"model/{name}": t for name, t in self.model.state_dict().items()}
-        state |= {f"momentum/{name}": self._buffer(p) for name, p in self.model.named_parameters()}
-        return {name: t.detach().cpu().clone() for name, t in state.items()}
+    def fragments(self) -> Fragments:
+        return cut(self._tensors(), self.ranks.rank, self.ranks.world)
 
-    def load_state(self, step: int, get: Callable[[str], Tensor]) -> None:
-        self.model.load_state_dict({name: get(f"model/{name}") for name in self.model.state_dict()})
-        for name, p in self.model.named_parameters():
-            self._buffer(p).copy_(get(f"momentum/{name}"))
+    def load_state(self, step: int, read: Read) -> None:
+        for name, tensor in self._tensors().items():
+            tensor.copy_(read(name, 0, tensor.numel()).view_as(tensor))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return tensors | {f"momentum/{name}": self._buffer(p) for name, p in self.model.named_parameters()}
 
     def _buffer(self, p: Tensor) -> Tensor:
         return self.lars.state[p]["momentum_buffer"]

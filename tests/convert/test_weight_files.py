@@ -17,6 +17,7 @@ from m3ae_fast.model import M3AE
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.card import model_card
+from m3ae_fast.weights.output_folder import read_tensors
 from m3ae_fast.weights.pretrained import Pretrained, write_pretrained
 from tests.helpers.mae import MAE
 
@@ -93,6 +94,14 @@ def test_only_floats_of_16_to_64_bits_are_weights(tmp_path, make):
     for dtype in FLOATS:
         save_file(state | {name: state[name].to(dtype)}, path)
         load()
+
+
+@pytest.mark.parametrize("dtype", OTHERS, ids=str)
+def test_a_file_of_other_tensors_is_named_by_whoever_reads_it(tmp_path, dtype):
+    path = tmp_path / "any.safetensors"
+    save_file({"fine": torch.ones(2), "odd": torch.ones(3).to(dtype)}, path)
+    with pytest.raises(UserError, match=f"{path}: odd is {str(dtype)[6:]}, but weights are"):
+        read_tensors(path)
 
 
 def test_integers_in_a_file_of_torch_are_no_weights(tmp_path):

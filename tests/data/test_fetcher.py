@@ -157,7 +157,7 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
     pids, other = os.pipe()
     child = os.fork()
     if not child:
-        loader = start(0, 1)
+        loader = start(0, 1, node=Node("run", [0], standby()))
         os.write(other, loader.beside._fetcher.process.pid.to_bytes(4, "little"))
         if begun:
             loader.beside.begin()

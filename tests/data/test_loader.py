@@ -6,6 +6,7 @@ import pickle
 import resource
 import signal
 import subprocess
+import tempfile
 import traceback
 from argparse import Namespace
 from itertools import chain, islice
@@ -203,6 +204,15 @@ def test_many_batches_ahead_need_more_files_than_usual(load, paired):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(batches) == 20
+
+
+def test_a_long_tmpdir_does_not_matter(load, paired, tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 25)  # sockets in it would have too long a path
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    assert len(list(load(paired, micro_batch=2, steps=3, config={"workers": 1}))) == 3
+    assert tempfile.gettempdir() == str(folder)
 
 
 def test_a_loader_that_is_gone_keeps_no_shard_open(load, paired):

@@ -9,6 +9,7 @@ from PIL import Image
 from m3ae_fast.config import Config
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.run import checkpoint
+from tests.helpers.checkpoints import save, save_cut
 from tests.helpers.shards import WORDS, write_tar
 from tests.helpers.trainer import TINY
 
@@ -44,10 +45,13 @@ def labelled_tar(path, numbers, labels=None):
     return write_tar(path, labelled_members(numbers, labels))
 
 
-def tiny_run(folder, **model):
-    """Return a run folder with one checkpoint of an untrained tiny model."""
+def tiny_run(folder, ranks=1, **model):
+    """Return a run folder with one checkpoint of an untrained tiny model, as a number of ranks writes it."""
     config = Config.model_validate({**TINY, "model": {**TINY["model"], **model}}, strict=False)
     weights = {f"model/{name}": p for name, p in M3AE(config.model).state_dict().items()}
     info = checkpoint.Info(1, 16, 0, config.model_dump(mode="json"), checkpoint.versions())
-    checkpoint.save(folder, weights, info, keep=1)
+    if ranks == 1:
+        save(folder, weights, info)
+    else:
+        save_cut(folder, weights, ranks, info=info)
     return folder

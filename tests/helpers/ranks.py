@@ -26,7 +26,8 @@ from pathlib import Path
 LIMIT_S = 200
 _SHOW_STACKS = signal.SIGUSR2  # to a rank that is late: of all its threads, where each is
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["pytest", "m3ae_fast.train", "deepspeed", __name__])
+_IMPORTED = ("m3ae_fast.train", "m3ae_fast.dry_run", "m3ae_fast.run.run", "m3ae_fast.transfer.curve", "deepspeed")
+_forks.set_forkserver_preload(["pytest", *_IMPORTED, __name__])
 
 
 def environment() -> dict[str, str]:

@@ -47,7 +47,7 @@ def test_tables_name_every_kernel_and_nothing_else():
         assert all(entry.keys() == {"16", "32"} for entry in table.values())
 
 
-@pytest.mark.parametrize("arch", [*SHARED_BYTES, tuning.INTERPRETER])
+@pytest.mark.parametrize("arch", sorted(path.stem for path in tuning.FOLDER.glob("*.json")))
 def test_a_dtype_has_the_settings_of_its_width(arch, monkeypatch):
     """And nobody can change them for the next."""
     monkeypatch.setattr(tuning, "arch_of", lambda device: arch)

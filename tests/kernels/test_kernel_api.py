@@ -239,7 +239,10 @@ def test_reductions_agree(case):
         sums[reduction] = call(m3ae_kernels, case, inputs)
     weight = inputs.tensors["row_weight"]
     assert torch.allclose(sums["none"].sum(), sums["sum"]) and torch.allclose(sums["sum"] / weight.sum(), sums["mean"])
-    weight.requires_grad_()
+    inputs.options["reduction"] = "mean"
+    inputs.tensors["row_weight"] = weight * 1e-3
+    assert torch.allclose(call(m3ae_kernels, case, inputs), sums["mean"])
+    inputs.tensors["row_weight"] = weight.requires_grad_()
     for reduction in ("sum", "mean", "none"):
         inputs.options["reduction"] = reduction
         true = run(reference, case, double(inputs))

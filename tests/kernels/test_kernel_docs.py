@@ -15,12 +15,19 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(en
 
 
 def test_readme_examples():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     names: dict = {}
     for block in BLOCKS:
         exec(block, names)
     assert names["y"].shape == (196, 384) and names["out"].shape == (10, 6, 64)
     assert names["loss"].isfinite() and names["correct"].shape == (120,)
+
+
+def test_the_tests_that_the_readme_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (KERNELS / "README.md").read_text(encoding="utf-8")))
+    there = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(named) >= 12
+    assert [name for name in named if f"def {name}(" not in there] == []
 
 
 def losses(example: str, *arguments: str) -> list[float]:

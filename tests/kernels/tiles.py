@@ -1,11 +1,13 @@
 """Ragged cases with the block sizes that ship for an H100, unwritten memory poisoned, and what only far larger inputs
 would do. Run by test_kernel_interpreter.py: only Triton's interpreter can."""
 
+import itertools
+
 import m3ae_kernels
 import pytest
 import torch
 from m3ae_kernels import reference, tuning
-from m3ae_kernels.triton_impl import attention, norm, patch_embed, rows
+from m3ae_kernels.triton_impl import attention, matmul, norm, patch_embed, rows
 
 from tests.kernels.kernel_cases import make, packed_attention, run
 from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401
@@ -50,8 +52,9 @@ def test_attention_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F
 
 
 def test_a_loss_scale_changes_no_gradient_of_attention():
-    """Of float16's largest numbers: the product of two of them would be infinite."""
-    inputs, scale = make("attend-queries", torch.float16), 2.0**13
+    """Of numbers whose products are beyond float16's: gradients and the values' mean."""
+    inputs, scale = make("attend-queries", torch.float16), 2.0**14
+    inputs.tensors["qkv"].data[:, 1] = 4 + inputs.tensors["qkv"].data[:, 1] / 64
     upstream = torch.randn(inputs.tensors["q"].shape, dtype=torch.float64).clamp(-3, 3)
     plain, scaled = (run(m3ae_kernels, "attend-queries", inputs, upstream * factor) for factor in (1.0, scale))
     for name in inputs.learned:
@@ -67,6 +70,18 @@ def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
     true = run(reference, case, double(inputs))
     for name, got in run(m3ae_kernels, case, inputs).items():
         assert error(got, true[name]) < 1e-6, name
+
+
+def test_rows_are_shared_out_whole_and_within_the_room_for_them():
+    """To few programs of whole blocks; to chunks that fit where they are put."""
+    for count, block in itertools.product((0, 1, 63, 64, 65, 511, 512, 513, 10**6), (1, 8, 64)):
+        share, programs = norm.rows_by_program(count, block)
+        assert share % block == 0 and programs <= norm.MAX_PARTIALS
+        assert count <= programs * share and (programs == 0 or (programs - 1) * share < count)
+        for most in (1, 7, 100, 2000):
+            chunk = matmul.even_chunks(count, most, block)
+            assert 1 <= chunk <= matmul.workspace_rows(count, most) <= most
+            assert chunk >= count or chunk % min(block, most) == 0
 
 
 class FirstTile:

@@ -12,7 +12,7 @@ from m3ae_kernels import tuning
 from benchmarks import results
 from benchmarks.alone import peak_above
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import candidates, step, tune
+from benchmarks.gpu import attention, candidates, ceilings, curve, step, tune
 from benchmarks.gpu.check import check_small
 from benchmarks.measure import CudaDevice
 from benchmarks.ops import ODD, OPS
@@ -41,6 +41,30 @@ def test_checks_and_times(tmp_path, device, monkeypatch):
     rows = results.read(tmp_path / "gpu-ops.json")
     assert {row["p50 ms"] for row in rows} == {1.0} and all(row["of roofline"] > 0 for row in rows)
     assert results.device_name() == "NVIDIA H100 80GB HBM3"
+
+
+def test_stages_of_a_plan_write_their_tables(tmp_path, device, monkeypatch):
+    monkeypatch.setenv(results.ELSEWHERE, str(tmp_path))
+    for module in (ceilings, attention):
+        monkeypatch.setattr(module, "CudaDevice", lambda: device)
+    monkeypatch.setattr(ceilings, "measure_all", lambda _: [{"what": "copy", "p50 ms": 1.0}])
+    monkeypatch.setattr(attention, "SHAPES", {"encoder": (1, 16, 5)})
+    monkeypatch.setattr(attention, "SAMPLES", 2)
+    monkeypatch.setattr(attention.cuda, "MAKERS", {"broken": lambda: 1 / 0})
+    monkeypatch.setattr(curve, "measure", lambda folder: folder != tmp_path)
+    assert [module.main() for module in (ceilings, attention, curve)] == [0, 0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-ceilings.json", "gpu-attention.json"}
+    assert [row["kernel"] for row in results.read(tmp_path / "gpu-attention.json")] == ["padded", "Triton"]
+
+
+def test_stages_without_a_gpu_are_refused(capsys):
+    assert [module.main() for module in (ceilings, attention, curve)] == [2, 2, 2]
+    assert capsys.readouterr().err.count("no CUDA device") == 3
+
+
+def test_a_plan_begins_before_memory_is_taken(tmp_path, cuda, monkeypatch):
+    monkeypatch.setattr(program.plan, "run", lambda folder, seconds: (folder, seconds) != (tmp_path, 570))
+    assert program.main(["--all", "--results", str(tmp_path)]) == 0
 
 
 def test_tuning(tmp_path, device, monkeypatch):

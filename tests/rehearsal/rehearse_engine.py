@@ -16,6 +16,8 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.m3ae import Losses
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.process.stacks import write_stacks
+from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
 from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import samples
@@ -116,6 +118,26 @@ def test_ranks_meet_on_nccl(cuda, monkeypatch):
     with join_ranks() as ranks:
         assert ranks.device == CUDA and ranks.sum([1.5, 2]) == [1.5, 2]
     assert backends == ["nccl"] and "set_device cuda:0" in cuda.events
+
+
+def test_forward_passes_are_timed_by_the_gpus_events(cuda):
+    model = torch.nn.Linear(3, 3)
+    timer = ForwardTime(model, CUDA)
+    for _ in range(4):
+        model(torch.ones(1, 3))
+    assert cuda.events == ["record"] * 8
+    assert timer.per_step(2) == pytest.approx(2e-3)
+    assert ForwardTime(model, torch.device("cpu")).per_step(1) == 0
+    model(torch.ones(1, 3))
+
+
+def test_a_stall_leaves_the_last_collectives_of_nccl(tmp_path, monkeypatch):
+    for name, answer in (("is_nccl_available", True), ("is_initialized", True), ("get_backend", "nccl")):
+        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    write_stacks(tmp_path / "stall", 3)
+    assert (tmp_path / "stall/nccl_trace_rank_3").read_bytes() == b"trace"
+    assert "test_a_stall_leaves" in (tmp_path / "stall/rank-3.txt").read_text()
 
 
 @pytest.mark.parametrize(

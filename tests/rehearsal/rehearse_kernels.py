@@ -9,6 +9,7 @@ from m3ae_kernels import dispatch, tuning
 from m3ae_kernels.attention import cuda as attention_cuda
 from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.dispatch import choose_impl
+from m3ae_kernels.triton_impl import matmul
 from m3ae_kernels.triton_impl.common import precision
 from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,6 +48,12 @@ def test_tables_follow_the_gpu(capability, arch):
     assert tuning.arch_of(torch.device("cpu")) == "interpreter"
 
 
+def test_a_gpu_older_than_the_kernels_gets_torch(monkeypatch):
+    monkeypatch.delenv("M3AE_KERNELS_IMPL")
+    with FakeCuda(capability=(7, 5)), pytest.warns(UserWarning, match="run on torch on NVIDIA"):
+        assert choose_impl("auto", CUDA) == "torch"
+
+
 def test_tables_of_amd(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert tuning.arch_of(CUDA) == "gfx942"
@@ -65,6 +72,14 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
         (torch.float32, 0, True),
         (torch.float32, 1, True),
     ]
+    with FakeTensorMode(), monkeypatch.context() as patch:  # a torch that has no such sums
+        patch.setattr(matmul, "WIDE_SUMS", False)
+        patch.setattr(torch, "addmm", None)
+        patch.setattr(torch.version, "cuda", "13.0")
+        a = torch.empty(4, 6, device="cuda", dtype=torch.bfloat16)
+        add_product(torch.empty(4, 4, device="cuda"), a, a.t(), True)
+        add_product(torch.empty(4, 4, device="cuda"), a, a.t(), False)
+    assert matmul.WIDE_SUMS
     a = torch.randn(4, 6)
     short, bf16 = a.bfloat16(), torch.zeros(4, 4)
     add_product(bf16, short, short.t(), True)

@@ -15,7 +15,7 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.pictures import figures
 from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Cell
-from m3ae_fast.transfer import knn, labelled_loop, retrieval
+from m3ae_fast.transfer import job, knn, labelled_loop, retrieval
 
 
 @pytest.fixture
@@ -52,11 +52,24 @@ def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
     assert points(drawn[1].axes[0]) == {"samples": sorted(map(tuple, places.tolist()))}
 
 
+@pytest.mark.parametrize(("classes", "named"), [(20, True), (21, True), (40, True), (41, False)])
+def test_many_classes_have_colours_of_their_own_and_few_their_names(drawn, tmp_path, classes, named):
+    labels = np.arange(classes)
+    panel = figures.MapPanel("", np.random.RandomState(0).randn(classes, 2))
+    figures.draw_map(tmp_path / "map.png", [panel], labels, labels.tolist())
+    (axes,) = drawn[0].axes
+    assert len({tuple(artist.get_facecolor()[0]) for artist in axes.collections}) == classes
+    assert (axes.get_legend() is not None) == named
+    figures.draw_confusion(tmp_path / "a.png", torch.arange(classes), torch.arange(classes), labels.tolist())
+    ticks = [text.get_text() for text in drawn[1].axes[0].get_yticklabels()]
+    assert (ticks == [str(label) for label in labels]) == named
+
+
 def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path):
-    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 2]), torch.tensor([0, 0, 0, 2, 1, 1])
+    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 2, 1, 0, 0, 1])
     figures.draw_confusion(tmp_path / "a.png", labels, predicted, ["a", "b", "c", "d"])
     axes = drawn[0].axes[0]
-    expected = np.array([[0.75, 0, 0.25, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    expected = np.array([[0.75, 0, 0.25, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(axes.images[0].get_array(), expected)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "label")
     assert axes.images[0].get_clim() == (0, 1)  # one colour is one share in all pictures
@@ -183,9 +196,28 @@ def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monke
         for number, ((sample, _, _), *found) in enumerate(sheets[name]):
             row = 12 * number // 5
             best = torch.cos(candidates - asked[row]).argsort(descending=True)[:5].tolist()
-            assert [(cell[0].key, cell[2]) for cell in found] == [(keys[i], GREEN if i == row else BLACK) for i in best]
+            text = {True: "its own", False: ""} if name == "text_to_image" else {True: None, False: None}
+            expected = [(keys[i], text[i == row], GREEN if i == row else BLACK) for i in best]
+            assert [(cell[0].key, *cell[1:]) for cell in found] == expected
             assert (sample.image is not None) == (name == "image_to_text")
             assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
+
+
+def test_a_cell_has_the_image_or_else_the_caption_with_what_is_said_of_it():
+    model = argparse.Namespace(tokenizer=argparse.Namespace(decode=lambda ids: f"caption {ids}"))
+    task = argparse.Namespace(model=model)
+    image, tokens = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([1, 2])
+    both, alone = Sample("a", image, tokens=tokens), Sample("a", tokens=tokens)
+    cases = [
+        (None, "cat", Cell(None)),
+        (both, None, Cell(image, "caption [1, 2]", RED)),
+        (both, "cat", Cell(image, "cat", RED)),
+        (alone, None, Cell(None, "caption [1, 2]", RED)),
+        (alone, "cat", Cell(None, "cat: caption [1, 2]", RED)),
+        (Sample("a", image), None, Cell(image, "", RED)),
+    ]
+    for sample, text, expected in cases:
+        assert job.Job.cell(task, sample, text, RED) == expected
 
 
 def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_path):

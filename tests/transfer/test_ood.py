@@ -1,16 +1,28 @@
+import json
+
 import numpy as np
 import pytest
-from scipy.special import logsumexp
+import torch
+from scipy.special import logsumexp, softmax
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from m3ae_fast.batch.images import decode_image
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.errors import UserError
 from m3ae_fast.transfer import ood
-from m3ae_fast.transfer.ood import Scores, auroc_and_fpr
-from tests.helpers.shards import members, write_tar
+from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
+from m3ae_fast.transfer.ood import Scores, auroc_and_fpr, auroc_interval, named_sets
+from tests.helpers.labelled import NAMES, coloured, labelled_tar
+from tests.helpers.shards import members, picture, write_tar
 from tests.transfer.conftest import pictures
+
+SIZES = ModelConfig(
+    size=None, emb_dim=32, depth=2, num_heads=4, image_size=32, patch_size=8, text_length=16, vocab_size=0
+)
 
 
 def test_auroc_and_fpr_are_those_of_the_curve():
@@ -89,3 +101,107 @@ def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards
     assert [name for name in result if name.endswith("auroc")] == [
         f"{name}_auroc" for name in ("max_softmax", "energy", "knn", "mahalanobis")
     ]
+
+
+def test_an_interval_is_that_of_scikit_learns_areas_of_the_same_draws(monkeypatch):
+    monkeypatch.setattr(ood, "BOOTSTRAPS", 60)
+    random = np.random.RandomState(2)
+    familiar, strange = random.randn(40).round(1) + 1, random.randn(25).round(1)  # some are equal
+    draws, truth, areas = np.random.default_rng(7), np.repeat([1, 0], [40, 25]), []
+    for _ in range(60):
+        known, other = (part[draws.integers(len(part), size=len(part))] for part in (familiar, strange))
+        areas.append(roc_auc_score(truth, np.concatenate((known, other))))
+    assert auroc_interval(familiar, strange, 7) == pytest.approx(np.quantile(areas, (0.025, 0.975)))
+    assert auroc_interval(familiar, strange, 7) != auroc_interval(familiar, strange, 8)
+
+
+def test_an_interval_is_about_as_wide_as_the_area_is_uncertain():
+    """By its standard deviation over samples drawn anew."""
+    random = np.random.RandomState(3)
+    pairs = [(random.randn(150) + 1, random.randn(100)) for _ in range(200)]
+    spread = np.std([auroc_and_fpr(*pair)[0] for pair in pairs])
+    low, high = auroc_interval(*pairs[0], 0)
+    assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.25)
+    assert low < auroc_and_fpr(*pairs[0])[0] < high
+    assert auroc_interval(np.ones(5), np.zeros(5), 0) == (1.0, 1.0)
+
+
+def test_sets_have_names_where_there_are_several():
+    assert named_sets([["a-*.tar", "b.tar"]]) == {"": ["a-*.tar", "b.tar"]}
+    assert named_sets([["pipe:cat a=b.tar"]]) == {"": ["pipe:cat a=b.tar"]}
+    assert named_sets([["svhn=a.tar", "b.tar"], ["dtd=s3://x?y=z"]]) == {
+        "svhn": ["a.tar", "b.tar"],
+        "dtd": ["s3://x?y=z"],
+    }
+    for given in ([["a.tar"], ["b=b.tar"]], [["b=a.tar"], ["b=b.tar"]]):
+        with pytest.raises(UserError, match="give each of several sets a name of its own"):
+            named_sets(given)
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """The folder of a fine-tuned classifier of three colours whose weights are random, and the classifier."""
+    torch.manual_seed(0)
+    config = ClassifierConfig(model=SIZES, head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
+    model = Classifier(config).eval()
+    model.backbone.reset_parameters()
+    torch.nn.init.normal_(model.head.linear.weight)
+    model.save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier", model
+
+
+def test_a_classifiers_scores_are_of_its_own_features_and_head(transfer, classifier, tmp_path, monkeypatch):
+    folder, model = classifier
+    given = []
+    real = ood.auroc_and_fpr
+    monkeypatch.setattr(ood, "auroc_and_fpr", lambda *both: given.append(both) or real(*both))
+    sets = {"noise": members(range(20), "image"), "other": members(range(40, 52), "image")}
+    words = [word for name, files in sets.items() for word in (
+        "--ood", f"{name}={write_tar(tmp_path / (name + '.tar'), files)}")]  # fmt: skip
+    result = transfer("ood", *words, "--set", "knn.k=5", "--set", "encode.precision=fp32", model=folder)
+    assert pictures(tmp_path / "out") == ["scores-noise", "scores-other"]
+    assert [result[f"{name}_samples"] for name in ("train", "val", "noise", "other")] == [48, 18, 20, 12]
+    assert len(given) == 8
+
+    def by_hand(images):
+        with torch.no_grad():
+            features_SD = model.backbone.encode(
+                [decode_image(image, 3) for image in images], pool="cls", precision="fp32"
+            )
+            return features_SD.double().numpy(), model.head(features_SD).double().numpy()
+
+    train, _ = by_hand([coloured(i, NAMES[i % 3]) for i in range(48)])
+    labels = np.arange(48) % 3
+    means = np.stack([train[labels == label].mean(0) for label in range(3)])
+    within = LedoitWolf(assume_centered=True).fit(train - means[labels])
+    for number, numbers in enumerate((range(20), range(40, 52))):
+        parts = [[coloured(i, NAMES[i % 3]) for i in range(100, 118)], [picture(i) for i in numbers]]
+        for place, images in enumerate(parts):
+            features, logits = by_hand(images)
+            softmaxes, energies, _, distances = (pair[place] for pair in given[4 * number : 4 * number + 4])
+            np.testing.assert_allclose(softmaxes, softmax(logits, 1).max(1), rtol=1e-4)
+            np.testing.assert_allclose(energies, logsumexp(logits, 1), rtol=1e-4, atol=1e-4)
+            expected = np.min([within.mahalanobis(features - mean) for mean in means], 0)
+            np.testing.assert_allclose(-distances, expected, rtol=1e-3)
+    for number, name in enumerate(f"{a}_{b}" for a in sets for b in ("max_softmax", "energy", "knn", "mahalanobis")):
+        assert result[f"{name}_auroc"] == pytest.approx(real(*given[number])[0])
+        low, high = auroc_interval(*given[number], 42)
+        assert (result[f"{name}_auroc_low"], result[f"{name}_auroc_high"]) == pytest.approx((low, high))
+    assert 0 < result["noise_max_softmax_auroc_high"] - result["noise_max_softmax_auroc_low"] < 1
+
+
+def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, classifier, shards, tmp_path):
+    folder, _ = classifier
+    for options, message in (
+        (["--labels", "json.name"], "have 3 classes, the classifier 3, and only one of them '0'"),
+        (["--modality", "text"], "--modality text: the classifier .* sees image; leave it out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            transfer("ood", "--ood", shards[1], *options, model=folder)
+        assert not (tmp_path / "out/result.json").exists()
+    fewer = labelled_tar(tmp_path / "fewer.tar", range(12), {i: i % 2 for i in range(12)})
+    with pytest.raises(UserError, match="have 2 classes, the classifier 3, and only one of them '2'"):
+        transfer("ood", "--ood", shards[1], model=folder, train=fewer, val=fewer)
+    (folder / "classifier.json").write_text(json.dumps({"head": 1}))
+    with pytest.raises(UserError, match=r"classifier\.json"):
+        transfer("ood", "--ood", shards[1], model=folder)

@@ -22,9 +22,13 @@ from torch import Tensor
 from .kernel import Kernel, Segments
 from .padded import PADDED
 
-SAMPLES = 64  # of a trial: enough to fill a GPU
+SAMPLES = 64  # of a check
+HALVES = (torch.bfloat16, torch.float16)
+HEAD_START = 20_000_000  # cycles that a GPU waits for the host's launches: some 10 ms
 ROUNDS = 3  # of a trial, each of as many calls
 ERROR = 0.03  # of norms: the most by which two kernels may differ in bf16
+
+Inputs = tuple[Tensor, Tensor, Segments]  # qkv, a gradient of the result, the samples
 
 _log = logging.getLogger(__name__)
 _chosen: dict[tuple, dict[int, Kernel]] = {}  # by device, dtype, heads and head size: by length
@@ -41,38 +45,60 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, 
 
 def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Choose as `choose` does, with a trial at `length` unless there has been one."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALVES:
         return PADDED
     choices = _chosen.setdefault((device, dtype, heads, head_dim), {})
     if length not in choices:
-        choices[length] = fastest(MAKERS, *_example(device, dtype, heads, head_dim, length))
+        times = trial(device, dtype, heads, head_dim, length)
+        settle(device, dtype, heads, head_dim, length, next(iter(times), PADDED.name))
     return choices[length]
 
 
-def fastest(makers: dict[str, Callable[[], Kernel]], qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> Kernel:
-    """Return the one of `makers`' kernels that is the fastest, forward and backward; `PADDED` where none works."""
-    best, shortest = PADDED, math.inf
-    expected = _run(PADDED, qkv_T3HD, grad_THD, segments)
+def trial(
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
+) -> dict[str, float]:
+    """Return by name the milliseconds of each kernel that works, the fastest first, for so many samples (0: `SAMPLES`)
+    of about `length` rows."""
+    if dtype not in HALVES:
+        return {}
+    inputs = example(device, dtype, heads, head_dim, length)
+    return fastest(MAKERS, inputs, example(device, dtype, heads, head_dim, length, samples) if samples else inputs)
+
+
+def settle(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, name: str) -> None:
+    """Let samples of about `length` rows run on the kernel of this name, which another process may have chosen. Raises
+    KeyError where nobody knows it, and what its maker raises where it is not installed here."""
+    kernel = PADDED if name == PADDED.name else MAKERS[name]()
+    _chosen.setdefault((device, dtype, heads, head_dim), {})[length] = kernel
+
+
+def fastest(makers: dict[str, Callable[[], Kernel]], checked: Inputs, timed: Inputs) -> dict[str, float]:
+    """Return by name the milliseconds, forward and backward of `timed`, of the kernels that compute `checked` as
+    `PADDED` does; the fastest first."""
+    found: dict[str, float] = {}
+    expected = results(PADDED, *checked)
     for name, make in makers.items():
         try:
             kernel = make()
-            off = max(_distance(*pair) for pair in zip(_run(kernel, qkv_T3HD, grad_THD, segments), expected))
+            off = distance(results(kernel, *checked), expected)
             if not off <= ERROR:
                 raise ArithmeticError(f"its results are off by {off:.0%}")
-            seconds = min(_seconds(kernel, qkv_T3HD, grad_THD, segments) for _ in range(ROUNDS))
+            results(kernel, *timed)  # compiled, and its memory reserved
+            found[name] = 1e3 * min(_seconds(kernel, *timed) for _ in range(ROUNDS))
         except ModuleNotFoundError as error:
             _log.info("attention: %s is not installed (%s)", name, error)
         except Exception as error:  # of any kind: a broken build, a GPU or head size that it was not made for
             _log.warning("attention: %s is left out: %s", name, " ".join(str(error).split()) or repr(error))
         else:
-            _log.info("attention: %s takes %.3f ms", name, 1e3 * seconds)
-            best, shortest = min((best, shortest), (kernel, seconds), key=lambda each: each[1])
-    return best
+            _log.info("attention: %s takes %.3f ms", name, found[name])
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
-def _example(device, dtype, heads, head_dim, length) -> tuple[Tensor, Tensor, Segments]:
-    """Return qkv, a gradient and segments of `SAMPLES` samples, some shorter than `length`."""
-    lengths = [max(1, length - i % 8) for i in range(SAMPLES)]
+def example(
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, samples: int = 0
+) -> Inputs:
+    """Return random inputs of so many samples (0: `SAMPLES`), some shorter than `length`."""
+    lengths = [max(1, length - i % 8) for i in range(samples or SAMPLES)]
     rng = torch.Generator().manual_seed(0)
     qkv, grad = (
         torch.randn(sum(lengths), *shape, generator=rng).to(device, dtype)
@@ -82,7 +108,8 @@ def _example(device, dtype, heads, head_dim, length) -> tuple[Tensor, Tensor, Se
     return qkv, grad, Segments(ends, length, sum(lengths))
 
 
-def _run(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+def results(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Return attention's result and the gradient of qkv."""
     q, k, v = qkv_T3HD.unbind(1)
     out, lse = kernel.forward(q, k, v, segments, segments)
     grads = torch.empty_like(qkv_T3HD)
@@ -90,18 +117,29 @@ def _run(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments)
     return out, grads
 
 
-def _distance(got: Tensor, expected: Tensor) -> float:
-    """Return the relative distance; NaN where something is."""
-    return float((got.float() - expected.float()).norm() / expected.float().norm())
+def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative distance; NaN where something is."""
+    pairs = [(a.float(), b.float()) for a, b in zip(got, expected)]
+    return float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max())
 
 
 def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> float:
-    torch.accelerator.synchronize(qkv_T3HD.device)
-    started = time.perf_counter()
+    """Return the time of one pass; on a GPU between events, with the host so far ahead that its own time does not
+    count."""
+    inputs = qkv_T3HD, grad_THD, segments
+    if qkv_T3HD.device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(ROUNDS):
+            results(kernel, *inputs)
+        return (time.perf_counter() - started) / ROUNDS
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    start.record()
     for _ in range(ROUNDS):
-        _run(kernel, qkv_T3HD, grad_THD, segments)
-    torch.accelerator.synchronize(qkv_T3HD.device)
-    return (time.perf_counter() - started) / ROUNDS
+        results(kernel, *inputs)
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end) / ROUNDS
 
 
 # What there is. Names of arguments are those of flash-attn 2.8 and of its hopper/ and flash_attn/cute/ in 2026; a

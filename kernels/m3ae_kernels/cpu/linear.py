@@ -104,7 +104,7 @@ def product(
     before_gelu: bool = False,
     hidden_RN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run linear.c: x times a weight [N, K] that is `turned` first, or [K, N], plus bias. All are bf16, weight and bias
+    """Run linear.c: x @ weight, plus bias; weight is [K, N], or [N, K] with `turned`. All are bf16, weight and bias
     may be float32. Second: GELU of it, where it comes before one. With `hidden` it is a gradient on its way through a
     GELU: times its slope at hidden, and GELU of hidden."""
     library = _product_library()

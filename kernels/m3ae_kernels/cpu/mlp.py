@@ -20,6 +20,7 @@ from ..registry import Op
 from .build import BF16, DTYPES, load
 from .linear import (
     input_gradient,
+    linear_backward_op,
     linear_forward,
     matmul_dtype,
     multiplies,
@@ -55,38 +56,40 @@ def _fake(x_RI, weight_HI, bias_H, weight_OH, bias_O):
     return tuple(x_RI.new_empty(x_RI.shape[0], weight.shape[0]) for weight in (weight_OH, weight_HI))
 
 
-def _gradients(
-    grad_RO: Tensor, x_RI: Tensor, weight_HI: Tensor, weight_OH: Tensor, hidden_RH: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return those of `_forward`'s five arguments."""
+def _hidden_gradients(
+    grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of what is before GELU, and of fc2's weight and bias."""
     grad_RH, y_RH = hidden_gradient(grad_RO, weight_OH, hidden_RH)
-    of_fc2 = parameter_gradients(grad_RO, y_RH, weight_OH, needs[3:])
-    del y_RH
-    of_fc1 = parameter_gradients(grad_RH, x_RI, weight_HI, needs[1:3])
-    grad_x = input_gradient(grad_RH, weight_HI) if needs[0] else None
-    grads = wanted((grad_x, *of_fc1, *of_fc2), needs, grad_RO)
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+    weight, bias = wanted(parameter_gradients(grad_RO, y_RH, weight_OH, needs), needs, grad_RO)
+    return grad_RH, weight, bias
 
 
-def _fake_gradients(grad_RO, x_RI, weight_HI, weight_OH, hidden_RH, needs):
-    weights = (each for w in (weight_HI, weight_OH) for each in (torch.empty_like(w), w.new_empty(w.shape[0])))
-    return tuple(wanted((torch.empty_like(x_RI), *weights), needs, grad_RO))
+def _fake_hidden_gradients(grad_RO, weight_OH, hidden_RH, needs):
+    parameters = torch.empty_like(weight_OH), weight_OH.new_empty(weight_OH.shape[0])
+    return hidden_RH.new_empty(hidden_RH.shape), *wanted(parameters, needs, grad_RO)
 
 
 def _setup_context(ctx, inputs, output):
     x_RI, weight_HI, _, weight_OH, _ = inputs
+    ctx.set_materialize_grads(False)  # zeros for what is before GELU would be the largest tensor of the backward pass
     ctx.save_for_backward(x_RI, weight_HI, weight_OH, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad_RO, _):
+    if grad_RO is None:
+        return (None,) * 5
+    x_RI, weight_HI, weight_OH, hidden_RH = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
-    grads = mlp_backward_op(grad_RO, *ctx.saved_tensors, needs)
+    # two ops: a compiled graph frees what is before GELU between them, and makes x no sooner
+    grad_RH, *of_fc2 = mlp_backward_op(grad_RO, weight_OH, hidden_RH, needs[3:])
+    grads = *linear_backward_op(grad_RH, x_RI, weight_HI, needs[:3]), *of_fc2
     return tuple(grad if need else None for grad, need in zip(grads, needs))
 
 
 mlp_op = Op("mlp", _forward, _fake, _setup_context, _backward)
-mlp_backward_op = Op("mlp_backward", _gradients, _fake_gradients)
+mlp_backward_op = Op("mlp_backward", _hidden_gradients, _fake_hidden_gradients)
 
 
 def hidden_gradient(grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:

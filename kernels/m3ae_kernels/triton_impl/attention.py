@@ -51,9 +51,10 @@ def attention_kernel(
     D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one sample and head a program, over all its keys; scale is log2(e) / sqrt(D). lse [H, Q] is
-    the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1 (https://arxiv.org/abs/2307.08691):
-    m_i is the largest score so far, l_i the sum of exponentials, acc that of the weighted values.
+    """Compute BLOCK_M queries of one sample and head a program, over all its keys; scale is log2(e) / sqrt(D). lse [H,
+    Q] is the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1
+    (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i the sum of exponentials, acc that of the
+    weighted values.
 
     FLOPs 4HD sum(n^2), bytes 8THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder (n 73, H 16,
     D 64) 11 GFLOP, 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP, 608 MB, 181 us, and 0.7e9 exponentials,

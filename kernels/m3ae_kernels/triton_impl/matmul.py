@@ -6,6 +6,8 @@ from torch import Tensor
 
 from .common import cdiv
 
+WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # 16-bit products summed in float32, in place
+
 
 def even_chunks(count: int, most: int, multiple: int) -> int:
     """Return the rows of a chunk: at most `most`, all chunks about equal, a multiple of `multiple` where there are
@@ -26,12 +28,12 @@ def workspace_rows(count: int, most: int) -> int:
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Compute total += a @ b, or total = a @ b where it is the first.
 
-    Summed in total's float32 where a and b have 16 bits and the device can; elsewhere (AMD, and the interpreter on a
-    CPU) the product of 16-bit matrices is rounded to 16 bits once a call.
+    Summed in total's float32 where a and b have 16 bits and device and torch can; elsewhere (AMD, the interpreter on a
+    CPU, a torch without such sums) the product of 16-bit matrices is rounded to 16 bits once a call.
     """
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    elif a.is_cuda and torch.version.cuda:
+    elif a.is_cuda and torch.version.cuda and WIDE_SUMS:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(a @ b)

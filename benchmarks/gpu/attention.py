@@ -1,0 +1,82 @@
+"""python -m benchmarks.gpu.attention: every attention kernel that is installed, and the project's own, at the
+micro-batch's size: 512 samples, forward and backward, in GPU time. Writes gpu-attention.json."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from m3ae_kernels.attention import Kernel, cuda
+from m3ae_kernels.attention.padded import PADDED
+
+from benchmarks import results
+from benchmarks.measure import CpuDevice, CudaDevice
+
+SAMPLES = 512
+# M3AE-Large: heads, values a head, rows of a sample with a caption of 20 words, and with the longest
+SHAPES = {"encoder": (16, 64, 55), "encoder, long": (16, 64, 81), "decoder": (16, 32, 218)}
+REPEATS = 10
+
+
+def kernels() -> dict[str, Kernel]:
+    """Return those that can be made here."""
+    from m3ae_kernels.triton_impl.attention import TRITON
+
+    found: dict[str, Kernel] = {"padded": PADDED, "Triton": TRITON}
+    for name, make in cuda.MAKERS.items():
+        try:
+            found[name] = make()
+        except Exception as error:  # of any kind: not installed, a broken build
+            print(f"{name} is left out: {next(iter(str(error).splitlines()), repr(error))}", flush=True)
+    return found
+
+
+def time_kernels(
+    device: CpuDevice | CudaDevice,
+    found: dict[str, Kernel],
+    samples: int = SAMPLES,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[results.Row]:
+    """Return a row per shape and kernel. One that fails, or computes something else than padded matmuls, has the
+    reason in place of a time."""
+    rows: list[results.Row] = []
+    for shape, (heads, dim, length) in SHAPES.items():
+        inputs = cuda.example(device.device, dtype, heads, dim, length, samples)
+        expected = cuda.results(PADDED, *inputs)
+        for name, kernel in found.items():
+            row: results.Row = {"shape": shape, "kernel": name, "ms": None, "verdict": "ok"}
+            try:
+                off = cuda.distance(cuda.results(kernel, *inputs), expected)
+                if not off <= cuda.ERROR:
+                    row["verdict"] = f"off by {off:.0%}"
+                row["ms"] = _ms(device, kernel, inputs)
+            except Exception as error:  # a kernel that was not made for this GPU, size or memory
+                row["verdict"] = " ".join(str(error).split())[:120] or repr(error)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def _ms(device: CpuDevice | CudaDevice, kernel: Kernel, inputs: tuple) -> float:
+    """Return the time of one pass, with the host ahead of the device."""
+    device.head_start()
+    pairs = []
+    for _ in range(REPEATS):
+        before = device.stamp()
+        cuda.results(kernel, *inputs)
+        pairs.append((before, device.stamp()))
+    return sorted(device.between(pairs))[REPEATS // 2]
+
+
+def main() -> int:
+    """Print and write the table; return the exit code."""
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu.attention: torch sees no CUDA device on this machine", file=sys.stderr)
+        return 2
+    rows = time_kernels(CudaDevice(), kernels())
+    results.write("gpu-attention", f"Attention of {SAMPLES} samples, forward and backward", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

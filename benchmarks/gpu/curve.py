@@ -1,0 +1,142 @@
+"""python -m benchmarks.gpu.curve: the quickstart's loss curve on a GPU in bf16 and in float32, on the CPU, and on the
+GPU with a kill halfway, side by side. Writes gpu-curve.json and keeps each run's log and metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.alone import ROOT
+
+CONFIG = ROOT / "configs/quickstart.json"
+LOSSES = ("val_image_loss", "val_text_loss")
+PATIENCE_S = 420
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run: its precision, environment, and the step after which it is killed once; None: never."""
+
+    name: str
+    precision: str
+    env: dict[str, str] = field(default_factory=dict, hash=False)
+    kill_at: int | None = None
+
+
+CPU = {"CUDA_VISIBLE_DEVICES": ""}
+CURVES = (
+    Curve("CPU, float32", "fp32", CPU),
+    Curve("GPU, float32", "fp32"),
+    Curve("GPU, bf16", "bf16"),
+    Curve("GPU, float32, killed", "fp32", kill_at=160),
+)
+
+
+def measure(folder: Path, curves: Sequence[Curve] = CURVES, settings: Mapping[str, object] | None = None) -> int:
+    """Run all curves at once, and write a row per evaluation with the losses of each; return how many failed.
+    `settings` are for the trainer's --set."""
+    failed, found = 0, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = {curve: Path(temporary) / str(i) for i, curve in enumerate(curves)}
+        started = {curve: _start(curve, run, settings or {}) for curve, run in runs.items()}
+        try:
+            for curve in sorted(curves, key=lambda each: each.kill_at is None):
+                code = _finish(curve, started, runs[curve], settings or {})
+                failed += code != 0
+                print(f"{curve.name}: exit code {code}", flush=True)
+        finally:
+            for curve, run in runs.items():
+                _kill(started[curve])
+                kept = folder / "".join(c if c.isalnum() else "-" for c in curve.name.lower())
+                kept.mkdir(parents=True, exist_ok=True)
+                for file in (run / "metrics.jsonl", run.with_suffix(".log")):
+                    if file.exists():
+                        shutil.copy(file, kept / file.name.replace(run.with_suffix(".log").name, "log.txt"))
+                found[curve.name] = evaluations(run / "metrics.jsonl")
+    rows = table(found)
+    if rows:
+        results.write("gpu-curve", "The quickstart's held-out losses by step", rows, folder)
+    return failed + (not rows)
+
+
+def _start(curve: Curve, run: Path, settings: Mapping[str, object]) -> subprocess.Popen:
+    values = {"run.dir": run, "train.precision": curve.precision, **settings}
+    options = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    with run.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "m3ae_fast/train.py"), "--config", str(CONFIG), "--resume", "auto", *options],
+            cwd=ROOT, env=os.environ | curve.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def _finish(
+    curve: Curve, started: dict[Curve, subprocess.Popen], run: Path, settings: Mapping[str, object]
+) -> int | None:
+    """Wait for the end, with a kill and a second start between where the curve asks for it; return the exit code."""
+    until = time.monotonic() + PATIENCE_S
+    if curve.kill_at is not None:
+        while started[curve].poll() is None and time.monotonic() < until and last_step(run) < curve.kill_at:
+            time.sleep(0.05)
+        if started[curve].poll() is not None:
+            return started[curve].returncode or 1  # it ended before it was to be killed
+        _kill(started[curve])
+        started[curve] = _start(curve, run, settings)
+    try:
+        return started[curve].wait(max(1.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _lines(metrics: Path) -> list[dict]:
+    """Return what was logged, but for a last line that is not whole."""
+    whole, _, _ = (metrics.read_text(encoding="utf-8") if metrics.exists() else "").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def last_step(run: Path) -> int:
+    return max((line["step"] for line in _lines(run / "metrics.jsonl")), default=0)
+
+
+def evaluations(metrics: Path) -> dict[int, dict[str, float]]:
+    """Return by step the held-out losses."""
+    return {line["step"]: {name: line[name] for name in LOSSES} for line in _lines(metrics) if LOSSES[0] in line}
+
+
+def table(found: Mapping[str, dict[int, dict[str, float]]]) -> list[results.Row]:
+    """Return a row per step and loss, a column per run; None where a run has no such evaluation."""
+    steps = sorted({step for curve in found.values() for step in curve})
+    return [
+        {"step": step, "loss": name, **{run: curve.get(step, {}).get(name) for run, curve in found.items()}}
+        for step in steps
+        for name in LOSSES
+    ]
+
+
+def main() -> int:
+    """Print and write the table; return the exit code."""
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu.curve: torch sees no CUDA device on this machine", file=sys.stderr)
+        return 2
+    return 1 if measure(results.here()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""How long training waits for a checkpoint of four ranks, and what each holds meanwhile."""
+
+import json
+import subprocess
+import sys
+
+from benchmarks import results
+
+RANKS = 4
+
+
+def test_saving(tmp_path):
+    out = tmp_path / "rows.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    subprocess.run([*launch, "-m", "benchmarks.saving", str(out)], check=True)
+    rows = json.loads(out.read_text())
+    results.write("saving", f"A checkpoint of small, {RANKS} ranks on gloo", rows)
+    assert all(row["over its share"] <= 1.3 for row in rows)
+    for row in rows:  # plain torch and stage 0 had nothing to gather: each rank copies a quarter of what rank 0 did
+        assert row["ratio"] >= (10 if row["engine"] in ("ZeRO 1", "ZeRO 2", "ZeRO 3") else 1.5), row

@@ -1,0 +1,1 @@
+"""Labelled data that package clients download, as shards: large enough to tell effects from chance."""

@@ -1,0 +1,84 @@
+"""Emoji of one vendor, from npm's packages emoji-datasource-VENDOR: pictures of 64 pixels with names and categories.
+
+Held-out emoji are the same ones of every vendor, with all their skin tones: none leaks into the training samples of
+any vendor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lab.labelled.packages import fetch, read_members
+from m3ae_fast.errors import UserError
+from m3ae_fast.shard_tools.records import Record
+
+VERSION = "16.0.0"
+LICENCES = {  # of the pictures; the tables of names are MIT
+    "twitter": "CC-BY 4.0, Twemoji, Copyright Twitter, Inc and other contributors",
+    "google": "Apache 2.0, Noto Emoji, Copyright Google Inc",
+}
+HELD_OUT = 0.2  # of the emoji
+_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+
+
+class Picture(NamedTuple):
+    """An emoji, or a skin tone of one."""
+
+    image: str  # file name
+    caption: str
+    about: dict[str, str]
+
+
+class Emoji:
+    """A vendor's emoji, with category as class and names as caption: a `shard_tools.records.Records`."""
+
+    def __init__(self, vendor: str, package: Path | None, downloads: Path):
+        """Raises UserError where the package cannot be fetched or read."""
+        command = ["npm", "pack", f"emoji-datasource-{vendor}@{VERSION}"]
+        package = package or fetch(command, downloads / vendor, ".tgz")
+        try:
+            table = json.loads(read_members(package, "package", "emoji.json")["emoji.json"])
+            pictures = {held: pictures_of(table, vendor, held) for held in (False, True)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{package}: is not emoji-datasource-{vendor} ({error!r})") from None
+        self._images = read_members(package, f"package/img/{vendor}/64", ".png")
+        self._pictures = {
+            split: [p for p in pictures[held] if p.image in self._images]
+            for split, held in (("train", False), ("val", True))
+        }
+        self.classes = sorted({emoji["category"] for emoji in table})
+        self.splits = {split: len(own) for split, own in self._pictures.items()}
+        licence = LICENCES[vendor]
+        self.identity: dict[str, Any] = {"kind": f"emoji-{vendor}", "package": package.name, "licence": licence}
+
+    def name(self, split: str, number: int) -> str:
+        return f"emoji {self._pictures[split][number].image}"
+
+    def read(self, split: str, number: int) -> Record:
+        picture = self._pictures[split][number]
+        label = self.classes.index(picture.about["category"])
+        return Record(self._images[picture.image], picture.caption, label, dict(picture.about))
+
+
+def is_held_out(emoji: str) -> bool:
+    """Return whether the emoji of these code points, without a skin tone, is a held-out one."""
+    return int.from_bytes(hashlib.blake2b(emoji.encode(), digest_size=8).digest(), "big") < HELD_OUT * 2**64
+
+
+def pictures_of(table: list[dict[str, Any]], vendor: str, held_out: bool) -> list[Picture]:
+    """Return the pictures that a vendor has of the emoji of one split, in the table's order."""
+    found = []
+    for emoji in table:
+        if is_held_out(emoji["unified"]) != held_out:
+            continue
+        about = {"emoji": emoji["unified"], "category": emoji["category"], "subcategory": emoji["subcategory"]}
+        names = [emoji["name"].lower(), *(name.replace("_", " ") for name in emoji["short_names"])]
+        tones = {"": emoji} | emoji.get("skin_variations", {})
+        for tone, drawn in tones.items():
+            if drawn[f"has_img_{vendor}"]:
+                skin = [f"{_TONES.get(part, part)} skin tone" for part in dict.fromkeys(tone.split("-")) if part]
+                found.append(Picture(drawn["image"], ", ".join(dict.fromkeys([*names, *skin])), about))
+    return found

@@ -1,0 +1,60 @@
+"""Fashion-MNIST (arXiv 1708.07747) from Debian's package: 70,000 grey pictures of clothes of 28 x 28 pixels.
+
+Shapes: N pictures.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lab.labelled.packages import fetch, read_members
+from m3ae_fast.errors import UserError
+from m3ae_fast.shard_tools.records import Record
+
+LICENCE = "MIT, Copyright 2017 Zalando SE"
+COMMAND = ["apt-get", "download", "dataset-fashion-mnist"]
+FOLDER = "usr/share/datasets/fashion-mnist"
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_FILES = {"train": "train", "val": "t10k"}  # the official test set is held out
+
+
+class Fashion:
+    """All pictures, with their classes and without captions: a `shard_tools.records.Records`."""
+
+    classes = CLASSES
+
+    def __init__(self, package: Path | None, downloads: Path):
+        """Raises UserError where the package cannot be fetched or read."""
+        package = package or fetch(COMMAND, downloads, ".deb")
+        files = read_members(package, FOLDER, ".gz")
+        try:
+            self._images = {s: parse_idx(files[f"{name}-images-idx3-ubyte.gz"]) for s, name in _FILES.items()}
+            self._labels = {s: parse_idx(files[f"{name}-labels-idx1-ubyte.gz"]) for s, name in _FILES.items()}
+        except (KeyError, OSError, EOFError, ValueError) as error:
+            raise UserError(f"{package}: is not Fashion-MNIST as Debian packs it ({error})") from None
+        self.splits = {split: len(images) for split, images in self._images.items()}
+        self.identity: dict[str, Any] = {"kind": "fashion-mnist", "package": package.name, "licence": LICENCE}
+
+    def name(self, split: str, number: int) -> str:
+        return f"Fashion-MNIST's {split} picture {number}"
+
+    def read(self, split: str, number: int) -> Record:
+        out = io.BytesIO()
+        Image.fromarray(self._images[split][number]).save(out, "PNG")
+        label = int(self._labels[split][number])
+        return Record(out.getvalue(), label=label, about={"name": CLASSES[label]})
+
+
+def parse_idx(packed: bytes) -> np.ndarray:
+    """Return what a gzipped IDX file of bytes holds, uint8 [N, ...]. Raises ValueError or OSError where it is none."""
+    data = gzip.decompress(packed)
+    if data[:3] != b"\0\0\x08":
+        raise ValueError("not an IDX file of bytes")
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + shape.nbytes).reshape(shape)

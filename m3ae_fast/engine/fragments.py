@@ -1,0 +1,37 @@
+"""A rank's part of an engine's state: flat pieces of tensors, whoever shards them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Fragment(NamedTuple):
+    """What one rank keeps of a tensor: the elements from `start` on, as many as `data` has, maybe none."""
+
+    data: Tensor  # float32, 1-D
+    start: int
+    shape: tuple[int, ...]  # of the whole tensor
+
+
+# "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq" and, with train.ema, "ema".
+# Rank 0 names every tensor, also those of which it has nothing.
+Fragments = dict[str, Fragment]
+
+
+def whole(tensor: Tensor) -> Fragment:
+    """Return all of a tensor as one fragment."""
+    return Fragment(tensor.detach().reshape(-1), 0, tuple(tensor.shape))
+
+
+def cut(tensors: dict[str, Tensor], rank: int, world: int) -> Fragments:
+    """Return a rank's part of tensors that every rank has whole: laid in a row, they are cut into equal parts."""
+    share = -(-sum(tensor.numel() for tensor in tensors.values()) // world)
+    before, part = rank * share, {}  # elements of the row from this tensor's first to the part
+    for name, tensor in tensors.items():
+        data, _, shape = whole(tensor)
+        start, stop = (min(max(edge, 0), len(data)) for edge in (before, before + share))
+        part[name] = Fragment(data[start:stop], start, shape)
+        before -= len(data)
+    return part

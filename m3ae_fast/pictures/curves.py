@@ -1,0 +1,106 @@
+"""Curves of what runs logged, several in one chart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from m3ae_fast.errors import UserError
+
+Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
+_TRAIN, _HELD_OUT, _OTHER = "#9db4d3", "#1f4e9c", "#b5651d"
+
+
+class Line(NamedTuple):
+    """A metric of a chart."""
+
+    metric: str
+    label: str
+    colour: str  # where there is one run
+
+
+class Chart(NamedTuple):
+    """Metrics that belong together."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+
+
+def _both(title: str, metric: str) -> Chart:
+    return Chart(title, "", [Line(metric, "training", _TRAIN), Line(f"val_{metric}", "held out", _HELD_OUT)])
+
+
+LEARNING = (
+    Chart("Loss", "", [Line("loss", "training", _TRAIN)]),
+    _both("Image loss", "image_loss"),
+    _both("Text loss", "text_loss"),
+    _both("Text accuracy", "text_accuracy"),
+    Chart("k-NN accuracy", "", [Line("val_knn_top1", "held out", _HELD_OUT)]),
+    Chart("Dimensions that the features fill", "RankMe", [Line("val_rankme", "held out", _HELD_OUT)]),
+    Chart(
+        "Loss over that of a constant prediction",
+        "",
+        [Line("val_image_relative", "image", _HELD_OUT), Line("val_text_relative", "text", _OTHER)],
+    ),
+)
+RUNNING = (
+    Chart("Throughput", "samples/s", [Line("samples_per_s", "", _OTHER)]),
+    Chart(
+        "Utilisation",
+        "of the peak",
+        [Line("mfu", "reference FLOPs", _OTHER), Line("utilisation", "executed FLOPs", _HELD_OUT)],
+    ),
+    Chart("Waiting for data", "fraction of the time", [Line("data_wait", "", _OTHER)]),
+    Chart("Learning rate", "", [Line("lr", "", _OTHER)]),
+    Chart("Gradient norm", "", [Line("grad_norm", "", _OTHER)]),
+    Chart("Memory", "GB", [Line("peak_memory_gb", "peak", _OTHER)]),
+)
+
+
+def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterator[tuple[str, bytes]]:
+    """Yield title and PNG of each chart that has a point.
+
+    Args:
+        charts: what to draw.
+        runs: metrics by the run's name; of several, the last metric of a chart has a colour for each.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the report's charts need matplotlib: pip install matplotlib") from None
+    for chart in charts:
+        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        for label, colour, points in _curves(chart, runs):
+            marker = "o" if len(points) < 30 and label != "training" else ""
+            axes.plot(*zip(*points), label=label, color=colour, marker=marker, markersize=3, linewidth=1.4)
+        if not axes.lines:
+            continue
+        axes.set_title(chart.title, fontsize=10)
+        axes.set_ylabel(chart.unit, fontsize=8)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=160)
+        yield chart.title, picture.getvalue()
+
+
+def _curves(chart: Chart, runs: Mapping[str, Metrics]) -> Iterator[tuple[str, str | None, list[tuple[int, float]]]]:
+    """Yield label, colour and points of each curve of a chart."""
+    for name, metrics in runs.items():
+        for line in chart.lines[-1:] if len(runs) > 1 else chart.lines:
+            if points := [(m["step"], m[line.metric]) for m in metrics if _is_number(m.get(line.metric))]:
+                yield (name, None, points) if len(runs) > 1 else (line.label, line.colour, points)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value - value == 0

@@ -1,0 +1,166 @@
+"""Settings that fit data, hardware and time. Rules of thumb where nothing better is known; each is a constant here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3ae_fast.config import Config, parse
+from m3ae_fast.config.load import apply_override
+from m3ae_fast.pretraining.facts import TOKENIZER, Facts
+from m3ae_fast.pretraining.source import Shards
+
+LONGEST = 800  # epochs, as MAE was trained
+EPOCHS, SEEN = 20, 20_000  # and samples, that a larger model must reach in the time that there is
+FEWEST_STEPS = 1000  # a batch is halved until there are so many
+SMALLEST_BATCH, LARGEST_BATCH = 64, 1024
+_STEPS_PER_EPOCH = 24  # about, between the smallest and the largest batch
+_WARM_UP = 0.05  # of the steps
+_PROBED = 5000  # training samples: with more the k-NN accuracy is measured only before and after
+# MAE's rate for its batch (arXiv 2111.06377), by the square root of the batch, as Adam asks for (arXiv 2205.10287)
+_RATE, _OF_BATCH = 2.4e-3, 4096
+_RATE_OF_NARROW = 4  # times as high for models narrower than "small", as in the quickstart
+
+
+class Rung(NamedTuple):
+    """A size of the model, and for how many samples."""
+
+    name: str
+    model: dict[str, Any]
+    pixels: int  # of an image, at most
+    samples: float  # that it takes at least to be of use
+
+
+def _narrow(width: int, depth: int, heads: int, decoder: int) -> dict[str, Any]:
+    own = {"size": None, "emb_dim": width, "depth": depth, "num_heads": heads}
+    return own | {"dec_emb_dim": decoder, "dec_depth": 2, "dec_num_heads": 4}
+
+
+LADDER = (
+    Rung("tiny", _narrow(128, 4, 4, 64), 48, 0),
+    Rung("mini", _narrow(192, 6, 6, 128), 96, 0),
+    Rung("small", {"size": "small", "dec_emb_dim": 256, "dec_depth": 4, "dec_num_heads": 8}, 224, 1e4),
+    Rung("base", {"size": "base"}, 224, 1e5),
+    Rung("large", {"size": "large"}, 224, 1e6),
+)
+
+
+def rungs(facts: Facts) -> list[Rung]:
+    """Return the sizes that the number of samples allows, smallest first."""
+    return [rung for rung in LADDER if facts.samples >= rung.samples]
+
+
+def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
+    """Return an image size of at most `pixels` to which most images need not be enlarged, and its patch size: the
+    largest with eight patches a side."""
+    size = max(min(short_side, pixels), 16)
+    patch = next((p for p in (16, 8) if size // p >= 8), 4)
+    return size // patch * patch, patch
+
+
+def batch_of(samples: int) -> int:
+    """Return samples per step, a power of two."""
+    most = _power_below(samples / 4)
+    wanted = _power_below(samples / _STEPS_PER_EPOCH)
+    return min(max(wanted, min(SMALLEST_BATCH, most)), LARGEST_BATCH)
+
+
+def peak_rate(batch: int, width: int) -> float:
+    """Return `optim.peak_lr`, which is for a batch of 256."""
+    rate = _RATE * math.sqrt(batch / _OF_BATCH) * (_RATE_OF_NARROW if width < 384 else 1)
+    return float(f"{rate * 256 / batch:.3g}")
+
+
+def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
+    """Return how many steps fit, of `pace` seconds a sample; as many as LONGEST epochs at most."""
+    longest = LONGEST * max(samples // batch, 1)
+    return max(min(int(seconds / (pace * batch)), longest), 2)
+
+
+def fitted_batch(seconds: float, pace: float, samples: int) -> int:
+    """Return the batch for the time: smaller than `batch_of` where there would be too few steps."""
+    batch = batch_of(samples)
+    while batch > SMALLEST_BATCH and seconds / (pace * batch) < FEWEST_STEPS:
+        batch //= 2
+    return batch
+
+
+def reaches(seconds: float, pace: float, samples: int) -> bool:
+    """Return whether the time is enough for a model of that pace to see enough samples."""
+    return seconds / pace >= max(EPOCHS * samples, SEEN)
+
+
+def settings(
+    facts: Facts, shards: Shards, out: Path, rung: Rung, batch: int, steps: int, labels: str, overrides: Sequence[str]
+) -> Config:
+    """Return the config of a run. `overrides`: the user's, as `--set` takes them. Raises UserError for one that is not
+    possible."""
+    size, patch = image_and_patch(facts.short_side, rung.pixels)
+    train, val = ([{"shards": part}] for part in (shards.train, shards.val))
+    often = max(steps // 20, min(steps, 10))
+    config: dict[str, Any] = {
+        "run": {"dir": str(out)},
+        "model": {
+            **rung.model,
+            "image_size": size,
+            "patch_size": patch,
+            "image_mean": facts.image_mean,
+            "image_std": facts.image_std,
+            "text_length": facts.text_length,
+            "vocab_size": facts.vocab_size,
+        },
+        "loss": {"norm_pix": True},
+        "data": {
+            "train": train,
+            "val": val if shards.val else [],
+            "tokenizer": str((out / TOKENIZER).resolve()) if facts.vocab_size else None,
+            "crop_scale": [0.4, 1.0],
+        },
+        "optim": {
+            "peak_lr": peak_rate(batch, rung.model.get("emb_dim", 384)),
+            "warmup_epochs": round(_WARM_UP * steps / max(facts.samples // batch, 1), 3),
+            "clip_grad": 1.0,
+        },
+        "train": {
+            "global_batch": batch,
+            "steps": steps,
+            "log_every": max(steps // 200, 1),
+            "eval_every": often,
+            "eval_samples": max(min(facts.held_out, 1024), 1),
+            "save_every": max(steps // 10, min(steps, 10)),
+            "probe": _probe(train, val, labels, often if facts.samples <= _PROBED else None) if facts.classes else None,
+        },
+        "deepspeed": None,
+    }
+    for override in overrides:
+        _give_way(config, override)
+        apply_override(config, override)
+    return parse(Config, config, "--set")
+
+
+def _give_way(config: dict[str, Any], override: str) -> None:
+    """Drop what was chosen instead of what the user sets."""
+    name, _, value = override.partition("=")
+    if name == "train.epochs" and value != "null":
+        config["train"].pop("steps", None)
+    if name == "model.size" and value != "null":
+        for key in ("emb_dim", "depth", "num_heads", "dec_emb_dim", "dec_depth", "dec_num_heads"):
+            config["model"].pop(key, None)
+
+
+def _probe(train: Any, val: Any, labels: str, every: int | None) -> dict[str, Any]:
+    images = [[source | {"modality": "image"} for source in part] for part in (train, val)]
+    return {"train": images[0], "val": images[1], "labels": labels, "every": every}
+
+
+def written(config: Config) -> str:
+    """Return the file of a config: every setting, also those that have their defaults."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _power_below(value: float) -> int:
+    """Return the largest power of two up to `value`, at least 1."""
+    return 2 ** max(int(math.log2(max(value, 1))), 0)

@@ -1,0 +1,54 @@
+"""What a run's features are good for, beside those of the same network untrained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from m3ae_fast.config import Config, SourceConfig
+from m3ae_fast.regular_file import read_json
+from m3ae_fast.transfer import __main__ as transfer
+from m3ae_fast.transfer.job import RESULT_FILE
+
+_QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
+_TASKS: dict[str, list[str]] = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}
+RESULTS = "results"  # folder of a run folder
+UNTRAINED = "random weights"
+
+
+def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
+    """Return by task the results of the run and of random weights; what an earlier call has measured is read. None
+    where a task was stopped.
+
+    Raises:
+        UserError: a task cannot be done.
+    """
+    probe, run = config.train.probe, config.run.dir
+    assert probe is not None
+    found: dict[str, dict[str, Any]] = {}
+    for task, options in _TASKS.items():
+        for model, name in ((str(run), task), (f"random:{run}", f"{task}-random")):
+            out = run / RESULTS / name
+            if not (out / RESULT_FILE).exists():
+                shards = ["--train", *_shards(probe.train), "--val", *_shards(probe.val)]
+                transfer.main([task, model, *shards, "--labels", probe.labels, "--out", str(out), *options])
+            if not (out / RESULT_FILE).exists():
+                return None
+            found.setdefault(task, {})["run" if name == task else UNTRAINED] = read_json(out / RESULT_FILE)
+    return found
+
+
+def _shards(sources: list[SourceConfig]) -> list[str]:
+    return [
+        name for source in sources for name in ([source.shards] if isinstance(source.shards, str) else source.shards)
+    ]
+
+
+def table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Return lines: accuracy on held-out samples of the run and of random weights, by task."""
+    names = {"knn": "k-NN", "linear": "linear probe"}
+    first = next(iter(found.values()))["run"]
+    lines = [f"{'accuracy, held out':20}{'this run':>12}{UNTRAINED:>18}"]
+    for task, results in found.items():
+        run, untrained = (results[name]["top1"] for name in ("run", UNTRAINED))
+        lines.append(f"{names[task]:20}{run:>12.1%}{untrained:>18.1%}")
+    return [*lines, f"{'chance':20}{1 / first['classes']:>12.1%}   ({first['val_samples']:,} samples)"]

@@ -1,0 +1,112 @@
+"""The stages of `pretrain`, each done once: stopped, the same line goes on with the first that is not done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3ae_fast import train
+from m3ae_fast.config import Config, load_config
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import export
+from m3ae_fast.pretraining.choices import written
+from m3ae_fast.pretraining.evaluation import evaluate, table
+from m3ae_fast.pretraining.facts import look
+from m3ae_fast.pretraining.plan import choose
+from m3ae_fast.pretraining.source import find_shards
+from m3ae_fast.process.program import joined_program
+from m3ae_fast.report import REPORT_FILE, write_report
+from m3ae_fast.status import status
+from m3ae_fast.whole_file import whole_file
+
+CONFIG, EXPORT = "config.json", "export"  # of a run folder
+
+
+class Outcome(NamedTuple):
+    """What is in the run folder in the end."""
+
+    run: Path
+    finished: bool  # False: stopped; the same call goes on
+    export: Path  # that `M3AE.from_pretrained` loads
+    report: Path
+    results: dict[str, dict[str, Any]]  # by task, of "run" and of "random weights"; empty without classes
+
+
+def pretrain(
+    source: str | Path,
+    out: str | Path,
+    *,
+    hours: float = 0.5,
+    captions: str | Path | None = None,
+    val: Sequence[str] = (),
+    labels: str = "cls",
+    overrides: Sequence[str] = (),
+    dry_run: bool = False,
+) -> Outcome:
+    """Train a model on pictures, with captions where there are some, measure and export it.
+
+    Args:
+        source: a folder of images (captions beside them or in a table, sub-folders as classes), shards, or the name of
+            a Hugging Face data set.
+        out: the run folder, which holds everything that is made. A run that was stopped goes on.
+        hours: for training and evaluating, on this machine.
+        captions: the table of captions of a folder of images; None: one in the folder, or .txt files beside images.
+        val: held-out shards, where `source` is shards.
+        labels: where classes are read: "cls", or "json." and the name of a field.
+        overrides: of the chosen settings, "section.key=value".
+        dry_run: only say what would be done and how long it takes.
+
+    Raises:
+        UserError: the source cannot be used, an override is impossible, or `out` cannot be written.
+    """
+    if not 0 < hours < 10_000:
+        raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
+    if any(override.startswith(("run.dir=", "run=")) for override in overrides):
+        raise UserError("--set run.dir: is what --out names")
+    out = Path(out)
+    table_of_captions = None if captions is None else Path(captions)
+    config = _configured(str(source), out, hours, table_of_captions, val, labels, overrides, dry_run)
+    outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
+    if dry_run or config is None:
+        return outcome
+    settings = [option for override in overrides for option in ("--set", override)]
+    train.main(["--config", str(out / CONFIG), "--resume", "auto", *settings])
+    if status(out)[0] != "finished":
+        return outcome
+    results = evaluate(config) if config.train.probe else {}
+    if results is None:
+        return outcome
+    if results:
+        print("\n".join(table(results)))
+    write_report(out, out / REPORT_FILE)
+    export(out, out / EXPORT)
+    print(f"{outcome.report}: curves and pictures; {outcome.export}: M3AE.from_pretrained loads it")
+    return outcome._replace(finished=True, results=results)
+
+
+def _configured(
+    source: str,
+    out: Path,
+    hours: float,
+    captions: Path | None,
+    val: Sequence[str],
+    labels: str,
+    overrides: Sequence[str],
+    dry_run: bool,
+) -> Config | None:
+    """Return the config of the run, chosen now or by an earlier call; None where somebody asks to stop meanwhile."""
+    shards = find_shards(source, out, captions, val)
+    path = out / CONFIG
+    if path.exists() and not dry_run:
+        print(f"{path} is used as it is; remove it, or name another --out, to choose again")
+        return load_config(path, list(overrides))
+    facts, notes = look(shards, out, labels)
+    with joined_program() as session:
+        plan = choose(facts, shards, out, hours, labels, overrides, session)
+    print("\n".join([*plan.lines, *(f"note: {note}" for note in [*shards.notes, *notes])]), flush=True)
+    if not dry_run:
+        with whole_file(path) as partial:
+            partial.write_text(written(plan.config), encoding="utf-8")
+        print(f"{path} has all settings; --set section.key=value changes one", flush=True)
+    return plan.config

@@ -1,0 +1,155 @@
+"""What SOURCE is, a folder, shards or a Hugging Face data set, and the shards that a run reads of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from m3ae_fast.data.manifest import is_manifest
+from m3ae_fast.data.shards import expand, is_remote
+from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import read_json
+from m3ae_fast.run import checkpoint
+from m3ae_fast.shard_tools.caption_table import read_captions
+from m3ae_fast.shard_tools.claim import MANIFEST
+from m3ae_fast.shard_tools.folder import Folder
+from m3ae_fast.shard_tools.huggingface import HuggingFace
+from m3ae_fast.shard_tools.records import Records
+from m3ae_fast.shard_tools.writer import HELD_OUT, Settings, convert
+
+SHARDS = "shards"  # folder of a run folder
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_HELD_OUT_SPLITS = (HELD_OUT, "validation", "valid", "test")  # as data sets call them, the first one is taken
+_FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Patterns for the config, and what to tell the user."""
+
+    train: list[str]
+    val: list[str]  # empty: nothing is held out
+    notes: list[str]
+
+
+def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str]) -> Shards:
+    """Return the shards of `source`, made in the run folder `out` where it is not shards itself.
+
+    Args:
+        source: a folder of images or of shards, shards as a config names them, or a data set's name.
+        out: the run folder.
+        captions: a table of them, for a folder of images; None: one in the folder, or .txt files.
+        val: held-out shards, where `source` is shards; empty: those it has of that name, or the last ones.
+
+    Raises:
+        UserError: there is no such source, it cannot be used, or it is not what a run in `out` began with.
+    """
+    folder = Path(source)
+    tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
+    if tars or _names_shards(source):
+        if captions:
+            raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
+        return _split(tars or [source], list(val))
+    if val:
+        raise UserError(f"--val: goes with shards, and {source} is not")
+    if folder.is_dir() and not _is_data_set(folder):
+        if folder.resolve() in out.resolve().parents:
+            raise UserError(f"--out {out}: lies in {source}, whose pictures it would be one of; name another folder")
+        table, notes = (captions, []) if captions else _table_in(folder)
+        pictures = Folder(folder, table)
+        return _made(pictures, source, out, [*notes, *pictures.ignored.lines()])
+    if not folder.is_dir() and (folder.exists() or source.startswith((".", "/", "~")) or source.endswith("/")):
+        raise UserError(f"{source}: is not a folder, and neither shards nor the name of a Hugging Face data set")
+    if captions:
+        raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
+    try:
+        records = HuggingFace(source, None, None, (None, None, None))
+    except UserError as error:
+        raise UserError(f"{source}: no such folder here; as a data set's name: {error}") from None
+    return _made(records, source, out, [])
+
+
+def _names_shards(source: str) -> bool:
+    return source.endswith(".tar") or ".tar" in source.rpartition("/")[2] or is_remote(source) or is_manifest(source)
+
+
+def _is_data_set(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote a folder."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the one table of captions at the top of a folder, if any, and a note about it."""
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TABLES)
+    if len(tables) > 1:
+        names = ", ".join(path.name for path in tables)
+        raise UserError(f"{folder}: has several tables ({names}); name that of the captions with --captions")
+    if not tables:
+        return None, []
+    try:
+        read_captions(tables[0])
+    except UserError as error:
+        return None, [f"{tables[0]} is not taken for captions: {error}"]
+    return tables[0], [f"captions are those of {tables[0]}"]
+
+
+def _split(train: list[str], val: list[str]) -> Shards:
+    """Hold out shards: those given, or named as held-out, or the last tenth of several."""
+    if val:
+        return Shards(train, val, [])
+    names = train if any(map(is_manifest, train)) else expand(train)
+    held = [name for name in names if Path(name).name.startswith(_HELD_OUT_SPLITS)]
+    kept = [name for name in names if name not in held]
+    if held and kept:
+        return Shards(kept, held, [])
+    if len(names) == 1:
+        note = "nothing is held out of one file of shards: name others with --val to see losses and accuracies"
+        return Shards(names, [], [note])
+    count = max(1, round(_FRACTION * len(names)))
+    return Shards(names[:-count], names[-count:], [f"the last {count:,} of {len(names):,} shards are held out"])
+
+
+def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
+    """Write the shards that `out` lacks; those of other pictures go where no training has begun."""
+    folder, settings = out / SHARDS, _settings(source)
+    before, now = _manifest(folder), {"source": source.identity, "settings": asdict(settings)}
+    if before is not None and before != json.loads(json.dumps(now)):
+        if checkpoint.saved_steps(out):
+            raise UserError(
+                f"{name}: is not what it was when the run in {out} began; choose another --out, or go on with the old "
+                f"shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
+            )
+        shutil.rmtree(folder)
+        (out / "config.json").unlink(missing_ok=True)
+        notes = [*notes, f"{name} has changed: its shards are made anew"]
+    made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
+    held = next((split for split in _HELD_OUT_SPLITS if any(_of(split, path) for path in made.shards)), None)
+    others = sorted({path.name.rpartition("-")[0] for path in made.shards} - set(_HELD_OUT_SPLITS))
+    train = "train" if "train" in others else others[0]
+    whole = folder.resolve()
+    lines = notes + made.tally.lines()
+    return Shards([str(whole / f"{train}-*.tar")], [str(whole / f"{held}-*.tar")] if held else [], lines)
+
+
+def _of(split: str, shard: Path) -> bool:
+    return shard.name.rpartition("-")[0] == split
+
+
+def _settings(source: Records) -> Settings:
+    """Hold out a part of a source that has one split."""
+    if len(source.splits) > 1:
+        return Settings()
+    (samples,) = source.splits.values()
+    return Settings(held_out=min(_FRACTION, _MOST_HELD_OUT / samples) if samples > 1 else 0.0)
+
+
+def _manifest(folder: Path) -> Any:
+    try:
+        return read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return None

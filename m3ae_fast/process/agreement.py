@@ -1,0 +1,71 @@
+"""How threads of all ranks agree beside training, whose collectives they must not disturb."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+
+from m3ae_fast.errors import UserError
+
+_PAUSE = 0.25  # seconds, the longest between two looks: many ranks ask one store
+_PATIENCE = 10.0  # seconds for the others where this rank is about to leave
+_SAID, _REFUSED = "said ", "refused "
+
+
+class Agreement:
+    """Decisions of rank 0 on what all ranks report, through their store, which no thread keeps from the others."""
+
+    def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
+        """Take the only agreement over `store`. `leaving`: set where this rank is about to end, perhaps since another
+        has; one that is then not heard of within seconds is given up."""
+        self.rank, self.world = rank, world
+        self._store, self._leaving, self._round = store, leaving, 0
+
+    def decide(self, report: str, judge: Callable[[list[str]], str]) -> str:
+        """Return on every rank what `judge` makes on rank 0 of all ranks' reports. Every rank must call it as often.
+
+        Raises:
+            UserError: on every rank where `judge` raises one; where another rank has left.
+        """
+        if self.world == 1:
+            return judge([report])
+        self._round += 1
+        if self.rank == 0:
+            return self._judge(report, judge)
+        self._store.set(self._key(self.rank), report)
+        (answer,) = self._await([self._key(0)])
+        if answer.startswith(_REFUSED):
+            raise UserError(answer.removeprefix(_REFUSED))
+        return answer.removeprefix(_SAID)
+
+    def _judge(self, report: str, judge: Callable[[list[str]], str]) -> str:
+        others = [self._key(rank) for rank in range(1, self.world)]
+        answer = f"{_REFUSED}rank 0 has failed"
+        try:
+            verdict = judge([report, *self._await(others)])
+            answer = f"{_SAID}{verdict}"
+        except UserError as error:
+            answer = f"{_REFUSED}{error}"
+            raise
+        finally:
+            self._store.set(self._key(0), answer)
+            for key in (*others, self._key(0, self._round - 1)):  # which all have read
+                self._store.delete_key(key)
+        return verdict
+
+    def _key(self, rank: int, number: int | None = None) -> str:
+        return f"agreement {self._round if number is None else number} {rank}"
+
+    def _await(self, keys: Sequence[str]) -> list[str]:
+        pause, end = 0.001, float("inf")
+        while not self._store.check(list(keys)):  # its `wait` would print a warning of each time that it looks
+            if self._leaving.is_set():
+                end = min(end, time.monotonic() + _PATIENCE)
+            if time.monotonic() > end:
+                raise UserError("another rank has left in the midst of a save")
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE)
+        return [self._store.get(key).decode() for key in keys]

@@ -1,0 +1,60 @@
+"""How far a run has come and how it ended: a file in its folder, for whoever asks later."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import whole_file
+
+RECORD_FILE = "status.json"
+RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the run itself last wrote; one that was killed still says that it is running."""
+
+    state: str
+    step: int  # optimiser steps taken
+    total_steps: int
+    reason: str = ""  # of a stop or a failure
+
+
+class Recorder:
+    """Writes the record of a run, from its first step on."""
+
+    def __init__(self, folder: Path, total_steps: int) -> None:
+        self._path, self._total = folder / RECORD_FILE, total_steps
+        self._begun = False
+
+    def begin(self, step: int) -> None:
+        """Record that the run has begun to take steps. Raises UserError where the disk refuses."""
+        self._begun = True
+        self._write(RUNNING, step)
+
+    @contextmanager
+    def ending(self, step: Callable[[], int], reason: Callable[[], str]) -> Iterator[None]:
+        """Record how a run that has begun leaves the block, after which step, and for what `reason` it stopped. A full
+        disk leaves the record as it was."""
+        state, why = FAILED, ""
+        try:
+            yield
+            state = FINISHED if step() >= self._total else STOPPED
+            why = reason() if state == STOPPED else ""
+        except BaseException as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise
+        finally:
+            if self._begun:
+                with contextlib.suppress(UserError):
+                    self._write(state, step(), why)
+
+    def _write(self, state: str, step: int, reason: str = "") -> None:
+        with whole_file(self._path) as partial:
+            partial.write_text(json.dumps(asdict(Record(state, step, self._total, reason))) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Checkpoints of engines on several ranks: run by test_parts.py.
+
+    python -m torch.distributed.run --nproc-per-node 4 -m tests.helpers.checkpoint_cases save|load|die ...
+
+save DIR: trains a small net with each engine and saves it, with what DeepSpeed itself takes for its state.
+load DIR: loads each into the engine that saved it and into another, and compares.
+die DIR RANK WHERE: saves step 1, then, while it saves step 2, a rank kills itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from m3ae_fast.config import DeepSpeedConfig, OptimConfig
+from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
+from m3ae_fast.engine.fragments import cut
+from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.optimizer import parameter_groups
+from m3ae_fast.engine.torch_engine import TorchEngine
+from m3ae_fast.process.agreement import Agreement
+from m3ae_fast.process.ranks import Ranks, join_ranks
+from m3ae_fast.run import checkpoint, parts, resuming
+from m3ae_fast.run.parts import stage
+
+STAGES = (None, 0, 1, 2, 3)
+STEPS = 2
+EMA = 0.5
+CONFIG = {"train": {"ema": EMA}}
+Losses = namedtuple("Losses", "loss")
+
+
+class Net(nn.Module):
+    """Sizes that no number of ranks divides; some have fewer elements than there are ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(37, 53), nn.LayerNorm(53), nn.Linear(53, 3)
+
+    def forward(self, batch: Tensor, counts: Any = None) -> Any:
+        out = self.b(self.norm(torch.relu(self.a(batch.to(self.a.weight.dtype)))))
+        return Losses(out.float().square().mean()) if self.training else out.float()
+
+
+def build(zero: int | None, ranks: Ranks, seed: int) -> Engine:
+    """Return an engine in bf16: from stage 1 on what is saved is not what matmuls take."""
+    torch.manual_seed(seed)
+    net, optim = Net(), OptimConfig()
+    groups = parameter_groups(net, 0.05)
+    if zero is None:
+        return TorchEngine(net, groups, optim, torch.bfloat16, ranks, EMA)
+    config = DeepSpeedConfig.model_validate({"zero_optimization": {"stage": zero}})
+    return DeepSpeedEngine(net, groups, config, optim, torch.bfloat16, ranks, 4, 1, EMA)
+
+
+def probe(engine: Engine) -> Tensor:
+    return engine.evaluate(torch.linspace(-1, 1, 37)[None])
+
+
+def as_deepspeed_has_it(engine: Engine) -> dict[str, Tensor]:
+    return {f"{k}/{name}": t for k in ("model", *engine.kinds) for name, t in engine.whole(k).items()}
+
+
+def agreement(ranks: Ranks) -> Agreement:
+    return Agreement(ranks.rank, ranks.world, ranks.store, threading.Event())
+
+
+def save(ranks: Ranks, folder: Path) -> None:
+    agreed = agreement(ranks)
+    for zero in STAGES:
+        engine = build(zero, ranks, 0)
+        for step in range(STEPS):
+            torch.manual_seed(10 * step + ranks.rank)
+            engine.step([torch.randn(4, 37)], None, 1e-2)
+        part, buffer = stage(engine.fragments(), None)
+        expected = as_deepspeed_has_it(engine)
+        total = sum(tensor.numel() for tensor in expected.values())
+        assert len(buffer) <= 1.3 * total / ranks.world, (zero, ranks.rank, len(buffer), total)
+        outputs = probe(engine)
+        if ranks.is_main:
+            save_file(expected | {"outputs": outputs}, folder / f"{zero}.safetensors")
+        info = checkpoint.Info(STEPS, 0, 42, CONFIG, {})
+        checkpoint.save(folder / f"{zero}", part, info, 1, ranks=agreed)
+    ranks.gather(None)
+
+
+def load(ranks: Ranks, folder: Path) -> None:
+    for number, saved in enumerate(STAGES):
+        expected = load_file(folder / f"{saved}.safetensors")
+        outputs = expected.pop("outputs")
+        for zero in (saved, STAGES[number - 1]):
+            engine = build(zero, ranks, 1)
+            path = checkpoint.locate(folder / f"{saved}")
+            read = resuming.open_checkpoint(path, checkpoint.read_info(path), engine.model, ranks, engine.kinds)
+            taken = []
+
+            def noting(name: str, start: int, count: int, read=read, taken=taken) -> Tensor:
+                taken.append(count)
+                return read(name, start, count)
+
+            engine.load_state(STEPS, noting)
+            found, what = as_deepspeed_has_it(engine), f"{saved} -> {zero} on {ranks.world}"
+            assert found.keys() == expected.keys(), what
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), f"{what}: {name}"
+            if zero == saved:  # also what matmuls take
+                assert torch.equal(probe(engine), outputs), what
+            if zero == 3:
+                total = sum(tensor.numel() for tensor in expected.values())
+                assert ranks.sum([sum(taken)]) == [total], what
+
+
+def die(ranks: Ranks, folder: Path, rank: int, where: str) -> None:
+    agreed = agreement(ranks)
+    module = parts if hasattr(parts, where) else checkpoint
+
+    def fall(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for step in (1, 2):
+        if (ranks.rank, step) == (rank, 2):
+            setattr(module, where, fall)
+        tensors = {"model/w": torch.arange(1000.0) + step}
+        part = cut(tensors, ranks.rank, ranks.world)
+        checkpoint.save(folder, part, checkpoint.Info(step, 0, 42, {}, {}), 1, ranks=agreed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    what, folder, *rest = argv or sys.argv[1:]
+    logging.disable(logging.WARNING)
+    with join_ranks() as ranks:
+        torch.set_num_threads(1)
+        if what == "die":
+            die(ranks, Path(folder), int(rest[0]), rest[1])
+        else:
+            {"save": save, "load": load}[what](ranks, Path(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

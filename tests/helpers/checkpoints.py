@@ -1,0 +1,52 @@
+"""Checkpoints without a run, of one rank or of several that are threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from m3ae_fast.engine.fragments import Fragments, cut, whole
+from m3ae_fast.errors import UserError
+from m3ae_fast.process.agreement import Agreement
+from m3ae_fast.run import checkpoint
+
+
+def save(run_dir: Path, tensors: dict[str, Tensor], info: checkpoint.Info, keep: int = 9) -> Path:
+    """Save whole tensors as one rank does."""
+    return checkpoint.save(run_dir, {name: whole(tensor) for name, tensor in tensors.items()}, info, keep)
+
+
+def agreements(world: int) -> list[Agreement]:
+    """Return those of ranks that are threads of this process."""
+    store = dist.HashStore()
+    return [Agreement(rank, world, store, threading.Event()) for rank in range(world)]
+
+
+def save_parts(
+    run_dir: Path, parts: list[Fragments], step: int = 1, info: checkpoint.Info | None = None
+) -> list[Path | str]:
+    """Save what each rank has; by rank the checkpoint, or the error's text."""
+    info = info or checkpoint.Info(step, 0, 42, {}, {})
+
+    def one(part: Fragments, ranks: Agreement) -> Path | str:
+        try:
+            return checkpoint.save(run_dir, part, info, 9, ranks=ranks)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        return list(threads.map(one, parts, agreements(len(parts))))
+
+
+def save_cut(
+    run_dir: Path, tensors: dict[str, Tensor], world: int, step: int = 1, info: checkpoint.Info | None = None
+) -> Path:
+    """Save tensors as `world` ranks do that have an equal part of them each."""
+    found = save_parts(run_dir, [cut(tensors, rank, world) for rank in range(world)], step, info)
+    (path,) = set(found)
+    assert isinstance(path, Path), path
+    return path

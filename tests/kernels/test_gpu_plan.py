@@ -1,0 +1,275 @@
+"""`python -m benchmarks.gpu --all` without a GPU: stand-in stages that crash, hang and leave nothing; what runs on a
+bare machine; and the parts of the plan's own stages that a CPU can show."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from m3ae_kernels.attention import Kernel
+from m3ae_kernels.attention.padded import PADDED
+
+from benchmarks import results
+from benchmarks.gpu import attention, ceilings, curve, plan, step, wheels
+from benchmarks.gpu.plan import LATER, PLAN, Stage
+from benchmarks.measure import CpuDevice
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
+
+
+def python(code: str) -> tuple[str, str]:
+    return ("-c", code)
+
+
+def outcomes(folder) -> dict[str, str]:
+    return {path.parent.name: json.loads(path.read_text())["outcome"] for path in folder.glob("*/record.json")}
+
+
+def test_a_bad_stage_costs_itself_alone(tmp_path):
+    """One that crashes, one that hangs with a child that ignores its end, one that prints nothing, one whose program is
+    not there: all others have run, and what they wrote is kept."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    hangs = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True)"
+    stages = [
+        Stage("first", 60, (python("print('one')"), python("print('two')"))),
+        Stage("crashes", 60, (python("print('so far', flush=True); import os; os.abort()"),)),
+        Stage("hangs", 3, (python(f"{hangs}; p.wait()"),)),
+        Stage("silent", 60, (python("pass"),)),
+        Stage("absent", 60, (python("print(1)"),), tool="no-such-program"),
+        Stage("last", 60, (python("import os; open(os.environ['BENCHMARK_RESULTS'] + '/kept', 'w'); print('end')"),)),
+    ]
+    began = time.monotonic()
+    assert plan.run(tmp_path, 200, stages) == 1
+    assert time.monotonic() - began < 120
+    assert outcomes(tmp_path) == {
+        "first": "done", "crashes": "failed", "hangs": "out of time", "silent": "silent", "absent": "absent",
+        "last": "done",
+    }  # fmt: skip
+    assert (tmp_path / "first/log-1.txt").read_text() == "two\n"
+    assert (tmp_path / "crashes/log.txt").read_text() == "so far\n"
+    assert (tmp_path / "last/kept").exists()
+    pid = int((tmp_path / "hangs/log.txt").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_call_goes_on_where_the_last_one_ended(tmp_path, capsys):
+    count = "import os; open(os.environ['BENCHMARK_RESULTS'] + '/../count', 'a').write('x'); print(1)"
+    stages = [
+        Stage("one", 1, (python(count),)),
+        Stage("two", 50, (python(count),)),
+        Stage("three", 50, (python(count),)),
+    ]
+    assert plan.run(tmp_path, 30, [replace(stages[0], seconds=40), replace(stages[1], seconds=30)]) == LATER
+    assert "two takes up to 30 s" in capsys.readouterr().out
+    assert outcomes(tmp_path) == {"one": "done"}
+    (tmp_path / "two").mkdir()  # of a call that was cut short
+    (tmp_path / "two/log.txt").write_text("old")
+    assert plan.run(tmp_path, 200, stages) == 0
+    assert (tmp_path / "count").read_text() == "xxx"
+    assert (tmp_path / "two/log.txt").read_text() == "1\n"
+    assert plan.run(tmp_path, 0.01, stages) == 0 and (tmp_path / "count").read_text() == "xxx"
+
+
+def test_caches_are_the_same_from_call_to_call(tmp_path):
+    show = "import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'], os.environ['TRITON_CACHE_DIR'])"
+    plan.run(
+        tmp_path, 60, [Stage("a", 30, (python(show),)), Stage("b", 30, (python(show),), {"TRITON_CACHE_DIR": "x"})]
+    )
+    a, b = ((tmp_path / name / "log.txt").read_text().split() for name in "ab")
+    assert a == [str(tmp_path / "caches" / name) for name in ("inductor", "triton")] and b == [a[0], "x"]
+
+
+def test_the_better_engine_goes_on(tmp_path):
+    show = Stage("which", 30, (("-c", "import sys; print(sys.argv[1])", plan.BETTER),))
+    for speeds, expected in (({}, "torch"), ({"large-deepspeed": 9.0, "large-torch": 8.0}, "deepspeed")):
+        for name, speed in speeds.items():
+            results.save("gpu-step", "t", [{"samples/s": speed}], tmp_path / name)
+        assert plan.better_engine(tmp_path) == expected
+    plan.run(tmp_path, 60, [show])
+    assert (tmp_path / "which/log.txt").read_text() == "deepspeed\n"
+
+
+def test_the_plan_names_programs_that_are_there():
+    """In its order, each within a call of ten minutes; every command's options are known to its program."""
+    names = [stage.name for stage in PLAN]
+    assert names[:3] == ["ceilings", "verify", "checks"] and names[-1] == "tune" and len(set(names)) == len(names)
+    assert all(stage.seconds <= 500 for stage in PLAN)
+    from benchmarks.gpu.__main__ import parser
+
+    for stage in PLAN:
+        for command in stage.commands:
+            if "benchmarks.gpu" in command:
+                options = command[command.index("benchmarks.gpu") + 1 :]
+                parser().parse_args(["torch" if part == plan.BETTER else part for part in options])
+            else:
+                module = command[1]
+                assert (ROOT / f"{module.replace('.', '/')}.py").exists() or (ROOT / module.replace(".", "/")).is_dir()
+    assert len(plan.GOLDEN) == 4
+
+
+BARE = """
+import importlib.metadata as metadata, importlib.machinery, re, sys
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+todo, keep = ["torch", "triton", "numpy"], {"setuptools"}
+while todo:
+    name = normal(todo.pop())
+    if name not in keep:
+        keep.add(name)
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        todo += [re.match(r"[\\w.-]+", line).group() for line in needs if "extra ==" not in line]
+own = {"m3ae_fast", "m3ae_kernels", "benchmarks", "tests"}
+blocked = {
+    module for module, owners in metadata.packages_distributions().items()
+    if module not in own and not any(normal(owner) in keep for owner in owners)
+}
+assert {"pydantic", "rich", "deepspeed", "torchvision", "PIL"} <= blocked
+
+class Bare(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in blocked else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Bare
+import torch
+from benchmarks import results
+from benchmarks.gpu import __main__ as suite, attention, candidates, ceilings, curve, plan, trace, tune, wheels
+from benchmarks.measure import CpuDevice
+from benchmarks.ops import ODD
+
+checks = []
+suite.check_and_time(
+    CpuDevice(), checks, __import__("pathlib").Path(sys.argv[1]), sizes=ODD, compiled=False, rounds=1, repeats=1,
+    dtypes=[torch.bfloat16],
+)
+assert checks and not any(check.problems for check in checks)
+loaded = {name.partition(".")[0] for name in sys.modules} & blocked
+assert not loaded, loaded
+print("bare")
+"""
+
+
+def test_it_runs_with_torch_triton_and_numpy_alone(tmp_path):
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-c", BARE, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment() | paths, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.endswith("bare\n"), result.stdout[-2000:] + result.stderr[-3000:]
+
+
+def test_what_the_trainer_needs_is_listed(capsys):
+    assert wheels.main([]) == 0
+    listed = capsys.readouterr().out.split()
+    assert "pydantic>=2.7" in listed and any(line.startswith("deepspeed") for line in listed)
+    assert not any(line.startswith(("torch", "numpy", "triton")) for line in listed)
+
+
+def test_wheels_are_fetched_for_the_other_python(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(subprocess, "call", lambda command: called.append(command) or 0)
+    assert wheels.main(["--python", "3.12", "--download", str(tmp_path)]) == 0
+    build, download = called
+    assert build[3:5] == ["wheel", "--no-deps"] and build[-1].startswith("deepspeed")
+    options = dict(itertools.pairwise(download))
+    assert options["--python-version"] == "3.12" and options["--only-binary"] == ":all:"
+    assert {"cp312", "abi3", "none", str(tmp_path), "hjson", "pydantic>=2.7"} <= set(download)
+    assert not any(part.startswith(("deepspeed", "torch")) for part in download)
+    monkeypatch.setattr(subprocess, "call", lambda command: 7)
+    assert wheels.main(["--download", str(tmp_path)]) == 7
+    with pytest.raises(SystemExit):
+        wheels.main(["--python", "312"])
+
+
+def test_deepspeeds_own_needs_are_among_them():
+    import importlib.metadata as metadata
+    import re
+
+    lines = [line for line in metadata.requires("deepspeed") or [] if "extra" not in line]
+    needs = {re.split(r"[^\w.-]", line)[0].lower() for line in lines} - set(wheels.THERE)
+    assert needs <= {re.split(r"[^\w.-]", line)[0].lower() for line in wheels.DEEPSPEED_NEEDS}
+
+
+def test_a_trace_that_is_missing_or_broken_costs_the_profile_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
+    case = step.Case("tiny", {"model": {"size": "small"}}, batch=4, samples=2)
+    for content in (None, b"no gzip"):
+
+        def trainer(case, shards, kept, gpus, *, plain, content=content):
+            kept.mkdir(parents=True, exist_ok=True)
+            if content is not None:
+                (kept / step.TRACE_FILE).write_bytes(content)
+            return {"samples/s": 10.0}
+
+        monkeypatch.setattr(step, "time_trainer", trainer)
+        assert step.run(tmp_path, [case], ["engine, torch", "engine, DeepSpeed"]) == 0
+        rows = results.read(tmp_path / "gpu-step.json")
+        assert [row["samples/s"] for row in rows] == [10.0, 10.0]
+        assert capsys.readouterr().out.count("no profile") == 2
+
+
+def test_a_run_that_fails_in_any_way_costs_its_numbers_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
+
+    def trainer(case, shards, kept, gpus, *, plain):
+        if plain:
+            return {"samples/s": 10.0}
+        raise OSError("no disk")
+
+    monkeypatch.setattr(step, "time_trainer", trainer)
+    case = step.Case("tiny", {"model": {"size": "small"}})
+    assert step.run(tmp_path, [case], ["engine, DeepSpeed", "engine, torch"]) == 1
+    assert [row["samples/s"] for row in results.read(tmp_path / "gpu-step.json")] == [None, 10.0]
+
+
+def test_a_run_that_logs_nothing_settled_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match=r"metrics\.jsonl has no line of a step after"):
+        step.settled(tmp_path / "metrics.jsonl")
+
+
+def test_ceilings_of_a_cpu(monkeypatch):
+    rows = ceilings.measure_all(CpuDevice(), divide=512, rounds=1)
+    assert len(rows) == 1 + 2 * 4 * 3 + 1 and all(row["p50 ms"] > 0 for row in rows)
+    assert rows[-1]["what"] == "copy" and rows[-1]["GB/s"] > 0 and rows[0]["TFLOP/s"] > 0
+    assert {row["shape"] for row in rows[1:4]} == {"55 x 2 x 6", "55 x 6 x 2", "6 x 55 x 2"}
+
+
+def test_attention_kernels_are_timed_and_the_wrong_ones_named(monkeypatch):
+    def wrong(*args):
+        out, lse = PADDED.forward(*args)
+        return 2 * out, lse
+
+    def broken(*args):
+        raise ValueError("not for\nthis GPU")
+
+    found = {"padded": PADDED, "wrong": Kernel("wrong", wrong, PADDED.backward), "broken": Kernel("b", broken, broken)}
+    monkeypatch.setattr(attention, "SHAPES", {"encoder": (2, 16, 5)})
+    monkeypatch.setattr(attention, "REPEATS", 2)
+    rows = attention.time_kernels(CpuDevice(), found, samples=3, dtype=torch.float32)
+    assert [row["verdict"].partition(" by")[0] for row in rows] == ["ok", "off", "not for this GPU"]
+    assert [row["ms"] is None for row in rows] == [False, False, True]
+
+
+def test_curves_meet_though_one_was_killed(tmp_path):
+    """On the CPU, a few steps: a run that is killed and resumed has the losses of one that is not."""
+    curves = [curve.Curve("whole", "fp32", curve.CPU), curve.Curve("killed, once", "fp32", curve.CPU, kill_at=6)]
+    settings = {
+        "model.emb_dim": 32, "model.depth": 1, "model.num_heads": 2, "model.dec_emb_dim": 16, "model.dec_depth": 1,
+        "model.dec_num_heads": 2, "train.global_batch": 8, "train.steps": 20, "train.log_every": 2,
+        "train.eval_every": 10, "train.eval_samples": 8, "train.save_every": 5, "deepspeed": "null",
+        "optim.warmup_epochs": 0, "data.workers": 1,
+    }  # fmt: skip
+    assert curve.measure(tmp_path, curves, settings) == 0
+    rows = results.read(tmp_path / "gpu-curve.json")
+    assert {row["step"] for row in rows} == {0, 10, 20}
+    assert all(row["whole"] == row["killed, once"] > 0 for row in rows)
+    assert (tmp_path / "killed--once/log.txt").exists() and (tmp_path / "whole/metrics.jsonl").exists()

@@ -1,0 +1,106 @@
+"""A run that goes wrong is named right, and what it is compared with is what it should be."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+
+from m3ae_fast.batch.packing import pack
+from m3ae_fast.config import Config, LossConfig, parse
+from m3ae_fast.engine.yardsticks import Yardsticks, entropy, rankme
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.program import joined_program
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.run.diagnosis import findings, verdict
+from m3ae_fast.run.run_log import read_metrics
+from m3ae_fast.train import pre_train
+from tests.helpers.shards import picture, write_tar
+from tests.helpers.trainer import TINY
+from tests.test_model import MIXED
+from tests.test_model import TINY as SMALL
+
+
+def trained(folder, **sections):
+    """Train the tiny model with other settings for 12 steps; return what it logged."""
+    data = json.loads(json.dumps(TINY))
+    data["run"] = {"dir": str(folder / "run"), "loggers": []}
+    data["data"]["workers"] = 0
+    data["train"] |= {"steps": 12, "global_batch": 8, "micro_batch": None, "eval_samples": 16}
+    data["optim"]["peak_lr"] = 0.1
+    for name, values in sections.items():
+        data.setdefault(name, {}).update(values)
+    args = argparse.Namespace(resume="no", resume_with_changes=False, profile=False)
+    with joined_program() as session:
+        pre_train(parse(Config, data, "test"), args, session)
+    return read_metrics(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("collapse", {"optim": {"peak_lr": 0.32, "weight_decay": 90.0}}),
+        ("no learning", {"optim": {"peak_lr": 1e-9}}),
+        ("text alone learns", {"loss": {"image_weight": 0.0}}),
+        ("image alone learns", {"loss": {"text_weight": 0.0}}),
+    ],
+)
+def test_a_broken_run_is_named(tmp_path, name, sections):
+    assert [finding.name for finding in findings(trained(tmp_path, **sections))][:1] == [name]
+
+
+def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path):
+    large = [(f"{i}.{end}", data) for i in range(4) for end, data in (("jpg", picture(i, (1500, 1500))), ("txt", b"a"))]
+    shards = [{"shards": write_tar(tmp_path / "large.tar", large)}]
+    slow = trained(tmp_path, data={"train": shards, "val": []}, train={"global_batch": 4, "steps": 4})
+    assert [finding.name for finding in findings(slow)] == ["data bound"]
+    sound = [line | {"data_wait": 0.01} for line in trained(tmp_path / "sound")]  # the machine may be busy
+    assert findings(sound) == []
+    assert "the image loss on held-out samples is " in verdict(sound) and "dimensions (RankMe)" in verdict(sound)
+
+
+def test_without_held_out_samples_the_training_loss_is_judged():
+    still = [{"step": step, "loss": 2.0} for step in range(9)]
+    assert [finding.name for finding in findings(still)] == ["no learning"]
+    assert findings([{"step": step, "loss": 2.0 - step / 9} for step in range(9)]) == findings([]) == []
+    assert verdict(still) == ""
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
+    """A model whose heads give a constant, the mean patch and the words' frequencies, has relative losses of 1."""
+    torch.manual_seed(0)
+    model = M3AE(SMALL, LossConfig(norm_pix=norm_pix, per="batch"))
+    batch = pack(MIXED, model.geometry)
+    with join_ranks() as ranks:
+        ours = Yardsticks(model, "fp32", ranks)
+        ours.add(batch)
+        numbers = ours.values({"val_image_loss": 1.0, "val_text_loss": 1.0})
+        parts = Yardsticks(model, "fp32", ranks)
+        for sample in MIXED:
+            parts.add(pack([sample], model.geometry))
+        again = parts.values({"val_image_loss": 1.0, "val_text_loss": 1.0})
+    assert {name: again[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+    rows = batch.image_row_weight != 0
+    targets = ours._targets(batch, batch.image_patch_ids[rows])
+    words = batch.text_targets[batch.text_row_weight != 0].long()
+    with torch.no_grad():
+        for head in (model.image_head, model.text_head):
+            head.weight.zero_()
+        model.image_head.bias.copy_(targets.mean(0))
+        model.text_head.bias.copy_(
+            (torch.bincount(words, minlength=SMALL.vocab_size) / len(words)).clamp_min(1e-30).log()
+        )
+        losses = model.eval()(batch)
+    assert losses.image_loss.item() * numbers["val_image_relative"] == pytest.approx(1, rel=1e-4)
+    assert losses.text_loss.item() * numbers["val_text_relative"] == pytest.approx(1, rel=1e-4)
+
+
+def test_rankme_counts_dimensions():
+    random = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(64, 8, generator=random))
+    assert rankme(q) == pytest.approx(8, rel=1e-3) and rankme(q[:, :3]) == pytest.approx(3, rel=1e-3)
+    assert rankme(torch.ones(64, 8)) == pytest.approx(1, rel=1e-3) == rankme(torch.zeros(64, 8))
+    assert math.isnan(rankme(torch.full((2, 2), math.nan)))
+    assert entropy(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(math.log(2)) and entropy(torch.zeros(2)) == 0

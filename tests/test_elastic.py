@@ -1,0 +1,58 @@
+"""A node that is lost: what is left goes on from the last checkpoint, with the same batch."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+
+from tests.helpers.ranks import environment, free_port
+from tests.helpers.trainer import ROOT
+
+OPTIONS = ("train.steps=40", "train.save_every=5", "train.eval_every=1000", "run.loggers=[]")
+WITHIN_S = 60.0  # training again
+
+
+def kill(agent):
+    for process in [*psutil.Process(agent.pid).children(recursive=True), agent]:
+        process.kill()
+    agent.wait()
+
+
+def test_the_others_go_on_when_a_node_is_lost(trainer):
+    options = [word for option in OPTIONS for word in ("--set", option)]
+    trainer("one", *options)
+    port = free_port()
+
+    def agent(node):
+        """torchrun on one node of one rank. The first one has the store in which nodes meet."""
+        conf = f"is_host={int(node == 0)},last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=2"
+        torchrun = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+        torchrun += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run", "--rdzv-conf", conf]
+        script = [str(ROOT / "m3ae_fast/train.py"), *trainer.arguments("run", *options, "--resume", "auto")]
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun, *script]
+        with open(trainer.folder / f"log{node}", "w") as log:
+            return subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    first, other = agent(0), agent(1)
+    log, metrics = trainer.folder / "log0", trainer.folder / "run/metrics.jsonl"
+    try:
+        while "on 2 x cpu" not in log.read_text() or not metrics.exists() or len(trainer.losses("run")) < 6:
+            assert first.poll() is other.poll() is None, log.read_text()
+            time.sleep(0.02)
+        kill(other)
+        lost = time.monotonic()
+        while "on 1 x cpu" not in log.read_text():
+            assert first.poll() is None and time.monotonic() - lost < WITHIN_S, log.read_text()
+            time.sleep(0.1)
+        first.wait(WITHIN_S)
+    finally:
+        for left in (first, other):
+            if left.poll() is None:
+                kill(left)
+    said = log.read_text()
+    assert first.returncode == 0, said
+    assert "batch 16 = 1 ranks x 16 samples" in said and "Traceback" not in said
+    assert 0 < int(said.rpartition(", steps ")[2].split()[0]) < 40
+    np.testing.assert_allclose(np.array(trainer.losses("run")), np.array(trainer.losses("one")), rtol=2e-5)

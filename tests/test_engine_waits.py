@@ -1,0 +1,55 @@
+"""A step never makes the host wait for the device: on a CPU, by counting what would wait on a GPU."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tests.helpers.waits import Reads
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[tuple, dict]:
+    """By case what was counted; all of them in one process, since DeepSpeed joins ranks once."""
+    folder = tmp_path_factory.mktemp("waits")
+    code, out = run_ranks("tests.helpers.waits", [str(folder / "found")], 1, folder / "log")
+    assert code == 0, out
+    lines = map(json.loads, (folder / "found").read_text().splitlines())
+    return {tuple(line.pop("case")): line for line in lines}
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_step_reads_nothing_and_waits_for_no_device(found, stage, clip, precision):
+    case = found[stage, clip, precision]
+    assert case["reads"] == {} and case["synchronised"] == 0
+    assert case["norm"] > 0
+
+
+def test_stage_2_waits_for_its_reductions_on_the_device(found):
+    """In place of the host's wait: what comes after them must not begin before."""
+    for clip, precision in itertools.product((None, 1.0), ("bf16", "fp32")):
+        assert found[2, clip, precision]["stream waits"] >= 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_norm_that_is_not_finite_is_returned_as_such(found, stage):
+    """DeepSpeed says -1, which would pass for a norm."""
+    assert not math.isfinite(found["nan", stage]["norm"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_clipped_gradients_are_those_of_plain_torch(found, stage, clip):
+    """Where the norm is larger than the limit, and where it is smaller: to bf16's digits."""
+    assert found["clipped", stage, clip]["off"] < 0.1
+
+
+def test_a_read_would_be_counted():
+    with Reads() as reads:
+        float(torch.ones(()))
+    assert reads.found == {"aten::_local_scalar_dense": 1}

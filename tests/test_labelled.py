@@ -1,0 +1,192 @@
+"""Packages of labelled data become shards; stand-ins of the packages and of the registries' clients are made here."""
+
+import gzip
+import io
+import json
+import os
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lab.labelled.__main__ import main
+from lab.labelled.emoji import is_held_out
+from lab.labelled.fashion import CLASSES
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.labels import read_labels
+from m3ae_fast.errors import UserError
+from tests.helpers.shards import picture
+
+
+def _tar(files, mode):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _deb(path, files):
+    """An ar archive, as dpkg-deb makes them: a member of odd size is followed by a byte."""
+    control = _tar({"./control": b"x"}, "w:xz")
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": control, "odd": b"123"}
+    parts["data.tar.xz"] = _tar({f"./{name}": data for name, data in files.items()}, "w:xz")
+    with open(path, "wb") as file:
+        file.write(b"!<arch>\n")
+        for name, data in parts.items():
+            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode() + data)
+            file.write(b"\n" * (len(data) % 2))
+    return path
+
+
+def _idx(array):
+    head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    return gzip.compress(head + array.tobytes())
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """The package, and pictures and labels by split."""
+    random = np.random.RandomState(0)
+    data = {split: (random.randint(256, size=(count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8))
+            for split, count in (("train", 20), ("t10k", 10))}  # fmt: skip
+    folder, files = "usr/share/datasets/fashion-mnist", {"usr/share/doc/a.gz": b"no"}
+    for split, (images, labels) in data.items():
+        files[f"{folder}/{split}-images-idx3-ubyte.gz"] = _idx(images)
+        files[f"{folder}/{split}-labels-idx1-ubyte.gz"] = _idx(labels)
+    return _deb(tmp_path / "fashion.deb", files), data
+
+
+def _samples(shards):
+    """By key: its files by suffix."""
+    found = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                found.setdefault(f"{shard.name}/{key}", {})[suffix] = tar.extractfile(member).read()
+    return list(found.values())
+
+
+def test_clothes_keep_picture_class_and_split(clothes, tmp_path, capsys):
+    package, data = clothes
+    out = tmp_path / "out"
+    assert main(["fashion", str(out), "--package", str(package)]) == 0
+    told = capsys.readouterr().out
+    assert "30 samples (20 train, 10 val) of 10 classes" in told and "licence: MIT" in told
+    for split, name in (("train", "train"), ("t10k", "val")):
+        found = _samples(sorted(out.glob(f"{name}-*.tar")))
+        images, labels = data[split]
+        seen = set()
+        for sample in found:
+            shown = np.asarray(Image.open(io.BytesIO(sample["jpg"])).convert("L")).astype(int)
+            apart = abs(images - shown).max((1, 2))
+            seen.add(number := int(apart.argmin()))
+            label = labels[number]
+            assert apart[number] <= 3 and sorted(apart)[1] > 100
+            assert int(sample["cls"]) == label and json.loads(sample["json"])["name"] == CLASSES[label]
+            assert "txt" not in sample
+        assert len(seen) == len(found) == len(images)
+    corpus = open_corpus([SourceConfig(shards=str(out / "val-*.tar"))], ShardStore(tmp_path))
+    assert sorted(read_labels(corpus, "cls")[0]) == list(range(10))
+
+
+def _emoji(number, tones=(), vendors=("twitter", "google")):
+    code = f"1F{number:03X}"
+    row = {"name": f"FACE {number}", "short_names": [f"face_{number}", f"smile_{number}"], "unified": code,
+           "category": ("Smileys", "Animals", "Flags")[number % 3], "subcategory": f"sub-{number % 7}"}  # fmt: skip
+    drawn = {f"has_img_{vendor}": vendor in vendors for vendor in ("twitter", "google")}
+    row |= drawn | {"image": f"{code.lower()}.png"}
+    if tones:
+        row["skin_variations"] = {t: drawn | {"image": f"{code.lower()}-{t.lower()}.png"} for t in tones}
+    return row
+
+
+def _npm(path, vendor, table):
+    images = [row["image"] for emoji in table for row in (emoji, *emoji.get("skin_variations", {}).values())]
+    files = {f"package/img/{vendor}/64/{name}": picture(i, (64, 64), fmt="PNG") for i, name in enumerate(images)}
+    files["package/emoji.json"] = json.dumps(table).encode()
+    path.write_bytes(_tar(files, "w:gz"))
+    return path
+
+
+@pytest.fixture
+def table():
+    return [_emoji(i, ["1F3FB", "1F3FF-1F3FB"] if i % 4 == 0 else ()) for i in range(60)] + [_emoji(60, (), ["google"])]
+
+
+def test_emoji_of_two_vendors_hold_out_the_same_ones_with_all_skin_tones(table, tmp_path):
+    splits = {}
+    for vendor in ("twitter", "google"):
+        package, out = _npm(tmp_path / f"{vendor}.tgz", vendor, table), tmp_path / vendor
+        assert main([f"emoji-{vendor}", str(out), "--package", str(package)]) == 0
+        for split in ("train", "val"):
+            found = _samples(sorted(out.glob(f"{split}-*.tar")))
+            splits[vendor, split] = {json.loads(sample["json"])["emoji"] for sample in found}
+            for sample in found:
+                about = json.loads(sample["json"])
+                number = int(about["emoji"][2:], 16)
+                assert about["category"] == ("Smileys", "Animals", "Flags")[number % 3]
+                assert int(sample["cls"]) == ["Animals", "Flags", "Smileys"].index(about["category"])
+                plain = f"face {number}, smile {number}"
+                assert sample["txt"].decode() in {
+                    plain, f"{plain}, light skin tone", f"{plain}, dark skin tone, light skin tone"
+                }  # fmt: skip
+            tones = sum(1 + 2 * (int(code[2:], 16) in range(0, 60, 4)) for code in splits[vendor, split])
+            assert len(found) == tones
+    everything = {row["unified"] for row in table}
+    assert splits["google", "train"] | splits["google", "val"] == everything
+    assert splits["twitter", "train"] | splits["twitter", "val"] == everything - {"1F03C"}
+    for vendor in ("twitter", "google"):
+        assert splits[vendor, "val"] == {code for code in everything if is_held_out(code)} - (
+            {"1F03C"} if vendor == "twitter" else set()
+        )
+    assert 5 < len(splits["google", "val"]) < 20
+
+
+def _client(folder, name, script):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_packages_come_from_the_registries_clients(clothes, table, tmp_path, monkeypatch):
+    npm = _npm(tmp_path / "kept.tgz", "google", table)
+    bin_ = tmp_path / "bin"
+    _client(bin_, "apt-get", f'echo "$@" > {tmp_path}/apt; cp {clothes[0]} dataset-fashion-mnist_1_all.deb')
+    _client(bin_, "npm", f'echo "$@" > {tmp_path}/npm; cp {npm} emoji.tgz')
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    assert main(["fashion", str(tmp_path / "f")]) == main(["emoji-google", str(tmp_path / "e")]) == 0
+    assert (tmp_path / "apt").read_text() == "download dataset-fashion-mnist\n"
+    assert (tmp_path / "npm").read_text() == "pack emoji-datasource-google@16.0.0\n"
+    assert json.loads((tmp_path / "f/conversion.json").read_text())["source"]["licence"].startswith("MIT")
+
+
+def test_mistakes_are_one_line_and_write_nothing(clothes, table, tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    cut = tmp_path / "cut.deb"
+    cut.write_bytes(clothes[0].read_bytes()[:900])
+    other = _deb(tmp_path / "other.deb", {"usr/share/datasets/fashion-mnist/a.gz": b"x"})
+    npm = _npm(tmp_path / "a.tgz", "google", [{"unified": "1F600", "image": "a.png"}])
+    for data, package, message in (
+        ("fashion", cut, "cannot be read"),
+        ("fashion", tmp_path / "none.deb", "cannot be read"),
+        ("fashion", _npm(tmp_path / "b.tgz", "google", table), r"has no usr/share/datasets/fashion-mnist/\*\.gz"),
+        ("fashion", other, "is not Fashion-MNIST as Debian packs it"),
+        ("emoji-google", npm, "is not emoji-datasource-google"),
+        ("emoji-twitter", _npm(tmp_path / "c.tgz", "google", table), r"has no package/img/twitter/64/\*\.png"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([data, out, "--package", str(package)])
+    _client(tmp_path / "bin", "npm", "echo 'npm error 404' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    with pytest.raises(UserError, match=r"npm pack emoji-datasource-google@16\.0\.0: npm error 404; get the package"):
+        main(["emoji-google", out])
+    with pytest.raises(UserError, match="apt-get: No such file or directory; get the package elsewhere"):
+        main(["fashion", out])
+    assert not os.path.exists(out)

@@ -1,0 +1,359 @@
+"""Checkpoints that several ranks write, each its part: they are whole or not there, and fit any number of ranks."""
+
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m3ae_fast.engine.fragments import Fragment, cut, whole
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import export
+from m3ae_fast.process import agreement
+from m3ae_fast.run import checkpoint, parts, resuming
+from m3ae_fast.run.parts import TABLE_FILE, part_files, stage
+from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
+from tests.helpers.labelled import tiny_run
+from tests.helpers.ranks import fork_ranks, run_ranks
+
+MODULE = "tests.helpers.checkpoint_cases"
+STATE = {"model/a": torch.arange(35.0).view(5, 7), "model/b": -torch.arange(3.0), "exp_avg/a": torch.ones(5, 7)}
+
+
+def _ranks(what, folder, ranks):
+    code, out = run_ranks(MODULE, [what, str(folder)], ranks, folder / f"{what}-{ranks}.log")
+    assert code == 0, out[-3000:]
+
+
+def test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit(tmp_path):
+    """Plain torch and ZeRO 0 to 3; no rank copies more than 1.3 times its share."""
+    _ranks("save", tmp_path, 4)
+    for zero in ("None", "3"):
+        (path,) = checkpoint.saved_steps(tmp_path / zero)
+        assert sorted(p.name for p in path.iterdir()) == [*part_files(4), "state.json", TABLE_FILE]
+    for ranks in (1, 3, 5):
+        _ranks("load", tmp_path, ranks)
+
+
+def test_what_one_rank_saved_several_load(tmp_path):
+    _ranks("save", tmp_path, 1)
+    assert [path.name for path in (tmp_path / "3/checkpoints/step-00000002").glob("*.safetensors")] == [
+        parts.STATE_FILE
+    ]
+    _ranks("load", tmp_path, 3)
+
+
+@pytest.mark.parametrize("rank, where", [(2, "save_file"), (1, "to_disk"), (0, "write_table"), (0, "put_in_place")])
+def test_a_rank_that_is_killed_in_the_midst_of_a_save_leaves_the_one_before(tmp_path, rank, where):
+    processes = fork_ranks(MODULE, ["die", str(tmp_path), str(rank), where], 4, tmp_path / "log")
+    processes[rank].join(60)
+    for process in processes:
+        process.kill()
+        process.join(60)
+    (path,) = checkpoint.saved_steps(tmp_path)
+    assert resuming.find(tmp_path, "auto") == path
+    assert torch.equal(checkpoint.open_state(path).whole("model/w"), torch.arange(1000.0) + 1)
+    left = os.listdir(tmp_path / "checkpoints")
+    assert len(left) == 2 and left != [path.name]  # what it had begun
+    save_cut(tmp_path, STATE, 2, step=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 5, 90])
+def test_a_row_of_tensors_is_cut_into_equal_parts(world):
+    pieces = [cut(STATE, rank, world) for rank in range(world)]
+    sizes = [sum(len(piece.data) for piece in part.values()) for part in pieces]
+    assert sum(sizes) == 73 and max(sizes) == -(-73 // world)
+    for name, tensor in STATE.items():
+        assert torch.equal(torch.cat([part[name].data for part in pieces]), tensor.flatten())
+        assert {part[name].shape for part in pieces} == {tuple(tensor.shape)}
+
+
+@pytest.mark.parametrize("world", [2, 5, 80])  # of 80 some have nothing
+def test_any_elements_of_a_tensor_are_read_from_whoever_wrote_them(tmp_path, world):
+    state = checkpoint.open_state(save_cut(tmp_path, STATE, world))
+    assert state.shapes == {name: tuple(tensor.shape) for name, tensor in STATE.items()}
+    for name, tensor in STATE.items():
+        assert torch.equal(state.whole(name), tensor)
+        for start in range(0, tensor.numel() + 1, 3):
+            for stop in range(start, tensor.numel() + 1, 2):
+                assert torch.equal(state.read(name, start, stop - start), tensor.flatten()[start:stop])
+
+
+def test_one_rank_s_checkpoint_is_one_file_that_safetensors_reads(tmp_path):
+    path = save(tmp_path, STATE, checkpoint.Info(1, 0, 42, {}, {}))
+    assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors"]
+    found = load_file(path / "state.safetensors")
+    assert found.keys() == STATE.keys() and all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
+    assert torch.equal(checkpoint.open_state(path).read("model/a", 3, 9), STATE["model/a"].flatten()[3:12])
+
+
+def test_a_run_on_several_ranks_exports_what_one_on_one_rank_does(tmp_path):
+    for ranks in (1, 3):
+        torch.manual_seed(0)
+        run = tiny_run(tmp_path / str(ranks), ranks=ranks)
+        export(run, tmp_path / f"out-{ranks}")
+    one, three = (load_file(tmp_path / f"out-{ranks}/model.safetensors") for ranks in (1, 3))
+    assert one.keys() == three.keys() and all(torch.equal(three[name], tensor) for name, tensor in one.items())
+
+
+def test_the_average_of_the_weights_is_read_from_parts_and_the_buffers_with_it(tmp_path):
+    state = {"model/a": torch.zeros(9), "model/fixed": torch.ones(2), "ema/a": torch.arange(9.0)}
+    path = save_cut(tmp_path, state, 4)
+    for average, expected in ((True, state["ema/a"]), (False, state["model/a"])):
+        found = checkpoint.read_weights(path, average=average)
+        assert found.keys() == {"a", "fixed"} and torch.equal(found["a"], expected)
+
+
+def _parts(world=3):
+    return [cut(STATE, rank, world) for rank in range(world)]
+
+
+def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
+    """A rank that gives less than it should, or more, writes no error of its own."""
+    less, more, other = _parts(), _parts(), _parts()
+    less[1]["model/a"] = less[1]["model/a"]._replace(data=less[1]["model/a"].data[:-2])
+    more[2]["model/b"] = whole(STATE["model/b"])
+    other[0]["model/b"] = Fragment(torch.zeros(3), 1, (3,))
+    for found, words in ((less, "elements 33 to 34 of model/a are in no"), (more, "twice"), (other, "model/b")):
+        texts = save_parts(tmp_path, found)
+        assert len(set(texts)) == 1 and words in texts[0], texts
+        assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_a_table_is_made_once_of_what_is_cut_alike(tmp_path, monkeypatch):
+    made, tabulate = [], parts.tabulate
+    monkeypatch.setattr(parts, "tabulate", lambda *args: made.append(args[0].name) or tabulate(*args))
+    parts._table.cache_clear()
+    other = {name: tensor + 1 for name, tensor in STATE.items()}
+    paths = [save_cut(tmp_path, state, 3, step) for step, state in enumerate((STATE, other))]
+    assert len(made) == 1
+    assert all(torch.equal(checkpoint.open_state(paths[1]).whole(name), tensor) for name, tensor in other.items())
+    for number, state in enumerate((STATE | {"model/b": torch.zeros(4)}, {"model/a": torch.zeros(7, 5)}), 2):
+        path = save_cut(tmp_path, state, 3, number)
+        assert len(made) == number
+        assert checkpoint.open_state(path).shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_what_is_not_finite_on_one_rank_is_told_on_all_and_written_by_none(tmp_path):
+    found = _parts()
+    found[2]["exp_avg/a"].data[-1] = torch.nan
+    try:
+        (text,) = set(save_parts(tmp_path, found))
+    finally:
+        STATE["exp_avg/a"].fill_(1)
+    assert "not written, since exp_avg/a is not finite; the earlier ones are intact" in text
+    assert checkpoint.saved_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no room")])
+def test_a_disk_that_refuses_one_rank_is_told_on_all(tmp_path, monkeypatch, error):
+    first, write = save_cut(tmp_path, STATE, 3), parts.save_file
+
+    def refuse(tensors, file, *rest):
+        if part_files(3)[1] in str(file):
+            raise error
+        write(tensors, file, *rest)
+
+    monkeypatch.setattr(parts, "save_file", refuse)
+    (text,) = set(save_parts(tmp_path, _parts(), step=2))
+    assert "cannot be written (rank 1: " in text and str(error) in text and "earlier ones are intact" in text
+    assert os.listdir(tmp_path / "checkpoints") == [first.name]
+
+
+def test_a_folder_that_nodes_do_not_share_is_told(tmp_path, monkeypatch):
+    """A rank's file is on the disk of its own node."""
+    write = parts.save_file
+
+    def elsewhere(tensors, file, *rest):
+        write(tensors, tmp_path / "elsewhere" if file.name == part_files(3)[2] else file, *rest)
+
+    (tmp_path / "elsewhere").touch()
+    monkeypatch.setattr(parts, "save_file", elsewhere)
+    monkeypatch.setattr(parts, "to_disk", lambda file: None)
+    monkeypatch.setattr(parts, "sha256", lambda file: "0")
+    (text,) = set(save_parts(tmp_path, _parts()))
+    assert "which rank 2 wrote, cannot be read by rank 0" in text and "file system that all nodes see" in text
+
+
+@pytest.mark.parametrize("module, step", [(parts, "save_file"), (parts, "write_table"), (checkpoint, "put_in_place")])
+def test_a_folder_that_is_renamed_while_ranks_write_costs_nothing(tmp_path, monkeypatch, module, step):
+    run, done, lock = tmp_path / "run", getattr(module, step), threading.Lock()
+
+    def rename_first(*args):
+        with lock:
+            if not (tmp_path / "renamed").exists():
+                run.rename(tmp_path / "renamed")
+        return done(*args)
+
+    monkeypatch.setattr(module, step, rename_first)
+    path = save_cut(run, STATE, 3)
+    assert checkpoint.saved_steps(run) == [path]
+    assert torch.equal(checkpoint.open_state(path).whole("model/a"), STATE["model/a"])
+
+
+def test_a_step_that_was_saved_is_not_saved_again(tmp_path):
+    path = save_cut(tmp_path, STATE, 2)
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert save_cut(tmp_path, {"model/a": torch.zeros(3)}, 2) == path
+    assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_cut(tmp_path, STATE, 3)
+
+
+FILES = [*part_files(3), TABLE_FILE]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "folder", "pipe"])
+def test_a_damaged_file_is_one_line_whichever_it_is(saved, file, damage):
+    whole_file = (saved / file).read_bytes()
+    (saved / file).unlink()
+    if damage == "truncated":
+        (saved / file).write_bytes(whole_file[:-1])
+    elif damage == "flipped":
+        (saved / file).write_bytes(whole_file[:-2] + bytes([whole_file[-2] ^ 1]) + whole_file[-1:])
+    elif damage == "folder":
+        (saved / file).mkdir()
+    elif damage == "pipe":
+        os.mkfifo(saved / file)
+    assert resuming.find(saved.parents[1], "auto") == saved  # not silently an older one
+    for read in (checkpoint.open_state, checkpoint.read_weights):
+        with pytest.raises(UserError, match=rf"{saved.name}: {file} is damaged \(.*remove the folder") as caught:
+            read(saved)
+        assert "\n" not in str(caught.value)
+
+
+def test_ranks_share_the_work_of_looking_for_damage(saved):
+    (saved / FILES[1]).write_bytes(b"")
+    for rank in (0, 2):
+        checkpoint.open_state(saved, rank, 3)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.open_state(saved, 1, 3)
+
+
+def test_files_of_another_world_are_no_part(saved):
+    for number, file in enumerate(part_files(3)):
+        (saved / file).rename(saved / part_files(4)[number])
+    with pytest.raises(UserError, match=r"state-00001-of-00003\.safetensors is damaged"):
+        checkpoint.open_state(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": 2},
+        {"parts": 0},
+        {"parts": 10**9},
+        {"parts": "3"},
+        {"shapes": {"model/a": [5, 8]}},
+        {"shapes": {"model/a": [-5, -7]}},
+        {"shapes": {"model/c": [1]}},
+        {"shapes": {"model/a": [1 << 70]}, "pieces": {"model/a": [[0, 1 << 70]]}},
+        {"pieces": {"model/a": [[0, 20], [1, 15]]}},
+        {"pieces": {"model/a": [[9, 35]]}},
+        {"pieces": {"model/a": [[-1, 35]]}},
+        {"pieces": {"model/a": [["../../x", 35]]}},
+        {"pieces": []},
+    ],
+    ids=str,
+)
+def test_a_table_of_somebody_else_leads_to_one_line_and_to_no_other_file(saved, change):
+    table, info = (json.loads((saved / name).read_text()) for name in (TABLE_FILE, "state.json"))
+    for key, value in change.items():
+        table[key] = table[key] | value if isinstance(value, dict) else value
+    (saved / TABLE_FILE).write_text(json.dumps(table))
+    (saved / "state.json").write_text(json.dumps(info | {"sha256": {TABLE_FILE: parts.sha256(saved / TABLE_FILE)}}))
+    with pytest.raises(UserError, match="is damaged") as caught:
+        checkpoint.read_weights(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_piece_of_another_type_or_size_is_refused(saved):
+    info = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(info | {"sha256": {TABLE_FILE: info["sha256"][TABLE_FILE]}}))
+    file = saved / part_files(3)[0]
+    pieces = load_file(file)
+    for other in (pieces["model/a"].double(), pieces["model/a"][:-1], pieces["model/a"][None], None):
+        save_file({"model/a": other} if other is not None else {"x": torch.ones(1)}, file)
+        with pytest.raises(UserError, match=r"state-00001-of-00003\.safetensors is damaged"):
+            checkpoint.open_state(saved).whole("model/a")
+
+
+def test_a_state_in_parts_is_checked_against_the_model(saved):
+    state = checkpoint.open_state(saved)
+    state.check({"model/a": (5, 7)})
+    for shapes, words in (({"model/a": (7, 5)}, "is F32"), ({"model/c": (1,)}, "has no tensor model/c")):
+        with pytest.raises(UserError, match=words):
+            state.check(shapes)
+    with pytest.raises(UserError, match="has no tensor model/c"):
+        state.read("model/c", 0, 1)
+
+
+def test_a_checkpoint_that_a_node_does_not_see_is_told(tmp_path):
+    with pytest.raises(UserError, match="rank 5 does not see it; it must be where all nodes do"):
+        checkpoint.open_state(tmp_path / "step-00000001", 5, 8)
+
+
+def test_a_copy_takes_the_place_of_the_one_before(tmp_path):
+    first, buffer = stage(cut(STATE, 0, 1), None)
+    assert len(buffer) == 73 and all(torch.equal(first[n].data.view(t.shape), t) for n, t in STATE.items())
+    for part in (cut(STATE, 0, 2), cut(STATE, 0, 1)):
+        copied, again = stage(part, buffer)
+        assert again is buffer and copied["model/a"].data.data_ptr() == buffer.data_ptr()
+    longer, again = stage(cut(STATE | {"model/c": torch.ones(2)}, 0, 1), buffer)
+    assert len(again) == 75 and longer["model/c"].data.tolist() == [1, 1]
+
+
+def _decide(judge, world=3, rounds=1):
+    """What each rank, a thread here, is told."""
+
+    def one(ranks):
+        try:
+            return [ranks.decide(f"{ranks.rank}.{number}", judge) for number in range(rounds)]
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world) as threads:
+        return list(threads.map(one, agreements(world)))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_rank_0_decides_on_what_all_report(world):
+    found = _decide(lambda reports: " ".join(reports), world, rounds=3)
+    assert found == [[" ".join(f"{rank}.{number}" for rank in range(world)) for number in range(3)]] * world
+
+
+def test_an_error_of_the_decision_is_one_of_every_rank():
+    def refuse(reports):
+        raise UserError(f"no room for {len(reports)}")
+
+    assert [(type(error), str(error)) for error in _decide(refuse)] == [(UserError, "no room for 3")] * 3
+    first, *others = _decide(lambda reports: {}[1])
+    assert isinstance(first, KeyError) and all(isinstance(error, UserError) for error in others)
+
+
+def test_an_agreement_leaves_nothing_behind_but_its_last_answer():
+    ranks = agreements(2)
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            list(threads.map(lambda one: one.decide("x", lambda reports: "y"), ranks))
+    assert ranks[0]._store.num_keys() == 1
+
+
+def test_a_rank_that_left_is_not_awaited_by_one_that_is_about_to(monkeypatch):
+    monkeypatch.setattr(agreement, "_PATIENCE", 0.1)
+    alone, _ = agreements(2)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(alone.decide, "x", str)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)  # as long as it trains on
+        alone._leaving.set()
+        with pytest.raises(UserError, match="another rank has left"):
+            waiting.result(5)

@@ -1,0 +1,246 @@
+"""One line from pictures to a trained, measured and exported model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast import pretrain
+from m3ae_fast.config import load_config
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pretraining import choices, plan, program
+from m3ae_fast.pretraining.choices import LADDER, batch_of, image_and_patch, settings, steps_in
+from m3ae_fast.pretraining.facts import Facts, look
+from m3ae_fast.pretraining.source import Shards, find_shards
+from m3ae_fast.run.pace import Pace
+from m3ae_fast.status import status
+from tests.helpers.ranks import environment
+from tests.helpers.shards import members, write_tar
+from tests.helpers.trainer import ROOT
+
+COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
+EXTRAS = ("datasets", "deepspeed", "pyarrow", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
+
+
+def make_pictures(folder, each=20, captions=True):
+    """Noisy pictures in a folder for each colour, with captions."""
+    random = np.random.RandomState(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = np.clip(np.array(colour) + random.randint(-40, 40, (40, 48, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+            if captions:
+                (folder / name / f"{i}.txt").write_text(f"a {name} picture number {i}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the wheel's packages, installed without the network."""
+    work = tmp_path_factory.mktemp("wheel")
+    for name in ("m3ae_fast", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, work / "source" / name) if name != "m3ae_fast" else copy(
+            ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", work / "source", "--no-deps", "--no-build-isolation", "--no-index", "-w", work], check=True
+    )
+    (wheel,) = work.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", work / "site", wheel], check=True)
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # an import of one fails
+    (work / "site/sitecustomize.py").write_text(blocked)
+    return work / "site"
+
+
+def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
+    make_pictures(tmp_path / "photos")
+    line = [site / "bin/m3ae-fast", "pretrain", "photos", "--out", "run", "--hours", "0.001"]
+    where = environment() | {"PYTHONPATH": str(site)}
+    command = [sys.executable, *line, "--set", "data.workers=0", "--set", "train.steps=12"]
+    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("54 samples and 6 held out", "3 classes", 'model: "tiny"', "images of 40 px", "length: 12 steps"):
+        assert said in done.stdout
+    run = tmp_path / "run"
+    assert status(run)[0] == "finished"
+    for task in ("knn", "linear"):
+        for name in (task, f"{task}-random"):
+            top1 = json.loads((run / "results" / name / "result.json").read_text())["top1"]
+            assert f"{top1:.1%}" in done.stdout and 0 <= top1 <= 1
+    assert "chance                     33.3%" in done.stdout
+    assert "knn" in (run / "report.html").read_text()
+    again = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "is used as it is" in again.stdout and "saved" not in again.stdout
+    features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
+    assert features.isfinite().all()
+    config = load_config(run / "config.json")
+    assert config.train.steps == 12 and config.model.vocab_size > 0 and config.train.probe
+
+
+def test_what_was_stopped_goes_on_with_what_is_left(tmp_path, monkeypatch, capsys):
+    make_pictures(tmp_path / "photos", each=6)
+    arguments = (tmp_path / "photos", tmp_path / "run")
+    overrides = ["data.workers=0", "train.steps=2", "train.probe=null"]
+    with monkeypatch.context() as patch:
+        patch.setattr(program.train, "main", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(*arguments, hours=0.001, overrides=overrides)
+    names = ("config.json", "tokenizer.json", "shards/train-00000.tar", "shards/val-00000.tar")
+    made = {tmp_path / "run" / name: (tmp_path / "run" / name).stat().st_mtime_ns for name in names}
+    outcome = pretrain(*arguments, hours=0.001, overrides=overrides)
+    assert outcome.finished and outcome.report.is_file() and outcome.results == {}
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    (tmp_path / "photos/red/7.txt").write_text("another caption")
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos/red/7.png")
+    with pytest.raises(UserError, match=r"is not what it was when the run in .* began; choose another --out"):
+        pretrain(*arguments)
+
+
+def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
+    photos = make_pictures(tmp_path / "photos", each=4)
+    out = tmp_path / "run"
+    find_shards(str(photos), out, None, [])
+    (out / "config.json").write_text("{}")
+    first = (out / "shards/train-00000.tar").stat().st_mtime_ns
+    assert not find_shards(str(photos), out, None, []).notes
+    assert (out / "shards/train-00000.tar").stat().st_mtime_ns == first and (out / "config.json").exists()
+    (photos / "red/0.txt").write_text("another caption")
+    assert "its shards are made anew" in find_shards(str(photos), out, None, []).notes[-1]
+    assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
+
+
+def test_a_folder_without_captions_gives_an_image_model(tmp_path):
+    photos = make_pictures(tmp_path / "photos", each=10, captions=False)
+    out = tmp_path / "run"
+    shards = find_shards(str(photos), out, None, [])
+    facts, notes = look(shards, out, "cls")
+    config = settings(facts, shards, out, LADDER[1], 8, 100, "cls", [])
+    assert config.model.vocab_size == 0 and config.data.tokenizer is None and facts.classes == 3 and not notes
+    assert not (out / "tokenizer.json").exists()
+    assert (config.model.emb_dim, config.model.image_size, config.model.patch_size) == (192, 40, 4)
+
+
+def test_a_table_in_the_folder_gives_the_captions(tmp_path):
+    photos = make_pictures(tmp_path / "photos", each=4, captions=False)
+    rows = "".join(f"red/{i}.png,a red thing\n" for i in range(4))
+    (photos / "captions.csv").write_text("file_name,caption\n" + rows)
+    shards = find_shards(str(photos), tmp_path / "run", None, [])
+    assert f"captions are those of {photos / 'captions.csv'}" in shards.notes
+    facts, _ = look(shards, tmp_path / "run", "cls")
+    assert facts.vocab_size > 0
+    (photos / "sizes.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"several tables \(captions.csv, sizes.csv\); name that .* --captions"):
+        find_shards(str(photos), tmp_path / "run", None, [])
+    (photos / "captions.csv").unlink()
+    assert "sizes.csv is not taken for captions" in find_shards(str(photos), tmp_path / "other", None, []).notes[0]
+
+
+def test_shards_are_taken_as_they_are(tmp_path):
+    for i in range(4):
+        write_tar(tmp_path / f"{i}.tar", members(range(4 * i, 4 * i + 4)))
+    shards = find_shards(str(tmp_path), tmp_path / "run", None, [])
+    assert [os.path.basename(name) for name in (*shards.train, *shards.val)] == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert len(shards.val) == 1 and "the last 1 of 4 shards are held out" in shards.notes
+    assert find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, []).val == []
+    given = find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, [f"{tmp_path}/1.tar"])
+    assert given.val == [f"{tmp_path}/1.tar"]
+    (tmp_path / "3.tar").rename(tmp_path / "val-3.tar")
+    assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
+    facts, notes = look(given, tmp_path, "cls")
+    assert facts.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
+
+
+def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from datasets import Image as ImageFeature
+
+    names = Features({"image": ImageFeature(), "label": ClassLabel(names=["no", "yes"]), "text": Value("string")})
+    pictures = [Image.new("RGB", (20, 20), (40 * i, 0, 0)) for i in range(4)]
+    rows = {"image": pictures, "label": [0, 1, 0, 1], "text": ["a", "b", "c", "d"]}
+    split = Dataset.from_dict(rows, features=names)
+    DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "set"))
+    shards = find_shards(str(tmp_path / "set"), tmp_path / "run", None, [])
+    assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "test")]
+    facts, notes = look(shards, tmp_path / "run", "cls")
+    assert (facts.samples, facts.held_out, facts.classes, notes) == (4, 4, 2, []) and facts.vocab_size
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
+    with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
+        find_shards("nowhere", tmp_path / "other", None, [])
+
+
+def test_mistakes_are_told_before_anything_is_made(tmp_path):
+    photos = make_pictures(tmp_path / "photos", each=2)
+    out = tmp_path / "run"
+    for arguments, options, message in (
+        ((photos, photos / "run"), {}, "whose pictures it would be one of"),
+        ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
+        ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
+        ((photos, out), {"val": ["a.tar"]}, "--val: goes with shards"),
+        ((photos, out), {"overrides": ["run.dir=x"]}, "is what --out names"),
+        (("a.tar", out), {"captions": "a.csv"}, "goes with a folder of images, and a.tar is none"),
+        (("owner/set", out), {"captions": "a.csv"}, "goes with a folder of images, and owner/set is none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrain(*arguments, **options)
+        assert not out.exists()
+
+
+def test_an_impossible_override_is_one_line(tmp_path):
+    photos = make_pictures(tmp_path / "photos", each=2)
+    with pytest.raises(UserError, match=r"--set: unknown key train.global_bach; did you mean global_batch\?"):
+        pretrain(photos, tmp_path / "run", hours=0.001, overrides=["train.global_bach=2"])
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_images_are_not_enlarged_and_have_eight_patches_a_side_where_they_can():
+    assert image_and_patch(500, 224) == (224, 16)
+    assert image_and_patch(500, 96) == (96, 8)
+    assert image_and_patch(37, 96) == (36, 4)
+    assert image_and_patch(8, 96) == (16, 4)
+
+
+def test_steps_and_batch_fit_the_data_and_the_time():
+    assert [batch_of(samples) for samples in (12, 54, 450, 1536, 50_000, 10**6)] == [2, 8, 64, 64, 1024, 1024]
+    assert steps_in(100, pace=0.01, batch=10, samples=10**6) == 1000
+    assert steps_in(10**9, pace=0.01, batch=10, samples=100) == choices.LONGEST * 10
+    assert choices.fitted_batch(100, pace=0.001, samples=50_000) == 64
+    assert choices.reaches(100, pace=0.001, samples=5000) and not choices.reaches(99, pace=0.001, samples=5000)
+
+
+def test_the_users_size_and_epochs_take_the_place_of_what_was_chosen(tmp_path):
+    photos = make_pictures(tmp_path / "photos", each=4)
+    shards = find_shards(str(photos), tmp_path / "r", None, [])
+    facts, _ = look(shards, tmp_path / "r", "cls")
+    config = settings(facts, shards, tmp_path / "r", LADDER[0], 4, 9, "cls", ["model.size=small", "train.epochs=3"])
+    assert config.model.emb_dim == 384 and config.train.epochs == 3 and config.train.steps is None
+
+
+@pytest.mark.parametrize(
+    ("paces", "size", "why"),
+    [
+        ({"tiny": 1e-3, "mini": 2e-3}, "mini", '"small" is for 10,000 samples or more'),
+        ({"tiny": 1e-3, "mini": 1.0}, "tiny", '"mini" would see each sample 2.9 times'),
+    ],
+)
+def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, paces, size, why):
+    """Measured paces stand in, in seconds a sample."""
+    facts = Facts(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    widths = {128: "tiny", 192: "mini"}
+    monkeypatch.setattr(plan, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
+    session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
+    shards = Shards(["a.tar"], ["b.tar"], [])
+    found = plan.choose(facts, shards, tmp_path, 1.0, "cls", [], session)
+    assert f'model: "{size}"' in found.lines[1] and why in found.lines[1]
+    taken = found.config.train.steps * found.config.train.global_batch * paces[size]
+    assert 0.7 * 3600 < taken <= 0.8 * 3600 or found.config.train.steps == choices.LONGEST * (1000 // 64)

@@ -1,0 +1,58 @@
+"""What a program imports before it knows what to do: torch takes seconds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from m3ae_fast.__main__ import COMMANDS, MODULES
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
+
+LATE = {"data", "transfer", "verify", "visualise"}  # whose parsers come with torch
+
+
+def imported(*arguments, code=0):
+    """Run Python and return the modules that it imported, and what it printed."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    lines = done.stderr.splitlines()
+    names = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    return names, done.stdout + "\n".join(line for line in lines if not line.startswith("import time:"))
+
+
+def test_the_package_alone_imports_nothing_that_is_large():
+    names, _ = imported("-c", "import m3ae_fast; assert 'pretrain' in m3ae_fast.__all__")
+    assert not names & {"torch", "numpy", "pydantic", "rich", "m3ae_kernels"}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in LATE])
+def test_help_does_not_import_torch(command):
+    names, said = imported("-m", f"m3ae_fast.{MODULES.get(command, command)}", "--help")
+    assert "torch" not in names and "usage: " in said
+
+
+def test_the_list_of_commands_imports_none_of_them():
+    names, said = imported("-m", "m3ae_fast", "--help")
+    assert not names & {"torch", "pydantic", "argparse"} and all(f"  {command} " in said for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["--config", "nothing.json"], ["--config", "configs/base.json", "--set", "a=1"]])
+def test_a_mistake_in_a_config_is_told_before_torch_is_imported(arguments):
+    names, said = imported("-m", "m3ae_fast.train", *arguments, code=2)
+    assert "torch" not in names and "error: config " in said
+
+
+def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
+    from m3ae_fast.process.launchers import alone
+
+    for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    assert alone()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not alone()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert dict(os.environ) == before

@@ -1,0 +1,74 @@
+"""A script learns from words and exit code how a run stands."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.run.record import Recorder
+from m3ae_fast.run.run_folder import RunFolder
+from m3ae_fast.status import CODES, main, status
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
+
+
+def recorded(folder, steps, error=None, reason=""):
+    """A run of ten steps that ends after `steps` of them."""
+    recorder = Recorder(folder, 10)
+    with recorder.ending(lambda: steps, lambda: reason):
+        recorder.begin(0)
+        if error:
+            raise error
+
+
+def test_a_run_that_ended_says_how(tmp_path, capsys):
+    recorded(tmp_path, 10)
+    assert main([str(tmp_path)]) == 0
+    recorded(tmp_path, 4, reason="SIGTERM")
+    assert main([str(tmp_path)]) == 3
+    with pytest.raises(UserError):
+        recorded(tmp_path, 7, UserError("the loss of step 7\nis not finite"))
+    assert main([str(tmp_path)]) == 5
+    assert capsys.readouterr().out.splitlines() == [
+        "finished at step 10 of 10",
+        "stopped at step 4 of 10 (SIGTERM)",
+        "failed at step 7 of 10 (the loss of step 7 is not finite)",
+    ]
+    assert len(set(CODES.values())) == len(CODES) and not {1, 2} & set(CODES.values())
+
+
+def test_a_killed_run_has_failed_after_the_last_step_that_it_logged(tmp_path):
+    Recorder(tmp_path, 10).begin(2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    state, said = status(tmp_path)
+    assert state == "failed" and said.startswith("failed: killed after step 5 of 10 was logged")
+
+
+def test_a_run_whose_folder_is_held_is_running_and_goes_on(tmp_path):
+    Recorder(tmp_path, 10).begin(2)
+    with RunFolder(tmp_path) as folder:
+        command = [sys.executable, "-m", "m3ae_fast", "status", str(tmp_path)]
+        done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (4, "running, step 2 of 10 logged\n"), done.stderr
+        assert folder.keep() == ""  # its lock is as it was
+
+
+def test_nothing_is_recorded_before_a_step(tmp_path):
+    with Recorder(tmp_path / "run", 10).ending(lambda: 0, str):
+        pass
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="no run has taken a step there"):
+        status(tmp_path)
+    (tmp_path / "status.json").write_text('{"state": "finished"}')
+    with pytest.raises(UserError, match="is damaged"):
+        status(tmp_path)
+
+
+def test_a_training_run_keeps_its_record(trainer):
+    trainer("run", "--set", "train.steps=2", "--set", "train.eval_samples=4")
+    assert status(trainer.folder / "run") == ("finished", "finished at step 2 of 2")
+    out = trainer("run", "--resume", "auto", "--set", "train.steps=4", "--set", "model.emb_dim=64", code=2)
+    assert "was made with" in out and status(trainer.folder / "run")[0] == "finished"
+    assert json.loads((trainer.folder / "run/status.json").read_text())["total_steps"] == 2
