@@ -167,7 +167,7 @@ def run(job: Job) -> dict[str, Any]:
         told = {f"{prefix}{key}": value for key, value in _compare(known, other, seed).items()}
         result |= told
         job.say(f"{name or 'ood'}: {summary(told)}")
-        more = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
+        more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
         columns.update({column: [*columns[column], *values] for column, values in more.items()})  # at once: see above
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")
