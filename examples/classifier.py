@@ -6,15 +6,17 @@ Shapes: B images, L patches, D encoder width, K classes.
 """
 
 import argparse
+import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from m3ae_fast.model import M3AE
+from m3ae_fast.model.encode import prepare_image
 
 
 class ImageClassifier(nn.Module):
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("images")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=5, help="training ends after so long, whatever the epochs say")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
@@ -43,9 +46,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     m3ae = M3AE.from_pretrained(args.model)
-    size = m3ae.config.image_size
-    prepare = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-    dataset = ImageFolder(args.images, prepare)
+    # read as in the shards that the encoder was trained on: upright, the central square, white where transparent
+    dataset = ImageFolder(args.images, loader=partial(prepare_image, config=m3ae.config))
     train, val = random_split(dataset, [0.8, 0.2])
     model = ImageClassifier(m3ae, len(dataset.classes)).to(device)
 
@@ -53,17 +55,29 @@ def main() -> None:
     encoder = [p for part in (m3ae.patch_embed, m3ae.encoder_input, m3ae.encoder) for p in part.parameters()]
     groups = [{"params": model.head.parameters()}, {"params": encoder, "lr": args.lr / 10}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
+    batches = DataLoader(train, args.batch, shuffle=True, drop_last=True)
+    started, shown = time.monotonic(), 0.0
     for epoch in range(args.epochs):
         model.train()
-        for images, labels in DataLoader(train, args.batch, shuffle=True, drop_last=True):
+        for number, (images, labels) in enumerate(batches, 1):
             loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            minutes = (time.monotonic() - started) / 60
+            if minutes > shown + 0.1 or minutes > args.minutes:
+                shown = minutes
+                where = f"epoch {epoch + 1}, step {number} of {len(batches)}"
+                print(f"{where}, {minutes:.1f} min: loss is {loss:.3f}", flush=True)
+            if minutes > args.minutes:
+                break
         model.eval()
         with torch.no_grad():
             right = [(model(x.to(device)).argmax(1).cpu() == y).sum() for x, y in DataLoader(val, args.batch)]
-        print(f"epoch {epoch + 1}  loss {loss:.3f}  held-out accuracy {sum(right) / len(val):.1%}")
+        print(f"epoch {epoch + 1}  loss {loss:.3f}  held-out accuracy {sum(right) / len(val):.1%}", flush=True)
+        if minutes > args.minutes:
+            print(f"stopped after --minutes {args.minutes:g}")
+            break
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Features of whole shards, by a frozen encoder.
 
-Shapes: S samples, L patches per image, D encoder width, N samples of a corpus.
+Shapes: S samples, L patches per image, D encoder width, N samples of a corpus, K layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
@@ -40,10 +40,18 @@ class Features:
     """Of the samples that could be read, in file order."""
 
     keys: list[str]
-    features_ND: Tensor  # float32, on the CPU
+    features_ND: Tensor  # float32, on the CPU; of several layers [N, K, D]
     labels_N: Tensor | None  # int64 ids of classes; None for a corpus without labels
-    patches_NLD: Tensor | None  # float16, on the CPU
+    patches_NLD: Tensor | None  # float16, on the CPU; of several layers [N, K, L, D]
     skipped: list[Skipped]
+
+    def rows(self, rows: list[int]) -> Features:
+        """Return the samples of these rows."""
+        tensors = (None if t is None else t[rows] for t in (self.features_ND, self.labels_N, self.patches_NLD))
+        features_ND, labels_N, patches_NLD = tensors
+        keys = [self.keys[row] for row in rows]
+        assert features_ND is not None
+        return replace(self, keys=keys, features_ND=features_ND, labels_N=labels_N, patches_NLD=patches_NLD)
 
 
 def encode_corpus(
@@ -54,6 +62,7 @@ def encode_corpus(
     ranks: Ranks,
     *,
     title: str = "encoding",
+    layers: Sequence[int] | None = None,
     patches: bool = False,
     pulse: Pulse | None = None,
     stop: StopRequest | None = None,
@@ -66,6 +75,7 @@ def encode_corpus(
         data: workers, prefetch and max_bad_fraction.
         config: pooling, batch and precision.
         title: of the progress bar.
+        layers: the K blocks after which features are taken, numbered from 1, see `Features`; None: the last one.
         patches: keep the features of all patches too.
         pulse: marked at each batch.
         stop: checked before each batch.
@@ -82,23 +92,27 @@ def encode_corpus(
         batches = until_stopped(batches, ranks, stop)
     shown = track(batches, title, len(loader), show=ranks.is_main)
     with encoding(model, config.precision, ranks.device):
-        encode = partial(_pool_and_patches if patches else _pool, model, pool=config.pool)
+        encode = partial(_pool_and_patches if patches else _pool, model, layers or [model.config.depth], config.pool)
         own = [
             _Part(
                 batch.keys,
-                pooled_SD.cpu(),
-                patches_SLD if patches_SLD is None else patches_SLD.cpu(),
+                pooled_SKD.cpu(),
+                patches_SKLD if patches_SKLD is None else patches_SKLD.cpu(),
                 batch.labels,
                 batch.skipped,
             )
-            for batch, (pooled_SD, patches_SLD) in _one_behind(encode, shown, ranks.device)
+            for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device)
         ]
     # rank r's b-th batch is the stream's number b x world + r
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
-    keys, pooled, patches_SLD, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
+    keys, pooled, kept, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
     skipped = list(chain.from_iterable(skipped))
     check_skipped(skipped, corpus.samples, data.max_bad_fraction)
-    found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(patches_SLD), skipped)
+    found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(kept), skipped)
+    if layers is None:
+        features_ND, patches_NLD = (None if t is None else t[:, 0] for t in (found.features_ND, found.patches_NLD))
+        assert features_ND is not None
+        found = replace(found, features_ND=features_ND, patches_NLD=patches_NLD)
     for features in (found.features_ND, found.patches_NLD):
         if features is not None:
             check_finite(features, found.keys)
@@ -109,8 +123,8 @@ class _Part(NamedTuple):
     """Of a batch."""
 
     keys: list[str]
-    pooled_SD: Tensor
-    patches_SLD: Tensor | None
+    pooled_SKD: Tensor
+    patches_SKLD: Tensor | None
     labels_S: Tensor | None
     skipped: tuple[Skipped, ...]
 
@@ -146,15 +160,15 @@ def _one_behind(
         yield last
 
 
-def _pool(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Tensor, None]:
-    return model.pooled(batch, pool), None
+def _pool(model: MultimodalEncoder, layers: Sequence[int], pool: Pool, batch: PackedBatch) -> tuple[Tensor, None]:
+    return model.pooled_of_layers(batch, layers, pool), None
 
 
-def _pool_and_patches(model: MultimodalEncoder, batch: PackedBatch, pool: Pool) -> tuple[Tensor, Tensor]:
-    pooled_SD, rows_TD = model.pooled_and_rows(batch, pool)
-    cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
-    patches_L = torch.arange(1, 1 + model.config.patches_per_image, device=rows_TD.device)
-    return pooled_SD, rows_TD[cls_S[:, None] + patches_L].half()
+def _pool_and_patches(
+    model: MultimodalEncoder, layers: Sequence[int], pool: Pool, batch: PackedBatch
+) -> tuple[Tensor, Tensor]:
+    pooled_SKD, patches_SKLD = model.pooled_and_patches(batch, layers, pool)
+    return pooled_SKD, patches_SKLD.half()
 
 
 def check_skipped(skipped: Sequence[Skipped], samples: int, max_fraction: float) -> None:

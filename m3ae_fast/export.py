@@ -4,6 +4,7 @@ It holds model.safetensors, config.json, the tokenizer, how images are prepared,
 
   --weights last     of a run with train.ema the last weights, not their moving average
   --format timm      the image encoder alone, for timm.create_model("local-dir:OUT", pretrained=True)
+  --format onnx      the image encoder alone, as the files OUT, which ends in .onnx, and OUT's name with .int8.onnx
   --push OWNER/NAME  also uploads OUT to the Hugging Face hub (log in with `hf auth login` first)
 """
 
@@ -29,7 +30,7 @@ def export(
     Args:
         run: a run folder or a checkpoint, or an export, to change its format or to push it.
         out: a new folder, or an earlier export, which is replaced.
-        format: "m3ae", or "timm" for the image encoder as timm's VisionTransformer.
+        format: "m3ae", "timm" for the image encoder as timm's VisionTransformer, or "onnx" for that as the file `out`.
         name: what the model card calls the model; None: as the folder.
         weights: "average", of a run with `train.ema`, or "last".
 
@@ -50,6 +51,11 @@ def export(
     else:
         saved, average = saved_run(Path(run)), weights == "average"
         found, about = run_weights(saved, average=average), run_section(saved, average)
+    if format == "onnx":
+        from m3ae_fast.convert.onnx_model import write_onnx
+
+        files = write_onnx(out, found.config, found.state)
+        return replace(found, notes=(*found.notes, *map(str, files)))
     if format == "timm":
         from m3ae_fast.convert.timm_model import write_timm
 
@@ -77,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint is taken), checkpoint or export")
     parser.add_argument("out", metavar="OUT", help="a new folder, or an earlier export, which is replaced")
     parser.add_argument(
-        "--format", choices=["m3ae", "timm"], default="m3ae", help="whose folder OUT is (default: m3ae)"
+        "--format", choices=["m3ae", "timm", "onnx"], default="m3ae", help="whose folder OUT is (default: m3ae)"
     )
     parser.add_argument(
         "--weights", choices=["average", "last"], default="average", help="of a run with train.ema (default: average)"
@@ -85,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: a model made by it is private")
     args = parser.parse_args(argv)
+    if args.push and args.format == "onnx":
+        parser.error("--push takes a folder, which --format onnx does not make")
     found = export(args.run, args.out, args.format, args.push, args.weights)
     print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
     if args.push:

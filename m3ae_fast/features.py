@@ -4,23 +4,26 @@ python -m m3ae_fast.features runs/large 'imagenet/val-*.tar' --out val.parquet
 python -m m3ae_fast.features out/ 'shards/*.tar' --out captions.npz --modality text --pool cls
 
 FILE has the arrays or columns `keys` and `shards` [N], `features` float32 [N, D], `labels` [N] where any are found (-1
-or "" for a sample without), and with --patches `patches` float16 [N, L, D] (in parquet [N, L * D]).
+or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet [N, L * D]), and what --columns
+names: `path` and `class` from the samples' json, as from-folder writes it, and `caption`; "" where a sample has none.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.parquet import require_pyarrow, write_parquet
 from m3ae_fast.whole_file import whole_file
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -45,8 +48,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="what the encoder sees of a sample (default: image)",
     )
     parser.add_argument("--patches", action="store_true", help="also the features of all patches (large)")
+    parser.add_argument(
+        "--columns", type=_columns, default=[], metavar="NAME,NAME", help=f"also of each sample: {', '.join(COLUMNS)}"
+    )
     add_settings(parser, "encode.batch=256")
     return parser.parse_args(argv)
+
+
+def _columns(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in COLUMNS]:
+        raise argparse.ArgumentTypeError(f"{text}: no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,8 +100,8 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
     if out.exists():
         raise UserError(f"--out {out}: exists already; remove it or choose another name")
-    if out.suffix == PARQUET and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"--out {out}: needs pyarrow; install it (pip install pyarrow), or name an {NPZ} file")
+    if out.suffix == PARQUET:
+        require_pyarrow(f"--out {out}:")
 
 
 def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> dict[str, np.ndarray]:
@@ -116,7 +129,41 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
         arrays["labels"] = _label_array([everything[number] for number in numbers])
     if found.patches_NLD is not None:
         arrays["patches"] = found.patches_NLD.numpy()
-    return arrays
+    return arrays | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in args.columns}
+
+
+def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:
+    """Return a field of the json of these samples, "" of one without."""
+    from m3ae_fast.data.labels import read_labels
+
+    found = [value for own in read_labels(corpus, f"json.{name}") for value in own]
+    return ["" if found[number] is None else str(found[number]) for number in numbers]
+
+
+def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
+    """Return the captions of these samples, "" of one without."""
+    from m3ae_fast.batch.bad_samples import BadSample
+    from m3ae_fast.data.reader import Reader
+
+    sources = [replace(s, modalities=["text"] * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
+    readers = [Reader(source, corpus.store) for source in sources]
+    ends = np.cumsum([source.sizes.sum() for source in sources])
+    captions = []
+    for number, place in zip(numbers, np.searchsorted(ends, numbers, side="right")):
+        reader = readers[place]
+        try:
+            caption = reader.read(*reader.find(int(number - ends[place] + sources[place].sizes.sum()))).caption
+        except BadSample:
+            caption = None
+        captions.append(caption or "")
+    return captions
+
+
+COLUMNS: dict[str, Callable[[Any, np.ndarray], list[str]]] = {
+    "path": partial(_field, "path"),
+    "class": partial(_field, "class_name"),
+    "caption": _captions,
+}
 
 
 def _number(corpus: Corpus) -> Corpus:
@@ -142,23 +189,10 @@ def _label_array(labels: list[Label | None]) -> np.ndarray:
 
 def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays. Raises UserError if the disk refuses."""
+    if out.suffix == PARQUET:
+        return write_parquet(out, arrays)
     with whole_file(out) as partial, open(partial, "wb") as file:
-        if out.suffix == NPZ:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        else:
-            _write_parquet(file, arrays)
-
-
-def _write_parquet(file, arrays: dict[str, np.ndarray]) -> None:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
-    columns = {}
-    for name, array in arrays.items():
-        flat = pyarrow.array(array.reshape(-1))
-        width = array[:1].size
-        columns[name] = flat if array.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, width)
-    parquet.write_table(pyarrow.table(columns), file)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

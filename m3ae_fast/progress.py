@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -38,3 +40,17 @@ def track(items: Iterable[T], title: str, total: int | None = None, *, show: boo
         for item in items:
             yield item
             advance(1)
+
+
+class Pace:
+    """Of work that consists of parts: the time left, by the time that the parts so far took."""
+
+    def __init__(self, total: float) -> None:
+        """Begin the work. `total`: its size, in whatever the parts are measured in."""
+        self._total, self._done, self._started = total, 0.0, time.perf_counter()
+
+    def left(self, part: float) -> timedelta:
+        """Count a part as done, and return the time that the others will take, in whole seconds."""
+        self._done += part
+        seconds = (time.perf_counter() - self._started) / self._done * (self._total - self._done)
+        return timedelta(seconds=round(seconds))

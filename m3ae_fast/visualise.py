@@ -21,7 +21,7 @@ from pathlib import Path
 from m3ae_fast.command_line import add_labels, program
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
-from m3ae_fast.data.labels import keep_classes, label_corpus
+from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
 from m3ae_fast.data.trust import require_harmless
 from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -144,7 +144,8 @@ def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) ->
     labelled, classes = label_corpus(corpus, args.labels, progress=True)
     if args.classes is not None:
         labelled, classes = keep_classes(labelled, classes, args.classes.split(","))
-    draw_feature_map(out, args.runs, labelled, classes, config.data, config.run.seed)
+    names = class_names(labelled, classes)
+    draw_feature_map(out, args.runs, labelled, names, config.data, config.run.seed)
 
 
 KINDS: dict[str, Callable[[argparse.Namespace, Config, Corpus, Path], None]] = {

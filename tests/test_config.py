@@ -14,7 +14,7 @@ from m3ae_fast.__main__ import COMMANDS, MODULES
 from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, load_config, parse
 from m3ae_fast.config.__main__ import main as write_page
 from m3ae_fast.config.__main__ import train_page, transfer_page
-from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data import ShardStore, open_corpus, open_data
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.dry_run import _fetching, network_bytes
 from m3ae_fast.engine.schedule import split_batch
@@ -237,9 +237,21 @@ def test_compile_without_a_compiler(run, monkeypatch):
     assert code == 2 and "set train.compile=false" in err
 
 
-def test_model_without_words_refuses_captions(run):
-    code, err = run("--set", "model.vocab_size=0")
-    assert code == 2 and 'set "modality": "image"' in err
+def test_model_without_words_refuses_captions_that_are_asked_for(run):
+    code, err = run("--set", "model.vocab_size=0", "--set", "data.train.0.modality=paired")
+    assert code == 2 and "has captions; set data.train.0.modality=image" in err
+    code, err = run("--set", "model.vocab_size=0", "--set", "data.val.0.modality=any")
+    assert code == 2 and "has captions; set data.val.0.modality=image" in err
+
+
+def test_model_without_words_reads_the_images_of_captioned_shards():
+    """As if the modality had been given, in training and validation."""
+    alone = load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0"])
+    given = ["data.train.0.modality=image", "data.val.0.modality=image"]
+    assert alone == load_config(ROOT / "configs/quickstart.json", ["model.vocab_size=0", *given])
+    data = open_data(alone.data, alone.model)
+    assert not data.train.has_captions and not data.val.has_captions and data.tokenizer is None
+    assert load_config(ROOT / "configs/quickstart.json", []).data.train[0].modality == "auto"
 
 
 def test_overrides_and_defaults():

@@ -89,16 +89,36 @@ def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
     assert named <= written | {"model.size", "deepspeed"}  # the table explains what the file has
 
 
-def test_encoder_in_a_plain_torch_classifier(folder):
-    M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
-    command = [sys.executable, str(EXAMPLES / "classifier.py"), "model", "pictures", "--epochs", "4", "--batch", "8"]
+def _classify(*options):
+    """What the example prints."""
+    command = [sys.executable, str(EXAMPLES / "classifier.py"), "model", "pictures", "--batch", "8", *options]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_encoder_in_a_plain_torch_classifier(folder):
+    M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
+    said = _classify("--epochs", "4")
     losses, accuracies = (
-        [float(value) for value in re.findall(pattern, done.stdout)]
-        for pattern in (r"loss ([\d.]+)", r"accuracy ([\d.]+)%")
+        [float(value) for value in re.findall(pattern, said)] for pattern in (r"loss ([\d.]+)", r"accuracy ([\d.]+)%")
     )
     assert len(losses) == 4 and losses[-1] < losses[0] and accuracies[-1] == 100
+    (short,) = re.findall(
+        r"(epoch 1, step 1 of 4, .*)\nepoch 1  loss .*\nstopped after --minutes 0\n", _classify("--minutes", "0")
+    )
+    assert "min: loss is " in short
+
+
+def test_the_classifier_s_images_are_those_of_shards(folder):
+    """White where they are transparent, whatever colour lies beneath."""
+    M3AE(ModelConfig(**TINY["model"])).save_pretrained("model")
+    for path in Path("pictures").rglob("*.png"):
+        pixels = np.array(Image.open(path).convert("RGBA"))
+        pixels[..., 3] = 0
+        Image.fromarray(pixels).save(path)
+    last = re.findall(r"accuracy ([\d.]+)%", _classify("--epochs", "3"))[-1]
+    assert float(last) < 90  # there is nothing to tell them apart by
 
 
 def test_scripts_for_many_nodes_name_what_there_is():

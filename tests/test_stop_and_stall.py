@@ -48,6 +48,21 @@ def test_a_signal_before_the_first_step_ends_the_process_with_0(number, busy):
     assert (process.wait(20), out) == (0, f"stopped before the first step ({number.name}); nothing to save\n")
 
 
+@pytest.mark.parametrize(
+    ("saves", "said"),
+    [
+        ("lambda: 'half is in a.json'", "stopped (SIGTERM); half is in a.json\n"),
+        ("lambda: {}['a']", "stopped (SIGTERM); what was found so far is lost: 'a'\n"),
+    ],
+)
+def test_a_process_that_leaves_saves_what_there_is_or_leaves_all_the_same(saves, said):
+    process = program(STARTING.format(f"stop.at_leaving = {saves}; print('set', flush=True); threading.Event().wait()"))
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "set\n"]
+    process.send_signal(signal.SIGTERM)
+    out = process.stdout.read()
+    assert (process.wait(20), out) == (0, said)
+
+
 def test_a_signal_is_heeded_where_a_thousand_files_are_open():
     code = """
         import os, resource, time

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+from collections.abc import Iterable
+from textwrap import wrap
 from typing import Any
 
 from pydantic import BaseModel
@@ -27,6 +29,7 @@ Settings of `python -m m3ae_fast.transfer` and `python -m m3ae_fast.features`, w
 and `--train` set a part of them. Made from m3ae_fast/config/transfer.py by
 `python -m m3ae_fast.config transfer > docs/transfer-config.md`.
 """
+_INDENT = " " * 6
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -45,6 +48,24 @@ def transfer_page() -> str:
 
 
 PAGES = {"train": train_page, "transfer": transfer_page}
+
+
+def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
+    """Return the settings of some sections of `root` as lines for --help: default, what is allowed, and meaning."""
+    lines = ["settings, given by --set KEY=VALUE; those of data and run are in docs/config.md:"]
+    for name in names:
+        section = section_of(root.model_fields[name].annotation)
+        assert section is not None
+        schemas = section.model_json_schema()["properties"]
+        for key, field in section.model_fields.items():
+            allowed, default = _allowed(schemas[key], "a section"), _default(section, key, field)
+            text = f"{' '.join((field.description or '').split())} Default: {default}; allowed: {allowed}."
+            lines += [
+                "",
+                f"  {name}.{key}",
+                *wrap(text.replace("`", ""), 100, initial_indent=_INDENT, subsequent_indent=_INDENT),
+            ]
+    return "\n".join(lines)
 
 
 class _Page:

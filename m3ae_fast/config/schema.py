@@ -94,7 +94,8 @@ class ModelConfig(Section):
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
-    """Number of tokens in the tokenizer's vocabulary; 0 builds an image-only MAE without text weights."""
+    """Number of tokens in the tokenizer's vocabulary; 0 builds an image-only MAE without text weights,
+    which reads captioned shards too, without their captions."""
     image_targets: Literal["pixels", "vqgan"] = "pixels"
     """Targets of masked patches: pixels, or token ids of a frozen VQGAN (`data.image_tokenizer`)."""
     codebook_size: int = Field(1024, gt=0, le=MAX_VOCAB)
@@ -203,7 +204,7 @@ class SourceConfig(Section):
     """Multiplies these samples' losses; the denominator of the mean is unchanged."""
     modality: Literal["auto", "any", "paired", "image", "text"] = "auto"
     """Which modalities of a sample to use. `any`: whatever it has; `auto`: what every sample of the shard has, else
-    `any`."""
+    `any`; of an image-only model (`model.vocab_size` 0) its images."""
     caption_fraction: float = Field(1.0, ge=0, le=1)
     """Fraction of the pairs that keep their caption; the others are images alone. A hash of its key chooses a pair: the
     same ones in every run, and a larger fraction holds those of a smaller one."""
@@ -525,7 +526,7 @@ class Config(Section):
             raise ValueError(
                 "data.repeats: images with ids in the shards have one crop each; tokenize-images --views makes more"
             )
-        return self._with_range()
+        return self._with_range()._without_captions()
 
     def _with_range(self) -> Config:
         """Store the images' range in `model`, like their mean: whoever decodes for the model later has no `data`."""
@@ -535,6 +536,18 @@ class Config(Section):
         if remembered is not None:
             raise ValueError(f"data.range is {given}, but model.image_range {remembered}: give data.range alone")
         return self.model_copy(update={"model": self.model.model_copy(update={"image_range": given})})
+
+    def _without_captions(self) -> Config:
+        """Let an image-only model read the images alone of the sources that leave it open."""
+        if self.model.vocab_size:
+            return self
+
+        def images(sources: list[SourceConfig]) -> list[SourceConfig]:
+            update = {"modality": "image", "caption_fraction": 1.0}
+            return [s.model_copy(update=update) if s.modality == "auto" else s for s in sources]
+
+        update = {"train": images(self.data.train), "val": images(self.data.val)}
+        return self.model_copy(update={"data": self.data.model_copy(update=update)})
 
     @property
     def zero(self) -> ZeroConfig | None:

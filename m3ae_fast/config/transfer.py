@@ -87,6 +87,22 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 90 or more."""
 
 
+class AttentiveProbeConfig(Section):
+    """An attentive probe: one learnt query attends to the frozen patch tokens, and a linear layer reads what it finds;
+    trained by AdamW. It begins as the mean of the tokens."""
+
+    heads: Count | None = None
+    """Number of attention heads; null: as many as the encoder has."""
+    batch: Batch | None = None
+    """Samples per optimiser step; null: by the number of samples, as for the linear probe."""
+    steps: Count | None = None
+    """Length of the run, in optimiser steps; null: by the number of samples, as for the linear probe."""
+    peak_lr: float | None = Field(None, gt=0)
+    """Learning rate after warm-up; null: the best of five on a held-out tenth of the training samples."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of all weights."""
+
+
 class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Fine-tuning of the encoder with a classification head.
 
@@ -167,6 +183,7 @@ class TransferConfig(Section):
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
     linear: LinearProbeConfig = LinearProbeConfig()
+    attentive: AttentiveProbeConfig = AttentiveProbeConfig()
     finetune: FineTuneConfig = FineTuneConfig()
     robustness: RobustnessConfig = RobustnessConfig()
 

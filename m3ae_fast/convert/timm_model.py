@@ -44,11 +44,13 @@ The image encoder of an M3AE as timm's VisionTransformer: image positions and th
 ```python
 import timm
 
-model = timm.create_model("local-dir:{name}", pretrained=True)  # on the hub: hf-hub:OWNER/{name}
-tokens = model.forward_features(images)  # [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
+model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # on the hub: hf-hub:OWNER/{name}
+prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+features = model(prepare(image)[None])  # of a PIL image: [1, {emb_dim}], those of M3AE.encode(pool="mean")
 ```
 
-Images are pixels / 255 of the central square, minus {mean}, over {std}. Without config.json:
+`model.forward_features` gives all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. Images are
+pixels / 255 of the central square, minus {mean}, over {std}. Without config.json:
 `timm.models.VisionTransformer({arguments})`, whose LayerNorms have eps 1e-6.
 """
 
@@ -97,8 +99,8 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Return the keywords of timm's VisionTransformer; with `global_pool` avg its last norm is `fc_norm`, of the
-    mean."""
+    """Return the keywords of timm's VisionTransformer, whose features are then the mean of the patches as
+    `M3AE.encode` pools: before or after the last norm, which is `fc_norm` where it acts on the mean."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -109,7 +111,8 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
         "mlp_ratio": config.mlp_ratio,
         "act_layer": _ACT_LAYERS[config.gelu],
         "num_classes": 0,
-        "global_pool": "avg" if config.mean_pool == "before_norm" else "token",
+        "global_pool": "avg",
+        "fc_norm": config.mean_pool == "before_norm",
     }
 
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from m3ae_fast.data.index import MISSING, IndexedShard
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
+from m3ae_fast.regular_file import read_json
 
 MAX_CLASSES = 1 << 20
 LEFT_OUT = -1
@@ -101,6 +103,44 @@ def label_corpus(
         for source, own in zip(corpus.sources, labels)
     ]
     return replace(corpus, sources=[source for source in sources if source.shards]), classes
+
+
+def class_names(corpus: Corpus, classes: Classes) -> list[str]:
+    """Return what to call each class in pictures, by id: a text as it is; a number as the file classes.json beside the
+    shards says, or else `class_name` in the samples' json, where each class has one; or else the number.
+
+    Args:
+        corpus: labelled, see `label_corpus`.
+        classes: its classes by id.
+    """
+    if any(isinstance(label, str) for label in classes):
+        return [str(label) for label in classes]
+    names = _listed_names(corpus) or _written_names(corpus, classes)
+    return [names.get(int(label), str(label)) for label in classes]
+
+
+def _listed_names(corpus: Corpus) -> dict[int, str]:
+    """Return the names in the classes.json beside the first shard, by label; empty where there is none."""
+    try:
+        found = read_json(Path(corpus.sources[0].shards[0].shard).parent / "classes.json")
+    except (OSError, ValueError):
+        return {}
+    return dict(enumerate(map(str, found))) if isinstance(found, list) else {}
+
+
+def _written_names(corpus: Corpus, classes: Classes) -> dict[int, str]:
+    """Return the one `class_name` that the samples of each label have; empty where a label has several."""
+    try:
+        written = read_labels(corpus, "json.class_name")
+    except UserError:  # not text
+        return {}
+    names: dict[int, str] = {}
+    for source, own in zip(corpus.sources, written):
+        assert source.labels is not None
+        for number, name in zip(source.labels.tolist(), own):
+            if name is not None and names.setdefault(int(classes[number]), str(name)) != str(name):
+                return {}
+    return names
 
 
 def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str, field: str) -> None:

@@ -40,11 +40,12 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
         if corpus:
             corpus.require(config.max_bad_fraction)
     if not model.vocab_size:
-        for source in (source for corpus in (train, val) if corpus for source in corpus.sources):
-            if shard := source.shard_with_captions:
-                raise UserError(
-                    f'model.vocab_size is 0, but {shard} has captions; set "modality": "image" on its source'
-                )
+        for name, corpus in (("train", train), ("val", val)):
+            for number, source in enumerate(corpus.sources if corpus else ()):
+                if shard := source.shard_with_captions:
+                    raise UserError(
+                        f"model.vocab_size is 0, but {shard} has captions; set data.{name}.{number}.modality=image"
+                    )
     data = Data(train, val, open_tokenizer(config, model), open_image_tokenizer(config, model))
     check_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))
     return data

@@ -5,21 +5,27 @@ Shapes: C channels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import centre_crop
-from m3ae_fast.batch.images import pixels_of
+from m3ae_fast.batch.images import decode_image, pixels_of
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision
+from m3ae_fast.regular_file import open_regular
+
+MAX_CHANNELS = 4
 
 
 @contextmanager
@@ -35,8 +41,22 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
         model.train(was_training)
 
 
+OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # see `prepare_image`
+
+
+def as_images(images: OneImage | Sequence[OneImage]) -> Sequence[OneImage]:
+    """Return one image as a list of it, and several as they are: a tensor of four dimensions, an array of four, or of
+    three that are not an image's height, width and channels, is several."""
+    if isinstance(images, (str, os.PathLike, Image)):
+        return [images]
+    if isinstance(images, np.ndarray):
+        single = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] <= MAX_CHANNELS)
+        return [images] if single else list(images)
+    return [images] if isinstance(images, Tensor) and images.ndim == 3 else images  # type: ignore[return-value]
+
+
 def unmasked_sample(
-    number: int, image: Image | Tensor | None, text: str | None, config: ModelConfig, tokenizer: CaptionTokenizer | None
+    number: int, image: OneImage | None, text: str | None, config: ModelConfig, tokenizer: CaptionTokenizer | None
 ) -> Sample:
     """Return an image, a text or a pair of them as a sample of which everything is visible; for a text the tokenizer is
     needed. Raises ValueError as `prepare_image` does, and where the tokenizer fails on the text."""
@@ -54,13 +74,27 @@ def unmasked_sample(
     return sample
 
 
-def prepare_image(image: Image | Tensor, config: ModelConfig) -> Tensor:
+def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
     """Return [C, image_size, image_size] on the CPU: uint8, or as it is where it is floating.
 
+    Args:
+        image: the path of a file, which is read as one in a shard is, a PIL image, a uint8 tensor [C, H, W] or array
+            [H, W, C] or [H, W], of which the central square is taken; or a floating tensor [C, image_size, image_size],
+            already normalised.
+        config: of the model.
+
     Raises:
-        ValueError: the image does not fit the model.
+        ValueError: the image cannot be used, or does not fit the model.
+        UserError: the file cannot be read.
     """
     channels, size = config.channels, config.image_size
+    if isinstance(image, (str, os.PathLike)):
+        return _read_image(image, config)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise ValueError(f"an array is {image.dtype} {list(image.shape)}, not uint8 [height, width, channels]")
+        image = torch.from_numpy(image.copy())
+        image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     if isinstance(image, Image):
         try:
             return centre_crop(pixels_of(image, channels, config.image_range), size)
@@ -75,6 +109,17 @@ def prepare_image(image: Image | Tensor, config: ModelConfig) -> Tensor:
     if image.dtype != torch.uint8:
         raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
     return centre_crop(image.cpu(), size)
+
+
+def _read_image(path: str | os.PathLike[str], config: ModelConfig) -> Tensor:
+    try:
+        with open_regular(os.fspath(path)) as file:
+            pixels = decode_image(file.read(), config.channels, config.image_range)
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
+    except BadSample as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+    return centre_crop(pixels, config.image_size)
 
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:

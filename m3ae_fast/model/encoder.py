@@ -6,7 +6,7 @@ Shapes: T encoder rows, N visible patches, D width, L patches per image, V vocab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
@@ -17,13 +17,10 @@ from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.encode import check_finite, encoding, unmasked_sample
+from m3ae_fast.model.encode import OneImage, as_images, check_finite, encoding, unmasked_sample
 from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
@@ -34,6 +31,11 @@ def pixel_options(config: ModelConfig) -> dict[str, Any]:
         "mean": config.image_mean,
         "std": config.image_std,
     }
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def drop_options(config: ModelConfig) -> dict[str, Any]:
@@ -114,17 +116,43 @@ class MultimodalEncoder(nn.Module):
             return self._mean(self.encoder(self._input(batch), batch.encoder, batch.draws), batch)
         cls_rows = batch.encoder.cu_seqlens[:-1]
         x_PD = self.encoder(self._input(batch), batch.encoder, batch.draws, cls_rows, only_cls(batch.encoder))
-        cls = self.encoder.norm(x_PD)
-        return cls[: len(batch.keys)].to(torch.promote_types(cls.dtype, torch.float32))
+        return self._cls(x_PD, batch)
 
-    def pooled_and_rows(self, batch: PackedBatch, pool: Pool = "mean") -> tuple[Tensor, Tensor]:
-        """Return the results of `pooled` and `forward_encoder`, from one pass."""
-        x_TD = self.encoder(self._input(batch), batch.encoder, batch.draws)
-        rows_TD = self.encoder.norm(x_TD)
-        if pool == "mean":
-            return self._mean(x_TD, batch), rows_TD
-        cls = rows_TD[batch.encoder.cu_seqlens[: len(batch.keys)].long()]
-        return cls.to(torch.promote_types(cls.dtype, torch.float32)), rows_TD
+    def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
+        """Return features [S, K, D] as `pooled` gives them, the final LayerNorm included, after each of K blocks, in
+        one pass. `layers`: numbers of blocks from 1; the last one's are those of `pooled`, bitwise."""
+        cls_rows = batch.encoder.cu_seqlens[:-1]
+        pruned = () if pool == "mean" else (cls_rows, only_cls(batch.encoder))
+        found = {}
+        for layer, x_TD in enumerate(self.encoder.layers(self._input(batch), batch.encoder, batch.draws, *pruned), 1):
+            if layer in layers:
+                cls_PD = x_TD if layer == self.config.depth else x_TD[cls_rows.long()]
+                found[layer] = self._mean(x_TD, batch) if pool == "mean" else self._cls(cls_PD, batch)
+            if layer == max(layers):
+                break
+        return torch.stack([found[layer] for layer in layers], 1)
+
+    def pooled_and_patches(
+        self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
+    ) -> tuple[Tensor, Tensor]:
+        """Return features [S, K, D] and the patches' rows [S, K, L, D], with the final LayerNorm, after each of K
+        blocks, of samples that have an image, from one pass. `layers`: as in `pooled_of_layers`."""
+        cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
+        patches_L = torch.arange(1, 1 + self.config.patches_per_image, device=cls_S.device)
+        found = {}
+        for layer, x_TD in enumerate(self.encoder.layers(self._input(batch), batch.encoder, batch.draws), 1):
+            if layer in layers:
+                rows_TD = self.encoder.norm(x_TD)
+                pooled_SD = self._mean(x_TD, batch) if pool == "mean" else _wide(rows_TD[cls_S])
+                found[layer] = pooled_SD, rows_TD[cls_S[:, None] + patches_L]
+            if layer == max(layers):
+                break
+        pooled, patches = zip(*(found[layer] for layer in layers))
+        return torch.stack(pooled, 1), torch.stack(patches, 1)
+
+    def _cls(self, x_PD: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the features [S, D] of the rows of cls before the final LayerNorm."""
+        return _wide(self.encoder.norm(x_PD)[: len(batch.keys)])
 
     def _mean(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Return the means [S, D] of rows before the final LayerNorm."""
@@ -133,27 +161,30 @@ class MultimodalEncoder(nn.Module):
         mean_SD = mean_SD[: len(batch.keys)]  # segments of padding come after the samples
         if before:
             mean_SD = norm(mean_SD.to(norm.weight.dtype))
-        return mean_SD.to(torch.promote_types(mean_SD.dtype, torch.float32))
+        return _wide(mean_SD)
 
     def _input(self, batch: PackedBatch) -> Tensor:
         return self.encoder_input(self.patch_embed(batch.images, batch.patch_ids), batch)
 
     def encode(
         self,
-        images: Sequence[Image | Tensor] | Tensor | None = None,
-        texts: Sequence[str] | None = None,
+        images: OneImage | Sequence[OneImage] | None = None,
+        texts: str | Sequence[str] | None = None,
         *,
         pool: Pool = "mean",
+        layer: int | None = None,
         batch: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
         """Return pooled features of images, texts, or pairs of them, unmasked and without gradients.
 
         Args:
-            images: PIL images or uint8 tensors [C, H, W] of any size, of which the central square is taken, or floating
-                tensors [C, image_size, image_size], already normalised; a list, or one tensor of them all; or None.
-            texts: for which the model's `tokenizer` is needed; or None.
+            images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, of which the central
+                square is taken, or a floating tensor [C, image_size, image_size], already normalised; a list of them,
+                or one tensor or array of many; or None.
+            texts: one or a list, for which the model's `tokenizer` is needed; or None.
             pool: "mean" over all tokens but cls, or the "cls" token; see `pooled`.
+            layer: the block after which features are taken, from 1; None: the last one.
             batch: samples per forward pass.
             precision: of matmuls; "auto": bf16 where the hardware multiplies it faster.
 
@@ -161,15 +192,22 @@ class MultimodalEncoder(nn.Module):
             float32 [S, D] on the model's device.
 
         Raises:
-            ValueError: both are None, their numbers differ, or an image does not fit the model.
-            UserError: there are texts, and the model has no tokenizer, or a feature is not finite.
+            ValueError: both are None, their numbers differ, an image does not fit the model, or it has no such layer.
+            UserError: a file cannot be read, there are texts, and the model has no tokenizer, or a feature is not
+                finite.
         """
         if images is None and texts is None:
             raise ValueError("encode needs images, texts or both")
+        if images is not None:
+            images = as_images(images)
+        texts = [texts] if isinstance(texts, str) else texts
         if images is not None and texts is not None and len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts")
+        if layer is not None and not 1 <= layer <= self.config.depth:
+            raise ValueError(f"layer {layer}: the encoder has layers 1 to {self.config.depth}")
         if texts is not None:
             self.require_tokenizer()
+        layers = [layer or self.config.depth]
         count = len(images if images is not None else texts or [])
         device = self.encoder_input.cls_token.device
         parts = [torch.empty(0, self.config.emb_dim, device=device)]
@@ -185,7 +223,8 @@ class MultimodalEncoder(nn.Module):
                     )
                     for i in range(start, min(start + batch, count))
                 ]
-                parts.append(self.pooled(pack(samples, self.geometry).to(device), pool))
+                packed = pack(samples, self.geometry).to(device)
+                parts.append(self.pooled_of_layers(packed, layers, pool)[:, 0])
         features_SD = torch.cat(parts)
         check_finite(features_SD, [f"number {i}" for i in range(count)])
         return features_SD

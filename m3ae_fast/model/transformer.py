@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -205,13 +207,25 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes those rows only: [M, D].
         `draws_S`: what stochastic depth draws from, see `drop_path_factors`."""
+        return deque(self.layers(x_TD, segments, draws_S, rows_M, queries), maxlen=1)[0]
+
+    def layers(
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        draws_S: Tensor,
+        rows_M: Tensor | None = None,
+        queries: Segments | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield what each block gives, [T, D], the last one as `forward` does."""
         *body, last = self.blocks
         factors = [None] * len(self.blocks)
         if self.drop_path and self.training:
             factors = list(drop_path_factors(draws_S, 2 * len(self.blocks), self.drop_path, self.drop_key).split(2))
         for block, factors_2S in zip(body, factors):
             x_TD = self._run(block, x_TD, segments, None, None, factors_2S)
-        return self._run(last, x_TD, segments, rows_M, queries, factors[-1])
+            yield x_TD
+        yield self._run(last, x_TD, segments, rows_M, queries, factors[-1])
 
     def compile_blocks(self, samples: int = 0) -> None:
         """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. Of `samples` a

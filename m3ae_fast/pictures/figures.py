@@ -110,6 +110,39 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_ep
     _save(figure, path)
 
 
+def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str) -> None:
+    """Write a PNG: accuracies with their standard errors, a line for each name. `lines`: (x, accuracy, error) of each
+    point. `axis`: what x is."""
+    figure, (axes,) = _figure(5.6, 3.6)
+    for name, points in lines.items():
+        x, accuracy, error = zip(*points)
+        axes.errorbar(x, accuracy, yerr=error, label=name, marker="o", markersize=3, capsize=2, linewidth=1.2)
+    axes.set(
+        xlabel=axis, ylabel="top-1 accuracy", xticks=sorted({point[0] for each in lines.values() for point in each})
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float) -> None:
+    """Write a PNG: the accuracy of each model with its standard error, beside each other for each probe, and chance.
+    `rows`: with model, probe, top1 and top1_se."""
+    models, probes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "probe"))
+    figure, (axes,) = _figure(1.6 + 0.5 * len(rows), 3.8)
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        own = [row for row in rows if row["model"] == model]
+        x = [probes.index(row["probe"]) + (number - (len(models) - 1) / 2) * width for row in own]
+        errors = [row["top1_se"] for row in own]
+        axes.bar(x, [row["top1"] for row in own], 0.9 * width, yerr=errors, capsize=2, label=str(model)[:40])
+    axes.axhline(chance, color="grey", linestyle=":", linewidth=1, label="largest class")
+    axes.set_xticks(range(len(probes)), probes)
+    axes.set(ylabel="top-1 accuracy")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
 def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
     """Write a PNG: accuracy over the bound of an attack, in units of 1/255."""
     figure, (axes,) = _figure(4.6, 3.2)

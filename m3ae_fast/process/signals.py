@@ -36,6 +36,7 @@ class StopRequest:
         self._listening = self._leaving = self._ended = False
         self._first_interrupt = float("inf")
         self._tell: Callable[[str], bool] | None = None
+        self.at_leaving: Callable[[], str] | None = None  # saves what there is before `listen`, and says it
         self._lock = threading.Lock()
         self._joined = threading.Event()
         if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
@@ -115,17 +116,27 @@ class StopRequest:
         if self._tell:
             with contextlib.suppress(Exception):  # the store has gone with the process that held it
                 first = self._tell(self.reason)
+        saved = self._saved()
         with self._lock:
             if self._listening:  # meanwhile it has begun to train, or ended
                 return
             if first:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"stopped before the first step ({self.reason}); nothing to save\n".encode())
+                    os.write(2, f"stopped {saved}\n".encode())
             self._leaving = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(_GRACE_S)
         kill_children()  # the commands of `pipe:` shards
         os._exit(0)
+
+    def _saved(self) -> str:
+        """Return what to say of a process that leaves."""
+        if self.at_leaving is None:
+            return f"before the first step ({self.reason}); nothing to save"
+        try:
+            return f"({self.reason}); {self.at_leaving()}"
+        except Exception as error:  # this thread must live on to end the process
+            return f"({self.reason}); what was found so far is lost: {error}"
 
 
 def _ignored(number: int) -> bool:

@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
+from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model, set_range
+from m3ae_fast.parquet import require_pyarrow
 from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
 from m3ae_fast.transfer.classifier import CONFIG_FILE as CLASSIFIER_FILE
-from m3ae_fast.transfer.job import Job, refuse_existing, show_result, write_result
+from m3ae_fast.transfer.difference import compare_results
+from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
+from m3ae_fast.transfer.probes import PROBES
 
 
 class Task(NamedTuple):
@@ -40,14 +44,46 @@ class Task(NamedTuple):
     classifies: bool = False  # MODEL is a classifier; has --labels
     may_classify: bool = False  # MODEL may be one
     modality: str | None = None  # the only one it takes
+    surveys: bool = False  # has --layers and --shots
+    compares: bool = False  # takes several MODELs, and opens them itself
+    sections: tuple[str, ...] = ("encode",)  # of settings
 
 
+DIFFERENCE = "difference"
 TASKS = {
-    "knn": Task("k-nearest-neighbour accuracy of frozen features"),
-    "linear": Task("train a linear classifier on frozen features; OUT gets the classifier", resumes=True),
-    "finetune": Task("train the encoder with a classification head; OUT gets the classifier", resumes=True),
-    "robustness": Task("accuracy of a classifier on attacked and on corrupted images", trains=False, classifies=True),
-    "ood": Task("detect out-of-distribution samples from frozen features or a classifier", may_classify=True),
+    "knn": Task("k-nearest-neighbour accuracy of frozen features", surveys=True, sections=("encode", "knn")),
+    "linear": Task(
+        "train a linear classifier on frozen features; OUT gets the classifier",
+        resumes=True,
+        surveys=True,
+        sections=("encode", "linear"),
+    ),
+    "attentive": Task(
+        "train a query that pools the frozen patch tokens, and a linear classifier",
+        modality="image",
+        surveys=True,
+        sections=("encode", "attentive"),
+    ),
+    "compare": Task(
+        "random weights and each MODEL by several probes and seeds: a table, and which differ",
+        modality="image",
+        compares=True,
+        sections=("encode", "knn", "linear", "attentive"),
+    ),
+    "finetune": Task(
+        "train the encoder with a classification head; OUT gets the classifier", resumes=True, sections=("finetune",)
+    ),
+    "robustness": Task(
+        "accuracy of a classifier on attacked and on corrupted images",
+        trains=False,
+        classifies=True,
+        sections=("robustness",),
+    ),
+    "ood": Task(
+        "detect out-of-distribution samples from frozen features or a classifier",
+        may_classify=True,
+        sections=("encode", "knn"),
+    ),
     "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
 }
 
@@ -56,10 +92,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("transfer", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
-        command = tasks.add_parser(name, help=task.about, description=task.about)
+        command = tasks.add_parser(
+            name,
+            help=task.about,
+            description=task.about,
+            epilog=settings_help(TransferConfig, task.sections),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
         about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
-        command.add_argument("model", metavar="MODEL", help=about)
+        command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
         shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
         if task.trains:
             command.add_argument(
@@ -91,6 +133,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 action="store_true",
                 help="encode every sample once, without augmentation: takes seconds instead of hours",
             )
+        if task.compares:
+            _add_comparison(command)
+        if task.surveys:
+            _add_survey(command)
         if task.resumes:
             command.add_argument(
                 "--resume",
@@ -98,11 +144,79 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 metavar="auto|no|PATH",
                 help="auto: continue from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
             )
+    about = "which of two results on the same samples is better, or whether they cannot be told apart"
+    command = tasks.add_parser(DIFFERENCE, help=about, description=about)
+    command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")
     return parser.parse_args(argv)
+
+
+def _add_survey(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layers",
+        metavar="all|N,N",
+        help="features after these blocks, from 1, in one pass over the images: OUT gets accuracy by depth, and no "
+        "classifier (default: the last one)",
+    )
+    command.add_argument(
+        "--shots",
+        type=_counts,
+        metavar="N,N",
+        help="train on so many samples of each class, drawn several times: 1,5,10 (default: on all)",
+    )
+    command.add_argument(
+        "--draws", type=_draws, default=5, metavar="N", help="how often --shots are drawn, from 2 (default: 5)"
+    )
+
+
+def _add_comparison(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--probes",
+        type=_probes,
+        default=[*PROBES],
+        metavar="NAME,NAME",
+        help=f"which of {', '.join(PROBES)} (default: all)",
+    )
+    command.add_argument(
+        "--seeds",
+        type=int,
+        choices=range(1, 101),
+        default=3,
+        metavar="N",
+        help="of each probe, and of random weights (default: 3)",
+    )
+
+
+def _probes(text: str) -> list[str]:
+    names = [*dict.fromkeys(text.split(","))]
+    if unknown := [name for name in names if name not in PROBES]:
+        raise argparse.ArgumentTypeError(f"{text}: no probe {unknown[0]!r}; choose from {', '.join(PROBES)}")
+    return names
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers from 1 with commas, such as 1,5,10")
+    return sorted({int(part) for part in parts})
+
+
+def _draws(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 1):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 2")
+    return int(text)
+
+
+def _module(args: argparse.Namespace) -> str:
+    """Return the module that does the task."""
+    surveys = args.task == "attentive" or getattr(args, "layers", None) or getattr(args, "shots", None)
+    return "survey" if surveys else args.task
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.task == DIFFERENCE:
+        print(compare_results(args.results))
+        return 0
     with joined_program() as session:
         args.modality = session.ranks.broadcast(lambda: _modality(args))
         perform(args, session.ranks.broadcast(lambda: _config(args)), session)
@@ -137,19 +251,24 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     ranks = session.ranks
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     require_matplotlib()
+    require_pyarrow("the table of predictions")
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    model: M3AE | Classifier
-    if _is_classifier(args):
+    model: M3AE | Classifier | None
+    if TASKS[args.task].compares:
+        model = None
+    elif _is_classifier(args):
         model = Classifier.from_pretrained(args.model)
     else:
         text = args.modality != "image"
         model = open_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
-    set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
+    if model is not None:
+        set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
+        model = model.to(ranks.device).eval()
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(args, config, session, folder, model.to(ranks.device).eval())
-        result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{args.task}").run(job)
+        job = Job(args, config, session, folder, model)
+        result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{_module(args)}").run(job)
         if result is None:
             return
         result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
@@ -158,7 +277,7 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
         for draw in job.pictures:
             ranks.on_main(draw)
         ranks.on_main(lambda: show_result(job.out, result))
-        job.say(f"{args.task}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, int | float)))
+        job.say(f"{args.task}: {summary(result)}")
 
 
 if __name__ == "__main__":

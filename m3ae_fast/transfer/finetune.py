@@ -110,6 +110,7 @@ def set_up(job: Job) -> FineTuning:
         stream=stream,
         notes=notes,
         classes=classes,
+        names=job.names,
         start=found.step,
     )
 
@@ -136,6 +137,8 @@ def run(job: Job) -> dict[str, Any] | None:
     if result is None:
         return None
     _save_classifier(loop)
+    assert loop.predictions is not None
+    job.keep(loop.predictions.columns(loop.classes))
     job.pictures.append(loop.draw)
     cautions = job.ranks.broadcast(loop.cautions)
     for caution in cautions:

@@ -1,6 +1,6 @@
 """The classifier that fine-tuning trains, and its training loop.
 
-Shapes: S samples of a batch, N held-out samples, K classes, or the best of them.
+Shapes: S samples of a batch, K classes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.transfer.augment import Mixing
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop
-from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
+from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.recipe import sentence
 
 
@@ -79,23 +79,20 @@ class FineTuning(LabelledLoop):
             UserError: too many of them cannot be used.
         """
         self.stop_if_not_finite()
-        own: list[tuple[Tensor, Tensor, tuple[Skipped, ...]]] = []
+        own: list[tuple[Predictions, tuple[Skipped, ...]]] = []
         batches = self.pulse.watch(self.val_loader, f"evaluating after step {self.step}")
         try:
             with self._inference() as infer:
                 for batch in until_stopped(batches, self.ranks, self.stop):
                     assert batch.labels is not None
-                    best_SK = best_classes(infer(batch.to(self.ranks.device)).float()).cpu()
-                    own.append((best_SK, batch.labels, batch.skipped))
+                    scores_SK = infer(batch.to(self.ranks.device)).float()
+                    own.append((Predictions.of(batch.keys, batch.labels, scores_SK), batch.skipped))
         except Stopped:
             self.cut_short()
             return None
-        best, labels, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
+        predictions, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
         check_skipped([each for part in skipped for each in part], self.val.samples, self.max_bad_fraction)
-        self.best_NK, self.labels_N = torch.cat(best), torch.cat(labels)
-        values = topk_accuracy(self.best_NK, self.labels_N)
-        self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
-        return values
+        return self.evaluated(Predictions.joined(predictions))
 
     @contextmanager
     def _inference(self) -> Iterator[Callable[[PackedBatch], Tensor]]:

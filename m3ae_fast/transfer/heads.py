@@ -1,7 +1,7 @@
 """Classification heads on pooled features, as the official code has them (young-geng/m3ae_public,
 `LinearCLS` and `ViTClassifier` of m3ae/model.py).
 
-Shapes: S samples, D width, K classes.
+Shapes: S samples, L patches, D width, K classes, H attention heads of width d.
 """
 
 from __future__ import annotations
@@ -70,10 +70,43 @@ class FineTuneHead(Head):
         super().__init__(LayerNorm(dim, eps=EPS), dim, classes)
 
 
+class AttentiveHead(nn.Module):
+    """One learnt query's multi-head cross-attention over patch tokens, as CAPI's probe (arXiv 2502.08769) and V-JEPA's
+    (arXiv 2404.08471) pool, then `LinearProbeHead`: tokens [S, L, D] -> logits [S, K].
+
+    It begins as a linear probe of the tokens' mean: the query is 0, which attends to all alike, and values are the
+    tokens. In training mode the statistics are those of the tokens it is given.
+    """
+
+    def __init__(self, dim: int, classes: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(heads, dim // heads))
+        self.keys, self.values = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        init_linear(self.keys)
+        nn.init.eye_(self.values.weight)
+        self.head = LinearProbeHead(dim, classes)
+
+    def pool(self, tokens_SLD: Tensor) -> Tensor:
+        """Return what the query finds, [S, D].
+
+        One query needs no key or value of each token: it is multiplied with the weights of the keys, and those of the
+        values with the mean that it takes of the tokens.
+        """
+        heads, width = self.query.shape
+        keys_HdD, values_HdD = (part.weight.unflatten(0, (heads, width)) for part in (self.keys, self.values))
+        query_HD = torch.einsum("hd,hdi->hi", self.query, keys_HdD) / math.sqrt(width)
+        weights_SHL = (query_HD @ tokens_SLD.mT).softmax(-1)
+        return torch.einsum("shi,hdi->shd", weights_SHL @ tokens_SLD, values_HdD).flatten(1)
+
+    def forward(self, tokens_SLD: Tensor) -> Tensor:
+        return self.head(self.pool(tokens_SLD))
+
+
 @torch.no_grad()
 def init_linear(linear: nn.Linear) -> None:
     """Initialise as flax does: weights of variance 1 / inputs from a normal distribution cut off at two standard
     deviations (`lecun_normal`), bias 0."""
     std = math.sqrt(1 / linear.in_features) / _TRUNCATED_STD
     nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(linear.bias)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

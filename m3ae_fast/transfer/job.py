@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,20 @@ from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.transfer import TransferConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, open_corpus, samples_of
-from m3ae_fast.data.labels import Classes, label_corpus
+from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.encoding import UNMASKED, Features, encode_corpus
 from m3ae_fast.errors import UserError
+from m3ae_fast.parquet import write_parquet
 from m3ae_fast.pictures.figures import BLACK, Cell, Colour
 from m3ae_fast.process.program import Session
 from m3ae_fast.run.run_folder import RunFolder
+from m3ae_fast.transfer.predictions import ERROR
+from m3ae_fast.transfer.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.whole_file import whole_file
 
-RESULT_FILE = "result.json"
+RESULT_FILE, SO_FAR_FILE = "result.json", "result-so-far.json"
+
+Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Job:
     session: Session
     folder: RunFolder | None  # OUT, on the main rank only
     model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device
+    names: list[str] = field(default_factory=list)  # of classes, for pictures; see `open_labelled`
     pictures: list[Callable[[], None]] = field(default_factory=list)  # drawn once the result is written
 
     def __post_init__(self) -> None:
@@ -57,7 +63,8 @@ class Job:
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Return training and validation samples that have a class, and the classes by id.
+        """Return training and validation samples that have a class, and the classes by id; `names` then has what to
+        call them.
 
         Raises:
             UserError: as `open_corpus` and `label_corpus` do.
@@ -71,12 +78,18 @@ class Job:
             labelled.append(found)
             self.say(f"{found.samples:,} of {corpus.samples:,} samples have one of {len(classes)} classes")
         assert classes is not None
+        self.names = class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
-    def encode(self, corpus: Corpus, title: str) -> Features:
-        """Return pooled features of all samples. Raises UserError as `encode_corpus` does."""
-        data, config = self.config.data, self.config.encode
-        return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse)
+    def encode(
+        self, corpus: Corpus, title: str, layers: Sequence[int] | None = None, *, patches: bool = False
+    ) -> Features:
+        """Return pooled features of all samples; of several layers, or with their patches, and errors as
+        `encode_corpus` does."""
+        data, config, pulse = self.config.data, self.config.encode, self.pulse
+        return encode_corpus(
+            self.model, corpus, data, config, self.ranks, title=title, layers=layers, patches=patches, pulse=pulse
+        )
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
         """Return samples of a corpus as the encoder saw them, by key."""
@@ -100,6 +113,29 @@ class Job:
         if self.ranks.is_main:
             print(text, flush=True)
 
+    def keep(self, columns: Columns) -> None:
+        """Write what is known of each sample, as predictions.parquet."""
+        self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
+
+    def keep_if_stopped(self, found: Callable[[], tuple[dict[str, Any], Columns]]) -> None:
+        """From now on, where this rank is asked to stop, write and print what was found so far, before it leaves.
+
+        Args:
+            found: called then, in a thread of its own; returns what result.json and predictions.parquet would hold.
+        """
+        self.stop.at_leaving = lambda: self._write_so_far(*found())
+
+    def _write_so_far(self, result: dict[str, Any], columns: Columns) -> str:
+        if not self.ranks.is_main:
+            return "rank 0 writes what was found so far"
+        if (self.out / RESULT_FILE).exists():
+            return f"the result is in {self.out / RESULT_FILE}"
+        if not result:
+            return "nothing was found yet"
+        write_parquet(self.out / PREDICTIONS_FILE, columns)
+        write_result(self.out, result, SO_FAR_FILE)
+        return f"found so far, in {self.out / SO_FAR_FILE}: {summary(result)}"
+
 
 def refuse_existing(out: Path) -> None:
     """Raise UserError if `out` holds a result."""
@@ -107,10 +143,22 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"--out {out}: already holds a {RESULT_FILE}; choose another folder")
 
 
-def write_result(out: Path, result: dict[str, Any]) -> None:
+def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> None:
     """Write result.json, which is whole or not there."""
-    with whole_file(out / RESULT_FILE) as partial:
+    with whole_file(out / name) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if name == RESULT_FILE:
+        (out / SO_FAR_FILE).unlink(missing_ok=True)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the numbers of a result as a line, each with its standard error where that is known."""
+    numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    shown = {name: f"{value:.4g}" for name, value in numbers.items() if not name.endswith(ERROR)}
+    for name in shown:
+        if name + ERROR in numbers:
+            shown[name] = f"{numbers[name]:.4f} ± {numbers[name + ERROR]:.4f}"
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def show_result(out: Path, result: dict[str, Any]) -> None:

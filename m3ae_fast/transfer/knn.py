@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.data import Corpus
-from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import Features
 from m3ae_fast.pictures.figures import GREEN, RED, draw_confusion, draw_sheet
 from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.metrics import accuracies
+from m3ae_fast.transfer.predictions import Predictions
 
 _AT_A_TIME = 512
 _SHOWN, _NEIGHBOURS = 8, 7  # samples drawn, and neighbours of each
@@ -59,15 +58,16 @@ def run(job: Job) -> dict[str, Any]:
     scores_MC = knn_scores(
         bank.features_ND, bank.labels_N, queries.features_ND, len(classes), config.k, config.temperature
     )
-    predicted_M = scores_MC.argmax(1)
+    predictions = Predictions.of(queries.keys, queries.labels_N, scores_MC, votes=True)
+    job.keep(predictions.columns(classes))
 
     def draw() -> None:
-        assert queries.labels_N is not None
-        draw_confusion(job.out / "confusion.png", queries.labels_N, predicted_M, classes)
-        _draw_neighbours(job, (train, val), (bank, queries), predicted_M, classes)
+        predicted_M = predictions.best_NK[:, 0]
+        draw_confusion(job.out / "confusion.png", predictions.labels_N, predicted_M, job.names)
+        _draw_neighbours(job, (train, val), (bank, queries), predicted_M)
 
     job.pictures.append(draw)
-    return accuracies(scores_MC, queries.labels_N) | {
+    return predictions.accuracies() | {
         "k": config.k,
         "classes": len(classes),
         "train_samples": len(bank.keys),
@@ -81,7 +81,6 @@ def _draw_neighbours(
     corpora: tuple[Corpus, Corpus],
     features: tuple[Features, Features],
     predicted_M: Tensor,
-    classes: Classes,
 ) -> None:
     """Draw some samples evenly, and the training samples most like each; green where they are of its class."""
     bank, queries = features
@@ -95,10 +94,10 @@ def _draw_neighbours(
     for row, nearest_K in zip(rows_Q.tolist(), nearest_QK.tolist()):
         label, predicted = int(queries.labels_N[row]), int(predicted_M[row])
         right = GREEN if label == predicted else RED
-        text = str(classes[label]) + ("" if label == predicted else f", taken for {classes[predicted]}")
+        text = job.names[label] + ("" if label == predicted else f", taken for {job.names[predicted]}")
         cells = [job.cell(asked.get(queries.keys[row]), text, right)]
         for other in nearest_K:
             own = int(bank.labels_N[other])
-            cells.append(job.cell(neighbours.get(bank.keys[other]), str(classes[own]), GREEN if own == label else RED))
+            cells.append(job.cell(neighbours.get(bank.keys[other]), job.names[own], GREEN if own == label else RED))
         sheet.append(cells)
     draw_sheet(job.out / "neighbours.png", sheet, ("sample", "nearest training samples"))

@@ -1,7 +1,4 @@
-"""The training loop that the linear probe and fine-tuning have in common.
-
-Shapes: N held-out samples, K best classes.
-"""
+"""The training loop that the linear probe and fine-tuning have in common."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
@@ -20,6 +16,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_confusion, draw_training
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
+from m3ae_fast.transfer.predictions import ERROR, Predictions
 from m3ae_fast.transfer.recipe import OFFICIAL
 
 _TIMED = 5  # steps
@@ -39,11 +36,12 @@ class LabelledLoop(Loop):
 
     notes: list[str]  # on what a resumed run does otherwise
     classes: Classes
+    names: list[str]  # of the classes, for pictures
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seen, self.waited, self.since = 0.0, 0.0, time.perf_counter()  # samples and seconds since then
-        self.best_NK, self.labels_N = torch.empty(0), torch.empty(0)  # see `best_classes`: the last evaluation's
+        self.predictions: Predictions | None = None  # the last evaluation's
 
     def say_first(self, text: str) -> None:
         """Say what the run is, and the notes on it."""
@@ -89,11 +87,20 @@ class LabelledLoop(Loop):
                 lines.append(f"training accuracy was still rising, by {rise:.1%}; raise {self.settings.SECTION}.epochs")
         return lines
 
+    def evaluated(self, predictions: Predictions) -> dict[str, float]:
+        """Keep predictions of all held-out samples, and return their accuracies, which are logged too."""
+        self.predictions = predictions
+        values = predictions.accuracies()
+        self.log.log(self.step, {f"val_{name}": value for name, value in values.items() if not name.endswith(ERROR)})
+        return values
+
     def draw(self) -> None:
         """Draw the run and its last evaluation, on the main rank."""
         folder = self.run.dir
         draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
-        draw_confusion(folder / "confusion.png", self.labels_N, self.best_NK[:, 0], self.classes)
+        found = self.predictions
+        assert found is not None
+        draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.names)
 
 
 def rising(lines: list[dict[str, Any]], batch: int) -> float:

@@ -25,7 +25,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.labelled_loop import LabelledLoop
-from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
+from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
 from m3ae_fast.transfer.rates import Tried, best, edge, table, try_rates
 from m3ae_fast.transfer.recipe import chosen, sentence, settled
@@ -63,12 +63,9 @@ class Probing(LabelledLoop):
         self.pulse.mark(f"evaluating after step {self.step}")
         self.head.eval()
         with torch.no_grad():
-            self.best_NK = best_classes(self.head(self.val.features_ND.to(self.ranks.device))).cpu()
+            scores_NK = self.head(self.val.features_ND.to(self.ranks.device))
         assert self.val.labels_N is not None
-        self.labels_N = self.val.labels_N
-        values = topk_accuracy(self.best_NK, self.labels_N)
-        self.log.log(self.step, {f"val_{name}": value for name, value in values.items()})
-        return values
+        return self.evaluated(Predictions.of(self.val.keys, self.val.labels_N, scores_NK))
 
 
 def set_up(job: Job) -> Probing:
@@ -135,6 +132,7 @@ def set_up(job: Job) -> Probing:
         val=held_out,
         tried=tried,
         classes=classes,
+        names=job.names,
         start=found.step,
     )
 
@@ -163,6 +161,8 @@ def run(job: Job) -> dict[str, Any] | None:
     if result is None:
         return None
     job.ranks.on_main(lambda: _save_classifier(job, loop))
+    assert loop.predictions is not None
+    job.keep(loop.predictions.columns(loop.classes))
     job.pictures.append(loop.draw)
     cautions = job.ranks.broadcast(loop.cautions) + edge(loop.tried, loop.config.peak_lr)
     for caution in cautions:

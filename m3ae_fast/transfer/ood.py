@@ -27,7 +27,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_detection
 from m3ae_fast.transfer.classifier import Classifier
-from m3ae_fast.transfer.job import Job
+from m3ae_fast.transfer.job import Job, summary
 
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS, CONFIDENCE = 1000, 0.95
@@ -145,21 +145,34 @@ def run(job: Job) -> dict[str, Any]:
     if isinstance(job.model, Classifier):
         _check_classes(job.model, classes)
         head, job = _head_of(job.model), _of_encoder(job, job.model)
+    result: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    others = sum(corpus.samples for corpus in strange.values())
+    job.say(
+        f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
+        "encoded; then four scores tell the last two apart"
+    )
+    job.keep_if_stopped(lambda: (dict(result), dict(columns)))  # at any time, from another thread
     train, val = job.encode(labelled, "encoding train"), job.encode(held_out, "encoding val")
     assert train.labels_N is not None
     seed = job.config.run.seed
     scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, seed, head)
     known = scores(val.features_ND.numpy())
-    result: dict[str, Any] = {}
+    columns |= {"key": [*val.keys], "set": ["val"] * len(val.keys), **{name: [*own] for name, own in known.items()}}
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
     for name, corpus in strange.items():
         prefix = f"{name}_" if name else ""
         found = job.encode(corpus, f"encoding {name or 'ood'}")
         other = scores(found.features_ND.numpy())
-        result |= {f"{prefix}{key}": value for key, value in _compare(known, other, seed).items()}
+        told = {f"{prefix}{key}": value for key, value in _compare(known, other, seed).items()}
+        result |= told
+        job.say(f"{name or 'ood'}: {summary(told)}")
+        more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
+        columns.update({column: [*columns[column], *values] for column, values in more.items()})  # at once: see above
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")
         job.pictures.append(partial(draw_detection, path, known, other))
+    job.keep(columns)
     return result | {"classes": len(classes)} | samples
 
 

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -78,7 +77,7 @@ def try_rates(
     assert held_out.labels_N is not None
     with torch.no_grad():
         x_ND, labels_N = norm(held_out.features_ND.to(ranks.device)), held_out.labels_N.to(ranks.device)
-        return [_judged(_times(config, f), head.linear(x_ND), labels_N) for f, head in zip(FACTORS, heads)]
+        return [judged(_times(config, f), head.linear(x_ND), labels_N) for f, head in zip(FACTORS, heads)]
 
 
 def split(bank: Features) -> tuple[Features, Features]:
@@ -86,7 +85,7 @@ def split(bank: Features) -> tuple[Features, Features]:
     rest of fewer than ten samples."""
     order = sorted(range(len(bank.keys)), key=lambda row: hashlib.sha256(os.fsencode(bank.keys[row])).digest())
     few = len(order) // 10
-    return _rows(bank, sorted(order[few:])), _rows(bank, sorted(order[:few]))
+    return bank.rows(sorted(order[few:])), bank.rows(sorted(order[:few]))
 
 
 def best(tried: Sequence[Tried]) -> Tried:
@@ -113,18 +112,13 @@ def _head(dim: int, classes: int, seed: int) -> LinearProbeHead:
     return LinearProbeHead(dim, classes).train()
 
 
-def _rows(bank: Features, rows: list[int]) -> Features:
-    assert bank.labels_N is not None
-    keys = [bank.keys[row] for row in rows]
-    return replace(bank, keys=keys, features_ND=bank.features_ND[rows], labels_N=bank.labels_N[rows])
-
-
 def _times(config: LinearProbeConfig, factor: float) -> float:
     assert config.peak_lr is not None
     return float(f"{factor * config.peak_lr:.3g}")
 
 
-def _judged(peak_lr: float, logits_NK: Tensor, labels_N: Tensor) -> Tried:
+def judged(peak_lr: float, logits_NK: Tensor, labels_N: Tensor) -> Tried:
+    """Return how well a rate did, by the logits of the held-out samples."""
     if not logits_NK.isfinite().all():
         return Tried(peak_lr, 0.0, None)
     correct = (logits_NK.argmax(1) == labels_N).double().mean()

@@ -22,18 +22,24 @@ from m3ae_fast.data.index import Modality
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import BLACK, GREEN, Cell, draw_sheet
-from m3ae_fast.transfer.job import Job
+from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.transfer.predictions import ERROR
+from m3ae_fast.transfer.significance import standard_error
 
 RANKS = (1, 5, 10)
+AT_CHANCE = (
+    "note: this is what chance gives. M3AE learns to predict words and patches from each other; it learns no alignment "
+    "of whole captions with whole images, so that their pooled features need not lie alike"
+)
 _AT_A_TIME = 512
 _SHOWN, _BEST = 5, 5  # queries drawn, and what is found for each
 
 
-def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
-    """Return the fraction of the queries, from 0 to 1, whose own candidate, the one of the same row, is among the k
-    most alike (cosine), by k of RANKS.
+def own_ranks(queries_ND: Tensor, candidates_ND: Tensor) -> Tensor:
+    """Return the place of each query's own candidate, the one of the same row, among all by likeness (cosine): int64
+    [N], 1 for the most alike.
 
-    A tie counts as a miss: features that are all the same find nothing.
+    Of a tie it is the last: features that are all the same find nothing.
 
     Args:
         queries_ND, candidates_ND: floating features, on one device.
@@ -44,13 +50,26 @@ def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
         similarity_QN = F.normalize(queries_ND[start : start + _AT_A_TIME], dim=1) @ candidates_ND.T
         own_Q1 = similarity_QN.diagonal(start)[:, None]
         ranks.append((similarity_QN >= own_Q1).sum(1))  # 1 where no other is as alike
-    ranks_N = torch.cat(ranks)
+    return torch.cat(ranks)
+
+
+def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
+    """Return the fraction of the queries, from 0 to 1, whose own candidate is among the k most alike, by k of RANKS;
+    see `own_ranks`."""
+    ranks_N = own_ranks(queries_ND, candidates_ND)
     return {k: (ranks_N <= k).double().mean().item() for k in RANKS}
 
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if there are fewer than two pairs, or two samples have one key."""
     pairs = job.open(job.config.data.val)
+    result: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    job.say(
+        f"retrieval: {pairs.samples:,} samples, encoded twice, images and captions; then each image looks for its "
+        "caption among all, and each caption for its image"
+    )
+    job.keep_if_stopped(lambda: (dict(result), dict(columns)))
     images, texts = (_encode(job, pairs, modality) for modality in ("image", "text"))
     for features in (images, texts):
         _refuse_shared(features.keys)
@@ -60,14 +79,32 @@ def run(job: Job) -> dict[str, Any]:
     images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
     keys = [key for key in images.keys if key in common]
     job.pictures.append(lambda: _draw(job, pairs, keys, images_ND, texts_ND))
-    result: dict[str, Any] = {}
+    columns["key"] = keys
     for name, queries_ND, candidates_ND in (
         ("image_to_text", images_ND, texts_ND),
         ("text_to_image", texts_ND, images_ND),
     ):
-        result |= {f"{name}_recall{k}": fraction for k, fraction in recalls(queries_ND, candidates_ND).items()}
+        columns[f"{name}_rank"] = own_ranks(queries_ND, candidates_ND).tolist()
+        found = {f"{name}_recall{k}": fraction for k, fraction in recalls(queries_ND, candidates_ND).items()}
+        errors = {name + ERROR: standard_error(fraction, len(keys)) for name, fraction in found.items()}
+        result |= found | errors
+        job.say(f"{name}: {summary(found | errors)}")
+    job.keep(columns)
     chance = {f"chance_recall{k}": min(k / len(common), 1.0) for k in RANKS}
-    return result | chance | {"pairs": len(common), "skipped": pairs.samples - len(common)}
+    result |= chance | {"pairs": len(common), "skipped": pairs.samples - len(common)}
+    if at_chance(result):
+        job.say(AT_CHANCE)
+    return result
+
+
+def at_chance(result: dict[str, Any]) -> bool:
+    """Return whether no recall is above chance by more than two standard errors of chance."""
+
+    def above(name: str) -> bool:
+        chance = result[f"chance_{name.rpartition('_')[2]}"]
+        return result[name] - chance > 2 * standard_error(chance, result["pairs"])
+
+    return not any(above(f"{way}_recall{k}") for way in ("image_to_text", "text_to_image") for k in RANKS)
 
 
 def _encode(job: Job, pairs: Corpus, modality: Modality) -> Features:

@@ -5,9 +5,9 @@ Shapes: S samples, K classes, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -15,22 +15,32 @@ from torch import Tensor
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config.transfer import RobustnessConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader, eval_samples
-from m3ae_fast.data.dataset import Transform
-from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.data.order import hash64
 from m3ae_fast.encoding import UNMASKED, check_skipped
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import Cell, draw_attack, draw_sheet
-from m3ae_fast.progress import track
+from m3ae_fast.progress import Pace, track
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.corruptions import PROCEDURAL, Corruption
-from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.metrics import accuracies
+from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.transfer.predictions import Predictions, stacked
 from m3ae_fast.transfer.robustness_pgd import pgd
 
 _TRIED = 8  # samples, until one has an image to be drawn
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
+CLEAN = "clean"
+_BACKWARD = 2  # forward passes that a backward pass lasts
+
+
+class Pass(NamedTuple):
+    """One look at all samples."""
+
+    classify: Classify
+    cost: int = 1  # forward passes
+    corruption: Corruption | None = None
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -45,22 +55,68 @@ def run(job: Job) -> dict[str, Any]:
     if val.has_captions:
         model.backbone.require_tokenizer()
     model.requires_grad_(False)
-    clean = _accuracy(job, val, model, "clean")
-    result: dict[str, Any] = {**clean, "pgd": {}, "corruptions": {}}
-    for epsilon in config.epsilons:
-        attacked = _attack(job, model, epsilon / 255)
-        result["pgd"][f"{epsilon:g}/255"] = _accuracy(job, val, attacked, f"pgd {epsilon:g}/255")["top1"]
-    for kind in config.corruptions:
-        found = [
-            _accuracy(job, val, model, f"{kind} {severity}", Corruption(kind, severity))["top1"]
-            for severity in config.severities
-        ]
-        result["corruptions"][kind] = found
-    if config.corruptions:
-        result |= corruption_errors(result["corruptions"], clean["top1"])
+    passes, images = _passes(job), min(config.samples or val.samples, val.samples)
+    job.say(_plan(config, images, passes))
+    found: dict[str, Predictions] = {}
+    job.keep_if_stopped(lambda: (_result(config, dict(found)), _columns(dict(found), model.config.classes)))
+    pace = Pace(sum(each.cost for each in passes.values()))
+    for number, (name, each) in enumerate(passes.items(), 1):
+        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})")
+        left = f", about {pace.left(each.cost)} left" if number < len(passes) else ""
+        job.say(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
+    job.keep(_columns(found, model.config.classes))
+    result = _result(config, found)
     job.pictures.append(lambda: _draw(job, val, result))
-    result["val_samples"] = min(config.samples or val.samples, val.samples)
+    return result | {"val_samples": images}
+
+
+def _passes(job: Job) -> dict[str, Pass]:
+    """Return what is to be done, in order, by name."""
+    config, model = job.config.robustness, job.model
+    passes = {CLEAN: Pass(model)}
+    for epsilon in config.epsilons:
+        cost = 1 + config.steps * (1 + _BACKWARD)
+        passes[_attack_name(epsilon)] = Pass(_attack(job, model, epsilon / 255), cost)
+    for kind in config.corruptions:
+        for severity in config.severities:
+            passes[f"{kind} {severity}"] = Pass(model, corruption=Corruption(kind, severity))
+    return passes
+
+
+def _attack_name(epsilon: float) -> str:
+    return f"pgd {epsilon:g}/255"
+
+
+def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> str:
+    """Return what is going to be done."""
+    kinds, severities, attacks = len(config.corruptions), len(config.severities), len(config.epsilons)
+    forward = sum(each.cost for each in passes.values())
+    return (
+        f"robustness: {images:,} images, {len(passes)} times: clean, {attacks} attacks of {config.steps} steps, "
+        f"{kinds} corruptions at {severities} severities; together as long as {forward * images:,} images take to be "
+        "classified (fewer: robustness.samples)"
+    )
+
+
+def _result(config: RobustnessConfig, found: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Return the result of the passes that were made; empty where there is none."""
+    if CLEAN not in found:
+        return {}
+    top1 = {name: predictions.accuracies()["top1"] for name, predictions in found.items()}
+    pgd = {f"{e:g}/255": top1[_attack_name(e)] for e in config.epsilons if _attack_name(e) in top1}
+    corruptions: dict[str, list[float]] = {
+        kind: [top1[f"{kind} {severity}"] for severity in config.severities if f"{kind} {severity}" in top1]
+        for kind in config.corruptions
+    }
+    result: dict[str, Any] = {**found[CLEAN].accuracies(), "pgd": pgd, "corruptions": corruptions}
+    if corruptions and all(len(each) == len(config.severities) for each in corruptions.values()):
+        result |= corruption_errors(corruptions, top1[CLEAN])
     return result
+
+
+def _columns(found: Mapping[str, Predictions], classes: Classes) -> dict[str, list[Any]]:
+    """Return the table of all passes' predictions, with the pass in the column `condition`."""
+    return stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes)
 
 
 def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:
@@ -94,17 +150,14 @@ def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
     draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in config.severities)))
 
 
-def _accuracy(
-    job: Job, corpus: Corpus, classify: Classify, title: str, transform: Transform | None = None
-) -> dict[str, float]:
-    """Return accuracies over all ranks."""
+def _predictions(job: Job, corpus: Corpus, each: Pass, title: str) -> Predictions:
+    """Return the predictions of one pass, of all ranks."""
     config, ranks, model = job.config.robustness, job.ranks, job.model
     preparation = Preparation(model.backbone.geometry, UNMASKED, model.backbone.tokenizer, job.config.run.seed)
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
-    batches = eval_loader(job.config.data, corpus, preparation, share, config.samples, transform=transform)
+    batches = eval_loader(job.config.data, corpus, preparation, share, config.samples, transform=each.corruption)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), show=ranks.is_main)
-    names = ("top1", "top5") if len(model.config.classes) > 5 else ("top1",)
-    samples, sums = 0, dict.fromkeys(names, 0.0)
+    own: list[Predictions] = []
     skipped: list[Skipped] = []
     for batch in shown:
         skipped += batch.skipped
@@ -113,13 +166,10 @@ def _accuracy(
         batch = batch.to(ranks.device)
         assert batch.labels is not None
         with torch.no_grad():
-            found = accuracies(classify(batch), batch.labels)
-        samples += len(batch.keys)
-        sums = {name: sums[name] + found[name] * len(batch.keys) for name in names}
-    skipped = [each for part in ranks.gather(skipped) for each in part]
+            own.append(Predictions.of(batch.keys, batch.labels, each.classify(batch)))
+    skipped = [some for part in ranks.gather(skipped) for some in part]
     check_skipped(skipped, min(config.samples or corpus.samples, corpus.samples), job.config.data.max_bad_fraction)
-    total, *correct = ranks.sum([samples, *sums.values()])
-    return {name: value / total for name, value in zip(names, correct)}
+    return Predictions.joined([some for part in ranks.gather(own) for some in part])
 
 
 def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:

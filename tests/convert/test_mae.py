@@ -118,11 +118,11 @@ def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
     close = {"rtol": 0, "atol": 2e-5}
     torch.testing.assert_close(model.encode(images, precision="fp32"), expected, **close)
     batch = pack([Sample(str(i), image, torch.zeros(9) > 0) for i, image in enumerate(images)], model.geometry)
-    pooled, rows = model.pooled_and_rows(batch)
-    torch.testing.assert_close(pooled, expected, **close)
-    torch.testing.assert_close(rows, model.forward_encoder(batch))
-    torch.testing.assert_close(model.pooled(batch, "cls"), model.pooled_and_rows(batch, "cls")[0])
-    assert (rows.unflatten(0, (4, -1))[:, 1:].mean(1) - expected).abs().max() > 1e-2  # the other order is another thing
+    pooled, patches = model.pooled_and_patches(batch, [2])
+    torch.testing.assert_close(pooled[:, 0], expected, **close)
+    torch.testing.assert_close(patches[:, 0], model.forward_encoder(batch).unflatten(0, (4, -1))[:, 1:])
+    torch.testing.assert_close(model.pooled(batch, "cls"), model.pooled_and_patches(batch, [2], "cls")[0][:, 0])
+    assert (patches[:, 0].mean(1) - expected).abs().max() > 1e-2  # the other order is another thing
 
 
 def test_arguments_of_the_run_are_told(tmp_path, capsys):

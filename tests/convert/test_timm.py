@@ -1,10 +1,12 @@
 """The image encoder to timm's VisionTransformer and back."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.convert.__main__ import main
@@ -49,9 +51,6 @@ CASES = {
 }
 
 
-POOL = {"after_norm": "cls", "before_norm": "mean"}  # what timm's model returns
-
-
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
@@ -61,7 +60,7 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     ours = model.representation(images)
-    pooled = model.encode(images, pool=POOL[model.config.mean_pool], precision="fp32")
+    pooled = model.encode(images, precision="fp32")
     torch.testing.assert_close(vit(normal), pooled, rtol=0, atol=2e-5)
     if not isinstance(vit.norm, torch.nn.Identity):
         torch.testing.assert_close(vit.forward_features(normal), ours, rtol=0, atol=2e-5)
@@ -73,6 +72,24 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
     for name in ("image_std", "gelu", "mean_pool"):
         assert getattr(back.config, name) == getattr(model.config, name)
     torch.testing.assert_close(back.representation(images), ours, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("order", ["after_norm", "before_norm"])
+def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch, order):
+    """Of an image of the model's size they are the same; of another, but for how the two make it smaller."""
+    model, images, _ = make(mean_pool=order)
+    write_timm(tmp_path / "timm", model.config, model.state_dict())
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "timm/README.md").read_text(), re.DOTALL)
+    large = torch.nn.functional.interpolate(images[:1].float(), (48, 60), mode="bicubic").clamp(0, 255).byte()[0]
+    for pixels, close in ((images[0], 1e-5), (large, 1e-2)):
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        found: dict = {"image": image}
+        with torch.no_grad():
+            exec(code, found)
+        expected = model.encode([image], precision="fp32")
+        assert found["features"].shape == expected.shape
+        assert torch.cosine_similarity(found["features"], expected).item() > 1 - close
 
 
 @torch.no_grad()

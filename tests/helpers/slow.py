@@ -6,6 +6,7 @@ SLOW = (
     "convert/test_official.py::test_features_and_losses_are_the_official_ones",
     "convert/test_official.py::test_fine_tuned_classifier_gives_its_encoder",
     "convert/test_official.py::test_published_size_has_its_heads_whatever_the_flag_says",
+    "convert/test_onnx.py",
     "convert/test_start.py::test_converted_mae_trains_on_with_its_positions",
     "convert/test_start.py::test_run_starts_where_another_ended",
     "data/test_cli.py::test_mistakes_give_one_line",
@@ -82,10 +83,13 @@ SLOW = (
     "test_verify.py",
     "test_visualise.py::test_attention_maps_are_the_ops_weights",
     "test_vqgan.py",
+    "transfer/test_attentive.py::test_it_finds_the_token_that_tells_where_the_mean_does_not",
+    "transfer/test_compare.py",
     "transfer/test_curve.py",
     "transfer/test_finetune.py",
     "transfer/test_linear.py",
     "transfer/test_robustness.py",
+    "transfer/test_survey.py",
 )
 
 

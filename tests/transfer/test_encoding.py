@@ -1,20 +1,26 @@
 from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import DataConfig, SourceConfig
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.config import DataConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.encode import unmasked_sample
+from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar
+from tests.helpers.trainer import TINY
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,38 @@ def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
     torch.testing.assert_close(model.pooled(filled, pool), model.pooled(exact, pool))
 
 
+@pytest.mark.parametrize("order", ["after_norm", "before_norm"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool, order):
+    """And the last layer's are today's, to the bit, alone or in one pass with others."""
+    deep = M3AE(ModelConfig.model_validate({**TINY["model"], "depth": 3, "mean_pool": order}, strict=False))
+    pictures, texts = list(images(5)), ["a red house"] * 5
+    deep.tokenizer = load_tokenizer(TINY["data"]["tokenizer"], deep.config.text_length)
+    cut = M3AE(deep.config.model_copy(update={"depth": 2}))
+    names = cut.state_dict().keys()
+    cut.load_state_dict({name: tensor for name, tensor in deep.state_dict().items() if name in names})
+    cut.tokenizer = deep.tokenizer
+    given = {"images": pictures, "texts": texts, "pool": pool, "precision": "fp32"}
+    torch.testing.assert_close(deep.encode(**given, layer=2), cut.encode(**given), rtol=1e-5, atol=1e-5)
+    assert (deep.encode(**given, layer=1) - deep.encode(**given, layer=2)).abs().max() > 1e-2
+    samples = [unmasked_sample(i, x, "a red house", deep.config, deep.tokenizer) for i, x in enumerate(pictures)]
+    batch = pack(samples, deep.geometry)
+    with torch.no_grad():
+        whole, each = deep.pooled(batch, pool), deep.pooled_of_layers(batch, [3, 1, 2], pool)
+        patches = deep.pooled_and_patches(batch, [2, 3], pool)[1]
+    assert torch.equal(each[:, 0], whole) and torch.equal(deep.encode(**given, batch=5), whole)
+    for place, layer in enumerate((3, 1, 2)):
+        assert torch.equal(each[:, place], deep.encode(**given, batch=5, layer=layer))
+    torch.testing.assert_close(patches[:, 1], deep.representation(torch.stack(pictures), _tokens(deep))[:, 1:17])
+    for layer in (0, 4):
+        with pytest.raises(ValueError, match=f"layer {layer}: the encoder has layers 1 to 3"):
+            deep.encode(**given, layer=layer)
+
+
+def _tokens(model):
+    return torch.from_numpy(model.tokenizer.encode("a red house")).expand(5, -1)
+
+
 def test_images_come_as_pil_or_tensors_of_any_size(model):
     pixels = images(1, 32)[0]
     pil = Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -66,6 +104,40 @@ def test_images_come_as_pil_or_tensors_of_any_size(model):
     with torch.no_grad():
         empty = model.encode(texts=[""])
     assert not empty.any()  # of an empty caption only cls is left
+
+
+def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
+    """And all give the features of the tensor; transparency is as in the shards."""
+    pixels = images(3, 40)
+    arrays = [image.permute(1, 2, 0).numpy() for image in pixels]
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, array in zip(paths, arrays):
+        Image.fromarray(array).save(path)
+    expected = model.encode(list(pixels), precision="fp32")
+    for many in (pixels, np.stack(arrays), arrays, paths, list(map(str, paths)), [paths[0], arrays[1], pixels[2]]):
+        assert torch.equal(model.encode(many, precision="fp32"), expected)
+    for one in (pixels[0], arrays[0], paths[0], str(paths[0]), Image.fromarray(arrays[0])):
+        torch.testing.assert_close(model.encode(one, precision="fp32"), expected[:1], rtol=1e-5, atol=1e-5)
+    alpha = np.dstack((arrays[0], np.full((40, 40), 99, np.uint8)))
+    Image.fromarray(alpha).save(tmp_path / "clear.png")
+    shard = decode_image((tmp_path / "clear.png").read_bytes(), 3)
+    for clear in (tmp_path / "clear.png", Image.fromarray(alpha)):
+        torch.testing.assert_close(model.encode(clear), model.encode(shard))
+    torch.testing.assert_close(model.encode(texts="a red house"), model.encode(texts=["a red house"]))
+    grey = M3AE(model.config.model_copy(update={"channels": 1, "image_mean": (0.5,), "image_std": (0.5,)}))
+    flat = arrays[0][..., 0]
+    assert torch.equal(grey.encode(flat, precision="fp32"), grey.encode(pixels[0][:1], precision="fp32"))
+
+
+def test_a_file_that_is_no_image_is_named(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"a.png: not an image in a known format"):
+        model.encode(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"nowhere.png: cannot be read \(No such file or directory\)"):
+        model.encode(["nowhere.png"])
+    for wrong in (np.zeros((4, 4, 3)), np.zeros((2, 2, 4, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"an array is .*, not uint8 \[height, width, channels\]"):
+            model.encode(wrong)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +189,15 @@ def test_a_training_model_is_left_in_training_mode(model):
 @pytest.mark.parametrize("part", ["pooled", "patches"])
 def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run, tmp_path, part, value):
     model = open_model(str(run), text=True)
-    pooled, both = model.pooled, model.pooled_and_rows
+    pooled, both, second = model.pooled_of_layers, model.pooled_and_patches, torch.tensor([1])
 
-    def spoilt(batch, pool):
-        return pooled(batch, pool).index_fill(0, torch.tensor([1]), value)
+    def spoilt(*args):
+        return pooled(*args).index_fill(0, second, value)
 
-    def rows_spoilt(batch, pool):
-        return both(batch, pool)[0], both(batch, pool)[1].index_fill(0, batch.encoder.cu_seqlens[2:3].long() - 1, value)
+    def patches_spoilt(*args):
+        return both(*args)[0], both(*args)[1].index_fill(0, second, value)
 
-    model.pooled, model.pooled_and_rows = spoilt, rows_spoilt
+    model.pooled_of_layers, model.pooled_and_patches = spoilt, patches_spoilt
     shard = write_tar(tmp_path / "a.tar", labelled_members(range(3)))
     corpus = open_corpus([SourceConfig(shards=shard, modality="image")], ShardStore(tmp_path))
     data = DataConfig(train=[SourceConfig(shards="x")], workers=0)

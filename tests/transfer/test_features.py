@@ -1,4 +1,5 @@
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -48,6 +49,25 @@ def test_parquet_holds_the_same_as_npz(features, shards):
         column = np.stack(table[name].to_numpy())
         assert np.array_equal(column, arrays[name].reshape(len(column), -1))
     assert arrays["patches"].shape == (18, 16, 32)
+
+
+def test_columns_tell_which_sample_it_is(features, tmp_path):
+    """Of the samples that could be read; from images and captions alike."""
+    files = {}
+    for name, content in labelled_members(range(5)):
+        files[name] = content
+        if name.endswith("json"):
+            files[name] = json.dumps({"path": f"red/{name}", "class_name": "Rouge"}).encode()
+    files["00001.png"] = b"broken"
+    del files["00002.txt"], files["00003.json"]
+    shards = [write_tar(tmp_path / "a.tar", files.items()), labelled_tar(tmp_path / "b.tar", range(5, 7))]
+    options = ["--columns", "caption,path,class", "--set", "data.max_bad_fraction=0.2"]
+    table = parquet.read_table(features(shards, "out.parquet", *options)).to_pydict()
+    captions = {n[:5]: c.decode() for n, c in labelled_members(range(7)) if n.endswith("txt")} | {"00002": ""}
+    assert table["keys"] == ["00000", "00002", "00003", "00004", "00005", "00006"]
+    assert table["caption"] == [captions[key] for key in table["keys"]]
+    assert table["path"] == ["red/00000.json", "red/00002.json", "", "red/00004.json", "", ""]
+    assert table["class"] == ["Rouge", "Rouge", "", "Rouge", "", ""]
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

@@ -143,10 +143,11 @@ def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
         assert not any(part[-2:].any() for part in parts)
 
 
-def shown_by(samples=None):
+def shown_by(samples=None, names=()):
     """A task's job whose samples are their keys, and whose cells are what was to be shown."""
     return argparse.Namespace(
         out=Path("out"),
+        names=names,
         samples=lambda corpus, keys: {key: f"{corpus}{key}" for key in keys} if samples is None else samples,
         cell=lambda sample, text=None, colour=None: (sample, text, colour),
     )
@@ -166,7 +167,7 @@ def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_c
     labels = [torch.from_numpy(random.randint(3, size=count)) for count in (30, 20)]
     bank, asked = (Features([*range(len(a))], on_a_circle(a), own, None, []) for a, own in zip(angles, labels))
     predicted = torch.from_numpy(random.randint(3, size=20))
-    knn._draw_neighbours(shown_by(), ("train", "val"), (bank, asked), predicted, classes)
+    knn._draw_neighbours(shown_by(names=classes), ("train", "val"), (bank, asked), predicted)
     (rows,) = sheets
     assert [row[0][0] for row in rows] == [f"val{20 * number // 8}" for number in range(8)]
     for number, ((_, text, colour), *found) in enumerate(rows):
@@ -228,12 +229,11 @@ def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_p
     loop = argparse.Namespace(
         run=argparse.Namespace(dir=tmp_path),
         schedule=Schedule(LinearProbeConfig(global_batch=4), LinearProbeConfig(), samples=12),
-        labels_N=torch.tensor([2, 0]),
-        best_NK=guesses,
-        classes=["a", "b", "c"],
+        predictions=argparse.Namespace(labels_N=torch.tensor([2, 0]), best_NK=guesses),
+        names=["a", "b", "c"],
     )
     labelled_loop.LabelledLoop.draw(loop)
     assert drawn["draw_training"] == (tmp_path / "training.png", [tmp_path], 3)
     path, labels, found, classes = drawn["draw_confusion"]
-    assert (path, classes) == (tmp_path / "confusion.png", loop.classes)
+    assert (path, classes) == (tmp_path / "confusion.png", loop.names)
     assert (labels.tolist(), found.tolist()) == ([2, 0], [2, 1])

@@ -90,14 +90,14 @@ def test_resumed_is_as_never_interrupted(transfer, tmp_path, capsys):
 def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shards, tmp_path, monkeypatch):
     options = settings(epochs=2, eval_every=3)
     whole = transfer("finetune", *options, out="whole")
-    best, calls = finetune_loop.best_classes, []
+    of, calls = finetune_loop.Predictions.of, []
 
-    def signalled(scores):
+    def signalled(*given):
         calls.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        return best(scores)
+        return of(*given)
 
-    monkeypatch.setattr(finetune_loop, "best_classes", signalled)
+    monkeypatch.setattr(finetune_loop.Predictions, "of", signalled)
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "parts")]
     assert main([*command, "--set", "data.workers=0", *options]) == 0
     assert calls == [1] and not (tmp_path / "parts/result.json").exists()

@@ -11,6 +11,7 @@ from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
+from m3ae_fast.transfer import job, knn
 from m3ae_fast.transfer.knn import knn_scores
 from m3ae_fast.transfer.metrics import accuracies
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
@@ -53,6 +54,15 @@ def test_colours_are_told_apart(transfer, run, tmp_path):
     assert 0 <= untrained["top1"] <= 1
     export(run, tmp_path / "exported")
     assert transfer("knn", model=tmp_path / "exported", out="export")["top1"] == 1.0
+
+
+def test_pictures_show_the_names_of_classes(transfer, shards, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(knn, "draw_confusion", lambda path, labels, predicted, names: drawn.update(confusion=names))
+    monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: drawn.update(texts=[r[0].text for r in rows]))
+    monkeypatch.setattr(job, "class_names", lambda corpus, classes: ["navy", "lime", "ruby"])
+    assert transfer("knn")["classes"] == 3
+    assert drawn["confusion"] == ["navy", "lime", "ruby"] and {*drawn["texts"]} <= {*drawn["confusion"]}
 
 
 def test_samples_are_found_by_their_keys(shards, tmp_path):

@@ -1,9 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.data.labels import label_corpus, read_labels
+from m3ae_fast.data.labels import class_names, keep_classes, label_corpus, read_labels
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.errors import UserError
 from tests.helpers.labelled import labelled_members, labelled_tar
@@ -26,6 +28,28 @@ def test_labels_are_read_from_cls_and_json(opened):
     assert read_labels(corpus, "cls") == read_labels(corpus, "json.label") == [[0, 1, 2, 0, 1, 2, 0]]
     assert read_labels(corpus, "json.name") == [["blue", "green", "red", "blue", "green", "red", "blue"]]
     assert read_labels(corpus, "json.other") == [[None] * 7]
+
+
+def test_pictures_call_classes_by_their_names(tmp_path, opened):
+    """classes.json beside the shards goes before class_name in the samples; texts are names already."""
+
+    def corpus(name, class_names):
+        files = dict(labelled_members(range(6)))
+        for number, written in class_names.items():
+            files[f"{number:05d}.json"] = json.dumps({"class_name": written, "label": number % 3}).encode()
+        path = write_tar(tmp_path / f"{name}.tar", files.items())
+        return label_corpus(open_corpus([SourceConfig(shards=path)], ShardStore(tmp_path / "cache")), "cls")
+
+    assert class_names(*corpus("none", {})) == ["0", "1", "2"]
+    assert class_names(*corpus("some", {0: "cat", 3: "cat", 5: "emu"})) == ["cat", "1", "emu"]
+    assert class_names(*corpus("two", {0: "cat", 3: "dog"})) == ["0", "1", "2"]  # a name of two labels says nothing
+    assert class_names(*label_corpus(opened((range(4),)), "json.name")) == ["blue", "green", "red"]
+    labelled, classes = corpus("chosen", {0: "cat", 2: "emu"})
+    assert class_names(*keep_classes(labelled, classes, ["2", "0"])) == ["emu", "cat"]
+    (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    assert class_names(*corpus("listed", {0: "cat"})) == ["a", "b", "c"]
+    (tmp_path / "classes.json").write_text("[broken")
+    assert class_names(*corpus("broken", {0: "cat"})) == ["cat", "1", "2"]
 
 
 def test_names_become_ids_in_sorted_order_and_minus_one_leaves_a_sample_out(opened):

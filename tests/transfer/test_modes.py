@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from m3ae_fast import features
+from m3ae_fast.config.messages import section_of
+from m3ae_fast.config.transfer import TransferConfig
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.transfer.__main__ import TASKS
+from m3ae_fast.transfer.__main__ import TASKS, main
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.heads import BatchNorm
 from tests.helpers.labelled import labelled_tar
@@ -34,11 +36,12 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "finetune"])
+@pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "attentive", "finetune"])
 def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task, precision):
     options = {
         "ood": ["--ood", shards[1]],
         "linear": LINEAR,
+        "attentive": settings("attentive.steps=2"),
         "finetune": [*TUNE, *settings(f"finetune.precision={precision}", "finetune.rand_augment=null")],
     }
     more = {"train": None} if task == "retrieval" else {}
@@ -60,7 +63,7 @@ def test_robustness_evaluates_in_float32_and_has_gradients_in_attacks_alone(tran
 
 
 def test_the_tasks_are_all_of_them(seen):
-    assert {*TASKS} == {"knn", "ood", "retrieval", "linear", "finetune", "robustness"}
+    assert {*TASKS} == {"knn", "ood", "retrieval", "linear", "attentive", "compare", "finetune", "robustness"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -88,3 +91,18 @@ def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):
         for batch in (6, 1)
     )  # fmt: skip
     assert whole["top1"] == single["top1"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_shows_every_setting_of_a_task(task, capsys):
+    with pytest.raises(SystemExit):
+        main([task, "--help"])
+    shown = capsys.readouterr().out
+    for section in TASKS[task].sections:
+        for key in section_of(TransferConfig.model_fields[section].annotation).model_fields:
+            assert f"  {section}.{key}\n" in shown
+    said = " ".join(shown.split())
+    if task in ("knn", "ood", "compare"):
+        assert "Number of neighbours that vote. Default: 20; allowed: integer > 0." in said
+    if task == "robustness":
+        assert "Severities to run, from 1 to 5. Default: [1, 2, 3, 4, 5]; allowed: list: integer ≥ 1, ≤ 5." in said

@@ -55,6 +55,21 @@ def test_samples_of_one_key_are_refused(transfer, tmp_path):
         transfer("retrieval", train=None, val=twice)
 
 
+def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, capsys):
+    given = {"image": torch.eye(18), "text": torch.eye(18).roll(1, 0)}  # each is most like another's
+    real = retrieval._encode
+    monkeypatch.setattr(retrieval, "_encode", lambda *args: replace(real(*args), features_ND=given[args[-1]]))
+    monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
+    result = transfer("retrieval", train=None)
+    assert retrieval.at_chance(result)
+    said = capsys.readouterr().out
+    assert "it learns no alignment of whole captions with whole images" in said
+    assert "18 samples, encoded twice" in said and "text_to_image: text_to_image_recall1 " in said
+    given["text"] = torch.eye(18)
+    assert not retrieval.at_chance(transfer("retrieval", train=None, out="found"))
+    assert "no alignment" not in capsys.readouterr().out
+
+
 def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
     """By hand: image i is e_i; six captions are their images, and each other one is twice as much like image 0 as like
     its own, which no other caption is like."""

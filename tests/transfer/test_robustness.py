@@ -3,6 +3,7 @@
 import argparse
 import colorsys
 import json
+import signal
 from typing import get_args
 
 import foolbox
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pyarrow import parquet
 from torch import nn
 
 from m3ae_fast.batch.images import decode_image
@@ -25,6 +27,8 @@ from m3ae_fast.transfer.corruptions.digital import saturate
 from m3ae_fast.transfer.robustness import _start, corruption_errors
 from m3ae_fast.transfer.robustness_pgd import pgd
 from tests.helpers.labelled import NAMES, coloured
+from tests.test_stop_and_stall import program
+from tests.transfer.conftest import settings
 
 SIZES = ModelConfig(
     size=None, emb_dim=32, depth=2, num_heads=4, image_size=32, patch_size=8, text_length=16, vocab_size=2048
@@ -176,7 +180,7 @@ def test_blurs_keep_an_even_picture_and_spread_a_point():
     assert (disk.numpy() == (rows**2 + columns**2 <= 9)).all()
 
 
-def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, shards, tmp_path, monkeypatch):
+def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tmp_path, monkeypatch, capsys):
     drawn = {}
     for name in ("draw_attack", "draw_sheet"):
         draw = getattr(robustness, name)
@@ -201,7 +205,15 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, sh
     assert [len(found) for found in result["corruptions"].values()] == [5, 5]
     every = np.mean(list(result["corruptions"].values()))
     assert result["mean_corruption_error"] == pytest.approx(1 - every)
-    assert result["val_samples"] == 18
+    assert result["val_samples"] == 18 and result["top1_se"] < 0.1
+    said = capsys.readouterr().out
+    assert "18 images, 13 times: clean, 2 attacks of 10 steps, 2 corruptions at 5 severities" in said
+    assert f"as long as {18 * (1 + 2 * 31 + 10):,} images" in said
+    assert "clean (1 of 13, about 0:" in said and "contrast 5 (13 of 13): top1" in said
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    for name, top1 in (("clean", result["top1"]), ("jpeg 2", result["corruptions"]["jpeg"][1])):
+        rows = table[table.condition == name]
+        assert len(rows) == 18 and (rows.label == rows.prediction).mean() == pytest.approx(top1)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attack.png", "corruptions.png"}
     assert drawn["draw_attack"] == ([1e-6, 64], list(result["pgd"].values()), result["top1"])
     rows, titles = drawn["draw_sheet"]
@@ -211,6 +223,45 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, sh
         for severity, (cell, top1) in enumerate(zip(corrupted, found, strict=True), 1):
             assert cell.text == f"{top1:.1%} right"
             assert torch.equal(cell.image, Corruption(kind, severity)(clean.image, result["config"]["run"]["seed"]))
+
+
+STOPPED = """
+    import threading
+    from m3ae_fast.transfer import robustness
+    from m3ae_fast.transfer.__main__ import main
+
+    real = robustness._predictions
+
+    def held_up(job, corpus, each, title):
+        if title.startswith("elastic 2"):
+            print("held up", flush=True)
+            threading.Event().wait()
+        return real(job, corpus, each, title)
+
+    robustness._predictions = held_up
+    main({})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_found_before_a_stop_is_written_and_said(classifier, shards, tmp_path, number):
+    options = settings("robustness.epsilons=[]", 'robustness.corruptions=["jpeg","elastic"]', "data.workers=0")
+    options += settings("robustness.severities=[1,2]")
+    process = program(
+        STOPPED.format(["robustness", str(classifier), "--val", shards[1], "--out", str(tmp_path / "out"), *options])
+    )
+    for line in process.stdout:
+        if line == "held up\n":
+            break
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait(20) == 0 and not (tmp_path / "out/result.json").exists()
+    result = json.loads((tmp_path / "out/result-so-far.json").read_text())
+    assert f"stopped ({number.name}); found so far, in {tmp_path}/out/result-so-far.json: top1 " in rest
+    assert [len(found) for found in result["corruptions"].values()] == [2, 1]
+    assert "mean_corruption_error" not in result
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pydict()
+    assert [*dict.fromkeys(table["condition"])] == ["clean", "jpeg 1", "jpeg 2", "elastic 1"]
 
 
 def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):

@@ -1,0 +1,121 @@
+"""The image encoder as an ONNX file: uint8 pixels in, the features of `M3AE.encode` out, for runtimes without torch.
+
+Shapes: B images, C channels, S image size, D width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.convert.timm_model import model_arguments, timm_weights
+from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import whole_file
+
+SUFFIX, INT8_SUFFIX = ".onnx", ".int8.onnx"
+NEEDED = 0.99999  # cosine of the file's features with torch's, in float32
+_BATCH, _TIMED = 8, 3  # images of a batch that is timed, and how many are
+
+
+class Checked(NamedTuple):
+    """What a file was found to be on this machine."""
+
+    path: Path
+    cosine: float  # lowest, with torch's float32 features
+    images_per_s: float
+
+    def __str__(self) -> str:
+        return f"{self.path}: cosine with torch {self.cosine:.6f}, {self.images_per_s:.3g} images/s on this machine"
+
+
+class ImageEncoder(nn.Module):
+    """timm's VisionTransformer with the encoder's weights: uint8 [B, C, S, S] -> float32 [B, D]."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: ModelConfig, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        from timm.models import VisionTransformer
+
+        self.vit = VisionTransformer(**model_arguments(config))
+        self.vit.load_state_dict(timm_weights(config, state))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+        self.register_buffer("mean", 255 * mean)
+        self.register_buffer("scale", 1 / (255 * std))
+
+    def forward(self, pixels_BCSS: Tensor) -> Tensor:
+        return self.vit((pixels_BCSS.float() - self.mean) * self.scale)
+
+
+def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> list[Checked]:
+    """Write the encoder of images to `out` in float32, and beside it, as NAME.int8.onnx, with weights of matrices in
+    int8 and their inputs quantised as they come. Return how near each is to torch, and how fast.
+
+    Raises:
+        UserError: `out` is no name of an ONNX file, a library is missing, or the float32 file gives other features.
+    """
+    out = Path(out)
+    if out.suffix != SUFFIX:
+        raise UserError(f"{out}: must end in {SUFFIX}")
+    if missing := [name for name in ("onnx", "onnxruntime", "timm") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'm3ae-fast[onnx]'")
+    encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
+    with whole_file(out) as partial:
+        _export(encoder, config, partial)
+        exact = _checked(encoder, config, partial)
+        if exact.cosine < NEEDED:
+            raise UserError(f"{out}: its features differ from torch's (cosine {exact.cosine:.6f}); no file was written")
+    small = out.with_name(out.name.removesuffix(SUFFIX) + INT8_SUFFIX)
+    with whole_file(small) as partial:
+        _quantise(out, partial)
+        quick = _checked(encoder, config, partial)
+    return [exact._replace(path=out), quick._replace(path=small)]
+
+
+def _export(encoder: ImageEncoder, config: ModelConfig, path: Path) -> None:
+    # of 2 images: 1 would be taken for a constant
+    pixels = torch.zeros(2, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
+    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shapes are fixed, and that there is another exporter, which needs more
+        torch.onnx.export(
+            encoder,
+            (pixels,),
+            str(path),
+            **names,
+            dynamic_axes={"pixels": {0: "batch"}, "features": {0: "batch"}},
+            opset_version=17,
+            dynamo=False,
+        )
+
+
+def _quantise(path: Path, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(path, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+
+
+@torch.no_grad()
+def _checked(encoder: ImageEncoder, config: ModelConfig, path: Path) -> Checked:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    shape = (_BATCH, config.channels, config.image_size, config.image_size)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    cosines = []
+    for part in (pixels, pixels[:1]):  # any number of images
+        (found,) = session.run(None, {"pixels": part})
+        cosines.append(torch.cosine_similarity(torch.from_numpy(found), encoder(torch.from_numpy(part))).min().item())
+    started = time.perf_counter()
+    for _ in range(_TIMED):
+        session.run(None, {"pixels": pixels})
+    return Checked(path, min(cosines), _BATCH * _TIMED / (time.perf_counter() - started))

@@ -1,0 +1,185 @@
+"""Several models, and random weights, by several probes of frozen features on the same samples: which is better?
+
+Shapes: N held-out samples, D trials with other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.encoding import Features
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.open_model import RANDOM, open_model, set_range
+from m3ae_fast.pictures.figures import draw_comparison
+from m3ae_fast.progress import Pace
+from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
+from m3ae_fast.transfer.probes import PROBES, Setting
+from m3ae_fast.transfer.significance import LEVEL, Difference, difference, mean_accuracy
+from m3ae_fast.transfer.survey import require_memory
+from m3ae_fast.whole_file import whole_file
+
+UNTRAINED = "random weights"
+TABLE_FILE = "comparison.md"
+
+
+@dataclass
+class Found:
+    """What was measured so far: predictions by seed, of each model by each probe."""
+
+    classes: Classes
+    trials: dict[tuple[str, str], dict[int, Predictions]] = field(default_factory=dict)
+
+    def add(self, model: str, probe: str, seed: int, predictions: Predictions) -> None:
+        self.trials.setdefault((model, probe), {})[seed] = predictions
+
+    def correct(self, model: str, probe: str) -> np.ndarray:
+        """Return [D, N], bool."""
+        return np.stack([each.correct_N.numpy() for each in self.trials[model, probe].values()])
+
+    def result(self) -> dict[str, Any]:
+        """Return what result.json holds; empty where nothing was measured."""
+        if not self.trials:
+            return {}
+        rows = [{"model": model, "probe": probe, **self.accuracy(model, probe)} for model, probe in self.trials]
+        tests = [
+            {"probe": probe, "first": first, "second": second, **test._asdict(), "told_apart": test.told_apart}
+            for probe, first, second, test in self.tests()
+        ]
+        labels_N = next(iter(next(iter(self.trials.values())).values())).labels_N
+        chance = labels_N.bincount().max().item() / len(labels_N)
+        return {"rows": rows, "tests": tests, "chance": chance, "val_samples": len(labels_N)}
+
+    def accuracy(self, model: str, probe: str) -> dict[str, float]:
+        """Return the mean accuracy over seeds, its standard error, and how many seeds there were."""
+        correct_DN = self.correct(model, probe)
+        top1, error = mean_accuracy(correct_DN)
+        return {"top1": top1, f"top1{ERROR}": error, "trials": len(correct_DN)}
+
+    def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
+        """Yield (probe, first, second, test) of any two models by each probe, the later model first."""
+        for probe in dict.fromkeys(probe for _, probe in self.trials):
+            models = [model for model, own in self.trials if own == probe]
+            for second, first in combinations(models, 2):
+                test = difference(self.correct(first, probe).mean(0), self.correct(second, probe).mean(0))
+                yield probe, first, second, test
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the table of all predictions."""
+        parts = (
+            (predictions, {"model": model, "probe": probe, "seed": seed})
+            for (model, probe), trials in self.trials.items()
+            for seed, predictions in trials.items()
+        )
+        return stacked(parts, self.classes)
+
+    def page(self) -> str:
+        """Return the table and the tests as Markdown."""
+        models, probes = (list(dict.fromkeys(names)) for names in zip(*self.trials))
+        result = self.result()
+        lines = [f"| top-1 accuracy, % | {' | '.join(probes)} |", "|---|" + "--:|" * len(probes)]
+        for model in models:
+            cells = [_cell(self.accuracy(model, probe)) for probe in probes if (model, probe) in self.trials]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            f"± is a standard error, of {result['val_samples']:,} held-out samples and of the seeds; the largest class "
+            f"has {100 * result['chance']:.1f} % of the samples.",
+            "",
+        ]
+        for probe, first, second, test in self.tests():
+            lines.append(f"- {probe}: {test.words(first, second)}")
+        return "\n".join(
+            [*lines, "", f"Each test stands alone: of twenty between equals, one errs (level {LEVEL:g}).", ""]
+        )
+
+
+def _cell(accuracy: dict[str, float]) -> str:
+    return f"{100 * accuracy['top1']:.1f} ± {100 * accuracy[f'top1{ERROR}']:.1f}"
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run the task. Raises UserError if a model cannot be opened, or memory is too small."""
+    args, seeds = job.args, range(job.config.run.seed, job.config.run.seed + job.args.seeds)
+    names = model_names(args.model)
+    for model in names.values():  # a mistake is told at once, not when its turn has come
+        open_model(model, text=False)
+    train, val, classes = job.open_labelled()
+    found = Found(classes)
+    job.keep_if_stopped(lambda: (found.result(), found.columns()))
+    job.say(
+        f"compare: {', '.join(names)}; probes: {', '.join(args.probes)}; {len(seeds)} seeds; {len(names)} models "
+        f"encode {train.samples + val.samples:,} images each, random weights once for each seed"
+    )
+    pace = Pace(len(names))
+    for name, model in names.items():
+        _measure(job, found, name, model, seeds, (train, val))
+        done = len({model for model, _ in found.trials})
+        job.say(f"{done} of {len(names)} models done" + (f", about {pace.left(1)} left" if done < len(names) else ""))
+    job.keep(found.columns())
+    page = found.page()
+    job.ranks.on_main(lambda: _write(job.out / TABLE_FILE, page))
+    job.say(page)
+    result = found.result()
+    job.pictures.append(lambda: draw_comparison(job.out / "comparison.png", result["rows"], result["chance"]))
+    return result | {"classes": len(classes), "train_samples": train.samples}
+
+
+def model_names(models: Sequence[str]) -> dict[str, str]:
+    """Return models by what to call them, random weights of the first one's network first. Raises UserError if one is
+    named twice."""
+    if len({*models}) < len(models):
+        raise UserError("MODEL: one is named twice")
+    short = [Path(model).name for model in models]
+    unique = len({*short, UNTRAINED}) == len(models) + 1
+    return {UNTRAINED: RANDOM + models[0].removeprefix(RANDOM)} | dict(zip(short if unique else models, models))
+
+
+def _measure(
+    job: Job, found: Found, name: str, model: str, seeds: Sequence[int], corpora: tuple[Corpus, Corpus]
+) -> None:
+    """Encode the samples, for each seed where the weights depend on it, and probe what comes out."""
+    parts: list[tuple[Features, Features]] = []
+    for number, seed in enumerate(seeds):
+        drawn = model.startswith(RANDOM)
+        if drawn or not number:
+            opened = open_model(model, text=False, seed=seed)
+            parts = _encoded(job, opened, name, corpora)
+        for probe, (bank, held_out) in zip(job.args.probes, parts):
+            if number and not drawn and not PROBES[probe].seeded:
+                continue
+            setting = Setting(job.config, len(found.classes), opened.config.num_heads, seed, job.ranks, job.pulse)
+            found.add(name, probe, seed, PROBES[probe].predict(bank, held_out, setting))
+            job.say(f"{name}, {probe}, seed {seed}: {summary(found.trials[name, probe][seed].accuracies())}")
+
+
+def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -> list[tuple[Features, Features]]:
+    """Return training and held-out samples for each probe, from one pass over the images."""
+    tokens = any(PROBES[probe].tokens for probe in job.args.probes)
+    if tokens:
+        require_memory(model.config, 1, corpora)
+    set_range(model, job.config.data.range)
+    own = replace(job, model=model.to(job.ranks.device).eval())
+    whole = [own.encode(corpus, f"{name}: {title}", patches=tokens) for corpus, title in zip(corpora, ("train", "val"))]
+    parts = []
+    for probe in job.args.probes:
+        values = [part.patches_NLD if PROBES[probe].tokens else part.features_ND for part in whole]
+        bank, held_out = (
+            replace(part, features_ND=v, patches_NLD=None) for part, v in zip(whole, values) if v is not None
+        )
+        parts.append((bank, held_out))
+    return parts
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,100 @@
+"""The probes of frozen features that need nothing but those: each scores held-out samples by training samples.
+
+Shapes: N training samples, M samples to classify, L patches, D encoder width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.config.transfer import LinearProbeConfig, TransferConfig
+from m3ae_fast.encoding import Features
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.process.pulse import Pulse
+from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.progress import track
+from m3ae_fast.transfer import attentive
+from m3ae_fast.transfer.heads import LinearProbeHead
+from m3ae_fast.transfer.knn import knn_scores
+from m3ae_fast.transfer.predictions import Predictions
+from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
+from m3ae_fast.transfer.rates import best, try_rates
+from m3ae_fast.transfer.recipe import settled
+
+
+class Setting(NamedTuple):
+    """What a probe is told beside the samples."""
+
+    config: TransferConfig
+    classes: int
+    encoder_heads: int  # of attention
+    seed: int  # of a probe's weights and of its order
+    ranks: Ranks
+    pulse: Pulse
+
+
+class Probe(NamedTuple):
+    """A kind of probe."""
+
+    scores: Callable[[Features, Features, Setting], Tensor]  # of training and held-out samples: [M, C], on the CPU
+    tokens: bool = False  # whether it reads `features_ND` [N, L, D], the patch tokens
+    votes: bool = False  # whether scores are votes, not logits
+    seeded: bool = True  # whether the seed plays a part
+
+    def predict(self, bank: Features, held_out: Features, setting: Setting) -> Predictions:
+        """Return what it makes of the held-out samples. Raises UserError where a score is not finite."""
+        assert held_out.labels_N is not None
+        scores_MC = self.scores(bank, held_out, setting)
+        return Predictions.of(held_out.keys, held_out.labels_N, scores_MC, votes=self.votes)
+
+
+def _knn(bank: Features, held_out: Features, setting: Setting) -> Tensor:
+    k, temperature = setting.config.knn.k, setting.config.knn.temperature
+    assert bank.labels_N is not None
+    return knn_scores(bank.features_ND, bank.labels_N, held_out.features_ND, setting.classes, k, temperature)
+
+
+def _linear(bank: Features, held_out: Features, setting: Setting) -> Tensor:
+    head = fit_linear(bank, setting).eval()
+    with torch.no_grad():
+        return head(held_out.features_ND.to(setting.ranks.device)).cpu()
+
+
+def fit_linear(bank: Features, setting: Setting) -> LinearProbeHead:
+    """Return the head that `transfer linear --cache-features` would end with, to the bit."""
+    ranks, encode = setting.ranks, setting.config.encode
+    config = _with_rate(bank, settled(setting.config.linear, len(bank.keys), {}), setting)
+    schedule = Schedule(config, config, len(bank.keys))
+    with torch.random.fork_rng():
+        torch.manual_seed(setting.seed)
+        head = LinearProbeHead(bank.features_ND.shape[1], setting.classes).to(ranks.device)
+    engine = ProbeEngine(head, config, ranks, None, encode)
+    batches = CachedSteps(bank, range(schedule.total_steps), schedule.train.global_batch, setting.seed)
+    for step, batch in enumerate(track(batches, "linear probe", schedule.total_steps, show=ranks.is_main)):
+        setting.pulse.mark("training a linear probe")
+        engine.step([batch.to(ranks.device)], 0.0, schedule.lr(step))
+    return head
+
+
+def _with_rate(bank: Features, config: LinearProbeConfig, setting: Setting) -> LinearProbeConfig:
+    if setting.config.linear.peak_lr is not None:
+        return config
+    tried = try_rates(bank, config, setting.classes, setting.seed, setting.ranks, setting.pulse)
+    return config.model_copy(update={"peak_lr": best(tried).peak_lr}) if tried else config
+
+
+def _attentive(bank: Features, held_out: Features, setting: Setting) -> Tensor:
+    config = attentive.settled(setting.config.attentive, len(bank.keys), setting.encoder_heads)
+    head = attentive.fit(bank, config, setting.classes, setting.seed, setting.ranks, setting.pulse)
+    return attentive.logits(head, held_out, setting.ranks)
+
+
+PROBES = {
+    "knn": Probe(_knn, votes=True, seeded=False),
+    "linear": Probe(_linear),
+    "attentive": Probe(_attentive, tokens=True),
+}

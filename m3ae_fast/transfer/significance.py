@@ -1,0 +1,90 @@
+"""How sure an accuracy is, and whether two of them on the same samples differ.
+
+Shapes: N samples, B bootstrap samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_RESAMPLES = 10_000  # of the bootstrap
+LEVEL = 0.05  # of the tests, and of what an interval leaves out
+
+
+def standard_error(accuracy: float, samples: int) -> float:
+    """Return the standard error of a fraction of so many samples, which another draw of samples would change."""
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / samples)
+
+
+def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
+    """Return the mean accuracy of D trials on the same samples, bool [D, N], and its standard error, which other
+    samples or other trials would change."""
+    trials, samples = correct_DN.shape
+    accuracies_D, shares_N = correct_DN.mean(1), correct_DN.mean(0)
+    of_trials = accuracies_D.var(ddof=1) / trials if trials > 1 else 0.0
+    return float(shares_N.mean()), math.sqrt(shares_N.var() / samples + of_trials)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of several values, by Student's t."""
+    from scipy.stats import t
+
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = error * float(t.ppf(1 - LEVEL / 2, len(values) - 1))
+    return mean - half, mean + half
+
+
+class Difference(NamedTuple):
+    """Of two accuracies on the same samples: first minus second."""
+
+    value: float
+    low: float  # 95 % interval, by the bootstrap
+    high: float
+    p: float  # McNemar's exact test
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval and the test both say so."""
+        return not self.low <= 0 <= self.high and self.p < LEVEL
+
+    def words(self, first: str, second: str) -> str:
+        """Return the difference as a sentence."""
+        verdict = f"cannot be told apart from {second} on these samples"
+        if self.told_apart:
+            verdict = f"is {'better' if self.value > 0 else 'worse'} than {second}"
+        numbers = f"{100 * self.value:+.1f} points, 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+        return f"{first} {verdict}: {numbers}, McNemar p = {self.p:.2g}"
+
+
+def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Difference:
+    """Compare two classifiers on the same samples.
+
+    Args:
+        first_N, second_N: how often each sample was right, from 0 to 1: bool, or a mean over seeds. McNemar's test
+            takes a sample as right where it is above a half.
+        seed: of the bootstrap.
+    """
+    apart_N = first_N.astype(np.float64) - second_N.astype(np.float64)
+    low, high = np.quantile(_bootstrap_means(apart_N, seed), (LEVEL / 2, 1 - LEVEL / 2))
+    return Difference(apart_N.mean().item(), low.item(), high.item(), mcnemar(first_N > 0.5, second_N > 0.5))
+
+
+def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:
+    """Return the p value of McNemar's exact test, two-sided: of the samples that one alone has right (bool each), as
+    many might be the first's as the second's."""
+    from scipy.stats import binomtest
+
+    only_first, only_second = int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum())
+    return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+
+
+def _bootstrap_means(values_N: np.ndarray, seed: int) -> np.ndarray:
+    """Return the mean of each of many draws of N values with replacement, [B]."""
+    count, generator = len(values_N), np.random.default_rng(seed)
+    found, counts = np.unique(values_N, return_counts=True)  # few: how many of each are drawn is all that matters
+    drawn = generator.multinomial(count, counts / count, size=_RESAMPLES)
+    return drawn @ found / count

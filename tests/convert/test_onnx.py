@@ -1,0 +1,74 @@
+"""The image encoder as an ONNX file gives the features of `encode`, of any number of images."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.convert import onnx_model
+from m3ae_fast.errors import UserError
+from m3ae_fast.export import main as export
+from tests.convert.test_timm import CASES, make
+from tests.helpers.trainer import ROOT
+
+
+def _features(path, pixels):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["features"], {"pixels": pixels})[0])
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_its_features_are_those_of_encode(tmp_path, settings, capsys):
+    model, _, _ = make(**settings)
+    model.save_pretrained(tmp_path / "model")
+    assert export([str(tmp_path / "model"), str(tmp_path / "encoder.onnx"), "--format", "onnx"]) == 0
+    said = capsys.readouterr().out
+    pixels = np.random.default_rng(1).integers(0, 256, (5, model.config.channels, 24, 24), dtype=np.uint8)
+    for count in (1, 5):
+        expected = model.encode(torch.from_numpy(pixels[:count]), precision="fp32")
+        found = _features(tmp_path / "encoder.onnx", pixels[:count])
+        assert found.shape == expected.shape
+        assert torch.cosine_similarity(found, expected).min().item() > 0.99999
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        small = _features(tmp_path / "encoder.int8.onnx", pixels[:count])
+        assert 0.98 < torch.cosine_similarity(small, expected).min().item() < 0.9999999
+    assert f"{tmp_path}/encoder.onnx: cosine with torch 1.0000" in said and "encoder.int8.onnx: cosine" in said
+    assert "images/s on this machine" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "encoder.onnx", "encoder.int8.onnx"}
+
+
+def test_the_example_needs_no_torch(tmp_path):
+    model, _, _ = make()
+    onnx_model.write_onnx(tmp_path / "encoder.onnx", model.config, model.state_dict())
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 256, (30, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+    code = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    example = str(ROOT / "examples/onnx_features.py")
+    command = [sys.executable, "-c", code, example, "encoder.onnx", "0.png", "1.png"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert len(Path(example).read_text().splitlines()) <= 30
+    first, second = model.encode([tmp_path / f"{number}.png" for number in range(2)], precision="fp32")
+    told = float(out.split()[-1])
+    assert told == pytest.approx(torch.cosine_similarity(first, second, dim=0).item(), abs=2e-3)
+
+
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):
+    model, _, _ = make()
+    with pytest.raises(UserError, match=r"encoder: must end in .onnx"):
+        onnx_model.write_onnx(tmp_path / "encoder", model.config, model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_model, "NEEDED", 1.1)
+        with pytest.raises(UserError, match="its features differ from torch's"):
+            onnx_model.write_onnx(tmp_path / "a.onnx", model.config, model.state_dict())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--format onnx needs onnx, onnxruntime, timm: pip install"):
+        onnx_model.write_onnx(tmp_path / "a.onnx", model.config, model.state_dict())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+"""Models beside each other, and two results against each other."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+from scipy import stats
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.transfer.__main__ import main
+from m3ae_fast.transfer.compare import UNTRAINED, Found, model_names
+from m3ae_fast.transfer.predictions import Predictions
+from m3ae_fast.transfer.significance import difference
+from tests.helpers.labelled import tiny_run
+from tests.transfer.conftest import pictures, settings
+
+SHORT = settings(
+    "linear.steps=4", "linear.peak_lr=1", "linear.global_batch=16", "linear.warmup_epochs=0", "attentive.steps=4",
+    "attentive.batch=16", "attentive.peak_lr=0.001", "encode.precision=fp32",
+)  # fmt: skip
+
+
+@pytest.fixture
+def compared(run, shards, tmp_path):
+    """compared(*options) -> what result.json holds of an M3AE beside an image-only model, `mae`."""
+    torch.manual_seed(1)
+    mae = tiny_run(tmp_path / "mae", vocab_size=0)
+
+    def perform(*options, models=(run, mae)):
+        data = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]
+        assert main(["compare", *map(str, models), *data, *SHORT, *options]) == 0
+        return json.loads((tmp_path / "out/result.json").read_text())
+
+    return perform
+
+
+def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path, capsys):
+    result = compared("--seeds", "2")
+    models, probes = [UNTRAINED, run.name, "mae"], ["knn", "linear", "attentive"]
+    rows = {(row["model"], row["probe"]): row for row in result["rows"]}
+    assert list(rows) == [(model, probe) for model in models for probe in probes]
+    assert {row["trials"] for (model, probe), row in rows.items() if probe != "knn"} == {2}
+    assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1]  # k-NN has nothing to draw
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    for (model, probe), row in rows.items():
+        own = table[(table.model == model) & (table.probe == probe)]
+        assert row["top1"] == pytest.approx((own.label == own.prediction).mean())
+    assert [(test["probe"], test["first"], test["second"]) for test in result["tests"]] == [
+        (probe, first, second)
+        for probe in probes
+        for first, second in ((run.name, UNTRAINED), ("mae", UNTRAINED), ("mae", run.name))
+    ]
+    assert pictures(tmp_path / "out") == ["comparison"] and result["chance"] == pytest.approx(1 / 3)
+    page = (tmp_path / "out/comparison.md").read_text()
+    said = capsys.readouterr().out
+    cell = rows["mae", "linear"]
+    assert page in said and f"{100 * cell['top1']:.1f} ± {100 * cell['top1_se']:.1f}" in page
+    assert "- knn: mae " in page and "3 of 3 models done" in said
+
+    first = result["config"]["run"]["seed"]
+    cached = ["--cache-features", "--set", f"run.seed={first + 1}"]
+    for name, task, seed, options in (("mae", "knn", first, []), (run.name, "linear", first + 1, cached)):
+        model = str(run if name == run.name else tmp_path / "mae")
+        data = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / task), "--set", "data.workers=0"]
+        assert main([task, model, *data, *SHORT, *options]) == 0
+        alone = parquet.read_table(tmp_path / task / "predictions.parquet").to_pandas()
+        own = table[(table.model == name) & (table.probe == task) & (table.seed == seed)]
+        assert alone.score.tolist() == own.score.tolist(), "each is what its task alone would give, to the bit"
+
+
+def _found(**correct):
+    """Of one probe; by model the samples that are right, a row a seed."""
+    found, keys = Found([0, 1]), [str(i) for i in range(100)]
+    for model, rows in correct.items():
+        for seed, right in enumerate(rows):
+            best_NK = torch.from_numpy(~np.asarray(right)).long()[:, None]
+            found.add(model, "knn", seed, Predictions(keys, torch.zeros(100).long(), best_NK, torch.ones(100)))
+    return found
+
+
+def test_a_test_is_paired_on_the_mean_over_seeds():
+    generator = np.random.default_rng(0)
+    good, poor = generator.random((2, 100)) < 0.9, generator.random((1, 100)) < 0.5
+    found = _found(poor=poor, good=good)
+    ((probe, first, second, test),) = found.tests()
+    assert (probe, first, second) == ("knn", "good", "poor")
+    assert test == difference(good.mean(0), poor[0].astype(float)) and test.told_apart
+    theirs = stats.binomtest(int((good.all(0) & ~poor[0]).sum()), int((good.all(0) != poor[0]).sum())).pvalue
+    assert test.p == pytest.approx(theirs)
+    assert "- knn: good is better than poor" in found.page()
+    assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
+    assert Found([0, 1]).result() == {}
+
+
+def test_models_are_called_by_their_folders_where_these_differ():
+    assert model_names(["runs/a", "runs/b"]) == {UNTRAINED: "random:runs/a", "a": "runs/a", "b": "runs/b"}
+    assert list(model_names(["x/run", "y/run"])) == [UNTRAINED, "x/run", "y/run"]
+    with pytest.raises(UserError, match="one is named twice"):
+        model_names(["a", "a"])
+
+
+def test_mistakes_are_told_before_anything_is_encoded(compared, run, tmp_path, capsys):
+    with pytest.raises(UserError, match="nothing: no such file or folder"):
+        compared(models=(run, tmp_path / "nothing"))
+    for options, message in ((["--probes", "knn,svm"], "no probe 'svm'"), (["--seeds", "0"], "invalid choice")):
+        with pytest.raises(SystemExit):
+            compared(*options)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, capsys):
+    transfer("knn", out="one")
+    transfer("knn", model=f"random:{run}", out="other")
+    capsys.readouterr()
+    folders = [str(tmp_path / "one"), str(tmp_path / "other")]
+    assert main(["difference", *folders]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{folders[0]} ") and folders[1] in said and "McNemar p = " in said
+    transfer("knn", val=shards[0], out="elsewhere")
+    with pytest.raises(UserError, match="66 samples are in one of them alone"):
+        main(["difference", folders[0], str(tmp_path / "elsewhere")])
+    transfer("knn", "--layers", "all", out="layers")
+    with pytest.raises(UserError, match="has no predictions of a class for each sample, once"):
+        main(["difference", folders[0], str(tmp_path / "layers")])
+    with pytest.raises(UserError, match=r"predictions.parquet: cannot be read"):
+        main(["difference", folders[0], str(tmp_path / "nowhere")])
