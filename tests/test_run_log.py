@@ -246,6 +246,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
             schedule=schedule,
             log=log,
             start=0,
+            absent=(),
             bad=SimpleNamespace(bad=0),
         )
         loop.rates, loop.growth = lambda: {"data_wait": 0.2}, SimpleNamespace(look=lambda *_: None)

@@ -16,11 +16,11 @@ from benchmarks.alone import ROOT
 THERE = ("torch", "torchvision", "triton", "numpy")  # a machine with a GPU has its own, built for its driver
 
 
-def needed(extra: str = "train") -> list[str]:
-    """Return the requirements of pyproject.toml's `extra`, but for those that such a machine has."""
+def needed() -> list[str]:
+    """Return the requirements of pyproject.toml's dependencies and extra `train`, but for what such a machine has."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    block = re.search(rf"^{extra} = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
-    found = re.findall(r'"([^"]+)"', block.group(1)) if block else []
+    lists = re.findall(r"^(?:dependencies|train) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r'"([^"]+)"', "".join(lists))
     return [line for line in found if re.split(r"[^\w.-]", line)[0].lower() not in THERE]
 
 
