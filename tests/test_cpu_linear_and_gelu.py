@@ -115,25 +115,25 @@ def test_weight_gradient_of_transposed_rows(products):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "depth", "width"), [(577, 96, 64), (1, 32, 32), (32, 2080, 288), (300, 640, 1312)])
-def test_products_equal_float64(products, rows, depth, width, turned, dtype, threads):
+def test_products_equal_float64(products, rows, depth, width, transposed, dtype, threads):
     torch.manual_seed(0)
     x = torch.randn(rows, depth + 8).to(BF16)[:, :depth]  # rows that are apart
-    weight = torch.randn((width, depth) if turned else (depth, width)).to(dtype)
+    weight = torch.randn((width, depth) if transposed else (depth, width)).to(dtype)
     bias, hidden = torch.randn(width), 2 * torch.randn(rows, width).to(BF16)
     results = []
     for count in (1, 3):
         threads(count)
-        plain = linear.product(x, weight, bias, turned=turned)
-        before = linear.product(x, weight, bias, turned=turned, before_gelu=True)
-        through = linear.product(x, weight, None, turned=turned, hidden_RN=hidden)
+        plain = linear.product(x, weight, bias, transposed=transposed)
+        before = linear.product(x, weight, bias, transposed=transposed, before_gelu=True)
+        through = linear.product(x, weight, None, transposed=transposed, hidden_RN=hidden)
         results.append((plain[0], *before, *through))
     assert plain[1] is None and all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
     # of what is stored, as the backward makes it again
     assert torch.equal(before[1], mlp.gelu(before[0])) and torch.equal(through[1], mlp.gelu(hidden))
     rounded = weight.to(BF16).double()
-    exact = x.double() @ (rounded.t() if turned else rounded)
+    exact = x.double() @ (rounded.t() if transposed else rounded)
     leaf = hidden.double().requires_grad_()
     y_exact = F.gelu(leaf, approximate="tanh")
     y_exact.backward(exact)
@@ -148,12 +148,12 @@ def test_products_take_any_strides(products):
     """One input at a time: rows apart, and columns side by side."""
     torch.manual_seed(0)
     x, weight, hidden = (torch.randn(shape).to(BF16) for shape in ((40, 64), (64, 96), (40, 96)))
-    expected = linear.product(x, weight, None, turned=False, hidden_RN=hidden)
+    expected = linear.product(x, weight, None, transposed=False, hidden_RN=hidden)
     for number in range(3):
         tensors = [x, weight, hidden]
         for other in (F.pad(tensors[number], (0, 32))[:, :-32], tensors[number].t().contiguous().t()):
             a, b, c = *tensors[:number], other, *tensors[number + 1 :]
-            got = linear.product(a, b, None, turned=False, hidden_RN=c)
+            got = linear.product(a, b, None, transposed=False, hidden_RN=c)
             assert all(torch.equal(one, right) for one, right in zip(got, expected))
 
 
@@ -162,8 +162,8 @@ def test_products_keep_nan_where_it_is(products):
     x[3, 5] = torch.nan
     hidden = torch.ones(40, 32, dtype=BF16)
     hidden[39, 31] = torch.nan
-    out, _ = linear.product(x, weight, None, turned=True)
-    dx, y = linear.product(torch.ones_like(x), weight, None, turned=False, hidden_RN=hidden)
+    out, _ = linear.product(x, weight, None, transposed=True)
+    dx, y = linear.product(torch.ones_like(x), weight, None, transposed=False, hidden_RN=hidden)
     assert y is not None
     assert out.isnan().nonzero().tolist() == [[3, column] for column in range(32)]
     assert dx.isnan().nonzero().tolist() == y.isnan().nonzero().tolist() == [[39, 31]]

@@ -27,7 +27,7 @@ static inline __m512i values(const void *w, long at, int wide) {
 }
 
 /* Two tiles of K k..k+31 and columns n..n+31 of the product: the weight is [N, K]. */
-static void pack_turned(const void *w, long K, long k, long n, int wide, bf16 *tiles) {
+static void pack_transposed(const void *w, long K, long k, long n, int wide, bf16 *tiles) {
     for (int half = 0; half < 2; half++, n += 16, tiles += TILE) {
         __m512i x[16];
         for (int r = 0; r < 16; r++) x[r] = values(w, (n + r) * K + k, wide);
@@ -217,11 +217,11 @@ static inline void work(const Product *all, bf16 *room, int kind) {
     for (long r = 0; r < before.rows; r++) put_row(&before, r, N, kind);
 }
 
-/* x is [R, K], its rows `row` values apart; the weight, of float if `wide`, else bf16, is [N, K] if `turned`, else [K, N];
+/* x is [R, K], its rows `row` values apart; the weight, of float if `wide`, else bf16, is [N, K] if `transposed`, else [K, N];
    bias [N] may be NULL. With h [R, N]: THROUGH_GELU; with y alone: BEFORE_GELU. `packed` has room for the weight. K and N
    are multiples of 32, and out, y and packed are aligned to 64 bytes. Returns 0 if allocation fails. */
 int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, bf16 *packed, bf16 *out, bf16 *y, long R,
-           long K, long N, long row, int turned, int wide, int threads) {
+           long K, long N, long row, int transposed, int wide, int threads) {
     const long steps = K / 32, panels = N / 32;
     const Product all = {x, bias, h, packed, out, y, R, K, N, row};
     bf16 *rooms = aligned_alloc(64, threads * STRIP * K * sizeof(bf16)); /* a strip for each thread */
@@ -234,7 +234,7 @@ int linear(const bf16 *x, const void *weight, const float *bias, const bf16 *h, 
         for (long p = 0; p < panels; p++)
             for (long t = 0; t < steps; t++) {
                 bf16 *tiles = packed + (p * steps + t) * 2 * TILE;
-                if (turned) pack_turned(weight, K, t * 32, p * 32, wide, tiles);
+                if (transposed) pack_transposed(weight, K, t * 32, p * 32, wide, tiles);
                 else pack(weight, N, t * 32, p * 32, wide, tiles);
             }
         if (h) work(&all, room, THROUGH_GELU);

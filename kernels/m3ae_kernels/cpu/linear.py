@@ -75,7 +75,7 @@ def linear_forward(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Te
     if _by_onednn(dtype, weight_OI):
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
     if multiplies(x_RI, weight_OI):
-        return product(x_RI, weight_OI, bias_O, turned=True)[0]
+        return product(x_RI, weight_OI, bias_O, transposed=True)[0]
     with torch.autocast("cpu", enabled=False):
         return F.linear(x_RI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
@@ -85,7 +85,7 @@ def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
     if _by_onednn(grad_RO.dtype, weight_OI):
         return linear_forward(grad_RO, weight_OI.t(), None)
     if multiplies(grad_RO, weight_OI):
-        return product(grad_RO, weight_OI, None, turned=False)[0]
+        return product(grad_RO, weight_OI, None, transposed=False)[0]
     with torch.autocast("cpu", enabled=False):
         return grad_RO @ weight_OI.to(grad_RO.dtype)
 
@@ -100,17 +100,17 @@ def product(
     weight: Tensor,
     bias_N: Tensor | None,
     *,
-    turned: bool,
+    transposed: bool,
     before_gelu: bool = False,
     hidden_RN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run linear.c: x @ weight, plus bias; weight is [K, N], or [N, K] with `turned`. All are bf16, weight and bias
+    """Run linear.c: x @ weight, plus bias; weight is [K, N], or [N, K] with `transposed`. All are bf16, weight and bias
     may be float32. Second: GELU of it, where it comes before one. With `hidden` it is a gradient on its way through a
     GELU: times its slope at hidden, and GELU of hidden."""
     library = _product_library()
     assert library is not None
     x_RK, weight = _rows(x_RK), weight.contiguous()
-    (rows, depth), width = x_RK.shape, weight.shape[0 if turned else 1]
+    (rows, depth), width = x_RK.shape, weight.shape[0 if transposed else 1]
     out_RN = x_RK.new_empty(rows, width)
     hidden_RN = None if hidden_RN is None else hidden_RN.contiguous()
     y_RN = torch.empty_like(out_RN) if before_gelu or hidden_RN is not None else None
@@ -118,7 +118,7 @@ def product(
     tensors = x_RK, weight, None if bias_N is None else bias_N.float(), hidden_RN, packed, out_RN, y_RN
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     wide, threads = weight.dtype == torch.float32, torch.get_num_threads()
-    done = library.linear(*pointers, rows, depth, width, x_RK.stride(0), turned, wide, threads)
+    done = library.linear(*pointers, rows, depth, width, x_RK.stride(0), transposed, wide, threads)
     if not done:
         raise MemoryError("no memory for a linear layer")
     return out_RN, y_RN
@@ -158,8 +158,8 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", enabled=False):
             return (grad_RO.t() @ x_RI).float(), grad_RO.sum(0, dtype=torch.float32)
     grad, x = (_rows(tensor) for tensor in (grad_RO, x_RI))
-    turned = x.shape[1] > grad.shape[1]
-    wide, narrow = (x, grad) if turned else (grad, x)
+    transposed = x.shape[1] > grad.shape[1]
+    wide, narrow = (x, grad) if transposed else (grad, x)
     (rows, width), columns, threads = wide.shape, narrow.shape[1], torch.get_num_threads()
     most = max(1, PANEL_BYTES // (4 * columns))
     panel = -(-width // (threads * -(-width // (threads * most))))  # as many panels for each thread
@@ -167,12 +167,12 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     out = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
     wide_sums, narrow_sums = (out.new_zeros(size) for size in (width, columns))
     done = library.weight_gradient(
-        wide.data_ptr(), narrow.data_ptr(), rows, width, columns, wide.stride(0), narrow.stride(0), turned,
+        wide.data_ptr(), narrow.data_ptr(), rows, width, columns, wide.stride(0), narrow.stride(0), transposed,
         packed.data_ptr(), out.data_ptr(), wide_sums.data_ptr(), narrow_sums.data_ptr(), panel, threads,
     )  # fmt: skip
     if not done:
         raise MemoryError("no memory for a weight's gradient")
-    return out, narrow_sums if turned else wide_sums
+    return out, narrow_sums if transposed else wide_sums
 
 
 @functools.cache

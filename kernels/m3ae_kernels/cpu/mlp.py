@@ -44,7 +44,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the result and what is before GELU."""
     if multiplies(x_RI, weight_HI):
-        hidden_RH, y_RH = product(x_RI, weight_HI, bias_H, turned=True, before_gelu=True)
+        hidden_RH, y_RH = product(x_RI, weight_HI, bias_H, transposed=True, before_gelu=True)
         assert y_RH is not None
     else:
         hidden_RH = linear_forward(x_RI, weight_HI, bias_H)
@@ -95,7 +95,7 @@ mlp_backward_op = Op("mlp_backward", _hidden_gradients, _fake_hidden_gradients)
 def hidden_gradient(grad_RO: Tensor, weight_OH: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient of what is before GELU, and GELU of it once more."""
     if multiplies(grad_RO, weight_OH):
-        grad_RH, y_RH = product(grad_RO, weight_OH, None, turned=False, hidden_RN=hidden_RH)
+        grad_RH, y_RH = product(grad_RO, weight_OH, None, transposed=False, hidden_RN=hidden_RH)
         assert y_RH is not None
         return grad_RH, y_RH
     return gelu_gradient(input_gradient(grad_RO, weight_OH), hidden_RH)

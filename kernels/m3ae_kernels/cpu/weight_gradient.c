@@ -1,7 +1,7 @@
 /* Gradients of a linear layer's weight and bias, from bf16, on CPUs with AMX or with AVX-512's products of pairs: left^T right,
    and the sums of both over rows.
 
-   The wider of the two is `wide`, the other `narrow`; the result is [W, N], or [N, W] if `turned`. The summed axis is that of
+   The wider of the two is `wide`, the other `narrow`; the result is [W, N], or [N, W] if `transposed`. The summed axis is that of
    rows: both are packed as pairs of rows side by side, and AMX wants the transpose of that for `wide`. A thread takes a panel of
    wide's columns, and sums its products with all of narrow in its cache, DEPTH rows at a time; so results do not depend on the
    number of threads.
@@ -99,13 +99,13 @@ static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long step
     _tile_stored(3, c + 768, 64);
 }
 
-/* 32 x 32 floats from four tiles to rows of dst, `row` apart, or to its columns if `turned`; each in its place. */
-static inline void put(const float *c, long width, int turned, float *dst, long row) {
+/* 32 x 32 floats from four tiles to rows of dst, `row` apart, or to its columns if `transposed`; each in its place. */
+static inline void put(const float *c, long width, int transposed, float *dst, long row) {
     for (int half = 0; half < 2; half++) {
-        const float *left = c + half * (turned ? 256 : 512), *right = left + (turned ? 512 : 256);
+        const float *left = c + half * (transposed ? 256 : 512), *right = left + (transposed ? 512 : 256);
         __m512i x[16], y[16];
         for (int r = 0; r < 16; r++) x[r] = _mm512_load_si512(left + 16 * r), y[r] = _mm512_load_si512(right + 16 * r);
-        if (turned) flip_square(x), flip_square(y);
+        if (transposed) flip_square(x), flip_square(y);
         for (int r = 0; r < 16; r++) {
             float *to = dst + (r / 4 * 8 + r % 4 + 4 * half) * row;
             put_in_order(x[r], y[r], to);
@@ -161,10 +161,10 @@ static inline void multiply(const bf16 *a, const bf16 *b, long b_step, long step
     for (int i = 0; i < STRIP; i++) _mm512_store_ps(c + 32 * i, even[i]), _mm512_store_ps(c + 32 * i + 16, odd[i]);
 }
 
-/* STRIP x 32 floats, of which `width` count, to rows of dst, `row` apart, or to its columns if `turned`; each in its place. */
-static inline void put(const float *c, long width, int turned, float *dst, long row) {
+/* STRIP x 32 floats, of which `width` count, to rows of dst, `row` apart, or to its columns if `transposed`. */
+static inline void put(const float *c, long width, int transposed, float *dst, long row) {
     const long count = smaller(STRIP, width);
-    if (!turned) {
+    if (!transposed) {
         for (long i = 0; i < count; i++, c += 32) put_in_order(_mm512_load_si512(c), _mm512_load_si512(c + 16), dst + i * row);
         return;
     }
@@ -181,7 +181,7 @@ static inline void put(const float *c, long width, int turned, float *dst, long 
    has room for N values for each of the rows, rounded up to a multiple of 32; sums are zero. A thread takes about `panel`
    columns. Returns 0 if allocation fails. */
 int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, long N, long wide_row, long narrow_row,
-                    int turned, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
+                    int transposed, bf16 *packed, float *out, float *wide_sums, float *narrow_sums, long panel, int threads) {
     const long deep = round_up(rows, 32) / 32, blocks = round_up(deep, STEPS) / STEPS, b_step = N / 16 * TILE;
     const long strips = (panel + STRIP - 1) / STRIP, lanes_of_sums = strips * round_up(STRIP, LANES);
     panel = strips * STRIP;
@@ -220,8 +220,8 @@ int weight_gradient(const bf16 *wide, const bf16 *narrow, long rows, long W, lon
             }
             for (long i = 0; i < width; i += STRIP)
                 for (long j = 0; j < N; j += 32)
-                    put(c + i * N + j * STRIP, width - i, turned, turned ? out + j * W + first + i : out + (first + i) * N + j,
-                        turned ? W : N);
+                    put(c + i * N + j * STRIP, width - i, transposed,
+                        transposed ? out + j * W + first + i : out + (first + i) * N + j, transposed ? W : N);
             add_wide_sums(column_sums, width, wide_sums + first);
         }
         give_tiles_back(before);
