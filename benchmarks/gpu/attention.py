@@ -34,7 +34,7 @@ def kernels() -> dict[str, Kernel]:
 def time_kernels(
     device: CpuDevice | CudaDevice,
     found: dict[str, Kernel],
-    samples: int = SAMPLES,
+    samples: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[results.Row]:
     """Return a row per shape and kernel. One that fails, or computes something else than padded matmuls, has the
@@ -73,7 +73,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu.attention: torch sees no CUDA device on this machine", file=sys.stderr)
         return 2
-    rows = time_kernels(CudaDevice(), kernels())
+    rows = time_kernels(CudaDevice(), kernels(), SAMPLES)
     results.write("gpu-attention", f"Attention of {SAMPLES} samples, forward and backward", rows)
     return 0
 
