@@ -27,7 +27,7 @@ from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import ROOT
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
-EXTRAS = ("datasets", "deepspeed", "pyarrow", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
+EXTRAS = ("datasets", "deepspeed", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
 
 
 def make_pictures(folder, each=20, captions=True):

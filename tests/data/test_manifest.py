@@ -48,8 +48,9 @@ def test_a_run_with_a_manifest_sees_what_it_sees_without(load, store, tmp_path, 
     path = make(tmp_path, pattern)
     counted = [SourceConfig(shards=path)]
     before = fetched()
-    found, indexed = (open_corpus([SourceConfig(shards=shards)], ShardStore(tmp_path / str(n)))
-                      for n, shards in enumerate((path, pattern)))  # fmt: skip
+    found = open_corpus(counted, ShardStore(tmp_path / "0"))
+    assert fetched() == before  # opening reads no shard
+    indexed = open_corpus([SourceConfig(shards=pattern)], ShardStore(tmp_path / "1"))
     one, other = found.sources[0], indexed.sources[0]
     assert one.modalities == other.modalities == ["paired", "image", "text"] * 2
     assert list(one.sizes) == list(other.sizes) == [3, 4, 5, 6, 7, 8]
@@ -61,7 +62,6 @@ def test_a_run_with_a_manifest_sees_what_it_sees_without(load, store, tmp_path, 
     for copy in (store.cache_dir / "shards").iterdir():
         copy.unlink()
     loader = load(counted, micro_batch=11, steps=6, config={"lanes": 1, "shuffle_shards": 128})
-    assert not fetched()  # opening reads no shard
     assert keys(loader) == expected and len(expected) == 66
     assert before and set(fetched().values()) == {1}
 

@@ -59,6 +59,12 @@ def test_tables_of_amd(monkeypatch):
     assert tuning.arch_of(CUDA) == "gfx942"
 
 
+class OnGPU(torch.Tensor):
+    """Says so."""
+
+    is_cuda = True
+
+
 def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
     asked = []
     with FakeTensorMode(), monkeypatch.context() as patch:
@@ -72,15 +78,15 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
         (torch.float32, 0, True),
         (torch.float32, 1, True),
     ]
-    with FakeTensorMode(), monkeypatch.context() as patch:  # a torch that has no such sums
-        patch.setattr(matmul, "WIDE_SUMS", False)
-        patch.setattr(torch, "addmm", None)
-        patch.setattr(torch.version, "cuda", "13.0")
-        a = torch.empty(4, 6, device="cuda", dtype=torch.bfloat16)
-        add_product(torch.empty(4, 4, device="cuda"), a, a.t(), True)
-        add_product(torch.empty(4, 4, device="cuda"), a, a.t(), False)
     assert matmul.WIDE_SUMS
     a = torch.randn(4, 6)
+    with monkeypatch.context() as patch:  # a torch that has no such sums
+        patch.setattr(matmul, "WIDE_SUMS", False)
+        patch.setattr(torch.version, "cuda", "13.0")
+        there, total = a.bfloat16().as_subclass(OnGPU), torch.zeros(4, 4)
+        for first in (True, False):
+            add_product(total, there, there.t(), first)
+        torch.testing.assert_close(total, 2 * a @ a.t(), rtol=0.05, atol=0.1)
     short, bf16 = a.bfloat16(), torch.zeros(4, 4)
     add_product(bf16, short, short.t(), True)
     add_product(bf16, short, short.t(), False)
