@@ -163,8 +163,7 @@ def _join() -> Ranks:
         dist.all_gather_object(values, value, group=control)
         return values
 
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and world > 1:
-        store = _own_store(rank, gather)
+    store = _lasting(store, rank, gather)
     hosts, machines = gather(socket.gethostname()), gather(machine())
     of_node = [other for other, name in enumerate(machines) if name == machines[rank]]
     rooms = rooms_of(rank, machines, store, gather, TIMEOUT)
@@ -194,8 +193,10 @@ def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessG
     return control, store
 
 
-def _own_store(rank: int, gather: Callable[[int], list[int]]) -> dist.Store:
-    """Return a store that lives in rank 0: torchrun's ends with its agent, after which ranks still have to save."""
+def _lasting(store: dist.Store, rank: int, gather: Callable[[int], list[int]]) -> dist.Store:
+    """Return a store that lives in a rank: torchrun's ends with its agent, after which ranks still have to save."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = gather(own.port if own else 0)[0]
     return own or dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=TIMEOUT)

@@ -8,6 +8,7 @@ import m3ae_kernels
 import pytest
 import torch
 from m3ae_kernels import tuning
+from m3ae_kernels.attention import Kernel
 
 from benchmarks import results
 from benchmarks.alone import peak_above
@@ -50,11 +51,14 @@ def test_stages_of_a_plan_write_their_tables(tmp_path, device, monkeypatch):
     monkeypatch.setattr(ceilings, "measure_all", lambda _: [{"what": "copy", "p50 ms": 1.0}])
     monkeypatch.setattr(attention, "SHAPES", {"encoder": (1, 16, 5)})
     monkeypatch.setattr(attention, "SAMPLES", 2)
-    monkeypatch.setattr(attention.cuda, "MAKERS", {"broken": lambda: 1 / 0})
+    fails = Kernel("fails", lambda *_: 1 / 0, None)
+    monkeypatch.setattr(attention.cuda, "MAKERS", {"broken": lambda: 1 / 0, "fails": lambda: fails})
     monkeypatch.setattr(curve, "measure", lambda folder: folder != tmp_path)
     assert [module.main() for module in (ceilings, attention, curve)] == [0, 0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {"gpu-ceilings.json", "gpu-attention.json"}
-    assert [row["kernel"] for row in results.read(tmp_path / "gpu-attention.json")] == ["padded", "Triton"]
+    rows = results.read(tmp_path / "gpu-attention.json")
+    assert [row["kernel"] for row in rows] == ["padded", "Triton", "fails"]
+    assert rows[-1]["verdict"] == "division by zero" and rows[-1]["ms"] is None
 
 
 def test_stages_without_a_gpu_are_refused(capsys):

@@ -19,10 +19,16 @@ from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.stacks import write_stacks
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.pace import missing_memory
 from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 from tests.rehearsal.stand_ins import BrokenAdam, FusedAdam, install
+from tests.test_attention import (  # noqa: F401  # rehearsed here once more
+    test_a_resumed_run_keeps_its_kernels_where_they_are,
+    test_one_rank_chooses_and_all_run_the_same,
+    trials,
+)
 from tests.test_engine_on_gpu import steps_without_waiting
 
 GEOMETRY = Geometry(16, 4, 3, 8)
@@ -32,6 +38,11 @@ def batches(count: int):
     from m3ae_fast.batch import pack
 
     return [pack(samples(i, text=True), GEOMETRY) for i in range(count)]
+
+
+def test_missing_memory_is_told(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 10**9, 80 * 10**9))
+    assert missing_memory(8e9, CUDA) == "" and missing_memory(9.5e9, CUDA) == "9.5 GB are needed, and 10.0 GB are free"
 
 
 def test_batches_are_copied_on_a_stream_of_their_own(cuda):

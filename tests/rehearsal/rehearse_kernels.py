@@ -8,6 +8,7 @@ import torch
 from m3ae_kernels import dispatch, tuning
 from m3ae_kernels.attention import cuda as attention_cuda
 from m3ae_kernels.attention.choice import kernel_for
+from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.dispatch import choose_impl
 from m3ae_kernels.triton_impl import matmul
 from m3ae_kernels.triton_impl.common import precision
@@ -107,6 +108,11 @@ def test_attention_of_triton_stands_a_trial(cuda, monkeypatch):
         monkeypatch.setattr(attention_cuda, name, less)
     for head_dim, length in ((16, 5), (64, 140)):  # one tile of keys, and two
         assert attention_cuda.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
+
+
+def test_a_trial_without_a_gpu_is_timed_by_the_clock():
+    on_cpu = attention_cuda.example(torch.device("cpu"), torch.float32, 1, 16, 5)
+    assert attention_cuda._seconds(PADDED, *on_cpu) > 0
 
 
 def test_float32_is_multiplied_as_torch_is_set_to():
