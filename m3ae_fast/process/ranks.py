@@ -41,6 +41,7 @@ class Ranks:
     hosts: list[str]  # the machine of each rank
     of_node: list[int]  # the ranks of this machine
     store: dist.Store
+    lasting: dist.Store  # which a launcher that dies leaves to the ranks
     rooms: list[Room]  # for heartbeats
 
     @property
@@ -163,11 +164,10 @@ def _join() -> Ranks:
         dist.all_gather_object(values, value, group=control)
         return values
 
-    store = _lasting(store, rank, gather)
     hosts, machines = gather(socket.gethostname()), gather(machine())
     of_node = [other for other, name in enumerate(machines) if name == machines[rank]]
     rooms = rooms_of(rank, machines, store, gather, TIMEOUT)
-    return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, rooms)
+    return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, _lasting(store, rank, gather), rooms)
 
 
 def _require_files(rank: int, world: int) -> None:

@@ -67,7 +67,7 @@ class Loop(ABC):
         self.finite_evaluation: int | None = None  # step of which an evaluation was finite
         self.growth = MemoryGrowth()
         self.saving = Background()  # of checkpoints
-        self.agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.store, self.saving.leaving)
+        self.agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.lasting, self.saving.leaving)
         self.staged: Tensor | None = None  # what is being saved, or has been
 
     def _open_log(self) -> RunLog:

@@ -72,7 +72,7 @@ def as_deepspeed_has_it(engine: Engine) -> dict[str, Tensor]:
 
 
 def agreement(ranks: Ranks) -> Agreement:
-    return Agreement(ranks.rank, ranks.world, ranks.store, threading.Event())
+    return Agreement(ranks.rank, ranks.world, ranks.lasting, threading.Event())
 
 
 def save(ranks: Ranks, folder: Path) -> None:
