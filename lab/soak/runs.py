@@ -125,7 +125,7 @@ class Soak:
         self.tally.wrong[before:] = [f"{line}, after {met}" for line in self.tally.wrong[before:]]
         if not self._complete(name):
             self.tally.wrong.append(f"{name}: not complete after {STARTS} starts and {met}; last: {out[-300:]!r}")
-        elif self._outcome(name) != (expected.trajectory, expected.checksum):
+        elif self._outcome(name) != (expected.trajectory, expected.checksums):
             self.tally.wrong.append(f"{name}: {self._difference(name, expected)} after {met}")
         else:
             self.tally.whole += 1
