@@ -18,7 +18,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.open_model import open_model
-from m3ae_fast.pictures.figures import MapPanel, draw_map, require_matplotlib
+from m3ae_fast.pictures.figures import MapPanel, draw_map
 from m3ae_fast.process.ranks import join_ranks
 
 NEIGHBOURS = 10
@@ -61,7 +61,6 @@ def draw_feature_map(
         UserError: a library is missing, there are fewer than 4 samples, models cannot read the same ones, or as
             `open_model` and `encode_corpus` do.
     """
-    require_matplotlib()
     require_scikit_learn()
     with join_ranks() as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)

@@ -23,7 +23,7 @@ import numpy as np
 from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.parquet import require_pyarrow, write_parquet
+from m3ae_fast.parquet import write_parquet
 from m3ae_fast.whole_file import whole_file
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -100,8 +100,6 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
     if out.exists():
         raise UserError(f"--out {out}: exists already; remove it or choose another name")
-    if out.suffix == PARQUET:
-        require_pyarrow(f"--out {out}:")
 
 
 def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,11 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.whole_file import whole_file
 
 
-def require_pyarrow(what: str) -> None:
-    """Raise UserError, which begins with `what`, if it is missing."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{what} needs pyarrow; install it (pip install pyarrow)")
-
-
 def write_parquet(path: Path, columns: Mapping[str, np.ndarray | Sequence[Any]]) -> None:
     """Write equally long columns to `path`, which is whole or not there; an array of several dimensions becomes a
     column of lists. Raises UserError if the disk refuses."""
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    import pyarrow
+    from pyarrow import parquet
 
     table = {}
     for name, values in columns.items():
@@ -37,7 +30,7 @@ def write_parquet(path: Path, columns: Mapping[str, np.ndarray | Sequence[Any]])
 
 def read_parquet(path: Path) -> dict[str, list[Any]]:
     """Return the columns of a table. Raises UserError if it is missing or damaged."""
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    from pyarrow import ArrowException, parquet
 
     try:
         return parquet.read_table(path).to_pydict()

@@ -6,8 +6,6 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from m3ae_fast.errors import UserError
-
 Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 _TRAIN, _HELD_OUT, _OTHER = "#9db4d3", "#1f4e9c", "#b5651d"
 
@@ -65,14 +63,9 @@ def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterato
     Args:
         charts: what to draw.
         runs: metrics by the run's name; of several, the last metric of a chart has a colour for each.
-
-    Raises:
-        UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the report's charts need matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     for chart in charts:
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
         axes = figure.add_subplot()

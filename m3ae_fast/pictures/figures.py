@@ -5,7 +5,6 @@ Shapes: N samples, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from m3ae_fast.errors import UserError
 from m3ae_fast.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -35,12 +33,6 @@ class Cell(NamedTuple):
     image: Tensor | None  # uint8 [C, H, W]
     text: str = ""
     colour: Colour = BLACK
-
-
-def require_matplotlib() -> None:
-    """Raise UserError if it is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the pictures of a result need matplotlib: pip install 'm3ae-fast[transfer]'")
 
 
 def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str] = ()) -> None:

@@ -199,10 +199,8 @@ def _jsonl(table: Path) -> _Rows:
 
 
 def _parquet(table: Path) -> _Rows:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"--captions {table}: needs pyarrow; pip install pyarrow") from None
+    import pyarrow.parquet
+
     with open_regular(table) as source, pyarrow.parquet.ParquetFile(source) as file:
         yield file.schema_arrow.names
         try:

@@ -127,12 +127,10 @@ def _write_config(path: Path, given: dict[str, Any], settings: list[tuple[str, s
 
 
 def draw(found: Statistics, path: Path, unit: str) -> None:
-    """Write histograms of levels, sizes, aspect ratios and lengths of captions. Raises UserError where matplotlib is
-    missing or `path` cannot be written."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'm3ae-fast[transfer]'") from None
+    """Write histograms of levels, sizes, aspect ratios and lengths of captions. Raises UserError where
+    `path` cannot be written."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 8), layout="constrained")
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
     names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}[found.channels]

@@ -24,8 +24,6 @@ from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model, set_range
-from m3ae_fast.parquet import require_pyarrow
-from m3ae_fast.pictures.figures import require_matplotlib
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
@@ -250,8 +248,6 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
     ranks = session.ranks
     ranks.on_main(lambda: refuse_existing(config.run.dir))
-    require_matplotlib()
-    require_pyarrow("the table of predictions")
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.parquet import read_parquet, require_pyarrow
+from m3ae_fast.parquet import read_parquet
 from m3ae_fast.transfer.predictions import FILE
 from m3ae_fast.transfer.significance import difference
 
@@ -19,7 +19,6 @@ def compare_results(folders: Sequence[Path]) -> str:
     Raises:
         UserError: one has no predictions of classes, or they are not of the same samples.
     """
-    require_pyarrow("the table of predictions")
     first, second = (_correct(folder) for folder in folders)
     if first.keys() != second.keys():
         alone = len(first.keys() ^ second.keys())
