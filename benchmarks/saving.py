@@ -1,4 +1,4 @@
-"""How long a step waits for a checkpoint, on every rank of a process group; run by test_saving.py.
+"""Measure how long a step waits for a checkpoint, on every rank of a process group; run by test_saving.py.
 
 In turns: each rank copies its part, as the engine does, and rank 0 gathers whole tensors one by one, as it did before.
 """

@@ -1,4 +1,4 @@
-"""How long training waits for a checkpoint of four ranks, and what each holds meanwhile."""
+"""Measures how long training waits for a checkpoint of four ranks, and how much each holds meanwhile."""
 
 import json
 import subprocess

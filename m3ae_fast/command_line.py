@@ -1,4 +1,4 @@
-"""What the command lines of several programs have in common."""
+"""Parsers and options that several programs share."""
 
 from __future__ import annotations
 

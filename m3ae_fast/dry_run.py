@@ -13,11 +13,11 @@ from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data
 from m3ae_fast.data.loader import needs_of_node
 from m3ae_fast.engine.schedule import Schedule, split_batch
-from m3ae_fast.hardware import data_sheet, settle_precision
+from m3ae_fast.hardware import data_sheet, missing_memory, settle_precision
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import Session
-from m3ae_fast.run.pace import FIRST_BATCH, measure, missing_memory
+from m3ae_fast.run.pace import FIRST_BATCH, measure
 
 CAPTION_FRACTION = 1 / 3  # of text_length, for the typical sample: CC12M captions have about 20 words of 64
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach

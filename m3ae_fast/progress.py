@@ -42,14 +42,14 @@ def track(items: Iterable[T], title: str, total: int | None = None, *, show: boo
             advance(1)
 
 
-class Pace:
+class TimeLeft:
     """Of work that consists of parts: the time left, by the time that the parts so far took."""
 
     def __init__(self, total: float) -> None:
         """Begin the work. `total`: its size, in whatever the parts are measured in."""
         self._total, self._done, self._started = total, 0.0, time.perf_counter()
 
-    def left(self, part: float) -> timedelta:
+    def after(self, part: float) -> timedelta:
         """Count a part as done, and return the time that the others will take, in whole seconds."""
         self._done += part
         seconds = (time.perf_counter() - self._started) / self._done * (self._total - self._done)

@@ -21,7 +21,7 @@ from m3ae_fast.regular_file import read_json
 from m3ae_fast.run.diagnosis import Metrics, findings, verdict
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.status import status
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.whole_file import write_whole
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.run import checkpoint
@@ -80,8 +80,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
     body = "\n".join(parts)
     page = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n'
-    with whole_file(out) as partial:
-        partial.write_text(page + "</html>\n", encoding="utf-8")
+    write_whole(out, page + "</html>\n")
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import sys
 from pathlib import Path
 
@@ -46,15 +46,11 @@ def status(run: Path) -> tuple[str, str]:
 
 def _last_step(run: Path, recorded: int) -> int:
     """Return the last step that is known of: the record's, or one that was logged since."""
-    from m3ae_fast.run.run_log import METRICS_FILE
+    from m3ae_fast.run.run_log import read_metrics
 
-    step = recorded
-    try:
-        for line in (run / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()[-2:]:
-            step = max(step, json.loads(line)["step"])
-    except (OSError, ValueError, LookupError, TypeError):  # not there, or half-written
-        pass
-    return step
+    with contextlib.suppress(UserError):  # it has logged none
+        return max(recorded, read_metrics(run)[-1]["step"])
+    return recorded
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,6 +35,12 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there. Raises UserError as `whole_file` does."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def put_in_place(partial: Path, path: Path) -> None:
     """Give a finished file, or a folder of files, the name `path`: its contents reach the disk before the name does.
 

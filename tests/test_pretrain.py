@@ -76,9 +76,10 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
     assert status(run)[0] == "finished"
     for task in ("knn", "linear"):
         for name in (task, f"{task}-random"):
-            top1 = json.loads((run / "results" / name / "result.json").read_text())["top1"]
-            assert f"{top1:.1%}" in done.stdout and 0 <= top1 <= 1
-    assert "chance                     33.3%" in done.stdout
+            result = json.loads((run / "results" / name / "result.json").read_text())
+            assert f" {100 * result['top1']:.1f} ± {100 * result['top1_se']:.1f}" in done.stdout
+            assert 0 <= result["top1"] <= 1
+    assert "chance                        33.3   (6 samples)" in done.stdout
     assert "knn" in (run / "report.html").read_text()
     again = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "is used as it is" in again.stdout and "saved" not in again.stdout
@@ -118,6 +119,9 @@ def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
     (photos / "red/0.txt").write_text("another caption")
     assert "its shards are made anew" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
+    (photos / "red/0.txt").write_text("a third one")
+    with pytest.raises(UserError, match="holds shards of something else; remove it, or choose another --out"):
+        find_shards(str(photos), out, None, [])  # without a config it is not known who made them
 
 
 def test_a_folder_without_captions_gives_an_image_model(tmp_path):

@@ -27,7 +27,7 @@ SLOW = "slow, but whole"
 
 
 class Server(NamedTuple):
-    """Where it is, how often it failed in which way, and how often it gave the whole of which path."""
+    """A running server: its address, how often it failed in which way, and how often it sent each path whole."""
 
     url: str
     failures: Counter[str]

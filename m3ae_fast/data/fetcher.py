@@ -32,7 +32,7 @@ _RETRY_S = 60.0  # a shard that could not be fetched is not tried again sooner
 
 
 class Shard(NamedTuple):
-    """What can be fetched."""
+    """A shard that can be fetched."""
 
     name: str
     size: int  # bytes; 0: unknown
@@ -48,7 +48,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a node reads, and when.
+    """Shards that a node reads, and in which steps.
 
     Args:
         corpus: whose shards are read.

@@ -88,8 +88,8 @@ def _local(name: str) -> list[str]:
     return found
 
 
-class Room(NamedTuple):
-    """Of the cache folder, in bytes."""
+class CacheSpace(NamedTuple):
+    """Sizes of the cache folder, in bytes."""
 
     limit: float  # what copies may take
     used: int  # with those that are being made
@@ -204,12 +204,12 @@ class ShardStore:
             with contextlib.suppress(OSError):  # not there, or another user's
                 os.utime(self.copy(shard), ns=(when, when))
 
-    def room(self) -> Room:
+    def room(self) -> CacheSpace:
         """Return what copies may take and take now."""
         sizes = [copy.size for copy in self._copies()]
         usage = shutil.disk_usage(self.cache_dir)
         most = min(self.limit, sum(sizes) + usage.free - FREE_FRACTION * usage.total)
-        return Room(most, sum(sizes), max(sizes, default=0))
+        return CacheSpace(most, sum(sizes), max(sizes, default=0))
 
     @contextmanager
     def lock(self, name: str, wait: bool = True) -> Iterator[None]:

@@ -15,6 +15,13 @@ def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: i
     (optax.warmup_cosine_decay_schedule)."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
+    return warmup_cosine(step, warmup_steps, total_steps, init, peak, end)
+
+
+def warmup_cosine(
+    step: int, warmup_steps: int, total_steps: int, init: float = 0.0, peak: float = 1.0, end: float = 0.0
+) -> float:
+    """Return what rises linearly from `init` to `peak` in the warm-up, and falls to `end` as a cosine."""
     if step < warmup_steps:
         return init + (peak - init) * step / warmup_steps
     progress = min(step - warmup_steps, total_steps - warmup_steps) / max(total_steps - warmup_steps, 1)

@@ -18,7 +18,7 @@ from m3ae_fast.pictures.attention import LAST, Look, attention_weights
 from m3ae_fast.pictures.figures import BLACK, Colour, shown
 from m3ae_fast.whole_file import whole_file
 
-SHADE: Colour = (255, 110, 90)  # behind the word that is looked at most
+SHADE: Colour = (255, 110, 90)  # behind the word with the most attention
 OUTLINE: Colour = (255, 0, 0)
 _SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20  # pixels: of an image, of a caption, between them, of a line of words
 
@@ -69,8 +69,8 @@ def _outlined(image: Tensor, patch: tuple[int, int], size: int) -> Image.Image:
 
 def shade(part: float, highest: float) -> Colour:
     """Return the colour behind a word: from white to SHADE, in proportion to its part of the highest."""
-    share = part / highest if highest > 0 else 0.0
-    red, green, blue = (round(255 + share * (end - 255)) for end in SHADE)
+    fraction = part / highest if highest > 0 else 0.0
+    red, green, blue = (round(255 + fraction * (end - 255)) for end in SHADE)
     return red, green, blue
 
 

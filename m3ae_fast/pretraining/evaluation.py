@@ -7,12 +7,12 @@ from typing import Any
 from m3ae_fast.config import Config, SourceConfig
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.transfer import __main__ as transfer
+from m3ae_fast.transfer.compare import UNTRAINED, with_error
 from m3ae_fast.transfer.job import RESULT_FILE
 
 _QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
 _TASKS: dict[str, list[str]] = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}
 RESULTS = "results"  # folder of a run folder
-UNTRAINED = "random weights"
 
 
 def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
@@ -44,11 +44,11 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Return lines: accuracy on held-out samples of the run and of random weights, by task."""
+    """Return lines: accuracy and standard error on held-out samples, of the run and of random weights, by task."""
     names = {"knn": "k-NN", "linear": "linear probe"}
     first = next(iter(found.values()))["run"]
-    lines = [f"{'accuracy, held out':20}{'this run':>12}{UNTRAINED:>18}"]
+    lines = [f"{'accuracy, held out, %':22}{'this run':>12}{UNTRAINED:>18}"]
     for task, results in found.items():
-        run, untrained = (results[name]["top1"] for name in ("run", UNTRAINED))
-        lines.append(f"{names[task]:20}{run:>12.1%}{untrained:>18.1%}")
-    return [*lines, f"{'chance':20}{1 / first['classes']:>12.1%}   ({first['val_samples']:,} samples)"]
+        run, untrained = (with_error(results[name]) for name in ("run", UNTRAINED))
+        lines.append(f"{names[task]:22}{run:>12}{untrained:>18}")
+    return [*lines, f"{'chance':22}{100 / first['classes']:>12.1f}   ({first['val_samples']:,} samples)"]

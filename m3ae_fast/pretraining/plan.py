@@ -9,13 +9,13 @@ from pathlib import Path
 from m3ae_fast.config import Config
 from m3ae_fast.dry_run import memory_needed
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.hardware import settle_precision
+from m3ae_fast.hardware import missing_memory, settle_precision
 from m3ae_fast.pretraining import choices
 from m3ae_fast.pretraining.choices import Rung
 from m3ae_fast.pretraining.facts import Facts
 from m3ae_fast.pretraining.source import Shards
 from m3ae_fast.process.program import Session
-from m3ae_fast.run.pace import Pace, duration, measure, missing_memory
+from m3ae_fast.run.pace import Pace, duration, measure
 
 TRAINING = 0.8  # of the time; the rest is for evaluating, pictures and saving
 _TRIAL, _LONGEST_TRIAL = 0.02, 8.0  # of the time, and seconds, for the steps that measure a size

@@ -18,7 +18,7 @@ from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.report import REPORT_FILE, write_report
 from m3ae_fast.status import status
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.whole_file import write_whole
 
 CONFIG, EXPORT = "config.json", "export"  # of a run folder
 
@@ -106,7 +106,6 @@ def _configured(
         plan = choose(facts, shards, out, hours, labels, overrides, session)
     print("\n".join([*plan.lines, *(f"note: {note}" for note in [*shards.notes, *notes])]), flush=True)
     if not dry_run:
-        with whole_file(path) as partial:
-            partial.write_text(written(plan.config), encoding="utf-8")
+        write_whole(path, written(plan.config))
         print(f"{path} has all settings; --set section.key=value changes one", flush=True)
     return plan.config

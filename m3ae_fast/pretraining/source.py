@@ -15,7 +15,7 @@ from m3ae_fast.data.shards import expand, is_remote
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
-from m3ae_fast.shard_tools.caption_table import read_captions
+from m3ae_fast.shard_tools.caption_table import READERS, read_captions
 from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.huggingface import HuggingFace
@@ -23,7 +23,6 @@ from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.writer import HELD_OUT, Settings, convert
 
 SHARDS = "shards"  # folder of a run folder
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _HELD_OUT_SPLITS = (HELD_OUT, "validation", "valid", "test")  # as data sets call them, the first one is taken
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
 
@@ -85,7 +84,7 @@ def _is_data_set(folder: Path) -> bool:
 
 def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the one table of captions at the top of a folder, if any, and a note about it."""
-    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TABLES)
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise UserError(f"{folder}: has several tables ({names}); name that of the captions with --captions")
@@ -124,8 +123,10 @@ def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
                 f"{name}: is not what it was when the run in {out} began; choose another --out, or go on with the old "
                 f"shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
             )
+        if not (out / "config.json").exists():
+            raise UserError(f"{folder}: holds shards of something else; remove it, or choose another --out")
         shutil.rmtree(folder)
-        (out / "config.json").unlink(missing_ok=True)
+        (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed: its shards are made anew"]
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
     held = next((split for split in _HELD_OUT_SPLITS if any(_of(split, path) for path in made.shards)), None)

@@ -43,12 +43,15 @@ def rooms_of(
     groups = [[r for r, other in enumerate(machines) if other == name] for name in dict.fromkeys(machines)]
     own = next(group for group in groups if rank in group)
     if len(groups) == 1 or len(groups) == len(machines):
-        return [Room(store.clone(), range(1, len(machines)) if rank == 0 else [0])]  # type: ignore[attr-defined]
+        return [_among_all(store, range(1, len(machines)) if rank == 0 else [0])]
     leads = rank == own[0]
     local = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if leads else None
     ports = gather(local.port if local else 0)
     if local is None:
         return [Room(dist.TCPStore("127.0.0.1", ports[own[0]], is_master=False, timeout=timeout), own[:1])]
     first = [group[0] for group in groups]
-    among = Room(store.clone(), first[1:] if rank == 0 else [0])  # type: ignore[attr-defined]
-    return [Room(local, own[1:]), among]
+    return [Room(local, own[1:]), _among_all(store, first[1:] if rank == 0 else [0])]
+
+
+def _among_all(store: dist.Store, heard: Sequence[int]) -> Room:
+    return Room(store.clone(), heard)  # type: ignore[attr-defined]  # torch's stubs lack it

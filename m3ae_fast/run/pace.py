@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
-import torch
-
 from m3ae_fast.config import Config
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.program import Session
@@ -53,12 +50,6 @@ class Pace:
 def duration(seconds: float) -> str:
     """Return a time as people say it: hours, minutes and seconds."""
     return str(timedelta(seconds=max(round(seconds), 1)))
-
-
-def missing_memory(needed: float, device: torch.device) -> str:
-    """Return "" where there is room for `needed` bytes, else what there is."""
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    return "" if needed < 0.9 * free else f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free"
 
 
 def measure(config: Config, session: Session, seconds: float) -> Pace:

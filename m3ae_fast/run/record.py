@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.whole_file import write_whole
 
 RECORD_FILE = "status.json"
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
@@ -56,5 +56,4 @@ class Recorder:
                     self._write(state, step(), why)
 
     def _write(self, state: str, step: int, reason: str = "") -> None:
-        with whole_file(self._path) as partial:
-            partial.write_text(json.dumps(asdict(Record(state, step, self._total, reason))) + "\n", encoding="utf-8")
+        write_whole(self._path, json.dumps(asdict(Record(state, step, self._total, reason))) + "\n")

@@ -50,7 +50,7 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
     Raises:
         UserError: the file cannot be read, lacks a column, or has a row that does not fit its columns.
     """
-    reader = _READERS.get(table.suffix.lower())
+    reader = READERS.get(table.suffix.lower())
     if reader is None:
         raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet")
     found: list[Row] = []
@@ -210,6 +210,6 @@ def _parquet(table: Path) -> _Rows:
             raise ValueError(error) from None
 
 
-_READERS: dict[str, Callable[[Path], _Rows]] = {
+READERS: dict[str, Callable[[Path], _Rows]] = {
     ".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet
 }  # fmt: skip

@@ -17,7 +17,7 @@ from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.statistics import Statistics, collect, require_images
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.whole_file import whole_file, write_whole
 
 HELP = """Look at some samples: mean and standard deviation of the pixels, sizes, aspect ratios, lengths of captions,
 formats, labels, and what cannot be read. Prints the settings that a config needs; --write puts them into one.
@@ -121,8 +121,7 @@ def _write_config(path: Path, given: dict[str, Any], settings: list[tuple[str, s
     for section, key, value in settings:
         given.setdefault(section, {})[key] = value
     parse(Config, given, f"--write {path}")
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(given, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
     print(f"wrote them into {path}")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m3ae_fast.config.transfer import AttentiveProbeConfig
 from m3ae_fast.encoding import Features
+from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.progress import track
@@ -96,17 +97,9 @@ def train_heads(
             optimizer.zero_grad()
             F.cross_entropy(head(tokens_SLD), batch.labels).backward()
             for group in optimizer.param_groups:
-                group["lr"] = rate * _factor(step, config.steps)
+                group["lr"] = warmup_cosine(step, round(config.steps * _WARMUP), config.steps, peak=rate)
             optimizer.step()
     return [head.eval() for head in heads]
-
-
-def _factor(step: int, steps: int) -> float:
-    """Return the learning rate of a step as a fraction of the highest: linear warm-up, then a cosine."""
-    warmup = round(steps * _WARMUP)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Shapes: N held-out samples, D trials with other seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,13 +20,13 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import RANDOM, open_model, set_range
 from m3ae_fast.pictures.figures import draw_comparison
-from m3ae_fast.progress import Pace
+from m3ae_fast.progress import TimeLeft
 from m3ae_fast.transfer.job import Job, summary
 from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
 from m3ae_fast.transfer.probes import PROBES, Setting
 from m3ae_fast.transfer.significance import LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.transfer.survey import require_memory
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.whole_file import write_whole
 
 UNTRAINED = "random weights"
 TABLE_FILE = "comparison.md"
@@ -88,7 +88,7 @@ class Found:
         result = self.result()
         lines = [f"| top-1 accuracy, % | {' | '.join(probes)} |", "|---|" + "--:|" * len(probes)]
         for model in models:
-            cells = [_cell(self.accuracy(model, probe)) for probe in probes if (model, probe) in self.trials]
+            cells = [with_error(self.accuracy(model, probe)) for probe in probes if (model, probe) in self.trials]
             lines.append(f"| {model} | {' | '.join(cells)} |")
         lines += [
             "",
@@ -103,7 +103,8 @@ class Found:
         )
 
 
-def _cell(accuracy: dict[str, float]) -> str:
+def with_error(accuracy: Mapping[str, Any]) -> str:
+    """Return top-1 accuracy and its standard error in percent."""
     return f"{100 * accuracy['top1']:.1f} ± {100 * accuracy[f'top1{ERROR}']:.1f}"
 
 
@@ -120,14 +121,16 @@ def run(job: Job) -> dict[str, Any]:
         f"compare: {', '.join(names)}; probes: {', '.join(args.probes)}; {len(seeds)} seeds; {len(names)} models "
         f"encode {train.samples + val.samples:,} images each, random weights once for each seed"
     )
-    pace = Pace(len(names))
+    time_left = TimeLeft(len(names))
     for name, model in names.items():
         _measure(job, found, name, model, seeds, (train, val))
         done = len({model for model, _ in found.trials})
-        job.say(f"{done} of {len(names)} models done" + (f", about {pace.left(1)} left" if done < len(names) else ""))
+        job.say(
+            f"{done} of {len(names)} models done" + (f", about {time_left.after(1)} left" if done < len(names) else "")
+        )
     job.keep(found.columns())
     page = found.page()
-    job.ranks.on_main(lambda: _write(job.out / TABLE_FILE, page))
+    job.ranks.on_main(lambda: write_whole(job.out / TABLE_FILE, page))
     job.say(page)
     result = found.result()
     job.pictures.append(lambda: draw_comparison(job.out / "comparison.png", result["rows"], result["chance"]))
@@ -178,8 +181,3 @@ def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -
         )
         parts.append((bank, held_out))
     return parts
-
-
-def _write(path: Path, text: str) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")

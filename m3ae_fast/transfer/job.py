@@ -26,7 +26,7 @@ from m3ae_fast.process.program import Session
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.predictions import ERROR
 from m3ae_fast.transfer.predictions import FILE as PREDICTIONS_FILE
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.whole_file import write_whole
 
 RESULT_FILE, SO_FAR_FILE = "result.json", "result-so-far.json"
 
@@ -145,8 +145,7 @@ def refuse_existing(out: Path) -> None:
 
 def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> None:
     """Write result.json, which is whole or not there."""
-    with whole_file(out / name) as partial:
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / name, json.dumps(result, indent=2) + "\n")
     if name == RESULT_FILE:
         (out / SO_FAR_FILE).unlink(missing_ok=True)
 

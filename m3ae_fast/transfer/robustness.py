@@ -22,7 +22,7 @@ from m3ae_fast.data.order import hash64
 from m3ae_fast.encoding import UNMASKED, check_skipped
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import Cell, draw_attack, draw_sheet
-from m3ae_fast.progress import Pace, track
+from m3ae_fast.progress import TimeLeft, track
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.corruptions import PROCEDURAL, Corruption
 from m3ae_fast.transfer.job import Job, summary
@@ -59,10 +59,10 @@ def run(job: Job) -> dict[str, Any]:
     job.say(_plan(config, images, passes))
     found: dict[str, Predictions] = {}
     job.keep_if_stopped(lambda: (_result(config, dict(found)), _columns(dict(found), model.config.classes)))
-    pace = Pace(sum(each.cost for each in passes.values()))
+    time_left = TimeLeft(sum(each.cost for each in passes.values()))
     for number, (name, each) in enumerate(passes.items(), 1):
         found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})")
-        left = f", about {pace.left(each.cost)} left" if number < len(passes) else ""
+        left = f", about {time_left.after(each.cost)} left" if number < len(passes) else ""
         job.say(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
     job.keep(_columns(found, model.config.classes))
     result = _result(config, found)

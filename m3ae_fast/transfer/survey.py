@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
+import torch
 
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import missing_memory
 from m3ae_fast.pictures.figures import draw_accuracies
 from m3ae_fast.transfer.job import Job, summary
 from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
@@ -105,11 +106,10 @@ def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -
     samples = sum(corpus.samples for corpus in corpora)
     needed = 2 * samples * layers * model.patches_per_image * model.emb_dim  # of float16
     needed *= 2  # while parts are joined
-    free = psutil.virtual_memory().available
-    if needed > free:
+    if lacking := missing_memory(needed, torch.device("cpu")):
         raise UserError(
-            f"the patch tokens of {samples:,} samples at {layers} layers need {needed / 1e9:.3g} GB of memory, and "
-            f"{free / 1e9:.3g} GB are free: name fewer samples, or fewer --layers"
+            f"the patch tokens of {samples:,} samples at {layers} layers do not fit into memory: {lacking}; name fewer "
+            "samples, or fewer --layers"
         )
 
 

@@ -19,7 +19,6 @@ from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.stacks import write_stacks
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.pace import missing_memory
 from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
@@ -42,7 +41,8 @@ def batches(count: int):
 
 def test_missing_memory_is_told(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 10**9, 80 * 10**9))
-    assert missing_memory(8e9, CUDA) == "" and missing_memory(9.5e9, CUDA) == "9.5 GB are needed, and 10.0 GB are free"
+    assert hardware.missing_memory(8e9, CUDA) == ""
+    assert hardware.missing_memory(9.5e9, CUDA) == "9.5 GB are needed, and 10 GB are free"
 
 
 def test_batches_are_copied_on_a_stream_of_their_own(cuda):

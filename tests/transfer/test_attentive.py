@@ -89,16 +89,20 @@ def test_heads_of_several_rates_are_those_of_one_each():
     assert not torch.equal(both[0].head.linear.weight, alone.head.linear.weight)
 
 
-def test_a_step_is_adamws_on_the_cross_entropy():
-    bank, config = _marked(32, 0), AttentiveProbeConfig(batch=32, steps=1, heads=2, weight_decay=0.1)
+def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
+    bank, config = _marked(32, 0), AttentiveProbeConfig(batch=32, steps=18, heads=2, weight_decay=0.1)
     with join_ranks() as ranks:
         found = attentive.train_heads(bank, config, (1e-2,), 5, 3, ranks, _Pulse())[0]
     torch.manual_seed(3)
     expected = AttentiveHead(24, 5, 2)
     optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, weight_decay=0.1)
-    F.cross_entropy(expected(bank.features_ND), bank.labels_N).backward()
-    optimizer.step()
-    torch.testing.assert_close(found.head.linear.weight, expected.head.linear.weight)
+    for step in range(18):
+        factor = step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 16)) / 2
+        optimizer.param_groups[0]["lr"] = 1e-2 * factor
+        optimizer.zero_grad()
+        F.cross_entropy(expected(bank.features_ND), bank.labels_N).backward()
+        optimizer.step()
+    torch.testing.assert_close(found.head.linear.weight, expected.head.linear.weight, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_open_follows_from_the_number_of_samples():
@@ -106,5 +110,3 @@ def test_what_is_open_follows_from_the_number_of_samples():
     assert (found.batch, found.heads) == (256, 6)
     assert found.steps == math.ceil(334 * 1000 / 256)
     assert attentive.settled(AttentiveProbeConfig(batch=512, steps=7, heads=2), 100, 6).batch == 100
-    rates = [attentive._factor(step, 90) for step in range(90)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1 and rates[-1] < 1e-3

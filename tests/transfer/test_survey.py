@@ -12,7 +12,6 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.open_model import open_model
-from m3ae_fast.transfer import survey
 from m3ae_fast.transfer.significance import interval, mean_accuracy
 from m3ae_fast.transfer.survey import chosen_layers, few_shot
 from tests.helpers.labelled import NAMES, coloured
@@ -124,7 +123,10 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
         transfer("linear", "--layers", "all", "--resume", "auto")
     with pytest.raises(UserError, match="--layers 3: must be all, or numbers from 1 to 2"):
         transfer("knn", "--layers", "3")
-    monkeypatch.setattr(survey.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
-    with pytest.raises(UserError, match=r"the patch tokens of 66 samples at 1 layers need .* GB of memory"):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
+    told = (
+        r"the patch tokens of 66 samples at 1 layers do not fit into memory: .* GB are needed, and 0.0001 GB are free"
+    )
+    with pytest.raises(UserError, match=told):
         transfer("attentive")
     assert not (tmp_path / "out").exists()
