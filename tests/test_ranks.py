@@ -264,7 +264,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
             raise UserError("no shard")
 
     with pytest.raises(UserError, match="no shard"):
-        OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, []).main_first(work)
+        OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, None, []).main_first(work)
     assert bool(done) == runs and len(turns) == 1 + failing  # it is known as soon as it has happened
 
 
