@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +25,7 @@ from m3ae_fast.pretraining.source import Shards, find_shards
 from m3ae_fast.run.pace import Pace
 from m3ae_fast.status import status
 from tests.helpers.ranks import environment
-from tests.helpers.shards import members, write_tar
+from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import ROOT
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
@@ -163,6 +165,85 @@ def test_shards_are_taken_as_they_are(tmp_path):
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     facts, notes = look(given, tmp_path, "cls")
     assert facts.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
+
+
+def test_an_image_is_on_one_side_in_folders_and_tables(tmp_path):
+    """Five captions each in a table; copies of files, and one picture in two formats, are one image."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(20):
+        (photos / f"{i}.jpg").write_bytes(picture(i))
+    names = [f"{i}.jpg" for i in range(20)]
+    rows = "".join(f"{name},caption {i} of it\n" for name in names for i in range(5))
+    (photos / "captions.csv").write_text("file_name,caption\n" + rows)
+    find_shards(str(photos), tmp_path / "run", None, [])
+    train, val = (_paths(tmp_path / "run/shards", part) for part in ("train", "val"))
+    assert len(val) == 10 and len(set(val)) == 2 and not set(train) & set(val) and len(set(train)) == 18
+    (photos / "captions.csv").unlink()
+    for i in range(10):
+        shutil.copy(photos / f"{i}.jpg", photos / f"copy of {i}.jpg")
+        (photos / f"{i + 10}.png").write_bytes(picture(i, fmt="PNG"))
+    shutil.copy(photos / "10.png", photos / "copy of 11.jpg")  # which joins what has its content and what has its name
+    shutil.copy(photos / "11.jpg", photos / "copy of 11.png")
+    find_shards(str(photos), tmp_path / "other", None, [])
+    train, val = (_paths(tmp_path / "other/shards", part) for part in ("train", "val"))
+    image = {name: int(re.findall(r"\d+", name)[0]) for name in train + val}
+    image = {name: 10 if number == 11 else number for name, number in image.items()}
+    assert len(val) == 4 and not {image[name] for name in train} & {image[name] for name in val}
+
+
+def _paths(folder, split):
+    """Return the paths of the pictures in shards, in order."""
+    found = []
+    for shard in sorted(folder.glob(f"{split}-*.tar")):
+        with tarfile.open(shard) as tar:
+            found += [json.load(tar.extractfile(name))["path"] for name in tar.getnames() if name.endswith(".json")]
+    return found
+
+
+def test_an_image_is_on_one_side_of_shards(tmp_path):
+    """Held-out shards lose the samples whose image others have; of the user's own a note says how many there are."""
+    images = {0: (1, 2, 3), 1: (3, 4, 5), 2: (5, 6, 7)}
+    for number, numbers in images.items():
+        write_tar(tmp_path / f"{number}.tar", [(f"{i}-{number}.jpg", picture(i)) for i in numbers])
+    source, out = f"{tmp_path}/{{0..2}}.tar", tmp_path / "run"
+    shards = find_shards(source, out, None, [])
+    assert shards.val == [f"{out}/held-out/00000-2.tar"] and len(shards.train) == 2
+    assert shards.notes == ["the last 1 of 3 shards are held out but for 1 sample whose image other shards have too"]
+    with tarfile.open(shards.val[0]) as tar:
+        assert tar.getnames() == ["6-2.jpg", "7-2.jpg"]
+        assert tar.extractfile("6-2.jpg").read() == picture(6)
+    before = os.stat(shards.val[0]).st_mtime_ns
+    assert find_shards(source, out, None, []) == shards and os.stat(shards.val[0]).st_mtime_ns == before
+    given = find_shards(f"{tmp_path}/0.tar", out, None, [f"{tmp_path}/1.tar"])
+    assert given.notes == ["held out, but with an image that training shards have too: 1 sample"]
+    shutil.copy(tmp_path / "1.tar", tmp_path / "2.tar")
+    nothing = find_shards(source, tmp_path / "other", None, [])
+    assert nothing.val == [] and "nothing is held out: other shards have the images" in nothing.notes[0]
+
+
+def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
+    """Of a Hugging Face data set with one split: by the bytes of its images, or by their paths."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    kinds = Features({"image": ImageFeature(), "caption": Value("string")})
+    for i in range(10):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    for kind, images in {
+        "bytes": [{"bytes": picture(i // 3), "path": f"{i}.jpg"} for i in range(30)],
+        "path": [{"bytes": None, "path": f"{tmp_path}/{i // 3}.jpg"} for i in range(30)],
+    }.items():
+        rows = Dataset.from_dict({"image": images, "caption": [f"{i // 3}" for i in range(30)]}, features=kinds)
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, rows=rows: rows)
+        find_shards(f"owner/{kind}", tmp_path / f"run-{kind}", None, [])
+        sides = [_texts(tmp_path / f"run-{kind}/shards/{part}-00000.tar") for part in ("train", "val")]
+        assert not set(sides[0]) & set(sides[1]) and len(sides[1]) == 3
+
+
+def _texts(shard):
+    with tarfile.open(shard) as tar:
+        return [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".txt")]
 
 
 def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):

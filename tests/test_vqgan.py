@@ -235,8 +235,13 @@ def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
     usual = {"size": 32, "views": 2, "scale": (0.2, 1.0), "flip": True, "seed": 0, "threads": 1, "image_range": None}
     others = {"size": 64, "views": None, "scale": (0.3, 1.0), "flip": False, "seed": 1, "image_range": "dtype"}
 
+    def crops(**changed):
+        return Crops([shards], ShardStore(tmp_path / "cache"), vqgan, **usual | changed)
+
     def identity(**changed):
-        return json.dumps(Crops([shards], ShardStore(tmp_path / "cache"), vqgan, **usual | changed).identity)
+        return json.dumps(crops(**changed).identity)
+
+    assert crops().images("tokenized").tolist() == [0, 0, 1, 1]
 
     assert len({identity(), *(identity(**{name: value}) for name, value in others.items())}) == 1 + len(others)
     assert identity(threads=2) == identity()

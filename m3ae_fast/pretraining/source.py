@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from m3ae_fast.data.manifest import is_manifest
-from m3ae_fast.data.shards import expand, is_remote
+from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.errors import UserError
+from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
 from m3ae_fast.shard_tools.caption_table import READERS, read_captions
@@ -20,9 +21,9 @@ from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.huggingface import HuggingFace
 from m3ae_fast.shard_tools.records import Records
-from m3ae_fast.shard_tools.writer import HELD_OUT, Settings, convert
+from m3ae_fast.shard_tools.writer import HELD_OUT, Settings, convert, manifest_of
 
-SHARDS = "shards"  # folder of a run folder
+SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
 _HELD_OUT_SPLITS = (HELD_OUT, "validation", "valid", "test")  # as data sets call them, the first one is taken
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
 
@@ -53,7 +54,7 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
     if tars or _names_shards(source):
         if captions:
             raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
-        return _split(tars or [source], list(val))
+        return _split(tars or [source], list(val), out)
     if val:
         raise UserError(f"--val: goes with shards, and {source} is not")
     if folder.is_dir() and not _is_data_set(folder):
@@ -97,26 +98,63 @@ def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
     return tables[0], [f"captions are those of {tables[0]}"]
 
 
-def _split(train: list[str], val: list[str]) -> Shards:
-    """Hold out shards: those given, or named as held-out, or the last tenth of several."""
-    if val:
-        return Shards(train, val, [])
+def _split(train: list[str], val: list[str], out: Path) -> Shards:
+    """Hold out shards: those given, or named as held-out, or the last tenth of several, these without the images that
+    the others have too."""
     names = train if any(map(is_manifest, train)) else expand(train)
-    held = [name for name in names if Path(name).name.startswith(_HELD_OUT_SPLITS)]
-    kept = [name for name in names if name not in held]
+    held = val or [name for name in names if Path(name).name.startswith(_HELD_OUT_SPLITS)]
+    kept = train if val else [name for name in names if name not in held]
     if held and kept:
-        return Shards(kept, held, [])
+        return Shards(kept, held, _overlap(kept, held))
     if len(names) == 1:
         note = "nothing is held out of one file of shards: name others with --val to see losses and accuracies"
         return Shards(names, [], [note])
     count = max(1, round(_FRACTION * len(names)))
-    return Shards(names[:-count], names[-count:], [f"the last {count:,} of {len(names):,} shards are held out"])
+    kept, held = names[:-count], names[-count:]
+    note = f"the last {count:,} of {len(names):,} shards are held out"
+    if _out_of_reach(names):
+        return Shards(kept, held, [note])
+    shared = shared_images(kept, held)
+    left = []
+    for number, name in enumerate(held):
+        path = out / CLEANED / f"{number:05d}-{Path(name).name}"
+        if name not in shared:
+            left.append(name)
+        elif write_without(name, shared[name], path):
+            left.append(str(path.resolve()))
+    if shared:
+        note += f" but for {_samples(shared)} whose image other shards have too"
+    if not left:
+        note = "nothing is held out: other shards have the images of the last ones too; name others with --val"
+    return Shards(kept, left, [note])
+
+
+def _out_of_reach(shards: Sequence[str]) -> bool:
+    """Return whether images cannot be compared without fetching them."""
+    store = ShardStore()
+    return any(is_manifest(name) or store.is_staged(name) for name in shards)
+
+
+def _overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
+    """Return a note about samples that the user holds out, but whose images are trained on."""
+    if any(map(is_manifest, [*train, *val])):
+        return []
+    train, val = expand(list(train)), expand(list(val))
+    if _out_of_reach([*train, *val]):
+        return []
+    shared = shared_images(train, val)
+    return [f"held out, but with an image that training shards have too: {_samples(shared)}"] if shared else []
+
+
+def _samples(shared: dict[str, set[int]]) -> str:
+    count = sum(map(len, shared.values()))
+    return f"{count:,} sample{'s' * (count != 1)}"
 
 
 def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
     """Write the shards that `out` lacks; those of other pictures go where no training has begun."""
     folder, settings = out / SHARDS, _settings(source)
-    before, now = _manifest(folder), {"source": source.identity, "settings": asdict(settings)}
+    before, now = _manifest(folder), manifest_of(source, settings)
     if before is not None and before != json.loads(json.dumps(now)):
         if checkpoint.saved_steps(out):
             raise UserError(

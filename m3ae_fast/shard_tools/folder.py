@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.errors import UserError
+from m3ae_fast.progress import track
+from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.caption_table import Row, read_captions
 from m3ae_fast.shard_tools.records import Record, read_file
+from m3ae_fast.shard_tools.same_images import join, middle, number_same
 from m3ae_fast.shard_tools.tally import IGNORED, Tally
 
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
@@ -80,6 +85,20 @@ class Folder:
             about["class_name"] = name
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
 
+    def images(self, split: str) -> np.ndarray:
+        """See `records.Records`: files with the same bytes, or with names that differ in their suffix alone, are of
+        one."""
+        paths = list(dict.fromkeys(image.path for image in self._images))
+        files = [os.path.join(self.folder, path) for path in paths]
+        title = "looking for the same image twice"
+        sketches = [_sketch(path) for path in track(files, title)]
+        # a file that cannot be read is like no other
+        contents_N = number_same(len(paths), [lambda i: sketches[i] or i, lambda i: _digest(files[i])])
+        stems: dict[str, int] = {}
+        stems_N = np.array([stems.setdefault(os.path.splitext(path)[0], len(stems)) for path in paths])
+        number = dict(zip(paths, join(contents_N, stems_N).tolist()))
+        return np.array([number[image.path] for image in self._images])
+
     def _beside(self, path: str) -> str | None:
         """Return the text of the .txt beside an image, None if there is none."""
         beside = _text_file(path)
@@ -120,6 +139,25 @@ def _stamp(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
+
+
+def _sketch(path: str) -> tuple[int, bytes] | None:
+    """Return size and middle of a file; None if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start, length = middle(size)
+            return size, hashlib.sha256(os.pread(file.fileno(), length, start)).digest()
+    except OSError:
+        return None
+
+
+def _digest(path: str) -> str:
+    """Return what tells the content of a file from others; its path if it cannot be read."""
+    try:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except BadSample:
+        return path
 
 
 def _find(folder: str, flat: bool) -> Iterator[str]:

@@ -16,7 +16,7 @@ from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.records import Record, caption_samples, to_int
+from m3ae_fast.shard_tools.records import Record, caption_samples, rows_of, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 
@@ -118,6 +118,9 @@ class Hdf5:
             captions = caption_samples(_as_text(caption)) or [""]
             text = captions[number - int(self._starts[split][row])]
         return Record(None if image is None else _bytes(image), text, to_int(label))
+
+    def images(self, split: str) -> np.ndarray:
+        return rows_of(self._starts[split])
 
     def _row(self, split: str, number: int) -> int:
         return int(np.searchsorted(self._starts[split], number, side="right")) - 1

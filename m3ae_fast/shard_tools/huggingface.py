@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.records import Record, caption_samples, read_file, to_int
+from m3ae_fast.shard_tools.records import Record, caption_samples, read_file, rows_of, to_int
+from m3ae_fast.shard_tools.same_images import middle, number_same
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
+_AT_A_TIME = 1000  # rows
 
 
 class HuggingFace:
@@ -70,6 +75,22 @@ class HuggingFace:
             label = None
         about = {"class_name": self.classes[label]} if self.classes and label is not None else {}
         return Record(_image(row[self.image]) if self.image else None, caption, label, about)
+
+    def images(self, split: str) -> np.ndarray:
+        """See `records.Records`: rows whose image has the same bytes, or the same path, are of one."""
+        rows_S = rows_of(self._starts[split])
+        if not self.image:
+            return rows_S
+        data = self._data[split].select_columns([self.image]).with_format("arrow")
+        batches = track(data.iter(_AT_A_TIME), "looking for the same image twice", -(-len(data) // _AT_A_TIME))
+        sketches = [_sketch(value) for batch in batches for value in batch.column(0)]
+
+        def whole(row: int) -> bytes:
+            value = data[row].column(0)[0].as_py()
+            return hashlib.sha256((value if isinstance(value, bytes) else value["bytes"]) or b"").digest()
+
+        # a row without an image is like no other
+        return number_same(len(data), [lambda row: sketches[row] or row, whole])[rows_S]
 
     def _row(self, split: str, number: int) -> int:
         return int(np.searchsorted(self._starts[split], number, side="right")) - 1
@@ -131,6 +152,20 @@ def _starts(rows: Any, caption: str | None) -> np.ndarray:
         values = rows.with_format("arrow")[caption]
         counts = np.array([count_samples(value) for value in values.to_pylist()], dtype=np.int64)
     return np.concatenate(([0], np.cumsum(counts)))
+
+
+def _sketch(value: Any) -> Any:
+    """Return what is cheap to tell of an image, pyarrow's struct or binary: the path, or size and middle of the file.
+    None if there is none."""
+    if value.is_valid and hasattr(value, "keys"):
+        if not value["bytes"].is_valid:
+            return value["path"].as_py()
+        value = value["bytes"]
+    if not value.is_valid:
+        return None
+    data = memoryview(value.as_buffer())
+    start, length = middle(len(data))
+    return len(data), zlib.crc32(data[start : start + length])
 
 
 def _image(value: Any) -> bytes | None:

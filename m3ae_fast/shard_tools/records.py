@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.data.index import MAX_IMAGE_BYTES
 from m3ae_fast.regular_file import open_regular
@@ -36,6 +38,14 @@ class Records(Protocol):
 
     def read(self, split: str, number: int) -> Record:
         """Return a sample. Raises BadSample if it cannot be used."""
+
+    def images(self, split: str) -> np.ndarray:
+        """Return int64 [samples]: samples of one image have the same number, as far as the input tells."""
+
+
+def rows_of(starts: np.ndarray) -> np.ndarray:
+    """Return int64 [samples]: the row of each sample. `starts`: where each row's samples begin, and the total."""
+    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
 
 def to_int(value: Any) -> int | None:

@@ -119,6 +119,9 @@ class Crops:
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return f"{self._shards[shard]}, image {(number - int(self._starts[shard])) // (self.views or 1)}"
 
+    def images(self, split: str) -> np.ndarray:
+        return np.arange(self.splits[split]) // (self.views or 1)
+
     def read(self, split: str, number: int) -> Record:
         if number not in self._ready:
             last = min(number + AHEAD, self.splits["tokenized"])

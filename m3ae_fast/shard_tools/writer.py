@@ -33,6 +33,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.progress import progress
 from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shard_tools.records import Record, Records
+from m3ae_fast.shard_tools.same_images import split_images
 from m3ae_fast.shard_tools.shrink import shrink
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import put_in_place
@@ -47,7 +48,7 @@ class Settings:
     samples_per_shard: int = 2000
     short_side: int = 320  # pixels; larger images are scaled down
     quality: int = 95  # of JPEG
-    held_out: float = 0.0  # fraction of the samples that go to a split of their own
+    held_out: float = 0.0  # fraction of the samples that go to a split of their own, with all samples of an image
     image_range: Range | None = None  # of images of more than 8 bits
     keep_order: bool = False  # else shuffled, always in the same way
 
@@ -81,7 +82,7 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
         UserError: `out` holds something else, or cannot be written, or no sample can be used.
     """
     plan = _plan(records, settings)
-    manifest = {"source": records.identity, "settings": asdict(settings)}
+    manifest = manifest_of(records, settings)
     created = not out.exists()
     with claimed(out, manifest, records.classes):
         for leftover in out.glob(".*.partial"):
@@ -102,6 +103,11 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
     return Converted(shards, samples, images, captions, left_out, tally)
 
 
+def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
+    """Return what the shards are made of, as conversion.json says it."""
+    return {"source": records.identity, "settings": asdict(settings)}
+
+
 def _plan(records: Records, settings: Settings) -> list[Shard]:
     """Return which samples come into which shard."""
     parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the records, numbers
@@ -112,10 +118,10 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
         if len(parts) > 1:
             raise UserError(f"--held-out: the input has splits of its own ({', '.join(records.splits)}); choose one")
         ((name, split, order),) = parts
-        kept = len(order) - max(1, round(len(order) * settings.held_out))
-        if kept < 1:
+        held = split_images(records.images(split)[order], max(1, round(len(order) * settings.held_out)))
+        if held.all():
             raise UserError(f"--held-out {settings.held_out:g}: leaves nothing of {len(order)} samples to train on")
-        parts = [(name, split, order[:kept]), (HELD_OUT, split, order[kept:])]
+        parts = [(name, split, order[~held]), (HELD_OUT, split, order[held])]
     shards = []
     for name, split, order in parts:
         pieces = [order[i : i + settings.samples_per_shard] for i in range(0, len(order), settings.samples_per_shard)]

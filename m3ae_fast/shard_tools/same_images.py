@@ -1,0 +1,66 @@
+"""Which of many images are the same, so that all samples of one are held out together, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+PIECE = 4096  # bytes of a file's middle that are compared first: where those differ the rest is not read
+
+
+def middle(size: int) -> tuple[int, int]:
+    """Return offset and length in bytes of the piece of a file that is compared first."""
+    return max(0, (size - PIECE) // 2), min(size, PIECE)
+
+
+def number_same(count: int, features: Sequence[Callable[[int], Any]]) -> np.ndarray:
+    """Return int64 [count]: items that are equal in all features have the same number, others have different ones.
+
+    Args:
+        count: of the items.
+        features: each gives something hashable of an item; the cheap ones first, since a feature is asked only of
+            items that are equal in those before it.
+    """
+    numbers_N = np.zeros(count, dtype=np.int64)
+    for feature in features:
+        _, inverse_N, counts = np.unique(numbers_N, return_inverse=True, return_counts=True)
+        seen: dict[Any, int] = {}
+        for item in np.flatnonzero(counts[inverse_N] > 1).tolist():
+            found = (int(numbers_N[item]), feature(item))
+            numbers_N[item] = seen.setdefault(found, count + len(seen))  # a new number: those so far are below `count`
+        numbers_N = np.unique(numbers_N, return_inverse=True)[1].reshape(-1)
+    return numbers_N
+
+
+def join(first_N: np.ndarray, second_N: np.ndarray) -> np.ndarray:
+    """Return int64 [N]: items have the same number where they do in `first_N` or in `second_N`, also by way of
+    others."""
+    numbers_N, before_N = first_N, None
+    while before_N is None or (numbers_N != before_N).any():
+        before_N = numbers_N
+        for groups_N in (second_N, first_N):
+            lowest = np.full(groups_N.max() + 1, len(groups_N))
+            np.minimum.at(lowest, groups_N, numbers_N)
+            numbers_N = lowest[groups_N]
+    return numbers_N
+
+
+def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
+    """Return bool [N]: about `wanted` of N samples to hold out, the last ones, with all samples of an image or none.
+
+    An image with more samples than are still wanted is passed over; at least one image is held out.
+    """
+    counts: dict[int, int] = {}
+    for image in images_N[::-1].tolist():
+        counts[image] = counts.get(image, 0) + 1
+    held, left = set(), wanted
+    for image, samples in counts.items():  # in the order of their last samples, from the end
+        if samples <= left:
+            held.add(image)
+            left -= samples
+            if not left:
+                break
+    held = held or {min(counts, key=lambda image: counts[image])}
+    return np.isin(images_N, list(held))
