@@ -5,6 +5,7 @@ It holds model.safetensors, config.json, the tokenizer, how images are prepared,
   --weights last     of a run with train.ema the last weights, not their moving average
   --format timm      the image encoder alone, for timm.create_model("local-dir:OUT", pretrained=True)
   --format onnx      the image encoder alone, as the files OUT, which ends in .onnx, and OUT's name with .int8.onnx
+                     With --train and --val, labelled shards: the k-NN accuracy of both beside torch's, and images/s
   --push OWNER/NAME  also uploads OUT to the Hugging Face hub (log in with `hf auth login` first)
 """
 
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3ae_fast.command_line import program
+from m3ae_fast.command_line import add_labels, program
 from m3ae_fast.errors import exit_cleanly
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -90,11 +91,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to the Hugging Face hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: a model made by it is private")
+    for option, what in (("--train", "to look for neighbours in"), ("--val", "to classify by them")):
+        parser.add_argument(option, nargs="+", default=[], metavar="SHARDS", help=f"with --format onnx: images {what}")
+    add_labels(parser)
     args = parser.parse_args(argv)
     if args.push and args.format == "onnx":
         parser.error("--push takes a folder, which --format onnx does not make")
+    if (args.train or args.val) and not (args.train and args.val and args.format == "onnx"):
+        parser.error("--train and --val go together, with --format onnx")
+    images = None
+    if args.train:
+        from m3ae_fast.convert.onnx_knn import open_labelled
+
+        images = open_labelled(args.train, args.val, args.labels)
     found = export(args.run, args.out, args.format, args.push, args.weights)
     print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
+    if images:
+        from m3ae_fast.convert.onnx_knn import knn_lines
+        from m3ae_fast.convert.onnx_model import names
+
+        print("\n  ".join(knn_lines(names(Path(args.out)), found.config, found.state, images)))
     if args.push:
         from m3ae_fast.weights.hub import push_folder
 

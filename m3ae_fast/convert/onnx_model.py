@@ -56,6 +56,11 @@ class ImageEncoder(nn.Module):
         return self.vit((pixels_BCSS.float() - self.mean) * self.scale)
 
 
+def names(out: Path) -> tuple[Path, Path]:
+    """Return the names of the float32 and of the int8 file of an export to `out`."""
+    return out, out.with_name(out.name.removesuffix(SUFFIX) + INT8_SUFFIX)
+
+
 def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> list[Checked]:
     """Write the encoder of images to `out` in float32, and beside it, as NAME.int8.onnx, with weights of matrices in
     int8 and their inputs quantised as they come. Return how near each is to torch, and how fast.
@@ -74,7 +79,7 @@ def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -
         exact = _checked(encoder, config, partial)
         if exact.cosine < NEEDED:
             raise UserError(f"{out}: its features differ from torch's (cosine {exact.cosine:.6f}); no file was written")
-    small = out.with_name(out.name.removesuffix(SUFFIX) + INT8_SUFFIX)
+    _, small = names(out)
     with whole_file(small) as partial:
         _quantise(out, partial)
         quick = _checked(encoder, config, partial)
@@ -104,18 +109,23 @@ def _quantise(path: Path, out: Path) -> None:
     quantize_dynamic(path, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
-@torch.no_grad()
-def _checked(encoder: ImageEncoder, config: ModelConfig, path: Path) -> Checked:
+def session(path: Path) -> Any:
+    """Return onnxruntime's session of a file, on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def _checked(encoder: ImageEncoder, config: ModelConfig, path: Path) -> Checked:
+    run = session(path).run
     shape = (_BATCH, config.channels, config.image_size, config.image_size)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     cosines = []
     for part in (pixels, pixels[:1]):  # any number of images
-        (found,) = session.run(None, {"pixels": part})
+        (found,) = run(None, {"pixels": part})
         cosines.append(torch.cosine_similarity(torch.from_numpy(found), encoder(torch.from_numpy(part))).min().item())
     started = time.perf_counter()
     for _ in range(_TIMED):
-        session.run(None, {"pixels": pixels})
+        run(None, {"pixels": pixels})
     return Checked(path, min(cosines), _BATCH * _TIMED / (time.perf_counter() - started))

@@ -1,6 +1,8 @@
 """The image encoder as an ONNX file gives the features of `encode`, of any number of images."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,14 @@ import torch
 from PIL import Image
 
 from m3ae_fast.convert import onnx_model
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.export import main as export
+from m3ae_fast.transfer.__main__ import main as transfer
 from tests.convert.test_timm import CASES, make
+from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import ROOT
+
+SPLITS = {"train": range(30), "val": range(30, 42)}
 
 
 def _features(path, pixels):
@@ -41,6 +47,30 @@ def test_its_features_are_those_of_encode(tmp_path, settings, capsys):
     assert f"{tmp_path}/encoder.onnx: cosine with torch 1.0000" in said and "encoder.int8.onnx: cosine" in said
     assert "images/s on this machine" in said
     assert {path.name for path in tmp_path.iterdir()} == {"model", "encoder.onnx", "encoder.int8.onnx"}
+
+
+def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
+    """Colours are told apart by random weights; the accuracy is that of k-NN on `encode`'s features."""
+    model, _, _ = make()
+    model.save_pretrained(tmp_path / "model")
+    shards = [labelled_tar(tmp_path / f"{name}.tar", numbers) for name, numbers in SPLITS.items()]
+    command = [str(tmp_path / "model"), str(tmp_path / "a.onnx"), "--format", "onnx", "--train", shards[0]]
+    assert export([*command, "--val", shards[1]]) == 0
+    told = capsys.readouterr().out.partition("k-NN on 12 of 3 classes, neighbours among 30")[2]
+    arguments = ["knn", str(tmp_path / "model"), "--train", shards[0], "--val", shards[1], "--modality", "image"]
+    assert transfer([*arguments, "--out", str(tmp_path / "knn"), "--set", "encode.precision=fp32"]) == 0
+    exact = json.loads((tmp_path / "knn/result.json").read_text())
+    accuracy = f"k-NN {exact['top1']:.1%} ± {exact['top1_se']:.1%}"
+    assert exact["top1"] > 0.5
+    assert f"torch: {accuracy}, " in told and f"a.onnx: {accuracy}, +0.0 points from torch, " in told
+    small = re.search(r"a.int8.onnx: k-NN ([\d.]+)% ± [\d.]+%, ([+-][\d.]+) points from torch, .* images/s", told)
+    assert float(small[1]) == pytest.approx(100 * exact["top1"] + float(small[2]), abs=0.11)
+    assert exit_cleanly(lambda: export([command[0], str(tmp_path / "b.onnx"), *command[2:], "--val", "no.tar"])) == 2
+    assert "no.tar" in capsys.readouterr().err and not (tmp_path / "b.onnx").exists()
+    for wrong in (command, [*command, "--val", shards[1], "--format", "timm"]):
+        with pytest.raises(SystemExit):
+            export(wrong)
+        assert "--train and --val go together, with --format onnx" in capsys.readouterr().err
 
 
 def test_the_example_needs_no_torch(tmp_path):
