@@ -32,7 +32,8 @@ def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
     if work.op.endswith("_loss"):
         found["matmuls alone"] = lambda hidden, weight, **_: _Matmuls.apply(hidden, weight)
     if work.op == "packed_attention":
-        found |= {"SDPA": _sdpa} | {name: partial(_of_kernel, kernel) for name, kernel in _kernels().items()}
+        others = _kernels(work.tensors["qkv"].device)
+        found |= {"SDPA": _sdpa} | {name: partial(_of_kernel, kernel) for name, kernel in others.items()}
     if work.op == "masked_token_loss":
         makers = {"torch linear_cross_entropy": _torch, "Liger": _liger, "ml-cross-entropy": _cce}
         found |= {name: loss for name, make in makers.items() if (loss := make()) is not None}
@@ -64,12 +65,13 @@ class _Matmuls(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def _kernels() -> dict[str, Kernel]:
+def _kernels(device: torch.device) -> dict[str, Kernel]:
     """Return attention kernels of others that can be imported; whether they run here shows when they do."""
     found = {}
     for name, make in cuda.MAKERS.items():
-        with suppress(ImportError):
-            found[name] = make()
+        with suppress(ImportError, cuda.NotHere):
+            if name != "triton":
+                found[name] = make(device)
     return found
 
 

@@ -18,14 +18,12 @@ SHAPES = {"encoder": (16, 64, 55), "encoder, long": (16, 64, 81), "decoder": (16
 REPEATS = 10
 
 
-def kernels() -> dict[str, Kernel]:
+def kernels(device: torch.device) -> dict[str, Kernel]:
     """Return those that can be made here."""
-    from m3ae_kernels.triton_impl.attention import TRITON
-
-    found: dict[str, Kernel] = {"padded": PADDED, "Triton": TRITON}
+    found: dict[str, Kernel] = {"padded": PADDED}
     for name, make in cuda.MAKERS.items():
         try:
-            found[name] = make()
+            found[name] = make(device)
         except Exception as error:  # of any kind: not installed, a broken build
             print(f"{name} is left out: {next(iter(str(error).splitlines()), repr(error))}", flush=True)
     return found
@@ -73,7 +71,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu.attention: torch sees no CUDA device on this machine", file=sys.stderr)
         return 2
-    rows = time_kernels(CudaDevice(), kernels(), SAMPLES)
+    device = CudaDevice()
+    rows = time_kernels(device, kernels(device.device), SAMPLES)
     results.write("gpu-attention", f"Attention of {SAMPLES} samples, forward and backward", rows)
     return 0
 

@@ -51,18 +51,23 @@ def _suite(*options: str) -> tuple[str, ...]:
     return ("-m", "benchmarks.gpu", *options)
 
 
+OWN = {"M3AE_KERNELS_IMPL": "triton"}  # attention too, which else may run on another library's kernel
 GOLDEN = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/golden").glob("*.npz")))
 PLAN = (
     Stage("ceilings", 120, (("-m", "benchmarks.gpu.ceilings"),)),
     Stage("verify", 120, (("-m", "m3ae_fast.verify", *GOLDEN, "--device", "cuda"),)),
-    Stage("checks", 180, tuple(_suite("--quick", "--dtype", dtype) for dtype in ("bfloat16", "float16", "float32"))),
-    Stage("memcheck", 150, (("--tool", "memcheck", sys.executable, *_suite("--odd")),), tool="compute-sanitizer"),
-    Stage("racecheck", 150, (("--tool", "racecheck", sys.executable, *_suite("--odd")),), tool="compute-sanitizer"),
+    Stage(
+        "checks", 180, tuple(_suite("--quick", "--dtype", dtype) for dtype in ("bfloat16", "float16", "float32")), OWN
+    ),
+    Stage("memcheck", 150, (("--tool", "memcheck", sys.executable, *_suite("--odd")),), OWN, tool="compute-sanitizer"),
+    Stage(
+        "racecheck", 150, (("--tool", "racecheck", sys.executable, *_suite("--odd")),), OWN, tool="compute-sanitizer"
+    ),
     _step("large-deepspeed", "deepspeed", 240),
     _step("large-torch", "torch", 240),
     Stage("attention", 180, (("-m", "benchmarks.gpu.attention"),)),
     _step("large-kept", BETTER, 180, "--memory-budget", "1.0"),
-    _step("large-triton", BETTER, 180, env={"M3AE_KERNELS_IMPL": "triton"}),
+    _step("large-triton", BETTER, 180, env=OWN),
     _step("large-256", BETTER, 180, "--samples", "256"),
     _step("large-1024", BETTER, 180, "--samples", "1024"),
     Stage("curve", 480, (("-m", "benchmarks.gpu.curve"),)),

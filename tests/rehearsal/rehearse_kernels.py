@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from m3ae_kernels import dispatch, tuning
+from m3ae_kernels.attention import Kernel
 from m3ae_kernels.attention import cuda as attention_cuda
-from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.dispatch import choose_impl
 from m3ae_kernels.triton_impl import matmul
@@ -98,16 +98,22 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
     torch.testing.assert_close(total, 2 * a @ a.t())
 
 
-def test_attention_of_triton_stands_a_trial(cuda, monkeypatch):
-    """In float16: the interpreter multiplies bfloat16 wrongly."""
-    monkeypatch.setattr(
-        attention_cuda, "MAKERS", {"triton": lambda: kernel_for("triton", CUDA, torch.float16, 1, 16, 5)}
-    )
+def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
+    """By default, beside what is not installed here. In float16: the interpreter multiplies bfloat16 wrongly."""
     monkeypatch.setattr(attention_cuda, "_chosen", {})
     for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
         monkeypatch.setattr(attention_cuda, name, less)
     for head_dim, length in ((16, 5), (64, 140)):  # one tile of keys, and two
         assert attention_cuda.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
+    wrong = Kernel("triton", lambda *parts: (PADDED.forward(*parts)[0] * 1.05, PADDED.forward(*parts)[1]), None)
+    monkeypatch.setattr("m3ae_kernels.triton_impl.attention.TRITON", wrong)
+    assert attention_cuda.try_out(CUDA, torch.float16, 1, 16, 6) is PADDED
+    assert "attention: triton is left out" in caplog.text
+
+
+def test_attention_of_triton_stands_no_trial_on_an_old_gpu(monkeypatch):
+    with FakeCuda(capability=(7, 5)), pytest.raises(attention_cuda.NotHere):
+        attention_cuda.MAKERS["triton"](CUDA)
 
 
 def test_a_trial_without_a_gpu_is_timed_by_the_clock():

@@ -1,10 +1,9 @@
-"""Attention kernels on CUDA GPUs: the fastest of those in flash-attn (2, 3 and 4) and torch.
+"""Attention kernels on CUDA GPUs: the fastest of those in flash-attn (2, 3 and 4), cuDNN, torch and this package.
 
 None wins everywhere: flash-attn 3 pads a head of 32 values to 64 and works in tiles of 192 keys, which a sample of
 70 visible tokens fills in part; flash-attn 2 has neither fault and lacks Hopper's instructions. So each is tried on
 random samples of a given length, once, forward and backward. One that is not installed, fails or computes something
-else is left out, and the log says why. Triton's takes no part: no GPU has
-measured it yet.
+else on this GPU is left out, and the log says why; so this package's own, in Triton, takes part where it has passed.
 
 Shapes: Q query rows, K key rows, H heads, D values per head.
 """
@@ -17,8 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import tuning
 from .kernel import Kernel, Segments
 from .padded import PADDED
 
@@ -26,9 +27,16 @@ SAMPLES = 64  # of a check
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_START = 20_000_000  # cycles that a GPU waits for the host's launches: some 10 ms
 ROUNDS = 3  # of a trial, each of as many calls
+CUDNN_ROWS = 129  # the fewest that its longest sample may be said to have
 ERROR = 0.03  # of norms: the most by which two kernels may differ in bf16
 
 Inputs = tuple[Tensor, Tensor, Segments]  # qkv, a gradient of the result, the samples
+Maker = Callable[[torch.device], Kernel]
+
+
+class NotHere(Exception):
+    """A kernel that this GPU or this version of its library does not have."""
+
 
 _log = logging.getLogger(__name__)
 _chosen: dict[tuple, dict[int, Kernel]] = {}  # by device, dtype, heads and head size: by length
@@ -62,36 +70,46 @@ def trial(
     if dtype not in HALVES:
         return {}
     inputs = example(device, dtype, heads, head_dim, length)
-    return fastest(MAKERS, inputs, example(device, dtype, heads, head_dim, length, samples) if samples else inputs)
+    timed = example(device, dtype, heads, head_dim, length, samples) if samples else inputs
+    return fastest(MAKERS, device, inputs, timed)
 
 
 def settle(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, name: str) -> None:
     """Let samples of about `length` rows run on the kernel of this name, which another process may have chosen. Raises
     KeyError where nobody knows it, and what its maker raises where it is not installed here."""
-    kernel = PADDED if name == PADDED.name else MAKERS[name]()
+    kernel = PADDED if name == PADDED.name else MAKERS[name](device)
     _chosen.setdefault((device, dtype, heads, head_dim), {})[length] = kernel
 
 
-def fastest(makers: dict[str, Callable[[], Kernel]], checked: Inputs, timed: Inputs) -> dict[str, float]:
+def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, timed: Inputs) -> dict[str, float]:
     """Return by name the milliseconds, forward and backward of `timed`, of the kernels that compute `checked` as
-    `PADDED` does; the fastest first."""
+    `PADDED` does, with all queries and with some; the fastest first."""
     found: dict[str, float] = {}
-    expected = results(PADDED, *checked)
+    expected = _both(PADDED, checked)
     for name, make in makers.items():
         try:
-            kernel = make()
-            off = distance(results(kernel, *checked), expected)
+            kernel = make(device)
+            off = distance(_both(kernel, checked), expected)
             if not off <= ERROR:
                 raise ArithmeticError(f"its results are off by {off:.0%}")
             results(kernel, *timed)  # compiled, and its memory reserved
             found[name] = 1e3 * min(_seconds(kernel, *timed) for _ in range(ROUNDS))
-        except ModuleNotFoundError as error:
-            _log.info("attention: %s is not installed (%s)", name, error)
+        except (ModuleNotFoundError, NotHere) as error:
+            _log.info("attention: %s is not here (%s)", name, error)
         except Exception as error:  # of any kind: a broken build, a GPU or head size that it was not made for
             _log.warning("attention: %s is left out: %s", name, " ".join(str(error).split()) or repr(error))
         else:
             _log.info("attention: %s takes %.3f ms", name, found[name])
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def _both(kernel: Kernel, checked: Inputs) -> tuple[Tensor, ...]:
+    """Return results with the samples' own queries, and with half as many, as in a last block; one sample has none."""
+    qkv_T3HD, grad_THD, keys = checked
+    lengths = (keys.cu_seqlens.diff() + 1) // 2
+    lengths[-1] = 0
+    ends, rows = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.sum())
+    return *results(kernel, *checked), *results(kernel, qkv_T3HD, grad_THD, keys, Segments(ends, keys.max_seqlen, rows))
 
 
 def example(
@@ -108,12 +126,20 @@ def example(
     return qkv, grad, Segments(ends, length, sum(lengths))
 
 
-def results(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Return attention's result and the gradient of qkv."""
+def results(
+    kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, keys: Segments, queries: Segments | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return attention's result and the gradient of qkv; with `queries`, as many of the first rows are queries."""
+    queries = queries or keys
     q, k, v = qkv_T3HD.unbind(1)
-    out, lse = kernel.forward(q, k, v, segments, segments)
+    q, grad = q[: queries.rows], grad_THD[: queries.rows]
+    out, lse = kernel.forward(q, k, v, queries, keys)
+    if lse.shape != (q.shape[1], q.shape[0]):  # compiled code relies on it
+        raise ArithmeticError(f"its sums have shape {tuple(lse.shape)}")
     grads = torch.empty_like(qkv_T3HD)
-    kernel.backward(grad_THD, q, k, v, out, lse, *grads.unbind(1), segments, segments)
+    dq, dk, dv = grads.unbind(1)
+    dq[queries.rows :] = 0  # no queries
+    kernel.backward(grad, q, k, v, out, lse, dq[: queries.rows], dk, dv, queries, keys)
     return out, grads
 
 
@@ -146,7 +172,7 @@ def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segme
 # version that has others raises TypeError and is left out.
 
 
-def _flash_attn_2() -> Kernel:
+def _flash_attn_2(device: torch.device) -> Kernel:
     from flash_attn.flash_attn_interface import (  # type: ignore[import-not-found]
         _flash_attn_varlen_backward,
         _flash_attn_varlen_forward,
@@ -168,7 +194,7 @@ def _flash_attn_2() -> Kernel:
     return Kernel("flash-attn 2", forward, backward)
 
 
-def _flash_attn_3() -> Kernel:
+def _flash_attn_3(device: torch.device) -> Kernel:
     from flash_attn_interface import _flash_attn_backward, _flash_attn_forward  # type: ignore[import-not-found]
 
     def forward(q, k, v, queries, keys):
@@ -182,7 +208,7 @@ def _flash_attn_3() -> Kernel:
     return Kernel("flash-attn 3", forward, backward)
 
 
-def _flash_attn_4() -> Kernel:
+def _flash_attn_4(device: torch.device) -> Kernel:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # type: ignore[import-not-found]
 
     def forward(q, k, v, queries, keys):
@@ -203,7 +229,7 @@ def _ends(queries: Segments, keys: Segments) -> dict[str, Tensor | int]:
     }
 
 
-def _torch_varlen() -> Kernel:
+def _torch_varlen(device: torch.device) -> Kernel:
     def forward(q, k, v, queries, keys):
         out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *_positions(queries, keys), 0.0, False, False)
         return out, lse
@@ -219,13 +245,53 @@ def _torch_varlen() -> Kernel:
     return Kernel("torch varlen", forward, backward)
 
 
+def _cudnn(device: torch.device) -> Kernel:
+    """torch's own attention of packed samples runs on cuDNN from 2.14 on, for more than 128 rows. Before it never does,
+    and the op's backward takes the values of a head for the rows of the longest sample: it writes past its memory
+    (pytorch/pytorch#186142)."""
+    from torch.nn.attention import varlen
+
+    if not varlen._should_use_cudnn(device.index or 0):
+        raise NotHere("torch uses cuDNN for packed samples from 2.14 on, from cuDNN 9.18 on, on sm_90 and sm_100")
+
+    def lengths(queries, keys):
+        most = (max(segments.max_seqlen, CUDNN_ROWS) for segments in (queries, keys))
+        return dict(zip(("cum_seq_q", "cum_seq_k", "max_q", "max_k"), (queries.cu_seqlens, keys.cu_seqlens, *most)))
+
+    def forward(q, k, v, queries, keys):
+        return torch.ops.aten._cudnn_attention_forward(
+            query=q, key=k, value=v, attn_bias=None, **lengths(queries, keys), compute_log_sumexp=True
+        )[:2]
+
+    def backward(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
+        state = grad.new_zeros(2, dtype=torch.uint64)  # of dropout
+        grads = torch.ops.aten._cudnn_attention_backward(
+            grad_out=grad, query=q, key=k, value=v, out=out, logsumexp=lse, **lengths(queries, keys), dropout_p=0.0,
+            philox_seed=state, philox_offset=state, attn_bias=None, is_causal=False,
+        )  # fmt: skip
+        for ours, theirs in zip((dq, dk, dv), grads):
+            ours.copy_(theirs)
+
+    return Kernel("cuDNN", forward, backward)
+
+
+def _triton(device: torch.device) -> Kernel:
+    from ..triton_impl.attention import TRITON
+
+    if not tuning.fits(device):
+        raise NotHere("its tiles do not fit this GPU")
+    return TRITON
+
+
 def _positions(queries: Segments, keys: Segments) -> Sequence[Tensor | int]:
     return queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
 
 
-MAKERS: dict[str, Callable[[], Kernel]] = {
+MAKERS: dict[str, Maker] = {
     "flash-attn 4": _flash_attn_4,
     "flash-attn 3": _flash_attn_3,
     "flash-attn 2": _flash_attn_2,
+    "cuDNN": _cudnn,
     "torch varlen": _torch_varlen,
+    "triton": _triton,
 }
