@@ -120,7 +120,7 @@ def keep_freed_memory() -> None:
 
 def missing_memory(needed: float, device: torch.device) -> str:
     """Return "" where a device has room for `needed` bytes, else how much is needed and how much is free."""
-    import psutil  # here: benchmarks.gpu reads this file where torch, Triton and NumPy are all there is
+    import psutil  # here: benchmarks.gpu reads data sheets where torch, Triton and NumPy are all there is
 
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return "" if needed < 0.9 * free else f"{needed / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB are free"
