@@ -11,6 +11,7 @@ MODEL_HELP = (
     "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
     "random:MODEL for that network untrained"
 )
+CLASSIFIER_HELP = "the OUT folder of a linear or finetune task"
 
 
 def program(name: str, text: str | None) -> argparse.ArgumentParser:

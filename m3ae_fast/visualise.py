@@ -17,20 +17,15 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m3ae_fast.command_line import add_labels, program
-from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
-from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
-from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
-from m3ae_fast.data.trust import require_harmless
-from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.feature_map import draw_feature_map, require_scikit_learn
-from m3ae_fast.open_model import open_model
-from m3ae_fast.pictures.attention import Look, draw_attention
-from m3ae_fast.pictures.patch_attention import draw_patch_attention
-from m3ae_fast.pictures.reconstructions import draw_run
-from m3ae_fast.run import checkpoint
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.config import Config, ModelConfig, SourceConfig
+    from m3ae_fast.data import Corpus, ShardStore
+    from m3ae_fast.pictures.attention import Look
 
 _SEARCHED = 2000  # samples, for a word
 
@@ -79,6 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--pictures {args.pictures}: must be 1 or more")
     if not all(0 <= ratio <= 1 for ratio in args.ratios):
         raise UserError(f"--ratios {' '.join(map('{:g}'.format, args.ratios))}: must be from 0 to 1")
+    from m3ae_fast.config import Config, parse
+    from m3ae_fast.data import open_corpus
+    from m3ae_fast.run import checkpoint
+
     path = checkpoint.locate(Path(args.run))
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     sources, store = _shown(args, config, f"checkpoint {path}")
@@ -94,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
 def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[SourceConfig], ShardStore]:
     """Return whose samples are drawn, and where copies of them go. Raises UserError if that takes more trust in the
     run."""
+    from m3ae_fast.data import ShardStore
+    from m3ae_fast.data.trust import require_harmless
+
     sources = config.data.val or config.data.train
     if args.shards:
         return [sources[0].model_copy(update={"shards": args.shards, "caption_fraction": 1.0})], ShardStore()
@@ -103,12 +105,22 @@ def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[S
 
 
 def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
+    from m3ae_fast.data import open_tokenizer
+    from m3ae_fast.pictures.reconstructions import draw_run
+    from m3ae_fast.run import checkpoint
+
     # the last weights, whose losses the run logged, not their moving average
     weights = checkpoint.read_weights(checkpoint.locate(Path(args.run)), average=False)
     draw_run(config, weights, corpus, open_tokenizer(config.data, config.model), out, args.pictures, args.ratios)
 
 
 def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
+    from m3ae_fast.data import Preparation, eval_samples
+    from m3ae_fast.encoding import UNMASKED
+    from m3ae_fast.open_model import open_model
+    from m3ae_fast.pictures.attention import draw_attention
+    from m3ae_fast.pictures.patch_attention import draw_patch_attention
+
     look, patch = _look(args, config.model), _patch(args.patch, config.model)
     text = bool(config.model.vocab_size) or patch is not None
     model = open_model(args.run, text=text, tokenizer=config.data.tokenizer).eval()
@@ -122,6 +134,8 @@ def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Pa
 
 def _look(args: argparse.Namespace, model: ModelConfig) -> Look:
     """Return whose attention is asked for. Raises UserError if the model has no such block or head."""
+    from m3ae_fast.pictures.attention import Look
+
     for name, most in (("layer", model.depth), ("head", model.num_heads)):
         if (number := getattr(args, name)) is not None and not 1 <= number <= most:
             raise UserError(f"--{name} {number}: the encoder has {most}, counted from 1")
@@ -140,6 +154,9 @@ def _patch(given: str | None, model: ModelConfig) -> tuple[int, int] | None:
 
 
 def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
+    from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
+    from m3ae_fast.feature_map import draw_feature_map, require_scikit_learn
+
     require_scikit_learn()
     labelled, classes = label_corpus(corpus, args.labels, progress=True)
     if args.classes is not None:

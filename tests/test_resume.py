@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from m3ae_fast import train
 from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
-from m3ae_fast.data import Data, Layout, ShardStore, fingerprint, open_corpus
+from m3ae_fast.data import Data, Layout, ShardStore, open_corpus
+from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.errors import UserError
 from m3ae_fast.run import checkpoint, parts, resuming, run
 from m3ae_fast.run.parts import STATE_FILE, State

@@ -7,10 +7,32 @@ import sys
 import pytest
 
 from m3ae_fast.__main__ import COMMANDS, MODULES
+from m3ae_fast.transfer import probes
+from m3ae_fast.transfer.__main__ import PROBES, TASKS
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 
-LATE = {"data", "transfer", "verify", "visualise"}  # whose parsers come with torch
+HELP_OF_ALL = """
+import argparse, runpy, sys
+
+def show(parser, *_):
+    shown = [parser]
+    for parser in shown:
+        assert "usage: " in parser.format_help()
+        for action in parser._subparsers._group_actions if parser._subparsers else ():
+            shown += action.choices.values()
+    print(module, *(parser.prog for parser in shown), sep=chr(10))
+    sys.exit()
+
+argparse.ArgumentParser.parse_args = show
+for module in sys.argv[1:]:
+    sys.argv = ["", "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as error:
+        assert not error.code
+    assert "torch" not in sys.modules, module
+"""
 
 
 def imported(*arguments, code=0):
@@ -28,10 +50,15 @@ def test_the_package_alone_imports_nothing_that_is_large():
     assert not names & {"torch", "numpy", "pydantic", "rich", "m3ae_kernels"}
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in LATE])
-def test_help_does_not_import_torch(command):
-    names, said = imported("-m", f"m3ae_fast.{MODULES.get(command, command)}", "--help")
-    assert "torch" not in names and "usage: " in said
+def test_help_of_every_program_and_its_commands_does_not_import_torch():
+    modules = [f"m3ae_fast.{MODULES.get(command, command)}" for command in COMMANDS]
+    _, said = imported("-c", HELP_OF_ALL, *modules)
+    shown = {line.strip() for line in said.splitlines()}
+    assert {*modules} <= shown
+    tools = ("from-folder", "from-hdf5", "from-hf", "index", "stats", "manifest", "train-tokenizer", "tokenize-images")
+    assert {f"python -m m3ae_fast.data {tool}" for tool in tools} <= shown
+    assert {f"python -m m3ae_fast.transfer {task}" for task in (*TASKS, "difference")} <= shown
+    assert (*PROBES,) == tuple(probes.PROBES)  # their names are known without torch
 
 
 def test_the_list_of_commands_imports_none_of_them():

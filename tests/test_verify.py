@@ -13,8 +13,10 @@ from m3ae_fast.batch import pack
 from m3ae_fast.config import LossConfig
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model import M3AE
-from m3ae_fast.verify import main, quantities, relative_error
+from m3ae_fast.verify.__main__ import main
 from m3ae_fast.verify.golden import Golden, flax_name
+from m3ae_fast.verify.program import quantities
+from m3ae_fast.verify.quantity import relative_error
 from tests.helpers.official import Official, make_golden
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))

@@ -22,7 +22,8 @@ from lab.labelled.emoji import LICENCES, Emoji
 from lab.labelled.fashion import Fashion
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.shard_tools.records import Records
-from m3ae_fast.shard_tools.writer import Settings, convert
+from m3ae_fast.shard_tools.settings import Settings
+from m3ae_fast.shard_tools.writer import convert
 
 SOURCES: dict[str, Callable[[Path | None, Path], Records]] = {
     "fashion": Fashion,

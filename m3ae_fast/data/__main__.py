@@ -12,29 +12,18 @@ python -m m3ae_fast.data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --o
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from m3ae_fast.command_line import program
 from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.shard_tools import commands as convert
-from m3ae_fast.shard_tools import contents, manifest, stats, tokenize_images, tokenizer_training
+from m3ae_fast.shard_tools.commands import add_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = program("data", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
-    convert.add_commands(commands)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("shards", nargs="+", help="tars: paths, brace patterns, globs, URLs or pipe: commands")
-    common.add_argument("--cache-dir", type=Path, help="where copies of remote shards go (default: ~/.cache/m3ae_fast)")
-    contents.add_command(commands, common)
-    stats.add_command(commands, common)
-    manifest.add_command(commands, common)
-    tokenizer_training.add_command(commands, common)
-    tokenize_images.add_command(commands, common)
+    add_commands(commands)
     args = parser.parse_args(argv)
     args.run(args)
     return 0

@@ -21,7 +21,8 @@ from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.huggingface import HuggingFace
 from m3ae_fast.shard_tools.records import Records
-from m3ae_fast.shard_tools.writer import HELD_OUT, Settings, convert, manifest_of
+from m3ae_fast.shard_tools.settings import Settings
+from m3ae_fast.shard_tools.writer import HELD_OUT, convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
 _HELD_OUT_SPLITS = (HELD_OUT, "validation", "valid", "test")  # as data sets call them, the first one is taken

@@ -22,10 +22,10 @@ from m3ae_fast.data import (
     ShardStore,
     counting,
     eval_loader,
-    fingerprint,
     open_data,
     train_loader,
 )
+from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.optimizer import state_kinds

@@ -1,21 +1,17 @@
-"""The commands that make shards: from-folder, from-hdf5, from-hf."""
+"""The commands of `python -m m3ae_fast.data`, without what they do: a tool and torch are imported once one runs."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from m3ae_fast.command_line import command
+from m3ae_fast.command_line import add_labels, command
 from m3ae_fast.config import add_range_option
-from m3ae_fast.errors import UserError
-from m3ae_fast.regular_file import read_json
-from m3ae_fast.shard_tools.folder import Folder
-from m3ae_fast.shard_tools.hdf5 import Hdf5
-from m3ae_fast.shard_tools.huggingface import HuggingFace
-from m3ae_fast.shard_tools.records import Records
-from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
+from m3ae_fast.shard_tools.settings import Settings
 
 FOLDER = """Make shards of a folder of images.
 
@@ -42,10 +38,40 @@ the hub. All splits are taken unless one is named. A row with a list of captions
   python -m m3ae_fast.data from-hf uoft-cs/cifar10 shards/
   python -m m3ae_fast.data from-hf saved/flickr30k shards/ --split train --caption-column caption
 """
+STATS = """Look at some samples: mean and standard deviation of the pixels, sizes, aspect ratios, lengths of captions,
+formats, labels, and what cannot be read. Prints the settings that a config needs; --write puts them into one.
+
+  python -m m3ae_fast.data stats 'shards/train-*.tar' --tokenizer tokenizer.json
+  python -m m3ae_fast.data stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
+"""
+TOKENIZE_IMAGES = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
+data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
+data). Captions, classes and json come along; samples without an image do not.
+
+  python -m m3ae_fast.data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
+  python -m m3ae_fast.data tokenize-images 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
+"""
 
 
 def add_commands(commands: Any) -> None:
-    folder = command(commands, "from-folder", "make shards of a folder of images", FOLDER, _from_folder)
+    """Add the parser of every tool."""
+    _add_makers(commands)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("shards", nargs="+", help="tars: paths, brace patterns, globs, URLs or pipe: commands")
+    common.add_argument("--cache-dir", type=Path, help="where copies of remote shards go (default: ~/.cache/m3ae_fast)")
+    for add in (_add_index, _add_stats, _add_manifest, _add_train_tokenizer, _add_tokenize_images):
+        add(commands, common)
+
+
+def _tool(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
+    """Return what imports a tool, and runs it."""
+    return lambda args: getattr(import_module(f"m3ae_fast.shard_tools.{module}"), function)(args)
+
+
+def _add_makers(commands: Any) -> None:
+    folder = command(
+        commands, "from-folder", "make shards of a folder of images", FOLDER, _tool("making", "from_folder")
+    )
     folder.add_argument("input", type=Path, metavar="DIR", help="folder of images, in sub-folders too")
     _add_out(folder)
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
@@ -54,11 +80,13 @@ def add_commands(commands: Any) -> None:
     folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
     folder.add_argument("--flat", action="store_true", help="sub-folders are not classes")
 
-    hdf5 = command(commands, "from-hdf5", "make shards of an HDF5 file in the official layout", HDF5, _from_hdf5)
+    hdf5 = command(
+        commands, "from-hdf5", "make shards of an HDF5 file in the official layout", HDF5, _tool("making", "from_hdf5")
+    )
     hdf5.add_argument("input", type=Path, metavar="FILE")
     _add_out(hdf5)
 
-    hf = command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, _from_hf)
+    hf = command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, _tool("making", "from_hf"))
     hf.add_argument("input", metavar="DATASET", help="a folder, or a name on the hub")
     _add_out(hf)
     hf.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
@@ -91,47 +119,59 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    limits = {"short_side": (1, 1 << 16), "quality": (1, 100), "samples_per_shard": (1, 1 << 32), "workers": (1, 1024)}
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(args, name)}: must be from {low} to {high}")
-    if not 0 <= args.held_out < 1:
-        raise UserError(f"--held-out {args.held_out:g}: must be a fraction, 0 or more and below 1")
-    return Settings(args.samples_per_shard, args.short_side, args.quality, args.held_out, args.range, args.keep_order)
+def _add_index(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("index", parents=[common], help="write the shards' indexes and show what is in them")
+    parser.set_defaults(run=_tool("contents"))
 
 
-def _convert(records: Records, settings: Settings, args: argparse.Namespace) -> None:
-    print(describe_conversion(args.out, convert(records, args.out, settings, args.workers)))
+def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = command(
+        commands, "stats", "show what samples are like, and the settings that they need", STATS, _tool("stats"), common
+    )
+    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which (default: 0)")
+    parser.add_argument("--channels", type=int, choices=(1, 3, 4), default=3, help="of the model (default: 3)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="counts captions in its tokens (default: in words)")
+    add_labels(parser)
+    add_range_option(parser)
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw histograms")
+    parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
 
 
-def _from_folder(args: argparse.Namespace) -> None:
-    settings = _settings(args)
-    columns = (args.image_column, args.caption_column)
-    folder = Folder(args.input, args.captions, columns, _read_classes(args.classes), args.flat)
-    _convert(folder, settings, args)
-    print("".join(f"{line}\n" for line in folder.ignored.lines()), end="")
+def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
+    summary = "count samples ahead of a run, on any number of machines"
+    text = "Name the file as `shards` of a source, or all of its parts."
+    parser = command(commands, "manifest", summary, text, _tool("manifest"), common)
+    parser.add_argument("--out", type=Path, required=True, help="the .npy to write")
+    parser.add_argument("--part", metavar="I/N", help="count the I-th of N parts; each has a file of its own")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--stats", action="store_true", help="take counts from the NAME_stats.json of img2dataset")
+    known.add_argument("--sizes", metavar="FILE", help="take counts from a sizes.json: a file or a URL")
 
 
-def _from_hdf5(args: argparse.Namespace) -> None:
-    settings = _settings(args)
-    _convert(Hdf5(args.input), settings, args)
+def _add_train_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "train-tokenizer", parents=[common], help="train a lower-cased WordPiece tokenizer on the captions"
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
+    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
+    parser.set_defaults(run=_tool("tokenizer_training"))
 
 
-def _from_hf(args: argparse.Namespace) -> None:
-    settings = _settings(args)
-    columns = (args.image_column, args.caption_column, args.label_column)
-    _convert(HuggingFace(args.input, args.subset, args.split, columns), settings, args)
-
-
-def _read_classes(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        names = read_json(path)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("not a list of names")
-        return names
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {path}: cannot be read ({error})") from None
+def _add_tokenize_images(commands: Any, common: argparse.ArgumentParser) -> None:
+    summary = "make shards of crops with their VQGAN token ids"
+    parser = command(commands, "tokenize-images", summary, TOKENIZE_IMAGES, _tool("tokenize_images"), common)
+    parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards: new, or to be continued")
+    parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
+    parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
+    parser.add_argument("--centre", action="store_true", help="take the central square instead")
+    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
+    parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
+    add_range_option(parser)
+    parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes, or a GPU's threads"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,12 +14,7 @@ from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.shards import ShardStore, expand
 
 
-def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("index", parents=[common], help="write the shards' indexes and show what is in them")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     shards = index_shards(expand(args.shards), ShardStore(args.cache_dir), progress=True)
     table = Table("shard", "modality")
     for name in ("samples", "paired", "image alone", "caption alone", "bytes"):

@@ -6,12 +6,10 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m3ae_fast.command_line import command
 from m3ae_fast.data.counting import count, part_of
 from m3ae_fast.data.download import read_small
 from m3ae_fast.data.index import index_shards
@@ -24,18 +22,7 @@ _THREADS = 32
 _MAX_BYTES = 1 << 26  # of a file of counts
 
 
-def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "count samples ahead of a run, on any number of machines"
-    text = "Name the file as `shards` of a source, or all of its parts."
-    parser = command(commands, "manifest", summary, text, _run, common)
-    parser.add_argument("--out", type=Path, required=True, help="the .npy to write")
-    parser.add_argument("--part", metavar="I/N", help="count the I-th of N parts; each has a file of its own")
-    known = parser.add_mutually_exclusive_group()
-    known.add_argument("--stats", action="store_true", help="take counts from the NAME_stats.json of img2dataset")
-    known.add_argument("--sizes", metavar="FILE", help="take counts from a sizes.json: a file or a URL")
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     if args.out.suffix != SUFFIX:
         raise UserError(f"--out {args.out}: must end in {SUFFIX}")
     number, parts = _part(args.part)

@@ -11,40 +11,19 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.command_line import add_labels, command
-from m3ae_fast.config import Config, SourceConfig, add_range_option, parse
+from m3ae_fast.config import Config, SourceConfig, parse
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.statistics import Statistics, collect, require_images
 from m3ae_fast.whole_file import whole_file, write_whole
 
-HELP = """Look at some samples: mean and standard deviation of the pixels, sizes, aspect ratios, lengths of captions,
-formats, labels, and what cannot be read. Prints the settings that a config needs; --write puts them into one.
-
-  python -m m3ae_fast.data stats 'shards/train-*.tar' --tokenizer tokenizer.json
-  python -m m3ae_fast.data stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
-"""
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # of a distribution, that are shown
 _LONGEST = 1 << 16  # tokens
 _SHOWN = 5  # labels, and reasons why samples cannot be read
 
 
-def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = command(
-        commands, "stats", "show what samples are like, and the settings that they need", HELP, _run, common
-    )
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which (default: 0)")
-    parser.add_argument("--channels", type=int, choices=(1, 3, 4), default=3, help="of the model (default: 3)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="counts captions in its tokens (default: in words)")
-    add_labels(parser)
-    add_range_option(parser)
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw histograms")
-    parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be 1 or more")
     given = None if args.write is None else _read_config(args.write)

@@ -14,7 +14,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,7 @@ from torch import Tensor
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import centre_crop, random_crop
 from m3ae_fast.batch.images import decode_image
-from m3ae_fast.command_line import command
-from m3ae_fast.config import Range, add_range_option
+from m3ae_fast.config import Range
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, group, index_shards
 from m3ae_fast.data.order import hash64
 from m3ae_fast.data.reader import IDS_DTYPE
@@ -34,37 +32,12 @@ from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.records import Record
-from m3ae_fast.shard_tools.writer import Settings, convert, describe_conversion
+from m3ae_fast.shard_tools.settings import Settings
+from m3ae_fast.shard_tools.writer import convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
 
-HELP = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
-data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
-data). Captions, classes and json come along; samples without an image do not.
-
-  python -m m3ae_fast.data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
-  python -m m3ae_fast.data tokenize-images 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
-"""
 AHEAD = 32  # crops that the VQGAN takes together
 QUALITY = 95  # of the crops' JPEGs; ids are of what they decode to
-
-
-def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "make shards of crops with their VQGAN token ids"
-    parser = command(commands, "tokenize-images", summary, HELP, _run, common)
-    parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards: new, or to be continued")
-    parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
-    parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
-    parser.add_argument("--centre", action="store_true", help="take the central square instead")
-    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
-    parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
-    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
-    add_range_option(parser)
-    parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes, or a GPU's threads"
-    )
 
 
 class Crops:
@@ -196,22 +169,23 @@ def _read(fd: int, member: Member) -> bytes:
     return data
 
 
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     low, high = args.crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"--crop-scale {low:g} {high:g}: must be two fractions with 0 < LOW <= HIGH <= 1")
     for name in ("image_size", "views", "samples_per_shard", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     vqgan = VQGAN.from_pretrained(args.vqgan)
     if args.image_size % vqgan.config.stride:
         raise UserError(
             f"--image-size {args.image_size}: is not a multiple of the {vqgan.config.stride} pixels of a code"
         )
     try:
-        vqgan.to(args.device)
+        vqgan.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: is not available ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {device}: is not available ({str(error).splitlines()[0]})") from None
     on_cpu = vqgan.codebook.device.type == "cpu"
     crops = Crops(
         expand(args.shards), ShardStore(args.cache_dir), vqgan, args.image_size, None if args.centre else args.views,

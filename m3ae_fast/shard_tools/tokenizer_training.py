@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -21,16 +20,7 @@ from m3ae_fast.shard_tools.tally import REFUSED, Tally
 FEW = 0.9  # of the tokens requested; below it a note is printed
 
 
-def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "train-tokenizer", parents=[common], help="train a lower-cased WordPiece tokenizer on the captions"
-    )
-    parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
-    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     if not len(SPECIAL) < args.vocab_size <= MAX_VOCAB:
         raise UserError(
             f"--vocab-size {args.vocab_size}: must be above {len(SPECIAL)}, the number of special tokens, "

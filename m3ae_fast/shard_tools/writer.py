@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.config import Range
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
@@ -34,23 +33,12 @@ from m3ae_fast.progress import progress
 from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shard_tools.records import Record, Records
 from m3ae_fast.shard_tools.same_images import split_images
+from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.shrink import shrink
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import put_in_place
 
 HELD_OUT = "val"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How shards are made."""
-
-    samples_per_shard: int = 2000
-    short_side: int = 320  # pixels; larger images are scaled down
-    quality: int = 95  # of JPEG
-    held_out: float = 0.0  # fraction of the samples that go to a split of their own, with all samples of an image
-    image_range: Range | None = None  # of images of more than 8 bits
-    keep_order: bool = False  # else shuffled, always in the same way
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,19 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
+from m3ae_fast.command_line import CLASSIFIER_HELP, MODEL_HELP, add_labels, add_settings, program
 from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.hardware import keep_freed_memory
-from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import open_model, set_range
-from m3ae_fast.process.program import Session, joined_program
-from m3ae_fast.run.run_folder import RunFolder
-from m3ae_fast.transfer.classifier import CLASSIFIER_HELP, Classifier, read_config
-from m3ae_fast.transfer.classifier import CONFIG_FILE as CLASSIFIER_FILE
-from m3ae_fast.transfer.difference import compare_results
-from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
-from m3ae_fast.transfer.probes import PROBES
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.model.m3ae import M3AE
+    from m3ae_fast.process.program import Session
+    from m3ae_fast.transfer.classifier import Classifier
+
+PROBES = ("knn", "linear", "attentive")  # that `compare` can use
 
 
 class Task(NamedTuple):
@@ -170,7 +167,7 @@ def _add_comparison(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--probes",
         type=_probes,
-        default=[*PROBES],
+        default=PROBES,
         metavar="NAME,NAME",
         help=f"which of {', '.join(PROBES)} (default: all)",
     )
@@ -213,8 +210,12 @@ def _module(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.task == DIFFERENCE:
+        from m3ae_fast.transfer.difference import compare_results
+
         print(compare_results(args.results))
         return 0
+    from m3ae_fast.process.program import joined_program
+
     with joined_program() as session:
         args.modality = session.ranks.broadcast(lambda: _modality(args))
         perform(args, session.ranks.broadcast(lambda: _config(args)), session)
@@ -223,12 +224,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _is_classifier(args: argparse.Namespace) -> bool:
     """Return whether MODEL is to be opened as a classifier."""
+    from m3ae_fast.transfer.classifier import CONFIG_FILE
+
     task = TASKS[args.task]
-    return task.classifies or (task.may_classify and (Path(args.model) / CLASSIFIER_FILE).is_file())
+    return task.classifies or (task.may_classify and (Path(args.model) / CONFIG_FILE).is_file())
 
 
 def _modality(args: argparse.Namespace) -> str:
     """Return what the encoder sees. Raises UserError where it is asked for other than what the classifier does."""
+    from m3ae_fast.transfer.classifier import read_config
+
     given = getattr(args, "modality", None)
     if not _is_classifier(args):
         return given or TASKS[args.task].modality or "image"
@@ -246,6 +251,12 @@ def _config(args: argparse.Namespace) -> TransferConfig:
 
 def perform(args: argparse.Namespace, config: TransferConfig, session: Session) -> None:
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
+    from m3ae_fast.hardware import keep_freed_memory
+    from m3ae_fast.open_model import open_model, set_range
+    from m3ae_fast.run.run_folder import RunFolder
+    from m3ae_fast.transfer.classifier import Classifier
+    from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
+
     ranks = session.ranks
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     started = time.perf_counter()

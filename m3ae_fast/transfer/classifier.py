@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.command_line import CLASSIFIER_HELP
 from m3ae_fast.config import ModelConfig, Section, parse
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -25,7 +26,6 @@ from m3ae_fast.weights.output_folder import read_tensors
 from m3ae_fast.weights.pretrained import build
 
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
-CLASSIFIER_HELP = "the OUT folder of a linear or finetune task"
 HEADS = {"linear": LinearProbeHead, "finetune": FineTuneHead}
 
 

@@ -1,10 +1,4 @@
-"""python -m m3ae_fast.verify FILE.npz ...: does this model compute what the official M3AE does?
-
-Rebuilds the model of each golden file, loads its parameters, and compares every number that the official
-implementation computed. Files of pre-training hold outputs, losses, gradients, features, and some AdamW steps; files of
-a linear probe or of fine-tuning hold logits, gradients, losses, learning rates, and parameters after some steps; files
-of the image tokenizer hold features, ids, and decoded images.
-"""
+"""Golden files replayed, and every number of them compared."""
 
 from __future__ import annotations
 
@@ -39,21 +33,21 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
         raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m m3ae_fast.verify", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE.npz", help="golden files of the official implementation")
-    parser.add_argument("--tolerance-scale", type=float, default=1.0, help="widen every tolerance by this factor")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    console, device = Console(highlight=False, soft_wrap=True), _device(args.device)
+def compare(args: argparse.Namespace) -> int:
+    """Compare all files, print a line for each number, and return the exit status. Raises UserError for a file or a
+    device that cannot be used."""
+    console, device = (
+        Console(highlight=False, soft_wrap=True),
+        _device(args.device),
+    )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     total = failed = 0
     for file in args.files:

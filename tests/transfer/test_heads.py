@@ -10,9 +10,11 @@ from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.transfer.heads import FineTuneHead, LinearProbeHead
 from m3ae_fast.transfer.lars import LARS
 from m3ae_fast.transfer.layer_decay import layer_decay_groups, layer_of
-from m3ae_fast.verify import main, quantities, relative_error
+from m3ae_fast.verify.__main__ import main
 from m3ae_fast.verify.finetune import flax_path
 from m3ae_fast.verify.golden import Golden
+from m3ae_fast.verify.program import quantities
+from m3ae_fast.verify.quantity import relative_error
 from tests.helpers.official_transfer import make_finetuning, make_probe
 
 VARIANTS = {
