@@ -1,6 +1,7 @@
 """Measure how long a step waits for a checkpoint, on every rank of a process group; run by test_saving.py.
 
-In turns: each rank copies its part, as the engine does, and rank 0 gathers whole tensors one by one, as it did before.
+In turns: each rank copies its part while the next step computes its gradients, as the loop does, and rank 0 gathers
+whole tensors one by one between two steps, as it did before.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.results import Row
-from benchmarks.workload import make_config
+from benchmarks.workload import make_batch, make_config
 from m3ae_fast.config import DeepSpeedConfig, ModelConfig, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.run import checkpoint
-from m3ae_fast.run.parts import sha256, stage
+from m3ae_fast.run.parts import sha256
+from m3ae_fast.run.staging import Staging
 
 MODEL = parse(ModelConfig, {"size": "small"}, "small")
 ROUNDS = 5
@@ -59,10 +61,26 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         section = DeepSpeedConfig.model_validate({"zero_optimization": {"stage": zero}})
         config = config.model_copy(update={"deepspeed": section})
     engine = build_engine(M3AE(config.model, config.loss), config, ranks)
-    buffer = stage(engine.fragments(), None)[1]
-    total = sum(ranks.gather(len(buffer)))
-    before, now, written, shared = [], [], [], []
+    batch, _ = make_batch(config, 4, seed=ranks.rank)
+    staging, waits = Staging(), []
+
+    def wait() -> None:
+        began = time.perf_counter()
+        staging.wait()
+        waits.append(time.perf_counter() - began)
+
+    def step() -> None:
+        engine.step([batch], batch.counts, 1e-4)
+
+    engine.before_update = wait
+    part = staging.copy(engine.fragments())
+    held = sum(len(piece.data) for piece in part.values())
+    total = sum(ranks.gather(held))
+    for _ in range(2):
+        step()
+    plain, before, now, beside, written, shared = [], [], [], [], [], []
     for number in range(ROUNDS):
+        plain.append(seconds(step, ranks)[0])
         taken, whole = seconds(lambda: gather(engine, ranks), ranks)
         before.append(taken)
 
@@ -73,8 +91,16 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
 
         written.append(seconds(write, ranks)[0])
         del whole, write
-        taken, (part, _) = seconds(lambda: stage(engine.fragments(), buffer), ranks)
-        now.append(taken)
+        dist.barrier(group=ranks.control)
+        began = time.perf_counter()
+        state = engine.fragments()
+        staging.begin(state)
+        copying = threading.Thread(target=staging.copy, args=(state,))
+        copying.start()
+        begun = time.perf_counter() - began
+        beside.append(seconds(step, ranks)[0])
+        now.append(max(ranks.gather(begun + waits[-1])))
+        copying.join()
         info = checkpoint.Info(number, 0, 0, {}, {})
 
         def write_parts(part: Any = part, info: checkpoint.Info = info) -> None:
@@ -88,9 +114,11 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         "ratio": statistics.median(a / b for a, b in zip(before, now)),
         "gathered: written in, s": statistics.median(written),
         "parts: written in, s": statistics.median(shared),
+        "a step, s": statistics.median(plain),
+        "a step beside the copying, s": statistics.median(beside),
         "gathered: rank 0 holds, MB": total * 4 / 1e6,
-        "parts: a rank holds at most, MB": max(ranks.gather(len(buffer))) * 4 / 1e6,
-        "over its share": max(ranks.gather(len(buffer))) * ranks.world / total,
+        "parts: a rank holds at most, MB": max(ranks.gather(held)) * 4 / 1e6,
+        "over its share": max(ranks.gather(held)) * ranks.world / total,
     }
 
 

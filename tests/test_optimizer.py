@@ -14,7 +14,7 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import collect, prime, set_lr
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.run.parts import stage
+from m3ae_fast.run.staging import Staging
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED
 from tests.test_model import TINY as SMALL
@@ -77,7 +77,7 @@ def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
         one, other = (build_engine(M3AE(SMALL, settings.loss), settings, ranks) for _ in range(2))
         for rate in RATES[:3]:
             one.step([batch, batch], batch.counts, rate)
-        saved, _ = stage(one.fragments(), None)
+        saved = Staging().copy(one.fragments())
         other.load_state(3, lambda name, start, count: saved[name].data[start : start + count])
         for engine in (one, other):
             engine.step([batch, batch], batch.counts, 0.03)

@@ -14,7 +14,8 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.process import agreement
 from m3ae_fast.run import checkpoint, parts, resuming
-from m3ae_fast.run.parts import TABLE_FILE, part_files, stage
+from m3ae_fast.run.parts import TABLE_FILE, part_files
+from m3ae_fast.run.staging import Staging
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
@@ -302,13 +303,28 @@ def test_a_checkpoint_that_a_node_does_not_see_is_told(tmp_path):
 
 
 def test_a_copy_takes_the_place_of_the_one_before(tmp_path):
-    first, buffer = stage(cut(STATE, 0, 1), None)
-    assert len(buffer) == 73 and all(torch.equal(first[n].data.view(t.shape), t) for n, t in STATE.items())
+    staging = Staging()
+    first = staging.copy(cut(STATE, 0, 1))
+    assert all(torch.equal(first[n].data.view(t.shape), t) for n, t in STATE.items())
     for part in (cut(STATE, 0, 2), cut(STATE, 0, 1)):
-        copied, again = stage(part, buffer)
-        assert again is buffer and copied["model/a"].data.data_ptr() == buffer.data_ptr()
-    longer, again = stage(cut(STATE | {"model/c": torch.ones(2)}, 0, 1), buffer)
-    assert len(again) == 75 and longer["model/c"].data.tolist() == [1, 1]
+        assert staging.copy(part)["model/a"].data.data_ptr() == first["model/a"].data.data_ptr()
+    longer = staging.copy(cut(STATE | {"model/c": torch.ones(2)}, 0, 1))
+    assert longer["model/c"].data.tolist() == [1, 1]
+
+
+def test_an_update_waits_for_the_copy_that_was_begun():
+    """Whatever becomes of it: a copy that fails holds up nothing."""
+    staging, part = Staging(), cut(STATE, 0, 1)
+    staging.wait()
+    staging.begin(part)
+    waiting = threading.Thread(target=staging.wait)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    with pytest.raises(AttributeError):
+        staging.copy({"model/a": None})
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def _decide(judge, world=3, rounds=1):

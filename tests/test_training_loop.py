@@ -37,8 +37,8 @@ from m3ae_fast.run import checkpoint, resuming, throughput
 from m3ae_fast.run.cautions import MemoryGrowth, cautions
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.parts import stage
 from m3ae_fast.run.run import Run, _preparation
+from m3ae_fast.run.staging import Staging
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.train import pre_train
 from tests.helpers.checkpoints import save
@@ -153,7 +153,7 @@ def test_the_loop_hands_over_rates_counts_and_seeds(monkeypatch, tmp_path, mixed
 
 
 def test_a_run_reads_what_its_config_says(monkeypatch, tmp_path, mixed):
-    monkeypatch.setattr(run_module, "build_engine", lambda *_: None)
+    monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
     found = []
     for seed in (1, 1, 2):
         config = settings(
@@ -270,13 +270,13 @@ def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
         batch = pack([paired(config, seed) for seed in range(2)], model.geometry)
         engine = build_engine(model, config, ranks)
         engine.step([batch], batch.counts, 0.1)
-        staged, buffer = stage(engine.fragments(), None)
+        staging = Staging()
+        staged = staging.copy(engine.fragments())
         before = {name: piece.data.clone() for name, piece in staged.items()}
         engine.step([batch], batch.counts, 0.1)
         assert all(torch.equal(piece.data, before[name]) for name, piece in staged.items())
-        after, again = stage(engine.fragments(), buffer)
+        after = staging.copy(engine.fragments())
     assert any(not torch.equal(piece.data, before[name]) for name, piece in after.items())
-    assert again is buffer  # whose memory the next save takes
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -496,7 +496,7 @@ def test_rates_are_those_since_the_last_time(monkeypatch):
 def test_utilisation_is_of_the_peak_of_all_ranks(monkeypatch, tmp_path, mixed):
     """A rank of two, whose partner needs no doing."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
-    monkeypatch.setattr(run_module, "build_engine", lambda *_: None)
+    monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
     config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
     with joined_program() as session:
         meters = [

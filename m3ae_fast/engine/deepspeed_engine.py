@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class DeepSpeedEngine:
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model, self.ranks = model, ranks
+        self.before_update: Callable[[], None] = lambda: None
         self.zero = config.zero_optimization
         # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
@@ -98,8 +99,11 @@ class DeepSpeedEngine:
             # A new tensor: the hooks that DeepSpeed puts on the model's own output, which tell its optimiser when to
             # reduce, would also divide its gradient by the number of micro-batches.
             self.ds.backward(losses.loss * 1.0, scale_wrt_gas=False)
-            if self.zero.stage == 0 and i == len(batches) - 1:  # DeepSpeed reports no norm at stage 0
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if i == len(batches) - 1:
+                self.before_update()
+                if self.zero.stage == 0:  # of which DeepSpeed reports no norm
+                    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                    norm = torch.nn.utils.get_total_norm(grads)
             self.ds.step()
             results.append(losses)
         return results, valid_norm(torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm))

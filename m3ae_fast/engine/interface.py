@@ -32,6 +32,7 @@ class Engine(Protocol):
 
     model: nn.Module
     optimizer_name: str
+    before_update: Callable[[], None]  # called before each change of the state, which may be read until then
     kinds: tuple[str, ...]  # of optimiser state: keys of `Fragments` before the parameter's name
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
@@ -50,7 +51,7 @@ class Engine(Protocol):
         """Return the module's output for one batch, without gradients and dropout."""
 
     def fragments(self) -> Fragments:
-        """Return this rank's part of the state, which training goes on to change. All ranks' parts together are each
+        """Return this rank's part of the state, which the next update changes. All ranks' parts together are each
         tensor once. Every rank must call it."""
 
     def whole(self, kind: str) -> dict[str, Tensor]:

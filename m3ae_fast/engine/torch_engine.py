@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class TorchEngine:
         """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, the decay of the weights' moving
         average."""
         self.model = model.to(ranks.device)
+        self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
         self.optimizer = build_adamw(groups, optim)
         self.optimizer_name = name_of(self.optimizer)
@@ -69,6 +70,7 @@ class TorchEngine:
             results.append(losses)
         norm = clip_by_global_norm(list(self.model.parameters()), self.clip_grad)
         set_lr(self.optimizer, lr)
+        self.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()  # to None; the fused Adams take no argument
         return results, norm

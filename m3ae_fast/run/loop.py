@@ -30,10 +30,10 @@ from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.parts import stage
 from m3ae_fast.run.record import Recorder
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
+from m3ae_fast.run.staging import Staging
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,8 @@ class Loop(ABC):
         self.growth = MemoryGrowth()
         self.saving = Background()  # of checkpoints
         self.agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.lasting, self.saving.leaving)
-        self.staged: Tensor | None = None  # what is being saved, or has been
+        self.staging = Staging()  # of what is being saved
+        self.engine.before_update = self.staging.wait
 
     def _open_log(self) -> RunLog:
         if not self.ranks.is_main:
@@ -227,7 +228,7 @@ class Loop(ABC):
             self.save()
 
     def save(self) -> None:
-        """Copy this rank's part of a checkpoint, then write it in the background. Every rank must call it.
+        """Copy this rank's part of a checkpoint and write it, in the background. Every rank must call it.
 
         Raises:
             UserError: the save before this one has failed.
@@ -237,13 +238,15 @@ class Loop(ABC):
         self.saving.wait()
         step, good, main = self.step, self.finite_evaluation == self.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
-        part, self.staged = stage(self.engine.fragments() | constants, self.staged)
+        state = self.engine.fragments() | constants
+        self.staging.begin(state)
         seen = step * self.settings.global_batch
         info = checkpoint.Info(
             step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream, attention=self.attention
         )
 
         def write() -> None:
+            part = self.staging.copy(state)
             if event := self.agreement.decide("", lambda _: self.folder.keep() if self.folder else ""):
                 self.log.say(f"note: {event}")
             path = checkpoint.save(self.run.dir, part, info, self.settings.keep, self.remedy(), self.agreement)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3ae_fast.engine.fragments import Fragment, Fragments
+from m3ae_fast.engine.fragments import Fragments
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.whole_file import to_disk
@@ -50,23 +50,6 @@ class Table:
 def part_files(parts: int) -> list[str]:
     """Return the names of a state's files, by rank."""
     return [STATE_FILE] if parts == 1 else [f"state-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
-
-
-def stage(part: Fragments, buffer: Tensor | None) -> tuple[Fragments, Tensor]:
-    """Copy a rank's part to the host, into the `buffer` that the last call returned, and return the copy and its
-    buffer: a fresh one costs more than the copying."""
-    count = sum(len(piece.data) for piece in part.values())
-    on_gpu = any(piece.data.is_cuda for piece in part.values())
-    if buffer is None or len(buffer) < count:
-        buffer = torch.empty(count, dtype=torch.float32)
-        buffer = buffer.pin_memory() if on_gpu else buffer  # or the GPU waits for each piece by itself
-    staged, at = {}, 0
-    for name, (data, start, shape) in part.items():
-        copy = buffer[at : (at := at + len(data))]
-        staged[name] = Fragment(copy.copy_(data, non_blocking=True), start, shape)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return staged, buffer
 
 
 def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:

@@ -5,7 +5,7 @@ Shapes: S samples, D encoder width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,7 @@ class ProbeEngine:
         model: MultimodalEncoder | None,
         encode: EncodeConfig,
     ) -> None:
+        self.before_update: Callable[[], None] = lambda: None
         self.model, self.ranks, self.frozen, self.encode = head, ranks, model, encode
         self.lars = LARS(head.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
         for p in head.parameters():
@@ -102,6 +103,7 @@ class ProbeEngine:
 
     def step(self, batches: Sequence, counts: float, lr: float) -> tuple[list[ClassLosses], Tensor]:
         features_SD, labels_S = self._gathered(batches)
+        self.before_update()  # a forward pass changes BatchNorm's statistics
         self.model.train()
         self.lars.zero_grad()
         if len(labels_S) == 0:  # nothing could be read

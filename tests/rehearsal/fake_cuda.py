@@ -107,6 +107,9 @@ class _Stream:
     def wait_stream(self, other: _Stream) -> None:
         self.cuda.events.append(f"{self.name} waits for {other.name}")
 
+    def synchronize(self) -> None:
+        self.cuda.events.append(f"wait for {self.name}")
+
     def is_capturing(self) -> bool:
         return False
 
