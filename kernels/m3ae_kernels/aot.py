@@ -32,7 +32,7 @@ DTYPES = {"bf16": "16", "fp32": "32"}
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
 
 # Sizes of M3AE-Large: what is constant in the kernels there.
-DIM, PATCHES = 512, {"P": 16, "C": 3, "H": 256, "W": 256, "PLANAR": True, "NORMALISE": True}
+DIM, PATCHES = 512, {"P": 16, "C": 3, "H": 256, "W": 256, "PLANAR": True, "NORMALISE": True, "table": None}
 PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 
 
@@ -62,6 +62,16 @@ def _pointers(**by_type: str) -> dict[str, str]:
     return {name: kind for kind, names in by_type.items() for name in names.split()}
 
 
+def _with_bands(*cases: Case) -> list[Case]:
+    """Return the cases, which read RGB images of 8 bits, and the same with 13 bands of 16 bits, as Sentinel-2's."""
+    several = []
+    for case in cases:
+        constants = {name: value for name, value in (case.constants or {}).items() if name != "table"} | {"C": 13}
+        pointers = case.pointers | {"images": "u16", "table": "fp32"}
+        several.append(replace(case, constants=constants, pointers=pointers, whole_rows=4 * case.whole_rows))
+    return [*cases, *several]
+
+
 def _attention(head_dim: int, keys: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Case]:
     ends, strides = "cu_queries cu_keys", ("H", "stride_q", "stride_kv")
     forward = Case(
@@ -80,13 +90,26 @@ CASES = [
     *_attention(64, 81),  # M3AE-Large's encoder
     *_attention(32, 321),  # and decoder
     *_attention(128, 321, ("bf16",)),  # the widest
-    Case(
-        "patch_embed", "patch_embed", _pointers(u8="images", i32="ids", x="weight bias out"),
-        ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES, matmul=True,
-    ),
-    Case(
-        "patch_embed", "patch_embed_dweight", _pointers(u8="images", i32="ids", x="grad", fp32="partial"),
-        ("D",), ("N", "split_rows"), PIXEL_FLOATS, PATCHES, matmul=True,
+    *_with_bands(
+        Case(
+            "patch_embed", "patch_embed", _pointers(u8="images", i32="ids", x="weight bias out"),
+            ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES, matmul=True,
+        ),
+        Case(
+            "patch_embed", "patch_embed_dweight", _pointers(u8="images", i32="ids", x="grad", fp32="partial"),
+            ("D",), ("N", "split_rows"), PIXEL_FLOATS, PATCHES, matmul=True,
+        ),
+        Case(
+            "pixel_loss", "patch_stats", _pointers(u8="images", i32="ids", fp32="mean rstd"),
+            (), ("N",), PIXEL_FLOATS, PATCHES | {"EPS": 1e-6}, whole_rows=1024,
+        ),
+        Case(
+            "pixel_loss", "pixel_error",
+            _pointers(
+                x="hidden weight bias slope", u8="images", i32="ids", fp32="unit_weight mean rstd tile_loss tile_bias"
+            ),
+            ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
+        ),
     ),
     Case("rows", "take_rows", _pointers(x="x out", i32="rows"), ("D", "stride"), ("M",), table="rows"),
     Case("rows", "invert", _pointers(i32="places out"), (), ("M",)),
@@ -106,17 +129,6 @@ CASES = [
         "norm", "gather_norm_backward",
         _pointers(x="grad x weight grad_x", i32="source", fp32="mean rstd partial_weight partial_bias"),
         ("D", "stride"), ("T", "program_rows"), (), {"GRAD_X": True, "PARAMETERS": True}, whole_rows=DIM,
-    ),
-    Case(
-        "pixel_loss", "patch_stats", _pointers(u8="images", i32="ids", fp32="mean rstd"),
-        (), ("N",), PIXEL_FLOATS, PATCHES | {"EPS": 1e-6}, whole_rows=1024,
-    ),
-    Case(
-        "pixel_loss", "pixel_error",
-        _pointers(
-            x="hidden weight bias slope", u8="images", i32="ids", fp32="unit_weight mean rstd tile_loss tile_bias"
-        ),
-        ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
     ),
     Case(
         "token_loss", "token_rows", _pointers(x="logits", i32="targets", fp32="unit_weight row_loss", i8="correct"),
@@ -154,7 +166,8 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     table = tuning.table(arch if amd else tuning.nvidia_arch(_capability(arch)))
     tile = dict(settings or table[case.table or case.kernel][DTYPES[dtype]])
     shown = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_')}={v}" for k, v in tile.items())
-    report = Report(case.kernel, arch, dtype, shown)
+    channels = (case.constants or {}).get("C")
+    report = Report(case.kernel, arch, dtype, f"C={channels} {shown}" if channels else shown)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages") if name in tile} | tuning.FUSE
     if "TILE" in tile:
         tile = {"BLOCK_M": max(1, tile.pop("TILE") // case.whole_rows), "BLOCK_D": case.whole_rows}

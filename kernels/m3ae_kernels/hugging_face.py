@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .gather import gather_tokens
 from .patch_embed import patch_embed
 from .pixel_loss import masked_pixel_loss
+from .pixels import LARGEST
 from .scatter import scatter_tokens
 
 
@@ -35,7 +36,7 @@ def patch(
 
     Args:
         model: is changed in place.
-        mean, std: as in `patch_embed`, one number per channel: `pixel_values` may then be uint8 images too.
+        mean, std: as in `patch_embed`, one number per channel: `pixel_values` may then be uint8 or uint16 images too.
         impl: "auto", "triton" or "torch".
 
     Raises:
@@ -56,15 +57,15 @@ class _Options:
 
     def pixels(self, images: Tensor, patch_size: int) -> dict[str, Any]:
         """Return the keyword arguments of the ops that read these images."""
-        own = {"mean": self.mean, "std": self.std} if images.dtype == torch.uint8 else {}
+        own = {} if images.is_floating_point() else {"mean": self.mean, "std": self.std}
         return {"patch_size": patch_size, "impl": self.impl, **own}
 
     def floating(self, images: Tensor) -> Tensor:
         """Return the images as transformers' own code takes them."""
-        if images.dtype != torch.uint8 or self.mean is None or self.std is None:
+        if images.dtype not in LARGEST or self.mean is None or self.std is None:
             return images
         mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
-        return (images / 255 - mean) / std
+        return (images / LARGEST[images.dtype] - mean) / std
 
 
 def _set_forward(module: nn.Module, forward: Callable) -> None:

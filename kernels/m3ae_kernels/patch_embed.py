@@ -39,13 +39,15 @@ def patch_embed(
     """Embed the chosen patches of a batch of images: rows of (patch * scale + shift) @ weight.T + bias.
 
     Args:
-        images: [B, C, H, W], C from 1 to 4, contiguous or channels_last (else a copy is made); uint8, normalised as
-            (x / 255 - mean) / std, or floating, taken as it is.
+        images: [B, C, H, W], contiguous or channels_last (else a copy is made); uint8, normalised as (x / 255 - mean) /
+            std; uint16, as (x / 65535 - mean) / std; or floating, as (x - mean) / std, without mean and std taken as it
+            is.
         patch_ids: [...] int32 or int64, image * patches_per_image + patch, patches in row-major order.
         weight: [D, P * P * C] in the order (row, column, channel).
         bias: [D], or None for none.
         patch_size: P; H and W are multiples of it.
-        mean, std: one number per channel in units of [0, 1] pixels for uint8 images, None for floating ones.
+        mean, std: one number per channel: of integer images in units of their largest value, 255 or 65535; of floating
+            ones in their own, or None.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -157,7 +159,7 @@ def _gradients(
             count = images[:, 0].numel() // patch_size**2
             rows = grad @ to_cut(weight.to(dtype), images, patch_size, 1)
             rows = segment_sum(rows, patch_ids, count, images.dtype, impl)
-            grad_images = put_patches(rows, images, patch_size)
+            grad_images = put_patches(rows, images, patch_size, scale)
     return grad_images, grad_weight, grad_bias
 
 
@@ -206,7 +208,7 @@ class PatchEmbed(nn.Module):
         impl: str = "auto",
     ) -> "PatchEmbed":
         """Build the same embedding as a convolution of patches: timm's `patch_embed.proj`, Hugging Face ViT's and
-        ViT-MAE's `embeddings.patch_embeddings.projection`. Copies its weights; mean and std are for uint8 images.
+        ViT-MAE's `embeddings.patch_embeddings.projection`. Copies its weights; mean and std are for integer images.
 
         Raises:
             ValueError: the convolution does more than embed square patches.
@@ -249,15 +251,16 @@ class PatchEmbed(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """Map images [B, C, H, W], uint8, or floating and already normalised; patch_ids [...] int -> [..., dim]."""
+        """Map images [B, C, H, W], uint8 or uint16, or floating and already normalised; patch_ids [...] int -> [...,
+        dim]."""
         return patch_embed(
             images,
             patch_ids,
             self.weight,
             self.bias,
             patch_size=self.patch_size,
-            mean=self.mean if images.dtype == torch.uint8 else None,
-            std=self.std if images.dtype == torch.uint8 else None,
+            mean=None if images.is_floating_point() else self.mean,
+            std=None if images.is_floating_point() else self.std,
             impl=self.impl,
         )
 

@@ -56,13 +56,15 @@ def masked_pixel_loss(
         hidden: [..., D] floating.
         weight: [P * P * C, D], its rows in the order (row, column, channel).
         bias: [P * P * C], or None for none.
-        images: [B, C, H, W], C from 1 to 4, contiguous or channels_last (else a copy is made); uint8, normalised as
-            (x / 255 - mean) / std, or floating, taken as it is.
+        images: [B, C, H, W], contiguous or channels_last (else a copy is made); uint8, normalised as (x / 255 - mean) /
+            std; uint16, as (x / 65535 - mean) / std; or floating, as (x - mean) / std, without mean and std taken as it
+            is.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
         row_weight: [...] floating, or None for ones.
         patch_size: P.
-        mean, std: one number per channel in units of [0, 1] pixels for uint8 images, None for floating ones.
+        mean, std: one number per channel: of integer images in units of their largest value, 255 or 65535; of floating
+            ones in their own, or None.
         norm_pix: standardise each target patch: unbiased variance, eps 1e-6 (He et al., arXiv 2111.06377, section 4.1).
         reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [...].
         impl: "auto", "triton" or "torch".
@@ -268,8 +270,8 @@ class MaskedPixelLoss(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """Map hidden [..., dim], images [B, C, H, W], patch_ids [...] int, row_weight [...] -> the loss, scalar or
-        [...]."""
+        """Map hidden [..., dim], images [B, C, H, W], uint8 or uint16, or floating and already normalised, patch_ids
+        [...] int, row_weight [...] -> the loss, scalar or [...]."""
         return masked_pixel_loss(
             hidden,
             self.weight,
@@ -278,8 +280,8 @@ class MaskedPixelLoss(nn.Module):
             patch_ids,
             row_weight,
             patch_size=self.patch_size,
-            mean=self.mean if images.dtype == torch.uint8 else None,
-            std=self.std if images.dtype == torch.uint8 else None,
+            mean=None if images.is_floating_point() else self.mean,
+            std=None if images.is_floating_point() else self.std,
             norm_pix=self.norm_pix,
             reduction=self.reduction,
             impl=self.impl,

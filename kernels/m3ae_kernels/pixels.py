@@ -17,13 +17,15 @@ from .dispatch import check_index, check_range
 from .wide import widest
 
 NORM_PIX_EPS = 1e-6
+LARGEST = {torch.uint8: 255, torch.uint16: 65535}  # integer pixels: the value that is 1 to mean and std
 
 
 def check_pixels(
     images: Tensor, patch_ids: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Check the image arguments; return (scale, shift) per channel, with pixel * scale + shift = (pixel / 255 - mean) /
-    std for uint8 images, and two empty lists for floating images, which are taken as they are.
+    """Check the image arguments; return (scale, shift) per channel, with pixel * scale + shift = (pixel / largest -
+    mean) / std, where `largest` is 1 for floating images; two empty lists for floating images that are taken as they
+    are.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
@@ -31,22 +33,26 @@ def check_pixels(
     if images.dim() != 4:
         raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, C, H, W]")
     channels, height, width = images.shape[1:]
-    if not 1 <= channels <= 4:
-        raise ValueError(f"images has {channels} channels, expected 1 to 4")
+    if not channels:
+        raise ValueError("images has 0 channels, expected 1 or more")
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {patch_size}")
     check_index("patch_ids", patch_ids, (...,), images)
-    if images.dtype != torch.uint8:
-        if not images.is_floating_point():
-            raise TypeError(f"images must be uint8 or floating, not {images.dtype}")
-        if mean is not None or std is not None:
-            raise ValueError("floating images are taken as they are: mean and std must be None")
-        return [], []
+    if images.is_floating_point():
+        if mean is None and std is None:
+            return [], []
+    elif images.dtype not in LARGEST:
+        raise TypeError(f"images must be uint8, uint16 or floating, not {images.dtype}")
     if mean is None or std is None or len(mean) != channels or len(std) != channels:
-        raise ValueError(f"uint8 images need mean and std with one number for each of their {channels} channels")
+        kind = str(images.dtype).removeprefix("torch.")
+        neither = ", or neither" if images.is_floating_point() else ""
+        raise ValueError(
+            f"{kind} images need mean and std with one number for each of their {channels} channels{neither}"
+        )
     if min(std) <= 0:
         raise ValueError(f"std must be positive, got {tuple(std)}")
-    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+    largest = LARGEST.get(images.dtype, 1)
+    return [1 / (largest * s) for s in std], [-m / s for m, s in zip(mean, std)]
 
 
 def planar(images: Tensor) -> bool:
@@ -116,16 +122,19 @@ def take_patches(
     return torch.addcmul(shift_K, rows_NK, scale_K, out=rows_NK)
 
 
-def put_patches(rows: Tensor, images: Tensor, patch_size: int) -> Tensor:
+def put_patches(rows: Tensor, images: Tensor, patch_size: int, scale: Sequence[float]) -> Tensor:
     """Return contiguous images [B, C, H, W] whose patches, all of them and in order, are rows [B * patches, K] as
-    `images` are cut."""
+    `images` are cut, each channel times its scale."""
     batch, channels, height, width = images.shape
     grid, patch = (batch, height // patch_size, width // patch_size), (patch_size, patch_size)
     if planar(images):
         blocks = rows.view(*grid, channels, *patch).permute(0, 3, 1, 4, 2, 5)
     else:
         blocks = rows.view(*grid, *patch, channels).permute(0, 5, 1, 3, 2, 4)
-    return blocks.reshape(images.shape)
+    whole = blocks.reshape(images.shape)
+    if not scale:
+        return whole
+    return whole * _per_element(tuple(scale), 1, True, whole.dtype, whole.device)[:, None, None]
 
 
 def standardise(target: Tensor) -> Tensor:

@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pixels import LARGEST
+
 
 def patches(
     images: Tensor, patch_size: int, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return all patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised where they are uint8."""
+    """Return all patches [B * patches_per_image, P * P * C] of images [B, C, H, W], normalised if there are means."""
     x_BCHW = images.to(dtype)
     if mean is not None and std is not None:
         mean_C, std_C = (torch.tensor(v, dtype=dtype, device=images.device)[:, None, None] for v in (mean, std))
-        x_BCHW = (x_BCHW / 255 - mean_C) / std_C
+        x_BCHW = (x_BCHW / LARGEST.get(images.dtype, 1) - mean_C) / std_C
     x = x_BCHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, patch_size**2 * images.shape[1])
 

@@ -8,9 +8,11 @@ them shows.
 from dataclasses import dataclass, field
 
 import torch
+from m3ae_kernels.pixels import LARGEST
 from torch import Tensor
 
 MEAN, STD = (0.48, 0.45, 0.4, 0.5), (0.22, 0.23, 0.22, 0.3)
+BAND_MEAN, BAND_STD = tuple(0.1 + 0.05 * band for band in range(13)), tuple(0.2 + 0.03 * band for band in range(13))
 
 
 @dataclass
@@ -45,13 +47,16 @@ def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 def _images(batch: int, channels: int, patch: int, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Images of 2 x 3 patches, and how many patches there are."""
     shape = (batch, channels, 2 * patch, 3 * patch)
-    if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, dtype=torch.uint8), batch * 6
+    if dtype in LARGEST:
+        return torch.randint(0, LARGEST[dtype] + 1, shape, dtype=dtype), batch * 6
     return _random(*shape, dtype=dtype), batch * 6
 
 
 def _pixel_options(channels: int, patch: int, images: Tensor) -> dict:
-    if images.dtype != torch.uint8:
+    """Floating images are normalised before, but those of many bands."""
+    if channels > len(MEAN):
+        return {"patch_size": patch, "mean": BAND_MEAN[:channels], "std": BAND_STD[:channels]}
+    if images.dtype not in LARGEST:
         return {"patch_size": patch, "mean": None, "std": None}
     return {"patch_size": patch, "mean": MEAN[:channels], "std": STD[:channels]}
 
@@ -67,9 +72,10 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def patch_embed(
-    dtype, rows, dim, batch, channels, patch, floating=False, channels_last=False, bias=True, ids=torch.int32
-) -> Inputs:
-    images, patches = _images(batch, channels, patch, dtype if floating else torch.uint8)
+    dtype, rows, dim, batch, channels, patch, floating=False, channels_last=False, bias=True, ids=torch.int32,
+    pixels=torch.uint8,
+) -> Inputs:  # fmt: skip
+    images, patches = _images(batch, channels, patch, dtype if floating else pixels)
     size = patch**2 * channels
     tensors = {
         "images": _channels_last(images) if channels_last else images,
@@ -104,9 +110,9 @@ def scatter_tokens(dtype, tokens, rows, dim, fill=None, table=None, ids=torch.in
 
 def masked_pixel_loss(
     dtype, rows, dim, batch, channels, patch, floating=False, norm_pix=False, channels_last=False, bias=True,
-    ids=torch.int32, reduction="sum",
+    ids=torch.int32, reduction="sum", pixels=torch.uint8,
 ) -> Inputs:  # fmt: skip
-    images, patches = _images(batch, channels, patch, dtype if floating else torch.uint8)
+    images, patches = _images(batch, channels, patch, dtype if floating else pixels)
     size = patch**2 * channels
     tensors = {
         "hidden": _random(rows, dim, dtype=dtype),
@@ -177,6 +183,14 @@ CASES = {
         {"rows": 13, "dim": 48, "batch": 3, "channels": 3, "patch": 8, "floating": True, "channels_last": True}
         | {"bias": False},
     ),
+    "embed-bands": (
+        patch_embed,
+        {"rows": 11, "dim": 48, "batch": 2, "channels": 13, "patch": 6, "pixels": torch.uint16},
+    ),
+    "embed-bands-float": (
+        patch_embed,
+        {"rows": 7, "dim": 24, "batch": 2, "channels": 13, "patch": 4, "floating": True, "channels_last": True},
+    ),
     "gather-empty": (gather_tokens, {"tokens": 7, "rows": 0, "dim": 48}),
     "gather-one": (gather_tokens, {"tokens": 1, "rows": 1, "dim": 512}),
     "gather-some": (gather_tokens, {"tokens": 101, "rows": 67, "dim": 123}),
@@ -218,6 +232,14 @@ CASES = {
         masked_pixel_loss,
         {"rows": 21, "dim": 123, "batch": 4, "channels": 1, "patch": 8, "reduction": "none"},
     ),
+    "pixel-bands": (
+        masked_pixel_loss,
+        {"rows": 9, "dim": 48, "batch": 2, "channels": 13, "patch": 18, "pixels": torch.uint16, "norm_pix": True},
+    ),
+    "pixel-bands-float": (
+        masked_pixel_loss,
+        {"rows": 9, "dim": 24, "batch": 2, "channels": 6, "patch": 6, "floating": True, "channels_last": True},
+    ),
     "token-empty": (masked_token_loss, {"rows": 0, "dim": 48, "vocab": 97}),
     "token-one": (masked_token_loss, {"rows": 1, "dim": 123, "vocab": 97}),
     "token-some": (masked_token_loss, {"rows": 67, "dim": 512, "vocab": 97}),
@@ -236,7 +258,7 @@ CASES = {
 }
 # One of each op, small: for the tests that look at something else than sizes.
 SMALL = (
-    "attend-queries", "embed-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
+    "attend-queries", "embed-bands-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
     "pixel-rows", "token-z", "token-rows",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch._dynamo
 from m3ae_kernels import aot, dispatch, tuning
 from m3ae_kernels.aot import CASES, SHARED_BYTES, compile_case
 
-CASE = {case.kernel: case for case in CASES}
+CASE = {case.kernel: case for case in reversed(CASES)}
 
 
 @pytest.mark.parametrize("arch, instruction", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "MFMA")])

@@ -12,11 +12,12 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from m3ae_kernels import reference
+from m3ae_kernels.pixels import LARGEST
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.kernel_cases import CASES, SMALL, Inputs, call, make, run
+from tests.kernels.kernel_cases import BAND_MEAN, BAND_STD, CASES, SMALL, Inputs, call, make, run
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
 # The interpreter's products are wrong in bfloat16: it multiplies the bits.
@@ -67,10 +68,12 @@ def test_float64(case):
         ("attend-queries", {"lengths": (1, 2), "heads": 1, "dim": 1, "queries": (1, 1)}),
         ("attend-some", {"lengths": (2, 1), "heads": 1, "dim": 1}),
         ("embed-float", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "floating": True}),
+        ("embed-bands-float", {"rows": 2, "dim": 2, "batch": 1, "channels": 13, "patch": 1, "floating": True}),
         ("gather-some", {"tokens": 5, "rows": 3, "dim": 2}),
         ("norm-some", {"tokens": 5, "rows": 3, "dim": 4, "norm": True}),
         ("scatter-mask", {"tokens": 6, "rows": 4, "dim": 2, "fill": 2, "table": 3}),
         ("pixel-norm", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "norm_pix": True}),
+        ("pixel-bands", {"rows": 2, "dim": 2, "batch": 1, "channels": 13, "patch": 1, "pixels": torch.uint16}),
         ("pixel-rows", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "none"}),
         ("pixel-mean-last", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "mean"}),
         ("token-z", {"rows": 3, "dim": 2, "vocab": 5, "label_smoothing": 0.1, "z_loss": 0.1}),
@@ -89,7 +92,8 @@ def test_gradcheck(case, sizes):
         return call(m3ae_kernels, case, Inputs(inputs.tensors | dict(zip(names, tensors)), inputs.options))
 
     # The kernels' float32 constants blur nothing here: both sides of gradcheck go through them.
-    assert torch.autograd.gradcheck(function, [inputs.tensors[name] for name in names])
+    learned = [inputs.tensors[name] for name in names]
+    assert torch.autograd.gradcheck(function, learned, fast_mode="bands" in case)  # of many inputs random directions
 
 
 def upstreams(out: Tensor) -> dict[str, Tensor]:
@@ -258,6 +262,28 @@ def test_inductor_equals_eager():
     assert torch.allclose(eager, compiled, rtol=1e-6)
     for a, b in zip(torch.autograd.grad(eager, learned), torch.autograd.grad(compiled, learned)):
         assert error(b, a.double()) < 2e-6
+
+
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.uint16, torch.float64], ids=str)
+def test_thirteen_bands_are_embedded_as_a_convolution_does_it(pixels):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(13, 8, 4, 4).double()
+    values = torch.rand(2, 13, 8, 12, dtype=torch.float64)
+    images = values if pixels.is_floating_point else (values * LARGEST[pixels]).to(pixels)
+    mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (BAND_MEAN, BAND_STD))
+    if pixels.is_floating_point:
+        images.requires_grad_()
+    normalised = (images.double() / LARGEST.get(pixels, 1) - mean) / std
+    expected = conv(normalised).flatten(2).transpose(1, 2).flatten(0, 1)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    got = m3ae_kernels.patch_embed(
+        images, torch.arange(12), weight, conv.bias, patch_size=4, mean=BAND_MEAN, std=BAND_STD
+    )
+    learned = [conv.weight, conv.bias, *([images] if images.requires_grad else [])]
+    upstream = torch.randn_like(got)
+    gradients = (torch.autograd.grad(out, learned, upstream) for out in (got, expected))
+    for a, b in zip([got, *next(gradients)], [expected, *next(gradients)]):
+        assert error(a, b) <= (3e-7 if TRITON else 1e-13)
 
 
 @pytest.fixture
@@ -528,8 +554,10 @@ def test_m3ae_heads_are_their_parts(vocab):
         ("embed-p16", {"patch_size": 7}, ValueError, "do not divide into patches of 7"),
         ("embed-p16", {"mean": None}, ValueError, "mean and std"),
         ("embed-p16", {"std": (0.0, 1.0, 1.0)}, ValueError, "std must be positive"),
-        ("embed-float", {"mean": (0.5,) * 3}, ValueError, "taken as they are"),
-        ("embed-p16", {"images": torch.zeros(1, 5, 16, 16)}, ValueError, "5 channels"),
+        ("embed-float", {"mean": (0.5,) * 3}, ValueError, "3 channels, or neither"),
+        ("embed-p16", {"images": torch.zeros(1, 0, 16, 16)}, ValueError, "0 channels"),
+        ("embed-p16", {"images": torch.zeros(1, 3, 16, 16, dtype=torch.int16)}, TypeError, "uint8, uint16 or floating"),
+        ("embed-bands", {"mean": (0.5,) * 3}, ValueError, "uint16 images need mean and std .* their 13 channels$"),
         ("embed-p16", {"weight": torch.zeros(4, 3)}, ValueError, "weight has shape"),
         ("pixel-p16", {"row_weight": torch.ones(2)}, ValueError, "row_weight has shape"),
         ("token-some", {"hidden": torch.zeros(67, 512, dtype=torch.int32)}, TypeError, "hidden must be floating"),

@@ -4,7 +4,7 @@ Patches are cut as ../pixels.py says.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ..dispatch import accumulator
 from ..pixels import planar
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+FEW_CHANNELS = 4  # as many scales and shifts as kernels take as numbers
 
 
 def launcher(launch: Callable) -> Callable:
@@ -65,12 +66,22 @@ def in_place(images: Tensor) -> Tensor:
 
 
 def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: list[float]) -> dict:
-    """Return the keyword arguments of every kernel that calls `load_pixels`."""
+    """Return the keyword arguments of every kernel that calls `load_pixels`: scale and shift of up to four channels as
+    numbers, which stay in registers, of more as a table."""
     channels, height, width = images.shape[1:]
-    pad = [0.0] * (4 - len(scale))
-    named = zip(("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3"), [*scale, *pad, *shift, *pad])
+    few = channels <= FEW_CHANNELS
+    pad = [0.0] * (FEW_CHANNELS - len(scale))
+    numbers = [*scale, *pad, *shift, *pad] if few else [0.0] * 2 * FEW_CHANNELS
+    named = dict(zip(("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3"), numbers))
+    table = None if few or not scale else _table(tuple(scale), tuple(shift), images.device)
     constants = {"P": patch_size, "C": channels, "H": height, "W": width}
-    return dict(named) | constants | {"PLANAR": planar(images), "NORMALISE": bool(scale)}
+    return named | constants | {"table": table, "PLANAR": planar(images), "NORMALISE": bool(scale)}
+
+
+@lru_cache(maxsize=32)
+def _table(scale: tuple[float, ...], shift: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return float32 [2, C] on the device."""
+    return torch.tensor([scale, shift], dtype=torch.float32, device=device)
 
 
 @triton.jit
@@ -85,7 +96,7 @@ def patch_starts(ids, P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.c
 
 @triton.jit
 def load_pixels(
-    images, starts, k, mask, s0, s1, s2, s3, b0, b1, b2, b3,
+    images, starts, k, mask, table, s0, s1, s2, s3, b0, b1, b2, b3,
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +108,10 @@ def load_pixels(
         channel = k % C
         offset = k // (P * C) * (W * C) + k % (P * C)
     x = tl.load(images + starts + offset, mask=mask, other=0).to(ACC)
-    if NORMALISE:
+    if NORMALISE and C > 4:
+        channel = tl.minimum(channel, C - 1)  # of elements beyond the patch, which the mask leaves out
+        x = x * tl.load(table + channel) + tl.load(table + C + channel)
+    elif NORMALISE:
         scale = tl.where(channel == 0, s0, tl.where(channel == 1, s1, tl.where(channel == 2, s2, s3)))
         shift = tl.where(channel == 0, b0, tl.where(channel == 1, b1, tl.where(channel == 2, b2, b3)))
         x = x * scale + shift

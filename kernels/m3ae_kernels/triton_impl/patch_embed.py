@@ -30,7 +30,7 @@ TARGET_PROGRAMS = 264
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids", "bias"])
 def patch_embed_kernel(
-    images, ids, weight, bias, out, N, D, stride, s0, s1, s2, s3, b0, b1, b2, b3,
+    images, ids, weight, bias, out, N, D, stride, table, s0, s1, s2, s3, b0, b1, b2, b3,
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,7 +53,7 @@ def patch_embed_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         x = load_pixels(
             images, starts[:, None], k[None, :], (m < N)[:, None] & (k < K)[None, :],
-            s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC,
+            table, s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC,
         )  # fmt: skip
         w = tl.load(weight + n[None, :] * stride + k[:, None], mask=(n < D)[None, :] & (k < stride)[:, None], other=0)
         acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -82,7 +82,7 @@ def patch_embed(
 
 @triton.jit(do_not_specialize=["N", "split_rows"], do_not_specialize_on_alignment=["ids"])
 def patch_embed_dweight_kernel(
-    images, ids, grad, partial, N, D, split_rows, s0, s1, s2, s3, b0, b1, b2, b3,
+    images, ids, grad, partial, N, D, split_rows, table, s0, s1, s2, s3, b0, b1, b2, b3,
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -107,7 +107,7 @@ def patch_embed_dweight_kernel(
         starts = patch_starts(tl.load(ids + r, mask=r < N, other=0), P, C, H, W, PLANAR)
         x = load_pixels(
             images, starts[:, None], n[None, :], (r < N)[:, None] & (n < PATCH)[None, :],
-            s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC,
+            table, s0, s1, s2, s3, b0, b1, b2, b3, P, C, H, W, PLANAR, NORMALISE, ACC,
         )  # fmt: skip
         acc = tl.dot(tl.trans(g), x.to(g.dtype), acc, input_precision=PRECISION, out_dtype=ACC)
     out = partial + split.to(tl.int64) * D * PATCH + m[:, None] * PATCH + n[None, :]
