@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config import DataConfig, MaskingConfig
+from m3ae_fast.config import DataConfig
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
+from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import pins_memory
 from m3ae_fast.model.encode import check_finite, encoding
@@ -32,7 +33,6 @@ from m3ae_fast.process.stopping import until_stopped
 from m3ae_fast.progress import track
 
 T = TypeVar("T")
-UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
 
 
 @dataclass(frozen=True)

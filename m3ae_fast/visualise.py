@@ -116,7 +116,7 @@ def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, o
 
 def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
     from m3ae_fast.data import Preparation, eval_samples
-    from m3ae_fast.encoding import UNMASKED
+    from m3ae_fast.data.dataset import UNMASKED
     from m3ae_fast.open_model import open_model
     from m3ae_fast.pictures.attention import draw_attention
     from m3ae_fast.pictures.patch_attention import draw_patch_attention

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -16,13 +17,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast.batch.bad_samples import BadSamples, Skipped
+from m3ae_fast.config import Config, parse
+from m3ae_fast.data import open_data
 from m3ae_fast.errors import UserError
+from m3ae_fast.report import write_report
 from m3ae_fast.run import checkpoint, forward_time, parts
 from m3ae_fast.run.loggers import WANDB_ID_FILE
 from m3ae_fast.run.loop import Loop
+from m3ae_fast.run.run import Run
 from m3ae_fast.run.run_folder import LOCK_FILE, RunFolder
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 from tests.helpers.checkpoints import save
+from tests.helpers.labelled import tiny_run
 
 
 def lines(folder) -> list[dict]:
@@ -185,6 +191,36 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
     assert (point.step, point.value) == (3, 1.5)
     (picture,) = events.Images("reconstructions")
     assert (picture.step, picture.width, picture.height) == (3, 8, 6)
+
+
+@pytest.mark.parametrize("case", ["pairs", "four channels", "texts"])
+def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
+    """With every checkpoint; a stand-in for wandb keeps what it is given."""
+    shown = []
+    errors = SimpleNamespace(Error=RuntimeError)
+    started = SimpleNamespace(id="a", define_metric=lambda *_, **__: None, log=shown.append, finish=lambda: None)
+    stand_in = {"init": lambda **_: started, "Image": Path, "Settings": lambda **_: None, "errors": errors}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**stand_in))
+    grey = {"channels": 4, "image_mean": [0.5] * 4, "image_std": [0.5] * 4}
+    model = grey if case == "four channels" else {}
+    path = checkpoint.saved_steps(tiny_run(tmp_path, **model))[-1]
+    settings = checkpoint.read_info(path).config
+    settings["train"]["pictures"], settings["run"]["dir"] = 2, str(tmp_path)
+    settings["data"]["val"][0]["modality"] = "text" if case == "texts" else "paired"
+    config = parse(Config, settings, "run")
+    names = ["reconstructions"] if case == "texts" else ["attention", "reconstructions"]
+    data = open_data(config.data, config.model)
+    with RunLog(tmp_path, 0, 9, ["tensorboard", "wandb"]) as log:
+        log.log(3, {"loss": 1.5})
+        Run.after_save(SimpleNamespace(config=config, data=data, log=log), 3, path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == names and {events.Images(name)[0].step for name in names} == {3}
+    pictures = {name: value for each in shown for name, value in each.items() if isinstance(value, Path)}
+    assert pictures == {name: tmp_path / f"{name}.png" for name in names}
+    write_report(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<summary>{name.capitalize()}</summary>" in page for name in names)
 
 
 def test_tensorboard_keeps_what_was_before_a_resume_and_purges_what_came_after(tmp_path):

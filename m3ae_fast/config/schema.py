@@ -376,7 +376,7 @@ class TrainConfig(TransformerLoopConfig):
     eval_samples: Count = 1024
     """Number of held-out samples of an evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
-    """Number of samples in reconstructions.png, which is drawn with every checkpoint."""
+    """Number of samples in reconstructions.png and attention.png, which are drawn with every checkpoint; 0: none."""
     probe: KnnProbeConfig | None = None
     """k-NN probe during training, logged as `val_knn_top1`; null: off."""
 

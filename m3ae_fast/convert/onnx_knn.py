@@ -19,8 +19,9 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.convert.onnx_model import ImageEncoder, session
 from m3ae_fast.data import Corpus, Preparation, ShardStore, Share, eval_loader, open_corpus
+from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.encoding import UNMASKED, check_skipped
+from m3ae_fast.encoding import check_skipped
 from m3ae_fast.progress import track
 from m3ae_fast.transfer.knn import knn_scores
 from m3ae_fast.transfer.predictions import Predictions

@@ -30,6 +30,7 @@ from m3ae_fast.data.order import FileOrder, Order, Place, hash64
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.vqgan.model import VQGAN
 
+UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
 # What a random number is for, so that no two uses share a stream.
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD = range(5)
 

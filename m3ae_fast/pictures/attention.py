@@ -97,7 +97,7 @@ def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
     side = image.shape[-1] // patch
     high = (weights_L / weights_L.max()).view(side, side)
     high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    return ((image.expand(3, -1, -1) + _colours(high)) / 2).to(torch.uint8)
+    return ((image[:3].expand(3, -1, -1) + _colours(high)) / 2).to(torch.uint8)
 
 
 def _colours(high: Tensor) -> Tensor:

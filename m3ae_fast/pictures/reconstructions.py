@@ -31,6 +31,14 @@ HIDDEN = "___"
 FAINT = (130, 130, 130)
 
 
+def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
+    """Return the model of a run on the CPU. `weights`: float32, by parameter name, which it holds afterwards."""
+    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
+        model = M3AE(config.model, config.loss)
+    load_weights(model, weights, "the run's weights", assign=True)
+    return model
+
+
 def draw_run(
     config: Config,
     weights: dict[str, Tensor],
@@ -54,9 +62,7 @@ def draw_run(
     Raises:
         UserError: `path` cannot be written.
     """
-    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
-        model = M3AE(config.model, config.loss)
-    load_weights(model, weights, "the run's weights", assign=True)
+    model = open_weights(config, weights)
     turns = []
     for ratio in ratios or [config.masking.image_ratio]:
         masking = config.masking.model_copy(update={"image_ratio": ratio})

@@ -35,7 +35,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
 from m3ae_fast.model.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.reconstructions import draw_run
+from m3ae_fast.pictures.training import draw_training
 from m3ae_fast.process.program import Session
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
@@ -199,13 +199,12 @@ class Run(Loop):
         return {f"model/{name}": tensor for name, tensor in self.fixed.items()}
 
     def after_save(self, step: int, path: Path) -> None:
-        """Draw reconstructions."""
-        config = self.config
-        if config.train.pictures:
-            out = config.run.dir / "reconstructions.png"
+        """Draw samples, for the run folder and for the loggers."""
+        if self.config.train.pictures:
             weights = checkpoint.read_weights(path, average=False)
-            draw_run(config, weights, self.data.shown, self.data.tokenizer, out, config.train.pictures)
-            self.log.picture(step, "reconstructions", out)
+            drawn = draw_training(self.config, weights, self.data.shown, self.data.tokenizer)
+            for name, picture in drawn.items():
+                self.log.picture(step, name, picture)
 
     def _describe(self, attention: str) -> str:
         """Return the lines a run begins with."""

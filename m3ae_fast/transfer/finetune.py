@@ -10,9 +10,9 @@ import torch
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import FineTuneConfig
 from m3ae_fast.data import Data, Preparation, eval_loader, train_loader
+from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError

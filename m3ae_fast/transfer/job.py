@@ -17,8 +17,9 @@ from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.transfer import TransferConfig
 from m3ae_fast.data import Corpus, Preparation, ShardStore, open_corpus, samples_of
+from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
-from m3ae_fast.encoding import UNMASKED, Features, encode_corpus
+from m3ae_fast.encoding import Features, encode_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import write_parquet
 from m3ae_fast.pictures.figures import BLACK, Cell, Colour

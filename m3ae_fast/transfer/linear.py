@@ -16,8 +16,9 @@ import torch
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import LinearProbeConfig
 from m3ae_fast.data import Corpus, Data, Layout, Preparation, Share, train_loader
+from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.fingerprint import fingerprint
-from m3ae_fast.encoding import UNMASKED, Features
+from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
 from m3ae_fast.run.resuming import STREAM, Resume, layout_of

@@ -17,9 +17,10 @@ from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import RobustnessConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader, eval_samples
+from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.data.order import hash64
-from m3ae_fast.encoding import UNMASKED, check_skipped
+from m3ae_fast.encoding import check_skipped
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.progress import TimeLeft, track

@@ -78,6 +78,7 @@ SLOW = (
     "test_resume.py",
     "test_run_log.py::test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do",
     "test_run_log.py::test_a_run_outlives_the_reader_of_its_output",
+    "test_run_log.py::test_loggers_get_the_pictures_of_the_report",
     "test_run_log.py::test_wandb_offline_and_again_after_a_resume",
     "test_run_log.py::test_wandb_without_an_account_is_one_line",
     "test_speed.py::test_compiled_blocks_are_right_and_compile_once",

@@ -7,8 +7,8 @@ from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
+from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.encoding import UNMASKED
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.transfer import job, knn
