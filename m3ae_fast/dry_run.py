@@ -6,12 +6,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from m3ae_fast.batch.masking import draw_mask
-from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data
 from m3ae_fast.data.loader import needs_of_node
+from m3ae_fast.engine.needs import (
+    activation_bytes,
+    caption_tokens,
+    in_bf16,
+    memory_needed,
+    recomputes,
+    typical_batch,
+    zero_bytes,
+)
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import data_sheet, missing_memory, settle_precision
 from m3ae_fast.model.flops import executed_flops, reference_flops
@@ -19,7 +25,6 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import Session
 from m3ae_fast.run.pace import FIRST_BATCH, measure
 
-CAPTION_FRACTION = 1 / 3  # of text_length, for the typical sample: CC12M captions have about 20 words of 64
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
 NETWORK = 50e9  # bytes per second and GPU: 400 Gbit/s
 FETCHED = 1e9  # bytes per second and node
@@ -38,7 +43,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     parameters = sum(p.numel() for p in model.parameters())
-    batch = _typical(config, model)
+    batch = typical_batch(config, model)
     world = world or max(config.train.global_batch // (config.train.micro_batch or config.train.global_batch), 1)
     share = split_batch(config.train, world)
     micro, accumulation = share.micro_batch, share.accumulation
@@ -47,7 +52,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
     lines = [
         ("parameters", f"{parameters:,}"),
         ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward, as the official code computes it"),
-        ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {_caption(config)} tokens"),
+        ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
         (
             "batch",
             f"{config.train.global_batch} = {world} GPUs x {micro} samples x {accumulation} accumulated"
@@ -65,8 +70,11 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
         lines += _fetching(config, found.train, world, _rate(ours))
     for name, text in lines:
         console.print(f"{name:21} {text}")
-    console.print(_memory_table(config, parameters, world, micro * _activation_bytes(config, batch)))
+    console.print(_memory_table(config, parameters, world, micro * activation_bytes(config, batch)))
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
+    if recomputes(config.train):
+        fraction = (6 + config.model.mlp_ratio) / (8 + 2 * config.model.mlp_ratio)
+        console.print(f"a GPU without room for them keeps {fraction:.0%}: outputs of GELU and LayerNorm are made again")
 
 
 def report_time(config: Config, session: Session) -> None:
@@ -76,7 +84,7 @@ def report_time(config: Config, session: Session) -> None:
         UserError: as at the run's start.
     """
     ranks = session.ranks
-    if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world), ranks.device)):
+    if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
         return
     settled = config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
@@ -84,28 +92,6 @@ def report_time(config: Config, session: Session) -> None:
     if ranks.is_main:
         samples = open_data(config.data, config.model).train.samples * config.data.repeats
         print(f"{'time':21} {pace.sentence(config, Schedule(config.train, config.optim, samples))}", flush=True)
-
-
-def memory_needed(config: Config, world: int, samples: int = FIRST_BATCH) -> float:
-    """Return an estimate of the bytes that a rank needs for steps of so many samples."""
-    with torch.device("meta"):
-        model = M3AE(config.model, config.loss)
-    parameters = sum(p.numel() for p in model.parameters())
-    stage = 0 if config.zero is None else config.zero.stage
-    micro = min(samples, config.train.micro_batch or samples)
-    weights = zero_bytes(parameters, stage, world, _bf16(config))
-    return sum(weights) + micro * _activation_bytes(config, _typical(config, model))
-
-
-def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[float, float, float]:
-    """Return bytes per GPU of (weights, gradients, fp32 master weights and Adam moments); ZeRO, arXiv 1910.02054.
-    Gradients are accumulated in float32."""
-    master = 4 if bf16 and stage > 0 else 0  # stage 0 keeps float32 weights
-    return (
-        (2 if master else 4) * parameters / (world if stage >= 3 else 1),
-        4 * parameters / (world if stage >= 2 else 1),
-        (8 + master) * parameters / (world if stage >= 1 else 1),
-    )
 
 
 def network_bytes(
@@ -132,7 +118,7 @@ def network_bytes(
 def _network(config: Config, parameters: int, world: int, accumulation: int, rate: float) -> str:
     stage = None if config.zero is None else config.zero.stage
     fp32_sums = config.deepspeed is None or config.deepspeed.communication_data_type == "fp32"
-    sent = network_bytes(parameters, stage, world, accumulation, _bf16(config), fp32_sums)
+    sent = network_bytes(parameters, stage, world, accumulation, in_bf16(config), fp32_sums)
     text = f"{sent / 1e9:,.2f} GB sent per GPU and step"
     if not sent:
         return text
@@ -181,38 +167,7 @@ def _loader_cores(rate: float) -> str:
 def _memory_table(config: Config, parameters: int, world: int, activations: float) -> Table:
     table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB per GPU")
     for stage in range(4):
-        rows = [part / 1e9 for part in (*zero_bytes(parameters, stage, world, _bf16(config)), activations)]
+        rows = [part / 1e9 for part in (*zero_bytes(parameters, stage, world, in_bf16(config)), activations)]
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
     return table
-
-
-def _bf16(config: Config) -> bool:
-    return config.train.precision != "fp32"  # auto is bf16 on the GPUs that the table is about
-
-
-def _caption(config: Config) -> int:
-    """Return the tokens of the typical caption."""
-    return round(config.model.text_length * CAPTION_FRACTION) if config.model.vocab_size else 0
-
-
-def _typical(config: Config, model: M3AE) -> PackedBatch:
-    """Return one image with a caption of usual length, masked."""
-    m, masking = config.model, config.masking
-    generator = torch.Generator().manual_seed(0)
-    sample = Sample("typical", torch.zeros(m.channels, m.image_size, m.image_size, dtype=torch.uint8))
-    sample.image_mask = draw_mask(m.patches_per_image, masking.image_ratio, generator)
-    if m.vocab_size:
-        sample.tokens = torch.zeros(_caption(config), dtype=torch.int64)
-        sample.text_mask = draw_mask(len(sample.tokens), masking.text_ratio, generator)
-    return pack([sample], model.geometry)
-
-
-def _activation_bytes(config: Config, batch: PackedBatch) -> float:
-    """Return an estimate: a block keeps, per row of width D, 2 norms, q, k, v, attention, 2 residual sums, and the
-    MLP's hidden twice."""
-    m = config.model
-    size = 2 if _bf16(config) else 4
-    kept = 1 if config.train.activation_checkpointing else 8 + 2 * m.mlp_ratio
-    blocks = m.depth * batch.encoder.rows * m.emb_dim + m.dec_depth * batch.decoder.rows * m.dec_emb_dim
-    return size * kept * blocks

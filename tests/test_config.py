@@ -278,6 +278,8 @@ def test_dry_run(path, capsys):
     known = {"large": ("376,155,194", "209.9 G"), "base": ("150,757,434", "102.9 G"), "small": ("74,782,266", "71.2 G")}
     for number in known.get(path.stem, ()):
         assert number in out
+    recomputed = "a GPU without room for them keeps 62%" if path.stem == "large" else "a GPU without room for them"
+    assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
 
 
 def test_learning_rate_is_optax_warmup_cosine():

@@ -38,6 +38,10 @@ def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose host could wait")
-@pytest.mark.parametrize("deepspeed", [None, {"zero_optimization": {"stage": 1}}], ids=["torch", "zero-1"])
+@pytest.mark.parametrize(
+    "deepspeed",
+    [None, {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}}],
+    ids=["torch", "zero-1", "zero-2"],
+)
 def test_a_step_never_waits_for_the_gpu(deepspeed):
     steps_without_waiting(deepspeed, "bf16")

@@ -205,10 +205,10 @@ def test_compiled_blocks_are_right_and_compile_once():
     assert graphs == warm == 3  # encoder, decoder, the decoder's last block
 
 
-def test_compiled_graphs_are_kept_by_the_micro_batchs_size(monkeypatch):
+@torch._functorch.config.patch(activation_memory_budget=1.0)
+@torch.compiler.config.patch(cache_key_tag="")
+def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
     """The first batch's rows decide how sums over rows are split, which torch's cache does not look at."""
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
     tags = []
     for samples in (64, 512, 512):
         M3AE(TINY).encoder.compile_blocks(samples)

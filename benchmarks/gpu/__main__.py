@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--size", choices=plan.SIZES, help="of --step: this alone")
     found.add_argument("--on", choices=("deepspeed", "torch", "expert"), help="of --step: what runs it, alone")
     found.add_argument("--samples", type=int, help="of --step: a GPU's batch (default 512)")
-    found.add_argument("--memory-budget", type=float, help="of --step: share of the activations that are kept")
+    found.add_argument("--recompute", action="store_true", help="of --step: GELU and norms, as where memory lacks")
     found.add_argument("--results", type=Path, metavar="DIR", help="where to write (default benchmarks/results/GPU)")
     return found
 
@@ -130,8 +130,7 @@ def _steps(args: argparse.Namespace) -> int:
     """Return how many runs failed."""
     from benchmarks.gpu import step
 
-    changes = {"batch": args.samples, "memory_budget": args.memory_budget}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = {"recompute": args.recompute} | ({} if args.samples is None else {"batch": args.samples})
     cases = step.shipped((args.size,)) if args.size else step.shipped()
     names = [step.IMPLEMENTATIONS[args.on]] if args.on else list(step.IMPLEMENTATIONS.values())
     return step.run(args.results, [replace(case, **changes) for case in cases], names)

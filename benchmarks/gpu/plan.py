@@ -66,7 +66,7 @@ PLAN = (
     _step("large-deepspeed", "deepspeed", 240),
     _step("large-torch", "torch", 240),
     Stage("attention", 180, (("-m", "benchmarks.gpu.attention"),)),
-    _step("large-kept", BETTER, 180, "--memory-budget", "1.0"),
+    _step("large-recompute", BETTER, 180, "--recompute"),
     _step("large-triton", BETTER, 180, env=OWN),
     _step("large-256", BETTER, 180, "--samples", "256"),
     _step("large-1024", BETTER, 180, "--samples", "1024"),

@@ -8,6 +8,7 @@ from torch import nn
 
 from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
 from m3ae_fast.engine.interface import Engine
+from m3ae_fast.engine.needs import lacking_for_activations, recomputes
 from m3ae_fast.engine.optimizer import parameter_groups
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.engine.torch_engine import TorchEngine
@@ -19,11 +20,19 @@ from m3ae_fast.process.ranks import Ranks
 
 
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
-    """Build the engine of pre-training. Arguments and errors as in `make_engine`."""
+    """Build the engine of pre-training; on GPUs it keeps all activations where there is memory for them. Arguments and
+    errors as in `make_engine`."""
     groups = parameter_groups(model, config.optim.weight_decay)
     transformers = (model.encoder, model.decoder)
     train, optim = config.train, config.optim
-    return make_engine(model, groups, transformers, train, optim, config.deepspeed, ranks, train.ema)
+    keep, said = False, ""
+    if ranks.device.type == "cuda" and recomputes(train):
+        lacking = lacking_for_activations(config, ranks, split_batch(train, ranks.world).micro_batch)
+        again = "outputs of GELU and LayerNorm are made again in the backward pass; to keep all,"
+        keep, said = not lacking, f"activations: {f'{again} {lacking}' if lacking else 'all are kept'}"
+    engine = make_engine(model, groups, transformers, train, optim, config.deepspeed, ranks, train.ema, keep)
+    engine.memory = said
+    return engine
 
 
 def make_engine(
@@ -35,6 +44,7 @@ def make_engine(
     deepspeed: DeepSpeedConfig | None,
     ranks: Ranks,
     ema: float | None = None,
+    keep_activations: bool = False,
 ) -> Engine:
     """Build an engine for `model`, which it moves to the ranks' device.
 
@@ -47,6 +57,7 @@ def make_engine(
         deepspeed: None: plain torch.
         ranks: who takes part.
         ema: decay of the weights' moving average in the optimiser's state; None: none.
+        keep_activations: all of them; else compiled blocks make some again, see `Transformer.compile_blocks`.
 
     Raises:
         UserError: the config asks for what this machine lacks.
@@ -61,7 +72,7 @@ def make_engine(
     for transformer in transformers:
         transformer.checkpointing = loop.activation_checkpointing
         if loop.compile:
-            transformer.compile_blocks(share.micro_batch)
+            transformer.compile_blocks(share.micro_batch, keep_activations)
     dtype = dtype_of(loop.precision)
     if deepspeed is None:
         return TorchEngine(model, groups, optim, dtype, ranks, ema)

@@ -42,6 +42,8 @@ from m3ae_fast.process.ranks import Ranks
 class DeepSpeedEngine:
     """See `engine.interface.Engine`."""
 
+    memory = ""
+
     def __init__(
         self,
         model: nn.Module,

@@ -32,6 +32,7 @@ class Engine(Protocol):
 
     model: nn.Module
     optimizer_name: str
+    memory: str  # what its memory has decided, for a log; "": nothing
     before_update: Callable[[], None]  # called before each change of the state, which may be read until then
     kinds: tuple[str, ...]  # of optimiser state: keys of `Fragments` before the parameter's name
 

@@ -30,6 +30,8 @@ from m3ae_fast.process.ranks import Ranks
 class TorchEngine:
     """See `engine.interface.Engine`."""
 
+    memory = ""
+
     def __init__(
         self,
         model: nn.Module,

@@ -227,15 +227,18 @@ class Transformer(nn.Module):
             yield x_TD
         yield self._run(last, x_TD, segments, rows_M, queries, factors[-1])
 
-    def compile_blocks(self, samples: int = 0) -> None:
+    def compile_blocks(self, samples: int = 0, keep_activations: bool = False) -> None:
         """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. Of `samples` a
         micro-batch: sums over rows are compiled for about as many as the first batch has, which torch's cache of
         compiled graphs does not know.
 
-        The backward pass recomputes GELU and LayerNorm outputs: half the activation memory at no measurable time, since
-        they fuse with what reads them.
+        Without `keep_activations` the backward pass recomputes GELU and LayerNorm outputs: half the activation memory,
+        on a CPU at no measurable time, since they fuse with what reads them. A GPU writes them to memory again.
         """
-        torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
+        budget = 1.0 if keep_activations else MEMORY_BUDGET
+        if budget != torch._functorch.config.activation_memory_budget:
+            torch._dynamo.reset()  # graphs of an earlier engine, which equal blocks would share
+        torch._functorch.config.activation_memory_budget = budget
         torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
         for block in self.blocks:
             block.compile(dynamic=True)

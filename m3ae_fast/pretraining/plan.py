@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3ae_fast.config import Config
-from m3ae_fast.dry_run import memory_needed
+from m3ae_fast.engine.needs import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.hardware import missing_memory, settle_precision
 from m3ae_fast.pretraining import choices

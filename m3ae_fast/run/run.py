@@ -225,6 +225,8 @@ class Run(Loop):
             f"batch {config.train.global_batch} = {self.ranks.world} ranks x {per_rank} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
         ]
+        if self.engine.memory:
+            lines.append(self.engine.memory)
         if self.step >= self.schedule.total_steps:
             lines.append("training is complete; raise train.epochs or train.steps to continue")
         return "\n".join(lines)

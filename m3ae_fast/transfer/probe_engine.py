@@ -84,6 +84,7 @@ class ProbeEngine:
     """
 
     optimizer_name = "LARS"
+    memory = ""
     kinds: tuple[str, ...] = ("momentum",)
     model: nn.Module
 

@@ -8,19 +8,22 @@ import torch
 from m3ae_fast import hardware
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.config import DataConfig, MaskingConfig, OptimConfig, SourceConfig
+from m3ae_fast.config import Config, DataConfig, MaskingConfig, OptimConfig, SourceConfig, parse
 from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_loader
+from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.feed import feed
+from m3ae_fast.engine.needs import memory_needed
 from m3ae_fast.engine.optimizer import build_adamw, name_of, set_lr
 from m3ae_fast.errors import UserError
 from m3ae_fast.memory import out_of_memory
-from m3ae_fast.model.m3ae import Losses
+from m3ae_fast.model.m3ae import M3AE, Losses
+from m3ae_fast.model.transformer import MEMORY_BUDGET
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.stacks import write_stacks
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
 from tests.helpers.trainer import CLIPART
-from tests.helpers.zero_cases import samples
+from tests.helpers.zero_cases import TINY, samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 from tests.rehearsal.stand_ins import BrokenAdam, FusedAdam, install
 from tests.test_attention import (  # noqa: F401  # rehearsed here once more
@@ -43,6 +46,35 @@ def test_missing_memory_is_told(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 10**9, 80 * 10**9))
     assert hardware.missing_memory(8e9, CUDA) == ""
     assert hardware.missing_memory(9.5e9, CUDA) == "9.5 GB are needed, and 10 GB are free"
+
+
+@pytest.mark.parametrize(("share", "checkpointing"), [(0.88, False), (0.92, False), (0.88, True)])
+def test_all_activations_are_kept_where_dry_runs_memory_allows_it(cuda, monkeypatch, share, checkpointing):
+    """`share` of the free memory is needed; nine tenths may be."""
+    train = {"steps": 3, "global_batch": 64, "micro_batch": 32, "compile": True, "precision": "bf16"}
+    train["activation_checkpointing"] = checkpointing
+    data = {"model": TINY, "data": {"train": [{"shards": "none.tar"}]}, "train": train, "deepspeed": None}
+    config = parse(Config, data, "case")
+    needed = memory_needed(config, 1, 32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed / share, 0))
+    settings = (
+        torch._functorch.config.patch(activation_memory_budget=1.0),
+        torch.compiler.config.patch(cache_key_tag=""),
+    )
+    with settings[0], settings[1], join_ranks() as ranks:
+        engine = build_engine(M3AE(config.model, config.loss), config, ranks)
+        budget = torch._functorch.config.activation_memory_budget
+    kept = share < 0.9 and not checkpointing
+    assert budget == (1.0 if kept else MEMORY_BUDGET)
+    if checkpointing:
+        assert engine.memory == ""
+    elif kept:
+        assert engine.memory == "activations: all are kept"
+    else:
+        assert engine.memory.startswith("activations: outputs of GELU and LayerNorm are made again")
+        assert engine.memory.endswith(
+            f"to keep all, {needed / 1e9:.3g} GB are needed, and {needed / 0.92e9:.3g} GB are free"
+        )
 
 
 def test_batches_are_copied_on_a_stream_of_their_own(cuda):
