@@ -253,9 +253,13 @@ def test_only_what_is_before_gelu_is_kept_for_the_backward():
         assert saved == x.numel() + parameters[0].numel() + parameters[2].numel() + 90 * 64
 
 
+def _within(event, other) -> bool:
+    return other.start_ns() <= event.start_ns() < other.start_ns() + other.duration_ns()
+
+
 def test_the_backward_makes_no_zeros_for_what_is_before_gelu():
     """Of that size it makes the gradients before and after GELU, which are one where they come with the product, and
-    GELU once more."""
+    GELU once more. What torch's own product copies does not count: torch 2.11 does."""
     rows, hidden = 4096, 256
     for dtype in build.DTYPES:
         parameters = [torch.randn(shape).requires_grad_() for shape in ((hidden, 32), (hidden,), (32, hidden), (32,))]
@@ -263,7 +267,13 @@ def test_the_backward_makes_no_zeros_for_what_is_before_gelu():
             y = mlp.mlp(torch.randn(rows, 32), *parameters)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             y.backward(torch.ones_like(y))
-        sizes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events = profiled.profiler.kineto_results.events()
+        products = [event for event in events if event.name() == "mkldnn::_linear_pointwise"]
+        copies = [
+            event for event in events if event.name() == "aten::clone" and any(_within(event, p) for p in products)
+        ]
+        made = [e for e in events if e.name() == "[memory]" and not any(_within(e, copy) for copy in copies)]
+        sizes = [event.nbytes() for event in made]
         expected = 2 if linear.multiplies(y, parameters[2]) else 3
         assert sum(size >= rows * hidden * dtype.itemsize for size in sizes) == expected
 
