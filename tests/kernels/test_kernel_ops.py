@@ -93,7 +93,8 @@ def test_gradcheck(case, sizes):
 
     # The kernels' float32 constants blur nothing here: both sides of gradcheck go through them.
     learned = [inputs.tensors[name] for name in names]
-    assert torch.autograd.gradcheck(function, learned, fast_mode="bands" in case)  # of many inputs random directions
+    # Along random directions, in which a wrong entry shows as well, where inputs are many or the interpreter is slow.
+    assert torch.autograd.gradcheck(function, learned, fast_mode=TRITON or "bands" in case)
 
 
 def upstreams(out: Tensor) -> dict[str, Tensor]:
@@ -222,7 +223,7 @@ def test_autocast(case, dtype):
 
 
 @pytest.mark.parametrize("case", SMALL)
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [True] if TRITON else [False, True])  # which comes before an op chooses
 def test_compile_equals_eager(case, autocast):
     inputs = make(case, torch.float32)
     learned = [inputs.tensors[n] for n in inputs.learned]
@@ -340,8 +341,10 @@ def test_opcheck(case):
             a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
         ]
         tests = list(torch.library.opcheck.__kwdefaults__["test_utils"])
+        if TRITON:  # the others see the registration alone
+            tests = ["test_schema", "test_faketensor"]
         if "backward" in func.name():  # has no formula of its own
-            tests.remove("test_autograd_registration")
+            tests = [name for name in tests if name != "test_autograd_registration"]
             args = [a.detach() if isinstance(a, Tensor) else a for a in args]
         torch.library.opcheck(func, tuple(args), test_utils=tests)
 
@@ -379,7 +382,7 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
     """In chunks of a few rows the result is the same, and nothing of [M, V] or [M, K] is ever allocated."""
     folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
     pixel = importlib.import_module(f"{folder}.pixel_loss")
-    rows, vocab, patch = 265 if TRITON else 401, 193, 192
+    rows, vocab, patch = 133 if TRITON else 401, 193, 192
     torch.manual_seed(0)
     token_inputs = CASES["token-z"][0](torch.float32, rows, dim=16, vocab=vocab, label_smoothing=0.1, z_loss=0.01)
     pixel_inputs = CASES["pixel-p16"][0](torch.float32, rows, dim=16, batch=67, channels=3, patch=8)
@@ -389,9 +392,9 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
         whole[case] = run(m3ae_kernels, case, inputs)
         # One chunk holds them all: the measurement sees what it should.
         assert largest_allocation(case, inputs) >= 4 * rows * width
-    token_inputs.options["workspace"] = 4 * 97 * 256
+    token_inputs.options["workspace"] = 4 * (48 if TRITON else 97) * 256
     if TRITON:
-        monkeypatch.setattr(pixel, "WORKSPACE_BYTES", 4 * 128 * patch)
+        monkeypatch.setattr(pixel, "WORKSPACE_BYTES", 4 * 64 * patch)
     else:
         monkeypatch.setattr(importlib.import_module("m3ae_kernels.token_loss"), "SOFTMAX_BYTES", 4 * 23 * vocab)
         monkeypatch.setattr(pixel, "CHUNK_ROWS", 97)
@@ -413,7 +416,7 @@ def test_correct_is_the_first_of_the_largest():
     assert correct.all()
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1e4, -1e-7, -1e4])
+@pytest.mark.parametrize("scale", [1e-7, -1e4] if TRITON else [1e-7, 1e4, -1e-7, -1e4])
 def test_row_weights_of_any_magnitude_in_float16(scale):
     """Weights far from one neither vanish nor overflow in the stored gradients; a loss scale undoes 1e-7."""
     for case in ("pixel-p16", "token-some"):
@@ -560,7 +563,7 @@ def test_m3ae_heads_are_their_parts(vocab):
         ("embed-bands", {"mean": (0.5,) * 3}, ValueError, "uint16 images need mean and std .* their 13 channels$"),
         ("embed-p16", {"weight": torch.zeros(4, 3)}, ValueError, "weight has shape"),
         ("pixel-p16", {"row_weight": torch.ones(2)}, ValueError, "row_weight has shape"),
-        ("token-some", {"hidden": torch.zeros(67, 512, dtype=torch.int32)}, TypeError, "hidden must be floating"),
+        ("token-some", {"hidden": torch.zeros(19, 512, dtype=torch.int32)}, TypeError, "hidden must be floating"),
         ("embed-p16", {"bias": torch.zeros(123, device="meta")}, ValueError, "bias is on meta"),
         ("norm-some", {"norm_weight": torch.zeros(123, device="meta")}, ValueError, "norm_weight is on meta"),
         ("token-some", {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
@@ -586,7 +589,7 @@ def test_mistakes_are_named(case, changes, error_type, message):
         ("gather-some", "rows", 101),
         ("scatter-mask", "src", 97),
         ("scatter-mask", "fill_ids", 2),
-        ("scatter-mask", "table_ids", 131),
+        ("scatter-mask", "table_ids", 35),
         ("token-some", "targets", 97),
         ("token-some", "targets", -1),
     ],
