@@ -7,6 +7,7 @@ python -m m3ae_fast.fill runs/large photo.jpg "a cat on the table" --visible 0.2
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ class Guess(NamedTuple):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("fill", __doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file; its central square is taken")
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file; its central square is taken, or all")
     parser.add_argument("text", metavar="TEXT", help=f"a caption; each {MASK} stands for one token")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="guesses per mask (default: 5)")
     parser.add_argument(
@@ -85,7 +86,7 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
     import torch
 
     from m3ae_fast.batch.bad_samples import BadSample
-    from m3ae_fast.batch.crops import centre_crop
+    from m3ae_fast.batch.crops import whole_view
     from m3ae_fast.batch.images import decode_image
     from m3ae_fast.batch.masking import draw_mask
     from m3ae_fast.batch.packing import Sample
@@ -100,10 +101,12 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
         raise UserError(f"{image}: {error}") from None
     generator = torch.Generator().manual_seed(seed)
     tokens, text_mask = _tokens(model, text)
+    geometry = model.geometry
+    seen = whole_view(pixels, geometry.frame)
     return Sample(
         str(image),
-        image=centre_crop(pixels, config.image_size),
-        image_mask=draw_mask(config.patches_per_image, 1 - visible, generator),
+        image=seen,
+        image_mask=draw_mask(math.prod(geometry.grid(seen)), 1 - visible, generator),
         tokens=tokens,
         text_mask=text_mask,
     )

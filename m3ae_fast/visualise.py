@@ -146,7 +146,7 @@ def _patch(given: str | None, model: ModelConfig) -> tuple[int, int] | None:
     """Return row and column of a patch, from 0. Raises UserError if the model has no such patch."""
     if given is None:
         return None
-    side = model.image_size // model.patch_size
+    side = model.longest_side
     found = re.fullmatch(r"(\d{1,5}),(\d{1,5})", given)
     if not found or max(place := (int(found[1]), int(found[2]))) >= side:
         raise UserError(f"--patch {given}: must be row and column from 0,0 to {side - 1},{side - 1}")

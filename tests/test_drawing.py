@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageOps
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pictures.figures import shown
 from m3ae_fast.pictures.reconstructions import (
     BLACK,
     GAP,
@@ -19,7 +20,6 @@ from m3ae_fast.pictures.reconstructions import (
     _cut,
     _images,
     _join,
-    _show,
     _write_captions,
     caption_views,
     draw_reconstructions,
@@ -34,7 +34,7 @@ SMALL = ModelConfig(
 
 def test_joined_patches_are_the_image():
     image = torch.arange(3 * 12 * 12).reshape(3, 12, 12)
-    assert torch.equal(_join(_cut(image, 4), 3, 4), image)
+    assert torch.equal(_join(_cut(image, 4), (3, 3), 4), image)
     assert torch.equal(_cut(image, 4)[1].reshape(4, 4, 3), image[:, :4, 4:8].permute(1, 2, 0))
 
 
@@ -76,12 +76,12 @@ def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
     assert [row[:, 512:].std() > 1 for row in rows] == [True, False, True]
     titles = [what.partition(";")[0] for x, y, what in sorted(written) if y == 5]
     assert titles == ["original", "masked", "reconstruction", "caption"]
-    shown = Image.open(tmp_path / "sheet.png").crop((0, 24, 3 * (SIDE + GAP), 24 + SIDE))
+    sheet = Image.open(tmp_path / "sheet.png").crop((0, 24, 3 * (SIDE + GAP), 24 + SIDE))
     with torch.no_grad():
         pixels_IK, _ = model.eval().predict(pack(samples[:1], model.geometry))
     for number, image in enumerate(_images(model, samples[0].image, samples[0].image_mask, pixels_IK)):
-        column = shown.crop((GAP + number * (SIDE + GAP), 0, (number + 1) * (SIDE + GAP), SIDE))
-        assert np.abs(np.asarray(column).astype(int) - np.asarray(_show(image)).astype(int)).max() <= 1, number
+        column = sheet.crop((GAP + number * (SIDE + GAP), 0, (number + 1) * (SIDE + GAP), SIDE))
+        assert np.abs(np.asarray(column).astype(int) - np.asarray(shown(image, SIDE)).astype(int)).max() <= 1, number
 
 
 def test_a_sheet_is_the_same_wherever_the_losses_are(tmp_path):

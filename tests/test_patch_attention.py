@@ -100,7 +100,7 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
         assert [colour for colour in seen if colour != (255, 255, 255)] == [
             shade(part, 0.25) for part in parts[1:].tolist()
         ]
-    with pytest.raises(UserError, match="has both an image and a caption"):
+    with pytest.raises(UserError, match="has both a caption and an image with the patch 1,2"):
         draw_patch_attention(model, [Sample("text")], tmp_path / "b.png", 2, (1, 2))
 
 

@@ -1,7 +1,7 @@
 """The input of a forward pass: one flat batch of tokens, its row maps and its loss rows.
 
-Shapes: S samples, B images, L patches per image, C channels, H = W pixels, N visible patches,
-T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.
+Shapes: S samples, B images, L patches of an image, R of all images, C channels, H = W pixels, P patch size, N visible
+patches, T encoder rows, U decoder rows, M decoder rows that carry loss, I of them patches, W of them text tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from m3ae_kernels.attention import Segments
 from torch import Tensor
+
+from m3ae_fast.batch.grids import Grid
 
 # fields of a batch by type: rows of indices, rows of weights, and where samples lie
 INDEX_ROWS = (
@@ -51,9 +53,12 @@ class PackedBatch:
     """Made by `pack`, and never changed after. Index tensors are int32; -1 means none."""
 
     keys: list[str]
-    images: Tensor  # [B, C, H, W], uint8 or floating and already normalised
+    # [B, C, H, W], uint8 or floating and already normalised; native ones as their patches, [R, C, P, P]: to the ops
+    # each of those is an image of one patch
+    images: Tensor
+    grids: list[Grid]  # rows and columns of patches of the B images
     # encoder input: see m3ae_kernels.scatter_tokens
-    patch_ids: Tensor  # [N] image * L + patch
+    patch_ids: Tensor  # [N] image * L + patch, of native images a row of `images`
     encoder: Segments  # T rows
     encoder_src: Tensor  # [T] row of the patch embeddings
     token_ids: Tensor  # [T] row of the text embedding
@@ -71,7 +76,7 @@ class PackedBatch:
     loss: Segments  # M rows
     loss_rows: Tensor  # [M] decoder row
     image_rows: Tensor  # [I] row among the M
-    image_patch_ids: Tensor  # [I] image * L + patch
+    image_patch_ids: Tensor  # [I] as `patch_ids`
     image_targets: Tensor  # [I] token id; [0] where targets are pixels, or ids are still to be made
     image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
     text_rows: Tensor  # [W] row among the M

@@ -1,6 +1,6 @@
 """Packs samples of any modality into one batch. Runs on the CPU in the loader.
 
-Shapes: S samples, P samples and segments of padding, B images, L patches per image, T encoder rows, U decoder rows,
+Shapes: S samples, P samples and segments of padding, B images, L patches of an image, T encoder rows, U decoder rows,
 M decoder rows that carry loss, I of them patches, W of them text tokens.
 
 A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].
@@ -18,8 +18,9 @@ import torch
 from m3ae_kernels import scatter_orders
 from torch import Tensor
 
+from m3ae_fast.batch.grids import Grid, Native, grid_of, patch_rows
 from m3ae_fast.batch.packed import LossCounts, PackedBatch, Segments
-from m3ae_fast.config import Range
+from m3ae_fast.config import ModelConfig, Range
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,49 @@ class Geometry:
     text_all_tokens: bool = False
     loss_per_batch: bool = False  # losses are means over tokens, not over samples
     image_range: Range | None = None  # what is black and white in images of more than 8 bits
+    native: Native | None = None  # how large images are that keep their aspect ratio; None: they are square
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Geometry:
+        """Return the geometry of a model, without its losses."""
+        return cls(
+            config.image_size,
+            config.patch_size,
+            config.channels,
+            config.text_length,
+            image_range=config.image_range,
+            native=Native.of(config),
+        )
 
     @property
     def patches_per_image(self) -> int:
+        """Return L of a square image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Return the shape of an image, [C, H, W]."""
-        return self.channels, self.image_size, self.image_size
+    def most_patches(self) -> int:
+        """Return L of the largest image."""
+        return self.patches_per_image if self.native is None else self.native.most
+
+    @property
+    def frame(self) -> int | Native:
+        """Return what `crops` makes of an image."""
+        return self.image_size if self.native is None else self.native
+
+    def grid(self, image: Tensor) -> Grid:
+        """Return the grid of an image [C, H, W]. Raises ValueError if it is not one of this model's."""
+        if self.native is None:
+            shape, side = (self.channels, self.image_size, self.image_size), self.image_size // self.patch_size
+            if image.shape != shape:
+                raise ValueError(f"image has shape {tuple(image.shape)}, not {shape}")
+            return side, side
+        grid = grid_of(image, self.patch_size)
+        if image.shape[0] != self.channels or not self.native.fits(grid):
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}: not {self.channels} channels, more than {self.native.most} "
+                f"patches, or a side of more than {self.native.longest}"
+            )
+        return grid
 
 
 @dataclass(slots=True)
@@ -50,7 +85,7 @@ class Sample:
     """One image, one caption, or both."""
 
     key: str  # for messages
-    image: Tensor | None = None  # [C, H, W], uint8 or floating and already normalised
+    image: Tensor | None = None  # [C, H, W] of the model's size, uint8 or floating and already normalised
     image_mask: Tensor | None = None  # bool [L], True = masked
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
@@ -89,7 +124,6 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     """
     size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]
-    images = [sample.image for sample in samples if sample.image is not None]
     layout = _layout(checked, geometry, size)
     encoder, encoder_rows = _encoder_rows(layout, len(samples), size)
     decoder_rows = {
@@ -110,7 +144,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     )
     return PackedBatch(
         keys=[sample.key for sample in samples],
-        images=torch.stack(images) if images else torch.empty((0, *geometry.image_shape), dtype=torch.uint8),
+        images=_images(samples, geometry),
+        grids=[sample.grid for sample in checked if sample.grid is not None],
         encoder=encoder,
         decoder=_segments(layout.rows_P),
         loss=loss,
@@ -133,7 +168,7 @@ class _Layout:
     text_U: np.ndarray
     masked_U: np.ndarray
     visible_U: np.ndarray
-    patch_id_U: np.ndarray  # image * L + patch
+    patch_id_U: np.ndarray  # image * L + patch; of native images, a row of all their patches
     token_U: np.ndarray  # vocabulary id, -1 for what is no text token
     table_U: np.ndarray  # row of [patch positions, text positions], -1 for cls and padding
     images_M: int  # rows of the image loss, those of weight 0 among them
@@ -141,7 +176,7 @@ class _Layout:
 
 
 def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int], int]) -> _Layout:
-    length, S = geometry.patches_per_image, len(checked)
+    S = len(checked)
     patches_S = _lengths(sample.image_mask for sample in checked)
     tokens_S = _lengths(sample.text_mask for sample in checked)
     images_M = size(_with_loss([sample.image_mask for sample in checked], geometry.image_all_tokens))
@@ -158,7 +193,16 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
     masked_U[real_U] = _flat([part for s in checked for part in (_CLS, s.image_mask, s.text_mask)], bool)
     token_U = np.full(len(sample_U), -1)
     token_U[text_U] = _flat([sample.tokens for sample in checked], np.int64)
-    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, position_U - 1, -1))
+    place_U, length = position_U - 1, geometry.patches_per_image
+    if geometry.native is not None:
+        first_P, step_P, columns_P = np.ones((3, len(rows_P)), np.int64)
+        with_image = np.flatnonzero(patches_P)
+        grids = [sample.grid for sample in checked if sample.grid is not None]
+        first_P[with_image], step_P[with_image], length = geometry.native.places(grids)
+        columns_P[with_image] = [columns for _, columns in grids]
+        row_U, column_U = np.divmod(place_U, columns_P[sample_U])
+        place_U = np.where(patch_U, first_P[sample_U] + row_U * step_P[sample_U] + column_U, place_U)
+    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, place_U, -1))
     return _Layout(
         rows_P=rows_P,
         sample_U=sample_U,
@@ -250,19 +294,22 @@ class _Checked(NamedTuple):
     image_mask: np.ndarray
     text_mask: np.ndarray
     tokens: np.ndarray
+    grid: Grid | None  # None without an image
 
 
 def _check(sample: Sample, geometry: Geometry) -> _Checked:
     """Return masks and tokens as arrays. Raises ValueError where they do not fit `geometry`."""
     image_mask = text_mask = np.empty(0, dtype=bool)
-    tokens = np.empty(0, dtype=np.int64)
+    tokens, grid = np.empty(0, dtype=np.int64), None
     if sample.image is None and sample.tokens is None:
         raise ValueError(f"{sample.key}: has neither image nor caption")
     if sample.image is not None:
         image_mask = sample.image_mask.numpy()  # type: ignore[union-attr]
-        if sample.image.shape != geometry.image_shape:
-            raise ValueError(f"{sample.key}: image has shape {tuple(sample.image.shape)}, not {geometry.image_shape}")
-        if image_mask.shape != (geometry.patches_per_image,):
+        try:
+            grid = geometry.grid(sample.image)
+        except ValueError as error:
+            raise ValueError(f"{sample.key}: {error}") from None
+        if image_mask.shape != (grid[0] * grid[1],):
             raise ValueError(f"{sample.key}: image_mask has shape {image_mask.shape}")
         if sample.image_ids is not None and sample.image_ids.shape != image_mask.shape:
             raise ValueError(f"{sample.key}: image_ids has shape {tuple(sample.image_ids.shape)}")
@@ -270,7 +317,16 @@ def _check(sample: Sample, geometry: Geometry) -> _Checked:
         text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
             raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
-    return _Checked(image_mask, text_mask, tokens)
+    return _Checked(image_mask, text_mask, tokens, grid)
+
+
+def _images(samples: Sequence[Sample], geometry: Geometry) -> Tensor:
+    """Return the images of a batch as PackedBatch has them."""
+    images = [sample.image for sample in samples if sample.image is not None]
+    side = geometry.image_size if geometry.native is None else geometry.patch_size
+    if not images:
+        return torch.empty((0, geometry.channels, side, side), dtype=torch.uint8)
+    return torch.stack(images) if geometry.native is None else torch.cat([patch_rows(image, side) for image in images])
 
 
 def _labels(samples: Sequence[Sample]) -> Tensor | None:

@@ -6,6 +6,7 @@ its description: docs/config.md is made from it by `python -m m3ae_fast.config`.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -80,9 +81,20 @@ class ModelConfig(Section):
     drop_path: Rate = 0.0
     """Stochastic depth: the probability that a sample skips a block's branch."""
     image_size: Size = 256
-    """Height and width of an image, in pixels; a multiple of `patch_size`."""
+    """Height and width of a square image, in pixels; a multiple of `patch_size`."""
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
+    resize: Literal["square", "native"] = "square"
+    """What becomes of images: `square`, cut and scaled to `image_size`; or `native`, which keeps their aspect ratio
+    and, from `min_patches` to `max_patches`, their size, both sides rounded to the patch size."""
+    max_patches: Size | None = None
+    """Native: the patches that larger images are reduced to; null: as many as a square image has. The longer side has
+    at most 2 √`max_patches`: more elongated images than 4:1 have fewer patches."""
+    min_patches: Size = 1
+    """Native: the patches that smaller images are enlarged to."""
+    native_positions: Literal["absolute", "centred"] = "absolute"
+    """Native, computed positions: counted from the first corner, or about the centre of a square image. Stored ones are
+    interpolated to each image's rows and columns, as timm does."""
     channels: Literal[1, 3, 4] = 3
     """Number of colour channels: 1 grey, 3 RGB, 4 RGBA."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
@@ -130,7 +142,13 @@ class ModelConfig(Section):
                 raise ValueError(f"mlp_ratio {self.mlp_ratio:g} leaves no hidden layer for {dim_name} {dim}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        places, width = max(self.patches_per_image, self.text_length), max(self.emb_dim, self.dec_emb_dim)
+        if self.resize == "native":
+            if self.min_patches > self.most_patches:
+                raise ValueError(f"min_patches {self.min_patches} is more than max_patches {self.most_patches}")
+            if self.image_targets == "vqgan":
+                raise ValueError("image_targets vqgan needs resize square: a VQGAN's images are of one size")
+        places = max(self.position_side**2, self.text_length)
+        width = max(self.emb_dim, self.dec_emb_dim)
         if places * width > MAX_POSITIONS:
             raise ValueError(
                 f"positions of {places:,} patches or tokens, {width} wide, are more than {MAX_POSITIONS:,} numbers; "
@@ -153,6 +171,24 @@ class ModelConfig(Section):
     @property
     def patches_per_image(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def most_patches(self) -> int:
+        """Return the patches of the largest image."""
+        square = self.resize == "square"
+        return self.patches_per_image if square or self.max_patches is None else self.max_patches
+
+    @property
+    def longest_side(self) -> int:
+        """Return the most patches of an image's side."""
+        if self.resize == "square":
+            return self.image_size // self.patch_size
+        return min(self.most_patches, 2 * math.isqrt(self.most_patches - 1) + 2)  # 2 x the root, rounded up
+
+    @property
+    def position_side(self) -> int:
+        """Return the rows and columns of the table of positions."""
+        return self.image_size // self.patch_size if self.positions == "stored" else self.longest_side
 
     @property
     def patch_dim(self) -> int:

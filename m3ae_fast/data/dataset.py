@@ -3,7 +3,7 @@
 A sample's crop, flip and masks depend on (seed, source, epoch, sample, view) alone. With `repeats` R, positions R k to
 R k + R - 1 are the views of the order's k-th sample.
 
-Shapes: C channels, S x S pixels, L patches per image, n tokens of a caption.
+Shapes: C channels, H x W pixels, L patches of an image, n tokens of a caption.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from m3ae_fast.batch.bad_samples import BadSample, Skipped
-from m3ae_fast.batch.crops import centre_crop, random_crop
+from m3ae_fast.batch.crops import random_crop, whole_view
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Geometry, Sample
@@ -35,7 +35,7 @@ UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD = range(5)
 
 
-# uint8 [C, S, S] and a seed -> the same shape; all that it draws comes from the seed
+# uint8 [C, H, W] and a seed -> the same shape; all that it draws comes from the seed
 Transform = Callable[[Tensor, int], Tensor]
 
 
@@ -82,7 +82,7 @@ class Samples(Dataset[Sample | Skipped]):
         corpus: where samples come from.
         order: which one stands where.
         preparation: how they become the model's input.
-        augment: None: the central square as it is.
+        augment: None: the central square, or all of a native image, as it is.
         positions_per_mask: with `masking.per` "batch", the samples of a step, which have one mask, over all ranks.
         repeats: views of a sample, which follow each other.
         transform: of each image, cropped; None: none.
@@ -148,7 +148,7 @@ class Samples(Dataset[Sample | Skipped]):
                 sample.label = int(labels[place.sample])
             image_mask, text_mask = self._masks(_key(place, view), position // self.positions_per_mask)
             if image is not None:
-                sample.image_mask = image_mask
+                sample.image_mask = image_mask  # of a native image until its size is known
             if tokens is not None:
                 sample.text_mask = text_mask[: len(tokens)].clone()
             samples.append(sample)
@@ -167,6 +167,10 @@ class Samples(Dataset[Sample | Skipped]):
         for sample, view in zip(draft.samples, draft.views):
             key = _key(draft.place, view)
             sample.image = self._transform(self._crop(image, key), key)
+            if self.preparation.geometry.native is not None:
+                rows, columns = self.preparation.geometry.grid(sample.image)
+                assert sample.position is not None
+                sample.image_mask = self._image_mask(rows * columns, key, sample.position // self.positions_per_mask)
         return draft.samples
 
     def _tokens(self, caption: str) -> Tensor:
@@ -201,13 +205,13 @@ class Samples(Dataset[Sample | Skipped]):
             sample.image_ids = ids
 
     def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
-        size = self.preparation.geometry.image_size
+        frame = self.preparation.geometry.frame
         if self.preparation.stored_codebook:
             return image  # the crop that its ids are of
         if self.augment is None:
-            return centre_crop(image, size)
+            return whole_view(image, frame)
         generator = self._seeded(_CROP, *key)
-        return random_crop(image, size, self.augment.crop_scale, self.augment.flip, generator)
+        return random_crop(image, frame, self.augment.crop_scale, self.augment.flip, generator)
 
     def _transform(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         if self.transform is None:
@@ -217,11 +221,14 @@ class Samples(Dataset[Sample | Skipped]):
     def _masks(self, key: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
         """Draw the masks of patches and of text tokens, over the whole text length, as the official code draws them."""
         geometry, masking = self.preparation.geometry, self.preparation.masking
+        image_mask = self._image_mask(geometry.patches_per_image, key, batch)
+        return image_mask, draw_mask(geometry.text_length, masking.text_ratio, self._generator)
+
+    def _image_mask(self, patches: int, key: tuple[int, ...], batch: int) -> Tensor:
+        """Draw the mask of an image of so many patches, and leave the generator to what is drawn for the text."""
+        masking = self.preparation.masking
         generator = self._seeded(_MASK, *key) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
-        return (
-            draw_mask(geometry.patches_per_image, masking.image_ratio, generator),
-            draw_mask(geometry.text_length, masking.text_ratio, generator),
-        )
+        return draw_mask(patches, masking.image_ratio, generator)
 
     def _draw(self, key: tuple[int, ...]) -> int:
         return hash64(self.preparation.seed, _FORWARD, *key) >> 33

@@ -16,8 +16,8 @@ INDEX_BYTES = 64  # of index rows and weights, for each token of a sample
 
 def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
     """Return an upper bound on the bytes of a packed micro-batch."""
-    image = geometry.channels * geometry.image_size**2
-    return micro_batch * (image + INDEX_BYTES * (1 + geometry.patches_per_image + geometry.text_length))
+    image = geometry.channels * geometry.patch_size**2 * geometry.most_patches
+    return micro_batch * (image + INDEX_BYTES * (1 + geometry.most_patches + geometry.text_length))
 
 
 def most_workers(size: int) -> int:

@@ -61,7 +61,7 @@ def _works(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int],
 
 def _sizes(config: ModelConfig, masking: MaskingConfig) -> dict[str, tuple[int, int, int]]:
     """Return by part of the network heads, values a head, and rows of a whole sample."""
-    patches, tokens = config.patches_per_image, config.text_length if config.vocab_size else 0
+    patches, tokens = config.most_patches, config.text_length if config.vocab_size else 0
     visible, rows = 1 + kept(patches, masking.image_ratio) + kept(tokens, masking.text_ratio), 1 + patches + tokens
     return {
         "encoder": (config.num_heads, config.emb_dim // config.num_heads, visible),

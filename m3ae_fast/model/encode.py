@@ -16,9 +16,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.crops import centre_crop
+from m3ae_fast.batch.crops import whole_view
 from m3ae_fast.batch.images import decode_image, pixels_of
-from m3ae_fast.batch.packing import Sample
+from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
@@ -63,7 +63,8 @@ def unmasked_sample(
     sample = Sample(str(number))
     if image is not None:
         sample.image = prepare_image(image, config)
-        sample.image_mask = torch.zeros(config.patches_per_image, dtype=torch.bool)
+        rows, columns = Geometry.of(config).grid(sample.image)
+        sample.image_mask = torch.zeros(rows * columns, dtype=torch.bool)
     if text is not None:
         assert tokenizer is not None
         try:
@@ -75,19 +76,20 @@ def unmasked_sample(
 
 
 def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
-    """Return [C, image_size, image_size] on the CPU: uint8, or as it is where it is floating.
+    """Return [C, image_size, image_size], or of a native model [C, H, W], on the CPU: uint8, or as it is where it is
+    floating.
 
     Args:
         image: the path of a file, which is read as one in a shard is, a PIL image, a uint8 tensor [C, H, W] or array
-            [H, W, C] or [H, W], of which the central square is taken; or a floating tensor [C, image_size, image_size],
-            already normalised.
+            [H, W, C] or [H, W], of which the central square is taken, or all; or a floating tensor [C, image_size,
+            image_size], of a native model of sides that its patches divide, already normalised.
         config: of the model.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.
         UserError: the file cannot be read.
     """
-    channels, size = config.channels, config.image_size
+    channels, geometry = config.channels, Geometry.of(config)
     if isinstance(image, (str, os.PathLike)):
         return _read_image(image, config)
     if isinstance(image, np.ndarray):
@@ -97,18 +99,20 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
         image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     if isinstance(image, Image):
         try:
-            return centre_crop(pixels_of(image, channels, config.image_range), size)
+            return whole_view(pixels_of(image, channels, config.image_range), geometry.frame)
         except BadSample as error:
             raise ValueError(f"an image cannot be used: {error}") from None
     if image.ndim != 3 or image.shape[0] != channels:
         raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
     if image.is_floating_point():
-        if image.shape[1:] != (size, size):
-            raise ValueError(f"a floating image has shape {list(image.shape)}, not {[channels, size, size]}")
+        try:
+            geometry.grid(image)
+        except ValueError as error:
+            raise ValueError(f"a floating image does not fit: {error}") from None
         return image.cpu()
     if image.dtype != torch.uint8:
         raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
-    return centre_crop(image.cpu(), size)
+    return whole_view(image.cpu(), geometry.frame)
 
 
 def _read_image(path: str | os.PathLike[str], config: ModelConfig) -> Tensor:
@@ -119,7 +123,7 @@ def _read_image(path: str | os.PathLike[str], config: ModelConfig) -> Tensor:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
     except BadSample as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
-    return centre_crop(pixels, config.image_size)
+    return whole_view(pixels, Geometry.of(config).frame)
 
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
 """The half of M3AE that downstream tasks keep: a ViT encoder over patches and text.
 
-Shapes: T encoder rows, N visible patches, D width, L patches per image, V vocabulary, S samples, C channels.
+Shapes: T encoder rows, N visible patches, D width, L patches of an image, V vocabulary, S samples, C channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class EncoderInput(nn.Module):
         self.positions = Positions(config, dim)
 
     def forward(self, patches_ND: Tensor, batch: PackedBatch) -> Tensor:
-        table = torch.cat((self.cls_token, *self.positions(self.image_type, self.text_type)))
+        table = torch.cat((self.cls_token, *self.positions(self.image_type, self.text_type, batch.grids)))
         words_VD = table[:0] if self.text_embedding is None else self.text_embedding
         return scatter_tokens(
             patches_ND, batch.encoder_src, words_VD, batch.token_ids, table, batch.encoder_table_ids,
@@ -96,8 +97,7 @@ class MultimodalEncoder(nn.Module):
     @property
     def geometry(self) -> Geometry:
         """Return what decoding and `pack` need to know."""
-        c = self.config
-        return Geometry(c.image_size, c.patch_size, c.channels, c.text_length, image_range=c.image_range)
+        return Geometry.of(self.config)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
         """Return encoder rows [T, D] of a batch on the model's device, after the final LayerNorm. Differentiable."""
@@ -136,15 +136,25 @@ class MultimodalEncoder(nn.Module):
         self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
     ) -> tuple[Tensor, Tensor]:
         """Return features [S, K, D] and the patches' rows [S, K, L, D], with the final LayerNorm, after each of K
-        blocks, of samples that have an image, from one pass. `layers`: as in `pooled_of_layers`."""
+        blocks, of samples that have an image, from one pass. L is the number of patches of the largest image: others
+        have rows of zeros after theirs. `layers`: as in `pooled_of_layers`."""
         cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
-        patches_L = torch.arange(1, 1 + self.config.patches_per_image, device=cls_S.device)
+        patches_L = torch.arange(1, 1 + self.config.most_patches, device=cls_S.device)
+        rows_SL = cls_S[:, None] + patches_L
+        missing_SL = None
+        if self.config.resize == "native":
+            lengths_S = torch.tensor([rows * columns for rows, columns in batch.grids], device=cls_S.device)
+            missing_SL = patches_L > lengths_S[:, None]
+            rows_SL = rows_SL.masked_fill(missing_SL, 0)
         found = {}
         for layer, x_TD in enumerate(self.encoder.layers(self._input(batch), batch.encoder, batch.draws), 1):
             if layer in layers:
                 rows_TD = self.encoder.norm(x_TD)
                 pooled_SD = self._mean(x_TD, batch) if pool == "mean" else _wide(rows_TD[cls_S])
-                found[layer] = pooled_SD, rows_TD[cls_S[:, None] + patches_L]
+                patches_SLD = rows_TD[rows_SL]
+                if missing_SL is not None:
+                    patches_SLD = patches_SLD.masked_fill(missing_SL[..., None], 0)
+                found[layer] = pooled_SD, patches_SLD
             if layer == max(layers):
                 break
         pooled, patches = zip(*(found[layer] for layer in layers))
@@ -180,8 +190,9 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, of which the central
-                square is taken, or a floating tensor [C, image_size, image_size], already normalised; a list of them,
-                or one tensor or array of many; or None.
+                square is taken (a native model takes all of it), or a floating tensor [C, image_size, image_size], of a
+                native model of sides that its patches divide, already normalised; a list of them, or one tensor or
+                array of many; or None.
             texts: one or a list, for which the model's `tokenizer` is needed; or None.
             pool: "mean" over all tokens but cls, or the "cls" token; see `pooled`.
             layer: the block after which features are taken, from 1; None: the last one.
@@ -244,7 +255,7 @@ class MultimodalEncoder(nn.Module):
         """Return encoder output on unmasked input: the features for downstream work. Differentiable.
 
         Args:
-            images: [S, C, H, W], uint8, or floating and already normalised; or None.
+            images: [S, C, H, W] of the model's size, uint8, or floating and already normalised; or None.
             text: int [S, n] token ids, n <= text_length; or None.
             padding_mask: [S, n], nonzero where `text` is padding; None: no padding.
 
@@ -259,7 +270,7 @@ class MultimodalEncoder(nn.Module):
         size = len(images) if images is not None else len(text if text is not None else ())
         if images is not None and text is not None and len(text) != size:
             raise ValueError(f"{size} images and {len(text)} texts")
-        lengths = [self.config.patches_per_image if images is not None else 0] * size
+        lengths = [math.prod(self.geometry.grid(image)) for image in images] if images is not None else [0] * size
         samples, real_rows = [], []
         for i in range(size):
             sample = Sample(key=str(i))

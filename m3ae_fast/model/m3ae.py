@@ -64,7 +64,7 @@ class Unshuffle(nn.Module):
 
     def forward(self, x_TE: Tensor, batch: PackedBatch) -> Tensor:
         masks = self.image_mask if self.text_mask is None else torch.cat((self.image_mask, self.text_mask))
-        table = torch.cat(self.positions(self.image_type, self.text_type))
+        table = torch.cat(self.positions(self.image_type, self.text_type, batch.grids))
         return scatter_tokens(
             x_TE, batch.decoder_src, masks, batch.mask_ids, table, batch.decoder_table_ids,
             fill_order=batch.mask_order, table_order=batch.decoder_table_order,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3ae_fast.batch.grids import Grid, distinct
 from m3ae_fast.config import ModelConfig
 
 
@@ -15,11 +19,22 @@ def sincos_1d(dim: int, positions: Tensor) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
-def sincos_2d(dim: int, side: int) -> Tensor:
-    """Return float32 [side * side, dim], row-major; the first half comes from the column, the second from the row."""
-    places = torch.arange(side, device="cpu")
+def sincos_2d(dim: int, side: int, first: int = 0) -> Tensor:
+    """Return float32 [side * side, dim], row-major; the first half comes from the column, the second from the row, both
+    counted from `first`."""
+    places = torch.arange(first, first + side, device="cpu")
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
+
+
+def resampled(image_LD: Tensor, grid: Grid) -> Tensor:
+    """Return the positions of a square's patches [L, dim] at the rows and columns of another grid, bicubic and
+    antialiased, as timm's `resample_abs_pos_embed` does."""
+    side = round(len(image_LD) ** 0.5)
+    if grid == (side, side):
+        return image_LD
+    image_1Dhw = image_LD.T.reshape(1, -1, side, side).float()
+    return F.interpolate(image_1Dhw, size=grid, mode="bicubic", antialias=True)[0].flatten(1).T.to(image_LD.dtype)
 
 
 class Positions(nn.Module):
@@ -33,14 +48,32 @@ class Positions(nn.Module):
 
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
-        side = config.image_size // config.patch_size
+        self.dim = dim
         text = sincos_1d(dim, torch.arange(config.text_length if config.vocab_size else 0, device="cpu"))
-        self.register_buffer("image", sincos_2d(dim, side), persistent=config.positions == "stored")
+        self.register_buffer("image", torch.empty(0, device="cpu"), persistent=config.positions == "stored")
         self.register_buffer("text", text, persistent=False)
+        self.lay_out(config)
 
-    def forward(self, image_type: Tensor | None, text_type: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return [L, dim] and [text_length, dim], with the modality's embedding [1, dim] added where there is one."""
+    def lay_out(self, config: ModelConfig) -> None:
+        """Be the positions of square or native images, as the config says. Stored ones stay."""
+        stored, side = config.positions == "stored", config.position_side
+        self.resamples = stored and config.resize == "native"
+        if self.image.numel() and stored:
+            return
+        centred = config.resize == "native" and config.native_positions == "centred" and not stored
+        first = -((side - config.image_size // config.patch_size) // 2) if centred else 0  # a square's begin at 0
+        self.image = sincos_2d(self.dim, side, first).to(self.image.device)
+
+    def forward(
+        self, image_type: Tensor | None, text_type: Tensor | None, grids: Iterable[Grid]
+    ) -> tuple[Tensor, Tensor]:
+        """Return [positions, dim] and [text_length, dim], with the modality's embedding [1, dim] added where there is
+        one. The positions are those of a square's patches; native ones lie as `batch.grids.Native.places` says of the
+        batch's `grids`."""
+        image = self.image
+        if self.resamples:
+            image = torch.cat([image[:0], *(resampled(image, grid) for grid in distinct(grids))])
         return (
-            self.image if image_type is None else self.image + image_type,
+            image if image_type is None else image + image_type,
             self.text if text_type is None else self.text + text_type,
         )

@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch.grids import grid_of
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
@@ -49,9 +50,14 @@ def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], look:
     return weights_HRT.mean(0) if look.head is None else weights_HRT[look.head]
 
 
+def patches_of(sample: Sample) -> int:
+    """Return how many patches its image has."""
+    return 0 if sample.image_mask is None else len(sample.image_mask)
+
+
 def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int], look: Look = LAST) -> Tensor:
     """Return the part [R, L] of `attention_weights` that goes to the patches of an image, as fractions of it."""
-    weights_RL = attention_weights(model, sample, queries, look)[:, 1 : 1 + model.config.patches_per_image]
+    weights_RL = attention_weights(model, sample, queries, look)[:, 1 : 1 + patches_of(sample)]
     return weights_RL / weights_RL.sum(1, keepdim=True)
 
 
@@ -64,7 +70,6 @@ def draw_attention(
     Raises:
         UserError: no sample has an image, or no caption has the word.
     """
-    length = model.config.patches_per_image
     rows: list[list[Cell]] = []
     for sample in samples:
         if sample.image is None or len(rows) == count:
@@ -72,7 +77,7 @@ def draw_attention(
         words = {} if sample.tokens is None or model.tokenizer is None else _words(model, sample.tokens, word)
         if word is not None and not words:
             continue
-        queries = [0, *(1 + length + token for token in words)]
+        queries = [0, *(1 + patches_of(sample) + token for token in words)]
         weights_RL = attention_to_patches(model, sample, queries, look)
         cells = [Cell(sample.image)]
         for weights_L, text in zip(weights_RL, ["cls", *words.values()]):
@@ -94,8 +99,7 @@ def _words(model: M3AE, tokens: Tensor, word: str | None) -> dict[int, str]:
 
 def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
     """Return uint8 [3, H, W]: half the image, half a colour for each patch."""
-    side = image.shape[-1] // patch
-    high = (weights_L / weights_L.max()).view(side, side)
+    high = (weights_L / weights_L.max()).view(grid_of(image, patch))
     high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
     return ((image[:3].expand(3, -1, -1) + _colours(high)) / 2).to(torch.uint8)
 

@@ -58,10 +58,19 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
 
 
 def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
-    """Return uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels."""
+    """Return uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels, where it lies as `box_in` says."""
     array = image.permute(1, 2, 0).numpy()
     whole = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-    return whole.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    left, top, width, height = box_in(image, side)
+    sheet = Image.new("RGB", (side, side), "white")
+    sheet.paste(whole.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    return sheet
+
+
+def box_in(image: Tensor, side: int) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of an image [C, H, W] in the middle of a square that its longer side spans."""
+    width, height = (max(1, round(side * own / max(image.shape[1:]))) for own in (image.shape[2], image.shape[1]))
+    return (side - width) // 2, (side - height) // 2, width, height
 
 
 def _wrapped(cell: Cell) -> list[str]:

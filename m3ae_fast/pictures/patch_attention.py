@@ -14,8 +14,8 @@ from torch import Tensor
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.attention import LAST, Look, attention_weights
-from m3ae_fast.pictures.figures import BLACK, Colour, shown
+from m3ae_fast.pictures.attention import LAST, Look, attention_weights, patches_of
+from m3ae_fast.pictures.figures import BLACK, Colour, box_in, shown
 from m3ae_fast.whole_file import whole_file
 
 SHADE: Colour = (255, 110, 90)  # behind the word with the most attention
@@ -28,9 +28,10 @@ def attention_to_words(model: M3AE, sample: Sample, patch: tuple[int, int], look
 
     What goes to cls and to patches makes their sum less than 1. `sample`: unmasked, with an image and a caption.
     """
-    columns = model.config.image_size // model.config.patch_size
+    assert sample.image is not None
+    _, columns = model.geometry.grid(sample.image)
     row = 1 + patch[0] * columns + patch[1]
-    return attention_weights(model, sample, [row], look)[0, 1 + model.config.patches_per_image :]
+    return attention_weights(model, sample, [row], look)[0, 1 + patches_of(sample) :]
 
 
 def draw_patch_attention(
@@ -40,12 +41,12 @@ def draw_patch_attention(
     each word shaded by its part of the patch's attention, from white, none, to SHADE, the caption's highest.
 
     Raises:
-        UserError: no sample has both.
+        UserError: no sample has both, and that patch.
     """
     assert model.tokenizer is not None
-    pairs = [sample for sample in samples if sample.image is not None and sample.tokens is not None][:count]
+    pairs = [sample for sample in samples if _has(sample, model, patch) and sample.tokens is not None][:count]
     if not pairs:
-        raise UserError("none of the samples has both an image and a caption, which --patch needs")
+        raise UserError(f"none of the samples has both a caption and an image with the patch {patch[0]},{patch[1]}")
     sheet = Image.new("RGB", (_SIDE + _WIDE + 3 * _GAP, _GAP + len(pairs) * (_SIDE + _GAP)), "white")
     for number, sample in enumerate(pairs):
         assert sample.image is not None and sample.tokens is not None
@@ -58,11 +59,23 @@ def draw_patch_attention(
         sheet.save(partial, format="PNG")
 
 
+def _has(sample: Sample, model: M3AE, patch: tuple[int, int]) -> bool:
+    if sample.image is None:
+        return False
+    rows, columns = model.geometry.grid(sample.image)
+    return patch[0] < rows and patch[1] < columns
+
+
 def _outlined(image: Tensor, patch: tuple[int, int], size: int) -> Image.Image:
     """Return an image, uint8 [C, H, W], with a frame around the patch of `size` pixels at (row, column)."""
-    picture, scale = shown(image, _SIDE), _SIDE * size / image.shape[-1]
-    row, column = patch
-    box = (column * scale, row * scale, (column + 1) * scale - 1, (row + 1) * scale - 1)
+    picture, (left, top, width, _) = shown(image, _SIDE), box_in(image, _SIDE)
+    scale, (row, column) = width * size / image.shape[-1], patch
+    box = (
+        left + column * scale,
+        top + row * scale,
+        left + (column + 1) * scale - 1,
+        top + (row + 1) * scale - 1,
+    )
     ImageDraw.Draw(picture).rectangle(box, outline=OUTLINE, width=2)
     return picture
 

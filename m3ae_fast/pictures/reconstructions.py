@@ -12,12 +12,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from m3ae_fast.batch.grids import Grid
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Colour
+from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Colour, shown
 from m3ae_fast.vqgan.model import VQGAN
 from m3ae_fast.weights.pretrained import load_weights
 from m3ae_fast.whole_file import whole_file
@@ -87,7 +88,7 @@ def draw_reconstructions(
 
     Args:
         model: on any device; its mode stays.
-        samples: with masks; images uint8 [C, image_size, image_size].
+        samples: with masks; images uint8 [C, H, W].
         tokenizer: of the captions; None: tokens are shown as numbers.
         path: the PNG to write.
         vqgan: the frozen image tokenizer, on the CPU; None where pixels are predicted.
@@ -122,11 +123,11 @@ def _row(
     height = SIDE
     if sample.image is not None and sample.image_mask is not None:
         output_IK = output_IK.float().cpu()
-        shown = _images(model, sample.image, sample.image_mask, None if vqgan else output_IK)
+        images = _images(model, sample.image, sample.image_mask, None if vqgan else output_IK)
         if vqgan:
-            shown.append(_decoded(model, vqgan, sample.image, sample.image_mask, output_IK))
-        for i, image in enumerate(shown):
-            row.paste(_show(image), (GAP + i * (SIDE + GAP), 0))
+            images.append(_decoded(model, vqgan, sample.image, sample.image_mask, output_IK))
+        for i, image in enumerate(images):
+            row.paste(shown(image, SIDE), (GAP + i * (SIDE + GAP), 0))
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
         with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
         guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
@@ -139,8 +140,8 @@ def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK
     """Decode an image, uint8 [C, H, W], from the true ids where visible and the predicted ones where masked."""
     ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
     predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
-    side = model.config.image_size // model.config.patch_size
-    decoded = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, side, side))[0]
+    grid = model.geometry.grid(image)
+    decoded = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, *grid))[0]
     return (decoded.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -150,9 +151,9 @@ def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None
     patches_LK = _cut(image, c.patch_size).float()
     masked, rebuilt = patches_LK.clone(), patches_LK.clone()
     masked[mask_L] = GREY
-    side = c.image_size // c.patch_size
+    grid = model.geometry.grid(image)
     if pixels_IK is None:
-        return [_join(p.to(torch.uint8), side, c.patch_size) for p in (patches_LK, masked)]
+        return [_join(p.to(torch.uint8), grid, c.patch_size) for p in (patches_LK, masked)]
     mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
     if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
         normal = (patches_LK / 255 - mean) / std
@@ -162,7 +163,7 @@ def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None
     predicted[with_loss] = (pixels_IK * std + mean) * 255
     rebuilt[mask_L] = predicted[mask_L]
     whole = (patches_LK, masked, rebuilt)
-    return [_join(p.clamp(0, 255).round().to(torch.uint8), side, c.patch_size) for p in whole]
+    return [_join(p.clamp(0, 255).round().to(torch.uint8), grid, c.patch_size) for p in whole]
 
 
 def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
@@ -176,16 +177,11 @@ def _cut(image: Tensor, patch: int) -> Tensor:
     return blocks.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
 
 
-def _join(patches_LK: Tensor, side: int, patch: int) -> Tensor:
+def _join(patches_LK: Tensor, grid: Grid, patch: int) -> Tensor:
     """Join patches [L, P * P * C] into an image [C, H, W]."""
-    blocks = patches_LK.reshape(side, side, patch, patch, -1)
-    return blocks.permute(4, 0, 2, 1, 3).reshape(blocks.shape[-1], side * patch, side * patch)
-
-
-def _show(image_CHW: Tensor) -> Image.Image:
-    array = image_CHW.permute(1, 2, 0).numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    rows, columns = grid
+    blocks = patches_LK.reshape(rows, columns, patch, patch, -1)
+    return blocks.permute(4, 0, 2, 1, 3).reshape(blocks.shape[-1], rows * patch, columns * patch)
 
 
 def caption_views(

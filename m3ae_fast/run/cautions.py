@@ -49,7 +49,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
             "model.image_mean and model.image_std are still the defaults, CC12M's; set them to those of your images, "
             "which python -m m3ae_fast.data stats SHARDS prints"
         )
-    if note := _enlarged(config, data.train):
+    if config.model.resize == "square" and (note := _enlarged(config, data.train)):
         notes.append(note)
     return notes
 

@@ -28,7 +28,7 @@ class StepCounts(NamedTuple):
         """Count what `batches` hold; they must still be on the CPU."""
         each = []
         for b in batches:
-            samples = len(b.keys), len(b.images), b.captions
+            samples = len(b.keys), len(b.grids), b.captions
             flops = executed_flops(config, b) if b.flops is None else b.flops
             each.append((*samples, *b.counts, len(b.skipped), _tokens(b), flops))
         return cls(*map(sum, zip(*each)))

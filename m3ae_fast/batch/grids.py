@@ -1,0 +1,110 @@
+"""Images of their own aspect ratio: how many patches one becomes, and which positions these have.
+
+Shapes: B images, C channels, H x W pixels, P patch size, R patches of all images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from m3ae_fast.config import ModelConfig
+
+Grid: TypeAlias = tuple[int, int]  # rows and columns of patches
+
+
+class Places(NamedTuple):
+    """Where the patches of B grids stand in a table of positions: row r and column c at first + r * step + c."""
+
+    first_B: np.ndarray
+    step_B: np.ndarray
+    rows: int  # of the table
+
+
+@dataclass(frozen=True)
+class Native:
+    """How large images are that keep their aspect ratio."""
+
+    patch_size: int
+    least: int  # patches that a smaller image is enlarged to
+    most: int  # patches that a larger image is reduced to
+    longest: int  # patches of the longer side, at most
+    positions: Literal["absolute", "centred", "stored"]
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Native | None:
+        """Return what the config says; None where images are square."""
+        if config.resize == "square":
+            return None
+        positions = "stored" if config.positions == "stored" else config.native_positions
+        return cls(config.patch_size, config.min_patches, config.most_patches, config.longest_side, positions)
+
+    def grid(self, height: float, width: float, area: float | None = None) -> Grid:
+        """Return the grid of an image of height x width pixels: of those with a side next to the exact one, the one
+        nearest in ratio and number of patches, within the bounds.
+
+        Args:
+            height, width: in pixels; of a crop, the crop's.
+            area: pixels of the whole image, whose number of patches a crop of it gets; None: height x width.
+        """
+        patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
+        patches = min(patches, self.longest**2 * min(height / width, width / height))
+        high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))
+        grids = list(product(high, wide))
+        grids += [(rows, max(1, min(round(patches / rows), self.most // rows))) for rows in high]
+        grids += [(max(1, min(round(patches / columns), self.most // columns)), columns) for columns in wide]
+
+        def distance(grid: Grid) -> tuple[float, int]:
+            rows, columns = grid
+            ratio, size = columns * height / (rows * width), rows * columns / patches
+            return round(math.log(ratio) ** 2 + math.log(size) ** 2, 9), -rows * columns
+
+        return min(filter(self.fits, grids), key=distance)
+
+    def fits(self, grid: Grid) -> bool:
+        """Return whether an image may have that many patches."""
+        return 0 < grid[0] * grid[1] <= self.most and max(grid) <= self.longest
+
+    def places(self, grids: Sequence[Grid]) -> Places:
+        """Return where the patches of these grids stand: in a table of `longest` x `longest` positions, from its first
+        corner or about its centre; in one of stored positions, in what `distinct` gives, one after the other."""
+        rows_B, columns_B = np.array(grids, np.int64).reshape(-1, 2).T
+        if self.positions == "stored":
+            starts, end = {}, 0
+            for grid in distinct(grids):
+                starts[grid], end = end, end + grid[0] * grid[1]
+            return Places(np.array([starts[grid] for grid in grids], np.int64), columns_B, end)
+        centred = self.positions == "centred"
+        top_B, left_B = ((self.longest - side_B) // 2 * centred for side_B in (rows_B, columns_B))
+        return Places(top_B * self.longest + left_B, np.full_like(rows_B, self.longest), self.longest**2)
+
+
+def _around(side: float) -> set[int]:
+    """Return the whole numbers next to a side, at least 1; of one that is whole but for rounding, it alone."""
+    near = round(side)
+    return {max(1, near)} if math.isclose(side, near, rel_tol=1e-9) else {max(1, math.floor(side)), math.ceil(side)}
+
+
+def distinct(grids: Iterable[Grid]) -> list[Grid]:
+    """Return the grids that there are, in the order in which each comes first."""
+    return list(dict.fromkeys(grids))
+
+
+def grid_of(image: Tensor, patch_size: int) -> Grid:
+    """Return the grid of an image [C, H, W]. Raises ValueError if its sides are no multiples of the patch size."""
+    height, width = image.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"an image of {width} x {height} pixels cannot be cut into patches of {patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def patch_rows(image: Tensor, patch_size: int) -> Tensor:
+    """Cut an image [C, H, W] into its patches [H / P * W / P, C, P, P], row by row. A view where it can be."""
+    cut = image.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # [C, rows, P, columns, P]
+    return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
