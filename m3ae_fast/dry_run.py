@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from m3ae_fast.batch.grids import Grid
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data
 from m3ae_fast.data.loader import needs_of_node
@@ -19,10 +24,12 @@ from m3ae_fast.engine.needs import (
     zero_bytes,
 )
 from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import data_sheet, missing_memory, settle_precision
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import Session
+from m3ae_fast.regular_file import read_json
 from m3ae_fast.run.pace import FIRST_BATCH, measure
 
 UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
@@ -30,28 +37,38 @@ NETWORK = 50e9  # bytes per second and GPU: 400 Gbit/s
 FETCHED = 1e9  # bytes per second and node
 GPUS_OF_NODE = 8
 MEASURED_S = 5.0  # seconds of steps that say how long the run takes
+SIZES = 256  # of images, at most, that stand for all
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
 
 
-def report(config: Config, world: int | None = None, *, data: bool = True) -> None:
-    """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes).
+def report(config: Config, world: int | None = None, *, data: bool = True, sizes: Path | None = None) -> None:
+    """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes), for native
+    images of the `sizes` that stats wrote (None: all of max_patches).
 
     Raises:
         UserError: what would stop a run at its start: the batch cannot be split over the GPUs or, with `data`, shards
-            or tokenizer are missing or do not fit the model.
+            or tokenizer are missing or do not fit the model; or `sizes` is no such file, or images are square.
     """
+    if sizes is not None and config.model.resize == "square":
+        raise UserError(f"--sizes {sizes}: goes with model.resize=native; square images are all of one size")
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     parameters = sum(p.numel() for p in model.parameters())
-    batch = typical_batch(config, model)
+    grids = None if sizes is None else _grids(model, sizes)
+    batch = typical_batch(config, model, grids)
     world = world or max(config.train.global_batch // (config.train.micro_batch or config.train.global_batch), 1)
     share = split_batch(config.train, world)
     micro, accumulation = share.micro_batch, share.accumulation
     console = Console(highlight=False, soft_wrap=True)
-    official, ours = reference_flops(config.model, config.masking), executed_flops(config.model, batch)
+    official = reference_flops(config.model, config.masking)
+    ours = executed_flops(config.model, batch) / len(batch.keys)
+    square = ", of a square image" if config.model.resize == "native" else ""
     lines = [
         ("parameters", f"{parameters:,}"),
-        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward, as the official code computes it"),
+        (
+            "FLOPs per sample",
+            f"{official / 1e9:,.1f} G forward and backward, as the official code computes it{square}",
+        ),
         ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
         (
             "batch",
@@ -59,6 +76,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
             + (" at most" if micro * world * accumulation != config.train.global_batch else "")
             + (" (train.micro_batch is a maximum)" if micro != config.train.micro_batch else ""),
         ),
+        *([] if grids is None else _images(batch, micro)),
         ("network", _network(config, parameters, world, accumulation, _rate(ours))),
         ("loader", _loader_cores(_rate(ours))),
     ]
@@ -70,7 +88,8 @@ def report(config: Config, world: int | None = None, *, data: bool = True) -> No
         lines += _fetching(config, found.train, world, _rate(ours))
     for name, text in lines:
         console.print(f"{name:21} {text}")
-    console.print(_memory_table(config, parameters, world, micro * activation_bytes(config, batch)))
+    activations = micro * activation_bytes(config, batch) / len(batch.keys)
+    console.print(_memory_table(config, parameters, world, activations))
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
     if recomputes(config.train):
         fraction = (6 + config.model.mlp_ratio) / (8 + 2 * config.model.mlp_ratio)
@@ -171,3 +190,29 @@ def _memory_table(config: Config, parameters: int, world: int, activations: floa
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
     return table
+
+
+def _grids(model: M3AE, path: Path) -> list[Grid]:
+    """Return the rows and columns of images of the sizes in a file, evenly chosen. Raises UserError if it is not one
+    that stats wrote."""
+    native = model.geometry.native
+    assert native is not None
+    try:
+        sizes = [(float(width), float(height)) for width, height in read_json(path)]
+        if not sizes or min(map(min, sizes)) < 1:
+            raise ValueError("a width or height below 1, or none")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--sizes {path}: cannot be read ({error}); stats --sizes writes such a file") from None
+    every = -(-len(sizes) // SIZES)
+    return [native.grid(height, width) for width, height in sizes[::every]]
+
+
+def _images(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
+    """Say how many patches native images have, and how far micro-batches of a step differ in tokens."""
+    patches = [rows * columns for rows, columns in batch.grids]
+    tokens_S = batch.decoder.cu_seqlens.diff().double()
+    spread = (tokens_S.std(correction=0) / tokens_S.mean()).item() / math.sqrt(micro)
+    return [
+        ("patches per image", f"{sum(patches) / len(patches):,.1f} on average, from {min(patches)} to {max(patches)}"),
+        ("balance", f"tokens of micro-batches of {micro} samples differ by {spread:.1%} (standard deviation)"),
+    ]

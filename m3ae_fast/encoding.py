@@ -6,7 +6,7 @@ Shapes: S samples, L patches per image, D encoder width, N samples of a corpus, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.grids import Grid
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DataConfig
 from m3ae_fast.config.transfer import EncodeConfig
@@ -44,6 +45,7 @@ class Features:
     labels_N: Tensor | None  # int64 ids of classes; None for a corpus without labels
     patches_NLD: Tensor | None  # float16, on the CPU; of several layers [N, K, L, D]
     skipped: list[Skipped]
+    grids: list[Grid] = field(default_factory=list)  # rows and columns of patches, of samples that have an image
 
     def rows(self, rows: list[int]) -> Features:
         """Return the samples of these rows."""
@@ -51,7 +53,7 @@ class Features:
         features_ND, labels_N, patches_NLD = tensors
         keys = [self.keys[row] for row in rows]
         assert features_ND is not None
-        return replace(self, keys=keys, features_ND=features_ND, labels_N=labels_N, patches_NLD=patches_NLD)
+        return replace(self, keys=keys, features_ND=features_ND, labels_N=labels_N, patches_NLD=patches_NLD, grids=[])
 
 
 def encode_corpus(
@@ -100,15 +102,17 @@ def encode_corpus(
                 patches_SKLD if patches_SKLD is None else patches_SKLD.cpu(),
                 batch.labels,
                 batch.skipped,
+                batch.grids,
             )
             for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device)
         ]
     # rank r's b-th batch is the stream's number b x world + r
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
-    keys, pooled, kept, labels, skipped = ([getattr(part, name) for part in parts] for name in _Part._fields)
+    keys, pooled, kept, labels, skipped, grids = ([getattr(part, name) for part in parts] for name in _Part._fields)
     skipped = list(chain.from_iterable(skipped))
     check_skipped(skipped, corpus.samples, data.max_bad_fraction)
     found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(kept), skipped)
+    found = replace(found, grids=list(chain.from_iterable(grids)))
     if layers is None:
         features_ND, patches_NLD = (None if t is None else t[:, 0] for t in (found.features_ND, found.patches_NLD))
         assert features_ND is not None
@@ -127,6 +131,7 @@ class _Part(NamedTuple):
     patches_SKLD: Tensor | None
     labels_S: Tensor | None
     skipped: tuple[Skipped, ...]
+    grids: list[Grid]
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:

@@ -52,6 +52,10 @@ def export(
     else:
         saved, average = saved_run(Path(run)), weights == "average"
         found, about = run_weights(saved, average=average), run_section(saved, average)
+    if format != "m3ae" and found.config.resize == "native":
+        size = found.config.image_size
+        square = f"it takes square images of {size} x {size} pixels; images of other shapes need format m3ae"
+        found = replace(found, notes=(*found.notes, square))
     if format == "onnx":
         from m3ae_fast.convert.onnx_model import write_onnx
 

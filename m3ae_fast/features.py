@@ -4,7 +4,8 @@ python -m m3ae_fast.features runs/large 'imagenet/val-*.tar' --out val.parquet
 python -m m3ae_fast.features out/ 'shards/*.tar' --out captions.npz --modality text --pool cls
 
 FILE has the arrays or columns `keys` and `shards` [N], `features` float32 [N, D], `labels` [N] where any are found (-1
-or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet [N, L * D]), and what --columns
+or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet [N, L * D]; of a native model those
+of an image with fewer patches end with zeros, and `grids` [N, 2] are their rows and columns), and what --columns
 names: `path` and `class` from the samples' json, as from-folder writes it, and `caption`; "" where a sample has none.
 """
 
@@ -108,12 +109,13 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
     from m3ae_fast.data.labels import read_labels
     from m3ae_fast.encoding import encode_corpus
     from m3ae_fast.hardware import keep_freed_memory
-    from m3ae_fast.open_model import open_model, set_range
+    from m3ae_fast.open_model import open_model, set_images
 
     if ranks.device.type == "cpu":
         keep_freed_memory()
     model = open_model(args.model, text=args.modality != "image", tokenizer=config.data.tokenizer, seed=config.run.seed)
-    set_range(model.to(ranks.device), config.data.range)
+    set_images(model, config.data.range, config.encode.resize)
+    model = model.to(ranks.device)
     store = ShardStore(config.data.cache_dir, config.data.cache_gb)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
     labels = read_labels(corpus, args.labels, progress=ranks.is_main)
@@ -127,6 +129,8 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
         arrays["labels"] = _label_array([everything[number] for number in numbers])
     if found.patches_NLD is not None:
         arrays["patches"] = found.patches_NLD.numpy()
+        if model.config.resize == "native":
+            arrays["grids"] = np.array(found.grids)
     return arrays | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in args.columns}
 
 

@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--visible {args.visible:g}: must be from 0 to 1")
     if not args.out and MASK not in args.text:
         raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed image")
-    from m3ae_fast.open_model import open_model, set_range
+    from m3ae_fast.open_model import open_model, set_images
     from m3ae_fast.pictures.reconstructions import draw_reconstructions
 
     model = open_model(args.model, text=True, tokenizer=args.tokenizer).eval()
-    set_range(model, args.range)
+    set_images(model, args.range)
     sample = make_sample(model, args.image, args.text, args.visible, args.seed)
     for place, guesses in enumerate(fill_text(model, sample, args.top), 1):
         shown = "  ".join(f"{guess.token} {guess.probability:.1%}" for guess in guesses)

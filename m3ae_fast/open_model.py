@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from m3ae_fast.config import LossConfig, ModelConfig, Range, parse
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.positions import Positions
 from m3ae_fast.run import checkpoint
 from m3ae_fast.weights.pretrained import Pretrained, build
 
@@ -120,7 +121,14 @@ def _untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
         return M3AE(config, loss)
 
 
-def set_range(model: MultimodalEncoder, image_range: Range | None) -> None:
-    """Say what the values of the images are that the model will see; None: as of those it was trained on."""
-    if image_range is not None:
-        model.config = model.config.model_copy(update={"image_range": image_range})
+def set_images(
+    model: MultimodalEncoder, image_range: Range | None, resize: Literal["square", "native"] | None = None
+) -> None:
+    """Say what the values of the images are that the model will see, and what becomes of their sizes; None: as of those
+    it was trained on. Raises UserError if the model cannot take native ones."""
+    given = {"image_range": image_range, "resize": resize}
+    data = model.config.model_dump(mode="json") | {name: value for name, value in given.items() if value is not None}
+    model.config = parse(ModelConfig, data, f"encode.resize {resize}")
+    for module in model.modules():
+        if isinstance(module, Positions):
+            module.lay_out(model.config)

@@ -69,10 +69,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     dry.add_argument(
         "--world", type=int, metavar="N", help="for N GPUs elsewhere (default: as many as need no accumulation)"
     )
+    dry.add_argument(
+        "--sizes",
+        type=Path,
+        metavar="FILE",
+        help="sizes of native images, as python -m m3ae_fast.data stats wrote them",
+    )
     dry.add_argument("--no-data", action="store_true", help="leave out shards and tokenizer, which lie elsewhere")
     args = parser.parse_args(argv)
-    if (args.world is not None or args.no_data) and not args.dry_run:
-        parser.error("--world and --no-data go with --dry-run")
+    if (args.world is not None or args.no_data or args.sizes) and not args.dry_run:
+        parser.error("--world, --sizes and --no-data go with --dry-run")
     if args.world is not None and args.world < 1:
         parser.error(f"--world {args.world}: must be 1 or more")
     return args
@@ -90,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         ranks = session.ranks
         config = ranks.broadcast(lambda: load_config(args.config, args.set))
         if args.dry_run:
-            ranks.on_main(lambda: report(config, args.world, data=not args.no_data))
+            ranks.on_main(lambda: report(config, args.world, data=not args.no_data, sizes=args.sizes))
             if args.world is None and not args.no_data:
                 report_time(config, session)
             return 0

@@ -35,7 +35,7 @@ def test_curves_are_plain_torchs(tmp_path):
 
 
 def test_ranks_need_not_divide_the_batch(tmp_path):
-    """Three ranks share eight samples, in parts of one and two where they are accumulated."""
+    """Nor are all images of one size. Three ranks share sixteen samples, whole and in parts, at every ZeRO stage."""
     curves, one = _curves(tmp_path, "uneven", 3), _curves(tmp_path, "uneven", 1)
     assert len(curves) == 10
     for name, curve in curves.items():

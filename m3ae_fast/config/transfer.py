@@ -56,6 +56,8 @@ class EncodeConfig(Section):
     """Samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
+    resize: Literal["square", "native"] | None = None
+    """What becomes of images, as `model.resize`; null: as the model was trained."""
 
 
 class LinearProbeConfig(LoopConfig, ScheduleConfig):

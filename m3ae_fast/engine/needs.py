@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
+from m3ae_fast.batch.grids import Grid
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample, pack
@@ -58,16 +62,22 @@ def caption_tokens(config: Config) -> int:
     return round(config.model.text_length * CAPTION_FRACTION) if config.model.vocab_size else 0
 
 
-def typical_batch(config: Config, model: M3AE) -> PackedBatch:
-    """Return one image with a caption of usual length, masked."""
+def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = None) -> PackedBatch:
+    """Return images, masked, with captions of usual length: native ones of these grids, or one of the largest square
+    there is."""
     m, masking = config.model, config.masking
     generator = torch.Generator().manual_seed(0)
-    sample = Sample("typical", torch.zeros(m.channels, m.image_size, m.image_size, dtype=torch.uint8))
-    sample.image_mask = draw_mask(m.patches_per_image, masking.image_ratio, generator)
-    if m.vocab_size:
-        sample.tokens = torch.zeros(caption_tokens(config), dtype=torch.int64)
-        sample.text_mask = draw_mask(len(sample.tokens), masking.text_ratio, generator)
-    return pack([sample], model.geometry)
+    side = math.isqrt(m.most_patches)
+    samples = []
+    for rows, columns in grids or [(side, side)]:
+        shape = m.channels, rows * m.patch_size, columns * m.patch_size
+        sample = Sample("typical", torch.zeros((), dtype=torch.uint8).expand(shape))
+        sample.image_mask = draw_mask(rows * columns, masking.image_ratio, generator)
+        if m.vocab_size:
+            sample.tokens = torch.zeros(caption_tokens(config), dtype=torch.int64)
+            sample.text_mask = draw_mask(len(sample.tokens), masking.text_ratio, generator)
+        samples.append(sample)
+    return pack(samples, model.geometry)
 
 
 def activation_bytes(config: Config, batch: PackedBatch) -> float:

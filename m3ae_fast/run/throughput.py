@@ -45,6 +45,7 @@ class Throughput:
     def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float) -> None:
         """Start counting. `peak_flops`: FLOP/s of all ranks together."""
         self._peak = peak_flops
+        self._has_reference = config.resize == "square"
         paired, image, text = ((True, True), (True, False), (False, True))
         self._paired, self._image, self._text = (
             reference_flops(config, masking, image=i, text=t) for i, t in (paired, image, text)
@@ -69,7 +70,7 @@ class Throughput:
         rates = {
             "samples_per_s": n.samples / seconds,
             "tokens_per_s": n.tokens / seconds,
-            "mfu": reference / seconds / self._peak,  # FLOPs that the official code would spend
+            **({"mfu": reference / seconds / self._peak} if self._has_reference else {}),  # the official code's FLOPs
             "utilisation": n.flops / seconds / self._peak,  # FLOPs that were spent
             "data_wait": self._waited / seconds,
         }

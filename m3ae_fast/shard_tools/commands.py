@@ -43,6 +43,7 @@ formats, labels, and what cannot be read. Prints the settings that a config need
 
   python -m m3ae_fast.data stats 'shards/train-*.tar' --tokenizer tokenizer.json
   python -m m3ae_fast.data stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
+  python -m m3ae_fast.data stats 'shards/train-*.tar' --sizes sizes.json   # for train.py --dry-run --sizes
 """
 TOKENIZE_IMAGES = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
 data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
@@ -135,6 +136,7 @@ def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
     add_labels(parser)
     add_range_option(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw histograms")
+    parser.add_argument("--sizes", type=Path, metavar="FILE.json", help="write width and height of each image")
     parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
 
 

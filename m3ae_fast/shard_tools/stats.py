@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(f"--set {section}.{key}={_compact(value)}" for section, key, value in settings))
     if args.picture is not None:
         draw(found, args.picture, "tokens" if tokenizer else "words")
+    if args.sizes is not None:
+        write_whole(args.sizes, json.dumps(found.sizes) + "\n")
+        print(f"wrote the sizes of {len(found.sizes):,} images into {args.sizes}")
     if given is not None:
         _write_config(args.write, given, settings)
 

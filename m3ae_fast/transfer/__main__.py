@@ -252,7 +252,7 @@ def _config(args: argparse.Namespace) -> TransferConfig:
 def perform(args: argparse.Namespace, config: TransferConfig, session: Session) -> None:
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
     from m3ae_fast.hardware import keep_freed_memory
-    from m3ae_fast.open_model import open_model, set_range
+    from m3ae_fast.open_model import open_model, set_images
     from m3ae_fast.run.run_folder import RunFolder
     from m3ae_fast.transfer.classifier import Classifier
     from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
@@ -271,7 +271,8 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
         text = args.modality != "image"
         model = open_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
     if model is not None:
-        set_range(model.backbone if isinstance(model, Classifier) else model, config.data.range)
+        encoder = model.backbone if isinstance(model, Classifier) else model
+        set_images(encoder, config.data.range, config.encode.resize)
         model = model.to(ranks.device).eval()
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         job = Job(args, config, session, folder, model)

@@ -110,11 +110,17 @@ class Mixing:
         self.smoothing, self.classes, self.size = config.label_smoothing, classes, model.image_size
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (model.image_mean, model.image_std))
         self.mixup, self.cutmix, self.switch_prob = config.mixup, config.cutmix, config.switch_prob
-        self.mixes = mixes(config, images_only)
+        self.mixes, self.native = mixes(config, images_only), model.resize == "native"
         self.seed, self.repeats, self.lanes = seed, repeats, lanes
 
     def check_share(self, share: Share) -> None:
-        """Raise UserError where samples that are mixed with each other would lie in different micro-batches."""
+        """Raise UserError where samples that are mixed with each other would lie in different micro-batches, or have
+        different sizes."""
+        if self.mixes and self.native:
+            raise UserError(
+                "finetune.mixup and cutmix mix images of one size, and these are native; set both to 0, or "
+                "encode.resize to square"
+            )
         together, parts = 2 * self.repeats, share.world * share.accumulation
         if self.mixes and share.global_batch % (parts * together):
             raise UserError(

@@ -18,7 +18,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import RANDOM, open_model, set_range
+from m3ae_fast.open_model import RANDOM, open_model, set_images
 from m3ae_fast.pictures.figures import draw_comparison
 from m3ae_fast.progress import TimeLeft
 from m3ae_fast.transfer.job import Job, summary
@@ -168,9 +168,9 @@ def _measure(
 def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -> list[tuple[Features, Features]]:
     """Return training and held-out samples for each probe, from one pass over the images."""
     tokens = any(PROBES[probe].tokens for probe in job.args.probes)
+    set_images(model, job.config.data.range, job.config.encode.resize)
     if tokens:
         require_memory(model.config, 1, corpora)
-    set_range(model, job.config.data.range)
     own = replace(job, model=model.to(job.ranks.device).eval())
     whole = [own.encode(corpus, f"{name}: {title}", patches=tokens) for corpus, title in zip(corpora, ("train", "val"))]
     parts = []

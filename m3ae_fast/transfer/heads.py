@@ -95,7 +95,9 @@ class AttentiveHead(nn.Module):
         heads, width = self.query.shape
         keys_HdD, values_HdD = (part.weight.unflatten(0, (heads, width)) for part in (self.keys, self.values))
         query_HD = torch.einsum("hd,hdi->hi", self.query, keys_HdD) / math.sqrt(width)
-        weights_SHL = (query_HD @ tokens_SLD.mT).softmax(-1)
+        missing_SL = ~tokens_SLD.any(-1)  # rows of zeros fill up images of fewer patches
+        scores_SHL = (query_HD @ tokens_SLD.mT).masked_fill(missing_SL[:, None], -math.inf)
+        weights_SHL = scores_SHL.softmax(-1)
         return torch.einsum("shi,hdi->shd", weights_SHL @ tokens_SLD, values_HdD).flatten(1)
 
     def forward(self, tokens_SLD: Tensor) -> Tensor:

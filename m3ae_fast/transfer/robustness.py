@@ -195,10 +195,11 @@ def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
 
 
 def _start(batch: PackedBatch, seed: int) -> Tensor:
-    """Return [S, C, H, W] uniform in [-1, 1], a function of the seed and the samples only."""
+    """Return values of the images' shape, uniform in [-1, 1], a function of the seed and the samples only."""
     generator = torch.Generator()
     starts = []
-    for key in batch.keys:
+    for key, (rows, columns) in zip(batch.keys, batch.grids):
         generator.manual_seed(hash64(seed, crc32(key.encode())) & 0xFFFFFFFF)
-        starts.append(torch.rand(batch.images.shape[1:], generator=generator) * 2 - 1)
-    return torch.stack(starts)
+        own = 1 if len(batch.images) == len(batch.keys) else rows * columns  # native images are rows of patches
+        starts.append(torch.rand(own, *batch.images.shape[1:], generator=generator) * 2 - 1)
+    return torch.cat(starts)

@@ -104,7 +104,7 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
 def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> None:
     """Raise UserError where patch tokens would not fit into memory."""
     samples = sum(corpus.samples for corpus in corpora)
-    needed = 2 * samples * layers * model.patches_per_image * model.emb_dim  # of float16
+    needed = 2 * samples * layers * model.most_patches * model.emb_dim  # of float16
     needed *= 2  # while parts are joined
     if lacking := missing_memory(needed, torch.device("cpu")):
         raise UserError(

@@ -15,7 +15,7 @@ tags: [{tags}]
 
 # {name}
 
-{what}, arXiv 2205.14204: a ViT encoder, {depth} blocks {emb_dim} wide, of {size} x {size} images in patches of
+{what}, arXiv 2205.14204: a ViT encoder, {depth} blocks {emb_dim} wide, of {images} in patches of
 {patch} x {patch}{text}.
 
 ```python
@@ -46,6 +46,7 @@ def model_card(name: str, config: ModelConfig, run: str = "") -> str:
         tags="masked-autoencoder, " + ("image-text" if c.vocab_size else "image-feature-extraction"),
         depth=c.depth,
         emb_dim=c.emb_dim,
+        images=f"{c.image_size} x {c.image_size} images" if c.resize == "square" else "images of any aspect ratio",
         size=c.image_size,
         patch=c.patch_size,
         patches=c.patches_per_image,

@@ -58,10 +58,11 @@ def _config(
     precision: str,
     zero: dict[str, Any],
     clip_grad: float | None = 1.0,
+    resize: str = "square",
     **section: Any,
 ) -> Config:
     data = {
-        "model": TINY,
+        "model": TINY | {"resize": resize},
         "data": {"train": [{"shards": "none.tar"}]},
         "optim": {"clip_grad": clip_grad},
         "train": {
@@ -97,10 +98,10 @@ def options(world: int) -> Iterator[Case]:
 
 
 def uneven(world: int) -> Iterator[Case]:
-    """Return a batch that the ranks do not divide, whole and in parts."""
+    """Return a batch that the ranks do not divide, whole and in parts, of native images."""
     for stage, accumulation in itertools.product((None, 0, 1, 2, 3), (1, 2)):
         name = f"stage={stage} accumulation={accumulation}"
-        yield name, _config(world, stage, accumulation, "fp32", SMALL_BUCKET if stage else {})
+        yield name, _config(world, stage, accumulation, "fp32", SMALL_BUCKET if stage else {}, resize="native")
 
 
 def configs(world: int) -> Iterator[Case]:
@@ -119,15 +120,17 @@ def configs(world: int) -> Iterator[Case]:
         yield f"{path.name} plain", parse(Config, plain, path.name)
 
 
-def samples(step: int, text: bool) -> list[Sample]:
-    """Return captions of all lengths, an image without one, and one without an image: counts that differ by rank."""
+def samples(step: int, text: bool, native: bool) -> list[Sample]:
+    """Return captions of all lengths, an image without one, and one without an image: counts that differ by rank. With
+    `native`, images have one to four rows of patches."""
     generator = torch.Generator().manual_seed(step)
     made = []
     for i in range(BATCH):
         sample = Sample(key=f"{step}/{i}")
         if i != 5 or not text:
-            sample.image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
-            sample.image_mask = draw_mask(16, 0.75, generator)
+            rows = 1 + i % 4 if native else 4
+            sample.image = torch.randint(0, 256, (3, 4 * rows, 16), dtype=torch.uint8, generator=generator)
+            sample.image_mask = draw_mask(4 * rows, 0.75, generator)
         if i != 2 and text:
             sample.tokens = torch.randint(0, 64, (i % 9,), generator=generator)
             sample.text_mask = draw_mask(len(sample.tokens), 0.5, generator)
@@ -142,7 +145,8 @@ def run(ranks: Ranks, config: Config) -> list[tuple[float, float]]:
     share = split_batch(config.train, ranks.world, ranks.rank)
     found = []
     for step in range(STEPS):
-        everything = samples(step, text=config.model.vocab_size > 0)
+        native = config.model.resize == "native"
+        everything = samples(step, config.model.vocab_size > 0, native)
         images = sum(sample.image is not None for sample in everything)
         captions = sum(sample.tokens is not None for sample in everything)
         counts = LossCounts(images / ranks.world, captions / ranks.world)

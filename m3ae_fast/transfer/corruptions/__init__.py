@@ -4,12 +4,12 @@ Kinds and parameters are those of Hendrycks & Dietterich (arXiv 1903.12261; hend
 them for images of 224 pixels. Here lengths (of blurs, trails, swaps) are multiplied by an image's side / 224, and what
 lies over it or bends it (fog, frost, snow, spatter, elastic) is made at 224 pixels and resized to it. Noise,
 brightness, contrast, saturation, pixelation and JPEG act on pixels as they are: noise, pixelation and JPEG are the
-stronger the smaller the image.
+stronger the smaller the image. An image that is no square is corrupted as the middle of one, with its edges repeated.
 
 Frost is a procedural texture in place of the photographs that the paper's code ships: accuracies under it do not
 compare with published ones. Glass blur swaps pixels, where the paper's code copies them one way by an oversight.
 
-Shapes: C = 3 channels, H = W pixels.
+Shapes: C = 3 channels, H x W pixels; H = W where a kind sees them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ class Corruption:
         """Corrupt an image, uint8 [3, H, W]. All that is drawn depends on `seed` alone."""
         corrupt, parameters = KINDS[self.kind]
         x_HWC = image.permute(1, 2, 0).numpy() / 255
+        height, width = x_HWC.shape[:2]
+        missing = max(width - height, 0), max(height - width, 0)
+        x_HWC = np.pad(x_HWC, [*((each // 2, each - each // 2) for each in missing), (0, 0)], mode="edge")
         x_HWC = corrupt(x_HWC, parameters[self.severity - 1], np.random.default_rng(seed))
+        top, left = (each // 2 for each in missing)
+        x_HWC = x_HWC[top : top + height, left : left + width]
         corrupted = (x_HWC.clip(0, 1) * 255).astype(np.uint8)
         return torch.from_numpy(corrupted).permute(2, 0, 1).contiguous()
 

@@ -1,0 +1,190 @@
+"""Every program takes native images: training and resuming, features, transfer, pictures, exports, a look ahead."""
+
+import json
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast import export, features, train, visualise
+from m3ae_fast.batch.images import decode_image
+from m3ae_fast.data.__main__ import main as data_tools
+from m3ae_fast.errors import UserError
+from m3ae_fast.open_model import open_model
+from m3ae_fast.pictures.figures import box_in, shown
+from m3ae_fast.transfer.__main__ import main as transfer
+from m3ae_fast.transfer.corruptions import KINDS, Corruption
+from m3ae_fast.transfer.heads import AttentiveHead
+from tests.helpers.labelled import labelled_members, tiny_run
+from tests.helpers.shards import write_tar
+from tests.test_resume import SAVE, _cut
+
+SIZES = ((32, 32), (64, 16), (24, 40), (16, 60), (120, 100), (8, 8))  # width and height
+NATIVE = ["--set", "model.resize=native", "--set", "model.max_patches=20"]
+
+
+def elongated_tar(path, numbers):
+    """Labelled images of several sizes."""
+    files = []
+    for name, content in labelled_members(numbers):
+        if name.endswith("png"):
+            out = BytesIO()
+            Image.open(BytesIO(content)).resize(SIZES[int(name[:5]) % len(SIZES)]).save(out, "PNG")
+            content = out.getvalue()
+        files.append((name, content))
+    return write_tar(path, files)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elongated")
+    return elongated_tar(folder / "train.tar", range(36)), elongated_tar(folder / "val.tar", range(100, 112))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    return tiny_run(tmp_path_factory.mktemp("run"), resize="native", max_patches=20)
+
+
+def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
+    """And it learns; its reconstructions are drawn."""
+    data = [part for name, own in zip(("train", "val"), shards) for part in ("--set", f"data.{name}.0.shards={own}")]
+    options = [*NATIVE, *data, *SAVE, "--set", "train.pictures=4"]
+    trainer("run", *options)
+    whole = trainer.losses("run")
+    assert whole[-1][2] < 0.9 * whole[0][2]  # the image loss
+    assert "mfu" not in (trainer.folder / "run/metrics.jsonl").read_text()
+    _cut(trainer, "run", 4)
+    trainer("run", *options, "--resume", "auto")
+    assert trainer.losses("run") == whole
+    trainer("two", *options, "--set", "train.micro_batch=8", ranks=2)
+    np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(whole), rtol=2e-5)
+
+
+@pytest.mark.parametrize("task", ["knn", "attentive", "finetune", "robustness"])
+def test_tasks_take_them(run, shards, tmp_path, task, capsys):
+    def perform(task, model, *settings, out="out"):
+        data = ["--val", shards[1], *(["--train", shards[0]] if task != "robustness" else [])]
+        overrides = [part for one in ("data.workers=0", "encode.precision=fp32", *settings) for part in ("--set", one)]
+        assert transfer([task, str(model), *data, "--out", str(tmp_path / out), *overrides]) == 0
+        return json.loads((tmp_path / out / "result.json").read_text())
+
+    if task == "knn":
+        native, square = perform(task, run), perform(task, run, "encode.resize=square", out="square")
+        assert native["val_samples"] == square["val_samples"] == 12
+        return
+    if task == "attentive":
+        perform(task, run, "attentive.steps=2")
+        return
+    tune = ["finetune.steps=2", "finetune.global_batch=8", "finetune.warmup_epochs=0", "finetune.precision=fp32"]
+    if task == "finetune":
+        with pytest.raises(UserError, match="mix images of one size, and these are native; set both to 0"):
+            perform(task, run, *tune, out="mixed")
+    perform("finetune", run, *tune, "finetune.mixup=0", "finetune.cutmix=0", out="tuned")
+    if task == "robustness":
+        light = ["robustness.epsilons=[1]", "robustness.steps=1", 'robustness.corruptions=["fog"]']
+        perform(task, tmp_path / "tuned", *light, "robustness.severities=[3]")
+
+
+def test_features_are_those_of_encode_whatever_else_is_in_the_batch(run, shards, tmp_path):
+    out = tmp_path / "out.npz"
+    arguments = [str(run), shards[1], "--out", str(out), "--patches", "--set", "data.workers=0"]
+    assert features.main([*arguments, "--set", "encode.precision=fp32"]) == 0
+    found, model = np.load(out), open_model(str(run), text=False)
+    images = [decode_image(dict(members)["png"], 3) for members in _samples(100, 112)]
+    for number, image in enumerate(images):
+        np.testing.assert_allclose(found["features"][number], model.encode(image, precision="fp32")[0], atol=1e-5)
+        rows, columns = found["grids"][number]
+        assert (rows, columns) == model.geometry.native.grid(*image.shape[1:])
+        patches = found["patches"][number]
+        assert patches.shape == (20, 32) and not patches[rows * columns :].any()
+        np.testing.assert_allclose(
+            patches[: rows * columns].astype(np.float32).mean(0), found["features"][number], atol=2e-3
+        )
+    with pytest.raises(ValueError, match="does not fit"):
+        model.encode(torch.zeros(3, 20, 16))
+    assert model.encode(torch.zeros(3, 8, 48)).shape == (1, 32)
+
+
+def _samples(start, stop):
+    files = {}
+    for number in range(start, stop):
+        out = BytesIO()
+        content = dict(labelled_members([number]))[f"{number:05d}.png"]
+        Image.open(BytesIO(content)).resize(SIZES[number % len(SIZES)]).save(out, "PNG")
+        files[number] = [("png", out.getvalue())]
+    return files.values()
+
+
+def test_pictures_keep_the_aspect_ratio(run, shards, tmp_path):
+    for number, kind in enumerate(([], ["attention"], ["attention", "--patch", "1,3"])):
+        out = tmp_path / f"{number}.png"
+        arguments = [str(run), *kind, "--shards", shards[1], "--pictures", "3", "--out", str(out)]
+        assert visualise.main(arguments) == 0 and Image.open(out).width > 200
+    wide = torch.zeros(3, 8, 32, dtype=torch.uint8)
+    assert box_in(wide, 128) == (0, 48, 128, 32)
+    rows = np.flatnonzero(np.asarray(shown(wide, 128)).sum((1, 2)) == 0)
+    assert (rows[0], rows[-1]) == (48, 79)
+    with pytest.raises(UserError, match="from 0,0 to 9,9"):
+        visualise.main([str(run), "attention", "--shards", shards[1], "--patch", "10,0"])
+
+
+def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    model = open_model(str(run), text=False)
+    assert export.main([str(run), str(tmp_path / "timm"), "--format", "timm"]) == 0
+    assert "it takes square images of 32 x 32 pixels" in capsys.readouterr().out
+    vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
+    torch.testing.assert_close(
+        vit((image / 255 - mean) / std).detach(), model.encode(image, precision="fp32"), rtol=0, atol=2e-5
+    )
+    assert export.main([str(run), str(tmp_path / "own")]) == 0
+    assert "images of any aspect ratio" in (tmp_path / "own/README.md").read_text()
+    assert open_model(str(tmp_path / "own"), text=False).config.resize == "native"
+
+
+def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, capsys):
+    sizes = tmp_path / "sizes.json"
+    data_tools(["stats", shards[0], "--sizes", str(sizes), "--cache-dir", str(tmp_path)])
+    assert sorted(set(map(tuple, json.loads(sizes.read_text())))) == sorted(set(SIZES))
+
+    def flops(*options):
+        capsys.readouterr()
+        assert (
+            train.main(trainer.arguments("x", "--dry-run", "--no-data", *options, "--set", "model.emb_dim=1024")) == 0
+        )
+        out = capsys.readouterr().out
+        return float(out.split("official code")[1].split("G in this")[0].split()[-1]), out
+
+    whole, _ = flops(*NATIVE)
+    mean, out = flops(*NATIVE, "--sizes", str(sizes))
+    assert 0.5 * whole < mean < whole
+    assert "from 1 to 20" in out and "differ by" in out
+    for wrong, told in (
+        (tmp_path / "none.json", "cannot be read"),
+        (trainer.config, "stats --sizes writes such a file"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train.main(trainer.arguments("x", "--dry-run", *NATIVE, "--sizes", str(wrong)))
+    with pytest.raises(UserError, match="goes with model"):
+        train.main(trainer.arguments("x", "--dry-run", "--sizes", str(sizes)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_corruptions_of_an_elongated_image(kind):
+    image = torch.randint(0, 256, (3, 16, 40), dtype=torch.uint8)
+    corrupted = Corruption(kind, 3)(image, 0)
+    assert corrupted.shape == image.shape and not torch.equal(corrupted, image)
+
+
+def test_the_attentive_probe_ignores_what_fills_up_an_image():
+    head = AttentiveHead(8, 3, 2).eval()
+    torch.nn.init.normal_(head.query)
+    tokens = torch.randn(2, 5, 8)
+    filled = torch.cat((tokens, torch.zeros(2, 3, 8)), 1)
+    torch.testing.assert_close(head(filled), head(tokens))
