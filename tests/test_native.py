@@ -168,7 +168,7 @@ def test_sizes_that_do_not_fit_are_named():
     model = make_model(config())
     sample = Sample("odd", torch.zeros(3, 10, 16, dtype=torch.uint8), torch.zeros(10, dtype=torch.bool))
     for shape, told in (
-        ((3, 10, 16), "odd: an image of 16 x 10 pixels cannot be cut into patches of 4"),
+        ((3, 10, 16), "odd: image of 16 x 10 pixels cannot be cut into patches of 4"),
         ((3, 16, 20), "not 3 channels, more than 16 patches"),
         ((3, 4, 64), "a side of more than 8"),
     ):

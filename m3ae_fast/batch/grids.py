@@ -100,7 +100,7 @@ def grid_of(image: Tensor, patch_size: int) -> Grid:
     """Return the grid of an image [C, H, W]. Raises ValueError if its sides are no multiples of the patch size."""
     height, width = image.shape[-2:]
     if height % patch_size or width % patch_size:
-        raise ValueError(f"an image of {width} x {height} pixels cannot be cut into patches of {patch_size}")
+        raise ValueError(f"image of {width} x {height} pixels cannot be cut into patches of {patch_size}")
     return height // patch_size, width // patch_size
 
 

@@ -108,7 +108,7 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
         try:
             geometry.grid(image)
         except ValueError as error:
-            raise ValueError(f"a floating image does not fit: {error}") from None
+            raise ValueError(f"a floating {error}") from None
         return image.cpu()
     if image.dtype != torch.uint8:
         raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
