@@ -36,6 +36,14 @@ def test_stage_2_waits_for_its_reductions_on_the_device(found):
         assert found[2, clip, precision]["stream waits"] >= 1
 
 
+def test_what_runs_beside_each_other_in_stage_2_shares_no_bytes(found):
+    """Copies into buckets, reductions on their stream and what takes the gradients: each begins after what it needs. A
+    wait that is taken away shows."""
+    right, wrong = found["races", True], found["races", False]
+    assert right["races"] == {} and "c10d::allreduce_" in right["reduced by"]
+    assert sum(wrong["races"].values()) > 0
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_norm_that_is_not_finite_is_returned_as_such(found, stage):
     """DeepSpeed says -1, which would pass for a norm."""

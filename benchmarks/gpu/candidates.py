@@ -89,14 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", nargs="+", choices=DTYPES, default=list(DTYPES), help="bits of the inputs")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at once")
     args = parser.parse_args(arguments)
-    from rich.progress import track  # of the trainer's packages: tuning, which reads what is found here, has none
-
     found = {kernel: dict(tables) for kernel, tables in read(args.arch).items() if kernel in cases}
     with ProcessPoolExecutor(args.jobs) as pool:
         for kernel, width in itertools.product(args.kernel, args.width):
             tried = possible(args.arch, width)
+            print(f"{kernel}, {DTYPES[width]}: {len(tried)} are compiled", flush=True)
             work = [pool.submit(compile_case, cases[kernel], args.arch, DTYPES[width], s) for s in tried]
-            reports = [w.result() for w in track(work, f"{kernel}, {DTYPES[width]}")]
+            reports = [w.result() for w in work]
             kept = best(args.arch, width, list(zip(tried, reports)))
             found.setdefault(kernel, {})[width] = kept
             print(f"{kernel}, {DTYPES[width]}: {len(kept)} of {len(tried)} are worth timing", flush=True)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from m3ae_fast.batch import pack
+from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model import M3AE
@@ -40,13 +43,57 @@ class Reads(TorchDispatchMode):
 
 
 class Stream:
-    """Stands in for a GPU's."""
+    """Stands in for a GPU's. `done`: by stream's name, how many of its ops are known to be over before the next one
+    here begins."""
 
     def __init__(self, name: str, waits: list[tuple[str, str]]) -> None:
         self.name, self.waits = name, waits
+        self.done: Counter = Counter()
 
     def wait_stream(self, other: Stream) -> None:
         self.waits.append((self.name, other.name))
+        self.done |= other.done
+
+
+class Races(TorchDispatchMode):
+    """Name the ops that may begin while an op of another stream, which nothing has waited for, still uses the same
+    bytes and one of them writes: on a GPU the result would depend on luck. Storages stay alive, as `record_stream`
+    keeps them there."""
+
+    def __init__(self, cpu: StreamedCpu) -> None:
+        super().__init__()
+        self.cpu, self.found = cpu, Counter()  # type: ignore[var-annotated]
+        self.ran: set[tuple[str, str]] = set()
+        self.uses: dict[int, list[tuple[int, int, str, int, bool]]] = defaultdict(list)
+        self.alive: list[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        stream = self.cpu.current
+        stream.done[stream.name] += 1
+        self.ran.add((stream.name, func.name()))
+        collective = func.name().startswith("c10d::")  # their schemas do not say what they write
+        for argument, value in zip(func._schema.arguments, args):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            self._use(func.name(), stream, value, writes or collective)
+        for value in (kwargs or {}).values():
+            self._use(func.name(), stream, value, func._schema.is_mutable)
+        return result
+
+    def _use(self, name: str, stream: Stream, value: Any, writes: bool) -> None:
+        for tensor in tree_leaves(value):
+            if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+                continue
+            storage = tensor.untyped_storage()
+            self.alive.append(storage)
+            first = tensor.storage_offset() * tensor.itemsize
+            last = first + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1) * tensor.itemsize
+            uses = self.uses[storage.data_ptr()]
+            for begin, end, other, count, wrote in uses:
+                shared = (writes or wrote) and begin < last and first < end
+                if shared and other != stream.name and count > stream.done[other]:
+                    self.found[name] += 1
+            uses.append((first, last, stream.name, stream.done[stream.name], writes))
 
 
 class StreamedCpu:
@@ -55,13 +102,13 @@ class StreamedCpu:
     def __init__(self) -> None:
         self.synchronised = 0
         self.waits: list[tuple[str, str]] = []
-        current = Stream("current", self.waits)
+        self.current = Stream("current", self.waits)
         kind = type(get_accelerator())
         for name, answer in {
             "synchronize": self._count,
             "resolves_data_dependency": lambda *_: False,
-            "current_stream": lambda *_: current,
-            "stream": lambda *_: contextlib.nullcontext(),
+            "current_stream": lambda *_: self.current,
+            "stream": lambda _, stream: self._on(stream),
         }.items():
             setattr(kind, name, answer)
         torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
@@ -69,14 +116,22 @@ class StreamedCpu:
     def _count(self, *_) -> None:
         self.synchronised += 1
 
+    @contextlib.contextmanager
+    def _on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
 
-def engine_of(stage: int | None, clip: float | None, precision: str, ranks: Ranks) -> Any:
+
+def engine_of(stage: int | None, clip: float | None, precision: str, ranks: Ranks, accumulation: int = 1) -> Any:
     zero = None if stage is None else {"zero_optimization": {"stage": stage, "overlap_comm": True}}
     data = {
         "model": TINY,
         "data": {"train": [{"shards": "none.tar"}]},
         "optim": {"clip_grad": clip},
-        "train": {"steps": 3, "global_batch": 16, "precision": precision},
+        "train": {"steps": 3, "global_batch": 16, "micro_batch": 16 // accumulation, "precision": precision},
         "deepspeed": zero,
     }
     config = parse(Config, data, "case")
@@ -100,6 +155,33 @@ def count(cpu: StreamedCpu, stage: int | None, clip: float | None, precision: st
         _, norm = engine.step([second], second.counts, 1e-3)
     waits = sum(wait == ("current", "reduction") for wait in cpu.waits)
     return {"reads": reads.found, "synchronised": cpu.synchronised, "stream waits": waits, "norm": float(norm)}
+
+
+def _counts(batches: list[Any]) -> LossCounts:
+    return LossCounts(*map(sum, zip(*(batch.counts for batch in batches))))
+
+
+def races(cpu: StreamedCpu, waits: bool, ranks: Ranks) -> dict[str, Any]:
+    """Return the ops of a step of stage 2 in two parts that may race; without `waits`, where nothing waits after the
+    reductions of a part."""
+    engine = engine_of(2, 1.0, "bf16", ranks, accumulation=2)
+    optimizer = engine.ds.optimizer
+    optimizer.reduction_stream = Stream("reduction", cpu.waits)
+    first, *parts = batches_of(engine, 3)
+    engine.step([first, first], _counts([first, first]), 1e-3)
+    if not waits:
+        epilogue = optimizer.independent_gradient_partition_epilogue
+
+        def too_early() -> None:
+            known = Counter(cpu.current.done)
+            epilogue()
+            cpu.current.done = known
+
+        optimizer.independent_gradient_partition_epilogue = too_early
+    with Races(cpu) as found:
+        engine.step(parts, _counts(parts), 1e-3)
+    reduced = sorted(name for stream, name in found.ran if stream == "reduction")
+    return {"races": found.found, "reduced by": reduced}
 
 
 def norm_of_nan(stage: int, ranks: Ranks) -> float:
@@ -133,5 +215,6 @@ def main(arguments: list[str]) -> int:
         cpu = StreamedCpu()
         for case in itertools.product((None, 0, 1, 2), (None, 1.0), ("bf16", "fp32")):
             lines.append({"case": list(case)} | count(cpu, *case, ranks))
+        lines += [{"case": ["races", waits]} | races(cpu, waits, ranks) for waits in (True, False)]
     Path(arguments[0]).write_text("\n".join(map(json.dumps, lines)))
     return 0

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,6 +113,19 @@ def test_candidates_are_those_of_the_kernels():
             assert candidates.settings_to_try(kernel, now, "sm_90", width) == settings
     near = candidates.settings_to_try("rows", {"BLOCK_M": 8, "BLOCK_D": 256, "num_warps": 4}, "sm_90", "16")
     assert len(near) == 18 and all(s.keys() == near[0].keys() for s in near)
+
+
+def test_candidates_are_compiled_and_written(tmp_path, monkeypatch, capsys):
+    few = candidates.possible("sm_90", "16")[:2]
+    monkeypatch.setattr(candidates, "FOLDER", tmp_path)
+    monkeypatch.setattr(candidates, "possible", lambda *_: few)
+    monkeypatch.setattr(candidates, "ProcessPoolExecutor", ThreadPoolExecutor)
+    sound = Report("k", "sm_90", "bf16", "", registers=128, shared_bytes=50_000)
+    monkeypatch.setattr(candidates, "compile_case", lambda *_: sound)
+    kernel = next(iter(tuning.table("sm_90").keys() & {case.kernel for case in candidates.CASES if case.matmul}))
+    assert candidates.main(["--kernel", kernel, "--width", "16", "--jobs", "1"]) == 0
+    assert candidates.read("sm_90")[kernel]["16"] == few
+    assert "2 are compiled" in (out := capsys.readouterr().out) and "2 of 2 are worth timing" in out
 
 
 def test_candidates_that_are_unsound_or_slow_are_left_out():
