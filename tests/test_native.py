@@ -11,7 +11,8 @@ import torch
 from m3ae_fast.batch.grids import Native, patch_rows
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.config import Config, LossConfig, ModelConfig, parse
+from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_1d
 
@@ -174,3 +175,19 @@ def test_sizes_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match=told):
             pack([replace(sample, image=torch.zeros(shape, dtype=torch.uint8))], model.geometry)
+
+
+def test_the_model_remembers_what_data_says_of_sizes():
+    given = {"run": {"dir": "x"}, "data": {"train": [{"shards": "a.tar"}]}, "train": {"global_batch": 1, "steps": 1}}
+    sizes = {"resize": "native", "max_patches": 12, "min_patches": 3}
+
+    def model(data, **own):
+        return parse(Config, given | {"data": given["data"] | data, "model": own}, "test").model
+
+    kept = model(sizes, emb_dim=64)
+    assert (kept.resize, kept.max_patches, kept.min_patches, kept.emb_dim) == ("native", 12, 3, 64)
+    assert model({}, **sizes) == model(sizes) == model(sizes, **sizes)
+    with pytest.raises(UserError, match="data.max_patches is 12, but model.max_patches 9: give data.max_patches alone"):
+        model(sizes, max_patches=9)
+    with pytest.raises(UserError, match="model: min_patches 13 is more than max_patches 12"):
+        model(sizes | {"min_patches": 13})

@@ -6,12 +6,14 @@ its description: docs/config.md is made from it by `python -m m3ae_fast.config`.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
+from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.range import Range, check_range
 
 MAX_VOCAB = 1 << 24
@@ -264,6 +266,12 @@ class DataConfig(Section):
     range: Range | None = None
     """Of images of more than 8 bits: the values that are black and white, such as [0, 4095], or `dtype`, the lowest and
     highest of the file's type (of floats 0 and 1); null: the model's, or else none is read."""
+    resize: Literal["square", "native"] | None = None
+    """What becomes of images: sets `model.resize`, which the model remembers; null: what that says."""
+    max_patches: Size | None = None
+    """Of native images: sets `model.max_patches`; null: what that says."""
+    min_patches: Size | None = None
+    """Of native images: sets `model.min_patches`; null: what that says."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest fraction of an image's area that RandomResizedCrop keeps: 0 < smallest ≤ largest ≤ 1."""
     flip: bool = True
@@ -562,7 +570,23 @@ class Config(Section):
             raise ValueError(
                 "data.repeats: images with ids in the shards have one crop each; tokenize-images --views makes more"
             )
-        return self._with_range()._without_captions()
+        return self._with_range()._with_sizes()._without_captions()
+
+    def _with_sizes(self) -> Config:
+        """Store in `model` what `data` says of the images' sizes, for the same reason."""
+        said = {name: getattr(self.data, name) for name in ("resize", "max_patches", "min_patches")}
+        said = {name: value for name, value in said.items() if value is not None}
+        for name, value in said.items():
+            own, default = getattr(self.model, name), ModelConfig.model_fields[name].default
+            if own not in (value, default):
+                raise ValueError(f"data.{name} is {value}, but model.{name} {own}: give data.{name} alone")
+        if not said:
+            return self
+        try:
+            model = ModelConfig.model_validate_json(json.dumps(self.model.model_dump(mode="json") | said))
+        except ValidationError as error:
+            raise ValueError(f"model: {describe_error(ModelConfig, error)}") from None
+        return self.model_copy(update={"model": model})
 
     def _with_range(self) -> Config:
         """Store the images' range in `model`, like their mean: whoever decodes for the model later has no `data`."""
