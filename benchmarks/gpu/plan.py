@@ -2,14 +2,15 @@
 
 Each stage is a process of its own, or several at once, with a time limit. What it prints and writes is kept in a folder
 of its name before anything reads it; record.json there says how it ended. A stage that has a record is done: the next
-call goes on after it. A stage that fails, hangs or prints nothing costs that stage alone. Compilers' caches stay in the
-folder from call to call.
+call goes on after it, and runs again what lacked a module that is there now. A stage that fails, hangs or prints
+nothing costs that stage alone. Compilers' caches stay in the folder from call to call.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import results
@@ -89,7 +91,7 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN) -> int:
     outcomes: list[str] = []
     for stage in stages:
         place = folder / stage.name
-        if not (place / RECORD).exists():
+        if not _is_done(place):
             left = deadline - time.monotonic()
             if begun and left < stage.seconds:  # a call's first stage has at least the call
                 print(f"{stage.name} takes up to {stage.seconds:.0f} s, {max(0, left):.0f} are left: call again")
@@ -103,14 +105,24 @@ def run(folder: Path, seconds: float, stages: Sequence[Stage] = PLAN) -> int:
             partial.replace(place / RECORD)
         record = json.loads((place / RECORD).read_text(encoding="utf-8"))
         outcomes.append(record["outcome"])
-        print(f"{stage.name:16} {record['outcome']:12} {record['seconds']:6.0f} s  {place}", flush=True)
+        lacks = f", without {record['lacks']}: python -m benchmarks.gpu.wheels" if record["lacks"] else ""
+        print(f"{stage.name:16} {record['outcome']:12} {record['seconds']:6.0f} s  {place}{lacks}", flush=True)
     return 0 if {"done", "absent"} >= set(outcomes) else 1
+
+
+def _is_done(place: Path) -> bool:
+    """Return whether a stage has a record, but for one that only lacked a module which is there now."""
+    try:
+        record = json.loads((place / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return not record["lacks"] or find_spec(record["lacks"]) is None
 
 
 def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[str, str | float | list[int | None]]:
     tool = sys.executable if stage.tool is None else shutil.which(stage.tool)
     if tool is None:
-        return {"outcome": "absent", "seconds": 0.0, "exit codes": []}
+        return {"outcome": "absent", "seconds": 0.0, "exit codes": [], "lacks": ""}
     began = time.monotonic()
     environment = os.environ | caches(folder) | stage.env
     environment |= {results.ELSEWHERE: str(place.absolute()), "PYTHONUNBUFFERED": "1"}
@@ -134,7 +146,14 @@ def _run_stage(stage: Stage, place: Path, folder: Path, seconds: float) -> dict[
         outcome = "failed"
     else:
         outcome = "done" if all(log.stat().st_size for log in logs) else "silent"
-    return {"outcome": outcome, "seconds": time.monotonic() - began, "exit codes": codes}
+    said = "".join(log.read_text(encoding="utf-8", errors="replace") for log in logs) if outcome == "failed" else ""
+    missing = re.findall(r"^ModuleNotFoundError: No module named '(\w+)", said, re.MULTILINE)
+    return {
+        "outcome": outcome,
+        "seconds": time.monotonic() - began,
+        "exit codes": codes,
+        "lacks": missing[-1] if missing else "",
+    }
 
 
 def _wait(process: subprocess.Popen, until: float) -> int | None:
