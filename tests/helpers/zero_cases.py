@@ -120,7 +120,7 @@ def configs(world: int) -> Iterator[Case]:
         yield f"{path.name} plain", parse(Config, plain, path.name)
 
 
-def samples(step: int, text: bool, native: bool) -> list[Sample]:
+def samples(step: int, text: bool, native: bool = False) -> list[Sample]:
     """Return captions of all lengths, an image without one, and one without an image: counts that differ by rank. With
     `native`, images have one to four rows of patches."""
     generator = torch.Generator().manual_seed(step)
