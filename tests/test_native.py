@@ -187,7 +187,9 @@ def test_the_model_remembers_what_data_says_of_sizes():
     kept = model(sizes, emb_dim=64)
     assert (kept.resize, kept.max_patches, kept.min_patches, kept.emb_dim) == ("native", 12, 3, 64)
     assert model({}, **sizes) == model(sizes) == model(sizes, **sizes)
-    with pytest.raises(UserError, match="data.max_patches is 12, but model.max_patches 9: give data.max_patches alone"):
+    with pytest.raises(
+        UserError, match=r"data\.max_patches is 12, but model\.max_patches 9: give data\.max_patches alone"
+    ):
         model(sizes, max_patches=9)
     with pytest.raises(UserError, match="model: min_patches 13 is more than max_patches 12"):
         model(sizes | {"min_patches": 13})
