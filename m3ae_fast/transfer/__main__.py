@@ -54,7 +54,8 @@ TASKS = {
         sections=("encode", "linear"),
     ),
     "attentive": Task(
-        "train a query that pools the frozen patch tokens, and a linear classifier",
+        "train a query that pools the frozen patch tokens, and a linear classifier; all tokens stay in memory, and a "
+        "stopped run begins again",
         modality="image",
         surveys=True,
         sections=("encode", "attentive"),

@@ -6,6 +6,7 @@ Shapes: N samples, S of a step, L patches, D encoder width, K classes.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.progress import track
 from m3ae_fast.transfer.heads import AttentiveHead
+from m3ae_fast.transfer.labelled_loop import cautions
 from m3ae_fast.transfer.probe_engine import CachedSteps
 from m3ae_fast.transfer.rates import Tried, best, judged, split
 from m3ae_fast.transfer.recipe import OFFICIAL
@@ -25,6 +27,13 @@ from m3ae_fast.transfer.recipe import OFFICIAL
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried, of AdamW
 _WARMUP = 1 / 9  # of the run, as of the linear probe
 _AT_A_TIME = 256  # samples to classify
+
+
+class Trained(NamedTuple):
+    """A head, and the fraction of each step's samples that it had right before that step."""
+
+    head: AttentiveHead
+    accuracies: list[float]
 
 
 def settled(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> AttentiveProbeConfig:
@@ -43,14 +52,12 @@ def try_rates(
     train, held_out = split(bank)
     if not held_out.keys:
         return []
-    heads = train_heads(train, config, RATES, classes, seed, ranks, pulse)
+    trained = train_heads(train, config, RATES, classes, seed, ranks, pulse)
     assert held_out.labels_N is not None
-    return [judged(rate, logits(head, held_out, ranks), held_out.labels_N) for rate, head in zip(RATES, heads)]
+    return [judged(rate, logits(each.head, held_out, ranks), held_out.labels_N) for rate, each in zip(RATES, trained)]
 
 
-def fit(
-    bank: Features, config: AttentiveProbeConfig, classes: int, seed: int, ranks: Ranks, pulse: Pulse
-) -> AttentiveHead:
+def fit(bank: Features, config: AttentiveProbeConfig, classes: int, seed: int, ranks: Ranks, pulse: Pulse) -> Trained:
     """Return a head trained at the config's rate, or at the best of those tried. Arguments as of `train_heads`."""
     rate = config.peak_lr
     if rate is None:
@@ -67,7 +74,7 @@ def train_heads(
     seed: int,
     ranks: Ranks,
     pulse: Pulse,
-) -> list[AttentiveHead]:
+) -> list[Trained]:
     """Train a head at each rate, all on the same batches, and return them in evaluation mode.
 
     Args:
@@ -87,19 +94,29 @@ def train_heads(
             head = AttentiveHead(bank.features_ND.shape[-1], classes, config.heads).to(ranks.device).train()
             heads.append(head)
             optimizers.append(torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=config.weight_decay))
+    right: list[list[Tensor]] = [[] for _ in rates]
     title = f"attentive probe, {len(rates)} rates" if len(rates) > 1 else "attentive probe"
     batches = CachedSteps(bank, range(config.steps), config.batch, seed)
     for step, batch in enumerate(track(batches, title, config.steps, show=ranks.is_main)):
         pulse.mark(title)
         batch = batch.to(ranks.device)
         tokens_SLD = batch.features_SD.float()
-        for rate, head, optimizer in zip(rates, heads, optimizers):
+        for rate, head, optimizer, own in zip(rates, heads, optimizers, right):
             optimizer.zero_grad()
-            F.cross_entropy(head(tokens_SLD), batch.labels).backward()
+            logits_SK = head(tokens_SLD)
+            F.cross_entropy(logits_SK, batch.labels).backward()
+            own.append((logits_SK.argmax(1) == batch.labels).float().mean())
             for group in optimizer.param_groups:
                 group["lr"] = warmup_cosine(step, round(config.steps * _WARMUP), config.steps, peak=rate)
             optimizer.step()
-    return [head.eval() for head in heads]
+    return [Trained(head.eval(), torch.stack(own).tolist()) for head, own in zip(heads, right)]
+
+
+def cautions_of(trained: Trained, config: AttentiveProbeConfig) -> list[str]:
+    """Return what speaks against taking a head's accuracy as it is, a line each; `config`: settled."""
+    assert config.steps and config.batch
+    lines = [{"accuracy": accuracy} for accuracy in trained.accuracies]
+    return cautions("attentive", "attentive.steps", config.steps, OFFICIAL["linear"], lines, config.batch)
 
 
 @torch.no_grad()

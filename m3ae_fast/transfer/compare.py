@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,22 @@ def _measure(
         for probe, (bank, held_out) in zip(job.args.probes, parts):
             if number and not drawn and not PROBES[probe].seeded:
                 continue
-            setting = Setting(job.config, len(found.classes), opened.config.num_heads, seed, job.ranks, job.pulse)
+            about = f"{name}, {probe}, seed {seed}"
+            setting = Setting(
+                job.config,
+                len(found.classes),
+                opened.config.num_heads,
+                seed,
+                job.ranks,
+                job.pulse,
+                partial(_caution, job, about),
+            )
             found.add(name, probe, seed, PROBES[probe].predict(bank, held_out, setting))
-            job.say(f"{name}, {probe}, seed {seed}: {summary(found.trials[name, probe][seed].accuracies())}")
+            job.say(f"{about}: {summary(found.trials[name, probe][seed].accuracies())}")
+
+
+def _caution(job: Job, about: str, text: str) -> None:
+    job.say(f"note: {about}: {text}")
 
 
 def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -> list[tuple[Features, Features]]:
@@ -170,7 +184,7 @@ def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -
     tokens = any(PROBES[probe].tokens for probe in job.args.probes)
     set_images(model, job.config.data.range, job.config.encode.resize)
     if tokens:
-        require_memory(model.config, 1, corpora)
+        job.say(f"{name}: {require_memory(model.config, 1, corpora)}")
     own = replace(job, model=model.to(job.ranks.device).eval())
     whole = [own.encode(corpus, f"{name}: {title}", patches=tokens) for corpus, title in zip(corpora, ("train", "val"))]
     parts = []

@@ -17,7 +17,7 @@ from m3ae_fast.pictures.figures import draw_confusion, draw_training
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.transfer.predictions import ERROR, Predictions
-from m3ae_fast.transfer.recipe import OFFICIAL
+from m3ae_fast.transfer.recipe import OFFICIAL, Official
 
 _TIMED = 5  # steps
 _RISE = 0.02  # of training accuracy, that is worth a word
@@ -75,17 +75,11 @@ class LabelledLoop(Loop):
 
     def cautions(self) -> list[str]:
         """Return what speaks against taking the result as it is, a line each. Main rank only."""
-        fewest = OFFICIAL[self.settings.SECTION].fewest_steps
         lines = []
-        if self.schedule.total_steps < fewest:
-            lines.append(
-                f"{self.schedule.total_steps:,} steps are few: a run without {self.settings.SECTION}.epochs and "
-                f".steps takes {fewest:,} or more"
-            )
         with suppress(UserError):  # no metrics are left
-            if rise := rising(read_metrics(self.run.dir), self.share.global_batch):
-                lines.append(f"training accuracy was still rising, by {rise:.1%}; raise {self.settings.SECTION}.epochs")
-        return lines
+            lines = read_metrics(self.run.dir)
+        section, steps = self.settings.SECTION, self.schedule.total_steps
+        return cautions(section, f"{section}.epochs", steps, OFFICIAL[section], lines, self.share.global_batch)
 
     def evaluated(self, predictions: Predictions) -> dict[str, float]:
         """Keep predictions of all held-out samples, and return their accuracies, which are logged too."""
@@ -101,6 +95,26 @@ class LabelledLoop(Loop):
         found = self.predictions
         assert found is not None
         draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.names)
+
+
+def cautions(
+    section: str, length: str, steps: int, official: Official, lines: list[dict[str, Any]], batch: int
+) -> list[str]:
+    """Return what speaks against taking a training's result as it is, a line each.
+
+    Args:
+        section, length: of the settings, and the setting that makes it longer.
+        steps: that it took.
+        official: says how many it takes by itself, at least.
+        lines, batch: see `rising`.
+    """
+    found = []
+    if steps < official.fewest_steps:
+        given = f"{section}.epochs and .steps" if length.endswith("epochs") else length
+        found.append(f"{steps:,} steps are few: a run without {given} takes {official.fewest_steps:,} or more")
+    if rise := rising(lines, batch):
+        found.append(f"training accuracy was still rising, by {rise:.1%}; raise {length}")
+    return found
 
 
 def rising(lines: list[dict[str, Any]], batch: int) -> float:

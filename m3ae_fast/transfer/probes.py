@@ -35,6 +35,7 @@ class Setting(NamedTuple):
     seed: int  # of a probe's weights and of its order
     ranks: Ranks
     pulse: Pulse
+    caution: Callable[[str], None] = lambda text: None  # told what speaks against taking the result as it is
 
 
 class Probe(NamedTuple):
@@ -89,8 +90,10 @@ def _with_rate(bank: Features, config: LinearProbeConfig, setting: Setting) -> L
 
 def _attentive(bank: Features, held_out: Features, setting: Setting) -> Tensor:
     config = attentive.settled(setting.config.attentive, len(bank.keys), setting.encoder_heads)
-    head = attentive.fit(bank, config, setting.classes, setting.seed, setting.ranks, setting.pulse)
-    return attentive.logits(head, held_out, setting.ranks)
+    trained = attentive.fit(bank, config, setting.classes, setting.seed, setting.ranks, setting.pulse)
+    for text in attentive.cautions_of(trained, config):
+        setting.caution(text)
+    return attentive.logits(trained.head, held_out, setting.ranks)
 
 
 PROBES = {

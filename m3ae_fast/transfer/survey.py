@@ -60,17 +60,20 @@ def run(job: Job) -> dict[str, Any]:
         + f" training samples{' a class' if args.shots else ''}: {len(cases) * draws} probes"
     )
     rows, table = [], []
+    cautions: list[str] = []
     for case in cases:
-        found = [_predictions(job, encoded, case, draw) for draw in range(draws)]
+        found = [_predictions(job, encoded, case, draw, cautions) for draw in range(draws)]
         measured = _measured(found)
         rows.append(case._asdict() | measured)
         table += [(predictions, case._asdict() | {"draw": draw}) for draw, predictions in enumerate(found)]
         job.say(f"{_name(case)}: {summary(measured)}")
     job.keep(stacked(table, encoded.classes))
+    for caution in cautions:
+        job.say(f"note: {caution}")
     job.pictures.append(lambda: _draw(job, rows))
     last = rows[-1]  # of the last layer, and the most shots
     result = {name: value for name, value in last.items() if name.startswith("top")}
-    sizes = {"classes": len(encoded.classes), "train_samples": samples, "draws": draws}
+    sizes = {"classes": len(encoded.classes), "train_samples": samples, "draws": draws, "cautions": cautions}
     return result | sizes | {"val_samples": len(encoded.held_out[layers[0]].keys), "results": rows}
 
 
@@ -91,7 +94,7 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
     """Return features, or patch tokens where the probe reads those, after each layer, from one pass over the images."""
     train, val, classes = job.open_labelled()
     if probe.tokens:
-        require_memory(job.model.config, len(layers), [train, val])
+        job.say(require_memory(job.model.config, len(layers), [train, val]))
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
         found = job.encode(corpus, title, layers, patches=probe.tokens)
@@ -101,16 +104,15 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
     return Encoded(parts[0], parts[1], classes)
 
 
-def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> None:
-    """Raise UserError where patch tokens would not fit into memory."""
+def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> str:
+    """Return how much memory the patch tokens take, for the user. Raises UserError where they would not fit."""
     samples = sum(corpus.samples for corpus in corpora)
     needed = 2 * samples * layers * model.most_patches * model.emb_dim  # of float16
     needed *= 2  # while parts are joined
+    what = f"the patch tokens of {samples:,} samples at {layers} layer{'s' * (layers != 1)}"
     if lacking := missing_memory(needed, torch.device("cpu")):
-        raise UserError(
-            f"the patch tokens of {samples:,} samples at {layers} layers do not fit into memory: {lacking}; name fewer "
-            "samples, or fewer --layers"
-        )
+        raise UserError(f"{what} do not fit into memory: {lacking}; name fewer samples, or fewer --layers")
+    return f"{what} take {needed / 1e9:.3g} GB of memory"
 
 
 def few_shot(bank: Features, shots: int, draw: int, classes: Classes) -> Features:
@@ -133,12 +135,19 @@ def _digest(draw: int, key: str) -> bytes:
     return hashlib.sha256(f"{draw}/".encode() + os.fsencode(key)).digest()
 
 
-def _predictions(job: Job, encoded: Encoded, case: Case, draw: int) -> Predictions:
+def _predictions(job: Job, encoded: Encoded, case: Case, draw: int, cautions: list[str]) -> Predictions:
     bank = encoded.bank[case.layer]
     if case.shots is not None:
         bank = few_shot(bank, case.shots, draw, encoded.classes)
+    name = _name(case) + (f", draw {draw + 1}" if case.shots else "")
     setting = Setting(
-        job.config, len(encoded.classes), job.model.config.num_heads, job.config.run.seed, job.ranks, job.pulse
+        job.config,
+        len(encoded.classes),
+        job.model.config.num_heads,
+        job.config.run.seed,
+        job.ranks,
+        job.pulse,
+        lambda text: cautions.append(f"{name}: {text}"),
     )
     return PROBES[job.args.task].predict(bank, encoded.held_out[case.layer], setting)
 

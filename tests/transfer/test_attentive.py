@@ -83,16 +83,16 @@ def test_heads_of_several_rates_are_those_of_one_each():
     bank, config = _marked(60, 0), AttentiveProbeConfig(batch=16, steps=12, heads=2)
     with join_ranks() as ranks:
         both = attentive.train_heads(bank, config, (1e-3, 1e-2), 5, 0, ranks, _Pulse())
-        alone = attentive.train_heads(bank, config, (1e-2,), 5, 0, ranks, _Pulse())[0]
+        alone = attentive.train_heads(bank, config, (1e-2,), 5, 0, ranks, _Pulse())[0].head
     for name, tensor in alone.state_dict().items():
-        assert torch.equal(tensor, both[1].state_dict()[name])
-    assert not torch.equal(both[0].head.linear.weight, alone.head.linear.weight)
+        assert torch.equal(tensor, both[1].head.state_dict()[name])
+    assert not torch.equal(both[0].head.head.linear.weight, alone.head.linear.weight)
 
 
 def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
     bank, config = _marked(32, 0), AttentiveProbeConfig(batch=32, steps=18, heads=2, weight_decay=0.1)
     with join_ranks() as ranks:
-        found = attentive.train_heads(bank, config, (1e-2,), 5, 3, ranks, _Pulse())[0]
+        found = attentive.train_heads(bank, config, (1e-2,), 5, 3, ranks, _Pulse())[0].head
     torch.manual_seed(3)
     expected = AttentiveHead(24, 5, 2)
     optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, weight_decay=0.1)
@@ -110,3 +110,13 @@ def test_what_is_open_follows_from_the_number_of_samples():
     assert (found.batch, found.heads) == (256, 6)
     assert found.steps == math.ceil(334 * 1000 / 256)
     assert attentive.settled(AttentiveProbeConfig(batch=512, steps=7, heads=2), 100, 6).batch == 100
+
+
+def test_short_and_unfinished_trainings_are_told():
+    config = AttentiveProbeConfig(batch=100, steps=40, heads=2)
+    rising = attentive.Trained(None, [0.02 * step for step in range(40)])
+    few, still = attentive.cautions_of(rising, config)
+    assert few == "40 steps are few: a run without attentive.steps takes 1,000 or more"
+    assert still.startswith("training accuracy was still rising, by 20.0%; raise attentive.steps")
+    long = AttentiveProbeConfig(batch=100, steps=1000, heads=2)
+    assert attentive.cautions_of(attentive.Trained(None, [0.9] * 1000), long) == []

@@ -45,6 +45,10 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
         assert len(own) == 18 and (own.label == own.prediction).mean() == pytest.approx(row["top1"])
     said = capsys.readouterr().out
     assert f"{task} probe at 2 of 2 layers, all 48 training samples: 2 probes" in said and "layer 1: " in said
+    attends = task == "attentive"
+    assert ("the patch tokens of 66 samples at 2 layers take" in said) == attends
+    few = "layer 2: 20 steps are few: a run without attentive.steps takes 1,000 or more"
+    assert (few in result["cautions"]) == (f"note: {few}" in said) == attends
 
 
 @pytest.mark.parametrize("task", ["knn", "linear"])
@@ -124,9 +128,7 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
     with pytest.raises(UserError, match="--layers 3: must be all, or numbers from 1 to 2"):
         transfer("knn", "--layers", "3")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
-    told = (
-        r"the patch tokens of 66 samples at 1 layers do not fit into memory: .* GB are needed, and 0.0001 GB are free"
-    )
+    told = r"the patch tokens of 66 samples at 1 layer do not fit into memory: .* GB are needed, and 0.0001 GB are free"
     with pytest.raises(UserError, match=told):
         transfer("attentive")
     assert not (tmp_path / "out").exists()
