@@ -1,42 +1,87 @@
-"""Tests two results on the same samples against each other."""
+"""Tests two results on the same samples against each other: accuracies, or areas under ROC curves.
+
+Shapes: N familiar samples, M strange ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import read_parquet
+from m3ae_fast.transfer.ood import SCORES, auroc_and_fpr, bootstrap_areas, middle
 from m3ae_fast.transfer.predictions import FILE
 from m3ae_fast.transfer.significance import difference
 
+_VAL = "val"  # what `ood` calls the familiar set
+Table = dict[str, list[Any]]
+
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return which of two results is better, as a sentence. `folders`: the OUT of two tasks.
+    """Return which of two results is better, as a sentence; of out-of-distribution detection one for each set and each
+    score. `folders`: the OUT of two tasks.
 
     Raises:
         UserError: one has no predictions of classes, or they are not of the same samples.
     """
-    first, second = (_correct(folder) for folder in folders)
-    if first.keys() != second.keys():
-        alone = len(first.keys() ^ second.keys())
+    first, second = (read_parquet(folder / FILE) for folder in folders)
+    if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
+        return _compare_areas(folders, first, second)
+    ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
+    _require_same(folders, ours.keys(), theirs.keys())
+    first_N, second_N = (np.array([each[key] for key in ours]) for each in (ours, theirs))
+    return difference(first_N, second_N).words(str(folders[0]), str(folders[1]))
+
+
+def _require_same(folders: Sequence[Path], first: Any, second: Any) -> None:
+    if first != second:
         raise UserError(
-            f"{folders[0]} and {folders[1]}: {alone:,} samples are in one of them alone; name two results of the same "
-            "--val, spelled alike"
+            f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in one of them alone; name two "
+            "results of the same --val, spelled alike"
         )
-    ours, theirs = (np.array([each[key] for key in first]) for each in (first, second))
-    return difference(ours, theirs).words(str(folders[0]), str(folders[1]))
 
 
-def _correct(folder: Path) -> dict[str, bool]:
+def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
+    """Return a sentence for each set of strange samples and each score; see `areas_apart`."""
+    samples, others = (list(zip(table["set"], table["key"])) for table in (first, second))
+    _require_same(folders, {*samples}, {*others})
+    place = {sample: row for row, sample in enumerate(others)}
+    rows_N = np.array([place[sample] for sample in samples])  # of the second table, in the order of the first
+    sets_N, lines = np.array(first["set"]), []
+    for name in dict.fromkeys(first["set"]):
+        for score in SCORES if name != _VAL else ():
+            ours_N, theirs_N = np.array(first[score]), np.array(second[score])[rows_N]
+            ours, theirs = ([scores_N[sets_N == part] for part in (_VAL, name)] for scores_N in (ours_N, theirs_N))
+            lines.append(f"{name}, {score}: {areas_apart(ours, theirs, str(folders[0]), str(folders[1]))}")
+    return "\n".join(lines)
+
+
+def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str, seed: int = 0) -> str:
+    """Return in words whether two scores' areas under the ROC curve differ, by the paired bootstrap over samples.
+
+    Args:
+        first, second: scores of familiar and of strange samples, [N] and [M], the same samples in the same order.
+        name, other: what to call them.
+        seed: of the draws.
+    """
+    apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
+    low, high = middle(bootstrap_areas(first[0], first[1], seed) - bootstrap_areas(second[0], second[1], seed))
+    verdict = f"cannot be told apart from {other} on these samples"
+    if not low <= 0 <= high:
+        verdict = f"is {'better' if apart > 0 else 'worse'} than {other}"
+    return f"{name} {verdict}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+
+
+def _correct(folder: Path, table: Table) -> dict[str, bool]:
     """Return whether each sample was right, by key."""
-    table = read_parquet(folder / FILE)
     if not {"key", "label", "prediction"} <= table.keys() or len({*table["key"]}) < len(table["key"]):
         raise UserError(
             f"{folder}: has no predictions of a class for each sample, once; name the OUT of knn, linear, finetune or "
-            "of attentive at one layer"
+            "of attentive at one layer, or two of ood"
         )
     return {
         key: label == prediction for key, label, prediction in zip(table["key"], table["label"], table["prediction"])

@@ -24,6 +24,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import write_parquet
 from m3ae_fast.pictures.figures import BLACK, Cell, Colour
 from m3ae_fast.process.program import Session
+from m3ae_fast.progress import TimeLeft
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.predictions import ERROR
 from m3ae_fast.transfer.predictions import FILE as PREDICTIONS_FILE
@@ -91,6 +92,22 @@ class Job:
         return encode_corpus(
             self.model, corpus, data, config, self.ranks, title=title, layers=layers, patches=patches, pulse=pulse
         )
+
+    def encoder(self, passes: float) -> Callable[..., Features]:
+        """Return what does as `encode` does and then says how much of `passes` sample-passes, of all corpora together,
+        is done, and how long the others will take."""
+        time_left, done = TimeLeft(passes), 0.0
+
+        def encode(corpus: Corpus, title: str, cost: float = 1.0) -> Features:
+            nonlocal done
+            found = self.encode(corpus, title)
+            part = cost * corpus.samples
+            done += part
+            left = f", about {time_left.after(part)} left" if done < passes else ""
+            self.say(f"{title}: {len(found.keys):,} samples done ({done / passes:.0%} of the encoding{left})")
+            return found
+
+        return encode
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
         """Return samples of a corpus as the encoder saw them, by key."""

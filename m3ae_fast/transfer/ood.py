@@ -29,6 +29,7 @@ from m3ae_fast.pictures.figures import draw_detection
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.job import Job, summary
 
+SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS, CONFIDENCE = 1000, 0.95
 _NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first shards
@@ -49,9 +50,9 @@ def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, flo
     return float(area), float((strange >= threshold).mean())
 
 
-def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the ends of the interval that holds the middle 95 % of the areas under the ROC curve of BOOTSTRAPS draws
-    of as many familiar and as many strange samples, with replacement.
+def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.ndarray:
+    """Return the areas under the ROC curve of BOOTSTRAPS draws of as many familiar and as many strange samples, with
+    replacement. The draws depend on the seed and on the numbers of samples alone.
 
     Args:
         familiar, strange: as in `auroc_and_fpr`.
@@ -68,9 +69,19 @@ def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tupl
         lower_V = other_V.cumsum() - other_V / 2  # strange samples with a lower score; half of those with an equal one
         return float(known_V @ lower_V) / (len(familiar) * len(strange))
 
+    return np.array([area() for _ in range(BOOTSTRAPS)])
+
+
+def middle(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the interval that holds the middle 95 % of some draws' values."""
     rest = (1 - CONFIDENCE) / 2
-    low, high = np.quantile([area() for _ in range(BOOTSTRAPS)], (rest, 1 - rest))
+    low, high = np.quantile(values, (rest, 1 - rest))
     return float(low), float(high)
+
+
+def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the `middle` of `bootstrap_areas`."""
+    return middle(bootstrap_areas(familiar, strange, seed))
 
 
 class Scores:
@@ -153,7 +164,8 @@ def run(job: Job) -> dict[str, Any]:
         "encoded; then four scores tell the last two apart"
     )
     job.keep_if_stopped(lambda: (dict(result), dict(columns)))  # at any time, from another thread
-    train, val = job.encode(labelled, "encoding train"), job.encode(held_out, "encoding val")
+    encode = job.encoder(labelled.samples + held_out.samples + others)
+    train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     assert train.labels_N is not None
     seed = job.config.run.seed
     scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, seed, head)
@@ -162,7 +174,7 @@ def run(job: Job) -> dict[str, Any]:
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
     for name, corpus in strange.items():
         prefix = f"{name}_" if name else ""
-        found = job.encode(corpus, f"encoding {name or 'ood'}")
+        found = encode(corpus, f"encoding {name or 'ood'}")
         other = scores(found.features_ND.numpy())
         told = {f"{prefix}{key}": value for key, value in _compare(known, other, seed).items()}
         result |= told

@@ -70,7 +70,7 @@ def run(job: Job) -> dict[str, Any]:
         "caption among all, and each caption for its image"
     )
     job.keep_if_stopped(lambda: (dict(result), dict(columns)))
-    images, texts = (_encode(job, pairs, modality) for modality in ("image", "text"))
+    images, texts = _encode(job, pairs)
     for features in (images, texts):
         _refuse_shared(features.keys)
     common = set(images.keys) & set(texts.keys)
@@ -107,9 +107,15 @@ def at_chance(result: dict[str, Any]) -> bool:
     return not any(above(f"{way}_recall{k}") for way in ("image_to_text", "text_to_image") for k in RANKS)
 
 
-def _encode(job: Job, pairs: Corpus, modality: Modality) -> Features:
-    sources = [replace(source, modalities=[modality] * len(source.shards)) for source in pairs.sources]
-    return job.encode(replace(pairs, sources=sources), f"encoding {modality}s")
+def _encode(job: Job, pairs: Corpus) -> tuple[Features, Features]:
+    """Return the features of the images alone, and of the captions alone."""
+    config = job.model.config
+    tokens: dict[Modality, int] = {"image": config.patches_per_image, "text": config.text_length}  # captions: at most
+    encode, parts = job.encoder(pairs.samples * sum(tokens.values())), []
+    for modality, cost in tokens.items():
+        sources = [replace(source, modalities=[modality] * len(source.shards)) for source in pairs.sources]
+        parts.append(encode(replace(pairs, sources=sources), f"encoding {modality}s", cost))
+    return parts[0], parts[1]
 
 
 def _refuse_shared(keys: Sequence[str]) -> None:

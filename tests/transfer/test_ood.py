@@ -1,8 +1,10 @@
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.special import logsumexp, softmax
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
@@ -13,9 +15,13 @@ from sklearn.preprocessing import StandardScaler
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
+from m3ae_fast.parquet import read_parquet, write_parquet
 from m3ae_fast.transfer import ood
+from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
-from m3ae_fast.transfer.ood import Scores, auroc_and_fpr, auroc_interval, named_sets
+from m3ae_fast.transfer.difference import areas_apart
+from m3ae_fast.transfer.job import Job
+from m3ae_fast.transfer.ood import SCORES, Scores, auroc_and_fpr, auroc_interval, named_sets
 from tests.helpers.labelled import NAMES, coloured, labelled_tar
 from tests.helpers.shards import members, picture, write_tar
 from tests.transfer.conftest import pictures
@@ -66,6 +72,61 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
         assert result[f"{name}_auroc"] == pytest.approx(roc_auc_score(np.arange(len(both)) < 18, both))
     assert result["mahalanobis_fpr95"] < 0.1
     assert (result["train_samples"], result["val_samples"], result["ood_samples"]) == (48, 18, 20)
+
+
+def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_path, monkeypatch, capsys):
+    left, encode = [], Job.encode
+    monkeypatch.setattr(Job, "encode", lambda job, *rest: left.append(job.stop.at_leaving()) or encode(job, *rest))
+    sets = {name: write_tar(tmp_path / f"{name}.tar", members(range(9), "image")) for name in "ab"}
+    given = [word for name, shards in sets.items() for word in ("--ood", f"{name}={shards}")]
+    columns = []
+    monkeypatch.setattr("m3ae_fast.transfer.job.write_parquet", lambda path, each: columns.append(each["set"]))
+    transfer("ood", *given, "--set", "knn.k=3")
+    said = capsys.readouterr().out
+    assert re.search(r"encoding val: 18 samples done \(79% of the encoding, about \d:\d\d:\d\d left\)", said)
+    assert "encoding b: 9 samples done (100% of the encoding)\n" in said
+    assert left[:3] == ["nothing was found yet"] * 3
+    assert left[3].startswith(f"found so far, in {tmp_path}/out/result-so-far.json: a_max_softmax_auroc ")
+    assert columns == [["val"] * 18 + ["a"] * 9, ["val"] * 18 + ["a"] * 9 + ["b"] * 9]
+
+
+def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_path, capsys):
+    random = np.random.RandomState(3)
+    familiar, strange = random.randn(300), random.randn(200)
+    noise = [0.1 * random.randn(len(part)) for part in (familiar, strange)]
+    good = [familiar + 1.0 + noise[0], strange + noise[1]]
+    bad, same = [familiar + 0.9, strange], [familiar + 1.0, strange]
+    assert areas_apart(good, [familiar, strange], "A", "B").startswith("A is better than B: AUROC +0.2")
+    assert areas_apart([familiar, strange], good, "B", "A").startswith("B is worse than A: AUROC -0.2")
+    assert areas_apart(good, good, "A", "B") == (
+        "A cannot be told apart from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
+    )
+    # alone, the intervals of these two overlap; of the same draws they do not
+    low, high = auroc_interval(*bad, 0)[1], auroc_interval(*same, 0)[0]
+    assert low > high and "A is better than B" in areas_apart(same, bad, "A", "B")
+    draws = stats.bootstrap(
+        (np.arange(300), np.arange(200)),
+        lambda i, j: np.subtract(*(auroc_and_fpr(f[i], s[j])[0] for f, s in (same, bad))),
+        vectorized=False, n_resamples=400, method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    told = [float(number) for number in re.findall(r"[+-]\d\.\d{3}", areas_apart(same, bad, "A", "B"))[1:]]
+    assert told == pytest.approx(list(draws.confidence_interval), abs=3e-3)
+
+    other = write_tar(tmp_path / "o.tar", members(range(9), "image"))
+    for name, model in (("one", run), ("two", f"random:{run}")):
+        transfer("ood", "--ood", f"o={other}", "--set", "knn.k=3", out=name, model=model)
+    table = read_parquet(tmp_path / "one/predictions.parquet")
+    write_parquet(tmp_path / "three/predictions.parquet", {name: column[1:] for name, column in table.items()})
+    capsys.readouterr()
+    assert main(["difference", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"o, {score}" for score in SCORES]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    for score, line in zip(SCORES, lines):
+        apart = results[0][f"o_{score}_auroc"] - results[1][f"o_{score}_auroc"]
+        assert f"AUROC {apart:+.3f}, 95 % interval" in line
+    with pytest.raises(UserError, match="1 samples are in one of them alone"):
+        main(["difference", str(tmp_path / "one"), str(tmp_path / "three")])
 
 
 def test_scores_are_those_of_scikit_learn_and_of_a_sort():

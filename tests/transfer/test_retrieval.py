@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,24 @@ def test_pairs_are_found_both_ways(transfer, shards, tmp_path):
         assert shares == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1
 
 
+def test_how_far_it_is_is_said_and_a_stop_leaves_what_was_found(transfer, tmp_path, monkeypatch, capsys):
+    left, jobs, ranks, real = [], [], retrieval.own_ranks, retrieval._encode
+    monkeypatch.setattr(retrieval, "_encode", lambda job, pairs: jobs.append(job) or real(job, pairs))
+
+    def stopped(*features):
+        left.append(jobs[0].stop.at_leaving())
+        return ranks(*features)
+
+    monkeypatch.setattr(retrieval, "own_ranks", stopped)
+    transfer("retrieval", train=None)
+    said = capsys.readouterr().out
+    assert re.search(r"encoding images: 18 samples done \(50% of the encoding, about \d:\d\d:\d\d left\)", said)
+    assert "encoding texts: 18 samples done (100% of the encoding)\n" in said
+    assert left[0] == "nothing was found yet"
+    found = next(line for line in left if line.startswith("found so far"))
+    assert f"{tmp_path}/out/result-so-far.json: image_to_text_recall1 " in found and "text_to_image" not in found
+
+
 def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
     files = dict(members(range(12)))
     del files["00003.txt"]
@@ -58,7 +77,11 @@ def test_samples_of_one_key_are_refused(transfer, tmp_path):
 def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, capsys):
     given = {"image": torch.eye(18), "text": torch.eye(18).roll(1, 0)}  # each is most like another's
     real = retrieval._encode
-    monkeypatch.setattr(retrieval, "_encode", lambda *args: replace(real(*args), features_ND=given[args[-1]]))
+
+    def encode(job, pairs):
+        return tuple(replace(part, features_ND=given[kind]) for kind, part in zip(given, real(job, pairs)))
+
+    monkeypatch.setattr(retrieval, "_encode", encode)
     monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
     result = transfer("retrieval", train=None)
     assert retrieval.at_chance(result)
@@ -78,7 +101,11 @@ def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
     captions[6:] = own[0] + own[6:] / 2
     given = {"image": own, "text": captions * (1 + torch.arange(18))[:, None]}  # lengths do not count
     real = retrieval._encode
-    monkeypatch.setattr(retrieval, "_encode", lambda *args: replace(real(*args), features_ND=given[args[-1]]))
+
+    def encode(job, pairs):
+        return tuple(replace(part, features_ND=given[kind]) for kind, part in zip(given, real(job, pairs)))
+
+    monkeypatch.setattr(retrieval, "_encode", encode)
     monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
     result = transfer("retrieval", train=None)
     assert [result[f"image_to_text_recall{k}"] for k in (1, 5, 10)] == [1, 1, 1]
