@@ -81,8 +81,7 @@ def _encode(
     corpus: Corpus, transfer: TransferConfig, config: ModelConfig, encoders: dict[str, Encode]
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
     """Return the features of the central squares by each encoder, the labels, and the seconds that each took."""
-    geometry = Geometry(config.image_size, config.patch_size, config.channels, 0, image_range=config.image_range)
-    preparation = Preparation(geometry, UNMASKED, None, seed=0)
+    preparation = Preparation(Geometry.of(config), UNMASKED, None, seed=0)
     loader = eval_loader(transfer.data, corpus, preparation, Share(transfer.encode.batch))
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
     labels, skipped, seconds = [], [], dict.fromkeys(encoders, 0.0)

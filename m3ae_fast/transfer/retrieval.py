@@ -110,7 +110,7 @@ def at_chance(result: dict[str, Any]) -> bool:
 def _encode(job: Job, pairs: Corpus) -> tuple[Features, Features]:
     """Return the features of the images alone, and of the captions alone."""
     config = job.model.config
-    tokens: dict[Modality, int] = {"image": config.patches_per_image, "text": config.text_length}  # captions: at most
+    tokens: dict[Modality, int] = {"image": config.most_patches, "text": config.text_length}  # at most
     encode, parts = job.encoder(pairs.samples * sum(tokens.values())), []
     for modality, cost in tokens.items():
         sources = [replace(source, modalities=[modality] * len(source.shards)) for source in pairs.sources]
