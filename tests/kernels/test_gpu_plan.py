@@ -275,15 +275,15 @@ def test_attention_kernels_are_timed_and_the_wrong_ones_named(monkeypatch):
 
 def test_curves_meet_though_one_was_killed(tmp_path):
     """On the CPU, a few steps: a run that is killed and resumed has the losses of one that is not."""
-    curves = [curve.Curve("whole", "fp32", curve.CPU), curve.Curve("killed, once", "fp32", curve.CPU, kill_at=6)]
+    curves = [curve.Curve("whole", "fp32", curve.CPU), curve.Curve("killed, once", "fp32", curve.CPU, kill_at=4)]
     settings = {
         "model.emb_dim": 32, "model.depth": 1, "model.num_heads": 2, "model.dec_emb_dim": 16, "model.dec_depth": 1,
-        "model.dec_num_heads": 2, "train.global_batch": 8, "train.steps": 20, "train.log_every": 2,
-        "train.eval_every": 10, "train.eval_samples": 8, "train.save_every": 5, "deepspeed": "null",
-        "optim.warmup_epochs": 0, "data.workers": 1,
+        "model.dec_num_heads": 2, "train.global_batch": 8, "train.steps": 12, "train.log_every": 2,
+        "train.eval_every": 6, "train.eval_samples": 8, "train.save_every": 3, "deepspeed": "null",
+        "optim.warmup_epochs": 0, "data.workers": 1, "model.image_size": 32, "train.pictures": 0,
     }  # fmt: skip
     assert curve.measure(tmp_path, curves, settings) == 0
     rows = results.read(tmp_path / "gpu-curve.json")
-    assert {row["step"] for row in rows} == {0, 10, 20}
+    assert {row["step"] for row in rows} == {0, 6, 12}
     assert all(row["whole"] == row["killed, once"] > 0 for row in rows)
     assert (tmp_path / "killed--once/log.txt").exists() and (tmp_path / "whole/metrics.jsonl").exists()
