@@ -14,10 +14,24 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from m3ae_kernels.cpu.processor import this_cpu
 
+from m3ae_fast.errors import UserError
+
 if TYPE_CHECKING:
     from m3ae_fast.config import TransformerLoopConfig
 
 L = TypeVar("L", bound="TransformerLoopConfig")
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """Return the device of `--device`; by default a GPU if there is one, else the CPU. Raises UserError where it cannot
+    be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
 
 
 class Peaks(NamedTuple):

@@ -31,6 +31,7 @@ from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import chosen_device
 from m3ae_fast.shard_tools.records import Record
 from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.writer import convert, describe_conversion
@@ -176,17 +177,14 @@ def run(args: argparse.Namespace) -> None:
     for name in ("image_size", "views", "samples_per_shard", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(args.device)
     vqgan = VQGAN.from_pretrained(args.vqgan)
     if args.image_size % vqgan.config.stride:
         raise UserError(
             f"--image-size {args.image_size}: is not a multiple of the {vqgan.config.stride} pixels of a code"
         )
-    try:
-        vqgan.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: is not available ({str(error).splitlines()[0]})") from None
-    on_cpu = vqgan.codebook.device.type == "cpu"
+    vqgan.to(device)
+    on_cpu = device.type == "cpu"
     crops = Crops(
         expand(args.shards), ShardStore(args.cache_dir), vqgan, args.image_size, None if args.centre else args.views,
         (low, high), not args.no_flip, args.seed, threads=1 if on_cpu else args.workers, image_range=args.range,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import chosen_device
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.quantity import Quantity, relative_error
@@ -33,21 +34,10 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
         raise UserError(f"{golden.path}: cannot be replayed ({type(error).__name__}: {reason}); is it whole?") from None
 
 
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-
-
 def compare(args: argparse.Namespace) -> int:
     """Compare all files, print a line for each number, and return the exit status. Raises UserError for a file or a
     device that cannot be used."""
-    console, device = (
-        Console(highlight=False, soft_wrap=True),
-        _device(args.device),
-    )
+    console, device = Console(highlight=False, soft_wrap=True), chosen_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     total = failed = 0
     for file in args.files:

@@ -20,7 +20,7 @@ LEFT = {
 
 
 def main(options: list[str]) -> int:
-    # Triton's interpreter is slow, and wrong in bf16 (triton-lang/triton#11584): kernels run in one rehearsal alone
+    # Triton's interpreter is slow, and wrong in bf16 (triton-lang/triton#11584): kernels run in few rehearsals
     os.environ |= {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "torch"}
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     import coverage

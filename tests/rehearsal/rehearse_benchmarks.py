@@ -9,6 +9,7 @@ import pytest
 import torch
 from m3ae_kernels import tuning
 from m3ae_kernels.attention import Kernel
+from m3ae_kernels.attention.padded import PADDED
 
 from benchmarks import results
 from benchmarks.alone import peak_above
@@ -52,13 +53,16 @@ def test_stages_of_a_plan_write_their_tables(tmp_path, device, monkeypatch):
     monkeypatch.setattr(attention, "SHAPES", {"encoder": (1, 16, 5)})
     monkeypatch.setattr(attention, "SAMPLES", 2)
     fails = Kernel("fails", lambda *_: 1 / 0, None)
-    monkeypatch.setattr(attention.cuda, "MAKERS", {"broken": lambda _: 1 / 0, "fails": lambda _: fails})
+    wrong = Kernel("wrong", lambda *parts: tuple(1.5 * part for part in PADDED.forward(*parts)), PADDED.backward)
+    makers = {"broken": lambda _: 1 / 0, "fails": lambda _: fails, "wrong": lambda _: wrong}
+    monkeypatch.setattr(attention.cuda, "MAKERS", makers)
     monkeypatch.setattr(curve, "measure", lambda folder: folder != tmp_path)
     assert [module.main() for module in (ceilings, attention, curve)] == [0, 0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {"gpu-ceilings.json", "gpu-attention.json"}
     rows = results.read(tmp_path / "gpu-attention.json")
-    assert [row["kernel"] for row in rows] == ["padded", "fails"]
-    assert rows[-1]["verdict"] == "division by zero" and rows[-1]["ms"] is None
+    assert [row["kernel"] for row in rows] == ["padded", "fails", "wrong"]
+    assert [row["ms"] is None for row in rows] == [False, True, False]
+    assert rows[1]["verdict"] == "division by zero" and rows[2]["verdict"].startswith("off by ")
 
 
 def test_stages_without_a_gpu_are_refused(capsys):

@@ -208,6 +208,12 @@ def test_without_a_gpu_ranks_share_the_cores(monkeypatch):
         assert ranks.device.type == "cpu"
 
 
+def test_a_gpu_is_chosen_where_there_is_one_and_another_device_by_its_name(cuda):
+    assert hardware.chosen_device(None).type == "cuda" and hardware.chosen_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="--device abacus: not available here"):
+        hardware.chosen_device("abacus")
+
+
 @pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp32")])
 def test_precision_follows_the_gpu(capability, precision):
     with FakeCuda(capability=capability):

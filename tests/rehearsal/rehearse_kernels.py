@@ -8,9 +8,11 @@ import torch
 from m3ae_kernels import dispatch, tuning
 from m3ae_kernels.attention import Kernel
 from m3ae_kernels.attention import cuda as attention_cuda
+from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.dispatch import choose_impl
 from m3ae_kernels.triton_impl import matmul
+from m3ae_kernels.triton_impl.attention import TRITON
 from m3ae_kernels.triton_impl.common import precision
 from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +38,8 @@ def test_a_gpu_gets_triton(cuda, monkeypatch):
     assert choose_impl("auto", torch.device("cpu")) == "torch"
     with pytest.raises(ValueError, match="impl is 'cuda'"):
         choose_impl("cuda", CUDA)
+    assert kernel_for("triton", CUDA, torch.bfloat16, 1, 16, 5) is TRITON
+    assert kernel_for("torch", CUDA, torch.bfloat16, 1, 16, 5) is PADDED
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_attention_of_triton_stands_a_trial(cuda, monkeypatch, caplog):
     monkeypatch.setattr(attention_cuda, "_chosen", {})
     for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
         monkeypatch.setattr(attention_cuda, name, less)
-    for head_dim, length in ((16, 5), (64, 140)):  # one tile of keys, and two
+    for head_dim, length in ((64, 5), (16, 140)):  # one tile of keys, and two
         assert attention_cuda.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
     wrong = Kernel("triton", lambda *parts: (PADDED.forward(*parts)[0] * 1.05, PADDED.forward(*parts)[1]), None)
     monkeypatch.setattr("m3ae_kernels.triton_impl.attention.TRITON", wrong)
@@ -139,8 +143,7 @@ def test_the_help_of_a_tool_names_the_device(cuda, capsys):
 
 
 def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):
-    """By Triton's kernels."""
-    monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
+    """Those of Triton's kernels: tests/kernels/test_kernel_interpreter.py."""
     golden = min((ROOT / "tests/golden").glob("*.npz"), key=lambda path: path.stat().st_size)
     monkeypatch.setattr(sys, "argv", ["verify", str(golden), "--device", "cuda"])
     with pytest.raises(SystemExit) as done:
