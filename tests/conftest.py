@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: ea
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes that tests start are sent it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-from tests.helpers.slow import is_slow
+from tests.helpers.slow import is_slow, rank
 from tests.helpers.trainer import Trainer
 
 
@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_slow(item.nodeid):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: rank(item.nodeid))
     if (seed := config.getoption("--shuffle")) is not None:
         random.Random(seed).shuffle(items)
 

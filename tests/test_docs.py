@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from m3ae_fast.__main__ import MODULES
 from m3ae_fast.config import Config
 from m3ae_fast.config.messages import section_of
-from tests.helpers.slow import SLOW, is_slow
+from tests.helpers.slow import LONGEST, SLOW, is_slow, rank
 from tests.helpers.trainer import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
@@ -95,11 +95,21 @@ def test_the_workflow_tests_the_oldest_supported_python():
     assert f'python-version: ["{oldest}", ' in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", (*SLOW, *LONGEST))
 def test_what_is_called_slow_exists(name):
     file, _, test = name.partition("::")
     text = (ROOT / "tests" / file).read_text(encoding="utf-8")
     assert not test or f"\ndef {test}(" in text
+
+
+def test_the_longest_tests_begin_first():
+    names = [
+        "tests/test_docs.py::test_a",
+        f"tests/{LONGEST[1]}::test_b[1]",
+        "tests/data/test_tar.py",
+        f"tests/{LONGEST[0]}",
+    ]
+    assert sorted(names, key=rank) == [names[3], names[1], names[0], names[2]]
 
 
 def test_slow_tests_are_known_by_file_or_name():

@@ -1,5 +1,15 @@
 """Which tests are slow: more than about a second on a quiet core. `pytest -m "not slow"` leaves them out."""
 
+# begin first: a worker that began one of these at the end would work alone
+LONGEST = (
+    "kernels/test_kernel_interpreter.py",
+    "test_rehearsal.py",
+    "test_examples.py",
+    "test_elastic.py",
+    "test_end_to_end.py",
+    "test_pretrain.py",
+    "kernels/test_gpu_plan.py",
+)
 # files, and single tests of others with all their parameters, below tests/
 SLOW = (
     "convert/test_export.py::test_export_goes_without_a_tokenizer_that_is_gone",
@@ -115,7 +125,18 @@ SLOW = (
 )
 
 
+def _parts(name: str) -> tuple[str, str]:
+    file, _, test = name.removeprefix("tests/").partition("::")
+    return file, test
+
+
+def rank(name: str) -> int:
+    """Return where a test's file is among those that begin first, which are the longest. `name`: as in `is_slow`."""
+    file, _ = _parts(name)
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+
 def is_slow(name: str) -> bool:
     """Return whether a test is slow. `name`: its node id, tests/FILE.py::TEST[PARAMETERS]."""
-    file, _, test = name.removeprefix("tests/").partition("::")
+    file, test = _parts(name)
     return file in SLOW or f"{file}::{test.partition('[')[0]}" in SLOW
