@@ -44,12 +44,13 @@ def load(store, tokenizer_file):
         samples=None,
         at=None,
         node=None,
+        native=None,
     ):
         if not isinstance(sources, list) or isinstance(sources[0], str):
             sources = [SourceConfig(shards=sources)]
         data = DataConfig(train=sources, **{"workers": 0, **(config or {})})
         preparation = Preparation(
-            Geometry(image_size=32, patch_size=8, channels=3, text_length=8),
+            Geometry(image_size=32, patch_size=8, channels=3, text_length=8, native=native),
             masking or MaskingConfig(image_ratio=0.5, text_ratio=0.5),
             load_tokenizer(tokenizer_file, 8) if tokenizer is True else tokenizer or None,
             seed,

@@ -20,6 +20,7 @@ import torch
 
 from m3ae_fast.batch.bad_samples import BadSample, BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
+from m3ae_fast.batch.grids import Native
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
@@ -245,6 +246,40 @@ def test_masks(load, paired, per):
             seen, masked = sum(r > 16 for r in rows), sum(m == 1 for m in mask_ids)
             assert seen + masked == length
             assert seen <= 4
+
+
+NATIVE = Native(patch_size=8, least=1, most=16, longest=8, positions="absolute")
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_masks_of_native_images(load, tmp_path, per):
+    """The ratio is each image's; a square one and every caption have the masks that they have in a square model, and
+    with one mask for a batch all images of a size have the same."""
+    sizes = [(32, 32), (64, 16), (40, 24), (16, 16)]
+    pictures = ((f"{i:05d}.png", picture(i, sizes[i % 4], fmt="PNG")) for i in range(12))
+    files = [file for i, own in enumerate(pictures) for file in (own, (f"{i:05d}.txt", caption(i).encode()))]
+    path = write_tar(tmp_path / "mixed.tar", files)
+    options = {"masking": MaskingConfig(image_ratio=0.75, text_ratio=0.5, per=per), "micro_batch": 12, "train": False}
+    native, square = (dict(stream(load(path, native=size, **options))) for size in (NATIVE, None))
+    by_size = {}
+    for number, (key, (_, tokens, _, masked)) in enumerate(native.items()):
+        width, height = sizes[number % 4]
+        patches = width * height // 64
+        assert masked.count(0) == patches - patches // 4
+        assert [token for token in tokens if token >= 0] == [token for token in square[key][1] if token >= 0]
+        by_size.setdefault(patches if patches < 16 else (width, height), set()).add(tuple(masked[: 1 + patches]))
+        if number % 4 == 0:
+            assert masked == square[key][3]
+    assert all((len(masks) == 1) == (per == "batch") for masks in by_size.values())
+
+
+def test_native_images_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
+    options = {"native": NATIVE, "config": {"crop_scale": (0.3, 1.0)}}
+    whole = by_step(load, paired, 4, micro_batch=6, **options)
+    assert by_step(load, paired, 4, micro_batch=3, world=2, **options) == whole
+    parts = by_step(load, paired, 4, micro_batch=2, world=1, accumulation=3, start=2, **options)
+    assert parts == whole[2:]
+    assert len({len(rows) for step in whole for _, (_, _, rows, _) in step}) > 3
 
 
 def test_sources_of_all_kinds_meet_in_one_batch(load, tmp_path):

@@ -6,6 +6,7 @@ import torch
 
 from m3ae_fast.batch import crops
 from m3ae_fast.batch.crops import random_crop
+from m3ae_fast.batch.grids import Native
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.config import MaskingConfig
 from m3ae_fast.data.dataset import Samples
@@ -165,3 +166,20 @@ def test_what_a_forward_pass_draws_depends_on_the_view_of_a_sample_alone(load, t
     assert min(draw for _, draw in whole.values()) >= 0
     small = load(path, micro_batch=1, accumulation=4, steps=9, config={"repeats": 2})
     assert whole == {b.positions[0]: (b.keys[0], b.draws.item()) for b in small}
+
+
+def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
+    """Those of the box; what the model sees of it has its ratio, and as many patches as the whole image would have."""
+    boxes, real = [], crops._draw_box
+    monkeypatch.setattr(crops, "_draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
+    native = Native(patch_size=4, least=1, most=100, longest=20, positions="absolute")
+    image = torch.zeros(3, 30, 90, dtype=torch.uint8)
+    for seed in range(300):
+        crop = random_crop(image, native, (0.2, 0.9), True, torch.Generator().manual_seed(seed))
+        _, _, height, width = boxes[-1]
+        assert 0.19 < height * width / (30 * 90) < 0.92
+        assert 0.72 < width / height / 3 < 1.38
+        rows, columns = crop.shape[1] / 4, crop.shape[2] / 4
+        assert (rows, columns) == native.grid(height, width, 30 * 90)
+        assert abs(np.log(columns / rows * height / width)) < 0.2 and 75 <= rows * columns <= 100
+    assert {(height, width) for _, _, height, width in boxes[:5]} != {boxes[0][2:]}

@@ -1,0 +1,133 @@
+"""Native images beside square ones: tokens/s of a step at equal tokens, and what other layouts would pad.
+
+Shapes are those of openclipart's drawings, whose files are square: what lies around a drawing is cut off.
+"""
+
+import io
+import statistics
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import results
+from benchmarks.workload import DEVICE, PRECISION, make_config
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.packing import Geometry, Sample, pack
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.engine.build import build_engine
+from m3ae_fast.hardware import keep_freed_memory
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import join_ranks
+
+CLIPART = Path(__file__).parents[1] / "data/openclipart"
+WHITE = 250  # levels from here on are paper
+BATCH, ROUNDS, LEAST = 64, 7, 0.95
+
+
+@pytest.fixture(scope="module")
+def sizes() -> list[tuple[int, int]]:
+    """Width and height of each drawing, in pixels."""
+    found = []
+    for path in sorted(CLIPART.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith((".jpg", ".png", ".webp")):
+                    grey = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("L")
+                    if box := grey.point(lambda level: 255 * (level < WHITE)).getbbox():
+                        found.append((box[2] - box[0], box[3] - box[1]))
+    return found
+
+
+def made(model: ModelConfig, sizes: list[tuple[int, int]], seed: int = 0) -> list[Sample]:
+    """Return random images of these sizes, as the model sees them, masked."""
+    rng, geometry, samples = torch.Generator().manual_seed(seed), Geometry.of(model), []
+    for number, (width, height) in enumerate(sizes):
+        side = model.image_size // model.patch_size
+        rows, columns = (side, side) if geometry.native is None else geometry.native.grid(height, width)
+        shape = 3, rows * model.patch_size, columns * model.patch_size
+        image = torch.randint(256, shape, dtype=torch.uint8, generator=rng)
+        samples.append(Sample(str(number), image, draw_mask(rows * columns, 0.75, rng)))
+    return samples
+
+
+def test_a_step_at_equal_tokens(sizes):
+    """The square batch has the whole number of images that comes nearest to the tokens of the native one."""
+    keep_freed_memory()
+    square = ModelConfig(size="small", image_size=224, vocab_size=0)
+    native = square.model_copy(update={"resize": "native", "min_patches": 196})
+    chosen = [sizes[i] for i in np.random.default_rng(0).permutation(len(sizes))[:16]]
+    wide = made(native, chosen)
+    tokens = sum(1 + len(sample.image_mask) for sample in wide)
+    samples = {"square": made(square, [(224, 224)] * round(tokens / 197)), "native": wide}
+    with join_ranks() as ranks:
+        steps: dict[str, Callable[[], object]] = {}
+        batches: dict[str, PackedBatch] = {}
+        for (name, own), model in zip(samples.items(), (square, native)):
+            torch.manual_seed(0)
+            m3ae, config = M3AE(model), make_config(model, len(own), precision=PRECISION)
+            engine = build_engine(m3ae, config, ranks)
+            batches[name] = batch = pack(own, m3ae.geometry, repeat_shapes=True).to(DEVICE)
+            steps[name] = lambda engine=engine, batch=batch: engine.step([batch], batch.counts, 1e-5)[0][0].loss.item()
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(1 + ROUNDS):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                if turn:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+    counts = {name: int(batch.decoder.cu_seqlens[len(batch.keys)]) for name, batch in batches.items()}
+    rows: list[results.Row] = []
+    for name, own in seconds.items():
+        # neighbours in time see the same load of the machine
+        ratio = statistics.median(
+            (counts[name] / mine) / (counts["square"] / other) for mine, other in zip(own, seconds["square"])
+        )
+        rows.append(
+            {
+                "images": name,
+                "number": len(samples[name]),
+                "tokens": counts[name],
+                "tokens/s": counts[name] / statistics.median(own),
+                "of square": ratio,
+            }
+        )
+    results.write("native", f"A step of small, patches of 16 px, {PRECISION}, at equal tokens", rows)
+    assert ratio > LEAST
+
+
+def test_padding(sizes):
+    """Of all rows that a batch of 64 computes: here, and where images are padded to one length."""
+    from timm.data.naflex_transforms import get_image_size_for_seq
+
+    model = ModelConfig(size="small", image_size=128, patch_size=8, vocab_size=0, resize="native", max_patches=256)
+    native, rows = Geometry.of(model), []
+    order = np.random.default_rng(0).permutation(len(sizes))
+    batches = [[sizes[i] for i in order[start : start + BATCH]] for start in range(0, len(order) - BATCH + 1, BATCH)]
+    for name, least in (("their own size, at most 256 patches", 1), ("as many as fit into 256 patches", 256)):
+        model = model.model_copy(update={"min_patches": least})
+        native = Geometry.of(model).native
+        assert native is not None
+        patches = np.array([[np.prod(native.grid(height, width)) for width, height in batch] for batch in batches])
+        packed = [pack(made(model, batch), Geometry.of(model), repeat_shapes=True) for batch in batches[:4]]
+        real = [int(batch.decoder.cu_seqlens[len(batch.keys)]) for batch in packed]
+        rows += [
+            _row(name, "packed, row counts rounded up", sum(real), sum(batch.decoder.rows for batch in packed)),
+            _row(name, "padded to the batch's longest", patches.sum(), BATCH * patches.max(1).sum()),
+            _row(name, "padded to 64, 128, 192 or 256", patches.sum(), (-(-patches // 64) * 64).sum()),
+        ]
+    naflex = [get_image_size_for_seq((height, width), 8, 256)[1] for batch in batches for width, height in batch]
+    used = sum(height * width // 64 for height, width in naflex)
+    rows.append(_row(name, "timm's NaFlex, padded to 256", used, 256 * len(naflex)))
+    results.write("native-padding", f"Padding, batches of {BATCH} of openclipart's {len(sizes):,} drawings", rows)
+    assert rows[0]["padding"] < 0.01 < rows[1]["padding"]
+
+
+def _row(images: str, layout: str, real: float, all_rows: float) -> results.Row:
+    return {"images": images, "layout": layout, "padding": float(1 - real / all_rows)}
