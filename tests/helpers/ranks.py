@@ -27,7 +27,11 @@ LIMIT_S = 200
 _SHOW_STACKS = signal.SIGUSR2  # to a rank that is late: of all its threads, where each is
 _forks = multiprocessing.get_context("forkserver")
 _IMPORTED = ("m3ae_fast.train", "m3ae_fast.dry_run", "m3ae_fast.run.run", "m3ae_fast.transfer.curve", "deepspeed")
-_forks.set_forkserver_preload(["pytest", *_IMPORTED, __name__])
+_LATE = (
+    "m3ae_fast.engine.deepspeed_engine",
+    "torch._inductor.compile_fx",
+)  # what a ZeRO engine imports when it is made
+_forks.set_forkserver_preload(["pytest", *_IMPORTED, *_LATE, __name__])
 
 
 def environment() -> dict[str, str]:
