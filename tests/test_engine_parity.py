@@ -29,7 +29,7 @@ def test_curves_are_plain_torchs(tmp_path):
     assert (plain["bf16"] != plain["fp32"]).all()
     for (ranks, curves), (precision, tolerance) in product(found.items(), (("fp32", 1e-5), ("bf16", 1e-2))):
         cases = {name: curve for name, curve in curves.items() if name.startswith(precision)}
-        assert len(cases) == 16
+        assert len(cases) == (16 if precision == "fp32" and ranks > 1 else 10)
         for name, curve in cases.items():
             np.testing.assert_allclose(curve, plain[precision], rtol=tolerance, err_msg=f"{name} on {ranks} ranks")
 

@@ -77,9 +77,12 @@ def _config(
 
 
 def matrix(world: int) -> Iterator[Case]:
-    """Return stage x precision, and each pair of what overlap, bucket and accumulation may be."""
-    ways = [(False, {}, 1), (False, SMALL_BUCKET, 2), (True, {}, 2), (True, SMALL_BUCKET, 1)]
+    """Return stage x precision, and each pair of what overlap, bucket and accumulation may be, in float32 on several
+    ranks; elsewhere each alone."""
     for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2, 3)):
+        ways = [(False, {}, 1), (True, SMALL_BUCKET, 2)]
+        if precision == "fp32" and world > 1:
+            ways = [(False, {}, 1), (False, SMALL_BUCKET, 2), (True, {}, 2), (True, SMALL_BUCKET, 1)]
         for overlap, bucket, accumulation in ways if stage else [(False, {}, 1), (False, {}, 2)]:
             way = f" overlap={overlap} bucket={'small' if bucket else 'default'}" if stage else ""
             zero = {"overlap_comm": overlap} | bucket if stage else {}
