@@ -59,8 +59,8 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
     if val:
         raise UserError(f"--val: goes with shards, and {source} is not")
     if folder.is_dir() and not _is_data_set(folder):
-        if folder.resolve() in out.resolve().parents:
-            raise UserError(f"--out {out}: lies in {source}, whose pictures it would be one of; name another folder")
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out {out}: is in {source}, whose pictures it would be one of; name another folder")
         table, notes = (captions, []) if captions else _table_in(folder)
         pictures = Folder(folder, table)
         return _made(pictures, source, out, [*notes, *pictures.ignored.lines()])

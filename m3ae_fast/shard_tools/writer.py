@@ -13,9 +13,10 @@ import os
 import signal
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -127,8 +128,9 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
         # forked: the records, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (records, out, settings)) as pool:
-            futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}
             try:
+                with _no_interrupt():
+                    futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}  # forks the workers
                 for future in as_completed(futures):
                     future.result()
                     advance(len(futures[future].numbers))
@@ -144,6 +146,16 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
     for future in futures:  # in the order of the shards
         total.merge(future.result())
     return total
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back: Python prints and forgets one that comes in the midst of a fork."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _of_worker: tuple[Records, Path, Settings]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import tarfile
 from functools import partial
 from types import SimpleNamespace
@@ -124,6 +125,14 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
     for change in (["--short-side", "20"], ["--flat"]):
         assert make("from-folder", pictures, out, "--samples-per-shard", "3", *change) == 2
         assert "holds another conversion" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures):
+    """Python forgets exceptions in hooks around a fork, such as logging's."""
+    once = [signal.SIGINT]
+    os.register_at_fork(after_in_parent=lambda: once and os.kill(os.getpid(), once.pop()))
+    assert make("from-folder", pictures, tmp_path / "out", "--samples-per-shard", "5", workers=2) == 130 and not once
+    assert make("from-folder", pictures, tmp_path / "out", "--samples-per-shard", "5") == 0
 
 
 TABLES = {
