@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from m3ae_fast.command_line import MODEL_HELP, program
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.regular_file import open_regular
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from torch import Tensor
@@ -85,28 +84,22 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
     """
     import torch
 
-    from m3ae_fast.batch.bad_samples import BadSample
-    from m3ae_fast.batch.crops import whole_view
-    from m3ae_fast.batch.images import decode_image
     from m3ae_fast.batch.masking import draw_mask
     from m3ae_fast.batch.packing import Sample
+    from m3ae_fast.model.encode import prepare_image
 
     config = model.config
     try:
-        with open_regular(image) as file:
-            pixels = decode_image(file.read(), config.channels, config.image_range)
-    except OSError as error:
-        raise UserError(f"{image}: cannot be read ({error.strerror or error})") from None
-    except BadSample as error:
-        raise UserError(f"{image}: {error}") from None
+        pixels = prepare_image(image, config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     generator = torch.Generator().manual_seed(seed)
     tokens, text_mask = _tokens(model, text)
     geometry = model.geometry
-    seen = whole_view(pixels, geometry.frame)
     return Sample(
         str(image),
-        image=seen,
-        image_mask=draw_mask(math.prod(geometry.grid(seen)), 1 - visible, generator),
+        image=pixels,
+        image_mask=draw_mask(math.prod(geometry.grid(pixels)), 1 - visible, generator),
         tokens=tokens,
         text_mask=text_mask,
     )

@@ -127,9 +127,9 @@ def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Pa
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, config.run.seed)
     samples = eval_samples(corpus, preparation, _SEARCHED if args.word else args.pictures)
     if patch:
-        draw_patch_attention(model, samples, out, args.pictures, patch, look)
+        draw_patch_attention(model, samples, out, args.pictures, patch, look, config.data.show_channels)
     else:
-        draw_attention(model, samples, out, args.pictures, args.word, look)
+        draw_attention(model, samples, out, args.pictures, args.word, look, config.data.show_channels)
 
 
 def _look(args: argparse.Namespace, model: ModelConfig) -> Look:

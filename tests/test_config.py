@@ -392,7 +392,7 @@ def test_every_setting_is_explained():
     ("key", "allowed"),
     [
         ("gelu", '`"tanh"`, `"exact"`'),
-        ("channels", "`1`, `3`, `4`"),
+        ("channels", "integer ≥ 1, ≤ 256"),
         ("size", '`"small"`, `"base"`, `"large"`, `"huge"` or `null`'),
         ("flip", "`true`, `false`"),
         ("mlp_ratio", "number > 0, ≤ 64"),

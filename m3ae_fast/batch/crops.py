@@ -26,7 +26,7 @@ def random_crop(
     cases. A native crop has nearly the aspect ratio of its box, and as many patches as the whole image would have.
 
     Args:
-        image: uint8 [C, H, W].
+        image: [C, H, W], uint8, uint16 or float32.
         frame: S, or how large native images are.
         scale: least and greatest fraction of the area that is kept.
         flip: whether to mirror at all.
@@ -36,7 +36,7 @@ def random_crop(
     H, W = image.shape[-2:]
     top, left, height, width = _draw_box(H, W, scale, draws, 1.0 if isinstance(frame, int) else W / H)
     crop = resize(image[:, top : top + height, left : left + width], *_pixels(frame, height, width, H * W))
-    return (crop.flip(-1) if flip and draws[-1] < 0.5 else crop).contiguous()
+    return (_mirrored(crop) if flip and draws[-1] < 0.5 else crop).contiguous()
 
 
 def _pixels(frame: int | Native, height: int, width: int, area: int) -> tuple[int, int]:
@@ -78,11 +78,21 @@ def whole_view(image: Tensor, frame: int | Native) -> Tensor:
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
-    """Return the central square of uint8 [C, H, W], scaled to [C, S, S] (bicubic, antialiased)."""
+    """Return the central square of [C, H, W], uint8, uint16 or float32, scaled to [C, S, S] (bicubic, antialiased)."""
     side = min(image.shape[-2:])
     top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
     return resize(image[:, top : top + side, left : left + side], size, size).contiguous()
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    """Return [C, height, width] in the dtype of the image (bicubic, antialiased); what uint16 gives is rounded from
+    float32."""
+    if image.dtype != torch.uint16:
+        return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
+
+
+def _mirrored(image: Tensor) -> Tensor:
+    if image.dtype == torch.uint16:  # which torch cannot flip
+        return image.view(torch.int16).flip(-1).view(torch.uint16)
+    return image.flip(-1)

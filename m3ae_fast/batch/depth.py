@@ -1,4 +1,4 @@
-"""Values of more than 8 bits, signed ones and floats -> levels 0 to 255, as a range says."""
+"""Values of more than 8 bits, signed ones and floats -> the model's pixels, as a range says."""
 
 from __future__ import annotations
 
@@ -60,11 +60,7 @@ def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image
     Raises:
         BadSample: there is no range, colours would need another one than their type's, or a value is not finite.
     """
-    if image_range is None:
-        raise BadSample(
-            f"has {depth}: set data.range to what is black and white in it, such as [0, 4095] (--range 0,4095), or to "
-            '"dtype"'
-        )
+    require_range(depth, image_range)
     if len(image.getbands()) > 1:
         if image_range != "dtype" or depth.kind != "unsigned":
             raise BadSample(f'has colours of {depth}, which are read with data.range "dtype" alone')
@@ -72,15 +68,67 @@ def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image
             raise BadSample(f"has colours of {depth}, one of them transparent, which is not read")
         return image
     values = _values(image, depth)
-    low, high = depth.limits if image_range == "dtype" else image_range
-    lit = ((values - low) / (high - low)).clip(0, 1)
-    if depth.white_is_zero:
-        lit = 1 - lit
-    grey = Image.fromarray(np.rint(255 * lit).astype(np.uint8))
+    grey = Image.fromarray(as_pixels(scaled(values, depth, image_range), "uint8"))
     clear = image.info.get("transparency")
     if clear is None:
         return grey
     return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
+
+
+def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> np.ndarray:
+    """Return a deep image of one channel as pixels [H, W] of `dtype`, white where a value stands for transparency.
+
+    Raises:
+        BadSample: as `levels`; the image has colours, which Pillow cuts to 8 bits.
+    """
+    require_range(depth, image_range)
+    if len(image.getbands()) > 1:
+        raise BadSample(f"has colours of {depth}, of which 8 bits are read: store them as TIFF or .npy")
+    values = _values(image, depth)
+    lit = scaled(values, depth, image_range)
+    clear = image.info.get("transparency")
+    return as_pixels(lit if clear is None else np.where(values == clear, 1.0, lit), dtype)
+
+
+def require_range(depth: Depth, image_range: Range | None) -> None:
+    """Raise BadSample if there is no range."""
+    if image_range is None:
+        raise BadSample(
+            f"has {depth}: set data.range to what is black and white in it, such as [0, 4095] (--range 0,4095), or to "
+            '"dtype"'
+        )
+
+
+def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.ndarray:
+    """Return values in units in which black is 0 and white 1, float64."""
+    assert image_range is not None
+    low, high = depth.limits if image_range == "dtype" else image_range
+    lit = (values - low) / (high - low)
+    return 1 - lit if depth.white_is_zero else lit
+
+
+def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
+    """Return values between black, 0, and white, 1, as a model keeps them (`model.image_dtype`): integers are rounded
+    and clipped, floats neither."""
+    if dtype == "float32":
+        return lit.astype(np.float32)
+    return np.rint(np.iinfo(dtype).max * lit.clip(0, 1)).astype(dtype)
+
+
+def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
+    """Return an array's values as pixels of `dtype`. Those of uint8 are levels from 0 to 255, whatever the range.
+
+    Raises:
+        BadSample: there is no range for the others.
+    """
+    kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
+    depth = Depth(kind, bits)
+    if depth.is_deep:
+        require_range(depth, image_range)
+    is_whole = not depth.is_deep or image_range in ("dtype", depth.limits)
+    if is_whole and values.dtype == dtype:
+        return values
+    return as_pixels(scaled(values.astype(np.float64), depth, "dtype" if is_whole else image_range), dtype)
 
 
 def _values(image: Image.Image, depth: Depth) -> np.ndarray:

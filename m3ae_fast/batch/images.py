@@ -1,6 +1,6 @@
-"""Bytes of an image file -> uint8 [C, H, W].
+"""Bytes of an image file -> pixels [C, H, W].
 
-Shapes: C channels (1 grey, 3 RGB, 4 RGBA), H x W pixels.
+Shapes: C channels (1 grey, 3 RGB, 4 RGBA, else bands), H x W pixels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
 
+from m3ae_fast.batch import bands
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.depth import depth_of, levels
+from m3ae_fast.batch.depth import as_pixels, deep_grey, depth_of, levels, of_bands
 from m3ae_fast.config import Range
 
 MAX_PIXELS = 1 << 27  # a larger image is taken for a decompression bomb
@@ -27,7 +28,6 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
 _OTHERS = {
     rb"....ftyp(hei|hev|mif1)": "HEIC",
     rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
-    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "a TIFF of bands or depths that Pillow does not read",
     rb"8BPS": "PSD",
     rb"\x76\x2f\x31\x01": "OpenEXR",
     rb"\s*<(\?xml|svg|!DOCTYPE)": "SVG or HTML",
@@ -47,8 +47,9 @@ _SCALES = {"L;2": 85, "L;4": 17}  # by the rawmode of a PNG: levels of 8 bits pe
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd images: they are used or reported, nothing between
 
 
-def decode_image(data: bytes, channels: int, image_range: Range | None = None) -> Tensor:
-    """Decode an image upright (EXIF) to uint8 [C, H, W]; transparent parts become white unless C = 4.
+def decode_image(data: bytes, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
+    """Decode an image upright (EXIF) to [C, H, W]; transparent parts become white unless C = 4. An array of bands, a
+    .npy or such a TIFF, must have C of them.
 
     docs/guide/images.md says of each format and depth what comes out. Of several frames or pages the first is taken.
 
@@ -56,29 +57,27 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None) -
         data: the file.
         channels: C.
         image_range: what is black and white where values are not levels from 0 to 255; None: no such image is read.
+        dtype: of the result: "uint8" or "uint16", from black, 0, to white, 255 or 65535; "float32", black 0 and white
+            1, where values may lie beyond both.
 
     Raises:
-        BadSample: no image, a broken one, one of more than MAX_PIXELS, or of a depth that `image_range` does not cover.
+        BadSample: no image, a broken one, one of more than MAX_PIXELS, of a depth that `image_range` does not cover, or
+            of other channels.
     """
     if not data:
         raise BadSample("the image is empty")
-    try:
-        header = Image.open(BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError:
-        raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
-    except Exception:  # Pillow raises anything on hostile input
-        raise BadSample(f"not an image in a known format{_looks_like(data)}") from None
-    if header.width * header.height > MAX_PIXELS:
-        raise BadSample(f"the image has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
+    if (values := read_bands(data, channels, dtype)) is not None:
+        return pixels_of_bands(values, channels, image_range, dtype)
+    header = _header(data)
     if header.mode in _TORCHVISION_MODES.get((header.format or "", channels), ()) and not _is_special(header):
         try:
-            return _decode_with_torchvision(data, channels)
+            return widened(_decode_with_torchvision(data, channels), dtype)
         except RuntimeError:
             pass  # Pillow may know better
     try:
         if header.format == "JPEG2000":
             _check_precision(data)
-        return pixels_of(header, channels, image_range)
+        return pixels_of(header, channels, image_range, dtype)
     except BadSample:
         raise
     except Exception as error:
@@ -87,7 +86,52 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None) -
 
 def format_of(data: bytes) -> str:
     """Return the name of the format, such as "JPEG", of a file that `decode_image` has read."""
-    return Image.open(BytesIO(data), formats=_FORMATS).format or "?"
+    if bands.is_npy(data):
+        return "NPY"
+    return "TIFF" if bands.is_tiff(data) else Image.open(BytesIO(data), formats=_FORMATS).format or "?"
+
+
+def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
+    """Return the values [H, W, bands] of a file that is no picture of C channels to Pillow: a .npy, and a TIFF of which
+    Pillow would read not all bands, not all bits, or nothing. None of other files.
+
+    Raises:
+        BadSample: it cannot be read.
+    """
+    if bands.is_npy(data):
+        return bands.read_npy(data)
+    if not bands.is_tiff(data):
+        return None
+    try:
+        header = _header(data)
+    except BadSample:
+        return bands.read_tiff(data)
+    count, has_fourth = bands.bands_of(header)
+    is_other = count > 4 or channels not in _PIL_MODES or (channels == 4 and has_fourth)
+    is_cut = dtype != "uint8" and count > 1 and depth_of(header).is_deep
+    return bands.read_tiff(data) if is_other or is_cut else None
+
+
+def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None, dtype: str) -> Tensor:
+    """Return values [H, W, bands] as pixels [C, H, W]. Raises BadSample where C are not the bands, or without a range
+    for values of more than 8 bits."""
+    if values.shape[2] != channels:
+        raise BadSample(f"an array {list(values.shape)} has {values.shape[2]} channels, the model takes {channels}")
+    pixels = of_bands(values, image_range, dtype)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).copy())
+
+
+def _header(data: bytes) -> Image.Image:
+    """Return the image, of which Pillow has read the header. Raises BadSample where it is none, or too large."""
+    try:
+        header = Image.open(BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
+    except Exception:  # Pillow raises anything on hostile input
+        raise BadSample(f"not an image in a known format{_looks_like(data)}") from None
+    if header.width * header.height > MAX_PIXELS:
+        raise BadSample(f"the image has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
+    return header
 
 
 def _looks_like(data: bytes) -> str:
@@ -113,12 +157,19 @@ def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:
     return torchvision_decode(encoded, _READ_MODES[channels], apply_exif_orientation=True)
 
 
-def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None) -> Tensor:
-    """Return a Pillow image, upright, as uint8 [C, H, W]. Transparency, depth and errors as in `decode_image`."""
+def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
+    """Return a Pillow image, upright, as pixels [C, H, W]. Transparency, depth and errors as in `decode_image`."""
+    if channels not in _PIL_MODES:
+        raise BadSample(f"has {len(image.getbands())} channels, the model takes {channels}")
     depth, clear = depth_of(image), _transparent_level(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == "LAB":
         raise BadSample("colours in CIELAB are not read")
+    if depth.is_deep and dtype != "uint8":
+        grey = torch.from_numpy(deep_grey(image, depth, image_range, dtype))
+        if channels == 4:
+            raise BadSample(f"has one channel of {depth}, the model takes 4")
+        return grey.expand(channels, -1, -1)
     if depth.is_deep:
         image = levels(image, depth, image_range)
     elif clear is not None:
@@ -128,7 +179,12 @@ def pixels_of(image: Image.Image, channels: int, image_range: Range | None = Non
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     pixels = torch.from_numpy(np.array(image.convert(_PIL_MODES[channels])))  # [H, W, C] or [H, W]
-    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return widened(pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1), dtype)
+
+
+def widened(levels_CHW: Tensor, dtype: str) -> Tensor:
+    """Return levels from 0 to 255 as pixels of `dtype`."""
+    return levels_CHW if dtype == "uint8" else torch.from_numpy(as_pixels(levels_CHW.numpy() / 255, dtype))
 
 
 def _transparent_level(image: Image.Image) -> int | None:

@@ -53,8 +53,8 @@ class PackedBatch:
     """Made by `pack`, and never changed after. Index tensors are int32; -1 means none."""
 
     keys: list[str]
-    # [B, C, H, W], uint8 or floating and already normalised; native ones as their patches, [R, C, P, P]: to the ops
-    # each of those is an image of one patch
+    # [B, C, H, W], uint8, uint16, or floating and already normalised; native ones as their patches, [R, C, P, P]: to
+    # the ops each of those is an image of one patch
     images: Tensor
     grids: list[Grid]  # rows and columns of patches of the B images
     # encoder input: see m3ae_kernels.scatter_tokens

@@ -35,6 +35,9 @@ class Geometry:
     text_all_tokens: bool = False
     loss_per_batch: bool = False  # losses are means over tokens, not over samples
     image_range: Range | None = None  # what is black and white in images of more than 8 bits
+    image_dtype: str = "uint8"  # how finely pixels are kept
+    image_mean: tuple[float, ...] = ()  # of the images, per channel
+    image_std: tuple[float, ...] = ()
     native: Native | None = None  # how large images are that keep their aspect ratio; None: they are square
 
     @classmethod
@@ -46,6 +49,9 @@ class Geometry:
             config.channels,
             config.text_length,
             image_range=config.image_range,
+            image_dtype=config.image_dtype,
+            image_mean=config.image_mean,
+            image_std=config.image_std,
             native=Native.of(config),
         )
 
@@ -85,7 +91,7 @@ class Sample:
     """One image, one caption, or both."""
 
     key: str  # for messages
-    image: Tensor | None = None  # [C, H, W] of the model's size, uint8 or floating and already normalised
+    image: Tensor | None = None  # [C, H, W] of the model's size, uint8, uint16, or floating and already normalised
     image_mask: Tensor | None = None  # bool [L], True = masked
     tokens: Tensor | None = None  # int [n]; n = 0 is an empty caption, None no caption at all
     text_mask: Tensor | None = None  # bool [n]
@@ -325,7 +331,7 @@ def _images(samples: Sequence[Sample], geometry: Geometry) -> Tensor:
     images = [sample.image for sample in samples if sample.image is not None]
     side = geometry.image_size if geometry.native is None else geometry.patch_size
     if not images:
-        return torch.empty((0, geometry.channels, side, side), dtype=torch.uint8)
+        return torch.empty((0, geometry.channels, side, side), dtype=getattr(torch, geometry.image_dtype))
     return torch.stack(images) if geometry.native is None else torch.cat([patch_rows(image, side) for image in images])
 
 

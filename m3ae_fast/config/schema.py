@@ -17,6 +17,7 @@ from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.range import Range, check_range
 
 MAX_VOCAB = 1 << 24
+MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
 MAX_POSITIONS = 1 << 27  # numbers in a table of position embeddings: 512 MB
 # (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
@@ -97,12 +98,16 @@ class ModelConfig(Section):
     native_positions: Literal["absolute", "centred"] = "absolute"
     """Native, computed positions: counted from the first corner, or about the centre of a square image. Stored ones are
     interpolated to each image's rows and columns, as timm does."""
-    channels: Literal[1, 3, 4] = 3
-    """Number of colour channels: 1 grey, 3 RGB, 4 RGBA."""
+    channels: int = Field(3, ge=1, le=MAX_CHANNELS)
+    """Number of channels: 1 grey, 3 RGB, 4 RGBA; any number of bands, such as a satellite's, or depth as a fourth
+    channel, from TIFF and .npy files."""
+    image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    """How finely pixels are kept: integers from black, 0, to white, 255 or 65,535, or floats, with black 0 and white 1,
+    which may lie beyond both. `data.range` says what is black and white."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
-    """Mean of pixels / 255, one value per channel. The default is CC12M's."""
+    """Mean of pixels in units in which black is 0 and white 1, one value per channel. The default is CC12M's."""
     image_std: Channels = (0.3207, 0.3169, 0.3307)
-    """Standard deviation of pixels / 255, one value above 0 per channel. The default is CC12M's."""
+    """Standard deviation of pixels in the same units, one value above 0 per channel. The default is CC12M's."""
     image_range: Range | None = None
     """`data.range` of the images that it was trained on, which a model remembers."""
     text_length: Size = 64
@@ -158,12 +163,17 @@ class ModelConfig(Section):
             )
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.channels:
-                raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values for {self.channels} channels; python -m "
+                    f"m3ae_fast.data stats SHARDS --channels {self.channels} prints those of your images"
+                )
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")
         check_range("image_range", self.image_range)
         if self.image_targets == "vqgan" and self.channels != 3:
             raise ValueError(f"image_targets vqgan needs 3 channels, not {self.channels}")
+        if self.image_targets == "vqgan" and self.image_dtype != "uint8":
+            raise ValueError(f"image_targets vqgan needs image_dtype uint8, not {self.image_dtype}")
         return self
 
     @property
@@ -272,6 +282,9 @@ class DataConfig(Section):
     """Of native images: sets `model.max_patches`; null: what that says."""
     min_patches: Size | None = None
     """Of native images: sets `model.min_patches`; null: what that says."""
+    show_channels: Annotated[tuple[int, int, int], Strict(False)] | None = None
+    """Channels that pictures show as red, green and blue, from 0; null: the first three of 3 or 4, else the first as
+    grey."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest fraction of an image's area that RandomResizedCrop keeps: 0 < smallest ≤ largest ≤ 1."""
     flip: bool = True
@@ -570,6 +583,9 @@ class Config(Section):
             raise ValueError(
                 "data.repeats: images with ids in the shards have one crop each; tokenize-images --views makes more"
             )
+        shown = self.data.show_channels or (0,)
+        if not 0 <= min(shown) <= max(shown) < self.model.channels:
+            raise ValueError(f"data.show_channels {list(shown)}: the model has channels 0 to {self.model.channels - 1}")
         return self._with_range()._with_sizes()._without_captions()
 
     def _with_sizes(self) -> Config:

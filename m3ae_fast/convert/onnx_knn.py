@@ -17,7 +17,7 @@ from torch import Tensor
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.convert.onnx_model import ImageEncoder, session
+from m3ae_fast.convert.onnx_model import ImageEncoder, as_input, session
 from m3ae_fast.data import Corpus, Preparation, ShardStore, Share, eval_loader, open_corpus
 from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
@@ -26,7 +26,7 @@ from m3ae_fast.progress import track
 from m3ae_fast.transfer.knn import knn_scores
 from m3ae_fast.transfer.predictions import Predictions
 
-Encode = Callable[[np.ndarray], Tensor]  # uint8 [S, C, P, P] -> float32 [S, D]
+Encode = Callable[[np.ndarray], Tensor]  # pixels [S, C, P, P] as `input_dtype` says -> float32 [S, D]
 
 
 class Labelled(NamedTuple):
@@ -91,7 +91,7 @@ def _encode(
         labels.append(batch.labels)
         for name, encode in encoders.items():
             started = time.perf_counter()
-            features[name].append(encode(batch.images.numpy()))
+            features[name].append(encode(as_input(batch.images, config)))
             seconds[name] += time.perf_counter() - started
     check_skipped(skipped, corpus.samples, transfer.data.max_bad_fraction)
     return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels), seconds

@@ -1,4 +1,5 @@
-"""The image encoder as an ONNX file: uint8 pixels in, the features of `M3AE.encode` out, for runtimes without torch.
+"""The image encoder as an ONNX file: pixels in, the features of `M3AE.encode` out, for runtimes without torch. Pixels
+have the model's image_dtype, uint16 as int32, and are not normalised yet: of floats, black is 0 and white 1.
 
 Shapes: B images, C channels, S image size, D width.
 """
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from m3ae_kernels.pixels import LARGEST
 from torch import Tensor, nn
 
+from m3ae_fast.batch.normal import to_unit
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.convert.timm_model import model_arguments, timm_weights
 from m3ae_fast.errors import UserError
@@ -37,7 +40,7 @@ class Checked(NamedTuple):
 
 
 class ImageEncoder(nn.Module):
-    """timm's VisionTransformer with the encoder's weights: uint8 [B, C, S, S] -> float32 [B, D]."""
+    """timm's VisionTransformer with the encoder's weights: pixels [B, C, S, S] -> float32 [B, D]."""
 
     mean: Tensor
     scale: Tensor
@@ -49,11 +52,23 @@ class ImageEncoder(nn.Module):
         self.vit = VisionTransformer(**model_arguments(config))
         self.vit.load_state_dict(timm_weights(config, state))
         mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
-        self.register_buffer("mean", 255 * mean)
-        self.register_buffer("scale", 1 / (255 * std))
+        white = LARGEST.get(getattr(torch, config.image_dtype), 1)
+        self.register_buffer("mean", white * mean)
+        self.register_buffer("scale", 1 / (white * std))
 
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
         return self.vit((pixels_BCSS.float() - self.mean) * self.scale)
+
+
+def input_dtype(config: ModelConfig) -> np.dtype:
+    """Return the dtype of a file's input: torch exports nothing of uint16."""
+    return np.dtype("int32" if config.image_dtype == "uint16" else config.image_dtype)
+
+
+def as_input(images: Tensor, config: ModelConfig) -> np.ndarray:
+    """Return a batch's images as a file takes them."""
+    pixels = to_unit(images, config.image_mean, config.image_std) if images.is_floating_point() else images
+    return pixels.numpy().astype(input_dtype(config), copy=False)
 
 
 def names(out: Path) -> tuple[Path, Path]:
@@ -88,7 +103,8 @@ def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -
 
 def _export(encoder: ImageEncoder, config: ModelConfig, path: Path) -> None:
     # of 2 images: 1 would be taken for a constant
-    pixels = torch.zeros(2, config.channels, config.image_size, config.image_size, dtype=torch.uint8)
+    pixels = torch.zeros(2, config.channels, config.image_size, config.image_size)
+    pixels = torch.from_numpy(pixels.numpy().astype(input_dtype(config)))
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that shapes are fixed, and that there is another exporter, which needs more
@@ -120,7 +136,8 @@ def session(path: Path) -> Any:
 def _checked(encoder: ImageEncoder, config: ModelConfig, path: Path) -> Checked:
     run = session(path).run
     shape = (_BATCH, config.channels, config.image_size, config.image_size)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    white = LARGEST.get(getattr(torch, config.image_dtype), 1)
+    pixels = (np.random.default_rng(0).random(shape) * (white + (white > 1))).astype(input_dtype(config))
     cosines = []
     for part in (pixels, pixels[:1]):  # any number of images
         (found,) = run(None, {"pixels": part})

@@ -49,8 +49,8 @@ prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model
 features = model(prepare(image)[None])  # of a PIL image: [1, {emb_dim}], those of M3AE.encode(pool="mean")
 ```
 
-`model.forward_features` gives all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. Images are
-pixels / 255 of the central square, minus {mean}, over {std}. Without config.json:
+`model.forward_features` gives all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. Images are the
+central square with black 0 and white 1 (levels of 8 bits / 255), minus {mean}, over {std}. Without config.json:
 `timm.models.VisionTransformer({arguments})`, whose LayerNorms have eps 1e-6.
 """
 

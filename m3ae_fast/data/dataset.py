@@ -22,6 +22,7 @@ from m3ae_fast.batch.bad_samples import BadSample, Skipped
 from m3ae_fast.batch.crops import random_crop, whole_view
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.normal import model_input
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import MaskingConfig, ModelConfig
@@ -159,14 +160,15 @@ class Samples(Dataset[Sample | Skipped]):
             return draft.samples
         try:
             geometry = self.preparation.geometry
-            image = decode_image(draft.image, geometry.channels, geometry.image_range)
+            image = decode_image(draft.image, geometry.channels, geometry.image_range, geometry.image_dtype)
             if self.preparation.stored_codebook:
                 self._check_size(image)
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):
             key = _key(draft.place, view)
-            sample.image = self._transform(self._crop(image, key), key)
+            image_CSS = self._transform(self._crop(image, key), key)
+            sample.image = model_input(image_CSS, geometry.image_mean, geometry.image_std)
             if self.preparation.geometry.native is not None:
                 rows, columns = self.preparation.geometry.grid(sample.image)
                 assert sample.position is not None

@@ -34,8 +34,9 @@ from m3ae_fast.whole_file import put_in_place
 
 Modality = Literal["any", "paired", "image", "text"]
 
-VERSION = 5
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")  # the first one is taken
+VERSION = 6
+# of a sample's images the first one is taken
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "npy")
 _OTHER_SUFFIXES = ("txt", "json", "cls", "ids")
 _MOST_IGNORED = 20  # suffixes that a summary names
 MISSING = -1

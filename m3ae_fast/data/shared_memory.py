@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.errors import UserError
 
@@ -16,7 +18,8 @@ INDEX_BYTES = 64  # of index rows and weights, for each token of a sample
 
 def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
     """Return an upper bound on the bytes of a packed micro-batch."""
-    image = geometry.channels * geometry.patch_size**2 * geometry.most_patches
+    itemsize = getattr(torch, geometry.image_dtype).itemsize
+    image = geometry.channels * geometry.patch_size**2 * geometry.most_patches * itemsize
     return micro_batch * (image + INDEX_BYTES * (1 + geometry.most_patches + geometry.text_length))
 
 

@@ -71,7 +71,7 @@ def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = No
     samples = []
     for rows, columns in grids or [(side, side)]:
         shape = m.channels, rows * m.patch_size, columns * m.patch_size
-        sample = Sample("typical", torch.zeros((), dtype=torch.uint8).expand(shape))
+        sample = Sample("typical", torch.zeros((), dtype=getattr(torch, model.config.image_dtype)).expand(shape))
         sample.image_mask = draw_mask(rows * columns, masking.image_ratio, generator)
         if m.vocab_size:
             sample.tokens = torch.zeros(caption_tokens(config), dtype=torch.int64)

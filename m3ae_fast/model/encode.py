@@ -16,8 +16,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.bands import checked
 from m3ae_fast.batch.crops import whole_view
-from m3ae_fast.batch.images import decode_image, pixels_of
+from m3ae_fast.batch.images import decode_image, pixels_of, pixels_of_bands, widened
+from m3ae_fast.batch.normal import model_input
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
@@ -44,13 +46,15 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
 OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # see `prepare_image`
 
 
-def as_images(images: OneImage | Sequence[OneImage]) -> Sequence[OneImage]:
+def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
     """Return one image as a list of it, and several as they are: a tensor of four dimensions, an array of four, or of
-    three that are not an image's height, width and channels, is several."""
+    three that are not the height, width and channels of an image of a model of `channels`, is several."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
-        single = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] <= MAX_CHANNELS)
+        single = images.ndim == 2 or (
+            images.ndim == 3 and (images.shape[-1] <= MAX_CHANNELS or images.shape[-1] == channels)
+        )
         return [images] if single else list(images)
     return [images] if isinstance(images, Tensor) and images.ndim == 3 else images  # type: ignore[return-value]
 
@@ -76,13 +80,14 @@ def unmasked_sample(
 
 
 def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
-    """Return [C, image_size, image_size], or of a native model [C, H, W], on the CPU: uint8, or as it is where it is
-    floating.
+    """Return [C, image_size, image_size], or of a native model [C, H, W], on the CPU: of the model's image_dtype,
+    floats normalised.
 
     Args:
-        image: the path of a file, which is read as one in a shard is, a PIL image, a uint8 tensor [C, H, W] or array
-            [H, W, C] or [H, W], of which the central square is taken, or all; or a floating tensor [C, image_size,
-            image_size], of a native model of sides that its patches divide, already normalised.
+        image: the path of a file, which is read as one in a shard is, a PIL image, an array [H, W, C] or [H, W], which
+            is read as a .npy file of it is, or a tensor [C, H, W], uint8, or uint16 of a model of such images, of which
+            the central square is taken, or all; or a floating tensor [C, image_size, image_size], of a native model of
+            sides that its patches divide, already normalised.
         config: of the model.
 
     Raises:
@@ -92,16 +97,13 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
     channels, geometry = config.channels, Geometry.of(config)
     if isinstance(image, (str, os.PathLike)):
         return _read_image(image, config)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise ValueError(f"an array is {image.dtype} {list(image.shape)}, not uint8 [height, width, channels]")
-        image = torch.from_numpy(image.copy())
-        image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    if isinstance(image, Image):
+    kind = channels, config.image_range, config.image_dtype
+    if isinstance(image, (Image, np.ndarray)):
         try:
-            return whole_view(pixels_of(image, channels, config.image_range), geometry.frame)
+            pixels = pixels_of(image, *kind) if isinstance(image, Image) else pixels_of_bands(checked(image), *kind)
         except BadSample as error:
             raise ValueError(f"an image cannot be used: {error}") from None
+        return _prepared(pixels, config)
     if image.ndim != 3 or image.shape[0] != channels:
         raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
     if image.is_floating_point():
@@ -110,20 +112,25 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
         except ValueError as error:
             raise ValueError(f"a floating {error}") from None
         return image.cpu()
-    if image.dtype != torch.uint8:
-        raise ValueError(f"an image is {image.dtype}, neither uint8 nor floating")
-    return whole_view(image.cpu(), geometry.frame)
+    if image.dtype not in (torch.uint8, getattr(torch, config.image_dtype)):
+        raise ValueError(f"an image is {image.dtype}, neither {config.image_dtype} nor floating")
+    image = image.cpu()
+    return _prepared(widened(image, config.image_dtype) if image.dtype == torch.uint8 else image, config)
+
+
+def _prepared(pixels: Tensor, config: ModelConfig) -> Tensor:
+    return model_input(whole_view(pixels, Geometry.of(config).frame), config.image_mean, config.image_std)
 
 
 def _read_image(path: str | os.PathLike[str], config: ModelConfig) -> Tensor:
     try:
         with open_regular(os.fspath(path)) as file:
-            pixels = decode_image(file.read(), config.channels, config.image_range)
+            pixels = decode_image(file.read(), config.channels, config.image_range, config.image_dtype)
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
     except BadSample as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
-    return whole_view(pixels, Geometry.of(config).frame)
+    return _prepared(pixels, config)
 
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:

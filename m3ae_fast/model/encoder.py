@@ -174,7 +174,10 @@ class MultimodalEncoder(nn.Module):
         return _wide(mean_SD)
 
     def _input(self, batch: PackedBatch) -> Tensor:
-        return self.encoder_input(self.patch_embed(batch.images, batch.patch_ids), batch)
+        images = batch.images
+        if images.is_floating_point():
+            images = images.to(self.patch_embed.weight.dtype)  # 16 bits where ZeRO keeps weights so; as all activations
+        return self.encoder_input(self.patch_embed(images, batch.patch_ids), batch)
 
     def encode(
         self,
@@ -210,7 +213,7 @@ class MultimodalEncoder(nn.Module):
         if images is None and texts is None:
             raise ValueError("encode needs images, texts or both")
         if images is not None:
-            images = as_images(images)
+            images = as_images(images, self.config.channels)
         texts = [texts] if isinstance(texts, str) else texts
         if images is not None and texts is not None and len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts")
@@ -255,7 +258,7 @@ class MultimodalEncoder(nn.Module):
         """Return encoder output on unmasked input: the features for downstream work. Differentiable.
 
         Args:
-            images: [S, C, H, W] of the model's size, uint8, or floating and already normalised; or None.
+            images: [S, C, H, W] of the model's size, uint8, uint16, or floating and already normalised; or None.
             text: int [S, n] token ids, n <= text_length; or None.
             padding_mask: [S, n], nonzero where `text` is padding; None: no padding.
 

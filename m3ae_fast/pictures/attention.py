@@ -20,7 +20,7 @@ from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Block
-from m3ae_fast.pictures.figures import RED, Cell, draw_sheet
+from m3ae_fast.pictures.figures import RED, Cell, draw_sheet, levels
 
 _WORDS = 7  # at most, of one caption
 
@@ -62,10 +62,17 @@ def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int], lo
 
 
 def draw_attention(
-    model: M3AE, samples: Sequence[Sample], path: Path, count: int, word: str | None = None, look: Look = LAST
+    model: M3AE,
+    samples: Sequence[Sample],
+    path: Path,
+    count: int,
+    word: str | None = None,
+    look: Look = LAST,
+    channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG: a row for each of the first `count` samples with an image, with the attention of cls and of the
-    first words, or of `word` alone, laid over it from blue, none, to red, the highest.
+    first words, or of `word` alone, laid over it from blue, none, to red, the highest. `channels`: what is shown, as in
+    `figures.levels`.
 
     Raises:
         UserError: no sample has an image, or no caption has the word.
@@ -79,9 +86,10 @@ def draw_attention(
             continue
         queries = [0, *(1 + patches_of(sample) + token for token in words)]
         weights_RL = attention_to_patches(model, sample, queries, look)
-        cells = [Cell(sample.image)]
+        image = levels(sample.image, model.config, channels)
+        cells = [Cell(image)]
         for weights_L, text in zip(weights_RL, ["cls", *words.values()]):
-            cells.append(Cell(_laid_over(sample.image, weights_L, model.config.patch_size), text, RED))
+            cells.append(Cell(_laid_over(image, weights_L, model.config.patch_size), text, RED))
         rows.append(cells)
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))

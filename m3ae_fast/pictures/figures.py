@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from m3ae_fast.batch.normal import normalised
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.errors import UserError
 from m3ae_fast.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -55,6 +59,34 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
                 y += _LINE
     with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
+
+
+def levels(image: Tensor, model: ModelConfig, channels: Sequence[int] | None = None) -> Tensor:
+    """Return an image of a model, [C, H, W] as it goes into it, as it is shown: uint8 [3, H, W], or [1, H, W], grey.
+
+    Levels of 8 bits are shown as they are. Of finer pixels, of which few may lie near black and white, the range from
+    two standard deviations below the mean to two above it is.
+
+    Args:
+        image: uint8, uint16, or floating and normalised.
+        model: whose mean and standard deviation they are.
+        channels: what is red, green and blue (`data.show_channels`); None: the first three of 3 or 4, else the first.
+
+    Raises:
+        UserError: there is no such channel.
+    """
+    if channels is not None and max(channels) >= len(image):
+        raise UserError(f"data.show_channels {list(channels)}: images have channels 0 to {len(image) - 1}")
+    if image.dtype != torch.uint8:
+        image = stretched(normalised(image, model.image_mean, model.image_std))
+    if channels is not None:
+        return image[list(channels)]
+    return image[: 3 if len(image) in (3, 4) else 1]
+
+
+def stretched(normal: Tensor) -> Tensor:
+    """Return normalised values as uint8 levels: -2 as black, 2 as white."""
+    return (255 * (normal / 4 + 0.5).clamp(0, 1)).round().to(torch.uint8)
 
 
 def shown(image: Tensor, side: int = _SIDE) -> Image.Image:

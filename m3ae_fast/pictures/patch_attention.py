@@ -15,7 +15,7 @@ from m3ae_fast.batch.packing import Sample
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.attention import LAST, Look, attention_weights, patches_of
-from m3ae_fast.pictures.figures import BLACK, Colour, box_in, shown
+from m3ae_fast.pictures.figures import BLACK, Colour, box_in, levels, shown
 from m3ae_fast.whole_file import whole_file
 
 SHADE: Colour = (255, 110, 90)  # behind the word with the most attention
@@ -35,10 +35,17 @@ def attention_to_words(model: M3AE, sample: Sample, patch: tuple[int, int], look
 
 
 def draw_patch_attention(
-    model: M3AE, samples: Sequence[Sample], path: Path, count: int, patch: tuple[int, int], look: Look = LAST
+    model: M3AE,
+    samples: Sequence[Sample],
+    path: Path,
+    count: int,
+    patch: tuple[int, int],
+    look: Look = LAST,
+    channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG: a row for each of the first `count` samples with an image and a caption, with the patch outlined and
     each word shaded by its part of the patch's attention, from white, none, to SHADE, the caption's highest.
+    `channels`: what is shown, as in `figures.levels`.
 
     Raises:
         UserError: no sample has both, and that patch.
@@ -51,7 +58,8 @@ def draw_patch_attention(
     for number, sample in enumerate(pairs):
         assert sample.image is not None and sample.tokens is not None
         top = _GAP + number * (_SIDE + _GAP)
-        sheet.paste(_outlined(sample.image, patch, model.config.patch_size), (_GAP, top))
+        image = levels(sample.image, model.config, channels)
+        sheet.paste(_outlined(image, patch, model.config.patch_size), (_GAP, top))
         words = [model.tokenizer.token(token) for token in sample.tokens.tolist()]
         parts = attention_to_words(model, sample, patch, look).tolist()
         _write_shaded(ImageDraw.Draw(sheet), words, parts, (_SIDE + 2 * _GAP, top))

@@ -13,12 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from m3ae_fast.batch.grids import Grid
+from m3ae_fast.batch.normal import normalised
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
-from m3ae_fast.config import Config
+from m3ae_fast.config import Config, ModelConfig
 from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Colour, shown
+from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Colour, levels, shown, stretched
 from m3ae_fast.vqgan.model import VQGAN
 from m3ae_fast.weights.pretrained import load_weights
 from m3ae_fast.whole_file import whole_file
@@ -71,7 +72,7 @@ def draw_run(
         turns.append(eval_samples(corpus, preparation, count))
     samples = [sample for turn in zip(*turns) for sample in turn]
     vqgan = open_image_tokenizer(config.data, config.model)
-    draw_reconstructions(model, samples, tokenizer, path, vqgan)
+    draw_reconstructions(model, samples, tokenizer, path, vqgan, config.data.show_channels)
 
 
 @torch.no_grad()
@@ -81,6 +82,7 @@ def draw_reconstructions(
     tokenizer: CaptionTokenizer | None,
     path: Path,
     vqgan: VQGAN | None = None,
+    channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG with a row for each sample. Visible patches and text tokens are shown as they are, masked ones as
     predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
@@ -88,10 +90,11 @@ def draw_reconstructions(
 
     Args:
         model: on any device; its mode stays.
-        samples: with masks; images uint8 [C, H, W].
+        samples: with masks; images [C, H, W].
         tokenizer: of the captions; None: tokens are shown as numbers.
         path: the PNG to write.
         vqgan: the frozen image tokenizer, on the CPU; None where pixels are predicted.
+        channels: what is shown, as in `figures.levels`.
 
     Raises:
         UserError: `path` cannot be written.
@@ -99,7 +102,7 @@ def draw_reconstructions(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    rows = [_row(model, sample, tokenizer, device, vqgan) for sample in samples]
+    rows = [_row(model, sample, tokenizer, device, vqgan, channels) for sample in samples]
     model.train(was_training)
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + sum(row.height + GAP for row in rows)), "white")
@@ -116,7 +119,12 @@ def draw_reconstructions(
 
 
 def _row(
-    model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, device: torch.device, vqgan: VQGAN | None
+    model: M3AE,
+    sample: Sample,
+    tokenizer: CaptionTokenizer | None,
+    device: torch.device,
+    vqgan: VQGAN | None,
+    channels: Sequence[int] | None,
 ) -> Image.Image:
     output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
     row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, TALLEST), "white")
@@ -127,7 +135,7 @@ def _row(
         if vqgan:
             images.append(_decoded(model, vqgan, sample.image, sample.image_mask, output_IK))
         for i, image in enumerate(images):
-            row.paste(shown(image, SIDE), (GAP + i * (SIDE + GAP), 0))
+            row.paste(shown(levels(image, model.config, channels), SIDE), (GAP + i * (SIDE + GAP), 0))
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
         with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
         guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
@@ -148,7 +156,7 @@ def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK
 def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
     """Return images, uint8 [C, H, W] each: original, masked and, if pixels are predicted, reconstruction."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
-    patches_LK = _cut(image, c.patch_size).float()
+    patches_LK = _cut(_all_levels(image, c), c.patch_size).float()
     masked, rebuilt = patches_LK.clone(), patches_LK.clone()
     masked[mask_L] = GREY
     grid = model.geometry.grid(image)
@@ -156,14 +164,22 @@ def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None
         return [_join(p.to(torch.uint8), grid, c.patch_size) for p in (patches_LK, masked)]
     mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
     if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
-        normal = (patches_LK / 255 - mean) / std
+        normal = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)
         spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
         pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
     predicted = patches_LK.clone()
-    predicted[with_loss] = (pixels_IK * std + mean) * 255
+    if image.dtype == torch.uint8:
+        predicted[with_loss] = (pixels_IK * std + mean) * 255
+    else:
+        predicted[with_loss] = stretched(pixels_IK).float()
     rebuilt[mask_L] = predicted[mask_L]
     whole = (patches_LK, masked, rebuilt)
     return [_join(p.clamp(0, 255).round().to(torch.uint8), grid, c.patch_size) for p in whole]
+
+
+def _all_levels(image: Tensor, config: ModelConfig) -> Tensor:
+    """Return every channel as `levels` shows it."""
+    return levels(image, config, range(len(image)))
 
 
 def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from m3ae_fast.batch.normal import normalised
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.transfer import FineTuneConfig
@@ -29,15 +30,18 @@ _MIXING = 64  # what the number is drawn for, beside those of data.dataset
 class RandAugment:
     """A `data.dataset.Transform`: timm's RandAugment (arXiv 1909.13719) of its config string.
 
-    Raises UserError where timm rejects the string, or images are not RGB.
+    Raises UserError where timm rejects the string, or images are not RGB of 8 bits.
     """
 
     config: str
     model: ModelConfig
 
     def __post_init__(self) -> None:
-        if self.model.channels != 3:
-            raise UserError(f"finetune.rand_augment: takes only RGB; set it to null for {self.model.channels} channels")
+        if self.model.channels != 3 or self.model.image_dtype != "uint8":
+            raise UserError(
+                "finetune.rand_augment: takes only RGB of 8 bits; set it to null for "
+                f"{self.model.channels} channels of {self.model.image_dtype}"
+            )
         try:
             self._make()
         except Exception as error:  # timm asserts and converts
@@ -108,7 +112,7 @@ class Mixing:
         lanes: int = 1,
     ) -> None:
         self.smoothing, self.classes, self.size = config.label_smoothing, classes, model.image_size
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (model.image_mean, model.image_std))
+        self.mean, self.std = model.image_mean, model.image_std
         self.mixup, self.cutmix, self.switch_prob = config.mixup, config.cutmix, config.switch_prob
         self.mixes, self.native = mixes(config, images_only), model.resize == "native"
         self.seed, self.repeats, self.lanes = seed, repeats, lanes
@@ -144,9 +148,8 @@ class Mixing:
         if not self.mixes or not batch.keys:
             return batch, labels_SK
         device = batch.images.device
-        mean, std = (t.to(device) for t in (self.mean, self.std))
         partner_S, own_S, box_S4 = (torch.from_numpy(array).to(device) for array in self._draw(batch.positions))
-        images = (batch.images / 255 - mean) / std
+        images = normalised(batch.images, self.mean, self.std)
         own_S1HW = own_S[:, None, None, None] * torch.ones((), device=device)
         if self.cutmix:
             own_S1HW = torch.where(box_S4.any(1)[:, None, None, None], ~_inside(box_S4, self.size), own_S1HW)

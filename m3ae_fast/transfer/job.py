@@ -22,7 +22,7 @@ from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.encoding import Features, encode_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import write_parquet
-from m3ae_fast.pictures.figures import BLACK, Cell, Colour
+from m3ae_fast.pictures.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.process.program import Session
 from m3ae_fast.progress import TimeLeft
 from m3ae_fast.run.run_folder import RunFolder
@@ -124,7 +124,8 @@ class Job:
             caption = self.model.tokenizer.decode(sample.tokens.tolist())
         if sample.image is None:
             return Cell(None, caption if text is None else f"{text}: {caption}", colour)
-        return Cell(sample.image, caption if text is None else text, colour)
+        image = levels(sample.image, self.model.config, self.config.data.show_channels)
+        return Cell(image, caption if text is None else text, colour)
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.normal import of_unit, to_unit
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import RobustnessConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader, eval_samples
@@ -48,8 +49,10 @@ def run(job: Job) -> dict[str, Any]:
     config, model = job.config.robustness, job.model
     if model.config.modality == "text":
         raise UserError(f"{job.args.model}: classifies texts; robustness needs a classifier of images")
-    if config.corruptions and model.config.model.channels != 3:
-        raise UserError("robustness.corruptions: need RGB images; set it to [] for other channels")
+    if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
+        raise UserError("robustness.corruptions: need RGB images of 8 bits; set it to [] for others")
+    if config.epsilons and model.config.model.image_dtype == "float32":
+        raise UserError("robustness.epsilons: need pixels from black to white; set it to [] for image_dtype float32")
     val, _ = label_corpus(
         job.open(job.config.data.val), job.args.labels, model.config.classes, progress=job.ranks.is_main
     )
@@ -176,19 +179,18 @@ def _predictions(job: Job, corpus: Corpus, each: Pass, title: str) -> Prediction
 def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
     """Return a classifier that takes a batch's images after PGD has attacked them."""
     config, sizes = job.config.robustness, model.config.model
-    mean, std = (
-        torch.tensor(values, device=job.ranks.device)[:, None, None] for values in (sizes.image_mean, sizes.image_std)
-    )
+    normal = sizes.image_mean, sizes.image_std
 
     def classify(batch: PackedBatch) -> Tensor:
         def logits_of(images: Tensor) -> Tensor:
-            return model(replace(batch, images=(images - mean) / std))
+            return model(replace(batch, images=of_unit(images, *normal)))
 
         assert batch.labels is not None
         start = _start(batch, job.config.run.seed).to(job.ranks.device)
         step_size = config.step_size * epsilon
         with torch.enable_grad():
-            attacked = pgd(logits_of, batch.images / 255, batch.labels, start, epsilon, config.steps, step_size)
+            images = to_unit(batch.images, *normal)
+            attacked = pgd(logits_of, images, batch.labels, start, epsilon, config.steps, step_size)
         return logits_of(attacked)
 
     return classify

@@ -22,7 +22,7 @@ tags: [{tags}]
 from m3ae_fast.model import M3AE
 
 model = M3AE.from_pretrained("{name}")
-features = model.representation(images)  # uint8 [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
+features = model.representation(images)  # {pixels} [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
 ```
 
 Licence: to be filled in, by whoever publishes these weights; that of the training data may limit it.
@@ -51,6 +51,7 @@ def model_card(name: str, config: ModelConfig, run: str = "") -> str:
         patch=c.patch_size,
         patches=c.patches_per_image,
         channels=c.channels,
+        pixels="normalised" if c.image_dtype == "float32" else c.image_dtype,
         text=f" and of captions of up to {c.text_length} tokens" if c.vocab_size else "",
         run=f"\n{run}" if run else "",
         config=json.dumps(c.model_dump(mode="json", exclude={"init_from"}), indent=2),

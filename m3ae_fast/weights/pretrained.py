@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from m3ae_kernels.pixels import LARGEST
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ def _preprocessing(config: ModelConfig) -> dict[str, Any]:
         "do_center_crop": True,
         "crop_size": size,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / LARGEST.get(getattr(torch, config.image_dtype), 1),
         "do_normalize": True,
         "image_mean": config.image_mean,
         "image_std": config.image_std,

@@ -131,6 +131,7 @@ _deep_rgb = ((_deep[..., None].astype(np.int64) + 1000 * _shifts) % 65536).astyp
 _float = (RAMP * 3 - 1).astype(np.float32)
 _ints = (RAMP * 2e9 - 1e9).astype(np.int32)
 _uints = (RAMP * (2**32 - 1)).astype(np.uint32)
+_five = np.dstack((RGB, RGB[..., :2]))
 _two = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
 _gif = Image.fromarray(_indices.astype(np.uint8), "P")
 _gif.putpalette(_palette.tobytes())
@@ -272,14 +273,8 @@ CASES = [
         "dtype",
         note='`"dtype"` alone',
     ),
-    Case("TIFF", "grey, float64", lambda: tiff(RAMP), range="dtype", refused="a TIFF of bands or depths"),
-    Case(
-        "TIFF",
-        "colour, float32",
-        lambda: tiff(np.dstack([_float] * 3), photometric="rgb"),
-        range="dtype",
-        refused="a TIFF of bands or depths",
-    ),
+    Case("TIFF", "grey, float64", lambda: tiff(RAMP), range="dtype", refused="an array of float64"),
+    Case("TIFF", "5 bands", lambda: tiff(_five, planarconfig="contig"), refused="has 5 channels, the model takes 3"),
     Case("TIFF", "CIELAB", lambda: tiff(RGB, photometric="cielab"), refused="colours in CIELAB are not read"),
     Case("WebP", "colour", lambda: pillow(RGB, "WEBP", lossless=True), RGB),
     Case("WebP", "colour, turned by EXIF", lambda: pillow(RGB, "WEBP", lossless=True, exif=exif()), _turned),

@@ -1,0 +1,202 @@
+"""Images of any bands: .npy and TIFF, of 8, 16 and 32 bits."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.batch import bands
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.bands import read_npy, write_npy
+from m3ae_fast.batch.crops import centre_crop, random_crop, resize
+from m3ae_fast.batch.images import decode_image, format_of
+from m3ae_fast.batch.normal import model_input, normalised, of_unit, to_unit
+from tests.data.test_pictures import damaged
+from tests.helpers.pictures import RGB, png, tiff
+
+BANDS = 13
+_random = np.random.RandomState(0)
+LEVELS = _random.randint(0, 256, (20, 24, BANDS), dtype=np.uint8)
+DEEP = _random.randint(0, 65536, (20, 24, BANDS), dtype=np.uint16)
+FLOATS = (_random.randn(20, 24, BANDS) * 300).astype(np.float32)
+ARRAYS = {"uint8": LEVELS, "uint16": DEEP, "float32": FLOATS}
+
+
+def chw(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_values_are_kept_in_their_own_dtype(name):
+    values = ARRAYS[name]
+    files = [
+        write_npy(values),
+        write_npy(np.asfortranarray(values)),
+        write_npy(values.astype(values.dtype.newbyteorder())),
+    ]
+    files += [tiff(values, planarconfig="contig"), tiff(values, planarconfig="contig", compression="zlib")]
+    files += [tiff(values.transpose(2, 0, 1).copy(), planarconfig="separate")]
+    for data in files:
+        found = decode_image(data, BANDS, "dtype", name)
+        assert found.dtype == getattr(torch, name) and torch.equal(found, chw(values))
+    assert [format_of(data) for data in files[2:4]] == ["NPY", "TIFF"]
+    one = decode_image(write_npy(values[..., 0]), 1, "dtype", name)
+    assert torch.equal(one, chw(values)[:1])
+
+
+def test_a_range_says_what_is_black_and_white():
+    scaled = (DEEP.astype(np.float64) - 1000) / 9000
+    data = write_npy(DEEP)
+    assert torch.equal(
+        decode_image(data, BANDS, (1000, 10_000)), chw(np.rint(255 * scaled.clip(0, 1)).astype(np.uint8))
+    )
+    fine = decode_image(data, BANDS, (1000, 10_000), "uint16")
+    assert torch.equal(fine, chw(np.rint(65535 * scaled.clip(0, 1)).astype(np.uint16)))
+    floats = decode_image(data, BANDS, (1000, 10_000), "float32")
+    assert torch.equal(floats, chw(scaled.astype(np.float32))) and floats.min() < 0 and floats.max() > 1
+    assert torch.equal(
+        decode_image(write_npy(FLOATS), BANDS, (-100, 300), "float32"),
+        chw((FLOATS.astype(np.float64) + 100) / 400).float(),
+    )
+    for dtype in ("uint16", "float32"):  # levels are levels, whatever the range
+        unit = decode_image(write_npy(LEVELS), BANDS, (0, 9), dtype).double() / (65535 if dtype == "uint16" else 1)
+        torch.testing.assert_close(unit, chw(LEVELS) / 255.0, check_dtype=False, rtol=0, atol=1e-7)
+    for values in (DEEP, FLOATS):
+        with pytest.raises(BadSample, match=r"has .*-bit values: set data\.range"):
+            decode_image(write_npy(values), BANDS)
+
+
+def test_pictures_are_kept_as_finely():
+    """Those that Pillow reads, in a model of more than 8 bits."""
+    values = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
+    for data in (png(values, 16, 0), tiff(values)):
+        assert torch.equal(decode_image(data, 3, "dtype", "uint16"), torch.from_numpy(values).expand(3, -1, -1))
+    assert torch.equal(
+        decode_image(tiff(values, photometric="miniswhite"), 1, "dtype", "uint16")[0], torch.from_numpy(65535 - values)
+    )
+    colours = np.dstack((values, values[::-1], values))
+    assert torch.equal(decode_image(tiff(colours, photometric="rgb"), 3, (0, 65535), "uint16"), chw(colours))
+    levels = decode_image(png(RGB, 8, 2), 3)
+    assert torch.equal(decode_image(png(RGB, 8, 2), 3, None, "uint16"), (levels.int() * 257).to(torch.uint16))
+    for data, channels, message in (
+        (png(colours, 16, 2), 3, "has colours of unsigned 16-bit values, of which 8 bits are read"),
+        (png(values, 16, 0), 4, "has one channel of unsigned 16-bit values, the model takes 4"),
+    ):
+        with pytest.raises(BadSample, match=message):
+            decode_image(data, channels, "dtype", "uint16")
+
+
+def test_four_bands_are_no_transparency():
+    four = LEVELS[..., :4]
+    for data in (write_npy(four), tiff(four, photometric="rgb", extrasamples=["unspecified"])):
+        assert torch.equal(decode_image(data, 4), chw(four))
+
+
+@pytest.mark.parametrize(
+    "data, channels, message",
+    [
+        (write_npy(LEVELS), 3, r"an array \[20, 24, 13\] has 13 channels, the model takes 3"),
+        (tiff(LEVELS, planarconfig="contig"), 3, "has 13 channels, the model takes 3"),
+        (png(RGB, 8, 2), BANDS, "has 3 channels, the model takes 13"),
+        (write_npy(DEEP.astype(np.int16)), BANDS, "an array of int16: those of uint8, uint16 and float32 are read"),
+        (write_npy(LEVELS[None]), BANDS, r"an array \[1, 20, 24, 13\], not \[height, width, channels\]"),
+        (write_npy(LEVELS[:0]), BANDS, r"an array \[0, 24, 13\], not"),
+        (write_npy(np.where(FLOATS > 800, np.inf, FLOATS)), BANDS, "has values that are not finite"),
+        (write_npy(LEVELS)[:-1], BANDS, "the array is broken"),
+        (write_npy(LEVELS).replace(b"(20, 24", b"(2e9,24"), BANDS, "the array is broken"),
+        (b"\x93NUMPY\x03\0", BANDS, "the array is broken"),
+        (tiff(LEVELS, planarconfig="contig", extratags=[(274, 3, 1, 6, True)]), BANDS, "of bands that is turned"),
+        (tiff(LEVELS, planarconfig="contig")[:200], BANDS, "the TIFF is broken"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_a_bad_sample(data, channels, message):
+    with pytest.raises(BadSample, match=message):
+        decode_image(data, channels, "dtype")
+
+
+def test_a_pickle_in_an_array_is_not_opened():
+    objects = np.array([[{"a": 1}]], dtype=object)
+    out = bands.BytesIO()
+    np.save(out, objects, allow_pickle=True)
+    with pytest.raises(BadSample, match="the array is broken"):
+        read_npy(out.getvalue())
+
+
+def test_sizes_have_a_limit(monkeypatch):
+    monkeypatch.setattr(bands, "MAX_VALUES", LEVELS.size - 1)
+    for data in (write_npy(LEVELS), tiff(LEVELS, planarconfig="contig")):
+        with pytest.raises(BadSample, match=r"\d+ values"):
+            decode_image(data, BANDS)
+
+
+def test_without_tifffile_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(BadSample, match=re.escape("pip install 'm3ae-fast[tiff]'")):
+        decode_image(tiff(LEVELS, planarconfig="contig"), BANDS)
+
+
+def test_odd_files_give_an_image_or_a_bad_sample():
+    random = np.random.RandomState(0)
+    sources = [
+        make(values) for values in ARRAYS.values() for make in (write_npy, lambda v: tiff(v, planarconfig="contig"))
+    ]
+    good = bad = 0
+    for _ in range(200):
+        try:
+            image = decode_image(
+                damaged(sources[random.randint(len(sources))][:4000], random), BANDS, "dtype", "uint16"
+            )
+        except BadSample:
+            bad += 1
+        else:
+            assert image.shape[0] == BANDS
+            good += 1
+    for source in sources:
+        good += len(decode_image(source, BANDS, "dtype", "uint16")) == BANDS
+    assert bad > 25 and good >= len(sources)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_each_band_is_resampled_as_a_picture_is(name):
+    image = chw(ARRAYS[name])
+    for height, width in ((7, 9), (31, 40)):
+        found = resize(image, height, width)
+        assert found.dtype == image.dtype and found.shape == (BANDS, height, width)
+        for first in range(0, BANDS - 2, 3):
+            alone = resize(image[first : first + 3].clone(), height, width)
+            assert (found[first : first + 3].double() - alone.double()).abs().max() <= (1 if name == "uint8" else 1e-3)
+    as_floats = np.stack([
+        np.asarray(Image.fromarray(band.astype(np.float32)).resize((9, 7), Image.Resampling.BICUBIC))
+        for band in ARRAYS[name].transpose(2, 0, 1)
+    ])  # fmt: skip
+    limits = {"uint8": (0, 255), "uint16": (0, 65535)}.get(name, (-np.inf, np.inf))
+    error = np.abs(resize(image, 7, 9).double().numpy() - as_floats.clip(*limits)).max()
+    assert error <= {"uint8": 1.5, "uint16": 1.0, "float32": 1e-2}[name]
+
+
+def test_crops_and_flips_are_those_of_pictures():
+    """The same seed takes the same box of every dtype, and mirrors it."""
+
+    def crop(image, seed):
+        return random_crop(image, 8, (0.3, 1.0), True, torch.Generator().manual_seed(seed))
+
+    for seed in range(6):
+        levels, deep = crop(chw(LEVELS), seed), crop((chw(LEVELS).int() * 257).to(torch.uint16), seed)
+        assert deep.is_contiguous() and (deep.double() / 257 - levels.double()).abs().mean() < 1
+    assert torch.equal(centre_crop(chw(DEEP), 20), chw(DEEP)[:, :, 2:22])
+
+
+def test_pixels_are_normalised_in_units_of_black_and_white():
+    mean, std = [0.1 * i for i in range(BANDS)], [0.2 + 0.1 * i for i in range(BANDS)]
+    for name, white in (("uint8", 255), ("uint16", 65535)):
+        image = chw(ARRAYS[name])
+        assert model_input(image, mean, std) is image
+        found = normalised(image[None], mean, std)[0]
+        expected = (image.double() / white - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(to_unit(found, mean, std), image / white, rtol=1e-4, atol=1e-5)
+    floats = model_input(chw(FLOATS), mean, std)
+    assert torch.equal(floats, of_unit(chw(FLOATS), mean, std)) and normalised(floats, mean, std) is floats

@@ -1,0 +1,168 @@
+"""Models of 13 bands: losses, features, pictures and exports."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.batch.bands import write_npy
+from m3ae_fast.batch.normal import normalised
+from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.convert.onnx_model import input_dtype, write_onnx
+from m3ae_fast.convert.timm_model import model_arguments, timm_weights, write_timm
+from m3ae_fast.data.shared_memory import batch_bytes
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pictures.attention import draw_attention
+from m3ae_fast.pictures.figures import levels
+from m3ae_fast.pictures.reconstructions import _images, draw_reconstructions
+from tests.helpers.trainer import TINY
+
+BANDS, SIZE = 13, 16
+MEAN, STD = tuple(0.1 + 0.02 * i for i in range(BANDS)), tuple(0.2 + 0.01 * i for i in range(BANDS))
+MASK = torch.arange(4) < 3
+
+
+def make(dtype: str, **loss) -> M3AE:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        size=None, emb_dim=16, depth=1, num_heads=2, dec_emb_dim=16, dec_depth=1, dec_num_heads=2, vocab_size=0,
+        image_size=SIZE, patch_size=8, channels=BANDS, image_dtype=dtype, image_mean=MEAN, image_std=STD,
+        image_range="dtype",
+    )  # fmt: skip
+    return M3AE(config, (loss and parse(Config, TINY | {"loss": loss}, "test").loss) or None).eval()
+
+
+def pixels(dtype: str) -> np.ndarray:
+    """[H, W, C]."""
+    unit = np.random.RandomState(0).rand(SIZE, SIZE, BANDS)
+    return {"uint8": unit * 255, "uint16": unit * 65535, "float32": 3 * unit - 1}[dtype].astype(dtype)
+
+
+def chw(dtype: str) -> torch.Tensor:
+    return torch.from_numpy(pixels(dtype).transpose(2, 0, 1).copy())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_losses_and_gradients_are_those_of_normalised_floats(dtype, norm_pix):
+    model, image = make(dtype, norm_pix=norm_pix), chw(dtype)
+    found = []
+    for each in (image, normalised(image, MEAN, STD)):
+        model.zero_grad()
+        loss = model(pack([Sample("a", each, MASK)], model.geometry)).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_encode_takes_arrays_files_and_tensors(dtype, tmp_path):
+    model, values = make(dtype), pixels(dtype)
+    (tmp_path / "a.npy").write_bytes(write_npy(values))
+    alone = model.encode(values)
+    assert torch.equal(model.encode([tmp_path / "a.npy", values]), alone.expand(2, -1)) and len(alone) == 1
+    image = chw(dtype)
+    normal = (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    tensors = normal[None] if dtype == "float32" else image[None]
+    torch.testing.assert_close(model.encode(tensors), alone)
+    if dtype == "uint16":
+        levels = pixels("uint8")
+        torch.testing.assert_close(model.encode(torch.from_numpy(levels).permute(2, 0, 1)), model.encode(levels))
+        with pytest.raises(ValueError, match=r"an image is torch\.int32, neither uint16 nor floating"):
+            model.encode(image.int()[None])
+    with pytest.raises(ValueError, match=r"an array \[16, 16, 12\] has 12 channels, the model takes 13"):
+        model.encode([values[..., :12]])
+
+
+def test_weights_of_16_bits_take_normalised_floats():
+    """As under ZeRO, whose weights have 16 bits without autocast."""
+    model = make("float32")
+    sample = Sample("a", normalised(chw("float32"), MEAN, STD), MASK)
+    expected = model(pack([sample], model.geometry)).loss.item()
+    found = model.to(torch.bfloat16)(pack([sample], model.geometry)).loss
+    assert found.isfinite() and abs(found.item() - expected) < 0.05 * expected
+
+
+def test_room_is_for_their_bytes():
+    small, middle, large = (batch_bytes(make(dtype).geometry, 1) for dtype in ("uint8", "uint16", "float32"))
+    assert (middle - small, large - small) == (BANDS * SIZE**2, 3 * BANDS * SIZE**2)
+    assert pack([], make("uint16").geometry).images.dtype == torch.uint16
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_pictures_show_the_channels_that_are_asked_for(dtype, tmp_path):
+    model, image = make(dtype, norm_pix=True), chw(dtype)
+    config = model.config
+    if dtype == "float32":
+        image = (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    shown, grey = levels(image, config, (3, 2, 1)), levels(image, config)
+    assert shown.shape == (3, SIZE, SIZE) and grey.shape == (1, SIZE, SIZE) and shown.dtype == torch.uint8
+    if dtype == "uint8":
+        assert torch.equal(shown, image[[3, 2, 1]]) and torch.equal(grey, image[:1])
+    else:
+        band = normalised(image, MEAN, STD)[2]
+        assert (shown[1].float() / 255 - (band / 4 + 0.5).clamp(0, 1)).abs().max() < 0.003
+    assert levels(chw("uint8")[:4], config).shape[0] == 3
+    with pytest.raises(UserError, match=r"data.show_channels \[0, 1, 13\]: images have channels 0 to 12"):
+        levels(image, config, (0, 1, 13))
+    sample = Sample("a", image, MASK)
+    # what is predicted perfectly looks as the original does
+    target = normalised(image, MEAN, STD).unflatten(2, (2, 8)).unflatten(1, (2, 8)).permute(1, 3, 2, 4, 0).flatten(0, 1)
+    target = target.flatten(1)[MASK]
+    target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
+    original, masked, rebuilt = _images(model, image, MASK, target)
+    assert (original.int() - rebuilt.int()).abs().max() <= 1 and (masked != original).any()
+    whole = Sample("a", image, MASK & False)
+    for name, draw in (
+        ("a", lambda path, c: draw_reconstructions(model, [sample], None, path, None, c)),
+        ("b", lambda path, c: draw_attention(model, [whole], path, 1, channels=c)),
+    ):
+        files = [tmp_path / f"{name}{number}.png" for number in range(2)]
+        for file, channels in zip(files, (None, (3, 2, 1))):
+            draw(file, channels)
+        first, second = (np.asarray(Image.open(file).convert("RGB")) for file in files)
+        assert (first != second).any()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_exports_give_the_features_of_encode(dtype, tmp_path):
+    import timm
+
+    model, values = make(dtype), pixels(dtype)
+    expected = model.encode(values, precision="fp32")
+    state = model.state_dict()
+    assert model_arguments(model.config)["in_chans"] == BANDS
+    vit = timm.models.VisionTransformer(**model_arguments(model.config)).eval()
+    vit.load_state_dict(timm_weights(model.config, state))
+    with torch.no_grad():
+        unit = chw(dtype) / (65535 if dtype == "uint16" else 1)
+        normal = (unit - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        torch.testing.assert_close(vit(normal[None]), expected, rtol=1e-4, atol=1e-5)
+    write_timm(tmp_path / "timm", model.config, state)
+    write_onnx(tmp_path / "a.onnx", model.config, state)
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"pixels": chw(dtype)[None].numpy().astype(input_dtype(model.config))})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "own")
+    again = M3AE.from_pretrained(tmp_path / "own")
+    assert again.config == model.config and torch.equal(again.encode(values, precision="fp32"), expected)
+
+
+@pytest.mark.parametrize(
+    "model, data, message",
+    [
+        ({"channels": 13}, {}, "image_mean has 3 values for 13 channels; python -m m3ae_fast.data stats SHARDS --chan"),
+        ({"channels": 257}, {}, "model.channels: input should be less than or equal to 256"),
+        ({"image_dtype": "int16"}, {}, "model.image_dtype"),
+        ({}, {"show_channels": [0, 1, 3]}, r"data.show_channels \[0, 1, 3\]: the model has channels 0 to 2"),
+        ({}, {"show_channels": [0, 1]}, "data.show_channels"),
+        ({"image_targets": "vqgan", "image_dtype": "uint16"}, {}, "vqgan needs image_dtype uint8"),
+    ],
+)
+def test_mistakes_are_one_line(model, data, message):
+    with pytest.raises(UserError, match=message):
+        parse(Config, TINY | {"model": TINY["model"] | model, "data": TINY["data"] | data}, "test")
