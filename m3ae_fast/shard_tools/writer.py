@@ -140,8 +140,11 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
                 ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
+                workers_left = multiprocessing.active_children()
+                for process in workers_left:
                     process.terminate()
+                for process in workers_left:  # which hold the folder's lock
+                    process.join()
                 raise
     for future in futures:  # in the order of the shards
         total.merge(future.result())
