@@ -160,9 +160,9 @@ def test_every_implementation_takes_patch_rows(monkeypatch):
 
 def test_patch_rows_are_patches():
     image = torch.arange(3 * 8 * 12).view(3, 8, 12)
-    rows = patch_rows(image, 4)
-    assert rows.shape == (6, 3, 4, 4)
-    assert torch.equal(rows[4], image[:, 4:8, 4:8])
+    rows = patch_rows([image, image[:, :4]], 4)
+    assert rows.shape == (9, 3, 4, 4)
+    assert torch.equal(rows[4], image[:, 4:8, 4:8]) and torch.equal(rows[8], image[:, :4, 8:])
 
 
 def test_sizes_that_do_not_fit_are_named():
@@ -193,3 +193,11 @@ def test_the_model_remembers_what_data_says_of_sizes():
         model(sizes, max_patches=9)
     with pytest.raises(UserError, match="model: min_patches 13 is more than max_patches 12"):
         model(sizes | {"min_patches": 13})
+
+
+@pytest.mark.parametrize("resize", ["square", "native"])
+def test_levels_and_normalised_images_are_not_mixed(resize):
+    model = make_model(config(resize=resize))
+    images = [torch.zeros(3, 16, 16, dtype=torch.uint8), torch.zeros(3, 16, 16)]
+    with pytest.raises(ValueError, match=r"several dtypes, torch\.float32, torch\.uint8"):
+        model.encode(images)

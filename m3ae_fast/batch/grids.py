@@ -104,7 +104,11 @@ def grid_of(image: Tensor, patch_size: int) -> Grid:
     return height // patch_size, width // patch_size
 
 
-def patch_rows(image: Tensor, patch_size: int) -> Tensor:
-    """Cut an image [C, H, W] into its patches [H / P * W / P, C, P, P], row by row. A view where it can be."""
-    cut = image.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # [C, rows, P, columns, P]
-    return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
+def patch_rows(images: Sequence[Tensor], patch_size: int) -> Tensor:
+    """Cut images [C, H, W], at least one, into the patches of all of them, [R, C, P, P]: each image row by row."""
+    grids, channels = [grid_of(image, patch_size) for image in images], len(images[0])
+    cut = images[0].new_empty(sum(rows * columns for rows, columns in grids), channels, patch_size, patch_size)
+    for image, (rows, columns), own in zip(images, grids, cut.split([rows * columns for rows, columns in grids])):
+        blocks = image.reshape(channels, rows, patch_size, columns, patch_size)
+        own.unflatten(0, (rows, columns)).copy_(blocks.permute(1, 3, 0, 2, 4))  # into place: one copy
+    return cut

@@ -126,7 +126,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
     Raises:
         ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, or some images have
-            ids and some have none.
+            ids and some have none, or they have several dtypes.
     """
     size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]
@@ -332,7 +332,9 @@ def _images(samples: Sequence[Sample], geometry: Geometry) -> Tensor:
     side = geometry.image_size if geometry.native is None else geometry.patch_size
     if not images:
         return torch.empty((0, geometry.channels, side, side), dtype=getattr(torch, geometry.image_dtype))
-    return torch.stack(images) if geometry.native is None else torch.cat([patch_rows(image, side) for image in images])
+    if len(kinds := {image.dtype for image in images}) > 1:
+        raise ValueError(f"images of several dtypes, {', '.join(sorted(map(str, kinds)))}, do not go into one batch")
+    return torch.stack(images) if geometry.native is None else patch_rows(images, side)
 
 
 def _labels(samples: Sequence[Sample]) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from m3ae_fast.batch.grids import Grid
+from m3ae_fast.batch.grids import Grid, patch_rows
 from m3ae_fast.batch.normal import normalised
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
@@ -188,9 +188,7 @@ def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
 
 def _cut(image: Tensor, patch: int) -> Tensor:
     """Cut an image [C, H, W] into patches [L, P * P * C]."""
-    channels, height, width = image.shape
-    blocks = image.reshape(channels, height // patch, patch, width // patch, patch)
-    return blocks.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+    return patch_rows([image], patch).permute(0, 2, 3, 1).flatten(1)
 
 
 def _join(patches_LK: Tensor, grid: Grid, patch: int) -> Tensor:
