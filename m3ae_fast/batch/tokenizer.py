@@ -158,7 +158,12 @@ def _find(name: str, label: str) -> Path:
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Make a ValueError of a panic in the library, whose exception is no Exception."""
+    """Make a ValueError of a panic in the library, whose exception is no Exception.
+
+    Rust has by then written a text of its own to stderr. Only a redirected file descriptor 2 would keep it away, and
+    with it what other threads write and the last words of a process that the library aborts, as it does for want of
+    memory.
+    """
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit):
