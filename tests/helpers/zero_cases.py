@@ -108,14 +108,17 @@ def uneven(world: int) -> Iterator[Case]:
 
 
 def configs(world: int) -> Iterator[Case]:
-    """Return the shipped configs in the precision of a GPU, only their sizes changed; and each on plain torch."""
+    """Return the shipped configs in the precision of a GPU, with small sizes; and each on plain torch. Of data, rate
+    and length an engine knows nothing: configs that differ in nothing else are equal here."""
     for path in CONFIGS:
         whole = load_config(path)
         model = TINY | {"vocab_size": 64 if whole.model.vocab_size else 0}
         parts = 2 if whole.train.micro_batch else 1
         train = whole.train.model_dump(mode="json") | {"global_batch": BATCH, "micro_batch": BATCH // world // parts}
+        train |= {"epochs": None, "steps": STEPS}
         made = whole.model_dump(mode="json") | {"model": model, "train": train | {"precision": "bf16"}}
-        made["optim"]["clip_grad"] = 1.0
+        made |= {"run": {}, "data": {"train": [{"shards": "none.tar"}]}}
+        made["optim"] |= {"clip_grad": 1.0, "peak_lr": LR, "warmup_epochs": 0}
         if made["deepspeed"]:
             made["deepspeed"]["zero_optimization"] |= SMALL_BUCKET
         yield path.name, parse(Config, made, path.name)
@@ -167,8 +170,11 @@ def main(argv: list[str] | None = None) -> int:
     cases = {"matrix": matrix, "options": options, "configs": configs, "uneven": uneven}[which]
     with join_ranks() as ranks, open(out if ranks.is_main else os.devnull, "w", encoding="utf-8") as file:
         torch.set_num_threads(1)
+        curves: dict[str, list[tuple[float, float]]] = {}
         for name, config in cases(ranks.world):
-            print(json.dumps([name, run(ranks, config)]), file=file, flush=True)
+            if (settings := config.model_dump_json()) not in curves:
+                curves[settings] = run(ranks, config)
+            print(json.dumps([name, curves[settings]]), file=file, flush=True)
     return 0
 
 
