@@ -201,3 +201,13 @@ def test_levels_and_normalised_images_are_not_mixed(resize):
     images = [torch.zeros(3, 16, 16, dtype=torch.uint8), torch.zeros(3, 16, 16)]
     with pytest.raises(ValueError, match=r"several dtypes, torch\.float32, torch\.uint8"):
         model.encode(images)
+
+
+def test_bands_of_floats_keep_their_shape_too():
+    bands = {"channels": 5, "image_mean": (0.5,) * 5, "image_std": (0.25,) * 5, "image_dtype": "float32"}
+    model = make_model(config(**bands))
+    samples = [replace(sample, image=torch.rand(5, *sample.image.shape[1:])) for sample in make_samples()]
+    loss, _ = gradients(model, samples)
+    batch = pack(samples, model.geometry)
+    assert batch.images.shape == (55, 5, 4, 4)
+    torch.testing.assert_close(loss, sum(model(pack([one], model.geometry), batch.counts).loss for one in samples))
