@@ -271,6 +271,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
         ((photos, photos / "run"), {}, "whose pictures it would be one of"),
         ((photos, photos), {}, "whose pictures it would be one of"),
         ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
+        ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, out), {"val": ["a.tar"]}, "--val: goes with shards"),
         ((photos, out), {"overrides": ["run.dir=x"]}, "is what --out names"),

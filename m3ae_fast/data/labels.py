@@ -46,6 +46,12 @@ class _Part(IndexedShard):
         return replace(self, whole=self.whole.reindexed(store))
 
 
+def check_field(field: str) -> None:
+    """Raise UserError where `field` is neither "cls" nor "json." and a name."""
+    if field != "cls" and not (field.startswith("json.") and len(field) > len("json.")):
+        raise UserError(f"labels {field!r}: must be cls, or json.FIELD such as json.label")
+
+
 def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
     """Return the label of every sample of each source in file order, None for a sample without one.
 
@@ -57,8 +63,7 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
     Raises:
         UserError: `field` is neither, a shard cannot be read, or a label is neither a whole number nor text.
     """
-    if field != "cls" and not (field.startswith("json.") and len(field) > len("json.")):
-        raise UserError(f"labels {field!r}: must be cls, or json.FIELD such as json.label")
+    check_field(field)
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
     labels: list[list[Label | None]] = [[] for _ in corpus.sources]
     for number, shard in track(shards, "reading labels", len(shards), show=progress):

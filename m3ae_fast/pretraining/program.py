@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from m3ae_fast import train
 from m3ae_fast.config import Config, load_config
+from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.pretraining.choices import written
@@ -64,6 +65,7 @@ def pretrain(
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
     if any(override.startswith(("run.dir=", "run=")) for override in overrides):
         raise UserError("--set run.dir: is what --out names")
+    check_field(labels)
     out = Path(out)
     table_of_captions = None if captions is None else Path(captions)
     config = _configured(str(source), out, hours, table_of_captions, val, labels, overrides, dry_run)
