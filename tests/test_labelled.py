@@ -131,6 +131,9 @@ def test_emoji_of_two_vendors_hold_out_the_same_ones_with_all_skin_tones(table, 
             for sample in found:
                 about = json.loads(sample["json"])
                 number = int(about["emoji"][2:], 16)
+                assert about["tone"] in ("", "1F3FB", "1F3FF-1F3FB") and bool(about["tone"]) == (
+                    "skin tone" in sample["txt"].decode()
+                )
                 assert about["category"] == ("Smileys", "Animals", "Flags")[number % 3]
                 assert int(sample["cls"]) == ["Animals", "Flags", "Smileys"].index(about["category"])
                 plain = f"face {number}, smile {number}"

@@ -3,257 +3,293 @@
 import io
 import json
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import table
-from lab.study import __main__ as study
-from lab.study import report, shards
-from lab.study.plan import ARMS, Encoder, Job, m3ae, plan
+from lab.study import __main__ as program
+from lab.study import measure, report, run, shards
+from lab.study.plan import ARMS, Encoder, central, m3ae, plan
 from lab.study.run import SETTINGS, Study
+from lab.study.statistics import accuracy, difference
 from m3ae_fast import train
-from tests.helpers.labelled import labelled_tar
-from tests.helpers.shards import write_tar
+from m3ae_fast.errors import UserError
+from tests.helpers.shards import picture, write_tar
 
 TINY = {
     "train.model": {
         "size": None, "emb_dim": 16, "depth": 1, "num_heads": 2, "dec_emb_dim": 16, "dec_depth": 1, "dec_num_heads": 2,
         "image_size": 16, "patch_size": 8, "text_length": 8, "vocab_size": 2048,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0],
     },
-    "train.train": {"global_batch": 8, "steps": 3, "eval_samples": 8, "pictures": 0},
-    "transfer.linear.epochs": 1,
-    "transfer.finetune": {"epochs": 1, "global_batch": 16, "rand_augment": None},
+    "train.train": {"global_batch": 16, "steps": 4, "eval_samples": 8, "pictures": 0},
+    "transfer.linear": {"epochs": 1, "peak_lr": 0.1},
+    "transfer.attentive": {"steps": 2, "peak_lr": 0.01},
 }  # fmt: skip
+CATEGORIES = ("Animals", "Flags", "Smileys")
+
+
+def _shard(path, samples):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    members = []
+    for key, (image, caption, about) in samples.items():
+        members += [(f"{key}.jpg", image), (f"{key}.json", json.dumps(about).encode())]
+        members += [] if caption is None else [(f"{key}.txt", caption.encode())]
+    write_tar(path, members)
+
+
+def _emoji(number, tone=""):
+    category, sub = CATEGORIES[number % 3], f"sub-{number % 2}"
+    about = {"emoji": f"1F{number:03X}", "category": category, "subcategory": sub, "tone": tone}
+    return picture(number, (32, 32)), f"{category.lower()} {number}", about
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folders as lab.labelled writes them: 60 emoji of two vendors, and 45 clothes."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for vendor in shards.VENDORS:
+        samples = {f"{i:03}": _emoji(i) for i in range(60)}
+        samples |= {"tone": _emoji(0, "1F3FB"), "part": (*_emoji(1)[:2], _emoji(1)[2] | {"category": "Component"})}
+        for split, own in (("train", [*samples][:40]), ("val", [*samples][40:])):
+            _shard(folder / vendor / f"{split}-0.tar", {key: samples[key] for key in own})
+    clothes = {f"{i:03}": (picture(i, (28, 28)), None, {"name": f"kind {i % 3}"}) for i in range(45)}
+    _shard(folder / "fashion/train-0.tar", {key: clothes[key] for key in [*clothes][:33]})
+    _shard(folder / "fashion/val-0.tar", {key: clothes[key] for key in [*clothes][33:]})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch, tmp_path):
+    """Few clothes and shots, and other clip art."""
+    monkeypatch.setattr(shards, "CLOTHES", {"probe": 15, "validation": 8, "images": 10})
+    monkeypatch.setattr(measure, "SHOTS", (1, 2))
+    _shard(tmp_path / "clip/val-0.tar", {f"{i}": _emoji(i) for i in range(6)})
+    monkeypatch.setattr(run, "CLIP_ART", tmp_path / "clip")
 
 
 @pytest.fixture
-def call(tmp_path):
+def call(data, tmp_path):
     """call(*options) -> the exit code of a study at toy size."""
-    (tmp_path / "data").mkdir()
-    labelled_tar(tmp_path / "data/train-0.tar", range(32))
-    labelled_tar(tmp_path / "data/val-0.tar", range(100, 118))
 
     def perform(*options):
         sets = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
-        where = [str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--seeds", "1"]
-        return study.main([*where, *(word for each in sets for word in ("--set", each)), *options])
+        where = [str(data), "--out", str(tmp_path / "out"), "--seeds", "1"]
+        return program.main([*where, *(word for each in sets for word in ("--set", each)), *options])
 
     return perform
 
 
-def some(width, steps, seeds, arms=()):
-    """Of a plan: a job of each kind."""
-    kinds = [
-        ("m3ae", None),
-        ("m3ae", "knn"),
-        ("m3ae", "linear"),
-        ("m3ae", "finetune"),
-        ("mae", None),
-        ("random", "knn"),
-    ]
-    jobs = [
-        job for job in plan(width, steps, seeds) if (job.encoder.width, job.encoder.captions) != (width, "nameless")
-    ]
-    chosen = [next(job for job in jobs if (job.encoder.objective, job.task) == kind) for kind in kinds]
-    nameless = [job for job in plan(width, steps, seeds) if job.encoder.captions == "nameless"]
-    fewer = [job for job in plan(width, steps, seeds) if job.encoder.caption_fraction < 1]
-    return chosen + nameless[:2] + fewer[:2]
+def _members(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_parts_share_no_emoji_and_leave_out_skin_tones(data, tmp_path):
+    shards.prepare(data, tmp_path / "out", 24)
+    labels = json.loads((tmp_path / "out" / shards.LABELS).read_text())
+    seen = {}
+    for part in range(shards.PARTS):
+        by_vendor = [_members(tmp_path / f"out/emoji-{vendor}-{part}.tar") for vendor in shards.VENDORS]
+        numbers = [{key.split("-")[1].split(".")[0] for key in own} for own in by_vendor]
+        assert numbers[0] == numbers[1] and len(numbers[0]) > 5
+        seen |= dict.fromkeys(numbers[0], part)
+        for key, content in by_vendor[0].items():
+            if key.endswith(".txt"):
+                name = labels[key.removesuffix(".txt")]
+                assert content.decode().startswith(name["category"].lower()) and "tone" not in name
+            else:
+                assert Image.open(io.BytesIO(content)).size == (24, 24)
+    assert len(seen) == 60 and {shards.part_of(emoji): part for emoji, part in seen.items()} == {i: i for i in range(4)}
+    clothes = [_members(tmp_path / f"out/fashion-{name}.tar") for name in ("probe", "validation", "images", "test")]
+    assert [len(own) for own in clothes] == [15, 8, 10, 12]
+    assert len({content for own in clothes[:3] for content in own.values()}) == 33
+    assert {labels[key.removesuffix(".jpg")]["category"] for own in clothes for key in own} == {
+        f"kind {i}" for i in range(3)
+    }
+
+
+def test_a_study_needs_the_folders_of_labelled_data(data, tmp_path):
+    with pytest.raises(UserError, match=r"twitter: has no train-\*\.tar; make them with python -m lab\.labelled"):
+        program.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    _shard(tmp_path / "old/twitter/train-0.tar", {"0": (b"", "a", {"emoji": "1F600"})})
+    with pytest.raises(UserError, match="was made by an earlier version"):
+        program.main([str(tmp_path / "old"), "--out", str(tmp_path / "out")])
 
 
 def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "plan", some)
+    """One encoder of each kind; what their tests see is what they say."""
+    few = [each for each in plan(16, 4) if each.seed == 0 and central(each, 16, 4)]
+    few = [each for each in few if each.objective != "mae"] + [Encoder("mae", 16, 4, 0, images="clothes")]
+    monkeypatch.setattr(program, "plan", lambda *arguments: few)
+    monkeypatch.setattr(report, "draw", lambda rows, path: None)  # see below
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(train, "main", lambda arguments: 0)  # asked to stop before its first checkpoint
         assert call() == 1
     assert not (out / report.JSON).exists()
-    assert call("--minutes", "0") == 0 and "10 jobs are left" in capsys.readouterr().out
+    assert call("--minutes", "0") == 0 and "5 encoders are left" in capsys.readouterr().out
     assert call() == 0
-    found = json.loads((out / report.JSON).read_text())
-    assert [(row["objective"], row["captions"], row["task"]) for row in found["rows"]] == [
-        ("m3ae", "whole", "knn"), ("m3ae", "whole", "linear"), ("m3ae", "whole", "finetune"), ("random", None, "knn"),
-        ("m3ae", "nameless", "knn"), ("m3ae", "whole", "knn"),
-    ]  # fmt: skip
-    assert [row["caption_fraction"] for row in found["rows"]] == [1.0] * 5 + [0.1]
-    (fewer,) = (path for path in out.glob("*captions10*.json") if path.is_file())
-    assert json.loads(fewer.read_text())["data"]["train"][0]["caption_fraction"] == 0.1
-    assert all(0 <= row["top1"] <= 1 for row in found["rows"])
-    assert [("val_text_loss" in row, row["val_image_loss"] > 0) for row in found["encoders"]] == [
-        (True, True), (False, True), (True, True), (True, True),
-    ]  # fmt: skip
-    assert (found["data"]["classes"], found["data"]["majority class"]) == (3, pytest.approx(1 / 3))
-    monkeypatch.setattr(Study, "perform", lambda self, job: pytest.fail(f"{job.name} is done again"))
+    found = {row["encoder"]["objective"] + row["encoder"]["images"]: row for row in Study(out, out, {}).results(few)}
+    assert {name: sorted(row["correct"]) for name, row in found.items() if name != "m3aeemoji"} == {
+        "captionsemoji": ["linear"],
+        "maeclothes": [*report.CLOTHES],
+        **{name: sorted([*EVERYTHING, *report.CLOTHES, *more])
+           for name, more in (("randomemoji", ["attentive"]), ("pixelsemoji", []))},
+    }  # fmt: skip
+    assert sorted(found["m3aeemoji"]["correct"]) == sorted(
+        [*EVERYTHING, *report.CLOTHES, *report.RETRIEVAL, "attentive"]
+    )
+    for row in found.values():
+        assert all(0 <= value <= 1 for value in row["numbers"].values())
+        if "knn" in row["correct"]:
+            held = {key.split("-")[1] for key in row["correct"]["knn"]}
+            assert {shards.part_of(emoji) for emoji in held} == {0}
+            assert {key.split("-")[0] for key in row["correct"]["shift_knn"]} == {"google"}
+            assert {key.split("-")[0] for key in row["correct"]["same_style_knn"]} == {"twitter"}
+            assert set(report.OOD) < set(row["numbers"])
+    assert len(found["maeclothes"]["correct"]["clothes_knn"]) == 12
+    assert found["captionsemoji"]["numbers"]["linear"] == 1  # each caption has its category
+    page = (out / report.PAGE).read_text()
+    assert "test samples" in page and "| words of the caption | - | 100.0 " in page
+    monkeypatch.setattr(Study, "perform", lambda self, encoder: pytest.fail(f"{encoder.name} is done again"))
     assert call() == 0
 
 
-def test_a_study_needs_its_shards(tmp_path, capsys):
-    with pytest.raises(study.UserError, match=r"has no train-\*\.tar"):
-        study.main([str(tmp_path), "--out", str(tmp_path / "out")])
+EVERYTHING = ["knn", "linear", "subcategory", *report.SHIFT, "shots1", "shots2"]
+
+
+def test_an_encoder_is_trained_on_what_it_says(tmp_path):
+    study = Study(tmp_path, tmp_path, json.loads(SETTINGS.read_text()))
+    few = study._config(replace(study.common, caption_fraction=0.3, text_ratio=0.5, seed=2))
+    (source,) = few["data"]["train"]
+    assert (source["caption_fraction"], source["modality"], few["masking"]) == (0.3, "auto", {"text_ratio": 0.5})
+    parts = {path.rpartition("/")[2] for path in source["shards"]}
+    assert parts == {f"emoji-{vendor}-{part}.tar" for vendor in shards.VENDORS for part in (0, 1, 3)}
+    mae = study._config(Encoder("mae", 64, 9, 0, images="clothes"))
+    assert (mae["model"]["vocab_size"], mae["model"]["emb_dim"], mae["train"]["steps"]) == (0, 64, 9)
+    assert mae["data"]["train"][0]["modality"] == "image" and "masking" not in mae
+    assert [path.rpartition("/")[2] for path in mae["data"]["train"][0]["shards"]] == [
+        "fashion-probe.tar", "fashion-images.tar"
+    ]  # fmt: skip
+
+
+def test_settings_are_chosen_on_samples_of_no_test(tmp_path):
+    study = Study(tmp_path, tmp_path, {})
+    tested = [study._split(seed) for seed in range(shards.FOLDS)]
+    chosen = replace(study, validation=True)._split(0)
+    assert all({*split.test["google"]}.isdisjoint(split.train["google"]) for split in [*tested, chosen])
+    assert {*chosen.test["google"], *chosen.clothes[1]}.isdisjoint(
+        path for split in tested for path in [*split.test["google"], *split.clothes[1]]
+    )
+
+
+def test_pixels_are_what_an_encoder_is_given(tmp_path):
+    grey = Image.new("RGB", (16, 16), (51, 102, 255))
+    grey.save(out := io.BytesIO(), "PNG")
+    write_tar(tmp_path / "a.tar", [("x.jpg", out.getvalue()), ("x.txt", b"a")])
+    found = measure.pixels(8, [0.2, 0.2, 0.5], [1.0, 0.5, 0.25])([tmp_path / "a.tar"], False, False)
+    assert found.keys == ["x"] and found.features_ND.shape == (1, 192)
+    assert found.features_ND.reshape(64, 3).numpy() == pytest.approx(np.tile([0, 0.4, 2], (64, 1)), abs=1e-6)
 
 
 def test_a_plan_compares_like_with_like():
-    """Encoders differ from the common one in one thing; each test follows its pre-training."""
-    jobs = plan(192, 360, 3)
-    assert len(set(jobs)) == len(jobs)
-    for i, job in enumerate(jobs):
-        if job.task and job.encoder.objective != "random":
-            assert Job(job.encoder, None) in jobs[:i]
-    for task in ("knn", "linear", "finetune"):
-        seen = {(job.encoder.objective, job.encoder.seed) for job in jobs if job.task == task}
-        assert seen == {(objective, seed) for objective in ("random", "mae", "m3ae") for seed in range(3)}
-    common = asdict(jobs[0].encoder)
-    for encoder in {job.encoder for job in jobs if job.encoder.objective == "m3ae"}:
-        changed = {key for key, value in asdict(encoder).items() if value != common[key]} - {"seed"}
-        assert len(changed) <= 1
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_is_what_is_compared_and_what_with(arm):
-    """By every seed, and in the whole plan too."""
-    jobs = plan(192, 360, 2, [arm])
-    common = {Job(Encoder(kind, 192, 360, seed, *text), task) for seed in range(2) for task in (None, "knn", "linear")
-              for kind, text in (("m3ae", (0.75, "whole")), ("mae", ()))}  # fmt: skip
-    assert common < set(jobs) < set(plan(192, 360, 2))
-    differing = {key for job in {*jobs} - common for key, value in asdict(job.encoder).items()
-                 if value != asdict(m3ae(192, 360))[key]} - {"seed"}  # fmt: skip
-    changed = {"nameless": "captions", "ratios": "text_ratio", "fractions": "caption_fraction", "widths": "width",
-               "lengths": "steps"}  # fmt: skip
-    if arm != "objectives":
-        assert differing - {"objective", "text_ratio", "captions"} <= {changed[arm]} <= differing
-    assert {job.encoder.seed for job in {*jobs} - common} == {0, 1}
-
-
-def test_the_arms_are_of_the_papers_figures():
-    encoders = [job.encoder for job in plan(192, 360, 1)]
-    assert {e.text_ratio for e in encoders} == {None, 0.15, 0.5, 0.75, 0.9}
-    assert {e.caption_fraction for e in encoders} == {0.1, 0.3, 1.0}
-    assert {e.width for e in encoders} == {96, 192} and {e.steps for e in encoders} == {0, 180, 360, 1080}
-    assert len({e.name for e in encoders}) == len({*encoders})
+    """Encoders differ from the common one in one thing; what was trained for comes first, by all seeds."""
+    encoders = plan(192, 400)
+    assert len({each.name for each in encoders}) == len(encoders)
+    first = [each for each in encoders if central(each, 192, 400)]
+    assert encoders[: len(first)] == first and len(first) == 15
+    common = asdict(m3ae(192, 400))
+    for encoder in encoders:
+        if encoder.objective == "m3ae":
+            assert len({key for key, value in asdict(encoder).items() if value != common[key]} - {"seed"}) <= 1
+        if encoder.objective == "random":  # its sizes are those of one before it
+            assert m3ae(192, 400, encoder.seed) in encoders[: encoders.index(encoder)]
 
 
 @pytest.mark.parametrize(
-    ("caption", "bare"),
+    ("arm", "key", "values"),
     [
-        ("zoom disabled. computer, action", "zoom disabled. action"),
-        ("France. europe, flag, sign, Flags", "France. europe"),
-        ("AIGA_Symbol_Signs. mapsym, aiga symbols", "AIGA . mapsym, aiga"),
-        ("signage, peoples, designs", "signage, peoples, designs"),
-        ("Office, PEOPLE_person", ""),
+        ("ratios", "text_ratio", {0.15, 0.5, 0.75, 0.9}),
+        ("fractions", "caption_fraction", {0.1, 0.3, 1}),
+        ("lengths", "steps", {200, 400, 1200}),
+        ("widths", "width", {96, 192}),
     ],
 )
-def test_captions_lose_what_classes_are_called_by(caption, bare):
-    assert shards.without_classes(caption) == bare
-    assert shards.names_class(caption) == (bare != caption) and not shards.names_class(bare)
+def test_an_arm_is_of_a_figure_of_the_paper(arm, key, values):
+    encoders = plan(192, 400, 2, [arm])
+    assert {asdict(each)[key] for each in encoders if each.objective == "m3ae"} == values
+    assert {each.seed for each in encoders} == {0, 1} and {m3ae(192, 400), Encoder("mae", 192, 400, 0)} < {*encoders}
+    assert {*encoders} < {*plan(192, 400)} and arm in ARMS
 
 
-def test_copies_of_shards_have_small_images_and_captions_without_classes(tmp_path):
-    picture = io.BytesIO()
-    Image.new("L", (40, 40), 200).save(picture, "JPEG")
-    jpeg = picture.getvalue()
-    members = [("0.jpg", jpeg), ("0.txt", b"a plant, green"), ("0.json", b"{}"), ("1.jpg", jpeg), ("1.txt", b"tools")]
-    shard = tmp_path / "train-0.tar"
-    write_tar(shard, members)
-    for _ in range(2):
-        shards.copy_shards([shard], tmp_path / "whole", 24)
-        shards.copy_shards([shard], tmp_path / "bare", 24, nameless=True)
-    assert list(shards.captions_of([tmp_path / "whole/train-0.tar"])) == ["a plant, green", "tools"]
-    with tarfile.open(tmp_path / "bare/train-0.tar") as tar:
-        found = {member.name: tar.extractfile(member).read() for member in tar}
-    assert list(found) == ["0.jpg", "0.txt", "0.json", "1.jpg"]
-    assert (found["0.txt"], found["0.json"]) == (b"a, green", b"{}")
-    image = Image.open(io.BytesIO(found["1.jpg"]))
-    assert (image.size, image.mode, image.getpixel((9, 9))) == ((24, 24), "RGB", (200, 200, 200))
+def test_a_difference_counts_an_emoji_once_and_seeds_apart():
+    labels = {f"{vendor}-{i}": {"emoji": str(i)} for vendor in "ab" for i in range(4)}
+    first = {0: {"a-0": 1.0, "b-0": 1.0, "a-1": 1.0, "b-1": 0.0}, 1: {"a-2": 1.0, "b-2": 1.0, "a-3": 0.0, "b-3": 0.0}}
+    second = {0: {key: 0.0 for key in first[0]}, 1: {key: 0.0 for key in first[1]}, 2: {}}
+    found = difference(first, second, labels)
+    by_emoji, by_seed = [1, 0.5, 1, 0], [0.75, 0.5]
+    error = np.hypot(np.std(by_emoji, ddof=1) / 2, np.std(by_seed, ddof=1) / np.sqrt(2))
+    assert found == pytest.approx((0.625, error, 2, 4)) == accuracy(first, labels)
+    assert difference(first, {5: {"a-0": 1.0}}, labels) is None
+    assert difference({0: first[0]}, second, labels).error == pytest.approx(0.25)  # of one seed only samples are known
 
 
-def results_of(jobs):
-    """Made-up results: an accuracy of 0.5, and 0.01 more for each seed and for M3AE."""
-    rows = [
-        asdict(job.encoder)
-        | {"task": job.task, "top1": 0.5 + 0.01 * (job.encoder.seed + (job.encoder.objective == "m3ae")), "top5": 0.9}
-        for job in jobs
-        if job.task
-    ]
-    losses = {"val_image_loss": 0.8}
-    return {
-        "title": "Study",
-        "about": {"device": "CPU", "threads": 1, "torch": "2", "m3ae_fast": "0", "date": "2026-01-01"},
-        "data": {
-            "labelled training samples": 1000, "labelled test samples": 100, "classes": 4,
-            "chance": 0.25, "majority class": 0.33,
-        },
-        "settings": json.loads(SETTINGS.read_text()),
-        "encoders": [asdict(job.encoder) | losses for job in jobs if job.task is None],
-        "rows": rows,
-    }  # fmt: skip
+def _results(encoders):
+    """Made-up results: half of four samples are right, and one more for M3AE; captions and steps shift numbers."""
+    rows = []
+    for each in encoders:
+        if each.objective == "captions":
+            continue
+        right = 3 if each.objective == "m3ae" and each.caption_fraction == 1 else 2
+        correct = {test: {f"{each.seed}-{i}": float(i < right) for i in range(4)} for test in ALL}
+        losses = {"val_image_loss": 0.8} if each.trained else {}
+        numbers = dict.fromkeys(report.OOD, 0.5 + each.seed / 10) | {"retrieval_chance": 0.1}
+        rows.append({"encoder": asdict(each), "losses": losses, "train_cpu_s": 60, "measure_cpu_s": 0,
+                     "numbers": numbers, "correct": correct})  # fmt: skip
+    return rows
 
 
-def usual_jobs():
-    settings = json.loads(SETTINGS.read_text())["train"]
-    return plan(settings["model"]["emb_dim"], settings["train"]["steps"], 3)
+ALL = [*report.EMOJI, *report.SHIFT, *report.SHOTS, *report.CLOTHES, *report.RETRIEVAL]
+HEAD = {"about": {"device": "CPU", "torch": "2", "m3ae_fast": "0", "date": "2026-01-01"}, "validation": False}
 
 
-def test_results_become_tables_and_a_plot(tmp_path):
+def test_results_become_tables_and_a_plot(tmp_path, monkeypatch):
+    settings = json.loads(SETTINGS.read_text())
+    width, steps = settings["train"]["model"]["emb_dim"], settings["train"]["train"]["steps"]
+    labels = {f"{seed}-{i}": {"emoji": f"{seed}-{i}"} for seed in range(3) for i in range(4)}
     page = tmp_path / report.PAGE
     page.write_text(f"By hand.\n{table.START}\n{table.END}\n")
-    report.save(tmp_path, results_of(usual_jobs()))
-    text = page.read_text()
-    assert text.startswith("By hand.")
-    assert "| M3AE | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) |" in text
-    assert "| M3AE less MAE | +1.0 ± 0.0 (3) |" in text
-    assert "| 90 % | 52.0 ± 1.0 (3) |" in text
-    assert "| 64 | 600 | M3AE | 52.0 ± 1.0 (3) | 52.0 ± 1.0 (3) |" in text
-    assert "| 0 % | 51.0 ± 1.0 (3) | 51.0 ± 1.0 (3) |\n| 10 % | 52.0 ± 1.0 (3) |" in text
-    assert "| MAE | 0.800 | - | - |" in text
-    assert (tmp_path / report.PLOT).read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_plot_shows_the_means_over_seeds_as_the_papers_figures_do(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(report.plt, "close", figures.append)
-    study = results_of(usual_jobs())
-    for row in study["rows"]:  # each setting has its part
-        row["top1"] += row["steps"] / 2e4 + row["width"] / 2e3 + row["caption_fraction"] / 20
-        row["top1"] += (row["text_ratio"] or 0) / 20
-    report.save(tmp_path, study)
+    report.save(tmp_path, HEAD | {"settings": settings}, _results(plan(width, steps)), labels)
+    text = page.read_text()
+    assert text.startswith("By hand.")
+    assert "| M3AE | 75.0 ± 13.1 (3) |" in text and "| M3AE less MAE | +25.0 ± 13.1 (3) |" in text
+    assert "| MAE less random weights | +0.0 ± 0.0 (3) |" in text and "| MAE of clothes | 50.0 " in text
+    assert "| M3AE | 75.0 ± 13.1 (3) | 75.0 ± 13.1 (3) | 10.0 |" in text
+    assert "| MAE | 60.0 (50.0 to 70.0) |" in text and "| MAE | 0.800 | - | - | - |" in text
+    assert "| 0 % (MAE) | 50.0 ± 15.1 (3) | 50.0 ± 15.1 (3) | 50.0 ± 15.1 (3) | - |\n| 10 % | 50.0 " in text
+    assert f"| {3 * steps}, M3AE | 75.0 ± 13.1 (3) | 75.0 ± 13.1 (3) | 75.0 ± 13.1 (3) | +25.0 ± 13.1 (3) |" in text
     (figure,) = figures
-    _, captions, lengths, widths, ratios = figure.axes
+    ratios, captions, lengths, widths = figure.axes[3:7]
 
     def drawn(axes):
-        return {bar.get_label(): bar.lines[0].get_xydata().T for bar in axes.containers}
+        return {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in axes.containers}
 
-    def expected(key, values, **wanted):
-        rows = [row for row in study["rows"] if row["task"] == "linear" and all(row[k] == v for k, v in wanted.items())]
-        return [100 * np.mean([row["top1"] for row in rows if row[key] == value]) for value in values]
-
-    usual = {"objective": "m3ae", "captions": "whole", "width": 128, "steps": 600, "text_ratio": 0.75}
-    x, y = drawn(captions)["linear probe"]
-    kept = expected("caption_fraction", [0.1, 0.3, 1.0], **usual)
-    mae = expected("steps", [600], objective="mae", width=128)
-    assert x.tolist() == [0, 10, 30, 100] and y == pytest.approx([*mae, *kept])
-    x, y = drawn(ratios)["M3AE, linear probe"]
-    usual |= {"caption_fraction": 1.0}
-    others = {key: value for key, value in usual.items() if key != "text_ratio"}
-    assert x == pytest.approx([15.5, 50.5, 75.5, 90.5])
-    assert y == pytest.approx(expected("text_ratio", [0.15, 0.5, 0.75, 0.9], **others))
-    for axes, key, values in ((lengths, "steps", [300, 600, 1800]), (widths, "width", [64, 128])):
-        for name, fixed in (("M3AE", usual), ("MAE", {"objective": "mae", "width": 128, "steps": 600})):
-            fixed = {k: v for k, v in fixed.items() if k != key}
-            x, y = drawn(axes)[name]
-            assert x == pytest.approx(values, abs=20) and y == pytest.approx(expected(key, values, **fixed))
-
-
-def test_a_study_of_an_earlier_version_has_the_same_tables():
-    study = results_of([job for job in usual_jobs() if job.encoder.caption_fraction == 1])
-    whole = report.tables(study)
-    for row in [*study["rows"], *study["encoders"]]:
-        del row["caption_fraction"]
-    assert report.tables(study) == whole
+    assert drawn(captions) == {"M3AE": [[0, 50], [10, 50], [30, 50], [100, 75]]}
+    assert drawn(ratios) == {"M3AE": [[15, 75], [50, 75], [75, 75], [90, 75]]}
+    for axes, values in ((lengths, [steps // 2, steps, 3 * steps]), (widths, [width // 2, width])):
+        assert drawn(axes) == {"MAE": [[x, 50] for x in values], "M3AE": [[x, 75] for x in values]}
+    assert json.loads((tmp_path / report.JSON).read_text())["encoders"][0]["numbers"]["retrieval_chance"] == 0.1
+    assert "correct" not in (tmp_path / report.JSON).read_text()
 
 
 def test_a_study_cut_short_has_tables_too(tmp_path):
-    report.save(tmp_path, results_of(usual_jobs()[:2]))
+    settings = json.loads(SETTINGS.read_text())
+    report.save(tmp_path, HEAD | {"settings": settings}, [], {})
     text = (tmp_path / report.PAGE).read_text()
-    assert "| random | - | - | - |" in text and "| M3AE | 51.0 (1) | - | - |" in text
+    assert "| M3AE | - | - |" in text and "| captions kept |" not in text

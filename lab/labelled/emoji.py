@@ -80,5 +80,6 @@ def pictures_of(table: list[dict[str, Any]], vendor: str, held_out: bool) -> lis
         for tone, drawn in tones.items():
             if drawn[f"has_img_{vendor}"]:
                 skin = [f"{_TONES.get(part, part)} skin tone" for part in dict.fromkeys(tone.split("-")) if part]
-                found.append(Picture(drawn["image"], ", ".join(dict.fromkeys([*names, *skin])), about))
+                caption = ", ".join(dict.fromkeys([*names, *skin]))
+                found.append(Picture(drawn["image"], caption, about | {"tone": tone}))
     return found

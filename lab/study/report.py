@@ -3,265 +3,275 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.table import END, START, rewrite
-from lab.study.plan import ALL, CAPTION_FRACTIONS, FROZEN, TEXT_RATIOS, USUAL_RATIO
-from m3ae_fast.whole_file import put_in_place
+from lab.study.measure import LOSSES, RETRIEVED, SCORES, Labels
+from lab.study.plan import CAPTION_FRACTIONS, CLOTHES_LENGTH, TEXT_RATIOS, USUAL_RATIO, Encoder
+from lab.study.statistics import Estimate, accuracy, difference
+from m3ae_fast.whole_file import write_whole
 
 JSON, PLOT, PAGE = "study.json", "study.png", "README.md"
-TASKS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuned"}
-WHOLE: dict[str, Any] = {"objective": "m3ae", "text_ratio": USUAL_RATIO, "captions": "whole"}
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "random": {"objective": "random"},
-    "MAE": {"objective": "mae"},
-    "M3AE": WHOLE,
-    "M3AE, captions name no class": WHOLE | {"captions": "nameless"},
+TITLE = "What text gives a masked autoencoder"
+
+EMOJI = {"knn": "k-NN", "linear": "linear", "attentive": "attentive", "subcategory": "subcategory, linear"}
+SHIFT = {"same_style_knn": "k-NN, same style", "shift_knn": "k-NN, other style",
+         "same_style_linear": "linear, same style", "shift_linear": "linear, other style"}  # fmt: skip
+SHOTS = {"shots1": "1 shot", "shots5": "5 shots", "shots10": "10 shots"}
+CLOTHES = {"clothes_knn": "k-NN", "clothes_linear": "linear"}
+RETRIEVAL = {"image_to_text": "image to caption", "text_to_image": "caption to image"}
+OOD = {
+    f"ood_{strange}_{score}": f"{strange.replace('_', ' ')}, {score.replace('_', ' ')}"
+    for strange in ("clothes", "clip_art")
+    for score in SCORES
 }
-COMMON: dict[str, Any] = {"text_ratio": None, "captions": None, "caption_fraction": 1.0}  # where nothing else is said
-COLOURS = dict(zip(OBJECTIVES, ("0.7", "tab:blue", "tab:orange", "tab:red")))
-TASK_COLOURS = ("tab:green", "tab:purple")  # of FROZEN
-
-Row = dict[str, Any]
-
-
-def save(folder: Path, study: dict[str, Any]) -> None:
-    """Write study.json, README.md and study.png. What stands in README.md outside of the markers stays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{JSON}"
-    partial.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-    put_in_place(partial, folder / JSON)
-    page = folder / PAGE
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# {study['title']}\n\n{START}\n{END}\n"
-    page.write_text(rewrite(text, tables(study)), encoding="utf-8")
-    draw(study, folder / PLOT)
+SWEPT = {"knn": "k-NN", "linear": "linear", "shift_linear": "linear, other style"}  # of all encoders
+NAMES = {"pixels": "raw pixels", "random": "random weights", "mae": "MAE", "m3ae": "M3AE"}
+COMMON: dict[str, Any] = {}  # what differs from the common encoder
+Line = tuple[str, str, dict[str, Any]]  # of a table: a name, an objective, and what differs
+COLOURS = {"pixels": "0.55", "random": "0.8", "mae": "tab:blue", "m3ae": "tab:orange"}
 
 
 class Rows:
-    """Accuracies by encoder and task. `width` and `steps` are the common encoder's where nothing else is asked for."""
+    """Results by encoder and test. `width`, `steps`: the common encoder's, where nothing else is asked for."""
 
-    def __init__(self, study: dict[str, Any]) -> None:
-        self.rows: list[Row] = study["rows"]
-        train = study["settings"]["train"]
-        self.width, self.steps = train["model"]["emb_dim"], train["train"]["steps"]
+    def __init__(self, found: Sequence[dict[str, Any]], labels: Labels, width: int, steps: int) -> None:
+        self.found, self.labels, self.width, self.steps = found, labels, width, steps
+        self.of_clothes = {"images": "clothes", "steps": CLOTHES_LENGTH * steps}
 
-    def top1(self, task: str, **wanted: Any) -> dict[int, float]:
-        """Return the accuracy by seed."""
-        found = self.matching(self.rows, task=task, **wanted)
-        return {row["seed"]: row["top1"] for row in found}
+    def of(self, objective: str, **wanted: Any) -> list[dict[str, Any]]:
+        """Return what is known of an encoder, a result for each seed."""
+        steps = self.steps if objective in ("mae", "m3ae") else 0
+        ratio = USUAL_RATIO if objective == "m3ae" else None
+        usual = asdict(Encoder(objective, self.width, steps, 0, ratio)) | wanted  # type: ignore[arg-type]
+        del usual["seed"]
+        return [row for row in self.found if all(row["encoder"][key] == value for key, value in usual.items())]
 
-    def matching(self, rows: Iterable[Row], **wanted: Any) -> list[Row]:
-        """Return the rows of an encoder. One of an earlier study lacks what was the same for all then."""
-        steps = 0 if wanted["objective"] == "random" else self.steps
-        wanted = COMMON | {"width": self.width, "steps": steps} | wanted
-        return [row for row in rows if all((COMMON | row)[key] == value for key, value in wanted.items())]
+    def accuracy(self, test: str, objective: str, **wanted: Any) -> Estimate | None:
+        seeds = self._seeds(test, self.of(objective, **wanted))
+        return accuracy(seeds, self.labels) if seeds else None
 
-    def lengths(self) -> list[int]:
-        """Return the steps of encoders of the common width."""
-        return [steps for width, steps in self.sizes() if width == self.width]
+    def difference(
+        self, test: str, first: str, second: str, wanted: dict[str, Any] = COMMON, other: dict[str, Any] = COMMON
+    ) -> Estimate | None:
+        """Return the accuracy of one encoder less that of another."""
+        one, another = (self._seeds(test, self.of(name, **own)) for name, own in ((first, wanted), (second, other)))
+        return difference(one, another, self.labels)
 
-    def widths(self) -> list[int]:
-        """Return the widths of encoders of the common number of steps."""
-        return [width for width, steps in self.sizes() if steps == self.steps]
+    def number(self, name: str, objective: str) -> list[float]:
+        return [row["numbers"][name] for row in self.of(objective) if name in row["numbers"]]
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """Return (width, steps) of pre-trained encoders."""
-        return sorted({(row["width"], row["steps"]) for row in self.rows if row["steps"]})
+    def _seeds(self, test: str, rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+        return {row["encoder"]["seed"]: row["correct"][test] for row in rows if test in row["correct"]}
 
 
-def tables(study: dict[str, Any]) -> str:
+def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], labels: Labels) -> None:
+    """Write study.json, README.md and study.png. What stands in README.md outside of the markers stays.
+
+    Args:
+        folder: made where it is not there.
+        head: `about`, the machine; `settings`; `validation`, whether samples were those for choosing settings.
+        found: results of encoders.
+        labels: of all samples.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    encoders = [{key: value for key, value in row.items() if key != "correct"} for row in found]
+    write_whole(folder / JSON, json.dumps(head | {"encoders": encoders}, indent=1) + "\n")
+    train = head["settings"]["train"]
+    rows = Rows(found, labels, train["model"]["emb_dim"], train["train"]["steps"])
+    page = folder / PAGE
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# {TITLE}\n\n{START}\n{END}\n"
+    page.write_text(rewrite(text, tables(rows, head)), encoding="utf-8")
+    draw(rows, folder / PLOT)
+
+
+def tables(rows: Rows, head: dict[str, Any]) -> str:
     """Return all tables, in Markdown."""
-    rows, about, data = Rows(study), study["about"], study["data"]
+    about = head["about"]
+    seconds = sum(row["train_cpu_s"] + row["measure_cpu_s"] for row in rows.found)
     lines = [
-        f"{about['device']}, {about['threads']} thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, "
-        f"{about['date']}. {data['labelled training samples']:,} labelled training and "
-        f"{data['labelled test samples']:,} test samples of {data['classes']} classes. Top-1 accuracy in %: mean ± "
-        f"standard deviation (seeds); chance is {100 * data['chance']:.1f}, always naming the largest class "
-        f"{100 * data['majority class']:.1f}.",
-        "",
-        *_table(["encoder", *(TASKS[task] for task in ALL)], _objectives(rows)),
-        *_table(["", *(TASKS[task] for task in ALL)], _differences(rows)),
-        *_table(["text tokens masked", *(TASKS[task] for task in FROZEN)], _ratios(rows)),
-        *_table(["captions kept", *(TASKS[task] for task in FROZEN)], _fractions(rows)),
-        *_table(["width", "steps", "encoder", *(TASKS[task] for task in FROZEN)], _sizes(rows)),
-        *_table(["held-out", "image loss", "text loss", "text accuracy"], _losses(study, rows)),
+        f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
+        f"{seconds / 60:.0f} minutes of one core; {'validation' if head['validation'] else 'test'} samples. Accuracy "
+        "in %: mean ± standard error (seeds); ± is of the samples and of the seeds, and errs towards too much."
     ]
-    return (
-        "\n".join(lines)
-        + f"\n![Accuracy by encoder, captions kept, text mask ratio, training time and width]({PLOT})\n"
-    )
-
-
-def _objectives(rows: Rows) -> Iterable[list[str]]:
-    for name, encoder in OBJECTIVES.items():
-        yield [name, *(_spread(rows.top1(task, **encoder)) for task in ALL)]
-
-
-def _differences(rows: Rows) -> Iterable[list[str]]:
-    for name, one, other in (
-        ("M3AE less MAE", "M3AE", "MAE"),
-        ("MAE less random", "MAE", "random"),
-        ("M3AE, captions name no class, less MAE", "M3AE, captions name no class", "MAE"),
+    words, clothes = ("words of the caption", "captions", COMMON), ("MAE of clothes", "mae", rows.of_clothes)
+    for title, columns, more, against in (
+        ("emoji, category", EMOJI, [words], []),
+        ("emoji, category, probe trained on one vendor's", SHIFT, [], []),
+        ("emoji, category, few shots by k-NN", SHOTS, [], []),
+        ("clothes", CLOTHES, [clothes], [(clothes, other) for other in ("pixels", "random", "mae")]),
     ):
-        cells = []
-        for task in ALL:
-            a, b = (rows.top1(task, **OBJECTIVES[each]) for each in (one, other))
-            cells.append(_spread({seed: a[seed] - b[seed] for seed in a if seed in b}, sign="+"))
-        yield [name, *cells]
-
-
-def _ratios(rows: Rows) -> Iterable[list[str]]:
-    for ratio in TEXT_RATIOS:
-        cells = [_spread(rows.top1(task, **WHOLE | {"text_ratio": ratio})) for task in FROZEN]
-        yield [f"{100 * ratio:.0f} %", *cells]
-
-
-def _by_fraction(rows: Rows, task: str) -> dict[float, dict[int, float]]:
-    """Return accuracies by seed, of each fraction of captions that is there; MAE keeps none."""
-    found = {0.0: rows.top1(task, **OBJECTIVES["MAE"])}
-    found |= {fraction: rows.top1(task, **WHOLE | {"caption_fraction": fraction}) for fraction in CAPTION_FRACTIONS}
-    return {fraction: values for fraction, values in found.items() if values}
-
-
-def _fractions(rows: Rows) -> Iterable[list[str]]:
-    found = {task: _by_fraction(rows, task) for task in FROZEN}
-    for fraction in (0.0, *CAPTION_FRACTIONS):
-        yield [f"{100 * fraction:.0f} %", *(_spread(found[task].get(fraction, {})) for task in FROZEN)]
-
-
-def _sizes(rows: Rows) -> Iterable[list[str]]:
-    for width, steps in rows.sizes():
-        for name in ("MAE", "M3AE"):
-            cells = [_spread(rows.top1(task, **OBJECTIVES[name], width=width, steps=steps)) for task in FROZEN]
-            yield [str(width), str(steps), name, *cells]
-
-
-def _losses(study: dict[str, Any], rows: Rows) -> Iterable[list[str]]:
-    """Return the losses of the common sizes."""
-    for name in ("MAE", "M3AE"):
-        if found := rows.matching(study["encoders"], **OBJECTIVES[name]):
-            names = ("val_image_loss", "val_text_loss", "val_text_accuracy")
-            cells = ([row[n] for row in found if n in row] for n in names)
-            yield [name, *(f"{mean(values):.3f}" if values else "-" for values in cells)]
-
-
-def _table(columns: list[str], cells: Iterable[list[str]]) -> list[str]:
-    numbers = sum(name in TASKS.values() or "loss" in name or "accuracy" in name for name in columns)
-    head = ["---"] * (len(columns) - numbers) + ["--:"] * numbers
-    return ["| " + " | ".join(row) + " |" for row in (columns, head, *cells)] + [""]
-
-
-def _spread(by_seed: dict[int, float], sign: str = "") -> str:
-    values = [100 * value for value in by_seed.values()]
-    if not values:
-        return "-"
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.1f}{spread} ({len(values)})"
-
-
-def draw(study: dict[str, Any], path: Path) -> None:
-    """Draw the study in five panels: encoders; then, as the paper's figures 3, 4 and 5, captions kept, training time,
-    width and text mask ratio. Error bars: one standard error of the test set."""
-    rows, data = Rows(study), study["data"]
-    figure = plt.figure(figsize=(14, 8.6), layout="constrained")
-    grid = figure.add_gridspec(2, 6)
-    places = (grid[0, :4], grid[0, 4:], grid[1, :2], grid[1, 2:4], grid[1, 4:])
-    first, *others = (figure.add_subplot(place) for place in places)
-    samples = data["labelled test samples"]
-    _draw_objectives(rows, first, samples)
-    first.axhline(100 * data["majority class"], color="black", lw=0.8, ls=":", label="always the largest class")
-    for panel, axis in zip((_draw_fractions, _draw_lengths, _draw_widths, _draw_ratios), others):
-        panel(rows, axis, samples)
-    low, high = zip(*(axis.get_ylim() for axis in others))
-    for axis in (first, *others):
-        if axis is not first:
-            axis.set_ylim(min(low), max(high))
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, framealpha=0.9)
-        axis.grid(alpha=0.3, axis="y")
-        axis.set_axisbelow(True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        usual: list[Line] = [(name, objective, COMMON) for objective, name in NAMES.items()]
+        pairs: list[tuple[Line, str]] = [(usual[2], "pixels"), (usual[2], "random"), (usual[3], "mae"), *against]
+        cells = [
+            [name, *(_cell(rows.accuracy(test, what, **own)) for test in columns)]
+            for name, what, own in [*usual, *more]
+        ]
+        cells += [
+            [f"{name} less {NAMES[other]}", *(_cell(rows.difference(test, what, other, own), "+") for test in columns)]
+            for (name, what, own), other in pairs
+        ]
+        lines += ["", *_table([title, *columns.values()], cells)]
+    lines += ["", *_table([f"caption among {RETRIEVED} of all", *RETRIEVAL.values(), "chance"], _retrieval(rows))]
+    lines += ["", *_table(["AUROC in %, familiar: emoji", *OOD.values()], _ood(rows))]
+    for title in _run(rows):
+        swept = [_swept(rows, point) for point in SWEEPS[title](rows)]
+        lines += ["", *_table([title, *SWEPT.values(), "linear, less MAE"], swept)]
+    lines += ["", *_table(["held-out", *LOSSES.values()], _losses(rows))]
+    alt = "Accuracy by encoder, and by what was run of captions kept, text mask ratio, training time and width"
+    return "\n".join(lines) + f"\n\n![{alt}]({PLOT})\n"
 
 
 class Point(NamedTuple):
-    """A mean over seeds in %, and its standard error where the test samples alone are drawn by chance."""
+    """Of a figure: an encoder that differs from the common one."""
 
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, by_seed: dict[int, float], samples: int) -> Point:
-        accuracy = mean(by_seed.values())
-        return cls(100 * accuracy, 100 * (accuracy * (1 - accuracy) / samples) ** 0.5)
+    name: str
+    x: float
+    objective: str
+    wanted: dict[str, Any]  # what differs
+    mae: dict[str, Any]  # likewise, of the MAE that it is compared with
 
 
-def _draw_objectives(rows: Rows, axis: Axes, samples: int) -> None:
-    width = 0.8 / len(OBJECTIVES)
-    for i, (name, encoder) in enumerate(OBJECTIVES.items()):
-        for place, task in enumerate(ALL):
-            if found := rows.top1(task, **encoder):
-                x, point = place + (i - (len(OBJECTIVES) - 1) / 2) * width, Point.of(found, samples)
-                axis.bar(
-                    x,
-                    point.mean,
-                    0.92 * width,
-                    yerr=point.error,
-                    ecolor="0.35",
-                    color=COLOURS[name],
-                    label=None if place else name,
-                )
-                axis.plot([x] * len(found), [100 * value for value in found.values()], "k.", ms=4)
-    axis.set_xticks(range(len(ALL)), [TASKS[task] for task in ALL])
-    axis.set(ylabel="top-1 accuracy, %", title="what was trained (dots: seeds)")
+def _swept(rows: Rows, point: Point) -> list[str]:
+    cells = [_cell(rows.accuracy(test, point.objective, **point.wanted)) for test in SWEPT]
+    apart = rows.difference("linear", "m3ae", "mae", point.wanted, point.mae) if point.objective == "m3ae" else None
+    return [point.name, *cells, _cell(apart, "+")]
 
 
-def _draw_ratios(rows: Rows, axis: Axes, samples: int) -> None:
-    for task, colour, aside in zip(FROZEN, TASK_COLOURS, (-0.5, 0.5)):
-        found = {ratio: rows.top1(task, **WHOLE | {"text_ratio": ratio}) for ratio in TEXT_RATIOS}
-        points = {100 * ratio + aside: Point.of(values, samples) for ratio, values in found.items() if values}
-        _draw_line(axis, points, color=colour, label=f"M3AE, {TASKS[task]}")
-        if mae := rows.top1(task, objective="mae"):
-            axis.axhline(100 * mean(mae.values()), color=colour, ls="--", lw=1, label=f"MAE, {TASKS[task]}")
-    axis.set_xticks([100 * ratio for ratio in TEXT_RATIOS])
-    axis.set(xlabel="text tokens masked, %", title="text mask ratio (figure 5)")
+def _ratios(rows: Rows) -> Iterable[Point]:
+    for ratio in TEXT_RATIOS:
+        yield Point(f"{100 * ratio:.0f} %", 100 * ratio, "m3ae", {"text_ratio": ratio}, {})
 
 
-def _draw_fractions(rows: Rows, axis: Axes, samples: int) -> None:
-    for task, colour in zip(FROZEN, TASK_COLOURS):
-        points = {100 * part: Point.of(values, samples) for part, values in _by_fraction(rows, task).items()}
-        _draw_line(axis, points, color=colour, label=TASKS[task])
-    axis.set_xticks([0, *(100 * fraction for fraction in CAPTION_FRACTIONS)])
-    axis.set(xlabel="pairs that keep their caption, %", title="captions (0 %: MAE; figure 3)")
+def _fractions(rows: Rows) -> Iterable[Point]:
+    yield Point("0 % (MAE)", 0, "mae", {}, {})
+    for fraction in CAPTION_FRACTIONS:
+        yield Point(f"{100 * fraction:.0f} %", 100 * fraction, "m3ae", {"caption_fraction": fraction}, {})
 
 
-def _draw_lengths(rows: Rows, axis: Axes, samples: int) -> None:
-    _draw_both(rows, axis, samples, "steps", rows.lengths())
-    axis.set(xlabel="steps of pre-training", title="training time, by linear probe (figure 4)")
+def _sizes(key: str, rows: Rows) -> Iterable[Point]:
+    usual = {"width": rows.width, "steps": rows.steps}
+    trained = [row["encoder"] for row in rows.found if row["encoder"]["objective"] in ("mae", "m3ae")]
+    others = [each for each in trained if each["images"] == "emoji"]
+    values = sorted({each[key] for each in others if all(each[k] == v for k, v in usual.items() if k != key)})
+    for value in values:
+        for objective in ("mae", "m3ae"):
+            yield Point(f"{value}, {NAMES[objective]}", value, objective, {key: value}, {key: value})
 
 
-def _draw_widths(rows: Rows, axis: Axes, samples: int) -> None:
-    _draw_both(rows, axis, samples, "width", rows.widths())
-    axis.set(xlabel="width of the encoder", title="size, by linear probe (figure 4)")
+SWEEPS: dict[str, Callable[[Rows], Iterable[Point]]] = {
+    "text tokens masked": _ratios,
+    "captions kept": _fractions,
+    "steps": partial(_sizes, "steps"),
+    "width": partial(_sizes, "width"),
+}
+FIGURES = {"text tokens masked": "figure 5", "captions kept": "figure 3", "steps": "figure 4", "width": "figure 4"}
 
 
-def _draw_both(rows: Rows, axis: Axes, samples: int, setting: str, values: list[int]) -> None:
-    """Draw a line for MAE and one for M3AE over the values of a setting."""
-    shift = 0.01 * max(values, default=0)
-    for name, aside in (("MAE", -shift), ("M3AE", shift)):
-        found = {value: rows.top1("linear", **OBJECTIVES[name], **{setting: value}) for value in values}
-        points = {value + aside: Point.of(by_seed, samples) for value, by_seed in found.items() if by_seed}
-        _draw_line(axis, points, color=COLOURS[name], label=name)
-    axis.set_xticks(values)
+def _cell(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None:
+        return "-"
+    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.error:.1f} ({estimate.seeds})"
 
 
-def _draw_line(axis: Axes, points: dict[float, Point], **style: Any) -> None:
-    if points:
-        means, errors = zip(*points.values())
-        axis.errorbar(list(points), means, yerr=errors, fmt="-o", capsize=2, elinewidth=0.8, **style)
+def _table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    head = ["---", *["--:"] * (len(columns) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (columns, head, *cells)]
+
+
+def _retrieval(rows: Rows) -> Iterable[list[str]]:
+    chance = rows.number("retrieval_chance", "m3ae")
+    cells = [_cell(rows.accuracy(test, "m3ae")) for test in RETRIEVAL]
+    yield [NAMES["m3ae"], *cells, f"{100 * mean(chance):.1f}" if chance else "-"]
+
+
+def _ood(rows: Rows) -> Iterable[list[str]]:
+    """Return means over seeds, and the least and the greatest."""
+    for objective, name in NAMES.items():
+        cells = []
+        for score in OOD:
+            values = [100 * value for value in rows.number(score, objective)]
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}" if values else "-")
+        yield [name, *cells]
+
+
+def _losses(rows: Rows) -> Iterable[list[str]]:
+    """Return means over seeds."""
+    for objective in ("mae", "m3ae"):
+        losses = [row["losses"] for row in rows.of(objective)]
+        cells = ([each[name] for each in losses if name in each] for name in LOSSES)
+        yield [NAMES[objective], *(f"{mean(values):.3f}" if values else "-" for values in cells)]
+
+
+def _run(rows: Rows) -> list[str]:
+    """Return which of SWEEPS compare anything yet."""
+    known = {title: {p.x for p in sweep(rows) if rows.of(p.objective, **p.wanted)} for title, sweep in SWEEPS.items()}
+    known["captions kept"].discard(0)  # MAE
+    return [title for title, values in known.items() if len(values) > 1]
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Draw emoji, style shift with few shots, and clothes by encoder; then what was run of the paper's figures 3, 4 and
+    5. Error bars: one standard error."""
+    bars = {
+        "emoji: category": EMOJI,
+        "other style, and few shots": SHIFT | SHOTS,
+        "clothes, which encoders of emoji have never seen": CLOTHES,
+    }
+    swept = _run(rows)
+    height = 1 + (len(swept) + 2) // 3
+    figure, axes = plt.subplots(height, 3, figsize=(15, 4 * height), layout="constrained", squeeze=False)
+    for axis, (title, tests) in zip(axes.ravel(), bars.items()):
+        _draw_bars(rows, axis, tests, title)
+    for axis, title in zip(axes.ravel()[len(bars) :], swept):
+        _draw_sweep(rows, axis, title)
+    for axis in axes.ravel():
+        axis.set_visible(bool(axis.get_title()))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="lower right")
+        axis.grid(alpha=0.3, axis="y")
+        axis.set_axisbelow(True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _draw_sweep(rows: Rows, axis: Axes, title: str) -> None:
+    """Draw linear probes by the values of a setting, a line for each of what was trained for."""
+    points: dict[str, list[tuple[float, Estimate]]] = {}
+    for point in SWEEPS[title](rows):
+        line = point.objective if title in ("steps", "width") else "m3ae"
+        if found := rows.accuracy("linear", point.objective, **point.wanted):
+            points.setdefault(line, []).append((point.x, found))
+    for objective, own in points.items():
+        estimates = [each for _, each in own]
+        axis.errorbar([x for x, _ in own], [100 * each.mean for each in estimates],
+                      yerr=[100 * each.error for each in estimates], fmt="-o", capsize=2,
+                      color=COLOURS[objective], label=NAMES[objective])  # fmt: skip
+    if title == "text tokens masked" and (mae := rows.accuracy("linear", "mae")):
+        axis.axhline(100 * mae.mean, color=COLOURS["mae"], ls="--", label=NAMES["mae"])
+    unit = "" if title in ("steps", "width") else ", %"
+    axis.set(xlabel=f"{title}{unit}", ylabel="linear probe of categories, %", title=f"as {FIGURES[title]}")
+
+
+def _draw_bars(rows: Rows, axis: Axes, tests: dict[str, str], title: str) -> None:
+    """Draw a bar for each encoder beside each other, by test."""
+    lines: list[tuple[Line, str]] = [((name, what, COMMON), COLOURS[what]) for what, name in NAMES.items()]
+    lines += [(("MAE of clothes", "mae", rows.of_clothes), "tab:green")] if tests is CLOTHES else []
+    width = 0.8 / len(lines)
+    for number, ((name, what, own), colour) in enumerate(lines):
+        found = [(place, e) for place, test in enumerate(tests) if (e := rows.accuracy(test, what, **own))]
+        if found:
+            x = [place + (number - (len(lines) - 1) / 2) * width for place, _ in found]
+            axis.bar(x, [100 * e.mean for _, e in found], 0.9 * width, yerr=[100 * e.error for _, e in found],
+                     capsize=2, color=colour, label=name)  # fmt: skip
+    axis.set_xticks(range(len(tests)), [name.replace(", ", ",\n") for name in tests.values()], fontsize=7)
+    axis.set(ylabel="accuracy, %", title=title)

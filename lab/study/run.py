@@ -1,22 +1,28 @@
-"""A study's jobs, done by the public programs, each once: its result on disk says that it is done."""
+"""A study's encoders, trained by the public program and measured, each once: results on disk say what is done."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import tarfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from lab.study.plan import Encoder, Job, m3ae
+from lab.study import measure
+from lab.study.measure import Found, Measuring, Split
+from lab.study.plan import Encoder, central, m3ae
+from lab.study.shards import FOLDS, LABELS, PARTS, TEST, VENDORS
 from m3ae_fast import train
+from m3ae_fast.config.transfer import TransferConfig, transfer_config
+from m3ae_fast.open_model import RANDOM, open_model
+from m3ae_fast.process.program import joined_program
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.run_log import read_metrics
-from m3ae_fast.transfer import __main__ as transfer
-from m3ae_fast.transfer.job import RESULT_FILE
+from m3ae_fast.whole_file import write_whole
 
 SETTINGS = Path(__file__).with_name("settings.json")
+CLIP_ART = Path("data/openclipart")  # strange to all encoders
 
 
 class Stopped(Exception):
@@ -27,74 +33,128 @@ class Stopped(Exception):
 class Study:
     """Where everything is."""
 
-    out: Path  # holds a folder per encoder, and in it one per task
+    out: Path  # holds a folder and a result per encoder
+    shards: Path  # see `lab.study.shards.prepare`
     settings: dict[str, Any]  # `train`: a config; `transfer`: sections of transfer's
-    train: str  # shards
-    val: str
-    nameless: str  # training shards whose captions name no class
-    labels: str
+    validation: bool = False  # whether held-out samples are those for choosing settings
 
     @property
     def common(self) -> Encoder:
         train = self.settings["train"]
         return m3ae(train["model"]["emb_dim"], train["train"]["steps"])
 
-    def done(self, job: Job) -> bool:
-        if job.task is None:
-            return any(checkpoint.step_of(p) == job.encoder.steps for p in checkpoint.saved_steps(self._run(job)))
-        return (self._result(job) / RESULT_FILE).exists()
+    def result(self, encoder: Encoder) -> Path:
+        return self.out / f"{encoder.name}.result.json"
 
-    def perform(self, job: Job) -> None:
-        """Do what `job` lacks.
+    def done(self, encoder: Encoder) -> bool:
+        return self.result(encoder).exists()
+
+    def perform(self, encoder: Encoder) -> None:
+        """Train the encoder and measure it.
 
         Raises:
-            UserError: a program cannot do it.
-            Stopped: it was asked to stop.
+            UserError: it cannot be done.
+            Stopped: the training was asked to stop.
         """
-        if job.task is None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            config = self.out / f"{job.encoder.name}.json"
-            config.write_text(json.dumps(self._config(job.encoder), indent=1), encoding="utf-8")
+        self.out.mkdir(parents=True, exist_ok=True)
+        run, started = self.out / encoder.name, time.process_time()
+        if encoder.trained:
+            config = self.out / f"{encoder.name}.json"
+            config.write_text(json.dumps(self._config(encoder), indent=1), encoding="utf-8")
             train.main(["--config", str(config), "--resume", "auto"])
-        else:
-            transfer.main(self._task_arguments(job))
-        if not self.done(job):
-            raise Stopped
+            if not any(checkpoint.step_of(path) == encoder.steps for path in checkpoint.saved_steps(run)):
+                raise Stopped
+        trained = time.process_time()
+        found = self._measure(encoder)
+        times = {"train_cpu_s": trained - started, "measure_cpu_s": time.process_time() - trained}
+        losses = self._losses(run) if encoder.trained else {}
+        whole = {"encoder": asdict(encoder), "losses": losses, **times, "numbers": measure.numbers_of(found)}
+        write_whole(self.result(encoder), json.dumps(whole | {"correct": found.correct}) + "\n")
 
-    def results(self, jobs: list[Job]) -> dict[str, Any]:
-        """Return what is done: `encoders`, with held-out losses and speed; `rows`, an encoder and its accuracy each."""
-        done = [job for job in jobs if self.done(job)]
-        return {
-            "encoders": [asdict(job.encoder) | self._training(job) for job in done if job.task is None],
-            "rows": [asdict(job.encoder) | self._test(job) for job in done if job.task],
-        }
+    def results(self, encoders: list[Encoder]) -> list[dict[str, Any]]:
+        """Return what is known of each encoder that is done."""
+        return [json.loads(self.result(each).read_text(encoding="utf-8")) for each in encoders if self.done(each)]
 
-    def _training(self, job: Job) -> dict[str, float]:
-        values = read_metrics(self._run(job))
-        last = next(line for line in reversed(values) if "val_image_loss" in line)
-        speed = median(line["samples_per_s"] for line in values if "samples_per_s" in line)
-        return {name: value for name, value in last.items() if name != "step"} | {"samples_per_s": speed}
+    def _measure(self, encoder: Encoder) -> Found:
+        labels = json.loads((self.shards / LABELS).read_text(encoding="utf-8"))
+        split, model = self._split(encoder.seed), self.settings["train"]["model"]
+        if encoder.objective == "captions":
+            return measure.captions_alone(split, labels, self._captions())
+        heads = self._heads(encoder.width)
+        with joined_program() as session:
+            config = self._transfer(encoder)
+            if encoder.objective == "pixels":
+                encode = measure.pixels(self.settings["pixels_side"], model["image_mean"], model["image_std"])
+            else:
+                name = str(self.out / encoder.name)
+                if encoder.objective == "random":  # of the sizes of the encoder that is trained before it
+                    name = f"{RANDOM}{self.out / m3ae(encoder.width, self.common.steps, encoder.seed).name}"
+                text = encoder.objective == "m3ae"
+                encode = measure.encoder(open_model(name, text=text, seed=encoder.seed).eval(), config, session)
+            measuring = Measuring(encode, split, labels, config, heads, session)
+            if encoder.images == "clothes":
+                measuring.clothes()
+                return measuring.found
+            every = central(encoder, self.common.width, self.common.steps)
+            bank, held_out = measuring.emoji(attentive=every and encoder.objective != "pixels")
+            if encoder.objective == "m3ae":
+                measuring.retrieval()
+            if every:
+                measuring.out_of_distribution(bank, held_out, {"clothes": measuring.clothes()})
+            return measuring.found
 
-    def _test(self, job: Job) -> dict[str, Any]:
-        found = json.loads((self._result(job) / RESULT_FILE).read_text(encoding="utf-8"))
-        return {name: found.get(name) for name in ("task", "top1", "top5", "seconds")}
+    def _split(self, seed: int) -> Split:
+        held = FOLDS if self.validation else seed
+        others = [part for part in range(PARTS) if part != held]
+        train, test = (
+            {vendor: [self.shards / f"emoji-{vendor}-{part}.tar" for part in parts] for vendor in VENDORS}
+            for parts in (others, [held])
+        )
+        clothes = tuple(
+            [self.shards / f"fashion-{name}.tar"] for name in ("probe", "validation" if self.validation else TEST)
+        )
+        strange = {"clothes": clothes[1], "clip_art": sorted(CLIP_ART.glob("val-*.tar"))}
+        return Split(train, test, (clothes[0], clothes[1]), strange)
 
-    def _run(self, job: Job) -> Path:
-        return self.out / job.encoder.name
+    def _captions(self) -> dict[str, str]:
+        """Return captions of emoji by key."""
+        found = {}
+        for path in sorted(self.shards.glob("emoji-*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.name.endswith(".txt") and (file := tar.extractfile(member)):
+                        found[member.name.removesuffix(".txt")] = file.read().decode()
+        return found
 
-    def _result(self, job: Job) -> Path:
-        return self.out / f"{job.encoder.name}-{job.task}"
+    def _losses(self, run: Path) -> dict[str, float]:
+        last = next(line for line in reversed(read_metrics(run)) if "val_image_loss" in line)
+        return {name: last[name] for name in measure.LOSSES if name in last}
+
+    def _heads(self, width: int) -> int:
+        model = self.settings["train"]["model"]
+        return max(1, model["num_heads"] * width // model["emb_dim"])  # of the same size
+
+    def _transfer(self, encoder: Encoder) -> TransferConfig:
+        shards = [str(self.shards / f"fashion-{TEST}.tar")]  # has to be named; what is read is in the split
+        given = {"run": {"dir": str(self.out), "seed": encoder.seed}, "data": {"train": [{"shards": shards}]}}
+        return transfer_config(given | self.settings["transfer"], [])
 
     def _config(self, encoder: Encoder) -> dict[str, Any]:
         config = json.loads(json.dumps(self.settings["train"]))
-        text = encoder.text_ratio is not None
+        split, text = self._split(encoder.seed), encoder.text_ratio is not None
         kept = {} if encoder.caption_fraction == 1 else {"caption_fraction": encoder.caption_fraction}
         modality = {"modality": "auto" if text else "image"}
-        shards = self.nameless if encoder.captions == "nameless" else self.train
+        if encoder.images == "clothes":
+            train = [*split.clothes[0], self.shards / "fashion-images.tar"]
+            val = split.clothes[1]
+        else:
+            train, val = ([path for own in part.values() for path in own] for part in (split.train, split.test))
         config["run"] = {"dir": str(self.out / encoder.name), "seed": encoder.seed}
-        heads = config["model"]["num_heads"] * encoder.width // config["model"]["emb_dim"]  # of the same size
-        config["model"] |= {"emb_dim": encoder.width, "num_heads": max(1, heads)}
-        config["data"] |= {"train": [{"shards": shards, **modality, **kept}], "val": [{"shards": self.val, **modality}]}
+        config["model"] |= {"emb_dim": encoder.width, "num_heads": self._heads(encoder.width)}
+        config["data"] |= {
+            "train": [{"shards": [str(path) for path in train], **modality, **kept}],
+            "val": [{"shards": [str(path) for path in val], **modality}],
+        }
         config["train"] |= {"steps": encoder.steps}
         if text:
             config["masking"] = {"text_ratio": encoder.text_ratio}
@@ -102,24 +162,3 @@ class Study:
             config["model"] |= {"vocab_size": 0}
             config["data"] |= {"tokenizer": None}
         return config
-
-    def _task_arguments(self, job: Job) -> list[str]:
-        encoder = job.encoder
-        model = str(self._run(job))
-        if encoder.objective == "random":  # of the sizes of any encoder that is as wide
-            common = asdict(self.common) | {"width": encoder.width}
-            model = f"random:{self.out / Encoder(**common).name}"
-        overrides = {"run.seed": encoder.seed} | dict(flat(self.settings["transfer"]))
-        sets = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-        arguments = [str(job.task), model, "--train", self.train, "--val", self.val, "--labels", self.labels]
-        arguments += ["--out", str(self._result(job)), *(part for each in sets for part in ("--set", each))]
-        return arguments + {"linear": ["--cache-features"], "finetune": ["--resume", "auto"]}.get(str(job.task), [])
-
-
-def flat(sections: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield settings as `section.key`, value."""
-    for key, value in sections.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

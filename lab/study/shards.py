@@ -1,81 +1,123 @@
-"""Shards of the study: small images, and captions that name no class."""
+"""Shards of the study, made from those of lab.labelled: small pictures, in parts that are never mixed."""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import re
+import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from m3ae_fast.whole_file import put_in_place
+from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import put_in_place, write_whole
 
-# The categories of data/openclipart/README.md; each of their words in the forms that captions have.
-CLASS_WORDS = (
-    r"animals?|buildings?|computers?|flags?|foods?|geograph(?:y|ic|ical)|offices?|people|persons?|plants?|"
-    r"recreation(?:al|s)?|shapes?|signs?|symbols?|tools?|transport(?:ation|s)?"
-)
-# Letters alone bound a word: `AIGA_Symbol_Signs` has two of them.
-_NAMED = re.compile(rf"_*(?<![a-z])(?:{CLASS_WORDS})(?![a-z])_*", re.IGNORECASE)
-
-
-def names_class(caption: str) -> bool:
-    """Return whether a class's word is in it, be it the sample's own class or another."""
-    return _NAMED.search(caption) is not None
+VENDORS = ("twitter", "google")
+FOLDS, VALIDATION = 3, 3  # a seed's test emoji are a fold; the part after these is for choosing settings
+PARTS = FOLDS + 1
+CLOTHES = {"probe": 5_000, "validation": 5_000, "images": 50_000}  # of the training pictures; `images` train no probe
+TEST, LABELS = "test", "labels.json"
+_ALONE = "Component"  # a category of five skin tones and hair, not of pictures
 
 
-def without_classes(caption: str) -> str:
-    """Return the caption without any class's words; empty where no letter or digit is left.
+class Sample(NamedTuple):
+    """Of a shard."""
 
-    >>> without_classes("France - Ile de France. europe, flag, sign, subnational, flags")
-    'France - Ile de France. europe, subnational'
+    key: str
+    image: bytes
+    caption: str | None
+    about: dict[str, Any]
+
+
+def prepare(data: Path, folder: Path, side: int) -> None:
+    """Write emoji-VENDOR-PART.tar, fashion-PART.tar and labels.json into `folder`, unless they are there.
+
+    Emoji have no skin tones but the plain one, so that no picture is another in other colours; both vendors' pictures
+    of an emoji are in the same part. Larger pictures are scaled to `side` x `side`: decoding them takes too long.
+
+    Args:
+        data: has the folders fashion, twitter and google, as lab.labelled writes them.
+
+    Raises:
+        UserError: one of them has no shards, or those of an earlier version.
     """
-    parts = (" ".join(part.split()) for part in _NAMED.sub(" ", caption).split(","))
-    bare = re.sub(r"([.:;]),", r"\1", ", ".join(part for part in parts if part))
-    return bare if re.search(r"[^\W_]", bare) else ""
-
-
-def captions_of(shards: Iterable[Path]) -> Iterator[str]:
-    """Return all captions, shard after shard."""
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".txt"):
-                    yield _content(tar, member).decode()
-
-
-def copy_shards(shards: Iterable[Path], folder: Path, side: int, *, nameless: bool = False) -> None:
-    """Copy the shards in `folder`, those that are not there yet, with images of `side` x `side` pixels: decoding larger
-    ones would take longer than training. `nameless`: with `without_classes` of the captions; a sample keeps no caption
-    where nothing of it is left."""
+    if (folder / LABELS).exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in shards:
-        path, partial = folder / shard.name, folder / f".{shard.name}"
-        if path.exists():
-            continue
-        with tarfile.open(shard) as whole, tarfile.open(partial, "w") as copy:
-            for member in whole:
-                data = _content(whole, member)
-                if member.name.endswith(".jpg"):
-                    data = _scaled(data, side)
-                elif member.name.endswith(".txt") and nameless:
-                    data = without_classes(data.decode()).encode()
-                    if not data:
-                        continue
-                member.size = len(data)
-                copy.addfile(member, io.BytesIO(data))
-        put_in_place(partial, path)
+    labels: dict[str, dict[str, str]] = {}
+    for vendor in VENDORS:
+        parts: dict[str, list[Sample]] = {f"emoji-{vendor}-{part}": [] for part in range(PARTS)}
+        for sample in read(data / vendor, ("train", "val")):
+            about = sample.about
+            if "tone" not in about:
+                raise UserError(f"{data / vendor}: was made by an earlier version; make it again with lab.labelled")
+            if about["tone"] or about["category"] == _ALONE:
+                continue
+            key = f"{vendor}-{about['emoji']}"
+            labels[key] = {name: about[name] for name in ("emoji", "category", "subcategory")}
+            parts[f"emoji-{vendor}-{part_of(about['emoji'])}"].append(sample._replace(key=key))
+        write(folder, parts, side)
+    clothes = sorted(read(data / "fashion", ("train",)), key=lambda sample: _hash(sample.key))
+    parts = {}
+    for name, count in CLOTHES.items():
+        parts[f"fashion-{name}"], clothes = clothes[:count], clothes[count:]
+    parts[f"fashion-{TEST}"] = list(read(data / "fashion", ("val",)))
+    for name, samples in parts.items():
+        parts[name] = [sample._replace(key=f"{name}-{sample.key}") for sample in samples]
+        labels |= {sample.key: {"emoji": sample.key, "category": sample.about["name"]} for sample in parts[name]}
+    write(folder, parts, side)
+    write_whole(folder / LABELS, json.dumps(labels) + "\n")
 
 
-def _scaled(jpeg: bytes, side: int) -> bytes:
+def part_of(emoji: str) -> int:
+    """Return the part of the emoji of these code points."""
+    return _hash(emoji) % PARTS
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"lab.study").digest(), "big")
+
+
+def read(folder: Path, splits: tuple[str, ...]) -> Iterator[Sample]:
+    """Yield the samples of a folder's shards. Raises UserError if there are no shards."""
+    paths = [path for split in splits for path in sorted(folder.glob(f"{split}-*.tar"))]
+    if not paths:
+        raise UserError(f"{folder}: has no {splits[0]}-*.tar; make them with python -m lab.labelled")
+    for path in paths:
+        with tarfile.open(path) as tar:
+            files: dict[str, dict[str, bytes]] = {}
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                content = tar.extractfile(member)
+                files.setdefault(key, {})[suffix] = content.read() if content else b""
+        for key, own in files.items():
+            caption = own["txt"].decode() if "txt" in own else None
+            yield Sample(key, own["jpg"], caption, json.loads(own.get("json", b"{}")))
+
+
+def write(folder: Path, parts: dict[str, list[Sample]], side: int) -> None:
+    """Write a shard of each part."""
+    for name, samples in parts.items():
+        partial = folder / f".{name}.tar"
+        with tarfile.open(partial, "w") as tar:
+            for sample in samples:
+                files = {"jpg": scaled(sample.image, side)}
+                files |= {} if sample.caption is None else {"txt": sample.caption.encode()}
+                for suffix, content in files.items():
+                    member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        put_in_place(partial, folder / f"{name}.tar")
+
+
+def scaled(jpeg: bytes, side: int) -> bytes:
+    """Return a picture of at most `side` x `side` pixels."""
+    image = Image.open(io.BytesIO(jpeg))
+    if max(image.size) <= side:
+        return jpeg
     out = io.BytesIO()
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    image.resize((side, side), Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
+    image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
     return out.getvalue()
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return file.read() if file else b""

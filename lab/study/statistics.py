@@ -1,0 +1,60 @@
+"""Means over seeds, and differences of two encoders on the same samples, with their standard errors.
+
+A seed holds out other emoji, so that all seeds together test each emoji once; clothes are tested by every seed. What
+belongs together, both vendors' pictures of an emoji, counts as one sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lab.study.measure import Labels
+
+Seeds = Mapping[int, Mapping[str, float]]  # by seed and key: whether a sample was right, from 0 to 1
+
+
+class Estimate(NamedTuple):
+    """A mean, from -1 to 1, and its standard error, which other samples or other seeds would change."""
+
+    mean: float
+    error: float
+    seeds: int
+    samples: int  # independent ones
+
+
+def accuracy(seeds: Seeds, labels: Labels) -> Estimate:
+    """Return the accuracy of an encoder."""
+    return _estimate(seeds, labels)
+
+
+def difference(first: Seeds, second: Seeds, labels: Labels) -> Estimate | None:
+    """Return the accuracy of the first less that of the second, over the seeds and samples that both have; None where
+    there are none."""
+    apart = {
+        seed: {key: first[seed][key] - second[seed][key] for key in first[seed] if key in second[seed]}
+        for seed in first
+        if seed in second
+    }
+    return _estimate(apart, labels) if any(apart.values()) else None
+
+
+def _estimate(seeds: Seeds, labels: Labels) -> Estimate:
+    by_sample: defaultdict[str, list[float]] = defaultdict(list)
+    for own in seeds.values():
+        for key, value in own.items():
+            by_sample[labels[key]["emoji"]].append(value)
+    of_samples = _error([np.mean(values) for values in by_sample.values()])
+    of_seeds = _error([np.mean([*own.values()]) for own in seeds.values()])
+    mean = float(np.mean([value for own in seeds.values() for value in own.values()]))
+    return Estimate(mean, math.hypot(of_samples, of_seeds), len(seeds), len(by_sample))
+
+
+def _error(values: Iterable[np.floating]) -> float:
+    """Return the standard error of the mean of several values; of a single one nothing is known."""
+    values = [*values]
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
