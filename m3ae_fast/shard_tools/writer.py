@@ -154,11 +154,17 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
     """Hold Ctrl-C back: Python prints and forgets one that comes in the midst of a fork."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if threading.current_thread() is not threading.main_thread():  # which alone it interrupts
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda *which: came.append(which))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
 
 
 _of_worker: tuple[Records, Path, Settings]
