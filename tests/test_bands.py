@@ -1,24 +1,31 @@
 """Models of 13 bands: losses, features, pictures and exports."""
 
+import importlib.util
+import json
+
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast import train
 from m3ae_fast.batch.bands import write_npy
 from m3ae_fast.batch.normal import normalised
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.config import Config, ModelConfig, load_config, parse
 from m3ae_fast.convert.onnx_model import input_dtype, write_onnx
 from m3ae_fast.convert.timm_model import model_arguments, timm_weights, write_timm
+from m3ae_fast.data.__main__ import main as data_tools
 from m3ae_fast.data.shared_memory import batch_bytes
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.attention import draw_attention
 from m3ae_fast.pictures.figures import levels
 from m3ae_fast.pictures.reconstructions import _images, draw_reconstructions
-from tests.helpers.trainer import TINY
+from m3ae_fast.transfer.__main__ import main as transfer
+from m3ae_fast.visualise import main as visualise
+from tests.helpers.trainer import ROOT, TINY
 
 BANDS, SIZE = 13, 16
 MEAN, STD = tuple(0.1 + 0.02 * i for i in range(BANDS)), tuple(0.2 + 0.01 * i for i in range(BANDS))
@@ -166,3 +173,28 @@ def test_exports_give_the_features_of_encode(dtype, tmp_path):
 def test_mistakes_are_one_line(model, data, message):
     with pytest.raises(UserError, match=message):
         parse(Config, TINY | {"model": TINY["model"] | model, "data": TINY["data"] | data}, "test")
+
+
+def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
+    """Its commands, in this process: from made-up bands to a probe."""
+    spec = importlib.util.spec_from_file_location("satellite", ROOT / "examples" / "satellite.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    programs = {"data": data_tools, "train": train.main, "visualise": visualise, "transfer": transfer}
+
+    def run(*command):
+        assert programs[command[2].removeprefix("m3ae_fast.")]([str(part) for part in command[3:]]) == 0
+
+    monkeypatch.setattr(example, "run", run)
+    monkeypatch.setattr("sys.argv", ["satellite.py", str(tmp_path), "--images", "48", "--steps", "2"])
+    example.main()
+    said = capsys.readouterr().out
+    assert "images: 36 (NPY 36)" in said and "--set model.channels=13" in said and "drew" in said
+    config = load_config(tmp_path / "config.json").model
+    values = np.stack([np.load(path) for path in (tmp_path / "images").rglob("*.npy")]) / 10_000
+    assert np.abs(np.array(config.image_mean) - values.mean((0, 1, 2))).max() < 0.02
+    assert np.abs(np.array(config.image_std) - values.std((0, 1, 2))).max() < 0.02
+    accuracy = json.loads((tmp_path / "knn" / "result.json").read_text())["top1"]
+    assert accuracy > 0.6  # of four spectra that differ plainly
+    colours = np.asarray(Image.open(tmp_path / "bands.png").convert("RGB"))[24:184, 8:168]
+    assert (colours[..., 0] != colours[..., 2]).any()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.process.launchers import adopt, first_host
+from m3ae_fast.process.launchers import adopt, alone, first_host
 from tests.helpers import ranks as helper
 
 SLURM = {
@@ -113,3 +113,9 @@ def test_processes_of_srun_are_one_run(tmp_path):
     code, said = helper.await_ranks(helper.fork_each(__name__, [str(out)], found, log), log)
     assert code == 0, said
     assert json.loads(out.read_text()) == [[0, 0, "2"], [1, 1, "2"]]
+
+
+@pytest.mark.parametrize(("said", "one"), [(None, True), ("", True), ("1", True), ("2", False)])
+def test_an_empty_number_of_ranks_is_one(monkeypatch, said, one):
+    monkeypatch.setattr(os, "environ", {} if said is None else {"WORLD_SIZE": said})
+    assert alone() is one

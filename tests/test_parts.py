@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -353,6 +354,16 @@ def test_an_error_of_the_decision_is_one_of_every_rank():
     assert [(type(error), str(error)) for error in _decide(refuse)] == [(UserError, "no room for 3")] * 3
     first, *others = _decide(lambda reports: {}[1])
     assert isinstance(first, KeyError) and all(isinstance(error, UserError) for error in others)
+
+
+def test_a_rank_that_waits_long_still_looks_often(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(agreement.time, "sleep", pauses.append)
+    _, waiting = agreements(2)
+    looks = iter([False] * 20 + [True])
+    monkeypatch.setattr(waiting, "_store", SimpleNamespace(check=lambda _: next(looks), get=str.encode))
+    assert waiting._await(["key"]) == ["key"] and pauses[0] < 0.01
+    assert sorted(pauses) == pauses and pauses[-1] == max(pauses) == agreement._PAUSE < 1
 
 
 def test_an_agreement_leaves_nothing_behind_but_its_last_answer():

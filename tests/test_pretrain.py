@@ -135,6 +135,11 @@ def test_a_folder_without_captions_gives_an_image_model(tmp_path):
     assert config.model.vocab_size == 0 and config.data.tokenizer is None and facts.classes == 3 and not notes
     assert not (out / "tokenizer.json").exists()
     assert (config.model.emb_dim, config.model.image_size, config.model.patch_size) == (192, 40, 4)
+    one = make_pictures(tmp_path / "one", each=1, captions=False)
+    for other in sorted(one.rglob("*.png"))[1:]:
+        other.unlink()
+    alone = find_shards(str(one), tmp_path / "alone", None, [])
+    assert not alone.val and any(note.startswith("nothing is held out") for note in alone.notes)
 
 
 def test_a_table_in_the_folder_gives_the_captions(tmp_path):
@@ -273,6 +278,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
         ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
+        ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a folder, which may be new"),
         ((photos, out), {"val": ["a.tar"]}, "--val: goes with shards"),
         ((photos, out), {"overrides": ["run.dir=x"]}, "is what --out names"),
         (("a.tar", out), {"captions": "a.csv"}, "goes with a folder of images, and a.tar is none"),

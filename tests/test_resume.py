@@ -225,7 +225,8 @@ SETTINGS = {
     "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)  # by the fingerprint, wherever they lie
     | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # by the fingerprint's order
-    | {"range": FREE}  # by model.image_range, which follows it
+    | dict.fromkeys(("range", "resize", "max_patches", "min_patches"), FREE)  # by what follows them in the model
+    | {"show_channels": FREE}
     | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": dict.fromkeys(
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
@@ -257,7 +258,8 @@ def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by
     saved[section] |= {name: "another"}
     if section == "model":  # whose section is parsed
         grey = {"image_mean": [0.5], "image_std": [0.5]} if name == "channels" else {}
-        other = [0, 4095] if name == "image_range" else 1 if grey else _another(getattr(config.model, name))
+        possible = {"image_range": [0, 4095], "channels": 1, "max_patches": 9}
+        other = possible[name] if name in possible else _another(getattr(config.model, name))
         saved[section] |= grey | {name: other}
     info = checkpoint.Info(1, 0, config.run.seed, saved, {}, {})
     kind = SETTINGS[section][name]
@@ -272,6 +274,7 @@ def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by
 def _another(value):
     """A value of the same kind that is possible for every setting of a tiny model."""
     others = {"tanh": "exact", "sincos": "stored", "after_norm": "before_norm", "pixels": "vqgan", None: "small"}
+    others |= {"square": "native", "absolute": "centred", "uint8": "uint16"}
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):

@@ -3,6 +3,7 @@
 from m3ae_fast.config.load import load_config, parse
 from m3ae_fast.config.range import Range, add_range_option
 from m3ae_fast.config.schema import (
+    MAX_CHANNELS,
     MAX_VOCAB,
     Config,
     DataConfig,
@@ -24,6 +25,7 @@ from m3ae_fast.config.schema import (
 )
 
 __all__ = [
+    "MAX_CHANNELS",
     "MAX_VOCAB",
     "Config",
     "DataConfig",

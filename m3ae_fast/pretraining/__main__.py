@@ -21,6 +21,7 @@ from m3ae_fast.errors import exit_cleanly
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("pretraining", __doc__)
+    parser.prog = "m3ae-fast pretrain"
     parser.add_argument("source", metavar="SOURCE", help="a folder of images, shards, or a data set's name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument(

@@ -67,6 +67,8 @@ def pretrain(
         raise UserError("--set run.dir: is what --out names")
     check_field(labels)
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
     table_of_captions = None if captions is None else Path(captions)
     config = _configured(str(source), out, hours, table_of_captions, val, labels, overrides, dry_run)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})

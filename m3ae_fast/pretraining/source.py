@@ -173,6 +173,8 @@ def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
     train = "train" if "train" in others else others[0]
     whole = folder.resolve()
     lines = notes + made.tally.lines()
+    if not held:
+        lines.append("nothing is held out: no loss or accuracy will be of samples that training has not seen")
     return Shards([str(whole / f"{train}-*.tar")], [str(whole / f"{held}-*.tar")] if held else [], lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from m3ae_fast.batch.bands import write_npy
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
@@ -46,11 +47,13 @@ class HuggingFace:
         first = next(iter(data.values()))
         self.image, self.caption, self.label = _columns(first.features, columns, name)
         self.classes: Sequence[str] | None = getattr(first.features[self.label], "names", None) if self.label else None
+        # of values, where images are arrays [H, W] or [H, W, C]
+        self._dtype = getattr(first.features[self.image], "dtype", "") if self._has_arrays(first.features) else ""
         self._data: dict[str, Any] = {}
         self._starts: dict[str, np.ndarray] = {}
         for key, rows in data.items():
             rows = rows.select_columns([column for column in (self.image, self.caption, self.label) if column])
-            self._data[key] = rows.cast_column(self.image, _undecoded()) if self.image else rows
+            self._data[key] = rows.cast_column(self.image, _undecoded()) if self.image and not self._dtype else rows
             self._starts[key] = _starts(rows, self.caption)
         self.splits = {key: int(starts[-1]) for key, starts in self._starts.items()}
         self.identity: dict[str, Any] = {
@@ -74,12 +77,18 @@ class HuggingFace:
         if label is not None and label < 0:  # a hidden label, as test splits have
             label = None
         about = {"class_name": self.classes[label]} if self.classes and label is not None else {}
-        return Record(_image(row[self.image]) if self.image else None, caption, label, about)
+        image = None if self.image is None else row[self.image]
+        if self._dtype and image is not None:
+            image = write_npy(np.asarray(image, dtype=self._dtype))
+        return Record(_image(image), caption, label, about)
+
+    def _has_arrays(self, features: Any) -> bool:
+        return self.image is not None and _is_array(features[self.image])
 
     def images(self, split: str) -> np.ndarray:
         """See `records.Records`: rows whose image has the same bytes, or the same path, are of one."""
         rows_S = rows_of(self._starts[split])
-        if not self.image:
+        if not self.image or self._dtype:  # arrays are not compared
             return rows_S
         data = self._data[split].select_columns([self.image]).with_format("arrow")
         batches = track(data.iter(_AT_A_TIME), "looking for the same image twice", -(-len(data) // _AT_A_TIME))
@@ -110,6 +119,12 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
     return dict(data) if isinstance(data, dict) else {"train": data}
 
 
+def _is_array(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, (datasets.Array2D, datasets.Array3D))
+
+
 def _undecoded() -> Any:
     import datasets
 
@@ -121,7 +136,7 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
     import datasets
 
     def kind(feature: Any) -> str:
-        if isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) == "binary":
+        if isinstance(feature, datasets.Image) or _is_array(feature) or getattr(feature, "dtype", None) == "binary":
             return "image"
         if isinstance(feature, datasets.ClassLabel):
             return "label"

@@ -1,17 +1,38 @@
-"""Images as shards keep them: JPEG, no larger than training needs."""
+"""Images as shards keep them: JPEG, or the array of their bands, no larger than training needs."""
 
 from __future__ import annotations
 
 from io import BytesIO
 
+import numpy as np
+import torch
 from PIL import Image
 
 from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.bands import write_npy
 from m3ae_fast.batch.crops import resize
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.images import decode_image, read_bands
 from m3ae_fast.config import Range
 
 _MAX_SIDE = 65_500  # pixels that libjpeg writes
+
+
+def as_member(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> tuple[str, bytes]:
+    """Return suffix and bytes of a shard's member: what `shrink` gives, or of an array of bands (a .npy, or a TIFF that
+    is no picture) a .npy with the same dtype, whose short side is at most `short_side` too.
+
+    Raises:
+        BadSample: as `shrink`.
+    """
+    values = read_bands(data, 3, "uint8")
+    if values is None:
+        return "jpg", shrink(data, short_side, quality, image_range)
+    height, width, _ = values.shape
+    scale = short_side / min(height, width)
+    if scale < 1:
+        image = torch.from_numpy(values.transpose(2, 0, 1).copy())
+        values = resize(image, max(1, round(height * scale)), max(1, round(width * scale))).permute(1, 2, 0).numpy()
+    return "npy", write_npy(np.ascontiguousarray(values))
 
 
 def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:

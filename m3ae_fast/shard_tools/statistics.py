@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from m3ae_kernels.pixels import LARGEST
 from torch import Tensor
 
 from m3ae_fast.batch.bad_samples import BadSample
@@ -30,9 +31,12 @@ class Statistics:
 
     of: int  # samples that there are
     channels: int
+    dtype: str = "uint8"  # of `model.image_dtype`
     seen: int = 0
     images: int = 0
-    fractions_C256: Tensor = field(init=False)  # float64, how often each level is met; every image weighs the same
+    # float64, every image weighs the same: how often each of 256 levels is met; sums of pixels and of their squares
+    fractions_C256: Tensor = field(init=False)
+    moments_2C: Tensor = field(init=False)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height in pixels
     lengths: list[int] = field(default_factory=list)  # of captions, in tokens, without a tokenizer in words
     formats: Counter[str] = field(default_factory=Counter)
@@ -41,14 +45,24 @@ class Statistics:
 
     def __post_init__(self) -> None:
         self.fractions_C256 = torch.zeros(self.channels, 256, dtype=torch.float64)
+        self.moments_2C = torch.zeros(2, self.channels, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Return both per channel, of pixels / 255, as `model.image_mean` and `image_std` want them."""
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        fractions_C256 = self.fractions_C256 / max(1, self.images)
-        mean_C = fractions_C256 @ levels
-        std_C = (fractions_C256 @ levels**2 - mean_C**2).clamp_min(0).sqrt()
+        """Return both per channel, in units in which black is 0 and white 1, as `model.image_mean` and `image_std` want
+        them."""
+        mean_C, square_C = self.moments_2C / max(1, self.images)
+        std_C = (square_C - mean_C**2).clamp_min(0).sqrt()
         return [round(x, 4) for x in mean_C.tolist()], [round(max(x, 1e-4), 4) for x in std_C.tolist()]
+
+    def add(self, image: Tensor) -> None:
+        """Count an image, [C, H, W] as `decode_image` gives it."""
+        self.images += 1
+        self.sizes.append((image.shape[2], image.shape[1]))
+        unit_CN = (image.double() / LARGEST.get(image.dtype, 1)).flatten(1)
+        self.moments_2C += torch.stack((unit_CN.mean(1), unit_CN.square().mean(1)))
+        levels_CN = (255 * unit_CN.clamp(0, 1)).round().long()
+        for fractions_256, levels_N in zip(self.fractions_C256, levels_CN):
+            fractions_256 += torch.bincount(levels_N, minlength=256) / len(levels_N)
 
 
 def sample(corpus: Corpus, samples: int, seed: int) -> Corpus:
@@ -68,6 +82,7 @@ def collect(
     image_range: Range | None,
     tokenizer: CaptionTokenizer | None,
     labels: str,
+    dtype: str = "uint8",
 ) -> Statistics:
     """Look at `samples` samples of the corpus.
 
@@ -77,11 +92,12 @@ def collect(
         channels, image_range: how images are decoded.
         tokenizer: that cuts captions; None: words are counted.
         labels: "cls", or "json." and the name of a field.
+        dtype: how finely pixels are kept (`model.image_dtype`).
 
     Raises:
         UserError: a shard or a label cannot be read.
     """
-    found = Statistics(corpus.samples, channels)
+    found = Statistics(corpus.samples, channels, dtype)
     drawn = sample(corpus, samples, seed)
     for of_source in read_labels(drawn, labels):
         found.labels.update(of_source)
@@ -110,12 +126,8 @@ def _look(
         found.lengths.append(len(tokenizer.encode(caption)) if tokenizer else len(caption.split()))
     if data is None:
         return
-    image = decode_image(data, found.channels, image_range)
-    found.images += 1
+    found.add(decode_image(data, found.channels, image_range, found.dtype))
     found.formats[format_of(data)] += 1
-    found.sizes.append((image.shape[2], image.shape[1]))
-    for fractions_256, plane in zip(found.fractions_C256, image):
-        fractions_256 += torch.bincount(plane.flatten(), minlength=256) / plane.numel()
 
 
 def require_images(found: Statistics) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.config import Config, SourceConfig, parse
+from m3ae_fast.config import MAX_CHANNELS, Config, SourceConfig, parse
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
@@ -26,10 +26,12 @@ _SHOWN = 5  # labels, and reasons why samples cannot be read
 def run(args: argparse.Namespace) -> None:
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be 1 or more")
+    if not 1 <= args.channels <= MAX_CHANNELS:
+        raise UserError(f"--channels {args.channels}: must be from 1 to {MAX_CHANNELS}")
     given = None if args.write is None else _read_config(args.write)
     tokenizer = load_tokenizer(args.tokenizer, _LONGEST, label="--tokenizer") if args.tokenizer else None
     corpus = open_corpus([SourceConfig(shards=args.shards)], ShardStore(args.cache_dir), progress=True)
-    found = collect(corpus, args.samples, args.seed, args.channels, args.range, tokenizer, args.labels)
+    found = collect(corpus, args.samples, args.seed, args.channels, args.range, tokenizer, args.labels, args.dtype)
     print("\n".join(describe_statistics(found, "tokens" if tokenizer else "words")))
     require_images(found)
     settings = settings_of(found, args.range)
@@ -54,7 +56,7 @@ def describe_statistics(found: Statistics, unit: str) -> list[str]:
         mean, std = found.mean_and_std()
         widths, heights = np.array(found.sizes).T
         lines.append(f"images: {found.images:,} ({_counts(found.formats.most_common())})")
-        lines.append(f"mean {_compact(mean)}  std {_compact(std)} of pixels / 255")
+        lines.append(f"mean {_compact(mean)}  std {_compact(std)} where black is 0 and white 1")
         for name, values in (("width", widths), ("height", heights), ("width / height", widths / heights)):
             lines.append(f"{name}: {_spread(values)}")
     if found.lengths:
@@ -83,6 +85,8 @@ def settings_of(found: Statistics, image_range: object) -> list[tuple[str, str, 
     """Return section, key and value of what a config should say."""
     mean, std = found.mean_and_std()
     settings: list[tuple[str, str, Any]] = [("model", "image_mean", mean), ("model", "image_std", std)]
+    if found.dtype != "uint8":
+        settings.insert(0, ("model", "image_dtype", found.dtype))
     if found.channels != 3:
         settings.insert(0, ("model", "channels", found.channels))
     return settings + ([] if image_range is None else [("data", "range", image_range)])
@@ -114,7 +118,8 @@ def draw(found: Statistics, path: Path, unit: str) -> None:
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
-    names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}[found.channels]
+    names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}.get(found.channels)
+    names = names or [f"C{channel % 10}" for channel in range(found.channels)]  # matplotlib's ten colours
     for name, fractions_256 in zip(names, found.fractions_C256 / found.images):
         levels.semilogy(fractions_256.numpy(), color=name)
     widths, heights = np.array(found.sizes).T

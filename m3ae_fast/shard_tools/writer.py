@@ -35,7 +35,7 @@ from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shard_tools.records import Record, Records
 from m3ae_fast.shard_tools.same_images import split_images
 from m3ae_fast.shard_tools.settings import Settings
-from m3ae_fast.shard_tools.shrink import shrink
+from m3ae_fast.shard_tools.shrink import as_member
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import put_in_place
 
@@ -222,7 +222,8 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
-        files["jpg"] = shrink(record.image, settings.short_side, settings.quality, settings.image_range)
+        suffix, data = as_member(record.image, settings.short_side, settings.quality, settings.image_range)
+        files[suffix] = data
     if caption:
         files["txt"] = caption.encode("utf-8", "replace")
     if not files:

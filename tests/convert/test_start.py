@@ -141,7 +141,9 @@ def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
         "image_range": [0, 4095],
     }  # fmt: skip
     free = {"size", "drop", "att_drop", "drop_path", "init_from"}
-    adapted = {"image_size", "text_length", "codebook_size"}  # sin-cos positions fit; codes show where they are used
+    # sin-cos positions fit; codes show where they are used; levels may be finer
+    adapted = {"image_size", "text_length", "codebook_size", "image_dtype"}
+    adapted |= {"resize", "max_patches", "min_patches", "native_positions"}
     assert ModelConfig.model_fields.keys() == others.keys() | compared.keys() | free | adapted
 
     def config(**changes):
@@ -154,6 +156,10 @@ def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
     for name, value in compared.items():
         with pytest.raises(UserError, match=rf"x: was made with model\.{name} = "):
             check_start(config(**{name: value}), start, "x")
+    check_start(config(resize="native", native_positions="centred", max_patches=9), start, "x")
+    native = Pretrained(config(resize="native"), start.state)
+    with pytest.raises(UserError, match=r"model\.native_positions = absolute"):
+        check_start(config(resize="native", native_positions="centred"), native, "x")
     for name, value in others.items():
         with pytest.raises(UserError, match=r"model config"):
             check_weights(M3AE(config(**{name: value})), start.state, "x")

@@ -1,8 +1,11 @@
 """Images of any bands: .npy and TIFF, of 8, 16 and 32 bits."""
 
+import json
 import re
 import sys
+import tarfile
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,8 +17,15 @@ from m3ae_fast.batch.bands import read_npy, write_npy
 from m3ae_fast.batch.crops import centre_crop, random_crop, resize
 from m3ae_fast.batch.images import decode_image, format_of
 from m3ae_fast.batch.normal import model_input, normalised, of_unit, to_unit
+from m3ae_fast.batch.packing import Geometry, Sample, pack
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.data.__main__ import main as data_tools
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.encode import prepare_image
+from m3ae_fast.shard_tools.shrink import as_member
 from tests.data.test_pictures import damaged
 from tests.helpers.pictures import RGB, png, tiff
+from tests.helpers.shards import write_tar
 
 BANDS = 13
 _random = np.random.RandomState(0)
@@ -200,3 +210,53 @@ def test_pixels_are_normalised_in_units_of_black_and_white():
         torch.testing.assert_close(to_unit(found, mean, std), image / white, rtol=1e-4, atol=1e-5)
     floats = model_input(chw(FLOATS), mean, std)
     assert torch.equal(floats, of_unit(chw(FLOATS), mean, std)) and normalised(floats, mean, std) is floats
+
+
+def test_shards_keep_bands_and_values(tmp_path):
+    """A small array as it is, a large one reduced in its own dtype, whatever file it comes from."""
+    for values in ARRAYS.values():
+        for data in (write_npy(values), tiff(values, planarconfig="contig")):
+            suffix, kept = as_member(data, 320, 95)
+            assert suffix == "npy" and np.array_equal(read_npy(kept), values)
+            small = read_npy(as_member(data, 10, 95)[1])
+            assert small.shape == (10, 12, BANDS) and small.dtype == values.dtype
+            assert np.array_equal(small, resize(chw(values), 10, 12).permute(1, 2, 0).numpy())
+    assert as_member(png(RGB, 8, 2), 320, 95)[0] == "jpg"
+
+
+def test_a_native_image_may_have_any_bands():
+    config = ModelConfig(
+        size="small", channels=BANDS, image_dtype="uint16", resize="native", image_size=32, patch_size=8, vocab_size=0,
+        image_mean=(0.5,) * BANDS, image_std=(0.25,) * BANDS, image_range="dtype",
+    )  # fmt: skip
+    seen = prepare_image(DEEP, config)
+    assert seen.dtype == torch.uint16 and seen.shape[0] == BANDS
+    sample = Sample("a", seen, torch.zeros(seen.shape[1] * seen.shape[2] // 64, dtype=torch.bool))
+    assert pack([sample], Geometry.of(config)).images.dtype == torch.uint16
+
+
+def test_hugging_face_arrays_become_shards(tmp_path):
+    features = datasets.Features({
+        "image": datasets.Array3D((20, 24, BANDS), "uint16"), "label": datasets.ClassLabel(names=["a", "b"]),
+    })  # fmt: skip
+    data = datasets.Dataset.from_dict({"image": [DEEP, DEEP[::-1].copy()], "label": [0, 1]}, features=features)
+    data.save_to_disk(tmp_path / "in")
+    assert data_tools(["from-hf", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1", "--keep-order"]) == 0
+    with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
+        arrays = [read_npy(tar.extractfile(name).read()) for name in sorted(tar.getnames()) if name.endswith(".npy")]
+    assert np.array_equal(arrays[0], DEEP) and np.array_equal(arrays[1], DEEP[::-1])
+
+
+def test_statistics_are_of_each_band(tmp_path, capsys):
+    arrays = [write_npy(FLOATS), write_npy(FLOATS + 50), write_npy(LEVELS[..., :3])]
+    shard = write_tar(tmp_path / "a.tar", [(f"{i}.npy", data) for i, data in enumerate(arrays)])
+    command = ["stats", shard, "--cache-dir", str(tmp_path), "--channels", str(BANDS), "--dtype", "float32"]
+    assert data_tools([*command, "--range=-100,100", "--picture", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr().out
+    mean, std = (json.loads(re.search(rf"model.image_{name}=(\S+)", said)[1]) for name in ("mean", "std"))
+    both = (np.stack([FLOATS, FLOATS + 50]).astype(np.float64) + 100) / 200
+    assert np.abs(both.mean((0, 1, 2)) - mean).max() < 1e-4 and np.abs(both.std((0, 1, 2)) - std).max() < 1e-4
+    assert 'model.image_dtype="float32"' in said and "has 3 channels, the model takes 13" in said
+    assert Image.open(tmp_path / "a.png").width > 600
+    with pytest.raises(UserError, match="--channels 0: must be from 1 to 256"):
+        data_tools([*command, "--channels", "0"])

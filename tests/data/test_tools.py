@@ -101,7 +101,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, pictures):
 def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert make("from-folder", pictures, whole, "--samples-per-shard", "3") == 0
-    done, shrink = [], writer.shrink
+    done, shrink = [], writer.as_member
 
     def stop(*arguments):
         done.append(1)
@@ -110,7 +110,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
         return shrink(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "shrink", stop)
+        patch.setattr(writer, "as_member", stop)
         assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 2
     assert "No space left on device); complete shards are kept" in capsys.readouterr().err
     assert [path.name for path in sorted(out.iterdir())] == ["classes.json", "conversion.json", "train-00000.tar"]
@@ -120,7 +120,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
     for path in whole.glob("*.tar"):
         assert (out / path.name).read_bytes() == path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "shrink", lambda *arguments: pytest.fail("converted again"))
+        patch.setattr(writer, "as_member", lambda *arguments: pytest.fail("converted again"))
         assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0
     for change in (["--short-side", "20"], ["--flat"]):
         assert make("from-folder", pictures, out, "--samples-per-shard", "3", *change) == 2

@@ -47,6 +47,8 @@ SLOW = (
     "test_attention.py::test_op_is_a_good_citizen",
     "test_attention.py::test_the_fastest_is_taken_and_the_others_reasons_are_told",
     "test_attention.py::test_times_are_measured",
+    "test_bands.py::test_exports_give_the_features_of_encode",
+    "test_bands.py::test_the_satellite_example_runs",
     "test_benchmarks.py::test_an_implementation_works_alone",
     "test_benchmarks.py::test_training_as_it_ships_is_timed",
     "test_beside_training.py::test_a_save_that_fails_in_the_background_stops_the_run",

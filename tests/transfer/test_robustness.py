@@ -302,11 +302,15 @@ def test_a_run_is_not_a_classifier(run, shards, tmp_path, capsys):
 
 def test_an_attack_starts_where_the_seed_and_the_sample_say():
     def starts(keys, seed=3):
-        return dict(zip(keys, _start(argparse.Namespace(keys=keys, images=torch.zeros(len(keys), 3, 8, 8)), seed)))
+        images, grids = torch.zeros(len(keys), 3, 8, 8), [(2, 2)] * len(keys)
+        return dict(zip(keys, _start(argparse.Namespace(keys=keys, images=images, grids=grids), seed)))
 
     whole = starts(["a/1", "a/2", "a/3", "b/1"])
     for keys in (["b/1"], ["a/3", "a/1"]):
         assert all(torch.equal(start, whole[key]) for key, start in starts(keys).items())
     values = torch.stack([*whole.values(), *starts(["a/1"], seed=4).values()])
     assert len({start.numpy().tobytes() for start in values}) == 5
+    # native ones are the patches of all
+    native = argparse.Namespace(keys=["a/1", "a/2"], images=torch.zeros(8, 3, 4, 4), grids=[(1, 3), (5, 1)])
+    assert _start(native, 3).shape == (8, 3, 4, 4)
     assert -1 <= values.min() < -0.98 and 0.98 < values.max() <= 1 and abs(values.mean()) < 0.05
