@@ -155,6 +155,9 @@ def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, m
     assert found["captionsemoji"]["numbers"]["linear"] == 1  # each caption has its category
     page = (out / report.PAGE).read_text()
     assert "test samples" in page and "| words of the caption | - | 100.0 " in page
+    assert call("--validation", "--minutes", "0") == 0  # whose encoders are others
+    assert "5 encoders are left" in capsys.readouterr().out
+    assert "validation samples" in (out / "validation" / report.PAGE).read_text()
     monkeypatch.setattr(Study, "perform", lambda self, encoder: pytest.fail(f"{encoder.name} is done again"))
     assert call() == 0
 

@@ -46,7 +46,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what is compared (default: all)")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin no encoder after so many minutes")
     parser.add_argument(
-        "--validation", action="store_true", help="test on samples that have no part in the tests, to choose settings"
+        "--validation",
+        action="store_true",
+        help="test on samples that have no part in the tests, to choose settings; runs in --out/validation",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of settings.json"
@@ -63,11 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     shards, started = args.out / "shards", time.monotonic()
     prepare(args.data, shards, 3 * settings["train"]["model"]["image_size"] // 2)
     labels = json.loads((shards / LABELS).read_text(encoding="utf-8"))
-    study = Study(args.out, shards, settings, args.validation)
+    out = args.out / "validation" if args.validation else args.out
+    study = Study(out, shards, settings, args.validation)
     common = study.common
     everything = plan(common.width, common.steps)
     wanted = plan(common.width, common.steps, args.seeds, args.arms)
-    folder = args.results or args.out
+    folder = args.results or out
 
     def write() -> None:
         head: dict[str, Any] = {"about": results.about(), "settings": settings, "validation": args.validation}
