@@ -82,7 +82,8 @@ def write(arch: str, found: dict[str, dict[str, list[Settings]]]) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    cases: dict[str, Case] = {case.kernel: case for case in CASES if case.matmul and not case.sample[0]}
+    matmuls = [case for case in CASES if case.matmul and not case.sample[0]]
+    cases: dict[str, Case] = {case.kernel: case for case in reversed(matmuls)}  # of images the first kind, RGB
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.candidates", description=__doc__.split(": ")[1])
     parser.add_argument("--arch", choices=SHARED_BYTES, default="sm_90", metavar="ARCH", help="default sm_90")
     parser.add_argument("--kernel", nargs="+", choices=cases, default=list(cases), metavar="KERNEL")

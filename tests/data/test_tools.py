@@ -127,11 +127,24 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
         assert "holds another conversion" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures):
+def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch):
     """Python forgets exceptions in hooks around a fork, such as logging's."""
-    once = [signal.SIGINT]
+    once: list[int] = []
     os.register_at_fork(after_in_parent=lambda: once and os.kill(os.getpid(), once.pop()))
-    assert make("from-folder", pictures, tmp_path / "out", "--samples-per-shard", "5", workers=2) == 130 and not once
+
+    class Pool(writer.ProcessPoolExecutor):
+        def submit(self, *work):
+            if not self._processes:
+                once.append(signal.SIGINT)
+            return super().submit(*work)
+
+    monkeypatch.setattr(writer, "ProcessPoolExecutor", Pool)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever other tests have left
+    try:
+        assert make("from-folder", pictures, tmp_path / "out", "--samples-per-shard", "5", workers=2) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not once
     assert make("from-folder", pictures, tmp_path / "out", "--samples-per-shard", "5") == 0
 
 

@@ -121,10 +121,11 @@ def test_candidates_are_compiled_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(candidates, "possible", lambda *_: few)
     monkeypatch.setattr(candidates, "ProcessPoolExecutor", ThreadPoolExecutor)
     sound = Report("k", "sm_90", "bf16", "", registers=128, shared_bytes=50_000)
-    monkeypatch.setattr(candidates, "compile_case", lambda *_: sound)
-    kernel = next(iter(tuning.table("sm_90").keys() & {case.kernel for case in candidates.CASES if case.matmul}))
-    assert candidates.main(["--kernel", kernel, "--width", "16", "--jobs", "1"]) == 0
-    assert candidates.read("sm_90")[kernel]["16"] == few
+    compiled = []
+    monkeypatch.setattr(candidates, "compile_case", lambda case, *_: compiled.append(case) or sound)
+    assert candidates.main(["--kernel", "pixel_error", "--width", "16", "--jobs", "1"]) == 0
+    assert candidates.read("sm_90")["pixel_error"]["16"] == few
+    assert {(case.kernel, case.constants["C"]) for case in compiled} == {("pixel_error", 3)}
     assert "2 are compiled" in (out := capsys.readouterr().out) and "2 of 2 are worth timing" in out
 
 
