@@ -1,0 +1,130 @@
+"""Does native aspect ratio give a better representation than squares, at equal tokens?
+
+    python -m lab.aspect --out runs/aspect
+
+The drawings of data/openclipart, whose files are square, without the white around them; MAE on them with squares and
+with native images of as many patches, and both encoders tested on square and on native images by k-NN and a linear
+probe. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import tarfile
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast import train
+from m3ae_fast.command_line import program
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.transfer import __main__ as transfer
+from m3ae_fast.whole_file import whole_file, write_whole
+
+CLIPART = Path("data/openclipart")
+WHITE = 250  # levels from here on are paper
+MODES, TASKS, SEEDS = ("square", "native"), ("knn", "linear"), (0, 1, 2)
+PATCHES, PATCH = 64, 8
+MODEL = {
+    "size": None, "emb_dim": 128, "depth": 4, "num_heads": 4, "dec_emb_dim": 64, "dec_depth": 1, "dec_num_heads": 2,
+    "image_size": 64, "patch_size": PATCH, "vocab_size": 0,
+}  # fmt: skip
+
+
+def drawing(data: bytes) -> Image.Image:
+    """Return an image without the white around it."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return image.crop(image.convert("L").point(lambda level: 255 * (level < WHITE)).getbbox())
+
+
+def cut(shard: Path, out: Path) -> None:
+    """Write the labelled drawings of a shard."""
+    with tarfile.open(shard) as tar:
+        files = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+    with whole_file(out) as partial, tarfile.open(partial, "w") as tar:
+        for name, data in files.items():
+            label = json.loads(files[name.replace(".jpg", ".json")])["label"] if name.endswith(".jpg") else -1
+            if label < 0:
+                continue
+            image, stream = drawing(data), io.BytesIO()
+            image.save(stream, "PNG")
+            for suffix, content in ((".png", stream.getvalue()), (".cls", str(label).encode())):
+                info = tarfile.TarInfo(name.removesuffix(".jpg") + suffix)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def ratios(shard: Path) -> list[float]:
+    """Return how many times as long as their shorter side drawings are."""
+    with tarfile.open(shard) as tar:
+        sizes = [Image.open(io.BytesIO(tar.extractfile(i).read())).size for i in tar if i.name.endswith(".png")]  # type: ignore[union-attr]
+    return [max(size) / min(size) for size in sizes]
+
+
+def config(run: Path, shards: Path, mode: str, seed: int, steps: int) -> dict[str, object]:
+    """Return a run's config; a native image has as many patches as a square one, whatever its size."""
+    sizes = {"resize": mode, "max_patches": PATCHES, "min_patches": PATCHES} if mode == "native" else {}
+    return {
+        "run": {"dir": str(run), "seed": seed},
+        "model": MODEL,
+        "data": {"train": [{"shards": str(shards / "train-*.tar")}], "crop_scale": [0.5, 1.0], "workers": 1} | sizes,
+        "optim": {"peak_lr": 6e-3, "warmup_epochs": 2, "clip_grad": 1.0},
+        "train": {"global_batch": 64, "steps": steps, "log_every": 100, "pictures": 0},
+        "deepspeed": None,
+    }
+
+
+def accuracy(model: str, shards: Path, mode: str, task: str, out: Path) -> float:
+    """Return held-out accuracy in %."""
+    if not (out / "result.json").exists():
+        names = "--train", str(shards / "train-*.tar"), "--val", str(shards / "val-*.tar")
+        given = ["--set", f"encode.resize={mode}", "--out", str(out)]
+        transfer.main([task, model, *names, *given, *(["--cache-features"] if task == "linear" else [])])
+    return 100 * json.loads((out / "result.json").read_text(encoding="utf-8"))["top1"]
+
+
+def table(found: dict[tuple[str, str], dict[str, list[float]]]) -> str:
+    """Return a row for each encoder and kind of test image."""
+    lines = ["| encoder | tested on | k-NN | linear probe |", "|---|---|--:|--:|"]
+    for (encoder, seen), each in found.items():
+        cells = [f"{statistics.mean(each[task]):.1f} ± {statistics.stdev(each[task]):.1f}" for task in TASKS]
+        lines.append(f"| {encoder} | {seen} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser: argparse.ArgumentParser = program("aspect", __doc__)
+    parser.prog = "python -m lab.aspect"
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for shards, runs and the table")
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
+    args = parser.parse_args(argv)
+    shards = args.out / "shards"
+    for shard in sorted(CLIPART.glob("*.tar")):
+        if not (shards / shard.name).exists():
+            cut(shard, shards / shard.name)
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for mode, seed in product(MODES, SEEDS):
+        run = args.out / f"{mode}-{seed}"
+        settings = args.out / f"{mode}-{seed}.json"
+        write_whole(settings, json.dumps(config(run, shards, mode, seed, args.steps), indent=1))
+        train.main(["--config", str(settings), "--resume", "auto"])
+        encoders = {mode: str(run)} | ({"random weights": f"random:{run}"} if mode == "square" else {})
+        for (name, model), seen, task in product(encoders.items(), MODES, TASKS):
+            out = args.out / f"{name.split()[0]}-{seed}-{seen}-{task}"
+            found.setdefault((name, seen), {}).setdefault(task, []).append(accuracy(model, shards, seen, task, out))
+    shapes = [ratio for shard in sorted(shards.glob("*.tar")) for ratio in ratios(shard)]
+    spread = "{:.2f}, {:.2f} and {:.2f}".format(*np.quantile(shapes, (0.25, 0.5, 0.75)))
+    text = f"{len(shapes):,} drawings, their longer over their shorter side {spread} (quartiles). Accuracy in %: mean "
+    text += f"and standard deviation of {len(SEEDS)} seeds.\n\n"
+    write_whole(args.out / "table.md", text + table(found) + "\n")
+    print(text + table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
