@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torchvision.io import encode_jpeg
+
+from m3ae_fast.shard_tools.member import add_member
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -30,6 +31,4 @@ def make_shards(
                 length = int(torch.randint(words[0], words[1] + 1, (), generator=rng))
                 ids = torch.randint(len(SPECIAL), vocab, (length,), generator=rng).tolist()
                 for ending, data in (("jpg", jpeg), ("txt", " ".join(tokens[i] for i in ids).encode())):
-                    info = tarfile.TarInfo(f"{i:05}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    add_member(tar, f"{i:05}.{ending}", data)

@@ -3,7 +3,6 @@
 Shapes are those of openclipart's drawings, whose files are square: what lies around a drawing is cut off.
 """
 
-import io
 import statistics
 import tarfile
 import time
@@ -13,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks import results
 from benchmarks.workload import DEVICE, PRECISION, make_config
+from lab.aspect import drawing
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
@@ -27,7 +26,6 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 
 CLIPART = Path(__file__).parents[1] / "data/openclipart"
-WHITE = 250  # levels from here on are paper
 BATCH, ROUNDS, LEAST = 64, 7, 0.95
 
 
@@ -39,9 +37,7 @@ def sizes() -> list[tuple[int, int]]:
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.endswith((".jpg", ".png", ".webp")):
-                    grey = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("L")
-                    if box := grey.point(lambda level: 255 * (level < WHITE)).getbbox():
-                        found.append((box[2] - box[0], box[3] - box[1]))
+                    found.append(drawing(tar.extractfile(member).read()).size)
     return found
 
 
@@ -103,7 +99,7 @@ def test_a_step_at_equal_tokens(sizes):
 
 
 def test_padding(sizes):
-    """Of all rows that a batch of 64 computes: here, and where images are padded to one length."""
+    """Measure the fraction of padding among the rows of a batch of 64: packed here, and where images are padded."""
     from timm.data.naflex_transforms import get_image_size_for_seq
 
     model = ModelConfig(size="small", image_size=128, patch_size=8, vocab_size=0, resize="native", max_patches=256)

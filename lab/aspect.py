@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from m3ae_fast import train
-from m3ae_fast.command_line import program
 from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.shard_tools.member import add_member
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.whole_file import whole_file, write_whole
 
@@ -45,7 +45,7 @@ def drawing(data: bytes) -> Image.Image:
 def cut(shard: Path, out: Path) -> None:
     """Write the labelled drawings of a shard."""
     with tarfile.open(shard) as tar:
-        files = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+        files = {info.name: tar.extractfile(info).read() for info in tar}
     with whole_file(out) as partial, tarfile.open(partial, "w") as tar:
         for name, data in files.items():
             label = json.loads(files[name.replace(".jpg", ".json")])["label"] if name.endswith(".jpg") else -1
@@ -54,15 +54,13 @@ def cut(shard: Path, out: Path) -> None:
             image, stream = drawing(data), io.BytesIO()
             image.save(stream, "PNG")
             for suffix, content in ((".png", stream.getvalue()), (".cls", str(label).encode())):
-                info = tarfile.TarInfo(name.removesuffix(".jpg") + suffix)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add_member(tar, name.removesuffix(".jpg") + suffix, content)
 
 
 def ratios(shard: Path) -> list[float]:
     """Return how many times as long as their shorter side drawings are."""
     with tarfile.open(shard) as tar:
-        sizes = [Image.open(io.BytesIO(tar.extractfile(i).read())).size for i in tar if i.name.endswith(".png")]  # type: ignore[union-attr]
+        sizes = [Image.open(io.BytesIO(tar.extractfile(i).read())).size for i in tar if i.name.endswith(".png")]
     return [max(size) / min(size) for size in sizes]
 
 
@@ -98,8 +96,9 @@ def table(found: dict[tuple[str, str], dict[str, list[float]]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser: argparse.ArgumentParser = program("aspect", __doc__)
-    parser.prog = "python -m lab.aspect"
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.aspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for shards, runs and the table")
     parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
     args = parser.parse_args(argv)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ import psutil
 from lab.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, Running, no_large_files
 from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.run import checkpoint
+from m3ae_fast.shard_tools.member import add_member
 from tests.helpers.pictures import CASES
 from tests.helpers.ranks import free_port
 
@@ -154,7 +154,7 @@ class Soak:
 
     def _check(self, name: str, ranks: int, fault: str | None, code: int, out: str) -> None:
         if own := re.search(rf'  File "{ROOT}/m3ae_fast/.*', out, re.DOTALL):
-            self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[-300:]!r}")
+            self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[:1500]!r}")  # others' follow
         saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
         if code and (saves or fault is None or fault == "all processes are suspended"):
             self.tally.wrong.append(f"{name}: exit code {code}: {out.strip()[-300:]!r}")
@@ -244,10 +244,10 @@ def _with_broken_samples(path: Path) -> Path:
             data = cast("IO[bytes]", source.extractfile(member)).read()
             if member.name.endswith(".jpg") and i % 16 == 0:
                 data = data[: len(data) // 2]
-            _add(shard, member.name, data)
+            add_member(shard, member.name, data)
             if i % 8 == 0:
                 for name, part in next(odd, {}).items():
-                    _add(shard, name, part)
+                    add_member(shard, name, part)
         assert next(odd, None) is None
     os.truncate(path, path.stat().st_size - 12_000)
     return path
@@ -262,9 +262,3 @@ def _odd_samples() -> Iterator[dict[str, bytes]]:
             f"odd-{number}.{suffix if suffix in IMAGE_SUFFIXES else 'jpg'}": case.make(),
             f"odd-{number}.txt": caption,
         }
-
-
-def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    shard.addfile(member, io.BytesIO(data))

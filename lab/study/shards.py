@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.whole_file import put_in_place, write_whole
+from m3ae_fast.shard_tools.member import add_member
+from m3ae_fast.whole_file import whole_file, write_whole
 
 VENDORS = ("twitter", "google")
 FOLDS, VALIDATION = 3, 3  # a seed's test emoji are a fold; the part after these is for choosing settings
@@ -24,7 +25,7 @@ _ALONE = "Component"  # a category of five skin tones and hair, not of pictures
 
 
 class Sample(NamedTuple):
-    """Of a shard."""
+    """A sample of a shard."""
 
     key: str
     image: bytes
@@ -101,16 +102,12 @@ def read(folder: Path, splits: tuple[str, ...]) -> Iterator[Sample]:
 def write(folder: Path, parts: dict[str, list[Sample]], side: int) -> None:
     """Write a shard of each part."""
     for name, samples in parts.items():
-        partial = folder / f".{name}.tar"
-        with tarfile.open(partial, "w") as tar:
+        with whole_file(folder / f"{name}.tar") as partial, tarfile.open(partial, "w") as tar:
             for sample in samples:
                 files = {"jpg": scaled(sample.image, side)}
                 files |= {} if sample.caption is None else {"txt": sample.caption.encode()}
                 for suffix, content in files.items():
-                    member = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        put_in_place(partial, folder / f"{name}.tar")
+                    add_member(tar, f"{sample.key}.{suffix}", content)
 
 
 def scaled(jpeg: bytes, side: int) -> bytes:

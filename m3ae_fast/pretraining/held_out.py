@@ -19,6 +19,7 @@ from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
 from m3ae_fast.regular_file import open_regular
+from m3ae_fast.shard_tools.member import add_member
 from m3ae_fast.shard_tools.same_images import middle
 from m3ae_fast.whole_file import whole_file
 
@@ -94,7 +95,5 @@ def write_without(shard: str, offsets: set[int], path: Path) -> bool:
     if samples and not done:
         with _opened(shard) as file, whole_file(path) as partial, tarfile.open(partial, "w") as tar:
             for member in (member for files in samples for member in files.values()):
-                info = tarfile.TarInfo(member.name)
-                info.size = member.size
-                tar.addfile(info, io.BytesIO(os.pread(file.fileno(), member.size, member.offset)))
+                add_member(tar, member.name, os.pread(file.fileno(), member.size, member.offset))
     return bool(samples)

@@ -6,7 +6,6 @@ labels have names, `classes.json`.
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -32,6 +31,7 @@ from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import progress
 from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
+from m3ae_fast.shard_tools.member import add_member
 from m3ae_fast.shard_tools.records import Record, Records
 from m3ae_fast.shard_tools.same_images import split_images
 from m3ae_fast.shard_tools.settings import Settings
@@ -207,9 +207,7 @@ def _write(records: Records, out: Path, settings: Settings, shard: Shard, advanc
                     tally.add(REFUSED, f"{name}: {error}")
                     files = {}
                 for suffix, data in files.items():
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    add_member(tar, f"{key}.{suffix}", data)
                 advance(1)
         put_in_place(partial, out / shard.name)
     finally:

@@ -6,6 +6,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+from m3ae_fast.shard_tools.member import add_member
+
 WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "river"]
 
 
@@ -35,7 +37,5 @@ def members(numbers, kind="paired"):
 def write_tar(path, files, **options):
     with tarfile.open(path, "w", **options) as tar:
         for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            add_member(tar, name, data)
     return str(path)
