@@ -1,4 +1,4 @@
-"""Cleans the captions of data/openclipart: `python -m lab.openclipart` rewrites its shards in place.
+"""Clean the captions of data/openclipart: `python -m lab.openclipart` rewrites its shards in place.
 
 Titles in the SVG files are often the name of a collection ("Various Cliparts", "AIGA_Symbol_Signs. EPS converted from")
 and keywords those of a program ("mapsym", "hash(0x8a091c0)"). A collection's name gives way to the words of the image's
@@ -67,7 +67,7 @@ def clean(caption: str, source: str, keywords: Sequence[str]) -> str:
 def rewrite(shard: Path) -> tuple[int, int]:
     """Clean the captions of a shard in place; return how many were changed, and of how many."""
     with tarfile.open(shard) as tar:
-        members = [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+        members = [(info, tar.extractfile(info).read()) for info in tar]
     about = {info.name.split(".")[0]: json.loads(data) for info, data in members if info.name.endswith(".json")}
     changed = captions = 0
     with whole_file(shard) as path, tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:

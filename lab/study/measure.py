@@ -50,7 +50,7 @@ class Split(NamedTuple):
 
 @dataclass
 class Found:
-    """What was measured: whether each sample was right, from 0 to 1, by test and key; and other numbers."""
+    """Measurements of an encoder: whether each sample was right, from 0 to 1, by test and key; and other numbers."""
 
     correct: dict[str, dict[str, float]]
     numbers: dict[str, float]

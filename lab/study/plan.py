@@ -1,5 +1,4 @@
-"""What is pre-trained and measured: encoders that differ from a common one in one thing each, and what they are
-compared with."""
+"""List the encoders of a study: each differs from a common one in one thing."""
 
 from __future__ import annotations
 

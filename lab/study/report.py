@@ -51,7 +51,7 @@ class Rows:
         """Return what is known of an encoder, a result for each seed."""
         steps = self.steps if objective in ("mae", "m3ae") else 0
         ratio = USUAL_RATIO if objective == "m3ae" else None
-        usual = asdict(Encoder(objective, self.width, steps, 0, ratio)) | wanted  # type: ignore[arg-type]
+        usual = asdict(Encoder(objective, self.width, steps, 0, ratio)) | wanted
         del usual["seed"]
         return [row for row in self.found if all(row["encoder"][key] == value for key, value in usual.items())]
 
@@ -131,7 +131,7 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
 
 
 class Point(NamedTuple):
-    """Of a figure: an encoder that differs from the common one."""
+    """A point of a figure: an encoder that differs from the common one."""
 
     name: str
     x: float

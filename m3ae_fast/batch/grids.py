@@ -20,7 +20,7 @@ Grid: TypeAlias = tuple[int, int]  # rows and columns of patches
 
 
 class Places(NamedTuple):
-    """Where the patches of B grids stand in a table of positions: row r and column c at first + r * step + c."""
+    """Places of the patches of B grids in a table of positions: row r and column c stand at first + r * step + c."""
 
     first_B: np.ndarray
     step_B: np.ndarray
@@ -29,7 +29,7 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Native:
-    """How large images are that keep their aspect ratio."""
+    """Bounds for the sizes of images that keep their aspect ratio, and their positions."""
 
     patch_size: int
     least: int  # patches that a smaller image is enlarged to

@@ -88,7 +88,7 @@ class ModelConfig(Section):
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
     resize: Literal["square", "native"] = "square"
-    """What becomes of images: `square`, cut and scaled to `image_size`; or `native`, which keeps their aspect ratio
+    """Shape of images: `square`, cut and scaled to `image_size`; or `native`, which keeps their aspect ratio
     and, from `min_patches` to `max_patches`, their size, both sides rounded to the patch size."""
     max_patches: Size | None = None
     """Native: the patches that larger images are reduced to; null: as many as a square image has. The longer side has
@@ -277,7 +277,7 @@ class DataConfig(Section):
     """Of images of more than 8 bits: the values that are black and white, such as [0, 4095], or `dtype`, the lowest and
     highest of the file's type (of floats 0 and 1); null: the model's, or else none is read."""
     resize: Literal["square", "native"] | None = None
-    """What becomes of images: sets `model.resize`, which the model remembers; null: what that says."""
+    """Shape of images: sets `model.resize`, which the model remembers; null: what that says."""
     max_patches: Size | None = None
     """Of native images: sets `model.max_patches`; null: what that says."""
     min_patches: Size | None = None

@@ -57,7 +57,7 @@ class EncodeConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
     resize: Literal["square", "native"] | None = None
-    """What becomes of images, as `model.resize`; null: as the model was trained."""
+    """Shape of images, as `model.resize`; null: as the model was trained."""
 
 
 class LinearProbeConfig(LoopConfig, ScheduleConfig):

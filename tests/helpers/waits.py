@@ -62,7 +62,7 @@ class Races(TorchDispatchMode):
 
     def __init__(self, cpu: StreamedCpu) -> None:
         super().__init__()
-        self.cpu, self.found = cpu, Counter()  # type: ignore[var-annotated]
+        self.cpu, self.found = cpu, Counter()
         self.ran: set[tuple[str, str]] = set()
         self.uses: dict[int, list[tuple[int, int, str, int, bool]]] = defaultdict(list)
         self.alive: list[Any] = []
