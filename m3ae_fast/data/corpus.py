@@ -10,7 +10,7 @@ import numpy as np
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data.counting import cached
+from m3ae_fast.data.counting import cached, none_read
 from m3ae_fast.data.index import IMAGE_SUFFIXES, IndexedShard, Modality, index_shards
 from m3ae_fast.data.manifest import UNREAD, CountedShards, is_manifest, read, read_all
 from m3ae_fast.data.shards import ShardStore, expand
@@ -132,8 +132,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
                 reason = f"the tar{where} {shard.summary.damage}; {shard.summary.samples} samples of it are used"
                 corpus.damaged.append(Skipped(shard.shard, "", reason))
         if not shards:
-            others = f"; nor can {len(lost) - 1} others" if len(lost) > 1 else ""
-            raise UserError(f"shard {lost[0]}{others}")
+            raise none_read(lost[0], len(lost))
         damage = next((f"; {shard.shard} {shard.summary.damage}" for shard in shards if shard.summary.damage), "")
         ignored = describe_ignored(shards)
         shards = [shard for shard in shards if shard.summary.samples]

@@ -71,7 +71,7 @@ def prepare(
     to train on, and where there is room it does not fetch it again.
 
     Raises:
-        UserError: in every process where one of them cannot write.
+        UserError: in every process where one of them cannot write, or no shard can be read.
     """
     names = [] if is_manifest(patterns) else expand(patterns)
     path = cached(names, store)
@@ -80,12 +80,22 @@ def prepare(
 
     order = permutation(len(names), *key)
 
-    def part() -> np.ndarray:
+    def part() -> tuple[np.ndarray, list[Skipped]]:
         own = [names[number] for number in part_of(order.tolist(), process.rank, process.world)]
-        return count(own, store, progress)[0]
+        rows, lost = count(own, store, progress)
+        return rows, lost[:1]
 
-    rows = join(_all(gather, part))[np.argsort(order)]
+    found = _all(gather, part)
+    rows = join([rows for rows, _ in found])[np.argsort(order)]
+    if (rows["kind"] == UNREAD).all():
+        raise none_read(next(first for _, lost in found for first in lost), len(rows))
     _all(gather, lambda: write(path, rows) if process.local_rank == 0 else None)
+
+
+def none_read(first: Skipped, shards: int) -> UserError:
+    """Return the error to raise where none of so many shards can be read."""
+    others = f"; nor can {shards - 1:,} other{'s' * (shards > 2)}" if shards > 1 else ""
+    return UserError(f"shard {first}{others}")
 
 
 def _lacks(path: Path) -> bool:

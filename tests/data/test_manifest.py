@@ -212,6 +212,19 @@ def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, r
     assert open_corpus([SourceConfig(shards=pattern)], store).samples == 33
 
 
+def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path, remote, monkeypatch):
+    monkeypatch.setattr("m3ae_fast.data.shards.retry_after", lambda *_: 0.0)
+    pattern, _ = remote
+    (tmp_path / "far").rename(tmp_path / "away")
+    stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
+    work = lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    for told in together(4, 2, work):
+        assert "cannot be read (" in told and told.endswith("; nor can 5 others")
+    assert not any((store.cache_dir / "manifests").exists() for store in stores)
+    (tmp_path / "away").rename(tmp_path / "far")
+    assert together(4, 2, work) == [None] * 4
+
+
 def test_two_billion_samples_are_open_at_once(tmp_path, store):
     """Manifest, order and reader of 231,349 shards, within 50 MB of a process's own."""
     names = [f"s3://bucket/laion2b/{i:06d}.tar" for i in range(231_349)]
