@@ -156,7 +156,8 @@ class Soak:
         if own := re.search(rf'  File "{ROOT}/m3ae_fast/.*', out, re.DOTALL):
             self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[:1500]!r}")  # others' follow
         saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
-        if code and (saves or fault is None or fault == "all processes are suspended"):
+        struck_at_exit = code < 0 and self._complete(name)  # all is saved, and its handlers are gone
+        if code and not struck_at_exit and (saves or fault is None or fault == "all processes are suspended"):
             self.tally.wrong.append(f"{name}: exit code {code}: {out.strip()[-300:]!r}")
         if "remove the folder to use an older one" in out:  # as the message says
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
