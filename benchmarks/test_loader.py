@@ -25,7 +25,7 @@ from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_lo
 
 ROOT = Path(__file__).parents[1]
 IMAGES, HEIGHT, WIDTH, BATCH = 512, 400, 500, 64
-MOST = 1.2  # times what decoding and cropping alone take: the loader reads shards, tokenises, masks and packs besides
+MOST = 1.25  # times what decoding and cropping alone take: the loader reads shards, tokenises, masks and packs besides
 ROWS: list[results.Row] = []
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -154,6 +155,16 @@ def test_ranks_that_do_not_come_are_missed(run, monkeypatch):
         monkeypatch.setenv(name, str(value))
     code, err = run()
     assert code == 2 and "error: rank 0 of 2 cannot join the others (" in err and "Traceback" not in err
+
+
+def test_a_rank_that_ends_while_all_join_is_no_traceback(run, monkeypatch):
+    gone = RuntimeError("[pair.cc:1] Connection closed by peer [::1]")
+    monkeypatch.setattr(ranks, "_connect", Mock(side_effect=gone))
+    code, err = run()
+    assert code == 2 and err.count("error: ") == 1 and "cannot join the others ([pair.cc:1] Connection closed" in err
+    monkeypatch.setattr(ranks, "_connect", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run()
 
 
 def test_resuming_a_finished_run_says_so(run):

@@ -169,9 +169,11 @@ def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
     assert (process.returncode, out) == (0, "told SIGTERM\n")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_process_whose_launcher_died_leaves(when):
+@pytest.mark.parametrize(("when", "world"), [("before", "1"), ("after", "1"), ("after", "2")])
+def test_a_process_whose_launcher_died_leaves(when, world):
+    """Also one that waits for other ranks, which may never come."""
     child = "import sys; sys.stdin.readline()\n" if when == "before" else ""
+    child += "from m3ae_fast.process import signals; signals._ORPHAN_S = 0.5\n"
     child += textwrap.dedent(STARTING.format("threading.Event().wait()"))
     code = f"""
         import subprocess, sys
@@ -181,7 +183,7 @@ def test_a_process_whose_launcher_died_leaves(when):
         print(child.pid, flush=True)
         input()
     """
-    launcher = program(code, TORCHELASTIC_RUN_ID="1")
+    launcher = program(code, TORCHELASTIC_RUN_ID="1", WORLD_SIZE=world)
     child = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()  # which also closes the child's input
     try:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from m3ae_fast.data.workers import allow_open_files
 from m3ae_fast.errors import UserError, attempt
+from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
 from m3ae_fast.process.rooms import Room, machine, rooms_of
 from m3ae_fast.process.stacks import RECORDED
@@ -133,7 +134,9 @@ def _joined() -> Ranks:
         return _join()
     except ValueError as error:
         raise UserError(f"{error}; start ranks with deepspeed, torchrun or srun, which set it") from None
-    except dist.DistError as error:
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and explain(error) is None:  # gloo's have no class of their own
+            raise
         who, reason = "rank {RANK} of {WORLD_SIZE}".format_map(os.environ), str(error).strip().splitlines()[0]
         raise UserError(f"{who} cannot join the others ({reason}): have all of them started?") from None
 

@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _TICK_S = 0.25  # between looks at the launcher
 _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
 _JOIN_S = 60.0  # given to a rank that is asked to stop before it has joined the others: it must notify them
+_ORPHAN_S = 10.0  # the same where the launcher has gone, perhaps with the store in which ranks meet
+_LAUNCHER_GONE = "the launcher is gone"
 _GONE = (0,)
 _TWICE_S = 2.0  # a launcher repeats a terminal's Ctrl-C; only a later one means "now"
 
@@ -105,13 +107,13 @@ class StopRequest:
                     if number in SIGNALS:
                         self.ask(signal.Signals(number).name)
             if not self.asked and ((chain := _launcher_chain()) != self._parents or chain == _GONE):
-                self.ask("the launcher is gone")
+                self.ask(_LAUNCHER_GONE)
             if self.asked and not self._listening:
                 self._leave()
 
     def _leave(self) -> None:
         """End a process that has nothing to save: by an exception in the main thread, or else at once."""
-        self._joined.wait(_JOIN_S)
+        self._joined.wait(_ORPHAN_S if self.reason == _LAUNCHER_GONE else _JOIN_S)
         first = True
         if self._tell:
             with contextlib.suppress(Exception):  # the store has gone with the process that held it
