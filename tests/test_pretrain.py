@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +21,9 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import choices, plan, program
 from m3ae_fast.pretraining.choices import LADDER, batch_of, image_and_patch, settings, steps_in
-from m3ae_fast.pretraining.facts import Facts, look
-from m3ae_fast.pretraining.source import Shards, find_shards
+from m3ae_fast.pretraining.facts import Facts, Shards
+from m3ae_fast.pretraining.look import look
+from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.run.pace import Pace
 from m3ae_fast.status import status
 from tests.helpers.ranks import environment
@@ -280,7 +282,6 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a folder, which may be new"),
         ((photos, out), {"val": ["a.tar"]}, "--val: goes with shards"),
-        ((photos, out), {"overrides": ["run.dir=x"]}, "is what --out names"),
         (("a.tar", out), {"captions": "a.csv"}, "goes with a folder of images, and a.tar is none"),
         (("owner/set", out), {"captions": "a.csv"}, "goes with a folder of images, and owner/set is none"),
     ):
@@ -289,11 +290,21 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
         assert not out.exists()
 
 
-def test_an_impossible_override_is_one_line(tmp_path):
-    photos = make_pictures(tmp_path / "photos", each=2)
-    with pytest.raises(UserError, match=r"--set: unknown key train.global_bach; did you mean global_batch\?"):
-        pretrain(photos, tmp_path / "run", hours=0.001, overrides=["train.global_bach=2"])
-    assert not (tmp_path / "run/config.json").exists()
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.global_bach=2", r"--set: unknown key train.global_bach; did you mean global_batch\?"),
+        ("train.global_batch=many", r"--set: train.global_batch: input should be a valid integer \(got \"many\"\)"),
+        ("train.global_batch", r"--set train.global_batch: write it as section.key=value"),
+        ("model.num_heads=5", r"--set: model: emb_dim \d+ is not divisible by num_heads 5"),
+        ("model.image_size=50", r"--set: model: image_size 50 is not divisible by patch_size 4"),
+        ("run.dir=x", "--set run.dir: is what --out names"),
+    ],
+)
+def test_an_impossible_override_is_told_before_anything_is_made(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        pretrain(tmp_path / "nothing", tmp_path / "run", overrides=[override])
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_are_not_enlarged_and_have_eight_patches_a_side_where_they_can():
@@ -311,12 +322,20 @@ def test_steps_and_batch_fit_the_data_and_the_time():
     assert choices.reaches(100, pace=0.001, samples=5000) and not choices.reaches(99, pace=0.001, samples=5000)
 
 
-def test_the_users_size_and_epochs_take_the_place_of_what_was_chosen(tmp_path):
-    photos = make_pictures(tmp_path / "photos", each=4)
-    shards = find_shards(str(photos), tmp_path / "r", None, [])
-    facts, _ = look(shards, tmp_path / "r", "cls")
-    config = settings(facts, shards, tmp_path / "r", LADDER[0], 4, 9, "cls", ["model.size=small", "train.epochs=3"])
+def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
+    facts = Facts(1000, 100, 40, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=512, text_length=8)
+
+    def chosen(*overrides):
+        return settings(facts, Shards(["a.tar"], ["b.tar"], []), Path("r"), LADDER[0], 64, 9, "cls", overrides)
+
+    config = chosen("model.size=small", "train.epochs=3")
     assert config.model.emb_dim == 384 and config.train.epochs == 3 and config.train.steps is None
+    assert chosen().optim.peak_lr == pytest.approx(4 * config.optim.peak_lr)  # a narrow model's
+    assert chosen("train.global_batch=256").optim.peak_lr == pytest.approx(chosen().optim.peak_lr / 2)
+    assert chosen("optim.peak_lr=1e-3").optim.peak_lr == 1e-3
+    sizes = [[], ["model.image_size=128"], ["model.image_size=100"], ["model.patch_size=16"], ["model.patch_size=64"]]
+    found = [chosen(*overrides).model for overrides in sizes]
+    assert [(m.image_size, m.patch_size) for m in found] == [(40, 4), (128, 16), (100, 4), (32, 16), (64, 64)]
 
 
 @pytest.mark.parametrize(
@@ -335,5 +354,8 @@ def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, 
     shards = Shards(["a.tar"], ["b.tar"], [])
     found = plan.choose(facts, shards, tmp_path, 1.0, "cls", [], session)
     assert f'model: "{size}"' in found.lines[1] and why in found.lines[1]
-    taken = found.config.train.steps * found.config.train.global_batch * paces[size]
-    assert 0.7 * 3600 < taken <= 0.8 * 3600 or found.config.train.steps == choices.LONGEST * (1000 // 64)
+    larger = plan.choose(facts, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session)
+    assert larger.config.train.global_batch == 256
+    for train in (found.config.train, larger.config.train):
+        taken = train.steps * train.global_batch * paces[size]
+        assert 0.7 * 3600 < taken <= 0.8 * 3600 or train.steps == choices.LONGEST * (1000 // train.global_batch)

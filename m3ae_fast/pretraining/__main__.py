@@ -17,6 +17,7 @@ from pathlib import Path
 
 from m3ae_fast.command_line import add_labels, add_settings, program
 from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.pretraining.choices import check_overrides
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,6 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check_overrides(args.set)  # a mistake is told before the imports, which take seconds
     from m3ae_fast.pretraining.program import pretrain
 
     outcome = pretrain(

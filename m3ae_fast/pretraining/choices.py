@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.load import apply_override
-from m3ae_fast.pretraining.facts import TOKENIZER, Facts
-from m3ae_fast.pretraining.source import Shards
+from m3ae_fast.errors import UserError
+from m3ae_fast.pretraining.facts import TOKENIZER, Facts, Shards
 
 LONGEST = 800  # epochs, as MAE was trained
 EPOCHS, SEEN = 20, 20_000  # and samples, that a larger model must reach in the time that there is
@@ -61,6 +61,22 @@ def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
     return size // patch * patch, patch
 
 
+def _images(facts: Facts, rung: Rung, overrides: Sequence[str]) -> tuple[int, int]:
+    """Return `image_and_patch`; where the user sets one of them, the other fits it."""
+    size, patch = image_and_patch(facts.short_side, rung.pixels)
+    if own := given(overrides, "model.image_size"):
+        patch = next((p for p in (16, 8) if own // p >= 8 and own % p == 0), 4)
+    elif own := given(overrides, "model.patch_size"):
+        size = max(size // own, 1) * own
+    return size, patch
+
+
+def given(overrides: Sequence[str], name: str) -> int | None:
+    """Return the number above 0 that the user sets, None where there is none."""
+    texts = [text for key, _, text in (override.partition("=") for override in overrides) if key == name]
+    return int(texts[-1]) or None if texts and texts[-1].isdecimal() else None
+
+
 def batch_of(samples: int) -> int:
     """Return samples per step, a power of two."""
     most = _power_below(samples / 4)
@@ -93,12 +109,28 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
     return seconds / pace >= max(EPOCHS * samples, SEEN)
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError if the overrides are possible for no samples at all, before there are any."""
+    if any(override.startswith(("run.dir=", "run=")) for override in overrides):
+        raise UserError("--set run.dir: is what --out names")
+    first: UserError | None = None
+    for rung in LADDER:
+        facts = Facts(10**6, 1000, 1000, [0.5] * 3, [0.25] * 3, classes=2, vocab_size=512, text_length=64)
+        try:
+            settings(facts, Shards(["train.tar"], ["val.tar"], []), Path("run"), rung, 64, 1000, "cls", overrides)
+            return
+        except UserError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
 def settings(
     facts: Facts, shards: Shards, out: Path, rung: Rung, batch: int, steps: int, labels: str, overrides: Sequence[str]
 ) -> Config:
     """Return the config of a run. `overrides`: the user's, as `--set` takes them. Raises UserError for one that is not
     possible."""
-    size, patch = image_and_patch(facts.short_side, rung.pixels)
+    size, patch = _images(facts, rung, overrides)
     train, val = ([{"shards": part}] for part in (shards.train, shards.val))
     often = max(steps // 20, min(steps, 10))
     config: dict[str, Any] = {
@@ -120,7 +152,6 @@ def settings(
             "crop_scale": [0.4, 1.0],
         },
         "optim": {
-            "peak_lr": peak_rate(batch, rung.model.get("emb_dim", 384)),
             "warmup_epochs": round(_WARM_UP * steps / max(facts.samples // batch, 1), 3),
             "clip_grad": 1.0,
         },
@@ -138,6 +169,8 @@ def settings(
     for override in overrides:
         _give_way(config, override)
         apply_override(config, override)
+    found = parse(Config, config, "--set")
+    config["optim"].setdefault("peak_lr", peak_rate(found.train.global_batch, found.model.emb_dim))
     return parse(Config, config, "--set")
 
 

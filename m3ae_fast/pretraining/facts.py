@@ -1,28 +1,19 @@
-"""What the samples are like, as far as settings depend on it."""
+"""What settings depend on: the samples, and the shards that they are in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-
-from m3ae_fast.batch.tokenizer import CaptionTokenizer, train_tokenizer
-from m3ae_fast.config import SourceConfig
-from m3ae_fast.data.corpus import open_corpus
-from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.errors import UserError
-from m3ae_fast.pretraining.source import Shards
-from m3ae_fast.shard_tools.statistics import collect, require_images
-from m3ae_fast.shard_tools.tally import Tally
-from m3ae_fast.shard_tools.tokenizer_training import caption_texts, save_tokenizer
 
 TOKENIZER = "tokenizer.json"  # of a run folder
-_LOOKED_AT = 2000  # samples
-_LONGEST = 1 << 16  # tokens
-_VOCABULARY = (512, 16384)  # smallest and largest that is learnt
-_QUANTILE = 0.95  # of the captions are not cut
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Patterns for the config, and what to tell the user."""
+
+    train: list[str]
+    val: list[str]  # empty: nothing is held out
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -37,52 +28,3 @@ class Facts:
     classes: int  # 0: there are no labels that can be used
     vocab_size: int  # 0: there are no captions
     text_length: int  # tokens
-
-
-def look(shards: Shards, out: Path, labels: str) -> tuple[Facts, list[str]]:
-    """Return facts and what to tell the user. Trains a tokenizer into the run folder `out` if there are captions.
-
-    Raises:
-        UserError: the shards cannot be used, or no sample has an image.
-    """
-    store = ShardStore()
-    train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
-    val = open_corpus([SourceConfig(shards=shards.val)], store, progress=True) if shards.val else None
-    notes, tokenizer = [], None
-    if train.has_captions:
-        texts = list(caption_texts(shards.train, store, Tally()))
-        wanted = 2 ** round(np.log2(max(len(texts), 1)))
-        learnt = train_tokenizer(texts, int(np.clip(wanted, *_VOCABULARY)))
-        save_tokenizer(learnt, out / TOKENIZER)
-        tokenizer = CaptionTokenizer(learnt, _LONGEST)
-    classes, note = _classes(shards, store, labels)
-    notes += [note] if note else []
-    found = collect(train, _LOOKED_AT, 0, 3, None, tokenizer, labels if classes else "cls")
-    require_images(found)
-    mean, std = found.mean_and_std()
-    lengths = found.lengths or [1]
-    return Facts(
-        train.samples,
-        val.samples if val else 0,
-        int(np.median(np.array(found.sizes).min(1))),
-        mean,
-        std,
-        classes,
-        tokenizer.vocab_size if tokenizer else 0,
-        int(np.clip(8 * np.ceil(np.quantile(lengths, _QUANTILE) / 8), 8, 64)),
-    ), notes
-
-
-def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[int, str]:
-    """Return how many classes both parts have, 0 where their labels cannot be used, and why not."""
-    if not shards.val:
-        return 0, ""
-    try:
-        train, val = (
-            open_corpus([SourceConfig(shards=part, modality="image")], store) for part in (shards.train, shards.val)
-        )
-        _, classes = label_corpus(train, labels)
-        label_corpus(val, labels, classes)
-    except UserError as error:
-        return 0, f"there is no k-NN accuracy and no linear probe: {error}"
-    return len(classes), ""

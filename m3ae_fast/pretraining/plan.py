@@ -12,8 +12,7 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.hardware import missing_memory, settle_precision
 from m3ae_fast.pretraining import choices
 from m3ae_fast.pretraining.choices import Rung
-from m3ae_fast.pretraining.facts import Facts
-from m3ae_fast.pretraining.source import Shards
+from m3ae_fast.pretraining.facts import Facts, Shards
 from m3ae_fast.process.program import Session
 from m3ae_fast.run.pace import Pace, duration, measure
 
@@ -61,7 +60,8 @@ def choose(
             why = f'"{larger.name}" would see {_seen(seconds, other, facts)} in the time'
             break
         rung, pace = larger, other
-    batch = choices.fitted_batch(seconds, pace.sample, facts.samples)
+    fitted = choices.fitted_batch(seconds, pace.sample, facts.samples)
+    batch = choices.given(overrides, "train.global_batch") or fitted
     config = config_of(rung, batch, choices.steps_in(seconds, pace.sample, batch, facts.samples))
     return Plan(config, _lines(config, facts, rung, why, pace, hours))
 
@@ -88,7 +88,7 @@ def _lines(config: Config, facts: Facts, rung: Rung, why: str, pace: Pace, hours
     return [
         f"data: {facts.samples:,} samples and {facts.held_out:,} held out; {kind}; "
         + (f"{facts.classes} classes" if facts.classes else "no classes"),
-        f'model: "{rung.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px in patches of '
+        f'model: "{m.size or rung.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px in patches of '
         f"{m.patch_size} (half of them have {facts.short_side} px or more); {why}",
         f"length: {steps:,} steps of {t.global_batch} samples, {steps / per_epoch:,.0f} epochs, about "
         f"{duration(seconds)} at {1 / pace.sample:,.0f} samples/s, measured over {pace.steps} steps; "

@@ -11,9 +11,9 @@ from m3ae_fast.config import Config, load_config
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
-from m3ae_fast.pretraining.choices import written
+from m3ae_fast.pretraining.choices import check_overrides, written
 from m3ae_fast.pretraining.evaluation import evaluate, table
-from m3ae_fast.pretraining.facts import look
+from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import choose
 from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.process.program import joined_program
@@ -63,8 +63,7 @@ def pretrain(
     """
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
-    if any(override.startswith(("run.dir=", "run=")) for override in overrides):
-        raise UserError("--set run.dir: is what --out names")
+    check_overrides(overrides)
     check_field(labels)
     out = Path(out)
     if out.exists() and not out.is_dir():

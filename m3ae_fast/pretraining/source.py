@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.errors import UserError
+from m3ae_fast.pretraining.facts import Shards
 from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
@@ -27,15 +27,6 @@ from m3ae_fast.shard_tools.writer import HELD_OUT, convert, manifest_of
 SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
 _HELD_OUT_SPLITS = (HELD_OUT, "validation", "valid", "test")  # as data sets call them, the first one is taken
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Patterns for the config, and what to tell the user."""
-
-    train: list[str]
-    val: list[str]  # empty: nothing is held out
-    notes: list[str]
 
 
 def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str]) -> Shards:
