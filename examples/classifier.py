@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import ImageFolder
 
+from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.model import M3AE
-from m3ae_fast.model.encode import prepare_image
 
 
 class ImageClassifier(nn.Module):

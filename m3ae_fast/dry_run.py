@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from m3ae_fast.batch.flops import executed_flops, reference_flops
 from m3ae_fast.batch.grids import Grid
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
@@ -26,7 +27,6 @@ from m3ae_fast.engine.needs import (
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import data_sheet, missing_memory, settle_precision
-from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import Session
 from m3ae_fast.regular_file import read_json

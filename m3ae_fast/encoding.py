@@ -24,8 +24,8 @@ from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import pins_memory
-from m3ae_fast.model.encode import check_finite, encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.inference import check_finite, encoding
 from m3ae_fast.model.pooling import Pool
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks

@@ -84,9 +84,9 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
     """
     import torch
 
+    from m3ae_fast.batch.inputs import prepare_image
     from m3ae_fast.batch.masking import draw_mask
     from m3ae_fast.batch.packing import Sample
-    from m3ae_fast.model.encode import prepare_image
 
     config = model.config
     try:

@@ -15,8 +15,8 @@ from m3ae_kernels.attention.per_sample import PER_SAMPLE
 from torch import Tensor
 
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.model.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.model.transformer import Block
+from m3ae_fast.run.attention import choose_attention, describe_attention, settle_attention
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16

@@ -11,10 +11,10 @@ from m3ae_kernels import registry
 from m3ae_kernels.attention import op
 from torch.utils.flop_counter import FlopCounterMode
 
+from m3ae_fast.batch.flops import executed_flops
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Block, drop_path, drop_path_factors
 from tests.helpers.attention import attend

@@ -16,6 +16,7 @@ import torch
 
 import m3ae_fast.run.run as run_module
 from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.flops import executed_flops, reference_flops
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
@@ -28,7 +29,6 @@ from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.batch.flops import executed_flops
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import check_tokenizer
@@ -25,7 +26,6 @@ from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.model.flops import executed_flops
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from m3ae_kernels.pixels import check_pixels, standardise, take_patches
 from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.model.encode import encoding
+from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 

@@ -6,19 +6,21 @@ Shapes: T encoder rows, N visible patches, D width, L patches of an image, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
-from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.inputs import OneImage, as_images, unmasked_sample
+from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.encode import OneImage, as_images, check_finite, encoding, unmasked_sample
+from m3ae_fast.model.inference import check_finite, encoding
 from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
@@ -112,11 +114,7 @@ class MultimodalEncoder(nn.Module):
             pool: "mean" of all rows but cls (0 where there is no other), before or after which the LayerNorm comes, as
                 the config's `mean_pool` says; or the row of "cls".
         """
-        if pool == "mean":
-            return self._mean(self.encoder(self._input(batch), batch.encoder, batch.draws), batch)
-        cls_rows = batch.encoder.cu_seqlens[:-1]
-        x_PD = self.encoder(self._input(batch), batch.encoder, batch.draws, cls_rows, only_cls(batch.encoder))
-        return self._cls(x_PD, batch)
+        return self.pooled_of_layers(batch, [self.config.depth], pool)[:, 0]
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
         """Return features [S, K, D] as `pooled` gives them, the final LayerNorm included, after each of K blocks, in
@@ -124,12 +122,9 @@ class MultimodalEncoder(nn.Module):
         cls_rows = batch.encoder.cu_seqlens[:-1]
         pruned = () if pool == "mean" else (cls_rows, only_cls(batch.encoder))
         found = {}
-        for layer, x_TD in enumerate(self.encoder.layers(self._input(batch), batch.encoder, batch.draws, *pruned), 1):
-            if layer in layers:
-                cls_PD = x_TD if layer == self.config.depth else x_TD[cls_rows.long()]
-                found[layer] = self._mean(x_TD, batch) if pool == "mean" else self._cls(cls_PD, batch)
-            if layer == max(layers):
-                break
+        for layer, x_TD in self._after(layers, batch, *pruned):
+            cls_PD = x_TD if layer == self.config.depth else x_TD[cls_rows.long()]
+            found[layer] = self._mean(x_TD, batch) if pool == "mean" else self._cls(cls_PD, batch)
         return torch.stack([found[layer] for layer in layers], 1)
 
     def pooled_and_patches(
@@ -147,18 +142,29 @@ class MultimodalEncoder(nn.Module):
             missing_SL = patches_L > lengths_S[:, None]
             rows_SL = rows_SL.masked_fill(missing_SL, 0)
         found = {}
-        for layer, x_TD in enumerate(self.encoder.layers(self._input(batch), batch.encoder, batch.draws), 1):
-            if layer in layers:
-                rows_TD = self.encoder.norm(x_TD)
-                pooled_SD = self._mean(x_TD, batch) if pool == "mean" else _wide(rows_TD[cls_S])
-                patches_SLD = rows_TD[rows_SL]
-                if missing_SL is not None:
-                    patches_SLD = patches_SLD.masked_fill(missing_SL[..., None], 0)
-                found[layer] = pooled_SD, patches_SLD
-            if layer == max(layers):
-                break
+        for layer, x_TD in self._after(layers, batch):
+            rows_TD = self.encoder.norm(x_TD)
+            pooled_SD = self._mean(x_TD, batch) if pool == "mean" else _wide(rows_TD[cls_S])
+            patches_SLD = rows_TD[rows_SL]
+            if missing_SL is not None:
+                patches_SLD = patches_SLD.masked_fill(missing_SL[..., None], 0)
+            found[layer] = pooled_SD, patches_SLD
         pooled, patches = zip(*(found[layer] for layer in layers))
         return torch.stack(pooled, 1), torch.stack(patches, 1)
+
+    def _after(
+        self,
+        layers: Sequence[int],
+        batch: PackedBatch,
+        rows_M: Tensor | None = None,
+        queries: Segments | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield number and rows of each of these blocks, before the final LayerNorm; blocks after the last of them are
+        not computed. `rows_M`, `queries`: what the encoder's last block computes, see `Transformer.forward`."""
+        rows = self.encoder.layers(self._input(batch), batch.encoder, batch.draws, rows_M, queries)
+        for layer, x_TD in enumerate(islice(rows, max(layers)), 1):
+            if layer in layers:
+                yield layer, x_TD
 
     def _cls(self, x_PD: Tensor, batch: PackedBatch) -> Tensor:
         """Return the features [S, D] of the rows of cls before the final LayerNorm."""

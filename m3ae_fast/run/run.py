@@ -33,7 +33,6 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.engine.yardsticks import Yardsticks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
-from m3ae_fast.model.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.training import draw_training
 from m3ae_fast.process.program import Session
@@ -41,6 +40,7 @@ from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.run import checkpoint
+from m3ae_fast.run.attention import choose_attention, describe_attention, settle_attention
 from m3ae_fast.run.cautions import cautions
 from m3ae_fast.run.initial_weights import constants, start_from
 from m3ae_fast.run.loop import Loop

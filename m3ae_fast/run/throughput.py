@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from m3ae_fast.batch.flops import executed_flops, reference_flops
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.model.flops import executed_flops, reference_flops
 
 
 class StepCounts(NamedTuple):

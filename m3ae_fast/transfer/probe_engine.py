@@ -19,8 +19,8 @@ from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import Features
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
-from m3ae_fast.model.encode import encoding
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.inference import encoding
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.labelled_loop import ClassLosses

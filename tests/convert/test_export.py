@@ -12,11 +12,11 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import main
 from m3ae_fast.model import M3AE
-from m3ae_fast.model.encode import prepare_image
 from tests.convert.test_timm import TINY
 from tests.helpers.trainer import CLIPART
 

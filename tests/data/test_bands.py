@@ -16,12 +16,12 @@ from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.bands import read_npy, write_npy
 from m3ae_fast.batch.crops import centre_crop, random_crop, resize
 from m3ae_fast.batch.images import decode_image, format_of
+from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.batch.normal import model_input, normalised, of_unit, to_unit
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.data.__main__ import main as data_tools
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.encode import prepare_image
 from m3ae_fast.shard_tools.shrink import as_member
 from tests.data.test_pictures import damaged
 from tests.helpers.pictures import RGB, png, tiff

@@ -22,6 +22,7 @@ from m3ae_fast.batch.bad_samples import BadSample, BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.grids import Native
 from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import ShardStore, dataset, open_corpus
@@ -31,7 +32,6 @@ from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
 from m3ae_fast.data.workers import Loader, default_workers
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.encode import unmasked_sample
 from m3ae_fast.process.failures import explain
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from m3ae_fast.batch.images import decode_image
+from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig, SourceConfig
@@ -14,7 +15,6 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import encode_corpus
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.encode import unmasked_sample
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks

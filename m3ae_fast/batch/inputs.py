@@ -1,4 +1,4 @@
-"""Input of a frozen encoder, and its inference mode.
+"""Images and texts of any kind -> samples of which everything is visible.
 
 Shapes: C channels.
 """
@@ -6,14 +6,13 @@ Shapes: C channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.bands import checked
@@ -24,25 +23,9 @@ from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, fast_precision
 from m3ae_fast.regular_file import open_regular
 
 MAX_CHANNELS = 4
-
-
-@contextmanager
-def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Switch the model to inference for the block; its weights are cast once for all batches within."""
-    was_training = model.training
-    model.eval()
-    dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
-    try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            yield
-    finally:
-        model.train(was_training)
-
-
 OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # see `prepare_image`
 
 
@@ -131,15 +114,3 @@ def _read_image(path: str | os.PathLike[str], config: ModelConfig) -> Tensor:
     except BadSample as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
     return _prepared(pixels, config)
-
-
-def check_finite(values: Tensor, keys: Sequence[str]) -> None:
-    """Raise UserError naming the first sample, of those with these `keys`, whose row of `values` is not finite: what
-    is compared with such a row gives a number that means nothing."""
-    bad_N = ~values.flatten(1).isfinite().all(1) if values.numel() else torch.zeros(len(keys), dtype=torch.bool)
-    if bad_N.any():
-        first = keys[int(bad_N.nonzero()[0])]
-        raise UserError(
-            f"{int(bad_N.sum()):,} of {len(keys):,} samples have features that are not finite, such as {first}; "
-            "the model's weights are too large or damaged: take an earlier checkpoint, or encode.precision=fp32"
-        )
