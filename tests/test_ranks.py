@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import signal
 import socket
 import time
 from contextlib import nullcontext
@@ -114,27 +115,41 @@ def test_too_low_a_hard_limit_of_open_files_is_one_line(tmp_path):
     assert said[0] == 2 and said[1].startswith(line) and said[1].count("\n") == 1
 
 
-def on_two_machines(what, folder):
-    """Four ranks, of which each two say that they are on a machine of their own. The last one asks the others to stop,
-    or stands still."""
+def on_machines(what, folder):
+    """Ranks of which each two say that they are on a machine of their own. Rank 3 asks the others to stop, stands still
+    or is killed."""
     rank = int(os.environ["RANK"])
     ranks.machine = lambda: f"machine {rank // 2}"
     with program.joined_program() as (joined, stop, pulse, _):
         stop.listen()
         print(f"{rank}: {joined.of_node} {[list(room.heard) for room in joined.rooms]}\n", end="", flush=True)
-        joined.gather(None)
+        check_sums(joined)
         pulse.timeout, pulse.folder = (3.0 if what == "stall" else 60.0), Path(folder)
         if rank == 3 and what == "stop":
             pulse.tell_stop("enough")
         if rank == 3 and what == "stall":
             stand_still(pulse)
+        if rank == 3 and what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if what == "stall":
             with pulse.waiting():  # as one that waits for its GPU, which takes time of the CPU
                 joined.gather(None)
+        while what == "killed":
+            joined.sum([1.0])
         while not stop.asked:
             time.sleep(0.01)
         joined.gather(None)  # before one of them leaves
     return 0
+
+
+def check_sums(joined):
+    """Two sums under way at once are those of a single all-reduce of all ranks, to the bit."""
+    values = [float(joined.rank), 2.0**45 + joined.rank, float(torch.tensor(0.1 * joined.rank)), 1.0]
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=joined.control)
+    first, second = joined.start_sum(values), joined.start_sum([2 * value for value in values])
+    assert [first(), second()] == [total.tolist(), (2 * total).tolist()] and total[3] == joined.world
+    assert joined.sum(range(1000)) == [joined.world * number for number in range(1000)]
 
 
 def stand_still(pulse):
@@ -142,17 +157,32 @@ def stand_still(pulse):
     time.sleep(20)
 
 
-def test_ranks_of_a_machine_hear_its_first_one_and_stop_together(tmp_path):
-    code, said = run_ranks(__name__, ["two machines", "stop", str(tmp_path)], 4, tmp_path / "log")
+def test_ranks_of_a_machine_hear_its_first_one_sum_first_and_stop_together(tmp_path):
+    """The last of three machines has one rank."""
+    code, said = run_ranks(__name__, ["machines", "stop", str(tmp_path)], 5, tmp_path / "log")
     assert code == 0 and sorted(said.splitlines()) == [
-        "0: [0, 1] [[1], [2]]", "1: [0, 1] [[0]]", "2: [2, 3] [[3], [0]]", "3: [2, 3] [[2]]"
-    ]  # fmt: skip
+        "0: [0, 1] [[1], [2, 4]]",
+        "1: [0, 1] [[0]]",
+        "2: [2, 3] [[3], [0]]",
+        "3: [2, 3] [[2]]",
+        "4: [4] [[], [0]]",
+    ]
+
+
+def test_a_rank_that_is_killed_ends_the_others_in_a_sum(tmp_path):
+    """On its machine and, through its first rank, on the other."""
+    processes = fork_ranks(__name__, ["machines", "killed", str(tmp_path)], 4, tmp_path / "log")
+    _, said = await_ranks(processes, tmp_path / "log")
+    assert [process.exitcode for process in processes] == [2, 2, 2, -signal.SIGKILL]
+    assert [line for line in said.splitlines() if line.startswith("error")] == [
+        f"error: {LOST}. --resume auto continues from the last checkpoint"
+    ]
 
 
 def test_a_stall_leaves_what_each_rank_was_at(tmp_path):
     """The first rank of its machine notices the silent one, and all write where they are."""
     folder, log = tmp_path / "stall", tmp_path / "log"
-    processes = fork_ranks(__name__, ["two machines", "stall", str(folder)], 4, log)
+    processes = fork_ranks(__name__, ["machines", "stall", str(folder)], 4, log)
     for process in processes[:3]:
         process.join(60)
     processes[3].kill()
@@ -264,7 +294,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
             raise UserError("no shard")
 
     with pytest.raises(UserError, match="no shard"):
-        OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, None, []).main_first(work)
+        OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, None, [], None).main_first(work)
     assert bool(done) == runs and len(turns) == 1 + failing  # it is known as soon as it has happened
 
 
@@ -294,5 +324,5 @@ PROGRAMS = {
     "standing by": standing_by,
     "many clients": many_clients,
     "few files": few_files,
-    "two machines": on_two_machines,
+    "machines": on_machines,
 }

@@ -20,6 +20,7 @@ from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
 from m3ae_fast.process.rooms import Room, machine, rooms_of
 from m3ae_fast.process.stacks import RECORDED
+from m3ae_fast.process.sums import Sums
 
 T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]
@@ -44,6 +45,7 @@ class Ranks:
     store: dist.Store
     lasting: dist.Store  # which a launcher that dies leaves to the ranks
     rooms: list[Room]  # for heartbeats
+    sums: Sums
 
     @property
     def is_main(self) -> bool:
@@ -54,15 +56,9 @@ class Ranks:
         return self.start_sum(values)()
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        """Begin a `sum`; the result is waited for where it is called."""
-        total = torch.tensor(values, dtype=torch.float64)
-        work = dist.all_reduce(total, group=self.control, async_op=True)
-
-        def wait() -> list[float]:
-            work.wait()
-            return total.tolist()
-
-        return wait
+        """Begin a `sum`; the result is waited for where it is called, in the same order on every rank."""
+        wait = self.sums.start(torch.tensor(values, dtype=torch.float64))
+        return lambda: wait().tolist()
 
     def from_main(self, value: T) -> T:
         """Return rank 0's picklable `value` on every rank."""
@@ -170,12 +166,13 @@ def _join() -> Ranks:
     hosts, machines = gather(socket.gethostname()), gather(machine())
     of_node = [other for other, name in enumerate(machines) if name == machines[rank]]
     rooms = rooms_of(rank, machines, store, gather, TIMEOUT)
-    return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, _lasting(store, rank, gather), rooms)
+    sums, lasting = Sums(rank, machines, control, CONTROL_TIMEOUT), _lasting(store, rank, gather)
+    return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, lasting, rooms, sums)
 
 
 def _require_files(rank: int, world: int) -> None:
     """Raise UserError where the connections to other ranks are more than this process may have files open."""
-    needed = (4 if rank == 0 else 2) * world + _OTHER_FILES  # of two groups, and of the store's clients
+    needed = (4 if rank == 0 else 3) * world + _OTHER_FILES  # of groups, and of the store's clients
     if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < needed and limit != resource.RLIM_INFINITY:
         raise UserError(
             f"rank {rank} of {world} opens up to {needed:,} files, and the limit here is {limit:,}: raise it with "

@@ -26,6 +26,13 @@ def machine() -> str:
     return f"{socket.gethostname()} {boot}"
 
 
+def by_machine(machines: Sequence[str]) -> list[list[int]]:
+    """Return the ranks of each machine, given the machine of each; all in one where that makes no two levels: there is
+    one machine, or one rank on each."""
+    groups = [[r for r, other in enumerate(machines) if other == name] for name in dict.fromkeys(machines)]
+    return groups if 1 < len(groups) < len(machines) else [[*range(len(machines))]]
+
+
 def rooms_of(
     rank: int, machines: Sequence[str], store: dist.Store, gather: Callable[[int], list[int]], timeout: timedelta
 ) -> list[Room]:
@@ -40,9 +47,9 @@ def rooms_of(
         gather: gives every rank's value, on every rank.
         timeout: for the first rank of this machine to answer.
     """
-    groups = [[r for r, other in enumerate(machines) if other == name] for name in dict.fromkeys(machines)]
+    groups = by_machine(machines)
     own = next(group for group in groups if rank in group)
-    if len(groups) == 1 or len(groups) == len(machines):
+    if len(groups) == 1:
         return [_among_all(store, range(1, len(machines)) if rank == 0 else [0])]
     leads = rank == own[0]
     local = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if leads else None
