@@ -214,5 +214,9 @@ def _images(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
     spread = (tokens_S.std(correction=0) / tokens_S.mean()).item() / math.sqrt(micro)
     return [
         ("patches per image", f"{sum(patches) / len(patches):,.1f} on average, from {min(patches)} to {max(patches)}"),
-        ("balance", f"tokens of micro-batches of {micro} samples differ by {spread:.1%} (standard deviation)"),
+        (
+            "balance",
+            f"tokens of micro-batches of {micro} samples differ by {spread:.1%} (standard deviation), before the ranks "
+            "of a node share out images of local shards by size",
+        ),
     ]

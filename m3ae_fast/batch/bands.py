@@ -39,17 +39,26 @@ def bands_of(header: Image.Image) -> tuple[int, bool]:
     return int(tags.get(_SAMPLES, 1)), tags.get(_EXTRA) == (0,)
 
 
-def read_npy(data: bytes) -> np.ndarray:
-    """Return the array of a .npy file, [H, W, C], of [H, W] with C = 1. Raises BadSample as `checked`, and where the
-    file is damaged."""
+def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return shape, whether it is in Fortran's order, dtype, and where the values begin, of a .npy file or its begin.
+    Raises BadSample where it is damaged."""
     file = BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, is_fortran, dtype = read_header[version](file)
-        values = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if is_fortran else "C")
+        return *read_header[version](file), file.tell()
     except Exception as error:  # NumPy's parser raises anything for a header that is not its own
         raise BadSample(f"the array is broken ({' '.join(str(error).split())[:200]})") from None
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """Return the array of a .npy file, [H, W, C], of [H, W] with C = 1. Raises BadSample as `checked`, and where the
+    file is damaged."""
+    shape, is_fortran, dtype, start = npy_header(data)
+    try:
+        values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
+    except ValueError as error:
+        raise BadSample(f"the array is broken ({error})") from None
     return checked(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 

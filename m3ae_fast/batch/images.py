@@ -91,6 +91,26 @@ def format_of(data: bytes) -> str:
     return "TIFF" if bands.is_tiff(data) else Image.open(BytesIO(data), formats=_FORMATS).format or "?"
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """Return height and width as a file's header has them, before EXIF turns it; of most formats a file's first KB are
+    enough.
+
+    Raises:
+        BadSample: no image, a broken one, or more of the file is needed.
+    """
+    if bands.is_npy(data):
+        height, width, *_ = (*bands.npy_header(data)[0], 0, 0)
+        return height, width
+    try:
+        header = _header(data)
+    except BadSample:
+        if not bands.is_tiff(data):
+            raise
+        height, width, _ = bands.read_tiff(data).shape
+        return height, width
+    return header.height, header.width
+
+
 def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
     """Return the values [H, W, bands] of a file that is no picture of C channels to Pillow: a .npy, and a TIFF of which
     Pillow would read not all bands, not all bits, or nothing. None of other files.

@@ -28,6 +28,7 @@ class Source:
     loss_weight: float = 1.0
     labels: np.ndarray | None = None  # int64, of all samples in file order: see data.labels
     caption_fraction: float = 1.0  # of the pairs that keep their caption: see data.reader
+    image_sizes: np.ndarray | None = None  # int32 [samples, 2], height and width: see data.image_sizes
 
     @property
     def sizes(self) -> np.ndarray:

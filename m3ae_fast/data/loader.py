@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import cast
 
 import numpy as np
@@ -57,20 +58,30 @@ class MicroBatches(Sampler[list[int]]):
         lanes: of the order.
         repeats: positions in a row that are views of one sample.
         end: positions that there are; None: without end.
+        work: what a position costs, which the `ranks` of a node share out evenly among their micro-batches of a step;
+            None: all cost the same.
+        ranks: of this machine.
     """
 
-    def __init__(self, steps: range, share: Share, lanes: int = 1, repeats: int = 1, end: int | None = None):
+    def __init__(
+        self,
+        steps: range,
+        share: Share,
+        lanes: int = 1,
+        repeats: int = 1,
+        end: int | None = None,
+        work: Callable[[int], int] | None = None,
+        ranks: Sequence[int] = (),
+    ):
         self.steps, self.share, self.lanes, self.repeats, self.end = steps, share, lanes, repeats, end
+        self.work, self.ranks = work, ranks
 
     def __len__(self) -> int:
         return len(self.steps) * self.share.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        parts = self.share.accumulation
         for step in self.steps:
-            own = self._own(step, self.share.rank)
-            for part in range(parts):
-                positions = own[len(own) * part // parts : len(own) * (part + 1) // parts]
+            for positions in self._balanced(step) if self.work else self._cut(step, self.share.rank):
                 yield positions if self.end is None else [p for p in positions if p < self.end]
 
     def lanes_of(self, ranks: Sequence[int]) -> list[int]:
@@ -79,6 +90,18 @@ class MicroBatches(Sampler[list[int]]):
         own = (position for step in period for rank in ranks for position in self._own(step, rank))
         return sorted({position // self.repeats % self.lanes for position in own})
 
+    def _cut(self, step: int, rank: int) -> list[list[int]]:
+        """Return a rank's micro-batches of a step."""
+        own, parts = self._own(step, rank), self.share.accumulation
+        return [own[len(own) * part // parts : len(own) * (part + 1) // parts] for part in range(parts)]
+
+    def _balanced(self, step: int) -> list[list[int]]:
+        """Return this rank's micro-batches of a step where the node's cost about the same."""
+        assert self.work is not None
+        parts = balanced([part for rank in self.ranks for part in self._cut(step, rank)], self.work)
+        first = self.ranks.index(self.share.rank) * self.share.accumulation
+        return parts[first : first + self.share.accumulation]
+
     def _own(self, step: int, rank: int) -> list[int]:
         """Return a rank's positions of a step."""
         batch, world = self.share.global_batch, self.share.world
@@ -86,6 +109,23 @@ class MicroBatches(Sampler[list[int]]):
         if self.lanes > 1:
             positions = positions[np.argsort(positions // self.repeats % self.lanes, kind="stable")]
         return positions[rank * batch // world : (rank + 1) * batch // world].tolist()
+
+
+def balanced(parts: Sequence[Sequence[int]], work: Callable[[int], int]) -> list[list[int]]:
+    """Return parts of the same sizes and together of the same positions, of about equal work: the largest position
+    first, each goes to the part with the least work that has room."""
+    positions = sorted(position for part in parts for position in part)
+    costs = {position: work(position) for position in positions}
+    shared: list[list[int]] = [[] for _ in parts]
+    least = [(0, number) for number, part in enumerate(parts) if part]  # of parts with room: a heap
+    for position in sorted(positions, key=costs.__getitem__, reverse=True):
+        cost, number = least[0]
+        shared[number].append(position)
+        if len(shared[number]) < len(parts[number]):
+            heapq.heapreplace(least, (cost + costs[position], number))
+        else:
+            heapq.heappop(least)
+    return [sorted(part) for part in shared]
 
 
 def train_loader(
@@ -102,7 +142,8 @@ def train_loader(
 ) -> DataLoader[PackedBatch]:
     """Yield `share.accumulation` micro-batches per step, shuffled and augmented, epoch after epoch.
 
-    Unusable samples are left out of their batch and listed in `batch.skipped`.
+    Unusable samples are left out of their batch and listed in `batch.skipped`. Native images of known sizes are shared
+    out among the ranks of the node so that they have equally many patches.
 
     Args:
         config: crop, repeats, shuffling, workers and prefetch.
@@ -122,7 +163,9 @@ def train_loader(
     order = Order(corpus.sizes, corpus.weights, window, preparation.seed, lanes)
     augment = Augment(config.crop_scale, config.flip)
     samples = Samples(corpus, order, preparation, augment, share.global_batch, config.repeats, transform)
-    micro_batches = MicroBatches(steps, share, lanes, config.repeats)
+    work = _patches(corpus, order, preparation.geometry) if config.repeats == 1 else None
+    ranks = node.ranks if node else [share.rank]
+    micro_batches = MicroBatches(steps, share, lanes, config.repeats, work=work, ranks=ranks)
     loader = _loader(config, samples, micro_batches, pin_memory)
     if any(corpus.store.is_staged(shard.shard) for source in corpus.sources for shard in source.shards):
         node = node or Node(uuid.uuid4().hex, [share.rank])
@@ -130,6 +173,21 @@ def train_loader(
     elif node and node.fetcher:
         node.fetcher.end()
     return loader
+
+
+def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int], int] | None:
+    """Return a function that gives the patches of a position's image; None where all have as many, or nobody knows."""
+    sizes = [source.image_sizes for source in corpus.sources if source.image_sizes is not None]
+    if geometry.native is None or len(sizes) < len(corpus.sources):
+        return None
+    grid = lru_cache(1 << 16)(geometry.native.grid)
+
+    def patches(position: int) -> int:
+        source, _, sample = order.locate(position)
+        height, width = sizes[source][sample].tolist()
+        return math.prod(grid(height, width)) if height and width else 0
+
+    return patches
 
 
 def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: MicroBatches, node: Node) -> Fetching:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from m3ae_fast.data import (
     train_loader,
 )
 from m3ae_fast.data.fingerprint import fingerprint
+from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.optimizer import state_kinds
@@ -80,9 +81,7 @@ class Run(Loop):
         found = Resume(config.run.dir, resume, ranks)
         share = split_batch(cfg, ranks.world, ranks.rank)
         _count_shards(config, ranks, session.pulse)
-        data = ranks.main_first(
-            lambda: open_data(config.data, config.model, progress=ranks.is_main), session.pulse.waiting
-        )
+        data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.pulse.waiting)
         schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
         layout, notes = layout_of(found.info, config.data, data.train, cfg.global_batch, with_changes)
         stream = fingerprint(data, layout)
@@ -273,6 +272,12 @@ def _build_model(config: Config, found: Resume, ranks: Ranks) -> tuple[M3AE, dic
     if not found.read and config.model.init_from:
         notes = [start_from(model, config.model.init_from, ranks)]
     return model, constants(model, found.read), notes
+
+
+def _open(config: Config, progress: bool) -> Data:
+    """Open the data, and of native images their sizes."""
+    data = open_data(config.data, config.model, progress=progress)
+    return data if config.model.resize == "square" else replace(data, train=measured(data.train, progress=progress))
 
 
 def _preparation(config: Config, model: M3AE, data: Data) -> Preparation:

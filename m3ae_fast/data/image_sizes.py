@@ -1,0 +1,79 @@
+"""How large the images of shards are, by their headers: what ranks can share out evenly before any is decoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.images import size_of
+from m3ae_fast.data.corpus import Corpus
+from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard
+from m3ae_fast.data.shards import INDEX_SUFFIX
+from m3ae_fast.errors import UserError
+from m3ae_fast.progress import track
+from m3ae_fast.whole_file import whole_file
+
+_HEAD = 1 << 14  # bytes in which most headers end
+_THREADS = 8
+
+
+def measured(corpus: Corpus, *, progress: bool = False) -> Corpus:
+    """Return the corpus with `Source.image_sizes`, or as it is where samples are not read in place: nobody knows
+    the sizes before the shards come.
+
+    A file beside each index keeps them. It is made on first use and again when the shard changes.
+    """
+    shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.indexed]
+    if len(shards) < sum(len(source.shards) for source in corpus.sources):
+        return corpus
+    if any(corpus.store.is_staged(shard.shard) for _, shard in shards):
+        return corpus
+    found: list[list[np.ndarray]] = [[] for _ in corpus.sources]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        each = pool.map(_sizes_of, [shard for _, shard in shards])
+        for (number, _), sizes in zip(shards, track(each, "reading image sizes", len(shards), show=progress)):
+            found[number].append(sizes)
+    sources = [replace(source, image_sizes=np.concatenate(own)) for source, own in zip(corpus.sources, found)]
+    return replace(corpus, sources=sources)
+
+
+def _sizes_of(shard: IndexedShard) -> np.ndarray:
+    """Return height and width of each sample's image, int32 [samples, 2]; 0 where there is none or nothing says it."""
+    path = shard.sidecar.with_name(shard.sidecar.name.removesuffix(INDEX_SUFFIX) + ".sizes" + INDEX_SUFFIX)
+    identity = [shard.summary.size, shard.summary.mtime_ns]
+    sizes = _kept(path, identity, shard.summary.samples)
+    if sizes is None:
+        sizes = _read(shard)
+        with suppress(UserError), whole_file(path) as partial, open(partial, "wb") as file:
+            np.save(file, np.array([identity, *sizes.tolist()], dtype=np.int64))
+    return sizes
+
+
+def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | None:
+    """Return the sizes in a file; None where it is not of this shard, or damaged."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    fits = rows.dtype == np.int64 and rows.shape == (samples + 1, 2) and rows[0].tolist() == identity
+    return rows[1:].astype(np.int32) if fits else None
+
+
+def _read(shard: IndexedShard) -> np.ndarray:
+    sizes = np.zeros((shard.summary.samples, 2), dtype=np.int32)
+    with suppress(OSError), open(shard.shard, "rb") as file:  # its samples turn out bad
+        table = shard.table()
+        for row in np.flatnonzero(table["image_offset"] != MISSING).tolist():
+            offset, length = (int(table[name][row]) for name in ("image_offset", "image_size"))
+            for most in sorted({min(length, _HEAD), min(length, MAX_IMAGE_BYTES)}):
+                with suppress(BadSample):
+                    sizes[row] = size_of(os.pread(file.fileno(), most, offset))
+                    break
+    return sizes

@@ -1,0 +1,108 @@
+"""Sizes of images by their headers, and how the ranks of a node share out native images by them."""
+
+import os
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.images import size_of
+from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.config import DataConfig, MaskingConfig, ModelConfig, SourceConfig
+from m3ae_fast.data import Node, Preparation, ShardStore, Share, open_corpus, train_loader
+from m3ae_fast.data.image_sizes import measured
+from m3ae_fast.data.loader import balanced
+from tests.helpers.pictures import CASES, RGB
+from tests.helpers.shards import picture, write_tar
+
+SIDES = [(8 * rows, 8 * columns) for rows in range(1, 9) for columns in (1, 2, 4, 8)]  # height and width
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """Images of many sizes, a broken one and a text alone among them."""
+    files = [(f"{n}.png", picture(n, size[::-1], fmt="PNG")) for n, size in enumerate(SIDES)]
+    return Path(write_tar(tmp_path / "train.tar", [*files, ("broken.png", b"no image"), ("text.txt", b"a cat")]))
+
+
+def opened(shards):
+    return open_corpus([SourceConfig(shards=str(shards), modality="image")], ShardStore(None))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.fmt} {case.stored}")
+def test_headers_say_how_large_an_image_is(case):
+    if case.refused is None:
+        height, width = size_of(case.make())
+        assert sorted((height, width)) == sorted(RGB.shape[:2] if case.pixels is None else case.pixels.shape[:2])
+
+
+def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
+    (source,) = measured(opened(shard)).sources
+    assert source.image_sizes.tolist() == [*map(list, SIDES), [0, 0], [0, 0]]
+    kept = shard.with_name("train.tar.sizes.index")
+    with monkeypatch.context() as patch:
+        patch.setattr("m3ae_fast.data.image_sizes.size_of", None)  # nothing is read again
+        assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
+    os.truncate(kept, 100)
+    assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
+    write_tar(shard, [("one.png", picture(0, (24, 16), fmt="PNG"))])
+    assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24]]
+    assert len(opened(f"{shard.parent}/*").sources[0].shards) == 1  # what is kept is no shard
+
+
+def test_nobody_knows_the_sizes_in_shards_that_are_fetched(shard, monkeypatch):
+    corpus = opened(shard)
+    monkeypatch.setattr(corpus.store, "is_staged", lambda _: True)
+    assert measured(corpus) is corpus
+
+
+def test_parts_become_equal_and_keep_their_sizes():
+    work = np.random.RandomState(0).lognormal(4, 0.5, 8 * 3 * 7 + 1).astype(int).tolist()
+    parts = [list(range(start, start + 7)) for start in range(0, 8 * 3 * 7, 7)]
+    parts += [[], [8 * 3 * 7]]
+    shared = balanced(parts, work.__getitem__)
+    assert list(map(len, shared)) == list(map(len, parts))
+    assert sorted(chain(*shared)) == sorted(chain(*parts))
+    before, after = ([sum(work[p] for p in part) for part in found[:24]] for found in (parts, shared))
+    assert np.std(after) < 0.1 * np.std(before)
+
+
+@pytest.mark.parametrize(("accumulation", "repeats"), [(1, 1), (2, 1), (1, 2)])
+def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeats):
+    """Each step has the same samples; those of another node stay there, and views of a sample where they were."""
+    model = ModelConfig(
+        size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1, image_size=64,
+        patch_size=8, text_length=4, vocab_size=0, resize="native",
+    )  # fmt: skip
+    config = DataConfig(train=[SourceConfig(shards=str(shard), modality="image")], workers=0, repeats=repeats)
+    preparation = Preparation(Geometry.of(model), MaskingConfig(), None, seed=0)
+
+    def load(rank, corpus):
+        node = Node("run", [0, 1] if rank < 2 else [2, 3])
+        return list(train_loader(config, corpus, preparation, Share(32, accumulation, rank, 4), range(6), node=node))
+
+    def found(corpus):
+        """Return keys and patches of each step, by rank."""
+        ranks = [load(rank, corpus) for rank in range(4)]
+        steps = [[batches[i : i + accumulation] for batches in ranks] for i in range(0, 6 * accumulation, accumulation)]
+        keys = [[[k for b in own for k in (*b.keys, *(s.key for s in b.skipped))] for own in step] for step in steps]
+        return keys, np.array([[sum(r * c for b in own for r, c in b.grids) for own in step] for step in steps])
+
+    corpus = opened(shard)
+    plain, patches = found(corpus)
+    shared, equal = found(measured(corpus))
+    if repeats > 1:
+        assert shared == plain
+        return
+    for before, after in zip(plain, shared):
+        for node in (slice(0, 2), slice(2, 4)):
+            assert sorted(chain(*before[node])) == sorted(chain(*after[node]))
+    differences = [abs(found[:, ::2] - found[:, 1::2]).mean() for found in (patches, equal)]
+    assert differences[1] < 0.25 * differences[0]
+
+
+def test_what_is_no_image_has_no_size():
+    with pytest.raises(BadSample, match="not an image"):
+        size_of(b"nothing")
