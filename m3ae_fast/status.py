@@ -31,6 +31,8 @@ def status(run: Path) -> tuple[str, str]:
 
     try:
         record = Record(**read_json(run / RECORD_FILE))
+        if record.state not in CODES:
+            raise ValueError(f"state {record.state!r}")
         of = f"step {_last_step(run, record.step):,} of {record.total_steps:,}"
     except OSError:
         raise UserError(f"{run}: no run has taken a step there ({RECORD_FILE} is missing)") from None

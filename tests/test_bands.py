@@ -198,3 +198,5 @@ def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
     assert accuracy > 0.6  # of four spectra that differ plainly
     colours = np.asarray(Image.open(tmp_path / "bands.png").convert("RGB"))[24:184, 8:168]
     assert (colours[..., 0] != colours[..., 2]).any()
+    drawn = np.asarray(Image.open(tmp_path / "run" / "attention.png").convert("RGB"))[6:134, 6:134]  # in training
+    assert (drawn[..., 0] != drawn[..., 2]).any()

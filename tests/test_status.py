@@ -61,9 +61,10 @@ def test_nothing_is_recorded_before_a_step(tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="no run has taken a step there"):
         status(tmp_path)
-    (tmp_path / "status.json").write_text('{"state": "finished"}')
-    with pytest.raises(UserError, match="is damaged"):
-        status(tmp_path)
+    for damaged in ('{"state": "finished"}', '{"state": "on fire", "step": 1, "total_steps": 2}'):
+        (tmp_path / "status.json").write_text(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            status(tmp_path)
 
 
 def test_a_training_run_keeps_its_record(trainer):

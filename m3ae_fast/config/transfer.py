@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from m3ae_fast.config.load import apply_override, parse
 from m3ae_fast.config.schema import (
@@ -175,6 +175,16 @@ class RobustnessConfig(Section):
     """Number of held-out samples, spread evenly over the data; null: all."""
     batch: Batch = 64
     """Samples per forward pass."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> RobustnessConfig:
+        if not self.severities:
+            raise ValueError("severities must name one or more; corruptions [] leaves corruptions out")
+        for name in ("epsilons", "corruptions", "severities"):
+            shown = [each if isinstance(each, str) else f"{each:g}" for each in getattr(self, name)]
+            if twice := [each for each in shown if shown.count(each) > 1]:
+                raise ValueError(f"{name} has {twice[0]} twice; name each once")
+        return self
 
 
 class TransferConfig(Section):

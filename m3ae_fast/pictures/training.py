@@ -27,5 +27,5 @@ def draw_training(
     samples = eval_samples(corpus, Preparation(model.geometry, UNMASKED, tokenizer, config.run.seed), count)
     if any(sample.image is not None for sample in samples):
         drawn["attention"] = folder / "attention.png"
-        draw_attention(model, samples, drawn["attention"], count)
+        draw_attention(model, samples, drawn["attention"], count, channels=config.data.show_channels)
     return drawn

@@ -184,7 +184,9 @@ def _sketch(value: Any) -> Any:
 
 
 def _image(value: Any) -> bytes | None:
-    """Return the file behind an undecoded image. Raises BadSample if it cannot be read."""
+    """Return the file behind an undecoded image, None if there is none. Raises BadSample if it cannot be read."""
     if value is None or isinstance(value, bytes):
         return value
-    return value["bytes"] if value["bytes"] is not None else read_file(value["path"])
+    if value["bytes"] is None and value["path"] is not None:
+        return read_file(value["path"])
+    return value["bytes"]

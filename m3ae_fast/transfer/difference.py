@@ -13,11 +13,10 @@ import numpy as np
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import read_parquet
-from m3ae_fast.transfer.ood import SCORES, auroc_and_fpr, bootstrap_areas, middle
+from m3ae_fast.transfer.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas, middle
 from m3ae_fast.transfer.predictions import FILE
 from m3ae_fast.transfer.significance import difference
 
-_VAL = "val"  # what `ood` calls the familiar set
 Table = dict[str, list[Any]]
 
 
@@ -53,9 +52,9 @@ def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
     rows_N = np.array([place[sample] for sample in samples])  # of the second table, in the order of the first
     sets_N, lines = np.array(first["set"]), []
     for name in dict.fromkeys(first["set"]):
-        for score in SCORES if name != _VAL else ():
+        for score in SCORES if name != VAL else ():
             ours_N, theirs_N = np.array(first[score]), np.array(second[score])[rows_N]
-            ours, theirs = ([scores_N[sets_N == part] for part in (_VAL, name)] for scores_N in (ours_N, theirs_N))
+            ours, theirs = ([scores_N[sets_N == part] for part in (VAL, name)] for scores_N in (ours_N, theirs_N))
             lines.append(f"{name}, {score}: {areas_apart(ours, theirs, str(folders[0]), str(folders[1]))}")
     return "\n".join(lines)
 

@@ -29,6 +29,7 @@ from m3ae_fast.pictures.figures import draw_detection
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.job import Job, summary
 
+TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS, CONFIDENCE = 1000, 0.95
@@ -170,7 +171,7 @@ def run(job: Job) -> dict[str, Any]:
     seed = job.config.run.seed
     scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, seed, head)
     known = scores(val.features_ND.numpy())
-    columns |= {"key": [*val.keys], "set": ["val"] * len(val.keys), **{name: [*own] for name, own in known.items()}}
+    columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
     for name, corpus in strange.items():
         prefix = f"{name}_" if name else ""
@@ -195,12 +196,14 @@ def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
         given: for each --ood its words, of which the first may be NAME=SHARDS.
 
     Raises:
-        UserError: one of several has no name, or two have the same.
+        UserError: one of several has no name, two have the same, or one has that of other samples.
     """
     sets: dict[str, list[str]] = {}
     for first, *rest in given:
         match = _NAMED.fullmatch(first)
         name, shards = match.groups() if match else ("", first)
+        if name in (TRAIN, VAL):
+            raise UserError(f"--ood {first}: {name} is what the result calls --{name}; choose another name")
         if name in sets or (not name and len(given) > 1):
             raise UserError(f"--ood {first}: give each of several sets a name of its own, such as --ood other={shards}")
         sets[name] = [shards, *rest]

@@ -282,6 +282,16 @@ def test_a_dataset_on_disk(tmp_path, dataset):
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
 
 
+def test_a_row_whose_image_is_empty_has_its_caption_alone(tmp_path):
+    rows = {"image": [{"bytes": None, "path": None}], "caption": ["a cat"]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(rows, features.arrow_schema), tmp_path / "data" / "train.parquet")
+    assert make("from-hf", tmp_path / "data", tmp_path / "out") == 0
+    (sample,) = contents(tmp_path / "out")
+    assert sample["txt"] == b"a cat" and "jpg" not in sample
+
+
 def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
     plain = dataset.map(lambda row: {"title": "a " + str(row["id"])}, remove_columns="caption")
     datasets.DatasetDict(train=plain.select(range(3)), test=plain.select([3])).save_to_disk(tmp_path / "saved")

@@ -282,6 +282,8 @@ def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
     [
         (["--set", "robustness.severities=[6]"], "less than or equal to 5"),
         (["--set", 'robustness.corruptions=["rain"]'], "robustness.corruptions"),
+        (["--set", "robustness.severities=[]"], "corruptions [] leaves corruptions out"),
+        (["--set", "robustness.epsilons=[1,2,1.0]"], "epsilons has 1 twice"),
         (["--labels", "json.name"], "no training sample has the label"),
         (["--labels", "text.x"], "must be cls"),
     ],
