@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,9 +30,11 @@ def cut(tensors: dict[str, Tensor], rank: int, world: int) -> Fragments:
     """Return a rank's part of tensors that every rank has whole: laid in a row, they are cut into equal parts."""
     share = -(-sum(tensor.numel() for tensor in tensors.values()) // world)
     before, part = rank * share, {}  # elements of the row from this tensor's first to the part
+    nothing = torch.empty(0)  # a step waits for this function, and most tensors are other ranks'
     for name, tensor in tensors.items():
-        data, _, shape = whole(tensor)
-        start, stop = (min(max(edge, 0), len(data)) for edge in (before, before + share))
-        part[name] = Fragment(data[start:stop], start, shape)
-        before -= len(data)
+        size = tensor.numel()
+        start, stop = (min(max(edge, 0), size) for edge in (before, before + share))
+        data = tensor.detach().reshape(-1)[start:stop] if start < stop else nothing
+        part[name] = Fragment(data, start, tuple(tensor.shape))
+        before -= size
     return part
