@@ -67,6 +67,55 @@ def test_without_held_out_samples_the_training_loss_is_judged():
     assert verdict(still) == ""
 
 
+def lines(**series):
+    """Log lines of these values, one after the other."""
+    return [dict(zip(series, values)) for values in zip(*series.values())]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name"),
+    [
+        ({"val_rankme": (3.0, 9.0, 1.9)}, "collapse"),
+        ({"val_rankme": (3.0, 1.0, 2.0)}, None),
+        ({"val_rankme": (100.0, 120.0, 49.0)}, "collapse"),  # far from one dimension, but half of them are gone
+        ({"val_rankme": (100.0, 10.0, 51.0)}, None),
+        ({"val_rankme": (1.5, 1.9)}, "collapse"),
+        ({"val_rankme": (1.5,)}, None),
+        ({"val_rankme": (50.0, 49.0, math.nan)}, None),  # what is not finite is told elsewhere
+        ({"data_wait": (1.0, 0.2, 0.1, 0.2)}, None),  # the first is of the workers' start
+        ({"data_wait": (0.0, 0.2, 0.4, 0.4)}, "data bound"),
+        ({"data_wait": (0.0, 0.9, 0.1, 0.1)}, None),
+        ({"loss": (*[2.0] * 11, 1.0)}, "no learning"),  # one step of luck
+        ({"loss": (*[2.0] * 9, 1.9, 1.9, 9.0)}, None),
+        ({"val_image_relative": (1.0, 0.97), "val_text_relative": (1.0, 0.99)}, "image alone learns"),
+        ({"val_image_relative": (1.0, 0.99), "val_text_relative": (1.0, 0.97)}, "text alone learns"),
+        ({"val_image_relative": (1.0, 0.5, 0.99), "val_text_relative": (1.0, 0.5, 1.5)}, "no learning"),
+        ({"val_text_relative": (1.0, 0.99), "loss": (2.0, 1.0)}, "no learning"),
+    ],
+)
+def test_a_finding_is_of_first_and_last_values(metrics, name):
+    assert [finding.name for finding in findings(lines(**metrics))] == ([name] if name else [])
+
+
+def test_words_have_each_number_in_its_place():
+    metrics = lines(
+        val_image_relative=(1.25, 9.0, 0.5),
+        val_text_relative=(1.75, 9.0, 0.75),
+        val_knn_top1=(0.125, 0.9, 0.5),
+        val_rankme=(20.0, 9.0, 12.5),
+    )
+    assert verdict(metrics) == (
+        "the image loss on held-out samples is 0.50 of that of predicting the mean patch, and began at 1.25; "
+        "the text loss on held-out samples is 0.75 of that of predicting how often each word piece occurs, and began "
+        "at 1.75; k-NN accuracy 50.0%, before training 12.5%; the features fill 12.5 dimensions (RankMe), before "
+        "training 20.0"
+    )
+    (told,) = findings(lines(val_rankme=(20.0, 3.0)))
+    assert told.what.startswith("the features fill 3.0 dimensions (RankMe), and those of the untrained network 20.0")
+    (told,) = findings(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
+    assert told.what.startswith("the text loss") and told.remedy.startswith("a higher loss.text_weight, or a lower l")
+
+
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
     """A model whose heads give a constant, the mean patch and the words' frequencies, has relative losses of 1."""

@@ -9,12 +9,13 @@ import torch
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.__main__ import main as make_data
+from m3ae_fast.data.manifest import rows_of, write
 from m3ae_fast.errors import UserError
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 from m3ae_fast.weights.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.whole_file import whole_file
-from tests.helpers.checkpoints import save
+from tests.helpers.checkpoints import save, save_cut
 from tests.helpers.shards import members, picture, write_tar
 
 
@@ -32,6 +33,14 @@ def _model(folder, text="new"):
 
 def _checkpoint(folder):
     save(folder, {"model/a": torch.zeros(2)}, checkpoint.Info(1, 16, 0, {}, {}), keep=1)
+
+
+def _parts(folder):
+    save_cut(folder, {"model/a": torch.zeros(5)}, 2, step=1)
+
+
+def _manifest(folder):
+    write(folder / "a.npy", rows_of(["a.tar"], [(1, 2, 0)]))
 
 
 def _metrics(folder):
@@ -83,6 +92,8 @@ def calls(monkeypatch):
         (_file, "a.txt"),
         (_model, "out"),
         (_checkpoint, "checkpoints/step-00000001"),
+        (_parts, "checkpoints/step-00000001"),
+        (_manifest, "a.npy"),
         (_metrics, METRICS_FILE),
         (_index, "a.tar.index"),
         (_copy, "cache/shards/*"),

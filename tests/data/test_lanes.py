@@ -1,5 +1,6 @@
 """The stream in lanes: which samples, on which ranks, from which shards."""
 
+import hashlib
 from collections import Counter
 from itertools import chain
 
@@ -10,7 +11,7 @@ from m3ae_fast.config import DataConfig
 from m3ae_fast.data import Share, lay_out
 from m3ae_fast.data.lanes import Layout, without_lanes
 from m3ae_fast.data.loader import MicroBatches
-from m3ae_fast.data.order import Order
+from m3ae_fast.data.order import LANE_BLOCK, Order
 
 WORLDS = (1, 2, 3, 8, 48, 63, 64, 100, 504, 512)
 CORPORA = {"12 M": (1243, 9990), "400 M": (41_408, 9660), "2 B": (231_349, 9000)}  # shards, samples of a shard
@@ -142,10 +143,33 @@ def test_a_layout_has_a_name():
     assert without_lanes(str(Layout(64, 2))) is None
 
 
+@pytest.mark.parametrize(("weights", "known"), [(None, "19498cea149f"), ((0.7, 0.3), "08c207e3ed42")])
+def test_the_order_in_lanes_is_what_it_was(weights, known):
+    """A changed order would make resumed runs differ from those of an older version."""
+    order = Order([[50, 60, 90, 40] * 8, [70, 80] * 6], weights, 2, 7, lanes=6)
+    places = [order.locate(position) for start in (0, 10_000, 10**7) for position in range(start, start + 600)]
+    assert hashlib.sha256(np.array(places, "<i8").tobytes()).hexdigest()[:12] == known
+
+
+def test_waits_are_positions_of_the_lane_whatever_a_source_weighs():
+    """About: a source's part is exact by the block."""
+    order, shards = Order([[300] * 20, [250] * 8], [0.9, 0.1], 2, 1, lanes=4), (300, 250)
+    for lane in range(4):
+        begun = {}
+        for index in range(2000):
+            place = order.locate(index * 4 + lane)
+            begun.setdefault((place.source, place.sample // shards[place.source]), index)
+        for need in chain.from_iterable(order.needs([lane], 0, 40)):
+            first = min(begun.get((need.source, shard), 2000) for shard in need.shards)
+            assert need.wait == 0 if first < 10 else first == 2000 or abs(10 + need.wait - first) < 3 * LANE_BLOCK
+
+
 def test_lanes_begin_their_shards_at_different_times():
     order = Order([[10] * 640], None, 8, 0, lanes=16)
     firsts = Counter(int(order._lane(lane).sources[0]._epoch(0)[1][1]) for lane in range(16))
     assert len(firsts) > 4 and set(firsts) <= set(range(1, 9))
+    epochs = {int(order._lane(0).sources[0]._epoch(epoch)[1][1]) for epoch in range(9)}
+    assert len(epochs) > 3  # and anew in each epoch
 
 
 def test_a_step_mixes_more_shards_than_without_lanes():

@@ -13,7 +13,7 @@ import pytest
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, counting, open_corpus
 from m3ae_fast.data.__main__ import main
-from m3ae_fast.data.manifest import KINDS, UNREAD, join, read, rows_of, write
+from m3ae_fast.data.manifest import KINDS, UNREAD, CountedShards, join, read, rows_of, write
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.errors import UserError
@@ -185,6 +185,32 @@ def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
         corpus = open_corpus([SourceConfig(shards=pattern)], store)
         assert list(corpus.sources[0].sizes) == [3, 4, 5, 6, 7, 8] and not corpus.damaged
     assert sum(fetched().values()) == 6
+    (lost,) = (stores[1].cache_dir / "manifests").iterdir()
+    lost.unlink()  # of one node, and all count again
+    assert together(4, 2, work) == [None] * 4 and lost.exists()
+
+
+def test_a_rank_counts_the_shards_of_its_lanes(tmp_path, monkeypatch):
+    """Of a run's second source, by its seed."""
+    store, counted = ShardStore(tmp_path), {}
+    names = [f"pipe:cat {i}.tar" for i in range(12)]
+
+    def count(own, *_):
+        counted[threading.get_ident()] = {names.index(name) for name in own}
+        return rows_of(own, [(10, 0, 0)] * len(own)), []
+
+    monkeypatch.setattr(counting, "count", count)
+    together(4, 4, lambda process, gather, _: counting.prepare(names, store, process, gather, key=(5, 1)))
+    order = Order([[10] * 5, [10] * 12], None, 1, 5, lanes=4)
+    owned = [set(order._lane(lane).sources[1].pieces.shards.tolist()) for lane in range(4)]
+    assert sorted(map(sorted, counted.values())) == sorted(map(sorted, owned)) and len(set.union(*owned)) == 12
+
+
+@pytest.mark.parametrize("samples", [2, 9])
+def test_a_counted_shard_is_of_the_kind_that_was_counted(store, samples):
+    rows = rows_of(["a.tar"] * len(KINDS), [(samples, 7, kind) for kind in range(len(KINDS))])
+    for shard, kind in zip(CountedShards(rows, store), KINDS):
+        assert (shard.summary.modality, shard.summary.samples, shard.summary.size) == (kind, samples, 7)
 
 
 def test_what_one_cannot_do_all_are_told(tmp_path, remote):

@@ -73,16 +73,17 @@ def test_groups_bound_the_shards_that_are_open_at_once():
         }
 
 
-def test_needs_are_sorted_and_cover_what_is_read():
-    """Of two sources with weights, by the lanes of a node: what a step reads is in use, or was before."""
-    sizes = [[30] * 20, [25] * 8]
-    order = Order(sizes, [0.7, 0.3], 2, seed=1, lanes=4)
+@pytest.mark.parametrize("sizes", [[[30] * 20, [25] * 8], [[30] * 20]])
+@pytest.mark.parametrize("batch", [40, 37])  # of which the lanes have equal parts, and not
+def test_needs_are_sorted_and_cover_what_is_read(sizes, batch):
+    """Of sources with weights, by the lanes of a node: what a step reads is in use, or was before."""
+    order = Order(sizes, [0.7, 0.3][: len(sizes)], 2, seed=1, lanes=4)
     shards = [np.repeat(np.arange(len(source)), source) for source in sizes]
-    for first in range(0, 2400, 40):
-        needs = [list(needs) for needs in order.needs([1, 2], first, first + 40)]
+    for first in range(0, 2400, batch):
+        needs = [list(needs) for needs in order.needs([1, 2], first, first + batch)]
         assert all([need.wait for need in each] == sorted(need.wait for need in each) for each in needs)
         live = {(need.source, shard) for each in needs for need in each if not need.ahead for shard in need.shards}
-        read = places(order, [p for p in range(first, first + 40) if p % 4 in (1, 2)])
+        read = places(order, [p for p in range(first, first + batch) if p % 4 in (1, 2)])
         assert {(place.source, shards[place.source][place.sample]) for place in read} <= live
         assert len(live) <= 2 * 2 * 2 * 2 * 2
 

@@ -1,0 +1,128 @@
+"""What a node needs and when, by hand: without processes, of shards that are never there."""
+
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from m3ae_fast.data import fetcher as fetcher_module
+from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, Needs, Node, Span
+from m3ae_fast.data.order import Order
+from m3ae_fast.data.shards import CacheSpace
+from m3ae_fast.errors import UserError
+
+
+class Store:
+    """A cache in which nothing is, and to which nothing can be brought."""
+
+    def __init__(self, folder, limit=math.inf, largest=0, used=0):
+        self.cache_dir, self.limit, self.largest, self.used = folder, limit, largest, used
+        self.asked, self.kept, self.staging = [], [], False
+
+    def room(self):
+        return CacheSpace(self.limit, self.used, self.largest)
+
+    def is_staged(self, shard):
+        return True
+
+    def copy(self, name):
+        return Path("/nowhere", name)
+
+    def keep(self, names):
+        self.kept.append(names)
+
+    def fetch_ahead(self, name, size):
+        self.asked.append(name)
+        return False
+
+
+@pytest.fixture
+def needs(tmp_path):
+    """needs(size=..., ...) -> of 12 shards of 10 samples, of which two at a time are shuffled. `store`: see `Store`."""
+
+    def build(size=5, start=0, stop=12, positions=10.0, ahead=0, lanes=1, **store):
+        entries = [SimpleNamespace(shard=f"{i}.tar", summary=SimpleNamespace(size=size)) for i in range(12)]
+        corpus = SimpleNamespace(store=Store(tmp_path, **store), sources=[SimpleNamespace(shards=entries)])
+        order = Order([[10] * 12], None, 2, 0, lanes)
+        return Needs(corpus, order, range(lanes), start, stop, positions, ahead)
+
+    return build
+
+
+def test_a_span_is_from_the_slowest_rank_to_what_the_fastest_has_ahead(needs):
+    built = needs(start=10, stop=20, positions=2.5, ahead=3)
+    for steps, span in (
+        ([0, 0], Span(25, 35, False)),  # nobody has begun: (10 + 1 + 3) * 2.5
+        ([10, 14], Span(25, 45, False)),
+        ([11, 14], Span(27, 45, True)),  # of 27.5 the first is half read
+        ([13, 13], Span(32, 43, True)),  # up to 42.5
+        ([12, 18], Span(30, 50, True)),  # the run ends
+    ):
+        assert built.span(np.array(steps)) == span
+
+
+def test_what_follows_is_fetched_once_there_was_a_step_but_not_what_comes_after_the_run(needs):
+    whole = needs()
+    windows = [[f"{shard}.tar" for shard in need.shards] for need in whole.order.needs([0], 0, 1)[0]]
+
+    def near(built, span):
+        return [shard.name for shard in built.near(span)]
+
+    assert [near(whole, Span(0, 10, begun)) for begun in (False, True)] == [windows[0], windows[0] + windows[1]]
+    found = near(whole, Span(15, 25, True))
+    assert sorted(found[:4]) == sorted(windows[0] + windows[1]) and found[4:] == windows[2]  # two are in use
+    assert near(needs(stop=2), Span(0, 10, True)) == windows[0]  # it ends with the window
+    assert near(needs(stop=3), Span(0, 10, True)) == windows[0] + windows[1]
+
+
+def test_what_fits_is_counted_with_the_largest_copy_where_a_size_is_unknown(needs):
+    span = Span(15, 25, True)  # of six shards
+    for size, largest, limit, fit in ((5, 0, 20, 4), (5, 90, 19, 3), (0, 10, 39, 3), (0, 0, 39, 6), (0, 10, 9, 0)):
+        assert len(needs(size, largest=largest, limit=limit).near(span)) == fit
+
+
+def test_bytes_in_use_are_a_window_of_each_lane_and_must_fit(needs):
+    assert (needs(5).in_use(), needs(5).owned()) == (10, 60)
+    assert 4 * 5 <= needs(5, lanes=4).in_use() <= 4 * 10 and needs(5, lanes=4).owned() == 60
+    needs(5, limit=10).require_room()
+    with pytest.raises(UserError, match="raise it, or lower data.shuffle_shards"):
+        needs(5, limit=9).require_room()
+
+
+def test_ranks_tell_steps_not_micro_batches(needs, tmp_path):
+    """The second rank of the node, which begins no fetcher, and tells in its own place."""
+    (tmp_path / "locks").mkdir()
+    fetching = Fetching(needs(start=7), Node("run", [4, 5]), 5, accumulation=3)
+    fetching.begin()
+    assert list(fetching._steps) == [0, 7]
+    assert [int(fetching._steps[1]) for _ in fetching.watch(iter(range(7)))] == [7, 7, 8, 8, 8, 9, 9]
+    assert fetching._steps[0] == 0
+
+
+def test_a_shard_that_could_not_be_fetched_is_tried_again_after_a_while(needs, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(fetcher_module, "_LOOK_S", 0.001)
+    monkeypatch.setattr(fetcher_module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
+    built = needs()
+    fetcher, asked = Fetcher(built), built.corpus.store.asked
+    for now, times in ((0.0, 1), (30.0, 1), (59.0, 1), (61.0, 2), (119.0, 2), (125.0, 3)):
+        clock[0] = now
+        fetcher.look(Span(0, 10, False))
+        while fetcher._busy:
+            fetcher.wait()
+        assert sorted(asked) == sorted([shard.name for shard in built.near(Span(0, 10, False))] * times)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_copies_are_dated_while_there_is_room_for_all_connections_yet(needs, used):
+    """And once for what is needed."""
+    built = needs(limit=7 * CONNECTIONS, largest=7, used=used)
+    fetcher = Fetcher(built)
+    for span in (Span(0, 10, False), Span(1, 11, False)):
+        fetcher.look(span)
+    kept = built.corpus.store.kept
+    assert len(kept) == used and all(names == [shard.name for shard in built.next(span)] for names in kept)
+    fetcher._pool.shutdown()

@@ -1,0 +1,91 @@
+"""What a rank needs of memory, reckoned by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from m3ae_fast.config import Config, parse
+from m3ae_fast.engine import needs
+from m3ae_fast.engine.needs import activation_bytes, lacking_for_activations, memory_needed, typical_batch, zero_bytes
+from m3ae_fast.model.m3ae import M3AE
+from tests.helpers.trainer import TINY
+
+# of 4 x 4 patches of which 4 are seen, and of 5 of 16 tokens of which 1 is: with cls 6 rows and 22
+SIZES = {"emb_dim": 32, "dec_emb_dim": 48, "depth": 3, "dec_depth": 2}
+BLOCKS = 3 * 6 * 32 + 2 * 22 * 48
+KEPT = 8 + 2 * 4  # rows of a block, with an MLP of four times the width
+
+
+def config(stage=None, **train) -> Config:
+    zero = None if stage is None else {"zero_optimization": {"stage": stage}}
+    data = {"model": TINY["model"] | SIZES, "train": TINY["train"] | train, "deepspeed": zero}
+    return parse(Config, TINY | data, "test")
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16", "each"),  # of weights, gradients, Adam: bytes a parameter, and whether ranks share them
+    [
+        (0, True, ((4, False), (4, False), (8, False))),
+        (1, True, ((2, False), (4, False), (12, True))),
+        (2, True, ((2, False), (4, True), (12, True))),
+        (3, True, ((2, True), (4, True), (12, True))),
+        (0, False, ((4, False), (4, False), (8, False))),
+        (1, False, ((4, False), (4, False), (8, True))),
+        (2, False, ((4, False), (4, True), (8, True))),
+        (3, False, ((4, True), (4, True), (8, True))),
+    ],
+)
+def test_a_stage_shares_what_zero_says(stage, bf16, each):
+    assert zero_bytes(1000, stage, 4, bf16) == tuple(1000 * size / (4 if shared else 1) for size, shared in each)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_of_the_rows_of_encoder_and_decoder(precision, checkpointing):
+    found = config(precision=precision, activation_checkpointing=checkpointing)
+    batch = typical_batch(found, M3AE(found.model))
+    assert (batch.encoder.rows, batch.decoder.rows) == (6, 22)
+    rows = 1 if checkpointing else KEPT
+    assert activation_bytes(found, batch) == (2 if precision == "bf16" else 4) * rows * BLOCKS
+
+
+@pytest.mark.parametrize("stage", [None, 3])
+@pytest.mark.parametrize(("micro", "samples", "at_once"), [(4, 9, 4), (4, 3, 3), (None, 9, 9)])
+def test_a_rank_needs_its_part_of_the_state_and_a_micro_batchs_activations(stage, micro, samples, at_once):
+    found = config(stage, micro_batch=micro)
+    parameters = sum(p.numel() for p in M3AE(found.model).parameters())
+    state = parameters * (4 + 4 + 8) / (1 if stage is None else 5)
+    assert memory_needed(found, 5, samples) == state + at_once * 4 * KEPT * BLOCKS
+
+
+def test_native_images_and_models_without_words_are_of_their_own_rows():
+    native = config()
+    native = native.model_copy(
+        update={"model": native.model.model_copy(update={"resize": "native", "max_patches": 30})}
+    )
+    model = M3AE(native.model)
+    assert typical_batch(native, model).grids == [(5, 5)]  # the largest square
+    assert typical_batch(native, model, [(2, 3), (4, 7)]).decoder.rows == 2 + 6 + 28 + 2 * 5
+    alone = native.model_copy(update={"model": config().model.model_copy(update={"vocab_size": 0})})
+    assert typical_batch(alone, M3AE(alone.model)).decoder.rows == 1 + 16
+
+
+def test_what_one_rank_lacks_all_are_told(monkeypatch):
+    """Of three, the first that lacks something, whichever asks."""
+    free = ["", "8 GB are needed, and 7 GB are free", "8 GB are needed, and 6 GB are free"]
+    asked = []
+    for own in free:
+        monkeypatch.setattr(needs, "missing_memory", lambda needed, device, own=own: asked.append(needed) or own)
+        ranks = SimpleNamespace(world=3, device=torch.device("cpu"), gather=lambda own: free)
+        assert lacking_for_activations(config(), ranks, 4) == free[1]
+    assert asked == [memory_needed(config(), 3, 4)] * 3
+    ranks.gather = lambda own: [""] * 3
+    assert lacking_for_activations(config(), ranks, 4) == ""
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_decides_where_blocks_are_compiled_and_not_checkpointed(compiled, checkpointing):
+    train = config(compile=compiled, activation_checkpointing=checkpointing).train
+    assert needs.recomputes(train) == (compiled and not checkpointing)
