@@ -82,8 +82,9 @@ def lines(**series):
         ({"val_rankme": (1.5, 1.9)}, "collapse"),
         ({"val_rankme": (1.5,)}, None),
         ({"val_rankme": (50.0, 49.0, math.nan)}, None),  # what is not finite is told elsewhere
-        ({"data_wait": (1.0, 0.2, 0.1, 0.2)}, None),  # the first is of the workers' start
+        ({"data_wait": (1.0, 0.2)}, None),  # the first is of the workers' start
         ({"data_wait": (0.0, 0.2, 0.4, 0.4)}, "data bound"),
+        ({"data_wait": (0.0, 0.5)}, "data bound"),
         ({"data_wait": (0.0, 0.9, 0.1, 0.1)}, None),
         ({"loss": (*[2.0] * 11, 1.0)}, "no learning"),  # one step of luck
         ({"loss": (*[2.0] * 9, 1.9, 1.9, 9.0)}, None),

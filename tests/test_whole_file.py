@@ -1,5 +1,6 @@
 """What takes the place of something else is whole before, on the disk too, and what it replaces is lost in no case."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.__main__ import main as make_data
 from m3ae_fast.data.manifest import rows_of, write
+from m3ae_fast.engine.fragments import cut
 from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint
+from m3ae_fast.run import checkpoint, parts
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
 from m3ae_fast.weights.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.whole_file import whole_file
@@ -108,6 +110,14 @@ def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, cal
     inside = {partial / path.name for path in found.iterdir()} if found.is_dir() else set()
     assert inside | {partial} <= {path for kind, path, *_ in calls[:last] if kind == "sync"}
     assert [("sync", found.parent)] == calls[last + 1 : last + 2]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_rank_brings_its_part_to_the_disk_of_its_own_machine(tmp_path, calls, world):
+    """Before it says so: rank 0, which names the checkpoint, may be on another."""
+    part = parts.write_part(tmp_path, cut({"model/a": torch.ones(6)}, world - 1, world), world - 1, world)
+    file = tmp_path / parts.part_files(world)[-1]
+    assert ("sync", file) in calls and part == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.fixture
