@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, TypeVar
 
 from m3ae_fast.memory import no_memory, out_of_memory
 
@@ -24,6 +25,14 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
         return work(), None
     except (UserError, OSError) as error:
         return None, str(error)
+
+
+def library(name: str, wanted: str) -> Any:
+    """Import and return a library that not every installation has. Raises UserError, `wanted`, where it is missing."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(wanted) from None
 
 
 def exit_cleanly(main: Callable[[], int]) -> int:

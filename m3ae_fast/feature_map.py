@@ -36,14 +36,6 @@ class Apart(NamedTuple):
         return f"silhouette {self.silhouette:.3f}, {self.neighbours}-NN accuracy {100 * self.knn:.1f} %"
 
 
-def require_scikit_learn() -> None:
-    """Raise UserError if it is missing."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise UserError("a map needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
-
-
 def draw_feature_map(
     path: Path, models: Sequence[str], corpus: Corpus, classes: Classes, data: DataConfig, seed: int
 ) -> None:
@@ -58,10 +50,9 @@ def draw_feature_map(
         seed: of t-SNE.
 
     Raises:
-        UserError: a library is missing, there are fewer than 4 samples, models cannot read the same ones, or as
+        UserError: there are fewer than 4 samples, models cannot read the same ones, or as
             `open_model` and `encode_corpus` do.
     """
-    require_scikit_learn()
     with join_ranks() as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)
         found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks) for model in opened]

@@ -65,7 +65,7 @@ def _columns(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from m3ae_fast.process.failures import explain
+    from m3ae_fast.process.program import raise_once
     from m3ae_fast.process.ranks import join_ranks
 
     with join_ranks() as ranks:
@@ -75,12 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             arrays = make_features(args, config, ranks)
             ranks.on_main(lambda: _write(args.out, arrays))
         except Exception as error:
-            shown = explain(error)
-            if shown is None:
-                raise
-            if ranks.claim("error"):  # once, by the first rank that comes here
-                raise shown from None
-            raise SystemExit(2) from None
+            raise_once(error, ranks)
         if ranks.is_main:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
             print(f"{args.out}: {shapes}")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m3ae_fast.command_line import add_labels, program
-from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.errors import UserError, exit_cleanly, library
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.config import Config, ModelConfig, SourceConfig
@@ -155,9 +155,9 @@ def _patch(given: str | None, model: ModelConfig) -> tuple[int, int] | None:
 
 def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:
     from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
-    from m3ae_fast.feature_map import draw_feature_map, require_scikit_learn
+    from m3ae_fast.feature_map import draw_feature_map
 
-    require_scikit_learn()
+    library("sklearn", "a map needs scikit-learn: pip install 'm3ae-fast[transfer]'")
     labelled, classes = label_corpus(corpus, args.labels, progress=True)
     if args.classes is not None:
         labelled, classes = keep_classes(labelled, classes, args.classes.split(","))

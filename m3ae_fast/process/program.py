@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from m3ae_fast.data import Node
 from m3ae_fast.data.fetcher import standby
@@ -29,6 +29,17 @@ class Session(NamedTuple):
         return Node(self.ranks.from_main(uuid.uuid4().hex), self.ranks.of_node, self.fetcher)
 
 
+def raise_once(error: Exception, ranks: Ranks) -> NoReturn:
+    """Raise what `explain` makes of an error that other ranks may share, on the rank that comes here first; the others
+    exit with code 2. What it has no line for is raised as it is."""
+    shown = explain(error)
+    if shown is None:
+        raise error
+    if ranks.claim("error"):
+        raise shown from None
+    raise SystemExit(2) from None
+
+
 @contextmanager
 def joined_program() -> Iterator[Session]:
     """Join the other ranks for as long as the program runs.
@@ -48,9 +59,4 @@ def joined_program() -> Iterator[Session]:
         except Exception as error:
             if pulse.stop_told():  # a rank that left has taken its connections with it
                 return
-            shown = explain(error)
-            if shown is None:
-                raise
-            if ranks.claim("error"):
-                raise shown from None
-            raise SystemExit(2) from None
+            raise_once(error, ranks)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, library
 
 WANDB_ID_FILE = "wandb-id"
 
@@ -52,10 +52,7 @@ class WandB:
     """
 
     def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError('run.loggers: "wandb" is not installed; pip install wandb') from None
+        wandb = library("wandb", 'run.loggers: "wandb" is not installed; pip install wandb')
         id_file = folder / WANDB_ID_FILE
         known = id_file.read_text().strip() if start_step and id_file.is_file() else None
         try:

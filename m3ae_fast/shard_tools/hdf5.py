@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, library
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.records import Record, caption_samples, rows_of, to_int
+from m3ae_fast.shard_tools.records import Record, Rows, caption_samples, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 
@@ -35,7 +35,7 @@ _SPLITS = {
 }
 
 
-class Hdf5:
+class Hdf5(Rows):
     """See `records.Records`. A row with several captions, [N, K] or variable-length text, gives a sample for each.
 
     Raises:
@@ -45,14 +45,11 @@ class Hdf5:
     classes: Sequence[str] | None = None
 
     def __init__(self, path: Path) -> None:
-        try:
-            import h5py
-        except ImportError:
-            raise UserError("from-hdf5: needs h5py; pip install 'm3ae-fast[hdf5]'") from None
+        h5py = library("h5py", "from-hdf5: needs h5py; pip install 'm3ae-fast[hdf5]'")
         self.path = path
         self._open: Any = None
         self._fields: dict[str, _Fields] = {}
-        self._starts: dict[str, np.ndarray] = {}
+        counts: dict[str, np.ndarray] = {}
         try:
             open_regular(path).close()  # HDF5 would wait for a pipe
             with h5py.File(path, "r") as file:
@@ -62,13 +59,13 @@ class Hdf5:
                         fields = _Fields(*(name if name in names else None for name in layout))
                         if (layout.image or layout.caption) in names and split not in self._fields:
                             self._fields[split] = fields
-                            self._starts[split] = self._find_samples(file, fields)
+                            counts[split] = self._count_samples(file, fields)
         except OSError as error:
             reason = error.strerror or "it is not an HDF5 file, or a damaged one"
             raise UserError(f"{path}: cannot be read ({reason})") from None
         if not self._fields:
             raise UserError(f"{path}: has {', '.join(names) or 'no data'}, but needs {FIELDS}")
-        self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}
+        super().__init__(counts)
         found = path.stat()
         self.identity: dict[str, Any] = {
             "kind": "hdf5",
@@ -77,8 +74,8 @@ class Hdf5:
             "fields": {k: list(v) for k, v in self._fields.items()},
         }
 
-    def _find_samples(self, file: Any, fields: _Fields) -> np.ndarray:
-        """Return where each row's samples begin, and the total: int64 [rows + 1]."""
+    def _count_samples(self, file: Any, fields: _Fields) -> np.ndarray:
+        """Return the number of samples of each row: int64 [rows]."""
         data = {name: self._data_set(file, name) for name in fields if name}
         lengths = {name: len(values) if values.shape else 0 for name, values in data.items()}
         if len(set(lengths.values())) > 1:
@@ -87,7 +84,7 @@ class Hdf5:
         counts = np.ones(next(iter(lengths.values())), dtype=np.int64)
         if fields.caption and _holds_several(data[fields.caption]):
             counts[:] = [count_samples(_as_text(value)) for value in data[fields.caption]]
-        return np.concatenate(([0], np.cumsum(counts)))
+        return counts
 
     def _data_set(self, file: Any, name: str) -> Any:
         """Return the data set of that name. Raises UserError if it is a link to nothing, or a group."""
@@ -101,14 +98,14 @@ class Hdf5:
 
     def name(self, split: str, number: int) -> str:
         fields = self._fields[split]
-        return f"{fields.image or fields.caption} {self._row(split, number)}"
+        return f"{fields.image or fields.caption} {self.place(split, number)[0]}"
 
     def read(self, split: str, number: int) -> Record:
         if self._open is None:  # each process has a file of its own
             import h5py
 
             self._open = h5py.File(self.path, "r")
-        fields, row = self._fields[split], self._row(split, number)
+        fields, (row, turn) = self._fields[split], self.place(split, number)
         try:
             image, caption, label = (self._open[name][row] if name else None for name in fields)
         except OSError as error:
@@ -116,14 +113,8 @@ class Hdf5:
         text = None
         if fields.caption:
             captions = caption_samples(_as_text(caption)) or [""]
-            text = captions[number - int(self._starts[split][row])]
+            text = captions[turn]
         return Record(None if image is None else _bytes(image), text, to_int(label))
-
-    def images(self, split: str) -> np.ndarray:
-        return rows_of(self._starts[split])
-
-    def _row(self, split: str, number: int) -> int:
-        return int(np.searchsorted(self._starts[split], number, side="right")) - 1
 
 
 def _holds_several(captions: Any) -> bool:

@@ -43,9 +43,24 @@ class Records(Protocol):
         """Return int64 [samples]: samples of one image have the same number, as far as the input tells."""
 
 
-def rows_of(starts: np.ndarray) -> np.ndarray:
-    """Return int64 [samples]: the row of each sample. `starts`: where each row's samples begin, and the total."""
-    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+class Rows:
+    """Rows of a table as records: one with several captions gives a sample for each."""
+
+    def __init__(self, counts: dict[str, np.ndarray]) -> None:
+        """Take the number of samples of each row, by split."""
+        self._starts = {split: np.concatenate(([0], np.cumsum(each))) for split, each in counts.items()}
+        self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}
+
+    def place(self, split: str, number: int) -> tuple[int, int]:
+        """Return the row of a sample, and which of the row's samples it is."""
+        starts = self._starts[split]
+        row = int(np.searchsorted(starts, number, side="right")) - 1
+        return row, number - int(starts[row])
+
+    def images(self, split: str) -> np.ndarray:
+        """See `Records`: the samples of a row are of one image."""
+        starts = self._starts[split]
+        return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
 
 def to_int(value: Any) -> int | None:

@@ -15,7 +15,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.run.run import Run
 from m3ae_fast.transfer.knn import knn_scores
-from m3ae_fast.transfer.metrics import accuracies
+from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
 
 _NAME = "val_knn_top1"
 
@@ -64,4 +64,4 @@ def _log(config: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, r
     scores_MC = knn_scores(
         bank.features_ND, bank.labels_N, queries.features_ND, len(classes), config.k, config.temperature
     )
-    run.log.log(run.step, {_NAME: accuracies(scores_MC, queries.labels_N)["top1"]})
+    run.log.log(run.step, {_NAME: topk_accuracy(best_classes(scores_MC), queries.labels_N)["top1"]})

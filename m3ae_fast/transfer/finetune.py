@@ -15,17 +15,17 @@ from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.schedule import Schedule, split_batch
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import library
 from m3ae_fast.hardware import pins_memory, settle_precision
 from m3ae_fast.run.initial_weights import constants
 from m3ae_fast.run.resuming import STREAM, Resume, layout_of
-from m3ae_fast.train import train
 from m3ae_fast.transfer.augment import Mixing, RandAugment, mixes
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
 from m3ae_fast.transfer.job import Job
+from m3ae_fast.transfer.labelled_loop import complete
 from m3ae_fast.transfer.layer_decay import layer_decay_groups
-from m3ae_fast.transfer.recipe import chosen, settled
+from m3ae_fast.transfer.recipe import settled
 
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 
@@ -36,10 +36,7 @@ def set_up(job: Job) -> FineTuning:
     Raises:
         UserError: something is missing, or does not fit something else.
     """
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        raise UserError("finetune needs timm: pip install 'm3ae-fast[transfer]'") from None
+    library("timm", "finetune needs timm: pip install 'm3ae-fast[transfer]'")
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
     found = Resume(run.dir, job.args.resume, ranks)
@@ -86,7 +83,6 @@ def set_up(job: Job) -> FineTuning:
         run=run,
         settings=config,
         sections=sections,
-        config=config,
         model=model,
         share=share,
         schedule=schedule,
@@ -134,25 +130,7 @@ def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.watch_over(job.config.run)
     loop = set_up(job)
-    result = train(loop)
-    if result is None:
-        return None
-    _save_classifier(loop)
-    assert loop.predictions is not None
-    job.keep(loop.predictions.columns(loop.classes))
-    job.pictures.append(loop.draw)
-    cautions = job.ranks.broadcast(loop.cautions)
-    for caution in cautions:
-        job.say(f"note: {caution}")
-    return result | {
-        "classes": len(loop.classes),
-        "steps": loop.step,
-        "train_samples": loop.schedule.samples,
-        "val_samples": loop.val.samples,
-        "skipped": loop.bad.bad,
-        "recipe": chosen(loop.config),
-        "cautions": cautions,
-    }
+    return complete(job, loop, partial(_save_classifier, loop), loop.val.samples)
 
 
 def _save_classifier(loop: FineTuning) -> None:

@@ -50,7 +50,7 @@ class TrainableClassifier(Classifier):
 class FineTuning(LabelledLoop):
     """A fine-tuning run."""
 
-    config: FineTuneConfig
+    settings: FineTuneConfig
     model: TrainableClassifier
     val: Corpus
     val_loader: DataLoader[PackedBatch]
@@ -59,7 +59,7 @@ class FineTuning(LabelledLoop):
     averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
 
     def announce(self) -> None:
-        config, ranks, deepspeed = self.config, self.ranks, self.config.deepspeed
+        config, ranks, deepspeed = self.settings, self.ranks, self.settings.deepspeed
         kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         self.say_first(
@@ -69,7 +69,7 @@ class FineTuning(LabelledLoop):
 
     def evaluate_if_due(self) -> None:
         """Evaluate if due, between the first step and the last."""
-        if 0 < self.step < self.schedule.total_steps and self.to_evaluate(self.config.eval_every, "val_top1"):
+        if 0 < self.step < self.schedule.total_steps and self.to_evaluate(self.settings.eval_every, "val_top1"):
             self.conclude()
 
     def conclude(self) -> dict[str, float] | None:
@@ -103,6 +103,6 @@ class FineTuning(LabelledLoop):
         average = self.engine.whole(EMA)
         for name, p in self.averaged.named_parameters():
             p.data.copy_(average[name])
-        bf16 = self.config.precision == "bf16"
+        bf16 = self.settings.precision == "bf16"
         with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
             yield self.averaged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,13 +12,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config.transfer import FineTuneConfig, LinearProbeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_confusion, draw_training
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
+from m3ae_fast.train import train
+from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.predictions import ERROR, Predictions
-from m3ae_fast.transfer.recipe import OFFICIAL, Official
+from m3ae_fast.transfer.recipe import OFFICIAL, Official, chosen
 
 _TIMED = 5  # steps
 _RISE = 0.02  # of training accuracy, that is worth a word
@@ -34,6 +38,7 @@ class ClassLosses(NamedTuple):
 class LabelledLoop(Loop):
     """Counts samples, and shows what was learnt."""
 
+    settings: LinearProbeConfig | FineTuneConfig
     notes: list[str]  # on what a resumed run does otherwise
     classes: Classes
     names: list[str]  # of the classes, for pictures
@@ -95,6 +100,30 @@ class LabelledLoop(Loop):
         found = self.predictions
         assert found is not None
         draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.names)
+
+
+def complete(job: Job, loop: LabelledLoop, save: Callable[[], None], val_samples: int) -> dict[str, Any] | None:
+    """Train, `save` the classifier, and keep its predictions. Return the result; None where the run was stopped before
+    its end."""
+    result = train(loop)
+    if result is None:
+        return None
+    save()
+    assert loop.predictions is not None
+    job.keep(loop.predictions.columns(loop.classes))
+    job.pictures.append(loop.draw)
+    found = job.ranks.broadcast(loop.cautions)
+    for caution in found:
+        job.say(f"note: {caution}")
+    return result | {
+        "classes": len(loop.classes),
+        "steps": loop.step,
+        "train_samples": loop.schedule.samples,
+        "val_samples": val_samples,
+        "skipped": loop.bad.bad,
+        "recipe": chosen(loop.settings),
+        "cautions": found,
+    }
 
 
 def cautions(

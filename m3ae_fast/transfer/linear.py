@@ -9,6 +9,7 @@ Shapes: N training samples, S samples of a step, D encoder width, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +23,14 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
 from m3ae_fast.run.resuming import STREAM, Resume, layout_of
-from m3ae_fast.train import train
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.labelled_loop import LabelledLoop
+from m3ae_fast.transfer.labelled_loop import LabelledLoop, complete
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
 from m3ae_fast.transfer.rates import Tried, best, edge, table, try_rates
-from m3ae_fast.transfer.recipe import chosen, sentence, settled
+from m3ae_fast.transfer.recipe import sentence, settled
 
 _EVALUATIONS = 100  # of a run, at most
 
@@ -39,7 +39,7 @@ _EVALUATIONS = 100  # of a run, at most
 class Probing(LabelledLoop):
     """A linear probe's run."""
 
-    config: LinearProbeConfig
+    settings: LinearProbeConfig
     pool: str
     head: LinearProbeHead
     val: Features
@@ -47,17 +47,20 @@ class Probing(LabelledLoop):
 
     def announce(self) -> None:
         task = f"linear probe of {self.pool} features, {len(self.classes)} classes, "
-        self.say_first(task + sentence(self.config, self.schedule, self.step))
+        self.say_first(task + sentence(self.settings, self.schedule, self.step))
 
     def evaluate_if_due(self) -> None:
         """Evaluate if due, between the first step and the last; not again if a run goes on."""
         often = max(self.schedule.steps_per_epoch, self.schedule.total_steps // _EVALUATIONS)
-        every = self.config.eval_every or often
+        every = self.settings.eval_every or often
         if self.start < self.step < self.schedule.total_steps and self.step % every == 0:
             self.conclude()
 
     def remedy(self) -> str:
         return "a lower linear.peak_lr"
+
+    def cautions(self) -> list[str]:
+        return super().cautions() + edge(self.tried, self.settings.peak_lr)
 
     def conclude(self) -> dict[str, float]:
         """Return accuracies on all held-out samples, which are logged too."""
@@ -119,7 +122,6 @@ def set_up(job: Job) -> Probing:
         run=run,
         settings=config,
         sections=sections,
-        config=config,
         pool=job.config.encode.pool,
         share=Share(share.global_batch) if cached else share,
         schedule=schedule,
@@ -159,26 +161,12 @@ def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.watch_over(job.config.run)
     loop = set_up(job)
-    result = train(loop)
+    save = partial(job.ranks.on_main, lambda: _save_classifier(job, loop))
+    result = complete(job, loop, save, len(loop.val.keys))
     if result is None:
         return None
-    job.ranks.on_main(lambda: _save_classifier(job, loop))
-    assert loop.predictions is not None
-    job.keep(loop.predictions.columns(loop.classes))
-    job.pictures.append(loop.draw)
-    cautions = job.ranks.broadcast(loop.cautions) + edge(loop.tried, loop.config.peak_lr)
-    for caution in cautions:
-        job.say(f"note: {caution}")
-    return result | {
-        "classes": len(loop.classes),
-        "steps": loop.step,
-        "train_samples": loop.schedule.samples,
-        "val_samples": len(loop.val.keys),
-        "skipped": loop.bad.bad + len(loop.val.skipped),
-        "recipe": chosen(loop.config),
-        "rates": [tried._asdict() for tried in loop.tried],
-        "cautions": cautions,
-    }
+    rates = [tried._asdict() for tried in loop.tried]
+    return result | {"skipped": result["skipped"] + len(loop.val.skipped), "rates": rates}
 
 
 def _save_classifier(job: Job, loop: Probing) -> None:

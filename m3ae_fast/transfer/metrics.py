@@ -29,13 +29,3 @@ def topk_accuracy(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
     """Return accuracies from 0 to 1: "top1" and, if K = 5, "top5"."""
     correct_NK = best_NK == labels_N[:, None]
     return {f"top{k}": correct_NK[:, :k].any(1).double().mean().item() for k in sorted({1, best_NK.shape[1]})}
-
-
-def accuracies(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Return `topk_accuracy` of scores, from 0 to 1.
-
-    Args:
-        scores_NC: floating; the higher, the likelier.
-        labels_N: int64 class ids.
-    """
-    return topk_accuracy(best_classes(scores_NC), labels_N)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, library
 from m3ae_fast.pictures.figures import draw_detection
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.job import Job, summary
@@ -146,10 +146,7 @@ def _normalised(features: np.ndarray) -> np.ndarray:
 def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if scikit-learn is missing, the classifier is of other classes, two sets have one
     name, or as `Job.open_labelled` does."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise UserError("ood needs scikit-learn: pip install 'm3ae-fast[transfer]'") from None
+    library("sklearn", "ood needs scikit-learn: pip install 'm3ae-fast[transfer]'")
     sets = named_sets(job.args.ood)
     labelled, held_out, classes = job.open_labelled()
     strange = {name: job.open([_source(job, shards)]) for name, shards in sets.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, library
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.pretrained import load_weights
 
@@ -94,10 +94,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import msgpack
-    except ImportError:
-        raise UserError(f"{path}: needs msgpack; pip install 'm3ae-fast[vqgan]'") from None
+    msgpack = library("msgpack", f"{path}: needs msgpack; pip install 'm3ae-fast[vqgan]'")
 
     def array(code: int, data: bytes) -> Any:
         if code != _NDARRAY:

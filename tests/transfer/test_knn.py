@@ -13,7 +13,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.transfer import job, knn
 from m3ae_fast.transfer.knn import knn_scores
-from m3ae_fast.transfer.metrics import accuracies
+from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 from tests.transfer.conftest import pictures
 
@@ -37,12 +37,12 @@ def test_votes_are_those_of_scikit_learn():
 def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
     scores = knn_scores(torch.eye(3), torch.arange(3), torch.eye(3), 3, 20, 1e-3)
     assert scores.isfinite().all()
-    assert accuracies(scores, torch.arange(3)) == {"top1": 1.0}
+    assert topk_accuracy(best_classes(scores), torch.arange(3)) == {"top1": 1.0}
 
 
 def test_accuracies_are_shares_of_the_best_scores():
     scores = torch.arange(8.0).expand(4, 8)
-    assert accuracies(scores, torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
+    assert topk_accuracy(best_classes(scores), torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
 
 
 def test_colours_are_told_apart(transfer, run, tmp_path):
@@ -105,4 +105,4 @@ def test_scores_that_are_not_finite_are_no_accuracy(value):
     scores = torch.eye(3)
     scores[1, 2] = value
     with pytest.raises(UserError, match="1 of 3 samples have scores that are not finite"):
-        accuracies(scores, torch.arange(3))
+        best_classes(scores)
