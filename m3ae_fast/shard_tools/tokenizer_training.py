@@ -16,6 +16,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
+from m3ae_fast.whole_file import whole_file
 
 FEW = 0.9  # of the tokens requested; below it a note is printed
 
@@ -40,11 +41,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write a tokenizer.json. Raises UserError where that is not possible."""
-    try:
-        tokenizer.save(str(out))
-    except Exception as error:  # the library raises just that
-        raise UserError(f"--out {out}: cannot be written ({error})") from None
+    """Write a tokenizer.json that is whole or not there, in a folder that is made if needed. Raises UserError where
+    that is not possible."""
+    with whole_file(out) as partial:
+        try:
+            tokenizer.save(str(partial))
+        except Exception as error:  # the library raises just that
+            raise UserError(f"--out {out}: cannot be written ({error})") from None
 
 
 def caption_texts(shards: list[str], store: ShardStore, tally: Tally) -> Iterator[str]:
