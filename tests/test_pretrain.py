@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,9 @@ import torch
 from PIL import Image
 
 from m3ae_fast import pretrain
-from m3ae_fast.config import load_config
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import choices, plan, program
@@ -28,7 +31,7 @@ from m3ae_fast.run.pace import Pace
 from m3ae_fast.status import status
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, picture, write_tar
-from tests.helpers.trainer import ROOT
+from tests.helpers.trainer import ROOT, TINY
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
 EXTRAS = ("datasets", "deepspeed", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
@@ -320,6 +323,76 @@ def test_steps_and_batch_fit_the_data_and_the_time():
     assert steps_in(10**9, pace=0.01, batch=10, samples=100) == choices.LONGEST * 10
     assert choices.fitted_batch(100, pace=0.001, samples=50_000) == 64
     assert choices.reaches(100, pace=0.001, samples=5000) and not choices.reaches(99, pace=0.001, samples=5000)
+
+
+def test_the_settings_are_those_of_the_rules_by_hand():
+    def chosen(samples, steps, batch=64, held_out=2000, words=512, rung=1):
+        facts = Facts(samples, held_out, 100, [0.5] * 3, [0.2] * 3, classes=3, vocab_size=words, text_length=24)
+        shards = Shards(["a.tar"], ["b.tar"] if held_out else [], [])
+        return settings(facts, shards, Path("r"), LADDER[rung], batch, steps, "json.kind", [])
+
+    config = chosen(samples=6400, steps=4000)
+    t, o = config.train, config.optim
+    assert (t.log_every, t.eval_every, t.save_every, t.eval_samples, t.global_batch) == (20, 200, 400, 1024, 64)
+    assert (o.warmup_epochs, o.clip_grad) == (2.0, 1.0)  # a twentieth of 40 epochs
+    assert (config.data.crop_scale, config.loss.norm_pix) == ((0.4, 1.0), True)
+    assert (t.probe.every, t.probe.labels, t.probe.k) == (None, "json.kind", KnnProbeConfig.model_fields["k"].default)
+    assert [(own[0].shards, own[0].modality) for own in (t.probe.train, t.probe.val)] == [
+        (["a.tar"], "image"), (["b.tar"], "image")
+    ]  # fmt: skip
+    assert (config.model.text_length, config.model.vocab_size) == (24, 512)
+    few = chosen(samples=5000, steps=30, held_out=0, words=0)
+    assert (few.train.log_every, few.train.eval_every, few.train.save_every) == (1, 10, 10)
+    assert (few.train.eval_samples, few.data.val, few.data.tokenizer, few.train.probe.every) == (1, [], None, 10)
+    assert chosen(samples=5000, steps=5).train.eval_every == 5
+    assert choices.peak_rate(4096, 768) == 1.5e-4  # MAE's
+    assert choices.peak_rate(1024, 384) == 3e-4  # of half the square root, for a quarter of the batch
+    assert chosen(samples=6400, steps=9, rung=2).optim.peak_lr == 1.2e-3 == choices.peak_rate(64, 383) / 4
+
+
+def test_facts_are_those_of_the_training_samples(tmp_path):
+    """The median short side, the length that nineteen of twenty captions have, and a vocabulary that they can fill."""
+    files = []
+    for i in range(20):
+        files.append((f"{i}.png", picture(i, (60 + i % 3, 20 if i < 9 else 30), fmt="PNG")))
+        files.append((f"{i}.txt", b"one two three " * (30 if i == 19 else 4)))
+    train, val = write_tar(tmp_path / "a.tar", files), write_tar(tmp_path / "b.tar", members(range(3)))
+    facts, _ = look(Shards([train], [val], []), tmp_path / "run", "cls")
+    assert (facts.samples, facts.held_out, facts.short_side, facts.classes) == (20, 3, 30, 0)
+    tokenizer = load_tokenizer(str(tmp_path / "run/tokenizer.json"), 1 << 16)
+    lengths = [len(tokenizer.encode(text.decode())) for name, text in files if name.endswith("txt")]
+    assert facts.text_length == min(64, -(-sorted(lengths)[18] // 8) * 8) < lengths[19]
+    assert facts.vocab_size == tokenizer.vocab_size <= 512
+    means = [np.asarray(Image.open(BytesIO(data)).convert("RGB")).mean((0, 1)) / 255 for _, data in files[::2]]
+    assert facts.image_mean == pytest.approx(np.mean(means, 0), abs=2e-4)
+
+
+@pytest.mark.parametrize(("every", "val", "evaluations"), [(25, True, 5), (None, True, 2), (25, False, 0)])
+def test_the_time_of_a_run_is_that_of_steps_and_evaluations(every, val, evaluations):
+    """A sample that is evaluated takes two thirds of one that is trained on."""
+    data = TINY["data"] | ({} if val else {"val": []})
+    train = TINY["train"] | {"steps": 100, "global_batch": 10, "eval_every": every, "eval_samples": 6}
+    config = parse(Config, TINY | {"data": data, "train": train}, "test")
+    schedule = Schedule(config.train, config.optim, 50)
+    assert Pace(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
+    assert "of 8 samples, scaled" in Pace(0.5, 8, 4).sentence(config, schedule)
+    assert "100 steps of 5 s, measured by 4" in (said := Pace(0.5, 10, 4).sentence(config, schedule))
+    assert "scaled" not in said
+
+
+def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch):
+    facts = Facts(20_000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    tried, needed = [], []
+    monkeypatch.setattr(plan, "measure", lambda config, *_: tried.append(config.model.emb_dim) or Pace(1e-4, 8, 4))
+    monkeypatch.setattr(
+        plan,
+        "missing_memory",
+        lambda size, device: needed.append(size) or ("8 GB are needed" if len(needed) > 1 else ""),
+    )
+    session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
+    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session)
+    assert tried == [128, 192] and needed == sorted(needed) and found.config.model.emb_dim == 192
+    assert 'not "small", for which 8 GB are needed' in found.lines[1]
 
 
 def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():

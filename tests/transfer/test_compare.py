@@ -60,6 +60,9 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     assert "- knn: mae " in page and "3 of 3 models done" in said
 
     first = result["config"]["run"]["seed"]
+    random = table[(table.model == UNTRAINED) & (table.probe == "knn")].groupby("seed").score
+    one, other = (scores.tolist() for _, scores in random)
+    assert [*random.groups] == [first, first + 1] and one != other, "each seed has weights of its own"
     cached = ["--cache-features", "--set", f"run.seed={first + 1}"]
     for name, task, seed, options in (("mae", "knn", first, []), (run.name, "linear", first + 1, cached)):
         model = str(run if name == run.name else tmp_path / "mae")
@@ -91,6 +94,8 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     assert test.p == pytest.approx(theirs)
     assert "- knn: good is better than poor" in found.page()
     assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
+    assert found.result()["chance"] == 1.0  # all are of one of the two classes
+    assert "the largest class has 100.0 % of the samples" in found.page()
     assert Found([0, 1]).result() == {}
 
 
