@@ -88,21 +88,27 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if alone():
         load_config(args.config, args.set)  # a mistake is told before the imports, which take seconds
-    from m3ae_fast.dry_run import report, report_time
-    from m3ae_fast.hardware import settle_precision
     from m3ae_fast.process.program import joined_program
 
     with joined_program() as session:
-        ranks = session.ranks
-        config = ranks.broadcast(lambda: load_config(args.config, args.set))
-        if args.dry_run:
-            ranks.on_main(lambda: report(config, args.world, data=not args.no_data, sizes=args.sizes))
-            if args.world is None and not args.no_data:
-                report_time(config, session)
-            return 0
-        settled = ranks.broadcast(lambda: settle_precision(config.train, ranks.device))
-        pre_train(config.model_copy(update={"train": settled}), args, session)
+        perform(args, session)
     return 0  # also where a rank was asked to stop
+
+
+def perform(args: argparse.Namespace, session: Session) -> None:
+    """Do what the command line asks for. Raises UserError where that is not possible."""
+    from m3ae_fast.dry_run import report, report_time
+    from m3ae_fast.hardware import settle_precision
+
+    ranks = session.ranks
+    config = ranks.broadcast(lambda: load_config(args.config, args.set))
+    if args.dry_run:
+        ranks.on_main(lambda: report(config, args.world, data=not args.no_data, sizes=args.sizes))
+        if args.world is None and not args.no_data:
+            report_time(config, session)
+        return
+    settled = ranks.broadcast(lambda: settle_precision(config.train, ranks.device))
+    pre_train(config.model_copy(update={"train": settled}), args, session)
 
 
 def pre_train(config: Config, args: argparse.Namespace, session: Session) -> None:

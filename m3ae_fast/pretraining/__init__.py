@@ -2,3 +2,5 @@
 
 What is chosen stands in OUT/config.json, which `train.py --config` takes; every stage is one of the other programs.
 """
+
+GOES_ON = "the same line goes on"

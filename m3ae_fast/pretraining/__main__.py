@@ -12,11 +12,13 @@ goes on. In Python: m3ae_fast.pretrain("photos/", out="run").
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from m3ae_fast.command_line import add_labels, add_settings, program
 from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.pretraining import GOES_ON
 from m3ae_fast.pretraining.choices import check_overrides
 
 
@@ -45,9 +47,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_overrides(args.set)  # a mistake is told before the imports, which take seconds
+    try:
+        finished = _pretrain(args)
+    except KeyboardInterrupt:
+        print(f"stopped; {GOES_ON}", file=sys.stderr)
+        return 130
+    if not (finished or args.dry_run):
+        print(f"stopped; {GOES_ON}")
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> bool:
+    """Return whether the run is finished."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the imports of libraries do not heed it well
     from m3ae_fast.pretraining.program import pretrain
 
-    outcome = pretrain(
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return pretrain(
         args.source,
         args.out,
         hours=args.hours,
@@ -56,10 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         labels=args.labels,
         overrides=args.set,
         dry_run=args.dry_run,
-    )
-    if not (outcome.finished or args.dry_run):
-        print("stopped; the same line goes on")
-    return 0
+    ).finished
 
 
 if __name__ == "__main__":

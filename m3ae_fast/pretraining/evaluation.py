@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3ae_fast.config import Config, SourceConfig
+from m3ae_fast.pretraining.stage import stage
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.transfer.compare import UNTRAINED, with_error
@@ -30,9 +31,11 @@ def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
             out = run / RESULTS / name
             if not (out / RESULT_FILE).exists():
                 shards = ["--train", *_shards(probe.train), "--val", *_shards(probe.val)]
-                transfer.main([task, model, *shards, "--labels", probe.labels, "--out", str(out), *options])
-            if not (out / RESULT_FILE).exists():
-                return None
+                line = [task, model, *shards, "--labels", probe.labels, "--out", str(out), *options]
+                with stage() as session:
+                    transfer.perform(transfer.parse_args(line), session)
+                if session.stop.asked or not (out / RESULT_FILE).exists():
+                    return None
             found.setdefault(task, {})["run" if name == task else UNTRAINED] = read_json(out / RESULT_FILE)
     return found
 

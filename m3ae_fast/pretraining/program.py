@@ -14,9 +14,9 @@ from m3ae_fast.export import export
 from m3ae_fast.pretraining.choices import check_overrides, written
 from m3ae_fast.pretraining.evaluation import evaluate, table
 from m3ae_fast.pretraining.look import look
-from m3ae_fast.pretraining.plan import choose
+from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
-from m3ae_fast.process.program import joined_program
+from m3ae_fast.pretraining.stage import stage
 from m3ae_fast.report import REPORT_FILE, write_report
 from m3ae_fast.status import status
 from m3ae_fast.whole_file import write_whole
@@ -74,8 +74,9 @@ def pretrain(
     if dry_run or config is None:
         return outcome
     settings = [option for override in overrides for option in ("--set", override)]
-    train.main(["--config", str(out / CONFIG), "--resume", "auto", *settings])
-    if status(out)[0] != "finished":
+    with stage() as session:
+        train.perform(train.parse_args(["--config", str(out / CONFIG), "--resume", "auto", *settings]), session)
+    if session.stop.asked or status(out)[0] != "finished":
         return outcome
     results = evaluate(config) if config.train.probe else {}
     if results is None:
@@ -99,14 +100,19 @@ def _configured(
     dry_run: bool,
 ) -> Config | None:
     """Return the config of the run, chosen now or by an earlier call; None where somebody asks to stop meanwhile."""
-    shards = find_shards(source, out, captions, val)
     path = out / CONFIG
+    if path.exists() and not dry_run:
+        load_config(path, list(overrides))  # a mistake is told first
+    shards = find_shards(source, out, captions, val)
     if path.exists() and not dry_run:
         print(f"{path} is used as it is; remove it, or name another --out, to choose again")
         return load_config(path, list(overrides))
     facts, notes = look(shards, out, labels)
-    with joined_program() as session:
+    plan: Plan | None = None
+    with stage() as session:
         plan = choose(facts, shards, out, hours, labels, overrides, session)
+    if plan is None:
+        return None
     print("\n".join([*plan.lines, *(f"note: {note}" for note in [*shards.notes, *notes])]), flush=True)
     if not dry_run:
         write_whole(path, written(plan.config))

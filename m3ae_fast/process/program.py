@@ -14,6 +14,7 @@ from m3ae_fast.process.failures import explain
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.stopping import Stopped
 
 
 class Session(NamedTuple):
@@ -45,7 +46,8 @@ def joined_program() -> Iterator[Session]:
     """Join the other ranks for as long as the program runs.
 
     An error that `explain` has a line for is printed once, by the first rank that meets it; all exit with code 2. One
-    that follows from a rank that left before there was anything to save is ignored: the program ends there.
+    that follows from a rank that left before there was anything to save is ignored: the program ends there, as it does
+    where all ranks are Stopped.
     """
     with (
         standby() as fetcher,  # forked before there are threads, connections to other ranks, or a GPU's memory
@@ -56,6 +58,8 @@ def joined_program() -> Iterator[Session]:
         stop.joined(pulse.tell_stop)
         try:
             yield Session(ranks, stop, pulse, fetcher)
+        except Stopped:
+            return
         except Exception as error:
             if pulse.stop_told():  # a rank that left has taken its connections with it
                 return

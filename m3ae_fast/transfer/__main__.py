@@ -218,8 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     from m3ae_fast.process.program import joined_program
 
     with joined_program() as session:
-        args.modality = session.ranks.broadcast(lambda: _modality(args))
-        perform(args, session.ranks.broadcast(lambda: _config(args)), session)
+        perform(args, session)
     return 0
 
 
@@ -250,7 +249,7 @@ def _config(args: argparse.Namespace) -> TransferConfig:
     return transfer_config({"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}, args.set)
 
 
-def perform(args: argparse.Namespace, config: TransferConfig, session: Session) -> None:
+def perform(args: argparse.Namespace, session: Session) -> None:
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
     from m3ae_fast.hardware import keep_freed_memory
     from m3ae_fast.open_model import open_model, set_images
@@ -259,6 +258,8 @@ def perform(args: argparse.Namespace, config: TransferConfig, session: Session) 
     from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
 
     ranks = session.ranks
+    args.modality = ranks.broadcast(lambda: _modality(args))
+    config = ranks.broadcast(lambda: _config(args))
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     started = time.perf_counter()
     if ranks.device.type == "cpu":
