@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m3ae_fast.command_line import program
+from m3ae_fast.command_line import RANDOM, program
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.regular_file import read_json
@@ -136,17 +136,29 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
     rows = []
     for path, result in found:
         model = str(result.get("model", path.parent.name))
+        if model.startswith(RANDOM):
+            model = f"random weights of {model.removeprefix(RANDOM)}"
         for name, value in result.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _COUNTS:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_metric(name):
                 texts = (str(result.get("task", "?")), model, name)
                 cells = (_with_error(name, value, result), _chance(name, result))
                 rows.append([*map(escape, texts), *map(_cell, cells)])
     return _table(rows, ["task", "model", "metric", "value", "chance"])
 
 
+def _is_metric(name: str) -> bool:
+    from m3ae_fast.transfer.predictions import ERROR
+
+    return name not in _COUNTS and not name.endswith(ERROR)
+
+
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
     """Return a metric; of an accuracy with the standard error over the samples that it is a mean of."""
-    samples = result.get("val_samples")
+    from m3ae_fast.transfer.predictions import ERROR
+
+    error, samples = result.get(f"{name}{ERROR}"), result.get("val_samples")
+    if isinstance(error, float) and error:
+        return f"{value:.1%} ± {error:.1%}"
     if not (name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1):
         return _number(value)
     likely = (value * samples + 1) / (samples + 2)  # Laplace's estimate: the error of 100% is not 0

@@ -22,7 +22,7 @@ from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pretraining import choices, plan, program
+from m3ae_fast.pretraining import choices, plan
 from m3ae_fast.pretraining.choices import LADDER, batch_of, image_and_patch, settings, steps_in
 from m3ae_fast.pretraining.facts import Facts, Shards
 from m3ae_fast.pretraining.look import look
@@ -88,31 +88,95 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
             assert 0 <= result["top1"] <= 1
     assert "chance                        33.3   (6 samples)" in done.stdout
     assert "knn" in (run / "report.html").read_text()
-    again = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "is used as it is" in again.stdout and "saved" not in again.stdout
     features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
     assert features.isfinite().all()
     config = load_config(run / "config.json")
     assert config.train.steps == 12 and config.model.vocab_size > 0 and config.train.probe
 
 
-def test_what_was_stopped_goes_on_with_what_is_left(tmp_path, monkeypatch, capsys):
+STOPS = """
+import os, signal, sys, time
+from dataclasses import replace
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.pretraining import look, plan, program
+from m3ae_fast.pretraining.__main__ import main
+from m3ae_fast.run.run import Run
+from m3ae_fast.shard_tools import writer
+from m3ae_fast.transfer import knn, linear, recipe
+
+recipe.OFFICIAL["linear"] = replace(recipe.OFFICIAL["linear"], fewest_steps=10)
+STAGES = {
+    "shards": (writer, "_write"), "tokenizer": (look, "train_tokenizer"), "statistics": (look, "collect"),
+    "measuring": (plan, "measure"), "training": (Run, "take_step"), "end of training": (Run, "conclude"),
+    "k-NN": (knn, "run"), "linear probe": (linear.Probing, "take_step"),
+    "report": (program, "write_report"), "export": (program, "export"),
+}
+HEEDED = ("training", "end of training", "linear probe")  # by what is going on
+
+def stop_in(stage):
+    place, name = STAGES[stage]
+    before = getattr(place, name)
+
+    def stopped(*args, **options):
+        os.killpg(0, signal.SIGINT)  # as a terminal does
+        if stage in HEEDED:
+            return before(*args, **options)
+        time.sleep(60)
+
+    setattr(place, name, stopped)
+
+for stage in [*STAGES, None]:
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        os.dup2(1, 2)
+        print("---", stage, flush=True)
+        if stage:
+            stop_in(stage)
+        sys.exit(exit_cleanly(lambda: main(sys.argv[1:])))
+    print("\\n=== code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
+    """By Ctrl-C, which reaches all processes of a terminal's job: one line says so, and no stage is done twice."""
     make_pictures(tmp_path / "photos", each=6)
-    arguments = (tmp_path / "photos", tmp_path / "run")
-    overrides = ["data.workers=0", "train.steps=2", "train.probe=null"]
-    with monkeypatch.context() as patch:
-        patch.setattr(program.train, "main", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(*arguments, hours=0.001, overrides=overrides)
-    names = ("config.json", "tokenizer.json", "shards/train-00000.tar", "shards/val-00000.tar")
-    made = {tmp_path / "run" / name: (tmp_path / "run" / name).stat().st_mtime_ns for name in names}
-    outcome = pretrain(*arguments, hours=0.001, overrides=overrides)
+    settings = (
+        "data.workers=1",
+        "train.steps=3",
+        "train.eval_every=null",
+        "train.probe.every=null",
+        "train.pictures=0",
+    )
+    line = ["photos", "--out", "run", "--hours", "0.001", *(option for each in settings for option in ("--set", each))]
+    done = subprocess.run(
+        [sys.executable, "-c", STOPS, *line], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *stopped, whole = re.findall(r"--- (.+)\n((?:.*\n)*?)\n=== code (\d+)\n", done.stdout)
+    assert len(stopped) == 10
+    for stage, said, code in stopped:
+        assert said.splitlines()[-1].endswith("; the same line goes on") and "Traceback" not in said, said
+        interrupted = stage in ("shards", "report", "export")
+        assert code == ("130" if interrupted else "0"), (stage, said)
+    assert "stopped at step 1 (SIGINT)" in stopped[4][1]
+    assert (
+        whole[2] == "0" and "this run" in whole[1] and "step 3" not in whole[1] and (tmp_path / "run/export").is_dir()
+    )
+    outputs = [said for _, said, _ in [*stopped, whole]]
+    for once in ("tokens of", "saved run/checkpoints/step-00000003", "k-NN of random weights", "linear: top1"):
+        assert sum(once in said for said in outputs) == 1, once
+
+
+def test_a_run_keeps_its_pictures(tmp_path):
+    photos = make_pictures(tmp_path / "photos", each=4)
+    overrides = ["data.workers=0", "train.steps=2", "train.probe=null", "train.pictures=0"]
+    outcome = pretrain(photos, tmp_path / "run", hours=0.001, overrides=overrides)
     assert outcome.finished and outcome.report.is_file() and outcome.results == {}
-    assert {path: path.stat().st_mtime_ns for path in made} == made
-    (tmp_path / "photos/red/7.txt").write_text("another caption")
-    Image.new("RGB", (40, 40)).save(tmp_path / "photos/red/7.png")
+    Image.new("RGB", (40, 40)).save(photos / "red/7.png")
     with pytest.raises(UserError, match=r"is not what it was when the run in .* began; choose another --out"):
-        pretrain(*arguments)
+        pretrain(photos, tmp_path / "run")
 
 
 def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
@@ -415,7 +479,11 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
     ("paces", "size", "why"),
     [
         ({"tiny": 1e-3, "mini": 2e-3}, "mini", '"small" is for 10,000 samples or more'),
-        ({"tiny": 1e-3, "mini": 1.0}, "tiny", '"mini" would see each sample 2.9 times'),
+        (
+            {"tiny": 1e-3, "mini": 1.0},
+            "tiny",
+            '"mini" would see each sample 2.9 times in the time, 2,880 in all; 20 and 20,000 are the least',
+        ),
     ],
 )
 def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, paces, size, why):

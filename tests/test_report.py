@@ -60,9 +60,14 @@ def test_results_have_errors_and_chance(run):
     (run / "probe/result.json").write_text(json.dumps(result))
     write_report(run, run / "report.html")
     page = (run / "report.html").read_text()
-    row = '<tr><td>knn</td><td>random:&lt;run&gt;</td><td>{}</td><td class="number">{}</td><td class="number">{}</td>'
+    row = "<tr><td>knn</td><td>random weights of &lt;run&gt;</td><td>{}</td>" + 2 * '<td class="number">{}</td>'
     assert row.format("top1", "50.0% ± 5.1%", "10.0%") in page
     assert row.format("top5", "100.0% ± 1.0%", "50.0%") in page
+    (run / "probe/result.json").write_text(json.dumps(result | {"top1_se": 0.07, "top5_se": 0.0}))  # as tasks do
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text()
+    assert row.format("top1", "50.0% ± 7.0%", "10.0%") in page and row.format("top5", "100.0% ± 1.0%", "50.0%") in page
+    assert "_se" not in page
 
 
 def test_what_is_long_is_folded(run):

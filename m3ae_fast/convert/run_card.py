@@ -29,6 +29,8 @@ def run_section(run: SavedRun, average: bool) -> str:
         lines.append("")
     versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
     settings = {name: config[name] for name in _SHOWN if name in config}
+    if train := settings.get("train"):
+        settings["train"] = {key: value for key, value in train.items() if key != "probe"}  # which names shards
     return "\n".join([*lines, f"With {versions}.", "", "```json", json.dumps(settings, indent=2), "```", ""])
 
 

@@ -158,7 +158,7 @@ def settings(
         "train": {
             "global_batch": batch,
             "steps": steps,
-            "log_every": max(steps // 200, 1),
+            "log_every": max(steps // 50, 1),
             "eval_every": often,
             "eval_samples": max(min(facts.held_out, 1024), 1),
             "save_every": max(steps // 10, min(steps, 10)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from m3ae_fast.command_line import RANDOM
 from m3ae_fast.config import Config, SourceConfig
 from m3ae_fast.pretraining.stage import stage
 from m3ae_fast.regular_file import read_json
@@ -12,8 +13,10 @@ from m3ae_fast.transfer.compare import UNTRAINED, with_error
 from m3ae_fast.transfer.job import RESULT_FILE
 
 _QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
-_TASKS: dict[str, list[str]] = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}
+_TASKS = {"knn": "k-NN", "linear": "linear probe"}
+_OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}
 RESULTS = "results"  # folder of a run folder
+RUN = "this run"
 
 
 def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
@@ -26,17 +29,18 @@ def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     found: dict[str, dict[str, Any]] = {}
-    for task, options in _TASKS.items():
-        for model, name in ((str(run), task), (f"random:{run}", f"{task}-random")):
+    for task, title in _TASKS.items():
+        for model, name, whose in ((str(run), task, RUN), (f"{RANDOM}{run}", f"{task}-random", UNTRAINED)):
             out = run / RESULTS / name
             if not (out / RESULT_FILE).exists():
                 shards = ["--train", *_shards(probe.train), "--val", *_shards(probe.val)]
-                line = [task, model, *shards, "--labels", probe.labels, "--out", str(out), *options]
+                line = [task, model, *shards, "--labels", probe.labels, "--out", str(out), *_OPTIONS[task]]
+                print(f"{title} of {whose}:", flush=True)
                 with stage() as session:
                     transfer.perform(transfer.parse_args(line), session)
                 if session.stop.asked or not (out / RESULT_FILE).exists():
                     return None
-            found.setdefault(task, {})["run" if name == task else UNTRAINED] = read_json(out / RESULT_FILE)
+            found.setdefault(task, {})[whose] = read_json(out / RESULT_FILE)
     return found
 
 
@@ -48,10 +52,9 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Return lines: accuracy and standard error on held-out samples, of the run and of random weights, by task."""
-    names = {"knn": "k-NN", "linear": "linear probe"}
-    first = next(iter(found.values()))["run"]
-    lines = [f"{'accuracy, held out, %':22}{'this run':>12}{UNTRAINED:>18}"]
+    first = next(iter(found.values()))[RUN]
+    lines = [f"{'accuracy, held out, %':22}{RUN:>12}{UNTRAINED:>18}"]
     for task, results in found.items():
-        run, untrained = (with_error(results[name]) for name in ("run", UNTRAINED))
-        lines.append(f"{names[task]:22}{run:>12}{untrained:>18}")
+        run, untrained = (with_error(results[whose]) for whose in (RUN, UNTRAINED))
+        lines.append(f"{_TASKS[task]:22}{run:>12}{untrained:>18}")
     return [*lines, f"{'chance':22}{100 / first['classes']:>12.1f}   ({first['val_samples']:,} samples)"]

@@ -57,7 +57,7 @@ def choose(
             break
         other = measured(larger)
         if not choices.reaches(seconds, other.sample, facts.samples):
-            why = f'"{larger.name}" would see {_seen(seconds, other, facts)} in the time'
+            why = f'"{larger.name}" would see {_seen(seconds, other, facts)}'
             break
         rung, pace = larger, other
     fitted = choices.fitted_batch(seconds, pace.sample, facts.samples)
@@ -73,7 +73,12 @@ def _why_not_larger(allowed: Sequence[Rung]) -> str:
 
 
 def _seen(seconds: float, pace: Pace, facts: Facts) -> str:
-    return f"each sample {seconds / pace.sample / facts.samples:.2g} times, {seconds / pace.sample:,.0f} in all,"
+    """Return how often samples would be seen, and how often is enough."""
+    seen = seconds / pace.sample
+    return (
+        f"each sample {seen / facts.samples:.2g} times in the time, {seen:,.0f} in all; {choices.EPOCHS} and "
+        f"{choices.SEEN:,} are the least"
+    )
 
 
 def _lines(config: Config, facts: Facts, rung: Rung, why: str, pace: Pace, hours: float) -> list[str]:
@@ -84,13 +89,14 @@ def _lines(config: Config, facts: Facts, rung: Rung, why: str, pace: Pace, hours
         f"captions of up to {m.text_length} tokens of {m.vocab_size:,}" if m.vocab_size else "no captions: image-only"
     )
     seconds = pace.seconds(config, schedule)
-    capped = "" if seconds > 0.7 * 3600 * hours else f"; {choices.LONGEST} epochs are the most"
+    epochs = steps / per_epoch
+    capped = f"; {choices.LONGEST} epochs are the most" if epochs == choices.LONGEST else ""
     return [
         f"data: {facts.samples:,} samples and {facts.held_out:,} held out; {kind}; "
         + (f"{facts.classes} classes" if facts.classes else "no classes"),
         f'model: "{m.size or rung.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px in patches of '
         f"{m.patch_size} (half of them have {facts.short_side} px or more); {why}",
-        f"length: {steps:,} steps of {t.global_batch} samples, {steps / per_epoch:,.0f} epochs, about "
+        f"length: {steps:,} steps of {t.global_batch} samples, {epochs:,.{0 if epochs >= 10 else 1}f} epochs, about "
         f"{duration(seconds)} at {1 / pace.sample:,.0f} samples/s, measured over {pace.steps} steps; "
         f"--hours {hours:g}{capped}",
     ]

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     finished: bool  # False: stopped; the same call goes on
     export: Path  # that `M3AE.from_pretrained` loads
     report: Path
-    results: dict[str, dict[str, Any]]  # by task, of "run" and of "random weights"; empty without classes
+    results: dict[str, dict[str, Any]]  # by task, of "this run" and of "random weights"; empty without classes
 
 
 def pretrain(
@@ -107,9 +107,9 @@ def _configured(
     if path.exists() and not dry_run:
         print(f"{path} is used as it is; remove it, or name another --out, to choose again")
         return load_config(path, list(overrides))
-    facts, notes = look(shards, out, labels)
     plan: Plan | None = None
     with stage() as session:
+        facts, notes = look(shards, out, labels)
         plan = choose(facts, shards, out, hours, labels, overrides, session)
     if plan is None:
         return None

@@ -22,7 +22,8 @@ tags: [{tags}]
 from m3ae_fast.model import M3AE
 
 model = M3AE.from_pretrained("{name}")
-features = model.representation(images)  # {pixels} [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
+features = model.encode({arguments})  # files, PIL images or arrays{captions} -> float32 [S, {emb_dim}]
+tokens = model.representation(pixels)  # {pixels} [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
 ```
 
 Licence: to be filled in, by whoever publishes these weights; that of the training data may limit it.
@@ -54,5 +55,7 @@ def model_card(name: str, config: ModelConfig, run: str = "") -> str:
         pixels="normalised" if c.image_dtype == "float32" else c.image_dtype,
         text=f" and of captions of up to {c.text_length} tokens" if c.vocab_size else "",
         run=f"\n{run}" if run else "",
+        arguments="images, texts" if c.vocab_size else "images",
+        captions=", strings" if c.vocab_size else "",
         config=json.dumps(c.model_dump(mode="json", exclude={"init_from"}), indent=2),
     )

@@ -74,8 +74,9 @@ def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):
 def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for path in (tmp_path / "run").rglob("state.json"):
-        text = path.read_text().replace(str(CLIPART), "https://me:secret@host/d")
-        path.write_text(text.replace(".tar", ".tar?key=secret"))
+        info = json.loads(path.read_text().replace(str(CLIPART), "https://me:secret@host/d"))
+        info["config"]["train"]["probe"] = {"train": info["config"]["data"]["train"]}
+        path.write_text(json.dumps(info).replace(".tar", ".tar?key=secret"))
     assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nlibrary_name: m3ae-fast\nlicense: other\n") and "Licence: to be filled in" in card

@@ -185,3 +185,4 @@ def test_a_card_has_the_models_sizes(vocab):
     sentence = card.partition("arXiv 2205.14204: ")[2].partition("\n\n")[0]
     assert [int(n) for n in re.findall(r"\d+", sentence)] == [3, 12, 48, 48, 8, 8, *([17] if vocab else [])]
     assert "[B, 3, 48, 48] -> [B, 1 + 36, 12]" in card
+    assert ("model.encode(images, texts)" if vocab else "model.encode(images)") in card
