@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from m3ae_fast import train
 from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Data, Layout, ShardStore, open_corpus
-from m3ae_fast.data.fingerprint import fingerprint
+from m3ae_fast.data.fingerprint import WRITTEN, fingerprint
 from m3ae_fast.errors import UserError
 from m3ae_fast.run import checkpoint, parts, resuming, run
 from m3ae_fast.run.parts import STATE_FILE, State
 from tests.helpers.checkpoints import save
+from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY, zero
 
@@ -320,6 +322,51 @@ def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):
     assert len({half["data.train"] for half in halves}) == 3
     labelled = [_fingerprint(tmp_path, base[:1], labels) for labels in ([0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 1, 0])]
     assert labelled[0]["data.train.labels"] != labelled[1]["data.train.labels"]
+
+
+def main(argv):
+    """Train on what is in each rank's own home folder."""
+    folder, *arguments = argv
+    os.environ["HOME"] = f"{folder}/node{os.environ['RANK']}"
+    return train.main(arguments)
+
+
+def test_nodes_that_see_other_shards_do_not_begin(trainer):
+    """They would train on samples of two orders, and one would wait at the end for the other."""
+    for node, shards in ((0, 2), (1, 1)):
+        (trainer.folder / f"node{node}").mkdir()
+        for number in range(shards):
+            write_tar(trainer.folder / f"node{node}/{number}.tar", members(range(number * 40, number * 40 + 40)))
+    sources = json.dumps([{"shards": "~/*.tar"}])
+    arguments = trainer.arguments("run", "--set", f"data.train={sources}")
+    code, said = run_ranks(__name__, [str(trainer.folder), *arguments], 2, trainer.log("run"))
+    assert code == 2 and not (trainer.folder / "run/checkpoints").exists()
+    (line,) = said.splitlines()
+    assert line.startswith("error: data.train is 2 shards with 80 samples, ") and "on rank 0 (" in line
+    assert "1 shards with 40 samples" in line and line.endswith("give every node the same files")
+
+
+@pytest.mark.parametrize(("seen", "told"), [
+    ({}, None),
+    ({WRITTEN: "today"}, None),  # a copy has another date
+    ({"data.train": "2 shards"}, r"data\.train is 1 shards on rank 0 \(a\), 2 shards on rank 1 \(b\)"),
+    ({"data.val": 7}, r"data\.val is 9 samples on rank 0 \(a\), 7 samples on rank 1"),
+    ({"data.val": None}, r"data\.val is 9 samples on rank 0 \(a\), none on rank 1"),
+])  # fmt: skip
+def test_each_rank_compares_its_data_with_rank_0s(seen, told):
+    sent = []
+    first = SimpleNamespace(from_main=lambda found: sent.append(found) or found, together=lambda work: work())
+    stream, held_out = {"data.train": "1 shards", WRITTEN: "yesterday"}, SimpleNamespace(samples=9)
+    resuming.require_same(first, stream, held_out)
+    other = SimpleNamespace(from_main=lambda _: sent[0], together=first.together, rank=1, hosts=["a", "b"])
+    stream |= {name: value for name, value in seen.items() if name != "data.val"}
+    if "data.val" in seen:
+        held_out = seen["data.val"] and SimpleNamespace(samples=seen["data.val"])
+    if told is None:
+        resuming.require_same(other, stream, held_out)
+    else:
+        with pytest.raises(UserError, match=told):
+            resuming.require_same(other, stream, held_out)
 
 
 def test_shards_written_anew_at_equal_size_are_noted_and_moved_ones_are_not(tmp_path):

@@ -65,7 +65,7 @@ def prepare(
     key: tuple[int, int] = (0, 0),
 ) -> None:
     """Count shards that are not read in place, each process its part, and leave the manifest on every node. Nothing is
-    done where it is there already or `patterns` names one. Every process must call it.
+    done where the same is on all already or `patterns` names one. Every process must call it.
 
     `key`: the seed and the number of the source. Parts are cut as lanes will be: what a node fetches to count it, it is
     to train on, and where there is room it does not fetch it again.
@@ -75,7 +75,10 @@ def prepare(
     """
     names = [] if is_manifest(patterns) else expand(patterns)
     path = cached(names, store)
-    if not any(map(store.is_cached, names)) or not any(gather(_lacks(path))):
+    if not any(map(store.is_cached, names)):
+        return
+    held = gather(_held(path))  # nodes may have counted at different times, or in different runs
+    if held[0] is not None and len(set(held)) == 1:
         return
 
     order = permutation(len(names), *key)
@@ -98,8 +101,13 @@ def none_read(first: Skipped, shards: int) -> UserError:
     return UserError(f"shard {first}{others}")
 
 
-def _lacks(path: Path) -> bool:
-    return not path.exists() or bool((read(path)["kind"] == UNREAD).any())
+def _held(path: Path) -> str | None:
+    """Return the digest of a manifest; None where there is none, it is damaged, or shards of it could not be read."""
+    try:
+        rows = read(path)
+    except UserError:
+        return None
+    return None if (rows["kind"] == UNREAD).any() else hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def _all(gather: Gather, work: Callable[[], Any]) -> list[Any]:

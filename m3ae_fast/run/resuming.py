@@ -179,6 +179,24 @@ def check_stream(path: Path, info: checkpoint.Info, stream: dict[str, str]) -> l
     return [f"{name} was {was} and is {now} from here on" for name, was, now in changed(info, stream, noted=True)]
 
 
+def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) -> None:
+    """Raise UserError on every rank where one sees other data than rank 0, whose fingerprint is `stream`: nodes would
+    train on samples of different orders, and some of them end before the others."""
+    seen = {name: value for name, value in stream.items() if name != WRITTEN}
+    seen["data.val"] = f"{held_out.samples:,} samples" if held_out else "none"
+    first = ranks.from_main(seen)
+
+    def compare() -> None:
+        for name, value in first.items():
+            if seen.get(name) != value:
+                raise UserError(
+                    f"{name} is {value} on rank 0 ({ranks.hosts[0]}), {seen.get(name)} on rank {ranks.rank} "
+                    f"({ranks.hosts[ranks.rank]}): not the same stream of samples; give every node the same files"
+                )
+
+    ranks.together(compare)
+
+
 def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> UserError:
     return UserError(
         f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; {advice}"

@@ -45,7 +45,7 @@ from m3ae_fast.run.attention import choose_attention, describe_attention, settle
 from m3ae_fast.run.cautions import cautions
 from m3ae_fast.run.initial_weights import constants, start_from
 from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.resuming import Resume, layout_of
+from m3ae_fast.run.resuming import Resume, layout_of, require_same
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.throughput import StepCounts, Throughput
 from m3ae_fast.vqgan.image_tokens import with_image_targets
@@ -85,6 +85,7 @@ class Run(Loop):
         schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
         layout, notes = layout_of(found.info, config.data, data.train, cfg.global_batch, with_changes)
         stream = fingerprint(data, layout)
+        require_same(ranks, stream, data.val)
         notes += cautions(config, data, schedule) + found.notes(config, stream, resume, with_changes)
 
         model, fixed, started = _build_model(config, found, ranks)

@@ -18,7 +18,7 @@ from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.errors import library
 from m3ae_fast.hardware import pins_memory, settle_precision
 from m3ae_fast.run.initial_weights import constants
-from m3ae_fast.run.resuming import STREAM, Resume, layout_of
+from m3ae_fast.run.resuming import STREAM, Resume, layout_of, require_same
 from m3ae_fast.transfer.augment import Mixing, RandAugment, mixes
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.finetune_loop import FineTuning, TrainableClassifier
@@ -69,6 +69,7 @@ def set_up(job: Job) -> FineTuning:
         "classifier": model.config.model_dump(mode="json"),
     }
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
+    require_same(ranks, stream, val)
     same = [("classifier", key) for key in sections["classifier"]]
     same += [("run", "seed"), ("finetune", "global_batch")]
     same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]

@@ -22,7 +22,7 @@ from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import Schedule, split_batch
 from m3ae_fast.hardware import pins_memory
-from m3ae_fast.run.resuming import STREAM, Resume, layout_of
+from m3ae_fast.run.resuming import STREAM, Resume, layout_of, require_same
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
@@ -109,6 +109,7 @@ def set_up(job: Job) -> Probing:
     }
     layout, notes = layout_of(found.info, job.config.data, train, share.global_batch)
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
+    require_same(ranks, stream, val)
     same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
     same += [("linear", "global_batch")]
     same += [] if cached else [("data", key) for key in STREAM]

@@ -16,6 +16,7 @@ from m3ae_fast.data.__main__ import main
 from m3ae_fast.data.manifest import KINDS, UNREAD, CountedShards, join, read, rows_of, write
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
+from m3ae_fast.data.shards import expand
 from m3ae_fast.errors import UserError
 from tests.helpers.shards import members, write_tar
 
@@ -211,6 +212,27 @@ def test_a_counted_shard_is_of_the_kind_that_was_counted(store, samples):
     rows = rows_of(["a.tar"] * len(KINDS), [(samples, 7, kind) for kind in range(len(KINDS))])
     for shard, kind in zip(CountedShards(rows, store), KINDS):
         assert (shard.summary.modality, shard.summary.samples, shard.summary.size) == (kind, samples, 7)
+
+
+@pytest.mark.parametrize("case", ["another", "damaged"])
+def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
+    """They counted in runs of their own, between which a shard has changed."""
+    pattern, fetched = remote
+    stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
+    for number, store in enumerate(stores):
+        together(1, 1, lambda process, gather, _, store=store: counting.prepare(pattern, store, process, gather))
+        if number == 0:
+            write_tar(tmp_path / "far/5.tar", members(range(50, 52), "text"))
+    paths = [counting.cached(expand(pattern), store) for store in stores]
+    assert [read(path)["samples"].tolist() for path in paths] == [[3, 4, 5, 6, 7, last] for last in (8, 2)]
+    if case == "damaged":
+        paths[1].write_bytes(b"half a manifest")
+    before = fetched()
+    work = lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    assert together(4, 2, work) == [None] * 4
+    first, second = (read(path) for path in paths)
+    assert first.tolist() == second.tolist() and first["samples"].sum() in (27, 33)
+    assert fetched() == before  # both have all copies
 
 
 def test_what_one_cannot_do_all_are_told(tmp_path, remote):
