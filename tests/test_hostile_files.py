@@ -30,6 +30,7 @@ from m3ae_fast.report import read_results
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.parts import STATE_FILE, State
 from m3ae_fast.run.run_log import METRICS_FILE, RunLog
+from m3ae_fast.shard_tools.claim import claimed
 from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.transfer.classifier import read_config
 from m3ae_fast.verify.golden import Golden
@@ -417,6 +418,11 @@ READERS = {
     "classes.json": lambda path: data(
         ["from-folder", str(path.parent), str(path.parent / "out"), "--classes", str(path)]
     ),
+    "config.json of stats --write": lambda path: data(["stats", "a.tar", "--write", str(path)]),
+    "sizes.json": lambda path: data(
+        ["manifest", "http://host/a.tar", "--sizes", str(path), "--out", str(path.parent / "a.npy")]
+    ),
+    "conversion.json": lambda path: claimed(path.parent, {"source": {"kind": "folder"}}, None).__enter__(),
     "model.pkl": lambda path: read_source(str(path), ViTOptions()),
     "golden.npz": Golden.load,
     "data.hdf5": Hdf5,

@@ -22,19 +22,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: the file is missing or not valid JSON, or a field is unknown, of the wrong type or impossible.
     """
-    path = Path(path)
+    data = read_config(Path(path), "config")
+    for override in overrides or []:
+        apply_override(data, override)
+    return parse(Config, data, f"config {path}")
+
+
+def read_config(path: Path, label: str) -> dict[str, Any]:
+    """Return the JSON object in a config file. Raises UserError, which begins with `label`, where there is none."""
     try:
         data = read_json(path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"config {path}: cannot be read ({reason}); give --config an existing file") from None
+        raise UserError(f"{label} {path}: cannot be read ({reason}); name an existing file") from None
     except ValueError as error:
-        raise UserError(f"config {path}: is not valid JSON ({error})") from None
+        raise UserError(f"{label} {path}: is not valid JSON ({error})") from None
     if not isinstance(data, dict):
-        raise UserError(f"config {path}: must hold one JSON object")
-    for override in overrides or []:
-        apply_override(data, override)
-    return parse(Config, data, f"config {path}")
+        raise UserError(f"{label} {path}: must hold one JSON object")
+    return data
 
 
 def parse(section: type[T], data: Any, where: str) -> T:

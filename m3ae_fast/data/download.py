@@ -21,6 +21,7 @@ from webdataset.gopen import Pipe, gopen
 
 from m3ae_fast import object_store
 from m3ae_fast.data.tar import is_whole_tar
+from m3ae_fast.regular_file import open_regular
 
 TIMEOUT_S = 60.0  # without a byte
 SLOWEST = 4096.0  # bytes per second over SLOW_S; slower is an error
@@ -110,7 +111,7 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
         with urllib.request.urlopen(shard, timeout=TIMEOUT_S) as response:
             yield _of_http(response)
     elif "://" not in shard and not shard.startswith("pipe:"):
-        with open(shard, "rb") as file:
+        with open_regular(shard) as file:
             yield iter(lambda: file.read(_CHUNK), b"")
     else:
         stored = shard.startswith(object_store.SCHEMES)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import parse_json
 
 MANIFEST, CLASSES = "conversion.json", "classes.json"
 
@@ -53,7 +54,7 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
 
 def _difference(before: str, manifest: dict[str, Any]) -> str:
     try:
-        was = json.loads(before)
+        was = parse_json(before)
         for part, values in manifest.items():
             for key, value in values.items():
                 if was[part].get(key) != value:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, rows_of, write
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
+from m3ae_fast.regular_file import parse_json
 
 _THREADS = 32
 _MAX_BYTES = 1 << 26  # of a file of counts
@@ -78,7 +78,7 @@ def _file(shard: str) -> str:
 
 def _json(name: str) -> dict[str, Any]:
     try:
-        content = json.loads(read_small(name, _MAX_BYTES))
+        content = parse_json(read_small(name, _MAX_BYTES).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read ({error})") from None
     if not isinstance(content, dict):

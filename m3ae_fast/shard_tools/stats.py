@@ -12,6 +12,7 @@ import numpy as np
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MAX_CHANNELS, Config, SourceConfig, parse
+from m3ae_fast.config.load import read_config
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
@@ -28,7 +29,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--samples {args.samples}: must be 1 or more")
     if not 1 <= args.channels <= MAX_CHANNELS:
         raise UserError(f"--channels {args.channels}: must be from 1 to {MAX_CHANNELS}")
-    given = None if args.write is None else _read_config(args.write)
+    given = None
+    if args.write is not None:
+        given = read_config(args.write, "--write")
+        parse(Config, given, f"--write {args.write}")
     tokenizer = load_tokenizer(args.tokenizer, _LONGEST, label="--tokenizer") if args.tokenizer else None
     corpus = open_corpus([SourceConfig(shards=args.shards)], ShardStore(args.cache_dir), progress=True)
     found = collect(corpus, args.samples, args.seed, args.channels, args.range, tokenizer, args.labels, args.dtype)
@@ -90,17 +94,6 @@ def settings_of(found: Statistics, image_range: object) -> list[tuple[str, str, 
     if found.channels != 3:
         settings.insert(0, ("model", "channels", found.channels))
     return settings + ([] if image_range is None else [("data", "range", image_range)])
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--write {path}: cannot be read ({error.strerror}); name an existing config") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--write {path}: is not valid JSON ({error})") from None
-    parse(Config, given, f"--write {path}")
-    return given
 
 
 def _write_config(path: Path, given: dict[str, Any], settings: list[tuple[str, str, Any]]) -> None:
