@@ -13,6 +13,7 @@ from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.transfer import attentive
 from m3ae_fast.transfer.heads import AttentiveHead, LinearProbeHead
 from m3ae_fast.transfer.probes import PROBES, Setting
+from m3ae_fast.transfer.rates import best, split
 from tests.transfer.test_rates import _Pulse
 
 
@@ -103,6 +104,35 @@ def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
         F.cross_entropy(expected(bank.features_ND), bank.labels_N).backward()
         optimizer.step()
     torch.testing.assert_close(found.head.linear.weight, expected.head.linear.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
+    """And the head is then trained at the best of them, on all."""
+    monkeypatch.setattr(attentive, "RATES", (1e-2, 3e-3, 1e-4))
+    bank, config = _marked(60, 0), AttentiveProbeConfig(batch=16, steps=12, heads=2)
+    train, held_out = split(bank)
+    with join_ranks() as ranks:
+        tried = attentive.try_rates(bank, config, 5, 3, ranks, _Pulse())
+        for each, trained in zip(tried, attentive.train_heads(train, config, attentive.RATES, 5, 3, ranks, _Pulse())):
+            with torch.no_grad():
+                found = F.cross_entropy(trained.head(held_out.features_ND), held_out.labels_N)
+            assert each.loss == pytest.approx(found.item())
+        assert [each.peak_lr for each in tried] == [*attentive.RATES] and best(tried) != tried[-1]
+        for given, count, rate in ((None, 60, best(tried).peak_lr), (3e-4, 60, 3e-4), (None, 9, 1e-3)):
+            some = bank.rows(list(range(count)))
+            fitted = attentive.fit(some, config.model_copy(update={"peak_lr": given}), 5, 3, ranks, _Pulse())
+            expected = attentive.train_heads(some, config, (rate,), 5, 3, ranks, _Pulse())[0]
+            assert torch.equal(fitted.head.head.linear.weight, expected.head.head.linear.weight)
+            assert fitted.accuracies == expected.accuracies
+
+
+def test_the_accuracy_of_a_step_is_that_before_it():
+    bank, config = _marked(32, 0), AttentiveProbeConfig(batch=32, steps=2, heads=2)
+    with join_ranks() as ranks:
+        first, _ = attentive.train_heads(bank, config, (1e-2,), 5, 3, ranks, _Pulse())[0].accuracies
+    torch.manual_seed(3)
+    head = AttentiveHead(24, 5, 2)
+    assert first == pytest.approx((head(bank.features_ND).argmax(1) == bank.labels_N).double().mean().item())
 
 
 def test_what_is_open_follows_from_the_number_of_samples():

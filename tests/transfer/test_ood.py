@@ -145,6 +145,9 @@ def test_scores_are_those_of_scikit_learn_and_of_a_sort():
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, train)]
     sorted_MN = np.sort(np.linalg.norm(unit[0][:, None] - unit[1][None], axis=2), axis=1)
     np.testing.assert_allclose(found["knn"], -sorted_MN[:, 3], rtol=1e-4)
+    few = Scores(train[:6], labels[:6], 50, seed=0)(queries)["knn"]  # of fewer than k the last one counts
+    farthest_M = np.linalg.norm(unit[0][:, None] - unit[1][None, :6], axis=2).max(1)
+    np.testing.assert_allclose(few, -farthest_M, rtol=1e-4)
 
     judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, labels)
     np.testing.assert_allclose(found["max_softmax"], judge.predict_proba(queries).max(1), rtol=1e-3)

@@ -8,6 +8,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from m3ae_fast.transfer.job import summary
+from m3ae_fast.transfer.ood import SCORES
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.significance import difference, mcnemar, standard_error
 from tests.transfer.conftest import settings
@@ -58,9 +59,10 @@ def test_ood_and_retrieval_keep_their_samples_too(transfer, shards, tmp_path):
     ranks = _columns(tmp_path / "retrieval")["text_to_image_rank"]
     assert result["text_to_image_recall5"] == pytest.approx(np.mean(np.array(ranks) <= 5))
     assert result["text_to_image_recall5_se"] == pytest.approx(stats.sem(np.array(ranks) <= 5, ddof=0))
-    transfer("ood", "--ood", shards[0], out="ood")
+    found = transfer("ood", "--ood", f"a={shards[0]}", "--ood", f"same={shards[1]}", out="ood")
     table = _columns(tmp_path / "ood")
-    assert table["set"] == ["val"] * 18 + ["ood"] * 48 and len(table["knn"]) == len(table["key"]) == 66
+    assert table["set"] == ["val"] * 18 + ["a"] * 48 + ["same"] * 18 and len(table["knn"]) == len(table["key"]) == 84
+    assert {found[f"same_{score}_auroc"] for score in SCORES} == {0.5}  # the images alone, as of val
 
 
 def test_mcnemar_is_a_fair_coin_for_the_samples_that_one_alone_has_right():
@@ -90,6 +92,9 @@ def test_two_results_are_told_apart_in_words_or_not():
     little = np.arange(100) < 98
     said = difference(right, little).words("MAE", "M3AE")
     assert "MAE cannot be told apart from M3AE on these samples: +2.0 points" in said and "p = 0.5" in said
+    five, six = (difference(right, np.arange(100) >= count) for count in (5, 6))  # of as many coins all are heads
+    assert (five.p, six.p) == pytest.approx((2 / 2**5, 2 / 2**6)) and min(five.low, six.low) > 0
+    assert six.told_apart and not five.told_apart
     of_seeds = difference(np.full(100, 2 / 3), np.full(100, 1 / 3))  # right in two of three seeds, in one of three
     assert of_seeds.value == pytest.approx(1 / 3) and of_seeds.told_apart
 

@@ -1,11 +1,13 @@
 """Which rate a linear probe takes of those that it tries."""
 
+import pytest
 import torch
 
-from m3ae_fast.config.transfer import LinearProbeConfig
+from m3ae_fast.config.transfer import LinearProbeConfig, TransferConfig
 from m3ae_fast.encoding import Features
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.transfer.probes import Setting, fit_linear
 from m3ae_fast.transfer.rates import FACTORS, Tried, best, edge, split, table, try_rates
 
 
@@ -52,6 +54,29 @@ def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
     assert tried == again and pulse.marks == 40
     assert [each.peak_lr for each in tried] == [float(f"{400 * factor:.3g}") for factor in FACTORS]
     assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(FACTORS)
+
+
+def test_a_rate_comes_to_what_a_run_at_it_comes_to():
+    """With momentum, decay and warm-up, and on statistics of all steps."""
+    bank = _bank(200)
+    train, held_out = split(bank)
+    linear = {
+        "global_batch": 16,
+        "steps": 20,
+        "warmup_epochs": 0.5,
+        "peak_lr": 40.0,
+        "weight_decay": 0.3,
+        "momentum": 0.5,
+    }
+    given = TransferConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "linear": linear})
+    with join_ranks() as ranks:
+        for each in try_rates(bank, given.linear, 3, 7, ranks, _Pulse())[::2]:
+            at_it = given.linear.model_copy(update={"peak_lr": each.peak_lr, "warmup_epochs": 0.5 * 200 / 180})
+            setting = Setting(given.model_copy(update={"linear": at_it}), 3, 1, 7, ranks, _Pulse())
+            logits = fit_linear(train, setting).eval()(held_out.features_ND)
+            found = torch.nn.functional.cross_entropy(logits, held_out.labels_N).item()
+            assert each.loss == pytest.approx(found, rel=1e-3), each
+            assert each.top1 == pytest.approx((logits.argmax(1) == held_out.labels_N).double().mean().item())
 
 
 def test_a_rate_that_diverges_is_never_the_best():

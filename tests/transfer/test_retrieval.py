@@ -93,6 +93,18 @@ def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, cap
     assert "no alignment" not in capsys.readouterr().out
 
 
+def test_above_chance_is_what_two_standard_errors_of_chance_do_not_explain():
+    chance = {k: k / 100 for k in retrieval.RANKS}
+    result = {"pairs": 100} | {f"chance_recall{k}": share for k, share in chance.items()}
+    result |= {f"{way}_recall{k}": chance[k] for way in ("image_to_text", "text_to_image") for k in chance}
+    assert retrieval.at_chance(result)
+    for way in ("image_to_text", "text_to_image"):
+        for k, share in chance.items():
+            error = (share * (1 - share) / 100) ** 0.5
+            for errors, at_chance in ((1.9, True), (2.1, False)):
+                assert retrieval.at_chance(result | {f"{way}_recall{k}": share + errors * error}) == at_chance
+
+
 def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
     """By hand: image i is e_i; six captions are their images, and each other one is twice as much like image 0 as like
     its own, which no other caption is like."""

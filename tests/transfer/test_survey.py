@@ -83,6 +83,7 @@ def test_few_shots_are_those_of_a_k_nn_by_hand(transfer, run, shards, tmp_path):
             expected = judge.predict(queries)
             own = table[(table.shots == shots) & (table.draw == draw)]
             assert own.prediction.tolist() == expected.tolist()
+            np.testing.assert_allclose(own.score, judge.predict_proba(queries).max(1), rtol=1e-3)  # differ by draw
             accuracies.append((expected == np.arange(100, 118) % 3).mean())
         row = next(row for row in rows if row["shots"] == shots)
         assert row["top1"] == pytest.approx(np.mean(accuracies))
