@@ -124,7 +124,7 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
     lines += ["", *_table(["AUROC in %, familiar: emoji", *OOD.values()], _ood(rows))]
     for title in _run(rows):
         swept = [_swept(rows, point) for point in SWEEPS[title](rows)]
-        lines += ["", *_table([title, *SWEPT.values(), "linear, less MAE"], swept)]
+        lines += ["", *_table([title, *SWEPT.values(), "linear, less raw pixels", "linear, less MAE"], swept)]
     lines += ["", *_table(["held-out", *LOSSES.values()], _losses(rows))]
     alt = "Accuracy by encoder, and by what was run of captions kept, text mask ratio, training time and width"
     return "\n".join(lines) + f"\n\n![{alt}]({PLOT})\n"
@@ -143,7 +143,8 @@ class Point(NamedTuple):
 def _swept(rows: Rows, point: Point) -> list[str]:
     cells = [_cell(rows.accuracy(test, point.objective, **point.wanted)) for test in SWEPT]
     apart = rows.difference("linear", "m3ae", "mae", point.wanted, point.mae) if point.objective == "m3ae" else None
-    return [point.name, *cells, _cell(apart, "+")]
+    pixels = rows.difference("linear", point.objective, "pixels", point.wanted)
+    return [point.name, *cells, _cell(pixels, "+"), _cell(apart, "+")]
 
 
 def _ratios(rows: Rows) -> Iterable[Point]:
