@@ -268,29 +268,37 @@ def test_plain_output_tells_the_time_left(tmp_path, capsys):
 
 def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():
     """By rank the sums have what each of them waited, and what its forward passes took."""
-    told = []
-    for hosts, where in ((["a", "c", "b"], {"data_wait": "b", "forward_s": "c"}), (["a"] * 3, {})):
+    told, looked = [], []
+    for hosts, own, wait, where in (
+        (["a", "c", "b"], 0.2, 0.4, {"data_wait": "b", "forward_s": "c"}),
+        (["a", "c", "b"], 0.5, 0.5, {"data_wait": "a", "forward_s": "c"}),
+        (["a"] * 3, 0.2, 0.4, {}),
+    ):
         ranks = SimpleNamespace(rank=0, world=3, hosts=hosts, is_main=True, device=torch.device("cpu"))
         ranks.sum = lambda values: [values[0] * 3, *(a + b for a, b in zip(values[1:], (0, 0.1, 0.4, 0, 0.3, 0.1)))]
-        schedule = SimpleNamespace(lr=lambda step: 0.1, steps_per_epoch=10)
+        schedule = SimpleNamespace(lr=lambda step: 0.1, steps_per_epoch=10, due=lambda *_: True)
         log = SimpleNamespace(log=lambda step, values, where: told.append((values, where)))
         forward = SimpleNamespace(per_step=lambda steps: 0.2 / steps)
         loop = SimpleNamespace(
-            step=1,
-            logged=0,
+            step=61,
+            logged=60,
             forward=forward,
             ranks=ranks,
             schedule=schedule,
             log=log,
-            start=0,
+            start=11,
+            settings=SimpleNamespace(log_every=1),
             absent=(),
             bad=SimpleNamespace(bad=0),
         )
-        loop.rates, loop.growth = lambda: {"data_wait": 0.2}, SimpleNamespace(look=lambda *_: None)
+        loop.rates, loop.growth = (
+            lambda own=own: {"data_wait": own},
+            SimpleNamespace(look=lambda steps, _: looked.append(steps)),
+        )
         Loop.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
         values, named = told[-1]
-        assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, 0.4, 0.3, where)
-        assert loop.logged == 1
+        assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, 0.3, where)
+        assert loop.logged == 61 and looked[-1] == 50  # steps of this attempt
 
 
 def test_forward_passes_of_training_are_timed(monkeypatch):

@@ -646,6 +646,10 @@ def test_images_that_are_enlarged_are_told(tmp_path, mixed):
         notes = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
         assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
         assert all("short side of 30 pixels or less, and model.image_size is 48" in note for note in notes)
+    native = config.model_copy(update={"model": config.model.model_copy(update={"resize": "native"})})
+    assert (
+        cautions(native, data, Schedule(config.train, config.optim, data.train.samples)) == []
+    )  # they keep their size
 
 
 def test_an_image_only_run_logs_no_text(monkeypatch, tmp_path):

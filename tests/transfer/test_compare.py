@@ -1,6 +1,7 @@
 """Models beside each other, and two results against each other."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +10,12 @@ from pyarrow import parquet
 from scipy import stats
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.parquet import write_parquet
+from m3ae_fast.transfer import ood
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.compare import UNTRAINED, Found, model_names
+from m3ae_fast.transfer.difference import compare_results
+from m3ae_fast.transfer.ood import SCORES
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.significance import difference
 from tests.helpers.labelled import tiny_run
@@ -132,3 +137,22 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
         main(["difference", folders[0], str(tmp_path / "layers")])
     with pytest.raises(UserError, match=r"predictions.parquet: cannot be read"):
         main(["difference", folders[0], str(tmp_path / "nowhere")])
+
+
+def test_a_result_in_another_order_is_the_same_result(tmp_path, monkeypatch):
+    """Samples are met by key, and those of each set apart."""
+    monkeypatch.setattr(ood, "BOOTSTRAPS", 20)
+    random = np.random.RandomState(0)
+    keys = [f"{i:02}" for i in range(40)]
+    classes = {"label": random.randint(3, size=40), "prediction": random.randint(3, size=40)}
+    scores = {"set": np.repeat(["val", "a", "b"], [20, 12, 8])} | {score: random.rand(40) for score in SCORES}
+    for columns, lines in ((classes, 1), (scores, 2 * len(SCORES))):
+        for name, order in (("one", np.arange(40)), ("other", random.permutation(40))):
+            table = {"key": [keys[i] for i in order]} | {name: own[order].tolist() for name, own in columns.items()}
+            write_parquet(tmp_path / name / "predictions.parquet", table)
+        said = compare_results([tmp_path / "one", tmp_path / "other"]).splitlines()
+        assert len(said) == lines
+        for line in said:
+            assert re.search(r"cannot be told apart .*\+0\.0+( points)?, 95 % interval \+0\.0+ to \+0\.0+\b", line), (
+                line
+            )

@@ -3,10 +3,15 @@ import os
 import signal
 
 import pytest
+import torch
 
 from m3ae_fast import encoding
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.errors import UserError
+from m3ae_fast.open_model import open_model
 from m3ae_fast.train import main
+from m3ae_fast.transfer import curve
+from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.trainer import zero
 from tests.transfer.conftest import settings
 
@@ -29,12 +34,19 @@ def pretrain(trainer, shards):
     return run
 
 
-def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards):
+def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards, trainer, monkeypatch):
+    given, real = [], curve.knn_scores
+    monkeypatch.setattr(curve, "knn_scores", lambda *args: given.append(args) or real(*args))
     plain = pretrain("plain")
-    probed = pretrain("probed", *probe(shards))
-    curve = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
-    assert [step for step, _ in curve] == [0, 2, 3]
-    assert all(0.5 < share <= 1 for _, share in curve)  # three colours
+    probed = pretrain("probed", *probe(shards, pool="cls", k=3, temperature=0.5))
+    *_, (bank, labels, queries, classes, k, temperature) = given
+    model = open_model(str(trainer.folder / "probed"), text=False)
+    images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(100, 118)]
+    torch.testing.assert_close(queries, model.encode(images, pool="cls", precision="fp32"), rtol=1e-4, atol=1e-5)
+    assert (len(bank), labels.tolist(), classes, k, temperature) == (48, [i % 3 for i in range(48)], 3, 3, 0.5)
+    shown = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
+    assert [step for step, _ in shown] == [0, 2, 3]
+    assert all(0.5 < share <= 1 for _, share in shown)  # three colours
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, probed)]
     assert losses[0] == losses[1]
 

@@ -84,13 +84,13 @@ def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):
     """No statistics of the batch, no drop."""
     transfer("linear", "--cache-features", *LINEAR, out="classifier")
     shard = labelled_tar(tmp_path / "a.tar", range(6))
-    light = settings("robustness.epsilons=[]", "robustness.corruptions=[]")
+    light = settings("robustness.epsilons=[]", "robustness.corruptions=[]", "robustness.samples=99")
     whole, single = (
         transfer("robustness", *light, *settings(f"robustness.batch={batch}"), model=tmp_path / "classifier",
                  train=None, val=shard, out=f"b{batch}")
         for batch in (6, 1)
     )  # fmt: skip
-    assert whole["top1"] == single["top1"]
+    assert whole["top1"] == single["top1"] and whole["val_samples"] == single["val_samples"] == 6  # there are no more
 
 
 @pytest.mark.parametrize("task", TASKS)
