@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 RANDOM = "random:"
@@ -41,3 +41,15 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
 def add_labels(parser: argparse.ArgumentParser) -> None:
     """Add `--labels`, the member of a sample that holds its class."""
     parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+
+
+def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return what parses names with commas between them, each of a `what` that is `known`."""
+
+    def parse(text: str) -> list[str]:
+        names = [*dict.fromkeys(text.split(","))]
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{text}: no {what} {unknown[0]!r}; choose from {', '.join(known)}")
+        return names
+
+    return parse

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, program
+from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, names_of, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.parquet import write_parquet
@@ -50,17 +50,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--patches", action="store_true", help="also the features of all patches (large)")
     parser.add_argument(
-        "--columns", type=_columns, default=[], metavar="NAME,NAME", help=f"also of each sample: {', '.join(COLUMNS)}"
+        "--columns",
+        type=names_of("column", [*COLUMNS]),
+        default=[],
+        metavar="NAME,NAME",
+        help=f"also of each sample: {', '.join(COLUMNS)}",
     )
     add_settings(parser, "encode.batch=256")
     return parser.parse_args(argv)
-
-
-def _columns(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in COLUMNS]:
-        raise argparse.ArgumentTypeError(f"{text}: no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
-    return names
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
+from m3ae_fast.regular_file import open_regular
 from m3ae_fast.whole_file import whole_file
 
 _HEAD = 1 << 14  # bytes in which most headers end
@@ -59,8 +60,9 @@ def _sizes_of(shard: IndexedShard) -> np.ndarray:
 def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | None:
     """Return the sizes in a file; None where it is not of this shard, or damaged."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with open_regular(path) as file:
+            rows = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception:  # numpy's parser raises anything for a header that is not its own
         return None
     fits = rows.dtype == np.int64 and rows.shape == (samples + 1, 2) and rows[0].tolist() == identity
     return rows[1:].astype(np.int32) if fits else None

@@ -60,10 +60,10 @@ class Resume:
         """Return a section of the checkpoint's config; empty where there is none."""
         return (_sections(self.info).get(name) or {}) if self.info else {}
 
-    def check_same(
-        self, sections: dict[str, Any], same: Iterable[tuple[str, str]], stream: dict[str, str]
+    def restore(
+        self, engine: Engine, sections: dict[str, Any], same: Iterable[tuple[str, str]], stream: dict[str, str]
     ) -> list[str]:
-        """Return notes on the data, whose fingerprint is `stream`.
+        """Load the checkpoint into the engine, and return notes on the data, whose fingerprint is `stream`.
 
         Raises:
             UserError: the checkpoint and `sections` differ in a `same` (section, key), or the data are others.
@@ -71,7 +71,10 @@ class Resume:
         if not (self.path and self.info):
             return []
         check_same(self.path, self.info, sections, same)
-        return check_stream(self.path, self.info, stream)
+        notes = check_stream(self.path, self.info, stream)
+        self.open(engine.model, engine.kinds)
+        self.load(engine)
+        return notes
 
     def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
         """Return differences between this run and the one that wrote the checkpoint, one line each.

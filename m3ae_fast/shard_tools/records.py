@@ -44,7 +44,7 @@ class Records(Protocol):
 
 
 class Rows:
-    """Rows of a table as records: one with several captions gives a sample for each."""
+    """Records in rows, each of which gives some samples: those of a table with lists of captions, or shards."""
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
         """Take the number of samples of each row, by split."""

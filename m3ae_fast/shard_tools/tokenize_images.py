@@ -32,16 +32,17 @@ from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import chosen_device
-from m3ae_fast.shard_tools.records import Record
+from m3ae_fast.shard_tools.records import Record, Rows
 from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.writer import convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
 
+_SPLIT = "tokenized"
 AHEAD = 32  # crops that the VQGAN takes together
 QUALITY = 95  # of the crops' JPEGs; ids are of what they decode to
 
 
-class Crops:
+class Crops(Rows):
     """Crops of the images in some shards, with their ids. See `records.Records`.
 
     Args:
@@ -73,10 +74,9 @@ class Crops:
         self.store, self.vqgan, self.size, self.views, self.threads = store, vqgan, size, views, threads
         self.scale, self.flip, self.seed, self.image_range = scale, flip, seed, image_range
         self._shards = [entry.shard for entry in found]
-        self._starts = np.concatenate(([0], np.cumsum([entry.summary.images * (views or 1) for entry in found])))
-        if not self._starts[-1]:
+        super().__init__({_SPLIT: np.array([entry.summary.images * (views or 1) for entry in found])})
+        if not self.splits[_SPLIT]:
             raise UserError(f"shards {shards[0]!r}: no image in them")
-        self.splits = {"tokenized": int(self._starts[-1])}
         self.classes: Sequence[str] | None = None
         codebook = hashlib.sha256(vqgan.codebook.cpu().numpy().tobytes()).hexdigest()
         crops: dict[str, Any] = {
@@ -90,15 +90,15 @@ class Crops:
         self._ready: dict[int, Record | BadSample] = {}
 
     def name(self, split: str, number: int) -> str:
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return f"{self._shards[shard]}, image {(number - int(self._starts[shard])) // (self.views or 1)}"
+        shard, turn = self.place(split, number)
+        return f"{self._shards[shard]}, image {turn // (self.views or 1)}"
 
     def images(self, split: str) -> np.ndarray:
         return np.arange(self.splits[split]) // (self.views or 1)
 
     def read(self, split: str, number: int) -> Record:
         if number not in self._ready:
-            last = min(number + AHEAD, self.splits["tokenized"])
+            last = min(number + AHEAD, self.splits[split])
             self._ready = self._prepare(range(number, last))
         found = self._ready.pop(number)
         if isinstance(found, BadSample):
@@ -107,7 +107,7 @@ class Crops:
 
     def _prepare(self, numbers: range) -> dict[int, Record | BadSample]:
         """Return the records of some numbers, with the ids of all of them made at once."""
-        places = [self._place(number) for number in numbers]
+        places = [self._find(number) for number in numbers]
         with ThreadPoolExecutor(self.threads) as pool:
             crops = list(pool.map(self._crop, places))
         images = [crop[0] for crop in crops if not isinstance(crop, BadSample)]
@@ -124,10 +124,10 @@ class Crops:
                 ready[number] = Record(jpeg, members={**others, "ids": next(ids_BL).tobytes()})
         return ready
 
-    def _place(self, number: int) -> tuple[int, int, int, dict[str, Member]]:
+    def _find(self, number: int) -> tuple[int, int, int, dict[str, Member]]:
         """Return shard, row of the image in it, view, and the sample's members."""
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        row, view = divmod(number - int(self._starts[shard]), self.views or 1)
+        shard, turn = self.place(_SPLIT, number)
+        row, view = divmod(turn, self.views or 1)
         if self._files[0] != shard:
             try:
                 members, _ = scan_tar(self.store.path(self._shards[shard]))

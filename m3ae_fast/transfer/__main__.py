@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m3ae_fast.command_line import CLASSIFIER_HELP, MODEL_HELP, add_labels, add_settings, program
+from m3ae_fast.command_line import CLASSIFIER_HELP, MODEL_HELP, add_labels, add_settings, names_of, program
 from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -167,7 +167,7 @@ def _add_survey(command: argparse.ArgumentParser) -> None:
 def _add_comparison(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--probes",
-        type=_probes,
+        type=names_of("probe", PROBES),
         default=PROBES,
         metavar="NAME,NAME",
         help=f"which of {', '.join(PROBES)} (default: all)",
@@ -180,13 +180,6 @@ def _add_comparison(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each probe, and of random weights (default: 3)",
     )
-
-
-def _probes(text: str) -> list[str]:
-    names = [*dict.fromkeys(text.split(","))]
-    if unknown := [name for name in names if name not in PROBES]:
-        raise argparse.ArgumentTypeError(f"{text}: no probe {unknown[0]!r}; choose from {', '.join(PROBES)}")
-    return names
 
 
 def _counts(text: str) -> list[int]:

@@ -73,9 +73,7 @@ def set_up(job: Job) -> FineTuning:
     same = [("classifier", key) for key in sections["classifier"]]
     same += [("run", "seed"), ("finetune", "global_batch")]
     same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]
-    notes += found.check_same(sections, same, stream)
-    found.open(engine.model, engine.kinds)
-    found.load(engine)
+    notes += found.restore(engine, sections, same, stream)
     preparation = Preparation(model.backbone.geometry, UNMASKED, job.model.tokenizer, run.seed)
     steps, pin = range(found.step, schedule.total_steps), pins_memory(ranks.device)
     return FineTuning(

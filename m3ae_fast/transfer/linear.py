@@ -113,9 +113,7 @@ def set_up(job: Job) -> Probing:
     same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
     same += [("linear", "global_batch")]
     same += [] if cached else [("data", key) for key in STREAM]
-    notes += found.check_same(sections, same, stream)
-    found.open(engine.model, engine.kinds)
-    found.load(engine)
+    notes += found.restore(engine, sections, same, stream)
     steps = range(found.step, schedule.total_steps)
     return Probing(
         session=job.session,

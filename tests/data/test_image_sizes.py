@@ -20,6 +20,9 @@ from tests.helpers.shards import picture, write_tar
 SIDES = [(8 * rows, 8 * columns) for rows in range(1, 9) for columns in (1, 2, 4, 8)]  # height and width
 
 
+_ODD = b"\x93NUMPY\x01\x00\xd0\x00" + b"[" * 200 + b" " * 8  # a header on which numpy's parser fails in its own way
+
+
 @pytest.fixture
 def shard(tmp_path):
     """Images of many sizes, a broken one and a text alone among them."""
@@ -45,8 +48,10 @@ def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("m3ae_fast.data.image_sizes.size_of", None)  # nothing is read again
         assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
-    os.truncate(kept, 100)
-    assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
+    damage = (lambda: os.truncate(kept, 100), lambda: np.savez(kept.open("wb"), a=1), lambda: kept.write_bytes(_ODD))
+    for make in (*damage, lambda: (kept.unlink(), os.mkfifo(kept))):
+        make()
+        assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
     write_tar(shard, [("one.png", picture(0, (24, 16), fmt="PNG"))])
     assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24]]
     assert len(opened(f"{shard.parent}/*").sources[0].shards) == 1  # what is kept is no shard
