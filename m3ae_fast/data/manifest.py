@@ -24,6 +24,7 @@ KINDS: tuple[Modality, ...] = get_args(Modality)
 UNREAD = len(KINDS)  # the kind of a shard that could not be counted
 SUFFIX = ".npy"
 _MAX_NAME = 1 << 12  # bytes
+_NO_SIDECAR = Path()  # yet
 _PART = re.compile(r"\.part-(\d+)-of-(\d+)\.npy$")
 
 
@@ -47,7 +48,7 @@ class CountedShards(Sequence[IndexedShard]):
     """The shards of a manifest, each made when it is asked for."""
 
     def __init__(self, rows: np.ndarray, store: ShardStore):
-        self.rows, self.store = rows, store
+        self.rows, self.store = rows.view(np.ndarray), store  # of which a row is had sooner than of a mapped array
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,12 +60,12 @@ class CountedShards(Sequence[IndexedShard]):
     def __getitem__(self, index: int | slice) -> IndexedShard | CountedShards:
         if isinstance(index, slice):
             return CountedShards(self.rows[index], self.store)
-        row = self.rows[index]
-        samples, kind = int(row["samples"]), KINDS[row["kind"]]
+        name, samples, size, number = self.rows[index].item()
+        kind = KINDS[number]
         images, captions = (0 if kind == alone else samples for alone in ("text", "image"))
         paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)  # of "any" it is not known
-        summary = Summary(VERSION, int(row["size"]), 0, samples, images, captions, paired, {}, None)
-        return CountedShard(row["name"].decode(), summary, Path(), self.store)
+        summary = Summary(VERSION, size, 0, samples, images, captions, paired, {}, None)
+        return CountedShard(name.decode(), summary, _NO_SIDECAR, self.store)
 
     @property
     def sizes(self) -> np.ndarray:
