@@ -88,7 +88,7 @@ SLOW = (
     "test_parts.py::test_what_one_rank_saved_several_load",
     "test_pretrain.py::test_an_impossible_override_is_told_before_anything_is_made",
     "test_pretrain.py::test_one_line_of_an_installed_wheel_makes_a_report",
-    "test_pretrain.py::test_what_was_stopped_goes_on_with_what_is_left",
+    "test_pretrain.py::test_stopped_in_any_stage_the_same_line_goes_on",
     "test_ranks.py",
     "test_rehearsal.py",
     "test_resume.py",
