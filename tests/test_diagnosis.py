@@ -67,6 +67,12 @@ def test_without_held_out_samples_the_training_loss_is_judged():
     assert verdict(still) == ""
 
 
+def test_one_held_out_sample_has_not_collapsed():
+    assert findings([{"step": step, "val_rankme": 1.0} for step in range(2)]) == []
+    (found,) = findings([{"step": step, "val_rankme": 9.0 - 8 * step} for step in range(2)])
+    assert found.name == "collapse"
+
+
 def lines(**series):
     """Log lines of these values, one after the other."""
     return [dict(zip(series, values)) for values in zip(*series.values())]

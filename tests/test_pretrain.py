@@ -204,6 +204,11 @@ def test_a_folder_without_captions_gives_an_image_model(tmp_path):
     assert config.model.vocab_size == 0 and config.data.tokenizer is None and facts.classes == 3 and not notes
     assert not (out / "tokenizer.json").exists()
     assert (config.model.emb_dim, config.model.image_size, config.model.patch_size) == (192, 40, 4)
+    shutil.copy(photos / "red/0.png", photos / "stray.png")
+    shutil.copytree(photos / "red", tmp_path / "flat")
+    for folder, why in ((photos, "and stray.png is in none"), (tmp_path / "flat", "there are not several sub-folders")):
+        _, notes = look(find_shards(str(folder), tmp_path / f"run-{folder.name}", None, []), out, "cls")
+        assert len(notes) == 1 and why in notes[0]
     one = make_pictures(tmp_path / "one", each=1, captions=False)
     for other in sorted(one.rglob("*.png"))[1:]:
         other.unlink()
@@ -222,6 +227,11 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "sizes.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"several tables \(captions.csv, sizes.csv\); name that .* --captions"):
         find_shards(str(photos), tmp_path / "run", None, [])
+    (photos / "sizes.csv").rename(photos / "sizes.txt")
+    (photos / "captions.csv").write_bytes("file_name,caption\nred/0.png,café\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"captions.csv: line 2 is not UTF-8; save it in UTF-8"):
+        find_shards(str(photos), tmp_path / "other", None, [])
+    (photos / "sizes.txt").rename(photos / "sizes.csv")
     (photos / "captions.csv").unlink()
     assert "sizes.csv is not taken for captions" in find_shards(str(photos), tmp_path / "other", None, []).notes[0]
 
@@ -342,9 +352,10 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=2)
     out = tmp_path / "run"
     for arguments, options, message in (
-        ((photos, photos / "run"), {}, "whose pictures it would be one of"),
-        ((photos, photos), {}, "whose pictures it would be one of"),
+        ((photos, photos / "run"), {}, "pictures in it would be taken for yours"),
+        ((photos, photos), {}, "pictures in it would be taken for yours"),
         ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
+        ((f"{tmp_path}/fotos", out), {}, "is not a folder.*; did you mean .*/photos?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a folder, which may be new"),
@@ -397,7 +408,7 @@ def test_the_settings_are_those_of_the_rules_by_hand():
 
     config = chosen(samples=6400, steps=4000)
     t, o = config.train, config.optim
-    assert (t.log_every, t.eval_every, t.save_every, t.eval_samples, t.global_batch) == (20, 200, 400, 1024, 64)
+    assert (t.log_every, t.eval_every, t.save_every, t.eval_samples, t.global_batch) == (80, 200, 400, 1024, 64)
     assert (o.warmup_epochs, o.clip_grad) == (2.0, 1.0)  # a twentieth of 40 epochs
     assert (config.data.crop_scale, config.loss.norm_pix) == ((0.4, 1.0), True)
     assert (t.probe.every, t.probe.labels, t.probe.k) == (None, "json.kind", KnnProbeConfig.model_fields["k"].default)

@@ -14,6 +14,7 @@ class Shards:
     train: list[str]
     val: list[str]  # empty: nothing is held out
     notes: list[str]
+    unlabelled: str = ""  # why samples have no label "cls", where that is known
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,9 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[int, str]:
     """Return how many classes both parts have, 0 where their labels cannot be used, and why not."""
     if not shards.val:
         return 0, ""
+    none = "there is no k-NN accuracy and no linear probe"
+    if shards.unlabelled and labels == "cls":
+        return 0, f"{none}: {shards.unlabelled}"
     try:
         train, val = (
             open_corpus([SourceConfig(shards=part, modality="image")], store) for part in (shards.train, shards.val)
@@ -68,5 +71,5 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[int, str]:
         _, classes = label_corpus(train, labels)
         label_corpus(val, labels, classes)
     except UserError as error:
-        return 0, f"there is no k-NN accuracy and no linear probe: {error}"
+        return 0, f"{none}: {error}"
     return len(classes), ""

@@ -75,8 +75,9 @@ def _why_not_larger(allowed: Sequence[Rung]) -> str:
 def _seen(seconds: float, pace: Pace, facts: Facts) -> str:
     """Return how often samples would be seen, and how often is enough."""
     seen = seconds / pace.sample
+    times = seen / facts.samples
     return (
-        f"each sample {seen / facts.samples:.2g} times in the time, {seen:,.0f} in all; {choices.EPOCHS} and "
+        f"each sample {times:,.{0 if times >= 10 else 1}f} times in the time, {seen:,.0f} in all; {choices.EPOCHS} and "
         f"{choices.SEEN:,} are the least"
     )
 

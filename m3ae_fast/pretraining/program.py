@@ -113,7 +113,8 @@ def _configured(
         plan = choose(facts, shards, out, hours, labels, overrides, session)
     if plan is None:
         return None
-    print("\n".join([*plan.lines, *(f"note: {note}" for note in [*shards.notes, *notes])]), flush=True)
+    said = (note if note.startswith(" ") else f"note: {note}" for note in [*shards.notes, *notes])  # some have examples
+    print("\n".join([*plan.lines, *said]), flush=True)
     if not dry_run:
         write_whole(path, written(plan.config))
         print(f"{path} has all settings; --set section.key=value changes one", flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from m3ae_fast.pretraining.facts import Shards
 from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
-from m3ae_fast.shard_tools.caption_table import READERS, read_captions
+from m3ae_fast.shard_tools.caption_table import READERS, NoColumns, read_captions
 from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.huggingface import HuggingFace
@@ -51,19 +53,32 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
         raise UserError(f"--val: goes with shards, and {source} is not")
     if folder.is_dir() and not _is_data_set(folder):
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise UserError(f"--out {out}: is in {source}, whose pictures it would be one of; name another folder")
+            raise UserError(
+                f"--out {out}: is in {source}, and pictures in it would be taken for yours; name a folder outside"
+            )
         table, notes = (captions, []) if captions else _table_in(folder)
         pictures = Folder(folder, table)
-        return _made(pictures, source, out, [*notes, *pictures.ignored.lines()])
+        made = _made(pictures, source, out, [*notes, *pictures.ignored.lines()])
+        return replace(made, unlabelled=_without_classes(pictures))
     if not folder.is_dir() and (folder.exists() or source.startswith((".", "/", "~")) or source.endswith("/")):
-        raise UserError(f"{source}: is not a folder, and neither shards nor the name of a Hugging Face data set")
+        raise UserError(
+            f"{source}: is not a folder, and neither shards nor the name of a Hugging Face data set{_similar(folder)}"
+        )
     if captions:
         raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
     try:
         records = HuggingFace(source, None, None, (None, None, None))
     except UserError as error:
-        raise UserError(f"{source}: no such folder here; as a data set's name: {error}") from None
+        raise UserError(f"{source}: no such folder here{_similar(folder)}; as a data set's name: {error}") from None
     return _made(records, source, out, [])
+
+
+def _similar(folder: Path) -> str:
+    """Return a question after a folder that may be meant, "" where none has a similar name."""
+    parent = folder.parent
+    beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    return f"; did you mean {parent / near[0]}?" if near else ""
 
 
 def _names_shards(source: str) -> bool:
@@ -73,6 +88,15 @@ def _names_shards(source: str) -> bool:
 def _is_data_set(folder: Path) -> bool:
     """Return whether `save_to_disk` wrote a folder."""
     return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def _without_classes(pictures: Folder) -> str:
+    """Return why pictures have no classes, "" where they have some."""
+    if pictures.classes is not None:
+        return ""
+    if pictures.outside:
+        return f"sub-folders are classes where each picture is in one, and {pictures.outside} is in none"
+    return "there are not several sub-folders, which would be classes"
 
 
 def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
@@ -85,8 +109,8 @@ def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
         return None, []
     try:
         read_captions(tables[0])
-    except UserError as error:
-        return None, [f"{tables[0]} is not taken for captions: {error}"]
+    except NoColumns:
+        return None, [f"{tables[0]} is not taken for captions: it has no columns such as file_name and caption"]
     return tables[0], [f"captions are those of {tables[0]}"]
 
 

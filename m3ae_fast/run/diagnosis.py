@@ -32,7 +32,7 @@ def findings(metrics: Metrics) -> list[Finding]:
 
 def _collapse(metrics: Metrics) -> Finding | None:
     ranks = series(metrics, "val_rankme")
-    if len(ranks) < 2:
+    if len(ranks) < 2 or ranks[0] < COLLAPSED:  # too few held-out samples to fill more
         return None
     first, last = ranks[0], ranks[-1]
     if last >= COLLAPSED and last >= COLLAPSED_TO * first:

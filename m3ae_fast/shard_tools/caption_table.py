@@ -32,6 +32,10 @@ _ABSENT = object()  # the value of a column that a row of jsonl lacks
 _Rows = Generator[list[Any], None, None]  # first the names of the columns, then each row's values
 
 
+class NoColumns(UserError):
+    """No column of a table has a usual name."""
+
+
 class Row(NamedTuple):
     """A row of a table."""
 
@@ -79,13 +83,14 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
     """Return the column that the user named, else the first with a usual name.
 
     Raises:
-        UserError: there is none, or several have that name.
+        NoColumns: there is none of a usual name.
+        UserError: there is none of that name, or several have it.
     """
     if named is not None and named not in columns:
         raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
     names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]
     if not names:
-        raise UserError(f"{where}: has {', '.join(columns) or 'no columns'}; name one with {option}")
+        raise NoColumns(f"{where}: has {', '.join(columns) or 'no columns'}; name one with {option}")
     same = [column for column in columns if column == named or (not named and column.lower() == names[0].lower())]
     if len(same) > 1:
         advice = f"name one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"

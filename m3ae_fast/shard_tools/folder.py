@@ -41,7 +41,7 @@ class Folder:
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
         flat: sub-folders are not classes.
 
-    `ignored` counts files that are neither.
+    `ignored` counts files that are neither; `outside` is an image that is in no sub-folder where others are, or "".
 
     Raises:
         UserError: a folder cannot be listed, there is no image, or the table names some that are not there.
@@ -62,6 +62,8 @@ class Folder:
         paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not paths:
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+        nested = any("/" in path for path in paths)
+        self.outside = next((_printable(path) for path in paths if nested and "/" not in path), "")
         self.classes: Sequence[str] | None = None if flat else _classes(folder, paths, classes)
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
         self._images = [_Image(path, None) for path in paths]

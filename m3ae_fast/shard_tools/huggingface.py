@@ -102,7 +102,7 @@ class HuggingFace(Rows):
 
 def _load(name: str, subset: str | None) -> dict[str, Any]:
     """Load the splits of a dataset."""
-    datasets = library("datasets", "from-hf: needs datasets; pip install 'm3ae-fast[huggingface]'")
+    datasets = library("datasets", "a Hugging Face data set needs the library datasets: pip install datasets")
     try:
         saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
