@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,20 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
         losses = model.eval()(batch)
     assert losses.image_loss.item() * numbers["val_image_relative"] == pytest.approx(1, rel=1e-4)
     assert losses.text_loss.item() * numbers["val_text_relative"] == pytest.approx(1, rel=1e-4)
+
+
+def test_the_features_of_all_ranks_fill_dimensions():
+    torch.manual_seed(0)
+    model = M3AE(SMALL)
+    ranks = SimpleNamespace(device=torch.device("cpu"), sum=lambda values: values)
+    parts = [Yardsticks(model, "fp32", ranks) for _ in range(2)]
+    for part, samples in zip(parts, (MIXED[:2], MIXED[2:])):
+        part.add(pack(samples, model.geometry))
+    ranks.gather = lambda own: [part._features for part in parts]
+    whole = model.eval().pooled(pack(MIXED, model.geometry)).detach()
+    assert len(whole) > 3
+    for part in parts:
+        assert part.values({}) == {"val_rankme": pytest.approx(rankme(whole), rel=1e-4)}
 
 
 def test_rankme_counts_dimensions():

@@ -88,6 +88,8 @@ def test_any_elements_of_a_tensor_are_read_from_whoever_wrote_them(tmp_path, wor
 def test_one_rank_s_checkpoint_is_one_file_that_safetensors_reads(tmp_path):
     path = save(tmp_path, STATE, checkpoint.Info(1, 0, 42, {}, {}))
     assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors"]
+    for folder in (path, save_cut(tmp_path, STATE, 2, step=2)):  # who may read one of its files may read all
+        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     found = load_file(path / "state.safetensors")
     assert found.keys() == STATE.keys() and all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
     assert torch.equal(checkpoint.open_state(path).read("model/a", 3, 9), STATE["model/a"].flatten()[3:12])
