@@ -348,14 +348,16 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
         find_shards("nowhere", tmp_path / "other", None, [])
 
 
-def test_mistakes_are_told_before_anything_is_made(tmp_path):
+def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     photos = make_pictures(tmp_path / "photos", each=2)
     out = tmp_path / "run"
     for arguments, options, message in (
         ((photos, photos / "run"), {}, "pictures in it would be taken for yours"),
         ((photos, photos), {}, "pictures in it would be taken for yours"),
         ((f"{tmp_path}/nothing", out), {}, "is not a folder"),
-        ((f"{tmp_path}/fotos", out), {}, "is not a folder.*; did you mean .*/photos?"),
+        ((f"{tmp_path}/fotos", out), {}, r"is not a folder.*; did you mean .*/photos\?"),
+        (("fotos", out), {}, r"fotos: no such folder here; did you mean photos\?"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a folder, which may be new"),

@@ -66,10 +66,13 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
         )
     if captions:
         raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
+    near = _similar(folder)
+    if near and "/" not in source:  # the hub would be asked for a minute where there is no network
+        raise UserError(f"{source}: no such folder here{near}")
     try:
         records = HuggingFace(source, None, None, (None, None, None))
     except UserError as error:
-        raise UserError(f"{source}: no such folder here{_similar(folder)}; as a data set's name: {error}") from None
+        raise UserError(f"{source}: no such folder here{near}; as a data set's name: {error}") from None
     return _made(records, source, out, [])
 
 
