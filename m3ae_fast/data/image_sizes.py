@@ -22,6 +22,7 @@ from m3ae_fast.regular_file import open_regular
 from m3ae_fast.whole_file import whole_file
 
 _HEAD = 1 << 14  # bytes in which most headers end
+_MAX_SIDE = (1 << 31) - 1
 _THREADS = 8
 
 
@@ -65,7 +66,7 @@ def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | Non
     except Exception:  # numpy's parser raises anything for a header that is not its own
         return None
     fits = rows.dtype == np.int64 and rows.shape == (samples + 1, 2) and rows[0].tolist() == identity
-    return rows[1:].astype(np.int32) if fits else None
+    return rows[1:].astype(np.int32) if fits and (rows[1:] == np.clip(rows[1:], 0, _MAX_SIDE)).all() else None
 
 
 def _read(shard: IndexedShard) -> np.ndarray:

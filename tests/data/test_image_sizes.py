@@ -52,6 +52,9 @@ def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
     for make in (*damage, lambda: (kept.unlink(), os.mkfifo(kept))):
         make()
         assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
+    rows = np.load(kept)
+    np.save(kept.open("wb"), np.where(rows == 64, -1, rows))  # impossible
+    assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
     write_tar(shard, [("one.png", picture(0, (24, 16), fmt="PNG"))])
     assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24]]
     assert len(opened(f"{shard.parent}/*").sources[0].shards) == 1  # what is kept is no shard
