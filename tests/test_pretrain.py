@@ -246,6 +246,7 @@ def test_shards_are_taken_as_they_are(tmp_path):
     given = find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, [f"{tmp_path}/1.tar"])
     assert given.val == [f"{tmp_path}/1.tar"]
     (tmp_path / "3.tar").rename(tmp_path / "val-3.tar")
+    (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # is no test split
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     facts, notes = look(given, tmp_path, "cls")
     assert facts.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]

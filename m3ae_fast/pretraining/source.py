@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from m3ae_fast.shard_tools.writer import HELD_OUT, convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
 _HELD_OUT_SPLITS = (HELD_OUT, "validation", "valid", "test")  # as data sets call them, the first one is taken
+_HELD_OUT_NAME = re.compile(rf"({'|'.join(_HELD_OUT_SPLITS)})(?![a-z])")  # of a shard
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
 
 
@@ -121,7 +123,7 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     """Hold out shards: those given, or named as held-out, or the last tenth of several, these without the images that
     the others have too."""
     names = train if any(map(is_manifest, train)) else expand(train)
-    held = val or [name for name in names if Path(name).name.startswith(_HELD_OUT_SPLITS)]
+    held = val or [name for name in names if _HELD_OUT_NAME.match(Path(name).name)]
     kept = train if val else [name for name in names if name not in held]
     if held and kept:
         return Shards(kept, held, _overlap(kept, held))

@@ -104,7 +104,8 @@ def passed_over(run_dir: Path) -> list[str]:
     for path in reversed(checkpoint.saved_steps(run_dir)):
         if not (path / checkpoint.FAILED).exists():
             break
-        notes.append(f"{path} is skipped: {(path / checkpoint.FAILED).read_text(encoding='utf-8').strip()}")
+        reason = (path / checkpoint.FAILED).read_text(encoding="utf-8", errors="replace")
+        notes.append(f"{path} is skipped: {reason.strip()}")
     return notes
 
 
