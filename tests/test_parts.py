@@ -15,6 +15,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.process import agreement
 from m3ae_fast.run import checkpoint, parts, resuming
+from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.parts import TABLE_FILE, part_files
 from m3ae_fast.run.staging import Staging
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
@@ -328,6 +329,27 @@ def test_an_update_waits_for_the_copy_that_was_begun():
         staging.copy({"model/a": None})
     waiting.join(60)
     assert not waiting.is_alive()
+
+
+def test_a_save_begins_the_copy_that_the_next_update_waits_for():
+    """Whenever the thread that copies comes to it."""
+    staging, begun = Staging(), []
+    loop = SimpleNamespace(
+        pulse=SimpleNamespace(mark=lambda doing: None),
+        ranks=SimpleNamespace(on_main=lambda work: work(), is_main=True),
+        saving=SimpleNamespace(wait=lambda: None, start=begun.append),
+        engine=SimpleNamespace(fragments=lambda: cut(STATE, 0, 1)),
+        settings=SimpleNamespace(global_batch=4, keep=1),
+        run=SimpleNamespace(seed=0),
+        step=3, finite_evaluation=None, constants=dict, staging=staging, sections={}, stream={}, attention={},
+    )  # fmt: skip
+    Loop.save(loop)
+    waiting = threading.Thread(target=staging.wait)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive() and len(begun) == 1 and loop.unjudged == 3
+    staging.copy(cut(STATE, 0, 1))
+    waiting.join(60)
 
 
 def _decide(judge, world=3, rounds=1):
