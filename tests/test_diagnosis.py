@@ -86,7 +86,8 @@ def lines(**series):
         ({"val_rankme": (3.0, 1.0, 2.0)}, None),
         ({"val_rankme": (100.0, 120.0, 49.0)}, "collapse"),  # far from one dimension, but half of them are gone
         ({"val_rankme": (100.0, 10.0, 51.0)}, None),
-        ({"val_rankme": (1.5, 1.9)}, "collapse"),
+        ({"val_rankme": (2.0, 1.9)}, "collapse"),
+        ({"val_rankme": (1.9, 1.5)}, None),  # too few samples to fill more
         ({"val_rankme": (1.5,)}, None),
         ({"val_rankme": (50.0, 49.0, math.nan)}, None),  # what is not finite is told elsewhere
         ({"data_wait": (1.0, 0.2)}, None),  # the first is of the workers' start
