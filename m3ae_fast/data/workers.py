@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import resource
 import signal
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing import util
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +24,7 @@ from m3ae_fast.memory import out_of_memory
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
 SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
+_LEAVING_S = 5.0  # for workers, before they are killed
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -47,6 +51,23 @@ def keep_socket_paths_short() -> None:
         tempfile.tempdir = before
 
 
+_started: list[BaseProcess] = []  # workers of this process
+os.register_at_fork(after_in_child=_started.clear)
+
+
+@atexit.register  # after multiprocessing's, and so called before it, which waits for a frozen worker for ever
+def _end_started() -> None:
+    """End the workers that are left when the program ends, whatever they are at."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for worker in _started:
+        worker.terminate()
+    until = time.monotonic() + _LEAVING_S
+    for worker in _started:
+        worker.join(max(0.0, until - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+
+
 class Beside(Protocol):
     """A process that is started with the workers, and told of the batches."""
 
@@ -65,10 +86,11 @@ class Loader(DataLoader[T_co]):
     def __iter__(self) -> Any:
         keep_socket_paths_short()
         with signals_blocked():
-            if self.beside is None:
-                return super().__iter__()
-            self.beside.begin()
-            return self.beside.watch(super().__iter__())
+            if self.beside is not None:
+                self.beside.begin()
+            batches = super().__iter__()
+        _started[:] = {*(worker for worker in _started if worker.is_alive()), *getattr(batches, "_workers", ())}
+        return batches if self.beside is None else self.beside.watch(batches)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ import pickle
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
+import textwrap
 import traceback
 from argparse import Namespace
 from itertools import chain, islice
@@ -582,3 +584,18 @@ def test_words_are_known(load, paired):
     """The fixtures' captions hold no unknown word, or the tests above would compare less than they seem to."""
     tokenizer = load(paired).dataset.preparation.tokenizer
     assert 1 not in tokenizer.encode(" ".join(WORDS))
+
+
+def test_a_frozen_worker_does_not_keep_the_program():
+    program = """
+        import os, signal
+        from m3ae_fast.data import workers
+        workers._LEAVING_S = 0.5
+        loader = workers.Loader(range(100), num_workers=1, worker_init_fn=workers.start_worker, persistent_workers=True)
+        batches = iter(loader)
+        next(batches)
+        os.kill(batches._workers[0].pid, signal.SIGSTOP)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
