@@ -96,10 +96,12 @@ def size_of(data: bytes) -> tuple[int, int]:
     enough.
 
     Raises:
-        BadSample: no image, a broken one, or more of the file is needed.
+        BadSample: no image, a broken or too large one, or more of the file is needed.
     """
     if bands.is_npy(data):
         height, width, *_ = (*bands.npy_header(data)[0], 0, 0)
+        if min(height, width) < 1 or height * width > MAX_PIXELS:
+            raise BadSample(f"an array of {height} x {width}, not an image's")
         return height, width
     try:
         header = _header(data)

@@ -1,5 +1,6 @@
 """Sizes of images by their headers, and how the ranks of a node share out native images by them."""
 
+import io
 import os
 from itertools import chain
 from pathlib import Path
@@ -114,3 +115,8 @@ def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeat
 def test_what_is_no_image_has_no_size():
     with pytest.raises(BadSample, match="not an image"):
         size_of(b"nothing")
+    for shape in ((1 << 40, 3), (-5, 8), (0, 8), (7,)):  # headers can say anything
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with pytest.raises(BadSample, match="not an image"):
+            size_of(header.getvalue())
