@@ -1,4 +1,4 @@
-"""How large the images of shards are, by their headers: what ranks can share out evenly before any is decoded."""
+"""Read the sizes of images from their headers, so that ranks can share out the work before any image is decoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What settings depend on: the samples, and the shards that they are in."""
+"""Hold the facts that settings depend on: about the samples, and the shards that they are in."""
 
 from __future__ import annotations
 

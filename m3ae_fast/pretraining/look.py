@@ -1,4 +1,4 @@
-"""What the samples are like, as far as settings depend on it."""
+"""Look at the samples for the facts that settings depend on."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
 
 
 def test_a_rank_counts_the_shards_of_its_lanes(tmp_path, monkeypatch):
-    """Of a run's second source, by its seed."""
+    """The parts of a run's second source are what its lanes own."""
     store, counted = ShardStore(tmp_path), {}
     names = [f"pipe:cat {i}.tar" for i in range(12)]
 

@@ -1,4 +1,4 @@
-"""What a node needs and when, by hand: without processes, of shards that are never there."""
+"""Compare which shards a node needs, and when, with counts by hand; no process fetches any."""
 
 import math
 import time

@@ -76,7 +76,7 @@ def test_groups_bound_the_shards_that_are_open_at_once():
 @pytest.mark.parametrize("sizes", [[[30] * 20, [25] * 8], [[30] * 20]])
 @pytest.mark.parametrize("batch", [40, 37])  # of which the lanes have equal parts, and not
 def test_needs_are_sorted_and_cover_what_is_read(sizes, batch):
-    """Of sources with weights, by the lanes of a node: what a step reads is in use, or was before."""
+    """What a step of weighted sources reads in the lanes of a node is in use by then, or was before."""
     order = Order(sizes, [0.7, 0.3][: len(sizes)], 2, seed=1, lanes=4)
     shards = [np.repeat(np.arange(len(source)), source) for source in sizes]
     for first in range(0, 2400, batch):
