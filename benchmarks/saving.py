@@ -73,7 +73,7 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         engine.step([batch], batch.counts, 1e-4)
 
     engine.before_update = wait
-    part = staging.copy(engine.fragments())
+    part = staging.copy(engine.fragments)
     held = sum(len(piece.data) for piece in part.values())
     total = sum(ranks.gather(held))
     for _ in range(2):
@@ -93,9 +93,8 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         del whole, write
         dist.barrier(group=ranks.control)
         began = time.perf_counter()
-        state = engine.fragments()
-        staging.begin(state)
-        copying = threading.Thread(target=staging.copy, args=(state,))
+        staging.begin(ranks.device)
+        copying = threading.Thread(target=staging.copy, args=(engine.fragments,))
         copying.start()
         begun = time.perf_counter() - began
         beside.append(seconds(step, ranks)[0])

@@ -77,7 +77,7 @@ def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
         one, other = (build_engine(M3AE(SMALL, settings.loss), settings, ranks) for _ in range(2))
         for rate in RATES[:3]:
             one.step([batch, batch], batch.counts, rate)
-        saved = Staging().copy(one.fragments())
+        saved = Staging().copy(one.fragments)
         other.load_state(3, lambda name, start, count: saved[name].data[start : start + count])
         for engine in (one, other):
             engine.step([batch, batch], batch.counts, 0.03)

@@ -271,11 +271,11 @@ def test_a_state_that_is_being_written_does_not_change_as_training_goes_on():
         engine = build_engine(model, config, ranks)
         engine.step([batch], batch.counts, 0.1)
         staging = Staging()
-        staged = staging.copy(engine.fragments())
+        staged = staging.copy(engine.fragments)
         before = {name: piece.data.clone() for name, piece in staged.items()}
         engine.step([batch], batch.counts, 0.1)
         assert all(torch.equal(piece.data, before[name]) for name, piece in staged.items())
-        after = staging.copy(engine.fragments())
+        after = staging.copy(engine.fragments)
     assert any(not torch.equal(piece.data, before[name]) for name, piece in after.items())
 
 

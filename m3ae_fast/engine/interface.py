@@ -53,7 +53,7 @@ class Engine(Protocol):
 
     def fragments(self) -> Fragments:
         """Return this rank's part of the state, which the next update changes. All ranks' parts together are each
-        tensor once. Every rank must call it."""
+        tensor once. No rank waits for another, and forward and backward may run meanwhile."""
 
     def whole(self, kind: str) -> dict[str, Tensor]:
         """Return "model", the weights, or one of `kinds` by parameter name, whole on every rank: float32, on the CPU.

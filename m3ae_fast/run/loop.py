@@ -238,15 +238,14 @@ class Loop(ABC):
         self.saving.wait()
         step, good, main = self.step, self.finite_evaluation == self.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
-        state = self.engine.fragments() | constants
-        self.staging.begin(state)
+        self.staging.begin(self.ranks.device)
         seen = step * self.settings.global_batch
         info = checkpoint.Info(
             step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream, attention=self.attention
         )
 
         def write() -> None:
-            part = self.staging.copy(state)
+            part = self.staging.copy(lambda: self.engine.fragments() | constants)
             if event := self.agreement.decide("", lambda _: self.folder.keep() if self.folder else ""):
                 self.log.say(f"note: {event}")
             path = checkpoint.save(self.run.dir, part, info, self.settings.keep, self.remedy(), self.agreement)

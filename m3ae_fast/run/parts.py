@@ -4,9 +4,10 @@
     state-00002-of-00004.safetensors     written by the second of four: flat pieces by name
     table.json                           of which pieces each tensor consists, where several ranks wrote them
 
-Not torch.distributed.checkpoint's format: its table is a pickle, which runs what it names, and it knows nothing of what
-has been written. Here the table is made of the files as they are on the disk, and none is made where an element of a
-tensor is in no file or in two. One rank's file is what it always was.
+The files are those of torch.distributed.checkpoint's safetensors format, whose HuggingFaceStorageReader reads them. They
+are not written by it: its writer serialises a part in memory, which holds it twice, and takes what it is given. Here the
+table is made of the files as they are on the disk, and none is made where an element of a tensor is in no file or in
+two. Its other format has a table that is a pickle, which runs what it names.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from m3ae_fast.whole_file import to_disk
 
 STATE_FILE, TABLE_FILE = "state.safetensors", "table.json"
 ANY_PART = "state*.safetensors"
-_STARTS = "starts"  # in a part's header: of each piece the place of its first element, as JSON
+_OFFSETS = "DCP_SHARDING_INFO"  # in a part's header: {name: {"saved_offsets": [start]}} as JSON
 
 Shape = tuple[int, ...]
 _Size = Annotated[int, Field(ge=0)]
@@ -62,8 +63,8 @@ def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
         save_file({name: data.view(shape) for name, (data, _, shape) in part.items()}, file)
     else:
         pieces = {name: piece for name, piece in part.items() if len(piece.data)}
-        starts = json.dumps({name: start for name, (_, start, _) in pieces.items()})
-        save_file({name: data for name, (data, *_) in pieces.items()}, file, {_STARTS: starts})
+        offsets = json.dumps({name: {"saved_offsets": [start]} for name, (_, start, _) in pieces.items()})
+        save_file({name: data for name, (data, *_) in pieces.items()}, file, {_OFFSETS: offsets})
     to_disk(file)
     return sha256(file)
 
@@ -78,8 +79,8 @@ def tabulate(folder: Path, shapes: dict[str, Shape], parts: int) -> Table:
     for number, file in enumerate(part_files(parts)):
         try:
             with safe_open(folder / file, framework="pt") as opened:
-                for name, start in json.loads(opened.metadata()[_STARTS]).items():
-                    found[name].append((start, number, *opened.get_slice(name).get_shape()))
+                for name, offsets in json.loads(opened.metadata()[_OFFSETS]).items():
+                    found[name].append((*offsets["saved_offsets"], number, *opened.get_slice(name).get_shape()))
         except (OSError, SafetensorError) as error:
             raise _unseen(folder / file, number, error) from None
     for name, pieces in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,20 +23,21 @@ class Staging:
         self._copied = threading.Event()
         self._copied.set()
 
-    def begin(self, part: Fragments) -> None:
-        """Let `wait` wait until `part` has been copied. In the thread that trains."""
-        if any(piece.data.is_cuda for piece in part.values()):
+    def begin(self, device: torch.device) -> None:
+        """Let `wait` wait until a state on that device has been copied. In the thread that trains."""
+        if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream()  # here: another thread has another current device
             self._stream.wait_stream(torch.cuda.current_stream())  # for the update before
         self._copied.clear()
 
-    def copy(self, part: Fragments) -> Fragments:
-        """Return a copy of what was begun, on the host, which stays until the next one. In any thread."""
+    def copy(self, fragments: Callable[[], Fragments]) -> Fragments:
+        """Return a copy of what `fragments` returns, on the host, which stays until the next one. In any thread: to
+        list the pieces of a state takes longer than a step should wait."""
         try:
             if self._stream is None:
-                return self._into_buffer(part)
+                return self._into_buffer(fragments())
             with torch.cuda.stream(self._stream):
-                staged = self._into_buffer(part)
+                staged = self._into_buffer(fragments())
             self._stream.synchronize()
             return staged
         finally:

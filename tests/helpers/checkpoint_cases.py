@@ -82,11 +82,10 @@ def copied_in_a_step(engine: Engine) -> Fragments:
 
     def copy() -> None:
         time.sleep(0.05)
-        found.append(staging.copy(state))
+        found.append(staging.copy(engine.fragments))
 
     engine.before_update = staging.wait
-    state = engine.fragments()
-    staging.begin(state)
+    staging.begin(torch.device("cpu"))
     thread = threading.Thread(target=copy)
     thread.start()
     engine.step([torch.randn(4, 37)], None, 1e-2)
