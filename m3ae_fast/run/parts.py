@@ -4,10 +4,10 @@
     state-00002-of-00004.safetensors     written by the second of four: flat pieces by name
     table.json                           of which pieces each tensor consists, where several ranks wrote them
 
-The files are those of torch.distributed.checkpoint's safetensors format, whose HuggingFaceStorageReader reads them. They
-are not written by it: its writer serialises a part in memory, which holds it twice, and takes what it is given. Here the
+The files are in torch.distributed.checkpoint's safetensors format, and its HuggingFaceStorageReader reads them. They are
+not written by it: its writer serialises a part in memory, which holds it twice, and takes what it is given. Here the
 table is made of the files as they are on the disk, and none is made where an element of a tensor is in no file or in
-two. Its other format has a table that is a pickle, which runs what it names.
+two. The table of its other format is a pickle, which runs what it names.
 """
 
 from __future__ import annotations
