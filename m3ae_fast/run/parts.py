@@ -4,7 +4,7 @@
     state-00002-of-00004.safetensors     written by the second of four: flat pieces by name
     table.json                           of which pieces each tensor consists, where several ranks wrote them
 
-The files are in torch.distributed.checkpoint's safetensors format, and its HuggingFaceStorageReader reads them. They are
+The files are in torch.distributed.checkpoint's safetensors format, as its HuggingFaceStorageReader reads. They are
 not written by it: its writer serialises a part in memory, which holds it twice, and takes what it is given. Here the
 table is made of the files as they are on the disk, and none is made where an element of a tensor is in no file or in
 two. The table of its other format is a pickle, which runs what it names.
