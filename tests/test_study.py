@@ -160,6 +160,15 @@ def test_a_study_is_done_once_and_goes_on_where_it_was_stopped(call, tmp_path, m
     assert "validation samples" in (out / "validation" / report.PAGE).read_text()
     monkeypatch.setattr(Study, "perform", lambda self, encoder: pytest.fail(f"{encoder.name} is done again"))
     assert call() == 0
+    for result in out.glob("*.result.json"):
+        result.rename(result.with_suffix(".moved"))  # as on another machine
+    assert call() == 0 and (out / report.PAGE).read_text() == page
+    assert all(
+        json.loads(path.read_text()) == json.loads(path.with_suffix(".moved").read_text())
+        for path in out.glob("*.result.json")
+    )
+    with pytest.raises(UserError, match="has results of other settings; choose another folder"):
+        call("--set", "train.train.steps=5")
 
 
 EVERYTHING = ["knn", "linear", "subcategory", *report.SHIFT, "shots1", "shots2"]

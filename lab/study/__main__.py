@@ -8,7 +8,7 @@ python -m lab.study data/labelled --validation --out runs/tried --set train.opti
 
 Pre-trains encoders (m3ae_fast.train) on emoji with their names, tests them on emoji and clothes that were held out
 (the probes of m3ae_fast.transfer), one after the other, and writes study.json, study.png and README.md after each. What
-is done is not done again: call it again after a stop.
+is done is not done again: call it again after a stop, on another machine with the same --results.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     everything = plan(common.width, common.steps)
     wanted = plan(common.width, common.steps, args.seeds, args.arms)
     folder = args.results or out
+    study.adopt(report.read_answers(folder, settings, args.validation))
 
     def write() -> None:
         head: dict[str, Any] = {"about": results.about(), "settings": settings, "validation": args.validation}

@@ -1,8 +1,9 @@
-"""A study's results: study.json, and the tables and the plot made from it."""
+"""A study's results: what was answered sample by sample, and numbers, tables and a plot made from it."""
 
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,9 +18,10 @@ from benchmarks.table import END, START, rewrite
 from lab.study.measure import LOSSES, RETRIEVED, SCORES, Labels
 from lab.study.plan import CAPTION_FRACTIONS, CLOTHES_LENGTH, TEXT_RATIOS, USUAL_RATIO, Encoder
 from lab.study.statistics import Estimate, accuracy, difference
-from m3ae_fast.whole_file import write_whole
+from m3ae_fast.errors import UserError
+from m3ae_fast.whole_file import whole_file, write_whole
 
-JSON, PLOT, PAGE = "study.json", "study.png", "README.md"
+JSON, PLOT, PAGE, ANSWERS = "study.json", "study.png", "README.md", "answers.json.xz"
 TITLE = "What text gives a masked autoencoder"
 
 EMOJI = {"knn": "k-NN", "linear": "linear", "attentive": "attentive", "subcategory": "subcategory, linear"}
@@ -74,7 +76,7 @@ class Rows:
 
 
 def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], labels: Labels) -> None:
-    """Write study.json, README.md and study.png. What stands in README.md outside of the markers stays.
+    """Write answers, numbers, the page and its plot. What stands in README.md outside of the markers stays.
 
     Args:
         folder: made where it is not there.
@@ -83,6 +85,9 @@ def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], la
         labels: of all samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    known = {"settings": head["settings"], "validation": head["validation"], "encoders": found}
+    with whole_file(folder / ANSWERS) as partial:
+        partial.write_bytes(lzma.compress(json.dumps(known).encode()))
     encoders = [{key: value for key, value in row.items() if key != "correct"} for row in found]
     write_whole(folder / JSON, json.dumps(head | {"encoders": encoders}, indent=1) + "\n")
     train = head["settings"]["train"]
@@ -91,6 +96,20 @@ def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], la
     text = page.read_text(encoding="utf-8") if page.exists() else f"# {TITLE}\n\n{START}\n{END}\n"
     page.write_text(rewrite(text, tables(rows, head)), encoding="utf-8")
     draw(rows, folder / PLOT)
+
+
+def read_answers(folder: Path, settings: dict[str, Any], validation: bool) -> list[dict[str, Any]]:
+    """Return results that a study has left in `folder`, maybe on another machine; none where there are none.
+
+    Raises:
+        UserError: they are of other settings.
+    """
+    if not (folder / ANSWERS).exists():
+        return []
+    known = json.loads(lzma.decompress((folder / ANSWERS).read_bytes()))
+    if (known["settings"], known["validation"]) != (settings, validation):
+        raise UserError(f"{folder}: has results of other settings; choose another folder (--out, --results)")
+    return known["encoders"]
 
 
 def tables(rows: Rows, head: dict[str, Any]) -> str:

@@ -71,6 +71,13 @@ class Study:
         whole = {"encoder": asdict(encoder), "losses": losses, **times, "numbers": measure.numbers_of(found)}
         write_whole(self.result(encoder), json.dumps(whole | {"correct": found.correct}) + "\n")
 
+    def adopt(self, found: list[dict[str, Any]]) -> None:
+        """Take over results of an earlier call that are not in `out`."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for row in found:
+            if not self.done(encoder := Encoder(**row["encoder"])):
+                write_whole(self.result(encoder), json.dumps(row) + "\n")
+
     def results(self, encoders: list[Encoder]) -> list[dict[str, Any]]:
         """Return what is known of each encoder that is done."""
         return [json.loads(self.result(each).read_text(encoding="utf-8")) for each in encoders if self.done(each)]
