@@ -14,6 +14,8 @@ from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.attention.per_sample import PER_SAMPLE
 from torch import Tensor
 
+from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.transformer import Block
 from m3ae_fast.run.attention import choose_attention, describe_attention, settle_attention
@@ -496,6 +498,27 @@ def test_one_rank_chooses_and_all_run_the_same(trials):
     assert describe_attention(*where) == "new (encoder), old (decoder)"
     assert [kernel_for("auto", gpu, BF16, *head, 8).name for head in ((2, 32), (3, 16))] == ["new", "old"]
     assert len(trials) == 2
+
+
+def test_what_is_tried_is_as_long_as_a_whole_sample(trials):
+    """In encoder and decoder, where images and texts are masked by ratios of their own."""
+    masking = MaskingConfig(image_ratio=0.25, text_ratio=0.5)
+    sample = Sample("pair", torch.zeros(3, 32, 32, dtype=torch.uint8), draw_mask(16, 0.25), torch.arange(12))
+    sample.text_mask = draw_mask(12, 0.5)
+    batch = pack([sample], Geometry.of(CONFIG))
+    choose_attention(CONFIG, masking, torch.device("cuda", 0), BF16, 512)
+    assert [length for _, _, length, _ in trials] == [batch.encoder.max_seqlen, batch.decoder.max_seqlen]
+
+
+def test_each_kind_of_head_has_a_choice_of_its_own(trials, monkeypatch):
+    real = trials.append
+    monkeypatch.setattr(cuda, "trial", lambda *asked, **_: real(asked) or {"new": 1.0})
+    gpu, second = (torch.device("cuda", number) for number in (0, 1))
+    kind = (gpu, BF16, 2, 32)
+    cuda.settle(*kind, 8, "old")
+    others = [(second, *kind[1:]), (gpu, torch.float16, 2, 32), (gpu, BF16, 4, 32), (gpu, BF16, 2, 64)]
+    assert [cuda.choose(*other, 8).name for other in (kind, *others)] == ["old", *["new"] * 4]
+    assert [asked[:4] for asked in trials] == others
 
 
 def test_a_resumed_run_keeps_its_kernels_where_they_are(trials):

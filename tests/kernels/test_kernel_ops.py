@@ -404,6 +404,48 @@ def test_losses_never_hold_all_logits_or_predictions(monkeypatch):
         assert largest_allocation(case, inputs) < 4 * rows * width / 2
 
 
+@pytest.mark.parametrize("case", ["token-z", "pixel-p16"])
+def test_chunks_of_a_gradient_are_added_in_float32(case, monkeypatch):
+    """In float16, where a sum over many chunks would lose digits that each chunk still has."""
+    folder = "m3ae_kernels.triton_impl" if TRITON else "m3ae_kernels"
+    pixel = importlib.import_module(f"{folder}.pixel_loss")
+    torch.manual_seed(0)
+    sizes = {"vocab": 48} if case == "token-z" else {"batch": 24, "channels": 3, "patch": 4}
+    inputs = CASES[case][0](torch.float16, 144, dim=16, **sizes).to(torch.float32, ["weight", "bias"])
+    hidden, bias = inputs.tensors["hidden"], inputs.tensors["bias"]
+    inputs.tensors |= {"hidden": hidden.detach().abs().requires_grad_(), "bias": (bias.detach() + 4).requires_grad_()}
+    true = run(reference, case, double(inputs))
+    whole = error(run(m3ae_kernels, case, inputs)["weight"], true["weight"])
+    inputs.options |= {"workspace": 2 * 4 * 64} if case == "token-z" else {}
+    if TRITON:
+        monkeypatch.setattr(pixel, "WORKSPACE_BYTES", 2 * 4 * 48)
+    else:
+        monkeypatch.setattr(pixel, "CHUNK_ROWS", 4)
+    assert error(run(m3ae_kernels, case, inputs)["weight"], true["weight"]) < 1.2 * whole
+
+
+def test_rows_of_16_bits_that_nearly_cancel_are_summed_in_float32():
+    """Each half of a table row's gradient is beyond the digits of float16; what is left of them is not."""
+    values = torch.cat((torch.full((250, 8), 9 + 2**-7), torch.full((250, 8), -9.0))).half()
+    x, table = torch.zeros(1, 8).half(), torch.zeros(1, 8).half().requires_grad_()
+    src, ids = torch.full((500,), -1), torch.zeros(500, dtype=torch.int64)
+    m3ae_kernels.scatter_tokens(x, src, table=table, table_ids=ids).backward(values)
+    assert (table.grad == 250 / 2**7).all()
+
+
+def test_any_negative_index_names_no_row():
+    case = "scatter-long"
+    inputs = make(case, torch.float32)
+    names = ("src", "fill_ids", "table_ids")
+    for name in names:
+        inputs.tensors[name][::3] = -1
+    expected = run(m3ae_kernels, case, inputs)
+    for number, name in enumerate(names):
+        inputs.tensors[name][::3] = -100 - number
+    for name, got in run(m3ae_kernels, case, inputs).items():
+        assert torch.equal(got, expected[name]), name
+
+
 def test_correct_is_the_first_of_the_largest():
     hidden = torch.zeros(4, 8)
     bias = torch.zeros(1200)

@@ -58,12 +58,14 @@ def test_loss_and_gradients_are_those_of_transformers(changes):
 def test_raw_images_give_the_loss_of_normalised_ones():
     raw, floating = images()
     fused = patch(vit_mae(), mean=MEAN, std=STD)
-    of_raw, of_floating = (step(fused, pixels)[0].loss for pixels in (raw, floating))
-    torch.testing.assert_close(of_raw, of_floating, rtol=1e-6, atol=0)
-    fused.eval()
-    torch.testing.assert_close(
-        fused(raw, noise=torch.ones(4, 16)).logits, fused(floating, noise=torch.ones(4, 16)).logits
-    )
+    of_floating = step(fused, floating)[0].loss
+    finer = (raw.to(torch.int32) * 257).to(torch.uint16)  # the same values of 16 bits
+    for pixels in (raw, finer):
+        torch.testing.assert_close(step(fused.train(), pixels)[0].loss, of_floating, rtol=1e-6, atol=0)
+        fused.eval()
+        torch.testing.assert_close(
+            fused(pixels, noise=torch.ones(4, 16)).logits, fused(floating, noise=torch.ones(4, 16)).logits
+        )
 
 
 def test_patched_models_never_embed_what_is_masked():

@@ -4,10 +4,13 @@ would do. Run by test_kernel_interpreter.py: only Triton's interpreter can."""
 import itertools
 
 import m3ae_kernels
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from m3ae_kernels import reference, tuning
 from m3ae_kernels.triton_impl import attention, matmul, norm, patch_embed, rows
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from tests.kernels.kernel_cases import make, packed_attention, run
 from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401
@@ -108,6 +111,47 @@ def test_rows_past_two_to_the_31_are_read_and_written(monkeypatch):
     for arguments in ((order,), (none, x, order), (none, None, None, x, order)):
         out = m3ae_kernels.scatter_tokens(x, *arguments)
         assert torch.equal(out[:, :seen], x[order.long(), :seen])
+
+
+class LastTile:
+    """A kernel of which only the last program runs."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            with pytest.MonkeyPatch.context() as patch:
+                last = [TensorHandle(np.array([count - 1], np.int32), tl.int32) for count in grid]
+                patch.setattr(interpreter_builder, "create_get_program_id", last.__getitem__)
+                self.kernel[tuple(1 for _ in grid)](*arguments, **options)
+
+        return launch
+
+
+def test_the_last_rows_of_many_are_read_and_written(monkeypatch):
+    """Of so many that they begin past two to the 31; memory that nobody touches costs nothing."""
+    width = 2**16
+    count = 2**31 // width + 3
+    torch.manual_seed(0)
+    for name in ("gather_norm_kernel", "gather_norm_backward_kernel"):
+        monkeypatch.setattr(norm, name, LastTile(getattr(norm, name)))
+    monkeypatch.setattr(patch_embed, "patch_embed_kernel", LastTile(patch_embed.patch_embed_kernel))
+    x, weight, bias = torch.randn(1, width).half(), torch.randn(width).half(), torch.randn(width).half()
+    expected = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-6)
+    zeros = torch.zeros(count, dtype=torch.int32)
+    out = m3ae_kernels.gather_tokens(x, zeros, norm_weight=weight, norm_bias=bias)
+    assert error(out[-1:], expected) < 1e-3
+    many = torch.empty(count, width, dtype=torch.float16)
+    many[-1], last = x, torch.tensor([count - 1], dtype=torch.int32)
+    upstream, mean, rstd = torch.randn(1, width).half(), x.float().mean(1), x.float().var(1, correction=0).rsqrt()
+    found = norm.gather_norm_backward(upstream, many, last, weight, mean, rstd, [True, False, False])[0]
+    leaf = x.double().requires_grad_()
+    torch.nn.functional.layer_norm(leaf, (width,), weight.double()).backward(upstream.double())
+    assert error(found[-1:], leaf.grad) < 1e-3
+    image, embedding = torch.randn(1, 1, 2, 2).half(), torch.randn(width, 4).half()
+    out = m3ae_kernels.patch_embed(image, zeros, embedding, patch_size=2)
+    assert error(out[-1:, -16:], image.double().view(1, 4) @ embedding[-16:].double().t()) < 1e-3
 
 
 def test_the_tiles_are_others_than_the_interpreters():
