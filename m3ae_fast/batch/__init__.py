@@ -3,5 +3,3 @@
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
-
-__all__ = ["Geometry", "PackedBatch", "Sample", "draw_mask", "pack"]
