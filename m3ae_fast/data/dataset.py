@@ -35,7 +35,6 @@ UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
 # What a random number is for, so that no two uses share a stream.
 _CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD = range(5)
 
-
 # uint8 [C, H, W] and a seed -> the same shape; all that it draws comes from the seed
 Transform = Callable[[Tensor, int], Tensor]
 
@@ -76,38 +75,20 @@ def _key(place: Place, view: int) -> tuple[int, ...]:
     return (*place, view) if view else place
 
 
+@dataclass(eq=False)
 class Samples(Dataset[Sample | Skipped]):
-    """Reads, decodes, augments, tokenises and masks the samples at given positions.
+    """Reads, decodes, augments, tokenises and masks the samples at given positions."""
 
-    Args:
-        corpus: where samples come from.
-        order: which one stands where.
-        preparation: how they become the model's input.
-        augment: None: the central square, or all of a native image, as it is.
-        positions_per_mask: with `masking.per` "batch", the samples of a step, which have one mask, over all ranks.
-        repeats: views of a sample, which follow each other.
-        transform: of each image, cropped; None: none.
-    """
+    corpus: Corpus
+    order: Order | FileOrder
+    preparation: Preparation
+    augment: Augment | None  # None: the central square, or all of a native image, as it is
+    positions_per_mask: int  # with `masking.per` "batch": the samples of a step, over all ranks
+    repeats: int = 1  # views of a sample, which follow each other
+    transform: Transform | None = None  # of each image, cropped
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        order: Order | FileOrder,
-        preparation: Preparation,
-        augment: Augment | None,
-        positions_per_mask: int,
-        repeats: int = 1,
-        transform: Transform | None = None,
-    ):
-        self.corpus = corpus
-        self.order = order
-        self.preparation = preparation
-        self.augment = augment
-        self.positions_per_mask = positions_per_mask
-        self.repeats = repeats
-        self.transform = transform
-        self.has_captions = corpus.has_captions
-        self._readers = [Reader(source, corpus.store) for source in corpus.sources]
+    def __post_init__(self) -> None:
+        self._readers = [Reader(source, self.corpus.store) for source in self.corpus.sources]
         self._generator = torch.Generator()
 
     def __getitem__(self, position: int) -> Sample | Skipped:
@@ -161,16 +142,16 @@ class Samples(Dataset[Sample | Skipped]):
         try:
             geometry = self.preparation.geometry
             image = decode_image(draft.image, geometry.channels, geometry.image_range, geometry.image_dtype)
-            if self.preparation.stored_codebook:
-                self._check_size(image)
+            if self.preparation.stored_codebook and image.shape[-2:] != (size := geometry.image_size, size):
+                raise BadSample(f"has {image.shape[-1]} x {image.shape[-2]} pixels, but ids of {size} x {size}")
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):
             key = _key(draft.place, view)
             image_CSS = self._transform(self._crop(image, key), key)
             sample.image = model_input(image_CSS, geometry.image_mean, geometry.image_std)
-            if self.preparation.geometry.native is not None:
-                rows, columns = self.preparation.geometry.grid(sample.image)
+            if geometry.native is not None:
+                rows, columns = geometry.grid(sample.image)
                 assert sample.position is not None
                 sample.image_mask = self._image_mask(rows * columns, key, sample.position // self.positions_per_mask)
         return draft.samples
@@ -192,19 +173,11 @@ class Samples(Dataset[Sample | Skipped]):
             raise BadSample(f"has ids outside the codebook of {codes}")
         return ids
 
-    def _check_size(self, image: Tensor) -> None:
-        size = self.preparation.geometry.image_size
-        if image.shape[-2:] != (size, size):
-            height, width = image.shape[-2:]
-            raise BadSample(f"has {width} x {height} pixels, but ids of {size} x {size}")
-
     def _add_ids(self, samples: list[Sample]) -> None:
-        vqgan = self.preparation.image_tokenizer
-        if vqgan is None or not samples:
-            return
-        images = torch.stack([sample.image for sample in samples if sample.image is not None])
-        for sample, ids in zip(samples, vqgan.encode(images)):
-            sample.image_ids = ids
+        if samples and (vqgan := self.preparation.image_tokenizer):
+            images = torch.stack([sample.image for sample in samples if sample.image is not None])
+            for sample, ids in zip(samples, vqgan.encode(images)):
+                sample.image_ids = ids
 
     def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         frame = self.preparation.geometry.frame
@@ -216,9 +189,7 @@ class Samples(Dataset[Sample | Skipped]):
         return random_crop(image, frame, self.augment.crop_scale, self.augment.flip, generator)
 
     def _transform(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
-        if self.transform is None:
-            return image
-        return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key))
+        return self.transform(image, hash64(self.preparation.seed, _TRANSFORM, *key)) if self.transform else image
 
     def _masks(self, key: tuple[int, ...], batch: int) -> tuple[Tensor, Tensor]:
         """Draw the masks of patches and of text tokens, over the whole text length, as the official code draws them."""

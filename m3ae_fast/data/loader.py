@@ -44,6 +44,7 @@ class Share:
         return -(-self.global_batch // (self.world * self.accumulation))
 
 
+@dataclass(eq=False)
 class MicroBatches(Sampler[list[int]]):
     """Positions of one rank's micro-batches.
 
@@ -51,30 +52,16 @@ class MicroBatches(Sampler[list[int]]):
     that the ranks of a node, which follow each other, share lanes; where the ranks do not divide G, parts differ by one
     position. Micro-batches are equal parts of those. Positions from `end` on do not exist: a micro-batch may come out
     short or empty, but all ranks have equally many.
-
-    Args:
-        steps: which steps of the stream.
-        share: this rank's.
-        lanes: of the order.
-        repeats: positions in a row that are views of one sample.
-        end: positions that there are; None: without end.
-        work: what a position costs, which the `ranks` of a node share out evenly among their micro-batches of a step;
-            None: all cost the same.
-        ranks: of this machine.
     """
 
-    def __init__(
-        self,
-        steps: range,
-        share: Share,
-        lanes: int = 1,
-        repeats: int = 1,
-        end: int | None = None,
-        work: Callable[[int], int] | None = None,
-        ranks: Sequence[int] = (),
-    ):
-        self.steps, self.share, self.lanes, self.repeats, self.end = steps, share, lanes, repeats, end
-        self.work, self.ranks = work, ranks
+    steps: range  # of the stream
+    share: Share
+    lanes: int = 1  # of the order
+    repeats: int = 1  # positions in a row that are views of one sample
+    end: int | None = None  # None: without end
+    # what a position costs, which the `ranks` of this machine share out evenly in a step; None: all cost the same
+    work: Callable[[int], int] | None = None
+    ranks: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.steps) * self.share.accumulation
@@ -255,7 +242,7 @@ def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) ->
 
 
 def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool) -> Loader[PackedBatch]:
-    check_tokenizer(samples.preparation.tokenizer, samples.has_captions)
+    check_tokenizer(samples.preparation.tokenizer, samples.corpus.has_captions)
     geometry = samples.preparation.geometry
     size = batch_bytes(geometry, micro_batches.share.micro_batch)
     workers = min(default_workers(), most_workers(size)) if config.workers is None else config.workers

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,20 +80,17 @@ class Pieces(NamedTuple):
     sizes: np.ndarray  # samples
 
 
+@dataclass
 class SourceOrder:
-    """Epoch after epoch of a lane's part of a source: pieces in random order, windows of them shuffled by sample.
+    """Epoch after epoch of a lane's part of a source: pieces in random order, windows of them shuffled by sample."""
 
-    Args:
-        pieces: of shards.
-        window: pieces that are shuffled together.
-        staggered: whether an epoch's first window of several is a random number of pieces, so that lanes differ in
-            when they begin a shard.
-        key: what the order depends on.
-    """
+    pieces: Pieces
+    window: int  # pieces that are shuffled together
+    staggered: bool  # an epoch's first window is a random number of pieces: lanes differ in when they begin a shard
+    key: tuple[int, ...]  # what the order depends on
 
-    def __init__(self, pieces: Pieces, window: int, staggered: bool, *key: int):
-        self.pieces, self.window, self.staggered, self.key = pieces, window, staggered, key
-        self.samples = int(pieces.sizes.sum())
+    def __post_init__(self) -> None:
+        self.samples = int(self.pieces.sizes.sum())
         self._epoch = _Latest(self._make_epoch)
         self._shuffled = _Latest(self._shuffle)
 
@@ -133,33 +131,24 @@ class SourceOrder:
         return shuffled, np.cumsum(self.pieces.sizes[own]).tolist(), self.pieces.starts[own].tolist()
 
 
+@dataclass
 class Lane:
     """A stream of its own, of a part of each source.
 
     In every block of positions each source has its exact part (Webster's apportionment, whose seats only ever grow),
     in random order. Parts are counted anew with each epoch; without weights it holds each sample exactly once.
-
-    Args:
-        sources: of what it owns.
-        proportions: of the sources; their sum does not matter.
-        samples: positions of an epoch.
-        seed: the lane's.
-        block: positions.
-        start: a block of the epoch in which the lane begins, so that lanes do not round at the same time.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceOrder],
-        proportions: Sequence[float],
-        samples: int,
-        seed: int,
-        block: int = BLOCK,
-        start: int = 0,
-    ):
-        self.sources, self.samples, self.seed, self.block = sources, samples, seed, block
-        self.proportions = np.asarray(proportions, dtype=np.float64) / np.sum(proportions, dtype=np.float64)
-        self._start = start * block
+    sources: Sequence[SourceOrder]
+    weights: Sequence[float]  # of the sources; their sum does not matter
+    samples: int  # positions of an epoch
+    seed: int
+    block: int = BLOCK  # positions
+    first_block: int = 0  # of the epoch, with which the lane begins, so that lanes do not round at the same time
+
+    def __post_init__(self) -> None:
+        self.proportions = np.asarray(self.weights, dtype=np.float64) / np.sum(self.weights, dtype=np.float64)
+        self._start = self.first_block * self.block
         self._before = self._seats(self._start)
         self._epoch_seats = self._seats(self.samples)
         self._block = _Latest(self._make_block)
@@ -204,32 +193,23 @@ class Lane:
         return sources, indices
 
 
+@dataclass
 class Order:
     """The training stream of several sources, in lanes: position p is lane p % C's number p // C.
 
     A lane owns an equal piece of each source, for good: of a random order of its shards, cut inside shards. So whoever
     reads some lanes needs few shards; and C, which no number of ranks changes, says which. With one lane a source is
     the shards as they come.
-
-    Args:
-        sizes: for each source the samples of its shards; a source has as many samples as there are lanes, or more.
-        weights: proportions of the samples; None: by size.
-        window: pieces of shards that a lane shuffles together.
-        seed: the run's.
-        lanes: C.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[Sequence[int] | np.ndarray],
-        weights: Sequence[float] | None,
-        window: int,
-        seed: int,
-        lanes: int = 1,
-    ):
-        self.lanes, self.seed = lanes, seed
-        self._weights, self._window = weights, window
-        self._sources = [self._whole(number, np.asarray(shards)) for number, shards in enumerate(sizes)]
+    sizes: Sequence[Sequence[int] | np.ndarray]  # by source: samples of its shards, at least one for each lane
+    weights: Sequence[float] | None  # proportions of the samples; None: by size
+    window: int  # pieces of shards that a lane shuffles together
+    seed: int  # the run's
+    lanes: int = 1  # C
+
+    def __post_init__(self) -> None:
+        self._sources = [self._whole(number, np.asarray(shards)) for number, shards in enumerate(self.sizes)]
         self.samples = sum(int(whole.sizes.sum()) for whole in self._sources)
         self._made: dict[int, Lane] = {}
 
@@ -259,11 +239,11 @@ class Order:
         if number not in self._made:
             seed = self.seed if self.lanes == 1 else hash64(self.seed, number)
             sources = [
-                SourceOrder(self._piece(whole, number), self._window, self.lanes > 1, seed, source)
+                SourceOrder(self._piece(whole, number), self.window, self.lanes > 1, (seed, source))
                 for source, whole in enumerate(self._sources)
             ]
             own = [source.samples for source in sources]
-            proportions, samples = (own, sum(own)) if self._weights is None else (self._weights, self.samples)
+            proportions, samples = (own, sum(own)) if self.weights is None else (self.weights, self.samples)
             blocks = (BLOCK, 0) if self.lanes == 1 else (LANE_BLOCK, seed % -(-samples // LANE_BLOCK))
             self._made[number] = Lane(sources, proportions, samples, seed, *blocks)
         return self._made[number]
