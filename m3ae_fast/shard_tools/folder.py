@@ -206,7 +206,7 @@ def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) ->
     """Return the first level of sub-folders, if there are at least two and every image is in one."""
     found = sorted({path.partition("/")[0] for path in paths if "/" in path})
     classes = known is not None or (len(found) > 1 and all("/" in path for path in paths))
-    if classes and (odd := next((name for name in found if not _is_unicode(name)), None)):
+    if classes and (odd := next((name for name in found if _printable(name) != name), None)):
         raise UserError(f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat")
     if known is not None:
         strange = [name for name in found if name not in known]
@@ -215,10 +215,6 @@ def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) ->
             raise UserError(f"--classes: {folder} has {wrong}, which the classes lack")
         return list(known)
     return found if classes else None
-
-
-def _is_unicode(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[_Image]:

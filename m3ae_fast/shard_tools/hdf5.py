@@ -16,7 +16,7 @@ from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.records import Record, Rows, caption_samples, to_int
+from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 
@@ -110,10 +110,7 @@ class Hdf5(Rows):
             image, caption, label = (self._open[name][row] if name else None for name in fields)
         except OSError as error:
             raise BadSample(f"the file is damaged ({error})") from None
-        text = None
-        if fields.caption:
-            captions = caption_samples(_as_text(caption)) or [""]
-            text = captions[turn]
+        text = caption_of_row(_as_text(caption), turn) if fields.caption else None
         return Record(None if image is None else _bytes(image), text, to_int(label))
 
 

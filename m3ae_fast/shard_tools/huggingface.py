@@ -16,7 +16,7 @@ from m3ae_fast.errors import UserError, library
 from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.records import Record, Rows, caption_samples, read_file, to_int
+from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, read_file, to_int
 from m3ae_fast.shard_tools.same_images import middle, number_same
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
@@ -39,7 +39,8 @@ class HuggingFace(Rows):
     def __init__(
         self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]
     ) -> None:
-        data = _load(name, subset)
+        datasets = library("datasets", "a Hugging Face data set needs the library datasets: pip install datasets")
+        data = _load(datasets, name, subset)
         if split is not None:
             if split not in data:
                 raise UserError(f"--split {split}: {name} has {', '.join(data)}")
@@ -47,12 +48,14 @@ class HuggingFace(Rows):
         first = next(iter(data.values()))
         self.image, self.caption, self.label = _columns(first.features, columns, name)
         self.classes: Sequence[str] | None = getattr(first.features[self.label], "names", None) if self.label else None
-        # of values, where images are arrays [H, W] or [H, W, C]
-        self._dtype = getattr(first.features[self.image], "dtype", "") if self._has_arrays(first.features) else ""
+        images = first.features[self.image] if self.image else None
+        self._dtype: str = images.dtype if _is_array(images) else ""  # of values, where they are [H, W] or [H, W, C]
         self._data: dict[str, Any] = {}
         for key, rows in data.items():
             rows = rows.select_columns([column for column in (self.image, self.caption, self.label) if column])
-            self._data[key] = rows.cast_column(self.image, _undecoded()) if self.image and not self._dtype else rows
+            self._data[key] = rows
+            if self.image and not self._dtype:
+                self._data[key] = rows.cast_column(self.image, datasets.Image(decode=False))
         super().__init__({key: _samples(rows, self.caption) for key, rows in self._data.items()})
         self.identity: dict[str, Any] = {
             "kind": "huggingface",
@@ -67,10 +70,7 @@ class HuggingFace(Rows):
     def read(self, split: str, number: int) -> Record:
         row_number, turn = self.place(split, number)
         row = self._data[split][row_number]
-        caption = None
-        if self.caption:
-            captions = caption_samples(row[self.caption]) or [""]
-            caption = captions[turn]
+        caption = caption_of_row(row[self.caption], turn) if self.caption else None
         label = to_int(row[self.label]) if self.label else None
         if label is not None and label < 0:  # a hidden label, as test splits have
             label = None
@@ -79,9 +79,6 @@ class HuggingFace(Rows):
         if self._dtype and image is not None:
             image = write_npy(np.asarray(image, dtype=self._dtype))
         return Record(_image(image), caption, label, about)
-
-    def _has_arrays(self, features: Any) -> bool:
-        return self.image is not None and _is_array(features[self.image])
 
     def images(self, split: str) -> np.ndarray:
         """See `records.Records`: rows whose image has the same bytes, or the same path, are of one."""
@@ -100,9 +97,8 @@ class HuggingFace(Rows):
         return number_same(len(data), [lambda row: sketches[row] or row, whole])[rows_S]
 
 
-def _load(name: str, subset: str | None) -> dict[str, Any]:
+def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
     """Load the splits of a dataset."""
-    datasets = library("datasets", "a Hugging Face data set needs the library datasets: pip install datasets")
     try:
         saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
@@ -115,12 +111,6 @@ def _is_array(feature: Any) -> bool:
     import datasets
 
     return isinstance(feature, (datasets.Array2D, datasets.Array3D))
-
-
-def _undecoded() -> Any:
-    import datasets
-
-    return datasets.Image(decode=False)
 
 
 def _columns(features: Any, named: tuple[str | None, str | None, str | None], where: str) -> list[str | None]:

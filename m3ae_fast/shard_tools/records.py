@@ -73,10 +73,11 @@ def to_int(value: Any) -> int | None:
         raise BadSample(f"the label {value!r} is not a number") from None
 
 
-def caption_samples(value: Any) -> list[str]:
-    """Return `captions_of` a sample. Raises BadSample if it is no caption."""
+def caption_of_row(value: Any, turn: int) -> str:
+    """Return the caption of a row's sample number `turn`, blank where there is none. Raises BadSample where the row's
+    `value` is no caption."""
     try:
-        return captions_of(value)
+        return (captions_of(value) or [""])[turn]
     except ValueError as error:
         raise BadSample(f"the caption {error}") from None
 

@@ -17,7 +17,7 @@ from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.images import decode_image, format_of
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Range
-from m3ae_fast.data.corpus import Corpus, Source
+from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.labels import LEFT_OUT, Label, read_labels, select_labelled
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.reader import Reader
@@ -106,28 +106,16 @@ def collect(
     for source, number in track(places, "looking at samples", len(places)):
         reader = readers.setdefault(id(source), Reader(source, corpus.store))
         try:
-            _look(found, reader, source, number, image_range, tokenizer)
+            data, caption = reader.read(*reader.find(number))
+            if caption is not None:
+                found.lengths.append(len(tokenizer.encode(caption)) if tokenizer else len(caption.split()))
+            if data is not None:
+                found.add(decode_image(data, channels, image_range, dtype))
+                found.formats[format_of(data)] += 1
         except (BadSample, OSError) as error:
             found.bad[str(error)] += 1
         found.seen += 1
     return found
-
-
-def _look(
-    found: Statistics,
-    reader: Reader,
-    source: Source,
-    number: int,
-    image_range: Range | None,
-    tokenizer: CaptionTokenizer | None,
-) -> None:
-    data, caption = reader.read(*reader.find(number))
-    if caption is not None:
-        found.lengths.append(len(tokenizer.encode(caption)) if tokenizer else len(caption.split()))
-    if data is None:
-        return
-    found.add(decode_image(data, found.channels, image_range, found.dtype))
-    found.formats[format_of(data)] += 1
 
 
 def require_images(found: Statistics) -> None:

@@ -13,27 +13,27 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.crops import centre_crop, random_crop
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.config import Range
-from m3ae_fast.data.index import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, group, index_shards
+from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, index_shards
 from m3ae_fast.data.order import hash64
 from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shards import ShardStore, expand
-from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import chosen_device
 from m3ae_fast.shard_tools.records import Record, Rows
 from m3ae_fast.shard_tools.settings import Settings
+from m3ae_fast.shard_tools.shrink import jpeg
 from m3ae_fast.shard_tools.writer import convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
 
@@ -42,56 +42,43 @@ AHEAD = 32  # crops that the VQGAN takes together
 QUALITY = 95  # of the crops' JPEGs; ids are of what they decode to
 
 
+@dataclass(eq=False)
 class Crops(Rows):
-    """Crops of the images in some shards, with their ids. See `records.Records`.
+    """Crops of the images in some shards, with their ids. See `records.Records`."""
 
-    Args:
-        shards: where the images are.
-        store: where copies of remote shards go.
-        vqgan: on the device where it is to run.
-        size: S.
-        views: random crops of each image; None: its central square.
-        scale, flip: of the random crops.
-        seed: of the random crops.
-        threads: that prepare crops for the VQGAN.
-        image_range: of images of more than 8 bits.
-    """
+    shards: list[str]
+    store: ShardStore  # where copies of remote shards go
+    vqgan: VQGAN  # on the device where it is to run
+    size: int  # S
+    views: int | None  # random crops of each image; None: its central square
+    scale: tuple[float, float]  # this and the next two: of the random crops
+    flip: bool
+    seed: int
+    threads: int  # that prepare crops for the VQGAN
+    image_range: Range | None = None  # of images of more than 8 bits
 
-    def __init__(
-        self,
-        shards: list[str],
-        store: ShardStore,
-        vqgan: VQGAN,
-        size: int,
-        views: int | None,
-        scale: tuple[float, float],
-        flip: bool,
-        seed: int,
-        threads: int,
-        image_range: Range | None = None,
-    ) -> None:
-        found = index_shards(shards, store, progress=True)
-        self.store, self.vqgan, self.size, self.views, self.threads = store, vqgan, size, views, threads
-        self.scale, self.flip, self.seed, self.image_range = scale, flip, seed, image_range
-        self._shards = [entry.shard for entry in found]
-        super().__init__({_SPLIT: np.array([entry.summary.images * (views or 1) for entry in found])})
+    def __post_init__(self) -> None:
+        self._found = index_shards(self.shards, self.store, progress=True)
+        super().__init__({_SPLIT: np.array([entry.summary.images * (self.views or 1) for entry in self._found])})
         if not self.splits[_SPLIT]:
-            raise UserError(f"shards {shards[0]!r}: no image in them")
+            raise UserError(f"shards {self.shards[0]!r}: no image in them")
         self.classes: Sequence[str] | None = None
-        codebook = hashlib.sha256(vqgan.codebook.cpu().numpy().tobytes()).hexdigest()
-        crops: dict[str, Any] = {
-            "image_size": size, "views": views, "crop_scale": list(scale), "flip": flip, "seed": seed,
-        }  # fmt: skip
-        if image_range is not None:
-            crops["image_range"] = image_range
-        counts = [[entry.summary.images, entry.summary.size] for entry in found]
-        self.identity: dict[str, Any] = {"kind": "tokenized", "vqgan": codebook, **crops, "shards": counts}
-        self._files: tuple[int, list[dict[str, Member]]] = (-1, [])
+        self.identity: dict[str, Any] = {
+            "kind": "tokenized",
+            "vqgan": hashlib.sha256(self.vqgan.codebook.cpu().numpy().tobytes()).hexdigest(),
+            "image_size": self.size,
+            "views": self.views,
+            "crop_scale": list(self.scale),
+            "flip": self.flip,
+            "seed": self.seed,
+            "shards": [[entry.summary.images, entry.summary.size] for entry in self._found],
+        } | ({} if self.image_range is None else {"image_range": self.image_range})
+        self._table: tuple[int, np.ndarray] = (-1, np.empty(0))  # of a shard: rows with an image
         self._ready: dict[int, Record | BadSample] = {}
 
     def name(self, split: str, number: int) -> str:
         shard, turn = self.place(split, number)
-        return f"{self._shards[shard]}, image {turn // (self.views or 1)}"
+        return f"{self._found[shard].shard}, image {turn // (self.views or 1)}"
 
     def images(self, split: str) -> np.ndarray:
         return np.arange(self.splits[split]) // (self.views or 1)
@@ -124,31 +111,27 @@ class Crops(Rows):
                 ready[number] = Record(jpeg, members={**others, "ids": next(ids_BL).tobytes()})
         return ready
 
-    def _find(self, number: int) -> tuple[int, int, int, dict[str, Member]]:
-        """Return shard, row of the image in it, view, and the sample's members."""
+    def _find(self, number: int) -> tuple[int, int, int, np.void]:
+        """Return shard, row of the image in it, view, and where the sample's members lie."""
         shard, turn = self.place(_SPLIT, number)
         row, view = divmod(turn, self.views or 1)
-        if self._files[0] != shard:
+        if self._table[0] != shard:
             try:
-                members, _ = scan_tar(self.store.path(self._shards[shard]))
+                table = self._found[shard].table()
             except OSError as error:
-                raise BadSample(f"{self._shards[shard]}: cannot be read ({error})") from None
-            samples = [files for _, files in group(members) if any(suffix in files for suffix in IMAGE_SUFFIXES)]
-            self._files = (shard, samples)
-        return shard, row, view, self._files[1][row]
+                raise BadSample(f"{self._found[shard].shard}: cannot be read ({error})") from None
+            self._table = shard, table[table["image_offset"] != MISSING]
+        return shard, row, view, self._table[1][row]
 
-    def _crop(
-        self, place: tuple[int, int, int, dict[str, Member]]
-    ) -> tuple[Tensor, bytes, dict[str, bytes]] | BadSample:
+    def _crop(self, place: tuple[int, int, int, np.void]) -> tuple[Tensor, bytes, dict[str, bytes]] | BadSample:
         """Return uint8 [C, S, S] as the JPEG decodes, the JPEG, and the sample's other members."""
-        shard, row, view, files = place
-        suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in files)
+        shard, row, view, entry = place
+        parts = {"json": "json", "cls": "cls"} if entry["json"] else {"txt": "text", "json": "json", "cls": "cls"}
         try:
-            with open(self.store.path(self._shards[shard]), "rb") as file:
-                others: dict[str, bytes] = {
-                    s: _read(file.fileno(), files[s]) for s in ("txt", "json", "cls") if s in files
-                }
-                image = decode_image(_read(file.fileno(), files[suffix]), 3, self.image_range)
+            with open(self.store.path(self._found[shard].shard), "rb") as file:
+                read = partial(_read, file.fileno(), entry)
+                others = {name: read(part) for name, part in parts.items() if entry[f"{part}_offset"] != MISSING}
+                image = decode_image(read("image"), 3, self.image_range)
         except BadSample as error:
             return error
         except OSError as error:
@@ -158,14 +141,14 @@ class Crops(Rows):
         else:
             generator = torch.Generator().manual_seed(hash64(self.seed, shard, row, view) & 0xFFFFFFFF)
             crop = random_crop(image, self.size, self.scale, self.flip, generator)
-        out = BytesIO()
-        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=QUALITY)
-        return decode_image(out.getvalue(), 3), out.getvalue(), others
+        data = jpeg(crop, QUALITY)
+        return decode_image(data, 3), data, others
 
 
-def _read(fd: int, member: Member) -> bytes:
-    data = os.pread(fd, min(member.size, MAX_IMAGE_BYTES), member.offset)
-    if len(data) != member.size:
+def _read(fd: int, entry: np.void, part: str) -> bytes:
+    size = int(entry[f"{part}_size"])
+    data = os.pread(fd, min(size, MAX_IMAGE_BYTES), int(entry[f"{part}_offset"]))
+    if len(data) != size:
         raise BadSample("the shard ends inside the sample")
     return data
 

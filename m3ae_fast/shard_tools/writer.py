@@ -86,7 +86,8 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
                 (out / name).unlink(missing_ok=True)
             if created:
                 out.rmdir()
-            raise UserError(f"{out}: not written, since no sample can be used{_example(tally)}")
+            example = "".join(f", such as {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
+            raise UserError(f"{out}: not written, since no sample can be used{example}")
     images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
     left_out = sum(len(shard.numbers) for shard in plan) - samples
     return Converted(shards, samples, images, captions, left_out, tally)
@@ -233,10 +234,6 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     if about:
         files["json"] = json.dumps(about, sort_keys=True).encode()
     return files | record.members
-
-
-def _example(tally: Tally) -> str:
-    return "".join(f", such as {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
 
 
 def describe_conversion(out: Path, converted: Converted) -> str:
