@@ -60,11 +60,8 @@ class BadSamples:
                 _log.warning("further bad samples are counted, not named")
 
     def count(self, seen: int, bad: int) -> None:
-        """Add the counts of a step over all ranks; `seen` includes the bad ones.
-
-        Raises:
-            UserError: more than `max_fraction` of all samples so far are bad.
-        """
+        """Add the counts of a step over all ranks; `seen` includes the bad ones. Raises UserError where more than
+        `max_fraction` of all samples so far are bad."""
         self.seen += seen
         self.bad += bad
         if self.seen >= self.least and self.bad > self.max_fraction * self.seen:

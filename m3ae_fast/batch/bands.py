@@ -63,11 +63,8 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def read_tiff(data: bytes) -> np.ndarray:
-    """Return the first page of a TIFF of any bands, [H, W, C].
-
-    Raises:
-        BadSample: as `checked`; tifffile is missing or cannot read it, or it is turned, or its values are no bands.
-    """
+    """Return the first page of a TIFF of any bands, [H, W, C]. Raises BadSample as `checked`, and where tifffile is
+    missing or cannot read it, or it is turned, or its values are no bands."""
     try:
         import tifffile
     except ImportError:
@@ -93,11 +90,8 @@ def read_tiff(data: bytes) -> np.ndarray:
 
 
 def checked(values: np.ndarray) -> np.ndarray:
-    """Return an image's values as [H, W, C].
-
-    Raises:
-        BadSample: they are of another shape, no `DTYPES`, not finite, or more than MAX_VALUES.
-    """
+    """Return an image's values as [H, W, C]. Raises BadSample where they are of another shape, no `DTYPES`, not finite,
+    or more than MAX_VALUES."""
     shape = list(values.shape)
     if values.dtype not in DTYPES:
         raise BadSample(f"an array of {values.dtype}: those of uint8, uint16 and float32 are read")

@@ -77,10 +77,7 @@ def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image
 
 def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> np.ndarray:
     """Return a deep image of one channel as pixels [H, W] of `dtype`, white where a value stands for transparency.
-
-    Raises:
-        BadSample: as `levels`; the image has colours, which Pillow cuts to 8 bits.
-    """
+    Raises BadSample as `levels`, and where the image has colours, which Pillow cuts to 8 bits."""
     require_range(depth, image_range)
     if len(image.getbands()) > 1:
         raise BadSample(f"has colours of {depth}, of which 8 bits are read: store them as TIFF or .npy")
@@ -117,10 +114,7 @@ def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
 
 def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
     """Return an array's values as pixels of `dtype`. Those of uint8 are levels from 0 to 255, whatever the range.
-
-    Raises:
-        BadSample: there is no range for the others.
-    """
+    Raises BadSample where there is no range for the others."""
     kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
     depth = Depth(kind, bits)
     if depth.is_deep:

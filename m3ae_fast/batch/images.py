@@ -93,11 +93,7 @@ def format_of(data: bytes) -> str:
 
 def size_of(data: bytes) -> tuple[int, int]:
     """Return height and width as a file's header has them, before EXIF turns it; of most formats a file's first KB are
-    enough.
-
-    Raises:
-        BadSample: no image, a broken or too large one, or more of the file is needed.
-    """
+    enough. Raises BadSample where it is no image, a broken or too large one, or more of the file is needed."""
     if bands.is_npy(data):
         height, width, *_ = (*bands.npy_header(data)[0], 0, 0)
         if min(height, width) < 1 or height * width > MAX_PIXELS:

@@ -277,11 +277,8 @@ def _loss(
 
 
 def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
-    """Return the token ids of the image loss's patches, 0 where the weight is 0; empty where images have no ids.
-
-    Raises:
-        ValueError: some images have ids and some have none.
-    """
+    """Return the token ids of the image loss's patches, 0 where the weight is 0; empty where images have no ids. Raises
+    ValueError where some images have ids and some have none."""
     ids = [sample.image_ids for sample in samples if sample.image is not None]
     known = [each.numpy() for each in ids if each is not None]
     if not known:

@@ -17,11 +17,8 @@ T = TypeVar("T", bound=Section)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a JSON config file and apply `section.key=value` overrides (values are JSON, or else plain strings).
-
-    Raises:
-        UserError: the file is missing or not valid JSON, or a field is unknown, of the wrong type or impossible.
-    """
+    """Read a JSON config file and apply `section.key=value` overrides (values are JSON, or else plain strings). Raises
+    UserError where the file is missing or not valid JSON, or a field is unknown, of the wrong type or impossible."""
     data = read_config(Path(path), "config")
     for override in overrides or []:
         apply_override(data, override)

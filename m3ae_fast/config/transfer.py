@@ -201,11 +201,8 @@ class TransferConfig(Section):
 
 
 def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:
-    """Return the sections that the command line gives, with `section.key=value` overrides.
-
-    Raises:
-        UserError: a field is unknown, of the wrong type or impossible.
-    """
+    """Return the sections that the command line gives, with `section.key=value` overrides. Raises UserError where a
+    field is unknown, of the wrong type or impossible."""
     for override in overrides:
         apply_override(given, _renamed(override))
     return parse(TransferConfig, given, "--set")

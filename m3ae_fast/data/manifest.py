@@ -116,11 +116,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def is_manifest(patterns: str | Sequence[str]) -> bool:
-    """Return whether `shards` names manifests.
-
-    Raises:
-        UserError: it names shards too.
-    """
+    """Return whether `shards` names manifests. Raises UserError where it names shards too."""
     each = [patterns] if isinstance(patterns, str) else patterns
     manifests = [pattern for pattern in each if pattern.endswith(SUFFIX)]
     if manifests and len(manifests) < len(each):
@@ -129,11 +125,8 @@ def is_manifest(patterns: str | Sequence[str]) -> bool:
 
 
 def read_all(patterns: str | list[str]) -> np.ndarray:
-    """Return the rows of the manifests that `shards` names, one after the other.
-
-    Raises:
-        UserError: one is missing or damaged, or a part of one.
-    """
+    """Return the rows of the manifests that `shards` names, one after the other. Raises UserError where one is missing
+    or damaged, or a part of one."""
     paths = expand(patterns)
     parts = [match for path in paths if (match := _PART.search(path))]
     if parts and [int(part[1]) for part in parts] != list(range(1, int(parts[0][2]) + 1)):

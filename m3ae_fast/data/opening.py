@@ -28,11 +28,8 @@ class Data:
 
 
 def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False) -> Data:
-    """Find shards and tokenizer, and check that they fit the model.
-
-    Raises:
-        UserError: a shard or the tokenizer is missing, broken, or does not fit.
-    """
+    """Find shards and tokenizer, and check that they fit the model. Raises UserError where a shard or the tokenizer is
+    missing, broken, or does not fit."""
     store = ShardStore(config.cache_dir, config.cache_gb)
     train = open_corpus(config.train, store, progress=progress)
     val = open_corpus(config.val, store, progress=progress) if config.val else None

@@ -57,10 +57,7 @@ class DeepSpeedEngine:
         ema: float | None = None,
     ) -> None:
         """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, the decay of the weights' moving average.
-
-        Raises:
-            UserError: DeepSpeed refuses its section.
-        """
+        Raises UserError where DeepSpeed refuses its section."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model, self.ranks = model, ranks
         self.before_update: Callable[[], None] = lambda: None

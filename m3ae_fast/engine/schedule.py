@@ -29,11 +29,8 @@ def warmup_cosine(
 
 
 def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
-    """Return a rank's part of each step, in as few micro-batches as `config.micro_batch` allows.
-
-    Raises:
-        UserError: there are more ranks than samples of a step.
-    """
+    """Return a rank's part of each step, in as few micro-batches as `config.micro_batch` allows. Raises UserError where
+    there are more ranks than samples of a step."""
     if config.global_batch < world:
         raise UserError(
             f"config: {config.SECTION}.global_batch {config.global_batch} has no sample for some of {world} ranks; "

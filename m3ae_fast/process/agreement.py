@@ -26,10 +26,7 @@ class Agreement:
 
     def decide(self, report: str, judge: Callable[[list[str]], str]) -> str:
         """Return on every rank what `judge` makes on rank 0 of all ranks' reports. Every rank must call it as often.
-
-        Raises:
-            UserError: on every rank where `judge` raises one; where another rank has left.
-        """
+        Raises UserError on every rank where `judge` raises one; also where another rank has left."""
         if self.world == 1:
             return judge([report])
         self._round += 1

@@ -151,11 +151,8 @@ class Loop(ABC):
         return self.ranks.start_sum((self.stop.asked, failed, good, skipped, *self.count(batches)))
 
     def step_counts(self, inputs: StepInput) -> Any | None:
-        """Return what the losses of the next step are means over; None where a rank asks to stop or has failed.
-
-        Raises:
-            UserError: too many samples cannot be used.
-        """
+        """Return what the losses of the next step are means over; None where a rank asks to stop or has failed. Raises
+        UserError where too many samples cannot be used."""
         asked, failed, good, skipped, *sums = inputs.sums()
         if good == self.ranks.world:
             self._mark_last_good()
@@ -228,11 +225,8 @@ class Loop(ABC):
             self.save()
 
     def save(self) -> None:
-        """Copy this rank's part of a checkpoint and write it, in the background. Every rank must call it.
-
-        Raises:
-            UserError: the save before this one has failed.
-        """
+        """Copy this rank's part of a checkpoint and write it, in the background. Every rank must call it. Raises
+        UserError where the save before this one has failed."""
         self.pulse.mark(f"saving step {self.step}")
         self.ranks.on_main(self.saving.wait)  # before its copy is overwritten
         self.saving.wait()
@@ -271,11 +265,8 @@ class Loop(ABC):
         self.unjudged = None
 
     def finish(self) -> None:
-        """Wait for the last save; where the run was stopped early, save what it has.
-
-        Raises:
-            UserError: on all ranks where a save has failed.
-        """
+        """Wait for the last save; where the run was stopped early, save what it has. Raises UserError on all ranks
+        where a save has failed."""
         self.ranks.on_main(self.saving.wait)
         self.stop_if_not_finite()
         if self.bad.bad:

@@ -63,11 +63,8 @@ class Resume:
     def restore(
         self, engine: Engine, sections: dict[str, Any], same: Iterable[tuple[str, str]], stream: dict[str, str]
     ) -> list[str]:
-        """Load the checkpoint into the engine, and return notes on the data, whose fingerprint is `stream`.
-
-        Raises:
-            UserError: the checkpoint and `sections` differ in a `same` (section, key), or the data are others.
-        """
+        """Load the checkpoint into the engine, and return notes on the data, whose fingerprint is `stream`. Raises
+        UserError where the checkpoint and `sections` differ in a `same` (section, key), or the data are others."""
         if not (self.path and self.info):
             return []
         check_same(self.path, self.info, sections, same)
@@ -77,11 +74,8 @@ class Resume:
         return notes
 
     def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
-        """Return differences between this run and the one that wrote the checkpoint, one line each.
-
-        Raises:
-            UserError: as `check_fits` does.
-        """
+        """Return differences between this run and the one that wrote the checkpoint, one line each. Raises UserError as
+        `check_fits` does."""
         if not (self.path and self.info):
             return []
         notes = check_fits(self.path, self.info, config, stream, with_changes)
@@ -144,11 +138,8 @@ def layout_of(
 def check_fits(
     path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
 ) -> list[str]:
-    """Return the differences between this run and the one that wrote the checkpoint, one line each.
-
-    Raises:
-        UserError: it would not be the same model, or, unless `with_changes`, not the same stream of samples.
-    """
+    """Return the differences between this run and the one that wrote the checkpoint, one line each. Raises UserError
+    where it would not be the same model, or, unless `with_changes`, not the same stream of samples."""
     saved, wanted = info.config, config.model_dump(mode="json")
 
     def differing(section: str, keys: Iterable[str]) -> list[tuple[str, Any, Any]]:

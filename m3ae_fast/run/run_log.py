@@ -87,11 +87,8 @@ class RunLog:
         self._file, self._loggers = None, []
 
     def begin(self) -> None:
-        """Forget what an earlier attempt wrote beyond the step that this one starts from.
-
-        Raises:
-            UserError: the folder cannot be written to, or a logger cannot start.
-        """
+        """Forget what an earlier attempt wrote beyond the step that this one starts from. Raises UserError where the
+        folder cannot be written to, or a logger cannot start."""
         if self._file is not None:
             return
         path = self._folder / METRICS_FILE

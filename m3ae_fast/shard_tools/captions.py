@@ -10,10 +10,7 @@ import numpy as np
 
 def captions_of(value: Any) -> list[str]:
     """Return the captions of a value: of a text one, of a list of texts those that are not blank, of None and NaN none.
-
-    Raises:
-        ValueError: it is something else, or bytes that are not UTF-8.
-    """
+    Raises ValueError where it is something else, or bytes that are not UTF-8."""
     if _is_none(value):
         return []
     if isinstance(value, (str, bytes)):

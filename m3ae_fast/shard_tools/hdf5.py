@@ -37,10 +37,7 @@ _SPLITS = {
 
 class Hdf5(Rows):
     """See `records.Records`. A row with several captions, [N, K] or variable-length text, gives a sample for each.
-
-    Raises:
-        UserError: h5py is not installed, or the file is not HDF5 or lacks the fields.
-    """
+    Raises UserError where h5py is not installed, or the file is not HDF5 or lacks the fields."""
 
     classes: Sequence[str] | None = None
 

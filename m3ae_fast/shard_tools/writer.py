@@ -65,11 +65,8 @@ class Converted:
 
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
-    """Write what `out` lacks of the shards of `records`, with their indexes.
-
-    Raises:
-        UserError: `out` holds something else, or cannot be written, or no sample can be used.
-    """
+    """Write what `out` lacks of the shards of `records`, with their indexes. Raises UserError where `out` holds
+    something else, or cannot be written, or no sample can be used."""
     plan = _plan(records, settings)
     manifest = manifest_of(records, settings)
     created = not out.exists()
