@@ -586,16 +586,19 @@ class Config(Section):
         shown = self.data.show_channels or (0,)
         if not 0 <= min(shown) <= max(shown) < self.model.channels:
             raise ValueError(f"data.show_channels {list(shown)}: the model has channels 0 to {self.model.channels - 1}")
-        return self._with_range()._with_sizes()._without_captions()
+        return self._with_images()._without_captions()
 
-    def _with_sizes(self) -> Config:
-        """Store in `model` what `data` says of the images' sizes, for the same reason."""
-        said = {name: getattr(self.data, name) for name in ("resize", "max_patches", "min_patches")}
-        said = {name: value for name, value in said.items() if value is not None}
-        for name, value in said.items():
-            own, default = getattr(self.model, name), ModelConfig.model_fields[name].default
-            if own not in (value, default):
-                raise ValueError(f"data.{name} is {value}, but model.{name} {own}: give data.{name} alone")
+    def _with_images(self) -> Config:
+        """Store in `model` what `data` says of images, like their mean: whoever decodes for the model later has no
+        `data`."""
+        said = {}
+        for name, own in {"range": "image_range", **{n: n for n in ("resize", "max_patches", "min_patches")}}.items():
+            value, before = getattr(self.data, name), getattr(self.model, own)
+            if value is None:
+                continue
+            if before not in (value, ModelConfig.model_fields[own].default):
+                raise ValueError(f"data.{name} is {value}, but model.{own} {before}: give data.{name} alone")
+            said[own] = value
         if not said:
             return self
         try:
@@ -603,15 +606,6 @@ class Config(Section):
         except ValidationError as error:
             raise ValueError(f"model: {describe_error(ModelConfig, error)}") from None
         return self.model_copy(update={"model": model})
-
-    def _with_range(self) -> Config:
-        """Store the images' range in `model`, like their mean: whoever decodes for the model later has no `data`."""
-        given, remembered = self.data.range, self.model.image_range
-        if given is None or given == remembered:
-            return self
-        if remembered is not None:
-            raise ValueError(f"data.range is {given}, but model.image_range {remembered}: give data.range alone")
-        return self.model_copy(update={"model": self.model.model_copy(update={"image_range": given})})
 
     def _without_captions(self) -> Config:
         """Let an image-only model read the images alone of the sources that leave it open."""

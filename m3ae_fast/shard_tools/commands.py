@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,8 @@ def _tool(module: str, function: str = "run") -> Callable[[argparse.Namespace], 
 
 
 def _add_makers(commands: Any) -> None:
-    folder = command(
-        commands, "from-folder", "make shards of a folder of images", FOLDER, _tool("making", "from_folder")
-    )
+    make = partial(_tool, "making")
+    folder = command(commands, "from-folder", "make shards of a folder of images", FOLDER, make("from_folder"))
     folder.add_argument("input", type=Path, metavar="DIR", help="folder of images, in sub-folders too")
     _add_out(folder)
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
@@ -81,13 +81,12 @@ def _add_makers(commands: Any) -> None:
     folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
     folder.add_argument("--flat", action="store_true", help="sub-folders are not classes")
 
-    hdf5 = command(
-        commands, "from-hdf5", "make shards of an HDF5 file in the official layout", HDF5, _tool("making", "from_hdf5")
-    )
+    summary = "make shards of an HDF5 file in the official layout"
+    hdf5 = command(commands, "from-hdf5", summary, HDF5, make("from_hdf5"))
     hdf5.add_argument("input", type=Path, metavar="FILE")
     _add_out(hdf5)
 
-    hf = command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, _tool("making", "from_hf"))
+    hf = command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, make("from_hf"))
     hf.add_argument("input", metavar="DATASET", help="a folder, or a name on the hub")
     _add_out(hf)
     hf.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
@@ -108,27 +107,19 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     for option, (default, text) in numbers.items():
         shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
     add_range_option(shards)
-    shards.add_argument(
-        "--held-out",
-        type=float,
-        default=0.0,
-        metavar="FRACTION",
-        help="write this fraction of the samples to val-*.tar",
-    )
-    shards.add_argument(
-        "--keep-order", action="store_true", help="do not shuffle (default: shuffle, deterministically)"
-    )
+    text = "write this fraction of the samples to val-*.tar"
+    shards.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help=text)
+    text = "do not shuffle (default: shuffle, deterministically)"
+    shards.add_argument("--keep-order", action="store_true", help=text)
 
 
 def _add_index(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("index", parents=[common], help="write the shards' indexes and show what is in them")
-    parser.set_defaults(run=_tool("contents"))
+    command(commands, "index", "write the shards' indexes and show what is in them", "", _tool("contents"), common)
 
 
 def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = command(
-        commands, "stats", "show what samples are like, and the settings that they need", STATS, _tool("stats"), common
-    )
+    summary = "show what samples are like, and the settings that they need"
+    parser = command(commands, "stats", summary, STATS, _tool("stats"), common)
     parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="decides which (default: 0)")
     parser.add_argument("--channels", type=int, default=3, metavar="C", help="of the model (default: 3)")
@@ -154,12 +145,10 @@ def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_train_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "train-tokenizer", parents=[common], help="train a lower-cased WordPiece tokenizer on the captions"
-    )
+    summary = "train a lower-cased WordPiece tokenizer on the captions"
+    parser = command(commands, "train-tokenizer", summary, "", _tool("tokenizer_training"), common)
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
     parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
-    parser.set_defaults(run=_tool("tokenizer_training"))
 
 
 def _add_tokenize_images(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -49,7 +49,8 @@ class HuggingFace(Rows):
         self.image, self.caption, self.label = _columns(first.features, columns, name)
         self.classes: Sequence[str] | None = getattr(first.features[self.label], "names", None) if self.label else None
         images = first.features[self.image] if self.image else None
-        self._dtype: str = images.dtype if _is_array(images) else ""  # of values, where they are [H, W] or [H, W, C]
+        # of values, where images are arrays [H, W] or [H, W, C]
+        self._dtype: str = getattr(images, "dtype", "") if _is_array(images) else ""
         self._data: dict[str, Any] = {}
         for key, rows in data.items():
             rows = rows.select_columns([column for column in (self.image, self.caption, self.label) if column])
