@@ -31,14 +31,10 @@ class Skipped:
 
 
 class BadSamples:
-    """Counts samples that could not be used, names them in the log, and stops a run that has too many.
-
-    Args:
-        max_fraction: the fraction of bad samples that is tolerated.
-        samples: samples per epoch; it is checked after MIN_SEEN samples, or one epoch if that is fewer.
-    """
+    """Counts samples that could not be used, names them in the log, and stops a run that has too many."""
 
     def __init__(self, max_fraction: float, samples: int):
+        """Tolerate `max_fraction` of bad samples, after MIN_SEEN or an epoch, of `samples`, if that is fewer."""
         self.max_fraction = max_fraction
         self.least = max(1, min(MIN_SEEN, samples))
         self.seen = self.bad = self._named = 0

@@ -34,11 +34,7 @@ _OTHERS = {
 }
 # By format and C: what torchvision's decoder reads, and converts rightly. No PNG: a damaged one is a segmentation fault
 # in torchvision 0.29.
-_TORCHVISION_MODES = {
-    ("JPEG", 1): ("L", "RGB"),
-    ("JPEG", 3): ("L", "RGB"),
-    ("WEBP", 3): ("RGB",),
-}
+_TORCHVISION_MODES = {("JPEG", 1): ("L", "RGB"), ("JPEG", 3): ("L", "RGB"), ("WEBP", 3): ("RGB",)}
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNING = ("exif", "xmp")  # of `Image.info`: what may say which side is up

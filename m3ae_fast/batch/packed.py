@@ -16,27 +16,6 @@ from torch import Tensor
 
 from m3ae_fast.batch.grids import Grid
 
-# fields of a batch by type: rows of indices, rows of weights, and where samples lie
-INDEX_ROWS = (
-    "patch_ids",
-    "encoder_src",
-    "token_ids",
-    "encoder_table_ids",
-    "token_order",
-    "encoder_table_order",
-    "decoder_src",
-    "mask_ids",
-    "decoder_table_ids",
-    "mask_order",
-    "decoder_table_order",
-    "loss_rows",
-    "image_rows",
-    "image_patch_ids",
-    "image_targets",
-    "text_rows",
-    "text_targets",
-    "draws",
-)
 WEIGHT_ROWS = ("image_row_weight", "text_row_weight", "text_row_mean_weight")
 SEGMENTS = ("encoder", "decoder", "loss")
 
@@ -123,6 +102,10 @@ class PackedBatch:
         segments = [others.pop(name) for name in SEGMENTS]
         rows += [s.cu_seqlens for s in segments]
         return _rejoin, (torch.cat(rows), [len(r) for r in rows], [(s.max_seqlen, s.rows) for s in segments], others)
+
+
+# the rows of indices, one after the other in a pickle
+INDEX_ROWS = tuple(f.name for f in fields(PackedBatch) if f.type == "Tensor" and f.name not in ("images", *WEIGHT_ROWS))
 
 
 def _rejoin(joined: Tensor, lengths: list[int], sizes: list[tuple[int, int]], others: dict[str, Any]) -> PackedBatch:

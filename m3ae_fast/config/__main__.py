@@ -35,16 +35,12 @@ BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 def train_page() -> str:
     """Return docs/config.md: a table for each section of a training run."""
-    return _Page().write(TRAIN_HEAD, Config)
+    return _page(TRAIN_HEAD, Config)
 
 
 def transfer_page() -> str:
     """Return docs/transfer-config.md: the sections that only transfer tasks have."""
-    training = _Page()
-    training.write("", Config)
-    return _Page({kind: f"[{name}](config.md{link})" for kind, (name, link) in training.links.items()}).write(
-        TRANSFER_HEAD, TransferConfig
-    )
+    return _page(TRANSFER_HEAD, TransferConfig, _links(_sections(Config), "config.md"))
 
 
 PAGES = {"train": train_page, "transfer": transfer_page}
@@ -68,42 +64,43 @@ def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-class _Page:
-    """Tables of sections, each kind of section once.
+_Sections = dict[type[BaseModel], tuple[str, str]]
 
-    Args:
-        elsewhere: links to the kinds of section that another page explains.
-    """
 
-    def __init__(self, elsewhere: dict[type[BaseModel], str] | None = None) -> None:
-        self.elsewhere = elsewhere or {}
-        self.links: dict[type[BaseModel], tuple[str, str]] = {}  # a kind's full name, and its anchor on this page
+def _sections(root: type[BaseModel], above: str = "") -> _Sections:
+    """Return the sections in `root` and in these, each kind once, by the full name that it has first, and what `root`
+    says of it."""
+    found: _Sections = {}
+    for key, field in root.model_fields.items():
+        if kind := section_of(field.annotation):
+            own = {kind: (above + key, "" if above else field.description or "")}
+            for each, about in (own | _sections(kind, f"{above}{key}.")).items():
+                found.setdefault(each, about)
+    return found
 
-    def write(self, head: str, root: type[BaseModel]) -> str:
-        sections = ((name, section_of(field.annotation), field) for name, field in root.model_fields.items())
-        parts = [self._tables(name, kind, field.description) for name, kind, field in sections if kind]
-        return "\n".join(filter(None, [head, *parts]))
 
-    def _tables(self, name: str, section: type[BaseModel], note: str | None = None) -> str:
-        """Return the section's table, and those of the sections in it; nothing where they are written already."""
-        if section in self.links or section in self.elsewhere:
-            return ""
-        self.links[section] = (name, f"#{name.replace('.', '')}")
-        about = " ".join(filter(None, (inspect.cleandoc(section.__doc__ or ""), note)))
-        lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
-        schemas = section.model_json_schema()["properties"]
-        inner = {key: section_of(field.annotation) for key, field in section.model_fields.items()}
-        tables = [self._tables(f"{name}.{key}", kind) for key, kind in inner.items() if kind]
-        for key, field in section.model_fields.items():
-            kind = inner[key]
-            allowed = _allowed(schemas[key], self._link(kind) if kind else "")
-            meaning = " ".join((field.description or "").split())
-            lines.append(f"| `{key}` | {_default(section, key, field)} | {allowed} | {meaning} |")
-        return "\n".join([*lines, "", *filter(None, tables)])
+def _links(sections: _Sections, page: str = "") -> dict[type[BaseModel], str]:
+    return {kind: f"[{name}]({page}#{name.replace('.', '')})" for kind, (name, _) in sections.items()}
 
-    def _link(self, section: type[BaseModel]) -> str:
-        """Return a link to where a kind of section is explained."""
-        return self.elsewhere.get(section) or "[{}]({})".format(*self.links[section])
+
+def _page(head: str, root: type[BaseModel], elsewhere: dict[type[BaseModel], str] | None = None) -> str:
+    """Return a table for each kind of section, but those that another page explains, which `elsewhere` links to."""
+    sections, known = _sections(root), elsewhere or {}
+    links = _links(sections) | known
+    tables = [_table(kind, *about, links) for kind, about in sections.items() if kind not in known]
+    return "\n".join([head, *tables])
+
+
+def _table(section: type[BaseModel], name: str, note: str, links: dict[type[BaseModel], str]) -> str:
+    about = " ".join(filter(None, (inspect.cleandoc(section.__doc__ or ""), note)))
+    lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+    schemas = section.model_json_schema()["properties"]
+    for key, field in section.model_fields.items():
+        kind = section_of(field.annotation)
+        allowed = _allowed(schemas[key], links[kind] if kind else "")
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{key}` | {_default(section, key, field)} | {allowed} | {meaning} |")
+    return "\n".join([*lines, ""])
 
 
 def _allowed(schema: dict[str, Any], section: str) -> str:

@@ -16,15 +16,7 @@ from torch.utils.data import DataLoader
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.config import Config
-from m3ae_fast.data import (
-    Data,
-    Preparation,
-    ShardStore,
-    counting,
-    eval_loader,
-    open_data,
-    train_loader,
-)
+from m3ae_fast.data import Data, Preparation, ShardStore, counting, eval_loader, open_data, train_loader
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
