@@ -48,25 +48,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """Shards that a node reads, and in which steps.
-
-    Args:
-        corpus: whose shards are read.
-        order: of its samples.
-        lanes: those that the node's ranks read.
-        start: the step that the run begins with.
-        stop: the one that it ends before.
-        positions: of the order, per step; a fraction where `data.repeats` do not divide the batch.
-        ahead: steps whose batches are made before they are asked for.
-    """
+    """Shards that a node reads, and in which steps."""
 
     corpus: Corpus
-    order: Order
-    lanes: Sequence[int]
-    start: int
-    stop: int
-    positions: float
-    ahead: int
+    order: Order  # of its samples
+    lanes: Sequence[int]  # that the node's ranks read
+    start: int  # the step that the run begins with
+    stop: int  # the one that it ends before
+    positions: float  # of the order, per step; a fraction where `data.repeats` do not divide the batch
+    ahead: int  # steps whose batches are made before they are asked for
 
     def span(self, steps: np.ndarray) -> Span:
         """Return where ranks are that have taken so many steps."""
@@ -230,14 +220,12 @@ class Fetcher:
             self.store.keep([shard.name for shard in self.needs.next(span)])
 
     def _lacks(self, name: str) -> bool:
-        late = time.monotonic() - self._failed.get(name, -_RETRY_S) >= _RETRY_S
-        return late and name not in self._busy and not self._there(name)
-
-    def _there(self, name: str) -> bool:
+        if name in self._busy or time.monotonic() - self._failed.get(name, -_RETRY_S) < _RETRY_S:
+            return False
         try:
-            return self.store.copy(name).exists()
+            return not self.store.copy(name).exists()
         except OSError:  # a gzipped shard that is gone
-            return True
+            return False
 
     def _bring(self, shard: Shard) -> bool:
         """Fetch a shard and make its table. Return False where that fails: who reads it says why."""

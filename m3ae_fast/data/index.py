@@ -49,9 +49,8 @@ _OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "
 _CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text", "ids"))
 _MAX_FILE = 1 << 60  # bytes
 _THREADS = 8
-_KEY_AND_SUFFIX = re.compile(
-    r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL
-)  # WebDataset's: up to the first dot of the basename
+# WebDataset's: up to the first dot of the basename
+_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL)
 _NOTHING = Member("", MISSING, 0)
 _META = re.compile(r"^__[^/]*__($|/)")  # WebDataset skips these
 
@@ -116,8 +115,13 @@ class IndexedShard:
         return self
 
     def reindexed(self, store: ShardStore) -> IndexedShard:
-        """See `index_again`."""
-        return index_again(self, store)
+        """Return a new entry for a shard whose sidecar or copy turned out damaged. Raises OSError where it is not the
+        same shard any more, or cannot be read."""
+        with store.lock(f"index-{store.name(self.shard)}"):
+            made = _make(self.shard, _file(self.shard, store), store)
+        if (made.summary.samples, made.summary.size) != (self.summary.samples, self.summary.size):
+            raise OSError("it has changed since it was indexed")
+        return made
 
 
 class Unreadable(UserError):
@@ -158,16 +162,6 @@ def index_shards(
             else:
                 lost.append(Skipped(shard, "", str(entry).removeprefix(f"shard {shard}: ")))
     return found
-
-
-def index_again(indexed: IndexedShard, store: ShardStore) -> IndexedShard:
-    """Return a new entry for a shard whose sidecar or copy turned out damaged. Raises OSError where it is not the same
-    shard any more, or cannot be read."""
-    with store.lock(f"index-{store.name(indexed.shard)}"):
-        made = _make(indexed.shard, _file(indexed.shard, store), store)
-    if (made.summary.samples, made.summary.size) != (indexed.summary.samples, indexed.summary.size):
-        raise OSError("it has changed since it was indexed")
-    return made
 
 
 def _file(shard: str, store: ShardStore) -> Path:
@@ -257,7 +251,8 @@ def _tabulate(members: list[Member], fd: int, checked: bool) -> np.ndarray:
             parts = [member or _NOTHING for member in (image, text, *map(files.get, ("cls", "json", "ids")))]
             places = [number for part in parts for number in (part.offset, part.size)]
             sums = [_checksum(fd, part) if checked else 0 for part in (parts[0], parts[1], parts[4])]
-            rows.append((*places, from_json, *sums, _clean(key)))
+            shown = printable(key[-_MAX_KEY:]).encode("utf-8", "replace")[-_MAX_KEY:]
+            rows.append((*places, from_json, *sums, shown))
     return np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
 
 
@@ -293,12 +288,8 @@ def _parse_table(data: memoryview, samples: int) -> np.ndarray:
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     width = dtype["key"].itemsize if dtype.names and "key" in dtype.names else 0
     rest = data[file.tell() :]
-    if (
-        shape != (samples,)
-        or not 0 < width <= _MAX_KEY
-        or dtype != _row(width)
-        or len(rest) != samples * dtype.itemsize
-    ):
+    fits = 0 < width <= _MAX_KEY and dtype == _row(width)
+    if not fits or shape != (samples,) or len(rest) != samples * dtype.itemsize:
         raise ValueError("not a table of its samples")
     table = np.frombuffer(rest, dtype)
     if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 5)):
@@ -349,7 +340,3 @@ def caption_of(data: bytes) -> str | None:
 
 def printable(key: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in key)
-
-
-def _clean(key: str) -> bytes:
-    return printable(key[-_MAX_KEY:]).encode("utf-8", "replace")[-_MAX_KEY:]

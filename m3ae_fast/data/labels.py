@@ -17,6 +17,7 @@ import numpy as np
 
 from m3ae_fast.data.corpus import Corpus, Source
 from m3ae_fast.data.index import MISSING, IndexedShard
+from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
@@ -153,15 +154,12 @@ def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str
     if not missing:
         return
     total = sum(len(own) for own in labels)
-    source, row = next((i, own.index(None)) for i, own in enumerate(labels) if None in own)
-    for shard in corpus.sources[source].shards:
-        if row < shard.summary.samples:
-            break
-        row -= shard.summary.samples
-    key = shard.table()["key"][row].decode("utf-8", "replace")
+    source, sample = next((one, own.index(None)) for one, own in zip(corpus.sources, labels) if None in own)
+    reader = Reader(source, corpus.store)
+    shard, row = reader.find(sample)
     raise UserError(
-        f"{where}: {missing:,} of {total:,} samples have no label ({field}), such as {shard.shard}/{key}; name another "
-        "member with --labels, or label them: -1 leaves a sample out"
+        f"{where}: {missing:,} of {total:,} samples have no label ({field}), such as {source.shards[shard].shard}/"
+        f"{reader.key(shard, row)}; name another member with --labels, or label them: -1 leaves a sample out"
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
@@ -68,9 +69,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's picklable `value` on every rank."""
-        values: list[T | None] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.control)
-        return cast("list[T]", values)
+        return _gather(value, self.control)
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 and wait for it: its result there, None elsewhere. A UserError of it is raised on every
@@ -157,17 +156,18 @@ def _join() -> Ranks:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
     control, store = _connect(rank, world, device)
-
-    def gather(value: T) -> list[T]:
-        values: list[T] = [value] * world
-        dist.all_gather_object(values, value, group=control)
-        return values
-
+    gather = partial(_gather, group=control)
     hosts, machines = gather(socket.gethostname()), gather(machine())
     of_node = [other for other, name in enumerate(machines) if name == machines[rank]]
     rooms = rooms_of(rank, machines, store, gather, TIMEOUT)
     sums, lasting = Sums(rank, machines, control, CONTROL_TIMEOUT), _lasting(store, rank, gather)
     return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, lasting, rooms, sums)
+
+
+def _gather(value: T, group: dist.ProcessGroup) -> list[T]:
+    values = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _require_files(rank: int, world: int) -> None:

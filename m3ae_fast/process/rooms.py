@@ -38,14 +38,8 @@ def rooms_of(
 ) -> list[Room]:
     """Return this rank's rooms: with others of its machine, and, of a machine's first rank, with other first ones.
 
-    Every rank must call it.
-
-    Args:
-        rank: this one.
-        machines: of all ranks.
-        store: of all ranks; its process has a connection for each machine from here, not one for each rank.
-        gather: gives every rank's value, on every rank.
-        timeout: for the first rank of this machine to answer.
+    `machines` and `store` are those of all ranks: the store's process has a connection for each machine from here, not
+    one for each rank. `timeout`: for the first rank of this machine to answer. Every rank must call it.
     """
     groups = by_machine(machines)
     own = next(group for group in groups if rank in group)

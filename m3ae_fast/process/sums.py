@@ -15,14 +15,8 @@ class Sums:
     """Groups that sum in few hops: gloo's all-reduce takes two for each rank, one after the other."""
 
     def __init__(self, rank: int, machines: Sequence[str], control: dist.ProcessGroup, timeout: timedelta) -> None:
-        """Join the groups. Every rank must do so.
-
-        Args:
-            rank: this one.
-            machines: of all ranks.
-            control: all ranks, which sum at once where there is one machine, or one rank on each.
-            timeout: of the groups.
-        """
+        """Join the groups, as every rank must. `machines`: of all ranks, which sum at once in `control` where there is
+        one machine, or one rank on each; `timeout`: of the groups."""
         groups = by_machine(machines)
         own = next(group for group in groups if rank in group)
         first = [group[0] for group in groups]

@@ -55,16 +55,8 @@ def duration(seconds: float) -> str:
 def measure(config: Config, session: Session, seconds: float) -> Pace:
     """Take steps of a run that leaves nothing behind, for about `seconds`. Every rank must call it.
 
-    A small batch comes first; then as large a one as the time allows, up to the config's.
-
-    Args:
-        config: with settled precision.
-        session: of this program, whose ranks share the work.
-        seconds: of the steps; opening the data comes before.
-
-    Raises:
-        UserError: what would stop the run at its start.
-        Stopped: a rank is asked to stop.
+    A small batch comes first; then as large a one as the time allows, up to the config's, whose precision is settled.
+    Opening the data comes before. Raises UserError as the run would at its start, Stopped where a rank is to stop.
     """
     whole = config.train.global_batch
     pace = _trial(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
