@@ -65,9 +65,12 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     if (values := read_bands(data, channels, dtype)) is not None:
         return pixels_of_bands(values, channels, image_range, dtype)
     header = _header(data)
-    if header.mode in _TORCHVISION_MODES.get((header.format or "", channels), ()) and not _is_special(header):
+    # of a WEBP torchvision would ignore which side is up: it turns JPEGs alone
+    is_turned = header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING)
+    if header.mode in _TORCHVISION_MODES.get((header.format or "", channels), ()) and not is_turned:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns of buffers it may not write to
         try:
-            return widened(_decode_with_torchvision(data, channels), dtype)
+            return widened(torchvision_decode(encoded, _READ_MODES[channels], apply_exif_orientation=True), dtype)
         except RuntimeError:
             pass  # Pillow may know better
     try:
@@ -142,20 +145,12 @@ def _header(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadSample(f"the image has more than {MAX_PIXELS} pixels") from None
     except Exception:  # Pillow raises anything on hostile input
-        raise BadSample(f"not an image in a known format{_looks_like(data)}") from None
+        found = next((name for sign, name in _OTHERS.items() if re.match(sign, data[:100], re.DOTALL)), None)
+        known = f": it looks like {found}" if found else ""
+        raise BadSample(f"not an image in a known format{known}") from None
     if header.width * header.height > MAX_PIXELS:
         raise BadSample(f"the image has {header.width} x {header.height} pixels, more than {MAX_PIXELS}")
     return header
-
-
-def _looks_like(data: bytes) -> str:
-    found = next((name for sign, name in _OTHERS.items() if re.match(sign, data[:100], re.DOTALL)), None)
-    return f": it looks like {found}" if found else ""
-
-
-def _is_special(header: Image.Image) -> bool:
-    """Return whether torchvision would ignore which side the file says is up: it rotates only JPEGs."""
-    return header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING)
 
 
 def _check_precision(data: bytes) -> None:
@@ -164,11 +159,6 @@ def _check_precision(data: bytes) -> None:
     precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]
     if any(precision > 7 for precision in precisions):  # bits - 1, and 128 where signed
         raise BadSample("a JPEG 2000 of more than 8 bits is not read")
-
-
-def _decode_with_torchvision(data: bytes, channels: int) -> Tensor:
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns of buffers it may not write to
-    return torchvision_decode(encoded, _READ_MODES[channels], apply_exif_orientation=True)
 
 
 def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:

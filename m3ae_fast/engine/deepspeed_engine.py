@@ -32,7 +32,7 @@ from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.deepspeed_waits import read_no_norms, valid_norm, wait_for_one_stream
 from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
-from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds, track_ema
+from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds
 from m3ae_fast.errors import UserError
 from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.transformer import MLP
@@ -70,11 +70,9 @@ class DeepSpeedEngine:
         for module in model.modules():
             if isinstance(module, MLP):
                 set_z3_leaf_module(module, True)  # ZeRO-3 gathers its layers' parameters for it
-        optimizer = build_adamw(groups, optim, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
+        optimizer = build_adamw(groups, optim, ema, self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
         self.kinds = state_kinds(ema)
-        if ema is not None:
-            track_ema(optimizer, ema)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints the machine's memory

@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_adamw(
-    groups: list[dict], config: OptimConfig, *, on_cpu: bool = False, partitioned: bool = False
+    groups: list[dict], config: OptimConfig, ema: float | None = None, on_cpu: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
     """Return torch's fused AdamW, or NVIDIA apex's FusedAdam where that is installed and fits.
 
@@ -45,17 +45,22 @@ def build_adamw(
     Args:
         groups: parameters, on their final device, with their weight decay.
         config: decay rates and epsilon; the learning rate is set before each step.
+        ema: decay of a moving average of the weights, see `track_ema`; None: none.
         on_cpu: the parameters are on a GPU, but will be updated on the CPU (ZeRO-Offload).
         partitioned: ZeRO-3 steps one part of a group at a time, which apex's, counting steps per group, cannot follow.
     """
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    optimizer = None
     first = groups[0]["params"][0]
     if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
         try:
-            return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
+            optimizer = importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
         except Exception:  # not installed, without its extension, or PyPI's unrelated package of that name
             _log.debug("no apex", exc_info=True)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    optimizer = optimizer or torch.optim.AdamW(groups, fused=True, **options)
+    if ema is not None:
+        track_ema(optimizer, ema)
+    return optimizer
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:

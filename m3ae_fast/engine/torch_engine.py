@@ -14,16 +14,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
-from m3ae_fast.engine.optimizer import (
-    build_adamw,
-    clip_by_global_norm,
-    collect,
-    name_of,
-    prime,
-    set_lr,
-    state_kinds,
-    track_ema,
-)
+from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm, collect, name_of, prime, set_lr, state_kinds
 from m3ae_fast.process.ranks import Ranks
 
 
@@ -46,11 +37,9 @@ class TorchEngine:
         self.model = model.to(ranks.device)
         self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
-        self.optimizer = build_adamw(groups, optim)
+        self.optimizer = build_adamw(groups, optim, ema)
         self.optimizer_name = name_of(self.optimizer)
         self.kinds = state_kinds(ema)
-        if ema is not None:
-            track_ema(self.optimizer, ema)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
             ddp = nn.parallel.DistributedDataParallel

@@ -69,7 +69,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's picklable `value` on every rank."""
-        return _gather(value, self.control)
+        return _gather(value, self.world, self.control)
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 and wait for it: its result there, None elsewhere. A UserError of it is raised on every
@@ -156,7 +156,7 @@ def _join() -> Ranks:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE"))))
     control, store = _connect(rank, world, device)
-    gather = partial(_gather, group=control)
+    gather = partial(_gather, world=world, group=control)
     hosts, machines = gather(socket.gethostname()), gather(machine())
     of_node = [other for other, name in enumerate(machines) if name == machines[rank]]
     rooms = rooms_of(rank, machines, store, gather, TIMEOUT)
@@ -164,8 +164,8 @@ def _join() -> Ranks:
     return Ranks(rank, world, local_rank, device, control, hosts, of_node, store, lasting, rooms, sums)
 
 
-def _gather(value: T, group: dist.ProcessGroup) -> list[T]:
-    values = [value] * group.size()
+def _gather(value: T, world: int, group: dist.ProcessGroup) -> list[T]:
+    values = [value] * world
     dist.all_gather_object(values, value, group=group)
     return values
 

@@ -60,7 +60,9 @@ class Loop(ABC):
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
         self.step = self.logged = self.start  # optimiser steps so far, and when they were last logged
-        self.log = self._open_log()
+        self.log: RunLog = SilentLog()
+        if self.ranks.is_main:
+            self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
         self.record = Recorder(self.run.dir, self.schedule.total_steps)
         self.watch = LossWatch()
         self.unjudged: int | None = None  # step of the last checkpoint not yet marked good or failed
@@ -70,11 +72,6 @@ class Loop(ABC):
         self.agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.lasting, self.saving.leaving)
         self.staging = Staging()  # of what is being saved
         self.engine.before_update = self.staging.wait
-
-    def _open_log(self) -> RunLog:
-        if not self.ranks.is_main:
-            return SilentLog()
-        return RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
 
     def ending(self) -> AbstractContextManager[None]:
         """Return what records how the block ends."""

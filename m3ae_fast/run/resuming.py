@@ -21,6 +21,7 @@ from m3ae_fast.run import checkpoint
 
 # settings of the data section on which the stream of samples depends, beside what the fingerprint holds
 STREAM = ("crop_scale", "flip", "repeats", "image_tokens")
+_Change = tuple[str, Any, Any]  # name, old and new value
 _GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
 
 
@@ -142,36 +143,48 @@ def check_fits(
     where it would not be the same model, or, unless `with_changes`, not the same stream of samples."""
     saved, wanted = info.config, config.model_dump(mode="json")
 
-    def differing(section: str, keys: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    def differing(section: str, keys: Iterable[str]) -> list[_Change]:
         then, now = saved.get(section) or {}, wanted[section]
         return [(f"{section}.{key}", then[key], now[key]) for key in keys if key in then and then[key] != now[key]]
 
     same = [("model", key) for key in wanted["model"] if key != "init_from"]
     check_same(path, info, wanted, [*same, ("run", "seed"), ("train", "global_batch")])
-    other = differing("data", STREAM) + differing("masking", list(wanted["masking"]))
-    other, noted = other + changed(info, stream), changed(info, stream, noted=True)
-    if other and not with_changes:
-        raise _other_stream(path, *other[0], "--resume-with-changes continues anyway")
-    other += noted
-    for section in ("loss", "optim"):
-        other += differing(section, list(wanted[section]))
-    other += differing("train", ("epochs", "steps", "precision"))
-    return [f"{name} was {was} and is {now} from here on" for name, was, now in other]
+    other = differing("data", STREAM) + differing("masking", wanted["masking"])
+    advice = "--resume-with-changes continues anyway"
+    notes = check_stream(path, info, stream, advice, other, with_changes)
+    other = differing("loss", wanted["loss"]) + differing("optim", wanted["optim"])
+    return notes + _notes(other + differing("train", ("epochs", "steps", "precision")))
 
 
-def changed(info: checkpoint.Info, stream: dict[str, str], noted: bool = False) -> list[tuple[str, str, str]]:
-    """Return name, old and new value of each entry of the `stream`'s fingerprint that differs from the checkpoint's;
-    `noted`: of entries that may differ. A checkpoint of an earlier version lacks entries, which count as equal."""
+def changed(info: checkpoint.Info, stream: dict[str, str], noted: bool = False) -> list[_Change]:
+    """Return each entry of the `stream`'s fingerprint that differs from the checkpoint's; `noted`: of entries that may
+    differ. A checkpoint of an earlier version lacks entries, which count as equal."""
     mine = {name: now for name, now in stream.items() if (name == WRITTEN) == noted}
     return [(name, info.stream[name], now) for name, now in mine.items() if info.stream.get(name, now) != now]
 
 
-def check_stream(path: Path, info: checkpoint.Info, stream: dict[str, str]) -> list[str]:
-    """Return notes on the entries of `stream` that may differ from the checkpoint's and do. Raises UserError for
-    others."""
-    for name, was, now in changed(info, stream):
-        raise _other_stream(path, name, was, now, "start in another folder, or set it back")
-    return [f"{name} was {was} and is {now} from here on" for name, was, now in changed(info, stream, noted=True)]
+def check_stream(
+    path: Path,
+    info: checkpoint.Info,
+    stream: dict[str, str],
+    advice: str = "start in another folder, or set it back",
+    others: Sequence[_Change] = (),
+    with_changes: bool = False,
+) -> list[str]:
+    """Return notes on what of the `stream` differs from the checkpoint's. Raises UserError with `advice`, unless
+    `with_changes`, where that or one of the `others` makes it another stream of samples."""
+    differing = [*others, *changed(info, stream)]
+    if differing and not with_changes:
+        name, was, now = differing[0]
+        raise UserError(
+            f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; "
+            f"{advice}"
+        )
+    return _notes(differing + changed(info, stream, noted=True))
+
+
+def _notes(changes: Iterable[_Change]) -> list[str]:
+    return [f"{name} was {was} and is {now} from here on" for name, was, now in changes]
 
 
 def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) -> None:
@@ -190,12 +203,6 @@ def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) 
                 )
 
     ranks.together(compare)
-
-
-def _other_stream(path: Path, name: str, was: Any, now: Any, advice: str) -> UserError:
-    return UserError(
-        f"checkpoint {path}: was made with {name} = {was}, now it is {now}: not the same stream of samples; {advice}"
-    )
 
 
 def _sections(info: checkpoint.Info) -> dict[str, Any]:

@@ -46,10 +46,8 @@ class Throughput:
         """Start counting. `peak_flops`: FLOP/s of all ranks together."""
         self._peak = peak_flops
         self._has_reference = config.resize == "square"
-        paired, image, text = ((True, True), (True, False), (False, True))
-        self._paired, self._image, self._text = (
-            reference_flops(config, masking, image=i, text=t) for i, t in (paired, image, text)
-        )
+        self._paired = reference_flops(config, masking)
+        self._image, self._text = (reference_flops(config, masking, **{n: False}) for n in ("text", "image"))
         self._start()
 
     def _start(self) -> None:

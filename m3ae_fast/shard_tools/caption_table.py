@@ -69,8 +69,6 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
                 found.append(_row(len(found) + 1, columns, row, *places))
     except OSError as error:
         raise UserError(f"--captions {table}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--captions {table}: line {_undecodable(table)} is not UTF-8; save it in UTF-8") from None
     except (ValueError, csv.Error) as error:
         reason = " ".join(str(error).split())[:400]
         raise UserError(f"--captions {table}: row {len(found) + 1} cannot be read ({reason})") from None
@@ -122,23 +120,17 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
 
 
 def _lines(table: Path) -> Generator[str, None, None]:
-    """Yield a text file's lines, with their ends. Raises ValueError if one has a null byte, as UTF-16 has."""
-    with io.TextIOWrapper(io.BufferedReader(open_regular(table)), encoding="utf-8-sig", newline="") as file:
-        for line in file:
-            if "\0" in line:
-                raise ValueError("it has a null byte; is the file UTF-8?")
-            yield line
-
-
-def _undecodable(table: Path) -> int:
-    """Return the number of the first line that is not UTF-8."""
+    """Yield a text file's lines, with their ends. Raises UserError if one is not UTF-8, ValueError if it has a null
+    byte, as UTF-16 has."""
     with io.BufferedReader(open_regular(table)) as file:
         for number, line in enumerate(file, 1):
             try:
-                line.decode()
+                parts = [part.decode("utf-8-sig" if number == 1 else "utf-8") for part in line.splitlines(True)]
             except UnicodeDecodeError:
-                return number
-    return 0
+                raise UserError(f"--captions {table}: line {number} is not UTF-8; save it in UTF-8") from None
+            if b"\0" in line:
+                raise ValueError("it has a null byte; is the file UTF-8?")
+            yield from parts
 
 
 def _csv(table: Path, delimiter: str = ",") -> _Rows:
