@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.progress import TimeLeft
 from m3ae_fast.run.loggers import LOGGERS, Logger
 from m3ae_fast.whole_file import put_in_place
 
@@ -47,7 +48,7 @@ class RunLog:
         self._file: BinaryIO | None = None
         self._loggers: list[Logger] = []
         self._written = True
-        self._time_left, self._timed = TimeLeft(total_steps - start_step), start_step
+        self._since = time.monotonic()
         self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -121,8 +122,7 @@ class RunLog:
             for name, value in values.items()
         ]
         if "loss" in values and not self.console.is_terminal:  # on a terminal the bar shows it
-            shown.append(f"eta {self._time_left.after(step - self._timed)}")
-            self._timed = step
+            shown.append(f"eta {self._left(step)}")
         self.say("  ".join([f"step {step}", *shown]))
 
     def has(self, step: int, names: Collection[str]) -> bool:
@@ -147,6 +147,12 @@ class RunLog:
             if self._written:
                 self.say(f"metrics cannot be written any more ({error.strerror or error})")
             self._written = False
+
+    def _left(self, step: int) -> timedelta:
+        """Return the time that the rest of the run takes, at its pace so far."""
+        done = max(step - self._start, 1)
+        seconds = (time.monotonic() - self._since) / done * (self._total - step)
+        return timedelta(seconds=round(seconds))
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # output into a file on a full disk
