@@ -201,8 +201,7 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
             path = store.refetch(shard)
             status, members, damage = os.stat(path), *scan_tar(path)
         with open_regular(path) as file:
-            table = _tabulate(members, file.fileno(), store.is_cached(shard))
-            ignored = _ignored(members)
+            table, ignored = _tabulate(members, file.fileno(), store.is_cached(shard))
     except OSError as error:
         raise Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})") from None
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
@@ -240,29 +239,25 @@ def _write(sidecar: Path, summary: Summary, table: np.ndarray) -> None:
         raise
 
 
-def _tabulate(members: list[Member], fd: int, checked: bool) -> np.ndarray:
+def _tabulate(members: list[Member], fd: int, checked: bool) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the table, and how many members nothing reads, by suffix: of several images of a sample one is read."""
     rows: list[tuple[Any, ...]] = []
+    ignored: Counter[str] = Counter()
     for key, files in group(members):
-        image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
+        images = [suffix for suffix in IMAGE_SUFFIXES if suffix in files][:1]
+        ignored.update(printable(suffix[:_MAX_KEY]) for suffix in files.keys() - {*images, *_OTHER_SUFFIXES})
         text, from_json = files.get("txt"), False
         if text is None and "json" in files and _has_caption(fd, files["json"]):
             text, from_json = files["json"], True
-        if image or text:
+        if images or text:
+            image = files[images[0]] if images else None
             parts = [member or _NOTHING for member in (image, text, *map(files.get, ("cls", "json", "ids")))]
             places = [number for part in parts for number in (part.offset, part.size)]
             sums = [_checksum(fd, part) if checked else 0 for part in (parts[0], parts[1], parts[4])]
             shown = printable(key[-_MAX_KEY:]).encode("utf-8", "replace")[-_MAX_KEY:]
             rows.append((*places, from_json, *sums, shown))
-    return np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
-
-
-def _ignored(members: list[Member]) -> dict[str, int]:
-    """Return how many members nothing reads, by suffix: of several images of a sample one is read."""
-    counts: Counter[str] = Counter()
-    for _, files in group(members):
-        images = [suffix for suffix in IMAGE_SUFFIXES if suffix in files]
-        counts.update(printable(suffix[:_MAX_KEY]) for suffix in files.keys() - {*images[:1], *_OTHER_SUFFIXES})
-    return dict(counts.most_common(_MOST_IGNORED))
+    table = np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
+    return table, dict(ignored.most_common(_MOST_IGNORED))
 
 
 def _row(width: int) -> np.dtype:

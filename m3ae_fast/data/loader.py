@@ -179,11 +179,9 @@ def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int]
 
 def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: MicroBatches, node: Node) -> Fetching:
     """Raise UserError where what the node reads at a time does not fit into the cache."""
-    share, steps, order = micro_batches.share, micro_batches.steps, cast("Order", samples.order)
+    share, order = micro_batches.share, cast("Order", samples.order)
     ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
-    positions = share.global_batch / micro_batches.repeats
-    lanes = micro_batches.lanes_of(node.ranks)
-    needs = Needs(samples.corpus, order, lanes, steps.start, steps.stop, positions, ahead)
+    needs = _needs(samples.corpus, order, micro_batches, node.ranks, ahead)
     needs.require_room()
     return Fetching(needs, node, share.rank, share.accumulation)
 
@@ -194,8 +192,12 @@ def needs_of_node(
     """Return what a node of a run from its first step on reads whose ranks these are."""
     lanes, window = lay_out(config, corpus.sizes, global_batch)
     order = Order(corpus.sizes, corpus.weights, window, seed, lanes)
-    own = MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats).lanes_of(ranks)
-    return Needs(corpus, order, own, 0, 1, global_batch / config.repeats, 0)
+    return _needs(corpus, order, MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats), ranks)
+
+
+def _needs(corpus: Corpus, order: Order, batches: MicroBatches, ranks: Sequence[int], ahead: int = 0) -> Needs:
+    positions = batches.share.global_batch / batches.repeats
+    return Needs(corpus, order, batches.lanes_of(ranks), batches.steps.start, batches.steps.stop, positions, ahead)
 
 
 def eval_loader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -56,11 +56,11 @@ def _learning(metrics: Metrics) -> list[Finding]:
             return []
         return [Finding("no learning", "the training loss has not fallen", remedy)]
     if not any(known.values()):
-        return [Finding("no learning", f"{' and '.join(map(_compared(metrics), known))}", remedy)]
+        return [Finding("no learning", " and ".join(_compared(metrics, name) for name in known), remedy)]
     return [
         Finding(
             f"{other} alone learns",
-            _compared(metrics)(name),
+            _compared(metrics, name),
             f"a higher loss.{name}_weight, or a lower loss.{other}_weight; look at the {name}s in reconstructions.png",
         )
         for name, other in (("image", "text"), ("text", "image"))
@@ -74,16 +74,11 @@ def _learnt(metrics: Metrics, name: str) -> bool | None:
     return relative[-1] < FALLEN * relative[0] if len(relative) > 1 else None
 
 
-def _compared(metrics: Metrics) -> Callable[[str], str]:
-    constant = {"image": "predicting the mean patch", "text": "predicting how often each word piece occurs"}
-
-    def sentence(name: str) -> str:
-        first, *_, last = series(metrics, f"val_{name}_relative")
-        return (
-            f"the {name} loss on held-out samples is {last:.2f} of that of {constant[name]}, and began at {first:.2f}"
-        )
-
-    return sentence
+def _compared(metrics: Metrics, name: str) -> str:
+    """Return a sentence on a modality's held-out loss."""
+    constant = {"image": "predicting the mean patch", "text": "predicting how often each word piece occurs"}[name]
+    first, *_, last = series(metrics, f"val_{name}_relative")
+    return f"the {name} loss on held-out samples is {last:.2f} of that of {constant}, and began at {first:.2f}"
 
 
 def _data(metrics: Metrics) -> Finding | None:
@@ -99,11 +94,11 @@ def _data(metrics: Metrics) -> Finding | None:
 
 def verdict(metrics: Metrics) -> str:
     """Return a sentence on what the run has come to: losses beside constant predictions, accuracy, features."""
-    parts = [_compared(metrics)(name) for name in ("image", "text") if len(series(metrics, f"val_{name}_relative")) > 1]
-    for name, text in (("val_knn_top1", "k-NN accuracy {:.1%}, before training {:.1%}"), ("val_rankme", "")):
-        values = series(metrics, name)
-        if len(values) > 1:
-            text = text or "the features fill {:.1f} dimensions (RankMe), before training {:.1f}"
+    parts = [_compared(metrics, name) for name in ("image", "text") if len(series(metrics, f"val_{name}_relative")) > 1]
+    accuracy = "k-NN accuracy {:.1%}, before training {:.1%}"
+    rank = "the features fill {:.1f} dimensions (RankMe), before training {:.1f}"
+    for name, text in {"val_knn_top1": accuracy, "val_rankme": rank}.items():
+        if len(values := series(metrics, name)) > 1:
             parts.append(text.format(values[-1], values[0]))
     return "; ".join(parts)
 

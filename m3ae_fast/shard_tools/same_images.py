@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,11 +53,9 @@ def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
 
     An image with more samples than are still wanted is passed over; at least one image is held out.
     """
-    counts: dict[int, int] = {}
-    for image in images_N[::-1].tolist():
-        counts[image] = counts.get(image, 0) + 1
+    counts = Counter(images_N[::-1].tolist())  # in the order of their last samples, from the end
     held, left = set(), wanted
-    for image, samples in counts.items():  # in the order of their last samples, from the end
+    for image, samples in counts.items():
         if samples <= left:
             held.add(image)
             left -= samples
