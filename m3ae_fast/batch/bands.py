@@ -52,8 +52,7 @@ def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """Return the array of a .npy file, [H, W, C], of [H, W] with C = 1. Raises BadSample as `checked`, and where the
-    file is damaged."""
+    """Return a .npy file's array, [H, W, C], of [H, W] with C = 1. Raises BadSample as `npy_header` and `checked`."""
     shape, is_fortran, dtype, start = npy_header(data)
     try:
         values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")

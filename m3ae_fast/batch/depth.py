@@ -40,8 +40,7 @@ class Depth(NamedTuple):
 
 
 def depth_of(image: Image.Image) -> Depth:
-    """Return the depth of an image that is not loaded yet: once it is, Pillow hides that it cut 16-bit colours to 8
-    bits."""
+    """Return the depth of an image before it is loaded: then Pillow hides that it cut 16-bit colours to 8 bits."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         kind = _KINDS.get(tags.get(_FORMAT, (1,))[0], "unknown")
@@ -126,8 +125,7 @@ def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.nd
 
 
 def _values(image: Image.Image, depth: Depth) -> np.ndarray:
-    """Return the values that the file holds, float64 [H, W]. Pillow has no mode for uint32 or int8, but keeps their
-    bits."""
+    """Return the file's values, float64 [H, W]. Pillow has no mode for uint32 or int8, but keeps their bits."""
     values = np.asarray(image)
     if (depth.kind, depth.bits) == ("unsigned", 32):
         values = values.view(np.uint32)

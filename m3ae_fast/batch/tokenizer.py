@@ -140,8 +140,7 @@ def _symbols(tokenizer: Tokenizer, caption: str) -> Iterator[str]:
 
 
 def _find(name: str, label: str) -> Path:
-    """Return the path `name` if there is such a file, else that of a copy of the hub's. Raises UserError if there is
-    neither."""
+    """Return the path `name` if it is a file, else of a copy of the hub's. Raises UserError if there is neither."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -177,8 +176,7 @@ def _line(error: Exception) -> str:
 
 
 def _from_json(path: Path) -> Tokenizer:
-    """Parse a tokenizer. Raises ValueError, before anything is built, if its rules could fill the memory from a short
-    caption."""
+    """Parse a tokenizer. Raises ValueError, first, if its rules could fill the memory from a short caption."""
     data = read_json(path)
     for part in ("normalizer", "decoder"):
         if isinstance(data, dict) and _growth(data.get(part)) > MAX_GROWTH:

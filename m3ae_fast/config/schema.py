@@ -589,8 +589,7 @@ class Config(Section):
         return self._with_images()._without_captions()
 
     def _with_images(self) -> Config:
-        """Store in `model` what `data` says of images, like their mean: whoever decodes for the model later has no
-        `data`."""
+        """Store in `model` what `data` says of images: who decodes for the model later has no `data`."""
         said = {}
         for name, own in {"range": "image_range", **{n: n for n in ("resize", "max_patches", "min_patches")}}.items():
             value, before = getattr(self.data, name), getattr(self.model, own)

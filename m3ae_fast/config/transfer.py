@@ -201,8 +201,7 @@ class TransferConfig(Section):
 
 
 def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:
-    """Return the sections that the command line gives, with `section.key=value` overrides. Raises UserError where a
-    field is unknown, of the wrong type or impossible."""
+    """Return the sections that the command line gives, with its overrides. Raises UserError as `parse`."""
     for override in overrides:
         apply_override(given, _renamed(override))
     return parse(TransferConfig, given, "--set")

@@ -32,8 +32,7 @@ class Process(Protocol):
 
 
 def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
-    """Return a manifest of shards, which are read whole, and those that cannot be read. Raises UserError where an index
-    cannot be written."""
+    """Return a manifest of shards, which are read whole, and those lost. Raises UserError as `index_shards`."""
     lost: list[Skipped] = []
     found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
     unread = (0, 0, UNREAD)

@@ -274,8 +274,7 @@ def _checksum(fd: int, member: Member) -> int:
 
 
 def _parse_table(data: memoryview, samples: int) -> np.ndarray:
-    """Read, without trust, what `np.save` wrote after the first line. Raises ValueError, and what numpy raises for its
-    header."""
+    """Read, without trust, what `np.save` wrote after the first line. Raises ValueError, or what numpy raises."""
     file = io.BytesIO(data[: _MAX_SUMMARY + _MAX_HEADER])
     file.readline()
     if np.lib.format.read_magic(file) != (1, 0):

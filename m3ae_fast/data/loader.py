@@ -263,8 +263,7 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
 
 
 def collate(samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None) -> PackedBatch:
-    """Pack the usable samples of a micro-batch, possibly none; the others are the batch's `skipped`. Count the FLOPs of
-    `model` where it is given."""
+    """Pack the usable samples of a micro-batch; the others are its `skipped`. With `model`, count its FLOPs."""
     batch = pack([sample for sample in samples if isinstance(sample, Sample)], geometry, repeat_shapes=True)
     skipped = tuple(sample for sample in samples if isinstance(sample, Skipped))
     return replace(batch, skipped=skipped, flops=None if model is None else executed_flops(model, batch))

@@ -125,8 +125,7 @@ def is_manifest(patterns: str | Sequence[str]) -> bool:
 
 
 def read_all(patterns: str | list[str]) -> np.ndarray:
-    """Return the rows of the manifests that `shards` names, one after the other. Raises UserError where one is missing
-    or damaged, or a part of one."""
+    """Return the rows of the manifests that `shards` names. Raises UserError as `read`, or where a part is missing."""
     paths = expand(patterns)
     parts = [match for path in paths if (match := _PART.search(path))]
     if parts and [int(part[1]) for part in parts] != list(range(1, int(parts[0][2]) + 1)):

@@ -28,8 +28,7 @@ class Data:
 
 
 def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False) -> Data:
-    """Find shards and tokenizer, and check that they fit the model. Raises UserError where a shard or the tokenizer is
-    missing, broken, or does not fit."""
+    """Find shards and tokenizers. Raises UserError where one is missing, broken, or does not fit the model."""
     store = ShardStore(config.cache_dir, config.cache_gb)
     train = open_corpus(config.train, store, progress=progress)
     val = open_corpus(config.val, store, progress=progress) if config.val else None
@@ -49,8 +48,7 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
 
 
 def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer | None:
-    """Open the text tokenizer; None if the model has no text or the config names none. Raises UserError if it does not
-    fit."""
+    """Open the text tokenizer; None if the model has no text or there is none. Raises UserError if it does not fit."""
     if not model.vocab_size or not config.tokenizer:
         return None
     return load_tokenizer(config.tokenizer, model.text_length, model.vocab_size)

@@ -54,8 +54,7 @@ class Reader:
         return shard, sample - int(self._starts[shard])
 
     def key(self, shard: int, row: int) -> str:
-        """Return the sample's key in its shard. Raises OSError if the shard cannot be read, BadSample if it has fewer
-        samples than its manifest says."""
+        """Return the sample's key. Raises OSError if the shard cannot be read, BadSample if it has fewer samples."""
         table = self._get(shard).table
         if row >= len(table):
             raise BadSample(f"the shard has {len(table)} samples, {self.source.sizes[shard]} by its manifest")

@@ -172,8 +172,7 @@ class ShardStore:
                         self._fetch(shard, copy, size)
 
     def refetch(self, shard: str) -> Path:
-        """Return `path` after fetching a new copy, since the old one turned out damaged. Raises OSError where the shard
-        is read in place, or cannot be fetched."""
+        """Return `path` of a new copy, the old one being damaged. Raises OSError where there is none to be had."""
         copy = self.copy(shard)
         if not self.is_staged(shard):
             raise OSError(f"{shard} is damaged")
@@ -196,8 +195,7 @@ class ShardStore:
         return True
 
     def keep(self, shards: Sequence[str]) -> None:
-        """Date the copies of shards, named in the order in which they are needed: others make room first, then the last
-        of these."""
+        """Date the copies of shards, named as they are needed: others make room first, then the last of these."""
         now = time.time_ns()
         for number, shard in enumerate(shards):
             when = now - number * _KEPT_NS

@@ -24,8 +24,7 @@ def batch_bytes(geometry: Geometry, micro_batch: int) -> int:
 
 
 def most_workers(size: int) -> int:
-    """Return how many workers have room for two batches of `size` bytes each, one waiting and one being packed; at
-    least 1."""
+    """Return how many workers, at least 1, have room for two batches of `size` bytes: one waits, one is packed."""
     return max(1, int(min(_room(), 1e15) / (2 * size)))
 
 

@@ -128,8 +128,7 @@ def _pax(record: bytes) -> dict[str, str]:
 
 
 def _decimal(digits: str) -> int | None:
-    """Return the number, None if it is not one; more than 19 digits give `_MAX_SIZE` + 1, as nothing has so many
-    bytes."""
+    """Return the number, None if it is none; for more than 19 digits `_MAX_SIZE` + 1: nothing has so many bytes."""
     if not (digits.isascii() and digits.isdecimal()):
         return None
     return int(digits) if len(digits) <= 19 else _MAX_SIZE + 1

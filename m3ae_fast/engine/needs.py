@@ -63,8 +63,7 @@ def caption_tokens(config: Config) -> int:
 
 
 def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = None) -> PackedBatch:
-    """Return images, masked, with captions of usual length: native ones of these grids, or one of the largest square
-    there is."""
+    """Return masked images with captions of usual length: native ones of these grids, or one of the largest square."""
     m, masking = config.model, config.masking
     generator = torch.Generator().manual_seed(0)
     side = math.isqrt(m.most_patches)

@@ -19,8 +19,7 @@ EMA = "ema"
 
 
 def state_kinds(ema: float | None) -> tuple[str, ...]:
-    """Return the kinds of the optimiser's state per parameter; `ema`: decay of the weights' moving average, None:
-    none."""
+    """Return the kinds of the optimiser's state; `ema`: decay of the weights' moving average, None: none."""
     return MOMENTS if ema is None else (*MOMENTS, EMA)
 
 

@@ -13,8 +13,7 @@ _TRACE = "nccl_trace_rank_"  # the name that torch's torchfrtrace expects
 
 
 def write_stacks(folder: Path, rank: int) -> None:
-    """Write where all threads are into `rank-RANK.txt` and, where there is NCCL, its last collectives into a file for
-    torchfrtrace. Raises OSError."""
+    """Write where all threads are, and NCCL's last collectives for torchfrtrace, into files. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"rank-{rank}.txt", "w") as file:
         faulthandler.dump_traceback(file, all_threads=True)

@@ -16,8 +16,7 @@ class Stopped(Exception):
 
 
 def until_stopped(batches: Iterable[T], ranks: Ranks, stop: StopRequest) -> Iterator[T]:
-    """Yield the batches, of which every rank must have equally many. Raises Stopped before one if a rank is asked to
-    stop."""
+    """Yield batches, of which ranks have equally many. Raises Stopped before one if a rank is asked to stop."""
     for batch in batches:
         if any(ranks.sum([stop.asked])):
             raise Stopped

@@ -148,8 +148,7 @@ class Loop(ABC):
         return self.ranks.start_sum((self.stop.asked, failed, good, skipped, *self.count(batches)))
 
     def step_counts(self, inputs: StepInput) -> Any | None:
-        """Return what the losses of the next step are means over; None where a rank asks to stop or has failed. Raises
-        UserError where too many samples cannot be used."""
+        """Return what the next step's losses are means over, None where a rank is to stop. Errors as in `counted`."""
         asked, failed, good, skipped, *sums = inputs.sums()
         if good == self.ranks.world:
             self._mark_last_good()

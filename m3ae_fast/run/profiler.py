@@ -15,8 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.profile | None]:
-    """Return a profiler whose `step()` is to be called after every step; it writes run_dir/trace.json.gz. None:
-    none."""
+    """Return a profiler, to `step()` after every step, which writes run_dir/trace.json.gz; None: none."""
     if run_dir is None:
         return nullcontext()
     return torch.profiler.profile(

@@ -63,8 +63,7 @@ class Run(Loop):
     def set_up(
         cls, config: Config, resume: str, session: Session, folder: RunFolder | None, with_changes: bool = False
     ) -> Run:
-        """Find the checkpoint to continue from, open the data, build model and engine. Raises UserError where something
-        is missing, or does not fit something else."""
+        """Open the data, build or restore model and engine. Raises UserError where something is missing or unfit."""
         ranks, cfg = session.ranks, config.train
         _require_kernels(ranks.device)
         found = Resume(config.run.dir, resume, ranks)

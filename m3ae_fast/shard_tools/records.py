@@ -74,8 +74,7 @@ def to_int(value: Any) -> int | None:
 
 
 def caption_of_row(value: Any, turn: int) -> str:
-    """Return the caption of a row's sample number `turn`, blank where there is none. Raises BadSample where the row's
-    `value` is no caption."""
+    """Return the caption of a row's sample `turn`, blank if it has none. Raises BadSample if `value` is no caption."""
     try:
         return (captions_of(value) or [""])[turn]
     except ValueError as error:

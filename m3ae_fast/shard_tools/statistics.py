@@ -48,8 +48,7 @@ class Statistics:
         self.moments_2C = torch.zeros(2, self.channels, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Return both per channel, in units in which black is 0 and white 1, as `model.image_mean` and `image_std` want
-        them."""
+        """Return `model.image_mean` and `image_std`, where black is 0 and white 1."""
         mean_C, square_C = self.moments_2C / max(1, self.images)
         std_C = (square_C - mean_C**2).clamp_min(0).sqrt()
         return [round(x, 4) for x in mean_C.tolist()], [round(max(x, 1e-4), 4) for x in std_C.tolist()]

@@ -105,8 +105,7 @@ def _write_config(path: Path, given: dict[str, Any], settings: list[tuple[str, s
 
 
 def draw(found: Statistics, path: Path, unit: str) -> None:
-    """Write histograms of levels, sizes, aspect ratios and lengths of captions. Raises UserError where
-    `path` cannot be written."""
+    """Write histograms of levels, sizes, aspect ratios and lengths. Raises UserError where `path` cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")

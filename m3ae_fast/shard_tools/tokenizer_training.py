@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write a tokenizer.json that is whole or not there, in a folder that is made if needed. Raises UserError where
-    that is not possible."""
+    """Write a tokenizer.json that is whole or not there. Raises UserError where that is not possible."""
     with whole_file(out) as partial:
         try:
             tokenizer.save(str(partial))

@@ -53,8 +53,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion left behind; `tally` is of the shards that this call wrote, without those of interrupted ones
-    before it."""
+    """What a conversion left behind; `tally` is of what this call wrote, not of interrupted ones before it."""
 
     shards: list[Path]
     samples: int
