@@ -50,40 +50,26 @@ def depth_of(image: Image.Image) -> Depth:
     return Depth(*_MODES.get(image.mode, ("unsigned", 8)))
 
 
-def levels(image: Image.Image, depth: Depth, image_range: Range | None) -> Image.Image:
-    """Return a deep image in 8 bits: each value is scaled, rounded to the nearest level, and clipped.
-
-    Colours of 16 bits, of which Pillow keeps 8, are taken as they are where the range is that of their type: within a
-    level of the value. Where a value stands for transparency the result has alpha.
-
-    Raises:
-        BadSample: there is no range, colours would need another one than their type's, or a value is not finite.
-    """
-    require_range(depth, image_range)
-    if len(image.getbands()) > 1:
-        if image_range != "dtype" or depth.kind != "unsigned":
-            raise BadSample(f'has colours of {depth}, which are read with data.range "dtype" alone')
-        if image.info.get("transparency") is not None:
-            raise BadSample(f"has colours of {depth}, one of them transparent, which is not read")
-        return image
-    values = _values(image, depth)
-    grey = Image.fromarray(as_pixels(scaled(values, depth, image_range), "uint8"))
-    clear = image.info.get("transparency")
-    if clear is None:
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
-
-
-def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> np.ndarray:
-    """Return a deep image of one channel as pixels [H, W] of `dtype`, white where a value stands for transparency.
-    Raises BadSample as `levels`, and where the image has colours, which Pillow cuts to 8 bits."""
-    require_range(depth, image_range)
-    if len(image.getbands()) > 1:
-        raise BadSample(f"has colours of {depth}, of which 8 bits are read: store them as TIFF or .npy")
-    values = _values(image, depth)
+def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, channels: int, dtype: str) -> np.ndarray:
+    """Return a deep image of one channel as pixels of `dtype`: [1, H, W], white where a value stands for transparency;
+    of four `channels` [4, H, W], with alpha. Raises BadSample where a value is not finite, or has no alpha."""
+    if channels == 4 and dtype != "uint8":
+        raise BadSample(f"has one channel of {depth}, the model takes 4")
+    values, clear = _values(image, depth), image.info.get("transparency")
     lit = scaled(values, depth, image_range)
-    clear = image.info.get("transparency")
-    return as_pixels(lit if clear is None else np.where(values == clear, 1.0, lit), dtype)
+    opaque = np.full(values.shape, True) if clear is None else values != clear
+    planes = (lit, lit, lit, opaque) if channels == 4 else (np.where(opaque, lit, 1.0),)
+    return as_pixels(np.stack(planes), dtype)
+
+
+def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> None:
+    """Raise BadSample unless the 8 bits that Pillow keeps of deep colours are within a level of the values."""
+    if dtype != "uint8":
+        raise BadSample(f"has colours of {depth}, of which 8 bits are read: store them as TIFF or .npy")
+    if image_range != "dtype" or depth.kind != "unsigned":
+        raise BadSample(f'has colours of {depth}, which are read with data.range "dtype" alone')
+    if image.info.get("transparency") is not None:
+        raise BadSample(f"has colours of {depth}, one of them transparent, which is not read")
 
 
 def require_range(depth: Depth, image_range: Range | None) -> None:

@@ -18,7 +18,7 @@ from torchvision.io import decode_image as torchvision_decode
 
 from m3ae_fast.batch import bands
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.depth import as_pixels, deep_grey, depth_of, levels, of_bands
+from m3ae_fast.batch.depth import as_pixels, check_colours, deep_grey, depth_of, of_bands, require_range
 from m3ae_fast.config import Range
 
 MAX_PIXELS = 1 << 27  # a larger image is taken for a decompression bomb
@@ -169,14 +169,13 @@ def pixels_of(image: Image.Image, channels: int, image_range: Range | None = Non
     image = ImageOps.exif_transpose(image)
     if image.mode == "LAB":
         raise BadSample("colours in CIELAB are not read")
-    if depth.is_deep and dtype != "uint8":
-        grey = torch.from_numpy(deep_grey(image, depth, image_range, dtype))
-        if channels == 4:
-            raise BadSample(f"has one channel of {depth}, the model takes 4")
-        return grey.expand(channels, -1, -1)
     if depth.is_deep:
-        image = levels(image, depth, image_range)
-    elif clear is not None:
+        require_range(depth, image_range)
+        if len(image.getbands()) == 1:
+            grey = deep_grey(image, depth, image_range, channels, dtype)
+            return torch.from_numpy(grey).expand(channels, -1, -1)
+        check_colours(image, depth, image_range, dtype)
+    if clear is not None:
         image.info["transparency"] = clear
     if channels != 4 and image.has_transparency_data:
         image = image.convert("RGBA")

@@ -21,7 +21,7 @@ Gather = Callable[[Any], list[Any]]  # every process's value, on every process
 
 
 class Process(Protocol):
-    """Which of all processes this is, as `engine.ranks.Ranks` says it."""
+    """Which of all processes this is, as `process.ranks.Ranks` says it."""
 
     @property
     def rank(self) -> int: ...

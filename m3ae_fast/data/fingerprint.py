@@ -19,7 +19,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     """Return by name what must be unchanged for a resumed run: shards with sizes and order, weights of sources,
     captions kept, labels, tokenizers; and WRITTEN, which copying changes too.
 
-    Folders do not matter: shards may move. Settings are not in it: see `engine.resuming.STREAM`.
+    Folders do not matter: shards may move. Settings are not in it: see `run.resuming.STREAM`.
     """
     shards = [
         [shard.shard.rpartition("/")[2], shard.summary.size, shard.summary.samples, modality]
