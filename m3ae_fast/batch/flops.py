@@ -18,11 +18,10 @@ def _block(dim: int, mlp_ratio: float, keys: float, queries: float, pairs: float
 
 
 def _heads(config: ModelConfig, image_rows: float, text_rows: float) -> float:
-    width, depth = config.dec_emb_dim, config.output_head_depth
-    hidden = 2 * depth * width**2
-    return image_rows * (hidden + 2 * width * config.image_output_dim) + text_rows * (
-        hidden + 2 * width * config.vocab_size
-    )
+    width = config.dec_emb_dim
+    hidden = config.output_head_depth * width
+    image, text = image_rows * (hidden + config.image_output_dim), text_rows * (hidden + config.vocab_size)
+    return 2 * width * (image + text)
 
 
 def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = True, text: bool = True) -> float:

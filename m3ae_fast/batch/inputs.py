@@ -35,10 +35,8 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
-        single = images.ndim == 2 or (
-            images.ndim == 3 and (images.shape[-1] <= MAX_CHANNELS or images.shape[-1] == channels)
-        )
-        return [images] if single else list(images)
+        has_channels = images.ndim == 3 and (images.shape[-1] <= MAX_CHANNELS or images.shape[-1] == channels)
+        return [images] if images.ndim == 2 or has_channels else list(images)
     return [images] if isinstance(images, Tensor) and images.ndim == 3 else images  # type: ignore[return-value]
 
 

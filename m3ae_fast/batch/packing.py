@@ -371,10 +371,8 @@ def _loss_rows(image_U: np.ndarray, images: int, text_U: np.ndarray, texts: int)
     without = np.flatnonzero(~(image_U | text_U))
     more_images, more_texts = images - int(np.count_nonzero(image_U)), texts - int(np.count_nonzero(text_U))
     spare = without[len(without) - more_images - more_texts :]
-    return (
-        np.union1d(np.flatnonzero(image_U), spare[:more_images]),
-        np.union1d(np.flatnonzero(text_U), spare[more_images:]),
-    )
+    image_I = np.union1d(np.flatnonzero(image_U), spare[:more_images])
+    return image_I, np.union1d(np.flatnonzero(text_U), spare[more_images:])
 
 
 def _extended(ids: np.ndarray, size: int, fill: int) -> np.ndarray:

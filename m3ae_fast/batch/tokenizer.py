@@ -95,13 +95,10 @@ def load_tokenizer(
     try:
         captions.encode("\N{SNOWMAN}xqzj \N{CJK UNIFIED IDEOGRAPH-9F98}")
     except BadSample as error:
-        raise UserError(
-            f"{label} {name}: fails on words it does not know ({error}); give it an unknown token"
-        ) from None
+        reason = f"fails on words it does not know ({error})"
+        raise UserError(f"{label} {name}: {reason}; give it an unknown token") from None
     if twice := captions.shared_id():
-        raise UserError(
-            f"data.tokenizer {name}: {twice[0]!r} and {twice[1]!r} have the id {twice[2]}; give each its own"
-        )
+        raise UserError(f"{label} {name}: {twice[0]!r} and {twice[1]!r} have the id {twice[2]}; give each its own")
     if vocab_size is not None and captions.vocab_size != vocab_size:
         raise UserError(
             f"{label} {name}: has {captions.vocab_size} tokens but model.vocab_size is {vocab_size}; "

@@ -21,9 +21,8 @@ def check_range(name: str, image_range: Range | None) -> None:
 
 def add_range_option(parser: argparse._ActionsContainer) -> None:
     """Add `--range`, for programs without a config."""
-    parser.add_argument(
-        "--range", type=_parse, metavar="LOW,HIGH|dtype", help="values that are black and white in images above 8 bits"
-    )
+    text = "values that are black and white in images above 8 bits"
+    parser.add_argument("--range", type=_parse, metavar="LOW,HIGH|dtype", help=text)
 
 
 def _parse(text: str) -> Range:

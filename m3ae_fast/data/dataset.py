@@ -120,19 +120,21 @@ class Samples(Dataset[Sample | Skipped]):
             tokens = None if caption is None else self._tokens(caption)
         except (BadSample, OSError) as error:
             return [Skipped(name, key, str(error))] * len(positions)
-        labels = reader.source.labels
-        views = [position % self.repeats for position in positions]
+        source, views = reader.source, [position % self.repeats for position in positions]
         samples = []
         for position, view in zip(positions, views):
-            sample = Sample(f"{name}/{key}", tokens=tokens, loss_weight=reader.source.loss_weight, image_ids=ids)
-            sample.position, sample.draw = position, self._draw(_key(place, view))
-            if labels is not None:
-                sample.label = int(labels[place.sample])
             image_mask, text_mask = self._masks(_key(place, view), position // self.positions_per_mask)
-            if image is not None:
-                sample.image_mask = image_mask  # of a native image until its size is known
-            if tokens is not None:
-                sample.text_mask = text_mask[: len(tokens)].clone()
+            sample = Sample(
+                f"{name}/{key}",
+                tokens=tokens,
+                image_mask=None if image is None else image_mask,  # of a native image until its size is known
+                text_mask=None if tokens is None else text_mask[: len(tokens)].clone(),
+                label=None if source.labels is None else int(source.labels[place.sample]),
+                loss_weight=source.loss_weight,
+                draw=hash64(self.preparation.seed, _FORWARD, *_key(place, view)) >> 33,
+                position=position,
+                image_ids=ids,
+            )
             samples.append(sample)
         return _Draft(samples, views, image, place, partial(Skipped, name, key))
 
@@ -202,9 +204,6 @@ class Samples(Dataset[Sample | Skipped]):
         masking = self.preparation.masking
         generator = self._seeded(_MASK, *key) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
         return draw_mask(patches, masking.image_ratio, generator)
-
-    def _draw(self, key: tuple[int, ...]) -> int:
-        return hash64(self.preparation.seed, _FORWARD, *key) >> 33
 
     def _seeded(self, *key: int) -> torch.Generator:
         # torch's generator takes 32 bits of a seed

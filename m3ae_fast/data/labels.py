@@ -101,9 +101,7 @@ def label_corpus(
     ids = {label: number for number, label in enumerate(classes)} | {LEFT_OUT: LEFT_OUT}
     for label in used:
         if label not in ids:
-            raise UserError(
-                f"{where}: no training sample has the label {label!r} ({field}); add some, or leave these out by -1"
-            )
+            raise UserError(f"{where}: no training sample has the label {label!r} ({field}); add some, or label it -1")
     sources = [
         select_labelled(source, np.array([ids[label] for label in own], dtype=np.int64))  # type: ignore[index]
         for source, own in zip(corpus.sources, labels)

@@ -39,9 +39,8 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
         for name, corpus in (("train", train), ("val", val)):
             for number, source in enumerate(corpus.sources if corpus else ()):
                 if shard := source.shard_with_captions:
-                    raise UserError(
-                        f"model.vocab_size is 0, but {shard} has captions; set data.{name}.{number}.modality=image"
-                    )
+                    where = f"data.{name}.{number}"
+                    raise UserError(f"model.vocab_size is 0, but {shard} has captions; set {where}.modality=image")
     data = Data(train, val, open_tokenizer(config, model), open_image_tokenizer(config, model))
     check_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))
     return data

@@ -65,9 +65,8 @@ def make_engine(
     if ranks.device.type == "cpu":
         keep_freed_memory()
     if loop.compile and not has_compiler():
-        raise UserError(
-            f"{loop.SECTION}.compile: needs a C++ compiler; install g++, or set {loop.SECTION}.compile=false"
-        )
+        name = f"{loop.SECTION}.compile"
+        raise UserError(f"{name}: needs a C++ compiler; install g++, or set {name}=false")
     share = split_batch(loop, ranks.world)
     for transformer in transformers:
         transformer.checkpointing = loop.activation_checkpointing

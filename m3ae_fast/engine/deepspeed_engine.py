@@ -80,9 +80,8 @@ class DeepSpeedEngine:
         except Exception as error:  # asserts, missing packages, pydantic's errors: its section can cause any
             if out_of_memory(error):
                 raise
-            raise UserError(
-                f"config: DeepSpeed refuses the deepspeed section: {' '.join(str(error).split())}"
-            ) from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"config: DeepSpeed refuses the deepspeed section: {reason}") from None
         if hasattr(self.ds.optimizer, "independent_gradient_partition_epilogue") and not self.zero.offloads_optimizer:
             wait_for_one_stream(self.ds.optimizer)
 

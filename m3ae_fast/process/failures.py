@@ -9,8 +9,7 @@ from m3ae_fast.memory import limit_note, out_of_memory
 
 # what gloo and the store say when the process at the other end is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "failed to send")
-
-
+_CONTINUE = "--resume auto continues from the last checkpoint"
 # what torch says of a loader worker that found no shared memory, when it asked for it or when it wrote there
 _SHM_FULL = (f"exit code {SHM_FULL}", "Bus error")
 
@@ -28,15 +27,10 @@ def explain(error: BaseException) -> UserError | None:
         if any(sign in f"{error} {error.__cause__}" for sign in _SHM_FULL):
             return UserError(
                 f"{SHM} is full, so that a loader worker could not hand over a batch: see what else fills it, raise it "
-                "(docker run --shm-size, or --ipc=host), or lower data.workers or data.prefetch; "
-                "--resume auto continues from the last checkpoint"
+                f"(docker run --shm-size, or --ipc=host), or lower data.workers or data.prefetch; {_CONTINUE}"
             )
-        return UserError(
-            "a loader worker was killed, perhaps for lack of memory: lower data.workers or data.prefetch; "
-            "--resume auto continues from the last checkpoint"
-        )
+        killed = "a loader worker was killed, perhaps for lack of memory"
+        return UserError(f"{killed}: lower data.workers or data.prefetch; {_CONTINUE}")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
-        return UserError(
-            "another rank has ended; its output says why. --resume auto continues from the last checkpoint"
-        )
+        return UserError(f"another rank has ended; its output says why. {_CONTINUE}")
     return None

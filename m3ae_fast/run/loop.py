@@ -229,10 +229,8 @@ class Loop(ABC):
         step, good, main = self.step, self.finite_evaluation == self.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
         self.staging.begin(self.ranks.device)
-        seen = step * self.settings.global_batch
-        info = checkpoint.Info(
-            step, seen, self.run.seed, self.sections, checkpoint.versions(), self.stream, attention=self.attention
-        )
+        about = (step, step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
+        info = checkpoint.Info(*about, self.stream, attention=self.attention)
 
         def write() -> None:
             part = self.staging.copy(lambda: self.engine.fragments() | constants)

@@ -41,10 +41,8 @@ class Pace:
         """Return how long the run takes, and how that is known."""
         step = self.sample * config.train.global_batch
         scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
-        whole = duration(self.seconds(config, schedule))
-        return (
-            f"{whole} on this machine: {schedule.total_steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}"
-        )
+        whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
+        return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}"
 
 
 def duration(seconds: float) -> str:

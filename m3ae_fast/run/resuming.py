@@ -110,9 +110,8 @@ def judge(run_dir: Path, bad_step: int) -> str:
     before = checkpoint.folder(run_dir) / f"step-{bad_step - 1:08d}"
     marked = ""
     if before.is_dir() and not checkpoint.is_good(before):
-        checkpoint.mark(
-            run_dir, bad_step - 1, checkpoint.FAILED, f"step {bad_step}, the first from its weights, was not finite"
-        )
+        why = f"step {bad_step}, the first from its weights, was not finite"
+        checkpoint.mark(run_dir, bad_step - 1, checkpoint.FAILED, why)
         marked = f"{before} is now marked as failed, and --resume auto will skip it; "
     good = [path for path in checkpoint.saved_steps(run_dir) if checkpoint.is_good(path)]
     return marked + (f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is known to be good")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,8 @@ class Run(Loop):
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
         steps = range(found.step, schedule.total_steps)
         node = session.node()
-        loader = ranks.main_first(
-            lambda: train_loader(
-                config.data, data.train, preparation, share, steps, layout=layout, node=node, pin_memory=pin
-            )
-        )
+        make_loader = partial(train_loader, layout=layout, node=node, pin_memory=pin)
+        loader = ranks.main_first(lambda: make_loader(config.data, data.train, preparation, share, steps))
         return cls(
             session=session,
             folder=folder,
@@ -119,9 +117,8 @@ class Run(Loop):
         config, dtype = self.config, dtype_of(self.config.train.precision)
         where = (config.model, config.masking, self.ranks.device, dtype)
         # rank 0 tries kernels, and its checkpoints remember them: or else ranks and resumed runs may differ in bits
-        self.attention, times = self.ranks.broadcast(
-            lambda: choose_attention(*where, self.share.micro_batch, self.attention)
-        )
+        choose = partial(choose_attention, *where, self.share.micro_batch, self.attention)
+        self.attention, times = self.ranks.broadcast(choose)
         settle_attention(*where, self.attention)
         attention = describe_attention(*where)
         self.bad.report(self.ranks.from_main(self.data.train.damaged), say=self.ranks.is_main)

@@ -165,6 +165,5 @@ def _add_tokenize_images(commands: Any, common: argparse.ArgumentParser) -> None
     add_range_option(parser)
     parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes, or a GPU's threads"
-    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes, or a GPU's threads")

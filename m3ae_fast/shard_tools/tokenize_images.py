@@ -99,16 +99,15 @@ class Crops(Rows):
             crops = list(pool.map(self._crop, places))
         images = [crop[0] for crop in crops if not isinstance(crop, BadSample)]
         device = self.vqgan.codebook.device
-        ids_BL = iter(
-            self.vqgan.encode(torch.stack(images).to(device)).cpu().numpy().astype(IDS_DTYPE) if images else ()
-        )
+        ids_BL = self.vqgan.encode(torch.stack(images).to(device)).cpu().numpy() if images else ()
+        ids = iter(ids_BL)
         ready: dict[int, Record | BadSample] = {}
         for number, crop in zip(numbers, crops):
             if isinstance(crop, BadSample):
                 ready[number] = crop
             else:
                 _, jpeg, others = crop
-                ready[number] = Record(jpeg, members={**others, "ids": next(ids_BL).tobytes()})
+                ready[number] = Record(jpeg, members={**others, "ids": next(ids).astype(IDS_DTYPE).tobytes()})
         return ready
 
     def _find(self, number: int) -> tuple[int, int, int, np.void]:
@@ -163,9 +162,8 @@ def run(args: argparse.Namespace) -> None:
     device = chosen_device(args.device)
     vqgan = VQGAN.from_pretrained(args.vqgan)
     if args.image_size % vqgan.config.stride:
-        raise UserError(
-            f"--image-size {args.image_size}: is not a multiple of the {vqgan.config.stride} pixels of a code"
-        )
+        stride = vqgan.config.stride
+        raise UserError(f"--image-size {args.image_size}: is not a multiple of the {stride} pixels of a code")
     vqgan.to(device)
     on_cpu = device.type == "cpu"
     crops = Crops(

@@ -132,9 +132,8 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
                     future.result()
                     advance(len(futures[future].numbers))
             except BrokenProcessPool:
-                raise UserError(
-                    "a worker was killed, perhaps for lack of memory; repeat the command with fewer --workers"
-                ) from None
+                killed = "a worker was killed, perhaps for lack of memory"
+                raise UserError(f"{killed}; repeat the command with fewer --workers") from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 workers_left = multiprocessing.active_children()
