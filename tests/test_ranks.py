@@ -73,8 +73,8 @@ def sockets(pid):
 def standing_by():
     """Say what CUDA is asked, and whether this rank and its fetcher have connections."""
     touched, before = [], sockets(os.getpid())
-    begin, available = program.standby, torch.cuda.is_available
-    program.standby = lambda: touched.append("fetcher") or begin()
+    begin, available = program.Standby, torch.cuda.is_available
+    program.Standby = lambda: touched.append("fetcher") or begin()
     torch.cuda.is_available = lambda: touched.append("cuda") or available()
     with program.joined_program() as session:
         own, its = (len(sockets(pid) - before) > 0 for pid in (os.getpid(), session.fetcher.process.pid))
@@ -246,7 +246,7 @@ def join(monkeypatch):
         store = dist.HashStore()
         rank = SimpleNamespace(rank=1, world=2, store=store, rooms=[Room(store, [0])], claim=lambda what: first)
         monkeypatch.setattr(program, "join_ranks", lambda: nullcontext(rank))
-        monkeypatch.setattr(program, "standby", lambda: nullcontext(None))
+        monkeypatch.setattr(program, "Standby", lambda: nullcontext(None))
 
     return pretend
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
 from m3ae_fast.data import Node
-from m3ae_fast.data.fetcher import standby
-from m3ae_fast.data.standby import Standby
+from m3ae_fast.data.fetcher import Standby
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks, join_ranks
@@ -50,7 +49,7 @@ def joined_program() -> Iterator[Session]:
     where all ranks are Stopped.
     """
     with (
-        standby() as fetcher,  # forked before there are threads, connections to other ranks, or a GPU's memory
+        Standby() as fetcher,  # forked before there are threads, connections to other ranks, or a GPU's memory
         StopRequest() as stop,
         join_ranks() as ranks,
         Pulse(ranks.rank, ranks.rooms, ranks.store, stop) as pulse,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import threading
 import time
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import torch
 import torch.distributed as dist
 
 from m3ae_fast.config import RunConfig
 from m3ae_fast.process.rooms import Room
 from m3ae_fast.process.signals import StopRequest, kill_children
-from m3ae_fast.process.stacks import write_stacks
 
 T = TypeVar("T")
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
@@ -196,6 +197,16 @@ class Pulse:
         if self.folder and self._unwritten.acquire(blocking=False):
             with contextlib.suppress(OSError):
                 write_stacks(self.folder, self._rank)
+
+
+def write_stacks(folder: Path, rank: int) -> None:
+    """Write where all threads are, and NCCL's last collectives for torchfrtrace, into files. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"rank-{rank}.txt", "w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    if dist.is_nccl_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+        record = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]  # torch for CPUs lacks it
+        (folder / f"nccl_trace_rank_{rank}").write_bytes(record)  # the name that torchfrtrace expects
 
 
 class _Activity:

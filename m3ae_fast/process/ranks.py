@@ -20,7 +20,6 @@ from m3ae_fast.errors import UserError, attempt
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
 from m3ae_fast.process.rooms import Room, machine, rooms_of
-from m3ae_fast.process.stacks import RECORDED
 from m3ae_fast.process.sums import Sums
 
 T = TypeVar("T")
@@ -187,7 +186,7 @@ def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessG
     else:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo" if device.type == "cpu" else "nccl"
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL remembers
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return control, store

@@ -13,7 +13,7 @@ import pytest
 from lab.soak.server import faulty_server
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, counting
-from m3ae_fast.data.fetcher import Fetcher, Node, standby
+from m3ae_fast.data.fetcher import Fetcher, Node, Standby
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.errors import UserError
 from tests.data.test_manifest import together
@@ -157,7 +157,7 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
     pids, other = os.pipe()
     child = os.fork()
     if not child:
-        loader = start(0, 1, node=Node("run", [0], standby()))
+        loader = start(0, 1, node=Node("run", [0], Standby()))
         os.write(other, loader.beside._fetcher.process.pid.to_bytes(4, "little"))
         if begun:
             loader.beside.begin()
@@ -170,7 +170,7 @@ def test_the_fetcher_leaves_with_the_run(start, tmp_path, begun):
 
 def test_ranks_of_a_node_share_one_fetcher(start):
     """It waits for the slower one."""
-    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], standby())) for rank in (0, 1)]
+    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], Standby())) for rank in (0, 1)]
     assert [loader.beside.needs.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
         iter(loader)

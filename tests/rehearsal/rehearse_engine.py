@@ -18,8 +18,8 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.m3ae import M3AE, Losses
 from m3ae_fast.model.transformer import MEMORY_BUDGET
+from m3ae_fast.process.pulse import write_stacks
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.process.stacks import write_stacks
 from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
 from tests.helpers.trainer import CLIPART
