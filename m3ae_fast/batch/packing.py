@@ -43,17 +43,9 @@ class Geometry:
     @classmethod
     def of(cls, config: ModelConfig) -> Geometry:
         """Return the geometry of a model, without its losses."""
-        return cls(
-            config.image_size,
-            config.patch_size,
-            config.channels,
-            config.text_length,
-            image_range=config.image_range,
-            image_dtype=config.image_dtype,
-            image_mean=config.image_mean,
-            image_std=config.image_std,
-            native=Native.of(config),
-        )
+        same = ("image_size", "patch_size", "channels", "text_length")
+        same += ("image_range", "image_dtype", "image_mean", "image_std")
+        return cls(**{name: getattr(config, name) for name in same}, native=Native.of(config))
 
     @property
     def patches_per_image(self) -> int:
@@ -292,7 +284,7 @@ _CLS = np.zeros(1, dtype=bool)  # cls is never masked
 
 
 class _Checked(NamedTuple):
-    """Of a sample; empty where it lacks the modality."""
+    """A sample's arrays; empty where it lacks the modality."""
 
     image_mask: np.ndarray
     text_mask: np.ndarray

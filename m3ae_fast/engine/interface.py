@@ -28,7 +28,7 @@ class StepLosses(Protocol):
 
 
 class Engine(Protocol):
-    """Of a module that in training gives StepLosses for (batch, counts)."""
+    """Trains a module that gives StepLosses for (batch, counts)."""
 
     model: nn.Module
     optimizer_name: str

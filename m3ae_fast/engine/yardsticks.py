@@ -21,7 +21,7 @@ _EPS = 1e-7  # of RankMe
 
 
 class Yardsticks:
-    """Of the batches of an evaluation, which are parts of one set over all ranks."""
+    """Yardsticks of an evaluation, whose batches are parts of one set over all ranks."""
 
     def __init__(self, model: M3AE, precision: str, ranks: Ranks) -> None:
         """Begin a set. `precision`: of the features."""

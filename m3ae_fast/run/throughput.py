@@ -12,7 +12,7 @@ from m3ae_fast.config import MaskingConfig, ModelConfig
 
 
 class StepCounts(NamedTuple):
-    """Of some micro-batches. Sums over ranks are StepCounts again."""
+    """Counts of some micro-batches. Their sums over ranks are StepCounts again."""
 
     samples: float
     images: float

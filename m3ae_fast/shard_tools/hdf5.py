@@ -15,8 +15,7 @@ import numpy as np
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.regular_file import open_regular
-from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, to_int
+from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, count_samples, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 

@@ -15,8 +15,7 @@ from m3ae_fast.batch.bands import write_npy
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
-from m3ae_fast.shard_tools.captions import count_samples
-from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, read_file, to_int
+from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, count_samples, read_file, to_int
 from m3ae_fast.shard_tools.same_images import middle, number_same
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")

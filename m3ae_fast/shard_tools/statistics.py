@@ -27,7 +27,7 @@ from m3ae_fast.progress import track
 
 @dataclass
 class Statistics:
-    """Of the samples that were looked at."""
+    """Sums and counts over the samples that were looked at."""
 
     of: int  # samples that there are
     channels: int
