@@ -10,7 +10,7 @@ import torch
 
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, parse
-from m3ae_fast.engine.yardsticks import Yardsticks, entropy, rankme
+from m3ae_fast.engine.evaluate import Yardsticks, entropy, rankme
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks

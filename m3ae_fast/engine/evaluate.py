@@ -1,12 +1,25 @@
-"""Losses on held-out samples."""
+"""Losses on held-out samples, what they are compared with, and how many dimensions the features fill.
+
+Shapes: I masked patches, K values of a patch, N samples, D encoder width.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+
+import torch
+from m3ae_kernels.pixels import check_pixels, standardise, take_patches
+from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.engine.interface import Engine
+from m3ae_fast.model.inference import encoding
+from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
+
+_MOST = 4096  # samples of which features are compared
+_EPS = 1e-7  # of RankMe
 
 
 def evaluate(
@@ -14,27 +27,22 @@ def evaluate(
     loader: Iterable[PackedBatch],
     ranks: Ranks,
     with_targets: Callable[[PackedBatch], PackedBatch],
-    look: Callable[[PackedBatch], None] = lambda batch: None,
+    yardsticks: Yardsticks | None = None,
 ) -> dict[str, float]:
     """Return metrics to log: means over the whole of `loader`, whose ranks' batches are parts of one set.
 
-    `with_targets` makes on the device the targets that a batch still lacks, and `look` is shown the result. Every rank
-    must call it, with equally many batches.
+    `with_targets` makes on the device the targets that a batch still lacks. Every rank must call it, with equally many
+    batches.
     """
     sums = [0.0] * 6
     for batch in loader:
         image, text = batch.counts
         batch = with_targets(batch.to(ranks.device))
         losses = engine.evaluate(batch)
-        look(batch)
-        part = (
-            image,
-            float(losses.image_loss) * image,
-            text,
-            float(losses.text_loss) * text,
-            float(losses.text_accuracy) * text,
-            len(batch.skipped),
-        )
+        if yardsticks:
+            yardsticks.add(batch)
+        image_loss, text_loss, accuracy = map(float, (losses.image_loss, losses.text_loss, losses.text_accuracy))
+        part = (image, image_loss * image, text, text_loss * text, accuracy * text, len(batch.skipped))
         sums = [a + b for a, b in zip(sums, part)]
     image, image_loss, text, text_loss, text_accuracy, skipped = ranks.sum(sums)
     values: dict[str, float] = {"val_skipped": int(skipped)} if skipped else {}
@@ -43,4 +51,81 @@ def evaluate(
     if text:
         values["val_text_loss"] = text_loss / text
         values["val_text_accuracy"] = text_accuracy / text
-    return values
+    return values | (yardsticks.values(values) if yardsticks else {})
+
+
+class Yardsticks:
+    """Yardsticks of an evaluation, whose batches are parts of one set over all ranks."""
+
+    def __init__(self, model: M3AE, precision: str, ranks: Ranks) -> None:
+        """Begin a set. `precision`: of the features."""
+        self._model, self._precision, self._ranks = model, precision, ranks
+        c = model.config
+        self._moments_2K = torch.zeros(2, c.patch_dim, dtype=torch.float64)  # sums of targets and of their squares
+        self._patches = 0
+        ids = c.codebook_size if c.image_targets == "vqgan" else 0
+        self._image_ids = torch.zeros(ids, dtype=torch.float64)
+        self._text_ids = torch.zeros(c.vocab_size, dtype=torch.float64)
+        self._features: list[Tensor] = []
+
+    def add(self, batch: PackedBatch) -> None:
+        """Add a batch with its targets, on the device; features are of what is visible of its samples."""
+        image_I, text_W = batch.image_row_weight != 0, batch.text_row_weight != 0  # rows of padding have weight 0
+        if len(self._image_ids):
+            self._image_ids += torch.bincount(batch.image_targets[image_I], minlength=len(self._image_ids)).cpu()
+        elif image_I.any():
+            targets_IK = self._targets(batch, batch.image_patch_ids[image_I]).double()
+            self._moments_2K += torch.stack((targets_IK.sum(0), targets_IK.square().sum(0))).cpu()
+            self._patches += len(targets_IK)
+        if len(self._text_ids):
+            self._text_ids += torch.bincount(batch.text_targets[text_W], minlength=len(self._text_ids)).cpu()
+        if batch.keys:
+            with encoding(self._model, self._precision, self._ranks.device):
+                self._features.append(self._model.pooled(batch).float().cpu())
+
+    def _targets(self, batch: PackedBatch, ids_I: Tensor) -> Tensor:
+        m = self._model.config
+        means = (None, None) if batch.images.is_floating_point() else (m.image_mean, m.image_std)
+        scale, shift = check_pixels(batch.images, ids_I, m.patch_size, *means)
+        targets_IK = take_patches(batch.images, ids_I, m.patch_size, scale, shift, torch.float32, channels_last=True)
+        return standardise(targets_IK) if self._model.loss_config.norm_pix else targets_IK
+
+    def values(self, losses: dict[str, float]) -> dict[str, float]:
+        """Return `val_image_relative` and `val_text_relative`, losses over those of the best constant prediction, and
+        `val_rankme`. Every rank must call it.
+
+        A constant prediction of pixels is the mean patch, of ids their frequencies: its loss is the variance of the
+        patches, or the entropy of the ids.
+        """
+        numbers = torch.cat((self._moments_2K.flatten(), self._image_ids, self._text_ids)).tolist()
+        total = torch.tensor(self._ranks.sum([*numbers, self._patches]), dtype=torch.float64)
+        sizes = [self._moments_2K.numel(), len(self._image_ids), len(self._text_ids), 1]
+        moments, image_ids, text_ids, patches = total.split(sizes)
+        mean_K, square_K = moments.view(2, -1) / patches.clamp_min(1)
+        image = entropy(image_ids) if len(image_ids) else (square_K - mean_K**2).mean().item()
+        found = {"image": image, "text": entropy(text_ids)}
+        values = {
+            f"val_{name}_relative": losses[f"val_{name}_loss"] / worst
+            for name, worst in found.items()
+            if f"val_{name}_loss" in losses and worst > 1e-6
+        }
+        features = [part for own in self._ranks.gather(self._features) for part in own]
+        if features:
+            values["val_rankme"] = rankme(torch.cat(features)[:_MOST])
+        return values
+
+
+def entropy(counts: Tensor) -> float:
+    """Return the entropy of frequencies, in nats; 0 of none."""
+    p = counts[counts > 0] / counts.sum().clamp_min(1)
+    return -(p * p.log()).sum().item()
+
+
+def rankme(features_ND: Tensor) -> float:
+    """Return a smooth count of the dimensions that features fill, from 1 to min(N, D): the exponential of the entropy
+    of their singular values (RankMe, arXiv 2210.02885). NaN where one is not finite."""
+    if not features_ND.isfinite().all():
+        return math.nan
+    sizes = torch.linalg.svdvals(features_ND.double())
+    p = sizes / sizes.sum().clamp_min(_EPS) + _EPS
+    return math.exp(-(p * p.log()).sum().item())

@@ -21,10 +21,9 @@ from m3ae_fast.data import Data, Preparation, ShardStore, counting, eval_loader,
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.evaluate import evaluate
+from m3ae_fast.engine.evaluate import Yardsticks, evaluate
 from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.schedule import Schedule, split_batch
-from m3ae_fast.engine.yardsticks import Yardsticks
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
 from m3ae_fast.model.m3ae import M3AE
@@ -171,8 +170,7 @@ class Run(Loop):
         batches = self.pulse.watch(loader, f"evaluating after step {self.step}")
         try:
             heeding = until_stopped(batches, self.ranks, self.stop)
-            values = evaluate(self.engine, heeding, self.ranks, self.with_targets, yardsticks.add)
-            values |= yardsticks.values(values)
+            values = evaluate(self.engine, heeding, self.ranks, self.with_targets, yardsticks)
         except Stopped:
             self.cut_short()
             return
