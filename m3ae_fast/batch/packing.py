@@ -43,9 +43,9 @@ class Geometry:
     @classmethod
     def of(cls, config: ModelConfig) -> Geometry:
         """Return the geometry of a model, without its losses."""
-        same = ("image_size", "patch_size", "channels", "text_length")
-        same += ("image_range", "image_dtype", "image_mean", "image_std")
-        return cls(**{name: getattr(config, name) for name in same}, native=Native.of(config))
+        sizes = (config.image_size, config.patch_size, config.channels, config.text_length)
+        same = ("image_range", "image_dtype", "image_mean", "image_std")
+        return cls(*sizes, **{name: getattr(config, name) for name in same}, native=Native.of(config))
 
     @property
     def patches_per_image(self) -> int:
