@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,14 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.caption_table import Row, read_captions
-from m3ae_fast.shard_tools.records import Record, read_file
+from m3ae_fast.shard_tools.records import Record, Rows, read_file
 from m3ae_fast.shard_tools.same_images import join, middle, number_same
 from m3ae_fast.shard_tools.tally import IGNORED, Tally
 
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
-@dataclass(frozen=True)
-class _Image:
-    path: str  # below the folder
-    caption: str | None  # of the table
-
-
-class Folder:
+class Folder(Rows):
     """Images below a folder, in the order of their paths. See `records.Records`.
 
     Args:
@@ -66,23 +59,23 @@ class Folder:
         self.outside = next((_printable(path) for path in paths if nested and "/" not in path), "")
         self.classes: Sequence[str] | None = None if flat else _classes(folder, paths, classes)
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
-        self._images = [_Image(path, None) for path in paths]
-        self._has_table = captions is not None
+        self._paths, self._has_table = paths, captions is not None
+        self._captions: list[list[str | None]] = [[None]] * len(paths)  # of the table, by image
         if captions is not None:
-            self._images = _join(folder, paths, captions, read_captions(captions, *columns))
+            self._captions = _join(folder, paths, captions, read_captions(captions, *columns))
+        super().__init__({"train": np.array([len(each) for each in self._captions])})
         self.ignored = _ignored(folder, files, paths, captions)
-        self.splits = {"train": len(self._images)}
         self.identity: dict[str, Any] = {"kind": "folder", **self._fingerprints()}
 
     def name(self, split: str, number: int) -> str:
-        return _printable(self._images[number].path)
+        return _printable(self._paths[self.place(split, number)[0]])
 
     def read(self, split: str, number: int) -> Record:
-        image = self._images[number]
-        path = os.path.join(self.folder, image.path)
-        caption = image.caption if self._has_table else self._beside(path)
-        name = image.path.partition("/")[0] if self.classes else None
-        about: dict[str, Any] = {"path": _printable(image.path)}
+        row, turn = self.place(split, number)
+        path = os.path.join(self.folder, self._paths[row])
+        caption = self._captions[row][turn] if self._has_table else self._beside(path)
+        name = self._paths[row].partition("/")[0] if self.classes else None
+        about: dict[str, Any] = {"path": _printable(self._paths[row])}
         if name is not None:
             about["class_name"] = name
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
@@ -90,16 +83,13 @@ class Folder:
     def images(self, split: str) -> np.ndarray:
         """See `records.Records`: files with the same bytes, or with names that differ in their suffix alone, are of
         one."""
-        paths = list(dict.fromkeys(image.path for image in self._images))
-        files = [os.path.join(self.folder, path) for path in paths]
-        title = "looking for the same image twice"
-        sketches = [_sketch(path) for path in track(files, title)]
+        files = [os.path.join(self.folder, path) for path in self._paths]
+        sketches = [_sketch(path) for path in track(files, "looking for the same image twice")]
         # a file that cannot be read is like no other
-        contents_N = number_same(len(paths), [lambda i: sketches[i] or i, lambda i: _digest(files[i])])
+        contents_N = number_same(len(files), [lambda i: sketches[i] or i, lambda i: _digest(files[i])])
         stems: dict[str, int] = {}
-        stems_N = np.array([stems.setdefault(os.path.splitext(path)[0], len(stems)) for path in paths])
-        number = dict(zip(paths, join(contents_N, stems_N).tolist()))
-        return np.array([number[image.path] for image in self._images])
+        stems_N = np.array([stems.setdefault(os.path.splitext(path)[0], len(stems)) for path in files])
+        return join(contents_N, stems_N)[super().images(split)]
 
     def _beside(self, path: str) -> str | None:
         """Return the text of the .txt beside an image, None if there is none."""
@@ -114,11 +104,12 @@ class Folder:
     def _fingerprints(self) -> dict[str, str]:
         """Return fingerprints of pictures, captions and classes, which differ if the user changed them."""
         pictures, captions = hashlib.sha256(), hashlib.sha256()
-        for image in self._images:
-            path = os.path.join(self.folder, image.path)
-            pictures.update(f"{image.path!r} {_stamp(path)}\n".encode())
-            beside = None if self._has_table else _text_file(path)
-            captions.update(f"{image.caption!r} {beside and _stamp(beside)}\n".encode())
+        for path, own in zip(self._paths, self._captions):
+            file = os.path.join(self.folder, path)
+            beside = None if self._has_table else _text_file(file)
+            for caption in own:
+                pictures.update(f"{path!r} {_stamp(file)}\n".encode())
+                captions.update(f"{caption!r} {beside and _stamp(beside)}\n".encode())
         classes = hashlib.sha256(json.dumps(self.classes).encode())
         named = {"pictures": pictures, "captions": captions, "classes": classes}
         return {name: digest.hexdigest()[:16] for name, digest in named.items()}
@@ -217,8 +208,8 @@ def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) ->
     return found if classes else None
 
 
-def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[_Image]:
-    """Return a sample for each caption of each row of the table, and for each image that it does not name."""
+def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[list[str | None]]:
+    """Return the captions of each image, one for each caption of each row of the table; None if it names none."""
     captions: dict[str, list[str | None]] = {path: [] for path in paths}
     missing = []
     for row in rows:
@@ -232,4 +223,4 @@ def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> l
             f"--captions {table}: {len(missing):,} of {len(rows):,} rows name images that are not in {folder}, "
             f"such as {missing[0].image!r} (row {missing[0].number}); paths are relative to that folder"
         )
-    return [_Image(path, caption) for path in paths for caption in captions[path] or [None]]
+    return [captions[path] or [None] for path in paths]
