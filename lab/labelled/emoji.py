@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lab.labelled.packages import fetch, read_members
 from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.records import Record
+from m3ae_fast.shard_tools.records import Record, Records
 
 VERSION = "16.0.0"
 LICENCES = {  # of the pictures; the tables of names are MIT
@@ -32,8 +34,8 @@ class Picture(NamedTuple):
     about: dict[str, str]
 
 
-class Emoji:
-    """A vendor's emoji, with category as class and names as caption: a `shard_tools.records.Records`."""
+class Emoji(Records):
+    """A vendor's emoji, with category as class and names as caption."""
 
     def __init__(self, vendor: str, package: Path | None, downloads: Path):
         """Raises UserError where the package cannot be fetched or read."""
@@ -50,9 +52,9 @@ class Emoji:
             for split, held in (("train", False), ("val", True))
         }
         self.classes = sorted({emoji["category"] for emoji in table})
-        self.splits = {split: len(own) for split, own in self._pictures.items()}
+        super().__init__({split: np.ones(len(own), np.int64) for split, own in self._pictures.items()})
         licence = LICENCES[vendor]
-        self.identity: dict[str, Any] = {"kind": f"emoji-{vendor}", "package": package.name, "licence": licence}
+        self.identity = {"kind": f"emoji-{vendor}", "package": package.name, "licence": licence}
 
     def name(self, split: str, number: int) -> str:
         return f"emoji {self._pictures[split][number].image}"

@@ -8,14 +8,13 @@ from __future__ import annotations
 import gzip
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lab.labelled.packages import fetch, read_members
 from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.records import Record
+from m3ae_fast.shard_tools.records import Record, Records
 
 LICENCE = "MIT, Copyright 2017 Zalando SE"
 COMMAND = ["apt-get", "download", "dataset-fashion-mnist"]
@@ -24,8 +23,8 @@ CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 _FILES = {"train": "train", "val": "t10k"}  # the official test set is held out
 
 
-class Fashion:
-    """All pictures, with their classes and without captions: a `shard_tools.records.Records`."""
+class Fashion(Records):
+    """All pictures, with their classes and without captions."""
 
     classes = CLASSES
 
@@ -38,8 +37,8 @@ class Fashion:
             self._labels = {s: parse_idx(files[f"{name}-labels-idx1-ubyte.gz"]) for s, name in _FILES.items()}
         except (KeyError, OSError, EOFError, ValueError) as error:
             raise UserError(f"{package}: is not Fashion-MNIST as Debian packs it ({error})") from None
-        self.splits = {split: len(images) for split, images in self._images.items()}
-        self.identity: dict[str, Any] = {"kind": "fashion-mnist", "package": package.name, "licence": LICENCE}
+        super().__init__({split: np.ones(len(own), np.int64) for split, own in self._images.items()})
+        self.identity = {"kind": "fashion-mnist", "package": package.name, "licence": LICENCE}
 
     def name(self, split: str, number: int) -> str:
         return f"Fashion-MNIST's {split} picture {number}"

@@ -17,15 +17,15 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.caption_table import Row, read_captions
-from m3ae_fast.shard_tools.records import Record, Rows, read_file
+from m3ae_fast.shard_tools.records import Record, Records, read_file
 from m3ae_fast.shard_tools.same_images import join, middle, number_same
 from m3ae_fast.shard_tools.tally import IGNORED, Tally
 
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
-class Folder(Rows):
-    """Images below a folder, in the order of their paths. See `records.Records`.
+class Folder(Records):
+    """Images below a folder, in the order of their paths.
 
     Args:
         folder: where to look, in sub-folders too.
@@ -57,7 +57,7 @@ class Folder(Rows):
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
         nested = any("/" in path for path in paths)
         self.outside = next((_printable(path) for path in paths if nested and "/" not in path), "")
-        self.classes: Sequence[str] | None = None if flat else _classes(folder, paths, classes)
+        self.classes = None if flat else _classes(folder, paths, classes)
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
         self._paths, self._has_table = paths, captions is not None
         self._captions: list[list[str | None]] = [[None]] * len(paths)  # of the table, by image
@@ -65,7 +65,7 @@ class Folder(Rows):
             self._captions = _join(folder, paths, captions, read_captions(captions, *columns))
         super().__init__({"train": np.array([len(each) for each in self._captions])})
         self.ignored = _ignored(folder, files, paths, captions)
-        self.identity: dict[str, Any] = {"kind": "folder", **self._fingerprints()}
+        self.identity = {"kind": "folder", **self._fingerprints()}
 
     def name(self, split: str, number: int) -> str:
         return _printable(self._paths[self.place(split, number)[0]])

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.regular_file import open_regular
-from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, count_samples, to_int
+from m3ae_fast.shard_tools.records import Record, Records, caption_of_row, count_samples, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
 
@@ -34,11 +33,9 @@ _SPLITS = {
 }
 
 
-class Hdf5(Rows):
-    """See `records.Records`. A row with several captions, [N, K] or variable-length text, gives a sample for each.
+class Hdf5(Records):
+    """An HDF5 file. A row with several captions, [N, K] or variable-length text, gives a sample for each.
     Raises UserError where h5py is not installed, or the file is not HDF5 or lacks the fields."""
-
-    classes: Sequence[str] | None = None
 
     def __init__(self, path: Path) -> None:
         h5py = library("h5py", "from-hdf5: needs h5py; pip install 'm3ae-fast[hdf5]'")
@@ -63,7 +60,7 @@ class Hdf5(Rows):
             raise UserError(f"{path}: has {', '.join(names) or 'no data'}, but needs {FIELDS}")
         super().__init__(counts)
         found = path.stat()
-        self.identity: dict[str, Any] = {
+        self.identity = {
             "kind": "hdf5",
             "bytes": found.st_size,
             "changed_ns": found.st_mtime_ns,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from m3ae_fast.batch.bands import write_npy
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
-from m3ae_fast.shard_tools.records import Record, Rows, caption_of_row, count_samples, read_file, to_int
+from m3ae_fast.shard_tools.records import Record, Records, caption_of_row, count_samples, read_file, to_int
 from m3ae_fast.shard_tools.same_images import middle, number_same
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 _AT_A_TIME = 1000  # rows
 
 
-class HuggingFace(Rows):
-    """See `records.Records`. A row with a list of captions gives a sample for each.
+class HuggingFace(Records):
+    """A data set. A row with a list of captions gives a sample for each.
 
     Args:
         name: a folder that `save_to_disk` wrote, a folder of data files, or a name on the hub.
@@ -46,7 +45,7 @@ class HuggingFace(Rows):
             data = {split: data[split]}
         first = next(iter(data.values()))
         self.image, self.caption, self.label = _columns(first.features, columns, name)
-        self.classes: Sequence[str] | None = getattr(first.features[self.label], "names", None) if self.label else None
+        self.classes = getattr(first.features[self.label], "names", None) if self.label else None
         images = first.features[self.image] if self.image else None
         # of values, where images are arrays [H, W] or [H, W, C]
         self._dtype: str = getattr(images, "dtype", "") if _is_array(images) else ""
@@ -57,7 +56,7 @@ class HuggingFace(Rows):
             if self.image and not self._dtype:
                 self._data[key] = rows.cast_column(self.image, datasets.Image(decode=False))
         super().__init__({key: _samples(rows, self.caption) for key, rows in self._data.items()})
-        self.identity: dict[str, Any] = {
+        self.identity = {
             "kind": "huggingface",
             "name": name,
             "columns": [self.image, self.caption, self.label],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,30 +26,24 @@ class Record:
     members: dict[str, bytes] = field(default_factory=dict)  # more of its files, by suffix
 
 
-class Records(Protocol):
-    """An input that can be read in any order, in several processes."""
+class Records(ABC):
+    """An input of rows, each of which gives some samples, that can be read in any order, in several processes."""
 
-    splits: dict[str, int]  # samples of each
-    classes: Sequence[str] | None  # names of the labels
+    classes: Sequence[str] | None = None  # names of the labels
     identity: dict[str, Any]  # JSON; differs where the input does
-
-    def name(self, split: str, number: int) -> str:
-        """Return what the user calls a sample, for messages."""
-
-    def read(self, split: str, number: int) -> Record:
-        """Return a sample. Raises BadSample if it cannot be used."""
-
-    def images(self, split: str) -> np.ndarray:
-        """Return int64 [samples]: samples of one image have the same number, as far as the input tells."""
-
-
-class Rows:
-    """Records in rows, each of which gives some samples: those of a table with lists of captions, or shards."""
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
         """Take the number of samples of each row, by split."""
         self._starts = {split: np.concatenate(([0], np.cumsum(each))) for split, each in counts.items()}
-        self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}
+        self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}  # samples of each
+
+    @abstractmethod
+    def name(self, split: str, number: int) -> str:
+        """Return what the user calls a sample, for messages."""
+
+    @abstractmethod
+    def read(self, split: str, number: int) -> Record:
+        """Return a sample. Raises BadSample if it cannot be used."""
 
     def place(self, split: str, number: int) -> tuple[int, int]:
         """Return the row of a sample, and which of the row's samples it is."""
@@ -57,7 +52,8 @@ class Rows:
         return row, number - int(starts[row])
 
     def images(self, split: str) -> np.ndarray:
-        """See `Records`: the samples of a row are of one image."""
+        """Return int64 [samples]: samples of one image, as far as the input tells, have the same number, as those of a
+        row do."""
         starts = self._starts[split]
         return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import chosen_device
-from m3ae_fast.shard_tools.records import Record, Rows
+from m3ae_fast.shard_tools.records import Record, Records
 from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.shrink import jpeg
 from m3ae_fast.shard_tools.writer import convert, describe_conversion
@@ -43,8 +41,8 @@ QUALITY = 95  # of the crops' JPEGs; ids are of what they decode to
 
 
 @dataclass(eq=False)
-class Crops(Rows):
-    """Crops of the images in some shards, with their ids. See `records.Records`."""
+class Crops(Records):
+    """Crops of the images in some shards, with their ids."""
 
     shards: list[str]
     store: ShardStore  # where copies of remote shards go
@@ -62,8 +60,7 @@ class Crops(Rows):
         super().__init__({_SPLIT: np.array([entry.summary.images * (self.views or 1) for entry in self._found])})
         if not self.splits[_SPLIT]:
             raise UserError(f"shards {self.shards[0]!r}: no image in them")
-        self.classes: Sequence[str] | None = None
-        self.identity: dict[str, Any] = {
+        self.identity = {
             "kind": "tokenized",
             "vqgan": hashlib.sha256(self.vqgan.codebook.cpu().numpy().tobytes()).hexdigest(),
             "image_size": self.size,
