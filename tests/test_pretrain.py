@@ -320,6 +320,7 @@ def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
         "path": [{"bytes": None, "path": f"{tmp_path}/{i // 3}.jpg"} for i in range(30)],
     }.items():
         rows = Dataset.from_dict({"image": images, "caption": [f"{i // 3}" for i in range(30)]}, features=kinds)
+        monkeypatch.setattr("m3ae_fast.shard_tools.huggingface.hub_answers", lambda *_: True)
         monkeypatch.setattr("datasets.load_dataset", lambda *_, rows=rows: rows)
         find_shards(f"owner/{kind}", tmp_path / f"run-{kind}", None, [])
         sides = [_texts(tmp_path / f"run-{kind}/shards/{part}-00000.tar") for part in ("train", "val")]
@@ -344,6 +345,7 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
     assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "test")]
     facts, notes = look(shards, tmp_path / "run", "cls")
     assert (facts.samples, facts.held_out, facts.classes, notes) == (4, 4, 2, []) and facts.vocab_size
+    monkeypatch.setattr("m3ae_fast.shard_tools.huggingface.hub_answers", lambda *_: True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
     with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
         find_shards("nowhere", tmp_path / "other", None, [])

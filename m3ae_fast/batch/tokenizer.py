@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.errors import UserError
+from m3ae_fast.hub_answers import hub_answers
 from m3ae_fast.regular_file import read_json
 
 MAX_GROWTH = 4096  # characters that rules make of one; the usual ones make 2
@@ -144,7 +145,7 @@ def _find(name: str, label: str) -> Path:
     if path.suffix in (".json", ".txt") or path.is_absolute() or path.exists():
         raise UserError(f"{label} {name}: no such file; name a tokenizer.json, a vocab.txt or a hub model")
     try:
-        return Path(hf_hub_download(name, "tokenizer.json"))
+        return Path(hf_hub_download(name, "tokenizer.json", local_files_only=not hub_answers(name)))
     except Exception:
         raise UserError(
             f"{label} {name}: neither a file nor available from the Hugging Face hub; "

@@ -12,6 +12,7 @@ import numpy as np
 
 from m3ae_fast.batch.bands import write_npy
 from m3ae_fast.errors import UserError, library
+from m3ae_fast.hub_answers import hub_answers
 from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from m3ae_fast.shard_tools.records import Record, Records, caption_of_row, count_samples, read_file, to_int
@@ -100,10 +101,19 @@ def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
     """Load the splits of a dataset."""
     try:
         saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
+        if not (Path(name).exists() or _downloaded(name) or hub_answers(name, "dataset")):
+            raise ConnectionError("neither a folder here nor on the Hugging Face hub, which does not answer")
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises anything, from files and from the network
         raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     return dict(data) if isinstance(data, dict) else {"train": data}
+
+
+def _downloaded(name: str) -> bool:
+    """Return whether a dataset may be there from an earlier download: offline by choice, or its card is."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    return constants.HF_HUB_OFFLINE or try_to_load_from_cache(name, "README.md", repo_type="dataset") is not None
 
 
 def _is_array(feature: Any) -> bool:

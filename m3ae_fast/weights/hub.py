@@ -6,9 +6,15 @@ import re
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.hub_answers import hub_answers
 from m3ae_fast.weights.output_folder import FILES
 
 
@@ -24,7 +30,8 @@ def find_folder(source: str | Path) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
         raise UserError(f"{source}: no such file or folder; name an export, or a model of the hub as owner/name")
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(FILES)))
+        cached, files = not hub_answers(str(source)), list(FILES)
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files, local_files_only=cached))
     except Exception as error:  # of the library, of its HTTP client, of the disk
         raise UserError(f"{source}: no such file or folder, and {_reason(error)}") from None
 
@@ -49,6 +56,8 @@ def push_folder(folder: str | Path, name: str, private: bool = False) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such model, or it is private: run `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub does not answer, nor is there a copy from an earlier download"
     text = " ".join(str(error).split())[:200]
     if isinstance(error, HFValidationError):
         return f"the hub allows no such name ({text})"

@@ -91,7 +91,11 @@ class Hub:
     def __init__(self, folder) -> None:
         self.folder = folder
 
-    def snapshot_download(self, name: str, allow_patterns: list[str]) -> str:
+    def repo_info(self, name: str, repo_type: str, timeout: float) -> None:
+        assert repo_type == "model"
+
+    def snapshot_download(self, name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only
         if not (self.folder / name).is_dir():
             raise OfflineModeIsEnabled("no network in tests\nsecond line")
         assert "model.safetensors" in allow_patterns

@@ -72,18 +72,22 @@ def test_errors(tmp_path, tokenizer_file, monkeypatch):
         with pytest.raises(UserError, match="no such file"):
             load_tokenizer(name, 8)
 
-    def offline(name, file):
+    def offline(name, file, **_):
         raise OSError("no network")
 
+    monkeypatch.setattr("m3ae_fast.batch.tokenizer.hub_answers", lambda name: True)
     monkeypatch.setattr("m3ae_fast.batch.tokenizer.hf_hub_download", offline)
     with pytest.raises(UserError, match="bert-base-uncased: neither a file nor available from the Hugging Face hub"):
         load_tokenizer("bert-base-uncased", 8)
 
 
 def test_hub_name(tokenizer_file, monkeypatch):
-    hub = {("org/name", "tokenizer.json"): tokenizer_file}
-    monkeypatch.setattr("m3ae_fast.batch.tokenizer.hf_hub_download", lambda *what: hub[what])
-    assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
+    for answers in (True, False):
+        monkeypatch.setattr("m3ae_fast.batch.tokenizer.hub_answers", lambda name, answers=answers: answers)
+        hub = {("org/name", "tokenizer.json"): {not answers: tokenizer_file}}
+        download = lambda *what, local_files_only: hub[what][local_files_only]  # noqa: E731, B023
+        monkeypatch.setattr("m3ae_fast.batch.tokenizer.hf_hub_download", download)
+        assert load_tokenizer("org/name", 8).encode("cat").shape == (1,)
 
 
 def test_training_is_repeatable():

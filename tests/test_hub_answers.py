@@ -1,0 +1,75 @@
+"""`hub_answers` beside a hub that says something, is silent, or is not there; and what then becomes of a name."""
+
+import functools
+import http.server
+import socket
+import threading
+
+import huggingface_hub
+import pytest
+
+from m3ae_fast import hub_answers as hub
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.errors import UserError
+from m3ae_fast.shard_tools.huggingface import HuggingFace
+from m3ae_fast.weights.hub import find_folder
+
+
+class _Knows(http.server.BaseHTTPRequestHandler):
+    """Knows that owner/name is there, and nothing else."""
+
+    def do_GET(self):
+        known = self.path.split("?")[0] in ("/api/models/owner/name", "/api/datasets/owner/name")
+        content = b'{"id": "owner/name"}' if known else b""
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(port): the hub is there, on this machine."""
+
+    def move(port):
+        api = functools.partial(huggingface_hub.HfApi, endpoint=f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(huggingface_hub, "HfApi", api)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return move
+
+
+def test_any_word_is_an_answer(at):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Knows) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        at(server.server_port)
+        assert hub.hub_answers("owner/name") and hub.hub_answers("owner/name", "dataset")
+        assert hub.hub_answers("owner/other") and hub.hub_answers("no -- name")
+        server.shutdown()
+
+
+def test_silence_is_none(at, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        at(silent.getsockname()[1])
+        monkeypatch.setattr(hub, "PATIENCE", 0.1)
+        assert not hub.hub_answers("owner/name")
+    monkeypatch.setattr(hub, "PATIENCE", 60)
+    assert not hub.hub_answers("owner/name")  # refused, as nobody listens any more
+
+
+def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
+    """A name of which this machine has no copy is an error, without the library's own attempts."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: pytest.fail("asks"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        at(silent.getsockname()[1])
+        monkeypatch.setattr(hub, "PATIENCE", 0.1)
+        with pytest.raises(UserError, match="owner/name: no such file or folder, and the hub does not answer, nor"):
+            find_folder("owner/name")
+        with pytest.raises(UserError, match="owner/name: neither a file nor available from the Hugging Face hub"):
+            load_tokenizer("owner/name", 8)
+        with pytest.raises(UserError, match=r"owner/name: cannot be loaded \(neither a folder here nor on the Hugging"):
+            HuggingFace("owner/name", None, None, (None, None, None))
