@@ -37,7 +37,13 @@ class Apart(NamedTuple):
 
 
 def draw_feature_map(
-    path: Path, models: Sequence[str], corpus: Corpus, classes: Classes, data: DataConfig, seed: int
+    path: Path,
+    models: Sequence[str],
+    corpus: Corpus,
+    classes: Classes,
+    data: DataConfig,
+    seed: int,
+    most: int | None = None,
 ) -> None:
     """Write a PNG with a panel for each model, and print what stands beneath it.
 
@@ -48,6 +54,7 @@ def draw_feature_map(
         classes: by id.
         data: workers, prefetch and max_bad_fraction.
         seed: of t-SNE.
+        most: samples on the map, which lie evenly over the corpus; None: all.
 
     Raises:
         UserError: there are fewer than 4 samples, models cannot read the same ones, or as
@@ -61,6 +68,9 @@ def draw_feature_map(
             raise UserError(f"{name}: cannot read the same samples as {models[0]}; name shards that both can")
     if len(found[0].keys) < 4:
         raise UserError(f"{len(found[0].keys)} samples have a class: a map needs 4 or more")
+    if most and most < len(found[0].keys):
+        rows = np.linspace(0, len(found[0].keys) - 1, most).astype(int).tolist()
+        found = [features.rows(rows) for features in found]
     assert found[0].labels_N is not None
     labels_N = found[0].labels_N.numpy()
     panels = []

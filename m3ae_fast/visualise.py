@@ -52,6 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--head", type=int, metavar="N", help="its attention head, from 1 (default: the mean over all)")
     parser.add_argument("--classes", metavar="A,B,...", help="the classes that a map shows (default: all)")
+    parser.add_argument("--samples", type=int, metavar="N", help="that a map shows at most (default: all with a class)")
     add_labels(parser)
     parser.add_argument("--shards", nargs="+", metavar="SHARDS", help="whose samples are drawn in place of the run's")
     parser.add_argument(
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.pictures < 1:
         raise UserError(f"--pictures {args.pictures}: must be 1 or more")
+    if args.samples is not None and args.samples < 4:
+        raise UserError(f"--samples {args.samples}: a map needs 4 or more")
     if not all(0 <= ratio <= 1 for ratio in args.ratios):
         raise UserError(f"--ratios {' '.join(map('{:g}'.format, args.ratios))}: must be from 0 to 1")
     from m3ae_fast.config import Config, parse
@@ -162,7 +165,7 @@ def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) ->
     if args.classes is not None:
         labelled, classes = keep_classes(labelled, classes, args.classes.split(","))
     names = class_names(labelled, classes)
-    draw_feature_map(out, args.runs, labelled, names, config.data, config.run.seed)
+    draw_feature_map(out, args.runs, labelled, names, config.data, config.run.seed, args.samples)
 
 
 KINDS: dict[str, Callable[[argparse.Namespace, Config, Corpus, Path], None]] = {

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast import pretrain
 from m3ae_fast.batch.tokenizer import load_tokenizer
@@ -22,13 +23,15 @@ from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pretraining import choices, plan
+from m3ae_fast.pretraining import choices, evaluation, plan
 from m3ae_fast.pretraining.choices import LADDER, batch_of, image_and_patch, settings, steps_in
 from m3ae_fast.pretraining.facts import Facts, Shards
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import find_shards
+from m3ae_fast.report import write_report
 from m3ae_fast.run.pace import Pace
 from m3ae_fast.status import status
+from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import ROOT, TINY
@@ -88,10 +91,37 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
             assert 0 <= result["top1"] <= 1
     assert "chance                        33.3   (6 samples)" in done.stdout
     assert "knn" in (run / "report.html").read_text()
+    assert "note: no map of the features: a map needs scikit-learn: pip install" in done.stdout
     features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
     assert features.isfinite().all()
     config = load_config(run / "config.json")
     assert config.train.steps == 12 and config.model.vocab_size > 0 and config.train.probe
+
+
+def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
+    monkeypatch.setattr(evaluation, "_ON_A_MAP", 10)
+    run, val = tiny_run(tmp_path / "run"), labelled_tar(tmp_path / "val.tar", range(12))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+    def draw(labels):
+        data = {"train": [{"shards": val}]}
+        probe = {"train": {"steps": 1, "probe": data | {"val": [{"shards": val}], "labels": labels}}}
+        evaluation.draw_map(Config.model_validate({"run": {"dir": str(run)}, "data": data, **probe}, strict=False))
+
+    draw("json.other")
+    assert "note: no map of the features: " in capsys.readouterr().out and not (run / "map.png").exists()
+    draw("json.name")
+    assert "10 samples" in capsys.readouterr().out
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    (shown,) = events.Images("map")
+    assert shown.step == 1
+    with Image.open(run / "map.png") as drawn, Image.open(BytesIO(shown.encoded_image_string)) as logged:
+        assert np.array_equal(drawn.convert("RGB"), logged.convert("RGB"))
+    write_report(run, run / "report.html")
+    assert "<summary>Map</summary>" in (run / "report.html").read_text()
+    draw("json.name")
+    assert not capsys.readouterr().out
 
 
 STOPS = """

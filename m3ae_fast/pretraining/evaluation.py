@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from m3ae_fast import visualise
 from m3ae_fast.command_line import RANDOM
 from m3ae_fast.config import Config, SourceConfig
+from m3ae_fast.errors import UserError
 from m3ae_fast.pretraining.stage import stage
 from m3ae_fast.regular_file import read_json
+from m3ae_fast.run import checkpoint
+from m3ae_fast.run.loggers import show
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.transfer.compare import UNTRAINED, with_error
 from m3ae_fast.transfer.job import RESULT_FILE
@@ -15,6 +19,7 @@ from m3ae_fast.transfer.job import RESULT_FILE
 _QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
 _TASKS = {"knn": "k-NN", "linear": "linear probe"}
 _OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}
+_ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS = "results"  # folder of a run folder
 RUN = "this run"
 
@@ -42,6 +47,22 @@ def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
                     return None
             found.setdefault(task, {})[whose] = read_json(out / RESULT_FILE)
     return found
+
+
+def draw_map(config: Config) -> None:
+    """Draw held-out samples by their features and classes into the run folder, and show it where the run's other
+    pictures are; print why where that is not possible. A map that is there already stays."""
+    probe, run = config.train.probe, config.run.dir
+    assert probe is not None
+    path = run / "map.png"
+    if path.exists():
+        return
+    shards = ["--shards", *_shards(probe.val), "--samples", str(_ON_A_MAP)]
+    try:
+        visualise.main([str(run), "map", "--labels", probe.labels, *shards])
+        show(run, config.run.loggers, checkpoint.step_of(checkpoint.locate(run)), "map", path)
+    except UserError as error:
+        print(f"note: no map of the features: {error}")
 
 
 def _shards(sources: list[SourceConfig]) -> list[str]:

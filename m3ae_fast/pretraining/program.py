@@ -12,7 +12,7 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.pretraining.choices import check_overrides, written
-from m3ae_fast.pretraining.evaluation import evaluate, table
+from m3ae_fast.pretraining.evaluation import draw_map, evaluate, table
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
@@ -83,6 +83,7 @@ def pretrain(
         return outcome
     if results:
         print("\n".join(table(results)))
+        draw_map(config)
     write_report(out, out / REPORT_FILE)
     export(out, out / EXPORT)
     print(f"{outcome.report}: curves and pictures; {outcome.export}: M3AE.from_pretrained loads it")

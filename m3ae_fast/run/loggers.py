@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,15 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def show(folder: Path, loggers: Sequence[str], step: int, name: str, path: Path) -> None:
+    """Show a picture of a run that has ended beside those that it has drawn itself. Raises UserError where a logger
+    cannot go on."""
+    for logger in loggers:
+        writer = LOGGERS[logger](folder, step, {})
+        writer.picture(step, name, path)
+        writer.close()
 
 
 LOGGERS: dict[str, Callable[[Path, int, dict[str, Any]], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
