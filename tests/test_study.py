@@ -17,7 +17,8 @@ from lab.study.run import SETTINGS, Study
 from lab.study.statistics import accuracy, difference
 from m3ae_fast import train
 from m3ae_fast.errors import UserError
-from tests.helpers.shards import picture, write_tar
+from tests.helpers.labelled import described_tar, emoji, emoji_and_clothes
+from tests.helpers.shards import write_tar
 
 TINY = {
     "train.model": {
@@ -29,37 +30,11 @@ TINY = {
     "transfer.linear": {"epochs": 1, "peak_lr": 0.1},
     "transfer.attentive": {"steps": 2, "peak_lr": 0.01},
 }  # fmt: skip
-CATEGORIES = ("Animals", "Flags", "Smileys")
-
-
-def _shard(path, samples):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    members = []
-    for key, (image, caption, about) in samples.items():
-        members += [(f"{key}.jpg", image), (f"{key}.json", json.dumps(about).encode())]
-        members += [] if caption is None else [(f"{key}.txt", caption.encode())]
-    write_tar(path, members)
-
-
-def _emoji(number, tone=""):
-    category, sub = CATEGORIES[number % 3], f"sub-{number % 2}"
-    about = {"emoji": f"1F{number:03X}", "category": category, "subcategory": sub, "tone": tone}
-    return picture(number, (32, 32)), f"{category.lower()} {number}", about
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folders as lab.labelled writes them: 60 emoji of two vendors, and 45 clothes."""
-    folder = tmp_path_factory.mktemp("labelled")
-    for vendor in shards.VENDORS:
-        samples = {f"{i:03}": _emoji(i) for i in range(60)}
-        samples |= {"tone": _emoji(0, "1F3FB"), "part": (*_emoji(1)[:2], _emoji(1)[2] | {"category": "Component"})}
-        for split, own in (("train", [*samples][:40]), ("val", [*samples][40:])):
-            _shard(folder / vendor / f"{split}-0.tar", {key: samples[key] for key in own})
-    clothes = {f"{i:03}": (picture(i, (28, 28)), None, {"name": f"kind {i % 3}"}) for i in range(45)}
-    _shard(folder / "fashion/train-0.tar", {key: clothes[key] for key in [*clothes][:33]})
-    _shard(folder / "fashion/val-0.tar", {key: clothes[key] for key in [*clothes][33:]})
-    return folder
+    return emoji_and_clothes(tmp_path_factory.mktemp("labelled"))
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +42,7 @@ def few(monkeypatch, tmp_path):
     """Few clothes and shots, and other clip art."""
     monkeypatch.setattr(shards, "CLOTHES", {"probe": 15, "validation": 8, "images": 10})
     monkeypatch.setattr(measure, "SHOTS", (1, 2))
-    _shard(tmp_path / "clip/val-0.tar", {f"{i}": _emoji(i) for i in range(6)})
+    described_tar(tmp_path / "clip/val-0.tar", {f"{i}": emoji(i) for i in range(6)})
     monkeypatch.setattr(run, "CLIP_ART", tmp_path / "clip")
 
 
@@ -115,7 +90,7 @@ def test_parts_share_no_emoji_and_leave_out_skin_tones(data, tmp_path):
 def test_a_study_needs_the_folders_of_labelled_data(data, tmp_path):
     with pytest.raises(UserError, match=r"twitter: has no train-\*\.tar; make them with python -m lab\.labelled"):
         program.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    _shard(tmp_path / "old/twitter/train-0.tar", {"0": (b"", "a", {"emoji": "1F600"})})
+    described_tar(tmp_path / "old/twitter/train-0.tar", {"0": (b"", "a", {"emoji": "1F600"})})
     with pytest.raises(UserError, match="was made by an earlier version"):
         program.main([str(tmp_path / "old"), "--out", str(tmp_path / "out")])
 

@@ -55,7 +55,7 @@ def prepare(data: Path, folder: Path, side: int) -> None:
             about = sample.about
             if "tone" not in about:
                 raise UserError(f"{data / vendor}: was made by an earlier version; make it again with lab.labelled")
-            if about["tone"] or about["category"] == _ALONE:
+            if not is_plain(sample):
                 continue
             key = f"{vendor}-{about['emoji']}"
             labels[key] = {name: about[name] for name in ("emoji", "category", "subcategory")}
@@ -71,6 +71,11 @@ def prepare(data: Path, folder: Path, side: int) -> None:
         labels |= {sample.key: {"emoji": sample.key, "category": sample.about["name"]} for sample in parts[name]}
     write(folder, parts, side)
     write_whole(folder / LABELS, json.dumps(labels) + "\n")
+
+
+def is_plain(sample: Sample) -> bool:
+    """Return whether an emoji is a picture without a skin tone."""
+    return not sample.about["tone"] and sample.about["category"] != _ALONE
 
 
 def part_of(emoji: str) -> int:

@@ -77,6 +77,7 @@ SLOW = (
     "test_helpers.py::test_a_rank_that_hangs_is_shown_with_where_it_waits",
     "test_hostile_files.py",
     "test_hub_answers.py::test_silence_is_not_waited_for_again",
+    "test_lab_recipe.py::test_variants_are_trained_once_and_compared",
     "test_memory.py::test_too_little_memory_to_import_torch_is_one_line",
     "test_model.py::test_every_gradient_in_bf16_is_near_that_in_float32",
     "test_native_programs.py::test_a_dry_run_takes_the_sizes_that_stats_wrote",

@@ -1,0 +1,364 @@
+"""Does the rule that fits batch, length and rate of a classifier to the number of samples choose well?
+
+python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter .../twitter, emoji-google .../google
+python -m lab.recipe data/labelled --out runs/recipe
+python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # nothing begins after 20 minutes; the next goes on
+
+Trains the linear probe and fine-tunes by the rule (m3ae_fast/transfer/recipe.py), at a third and three times its rate,
+half and twice as long, and probes at the best of the rates that are tried by themselves; on drawings, emoji and
+clothes, with MAE of their pictures, and probes with random weights too. Writes table.md into --out. What is done is not
+done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet
+import torch
+
+from benchmarks import results
+from lab.study import measure, shards
+from lab.study.statistics import Estimate, Seeds, accuracy, difference
+from m3ae_fast import train
+from m3ae_fast.config.transfer import TransferConfig, transfer_config
+from m3ae_fast.encoding import Features
+from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.open_model import RANDOM, open_model
+from m3ae_fast.process.program import Session, joined_program
+from m3ae_fast.shard_tools.member import add_member
+from m3ae_fast.transfer import __main__ as transfer
+from m3ae_fast.transfer.predictions import FILE as PREDICTIONS
+from m3ae_fast.transfer.probes import Setting, fit_linear
+from m3ae_fast.transfer.rates import best, try_rates
+from m3ae_fast.transfer.recipe import OFFICIAL, settled
+from m3ae_fast.whole_file import whole_file, write_whole
+
+CLIPART = Path("data/openclipart")
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+VALIDATED = 8  # one of so many samples that are not tested is for choosing the rule
+SIDE = 36  # pixels of a picture, at most
+MODEL = {
+    "size": None, "emb_dim": 128, "depth": 2, "num_heads": 4, "dec_emb_dim": 64, "dec_depth": 1, "dec_num_heads": 2,
+    "image_size": 28, "patch_size": 7, "vocab_size": 0, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.35, 0.35, 0.35],
+}  # fmt: skip
+VARIANTS = {  # rate and length, as multiples of the rule's
+    "rule": (1, 1), "rate / 3": (1 / 3, 1), "rate x 3": (3, 1), "steps / 2": (1, 0.5), "steps x 2": (1, 2),
+}  # fmt: skip
+TRIED = "tried"  # the rate is what the probe chooses
+ENCODERS = ("mae", "random")
+ALL = 0  # samples
+PROBES = {  # how many seeds, by set and number of samples
+    "drawings": {ALL: 3},
+    "emoji": {1_000: 3, ALL: 3},
+    "clothes": {1_000: 3, 5_000: 3, 20_000: 1, 50_000: 1},
+}
+TUNINGS = {  # one seed of each: what there is time for
+    "clothes": {1_000: (*VARIANTS,)},
+    "drawings": {ALL: (*VARIANTS,)},
+    "emoji": {ALL: (*VARIANTS,)},
+}
+
+
+class Trial(NamedTuple):
+    """A training of a classifier."""
+
+    task: str
+    data: str
+    encoder: str
+    samples: int
+    seed: int  # of the classifier, and of which samples they are
+    variant: str
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(part).replace(" ", "").replace("/", "over") for part in self)
+
+
+def plan(tasks: Sequence[str]) -> list[Trial]:
+    """Return the trials, the longest last."""
+    trials = []
+    for data, sizes in PROBES.items():
+        for encoder in ENCODERS:
+            for samples, seeds in sizes.items():
+                for seed in range(seeds):
+                    trials += [Trial("linear", data, encoder, samples, seed, variant) for variant in (*VARIANTS, TRIED)]
+    for data, tuned in TUNINGS.items():
+        for samples, variants in tuned.items():
+            trials += [Trial("finetune", data, "mae", samples, 0, variant) for variant in variants]
+    return sorted((trial for trial in trials if trial.task in tasks), key=_passes)
+
+
+def _passes(trial: Trial) -> float:
+    """Return how many samples, about, pass through an encoder, or a hundredth of those that pass through a probe."""
+    samples = trial.samples or 2_000
+    recipe = OFFICIAL[trial.task].scaled(samples)
+    length = recipe.epochs * VARIANTS.get(trial.variant, (1, 3))[1]
+    return samples * length / (1 if trial.task == "finetune" else 100)
+
+
+class Picture(NamedTuple):
+    """A labelled picture."""
+
+    key: str
+    unit: str  # pictures of one are never in two parts
+    category: str
+    image: bytes
+
+
+def pictures(data: Path) -> Iterator[tuple[str, Picture]]:
+    """Yield set and part, "clothes-test", and each picture. Raises UserError where a set has no shards."""
+    for part, split in ((TRAIN, "train"), (TEST, "val")):
+        for sample in shards.read(data / "fashion", (split,)):
+            key = f"clothes-{part}-{sample.key}"
+            yield f"clothes-{part}", Picture(key, key, sample.about["name"], sample.image)
+        for sample in shards.read(CLIPART, (split,)):
+            key = f"drawings-{part}-{sample.key}"
+            if sample.about["label"] >= 0:
+                yield f"drawings-{part}", Picture(key, key, sample.about["category"], sample.image)
+    for vendor in shards.VENDORS:
+        for sample in shards.read(data / vendor, ("train", "val")):
+            if shards.is_plain(sample):
+                unit = sample.about["emoji"]
+                part = TRAIN if shards.part_of(unit) else TEST
+                yield f"emoji-{part}", Picture(f"{vendor}-{unit}", unit, sample.about["category"], sample.image)
+
+
+def prepare(data: Path, folder: Path) -> None:
+    """Write SET-PART.tar and labels.json into `folder`, unless they are there. Raises UserError as `pictures` does."""
+    if (folder / shards.LABELS).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[Picture]] = {}
+    for name, picture in pictures(data):
+        if name.endswith(TRAIN) and _drawn("validation", picture.unit) % VALIDATED == 0:
+            name = name.removesuffix(TRAIN) + VALIDATION
+        parts.setdefault(name, []).append(picture)
+    labels: dict[str, dict[str, Any]] = {}
+    for name, own in parts.items():
+        data_set = name.rpartition("-")[0]
+        classes = sorted({picture.category for picture in parts[f"{data_set}-{TRAIN}"]})
+        own = [picture for picture in own if picture.category in classes]
+        labels |= {each.key: {"emoji": each.unit, "class": classes.index(each.category)} for each in own}
+        _write(folder / f"{name}.tar", [(p.key, shards.scaled(p.image, SIDE), labels[p.key]["class"]) for p in own])
+    write_whole(folder / shards.LABELS, json.dumps(labels) + "\n")
+
+
+def _drawn(seed: Any, key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest(), "big")
+
+
+def _write(shard: Path, samples: Sequence[tuple[str, bytes, int]]) -> None:
+    with whole_file(shard) as partial, tarfile.open(partial, "w") as tar:
+        for key, image, label in samples:
+            add_member(tar, f"{key}.jpg", image)
+            add_member(tar, f"{key}.cls", str(label).encode())
+
+
+class Laboratory:
+    """Where everything is, and what has been measured."""
+
+    def __init__(self, out: Path, steps: int) -> None:
+        """`steps`: of each MAE."""
+        self.out, self.steps = out, steps
+        self.labels = json.loads((out / "shards" / shards.LABELS).read_text(encoding="utf-8"))
+        self._encoded: dict[str, tuple[Features, Features]] = {}
+
+    def shard(self, data: str, part: str) -> Path:
+        return self.out / "shards" / f"{data}-{part}.tar"
+
+    def result(self, trial: Trial) -> Path:
+        return self.out / "results" / f"{trial.name}.json"
+
+    def perform(self, trial: Trial) -> bool:
+        """Train a classifier, and keep which held-out samples it has right. Returns False where it was stopped."""
+        if not self._trained(trial.data):
+            return False
+        started = time.process_time()
+        run = str(self.out / trial.data)
+        model = run if trial.encoder == "mae" else f"{RANDOM}{run}"
+        found = self._linear(trial, model) if trial.task == "linear" else self._finetune(trial, model)
+        if found is None:
+            return False
+        self.result(trial).parent.mkdir(exist_ok=True)
+        seconds = {"cpu_s": round(time.process_time() - started, 1)}
+        write_whole(self.result(trial), json.dumps({**trial._asdict(), **seconds, **found}) + "\n")
+        return True
+
+    def _trained(self, data: str) -> bool:
+        """Train MAE of a set's pictures, unless that is done; False where it was stopped."""
+        run = self.out / data
+        if (run / "checkpoints" / f"step-{self.steps:08}").exists():
+            return True
+        config = {
+            "run": {"dir": str(run)},
+            "model": MODEL,
+            "data": {"train": [{"shards": str(self.shard(data, TRAIN))}], "crop_scale": [0.5, 1.0], "workers": 0},
+            "optim": {"peak_lr": 4e-3, "warmup_epochs": 1, "clip_grad": 1.0},
+            "train": {
+                "global_batch": 128, "steps": self.steps, "log_every": 500, "save_every": 1_000_000, "pictures": 0,
+                "compile": False,
+            },
+            "deepspeed": None,
+        }  # fmt: skip
+        settings = self.out / f"{data}.json"
+        write_whole(settings, json.dumps(config, indent=1))
+        train.main(["--config", str(settings), "--resume", "auto"])
+        return (run / "checkpoints" / f"step-{self.steps:08}").exists()
+
+    def _settings(self, trial: Trial, samples: int) -> dict[str, Any]:
+        """Return the rule's settings, with what the variant changes."""
+        rate, length = VARIANTS.get(trial.variant, (1, 1))
+        recipe = OFFICIAL[trial.task].scaled(samples)
+        return {"epochs": length * recipe.epochs, "peak_lr": float(f"{rate * recipe.peak_lr:.3g}")}
+
+    def _linear(self, trial: Trial, model: str) -> dict[str, Any]:
+        with joined_program() as session:
+            bank, held_out = self._features(trial, model, session)
+            drawn = {*self._chosen(trial, bank.keys)}
+            bank = bank.rows([row for row, key in enumerate(bank.keys) if key in drawn])
+            settings = self._settings(trial, len(bank.keys))
+            assert bank.labels_N is not None and held_out.labels_N is not None
+            classes = 1 + max(each["class"] for each in (self.labels[key] for key in held_out.keys + bank.keys))
+            setting = Setting(self._config({"linear": settings}), classes, 1, trial.seed, session.ranks, session.pulse)
+            if trial.variant == TRIED:
+                config = settled(setting.config.linear, len(bank.keys), {})
+                tried = try_rates(bank, config, classes, trial.seed, session.ranks, session.pulse)
+                settings["peak_lr"] = best(tried).peak_lr
+                setting = setting._replace(config=self._config({"linear": settings}))
+            head = fit_linear(bank, setting).eval()
+            with torch.no_grad():
+                right_N = head(held_out.features_ND).argmax(1) == held_out.labels_N
+        correct = dict(zip(held_out.keys, right_N.int().tolist()))
+        return {"train_samples": len(bank.keys), "settings": settings, "correct": correct}
+
+    def _features(self, trial: Trial, model: str, session: Session) -> tuple[Features, Features]:
+        """Return labelled features of the pictures to train on and of all others, which are kept."""
+        if model not in self._encoded:
+            encode = measure.encoder(open_model(model, text=False).eval(), self._config({}), session)
+            found = []
+            for parts in ((TRAIN,), (VALIDATION, TEST)):
+                features = encode([self.shard(trial.data, part) for part in parts], False, False)
+                labels_N = torch.tensor([self.labels[key]["class"] for key in features.keys])
+                found.append(replace(features, labels_N=labels_N))
+            self._encoded[model] = (found[0], found[1])
+        return self._encoded[model]
+
+    def _config(self, sections: dict[str, Any]) -> TransferConfig:
+        unused = {"train": [{"shards": "-"}]}  # has to be named
+        encode = {"encode": {"batch": 256}}
+        return transfer_config({"run": {"dir": str(self.out)}, "data": unused} | encode | sections, [])
+
+    def _chosen(self, trial: Trial, keys: Sequence[str]) -> list[str]:
+        """Return the samples that a trial trains on."""
+        return sorted(keys, key=lambda key: _drawn(trial.seed, key))[: trial.samples or len(keys)]
+
+    def _finetune(self, trial: Trial, model: str) -> dict[str, Any] | None:
+        """None where it was stopped."""
+        with tarfile.open(self.shard(trial.data, TRAIN)) as tar:
+            images = {m.name.removesuffix(".jpg"): m for m in tar if m.name.endswith(".jpg")}
+            keys = self._chosen(trial, [*images])
+            samples = [(key, tar.extractfile(images[key]).read(), self.labels[key]["class"]) for key in keys]
+        _write(shard := self.out / "drawn.tar", samples)
+        settings = self._settings(trial, len(keys))
+        given = {"data.workers": 0, "finetune.log_every": 100, **{f"finetune.{k}": v for k, v in settings.items()}}
+        options = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+        held_out = [str(self.shard(trial.data, part)) for part in (VALIDATION, TEST)]
+        out = self.out / "tuned" / trial.name
+        transfer.main(["finetune", model, "--train", str(shard), "--val", *held_out, "--out", str(out),
+                       "--resume", "auto", *options])  # fmt: skip
+        if not (out / PREDICTIONS).exists():
+            return None
+        table = pyarrow.parquet.read_table(out / PREDICTIONS).to_pydict()
+        names = [key.rpartition("/")[2] for key in table["key"]]
+        right = [int(a == b) for a, b in zip(table["label"], table["prediction"])]
+        return {"train_samples": len(keys), "settings": settings, "correct": dict(zip(names, right))}
+
+    def tables(self, tasks: Sequence[str], part: str) -> str:
+        """Return a table for each task: accuracy by the rule, and what each variant adds to it, in points."""
+        tested = {key for data in PROBES for key in keys(self.shard(data, part))}
+        text = []
+        for task in tasks:
+            found: dict[tuple[str, str, int], dict[str, dict[int, dict[str, float]]]] = {}
+            samples: dict[tuple[str, str, int], int] = {}
+            for trial in plan([task]):
+                if self.result(trial).exists():
+                    result = json.loads(self.result(trial).read_text(encoding="utf-8"))
+                    correct = {key: value for key, value in result["correct"].items() if key in tested}
+                    row = (trial.data, trial.encoder, trial.samples)
+                    samples[row] = result["train_samples"]
+                    found.setdefault(row, {}).setdefault(trial.variant, {})[trial.seed] = correct
+            variants = [name for name in (*VARIANTS, TRIED) if any(name in each for each in found.values())]
+            head = [task, "encoder", "samples", "batch, epochs, rate", *variants]
+            lines = [head, ["---"] * 2 + ["--:"] * (len(head) - 2)]
+            for row, each in found.items():
+                recipe = OFFICIAL[task].scaled(samples[row])
+                settings = f"{recipe.global_batch}, {recipe.epochs}, {recipe.peak_lr:g}"
+                cells = [self._cell(name, each) for name in variants]
+                lines.append([row[0], row[1], f"{samples[row]:,}", settings, *cells])
+            text.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return "\n\n".join(text)
+
+    def _cell(self, variant: str, found: dict[str, Seeds]) -> str:
+        if variant not in found or "rule" not in found:
+            return "-"
+        if variant == "rule":
+            whole = accuracy(found["rule"], self.labels)
+            return f"{_percent(whole)} ({whole.seeds})"
+        apart = difference(found[variant], found["rule"], self.labels)
+        return "-" if apart is None else _percent(apart, "+")
+
+
+def _percent(estimate: Estimate, sign: str = "") -> str:
+    return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.error:.1f}"
+
+
+def keys(shard: Path) -> list[str]:
+    """Return the samples of a shard."""
+    with tarfile.open(shard) as tar:
+        return [name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", type=Path, metavar="DATA", help="has folders fashion, twitter and google, as lab.labelled writes them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="folder (default: runs/recipe)")
+    parser.add_argument("--tasks", nargs="+", choices=OFFICIAL, default=[*OFFICIAL], help="which (default: both)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so many minutes")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each MAE (default: 400)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    prepare(args.data, args.out / "shards")
+    laboratory = Laboratory(args.out, args.steps)
+    for trial in plan(args.tasks):
+        if laboratory.result(trial).exists():
+            continue
+        if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
+            break
+        print(f"{time.strftime('%H:%M:%S')}  {trial.name}", flush=True)
+        if not laboratory.perform(trial):
+            return 1
+    about = results.about()
+    head = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}"
+    parts = {part: laboratory.tables(args.tasks, part) for part in (TEST, VALIDATION)}
+    text = "\n\n".join([head, *(f"On {part} samples:\n\n{tables}" for part, tables in parts.items())])
+    write_whole(args.out / "table.md", text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
