@@ -14,9 +14,8 @@ from m3ae_fast.config import LossConfig
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model import M3AE
 from m3ae_fast.verify.__main__ import main
-from m3ae_fast.verify.golden import Golden, flax_name
+from m3ae_fast.verify.golden import Golden, flax_name, relative_error
 from m3ae_fast.verify.program import quantities
-from m3ae_fast.verify.quantity import relative_error
 from tests.helpers.official import Official, make_golden
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
@@ -198,7 +197,7 @@ def test_a_loss_on_all_tokens_of_one_modality_leaves_the_other_as_it_was(tmp_pat
     plain = golden.build_model(torch.float32)
     loss = LossConfig(image_all_tokens=everywhere == "image", text_all_tokens=everywhere == "text")
     model = M3AE(plain.config, loss)
-    golden.load_parameters(model)
+    golden.load_parameters(model, golden.flax_path)
     losses = model(pack(golden.samples(), model.geometry))
     for kind in ("image", "text"):
         expected = official[kind == everywhere].arrays[f"out/{kind}_loss"]

@@ -8,13 +8,15 @@ Shapes: S samples, L patches, X text positions, C channels, H = W pixels.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
@@ -22,6 +24,26 @@ from m3ae_fast.convert.flax_names import flax_name, from_flax
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.regular_file import open_regular
+
+
+class Quantity(NamedTuple):
+    """One thing that the official implementation computed, beside ours. They agree where
+    `relative_error(ours, official) <= tolerance`."""
+
+    name: str
+    ours: Tensor
+    official: Tensor
+    tolerance: float
+
+
+def relative_error(ours: Tensor, official: Tensor) -> float:
+    """Return ||ours - official|| / ||official||, in float64; the plain norm where the official one is 0, infinite where
+    the shapes differ."""
+    ours, official = ours.detach().double().cpu(), official.double()
+    if ours.shape != official.shape:
+        return math.inf
+    scale = official.norm().item()
+    return (ours - official).norm().item() / (scale or 1.0)
 
 
 @dataclass
@@ -47,9 +69,6 @@ class Golden:
             reason = str(error).partition(". ")[0]  # without numpy's advice to trust a pickle
             raise UserError(f"{path}: is not a golden file ({reason})") from None
 
-    def get(self, key: str) -> np.ndarray | None:
-        return self.arrays.get(key)
-
     @property
     def optim(self) -> OptimConfig:
         m = self.meta
@@ -74,21 +93,35 @@ class Golden:
             text_all_tokens=m["all_token_loss"],
         )
         model = M3AE(parse(ModelConfig, data, str(self.path)), loss)
-        self.load_parameters(model)
+        self.load_parameters(model, self.flax_path)
         return model.to(dtype)
 
-    def parameter(self, group: str, name: str) -> Tensor:
-        """Return `params`, `grads` or `params_after` of our parameter `name`, in our layout ([out, in] for matmuls)."""
-        return self.at(f"{group}/{flax_name(name, self.meta['config']['output_head_depth'])}")
+    def flax_path(self, name: str) -> str:
+        """Return the flax path of our parameter `name`."""
+        return flax_name(name, self.meta["config"]["output_head_depth"])
+
+    def tensor(self, key: str) -> Tensor:
+        return torch.from_numpy(self.arrays[key])
+
+    def get(self, key: str) -> Tensor | None:
+        """Return the array; None of a file without it, as of a single modality."""
+        return self.tensor(key) if key in self.arrays else None
 
     def at(self, key: str) -> Tensor:
-        """Return the array of a parameter in our layout."""
+        """Return the array of a parameter in our layout ([out, in] for matmuls)."""
         return from_flax(key, self.arrays[key])
 
     @torch.no_grad()
-    def load_parameters(self, model: M3AE) -> None:
+    def load_parameters(self, model: nn.Module, path: Callable[[str], str]) -> None:
+        """Load the parameters; `path`: of one, by our name."""
         for name, p in model.named_parameters():
-            p.copy_(self.parameter("params", name))
+            p.copy_(self.at(f"params/{path(name)}"))
+
+    def gradients(self, model: nn.Module, path: Callable[[str], str], tolerance: float) -> Iterator[Quantity]:
+        """Yield the gradient of every parameter, 0 where nothing reads it."""
+        for name, p in model.named_parameters():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            yield Quantity(f"grad {path(name)}", grad, self.at(f"grads/{path(name)}"), tolerance)
 
     def samples(self, masked: bool = True) -> list[Sample]:
         """Return the batch with its masks, or with everything visible."""
@@ -98,25 +131,33 @@ class Golden:
         for i in range(size):
             sample = Sample(key=f"sample {i}")
             if images is not None:
-                sample.image = torch.from_numpy(images[i]).permute(2, 0, 1).contiguous()
-                sample.image_mask = torch.from_numpy(self.arrays["in/image_mask"][i] > 0) & masked
+                sample.image = images[i].permute(2, 0, 1).contiguous()
+                sample.image_mask = (self.tensor("in/image_mask")[i] > 0) & masked
             if text is not None:
                 valid = self.valid(i)
-                sample.tokens = torch.from_numpy(text[i])[valid]
-                sample.text_mask = torch.from_numpy(self.arrays["in/text_mask"][i] > 0)[valid] & masked
+                sample.tokens = text[i][valid]
+                sample.text_mask = (self.tensor("in/text_mask")[i] > 0)[valid] & masked
             samples.append(sample)
         return samples
 
     def valid(self, i: int) -> Tensor:
         """Return which text positions of sample i are not padding, bool [X]. Raises ValueError if padding comes
         first."""
-        valid = self.arrays["in/text_padding_mask"][i] == 0
+        valid = self.tensor("in/text_padding_mask")[i] == 0
         if (valid[1:] > valid[:-1]).any():
             raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the text tokens")
-        return torch.from_numpy(valid)
+        return valid
 
     def kept(self, modality: str) -> np.ndarray:
         """Return visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
         restore = self.arrays[f"in/{modality}_ids_restore"]
         ratio = self.meta["config"][f"{modality}_mask_ratio"]
         return np.argsort(restore)[: int(len(restore) * (1.0 - ratio))]
+
+
+def without_keys(name: str, *tensors: Tensor) -> list[Tensor]:
+    """Return tensors of the parameter `name`, of a qkv bias without its keys' part: softmax does not see that, so that
+    its gradient is only rounding, which Adam blows up to steps."""
+    if not name.endswith("qkv.bias"):
+        return [*tensors]
+    return [torch.stack((t.chunk(3)[0], t.chunk(3)[2])) for t in tensors]

@@ -17,8 +17,7 @@ from m3ae_fast.engine.optimizer import set_lr
 from m3ae_fast.engine.schedule import learning_rate
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.lars import LARS
-from m3ae_fast.verify.golden import Golden
-from m3ae_fast.verify.quantity import Quantity
+from m3ae_fast.verify.golden import Golden, Quantity
 
 TOLERANCE = 1e-5
 TOLERANCE_GRADIENT = 3e-5
@@ -36,10 +35,10 @@ def _replay(
 ) -> Iterator[Quantity]:
     meta = golden.meta
     features_ND, eval_features_ND = (
-        _pooled(golden.arrays[f"in/{name}"], settings["global_pool"]).to(device, dtype)
+        _pooled(golden.tensor(f"in/{name}"), settings["global_pool"]).to(device, dtype)
         for name in ("features", "eval_features")
     )
-    labels_N = torch.from_numpy(golden.arrays["in/labels"]).long().to(device)
+    labels_N = golden.tensor("in/labels").long().to(device)
     head = LinearProbeHead(features_ND.shape[1], meta["C"]).to(device, dtype)
     tensors = _tensors(head)
     for name, tensor in tensors.items():
@@ -64,10 +63,9 @@ def _replay(
         loss.backward()
         if step == 0:
             for name in ("kernel", "bias"):
-                official = golden.at(f"{variant}/grad0/{name}")
                 grad = tensors[name].grad
                 assert grad is not None
-                yield Quantity(f"{variant} grad {name}", grad.clone(), official, TOLERANCE_GRADIENT)
+                yield Quantity(f"{variant} grad {name}", grad, golden.at(f"{variant}/grad0/{name}"), TOLERANCE_GRADIENT)
         lr = learning_rate(step, schedule, meta["B"], warmup_steps, meta["steps"])
         set_lr(optimizer, lr)
         optimizer.step()
@@ -77,10 +75,10 @@ def _replay(
         if f"{variant}/after_{step + 1}/kernel" in golden.arrays:
             for name, tensor in tensors.items():
                 official = golden.at(f"{variant}/after_{step + 1}/{name}")
-                yield Quantity(f"{variant} after {step + 1} {name}", tensor.detach().clone(), official, TOLERANCE)
+                yield Quantity(f"{variant} after {step + 1} {name}", tensor.clone(), official, TOLERANCE)
     for name, values in trajectory.items():
-        official = torch.from_numpy(golden.arrays[f"{variant}/{name}"])
-        yield Quantity(f"{variant} {name}", torch.tensor(values, dtype=torch.float64), official, TOLERANCE)
+        ours = torch.tensor(values, dtype=torch.float64)
+        yield Quantity(f"{variant} {name}", ours, golden.tensor(f"{variant}/{name}"), TOLERANCE)
     yield from _end(golden, variant, settings, optimizer, tensors)
     yield from _evaluation(golden, variant, head, eval_features_ND)
 
@@ -104,10 +102,8 @@ def _end(
 @torch.no_grad()
 def _evaluation(golden: Golden, variant: str, head: LinearProbeHead, features_ND: Tensor) -> Iterator[Quantity]:
     logits_NK = head.eval()(features_ND).cpu()
-    accuracy = (logits_NK.argmax(1) == torch.from_numpy(golden.arrays["in/eval_labels"])).double().mean()
-    yield Quantity(
-        f"{variant} eval_logits", logits_NK, torch.from_numpy(golden.arrays[f"{variant}/eval_logits"]), TOLERANCE
-    )
+    accuracy = (logits_NK.argmax(1) == golden.tensor("in/eval_labels")).double().mean()
+    yield Quantity(f"{variant} eval_logits", logits_NK, golden.tensor(f"{variant}/eval_logits"), TOLERANCE)
     official = torch.as_tensor(golden.arrays[f"{variant}/eval_accuracy"])
     yield Quantity(f"{variant} eval_accuracy", accuracy, official, TOLERANCE)
 
@@ -117,6 +113,5 @@ def _tensors(head: LinearProbeHead) -> dict[str, Tensor]:
     return {"kernel": head.linear.weight, "bias": head.linear.bias, "mean": head.norm.mean, "var": head.norm.var}
 
 
-def _pooled(tokens_NTD, global_pool: bool) -> Tensor:
-    tokens_NTD = torch.from_numpy(tokens_NTD)
+def _pooled(tokens_NTD: Tensor, global_pool: bool) -> Tensor:
     return tokens_NTD[:, 1:].mean(1) if global_pool else tokens_NTD[:, 0]

@@ -15,8 +15,7 @@ from torch import Tensor
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm, parameter_groups, set_lr
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.verify.golden import Golden, flax_name
-from m3ae_fast.verify.quantity import Quantity
+from m3ae_fast.verify.golden import Golden, Quantity, without_keys
 
 TOLERANCE = 2e-5  # outputs, losses, gradients in float32
 TOLERANCE_AFTER_STEPS = 2e-4  # parameters after AdamW: its division turns rounding into step-sized differences
@@ -72,10 +71,10 @@ def _decoder_outputs(golden: Golden, model: M3AE, device: torch.device) -> Itera
     samples = golden.samples()
     pixels_IK, logits_WV = model.predict(pack(samples, everywhere).to(device))
     if (official := golden.get("out/image_output")) is not None:
-        yield Quantity("image_output", pixels_IK, torch.from_numpy(official).flatten(0, 1), TOLERANCE)
+        yield Quantity("image_output", pixels_IK, official.flatten(0, 1), TOLERANCE)
     if (official := golden.get("out/text_output")) is not None and logits_WV is not None:
         valid = torch.stack([golden.valid(i) for i in range(len(samples))])
-        yield Quantity("text_output", logits_WV, torch.from_numpy(official)[valid], TOLERANCE)
+        yield Quantity("text_output", logits_WV, official[valid], TOLERANCE)
 
 
 def _losses_and_gradients(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
@@ -84,27 +83,22 @@ def _losses_and_gradients(golden: Golden, model: M3AE, batch) -> Iterator[Quanti
     losses.loss.backward()
     for name in ("loss", "image_loss", "text_loss", "text_accuracy"):
         if (official := golden.get(f"out/{name}")) is not None:
-            yield Quantity(name, getattr(losses, name).detach(), torch.as_tensor(official), TOLERANCE)
-    for name, p in model.named_parameters():
-        grad = torch.zeros_like(p) if p.grad is None else p.grad
-        yield Quantity(f"grad {_flax(golden, name)}", grad, golden.parameter("grads", name), TOLERANCE)
+            yield Quantity(name, getattr(losses, name), official, TOLERANCE)
+    yield from golden.gradients(model, golden.flax_path, TOLERANCE)
 
 
-def _representation(golden: Golden, model: M3AE, official: np.ndarray, device: torch.device) -> Quantity:
+def _representation(golden: Golden, model: M3AE, official: Tensor, device: torch.device) -> Quantity:
     images, text, padding = (golden.get(f"in/{name}") for name in ("image_u8", "text", "text_padding_mask"))
-    ours = model.representation(
-        None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device),
-        None if text is None else torch.from_numpy(text),
-        None if padding is None else torch.from_numpy(padding),
-    )
+    images = None if images is None else images.permute(0, 3, 1, 2).contiguous().to(device)
+    ours = model.representation(images, text, padding)
     valid = torch.ones(official.shape[:2], dtype=torch.bool)
     if padding is not None:
-        valid[:, -padding.shape[1] :] = torch.from_numpy(padding) == 0
-    return Quantity("representation", ours.detach().cpu()[valid], torch.from_numpy(official)[valid], TOLERANCE)
+        valid[:, -padding.shape[1] :] = padding == 0
+    return Quantity("representation", ours.cpu()[valid], official[valid], TOLERANCE)
 
 
 def _steps(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
-    golden.load_parameters(model)
+    golden.load_parameters(model, golden.flax_path)
     optimizer = build_adamw(parameter_groups(model, golden.optim.weight_decay), golden.optim)
     trajectory = []
     for _ in range(golden.meta["steps"]):
@@ -115,16 +109,8 @@ def _steps(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
         clip_by_global_norm(list(model.parameters()), golden.optim.clip_grad)
         set_lr(optimizer, golden.meta["lr"])
         optimizer.step()
-    yield Quantity(
-        "loss_trajectory", torch.tensor(trajectory), torch.from_numpy(golden.arrays["out/loss_trajectory"]), TOLERANCE
-    )
+    yield Quantity("loss_trajectory", torch.tensor(trajectory), golden.tensor("out/loss_trajectory"), TOLERANCE)
     for name, p in model.named_parameters():
-        ours, official = p.detach().cpu(), golden.parameter("params_after", name)
-        if name.endswith("qkv.bias"):
-            # softmax does not see the keys' bias: its gradient is only rounding, which Adam blows up to steps
-            ours, official = (torch.stack((b.chunk(3)[0], b.chunk(3)[2])) for b in (ours, official))
-        yield Quantity(f"after {_flax(golden, name)}", ours, official, TOLERANCE_AFTER_STEPS)
-
-
-def _flax(golden: Golden, name: str) -> str:
-    return flax_name(name, golden.meta["config"]["output_head_depth"])
+        path = golden.flax_path(name)
+        ours, official = without_keys(name, p.detach().cpu(), golden.at(f"params_after/{path}"))
+        yield Quantity(f"after {path}", ours, official, TOLERANCE_AFTER_STEPS)

@@ -12,8 +12,7 @@ from rich.markup import escape
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import chosen_device
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
-from m3ae_fast.verify.golden import Golden
-from m3ae_fast.verify.quantity import Quantity, relative_error
+from m3ae_fast.verify.golden import Golden, Quantity, relative_error
 
 # by an array that only files of that kind have
 _KINDS = {

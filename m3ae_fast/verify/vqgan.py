@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from m3ae_fast.verify.golden import Golden
-from m3ae_fast.verify.quantity import Quantity
+from m3ae_fast.verify.golden import Golden, Quantity
 from m3ae_fast.vqgan.flax import from_flax
 
 FEATURES, DECODED = 1e-4, 2e-5  # relative errors in float32
@@ -18,10 +16,7 @@ LEAST_MARGIN = 1e-3  # ids whose two nearest codes are closer than that are not 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
     arrays = {path: array for path, array in golden.arrays.items() if path.startswith("params/")}
     vqgan = from_flax(arrays, str(golden.path)).to(device, dtype)
-
-    def official(name: str) -> Tensor:
-        return torch.from_numpy(golden.arrays[name])
-
+    official = golden.tensor
     for size in ("small", "big"):
         images = official(f"in/{size}_u8").permute(0, 3, 1, 2).to(device)
         with torch.no_grad():

@@ -12,9 +12,8 @@ from m3ae_fast.transfer.lars import LARS
 from m3ae_fast.transfer.layer_decay import layer_decay_groups, layer_of
 from m3ae_fast.verify.__main__ import main
 from m3ae_fast.verify.finetune import flax_path
-from m3ae_fast.verify.golden import Golden
+from m3ae_fast.verify.golden import Golden, relative_error
 from m3ae_fast.verify.program import quantities
-from m3ae_fast.verify.quantity import relative_error
 from tests.helpers.official_transfer import make_finetuning, make_probe
 
 VARIANTS = {
