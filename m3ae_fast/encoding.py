@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,13 +47,39 @@ class Features:
     skipped: list[Skipped]
     grids: list[Grid] = field(default_factory=list)  # rows and columns of patches, of samples that have an image
 
+    @property
+    def labels(self) -> Tensor:
+        """The labels of a corpus that has some."""
+        assert self.labels_N is not None
+        return self.labels_N
+
     def rows(self, rows: list[int]) -> Features:
         """Return the samples of these rows."""
-        tensors = (None if t is None else t[rows] for t in (self.features_ND, self.labels_N, self.patches_NLD))
-        features_ND, labels_N, patches_NLD = tensors
-        keys = [self.keys[row] for row in rows]
-        assert features_ND is not None
+        labels_N, patches_NLD = (None if t is None else t[rows] for t in (self.labels_N, self.patches_NLD))
+        keys, features_ND = [self.keys[row] for row in rows], self.features_ND[rows]
         return replace(self, keys=keys, features_ND=features_ND, labels_N=labels_N, patches_NLD=patches_NLD, grids=[])
+
+    def layer(self, number: int) -> Features:
+        """Return the samples at one of several layers, counted from 0."""
+        patches_NLD = None if self.patches_NLD is None else self.patches_NLD[:, number]
+        return replace(self, features_ND=self.features_ND[:, number], patches_NLD=patches_NLD)
+
+    def tokens(self) -> Features:
+        """Return the samples with their patches as features, [N, L, D]."""
+        assert self.patches_NLD is not None
+        return replace(self, features_ND=self.patches_NLD, patches_NLD=None)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """Return the samples of all parts, one after the other."""
+        return cls(*map(_joined, zip(*(vars(part).values() for part in parts))))
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    """Join lists, or tensors; None if one is missing."""
+    if any(part is None for part in parts):
+        return None
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else list(chain.from_iterable(parts))
 
 
 def encode_corpus(
@@ -94,50 +120,27 @@ def encode_corpus(
         batches = until_stopped(batches, ranks, stop)
     shown = track(batches, title, len(loader), show=ranks.is_main)
     with encoding(model, config.precision, ranks.device):
-        encode = partial(_pool_and_patches if patches else _pool, model, layers or [model.config.depth], config.pool)
+        encode = partial(_pool, model, layers or [model.config.depth], config.pool, patches)
         own = [
-            _Part(
+            Features(
                 batch.keys,
                 pooled_SKD.cpu(),
-                patches_SKLD if patches_SKLD is None else patches_SKLD.cpu(),
                 batch.labels,
-                batch.skipped,
+                None if patches_SKLD is None else patches_SKLD.cpu(),
+                list(batch.skipped),
                 batch.grids,
             )
             for batch, (pooled_SKD, patches_SKLD) in _one_behind(encode, shown, ranks.device)
         ]
     # rank r's b-th batch is the stream's number b x world + r
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
-    keys, pooled, kept, labels, skipped, grids = ([getattr(part, name) for part in parts] for name in _Part._fields)
-    skipped = list(chain.from_iterable(skipped))
-    check_skipped(skipped, corpus.samples, data.max_bad_fraction)
-    found = Features(list(chain.from_iterable(keys)), torch.cat(pooled), _join(labels), _join(kept), skipped)
-    found = replace(found, grids=list(chain.from_iterable(grids)))
-    if layers is None:
-        features_ND, patches_NLD = (None if t is None else t[:, 0] for t in (found.features_ND, found.patches_NLD))
-        assert features_ND is not None
-        found = replace(found, features_ND=features_ND, patches_NLD=patches_NLD)
+    found = Features.joined(parts)
+    check_skipped(found.skipped, corpus.samples, data.max_bad_fraction)
+    found = found if layers else found.layer(0)
     for features in (found.features_ND, found.patches_NLD):
         if features is not None:
             check_finite(features, found.keys)
     return found
-
-
-class _Part(NamedTuple):
-    """Of a batch."""
-
-    keys: list[str]
-    pooled_SKD: Tensor
-    patches_SKLD: Tensor | None
-    labels_S: Tensor | None
-    skipped: tuple[Skipped, ...]
-    grids: list[Grid]
-
-
-def _join(parts: list[Tensor | None]) -> Tensor | None:
-    """Concatenate the parts; None if one is missing."""
-    whole = [part for part in parts if part is not None]
-    return torch.cat(whole) if len(whole) == len(parts) else None
 
 
 def encoding_loader(
@@ -165,13 +168,11 @@ def _one_behind(
         yield last
 
 
-def _pool(model: MultimodalEncoder, layers: Sequence[int], pool: Pool, batch: PackedBatch) -> tuple[Tensor, None]:
-    return model.pooled_of_layers(batch, layers, pool), None
-
-
-def _pool_and_patches(
-    model: MultimodalEncoder, layers: Sequence[int], pool: Pool, batch: PackedBatch
-) -> tuple[Tensor, Tensor]:
+def _pool(
+    model: MultimodalEncoder, layers: Sequence[int], pool: Pool, patches: bool, batch: PackedBatch
+) -> tuple[Tensor, Tensor | None]:
+    if not patches:
+        return model.pooled_of_layers(batch, layers, pool), None
     pooled_SKD, patches_SKLD = model.pooled_and_patches(batch, layers, pool)
     return pooled_SKD, patches_SKLD.half()
 

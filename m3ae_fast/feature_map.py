@@ -71,8 +71,7 @@ def draw_feature_map(
     if most and most < len(found[0].keys):
         rows = np.linspace(0, len(found[0].keys) - 1, most).astype(int).tolist()
         found = [features.rows(rows) for features in found]
-    assert found[0].labels_N is not None
-    labels_N = found[0].labels_N.numpy()
+    labels_N = found[0].labels.numpy()
     panels = []
     for name, features in zip(models, found):
         places_N2 = _places(features.features_ND.numpy(), seed)

@@ -113,8 +113,7 @@ def make_features(args: argparse.Namespace, config: TransferConfig, ranks: Ranks
     labels = read_labels(corpus, args.labels, progress=ranks.is_main)
     numbered = _number(corpus)
     found = encode_corpus(model, numbered, config.data, config.encode, ranks, patches=args.patches)
-    assert found.labels_N is not None
-    numbers = found.labels_N.numpy()
+    numbers = found.labels.numpy()
     arrays = _names(corpus, numbers, found.keys) | {"features": found.features_ND.numpy()}
     everything = [label for own in labels for label in own]
     if any(label is not None for label in everything):

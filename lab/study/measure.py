@@ -23,7 +23,8 @@ from m3ae_fast.encoding import Features, encode_corpus
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import Session
 from m3ae_fast.transfer.ood import Scores, auroc_and_fpr, auroc_interval
-from m3ae_fast.transfer.probes import PROBES, Setting
+from m3ae_fast.transfer.probe_engine import Setting
+from m3ae_fast.transfer.probes import PROBES
 from m3ae_fast.transfer.retrieval import own_ranks
 from m3ae_fast.transfer.survey import few_shot
 
@@ -103,9 +104,8 @@ class Measuring:
     def out_of_distribution(self, bank: Features, held_out: Features, known: dict[str, Features]) -> None:
         """Tell pictures of other kinds from test emoji. `known`: features that there are already, by name."""
         labelled, _ = self.labelled(bank, "category")
-        assert labelled.labels_N is not None
         seed = self.config.run.seed
-        scores = Scores(labelled.features_ND.numpy(), labelled.labels_N.numpy(), self.config.knn.k, seed)
+        scores = Scores(labelled.features_ND.numpy(), labelled.labels.numpy(), self.config.knn.k, seed)
         familiar = scores(held_out.features_ND.numpy())
         for name, shards in self.split.strange.items():
             features = known[name] if name in known else self.encode(shards, False, False)

@@ -15,12 +15,11 @@ from torch import Tensor
 from m3ae_fast.config.transfer import AttentiveProbeConfig
 from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.progress import track
 from m3ae_fast.transfer.heads import AttentiveHead
 from m3ae_fast.transfer.labelled_loop import cautions
-from m3ae_fast.transfer.probe_engine import CachedSteps
+from m3ae_fast.transfer.probe_engine import CachedSteps, Setting
 from m3ae_fast.transfer.rates import Tried, best, judged, split
 from m3ae_fast.transfer.recipe import OFFICIAL
 
@@ -44,36 +43,29 @@ def settled(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> A
     return config.model_copy(update={"batch": batch, "steps": steps, "heads": config.heads or encoder_heads})
 
 
-def try_rates(
-    bank: Features, config: AttentiveProbeConfig, classes: int, seed: int, ranks: Ranks, pulse: Pulse
-) -> list[Tried]:
+def try_rates(bank: Features, config: AttentiveProbeConfig, setting: Setting) -> list[Tried]:
     """Train a head at each of RATES on nine tenths of the samples, and return what each comes to on the rest. Empty
     where there are fewer than ten samples. Arguments as of `train_heads`."""
     train, held_out = split(bank)
     if not held_out.keys:
         return []
-    trained = train_heads(train, config, RATES, classes, seed, ranks, pulse)
-    assert held_out.labels_N is not None
-    return [judged(rate, logits(each.head, held_out, ranks), held_out.labels_N) for rate, each in zip(RATES, trained)]
+    trained = train_heads(train, config, RATES, setting)
+    return [
+        judged(rate, logits(each.head, held_out, setting.ranks), held_out.labels) for rate, each in zip(RATES, trained)
+    ]
 
 
-def fit(bank: Features, config: AttentiveProbeConfig, classes: int, seed: int, ranks: Ranks, pulse: Pulse) -> Trained:
+def fit(bank: Features, config: AttentiveProbeConfig, setting: Setting) -> Trained:
     """Return a head trained at the config's rate, or at the best of those tried. Arguments as of `train_heads`."""
     rate = config.peak_lr
     if rate is None:
-        tried = try_rates(bank, config, classes, seed, ranks, pulse)
+        tried = try_rates(bank, config, setting)
         rate = best(tried).peak_lr if tried else 1e-3
-    return train_heads(bank, config, (rate,), classes, seed, ranks, pulse)[0]
+    return train_heads(bank, config, (rate,), setting)[0]
 
 
 def train_heads(
-    bank: Features,
-    config: AttentiveProbeConfig,
-    rates: tuple[float, ...],
-    classes: int,
-    seed: int,
-    ranks: Ranks,
-    pulse: Pulse,
+    bank: Features, config: AttentiveProbeConfig, rates: tuple[float, ...], setting: Setting
 ) -> list[Trained]:
     """Train a head at each rate, all on the same batches, and return them in evaluation mode.
 
@@ -81,24 +73,21 @@ def train_heads(
         bank: tokens of the training samples, `features_ND` [N, L, D], with labels.
         config: settled.
         rates: learning rates after warm-up.
-        classes: number of them.
-        seed: of weights and order.
-        ranks: each does the same.
-        pulse: marked at each step.
+        setting: each of its ranks does the same.
     """
     assert config.steps and config.batch and config.heads
-    heads, optimizers = [], []
+    ranks, heads, optimizers = setting.ranks, [], []
     with torch.random.fork_rng():
         for rate in rates:
-            torch.manual_seed(seed)
-            head = AttentiveHead(bank.features_ND.shape[-1], classes, config.heads).to(ranks.device).train()
+            torch.manual_seed(setting.seed)
+            head = AttentiveHead(bank.features_ND.shape[-1], setting.classes, config.heads).to(ranks.device).train()
             heads.append(head)
             optimizers.append(torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=config.weight_decay))
     right: list[list[Tensor]] = [[] for _ in rates]
     title = f"attentive probe, {len(rates)} rates" if len(rates) > 1 else "attentive probe"
-    batches = CachedSteps(bank, range(config.steps), config.batch, seed)
+    batches = CachedSteps(bank, range(config.steps), config.batch, setting.seed)
     for step, batch in enumerate(track(batches, title, config.steps, show=ranks.is_main)):
-        pulse.mark(title)
+        setting.pulse.mark(title)
         batch = batch.to(ranks.device)
         tokens_SLD = batch.features_SD.float()
         for rate, head, optimizer, own in zip(rates, heads, optimizers, right):

@@ -24,7 +24,8 @@ from m3ae_fast.pictures.figures import draw_comparison
 from m3ae_fast.progress import TimeLeft
 from m3ae_fast.transfer.job import Job, summary
 from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
-from m3ae_fast.transfer.probes import PROBES, Setting
+from m3ae_fast.transfer.probe_engine import Setting
+from m3ae_fast.transfer.probes import PROBES
 from m3ae_fast.transfer.significance import LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.transfer.survey import require_memory
 from m3ae_fast.whole_file import write_whole
@@ -187,11 +188,6 @@ def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -
         job.say(f"{name}: {require_memory(model.config, 1, corpora)}")
     own = replace(job, model=model.to(job.ranks.device).eval())
     whole = [own.encode(corpus, f"{name}: {title}", patches=tokens) for corpus, title in zip(corpora, ("train", "val"))]
-    parts = []
-    for probe in job.args.probes:
-        values = [part.patches_NLD if PROBES[probe].tokens else part.features_ND for part in whole]
-        bank, held_out = (
-            replace(part, features_ND=v, patches_NLD=None) for part, v in zip(whole, values) if v is not None
-        )
-        parts.append((bank, held_out))
-    return parts
+    pooled = [replace(part, patches_NLD=None) for part in whole]
+    parts = ([part.tokens() for part in whole] if PROBES[probe].tokens else pooled for probe in job.args.probes)
+    return [(bank, held_out) for bank, held_out in parts]

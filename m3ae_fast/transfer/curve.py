@@ -14,8 +14,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.run.run import Run
-from m3ae_fast.transfer.knn import knn_scores
-from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
+from m3ae_fast.transfer.knn import knn_predictions
 
 _NAME = "val_knn_top1"
 
@@ -60,8 +59,4 @@ def _log(config: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, r
     except Stopped:
         run.cut_short()
         return
-    assert bank.labels_N is not None and queries.labels_N is not None
-    scores_MC = knn_scores(
-        bank.features_ND, bank.labels_N, queries.features_ND, len(classes), config.k, config.temperature
-    )
-    run.log.log(run.step, {_NAME: topk_accuracy(best_classes(scores_MC), queries.labels_N)["top1"]})
+    run.log.log(run.step, {_NAME: knn_predictions(bank, queries, len(classes), config).accuracies()["top1"]})

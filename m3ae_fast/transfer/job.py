@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.transfer import TransferConfig
-from m3ae_fast.data import Corpus, Preparation, ShardStore, open_corpus, samples_of
-from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
+from m3ae_fast.data.dataset import UNMASKED, Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.encoding import Features, encode_corpus
 from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import pins_memory
 from m3ae_fast.parquet import write_parquet
 from m3ae_fast.pictures.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.process.program import Session
@@ -109,10 +112,24 @@ class Job:
 
         return encode
 
+    @property
+    def preparation(self) -> Preparation:
+        """Return how samples become input of the encoder: nothing is masked."""
+        encoder = getattr(self.model, "backbone", self.model)  # of a classifier
+        return Preparation(encoder.geometry, UNMASKED, encoder.tokenizer, self.config.run.seed)
+
+    def batches(
+        self, train: Corpus, share: Share, steps: range, layout: Layout, transform: Transform | None = None
+    ) -> DataLoader[PackedBatch]:
+        """Return this rank's batches of `steps`."""
+        more: dict[str, Any] = {"node": self.session.node(), "pin_memory": pins_memory(self.ranks.device)}
+        return train_loader(
+            self.config.data, train, self.preparation, share, steps, layout=layout, transform=transform, **more
+        )
+
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:
         """Return samples of a corpus as the encoder saw them, by key."""
-        preparation = Preparation(self.model.geometry, UNMASKED, self.model.tokenizer, self.config.run.seed)
-        return samples_of(corpus, preparation, keys)
+        return samples_of(corpus, self.preparation, keys)
 
     def cell(self, sample: Sample | None, text: str | None = None, colour: Colour = BLACK) -> Cell:
         """Return a sample to be shown: its image, or else its caption, with a text below it."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast.config import KnnConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.encoding import Features
 from m3ae_fast.pictures.figures import GREEN, RED, draw_confusion, draw_sheet
@@ -50,15 +51,16 @@ def knn_scores(
     return torch.cat(votes).float()
 
 
+def knn_predictions(bank: Features, queries: Features, classes: int, config: KnnConfig) -> Predictions:
+    """Return what the neighbours in `bank` make of the queries. Raises UserError where a feature is not finite."""
+    scores_MC = knn_scores(bank.features_ND, bank.labels, queries.features_ND, classes, config.k, config.temperature)
+    return Predictions.of(queries.keys, queries.labels, scores_MC, votes=True)
+
+
 def run(job: Job) -> dict[str, Any]:
     train, val, classes = job.open_labelled()
     bank, queries = job.encode(train, "encoding train"), job.encode(val, "encoding val")
-    config = job.config.knn
-    assert bank.labels_N is not None and queries.labels_N is not None
-    scores_MC = knn_scores(
-        bank.features_ND, bank.labels_N, queries.features_ND, len(classes), config.k, config.temperature
-    )
-    predictions = Predictions.of(queries.keys, queries.labels_N, scores_MC, votes=True)
+    predictions = knn_predictions(bank, queries, len(classes), job.config.knn)
     job.keep(predictions.columns(classes))
 
     def draw() -> None:
@@ -68,7 +70,7 @@ def run(job: Job) -> dict[str, Any]:
 
     job.pictures.append(draw)
     return predictions.accuracies() | {
-        "k": config.k,
+        "k": job.config.knn.k,
         "classes": len(classes),
         "train_samples": len(bank.keys),
         "val_samples": len(queries.keys),
@@ -84,7 +86,6 @@ def _draw_neighbours(
 ) -> None:
     """Draw some samples evenly, and the training samples most like each; green where they are of its class."""
     bank, queries = features
-    assert bank.labels_N is not None and queries.labels_N is not None
     rows_Q = torch.arange(min(_SHOWN, len(queries.keys))) * len(queries.keys) // min(_SHOWN, len(queries.keys))
     similarity_QN = F.normalize(queries.features_ND[rows_Q], dim=1) @ F.normalize(bank.features_ND, dim=1).T
     nearest_QK = similarity_QN.topk(min(_NEIGHBOURS, len(bank.keys)), dim=1).indices
@@ -92,12 +93,12 @@ def _draw_neighbours(
     neighbours, asked = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))
     sheet = []
     for row, nearest_K in zip(rows_Q.tolist(), nearest_QK.tolist()):
-        label, predicted = int(queries.labels_N[row]), int(predicted_M[row])
+        label, predicted = int(queries.labels[row]), int(predicted_M[row])
         right = GREEN if label == predicted else RED
         text = job.names[label] + ("" if label == predicted else f", taken for {job.names[predicted]}")
         cells = [job.cell(asked.get(queries.keys[row]), text, right)]
         for other in nearest_K:
-            own = int(bank.labels_N[other])
+            own = int(bank.labels[other])
             cells.append(job.cell(neighbours.get(bank.keys[other]), job.names[own], GREEN if own == label else RED))
         sheet.append(cells)
     draw_sheet(job.out / "neighbours.png", sheet, ("sample", "nearest training samples"))

@@ -9,19 +9,16 @@ Shapes: N training samples, S samples of a step, D encoder width, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.config.transfer import LinearProbeConfig
-from m3ae_fast.data import Corpus, Data, Layout, Preparation, Share, train_loader
-from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.data import Data, Share
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import Schedule, split_batch
-from m3ae_fast.hardware import pins_memory
 from m3ae_fast.run.resuming import STREAM, Resume, layout_of, require_same
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
@@ -69,8 +66,7 @@ class Probing(LabelledLoop):
         self.head.eval()
         with torch.no_grad():
             scores_NK = self.head(self.val.features_ND.to(self.ranks.device))
-        assert self.val.labels_N is not None
-        return self.evaluated(Predictions.of(self.val.keys, self.val.labels_N, scores_NK))
+        return self.evaluated(Predictions.of(self.val.keys, self.val.labels, scores_NK))
 
 
 def set_up(job: Job) -> Probing:
@@ -125,9 +121,9 @@ def set_up(job: Job) -> Probing:
         share=Share(share.global_batch) if cached else share,
         schedule=schedule,
         engine=engine,
-        train_loader=_crops(job, train, share, steps, layout)
-        if bank is None
-        else CachedSteps(bank, steps, share.global_batch, run.seed),
+        train_loader=CachedSteps(bank, steps, share.global_batch, run.seed)
+        if bank
+        else job.batches(train, share, steps, layout),
         bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
         stream=stream,
         notes=notes,
@@ -149,19 +145,11 @@ def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int
     return tried
 
 
-def _crops(job: Job, train: Corpus, share: Share, steps: range, layout: Layout) -> Any:
-    preparation = Preparation(job.model.geometry, UNMASKED, job.model.tokenizer, job.config.run.seed)
-    pin = pins_memory(job.ranks.device)
-    node = job.session.node()
-    return train_loader(job.config.data, train, preparation, share, steps, layout=layout, node=node, pin_memory=pin)
-
-
 def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.watch_over(job.config.run)
     loop = set_up(job)
-    save = partial(job.ranks.on_main, lambda: _save_classifier(job, loop))
-    result = complete(job, loop, save, len(loop.val.keys))
+    result = complete(job, loop, lambda: job.ranks.on_main(lambda: _save_classifier(job, loop)), len(loop.val.keys))
     if result is None:
         return None
     rates = [tried._asdict() for tried in loop.tried]

@@ -164,9 +164,8 @@ def run(job: Job) -> dict[str, Any]:
     job.keep_if_stopped(lambda: (dict(result), dict(columns)))  # at any time, from another thread
     encode = job.encoder(labelled.samples + held_out.samples + others)
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
-    assert train.labels_N is not None
     seed = job.config.run.seed
-    scores = Scores(train.features_ND.numpy(), train.labels_N.numpy(), job.config.knn.k, seed, head)
+    scores = Scores(train.features_ND.numpy(), train.labels.numpy(), job.config.knn.k, seed, head)
     known = scores(val.features_ND.numpy())
     columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}

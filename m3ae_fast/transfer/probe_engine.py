@@ -7,24 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config.transfer import EncodeConfig, LinearProbeConfig
+from m3ae_fast.config.transfer import EncodeConfig, LinearProbeConfig, TransferConfig
 from m3ae_fast.data.order import permutation
 from m3ae_fast.encoding import Features
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
+from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.labelled_loop import ClassLosses
 from m3ae_fast.transfer.lars import LARS
+
+
+class Setting(NamedTuple):
+    """What a probe is told beside the samples."""
+
+    config: TransferConfig
+    classes: int
+    encoder_heads: int  # of attention
+    seed: int  # of a probe's weights and of its order
+    ranks: Ranks
+    pulse: Pulse
+    caution: Callable[[str], None] = lambda text: None  # told what speaks against taking the result as it is
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,8 @@ class CachedSteps:
                 if epoch not in orders:
                     orders = {epoch: permutation(samples, self.seed, epoch)}
                 rows.append(int(orders[epoch][place]))
-            assert self.features.labels_N is not None
             keys = [self.features.keys[row] for row in rows]
-            yield EncodedBatch(keys, self.features.features_ND[rows], self.features.labels_N[rows])
+            yield EncodedBatch(keys, self.features.features_ND[rows], self.features.labels[rows])
 
 
 class ProbeEngine:

@@ -9,60 +9,37 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from m3ae_fast.config.transfer import LinearProbeConfig, TransferConfig
+from m3ae_fast.config.transfer import LinearProbeConfig
 from m3ae_fast.encoding import Features
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.process.pulse import Pulse
-from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.progress import track
 from m3ae_fast.transfer import attentive
 from m3ae_fast.transfer.heads import LinearProbeHead
-from m3ae_fast.transfer.knn import knn_scores
+from m3ae_fast.transfer.knn import knn_predictions
 from m3ae_fast.transfer.predictions import Predictions
-from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
+from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine, Setting
 from m3ae_fast.transfer.rates import best, try_rates
 from m3ae_fast.transfer.recipe import settled
-
-
-class Setting(NamedTuple):
-    """What a probe is told beside the samples."""
-
-    config: TransferConfig
-    classes: int
-    encoder_heads: int  # of attention
-    seed: int  # of a probe's weights and of its order
-    ranks: Ranks
-    pulse: Pulse
-    caution: Callable[[str], None] = lambda text: None  # told what speaks against taking the result as it is
 
 
 class Probe(NamedTuple):
     """A kind of probe."""
 
-    scores: Callable[[Features, Features, Setting], Tensor]  # of training and held-out samples: [M, C], on the CPU
+    predict: Callable[[Features, Features, Setting], Predictions]  # by training samples, what held-out ones are
     tokens: bool = False  # whether it reads `features_ND` [N, L, D], the patch tokens
-    votes: bool = False  # whether scores are votes, not logits
     seeded: bool = True  # whether the seed plays a part
 
-    def predict(self, bank: Features, held_out: Features, setting: Setting) -> Predictions:
-        """Return what it makes of the held-out samples. Raises UserError where a score is not finite."""
-        assert held_out.labels_N is not None
-        scores_MC = self.scores(bank, held_out, setting)
-        return Predictions.of(held_out.keys, held_out.labels_N, scores_MC, votes=self.votes)
+
+def _knn(bank: Features, held_out: Features, setting: Setting) -> Predictions:
+    return knn_predictions(bank, held_out, setting.classes, setting.config.knn)
 
 
-def _knn(bank: Features, held_out: Features, setting: Setting) -> Tensor:
-    k, temperature = setting.config.knn.k, setting.config.knn.temperature
-    assert bank.labels_N is not None
-    return knn_scores(bank.features_ND, bank.labels_N, held_out.features_ND, setting.classes, k, temperature)
-
-
-def _linear(bank: Features, held_out: Features, setting: Setting) -> Tensor:
+def _linear(bank: Features, held_out: Features, setting: Setting) -> Predictions:
     head = fit_linear(bank, setting).eval()
     with torch.no_grad():
-        return head(held_out.features_ND.to(setting.ranks.device)).cpu()
+        scores_MC = head(held_out.features_ND.to(setting.ranks.device)).cpu()
+    return Predictions.of(held_out.keys, held_out.labels, scores_MC)
 
 
 def fit_linear(bank: Features, setting: Setting) -> LinearProbeHead:
@@ -88,16 +65,12 @@ def _with_rate(bank: Features, config: LinearProbeConfig, setting: Setting) -> L
     return config.model_copy(update={"peak_lr": best(tried).peak_lr}) if tried else config
 
 
-def _attentive(bank: Features, held_out: Features, setting: Setting) -> Tensor:
+def _attentive(bank: Features, held_out: Features, setting: Setting) -> Predictions:
     config = attentive.settled(setting.config.attentive, len(bank.keys), setting.encoder_heads)
-    trained = attentive.fit(bank, config, setting.classes, setting.seed, setting.ranks, setting.pulse)
+    trained = attentive.fit(bank, config, setting)
     for text in attentive.cautions_of(trained, config):
         setting.caution(text)
-    return attentive.logits(trained.head, held_out, setting.ranks)
+    return Predictions.of(held_out.keys, held_out.labels, attentive.logits(trained.head, held_out, setting.ranks))
 
 
-PROBES = {
-    "knn": Probe(_knn, votes=True, seeded=False),
-    "linear": Probe(_linear),
-    "attentive": Probe(_attentive, tokens=True),
-}
+PROBES = {"knn": Probe(_knn, seeded=False), "linear": Probe(_linear), "attentive": Probe(_attentive, tokens=True)}

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.normal import of_unit, to_unit
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.transfer import RobustnessConfig
-from m3ae_fast.data import Corpus, Preparation, Share, eval_loader, eval_samples
-from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.data import Corpus, Share, eval_loader, eval_samples
 from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.data.order import hash64
 from m3ae_fast.encoding import check_skipped
@@ -29,7 +29,6 @@ from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.corruptions import PROCEDURAL, Corruption
 from m3ae_fast.transfer.job import Job, summary
 from m3ae_fast.transfer.predictions import Predictions, stacked
-from m3ae_fast.transfer.robustness_pgd import pgd
 
 _TRIED = 8  # samples, until one has an image to be drawn
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
@@ -138,11 +137,10 @@ def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict
 
 def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
     """Draw accuracy over epsilon, and one sample under every corruption at every severity."""
-    config, backbone = job.config.robustness, job.model.backbone
+    config = job.config.robustness
     if config.epsilons:
         draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
-    preparation = Preparation(backbone.geometry, UNMASKED, backbone.tokenizer, job.config.run.seed)
-    sample = next((s for s in eval_samples(val, preparation, _TRIED) if s.image is not None), None)
+    sample = next((s for s in eval_samples(val, job.preparation, _TRIED) if s.image is not None), None)
     if sample is None or sample.image is None or not config.corruptions:
         return
     rows = []
@@ -156,10 +154,9 @@ def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
 
 def _predictions(job: Job, corpus: Corpus, each: Pass, title: str) -> Predictions:
     """Return the predictions of one pass, of all ranks."""
-    config, ranks, model = job.config.robustness, job.ranks, job.model
-    preparation = Preparation(model.backbone.geometry, UNMASKED, model.backbone.tokenizer, job.config.run.seed)
+    config, ranks = job.config.robustness, job.ranks
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
-    batches = eval_loader(job.config.data, corpus, preparation, share, config.samples, transform=each.corruption)
+    batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples, transform=each.corruption)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), show=ranks.is_main)
     own: list[Predictions] = []
     skipped: list[Skipped] = []
@@ -194,6 +191,38 @@ def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
         return logits_of(attacked)
 
     return classify
+
+
+def pgd(
+    logits_of: Callable[[Tensor], Tensor],
+    images_SCHW: Tensor,
+    labels_S: Tensor,
+    start_SCHW: Tensor,
+    epsilon: float,
+    steps: int,
+    step_size: float,
+) -> Tensor:
+    """Return images that raise the cross entropy of their labels.
+
+    Args:
+        logits_of: differentiable, of images; [S, K].
+        images_SCHW: floating, in [0, 1].
+        labels_S: int64.
+        start_SCHW: in [-1, 1]; the attack starts at images + epsilon * start.
+        epsilon: most that a value changes.
+        steps, step_size: of the sign of the gradient.
+
+    Returns:
+        [S, C, H, W] in [0, 1], at most epsilon away from the images.
+    """
+    low, high = (images_SCHW - epsilon).clamp(min=0), (images_SCHW + epsilon).clamp(max=1)
+    attacked = torch.clamp(images_SCHW + epsilon * start_SCHW, low, high)
+    for _ in range(steps):
+        attacked.requires_grad_()
+        loss = F.cross_entropy(logits_of(attacked), labels_S, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, attacked)
+        attacked = torch.clamp(attacked.detach() + step_size * grad.sign(), low, high)
+    return attacked
 
 
 def _start(batch: PackedBatch, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ from m3ae_fast.hardware import missing_memory
 from m3ae_fast.pictures.figures import draw_accuracies
 from m3ae_fast.transfer.job import Job, summary
 from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
-from m3ae_fast.transfer.probes import PROBES, Probe, Setting
+from m3ae_fast.transfer.probe_engine import Setting
+from m3ae_fast.transfer.probes import PROBES, Probe
 from m3ae_fast.transfer.significance import interval, mean_accuracy
 
 
@@ -98,9 +99,8 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
         found = job.encode(corpus, title, layers, patches=probe.tokens)
-        values = found.patches_NLD if probe.tokens else found.features_ND
-        assert values is not None
-        parts.append({n: replace(found, features_ND=values[:, i], patches_NLD=None) for i, n in enumerate(layers)})
+        found = found.tokens() if probe.tokens else found
+        parts.append({number: found.layer(place) for place, number in enumerate(layers)})
     return Encoded(parts[0], parts[1], classes)
 
 
@@ -118,8 +118,7 @@ def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -
 def few_shot(bank: Features, shots: int, draw: int, classes: Classes) -> Features:
     """Return so many samples of each class, in the bank's order, by a hash of the draw and their keys: more shots hold
     the samples of fewer. Raises UserError if a class has too few."""
-    assert bank.labels_N is not None
-    labels = bank.labels_N.tolist()
+    labels = bank.labels.tolist()
     order = sorted(range(len(labels)), key=lambda row: _digest(draw, bank.keys[row]))
     taken: dict[int, list[int]] = {number: [] for number in range(len(classes))}
     for row in order:

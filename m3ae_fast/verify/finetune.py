@@ -63,9 +63,8 @@ def _build(golden: Golden) -> Classifier:
     data["use_type_embedding"] = "params/base_model/encoder_image_type_embedding" in golden.arrays
     data |= {f"image_{k}": golden.arrays[f"in/{k}"].astype(float).tolist() for k in ("mean", "std")}
     config = parse(ModelConfig, data, str(golden.path))
-    pool, classes = "mean" if m["global_pool"] else "cls", list(range(m["C"]))
-    about = ClassifierConfig(model=config, head="finetune", pool=pool, modality="image", classes=classes)
-    model = Classifier(about)
+    about = {"head": "finetune", "pool": "mean" if m["global_pool"] else "cls", "modality": "image"}
+    model = Classifier(parse(ClassifierConfig, about | {"model": config, "classes": list(range(m["C"]))}, ""))
     golden.load_parameters(model, flax_path)
     return model
 

@@ -12,7 +12,8 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.transfer import attentive
 from m3ae_fast.transfer.heads import AttentiveHead, LinearProbeHead
-from m3ae_fast.transfer.probes import PROBES, Setting
+from m3ae_fast.transfer.probe_engine import Setting
+from m3ae_fast.transfer.probes import PROBES
 from m3ae_fast.transfer.rates import best, split
 from tests.transfer.test_rates import _Pulse
 
@@ -67,6 +68,11 @@ def _marked(samples, seed):
     return Features([f"a.tar/{i}" for i in range(samples)], tokens, labels, None, [])
 
 
+def _setting(ranks):
+    config = TransferConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
+    return Setting(config, 5, 4, 3, ranks, _Pulse())
+
+
 def test_it_finds_the_token_that_tells_where_the_mean_does_not():
     given = {"data": {"train": [{"shards": "x"}]}, "attentive": {"batch": 64, "steps": 150}}
     config = TransferConfig.model_validate(given)
@@ -83,8 +89,8 @@ def test_it_finds_the_token_that_tells_where_the_mean_does_not():
 def test_heads_of_several_rates_are_those_of_one_each():
     bank, config = _marked(60, 0), AttentiveProbeConfig(batch=16, steps=12, heads=2)
     with join_ranks() as ranks:
-        both = attentive.train_heads(bank, config, (1e-3, 1e-2), 5, 0, ranks, _Pulse())
-        alone = attentive.train_heads(bank, config, (1e-2,), 5, 0, ranks, _Pulse())[0].head
+        both = attentive.train_heads(bank, config, (1e-3, 1e-2), _setting(ranks))
+        alone = attentive.train_heads(bank, config, (1e-2,), _setting(ranks))[0].head
     for name, tensor in alone.state_dict().items():
         assert torch.equal(tensor, both[1].head.state_dict()[name])
     assert not torch.equal(both[0].head.head.linear.weight, alone.head.linear.weight)
@@ -93,7 +99,7 @@ def test_heads_of_several_rates_are_those_of_one_each():
 def test_steps_are_adamws_on_the_cross_entropy_with_warm_up_and_cosine():
     bank, config = _marked(32, 0), AttentiveProbeConfig(batch=32, steps=18, heads=2, weight_decay=0.1)
     with join_ranks() as ranks:
-        found = attentive.train_heads(bank, config, (1e-2,), 5, 3, ranks, _Pulse())[0].head
+        found = attentive.train_heads(bank, config, (1e-2,), _setting(ranks))[0].head
     torch.manual_seed(3)
     expected = AttentiveHead(24, 5, 2)
     optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, weight_decay=0.1)
@@ -112,16 +118,16 @@ def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
     bank, config = _marked(60, 0), AttentiveProbeConfig(batch=16, steps=12, heads=2)
     train, held_out = split(bank)
     with join_ranks() as ranks:
-        tried = attentive.try_rates(bank, config, 5, 3, ranks, _Pulse())
-        for each, trained in zip(tried, attentive.train_heads(train, config, attentive.RATES, 5, 3, ranks, _Pulse())):
+        tried = attentive.try_rates(bank, config, _setting(ranks))
+        for each, trained in zip(tried, attentive.train_heads(train, config, attentive.RATES, _setting(ranks))):
             with torch.no_grad():
                 found = F.cross_entropy(trained.head(held_out.features_ND), held_out.labels_N)
             assert each.loss == pytest.approx(found.item())
         assert [each.peak_lr for each in tried] == [*attentive.RATES] and best(tried) != tried[-1]
         for given, count, rate in ((None, 60, best(tried).peak_lr), (3e-4, 60, 3e-4), (None, 9, 1e-3)):
             some = bank.rows(list(range(count)))
-            fitted = attentive.fit(some, config.model_copy(update={"peak_lr": given}), 5, 3, ranks, _Pulse())
-            expected = attentive.train_heads(some, config, (rate,), 5, 3, ranks, _Pulse())[0]
+            fitted = attentive.fit(some, config.model_copy(update={"peak_lr": given}), _setting(ranks))
+            expected = attentive.train_heads(some, config, (rate,), _setting(ranks))[0]
             assert torch.equal(fitted.head.head.linear.weight, expected.head.head.linear.weight)
             assert fitted.accuracies == expected.accuracies
 
@@ -129,7 +135,7 @@ def test_rates_are_tried_on_nine_tenths_and_judged_on_the_rest(monkeypatch):
 def test_the_accuracy_of_a_step_is_that_before_it():
     bank, config = _marked(32, 0), AttentiveProbeConfig(batch=32, steps=2, heads=2)
     with join_ranks() as ranks:
-        first, _ = attentive.train_heads(bank, config, (1e-2,), 5, 3, ranks, _Pulse())[0].accuracies
+        first, _ = attentive.train_heads(bank, config, (1e-2,), _setting(ranks))[0].accuracies
     torch.manual_seed(3)
     head = AttentiveHead(24, 5, 2)
     assert first == pytest.approx((head(bank.features_ND).argmax(1) == bank.labels_N).double().mean().item())

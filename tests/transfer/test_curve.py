@@ -10,7 +10,7 @@ from m3ae_fast.batch.images import decode_image
 from m3ae_fast.errors import UserError
 from m3ae_fast.open_model import open_model
 from m3ae_fast.train import main
-from m3ae_fast.transfer import curve
+from m3ae_fast.transfer import knn
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.trainer import zero
 from tests.transfer.conftest import settings
@@ -35,8 +35,8 @@ def pretrain(trainer, shards):
 
 
 def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards, trainer, monkeypatch):
-    given, real = [], curve.knn_scores
-    monkeypatch.setattr(curve, "knn_scores", lambda *args: given.append(args) or real(*args))
+    given, real = [], knn.knn_scores
+    monkeypatch.setattr(knn, "knn_scores", lambda *args: given.append(args) or real(*args))
     plain = pretrain("plain")
     probed = pretrain("probed", *probe(shards, pool="cls", k=3, temperature=0.5))
     *_, (bank, labels, queries, classes, k, temperature) = given

@@ -18,11 +18,11 @@ from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.run_log import read_metrics
-from m3ae_fast.transfer import finetune_loop
+from m3ae_fast.transfer import finetune
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.augment import Mixing, RandAugment
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
-from m3ae_fast.transfer.finetune_loop import TrainableClassifier
+from m3ae_fast.transfer.finetune import TrainableClassifier
 from tests.helpers.labelled import coloured, labelled_tar
 from tests.helpers.ranks import run_ranks
 
@@ -90,14 +90,14 @@ def test_resumed_is_as_never_interrupted(transfer, tmp_path, capsys):
 def test_a_stop_request_ends_an_evaluation_and_loses_nothing(transfer, run, shards, tmp_path, monkeypatch):
     options = settings(epochs=2, eval_every=3)
     whole = transfer("finetune", *options, out="whole")
-    of, calls = finetune_loop.Predictions.of, []
+    of, calls = finetune.Predictions.of, []
 
     def signalled(*given):
         calls.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
         return of(*given)
 
-    monkeypatch.setattr(finetune_loop.Predictions, "of", signalled)
+    monkeypatch.setattr(finetune.Predictions, "of", signalled)
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "parts")]
     assert main([*command, "--set", "data.workers=0", *options]) == 0
     assert calls == [1] and not (tmp_path / "parts/result.json").exists()

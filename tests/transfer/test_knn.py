@@ -13,7 +13,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.transfer import job, knn
 from m3ae_fast.transfer.knn import knn_scores
-from m3ae_fast.transfer.metrics import best_classes, topk_accuracy
+from m3ae_fast.transfer.predictions import best_classes, topk_accuracy
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 from tests.transfer.conftest import pictures
 

@@ -7,7 +7,8 @@ from m3ae_fast.config.transfer import LinearProbeConfig, TransferConfig
 from m3ae_fast.encoding import Features
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.transfer.probes import Setting, fit_linear
+from m3ae_fast.transfer.probe_engine import Setting
+from m3ae_fast.transfer.probes import fit_linear
 from m3ae_fast.transfer.rates import FACTORS, Tried, best, edge, split, table, try_rates
 
 

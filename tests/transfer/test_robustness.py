@@ -25,8 +25,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.corruptions import KINDS, SEVERITIES, Corruption
 from m3ae_fast.transfer.corruptions.blur import trail
 from m3ae_fast.transfer.corruptions.digital import saturate
-from m3ae_fast.transfer.robustness import _start, corruption_errors
-from m3ae_fast.transfer.robustness_pgd import pgd
+from m3ae_fast.transfer.robustness import _start, corruption_errors, pgd
 from tests.helpers.labelled import NAMES, coloured
 from tests.test_stop_and_stall import program
 from tests.transfer.conftest import settings
