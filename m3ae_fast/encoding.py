@@ -100,13 +100,9 @@ def encode_corpus(
     Args:
         model: on the device of `ranks`.
         corpus: what its sources' modalities say is encoded: images, texts, or pairs. Labels go along.
-        data: workers, prefetch and max_bad_fraction.
-        config: pooling, batch and precision.
-        title: of the progress bar.
         layers: the K blocks after which features are taken, numbered from 1, see `Features`; None: the last one.
         patches: keep the features of all patches too.
-        pulse: marked at each batch.
-        stop: checked before each batch.
+        pulse, stop: marked at, and checked before, each batch.
 
     Raises:
         Stopped: a rank is asked to stop.

@@ -45,20 +45,12 @@ def draw_feature_map(
     seed: int,
     most: int | None = None,
 ) -> None:
-    """Write a PNG with a panel for each model, and print what stands beneath it.
-
-    Args:
-        path: the PNG.
-        models: see `open_model.MODEL_HELP`.
-        corpus: labelled.
-        classes: by id.
-        data: workers, prefetch and max_bad_fraction.
-        seed: of t-SNE.
-        most: samples on the map, which lie evenly over the corpus; None: all.
+    """Write a PNG with a panel for each model of a labelled corpus, and print what stands beneath it. `most`: samples
+    on the map, which lie evenly over the corpus; None: all.
 
     Raises:
-        UserError: there are fewer than 4 samples, models cannot read the same ones, or as
-            `open_model` and `encode_corpus` do.
+        UserError: there are fewer than 4 samples, models cannot read the same ones, or as `open_model` and
+            `encode_corpus` do.
     """
     with join_ranks() as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)
@@ -88,14 +80,8 @@ def _places(features_ND: np.ndarray, seed: int) -> np.ndarray:
 
 
 def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NEIGHBOURS) -> Apart:
-    """Return how well the classes of points lie apart, by their distances in the plane.
-
-    Args:
-        points_N2: floating.
-        labels_N: int class ids.
-        neighbours: of a point, itself left out, that vote for its class; at most N - 1. Of equal votes the lowest class
-            id wins.
-    """
+    """Return how well the classes of points lie apart, by their distances in the plane. `neighbours`, at most N - 1, of
+    each point vote for its class; of equal votes the lowest class id wins."""
     from scipy.stats import mode
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import NearestNeighbors

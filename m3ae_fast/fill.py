@@ -129,13 +129,7 @@ def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
 
 
 def fill_text(model: M3AE, sample: Sample, top: int = 5) -> list[list[Guess]]:
-    """Return, for each masked token of a caption in order, the `top` likeliest tokens with their probabilities.
-
-    Args:
-        model: with a tokenizer; on any device.
-        sample: with a caption, as `make_sample` gives it.
-        top: guesses for each.
-    """
+    """Return, for each masked token of a `make_sample` in order, the `top` likeliest tokens."""
     from m3ae_fast.batch.packing import pack
 
     assert sample.text_mask is not None and model.tokenizer is not None

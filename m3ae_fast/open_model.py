@@ -59,12 +59,8 @@ def saved_run(run: Path) -> SavedRun:
 def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:
     """Read the weights of a run, whatever ZeRO stage trained it, with the tokenizer that its config names.
 
-    Args:
-        run: whose checkpoint is read.
-        average: of a run with train.ema, read the moving average of the weights.
-
-    Raises:
-        UserError: the checkpoint is damaged.
+    `average`: of a run with train.ema, the moving average of the weights. Raises UserError where the checkpoint is
+    damaged.
     """
     state = checkpoint.read_weights(run.path, average=average)
     kind, notes, tokenizer = f"checkpoint {run.path}", [], None

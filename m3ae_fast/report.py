@@ -42,13 +42,8 @@ img.wide { background: #fff; max-width: 100%; } pre { overflow-x: auto; }
 
 
 def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Sequence[Path] = ()) -> None:
-    """Write the page of the run folder `run` to `out`.
-
-    Args:
-        run: whose pictures and config are shown.
-        out: an HTML file.
-        results: folders with result.json of other places.
-        others: further run folders, whose curves and results are beside those of the first.
+    """Write the page of the run folder `run` to `out`, an HTML file, with the results in other folders, and with the
+    curves and results of other runs beside its own.
 
     Raises:
         UserError: a run has no metrics, a file is damaged, or `out` cannot be written.

@@ -121,8 +121,7 @@ def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Pa
     from m3ae_fast.data import Preparation, eval_samples
     from m3ae_fast.data.dataset import UNMASKED
     from m3ae_fast.open_model import open_model
-    from m3ae_fast.pictures.attention import draw_attention
-    from m3ae_fast.pictures.patch_attention import draw_patch_attention
+    from m3ae_fast.pictures.attention import draw_attention, draw_patch_attention
 
     look, patch = _look(args, config.model), _patch(args.patch, config.model)
     text = bool(config.model.vocab_size) or patch is not None

@@ -8,9 +8,16 @@ from PIL import Image
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures import patch_attention
-from m3ae_fast.pictures.attention import Look, attention_to_patches
-from m3ae_fast.pictures.patch_attention import OUTLINE, SHADE, attention_to_words, draw_patch_attention, shade
+from m3ae_fast.pictures import attention
+from m3ae_fast.pictures.attention import (
+    OUTLINE,
+    SHADE,
+    Look,
+    attention_to_patches,
+    attention_to_words,
+    draw_patch_attention,
+    shade,
+)
 from m3ae_fast.visualise import main
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.test_visualise import SIZES, _use
@@ -86,7 +93,7 @@ class Words:
 def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, monkeypatch):
     model.tokenizer = Words()
     parts = torch.tensor([0.0, 0.125, 0.0625, 0.25, 0.1875])
-    monkeypatch.setattr(patch_attention, "attention_to_words", lambda *_: parts)
+    monkeypatch.setattr(attention, "attention_to_words", lambda *_: parts)
     sample.image = torch.full((3, 32, 32), 200, dtype=torch.uint8)
     draw_patch_attention(model, [Sample("text"), sample, sample, sample], tmp_path / "a.png", 2, (1, 2))
     sheet = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
@@ -108,9 +115,9 @@ def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
     torch.manual_seed(0)
     run = tiny_run(tmp_path / "run")
     _use(run, labelled_tar(tmp_path / "val.tar", range(6)))
-    looks, real = [], patch_attention.attention_to_words
+    looks, real = [], attention.attention_to_words
     monkeypatch.setattr(
-        patch_attention, "attention_to_words", lambda *given: looks.append(given[2:]) or real(*given)
+        attention, "attention_to_words", lambda *given: looks.append(given[2:]) or real(*given)
     )  # fmt: skip
     out = tmp_path / "a.png"
     base = [str(run), "attention", "--pictures", "2", "--out", str(out)]

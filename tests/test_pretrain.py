@@ -24,8 +24,7 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import choices, evaluation, plan
-from m3ae_fast.pretraining.choices import LADDER, batch_of, image_and_patch, settings, steps_in
-from m3ae_fast.pretraining.facts import Facts, Shards
+from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.report import write_report

@@ -50,20 +50,8 @@ def draw_run(
     count: int,
     ratios: Sequence[float] = (),
 ) -> None:
-    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights.
-
-    Args:
-        config: of the run.
-        weights: float32, by parameter name.
-        corpus: where the samples come from.
-        tokenizer: of the run; None where it has no captions.
-        path: the PNG to write.
-        count: samples.
-        ratios: of the image to mask, a reconstruction each; empty: the run's ratio.
-
-    Raises:
-        UserError: `path` cannot be written.
-    """
+    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights, as
+    `draw_reconstructions` does. `ratios`: of the image to mask, a reconstruction each; empty: the run's ratio."""
     model = open_weights(config, weights)
     turns = []
     for ratio in ratios or [config.masking.image_ratio]:
@@ -92,12 +80,8 @@ def draw_reconstructions(
         model: on any device; its mode stays.
         samples: with masks; images [C, H, W].
         tokenizer: of the captions; None: tokens are shown as numbers.
-        path: the PNG to write.
         vqgan: the frozen image tokenizer, on the CPU; None where pixels are predicted.
         channels: what is shown, as in `figures.levels`.
-
-    Raises:
-        UserError: `path` cannot be written.
     """
     was_training = model.training
     model.eval()
@@ -201,14 +185,8 @@ def _join(patches_LK: Tensor, grid: Grid, patch: int) -> Tensor:
 def caption_views(
     tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
 ) -> dict[str, list[tuple[str, Colour]]]:
-    """Return a caption in three ways, as words and colours: itself, as the encoder sees it, and as predicted.
-
-    Args:
-        tokens: int [n].
-        mask: bool [n], True = masked.
-        guesses: the predicted token of each masked position.
-        tokenizer: None: tokens are shown as numbers.
-    """
+    """Return a caption of n tokens in three ways, as words and colours: itself, as the encoder sees it, and with the
+    `guesses` at its masked positions. Without a tokenizer tokens are shown as numbers."""
 
     def word(token: int) -> str:
         return tokenizer.token(token) if tokenizer else str(token)

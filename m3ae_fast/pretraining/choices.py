@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.errors import UserError
-from m3ae_fast.pretraining.facts import TOKENIZER, Facts, Shards
 
+TOKENIZER = "tokenizer.json"  # of a run folder
 LONGEST = 800  # epochs, as MAE was trained
 EPOCHS, SEEN = 20, 20_000  # and samples, that a larger model must reach in the time that there is
 FEWEST_STEPS = 1000  # a batch is halved until there are so many
@@ -23,6 +24,30 @@ _PROBED = 5000  # training samples: with more the k-NN accuracy is measured only
 # MAE's rate for its batch (arXiv 2111.06377), by the square root of the batch, as Adam asks for (arXiv 2205.10287)
 _RATE, _OF_BATCH = 2.4e-3, 4096
 _RATE_OF_NARROW = 4  # times as high for models narrower than "small", as in the quickstart
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Patterns for the config, and what to tell the user."""
+
+    train: list[str]
+    val: list[str]  # empty: nothing is held out
+    notes: list[str]
+    unlabelled: str = ""  # why samples have no label "cls", where that is known
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of the training samples, and of what is held out."""
+
+    samples: int
+    held_out: int
+    short_side: int  # pixels, the median
+    image_mean: list[float]
+    image_std: list[float]
+    classes: int  # 0: there are no labels that can be used
+    vocab_size: int  # 0: there are no captions
+    text_length: int  # tokens
 
 
 class Rung(NamedTuple):

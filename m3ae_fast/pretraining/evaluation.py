@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from m3ae_fast import visualise
 from m3ae_fast.command_line import RANDOM
 from m3ae_fast.config import Config, SourceConfig
 from m3ae_fast.errors import UserError
-from m3ae_fast.pretraining.stage import stage
+from m3ae_fast.pretraining import GOES_ON
+from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.loggers import show
@@ -22,6 +25,15 @@ _OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIE
 _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS = "results"  # folder of a run folder
 RUN = "this run"
+
+
+@contextmanager
+def stage() -> Iterator[Session]:
+    """Run a program as a stage of a longer line, as `joined_program` does; `stop.asked` says afterwards whether
+    somebody has asked to stop, even where the stage has come to its end."""
+    with joined_program() as session:
+        session.stop.at_leaving = lambda: GOES_ON
+        yield session
 
 
 def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:

@@ -12,7 +12,7 @@ from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
-from m3ae_fast.pretraining.facts import TOKENIZER, Facts, Shards
+from m3ae_fast.pretraining.choices import TOKENIZER, Facts, Shards
 from m3ae_fast.shard_tools.stats import collect, require_images
 from m3ae_fast.shard_tools.tally import Tally
 from m3ae_fast.shard_tools.tokenizer_training import caption_texts, save_tokenizer

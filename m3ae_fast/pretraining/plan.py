@@ -11,8 +11,7 @@ from m3ae_fast.engine.needs import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.hardware import missing_memory, settle_precision
 from m3ae_fast.pretraining import choices
-from m3ae_fast.pretraining.choices import Rung
-from m3ae_fast.pretraining.facts import Facts, Shards
+from m3ae_fast.pretraining.choices import Facts, Rung, Shards
 from m3ae_fast.process.program import Session
 from m3ae_fast.run.pace import Pace, duration, measure
 

@@ -12,11 +12,10 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.pretraining.choices import check_overrides, written
-from m3ae_fast.pretraining.evaluation import draw_map, evaluate, table
+from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
-from m3ae_fast.pretraining.stage import stage
 from m3ae_fast.report import REPORT_FILE, write_report
 from m3ae_fast.status import status
 from m3ae_fast.whole_file import write_whole

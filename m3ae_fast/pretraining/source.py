@@ -15,7 +15,7 @@ from typing import Any
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.errors import UserError
-from m3ae_fast.pretraining.facts import Shards
+from m3ae_fast.pretraining.choices import Shards
 from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint

@@ -67,14 +67,8 @@ def fit(bank: Features, config: AttentiveProbeConfig, setting: Setting) -> Train
 def train_heads(
     bank: Features, config: AttentiveProbeConfig, rates: tuple[float, ...], setting: Setting
 ) -> list[Trained]:
-    """Train a head at each rate, all on the same batches, and return them in evaluation mode.
-
-    Args:
-        bank: tokens of the training samples, `features_ND` [N, L, D], with labels.
-        config: settled.
-        rates: learning rates after warm-up.
-        setting: each of its ranks does the same.
-    """
+    """Train a head at each rate, all on the same batches, and return them in evaluation mode; each rank does the same.
+    `bank`: tokens of the training samples, `features_ND` [N, L, D]; `config`: settled."""
     assert config.steps and config.batch and config.heads
     ranks, heads, optimizers = setting.ranks, [], []
     with torch.random.fork_rng():

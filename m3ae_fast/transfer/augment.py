@@ -92,11 +92,7 @@ class Mixing:
     seed, the lane and k alone. (The official code draws once for a micro-batch, which depends on the number of ranks.)
 
     Args:
-        config: how much.
-        model: image sizes and normalisation.
-        classes: K.
         images_only: whether images may be mixed.
-        seed: the run's.
         repeats: views of a sample, which follow each other in the stream: the k-th ones are mixed.
         lanes: of the stream.
     """

@@ -61,12 +61,7 @@ def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
 
 def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str, seed: int = 0) -> str:
     """Return in words whether two scores' areas under the ROC curve differ, by the paired bootstrap over samples.
-
-    Args:
-        first, second: scores of familiar and of strange samples, [N] and [M], the same samples in the same order.
-        name, other: what to call them.
-        seed: of the draws.
-    """
+    `first`, `second`: scores of familiar and of strange samples, [N] and [M], the same samples in the same order."""
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
     low, high = middle(bootstrap_areas(first[0], first[1], seed) - bootstrap_areas(second[0], second[1], seed))
     verdict = f"cannot be told apart from {other} on these samples"

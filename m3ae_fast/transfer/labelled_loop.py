@@ -129,14 +129,8 @@ def complete(job: Job, loop: LabelledLoop, save: Callable[[], None], val_samples
 def cautions(
     section: str, length: str, steps: int, official: Official, lines: list[dict[str, Any]], batch: int
 ) -> list[str]:
-    """Return what speaks against taking a training's result as it is, a line each.
-
-    Args:
-        section, length: of the settings, and the setting that makes it longer.
-        steps: that it took.
-        official: says how many it takes by itself, at least.
-        lines, batch: see `rising`.
-    """
+    """Return what speaks against taking the result of a training as it is, a line each. `length`: the setting that
+    makes it longer; `lines`, `batch`: see `rising`."""
     found = []
     if steps < official.fewest_steps:
         given = f"{section}.epochs and .steps" if length.endswith("epochs") else length
@@ -148,12 +142,7 @@ def cautions(
 
 def rising(lines: list[dict[str, Any]], batch: int) -> float:
     """Return by how much the training accuracy of a run's last quarter is above that of the quarter before; 0 where
-    that is little, or within two standard errors.
-
-    Args:
-        lines: of the run's metrics, each with the accuracy of one step.
-        batch: samples of a step.
-    """
+    that is little, or within two standard errors. `lines`: of its metrics, each of one step of `batch` samples."""
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
     quarter = len(accuracies) // 4
     if not quarter:

@@ -21,12 +21,8 @@ class LARS(torch.optim.Optimizer):
     differ wherever the learning rate changes. No parameter is left out: biases are decayed and scaled too. A bias that
     starts at 0 is not scaled in its first effective step, which is then about 1 / trust_coefficient times as large.
 
-    Args:
-        params: parameters, or groups of them with options of their own.
-        lr: learning rate; a schedule sets it before each step.
-        momentum: decay of the buffer.
-        weight_decay: added to the gradient, times the parameter.
-        trust_coefficient: size of a step at lr 1, as a fraction of the parameter's norm.
+    So `trust_coefficient` is the size of a step at lr 1, as a fraction of the parameter's norm. A schedule sets `lr`
+    before each step.
     """
 
     def __init__(

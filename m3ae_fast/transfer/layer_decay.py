@@ -31,14 +31,8 @@ def lr_scale(layer: int, depth: int, layer_decay: float) -> float:
 
 
 def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Return AdamW's groups, two a layer, each with its `weight_decay` and `lr_scale` (see `engine.optimizer.set_lr`).
-
-    Args:
-        model: a Classifier.
-        depth: of its encoder, in blocks.
-        weight_decay: of matmul weights.
-        layer_decay: factor of the learning rate from a layer to the one below.
-    """
+    """Return AdamW's groups of a Classifier, two a layer, each with its `weight_decay`, 0 but for matmul weights, and
+    `lr_scale` (see `engine.optimizer.set_lr`). `layer_decay`: factor from a layer to the one below."""
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         decays = name.endswith(".weight") and p.ndim > 1

@@ -38,11 +38,8 @@ _NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first 
 
 def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
     """Return the area under the ROC curve with familiar samples as positives, and the fraction of strange samples that
-    pass the threshold which 95 % of the familiar ones pass (both from 0 to 1).
-
-    Args:
-        familiar, strange: floating scores, one a sample, each higher for what looks familiar.
-    """
+    pass the threshold which 95 % of the familiar ones pass (both from 0 to 1), by a score of each sample that is higher
+    for what looks familiar."""
     from sklearn.metrics import roc_auc_score
 
     truth = np.concatenate((np.ones(len(familiar)), np.zeros(len(strange))))
@@ -53,11 +50,7 @@ def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, flo
 
 def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.ndarray:
     """Return the areas under the ROC curve of BOOTSTRAPS draws of as many familiar and as many strange samples, with
-    replacement. The draws depend on the seed and on the numbers of samples alone.
-
-    Args:
-        familiar, strange: as in `auroc_and_fpr`.
-        seed: of the draws.
+    replacement. The draws depend on the seed and on the numbers of samples alone. Scores are as in `auroc_and_fpr`.
     """
     random = np.random.default_rng(seed)
     values_V, place = np.unique(np.concatenate((familiar, strange)), return_inverse=True)
@@ -89,8 +82,6 @@ class Scores:
     """The four scores, fitted to training features.
 
     Args:
-        train_ND: float32 features.
-        labels_N: int class ids.
         k: which neighbour's distance counts; at most N.
         seed: of the logistic regression.
         head: features [M, D] -> logits [M, K], of a classifier; None: a logistic regression is fitted.

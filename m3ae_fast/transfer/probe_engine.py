@@ -85,14 +85,8 @@ class ProbeEngine:
     """See `engine.interface.Engine`; only the head is trained.
 
     BatchNorm's statistics are those of a whole step, as in the official code. So every rank takes the same step, on
-    the features of all.
-
-    Args:
-        head: on the ranks' device.
-        config: momentum and weight decay.
-        ranks: every rank has an engine.
-        model: the frozen encoder; None: batches are EncodedBatches of whole steps, the same on every rank.
-        encode: how it encodes.
+    the features of all. Without a `model`, the frozen encoder, batches are EncodedBatches of whole steps, the same on
+    every rank.
     """
 
     optimizer_name = "LARS"
