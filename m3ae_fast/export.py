@@ -26,12 +26,8 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.open_model import SavedRun
     from m3ae_fast.weights.pretrained import Pretrained
 
-_SHOWN = (
-    "masking",
-    "loss",
-    "optim",
-    "train",
-)  # sections on the card; others name this machine's folders
+# sections of the config that the card shows; the others name this machine's folders
+_SHOWN = ("masking", "loss", "optim", "train")
 
 
 def export(

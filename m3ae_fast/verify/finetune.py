@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import ModelConfig, OptimConfig, parse
+from m3ae_fast.config import OptimConfig, parse
 from m3ae_fast.engine.optimizer import build_adamw, set_lr
 from m3ae_fast.engine.schedule import learning_rate
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -62,9 +62,8 @@ def _build(golden: Golden) -> Classifier:
     data |= {name: m[name] for name in ("emb_dim", "depth", "num_heads", "mlp_ratio")}
     data["use_type_embedding"] = "params/base_model/encoder_image_type_embedding" in golden.arrays
     data |= {f"image_{k}": golden.arrays[f"in/{k}"].astype(float).tolist() for k in ("mean", "std")}
-    config = parse(ModelConfig, data, str(golden.path))
-    about = {"head": "finetune", "pool": "mean" if m["global_pool"] else "cls", "modality": "image"}
-    model = Classifier(parse(ClassifierConfig, about | {"model": config, "classes": list(range(m["C"]))}, ""))
+    about = {"model": data, "head": "finetune", "pool": "mean" if m["global_pool"] else "cls", "modality": "image"}
+    model = Classifier(parse(ClassifierConfig, about | {"classes": list(range(m["C"]))}, str(golden.path)))
     golden.load_parameters(model, flax_path)
     return model
 
