@@ -47,10 +47,12 @@ class TimeLeft:
 
     def __init__(self, total: float) -> None:
         """Begin the work. `total`: its size, in whatever the parts are measured in."""
-        self._total, self._done, self._started = total, 0.0, time.perf_counter()
+        self.total, self.done, self._started = total, 0.0, time.perf_counter()
 
-    def after(self, part: float) -> timedelta:
-        """Count a part as done, and return the time that the others will take, in whole seconds."""
-        self._done += part
-        seconds = (time.perf_counter() - self._started) / self._done * (self._total - self._done)
-        return timedelta(seconds=round(seconds))
+    def after(self, part: float) -> str:
+        """Count a part as done, and return ", about H:MM:SS left" for the others; "" after the last."""
+        self.done += part
+        if self.done >= self.total:
+            return ""
+        seconds = (time.perf_counter() - self._started) / self.done * (self.total - self.done)
+        return f", about {timedelta(seconds=round(seconds))} left"

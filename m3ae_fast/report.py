@@ -21,6 +21,7 @@ from m3ae_fast.regular_file import read_json
 from m3ae_fast.run.diagnosis import Metrics, findings, verdict
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.status import status
+from m3ae_fast.transfer.significance import ERROR
 from m3ae_fast.whole_file import write_whole
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -134,23 +135,16 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
         if model.startswith(RANDOM):
             model = f"random weights of {model.removeprefix(RANDOM)}"
         for name, value in result.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_metric(name):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and name not in _COUNTS and not name.endswith(ERROR):
                 texts = (str(result.get("task", "?")), model, name)
                 cells = (_with_error(name, value, result), _chance(name, result))
                 rows.append([*map(escape, texts), *map(_cell, cells)])
     return _table(rows, ["task", "model", "metric", "value", "chance"])
 
 
-def _is_metric(name: str) -> bool:
-    from m3ae_fast.transfer.predictions import ERROR
-
-    return name not in _COUNTS and not name.endswith(ERROR)
-
-
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
     """Return a metric; of an accuracy with the standard error over the samples that it is a mean of."""
-    from m3ae_fast.transfer.predictions import ERROR
-
     error, samples = result.get(f"{name}{ERROR}"), result.get("val_samples")
     if isinstance(error, float) and error:
         return f"{value:.1%} ± {error:.1%}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from m3ae_fast.open_model import RANDOM, open_model, set_images
 from m3ae_fast.pictures.figures import draw_comparison
 from m3ae_fast.progress import TimeLeft
 from m3ae_fast.transfer.job import Job, summary
-from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
+from m3ae_fast.transfer.predictions import Predictions, stacked
 from m3ae_fast.transfer.probe_engine import Setting
 from m3ae_fast.transfer.probes import PROBES
-from m3ae_fast.transfer.significance import LEVEL, Difference, difference, mean_accuracy
+from m3ae_fast.transfer.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.transfer.survey import require_memory
 from m3ae_fast.whole_file import write_whole
 
@@ -127,9 +126,7 @@ def run(job: Job) -> dict[str, Any]:
     for name, model in names.items():
         _measure(job, found, name, model, seeds, (train, val))
         done = len({model for model, _ in found.trials})
-        job.say(
-            f"{done} of {len(names)} models done" + (f", about {time_left.after(1)} left" if done < len(names) else "")
-        )
+        job.say(f"{done} of {len(names)} models done{time_left.after(1)}")
     job.keep(found.columns())
     page = found.page()
     job.ranks.on_main(lambda: write_whole(job.out / TABLE_FILE, page))
@@ -162,22 +159,14 @@ def _measure(
         for probe, (bank, held_out) in zip(job.args.probes, parts):
             if number and not drawn and not PROBES[probe].seeded:
                 continue
-            about = f"{name}, {probe}, seed {seed}"
-            setting = Setting(
-                job.config,
-                len(found.classes),
-                opened.config.num_heads,
-                seed,
-                job.ranks,
-                job.pulse,
-                partial(_caution, job, about),
-            )
+            about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
+
+            def caution(text: str, about: str = about) -> None:
+                job.say(f"note: {about}: {text}")
+
+            setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution)
             found.add(name, probe, seed, PROBES[probe].predict(bank, held_out, setting))
             job.say(f"{about}: {summary(found.trials[name, probe][seed].accuracies())}")
-
-
-def _caution(job: Job, about: str, text: str) -> None:
-    job.say(f"note: {about}: {text}")
 
 
 def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -> list[tuple[Features, Features]]:

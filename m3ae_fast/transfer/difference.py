@@ -13,9 +13,9 @@ import numpy as np
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import read_parquet
-from m3ae_fast.transfer.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas, middle
+from m3ae_fast.transfer.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.transfer.predictions import FILE
-from m3ae_fast.transfer.significance import difference
+from m3ae_fast.transfer.significance import difference, middle, verdict
 
 Table = dict[str, list[Any]]
 
@@ -64,10 +64,8 @@ def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name:
     `first`, `second`: scores of familiar and of strange samples, [N] and [M], the same samples in the same order."""
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
     low, high = middle(bootstrap_areas(first[0], first[1], seed) - bootstrap_areas(second[0], second[1], seed))
-    verdict = f"cannot be told apart from {other} on these samples"
-    if not low <= 0 <= high:
-        verdict = f"is {'better' if apart > 0 else 'worse'} than {other}"
-    return f"{name} {verdict}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    words = verdict(name, other, apart, not low <= 0 <= high)
+    return f"{words}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
 
 
 def _correct(folder: Path, table: Table) -> dict[str, bool]:

@@ -29,8 +29,8 @@ from m3ae_fast.pictures.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.process.program import Session
 from m3ae_fast.progress import TimeLeft
 from m3ae_fast.run.run_folder import RunFolder
-from m3ae_fast.transfer.predictions import ERROR
 from m3ae_fast.transfer.predictions import FILE as PREDICTIONS_FILE
+from m3ae_fast.transfer.significance import ERROR
 from m3ae_fast.whole_file import write_whole
 
 RESULT_FILE, SO_FAR_FILE = "result.json", "result-so-far.json"
@@ -99,15 +99,13 @@ class Job:
     def encoder(self, passes: float) -> Callable[..., Features]:
         """Return what does as `encode` does and then says how much of `passes` sample-passes, of all corpora together,
         is done, and how long the others will take."""
-        time_left, done = TimeLeft(passes), 0.0
+        time_left = TimeLeft(passes)
 
         def encode(corpus: Corpus, title: str, cost: float = 1.0) -> Features:
-            nonlocal done
             found = self.encode(corpus, title)
-            part = cost * corpus.samples
-            done += part
-            left = f", about {time_left.after(part)} left" if done < passes else ""
-            self.say(f"{title}: {len(found.keys):,} samples done ({done / passes:.0%} of the encoding{left})")
+            left = time_left.after(cost * corpus.samples)
+            part = f"{time_left.done / passes:.0%} of the encoding{left}"
+            self.say(f"{title}: {len(found.keys):,} samples done ({part})")
             return found
 
         return encode

@@ -20,8 +20,9 @@ from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.train import train
 from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.predictions import ERROR, Predictions
+from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.recipe import OFFICIAL, Official, chosen
+from m3ae_fast.transfer.significance import ERROR
 
 _TIMED = 5  # steps
 _RISE = 0.02  # of training accuracy, that is worth a word

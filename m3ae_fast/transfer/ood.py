@@ -28,11 +28,12 @@ from m3ae_fast.errors import UserError, library
 from m3ae_fast.pictures.figures import draw_detection
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.transfer.significance import middle
 
 TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
-BOOTSTRAPS, CONFIDENCE = 1000, 0.95
+BOOTSTRAPS = 1000
 _NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first shards
 
 
@@ -64,13 +65,6 @@ def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.
         return float(known_V @ lower_V) / (len(familiar) * len(strange))
 
     return np.array([area() for _ in range(BOOTSTRAPS)])
-
-
-def middle(values: np.ndarray) -> tuple[float, float]:
-    """Return the ends of the interval that holds the middle 95 % of some draws' values."""
-    rest = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values, (rest, 1 - rest))
-    return float(low), float(high)
 
 
 def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tuple[float, float]:
@@ -140,7 +134,8 @@ def run(job: Job) -> dict[str, Any]:
     library("sklearn", "ood needs scikit-learn: pip install 'm3ae-fast[transfer]'")
     sets = named_sets(job.args.ood)
     labelled, held_out, classes = job.open_labelled()
-    strange = {name: job.open([_source(job, shards)]) for name, shards in sets.items()}
+    sources = {name: SourceConfig(shards=shards, modality=job.args.modality) for name, shards in sets.items()}
+    strange = {name: job.open([source]) for name, source in sources.items()}
     head = None
     if isinstance(job.model, Classifier):
         _check_classes(job.model, classes)
@@ -195,10 +190,6 @@ def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
             raise UserError(f"--ood {first}: give each of several sets a name of its own, such as --ood other={shards}")
         sets[name] = [shards, *rest]
     return sets
-
-
-def _source(job: Job, shards: list[str]) -> SourceConfig:
-    return SourceConfig(shards=shards, modality=job.args.modality)
 
 
 def _check_classes(classifier: Classifier, classes: Classes) -> None:

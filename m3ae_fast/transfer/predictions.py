@@ -15,9 +15,9 @@ from torch import Tensor
 
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.errors import UserError
-from m3ae_fast.transfer.significance import standard_error
+from m3ae_fast.transfer.significance import ERROR, standard_error
 
-FILE, ERROR = "predictions.parquet", "_se"  # after the name of an accuracy: its standard error
+FILE = "predictions.parquet"
 
 
 def best_classes(scores_NC: Tensor) -> Tensor:

@@ -23,10 +23,9 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import BLACK, GREEN, Cell, draw_sheet
 from m3ae_fast.transfer.job import Job, summary
-from m3ae_fast.transfer.predictions import ERROR
-from m3ae_fast.transfer.significance import standard_error
+from m3ae_fast.transfer.significance import ERROR, standard_error
 
-RANKS = (1, 5, 10)
+RANKS, WAYS = (1, 5, 10), ("image_to_text", "text_to_image")
 AT_CHANCE = (
     "note: this is what chance gives. M3AE learns to predict words and patches from each other; it learns no alignment "
     "of whole captions with whole images, so that their pooled features need not lie alike"
@@ -53,10 +52,9 @@ def own_ranks(queries_ND: Tensor, candidates_ND: Tensor) -> Tensor:
     return torch.cat(ranks)
 
 
-def recalls(queries_ND: Tensor, candidates_ND: Tensor) -> dict[int, float]:
+def recalls(ranks_N: Tensor) -> dict[int, float]:
     """Return the fraction of the queries, from 0 to 1, whose own candidate is among the k most alike, by k of RANKS;
-    see `own_ranks`."""
-    ranks_N = own_ranks(queries_ND, candidates_ND)
+    `ranks_N`: as `own_ranks` gives them."""
     return {k: (ranks_N <= k).double().mean().item() for k in RANKS}
 
 
@@ -78,14 +76,13 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
     images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
     keys = [key for key in images.keys if key in common]
-    job.pictures.append(lambda: _draw(job, pairs, keys, images_ND, texts_ND))
+    ways = dict(zip(WAYS, ((images_ND, texts_ND), (texts_ND, images_ND))))  # queries and candidates
+    job.pictures.append(lambda: _draw(job, pairs, keys, ways))
     columns["key"] = keys
-    for name, queries_ND, candidates_ND in (
-        ("image_to_text", images_ND, texts_ND),
-        ("text_to_image", texts_ND, images_ND),
-    ):
-        columns[f"{name}_rank"] = own_ranks(queries_ND, candidates_ND).tolist()
-        found = {f"{name}_recall{k}": fraction for k, fraction in recalls(queries_ND, candidates_ND).items()}
+    for name, way in ways.items():
+        ranks_N = own_ranks(*way)
+        columns[f"{name}_rank"] = ranks_N.tolist()
+        found = {f"{name}_recall{k}": fraction for k, fraction in recalls(ranks_N).items()}
         errors = {name + ERROR: standard_error(fraction, len(keys)) for name, fraction in found.items()}
         result |= found | errors
         job.say(f"{name}: {summary(found | errors)}")
@@ -104,7 +101,7 @@ def at_chance(result: dict[str, Any]) -> bool:
         chance = result[f"chance_{name.rpartition('_')[2]}"]
         return result[name] - chance > 2 * standard_error(chance, result["pairs"])
 
-    return not any(above(f"{way}_recall{k}") for way in ("image_to_text", "text_to_image") for k in RANKS)
+    return not any(above(f"{way}_recall{k}") for way in WAYS for k in RANKS)
 
 
 def _encode(job: Job, pairs: Corpus) -> tuple[Features, Features]:
@@ -131,14 +128,11 @@ def _rows(features: Features, keys: set[str]) -> Tensor:
     return features.features_ND[[row for row, key in enumerate(features.keys) if key in keys]]
 
 
-def _draw(job: Job, pairs: Corpus, keys: list[str], images_ND: Tensor, texts_ND: Tensor) -> None:
+def _draw(job: Job, pairs: Corpus, keys: list[str], ways: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Draw what is found for some captions, and for some images; the own ones are green."""
     count = min(_SHOWN, len(keys))
     rows = [number * len(keys) // count for number in range(count)]
-    for name, queries_ND, candidates_ND in (
-        ("text_to_image", texts_ND, images_ND),
-        ("image_to_text", images_ND, texts_ND),
-    ):
+    for name, (queries_ND, candidates_ND) in ways.items():
         asked, found = name.split("_to_")
         similarity_QN = F.normalize(queries_ND[rows], dim=1) @ F.normalize(candidates_ND, dim=1).T
         best = similarity_QN.topk(min(_BEST, len(keys)), dim=1).indices.tolist()

@@ -65,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
     time_left = TimeLeft(sum(each.cost for each in passes.values()))
     for number, (name, each) in enumerate(passes.items(), 1):
         found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})")
-        left = f", about {time_left.after(each.cost)} left" if number < len(passes) else ""
+        left = time_left.after(each.cost)
         job.say(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
     job.keep(_columns(found, model.config.classes))
     result = _result(config, found)

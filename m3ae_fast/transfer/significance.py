@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+ERROR = "_se"  # after the name of an accuracy: its standard error
 _RESAMPLES = 10_000  # of the bootstrap
 LEVEL = 0.05  # of the tests, and of what an interval leaves out
 
@@ -53,11 +54,21 @@ class Difference(NamedTuple):
 
     def words(self, first: str, second: str) -> str:
         """Return the difference as a sentence."""
-        verdict = f"cannot be told apart from {second} on these samples"
-        if self.told_apart:
-            verdict = f"is {'better' if self.value > 0 else 'worse'} than {second}"
         numbers = f"{100 * self.value:+.1f} points, 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
-        return f"{first} {verdict}: {numbers}, McNemar p = {self.p:.2g}"
+        return f"{verdict(first, second, self.value, self.told_apart)}: {numbers}, McNemar p = {self.p:.2g}"
+
+
+def verdict(first: str, second: str, value: float, told_apart: bool) -> str:
+    """Return how the first compares with the second. `value`: by how much it is better."""
+    if not told_apart:
+        return f"{first} cannot be told apart from {second} on these samples"
+    return f"{first} is {'better' if value > 0 else 'worse'} than {second}"
+
+
+def middle(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the interval that holds the middle 95 % of some draws' values."""
+    low, high = np.quantile(values, (LEVEL / 2, 1 - LEVEL / 2))
+    return float(low), float(high)
 
 
 def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Difference:
@@ -69,8 +80,8 @@ def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Diff
         seed: of the bootstrap.
     """
     apart_N = first_N.astype(np.float64) - second_N.astype(np.float64)
-    low, high = np.quantile(_bootstrap_means(apart_N, seed), (LEVEL / 2, 1 - LEVEL / 2))
-    return Difference(apart_N.mean().item(), low.item(), high.item(), mcnemar(first_N > 0.5, second_N > 0.5))
+    interval = middle(_bootstrap_means(apart_N, seed))
+    return Difference(apart_N.mean().item(), *interval, mcnemar(first_N > 0.5, second_N > 0.5))
 
 
 def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:

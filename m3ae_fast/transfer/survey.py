@@ -22,10 +22,10 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import missing_memory
 from m3ae_fast.pictures.figures import draw_accuracies
 from m3ae_fast.transfer.job import Job, summary
-from m3ae_fast.transfer.predictions import ERROR, Predictions, stacked
+from m3ae_fast.transfer.predictions import Predictions, stacked
 from m3ae_fast.transfer.probe_engine import Setting
 from m3ae_fast.transfer.probes import PROBES, Probe
-from m3ae_fast.transfer.significance import interval, mean_accuracy
+from m3ae_fast.transfer.significance import ERROR, interval, mean_accuracy
 
 
 class Case(NamedTuple):
@@ -139,15 +139,12 @@ def _predictions(job: Job, encoded: Encoded, case: Case, draw: int, cautions: li
     if case.shots is not None:
         bank = few_shot(bank, case.shots, draw, encoded.classes)
     name = _name(case) + (f", draw {draw + 1}" if case.shots else "")
-    setting = Setting(
-        job.config,
-        len(encoded.classes),
-        job.model.config.num_heads,
-        job.config.run.seed,
-        job.ranks,
-        job.pulse,
-        lambda text: cautions.append(f"{name}: {text}"),
-    )
+    heads, seed = job.model.config.num_heads, job.config.run.seed
+
+    def caution(text: str) -> None:
+        cautions.append(f"{name}: {text}")
+
+    setting = Setting(job.config, len(encoded.classes), heads, seed, job.ranks, job.pulse, caution)
     return PROBES[job.args.task].predict(bank, encoded.held_out[case.layer], setting)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.transfer import retrieval
-from m3ae_fast.transfer.retrieval import recalls
+from m3ae_fast.transfer.retrieval import own_ranks, recalls
 from tests.helpers.shards import members, write_tar
 from tests.transfer.conftest import pictures
 
@@ -15,7 +15,7 @@ def test_recalls_are_those_of_a_sort():
     generator = torch.Generator().manual_seed(0)
     candidates = torch.randn(600, 6, generator=generator)
     queries = candidates + torch.randn(600, 6, generator=generator)
-    found = recalls(queries, candidates)
+    found = recalls(own_ranks(queries, candidates))
     order = torch.cosine_similarity(queries[:, None], candidates[None], dim=2).argsort(1, descending=True)
     for k in (1, 5, 10):
         expected = (order[:, :k] == torch.arange(600)[:, None]).any(1).double().mean().item()
@@ -24,8 +24,8 @@ def test_recalls_are_those_of_a_sort():
 
 
 def test_features_that_are_alike_find_nothing():
-    assert set(recalls(torch.ones(20, 3), torch.ones(20, 3)).values()) == {0.0}
-    assert set(recalls(torch.eye(3), torch.eye(3)).values()) == {1.0}
+    assert set(recalls(own_ranks(torch.ones(20, 3), torch.ones(20, 3))).values()) == {0.0}
+    assert set(recalls(own_ranks(torch.eye(3), torch.eye(3))).values()) == {1.0}
 
 
 def test_pairs_are_found_both_ways(transfer, shards, tmp_path):
