@@ -43,6 +43,17 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
 
 
+def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add `--resume`. `folder`: what the help calls the run's."""
+    parser.add_argument(
+        "--resume",
+        default="no",
+        metavar="auto|no|PATH",
+        help=f"auto: continue from the last checkpoint in {folder}, or start; no (default): start a new run; "
+        "PATH: continue from that checkpoint or run folder",
+    )
+
+
 def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
     """Return what parses names with commas between them, each of a `what` that is `known`."""
 

@@ -43,12 +43,9 @@ DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/resul
 
 def report(config: Config, world: int | None = None, *, data: bool = True, sizes: Path | None = None) -> None:
     """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes), for native
-    images of the `sizes` that stats wrote (None: all of max_patches).
-
-    Raises:
-        UserError: what would stop a run at its start: the batch cannot be split over the GPUs or, with `data`, shards
-            or tokenizer are missing or do not fit the model; or `sizes` is no such file, or images are square.
-    """
+    images of the `sizes` that stats wrote (None: all of max_patches). Raises UserError for what would stop a run at its
+    start: the batch cannot be split over the GPUs or, with `data`, shards or tokenizer are missing or do not fit the
+    model; or where `sizes` is no such file, or images are square."""
     if sizes is not None and config.model.resize == "square":
         raise UserError(f"--sizes {sizes}: goes with model.resize=native; square images are all of one size")
     with torch.device("meta"):
@@ -98,10 +95,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True, sizes
 
 def report_time(config: Config, session: Session) -> None:
     """Print how long the run takes here, on the ranks that there are, measured by some steps. Every rank must call it.
-
-    Raises:
-        UserError: as at the run's start.
-    """
+    Raises UserError as at the run's start."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")

@@ -46,12 +46,8 @@ def draw_feature_map(
     most: int | None = None,
 ) -> None:
     """Write a PNG with a panel for each model of a labelled corpus, and print what stands beneath it. `most`: samples
-    on the map, which lie evenly over the corpus; None: all.
-
-    Raises:
-        UserError: there are fewer than 4 samples, models cannot read the same ones, or as `open_model` and
-            `encode_corpus` do.
-    """
+    on the map, which lie evenly over the corpus; None: all. Raises UserError where there are fewer than 4 samples,
+    models cannot read the same ones, or as `open_model` and `encode_corpus` do."""
     with join_ranks() as ranks:
         opened = (open_model(name, text=False).to(ranks.device) for name in models)
         found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks) for model in opened]

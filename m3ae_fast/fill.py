@@ -77,11 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:
-    """Return an image file and a caption, with masks, as the model takes them.
-
-    Raises:
-        UserError: the file is no image, or the caption is too long for one of its masks.
-    """
+    """Return an image file and a caption, with masks, as the model takes them. Raises UserError where the file is no
+    image, or the caption is too long for one of its masks."""
     import torch
 
     from m3ae_fast.batch.inputs import prepare_image

@@ -44,11 +44,8 @@ img.wide { background: #fff; max-width: 100%; } pre { overflow-x: auto; }
 
 def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Sequence[Path] = ()) -> None:
     """Write the page of the run folder `run` to `out`, an HTML file, with the results in other folders, and with the
-    curves and results of other runs beside its own.
-
-    Raises:
-        UserError: a run has no metrics, a file is damaged, or `out` cannot be written.
-    """
+    curves and results of other runs beside its own. Raises UserError where a run has no metrics, a file is damaged, or
+    `out` cannot be written."""
     from m3ae_fast.run import checkpoint
 
     runs = {str(folder): read_metrics(folder) for folder in (run, *others)}

@@ -21,11 +21,8 @@ CODES = {"finished": 0, "stopped": 3, "running": 4, "failed": 5}
 
 
 def status(run: Path) -> tuple[str, str]:
-    """Return a run folder's state, one of CODES, and a sentence about it.
-
-    Raises:
-        UserError: no run has taken a step in it, or its record is damaged.
-    """
+    """Return a run folder's state, one of CODES, and a sentence about it. Raises UserError where no run has taken a
+    step in it, or its record is damaged."""
     from m3ae_fast.run.record import RECORD_FILE, RUNNING, Record
     from m3ae_fast.run.run_folder import is_held
 

@@ -26,7 +26,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from m3ae_fast.command_line import add_settings
+from m3ae_fast.command_line import add_resume, add_settings
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.process.launchers import alone
@@ -44,13 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--config", required=True, metavar="FILE", help="a JSON config, such as configs/quickstart.json"
     )
     add_settings(parser, "train.epochs=20")
-    parser.add_argument(
-        "--resume",
-        default="no",
-        metavar="auto|no|PATH",
-        help="auto: continue from the last checkpoint in run.dir, or start; no (default): start a new run; "
-        "PATH: continue from that checkpoint or run folder",
-    )
+    add_resume(parser, "run.dir")
     parser.add_argument(
         "--resume-with-changes",
         action="store_true",

@@ -16,10 +16,8 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Make a path beside `path` to write to, which takes its place when the block ends. The folder is made if needed.
-
-    Raises:
-        UserError: `path` is a folder, or the disk refuses. `path` is as it was, then and after any other exception.
-    """
+    Raises UserError where `path` is a folder, or the disk refuses. `path` is as it was, then and after any other
+    exception."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     partial = path.with_name(f".{path.name}.partial")
@@ -43,9 +41,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def put_in_place(partial: Path, path: Path) -> None:
     """Give a finished file, or a folder of files, the name `path`: its contents reach the disk before the name does.
-
-    Raises OSError where the disk refuses.
-    """
+    Raises OSError where the disk refuses."""
     for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
         to_disk(written)
     os.replace(partial, path)

@@ -28,8 +28,7 @@ from m3ae_fast.shard_tools.tokenize_images import QUALITY, Crops
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.vqgan import quantities
 from m3ae_fast.vqgan.flax import convert_vqgan, from_flax
-from m3ae_fast.vqgan.image_tokens import with_image_targets
-from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
+from m3ae_fast.vqgan.model import VQGAN, VQGANConfig, with_image_targets
 from tests.helpers.shards import caption, members, picture, write_tar
 from tests.helpers.trainer import TINY
 

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.config.schema import SIZES
-from m3ae_fast.convert.flax_names import flax_name, from_flax
 from m3ae_fast.convert.inert_pickle import Inert, load_inert
 from m3ae_fast.convert.vit import IMAGENET
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.pretrained import ENCODER, Pretrained
 
+# our name -> flax path
+_NAMES = {
+    r"patch_embed\.(weight|bias)": r"image_embedding/\1",
+    r"encoder_input\.cls_token": r"cls_token",
+    r"encoder_input\.text_embedding": r"text_embedding/embedding",
+    r"encoder_input\.(image|text)_type": r"encoder_\1_type_embedding",
+    r"decoder_input\.proj\.(weight|bias)": r"decoder_input_projection/\1",
+    r"decoder_input\.unshuffle\.(image|text)_mask": r"\1_mask_embedding",
+    r"decoder_input\.unshuffle\.(image|text)_type": r"decoder_\1_type_embedding",
+    r"(encoder|decoder)\.blocks\.(\d+)\.norm1\.(weight|bias)": r"\1/Block_\2/LayerNorm_0/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.norm2\.(weight|bias)": r"\1/Block_\2/LayerNorm_1/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)": r"\1/Block_\2/Attention_0/Dense_0/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"\1/Block_\2/Attention_0/Dense_1/\3",
+    r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"\1/Block_\2/TransformerMLP_0/\3/\4",
+    r"(encoder|decoder)\.norm\.(weight|bias)": r"\1/LayerNorm_0/\2",
+    r"(image|text)_mlp\.norms\.(\d+)\.(weight|bias)": r"decoder_\1_output/LayerNorm_\2/\3",
+    r"(image|text)_mlp\.layers\.(\d+)\.(weight|bias)": r"decoder_\1_output/Dense_\2/\3",
+    r"(image|text)_head\.(weight|bias)": r"decoder_\1_output/Dense_last/\2",
+}
 # of the official --m3ae.model_type; the published sizes' decoders have 16 heads
 _HEADS = {size: heads for size, (_, _, heads) in SIZES.items()} | {"debug": 16}
 _NORMALISATION = {
@@ -28,12 +48,24 @@ _NORMALISATION = {
 }
 
 
-def read_jax_checkpoint(path: Path) -> Pretrained:
-    """Convert a checkpoint of pre-training or of fine-tuning (whose head is left out).
+def flax_name(name: str, head_depth: int) -> str:
+    """Return the flax path of our parameter `name`: `encoder.norm.weight` -> `encoder/LayerNorm_0/scale`."""
+    for pattern, template in _NAMES.items():
+        if match := re.fullmatch(pattern, name):
+            path = match.expand(template).replace("Dense_last", f"Dense_{head_depth}")
+            return re.sub("weight$", "scale" if "LayerNorm" in path else "kernel", path)
+    raise KeyError(name)
 
-    Raises:
-        UserError: the file is no such checkpoint, is damaged, or holds what an M3AE cannot represent.
-    """
+
+def from_flax(path: str, array: np.ndarray) -> Tensor:
+    """Return the parameter at `path` in our layout: [out, in] for matmuls, rows of vectors for single tokens."""
+    tensor = torch.from_numpy(array)
+    return tensor.T if path.endswith("kernel") else tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
+
+
+def read_jax_checkpoint(path: Path) -> Pretrained:
+    """Convert a checkpoint of pre-training or of fine-tuning (whose head is left out). Raises UserError where the file
+    is no such checkpoint, is damaged, or holds what an M3AE cannot represent."""
     saved = load_inert(path)
     variant, params = _parts(saved, path)
     config = _config(variant, params, path)

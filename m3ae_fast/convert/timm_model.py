@@ -56,11 +56,8 @@ central square with black 0 and white 1 (levels of 8 bits / 255), minus {mean}, 
 
 
 def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Write the encoder as config.json, model.safetensors and README.md, whole or not at all.
-
-    Raises:
-        UserError: the folder holds something else, or cannot be written.
-    """
+    """Write the encoder as config.json, model.safetensors and README.md, whole or not at all. Raises UserError where
+    the folder holds something else, or cannot be written."""
     arguments = model_arguments(config)
     about = {
         "architecture": "vit_base_patch16_224",  # any of its class: model_args holds everything
@@ -83,13 +80,11 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
         },
     }
     card = _CARD.format(
-        name=Path(folder).resolve().name,
-        channels=config.channels,
-        size=config.image_size,
-        patches=config.patches_per_image,
-        emb_dim=config.emb_dim,
+        **config.model_dump(),
         mean=config.image_mean,
         std=config.image_std,
+        name=Path(folder).resolve().name,
+        patches=config.patches_per_image,
         arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
     )
     with output_folder(folder) as path:
@@ -150,11 +145,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def read_timm_folder(folder: Path, heads: ViTOptions) -> Pretrained:
-    """Convert a VisionTransformer that timm saved, or `write_timm`.
-
-    Raises:
-        UserError: a file is missing or damaged, or the model is one that an M3AE cannot represent.
-    """
+    """Convert a VisionTransformer that timm saved, or `write_timm`. Raises UserError where a file is missing or
+    damaged, or the model is one that an M3AE cannot represent."""
     about = _about(folder)
     arguments, pretrained = about.get("model_args") or {}, about.get("pretrained_cfg") or about
     where = str(folder)

@@ -58,12 +58,8 @@ RUNNING = (
 
 
 def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterator[tuple[str, bytes]]:
-    """Yield title and PNG of each chart that has a point.
-
-    Args:
-        charts: what to draw.
-        runs: metrics by the run's name; of several, the last metric of a chart has a colour for each.
-    """
+    """Yield title and PNG of each chart that has a point. `runs`: metrics by the run's name; of several, the last
+    metric of a chart has a colour for each."""
     from matplotlib.figure import Figure
 
     for chart in charts:

@@ -16,7 +16,7 @@ from m3ae_fast.batch.grids import Grid, patch_rows
 from m3ae_fast.batch.normal import normalised
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
-from m3ae_fast.config import Config, ModelConfig
+from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pictures.figures import BLACK, GREEN, RED, Colour, levels, shown, stretched
@@ -85,15 +85,14 @@ def draw_reconstructions(
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    rows = [_row(model, sample, tokenizer, device, vqgan, channels) for sample in samples]
+    rows = [_row(model, sample, tokenizer, vqgan, channels) for sample in samples]
     model.train(was_training)
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + sum(row.height + GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)
     titles = ("original", "masked", "reconstruction", "caption; masked tokens in green are predicted correctly")
     for i, title in enumerate(titles):
-        draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=_font(12))
+        draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=ImageFont.load_default(12))
     y = 24
     for row in rows:
         sheet.paste(row, (0, y))
@@ -106,10 +105,10 @@ def _row(
     model: M3AE,
     sample: Sample,
     tokenizer: CaptionTokenizer | None,
-    device: torch.device,
     vqgan: VQGAN | None,
     channels: Sequence[int] | None,
 ) -> Image.Image:
+    device = next(model.parameters()).device
     output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
     row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, TALLEST), "white")
     height = SIDE
@@ -140,7 +139,7 @@ def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK
 def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
     """Return images, uint8 [C, H, W] each: original, masked and, if pixels are predicted, reconstruction."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
-    patches_LK = _cut(_all_levels(image, c), c.patch_size).float()
+    patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()
     masked, rebuilt = patches_LK.clone(), patches_LK.clone()
     masked[mask_L] = GREY
     grid = model.geometry.grid(image)
@@ -159,11 +158,6 @@ def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None
     rebuilt[mask_L] = predicted[mask_L]
     whole = (patches_LK, masked, rebuilt)
     return [_join(p.clamp(0, 255).round().to(torch.uint8), grid, c.patch_size) for p in whole]
-
-
-def _all_levels(image: Tensor, config: ModelConfig) -> Tensor:
-    """Return every channel as `levels` shows it."""
-    return levels(image, config, range(len(image)))
 
 
 def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
@@ -203,9 +197,9 @@ def caption_views(
 def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> int:
     """Write the lines, each over as many as it needs, and return their height in pixels."""
     left, y = 3 * (SIDE + GAP) + GAP, 0
-    font = _font(13)
+    font = ImageFont.load_default(13)
     for title, words in lines.items():
-        draw.text((left, y), title, fill=FAINT, font=_font(11))
+        draw.text((left, y), title, fill=FAINT, font=ImageFont.load_default(11))
         x = indent = 64.0
         for word, colour in words:
             joined = word.removeprefix("##")  # WordPiece's mark of a piece inside a word
@@ -217,7 +211,3 @@ def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, 
             x += space + width
         y += 22
     return y
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

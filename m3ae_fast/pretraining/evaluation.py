@@ -38,11 +38,7 @@ def stage() -> Iterator[Session]:
 
 def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
     """Return by task the results of the run and of random weights; what an earlier call has measured is read. None
-    where a task was stopped.
-
-    Raises:
-        UserError: a task cannot be done.
-    """
+    where a task was stopped. Raises UserError where a task cannot be done."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     found: dict[str, dict[str, Any]] = {}

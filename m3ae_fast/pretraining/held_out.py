@@ -33,11 +33,8 @@ class _Place(NamedTuple):
 
 
 def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:
-    """Return the offsets of the images, by held-out shard, whose bytes a training shard has too.
-
-    Raises:
-        UserError: a shard cannot be read.
-    """
+    """Return the offsets of the images, by held-out shard, whose bytes a training shard has too. Raises UserError where
+    a shard cannot be read."""
     store = ShardStore()
     first, second = (index_shards(shards, store, progress=True) for shards in (train, val))
     sketches: dict[tuple[int, int], list[_Place]] = {}
@@ -84,11 +81,7 @@ def _digest(place: _Place) -> bytes:
 
 def write_without(shard: str, offsets: set[int], path: Path) -> bool:
     """Write a shard without the samples whose image begins at one of the offsets, unless that was done since the shard
-    changed; return whether any sample is left.
-
-    Raises:
-        UserError: `path` cannot be written.
-    """
+    changed; return whether any sample is left. Raises UserError where `path` cannot be written."""
     members, _ = scan_tar(Path(shard))
     samples = [files for _, files in group(members) if not any(file.offset in offsets for file in files.values())]
     done = path.exists() and path.stat().st_mtime_ns > os.stat(shard).st_mtime_ns

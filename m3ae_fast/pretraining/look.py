@@ -25,10 +25,7 @@ _QUANTILE = 0.95  # of the captions are not cut
 
 def look(shards: Shards, out: Path, labels: str) -> tuple[Facts, list[str]]:
     """Return facts and what to tell the user. Trains a tokenizer into the run folder `out` if there are captions.
-
-    Raises:
-        UserError: the shards cannot be used, or no sample has an image.
-    """
+    Raises UserError where the shards cannot be used, or no sample has an image."""
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
     val = open_corpus([SourceConfig(shards=shards.val)], store, progress=True) if shards.val else None

@@ -40,7 +40,7 @@ from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.resuming import Resume, layout_of, require_same
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.throughput import StepCounts, Throughput
-from m3ae_fast.vqgan.image_tokens import with_image_targets
+from m3ae_fast.vqgan.model import with_image_targets
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m3ae_fast.command_line import CLASSIFIER_HELP, MODEL_HELP, add_labels, add_settings, names_of, program
+from m3ae_fast.command_line import (
+    CLASSIFIER_HELP,
+    MODEL_HELP,
+    add_labels,
+    add_resume,
+    add_settings,
+    names_of,
+    program,
+)
 from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -134,12 +142,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if task.surveys:
             _add_survey(command)
         if task.resumes:
-            command.add_argument(
-                "--resume",
-                default="no",
-                metavar="auto|no|PATH",
-                help="auto: continue from the last checkpoint in DIR, or start; PATH: from that one (default: no)",
-            )
+            add_resume(command, "DIR")
     about = "which of two results on the same samples is better, or whether they cannot be told apart"
     command = tasks.add_parser(DIFFERENCE, help=about, description=about)
     command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")

@@ -28,10 +28,8 @@ _MIXING = 64  # what the number is drawn for, beside those of data.dataset
 
 @dataclass(frozen=True)
 class RandAugment:
-    """A `data.dataset.Transform`: timm's RandAugment (arXiv 1909.13719) of its config string.
-
-    Raises UserError where timm rejects the string, or images are not RGB of 8 bits.
-    """
+    """A `data.dataset.Transform`: timm's RandAugment (arXiv 1909.13719) of its config string. Raises UserError where
+    timm rejects the string, or images are not RGB of 8 bits."""
 
     config: str
     model: ModelConfig

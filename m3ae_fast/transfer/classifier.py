@@ -78,12 +78,8 @@ class Classifier(nn.Module):
         self.backbone.tokenizer = model.tokenizer
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write classifier.json, classifier.safetensors and, where there is one, tokenizer.json into `folder`.
-
-        Args:
-            folder: made where it is missing.
-            weights: by name, instead of the module's own, float32.
-        """
+        """Write classifier.json, classifier.safetensors and, where there is one, tokenizer.json into `folder`, which is
+        made where it is missing. `weights`: by name, instead of the module's own, float32."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if weights is None else self.state_dict() | weights

@@ -22,10 +22,7 @@ _NAME = "val_knn_top1"
 def knn_probe(run: Run) -> Callable[[Run], None] | None:
     """Open the labelled samples of `train.probe` before training starts. Return what logs the accuracy where it is due,
     unless a rank is asked to stop, even half-way; every rank must call it. None where the config asks for no probe.
-
-    Raises:
-        UserError: shards or labels cannot be used.
-    """
+    Raises UserError where shards or labels cannot be used."""
     config, ranks, data = run.config.train.probe, run.ranks, run.config.data
     if config is None:
         return None

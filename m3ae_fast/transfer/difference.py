@@ -22,11 +22,8 @@ Table = dict[str, list[Any]]
 
 def compare_results(folders: Sequence[Path]) -> str:
     """Return which of two results is better, as a sentence; of out-of-distribution detection one for each set and each
-    score. `folders`: the OUT of two tasks.
-
-    Raises:
-        UserError: one has no predictions of classes, or they are not of the same samples.
-    """
+    score. `folders`: the OUT of two tasks. Raises UserError where one has no predictions of classes, or they are not of
+    the same samples."""
     first, second = (read_parquet(folder / FILE) for folder in folders)
     if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
         return _compare_areas(folders, first, second)
@@ -59,11 +56,11 @@ def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
     return "\n".join(lines)
 
 
-def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str, seed: int = 0) -> str:
+def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str) -> str:
     """Return in words whether two scores' areas under the ROC curve differ, by the paired bootstrap over samples.
     `first`, `second`: scores of familiar and of strange samples, [N] and [M], the same samples in the same order."""
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
-    low, high = middle(bootstrap_areas(first[0], first[1], seed) - bootstrap_areas(second[0], second[1], seed))
+    low, high = middle(bootstrap_areas(*first, seed=0) - bootstrap_areas(*second, seed=0))
     words = verdict(name, other, apart, not low <= 0 <= high)
     return f"{words}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
 

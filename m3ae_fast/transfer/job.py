@@ -69,11 +69,7 @@ class Job:
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
         """Return training and validation samples that have a class, and the classes by id; `names` then has what to
-        call them.
-
-        Raises:
-            UserError: as `open_corpus` and `label_corpus` do.
-        """
+        call them. Raises UserError as `open_corpus` and `label_corpus` do."""
         field, progress = self.args.labels, self.ranks.is_main
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
         classes: Classes | None = None
@@ -153,10 +149,7 @@ class Job:
 
     def keep_if_stopped(self, found: Callable[[], tuple[dict[str, Any], Columns]]) -> None:
         """From now on, where this rank is asked to stop, write and print what was found so far, before it leaves.
-
-        Args:
-            found: called then, in a thread of its own; returns what result.json and predictions.parquet would hold.
-        """
+        `found`: called then, in a thread of its own; returns what result.json and predictions.parquet would hold."""
         self.stop.at_leaving = lambda: self._write_so_far(*found())
 
     def _write_so_far(self, result: dict[str, Any], columns: Columns) -> str:

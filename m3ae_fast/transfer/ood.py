@@ -73,13 +73,8 @@ def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tupl
 
 
 class Scores:
-    """The four scores, fitted to training features.
-
-    Args:
-        k: which neighbour's distance counts; at most N.
-        seed: of the logistic regression.
-        head: features [M, D] -> logits [M, K], of a classifier; None: a logistic regression is fitted.
-    """
+    """The four scores, fitted to training features. `k`: which neighbour's distance counts, at most the N-th; `head`:
+    features [M, D] -> logits [M, K], of a classifier; without one, a logistic regression is fitted."""
 
     def __init__(
         self,
@@ -172,14 +167,9 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Return shards by name of their set; "" where only one is given, without a name.
-
-    Args:
-        given: for each --ood its words, of which the first may be NAME=SHARDS.
-
-    Raises:
-        UserError: one of several has no name, two have the same, or one has that of other samples.
-    """
+    """Return shards by name of their set; "" where only one is given, without a name. `given`: for each --ood its
+    words, of which the first may be NAME=SHARDS. Raises UserError where one of several has no name, two have the same, or one
+    has that of other samples."""
     sets: dict[str, list[str]] = {}
     for first, *rest in given:
         match = _NAMED.fullmatch(first)

@@ -22,10 +22,7 @@ FILE = "predictions.parquet"
 
 def best_classes(scores_NC: Tensor) -> Tensor:
     """Return int64 [N, K]: the class of the highest score or, of more than 5 classes, those of the 5 highest, best
-    first.
-
-    Raises UserError where a score is not finite: NaN would be the highest.
-    """
+    first. Raises UserError where a score is not finite: NaN would be the highest."""
     bad = int((~scores_NC.isfinite()).any(1).sum())
     if bad:
         raise UserError(

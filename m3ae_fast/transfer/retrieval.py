@@ -36,13 +36,7 @@ _SHOWN, _BEST = 5, 5  # queries drawn, and what is found for each
 
 def own_ranks(queries_ND: Tensor, candidates_ND: Tensor) -> Tensor:
     """Return the place of each query's own candidate, the one of the same row, among all by likeness (cosine): int64
-    [N], 1 for the most alike.
-
-    Of a tie it is the last: features that are all the same find nothing.
-
-    Args:
-        queries_ND, candidates_ND: floating features, on one device.
-    """
+    [N], 1 for the most alike. Of a tie it is the last: features that are all the same find nothing."""
     candidates_ND = F.normalize(candidates_ND, dim=1)
     ranks = []
     for start in range(0, len(queries_ND), _AT_A_TIME):

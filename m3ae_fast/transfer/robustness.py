@@ -202,18 +202,13 @@ def pgd(
     steps: int,
     step_size: float,
 ) -> Tensor:
-    """Return images that raise the cross entropy of their labels.
+    """Return images, in [0, 1] as those given and at most epsilon away from them, that raise the cross entropy of their
+    labels: projected gradient descent (arXiv 1706.06083) within an L-infinity ball.
 
     Args:
         logits_of: differentiable, of images; [S, K].
-        images_SCHW: floating, in [0, 1].
-        labels_S: int64.
         start_SCHW: in [-1, 1]; the attack starts at images + epsilon * start.
-        epsilon: most that a value changes.
         steps, step_size: of the sign of the gradient.
-
-    Returns:
-        [S, C, H, W] in [0, 1], at most epsilon away from the images.
     """
     low, high = (images_SCHW - epsilon).clamp(min=0), (images_SCHW + epsilon).clamp(max=1)
     attacked = torch.clamp(images_SCHW + epsilon * start_SCHW, low, high)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
-from m3ae_fast.convert.flax_names import flax_name, from_flax
+from m3ae_fast.convert.jax_checkpoint import flax_name, from_flax
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.regular_file import open_regular

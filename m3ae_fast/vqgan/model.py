@@ -9,7 +9,7 @@ Shapes: B images, H x W pixels, h x w codes (H / stride), L = h * w, E width of 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.weights.output_folder import CONFIG_FILE, MODEL_FILE, output_folder, read_tensors, write_tensors
@@ -136,14 +138,8 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the nearest code at each position, by squared distance.
-
-        Args:
-            images: [B, 3, H, W], uint8 or floating in [0, 1]; H and W multiples of the stride.
-
-        Returns:
-            int32 [B, L], row-major.
-        """
+        """Return the nearest code at each position, by squared distance: int32 [B, L], row-major. `images`:
+        [B, 3, H, W], uint8 or floating in [0, 1]; H and W multiples of the stride."""
         height, width = (size // self.config.stride for size in images.shape[-2:])
         ids_BL = torch.empty(len(images), height * width, dtype=torch.int32, device=images.device)
         for start in range(0, len(images), CHUNK):
@@ -205,3 +201,18 @@ class VQGAN(nn.Module):
         ) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: not a converted VQGAN ({reason}); name the folder of a converted one") from None
+
+
+def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) -> PackedBatch:
+    """Return `batch` with the ids of its patches that carry loss, on the device where batch and `vqgan` are; 0 for rows
+    of weight 0.
+
+    The VQGAN takes pixels in [0, 1]: floating images, which are normalised, are put back. (The official code hands it
+    the normalised ones, whatever they are.)
+    """
+    images = batch.images
+    if images.is_floating_point():
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (config.image_mean, config.image_std))
+        images = images * std + mean
+    ids_I = vqgan.encode(images).flatten().index_select(0, batch.image_patch_ids.to(torch.int64))
+    return replace(batch, image_targets=ids_I * (batch.image_row_weight != 0))

@@ -16,7 +16,7 @@ tags: [{tags}]
 # {name}
 
 {what}, arXiv 2205.14204: a ViT encoder, {depth} blocks {emb_dim} wide, of {images} in patches of
-{patch} x {patch}{text}.
+{patch_size} x {patch_size}{text}.
 
 ```python
 from m3ae_fast.model import M3AE
@@ -42,16 +42,13 @@ def model_card(name: str, config: ModelConfig, run: str = "") -> str:
     c = config
     what = "A multimodal masked autoencoder (M3AE)" if c.vocab_size else "An image-only masked autoencoder (MAE, M3AE)"
     return _CARD.format(
+        **c.model_dump(),
         name=name,
+        size=c.image_size,
         what=what,
         tags="masked-autoencoder, " + ("image-text" if c.vocab_size else "image-feature-extraction"),
-        depth=c.depth,
-        emb_dim=c.emb_dim,
         images=f"{c.image_size} x {c.image_size} images" if c.resize == "square" else "images of any aspect ratio",
-        size=c.image_size,
-        patch=c.patch_size,
         patches=c.patches_per_image,
-        channels=c.channels,
         pixels="normalised" if c.image_dtype == "float32" else c.image_dtype,
         text=f" and of captions of up to {c.text_length} tokens" if c.vocab_size else "",
         run=f"\n{run}" if run else "",

@@ -58,11 +58,8 @@ def is_encoder(names: Iterable[str]) -> bool:
 
 
 def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = None) -> None:
-    """Write `model` as a folder that `read_pretrained` reads, whole or not at all. `card`: its README.md.
-
-    Raises:
-        UserError: the folder holds something else, or cannot be written.
-    """
+    """Write `model` as a folder that `read_pretrained` reads, whole or not at all. `card`: its README.md. Raises
+    UserError where the folder holds something else, or cannot be written."""
     with output_folder(folder) as path:
         write_tensors(path / MODEL_FILE, model.state)
         config = model.config.model_dump_json(indent=2, exclude={"init_from"})
@@ -95,11 +92,8 @@ def _preprocessing(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_pretrained(source: str | Path) -> Pretrained:
-    """Read what `write_pretrained` wrote into a folder, or what the hub has under a name.
-
-    Raises:
-        UserError: there is no such folder or model, or a file is missing or damaged.
-    """
+    """Read what `write_pretrained` wrote into a folder, or what the hub has under a name. Raises UserError where there
+    is no such folder or model, or a file is missing or damaged."""
     folder = find_folder(source)
     try:
         data = read_json(folder / CONFIG_FILE)
@@ -138,10 +132,7 @@ def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
     """Load strictly, except that the decoder may be missing as a whole, and then stays. Returns whether it was there.
-    With `assign` the tensors themselves become the weights.
-
-    Raises:
-        UserError: naming the first weight that does not fit.
+    With `assign` the tensors themselves become the weights. Raises UserError naming the first weight that does not fit.
     """
     check_weights(model, state, where)
     model.load_state_dict(state, strict=False, assign=assign)
