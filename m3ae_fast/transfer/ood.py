@@ -168,8 +168,8 @@ def run(job: Job) -> dict[str, Any]:
 
 def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     """Return shards by name of their set; "" where only one is given, without a name. `given`: for each --ood its
-    words, of which the first may be NAME=SHARDS. Raises UserError where one of several has no name, two have the same, or one
-    has that of other samples."""
+    words, of which the first may be NAME=SHARDS. Raises UserError where one of several has no name, two have the same,
+    or one has that of other samples."""
     sets: dict[str, list[str]] = {}
     for first, *rest in given:
         match = _NAMED.fullmatch(first)
