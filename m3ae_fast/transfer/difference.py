@@ -60,7 +60,7 @@ def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name:
     """Return in words whether two scores' areas under the ROC curve differ, by the paired bootstrap over samples.
     `first`, `second`: scores of familiar and of strange samples, [N] and [M], the same samples in the same order."""
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
-    low, high = middle(bootstrap_areas(*first, seed=0) - bootstrap_areas(*second, seed=0))
+    low, high = middle(bootstrap_areas(first[0], first[1], 0) - bootstrap_areas(second[0], second[1], 0))
     words = verdict(name, other, apart, not low <= 0 <= high)
     return f"{words}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
 

@@ -34,7 +34,7 @@ from m3ae_fast.run.resuming import STREAM, Resume, layout_of, require_same
 from m3ae_fast.transfer.augment import Mixing, RandAugment, mixes
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop, complete
+from m3ae_fast.transfer.labelled_loop import ClassLosses, LabelledLoop
 from m3ae_fast.transfer.layer_decay import layer_decay_groups
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.recipe import sentence, settled
@@ -67,7 +67,6 @@ class FineTuning(LabelledLoop):
     model: TrainableClassifier
     val: Corpus
     val_loader: DataLoader[PackedBatch]
-    max_bad_fraction: float
     fixed: dict[str, Tensor]  # weights that training does not change
     averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
 
@@ -101,7 +100,8 @@ class FineTuning(LabelledLoop):
             self.cut_short()
             return None
         predictions, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
-        check_skipped([each for part in skipped for each in part], self.val.samples, self.max_bad_fraction)
+        most_bad = self.job.config.data.max_bad_fraction
+        check_skipped([each for part in skipped for each in part], self.val.samples, most_bad)
         return self.evaluated(Predictions.joined(predictions))
 
     @contextmanager
@@ -116,6 +116,14 @@ class FineTuning(LabelledLoop):
         bf16 = self.settings.precision == "bf16"
         with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
             yield self.averaged
+
+    def save_classifier(self) -> None:
+        """Write the classifier as it was evaluated."""
+        if self.averaged is not None:
+            save = partial(self.averaged.save_pretrained, self.run.dir)
+        else:
+            save = partial(self.model.save_pretrained, self.run.dir, self.engine.whole("model") | self.fixed)
+        self.ranks.on_main(save)
 
 
 def set_up(job: Job) -> FineTuning:
@@ -161,6 +169,7 @@ def set_up(job: Job) -> FineTuning:
     notes += found.restore(engine, sections, same, stream)
     steps = range(found.step, schedule.total_steps)
     return FineTuning(
+        job=job,
         session=job.session,
         folder=job.folder,
         run=run,
@@ -173,14 +182,12 @@ def set_up(job: Job) -> FineTuning:
         train_loader=job.batches(train, share, steps, layout, transform),
         val=val,
         val_loader=eval_loader(data, val, job.preparation, share, pin_memory=pins_memory(ranks.device)),
-        max_bad_fraction=data.max_bad_fraction,
         fixed=fixed,
         averaged=averaged,
         bad=BadSamples(data.max_bad_fraction, train.samples),
         stream=stream,
         notes=notes,
         classes=classes,
-        names=job.names,
         start=found.step,
     )
 
@@ -203,13 +210,4 @@ def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.watch_over(job.config.run)
     loop = set_up(job)
-    return complete(job, loop, partial(_save_classifier, loop), loop.val.samples)
-
-
-def _save_classifier(loop: FineTuning) -> None:
-    """Write the trained classifier into the run's folder."""
-    if loop.averaged is not None:  # as it was evaluated
-        loop.ranks.on_main(partial(loop.averaged.save_pretrained, loop.run.dir))
-        return
-    weights = loop.engine.whole("model") | loop.fixed
-    loop.ranks.on_main(partial(loop.model.save_pretrained, loop.run.dir, weights))
+    return loop.complete(loop.val.samples)

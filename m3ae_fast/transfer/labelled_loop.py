@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,10 +39,10 @@ class ClassLosses(NamedTuple):
 class LabelledLoop(Loop):
     """Counts samples, and shows what was learnt."""
 
+    job: Job
     settings: LinearProbeConfig | FineTuneConfig
     notes: list[str]  # on what a resumed run does otherwise
     classes: Classes
-    names: list[str]  # of the classes, for pictures
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,37 +94,40 @@ class LabelledLoop(Loop):
         self.log.log(self.step, {f"val_{name}": value for name, value in values.items() if not name.endswith(ERROR)})
         return values
 
+    @abstractmethod
+    def save_classifier(self) -> None:
+        """Write the trained classifier into the run's folder. Every rank must call it."""
+
+    def complete(self, val_samples: int) -> dict[str, Any] | None:
+        """Train, save the classifier, and keep its predictions. Return the result; None where the run was stopped
+        before its end."""
+        job, result = self.job, train(self)
+        if result is None:
+            return None
+        self.save_classifier()
+        assert self.predictions is not None
+        job.keep(self.predictions.columns(self.classes))
+        job.pictures.append(self.draw)
+        found = job.ranks.broadcast(self.cautions)
+        for caution in found:
+            job.say(f"note: {caution}")
+        return result | {
+            "classes": len(self.classes),
+            "steps": self.step,
+            "train_samples": self.schedule.samples,
+            "val_samples": val_samples,
+            "skipped": self.bad.bad,
+            "recipe": chosen(self.settings),
+            "cautions": found,
+        }
+
     def draw(self) -> None:
         """Draw the run and its last evaluation, on the main rank."""
         folder = self.run.dir
         draw_training(folder / "training.png", read_metrics(folder), self.schedule.steps_per_epoch)
         found = self.predictions
         assert found is not None
-        draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.names)
-
-
-def complete(job: Job, loop: LabelledLoop, save: Callable[[], None], val_samples: int) -> dict[str, Any] | None:
-    """Train, `save` the classifier, and keep its predictions. Return the result; None where the run was stopped before
-    its end."""
-    result = train(loop)
-    if result is None:
-        return None
-    save()
-    assert loop.predictions is not None
-    job.keep(loop.predictions.columns(loop.classes))
-    job.pictures.append(loop.draw)
-    found = job.ranks.broadcast(loop.cautions)
-    for caution in found:
-        job.say(f"note: {caution}")
-    return result | {
-        "classes": len(loop.classes),
-        "steps": loop.step,
-        "train_samples": loop.schedule.samples,
-        "val_samples": val_samples,
-        "skipped": loop.bad.bad,
-        "recipe": chosen(loop.settings),
-        "cautions": found,
-    }
+        draw_confusion(folder / "confusion.png", found.labels_N, found.best_NK[:, 0], self.job.names)
 
 
 def cautions(

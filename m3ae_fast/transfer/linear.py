@@ -23,7 +23,7 @@ from m3ae_fast.run.resuming import STREAM, Resume, layout_of, require_same
 from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.job import Job
-from m3ae_fast.transfer.labelled_loop import LabelledLoop, complete
+from m3ae_fast.transfer.labelled_loop import LabelledLoop
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
 from m3ae_fast.transfer.rates import Tried, best, edge, table, try_rates
@@ -37,13 +37,12 @@ class Probing(LabelledLoop):
     """A linear probe's run."""
 
     settings: LinearProbeConfig
-    pool: str
     head: LinearProbeHead
     val: Features
     tried: list[Tried]  # rates; empty where one was given
 
     def announce(self) -> None:
-        task = f"linear probe of {self.pool} features, {len(self.classes)} classes, "
+        task = f"linear probe of {self.job.config.encode.pool} features, {len(self.classes)} classes, "
         self.say_first(task + sentence(self.settings, self.schedule, self.step))
 
     def evaluate_if_due(self) -> None:
@@ -67,6 +66,24 @@ class Probing(LabelledLoop):
         with torch.no_grad():
             scores_NK = self.head(self.val.features_ND.to(self.ranks.device))
         return self.evaluated(Predictions.of(self.val.keys, self.val.labels, scores_NK))
+
+    def save_classifier(self) -> None:
+        job = self.job
+        config = ClassifierConfig(
+            model=job.model.config,
+            head="linear",
+            pool=job.config.encode.pool,
+            modality=job.args.modality,
+            classes=list(self.classes),
+        )
+
+        def save() -> None:
+            classifier = Classifier(config)
+            classifier.load_backbone(job.model.cpu())
+            classifier.head.load_state_dict(self.head.state_dict())
+            classifier.save_pretrained(self.run.dir)
+
+        self.ranks.on_main(save)
 
 
 def set_up(job: Job) -> Probing:
@@ -109,12 +126,12 @@ def set_up(job: Job) -> Probing:
     notes += found.restore(engine, sections, same, stream)
     steps = range(found.step, schedule.total_steps)
     return Probing(
+        job=job,
         session=job.session,
         folder=job.folder,
         run=run,
         settings=config,
         sections=sections,
-        pool=job.config.encode.pool,
         share=Share(share.global_batch) if cached else share,
         schedule=schedule,
         engine=engine,
@@ -128,7 +145,6 @@ def set_up(job: Job) -> Probing:
         val=held_out,
         tried=tried,
         classes=classes,
-        names=job.names,
         start=found.step,
     )
 
@@ -146,23 +162,7 @@ def run(job: Job) -> dict[str, Any] | None:
     """Return the accuracies; None where the run was stopped before its end."""
     job.pulse.watch_over(job.config.run)
     loop = set_up(job)
-    result = complete(job, loop, lambda: job.ranks.on_main(lambda: _save_classifier(job, loop)), len(loop.val.keys))
-    if result is None:
+    if (result := loop.complete(len(loop.val.keys))) is None:
         return None
     rates = [tried._asdict() for tried in loop.tried]
     return result | {"skipped": result["skipped"] + len(loop.val.skipped), "rates": rates}
-
-
-def _save_classifier(job: Job, loop: Probing) -> None:
-    """Write encoder and head into the run's folder."""
-    config = ClassifierConfig(
-        model=job.model.config,
-        head="linear",
-        pool=job.config.encode.pool,
-        modality=job.args.modality,
-        classes=list(loop.classes),
-    )
-    classifier = Classifier(config)
-    classifier.load_backbone(job.model.cpu())
-    classifier.head.load_state_dict(loop.head.state_dict())
-    classifier.save_pretrained(loop.run.dir)

@@ -235,10 +235,10 @@ def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_p
         run=argparse.Namespace(dir=tmp_path),
         schedule=Schedule(LinearProbeConfig(global_batch=4), LinearProbeConfig(), samples=12),
         predictions=argparse.Namespace(labels_N=torch.tensor([2, 0]), best_NK=guesses),
-        names=["a", "b", "c"],
+        job=argparse.Namespace(names=["a", "b", "c"]),
     )
     labelled_loop.LabelledLoop.draw(loop)
     assert drawn["draw_training"] == (tmp_path / "training.png", [tmp_path], 3)
     path, labels, found, classes = drawn["draw_confusion"]
-    assert (path, classes) == (tmp_path / "confusion.png", loop.names)
+    assert (path, classes) == (tmp_path / "confusion.png", loop.job.names)
     assert (labels.tolist(), found.tolist()) == ([2, 0], [2, 1])
