@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Features:
-    """Of the samples that could be read, in file order."""
+    """Features of the samples that could be read, in file order."""
 
     keys: list[str]
     features_ND: Tensor  # float32, on the CPU; of several layers [N, K, D]

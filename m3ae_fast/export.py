@@ -163,9 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
     if images:
         from m3ae_fast.convert.onnx_knn import knn_lines
-        from m3ae_fast.convert.onnx_model import names
+        from m3ae_fast.convert.onnx_model import file_names
 
-        print("\n  ".join(knn_lines(names(Path(args.out)), found.config, found.state, images)))
+        print("\n  ".join(knn_lines(file_names(Path(args.out)), found.config, found.state, images)))
     if args.push:
         from m3ae_fast.weights.hub import push_folder
 

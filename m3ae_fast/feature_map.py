@@ -25,7 +25,7 @@ NEIGHBOURS = 10
 _PERPLEXITY = 30.0
 
 
-class Apart(NamedTuple):
+class Separation(NamedTuple):
     """How well the classes of points lie apart."""
 
     silhouette: float  # mean over points, from -1 to 1 (Rousseeuw 1987); nan where every class has one point
@@ -64,7 +64,7 @@ def draw_feature_map(
     for name, features in zip(models, found):
         places_N2 = _places(features.features_ND.numpy(), seed)
         panels.append(MapPanel(name, places_N2, f"{separation(places_N2, labels_N)}, {len(labels_N):,} samples"))
-        print(f"{name}: {panels[-1].told}")
+        print(f"{name}: {panels[-1].caption}")
     draw_map(path, panels, labels_N, classes)
 
 
@@ -75,7 +75,7 @@ def _places(features_ND: np.ndarray, seed: int) -> np.ndarray:
     return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features_ND)
 
 
-def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NEIGHBOURS) -> Apart:
+def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NEIGHBOURS) -> Separation:
     """Return how well the classes of points lie apart, by their distances in the plane. `neighbours`, at most N - 1, of
     each point vote for its class; of equal votes the lowest class id wins."""
     from scipy.stats import mode
@@ -86,4 +86,4 @@ def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NE
     nearest_NK = NearestNeighbors(n_neighbors=neighbours).fit(points_N2).kneighbors(return_distance=False)
     right = float((mode(labels_N[nearest_NK], axis=1).mode == labels_N).mean())
     defined = 1 < len(np.unique(labels_N)) < len(labels_N)
-    return Apart(float(silhouette_score(points_N2, labels_N)) if defined else np.nan, right, neighbours)
+    return Separation(float(silhouette_score(points_N2, labels_N)) if defined else np.nan, right, neighbours)

@@ -43,7 +43,7 @@ def track(items: Iterable[T], title: str, total: int | None = None, *, show: boo
 
 
 class TimeLeft:
-    """Of work that consists of parts: the time left, by the time that the parts so far took."""
+    """The time left of work that consists of parts, judged by the time that the parts so far took."""
 
     def __init__(self, total: float) -> None:
         """Begin the work. `total`: its size, in whatever the parts are measured in."""

@@ -71,7 +71,7 @@ def as_input(images: Tensor, config: ModelConfig) -> np.ndarray:
     return pixels.numpy().astype(input_dtype(config), copy=False)
 
 
-def names(out: Path) -> tuple[Path, Path]:
+def file_names(out: Path) -> tuple[Path, Path]:
     """Return the names of the float32 and of the int8 file of an export to `out`."""
     return out, out.with_name(out.name.removesuffix(SUFFIX) + INT8_SUFFIX)
 
@@ -91,7 +91,7 @@ def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -
         exact = _checked(encoder, config, partial)
         if exact.cosine < NEEDED:
             raise UserError(f"{out}: its features differ from torch's (cosine {exact.cosine:.6f}); no file was written")
-    _, small = names(out)
+    _, small = file_names(out)
     with whole_file(small) as partial:
         _quantise(out, partial)
         quick = _checked(encoder, config, partial)

@@ -32,7 +32,7 @@ _SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20  # pixels: of an image, of a caption
 
 
 class Look(NamedTuple):
-    """Whose attention it is."""
+    """Which attention is shown."""
 
     block: int = -1  # of the encoder, from 0; -1: the last
     head: int | None = None  # from 0; None: the mean over all

@@ -212,7 +212,7 @@ class MapPanel(NamedTuple):
 
     title: str
     places_N2: np.ndarray
-    told: str = ""  # beneath them
+    caption: str = ""
 
 
 def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
@@ -230,7 +230,7 @@ def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, class
             x, y = panel.places_N2[mine].T
             label = str(classes[number]) if classes else "samples"
             marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=label))
-        axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.told)
+        axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.caption)
     if 0 < len(classes) <= _MOST_NAMES:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of the training samples, and of what is held out."""
+    """Facts about the training samples, and about what is held out."""
 
     samples: int
     held_out: int
@@ -212,11 +211,6 @@ def _give_way(config: dict[str, Any], override: str) -> None:
 def _probe(train: Any, val: Any, labels: str, every: int | None) -> dict[str, Any]:
     images = [[source | {"modality": "image"} for source in part] for part in (train, val)]
     return {"train": images[0], "val": images[1], "labels": labels, "every": every}
-
-
-def written(config: Config) -> str:
-    """Return the file of a config: every setting, also those that have their defaults."""
-    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
 
 
 def _power_below(value: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from m3ae_fast.config import Config, load_config
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
-from m3ae_fast.pretraining.choices import check_overrides, written
+from m3ae_fast.pretraining.choices import check_overrides
 from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
@@ -116,6 +117,6 @@ def _configured(
     said = (note if note.startswith(" ") else f"note: {note}" for note in [*shards.notes, *notes])  # some have examples
     print("\n".join([*plan.lines, *said]), flush=True)
     if not dry_run:
-        write_whole(path, written(plan.config))
+        write_whole(path, json.dumps(plan.config.model_dump(mode="json"), indent=2) + "\n")  # defaults too
         print(f"{path} has all settings; --set section.key=value changes one", flush=True)
     return plan.config

@@ -188,18 +188,15 @@ def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
         (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed: its shards are made anew"]
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
-    held = next((split for split in _HELD_OUT_SPLITS if any(_of(split, path) for path in made.shards)), None)
-    others = sorted({path.name.rpartition("-")[0] for path in made.shards} - set(_HELD_OUT_SPLITS))
+    splits = {path.name.rpartition("-")[0] for path in made.shards}
+    held = next((split for split in _HELD_OUT_SPLITS if split in splits), None)
+    others = sorted(splits - set(_HELD_OUT_SPLITS))
     train = "train" if "train" in others else others[0]
     whole = folder.resolve()
     lines = notes + made.tally.lines()
     if not held:
         lines.append("nothing is held out: no loss or accuracy will be of samples that training has not seen")
     return Shards([str(whole / f"{train}-*.tar")], [str(whole / f"{held}-*.tar")] if held else [], lines)
-
-
-def _of(split: str, shard: Path) -> bool:
-    return shard.name.rpartition("-")[0] == split
 
 
 def _settings(source: Records) -> Settings:

@@ -40,7 +40,7 @@ def topk_accuracy(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of N samples, on the CPU."""
+    """Predictions of N samples, on the CPU."""
 
     keys: list[str]
     labels_N: Tensor  # int64 class ids

@@ -40,7 +40,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Difference(NamedTuple):
-    """Of two accuracies on the same samples: first minus second."""
+    """The difference of two accuracies on the same samples: first minus second."""
 
     value: float
     low: float  # 95 % interval, by the bootstrap
