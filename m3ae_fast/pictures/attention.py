@@ -177,13 +177,8 @@ def _outlined(image: Tensor, patch: tuple[int, int], size: int) -> Image.Image:
     """Return an image, uint8 [C, H, W], with a frame around the patch of `size` pixels at (row, column)."""
     picture, (left, top, width, _) = shown(image, _SIDE), box_in(image, _SIDE)
     scale, (row, column) = width * size / image.shape[-1], patch
-    box = (
-        left + column * scale,
-        top + row * scale,
-        left + (column + 1) * scale - 1,
-        top + (row + 1) * scale - 1,
-    )
-    ImageDraw.Draw(picture).rectangle(box, outline=OUTLINE, width=2)
+    x, y = left + column * scale, top + row * scale
+    ImageDraw.Draw(picture).rectangle((x, y, x + scale - 1, y + scale - 1), outline=OUTLINE, width=2)
     return picture
 
 

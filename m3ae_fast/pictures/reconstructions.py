@@ -140,24 +140,20 @@ def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None
     """Return images, uint8 [C, H, W] each: original, masked and, if pixels are predicted, reconstruction."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()
-    masked, rebuilt = patches_LK.clone(), patches_LK.clone()
+    masked = patches_LK.clone()
     masked[mask_L] = GREY
+    views = [patches_LK, masked]
+    if pixels_IK is not None:
+        if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
+            normal = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)
+            spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
+            pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
+        mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
+        is_uint8, predicted = image.dtype == torch.uint8, patches_LK.clone()
+        predicted[with_loss] = (pixels_IK * std + mean) * 255 if is_uint8 else stretched(pixels_IK).float()
+        views.append(torch.where(mask_L[:, None], predicted, patches_LK))
     grid = model.geometry.grid(image)
-    if pixels_IK is None:
-        return [_join(p.to(torch.uint8), grid, c.patch_size) for p in (patches_LK, masked)]
-    mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
-    if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
-        normal = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)
-        spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
-        pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
-    predicted = patches_LK.clone()
-    if image.dtype == torch.uint8:
-        predicted[with_loss] = (pixels_IK * std + mean) * 255
-    else:
-        predicted[with_loss] = stretched(pixels_IK).float()
-    rebuilt[mask_L] = predicted[mask_L]
-    whole = (patches_LK, masked, rebuilt)
-    return [_join(p.clamp(0, 255).round().to(torch.uint8), grid, c.patch_size) for p in whole]
+    return [_join(view.clamp(0, 255).round().to(torch.uint8), grid, c.patch_size) for view in views]
 
 
 def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
