@@ -156,14 +156,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--train and --val go together, with --format onnx")
     images = None
     if args.train:
-        from m3ae_fast.convert.onnx_knn import open_labelled
+        from m3ae_fast.convert.onnx_model import open_labelled
 
         images = open_labelled(args.train, args.val, args.labels)
     found = export(args.run, args.out, args.format, args.push, args.weights)
     print("\n  ".join([f"exported {found.kind} to {args.out}", *found.notes]))
     if images:
-        from m3ae_fast.convert.onnx_knn import knn_lines
-        from m3ae_fast.convert.onnx_model import file_names
+        from m3ae_fast.convert.onnx_model import file_names, knn_lines
 
         print("\n  ".join(knn_lines(file_names(Path(args.out)), found.config, found.state, images)))
     if args.push:

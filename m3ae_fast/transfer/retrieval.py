@@ -70,10 +70,9 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError(f"{len(common)} samples of --val have an image and a caption; retrieval needs two or more")
     images_ND, texts_ND = (_rows(features, common) for features in (images, texts))
     keys = [key for key in images.keys if key in common]
-    ways = dict(zip(WAYS, ((images_ND, texts_ND), (texts_ND, images_ND))))  # queries and candidates
-    job.pictures.append(lambda: _draw(job, pairs, keys, ways))
+    job.pictures.append(lambda: _draw(job, pairs, keys, images_ND, texts_ND))
     columns["key"] = keys
-    for name, way in ways.items():
+    for name, way in _ways(images_ND, texts_ND).items():
         ranks_N = own_ranks(*way)
         columns[f"{name}_rank"] = ranks_N.tolist()
         found = {f"{name}_recall{k}": fraction for k, fraction in recalls(ranks_N).items()}
@@ -122,11 +121,16 @@ def _rows(features: Features, keys: set[str]) -> Tensor:
     return features.features_ND[[row for row, key in enumerate(features.keys) if key in keys]]
 
 
-def _draw(job: Job, pairs: Corpus, keys: list[str], ways: dict[str, tuple[Tensor, Tensor]]) -> None:
+def _ways(images_ND: Tensor, texts_ND: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return queries and candidates of both ways."""
+    return dict(zip(WAYS, ((images_ND, texts_ND), (texts_ND, images_ND))))
+
+
+def _draw(job: Job, pairs: Corpus, keys: list[str], images_ND: Tensor, texts_ND: Tensor) -> None:
     """Draw what is found for some captions, and for some images; the own ones are green."""
     count = min(_SHOWN, len(keys))
     rows = [number * len(keys) // count for number in range(count)]
-    for name, (queries_ND, candidates_ND) in ways.items():
+    for name, (queries_ND, candidates_ND) in _ways(images_ND, texts_ND).items():
         asked, found = name.split("_to_")
         similarity_QN = F.normalize(queries_ND[rows], dim=1) @ F.normalize(candidates_ND, dim=1).T
         best = similarity_QN.topk(min(_BEST, len(keys)), dim=1).indices.tolist()
