@@ -23,7 +23,7 @@ from m3ae_fast.model import M3AE
 
 model = M3AE.from_pretrained("{name}")
 features = model.encode({arguments})  # files, PIL images or arrays{captions} -> float32 [S, {emb_dim}]
-tokens = model.representation(pixels)  # {pixels} [B, {channels}, {size}, {size}] -> [B, 1 + {patches}, {emb_dim}]
+tokens = model.representation(pixels)  # {pixels} [B, {channels}, {side}, {side}] -> [B, 1 + {patches}, {emb_dim}]
 ```
 
 Licence: to be filled in, by whoever publishes these weights; that of the training data may limit it.
@@ -44,7 +44,7 @@ def model_card(name: str, config: ModelConfig, run: str = "") -> str:
     return _CARD.format(
         **c.model_dump(),
         name=name,
-        size=c.image_size,
+        side=c.image_size,
         what=what,
         tags="masked-autoencoder, " + ("image-text" if c.vocab_size else "image-feature-extraction"),
         images=f"{c.image_size} x {c.image_size} images" if c.resize == "square" else "images of any aspect ratio",
