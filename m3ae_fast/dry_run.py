@@ -59,13 +59,13 @@ def report(config: Config, world: int | None = None, *, data: bool = True, sizes
     console = Console(highlight=False, soft_wrap=True)
     official = reference_flops(config.model, config.masking)
     ours = executed_flops(config.model, batch) / len(batch.keys)
+    peaks = data_sheet("H100")
+    assert peaks is not None
+    rate = UTILISATION * peaks.flops / ours  # samples per second of an H100
     square = ", of a square image" if config.model.resize == "native" else ""
     lines = [
         ("parameters", f"{parameters:,}"),
-        (
-            "FLOPs per sample",
-            f"{official / 1e9:,.1f} G forward and backward, as the official code computes it{square}",
-        ),
+        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward, as the official code computes it{square}"),
         ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
         (
             "batch",
@@ -74,15 +74,19 @@ def report(config: Config, world: int | None = None, *, data: bool = True, sizes
             + (" (train.micro_batch is a maximum)" if micro != config.train.micro_batch else ""),
         ),
         *([] if grids is None else _images(batch, micro)),
-        ("network", _network(config, parameters, world, accumulation, _rate(ours))),
-        ("loader", _loader_cores(_rate(ours))),
+        ("network", _network(config, parameters, world, accumulation, rate)),
+        (
+            "loader",
+            f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for the {rate:,.0f} samples/s of an H100 at "
+            f"{UTILISATION:.0%} of its peak",
+        ),
     ]
     if data:
         found = open_data(config.data, config.model, progress=True)
         schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
         held_out = f", {found.val.samples:,} held out" if found.val else ""
         lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
-        lines += _fetching(config, found.train, world, _rate(ours))
+        lines += _fetching(config, found.train, world, rate)
     for name, text in lines:
         console.print(f"{name:21} {text}")
     activations = micro * activation_bytes(config, batch) / len(batch.keys)
@@ -161,20 +165,6 @@ def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[t
         ),
         ("disk of a node", f"{2 * first / 1e9:,.3g} GB of copies or more; {owned / 1e9:,.3g} GB for all that it reads"),
     ]
-
-
-def _rate(flops: float) -> float:
-    """Return the samples per second of an H100."""
-    peaks = data_sheet("H100")
-    assert peaks is not None
-    return UTILISATION * peaks.flops / flops
-
-
-def _loader_cores(rate: float) -> str:
-    return (
-        f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for the {rate:,.0f} samples/s of an H100 at {UTILISATION:.0%} "
-        "of its peak"
-    )
 
 
 def _memory_table(config: Config, parameters: int, world: int, activations: float) -> Table:

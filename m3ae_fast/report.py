@@ -114,9 +114,7 @@ def _sentence(*parts: str) -> str:
 
 
 def _numbers(metrics: Metrics, info: checkpoint.Info | None) -> str:
-    last: dict[str, Any] = {}
-    for values in metrics:
-        last |= values
+    last: dict[str, Any] = dict(item for values in metrics for item in values.items())
     rows = [["steps", f"{last['step']:,}"]]
     if info:
         rows.append(["samples seen", f"{info.samples:,}"])

@@ -102,11 +102,7 @@ def draw_reconstructions(
 
 
 def _row(
-    model: M3AE,
-    sample: Sample,
-    tokenizer: CaptionTokenizer | None,
-    vqgan: VQGAN | None,
-    channels: Sequence[int] | None,
+    model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, vqgan: VQGAN | None, channels: Sequence[int] | None
 ) -> Image.Image:
     device = next(model.parameters()).device
     output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))

@@ -175,10 +175,7 @@ def settings(
             "tokenizer": str((out / TOKENIZER).resolve()) if facts.vocab_size else None,
             "crop_scale": [0.4, 1.0],
         },
-        "optim": {
-            "warmup_epochs": round(_WARM_UP * steps / max(facts.samples // batch, 1), 3),
-            "clip_grad": 1.0,
-        },
+        "optim": {"warmup_epochs": round(_WARM_UP * steps / max(facts.samples // batch, 1), 3), "clip_grad": 1.0},
         "train": {
             "global_batch": batch,
             "steps": steps,

@@ -17,15 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m3ae_fast.command_line import (
-    CLASSIFIER_HELP,
-    MODEL_HELP,
-    add_labels,
-    add_resume,
-    add_settings,
-    names_of,
-    program,
-)
+from m3ae_fast.command_line import CLASSIFIER_HELP, MODEL_HELP, add_labels, add_resume, add_settings, names_of, program
 from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly

@@ -69,10 +69,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _draw_neighbours(
-    job: Job,
-    corpora: tuple[Corpus, Corpus],
-    features: tuple[Features, Features],
-    predicted_M: Tensor,
+    job: Job, corpora: tuple[Corpus, Corpus], features: tuple[Features, Features], predicted_M: Tensor
 ) -> None:
     """Draw some samples evenly, and the training samples most like each; green where they are of its class."""
     bank, queries = features

@@ -69,12 +69,9 @@ class Probing(LabelledLoop):
 
     def save_classifier(self) -> None:
         job = self.job
+        pool, classes = job.config.encode.pool, list(self.classes)
         config = ClassifierConfig(
-            model=job.model.config,
-            head="linear",
-            pool=job.config.encode.pool,
-            modality=job.args.modality,
-            classes=list(self.classes),
+            model=job.model.config, head="linear", pool=pool, modality=job.args.modality, classes=classes
         )
 
         def save() -> None:
