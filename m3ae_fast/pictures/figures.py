@@ -216,22 +216,19 @@ class MapPanel(NamedTuple):
 
 
 def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
-    """Write a PNG: a panel of points in a plane for each, beside each other, coloured by class. Labels are ids; without
-    `classes` they play no part."""
+    """Write a PNG: a panel of points in a plane for each, beside each other, coloured by class. Labels are ids."""
     from matplotlib import colormaps
 
     figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))
     palette = "tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "gist_ncar"
-    colours = colormaps[palette].resampled(max(len(classes), 1))
+    colours = colormaps[palette].resampled(len(classes))
     for axes, panel in zip(all_axes, panels):
         marks = []
-        for number in range(max(len(classes), 1)):
-            mine = labels_N == number if classes else slice(None)
-            x, y = panel.places_N2[mine].T
-            label = str(classes[number]) if classes else "samples"
-            marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=label))
+        for number, name in enumerate(classes):
+            x, y = panel.places_N2[labels_N == number].T
+            marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=str(name)))
         axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.caption)
-    if 0 < len(classes) <= _MOST_NAMES:
+    if len(classes) <= _MOST_NAMES:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
         for text, name in zip(legend.get_texts(), classes):  # matplotlib leaves out labels that begin with _

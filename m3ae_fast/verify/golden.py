@@ -123,8 +123,8 @@ class Golden:
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             yield Quantity(f"grad {path(name)}", grad, self.at(f"grads/{path(name)}"), tolerance)
 
-    def samples(self, masked: bool = True) -> list[Sample]:
-        """Return the batch with its masks, or with everything visible."""
+    def samples(self) -> list[Sample]:
+        """Return the batch with its masks."""
         images, text = self.get("in/image_u8"), self.get("in/text")
         size = next(len(array) for array in (images, text) if array is not None)
         samples = []
@@ -132,11 +132,11 @@ class Golden:
             sample = Sample(key=f"sample {i}")
             if images is not None:
                 sample.image = images[i].permute(2, 0, 1).contiguous()
-                sample.image_mask = (self.tensor("in/image_mask")[i] > 0) & masked
+                sample.image_mask = self.tensor("in/image_mask")[i] > 0
             if text is not None:
                 valid = self.valid(i)
                 sample.tokens = text[i][valid]
-                sample.text_mask = (self.tensor("in/text_mask")[i] > 0)[valid] & masked
+                sample.text_mask = (self.tensor("in/text_mask")[i] > 0)[valid]
             samples.append(sample)
         return samples
 

@@ -49,8 +49,6 @@ def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
     assert colours[0] == colours[1] and len(set(colours[0])) == 3
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["cat", "dog", "emu"]
     assert [(axes.get_title(), axes.get_xlabel()) for axes in (left, right)] == [("one", "told"), ("two", "")]
-    figures.draw_map(tmp_path / "plain.png", [figures.MapPanel("", places)], np.full(40, -1), [])
-    assert points(drawn[1].axes[0]) == {"samples": sorted(map(tuple, places.tolist()))}
 
 
 @pytest.mark.parametrize(("classes", "named"), [(20, True), (21, True), (40, True), (41, False)])
