@@ -139,16 +139,14 @@ def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
     from m3ae_fast.data.reader import Reader
 
     sources = [replace(s, modalities=["text"] * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
-    readers = [Reader(source, corpus.store) for source in sources]
-    ends = np.cumsum([source.sizes.sum() for source in sources])
+    readers = [(Reader(source, corpus.store), int(source.sizes.sum())) for source in sources]
+    places = [(reader, number) for reader, samples in readers for number in range(samples)]
     captions = []
-    for number, place in zip(numbers, np.searchsorted(ends, numbers, side="right")):
-        reader = readers[place]
+    for reader, number in (places[number] for number in numbers):
         try:
-            caption = reader.read(*reader.find(int(number - ends[place] + sources[place].sizes.sum()))).caption
+            captions.append(reader.read(*reader.find(number)).caption or "")
         except BadSample:
-            caption = None
-        captions.append(caption or "")
+            captions.append("")
     return captions
 
 
@@ -168,10 +166,9 @@ def _number(corpus: Corpus) -> Corpus:
 
 def _names(corpus: Corpus, numbers: np.ndarray, keys: list[str]) -> dict[str, np.ndarray]:
     shards = [shard for source in corpus.sources for shard in source.shards]
-    ends = np.cumsum([shard.summary.samples for shard in shards])
-    names = [shards[i].shard for i in np.searchsorted(ends, numbers, side="right")]
+    names = np.repeat([shard.shard for shard in shards], [shard.summary.samples for shard in shards])[numbers]
     bare = [key.removeprefix(f"{name}/") for key, name in zip(keys, names)]
-    return {"keys": np.array(bare, dtype=str), "shards": np.array(names, dtype=str)}
+    return {"keys": np.array(bare, dtype=str), "shards": names}
 
 
 def _label_array(labels: list[Label | None]) -> np.ndarray:

@@ -107,8 +107,7 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
 def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> str:
     """Return how much memory the patch tokens take, for the user. Raises UserError where they would not fit."""
     samples = sum(corpus.samples for corpus in corpora)
-    needed = 2 * samples * layers * model.most_patches * model.emb_dim  # of float16
-    needed *= 2  # while parts are joined
+    needed = 2 * 2 * samples * layers * model.most_patches * model.emb_dim  # of float16, twice while parts are joined
     what = f"the patch tokens of {samples:,} samples at {layers} layer{'s' * (layers != 1)}"
     if lacking := missing_memory(needed, torch.device("cpu")):
         raise UserError(f"{what} do not fit into memory: {lacking}; name fewer samples, or fewer --layers")
