@@ -1,11 +1,13 @@
 """The image encoder as an ONNX file gives the features of `encode`, of any number of images."""
 
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -13,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.convert import onnx_model
+from m3ae_fast.convert import onnx_knn, onnx_model
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.export import main as export
 from m3ae_fast.transfer.__main__ import main as transfer
@@ -73,6 +75,19 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
         assert "--train and --val go together, with --format onnx" in capsys.readouterr().err
 
 
+def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
+    """Of a file whose features say nothing, by a clock that goes on by a second at each look."""
+    model, _, _ = make()
+    images = onnx_knn.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
+    draw = np.random.default_rng(0).standard_normal
+    monkeypatch.setattr(onnx_knn, "_runs", lambda path: lambda pixels: torch.from_numpy(draw((len(pixels), 8))).float())
+    monkeypatch.setattr(onnx_knn, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    _, exact, lost = onnx_knn.knn_lines([Path("a.onnx")], model.config, model.state_dict(), images)
+    right = [float(re.search(r"k-NN ([\d.]+)%", line)[1]) for line in (exact, lost)]
+    assert right[1] < right[0] and f", {right[1] - right[0]:.1f} points from torch" in lost
+    assert all(line.endswith(", 12 images/s on this machine") for line in (exact, lost))
+
+
 def test_the_example_needs_no_torch(tmp_path):
     model, _, _ = make()
     onnx_model.write_onnx(tmp_path / "encoder.onnx", model.config, model.state_dict())
@@ -88,6 +103,22 @@ def test_the_example_needs_no_torch(tmp_path):
     first, second = model.encode([tmp_path / f"{number}.png" for number in range(2)], precision="fp32")
     told = float(out.split()[-1])
     assert told == pytest.approx(torch.cosine_similarity(first, second, dim=0).item(), abs=2e-3)
+
+
+def test_a_file_that_is_right_for_batches_alone_is_not_written(tmp_path, monkeypatch):
+    model, _, _ = make()
+    encoder = onnx_model.ImageEncoder(model.config, model.state_dict()).eval()
+
+    class Session:
+        def run(self, _, inputs):
+            features = encoder(torch.from_numpy(inputs["pixels"])).numpy()
+            return [features if len(features) > 1 else features[:, ::-1].copy()]
+
+    monkeypatch.setattr(onnx_model, "_export", lambda encoder, config, path: path.touch())
+    monkeypatch.setattr(onnx_model, "session", lambda path: Session())
+    with pytest.raises(UserError, match="its features differ from torch's"):
+        onnx_model.write_onnx(tmp_path / "a.onnx", model.config, model.state_dict())
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):

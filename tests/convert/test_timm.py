@@ -11,6 +11,7 @@ from PIL import Image
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.convert.__main__ import main
 from m3ae_fast.convert.timm_model import write_timm
+from m3ae_fast.convert.vit import HEADS
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import main as export
 from m3ae_fast.model import M3AE
@@ -105,6 +106,13 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
         model = M3AE.from_pretrained(tmp_path / "out")
     images = torch.rand(2, 3, 24, 24)
     torch.testing.assert_close(model.representation(images), vit.forward_features(images), rtol=0, atol=2e-5)
+
+
+def test_widths_have_the_heads_that_timm_gives_them():
+    with torch.device("meta"):
+        names = ("tiny_patch16", "small_patch16", "base_patch16", "large_patch16", "huge_patch14")
+        vits = [timm.create_model(f"vit_{name}_224", depth=1) for name in names]
+    assert {vit.embed_dim: vit.blocks[0].attn.num_heads for vit in vits} == HEADS
 
 
 @pytest.mark.parametrize(
