@@ -4,6 +4,7 @@ import gc
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -118,19 +119,23 @@ def test_garbage_is_collected_in_the_same_steps_everywhere(monkeypatch):
 GEOMETRY = Geometry(256, 16, 3, 64)
 
 
-def test_a_packed_batch_is_no_larger_than_is_reckoned_with():
+@pytest.mark.parametrize("width", [256, 512])
+def test_a_packed_batch_is_no_larger_than_is_reckoned_with(width):
+    """Of square images, and of the largest native ones."""
     import torch
 
     from m3ae_fast.batch import Sample, pack
+    from m3ae_fast.batch.grids import Native
 
+    geometry = GEOMETRY if width == 256 else replace(GEOMETRY, native=Native(16, 1, 512, 32, "absolute"))
     samples = []
     for i in range(3):
-        sample = Sample(str(i), torch.zeros(3, 256, 256, dtype=torch.uint8), torch.arange(256) % 4 > 0)
+        sample = Sample(str(i), torch.zeros(3, 256, width, dtype=torch.uint8), torch.arange(width) % 4 > 0)
         sample.tokens, sample.text_mask = torch.zeros(64, dtype=torch.int64), torch.arange(64) % 4 > 0
         samples.append(sample)
-    (joined, _, _, others) = pack(samples, GEOMETRY).__reduce__()[1]
+    (joined, _, _, others) = pack(samples, geometry).__reduce__()[1]
     size = joined.nbytes + others["images"].nbytes
-    assert 0.9 * shared_memory.batch_bytes(GEOMETRY, 3) < size <= shared_memory.batch_bytes(GEOMETRY, 3)
+    assert 0.9 * shared_memory.batch_bytes(geometry, 3) < size <= shared_memory.batch_bytes(geometry, 3)
 
 
 @pytest.mark.parametrize(

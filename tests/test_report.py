@@ -5,9 +5,11 @@ import re
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.pictures.curves import LEARNING, RUNNING, draw_charts
 from m3ae_fast.report import main, write_report
 from m3ae_fast.run.checkpoint import Info
 
@@ -90,6 +92,49 @@ def test_several_runs_share_each_chart(run, tmp_path, monkeypatch):
     assert drawn[:4] == [str(run), str(other)] * 2  # loss, image loss
     page = (tmp_path / "both.html").read_text()
     assert "0.75" in page and f"{other}: step 1" in page.replace("Other", "other")
+
+
+def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
+    """Of several runs the held-out one is drawn, where there is one."""
+    expected = {
+        ("Loss", "training"): "loss",
+        ("Image loss", "training"): "image_loss",
+        ("Image loss", "held out"): "val_image_loss",
+        ("Text loss", "training"): "text_loss",
+        ("Text loss", "held out"): "val_text_loss",
+        ("Text accuracy", "training"): "text_accuracy",
+        ("Text accuracy", "held out"): "val_text_accuracy",
+        ("k-NN accuracy", "held out"): "val_knn_top1",
+        ("Dimensions that the features fill", "held out"): "val_rankme",
+        ("Loss over that of a constant prediction", "image"): "val_image_relative",
+        ("Loss over that of a constant prediction", "text"): "val_text_relative",
+        ("Throughput", ""): "samples_per_s",
+        ("Utilisation", "reference FLOPs"): "mfu",
+        ("Utilisation", "executed FLOPs"): "utilisation",
+        ("Waiting for data", ""): "data_wait",
+        ("Learning rate", ""): "lr",
+        ("Gradient norm", ""): "grad_norm",
+        ("Memory", "peak"): "peak_memory_gb",
+    }
+    names, plotted = list(expected.values()), []
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # which takes its time
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *a, **options: plotted.append((options["label"], a[1:])) or plot(*a, **options)
+    )
+
+    def drawn(runs):
+        for title, _ in draw_charts((*LEARNING, *RUNNING), runs):
+            for label, (steps, values) in plotted:
+                assert steps == (5,)
+                yield title, label, names[values[0]]
+            plotted.clear()
+
+    metrics = [{"step": 5} | {name: value for value, name in enumerate(names)}]
+    assert {(title, label): name for title, label, name in drawn({"run": metrics})} == expected
+    for title, label, name in drawn({"one": metrics, "two": metrics}):
+        held_out = [found for (own, _), found in expected.items() if own == title and found.startswith("val_")]
+        assert label in ("one", "two") and (name in held_out or not held_out)
 
 
 def test_results_may_lie_elsewhere(run, tmp_path):

@@ -157,6 +157,7 @@ def test_every_setting_of_a_model_is_seen_in_its_weights_or_compared():
         with pytest.raises(UserError, match=rf"x: was made with model\.{name} = "):
             check_start(config(**{name: value}), start, "x")
     check_start(config(resize="native", native_positions="centred", max_patches=9), start, "x")
+    check_start(config(), Pretrained(config(resize="native", native_positions="centred"), start.state), "x")
     native = Pretrained(config(resize="native"), start.state)
     with pytest.raises(UserError, match=r"model\.native_positions = absolute"):
         check_start(config(resize="native", native_positions="centred"), native, "x")

@@ -78,12 +78,13 @@ def test_parts_become_equal_and_keep_their_sizes():
     assert np.std(after) < 0.1 * np.std(before)
 
 
-@pytest.mark.parametrize(("accumulation", "repeats"), [(1, 1), (2, 1), (1, 2)])
-def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeats):
-    """Each step has the same samples; those of another node stay there, and views of a sample where they were."""
+@pytest.mark.parametrize(("accumulation", "repeats", "most"), [(1, 1, 64), (2, 1, 64), (1, 2, 64), (1, 1, 16)])
+def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeats, most):
+    """Each step has the same samples; those of another node stay there, and views of a sample where they were. What
+    counts is the patches of an image, which large ones have no more of than allowed."""
     model = ModelConfig(
         size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1, image_size=64,
-        patch_size=8, text_length=4, vocab_size=0, resize="native",
+        patch_size=8, text_length=4, vocab_size=0, resize="native", max_patches=most,
     )  # fmt: skip
     config = DataConfig(train=[SourceConfig(shards=str(shard), modality="image")], workers=0, repeats=repeats)
     preparation = Preparation(Geometry.of(model), MaskingConfig(), None, seed=0)

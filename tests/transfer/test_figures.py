@@ -1,6 +1,7 @@
 """What the pictures of results show, read from what matplotlib is given and from the pixels."""
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,38 @@ def test_an_attack_begins_with_clean_images(drawn, tmp_path):
     figures.draw_attack(tmp_path / "a.png", [0.5, 2], [0.75, 0.25], clean=0.875)
     (line,) = drawn[0].axes[0].lines
     assert line.get_xydata().tolist() == [[0, 0.875], [0.5, 0.75], [2, 0.25]]
+
+
+def test_a_comparison_has_a_bar_for_each_model_and_probe(drawn, tmp_path):
+    names = [(model, probe) for model in ("one", "two", "three") for probe in ("knn", "linear")]
+    top1 = dict(zip(names, (0.5, 0.625, 0.75, 0.25, 0.375, 0.125)))
+    errors = dict(zip(names, (0.01, 0.02, 0.03, 0.04, 0.05, 0.06)))
+    rows = [{"model": m, "probe": p, "top1": top1[m, p], "top1_se": errors[m, p]} for m, p in names]
+    figures.draw_comparison(tmp_path / "a.png", rows, chance=0.1)
+    (axes,) = drawn[0].axes
+    probes = [text.get_text() for text in axes.get_xticklabels()]
+    bars, spans = {}, []
+    for group in (held for held in axes.containers if hasattr(held, "patches")):
+        whiskers = group.errorbar.lines[2][0].get_segments()
+        for bar, whisker in zip(group, whiskers, strict=True):
+            spans.append((bar.get_x(), bar.get_x() + bar.get_width()))
+            probe = probes[round(sum(spans[-1]) / 2)]  # of the nearest tick
+            bars[group.get_label(), probe] = bar.get_height(), np.ptp(whisker[:, 1]) / 2
+    assert bars == {name: (top1[name], pytest.approx(errors[name])) for name in names}
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(sorted(spans)))
+    (line,) = (line for line in axes.lines if line.get_label() == "largest class")
+    assert set(line.get_ydata()) == {0.1}
+
+
+def test_accuracies_have_their_errors(drawn, tmp_path):
+    lines = {"one": [(1, 0.5, 0.125), (10, 0.75, 0.0625)], "two": [(1, 0.25, 0.25)]}
+    figures.draw_accuracies(tmp_path / "a.png", lines, "labels")
+    (axes,) = drawn[0].axes
+    for group, points in zip(axes.containers, lines.values(), strict=True):
+        assert group.lines[0].get_xydata().tolist() == [[x, y] for x, y, _ in points]
+        ends = [segment[:, 1].tolist() for segment in group.lines[2][0].get_segments()]
+        assert ends == [[y - error, y + error] for _, y, error in points]
+    assert [group.get_label() for group in axes.containers] == ["one", "two"] and axes.get_xlabel() == "labels"
 
 
 def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
