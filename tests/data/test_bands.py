@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 import tarfile
 
@@ -87,6 +88,10 @@ def test_pictures_are_kept_as_finely():
     assert torch.equal(
         decode_image(tiff(values, photometric="miniswhite"), 1, "dtype", "uint16")[0], torch.from_numpy(65535 - values)
     )
+    clear = png(values, 16, 0, (b"tRNS", struct.pack(">H", values[3, 3])))
+    on_white = torch.from_numpy(np.where(values == values[3, 3], 65535, values))
+    assert torch.equal(decode_image(clear, 1, "dtype", "uint16")[0], on_white)
+    torch.testing.assert_close(decode_image(clear, 1, "dtype", "float32")[0], (on_white / 65535).float())
     colours = np.dstack((values, values[::-1], values))
     assert torch.equal(decode_image(tiff(colours, photometric="rgb"), 3, (0, 65535), "uint16"), chw(colours))
     levels = decode_image(png(RGB, 8, 2), 3)
