@@ -111,6 +111,25 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
         draw_patch_attention(model, [Sample("text")], tmp_path / "b.png", 2, (1, 2))
 
 
+@pytest.mark.parametrize(
+    ("patch", "frame"), [((1, 3), (96, 143, 144, 191)), ((3, 1), (144, 191, 96, 143)), ((1, 2), (96, 143, 96, 143))]
+)
+def test_a_patch_is_outlined_in_pictures_of_any_ratio_that_have_it(tmp_path, monkeypatch, patch, frame):
+    """Of a wide one and a high one of 2 x 4 patches; the frame is at the top and bottom, left and right."""
+    model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
+    model.tokenizer, words = Words(), torch.arange(5)
+    monkeypatch.setattr(patch_attention, "attention_to_words", lambda *_: torch.ones(5))
+    images = [torch.full((3, *size), 200, dtype=torch.uint8) for size in ((16, 32), (32, 16))]
+    samples = [Sample("pair", image, torch.zeros(8, dtype=torch.bool), words) for image in images]
+    draw_patch_attention(model, samples, tmp_path / "a.png", 2, patch)
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    assert len(sheet) == 8 + 200
+    rows, columns = np.nonzero((sheet[8:200, 8:200] == OUTLINE).all(-1))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == frame
+    with pytest.raises(UserError, match="image with the patch 2,2"):
+        draw_patch_attention(model, samples, tmp_path / "b.png", 2, (2, 2))
+
+
 def test_the_program_draws_what_its_options_say(tmp_path, monkeypatch):
     torch.manual_seed(0)
     run = tiny_run(tmp_path / "run")

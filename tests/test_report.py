@@ -23,12 +23,13 @@ LINES = [
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "<run>"
-    saved = folder / "checkpoints/step-00000002"
-    saved.mkdir(parents=True)
+    for step in (1, 2):
+        saved = folder / f"checkpoints/step-{step:08}"
+        saved.mkdir(parents=True)
+        info = Info(step, 16 * step, 42, {"model": {"size": "<tiny>"}}, {"torch": f"2.{step}"})
+        (saved / "state.json").write_text(json.dumps(vars(info)))
+        (saved / "state.safetensors").touch()
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)) + '\n{"step": 3, "lo')
-    info = Info(2, 32, 42, {"model": {"size": "<tiny>"}}, {"torch": "2.x"})
-    (saved / "state.json").write_text(json.dumps(vars(info)))
-    (saved / "state.safetensors").touch()
     Image.new("RGB", (4, 4)).save(folder / "reconstructions.png")
     (folder / "probe").mkdir()
     (folder / "probe/result.json").write_text('{"task": "linear", "top1": 0.421234}')
@@ -43,6 +44,9 @@ def test_one_file_with_everything(run):
     assert page.count("data:image/png") == 4  # and the reconstructions
     assert "&lt;run&gt;" in page and "<run>" not in page and "&lt;tiny&gt;" in page
     assert '<td>linear</td><td>probe</td><td>top1</td><td class="number">0.4212</td>' in page and "torch" in page
+    assert (
+        '<td>samples seen</td><td class="number">32</td>' in page and "<td>2.2</td>" in page
+    )  # of the last checkpoint
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
 
 

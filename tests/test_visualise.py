@@ -136,8 +136,15 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
     monkeypatch.setattr("m3ae_fast.feature_map.draw_map", lambda path, *what: drawn.append(what))
-    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
+    seeds = []
+
+    def fit_transform(self, features):
+        seeds.append(self.random_state)
+        return features[:, :2]
+
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", fit_transform)
     main([str(run), "map", "--labels", "json.name"])
+    assert seeds == [42]  # of the run
     (([panel], labels, classes),) = drawn
     images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(12)]
     expected = open_model(str(run), text=False).eval().encode(images)[:, :2]
