@@ -118,7 +118,7 @@ def test_a_patch_is_outlined_in_pictures_of_any_ratio_that_have_it(tmp_path, mon
     """Of a wide one and a high one of 2 x 4 patches; the frame is at the top and bottom, left and right."""
     model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
     model.tokenizer, words = Words(), torch.arange(5)
-    monkeypatch.setattr(patch_attention, "attention_to_words", lambda *_: torch.ones(5))
+    monkeypatch.setattr(attention, "attention_to_words", lambda *_: torch.ones(5))
     images = [torch.full((3, *size), 200, dtype=torch.uint8) for size in ((16, 32), (32, 16))]
     samples = [Sample("pair", image, torch.zeros(8, dtype=torch.bool), words) for image in images]
     draw_patch_attention(model, samples, tmp_path / "a.png", 2, patch)

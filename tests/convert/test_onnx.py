@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.convert import onnx_knn, onnx_model
+from m3ae_fast.convert import onnx_model
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.export import main as export
 from m3ae_fast.transfer.__main__ import main as transfer
@@ -78,11 +78,13 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
 def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
     """Of a file whose features say nothing, by a clock that goes on by a second at each look."""
     model, _, _ = make()
-    images = onnx_knn.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
+    images = onnx_model.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
     draw = np.random.default_rng(0).standard_normal
-    monkeypatch.setattr(onnx_knn, "_runs", lambda path: lambda pixels: torch.from_numpy(draw((len(pixels), 8))).float())
-    monkeypatch.setattr(onnx_knn, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    _, exact, lost = onnx_knn.knn_lines([Path("a.onnx")], model.config, model.state_dict(), images)
+    monkeypatch.setattr(
+        onnx_model, "_runs", lambda path: lambda pixels: torch.from_numpy(draw((len(pixels), 8))).float()
+    )
+    monkeypatch.setattr(onnx_model, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    _, exact, lost = onnx_model.knn_lines([Path("a.onnx")], model.config, model.state_dict(), images)
     right = [float(re.search(r"k-NN ([\d.]+)%", line)[1]) for line in (exact, lost)]
     assert right[1] < right[0] and f", {right[1] - right[0]:.1f} points from torch" in lost
     assert all(line.endswith(", 12 images/s on this machine") for line in (exact, lost))
