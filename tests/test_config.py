@@ -167,10 +167,11 @@ def test_a_rank_that_ends_while_all_join_is_no_traceback(run, monkeypatch):
         run()
 
 
-def test_resuming_a_finished_run_says_so(run):
-    assert run()[0] == 0
-    code, out = run("--resume", "auto", out=True)
-    assert code == 0 and "training is complete" in out
+@pytest.mark.parametrize("steps", [2, 1])
+def test_resuming_a_finished_run_says_so(run, steps):
+    assert run("--set", "train.steps=2")[0] == 0
+    code, out = run("--resume", "auto", "--set", f"train.steps={steps}", out=True)
+    assert code == 0 and "training is complete" in out and "stopped" not in out
 
 
 def test_loss_that_is_not_finite(run):

@@ -46,7 +46,8 @@ def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     try:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        return *read_header[version](file), file.tell()
+        shape, is_fortran, dtype = read_header[version](file)
+        return tuple(map(int, shape)), is_fortran, dtype, file.tell()  # NumPy takes True for a length
     except Exception as error:  # NumPy's parser raises anything for a header that is not its own
         raise BadSample(f"the array is broken ({' '.join(str(error).split())[:200]})") from None
 

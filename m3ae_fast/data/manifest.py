@@ -110,6 +110,10 @@ def read(path: Path) -> np.ndarray:
     width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
     if not 0 < width <= _MAX_NAME or rows.ndim != 1 or rows.dtype != rows_of(["x" * width], [(0, 0, 0)]).dtype:
         raise UserError(f"manifest {path}: is another .npy; make one with python -m m3ae_fast.data manifest")
+    try:
+        rows["name"].tobytes().decode()
+    except UnicodeDecodeError:
+        raise UserError(f"manifest {path}: is damaged (the name of a shard is not UTF-8)") from None
     if len(rows) and rows["kind"].max() > UNREAD:
         raise UserError(f"manifest {path}: is damaged (a kind of shard that does not exist)")
     return rows

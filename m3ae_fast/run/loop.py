@@ -265,7 +265,7 @@ class Loop(ABC):
         self.stop_if_not_finite()
         if self.bad.bad:
             self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
-        if self.step == self.schedule.total_steps:
+        if self.step >= self.schedule.total_steps:
             return
         if self.step > self.start and not self.schedule.due(self.step, self.settings.save_every):
             self.save()

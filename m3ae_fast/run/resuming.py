@@ -30,10 +30,12 @@ def find(run_dir: Path, resume: str) -> Path | None:
     for `checkpoint.locate`.
 
     Raises:
-        UserError: the path holds no checkpoint, `run_dir` holds those of another run, or all have failed.
+        UserError: the path holds no checkpoint, `run_dir` holds those of another run, all have failed, or files of the
+            last one are missing.
     """
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
+        checkpoint.require_whole(run_dir)
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
         if own and not usable:
             raise UserError(

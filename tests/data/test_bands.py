@@ -122,6 +122,7 @@ def test_four_bands_are_no_transparency():
         (write_npy(np.where(FLOATS > 800, np.inf, FLOATS)), BANDS, "has values that are not finite"),
         (write_npy(LEVELS)[:-1], BANDS, "the array is broken"),
         (write_npy(LEVELS).replace(b"(20, 24", b"(2e9,24"), BANDS, "the array is broken"),
+        (write_npy(LEVELS).replace(b"(20, 24, 13)", b"(True,24,13)"), BANDS, "the array is broken"),
         (b"\x93NUMPY\x03\0", BANDS, "the array is broken"),
         (tiff(LEVELS, planarconfig="contig", extratags=[(274, 3, 1, 6, True)]), BANDS, "of bands that is turned"),
         (tiff(LEVELS, planarconfig="contig")[:200], BANDS, "the TIFF is broken"),

@@ -137,6 +137,11 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
             open_corpus([SourceConfig(shards=str(path))], store)
     with pytest.raises(UserError, match="manifests and tars"):
         open_corpus([SourceConfig(shards=[str(other), "x.tar"])], store)
+    rows = rows_of(["x.tar"], [(1, 0, 0)])
+    rows["name"] = b"\xff.tar"
+    write(bad, rows)
+    with pytest.raises(UserError, match="the name of a shard is not UTF-8"):
+        open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [(0, 0, 0)]))
     with pytest.raises(UserError, match="no samples in them"):
         open_corpus([SourceConfig(shards=str(bad))], store)
