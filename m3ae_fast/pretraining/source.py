@@ -75,7 +75,7 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
         records = HuggingFace(source, None, None, (None, None, None))
     except UserError as error:
         raise UserError(f"{source}: no such folder here{near}; as a data set's name: {error}") from None
-    return _made(records, source, out, [])
+    return _made(records, source, out, records.ignored.lines())
 
 
 def _similar(folder: Path) -> str:

@@ -17,6 +17,7 @@ from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from m3ae_fast.shard_tools.records import Record, Records, caption_of_row, count_samples, read_file, to_int
 from m3ae_fast.shard_tools.same_images import middle, number_same
+from m3ae_fast.shard_tools.tally import UNREAD, Tally
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 _AT_A_TIME = 1000  # rows
@@ -32,7 +33,10 @@ class HuggingFace(Records):
         columns: image, caption and label column, None to detect them.
 
     Raises:
-        UserError: `datasets` is not installed, there is no such dataset, or it has neither images nor captions.
+        UserError: `datasets` is not installed, there is no such dataset, it has neither images nor captions, or its
+            splits differ in what is read.
+
+    `ignored` counts its other columns.
     """
 
     def __init__(
@@ -45,7 +49,13 @@ class HuggingFace(Records):
                 raise UserError(f"--split {split}: {name} has {', '.join(data)}")
             data = {split: data[split]}
         first = next(iter(data.values()))
-        self.image, self.caption, self.label = _columns(first.features, columns, name)
+        self.image, self.caption, self.label = read = _columns(first.features, columns, name)
+        for key, rows in data.items():
+            if odd := next((c for c in read if c and rows.features.get(c) != first.features[c]), None):
+                raise UserError(f"{name}: the column {odd} of {key} is not as in {next(iter(data))}; choose a --split")
+        self.ignored = Tally()
+        for column in sorted(first.features.keys() - {*read}):
+            self.ignored.add(UNREAD, f"{column}: {first.features[column]}")
         self.classes = getattr(first.features[self.label], "names", None) if self.label else None
         images = first.features[self.image] if self.image else None
         # of values, where images are arrays [H, W] or [H, W, C]
@@ -132,8 +142,9 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
         if isinstance(feature, datasets.ClassLabel):
             return "label"
         inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
-        dtype = str(getattr(inner, "dtype", ""))
-        return "caption" if "string" in dtype else "label" if dtype.startswith(("int", "uint")) else ""
+        if "string" in str(getattr(inner, "dtype", "")):
+            return "caption"
+        return "label" if str(getattr(feature, "dtype", "")).startswith(("int", "uint")) else ""
 
     found: list[str | None] = []
     usual = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}

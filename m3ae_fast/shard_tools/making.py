@@ -12,6 +12,7 @@ from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.shard_tools.huggingface import HuggingFace
 from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.settings import Settings
+from m3ae_fast.shard_tools.tally import Tally
 from m3ae_fast.shard_tools.writer import convert, describe_conversion
 
 
@@ -35,7 +36,7 @@ def from_folder(args: argparse.Namespace) -> None:
     columns = (args.image_column, args.caption_column)
     folder = Folder(args.input, args.captions, columns, _read_classes(args.classes), args.flat)
     _convert(folder, settings, args)
-    print("".join(f"{line}\n" for line in folder.ignored.lines()), end="")
+    _tell(folder.ignored)
 
 
 def from_hdf5(args: argparse.Namespace) -> None:
@@ -46,7 +47,13 @@ def from_hdf5(args: argparse.Namespace) -> None:
 def from_hf(args: argparse.Namespace) -> None:
     settings = _settings(args)
     columns = (args.image_column, args.caption_column, args.label_column)
-    _convert(HuggingFace(args.input, args.subset, args.split, columns), settings, args)
+    dataset = HuggingFace(args.input, args.subset, args.split, columns)
+    _convert(dataset, settings, args)
+    _tell(dataset.ignored)
+
+
+def _tell(ignored: Tally) -> None:
+    print("".join(f"{line}\n" for line in ignored.lines()), end="")
 
 
 def _read_classes(path: Path | None) -> list[str] | None:

@@ -307,6 +307,31 @@ def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
     assert "has splits of its own (train, test)" in capsys.readouterr().err
 
 
+def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, capsys):
+    """Also one whose name is usual, but not its type."""
+    odd = dataset.map(lambda row: {"text": {"en": "a"}, "targets": [0, 1]}, remove_columns="caption")
+    odd.save_to_disk(tmp_path / "saved")
+    capsys.readouterr()
+    assert make("from-hf", tmp_path / "saved", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "3 columns that nothing reads, such as\n    id: Value('int64')\n    targets: List(Value('int64'))\n" in out
+    assert out.endswith("    text: {'en': Value('string')}\n")
+
+
+@pytest.mark.parametrize("change", [{"remove_columns": "caption"}, {"labels": ["dog", "cat"]}])
+def test_splits_that_differ_in_what_is_read_are_refused(tmp_path, dataset, capsys, change):
+    """Their labels would be taken for classes of other names."""
+    other = dataset.remove_columns(change["remove_columns"]) if "remove_columns" in change else dataset
+    if "labels" in change:
+        other = dataset.cast_column("label", datasets.ClassLabel(names=change["labels"]))
+    column = "label" if "labels" in change else "caption"
+    datasets.DatasetDict(train=dataset, test=other).save_to_disk(tmp_path / "saved")
+    capsys.readouterr()
+    assert make("from-hf", tmp_path / "saved", tmp_path / "out") == 2
+    assert f"the column {column} of test is not as in train; choose a --split" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_columns_or_splits_of_a_dataset_are_another_conversion(tmp_path, dataset):
     both = dataset.map(lambda row: {"title": "a " + str(row["id"])})
     datasets.DatasetDict(train=both.select(range(3)), test=both.select([3])).save_to_disk(tmp_path / "saved")
