@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 RANDOM = "random:"
@@ -52,6 +53,28 @@ def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
         help=f"auto: continue from the last checkpoint in {folder}, or start; no (default): start a new run; "
         "PATH: continue from that checkpoint or run folder",
     )
+
+
+def output(*endings: str) -> Callable[[str], Path]:
+    """Return what parses the path of a folder to write, or of a file with one of these endings."""
+
+    def parse(text: str) -> Path:
+        if not text:
+            raise argparse.ArgumentTypeError("is empty; name a path")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise argparse.ArgumentTypeError(f"{text!r}: the name is not UTF-8; choose another")
+        if endings and not text.endswith(endings):
+            raise argparse.ArgumentTypeError(f"{text}: must end in {' or '.join(endings)}")
+        return Path(text)
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """Parse a seed: a number from 0 with which torch can begin."""
+    if not (text.isdecimal() and int(text) < 1 << 63):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 0, below 2^63")
+    return int(text)
 
 
 def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -35,6 +36,12 @@ def library(name: str, wanted: str) -> Any:
         raise UserError(wanted) from None
 
 
+def _on_one_line(text: str) -> str:
+    """Return a message without what names in it may hold: line ends, and what a terminal would obey."""
+    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def exit_cleanly(main: Callable[[], int]) -> int:
     """Run a program's main; a UserError, a lack of memory, or what the system refuses (a full disk), becomes one line
     on stderr and exit code 2, Ctrl-C code 130."""
@@ -45,7 +52,7 @@ def exit_cleanly(main: Callable[[], int]) -> int:
             error = UserError(no_memory(error))
         if not isinstance(error, (UserError, OSError)):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

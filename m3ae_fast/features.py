@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, names_of, program
+from m3ae_fast.command_line import MODEL_HELP, add_labels, add_settings, names_of, output, program
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.parquet import write_parquet
@@ -39,7 +39,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("features", __doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, brace patterns, globs, URLs")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .parquet or .npz file to write")
+    parser.add_argument(
+        "--out", type=output(PARQUET, NPZ), required=True, metavar="FILE", help="a .parquet or .npz file to write"
+    )
     parser.add_argument("--pool", choices=("mean", "cls"), help="mean over all tokens but cls (default), or cls itself")
     add_labels(parser)
     parser.add_argument(
@@ -89,8 +91,6 @@ def _settings(args: argparse.Namespace) -> TransferConfig:
 
 
 def _check_out(out: Path) -> None:
-    if out.suffix not in (NPZ, PARQUET):
-        raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
     if out.exists():
         raise UserError(f"--out {out}: exists already; remove it or choose another name")
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from m3ae_fast.command_line import MODEL_HELP, program
+from m3ae_fast.command_line import MODEL_HELP, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError, exit_cleanly
 
@@ -46,10 +46,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FRACTION",
         help="fraction of the patches that are seen (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="decides which patches are seen")
+    parser.add_argument("--seed", type=seed, default=0, help="decides which patches are seen")
     add_range_option(parser)
     parser.add_argument("--tokenizer", metavar="FILE", help="if the model has no tokenizer, or to replace it")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw image, what was seen, and completion")
+    parser.add_argument(
+        "--out", type=output(".png"), metavar="FILE.png", help="draw image, what was seen, and completion"
+    )
     return parser.parse_args(argv)
 
 
@@ -61,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--visible {args.visible:g}: must be from 0 to 1")
     if not args.out and MASK not in args.text:
         raise UserError(f"nothing to fill: write {MASK} in the text, or name --out for a completed image")
+    if args.out and args.out.exists() and args.image.exists() and args.out.samefile(args.image):
+        raise UserError(f"--out {args.out}: is the image; name another file")
     from m3ae_fast.open_model import open_model, set_images
     from m3ae_fast.pictures.reconstructions import draw_reconstructions
 

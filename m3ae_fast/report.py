@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m3ae_fast.command_line import RANDOM, program
+from m3ae_fast.command_line import RANDOM, output, program
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.regular_file import read_json
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="a run folder; more of them join its tables and curves"
     )
-    parser.add_argument("--out", type=Path, help=f"default: RUN/{REPORT_FILE}")
+    parser.add_argument("--out", type=output(".html"), help=f"default: RUN/{REPORT_FILE}")
     parser.add_argument(
         "--results", nargs="+", type=Path, default=[], metavar="DIR", help="folders with result.json outside RUN"
     )

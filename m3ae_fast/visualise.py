@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3ae_fast.command_line import add_labels, program
+from m3ae_fast.command_line import add_labels, output, program
 from m3ae_fast.errors import UserError, exit_cleanly, library
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="a run folder (its last checkpoint is taken) or a checkpoint folder; for a map several, whose samples are "
         f"those of the first; and what to draw: {', '.join(KINDS)} (default: the first of these)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN/WHAT.png")
+    parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="default: RUN/WHAT.png")
     parser.add_argument("--pictures", type=int, default=12, help="samples shown (default: 12)")
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[], metavar="R", help="mask ratios of the image (default: the run's)"
@@ -114,7 +114,9 @@ def _reconstructions(args: argparse.Namespace, config: Config, corpus: Corpus, o
 
     # the last weights, whose losses the run logged, not their moving average
     weights = checkpoint.read_weights(checkpoint.locate(Path(args.run)), average=False)
-    draw_run(config, weights, corpus, open_tokenizer(config.data, config.model), out, args.pictures, args.ratios)
+    tokenizer = open_tokenizer(config.data, config.model)
+    if not draw_run(config, weights, corpus, tokenizer, out, args.pictures, args.ratios):
+        raise UserError("none of the samples can be used; python -m m3ae_fast.data stats SHARDS says why")
 
 
 def _attention(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) -> None:

@@ -77,6 +77,7 @@ MISTAKES = [
     (["optim.peak_lr=NaN"], "optim.peak_lr: input should be a finite number"),
     (["optim.betas=[2,2]"], "optim.betas.0: input should be less than 1"),
     (["run.seed=18446744073709551616"], "run.seed"),
+    (["run.dir="], "run.dir: is empty; name a path"),
     (["model.depth=100000000000"], "model.depth"),
     (["model.mlp_ratio=0.01"], "mlp_ratio 0.01 leaves no hidden layer"),
     (["train.global_batch=1000000000000000000"], "train.global_batch"),

@@ -63,10 +63,12 @@ def test_mistakes_are_one_line(run, photo, tmp_path):
         ([str(photo), "a [MASK]", "--top", "0"], "must be 1 or more"),
         ([str(tmp_path / "no.png"), "a [MASK]"], "cannot be read"),
         ([__file__, "a [MASK]"], "not an image"),
+        ([str(photo), "a [MASK]", "--out", str(photo)], "is the image; name another file"),
         ([str(photo), "red " * 20 + "[MASK]"], "would be cut off"),
     ):
         with pytest.raises(UserError, match=message):
             main([str(run), *options])
+    assert photo.read_bytes() == coloured(0, "red")
 
 
 def test_a_text_on_which_the_tokenizer_fails_is_one_line(run, photo, monkeypatch):

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.range import Range, check_range
@@ -32,6 +32,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[tuple[float, ...], Strict(False)]  # per channel; in strict mode a JSON array is not a tuple
 
 
+def _named(path: Any) -> Any:
+    if path == "":
+        raise ValueError("is empty; name a path")
+    return path
+
+
+NamedPath = Annotated[Path, BeforeValidator(_named)]  # to pathlib "" is the folder that one is in
+
+
 class Section(BaseModel):
     """A part of the config. Unknown keys and values of another type are errors."""
 
@@ -43,7 +52,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """The run folder, seed and loggers."""
 
-    dir: Path = Path("runs/m3ae")
+    dir: NamedPath = Path("runs/m3ae")
     """Folder for checkpoints, metrics, TensorBoard events and reconstructions."""
     seed: int = Field(42, ge=0, lt=1 << 63)
     """Seed of initial weights, sample order, crops and masks."""
@@ -300,12 +309,12 @@ class DataConfig(Section):
     """Number of loader processes per rank; null: as many as the cores allow."""
     prefetch: int = Field(4, gt=0, le=1024)
     """Number of batches that each worker prepares ahead; fewer where they would not fit into shared memory."""
-    cache_dir: Path | None = None
+    cache_dir: NamedPath | None = None
     """Folder for copies of shards that are remote or on a network file system, and indexes of read-only folders; null:
     `~/.cache/m3ae_fast`."""
     cache_gb: float | None = Field(None, gt=0, le=1e9)
     """Maximum size of the copies on a node, in GB; null: all of the disk but a tenth of it."""
-    image_tokenizer: Path | None = None
+    image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose ids are the image targets (`model.image_targets` vqgan)."""
     image_tokens: Literal["device", "workers", "shards"] = "device"
     """Where image token ids are computed: on the training device, in the loader's workers, or ahead of time

@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from m3ae_fast.command_line import add_labels, add_settings, program
+from m3ae_fast.command_line import add_labels, add_settings, output, program
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.pretraining import GOES_ON
 from m3ae_fast.pretraining.choices import check_overrides
@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("pretraining", __doc__)
     parser.prog = "m3ae-fast pretrain"
     parser.add_argument("source", metavar="SOURCE", help="a folder of images, shards, or a data set's name")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="the run folder")
     parser.add_argument(
         "--hours", type=float, default=0.5, help="for training and evaluating on this machine (default: 0.5)"
     )

@@ -23,8 +23,6 @@ _MAX_BYTES = 1 << 26  # of a file of counts
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out.suffix != SUFFIX:
-        raise UserError(f"--out {args.out}: must end in {SUFFIX}")
     number, parts = _part(args.part)
     out = args.out if parts == 1 else args.out.with_suffix(f".part-{number + 1:04d}-of-{parts:04d}{SUFFIX}")
     names, store = part_of(expand(args.shards), number, parts), ShardStore(args.cache_dir)

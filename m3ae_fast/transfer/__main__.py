@@ -17,7 +17,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m3ae_fast.command_line import CLASSIFIER_HELP, MODEL_HELP, add_labels, add_resume, add_settings, names_of, program
+from m3ae_fast.command_line import (
+    CLASSIFIER_HELP,
+    MODEL_HELP,
+    add_labels,
+    add_resume,
+    add_settings,
+    names_of,
+    output,
+    program,
+)
 from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -112,7 +121,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 choices=(task.modality,) if task.modality else ("image", "text", "paired"),
                 help=f"what the encoder sees of a sample (default: {task.modality or 'image'}, or as the classifier)",
             )
-        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
+        command.add_argument("--out", type=output(), required=True, metavar="DIR", help="folder for the result")
         add_settings(command, "knn.k=10")
         if name == "ood":
             command.add_argument(
