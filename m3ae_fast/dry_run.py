@@ -183,7 +183,7 @@ def _grids(model: M3AE, path: Path) -> list[Grid]:
     assert native is not None
     try:
         sizes = [(float(width), float(height)) for width, height in read_json(path)]
-        if not sizes or min(map(min, sizes)) < 1:
+        if not sizes or not all(1 <= side < math.inf for size in sizes for side in size):
             raise ValueError("a width or height below 1, or none")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--sizes {path}: cannot be read ({error}); stats --sizes writes such a file") from None

@@ -99,6 +99,13 @@ def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypa
     assert not all(torch.equal(one.image_mask, other.image_mask) for one, other in zip(drawn[0], drawn[2]))
 
 
+def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
+    bad = write_tar(tmp_path / "bad.tar", [("0.jpg", b"no image"), ("1.jpg", b"nor this")])
+    with pytest.raises(UserError, match="none of the samples can be used"):
+        main([str(run), "--shards", bad])
+    assert not (run / "reconstructions.png").exists()
+
+
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])
 def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, word):
     """Of a word that is asked for, where it is first; else of cls and the first tokens that begin a word, each once.

@@ -49,9 +49,13 @@ def draw_run(
     path: Path,
     count: int,
     ratios: Sequence[float] = (),
-) -> None:
+) -> int:
     """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights, as
-    `draw_reconstructions` does. `ratios`: of the image to mask, a reconstruction each; empty: the run's ratio."""
+    `draw_reconstructions` does. `ratios`: of the image to mask, a reconstruction each; empty: the run's ratio.
+
+    Returns:
+        How many rows were drawn: none, and no PNG, where no sample can be used.
+    """
     model = open_weights(config, weights)
     turns = []
     for ratio in ratios or [config.masking.image_ratio]:
@@ -59,8 +63,10 @@ def draw_run(
         preparation = Preparation(model.geometry, masking, tokenizer, config.run.seed)
         turns.append(eval_samples(corpus, preparation, count))
     samples = [sample for turn in zip(*turns) for sample in turn]
-    vqgan = open_image_tokenizer(config.data, config.model)
-    draw_reconstructions(model, samples, tokenizer, path, vqgan, config.data.show_channels)
+    if samples:
+        vqgan = open_image_tokenizer(config.data, config.model)
+        draw_reconstructions(model, samples, tokenizer, path, vqgan, config.data.show_channels)
+    return len(samples)
 
 
 @torch.no_grad()

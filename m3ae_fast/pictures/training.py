@@ -20,8 +20,9 @@ def draw_training(
     """Draw samples of `corpus` into the run folder and return the pictures by name: "reconstructions" and, where there
     are images, "attention". Arguments and errors as of `draw_run`."""
     folder, count = config.run.dir, config.train.pictures
-    drawn = {"reconstructions": folder / "reconstructions.png"}
-    draw_run(config, weights, corpus, tokenizer, drawn["reconstructions"], count)
+    drawn = {}
+    if draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):
+        drawn["reconstructions"] = folder / "reconstructions.png"
     model = open_weights(config, weights).eval()
     model.tokenizer = tokenizer
     samples = eval_samples(corpus, Preparation(model.geometry, UNMASKED, tokenizer, config.run.seed), count)

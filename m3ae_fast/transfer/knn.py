@@ -60,7 +60,7 @@ def run(job: Job) -> dict[str, Any]:
 
     job.pictures.append(draw)
     return predictions.accuracies() | {
-        "k": job.config.knn.k,
+        "k": min(job.config.knn.k, len(bank.keys)),
         "classes": len(classes),
         "train_samples": len(bank.keys),
         "val_samples": len(queries.keys),

@@ -48,6 +48,8 @@ def test_accuracies_are_shares_of_the_best_scores():
 def test_colours_are_told_apart(transfer, run, tmp_path):
     result = transfer("knn", "--labels", "json.name")
     assert (result["task"], result["top1"], result["classes"], result["val_samples"]) == ("knn", 1.0, 3, 18)
+    few = transfer("knn", "--labels", "json.name", "--set", "knn.k=1000", out="few")
+    assert few["k"] == few["train_samples"]  # all of them
     assert list((tmp_path / "out/tensorboard").iterdir())
     assert pictures(tmp_path / "out") == ["confusion", "neighbours"]
     untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")
