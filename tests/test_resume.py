@@ -431,17 +431,6 @@ def test_auto_passes_over_what_has_failed(tmp_path):
         resuming.find(tmp_path, "auto")
 
 
-@pytest.mark.parametrize("file", ["state.json", "state.safetensors"])
-def test_auto_does_not_begin_anew_where_a_file_of_the_last_checkpoint_is_missing(tmp_path, file):
-    one, two = (_save(tmp_path, step) for step in (1, 2))
-    (two / file).unlink()
-    with pytest.raises(UserError, match=f"{two}: the folder is damaged .files of it are missing"):
-        resuming.find(tmp_path, "auto")
-    assert resuming.find(tmp_path, str(one)) == one
-    shutil.rmtree(two)
-    assert resuming.find(tmp_path, "auto") == one
-
-
 @pytest.mark.parametrize("tensor", [torch.ones(1, 3), torch.ones(6), torch.ones(3, dtype=torch.float64), None])
 def test_tensors_of_another_shape_or_type_are_refused_before_anything_is_copied(tmp_path, tensor):
     state = {} if tensor is None else {"model/w": tensor}
@@ -490,7 +479,12 @@ def test_half_deleted_checkpoint_is_no_checkpoint_and_no_obstacle(tmp_path, lost
     one, two = _save(tmp_path, 1), _save(tmp_path, 2)
     (two / lost).unlink()
     assert resuming.find(tmp_path, "auto") == one
+    assert resuming.passed_over(tmp_path) == [f"{two} is skipped: files of it are missing"]
+    shutil.rmtree(one)
+    assert len(resuming.passed_over(tmp_path)) == 1  # also where the run begins anew
+    _save(tmp_path, 1)
     assert _save(tmp_path, 2) == two
+    assert resuming.passed_over(tmp_path) == []
     assert checkpoint.open_state(two).whole("model/w").tolist() == [2, 2, 2]
 
 

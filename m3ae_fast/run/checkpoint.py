@@ -73,13 +73,6 @@ def saved_steps(run_dir: Path) -> list[Path]:
     return sorted((p for p in steps if step_of(p) >= 0), key=step_of)
 
 
-def require_whole(run_dir: Path) -> None:
-    """Raise UserError where files of a run's last checkpoint are missing, which no kill leaves behind."""
-    last = max(folder(run_dir).glob("step-*"), key=step_of, default=None)
-    if last is not None and step_of(last) >= 0 and last not in saved_steps(run_dir):
-        raise damaged(last, "the folder", "files of it are missing")
-
-
 def save(
     run_dir: Path,
     part: Fragments,

@@ -30,12 +30,10 @@ def find(run_dir: Path, resume: str) -> Path | None:
     for `checkpoint.locate`.
 
     Raises:
-        UserError: the path holds no checkpoint, `run_dir` holds those of another run, all have failed, or files of the
-            last one are missing.
+        UserError: the path holds no checkpoint, `run_dir` holds those of another run, or all have failed.
     """
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
-        checkpoint.require_whole(run_dir)
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
         if own and not usable:
             raise UserError(
@@ -79,9 +77,7 @@ class Resume:
     def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
         """Return differences between this run and the one that wrote the checkpoint, one line each. Raises UserError as
         `check_fits` does."""
-        if not (self.path and self.info):
-            return []
-        notes = check_fits(self.path, self.info, config, stream, with_changes)
+        notes = check_fits(self.path, self.info, config, stream, with_changes) if self.path and self.info else []
         return notes + (self.ranks.broadcast(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
 
     def open(self, model: nn.Module, kinds: Sequence[str]) -> None:
@@ -96,9 +92,11 @@ class Resume:
 
 
 def passed_over(run_dir: Path) -> list[str]:
-    """Return notes on the last checkpoints if "auto" takes an older one."""
-    notes = []
-    for path in reversed(checkpoint.saved_steps(run_dir)):
+    """Return notes on the last checkpoints if "auto" takes an older one, or begins anew."""
+    whole = checkpoint.saved_steps(run_dir)
+    latest = max(checkpoint.folder(run_dir).glob("step-*"), key=checkpoint.step_of, default=None)
+    notes = [f"{latest} is skipped: files of it are missing"] if latest and latest not in whole[-1:] else []
+    for path in reversed(whole):
         if not (path / checkpoint.FAILED).exists():
             break
         reason = (path / checkpoint.FAILED).read_text(encoding="utf-8", errors="replace")
