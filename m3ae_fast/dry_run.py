@@ -177,8 +177,7 @@ def _memory_table(config: Config, parameters: int, world: int, activations: floa
 
 
 def _grids(model: M3AE, path: Path) -> list[Grid]:
-    """Return the rows and columns of images of the sizes in a file, evenly chosen. Raises UserError if it is not one
-    that stats wrote."""
+    """Return the grids of some image sizes of a file, evenly chosen. Raises UserError if stats did not write it."""
     native = model.geometry.native
     assert native is not None
     try:

@@ -142,8 +142,7 @@ def encode_corpus(
 def encoding_loader(
     model: MultimodalEncoder, corpus: Corpus, data: DataConfig, share: Share, device: torch.device
 ) -> DataLoader[PackedBatch]:
-    """Return a loader of unmasked batches of all samples in file order. Raises UserError if captions have no
-    tokenizer."""
+    """Return a loader of all samples, unmasked, in file order. Raises UserError if captions have no tokenizer."""
     if corpus.has_captions:
         model.require_tokenizer()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)

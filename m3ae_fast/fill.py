@@ -107,8 +107,7 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
 
 
 def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:
-    """Return token ids, 0 where one is masked, and the mask. The parts between masks are tokenized by themselves, so no
-    tokenizer needs a mask token."""
+    """Return token ids, 0 where one is masked, and the mask. Parts between masks are tokenized alone."""
     import torch
 
     from m3ae_fast.batch.bad_samples import BadSample

@@ -23,8 +23,7 @@ L = TypeVar("L", bound="TransformerLoopConfig")
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """Return the device of `--device`; by default a GPU if there is one, else the CPU. Raises UserError where it cannot
-    be used."""
+    """Return the device of `--device`; by default a GPU, else the CPU. Raises UserError where it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

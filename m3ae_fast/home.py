@@ -9,8 +9,7 @@ from pathlib import Path
 
 
 def settle_home() -> None:
-    """Set HOME to a temporary folder, for other libraries too, if the user's is missing or unknown, and say so once per
-    node. All processes of the user share it."""
+    """Set HOME to a temporary folder, one for all processes, if the user's is missing, and say so once per node."""
     home = os.path.expanduser("~")
     if home != "~" and os.path.isdir(home):
         return

@@ -25,8 +25,7 @@ def require(url: str) -> None:
 
 
 def command(url: str) -> list[str]:
-    """Return the words of a command that writes the object. It exits with NOT_THERE, or 1 for other failures, and says
-    why on standard error."""
+    """Return the words of a command that writes the object, or exits with NOT_THERE, or 1, and says why on stderr."""
     return [sys.executable, "-m", "m3ae_fast.object_store", url]
 
 

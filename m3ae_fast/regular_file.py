@@ -11,8 +11,7 @@ from typing import Any
 
 
 def open_regular(path: str | Path) -> io.FileIO:
-    """Open a file to read, unbuffered. Raises OSError where it cannot be, or is a folder, or a pipe or a device, which
-    could block forever."""
+    """Open a file to read, unbuffered. Raises OSError where that fails, or would block: at a folder, pipe or device."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

@@ -94,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _shown(args: argparse.Namespace, config: Config, where: str) -> tuple[list[SourceConfig], ShardStore]:
-    """Return whose samples are drawn, and where copies of them go. Raises UserError if that takes more trust in the
-    run."""
+    """Return whose samples are drawn, and where copies go. Raises UserError if that takes more trust in the run."""
     from m3ae_fast.data import ShardStore
     from m3ae_fast.data.trust import require_harmless
 

@@ -15,9 +15,8 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Make a path beside `path` to write to, which takes its place when the block ends. The folder is made if needed.
-    Raises UserError where `path` is a folder, or the disk refuses. `path` is as it was, then and after any other
-    exception."""
+    """Make a path beside `path` to write to, which takes its place when the block ends. Folders are made if needed.
+    Raises UserError where `path` is a folder, or the disk refuses; after any exception `path` is as it was."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     partial = path.with_name(f".{path.name}.partial")

@@ -85,8 +85,7 @@ class _Array(np.ndarray):
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray | Inert:
-    """Return an array; `Inert` if its elements are not numbers. Raises ValueError or TypeError for impossible
-    arguments."""
+    """Return an array; `Inert` where its elements are not numbers. Raises ValueError or TypeError for bad arguments."""
     plain = dtype.plain() if isinstance(dtype, _DType) else None
     if plain is None:
         return Inert(dtype)

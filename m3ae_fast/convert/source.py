@@ -92,8 +92,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    """Read a file with `weights_only`, which builds only tensors and containers, and the Namespace of MAE's own
-    checkpoints."""
+    """Read a file with `weights_only`: tensors, containers, and the Namespace of MAE's own checkpoints."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -144,8 +144,7 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_ep
 
 
 def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str) -> None:
-    """Write a PNG: accuracies with their standard errors, a line for each name. `lines`: (x, accuracy, error) of each
-    point. `axis`: what x is."""
+    """Write a PNG: over x, called `axis`, a line for each name of points (x, accuracy, standard error)."""
     figure, (axes,) = _figure(5.6, 3.6)
     for name, points in lines.items():
         x, accuracy, error = zip(*points)

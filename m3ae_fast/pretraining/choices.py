@@ -152,8 +152,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 def settings(
     facts: Facts, shards: Shards, out: Path, rung: Rung, batch: int, steps: int, labels: str, overrides: Sequence[str]
 ) -> Config:
-    """Return the config of a run. `overrides`: the user's, as `--set` takes them. Raises UserError for one that is not
-    possible."""
+    """Return the config of a run with the user's `--set` overrides. Raises UserError for one that is not possible."""
     size, patch = _images(facts, rung, overrides)
     train, val = ([{"shards": part}] for part in (shards.train, shards.val))
     often = max(steps // 20, min(steps, 10))

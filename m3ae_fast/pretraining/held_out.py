@@ -53,8 +53,7 @@ def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int
 def _sketches(
     entries: Iterable[IndexedShard], sizes: np.ndarray | None = None
 ) -> Iterator[tuple[_Place, tuple[int, int]]]:
-    """Yield the images, of one of those sizes in bytes where they are given, each with its size and a checksum of its
-    middle."""
+    """Yield the images, where `sizes` are given those of such sizes, each with its size and its middle's checksum."""
     for entry in entries:
         table = entry.table()
         table = table[table["image_offset"] != MISSING]

@@ -120,8 +120,7 @@ def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
-    """Hold out shards: those given, or named as held-out, or the last tenth of several, these without the images that
-    the others have too."""
+    """Hold out shards: those given, or named so, or the last tenth, without images that the others have too."""
     names = train if any(map(is_manifest, train)) else expand(train)
     held = val or [name for name in names if _HELD_OUT_NAME.match(Path(name).name)]
     kept = train if val else [name for name in names if name not in held]

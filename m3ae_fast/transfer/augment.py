@@ -112,8 +112,7 @@ class Mixing:
         self.seed, self.repeats, self.lanes = seed, repeats, lanes
 
     def check_share(self, share: Share) -> None:
-        """Raise UserError where samples that are mixed with each other would lie in different micro-batches, or have
-        different sizes."""
+        """Raise UserError where samples to be mixed lie in different micro-batches, or have different sizes."""
         if self.mixes and self.native:
             raise UserError(
                 "finetune.mixup and cutmix mix images of one size, and these are native; set both to 0, or "

@@ -137,8 +137,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
-    """Return models by what to call them, random weights of the first one's network first. Raises UserError if one is
-    named twice."""
+    """Return models by name, random weights of the first's network first. Raises UserError for one named twice."""
     if len({*models}) < len(models):
         raise UserError("MODEL: one is named twice")
     short = [Path(model).name for model in models]

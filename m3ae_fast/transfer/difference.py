@@ -21,9 +21,8 @@ Table = dict[str, list[Any]]
 
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return which of two results is better, as a sentence; of out-of-distribution detection one for each set and each
-    score. `folders`: the OUT of two tasks. Raises UserError where one has no predictions of classes, or they are not of
-    the same samples."""
+    """Return which of two tasks' OUT is better, as a sentence; of ood one for each set and score. Raises UserError
+    where one has no predictions of classes, or they are not of the same samples."""
     first, second = (read_parquet(folder / FILE) for folder in folders)
     if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
         return _compare_areas(folders, first, second)

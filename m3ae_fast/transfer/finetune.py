@@ -85,8 +85,7 @@ class FineTuning(LabelledLoop):
             self.conclude()
 
     def conclude(self) -> dict[str, float] | None:
-        """Return accuracies on all held-out samples, which are logged too; None where a rank is asked to stop. Raises
-        UserError where too many of them cannot be used."""
+        """Return, and log, accuracies on all held-out samples; None where a rank is asked to stop."""
         self.stop_if_not_finite()
         own: list[tuple[Predictions, tuple[Skipped, ...]]] = []
         batches = self.pulse.watch(self.val_loader, f"evaluating after step {self.step}")
@@ -127,8 +126,7 @@ class FineTuning(LabelledLoop):
 
 
 def set_up(job: Job) -> FineTuning:
-    """Open the data, build the classifier, find the checkpoint to continue from. Raises UserError where something is
-    missing, or does not fit something else."""
+    """Open data, classifier and checkpoint. Raises UserError where something is missing, or does not fit."""
     library("timm", "finetune needs timm: pip install 'm3ae-fast[transfer]'")
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))

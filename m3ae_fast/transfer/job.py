@@ -85,16 +85,14 @@ class Job:
     def encode(
         self, corpus: Corpus, title: str, layers: Sequence[int] | None = None, *, patches: bool = False
     ) -> Features:
-        """Return pooled features of all samples; of several layers, or with their patches, and errors as
-        `encode_corpus` does."""
+        """Return pooled features of all samples; `layers`, `patches` and errors as of `encode_corpus`."""
         data, config, pulse = self.config.data, self.config.encode, self.pulse
         return encode_corpus(
             self.model, corpus, data, config, self.ranks, title=title, layers=layers, patches=patches, pulse=pulse
         )
 
     def encoder(self, passes: float) -> Callable[..., Features]:
-        """Return what does as `encode` does and then says how much of `passes` sample-passes, of all corpora together,
-        is done, and how long the others will take."""
+        """Return an `encode` that says how much of `passes` sample-passes of all corpora is done, and what is left."""
         time_left = TimeLeft(passes)
 
         def encode(corpus: Corpus, title: str, cost: float = 1.0) -> Features:

@@ -28,8 +28,7 @@ _SHOWN, _NEIGHBOURS = 8, 7  # samples drawn, and neighbours of each
 def knn_scores(
     features_ND: Tensor, labels_N: Tensor, queries_MD: Tensor, classes: int, k: int, temperature: float
 ) -> Tensor:
-    """Return the votes of at most `k` training samples, `features_ND`, with int64 ids `labels_N`, for each class of
-    each query: float32 [M, C]."""
+    """Return the votes of the k nearest of N samples, with int64 ids `labels_N`, for each class: float32 [M, C]."""
     bank_ND = F.normalize(features_ND, dim=1)
     votes = []
     for queries_QD in F.normalize(queries_MD, dim=1).split(_AT_A_TIME):

@@ -99,8 +99,7 @@ class LabelledLoop(Loop):
         """Write the trained classifier into the run's folder. Every rank must call it."""
 
     def complete(self, val_samples: int) -> dict[str, Any] | None:
-        """Train, save the classifier, and keep its predictions. Return the result; None where the run was stopped
-        before its end."""
+        """Train, save the classifier, keep its predictions. Return the result; None where the run was stopped."""
         job, result = self.job, train(self)
         if result is None:
             return None

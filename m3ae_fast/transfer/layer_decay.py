@@ -18,8 +18,7 @@ from torch import nn
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of a classifier's parameter, from 0 to depth + 1, by its name with or without leading modules:
-    `backbone.encoder.blocks.3.norm1.weight` -> 4."""
+    """Return a parameter's layer, from 0 to depth + 1, by its name: `backbone.encoder.blocks.3.norm1.weight` -> 4."""
     if block := re.search(r"\bencoder\.blocks\.(\d+)\.", name):
         return int(block[1]) + 1
     return 0 if re.search(r"\bencoder_input\.cls_token$|\bencoder\.norm\.", name) else depth + 1

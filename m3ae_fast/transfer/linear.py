@@ -84,8 +84,7 @@ class Probing(LabelledLoop):
 
 
 def set_up(job: Job) -> Probing:
-    """Open the data, encode what stays the same, find the checkpoint to continue from. Raises UserError where something
-    is missing, or does not fit something else."""
+    """Open data and checkpoint, encode what stays the same. Raises UserError where one is missing or does not fit."""
     ranks, run = job.ranks, job.config.run
     cached = job.args.cache_features
     found = Resume(run.dir, job.args.resume, ranks)

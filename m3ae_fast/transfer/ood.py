@@ -38,9 +38,8 @@ _NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first 
 
 
 def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
-    """Return the area under the ROC curve with familiar samples as positives, and the fraction of strange samples that
-    pass the threshold which 95 % of the familiar ones pass (both from 0 to 1), by a score of each sample that is higher
-    for what looks familiar."""
+    """Return the area under the ROC curve with familiar samples as positives, and the fraction of strange samples above
+    the threshold that 95 % of the familiar ones pass. Scores are higher for what looks familiar."""
     from sklearn.metrics import roc_auc_score
 
     truth = np.concatenate((np.ones(len(familiar)), np.zeros(len(strange))))
@@ -50,9 +49,8 @@ def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, flo
 
 
 def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.ndarray:
-    """Return the areas under the ROC curve of BOOTSTRAPS draws of as many familiar and as many strange samples, with
-    replacement. The draws depend on the seed and on the numbers of samples alone. Scores are as in `auroc_and_fpr`.
-    """
+    """Return the areas under the ROC curve of BOOTSTRAPS draws of familiar and of strange samples, with replacement.
+    The draws depend on the seed and on the numbers of samples alone."""
     random = np.random.default_rng(seed)
     values_V, place = np.unique(np.concatenate((familiar, strange)), return_inverse=True)
     parts = place[: len(familiar)], place[len(familiar) :]
@@ -167,9 +165,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Return shards by name of their set; "" where only one is given, without a name. `given`: for each --ood its
-    words, of which the first may be NAME=SHARDS. Raises UserError where one of several has no name, two have the same,
-    or one has that of other samples."""
+    """Return shards by name of their set, "" where only one is given, of each --ood's words. Raises UserError where one
+    of several has no name, two have the same, or one has that of other samples."""
     sets: dict[str, list[str]] = {}
     for first, *rest in given:
         match = _NAMED.fullmatch(first)

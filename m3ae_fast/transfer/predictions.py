@@ -68,8 +68,7 @@ class Predictions:
         return self.best_NK[:, 0] == self.labels_N
 
     def accuracies(self) -> dict[str, float]:
-        """Return accuracies from 0 to 1, "top1" and, of more than 5 classes, "top5", each with its standard error,
-        "top1_se"."""
+        """Return accuracies from 0 to 1, "top1" and, of more than 5 classes, "top5", and standard errors, "top1_se"."""
         found = topk_accuracy(self.best_NK, self.labels_N)
         return found | {f"{name}{ERROR}": standard_error(value, len(self.keys)) for name, value in found.items()}
 

@@ -47,8 +47,7 @@ def own_ranks(queries_ND: Tensor, candidates_ND: Tensor) -> Tensor:
 
 
 def recalls(ranks_N: Tensor) -> dict[int, float]:
-    """Return the fraction of the queries, from 0 to 1, whose own candidate is among the k most alike, by k of RANKS;
-    `ranks_N`: as `own_ranks` gives them."""
+    """Return the fraction of the queries, from 0 to 1, whose rank is at most k, by k of RANKS."""
     return {k: (ranks_N <= k).double().mean().item() for k in RANKS}
 
 

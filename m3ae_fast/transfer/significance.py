@@ -22,8 +22,7 @@ def standard_error(accuracy: float, samples: int) -> float:
 
 
 def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
-    """Return the mean accuracy of D trials on the same samples, bool [D, N], and its standard error, which other
-    samples or other trials would change."""
+    """Return the mean accuracy of D trials on the same samples, bool [D, N], and its error over samples and trials."""
     trials, samples = correct_DN.shape
     accuracies_D, shares_N = correct_DN.mean(1), correct_DN.mean(0)
     of_trials = accuracies_D.var(ddof=1) / trials if trials > 1 else 0.0
@@ -80,8 +79,7 @@ def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Diff
 
 
 def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:
-    """Return the p value of McNemar's exact test, two-sided: of the samples that one alone has right (bool each), as
-    many might be the first's as the second's."""
+    """Return the p value of McNemar's exact test, two-sided, of which samples (bool each) each alone has right."""
     from scipy.stats import binomtest
 
     only_first, only_second = int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum())

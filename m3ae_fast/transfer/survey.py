@@ -45,8 +45,7 @@ class Encoded:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if the model has no such layer, a class has too few samples, or memory is too
-    small."""
+    """Run the task. Raises UserError if there is no such layer, a class has too few samples, or memory is too small."""
     args, task = job.args, job.args.task
     if getattr(args, "resume", "no") != "no":
         raise UserError("--resume: a probe with --layers or --shots has no checkpoints; leave it out")
@@ -79,8 +78,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def chosen_layers(wanted: str | None, depth: int) -> list[int]:
-    """Return numbers of blocks, ascending. `wanted`: "all", numbers from 1 with commas, or None for the last one.
-    Raises UserError if there are no such layers."""
+    """Return numbers of blocks, ascending; None: the last one. Raises UserError if there are no such layers."""
     if wanted is None:
         return [depth]
     if wanted == "all":

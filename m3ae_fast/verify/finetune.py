@@ -88,8 +88,7 @@ def _layers(golden: Golden, model: Classifier) -> Iterator[Quantity]:
 def _steps(
     golden: Golden, model: Classifier, batch: PackedBatch, labels_SK: Tensor, *, decay: bool
 ) -> Iterator[Quantity]:
-    """Yield comparisons after steps on one batch; `decay`: with the weight decay that the official script means, but
-    does not apply."""
+    """Yield comparisons after steps on one batch; `decay`: with the decay that the official script means to apply."""
     m, suffix, text = golden.meta, "_decay" * decay, " with decay" * decay
     golden.load_parameters(model, flax_path)
     optim = OptimConfig(

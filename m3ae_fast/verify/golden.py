@@ -37,8 +37,7 @@ class Quantity(NamedTuple):
 
 
 def relative_error(ours: Tensor, official: Tensor) -> float:
-    """Return ||ours - official|| / ||official||, in float64; the plain norm where the official one is 0, infinite where
-    the shapes differ."""
+    """Return ||ours - official|| / ||official||, over 1 where the official one is 0; infinite for different shapes."""
     ours, official = ours.detach().double().cpu(), official.double()
     if ours.shape != official.shape:
         return math.inf
@@ -141,8 +140,7 @@ class Golden:
         return samples
 
     def valid(self, i: int) -> Tensor:
-        """Return which text positions of sample i are not padding, bool [X]. Raises ValueError if padding comes
-        first."""
+        """Return which text positions of sample i hold tokens, bool [X]. Raises ValueError if padding comes first."""
         valid = self.tensor("in/text_padding_mask")[i] == 0
         if (valid[1:] > valid[:-1]).any():
             raise ValueError(f"in/text_padding_mask[{i}]: padding must follow the text tokens")

@@ -23,8 +23,7 @@ _KINDS = {
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """Yield all comparisons of one file, of whatever kind it is. Raises UserError for whatever it lacks or has in a
-    wrong shape."""
+    """Yield all comparisons of a file of any kind. Raises UserError for what it lacks or has in a wrong shape."""
     replay = next((replay for key, replay in _KINDS.items() if key in golden.arrays), pretraining.quantities)
     try:
         yield from replay(golden, device, dtype)
@@ -34,8 +33,7 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Compare all files, print a line for each number, and return the exit status. Raises UserError for a file or a
-    device that cannot be used."""
+    """Compare all files, a line a number, and return the exit status. Raises UserError for a bad file or device."""
     console, device = Console(highlight=False, soft_wrap=True), chosen_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     total = failed = 0

@@ -28,8 +28,7 @@ def convert_vqgan(path: str | Path, out: str | Path) -> VQGAN:
 
 
 def from_flax(arrays: Mapping[str, np.ndarray], where: str) -> VQGAN:
-    """Return the VQGAN of arrays by flax path ("params/encoder/Conv_0/kernel"). Raises UserError if they are of
-    another."""
+    """Return the VQGAN of arrays by flax path ("params/encoder/Conv_0/kernel"). Raises UserError if there is none."""
     try:
         config = _config(arrays)
         vqgan = VQGAN(config)

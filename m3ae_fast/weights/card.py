@@ -37,8 +37,7 @@ Licence: to be filled in, by whoever publishes these weights; that of the traini
 
 
 def model_card(name: str, config: ModelConfig, run: str = "") -> str:
-    """Return the model card. `name`: of the folder or on the hub. `run`: Markdown about the run that the weights come
-    from."""
+    """Return the card of the model `name`. `run`: Markdown about the run that the weights come from."""
     c = config
     what = "A multimodal masked autoencoder (M3AE)" if c.vocab_size else "An image-only masked autoencoder (MAE, M3AE)"
     return _CARD.format(

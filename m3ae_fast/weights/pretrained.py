@@ -131,9 +131,8 @@ def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
-    """Load strictly, except that the decoder may be missing as a whole, and then stays. Returns whether it was there.
-    With `assign` the tensors themselves become the weights. Raises UserError naming the first weight that does not fit.
-    """
+    """Load strictly, except that the decoder may be missing as a whole, and then stays. Return whether it was there.
+    `assign`: the tensors themselves become the weights. Raises UserError naming the first that does not fit."""
     check_weights(model, state, where)
     model.load_state_dict(state, strict=False, assign=assign)
     return not is_encoder(state)

@@ -65,8 +65,7 @@ def motion_blur(x: np.ndarray, parameters: tuple[int, float], rng: np.random.Gen
 
 
 def trail(x: np.ndarray, radius: int, sigma: float, degrees: float, scale: float = 1.0) -> np.ndarray:
-    """Blur as ImageMagick's motion blur: half a Gaussian over 2 * radius + 1 steps of `scale` pixels; edges are
-    repeated."""
+    """Blur as ImageMagick's motion blur: half a Gaussian over 2 * radius + 1 steps of `scale` pixels; edges repeat."""
     steps, angle = np.arange(2 * radius + 1), math.radians(degrees)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     downs, rights = (np.ceil(steps * scale * way - 0.5).astype(int) for way in (math.sin(angle), math.cos(angle)))

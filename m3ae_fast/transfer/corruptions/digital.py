@@ -44,8 +44,7 @@ def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.rando
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
-    """Smooth planes [.., n, n], mirrored at their edges, by a Gaussian: a product of cosine coefficients, whose cost
-    does not grow with sigma."""
+    """Smooth planes [.., n, n], mirrored at their edges, by a Gaussian, at a cost that does not grow with sigma."""
     n = x.shape[-1]
     decay = np.exp(-0.5 * (sigma * np.pi * np.arange(n) / n) ** 2)
     return fft.idctn(fft.dctn(x, axes=(-2, -1)) * np.outer(decay, decay), axes=(-2, -1))

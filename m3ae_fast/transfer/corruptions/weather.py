@@ -76,8 +76,7 @@ def frost_texture(rng: np.random.Generator) -> np.ndarray:
 def _grow(
     draw: ImageDraw.ImageDraw, at: tuple[float, float], angle: float, length: float, rng: np.random.Generator
 ) -> None:
-    """Grow a stem that bends a little, with pairs of branches at 60 degrees, as ice has them, shorter towards its
-    tip."""
+    """Grow a stem that bends a little, with pairs of branches at 60 degrees, as of ice, shorter towards its tip."""
     step, grown = 9.0, 0.0
     while grown < length:
         angle += rng.normal(0, 2.5)
