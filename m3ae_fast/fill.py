@@ -7,7 +7,6 @@ python -m m3ae_fast.fill runs/large photo.jpg "a cat on the table" --visible 0.2
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -85,25 +84,17 @@ def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) 
     image, or the caption is too long for one of its masks."""
     import torch
 
-    from m3ae_fast.batch.inputs import prepare_image
+    from m3ae_fast.batch.inputs import unmasked_sample
     from m3ae_fast.batch.masking import draw_mask
-    from m3ae_fast.batch.packing import Sample
 
-    config = model.config
     try:
-        pixels = prepare_image(image, config)
+        sample = unmasked_sample(0, image, None, model.config, None)
     except ValueError as error:
         raise UserError(str(error)) from None
-    generator = torch.Generator().manual_seed(seed)
-    tokens, text_mask = _tokens(model, text)
-    geometry = model.geometry
-    return Sample(
-        str(image),
-        image=pixels,
-        image_mask=draw_mask(math.prod(geometry.grid(pixels)), 1 - visible, generator),
-        tokens=tokens,
-        text_mask=text_mask,
-    )
+    assert sample.image_mask is not None
+    sample.image_mask = draw_mask(len(sample.image_mask), 1 - visible, torch.Generator().manual_seed(seed))
+    sample.tokens, sample.text_mask = _tokens(model, text)
+    return sample
 
 
 def _tokens(model: M3AE, text: str) -> tuple[Tensor, Tensor]:

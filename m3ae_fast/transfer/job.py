@@ -82,14 +82,10 @@ class Job:
         self.names = class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
-    def encode(
-        self, corpus: Corpus, title: str, layers: Sequence[int] | None = None, *, patches: bool = False
-    ) -> Features:
-        """Return pooled features of all samples; `layers`, `patches` and errors as of `encode_corpus`."""
-        data, config, pulse = self.config.data, self.config.encode, self.pulse
-        return encode_corpus(
-            self.model, corpus, data, config, self.ranks, title=title, layers=layers, patches=patches, pulse=pulse
-        )
+    def encode(self, corpus: Corpus, title: str, **what: Any) -> Features:
+        """Return pooled features of all samples; `what`: the layers and patches that `encode_corpus` takes."""
+        data, config = self.config.data, self.config.encode
+        return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse, **what)
 
     def encoder(self, passes: float) -> Callable[..., Features]:
         """Return an `encode` that says how much of `passes` sample-passes of all corpora is done, and what is left."""

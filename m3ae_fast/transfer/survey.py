@@ -96,7 +96,7 @@ def encode_layers(job: Job, probe: Probe, layers: Sequence[int]) -> Encoded:
         job.say(require_memory(job.model.config, len(layers), [train, val]))
     parts = []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
-        found = job.encode(corpus, title, layers, patches=probe.tokens)
+        found = job.encode(corpus, title, layers=layers, patches=probe.tokens)
         found = found.tokens() if probe.tokens else found
         parts.append({number: found.layer(place) for place, number in enumerate(layers)})
     return Encoded(parts[0], parts[1], classes)
