@@ -9,7 +9,9 @@ import torch
 from m3ae_fast.engine.optimizer import EMA, track_ema
 from m3ae_fast.export import main as export
 from m3ae_fast.open_model import open_model
+from m3ae_fast.pictures import reconstructions
 from m3ae_fast.run import checkpoint
+from m3ae_fast.visualise import main as visualise
 from tests.helpers.trainer import zero
 
 OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
@@ -54,7 +56,8 @@ def test_a_resumed_run_has_the_same_average(trainer):
     assert all(torch.equal(whole[name], now) for name, now in _average(trainer, "run", 6).items())
 
 
-def test_what_leaves_the_run_is_the_average(trainer, capsys):
+def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
+    """But for pictures of it, which are of the weights whose losses it logs."""
     trainer("run", *zero(None), *OPTIONS)
     run, average = trainer.folder / "run", _average(trainer, "run", 6)
     assert export([str(run), str(trainer.folder / "out")]) == 0
@@ -64,6 +67,10 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys):
     for model, kind in ((str(run), "ema"), (trainer.folder / "out", "ema"), (trainer.folder / "last", "model")):
         weights = open_model(str(model), text=False).state_dict()
         assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])
+    drawn = []
+    monkeypatch.setattr(reconstructions, "draw_run", lambda config, weights, *_: drawn.append(weights))
+    assert visualise([str(run)]) == 0
+    assert torch.equal(drawn[0]["text_head.weight"], average["model/text_head.weight"])
 
 
 def test_it_may_begin_later_and_goes_on_after_a_resume(trainer):

@@ -9,12 +9,14 @@ from PIL import Image
 
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.data import ShardStore, open_corpus, open_tokenizer
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
 from m3ae_fast.pictures import attention, reconstructions
 from m3ae_fast.pictures.attention import _laid_over, attention_to_patches
+from m3ae_fast.pictures.training import draw_training
 from m3ae_fast.run import checkpoint
 from m3ae_fast.visualise import main
 from tests.helpers.attention import attend
@@ -104,6 +106,20 @@ def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
     with pytest.raises(UserError, match="none of the samples can be used"):
         main([str(run), "--shards", bad])
     assert not (run / "reconstructions.png").exists()
+
+
+def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
+    _use(run, labelled_tar(tmp_path / "val.tar", range(4)))
+    path = checkpoint.locate(run)
+    settings = checkpoint.read_info(path).config
+    settings["run"]["dir"], settings["train"]["pictures"] = str(tmp_path), 2
+    config = parse(Config, settings, "the run's config")
+    corpus, tokenizer = open_corpus(config.data.val, ShardStore()), open_tokenizer(config.data, config.model)
+    drawn = draw_training(config, checkpoint.read_weights(path), corpus, tokenizer)
+    assert drawn.keys() == {"reconstructions", "attention"}
+    for kind, picture in drawn.items():
+        assert main([str(run), kind, "--pictures", "2"]) == 0
+        assert picture.read_bytes() == (run / f"{kind}.png").read_bytes()
 
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])

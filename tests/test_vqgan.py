@@ -246,6 +246,23 @@ def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
     assert identity(threads=2) == identity()
 
 
+@pytest.mark.parametrize("options", [[], ["--no-flip"]])
+def test_half_of_the_crops_are_mirrored_unless_they_are_not_to_be(tmp_path, vqgan, options):
+    """Of a picture that is dark on its left."""
+    vqgan.save_pretrained(tmp_path / "vqgan")
+    file = BytesIO()
+    Image.linear_gradient("L").rotate(90).save(file, "PNG")
+    shards = write_tar(tmp_path / "a.tar", [("0.png", file.getvalue())])
+    arguments = ["--vqgan", str(tmp_path / "vqgan"), "--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
+    arguments += ["--views", "12", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert data(["tokenize-images", shards, *arguments, *options]) == 0
+    with tarfile.open(tmp_path / "out/tokenized-00000.tar") as tar:
+        files = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
+    crops = [decode_image(each, 3).float() for each in files]
+    mirrored = sum((crop[..., :16].mean() > crop[..., 16:].mean()).item() for crop in crops)
+    assert mirrored == 0 if options else 0 < mirrored < 12
+
+
 def test_held_out_ids_are_of_the_central_square(tmp_path, vqgan):
     vqgan.save_pretrained(tmp_path / "vqgan")
     shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
