@@ -34,13 +34,18 @@ def _replay(
     golden: Golden, variant: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Quantity]:
     meta = golden.meta
-    features_ND, eval_features_ND = (
-        _pooled(golden.tensor(f"in/{name}"), settings["global_pool"]).to(device, dtype)
-        for name in ("features", "eval_features")
-    )
-    labels_N = golden.tensor("in/labels").long().to(device)
+
+    def quantity(name: str, ours: Tensor, key: str, tolerance: float = TOLERANCE) -> Quantity:
+        return Quantity(f"{variant} {name}", ours.detach().clone(), golden.at(f"{variant}/{key}"), tolerance)
+
+    def pooled(name: str) -> Tensor:
+        tokens_NTD = golden.tensor(f"in/{name}").to(device, dtype)
+        return tokens_NTD[:, 1:].mean(1) if settings["global_pool"] else tokens_NTD[:, 0]
+
+    features_ND, labels_N = pooled("features"), golden.tensor("in/labels").long().to(device)
     head = LinearProbeHead(features_ND.shape[1], meta["C"]).to(device, dtype)
-    tensors = _tensors(head)
+    weights = {"kernel": head.linear.weight, "bias": head.linear.bias}
+    tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}  # by their names in the file
     for name, tensor in tensors.items():
         tensor.data.copy_(golden.at(f"{variant}/init/{name}"))
     optimizer = LARS(
@@ -49,10 +54,8 @@ def _replay(
         weight_decay=settings["weight_decay"],
         trust_coefficient=meta["trust_coefficient"],
     )
-    schedule = OptimConfig(
-        init_lr=meta["lr_init_value"], peak_lr=settings["lr_peak_value"], end_lr=meta["lr_end_value"]
-    )
-    warmup_steps = meta["warmup_epochs"] * meta["steps_per_epoch"]
+    rates = {"init_lr": meta["lr_init_value"], "peak_lr": settings["lr_peak_value"], "end_lr": meta["lr_end_value"]}
+    schedule, warmup_steps = OptimConfig(**rates), meta["warmup_epochs"] * meta["steps_per_epoch"]
     trajectory: dict[str, list[float]] = {"lr": [], "loss": [], "accuracy": []}
     for step in range(meta["steps"]):
         first = step % meta["steps_per_epoch"] * meta["B"]
@@ -61,11 +64,9 @@ def _replay(
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
-        if step == 0:
-            for name in ("kernel", "bias"):
-                grad = tensors[name].grad
-                assert grad is not None
-                yield Quantity(f"{variant} grad {name}", grad, golden.at(f"{variant}/grad0/{name}"), TOLERANCE_GRADIENT)
+        for name, p in weights.items() if step == 0 else ():
+            assert p.grad is not None
+            yield quantity(f"grad {name}", p.grad, f"grad0/{name}", TOLERANCE_GRADIENT)
         lr = learning_rate(step, schedule, meta["B"], warmup_steps, meta["steps"])
         set_lr(optimizer, lr)
         optimizer.step()
@@ -74,44 +75,18 @@ def _replay(
         trajectory["accuracy"].append((logits.argmax(1) == labels).double().mean().item())
         if f"{variant}/after_{step + 1}/kernel" in golden.arrays:
             for name, tensor in tensors.items():
-                official = golden.at(f"{variant}/after_{step + 1}/{name}")
-                yield Quantity(f"{variant} after {step + 1} {name}", tensor.clone(), official, TOLERANCE)
+                yield quantity(f"after {step + 1} {name}", tensor, f"after_{step + 1}/{name}")
     for name, values in trajectory.items():
-        ours = torch.tensor(values, dtype=torch.float64)
-        yield Quantity(f"{variant} {name}", ours, golden.tensor(f"{variant}/{name}"), TOLERANCE)
-    yield from _end(golden, variant, settings, optimizer, tensors)
-    yield from _evaluation(golden, variant, head, eval_features_ND)
-
-
-def _end(
-    golden: Golden, variant: str, settings: dict[str, Any], optimizer: LARS, tensors: dict[str, Tensor]
-) -> Iterator[Quantity]:
-    """Yield the momentum buffers, and what the steps changed."""
-    tolerance = TOLERANCE_CHANGE
-    for name in ("kernel", "bias"):
-        buffer = optimizer.state[tensors[name]]["momentum_buffer"]
-        yield Quantity(f"{variant} momentum {name}", buffer, golden.at(f"{variant}/trace_end/{name}"), tolerance)
+        yield quantity(name, torch.tensor(values, dtype=torch.float64), name)
+    for name, p in weights.items():
+        buffer = optimizer.state[p]["momentum_buffer"]
+        yield quantity(f"momentum {name}", buffer, f"trace_end/{name}", TOLERANCE_CHANGE)
         if settings["lr_peak_value"] >= STRONG_LR:
-            before, after = (
-                golden.at(f"{variant}/{when}/{name}") for when in ("init", f"after_{golden.meta['steps']}")
-            )
-            change = tensors[name].detach().cpu() - before
-            yield Quantity(f"{variant} change {name}", change, after - before, tolerance)
-
-
-@torch.no_grad()
-def _evaluation(golden: Golden, variant: str, head: LinearProbeHead, features_ND: Tensor) -> Iterator[Quantity]:
-    logits_NK = head.eval()(features_ND).cpu()
+            before = golden.at(f"{variant}/init/{name}")
+            change = golden.at(f"{variant}/after_{meta['steps']}/{name}") - before
+            yield Quantity(f"{variant} change {name}", p.detach().cpu() - before, change, TOLERANCE_CHANGE)
+    with torch.no_grad():
+        logits_NK = head.eval()(pooled("eval_features")).cpu()
+    yield quantity("eval_logits", logits_NK, "eval_logits")
     accuracy = (logits_NK.argmax(1) == golden.tensor("in/eval_labels")).double().mean()
-    yield Quantity(f"{variant} eval_logits", logits_NK, golden.tensor(f"{variant}/eval_logits"), TOLERANCE)
-    official = torch.as_tensor(golden.arrays[f"{variant}/eval_accuracy"])
-    yield Quantity(f"{variant} eval_accuracy", accuracy, official, TOLERANCE)
-
-
-def _tensors(head: LinearProbeHead) -> dict[str, Tensor]:
-    """Return the tensors by their names in the file."""
-    return {"kernel": head.linear.weight, "bias": head.linear.bias, "mean": head.norm.mean, "var": head.norm.var}
-
-
-def _pooled(tokens_NTD: Tensor, global_pool: bool) -> Tensor:
-    return tokens_NTD[:, 1:].mean(1) if global_pool else tokens_NTD[:, 0]
+    yield quantity("eval_accuracy", accuracy, "eval_accuracy")
