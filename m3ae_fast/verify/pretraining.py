@@ -5,6 +5,7 @@ Shapes: S samples, L patches, X text positions, T encoder rows, M decoder rows, 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -38,32 +39,23 @@ def _encoder_outputs(golden: Golden, model: M3AE, batch) -> Iterator[Quantity]:
     encoded_TD = model.forward_encoder(batch).float().cpu()
     starts = batch.encoder.cu_seqlens.tolist()
     samples = golden.samples()
-    found: dict[str, tuple[list, list]] = {name: ([], []) for name in ("cls", "image", "text")}
-    cls, image, text = found.values()
+    found = defaultdict(list)  # ours and the official rows
     for i, (start, sample) in enumerate(zip(starts, samples)):
-        cls[0].append(encoded_TD[start])
-        cls[1].append(golden.arrays["out/encoder_cls"][i, 0])
+        found["encoder_cls"].append((encoded_TD[start : start + 1], golden.tensor("out/encoder_cls")[i]))
         row = start + 1
         if sample.image is not None:
             # ours lie in reading order, the official ones in shuffled order
             order = np.argsort(np.argsort(golden.kept("image")))
-            image[0].append(encoded_TD[row + order])
-            image[1].append(golden.arrays["out/encoder_image"][i])
+            found["encoder_image"].append((encoded_TD[row + order], golden.tensor("out/encoder_image")[i]))
             row += len(order)
         if sample.tokens is not None:
             kept = golden.kept("text")
             valid = golden.valid(i).numpy()[kept]
             order = np.argsort(np.argsort(kept[valid]))
-            text[0].append(encoded_TD[row + order])
-            text[1].append(golden.arrays["out/encoder_text"][i][valid])
-    for name, (ours, official) in found.items():
-        if ours:
-            yield Quantity(f"encoder_{name}", _rows(ours), _rows(official), TOLERANCE)
-
-
-def _rows(parts: list) -> Tensor:
-    parts = [torch.as_tensor(part) for part in parts]
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+            found["encoder_text"].append((encoded_TD[row + order], golden.tensor("out/encoder_text")[i][valid]))
+    for name, pairs in found.items():
+        ours, official = (torch.cat(rows) for rows in zip(*pairs))
+        yield Quantity(name, ours, official, TOLERANCE)
 
 
 def _decoder_outputs(golden: Golden, model: M3AE, device: torch.device) -> Iterator[Quantity]:
