@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,14 +70,10 @@ class CachedSteps:
 
     def __iter__(self) -> Iterator[EncodedBatch]:
         samples = len(self.features.keys)
-        orders: dict[int, Any] = {}
+        order = lru_cache(maxsize=1)(partial(permutation, samples, self.seed))  # of an epoch
         for step in self.steps:
-            rows = []
-            for position in range(step * self.batch, (step + 1) * self.batch):
-                epoch, place = divmod(position, samples)
-                if epoch not in orders:
-                    orders = {epoch: permutation(samples, self.seed, epoch)}
-                rows.append(int(orders[epoch][place]))
+            places = (divmod(position, samples) for position in range(step * self.batch, (step + 1) * self.batch))
+            rows = [int(order(epoch)[place]) for epoch, place in places]
             keys = [self.features.keys[row] for row in rows]
             yield EncodedBatch(keys, self.features.features_ND[rows], self.features.labels[rows])
 

@@ -97,10 +97,8 @@ def _steps(
     )  # fmt: skip
     groups = layer_decay_groups(model, m["depth"], m["weight_decay"] * decay, m["layer_decay"])
     optimizer = build_adamw(groups, optim)
-    layers = {name: layer_of(name, m["depth"]) for name, _ in model.named_parameters()}
-    by_layer = {str(layers[name]): p for name, p in model.named_parameters()}  # any parameter of each
-    losses, accuracies = [], []
-    lrs: dict[str, list[float]] = {layer: [] for layer in by_layer}
+    layers = {id(p): str(layer_of(name, m["depth"])) for name, p in model.named_parameters()}
+    losses, accuracies, rates = [], [], []
     for step in range(m["steps"]):
         optimizer.zero_grad()
         logits_SK = model(batch)
@@ -110,14 +108,13 @@ def _steps(
         accuracies.append((logits_SK.argmax(1) == labels_SK.argmax(1)).double().mean().item())
         set_lr(optimizer, learning_rate(step, optim, OFFICIAL_BATCH, m["warmup_steps"], m["total_steps"]))
         optimizer.step()
-        for layer, p in by_layer.items():
-            lrs[layer].append(next(g["lr"] for g in optimizer.param_groups if any(p is q for q in g["params"])))
+        rates.append({layers[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
     trajectories = {f"loss_trajectory{suffix}": losses} | ({} if decay else {"accuracy_trajectory": accuracies})
     for name, values in trajectories.items():
         yield Quantity(name, torch.tensor(values), golden.tensor(f"out/{name}"), TOLERANCE)
-    for layer, values in [] if decay else sorted(lrs.items()):
-        official = torch.tensor(m["lr_by_layer"][layer])
-        yield Quantity(f"lr of layer {layer}", torch.tensor(values), official, TOLERANCE)
+    for layer in [] if decay else sorted(rates[0]):
+        ours, official = (torch.tensor(lrs) for lrs in ([each[layer] for each in rates], m["lr_by_layer"][layer]))
+        yield Quantity(f"lr of layer {layer}", ours, official, TOLERANCE)
     for name, p in model.named_parameters():
         path = flax_path(name)
         before, after = golden.at(f"params/{path}"), golden.at(f"params_after{suffix}/{path}")
