@@ -183,9 +183,10 @@ def _check_classes(classifier: Classifier, classes: Classes) -> None:
     """Raise UserError where the training samples have others than those of the classifier."""
     if (own := classifier.config.classes) != (found := list(classes)):
         differing = sorted(map(str, {*own} ^ {*found}))
+        what = f"only one of them {differing[0]!r}" if differing else "in another order"
         raise UserError(
-            f"--train: its samples have {len(found)} classes, the classifier {len(own)}, and only one of them "
-            f"{differing[0]!r}; name the samples that it was trained on"
+            f"--train: its samples have {len(found)} classes, the classifier {len(own)}, and {what}; name the samples "
+            "that it was trained on"
         )
 
 

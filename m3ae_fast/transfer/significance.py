@@ -72,10 +72,11 @@ def middle(values: np.ndarray) -> tuple[float, float]:
 
 def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Difference:
     """Compare two classifiers by how often each sample was right, from 0 to 1: bool, or a mean over seeds, of which
-    McNemar's test takes what is above a half as right. `seed`: of the bootstrap."""
+    McNemar's test takes what is above a half as right and leaves out a half. `seed`: of the bootstrap."""
     apart_N = first_N.astype(np.float64) - second_N.astype(np.float64)
     interval = middle(_bootstrap_means(apart_N, seed))
-    return Difference(apart_N.mean().item(), *interval, mcnemar(first_N > 0.5, second_N > 0.5))
+    decided_N = (first_N != 0.5) & (second_N != 0.5)
+    return Difference(apart_N.mean().item(), *interval, mcnemar(first_N[decided_N] > 0.5, second_N[decided_N] > 0.5))
 
 
 def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:

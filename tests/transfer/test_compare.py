@@ -88,6 +88,13 @@ def _found(**correct):
     return found
 
 
+def test_a_sample_that_half_the_seeds_have_right_counts_for_neither():
+    even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
+    assert difference(even, other).p == difference(other, even).p == 1.0  # as often right
+    mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more, of which the other has every second one
+    assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
+
+
 def test_a_test_is_paired_on_the_mean_over_seeds():
     generator = np.random.default_rng(0)
     good, poor = generator.random((2, 100)) < 0.9, generator.random((1, 100)) < 0.5
@@ -95,7 +102,10 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     ((probe, first, second, test),) = found.tests()
     assert (probe, first, second) == ("knn", "good", "poor")
     assert test == difference(good.mean(0), poor[0].astype(float)) and test.told_apart
-    theirs = stats.binomtest(int((good.all(0) & ~poor[0]).sum()), int((good.all(0) != poor[0]).sum())).pvalue
+    decided = good[0] == good[1]
+    theirs = stats.binomtest(
+        int((good[0] & ~poor[0] & decided).sum()), int(((good[0] != poor[0]) & decided).sum())
+    ).pvalue
     assert test.p == pytest.approx(theirs)
     assert "- knn: good is better than poor" in found.page()
     assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())

@@ -268,6 +268,10 @@ def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, cla
     fewer = labelled_tar(tmp_path / "fewer.tar", range(12), {i: i % 2 for i in range(12)})
     with pytest.raises(UserError, match="have 2 classes, the classifier 3, and only one of them '2'"):
         transfer("ood", "--ood", shards[1], model=folder, train=fewer, val=fewer)
+    config = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(config | {"classes": [2, 1, 0]}))
+    with pytest.raises(UserError, match="have 3 classes, the classifier 3, and in another order"):
+        transfer("ood", "--ood", shards[1], model=folder)
     (folder / "classifier.json").write_text(json.dumps({"head": 1}))
     with pytest.raises(UserError, match=r"classifier\.json"):
         transfer("ood", "--ood", shards[1], model=folder)
