@@ -12,6 +12,7 @@ import os
 import signal
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -76,17 +77,20 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
         tally = _write_all(records, out, settings, todo, workers)
         shards = [out / shard.name for shard in plan]
         found = [entry.summary for entry in index_shards([str(path) for path in shards], ShardStore())]
-        samples = sum(summary.samples for summary in found)
-        if not samples:
+        samples = Counter[str]()
+        for shard, summary in zip(plan, found):
+            samples[shard.name.rpartition("-")[0]] += summary.samples
+        if empty := [split for split, count in samples.items() if not count]:
             for name in (MANIFEST, CLASSES, *(path.name + suffix for path in shards for suffix in ("", INDEX_SUFFIX))):
                 (out / name).unlink(missing_ok=True)
             if created:
                 out.rmdir()
             example = "".join(f", such as {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
-            raise UserError(f"{out}: not written, since no sample can be used{example}")
+            of = f" of {empty[0]}" if len(empty) < len(samples) else ""
+            raise UserError(f"{out}: not written, since no sample{of} can be used{example}")
     images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
-    left_out = sum(len(shard.numbers) for shard in plan) - samples
-    return Converted(shards, samples, images, captions, left_out, tally)
+    left_out = sum(len(shard.numbers) for shard in plan) - samples.total()
+    return Converted(shards, samples.total(), images, captions, left_out, tally)
 
 
 def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
@@ -106,7 +110,9 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
         ((name, split, order),) = parts
         held = split_images(records.images(split)[order], max(1, round(len(order) * settings.held_out)))
         if held.all():
-            raise UserError(f"--held-out {settings.held_out:g}: leaves nothing of {len(order)} samples to train on")
+            raise UserError(
+                f"--held-out {settings.held_out:g}: holds out all {len(order)} samples, which are of one image"
+            )
         parts = [(name, split, order[~held]), (HELD_OUT, split, order[held])]
     shards = []
     for name, split, order in parts:

@@ -307,6 +307,19 @@ def test_splits_and_columns_of_a_dataset(tmp_path, dataset, capsys):
     assert "has splits of its own (train, test)" in capsys.readouterr().err
 
 
+def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.jpg").write_bytes(picture(1))
+    for number in range(9):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(b"no image")
+    assert make("from-folder", tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only one that differs
+    assert re.search(r"no sample of train can be used, such as \d.jpg: not an image", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / "good.jpg").unlink()
+    assert make("from-folder", tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
+    assert "--held-out 0.1: holds out all 9 samples, which are of one image" in capsys.readouterr().err
+
+
 def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, capsys):
     """Also one whose name is usual, but not its type."""
     odd = dataset.map(lambda row: {"text": {"en": "a"}, "targets": [0, 1]}, remove_columns="caption")
