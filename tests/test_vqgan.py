@@ -315,8 +315,9 @@ def test_mistakes(vqgan, tmp_path):
         )
     with pytest.raises(UserError, match=r"set model\.patch_size to 8"):
         vqgan.check_fits(16, 16, "vqgan")
-    with pytest.raises(UserError, match=r"set model\.codebook_size to 16"):
-        vqgan.check_fits(8, 1024, "vqgan")
+    for codes in (8, 1024):
+        with pytest.raises(UserError, match=r"set model\.codebook_size to 16"):
+            vqgan.check_fits(8, codes, "vqgan")
 
 
 def test_training_with_ids_made_on_the_device(trainer, vqgan):

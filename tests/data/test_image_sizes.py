@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.images import size_of
@@ -59,6 +60,20 @@ def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
     write_tar(shard, [("one.png", picture(0, (24, 16), fmt="PNG"))])
     assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24]]
     assert len(opened(f"{shard.parent}/*").sources[0].shards) == 1  # what is kept is no shard
+    before = shard.stat()
+    write_tar(shard, [("one.png", picture(0, (40, 8), fmt="PNG"))])
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert shard.stat().st_size == before.st_size and measured(opened(shard)).sources[0].image_sizes.tolist() == [
+        [8, 40]
+    ]
+
+
+def test_a_header_may_end_far_behind_the_beginning_of_a_file(tmp_path):
+    """Of a JPEG whose comment comes first."""
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(file, "JPEG", comment=bytes(60_000))
+    shard = write_tar(tmp_path / "train.tar", [("0.jpg", file.getvalue()), ("1.jpg", picture(1, (16, 8)))])
+    assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24], [8, 16]]
 
 
 def test_nobody_knows_the_sizes_in_shards_that_are_fetched(shard, monkeypatch):
