@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from m3ae_fast import pretrain
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
+from m3ae_fast.engine.needs import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
@@ -279,6 +280,7 @@ def test_shards_are_taken_as_they_are(tmp_path):
     assert given.val == [f"{tmp_path}/1.tar"]
     (tmp_path / "3.tar").rename(tmp_path / "val-3.tar")
     (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # is no test split
+    write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # nor this one of validation
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     facts, notes = look(given, tmp_path, "cls")
     assert facts.classes == 0 and "no k-NN accuracy and no linear probe: " in notes[0]
@@ -543,7 +545,9 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
     )
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session)
-    assert tried == [128, 192] and needed == sorted(needed) and found.config.model.emb_dim == 192
+    sizes = [settings(facts, Shards(["a.tar"], [], []), tmp_path, rung, 64, 1, "cls", []) for rung in LADDER[1:3]]
+    assert needed == [memory_needed(config, 1, 64) for config in sizes]
+    assert tried == [128, 192] and found.config.model.emb_dim == 192
     assert 'not "small", for which 8 GB are needed' in found.lines[1]
     assert "at 10,000 samples/s, measured over 4 steps" in found.lines[2]
 

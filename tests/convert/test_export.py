@@ -62,6 +62,13 @@ def test_transformers_prepares_pictures_as_encode_does(tmp_path, channels):
         torch.testing.assert_close(theirs, (prepare_image(grey, model.config) / 255 - mean) / std, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "white"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])
+def test_white_is_one_to_image_processors(tmp_path, dtype, white):
+    M3AE(ModelConfig(**TINY, image_dtype=dtype)).save_pretrained(tmp_path / "out")
+    said = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert said["do_rescale"] and said["rescale_factor"] * white == 1
+
+
 def test_export_goes_without_a_tokenizer_that_is_gone(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     for path in (tmp_path / "run").rglob("state.json"):
