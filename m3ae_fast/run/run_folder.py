@@ -37,12 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         """Lock the folder. Raises UserError if `path` cannot be written to, or another run holds it."""
-        self.path = path
-        self._made = not path.exists()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from None
+        self.path, self._made = path, not path.exists()
         self._lock: BinaryIO | None = None
         self._folder_lock: int | None = None
         os.register_at_fork(after_in_child=self._unlock_folder)
@@ -59,10 +54,6 @@ class RunFolder:
             pass
         event = self._what_became_of_it()
         self._unlock()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from None
         self._take()
         return event
 
@@ -80,7 +71,9 @@ class RunFolder:
         )
 
     def _take(self) -> None:
+        """Make the folder, if need be, and lock it."""
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._folder_lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(self._folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +87,7 @@ class RunFolder:
             raise UserError(f"run.dir {self.path}: another run is using it; choose another run.dir") from None
         except OSError as error:
             self._unlock()
-            raise self._unwritable(error) from None
+            raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror or error})") from None
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -105,9 +98,6 @@ class RunFolder:
         if self._folder_lock is not None:
             os.close(self._folder_lock)
         self._folder_lock = None
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"run.dir {self.path}: cannot be written to ({error.strerror or error})")
 
     def __enter__(self) -> RunFolder:
         return self

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,22 +32,19 @@ class _Console(Console):
             super().on_broken_pipe()
 
 
+@dataclass
 class RunLog:
     """Use as a context manager around the training loop. Nothing is written before `begin`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        start_step: int,
-        total_steps: int,
-        loggers: Sequence[str] = ("tensorboard",),
-        config: dict[str, Any] | None = None,
-    ) -> None:
-        """Prepare the log. `loggers`: names of `LOGGERS`; `config`: what they show of it."""
-        self._folder, self._start, self._total = folder, start_step, total_steps
-        self._names, self._config = loggers, config or {}
+    folder: Path
+    start: int  # steps taken before
+    total: int  # steps
+    loggers: Sequence[str] = ("tensorboard",)  # names of `LOGGERS`
+    config: dict[str, Any] = field(default_factory=dict)  # that they show
+
+    def __post_init__(self) -> None:
         self._file: BinaryIO | None = None
-        self._loggers: list[Logger] = []
+        self._opened: list[Logger] = []
         self._written = True
         self._since = time.monotonic()
         self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -61,7 +59,7 @@ class RunLog:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, summary="")
+        self._task = self._progress.add_task("train", total=self.total, completed=self.start, summary="")
 
     def __enter__(self) -> RunLog:
         self._old_hook, threading.excepthook = threading.excepthook, self._thread_failed
@@ -80,26 +78,26 @@ class RunLog:
 
     def _close(self) -> None:
         with contextlib.suppress(OSError):  # reported by `log`
-            for logger in self._loggers:
+            for logger in self._opened:
                 logger.close()
         if self._file is not None:
             self._file.close()
-        self._file, self._loggers = None, []
+        self._file, self._opened = None, []
 
     def begin(self) -> None:
         """Forget what an earlier attempt wrote beyond the step that this one starts from. Raises UserError where the
         folder cannot be written to, or a logger cannot start."""
         if self._file is not None:
             return
-        path = self._folder / METRICS_FILE
+        path = self.folder / METRICS_FILE
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _forget_after(path, self._start)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _forget_after(path, self.start)
             self._file = path.open("ab", buffering=0)
-            for name in self._names:
-                self._loggers.append(LOGGERS[name](self._folder, self._start, self._config))
+            for name in self.loggers:
+                self._opened.append(LOGGERS[name](self.folder, self.start, self.config))
         except OSError as error:
-            raise UserError(f"run.dir {self._folder}: cannot be written to ({error.strerror or error})") from None
+            raise UserError(f"run.dir {self.folder}: cannot be written to ({error.strerror or error})") from None
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
@@ -108,13 +106,13 @@ class RunLog:
         """Write one JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run:
         its weights may still find room."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
-            self.say(f"{self._folder / METRICS_FILE} was removed: what it held is lost")
+            self.say(f"{self.folder / METRICS_FILE} was removed: what it held is lost")
             self._close()
         self.begin()
         assert self._file is not None
         with self._room():
             self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
-            for logger in self._loggers:
+            for logger in self._opened:
                 logger.log(step, values)
         self._progress.update(self._task, summary=_summary(values))
         shown = [
@@ -128,14 +126,14 @@ class RunLog:
     def has(self, step: int, names: Collection[str]) -> bool:
         """Return whether this attempt or an earlier one has logged a value of any of these names after this step."""
         with contextlib.suppress(OSError):
-            lines = _lines(self._folder / METRICS_FILE)
+            lines = _lines(self.folder / METRICS_FILE)
             return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)
         return False
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show an image file in the loggers."""
         with self._room():
-            for logger in self._loggers:
+            for logger in self._opened:
                 logger.picture(step, name, path)
 
     @contextlib.contextmanager
@@ -150,8 +148,8 @@ class RunLog:
 
     def _left(self, step: int) -> timedelta:
         """Return the time that the rest of the run takes, at its pace so far."""
-        done = max(step - self._start, 1)
-        seconds = (time.monotonic() - self._since) / done * (self._total - step)
+        done = max(step - self.start, 1)
+        seconds = (time.monotonic() - self._since) / done * (self.total - step)
         return timedelta(seconds=round(seconds))
 
     def say(self, text: str) -> None:
