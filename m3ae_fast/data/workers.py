@@ -26,7 +26,8 @@ MAX_WORKERS = 16
 SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
 _LEAVING_S = 5.0  # for workers, before they are killed
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# SLURM can announce the end of a job's time with SIGUSR1; SIGHUP comes when a terminal closes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def default_workers() -> int:
@@ -96,7 +97,7 @@ class Loader(DataLoader[T_co]):
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
     """Block signals meanwhile: processes forked in the block inherit the mask, and so do their threads."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -111,7 +112,7 @@ def start_worker(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # the main process's
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # where workers are spawned
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # where workers are spawned
     threading.Thread(target=_await_end, daemon=True).start()
     Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
 

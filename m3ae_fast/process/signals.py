@@ -13,8 +13,8 @@ from types import FrameType
 
 import psutil
 
-# SLURM can announce the end of a job's time with SIGUSR1; SIGHUP comes when a terminal closes
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+from m3ae_fast.data.workers import SIGNALS
+
 _TICK_S = 0.25  # between looks at the launcher
 _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
 _JOIN_S = 60.0  # given to a rank that is asked to stop before it has joined the others: it must notify them
