@@ -47,12 +47,8 @@ class Native:
 
     def grid(self, height: float, width: float, area: float | None = None) -> Grid:
         """Return the grid of an image of height x width pixels: of those with a side next to the exact one, the one
-        nearest in ratio and number of patches, within the bounds.
-
-        Args:
-            height, width: in pixels; of a crop, the crop's.
-            area: pixels of the whole image, whose number of patches a crop of it gets; None: height x width.
-        """
+        nearest in ratio and number of patches, within the bounds. `area`: pixels of the whole image, whose number of
+        patches a crop of it gets; None: height x width."""
         patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
         patches = min(patches, self.longest**2 * min(height / width, width / height))
         high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))

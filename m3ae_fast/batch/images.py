@@ -50,8 +50,6 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     docs/guide/images.md says of each format and depth what comes out. Of several frames or pages the first is taken.
 
     Args:
-        data: the file.
-        channels: C.
         image_range: what is black and white where values are not levels from 0 to 255; None: no such image is read.
         dtype: of the result: "uint8" or "uint16", from black, 0, to white, 255 or 65535; "float32", black 0 and white
             1, where values may lie beyond both.

@@ -69,7 +69,6 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
             is read as a .npy file of it is, or a tensor [C, H, W], uint8, or uint16 of a model of such images, of which
             the central square is taken, or all; or a floating tensor [C, image_size, image_size], of a native model of
             sides that its patches divide, already normalised.
-        config: of the model.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.

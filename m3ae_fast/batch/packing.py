@@ -104,15 +104,13 @@ def rounded(rows: int) -> int:
 
 
 def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool = False) -> PackedBatch:
-    """Lay `samples` out in one PackedBatch.
+    """Lay `samples`, maybe none, out in one PackedBatch.
 
     The image loss is a mean over images of the mean over their loss rows, the text loss a mean over captions of the
     mean over theirs, an empty caption counting as 0 (official M3AE); with `loss_per_batch`, each is the mean over all
     its loss rows (official MAE). A sample's `loss_weight` multiplies its rows' weights, and nothing else.
 
     Args:
-        samples: maybe none.
-        geometry: the model's.
         repeat_shapes: round row counts up, with rows of no sample in segments of their own and with loss rows of
             weight 0. Losses and gradients stay; matmul libraries, compilers and allocators meet few shapes.
 

@@ -106,16 +106,9 @@ class Corpus:
 
 
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
-    """Find all shards and count their samples, by their manifest or indexing those that have no index yet.
-
-    Args:
-        sources: at least one.
-        store: where copies of remote shards go.
-        progress: show a bar on stderr while indexing.
-
-    Raises:
-        UserError: a pattern matches nothing, no shard of a source can be read, or it has no sample of its modality.
-    """
+    """Find all shards and count their samples, by their manifest or indexing those that have no index yet; `progress`
+    shows a bar. Raises UserError where a pattern matches nothing, no shard of a source can be read, or none of its
+    samples has its modality."""
     corpus = Corpus([], store)
     for config in sources:
         names = [] if is_manifest(config.shards) else expand(config.shards)

@@ -54,16 +54,9 @@ def check_field(field: str) -> None:
 
 
 def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[list[Label | None]]:
-    """Return the label of every sample of each source in file order, None for a sample without one.
-
-    Args:
-        corpus: from `open_corpus`.
-        field: "cls", or "json." and the name of a field.
-        progress: show a bar on stderr.
-
-    Raises:
-        UserError: `field` is neither, a shard cannot be read, or a label is neither a whole number nor text.
-    """
+    """Return the label of every sample of each source in file order, None for a sample without one. `field`: "cls", or
+    "json." and the name of a field. Raises UserError where it is neither, a shard cannot be read, or a label is neither
+    a whole number nor text."""
     check_field(field)
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
     labels: list[list[Label | None]] = [[] for _ in corpus.sources]
@@ -75,14 +68,10 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
 def label_corpus(
     corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False
 ) -> tuple[Corpus, Classes]:
-    """Return the labelled samples of a corpus, with ids of their classes in `Source.labels`.
+    """Return the samples of a corpus but those of label -1, with ids in `Source.labels`, and the classes by id.
 
-    Args:
-        corpus, field, progress: as in `read_labels`.
-        classes: those of the training samples; None: these are the training samples, and define them.
-
-    Returns:
-        The corpus without the samples of label -1, and the classes by id.
+    `field`: as in `read_labels`. `classes`: those of the training samples; None: these are the training samples, and
+    define them.
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
@@ -110,13 +99,9 @@ def label_corpus(
 
 
 def class_names(corpus: Corpus, classes: Classes) -> list[str]:
-    """Return what to call each class in pictures, by id: a text as it is; a number as the file classes.json beside the
-    shards says, or else `class_name` in the samples' json, where each class has one; or else the number.
-
-    Args:
-        corpus: labelled, see `label_corpus`.
-        classes: its classes by id.
-    """
+    """Return what to call each class of a labelled corpus in pictures, by id: a text as it is; a number as the file
+    classes.json beside the shards says, or else `class_name` in the samples' json, where each class has one; or else
+    the number."""
     if any(isinstance(label, str) for label in classes):
         return [str(label) for label in classes]
     names = _listed_names(corpus) or _written_names(corpus, classes)
@@ -203,15 +188,8 @@ def select_labelled(source: Source, ids: np.ndarray) -> Source:
 
 
 def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tuple[Corpus, Classes]:
-    """Return the samples of the classes with these names or numbers, and those classes, whose ids follow their order.
-
-    Args:
-        corpus, classes: from `label_corpus`.
-        names: as text.
-
-    Raises:
-        UserError: no sample has such a class, a name is given twice, or there is only one.
-    """
+    """Return the samples of the classes with these `names`, or numbers as text, and those classes, whose ids follow
+    that order. Raises UserError where no sample has such a class, a name is given twice, or there is only one."""
     ids = {str(label): number for number, label in enumerate(classes)}
     if unknown := [name for name in names if name not in ids]:
         raise UserError(f"no sample has the class {unknown[0]!r}; there are {', '.join(list(ids)[:20])}")

@@ -26,14 +26,9 @@ class Layout(NamedTuple):
 
 
 def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], global_batch: int) -> Layout:
-    """Return the lanes of a stream: the most, up to `config.lanes`, that a step visits equally often, that cut few
-    shards, and of which each has a part of every source.
-
-    Args:
-        config: lanes, shuffling and repeats.
-        sizes: for each source the samples of its shards.
-        global_batch: samples of a step.
-    """
+    """Return the lanes of a stream: the most, up to `config.lanes`, that a step of `global_batch` samples visits
+    equally often, that cut few shards, and of which each has a part of every source. `sizes`: by source, samples of
+    shards."""
     turns = global_batch // math.gcd(global_batch, config.repeats)
     most = min(config.lanes, turns, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
     lanes = next(number for number in range(most, 0, -1) if turns % number == 0)

@@ -134,9 +134,6 @@ def train_loader(
 
     Args:
         config: crop, repeats, shuffling, workers and prefetch.
-        corpus: from `open_corpus`.
-        preparation: how a sample becomes the model's input.
-        share: this rank's.
         steps: which steps of the stream; a resumed run starts above 0.
         layout: the order's lanes; None: `lay_out`'s.
         node: the ranks of this machine, which share a fetcher; None: this one alone.

@@ -219,13 +219,8 @@ class Order:
         return self._lane(lane).locate(index)
 
     def needs(self, lanes: Iterable[int], first: int, end: int) -> list[Iterator[Need]]:
-        """Return the shards that lanes need in an epoch, the soonest first: an iterator for each lane and source.
-
-        Args:
-            lanes: which.
-            first: the position that they are at.
-            end: the position up to which shards are in use already.
-        """
+        """Return the shards that `lanes` need in an epoch, the soonest first: an iterator for each lane and source.
+        They are at position `first`, and shards up to position `end` are in use already."""
         found = []
         for number in lanes:
             lane, last = self._lane(number), -(-end // self.lanes)

@@ -41,12 +41,8 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
 def expand(patterns: str | list[str]) -> list[str]:
-    """Write out brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs.
-
-    Raises:
-        UserError: a pattern is malformed, matches nothing, or names a local shard that is not there or one that nothing
-            installed can read.
-    """
+    """Write out brace patterns (`{0000..0041}`), `::` lists and, for local paths, globs. Raises UserError where a
+    pattern is malformed or matches nothing, or a shard is not there, or nothing installed can read it."""
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if math.prod(abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(pattern)) > MAX_SHARDS:

@@ -14,16 +14,8 @@ _FETCHED = re.compile(r"(https?|s3|gs)://")  # by this process, or by one that i
 
 
 def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, where: str) -> None:
-    """Check what a run folder names, before it is opened.
-
-    Args:
-        sources: whose shards are going to be opened.
-        cache_dir: of the run; an existing cache is harmless, and any other folder would become one.
-        where: what names them, for the message.
-
-    Raises:
-        UserError: a shard would run a program, or copies would be written to, and removed from, a folder of its choice.
-    """
+    """Raise UserError, which says that `where` names them, if a shard of the `sources` would run a program, or if
+    copies would be written to, and removed from, a `cache_dir` that is no cache yet."""
     remedy = "add --trust if you trust it, or name other shards with --shards"
     for shard in (shard for source in sources for shard in expand(source.shards)):
         if is_remote(shard) and not _FETCHED.match(shard):

@@ -46,16 +46,12 @@ def make_engine(
     ema: float | None = None,
     keep_activations: bool = False,
 ) -> Engine:
-    """Build an engine for `model`, which it moves to the ranks' device.
+    """Build an engine for `model`, which it moves to the ranks' device, and whose `transformers` are compiled and
+    checkpointed as `loop` says, with its precision settled.
 
     Args:
-        model: see `Engine`.
         groups: the optimiser's, of all parameters.
-        transformers: its parts that are compiled and checkpointed.
-        loop: with its precision settled.
-        optim: of AdamW.
         deepspeed: None: plain torch.
-        ranks: who takes part.
         ema: decay of the weights' moving average in the optimiser's state; None: none.
         keep_activations: all of them; else compiled blocks make some again, see `Transformer.compile_blocks`.
 

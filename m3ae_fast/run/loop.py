@@ -101,13 +101,8 @@ class Loop(ABC):
     @abstractmethod
     def counted(self, sums: list[float], waited: float) -> Any:
         """Record the sums over ranks of what `count` returns, and the seconds that this rank waited for its data.
-
-        Returns:
-            What the losses of the step are means over, per rank: the engine's `counts`.
-
-        Raises:
-            UserError: too many samples cannot be used.
-        """
+        Return what the losses of the step are means over, per rank: the engine's `counts`. Raises UserError where too
+        many samples cannot be used."""
 
     @abstractmethod
     def rates(self) -> dict[str, float]:

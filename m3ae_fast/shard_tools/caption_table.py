@@ -45,15 +45,9 @@ class Row(NamedTuple):
 
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
-    """Return all rows.
-
-    Args:
-        table: .csv, .tsv, .jsonl (or .ndjson) or .parquet.
-        image, caption: names of the columns; None: the first that has a usual name.
-
-    Raises:
-        UserError: the file cannot be read, lacks a column, or has a row that does not fit its columns.
-    """
+    """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet. `image` and `caption` name columns; None: the
+    first that has a usual name. Raises UserError where the file cannot be read, lacks a column, or has a row that does
+    not fit its columns."""
     reader = READERS.get(table.suffix.lower())
     if reader is None:
         raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet")

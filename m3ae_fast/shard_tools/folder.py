@@ -155,11 +155,7 @@ def _digest(path: str) -> str:
 
 def _find(folder: str, flat: bool) -> Iterator[str]:
     """Yield paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
-    class: two classes may be links to one folder, and a link may lead back.
-
-    Raises:
-        UserError: a folder cannot be listed.
-    """
+    class: two classes may be links to one folder, and a link may lead back. Raises UserError as `_refuse`."""
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real, below = os.path.realpath(parent), os.path.relpath(parent, folder)

@@ -198,19 +198,8 @@ def collect(
     labels: str,
     dtype: str = "uint8",
 ) -> Statistics:
-    """Look at `samples` samples of the corpus.
-
-    Args:
-        corpus: from `open_corpus`.
-        samples, seed: how many are drawn, and which.
-        channels, image_range: how images are decoded.
-        tokenizer: that cuts captions; None: words are counted.
-        labels: "cls", or "json." and the name of a field.
-        dtype: how finely pixels are kept (`model.image_dtype`).
-
-    Raises:
-        UserError: a shard or a label cannot be read.
-    """
+    """Look at `samples` samples of the corpus, drawn by `seed`. Captions are counted in tokens of the tokenizer, or in
+    words; `labels` is a field of `read_labels`. Raises UserError where a shard or a label cannot be read."""
     found = Statistics(corpus.samples, channels, dtype)
     drawn = sample(corpus, samples, seed)
     for of_source in read_labels(drawn, labels):
