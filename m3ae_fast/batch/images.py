@@ -108,11 +108,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
     """Return the values [H, W, bands] of a file that is no picture of C channels to Pillow: a .npy, and a TIFF of which
-    Pillow would read not all bands, not all bits, or nothing. None of other files.
-
-    Raises:
-        BadSample: it cannot be read.
-    """
+    Pillow would read not all bands, not all bits, or nothing. None of other files. Raises BadSample where it cannot."""
     if bands.is_npy(data):
         return bands.read_npy(data)
     if not bands.is_tiff(data):

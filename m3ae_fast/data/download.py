@@ -39,12 +39,9 @@ class NotThere(OSError):
 
 
 def download(shard: str, out: BinaryIO) -> None:
-    """Write the tar behind a URL, a `pipe:` command or a gzipped file to `out`, which must be empty.
-
-    Raises:
-        NotThere: the server says that there is no such thing.
-        OSError: anything else: too slow, cut short, not a tar. `retry_after` in seconds, where a server names it.
-    """
+    """Write the tar behind a URL, a `pipe:` command or a gzipped file to `out`, which must be empty. Raises NotThere
+    where the server says so, OSError for anything else: too slow, cut short, not a tar; with `retry_after` in seconds,
+    where a server names it."""
     try:
         with _open(shard) as chunks:
             source = io.BufferedReader(_Stream(_paced(chunks)), _CHUNK)

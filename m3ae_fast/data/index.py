@@ -132,11 +132,8 @@ def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
     """Return all shards in order, from their sidecars or indexed now: one process per node indexes a shard, the others
-    wait. Those that cannot be read go to `lost`, where it is given.
-
-    Raises:
-        UserError: there is no `lost` and a shard cannot be read or fetched, or an index cannot be written.
-    """
+    wait. Those that cannot be read or fetched go to `lost`. Raises UserError where there is no `lost`, or an index
+    cannot be written."""
 
     def find(shard: str) -> IndexedShard | Unreadable:
         try:

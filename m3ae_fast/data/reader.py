@@ -61,12 +61,9 @@ class Reader:
         return printable(table["key"][row].decode("utf-8", "replace"))
 
     def read(self, shard: int, row: int) -> Raw:
-        """Return bytes and caption of one sample. A copy that turns out damaged is fetched again, once.
-
-        Raises:
-            BadSample: a part that its shard trains is missing, cut short, too large, or not text.
-            OSError: the shard cannot be read.
-        """
+        """Return bytes and caption of one sample; a copy that turns out damaged is fetched again, once. Raises
+        BadSample where a part that its shard trains is missing, cut short, too large, or no text, OSError where the
+        shard cannot be read."""
         return self._whole(shard, lambda: self._read(shard, row))
 
     def _read(self, shard: int, row: int) -> Raw:
@@ -81,12 +78,8 @@ class Reader:
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """Return the image's token ids, made ahead of time: int64 [L].
-
-        Raises:
-            BadSample: there are none, or they are cut short.
-            OSError: the shard cannot be read.
-        """
+        """Return the image's token ids, made ahead of time: int64 [L]. Raises BadSample where there are none or they
+        are cut short, OSError as `read`."""
         return self._whole(shard, lambda: self._read_ids(shard, row))
 
     def _read_ids(self, shard: int, row: int) -> np.ndarray:

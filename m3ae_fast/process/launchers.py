@@ -47,13 +47,9 @@ _HOSTS = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
 
 
 def adopt(environment: MutableMapping[str, str]) -> None:
-    """Set what torch reads of the ranks where a launcher that knows other words has started this process and others.
-    What is set already stays.
-
-    Raises:
-        UserError: a launcher has started several processes, of which this is to be a run of its own, or does not say
-            enough to find the others.
-    """
+    """Set what torch reads of the ranks where a launcher that knows other words has started this process and others;
+    what is set already stays. Raises UserError where several processes were started, of which this is to be a run of
+    its own, or nothing says where the others are."""
     found = next((one for one in LAUNCHERS if environment.keys() >= {one.rank, one.world}), None)
     if found is None or environment[found.world] == "1":
         return

@@ -13,13 +13,9 @@ from m3ae_fast.weights.pretrained import Pretrained, check_start, check_weights,
 
 @torch.no_grad()
 def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
-    """Copy the weights that `model.init_from` names into a model on the CPU, on every rank; rank 0 reads them.
-
-    A source without a decoder leaves the model's as it is. Returns a line for the log.
-
-    Raises:
-        UserError: there is no such export, or a setting or weight of it does not fit the model.
-    """
+    """Copy the weights that `model.init_from` names into a model on the CPU, on every rank; rank 0 reads them. A source
+    without a decoder leaves the model's as it is. Return a line for the log. Raises UserError where there is no such
+    export, or a setting or weight of it does not fit the model."""
 
     def read() -> Pretrained:
         start = read_pretrained(source)

@@ -27,11 +27,8 @@ _GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
 
 def find(run_dir: Path, resume: str) -> Path | None:
     """Return the checkpoint that `--resume` means: "auto" (the last one that has not FAILED, if any), "no", or a path
-    for `checkpoint.locate`.
-
-    Raises:
-        UserError: the path holds no checkpoint, `run_dir` holds those of another run, or all have failed.
-    """
+    for `checkpoint.locate`. Raises UserError where the path holds none, `run_dir` holds those of another run, or all
+    have failed."""
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]

@@ -72,12 +72,8 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 
 
 def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """Return the column that the user named, else the first with a usual name.
-
-    Raises:
-        NoColumns: there is none of a usual name.
-        UserError: there is none of that name, or several have it.
-    """
+    """Return the column that the user named, else the first with a usual name. Raises NoColumns where there is none of
+    a usual name, UserError where there is none of that name, or several have it."""
     if named is not None and named not in columns:
         raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
     names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]

@@ -31,11 +31,8 @@ def as_member(data: bytes, short_side: int, quality: int, image_range: Range | N
 
 def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
     """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where
-    transparent. A JPEG that is small enough stays as it is.
-
-    Raises:
-        BadSample: as `decode_image`, whose `image_range` it is; or the image is longer than a JPEG can be.
-    """
+    transparent; a JPEG that is small enough as it is. Raises BadSample as `decode_image`, or where it is longer than a
+    JPEG can be."""
     image = decode_image(data, 3, image_range)
     small = _reduced(image, short_side)
     if small is image:
