@@ -127,17 +127,14 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         "mask_ids": np.where(layout.masked_U, layout.text_U, -1),
         "decoder_table_ids": layout.table_U,
     }
-    loss, counts, loss_rows, weights = _loss(samples, layout, geometry)
+    loss, counts, loss_rows, weights = _loss(samples, layout, geometry, size)
     targets = _image_targets(samples, loss_rows["image_patch_ids"], weights["image_row_weight"])
     rows = {**encoder_rows, **decoder_rows, **loss_rows, "image_targets": targets}
     rows["draws"] = np.array([sample.draw for sample in samples], np.int64)
     index: dict[str, Any] = {name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()}
-    index["token_order"], index["encoder_table_order"] = scatter_orders(
-        index["encoder_src"], index["token_ids"], index["encoder_table_ids"]
-    )
-    index["mask_order"], index["decoder_table_order"] = scatter_orders(
-        index["decoder_src"], index["mask_ids"], index["decoder_table_ids"]
-    )
+    for part, ids in (("encoder", "token"), ("decoder", "mask")):
+        scattered = (index[name] for name in (f"{part}_src", f"{ids}_ids", f"{part}_table_ids"))
+        index[f"{ids}_order"], index[f"{part}_table_order"] = scatter_orders(*scattered)
     return PackedBatch(
         keys=[sample.key for sample in samples],
         images=_images(samples, geometry),
@@ -154,8 +151,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     )
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """The decoder's rows: of each sample cls, all patches, all text tokens; then rows of padding, none of these."""
 
     rows_P: np.ndarray  # rows of each sample, then of each segment of padding
@@ -167,18 +163,16 @@ class _Layout:
     patch_id_U: np.ndarray  # image * L + patch; of native images, a row of all their patches
     token_U: np.ndarray  # vocabulary id, -1 for what is no text token
     table_U: np.ndarray  # row of [patch positions, text positions], -1 for cls and padding
-    images_M: int  # rows of the image loss, those of weight 0 among them
-    texts_M: int
 
 
 def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int], int]) -> _Layout:
     S = len(checked)
     patches_S = _lengths(sample.image_mask for sample in checked)
     tokens_S = _lengths(sample.text_mask for sample in checked)
-    images_M = size(_with_loss([sample.image_mask for sample in checked], geometry.image_all_tokens))
-    texts_M = size(_with_loss([sample.text_mask for sample in checked], geometry.text_all_tokens))
+    images = _with_loss([sample.image_mask for sample in checked], geometry.image_all_tokens)
+    texts = _with_loss([sample.text_mask for sample in checked], geometry.text_all_tokens)
     rows_S = 1 + patches_S + tokens_S
-    rows_P = _padded(rows_S, max(size(int(rows_S.sum())), images_M + texts_M))
+    rows_P = _padded(rows_S, max(size(int(rows_S.sum())), size(images) + size(texts)))
     patches_P = np.concatenate((patches_S, np.zeros(len(rows_P) - S, np.int64)))
     sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
     position_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
@@ -199,19 +193,8 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
         row_U, column_U = np.divmod(place_U, columns_P[sample_U])
         place_U = np.where(patch_U, first_P[sample_U] + row_U * step_P[sample_U] + column_U, place_U)
     table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, place_U, -1))
-    return _Layout(
-        rows_P=rows_P,
-        sample_U=sample_U,
-        patch_U=patch_U,
-        text_U=text_U,
-        masked_U=masked_U,
-        visible_U=real_U & ~masked_U,
-        patch_id_U=np.cumsum(patch_U) - 1,
-        token_U=token_U,
-        table_U=table_U,
-        images_M=images_M,
-        texts_M=texts_M,
-    )
+    visible_U, patch_id_U = real_U & ~masked_U, np.cumsum(patch_U) - 1
+    return _Layout(rows_P, sample_U, patch_U, text_U, masked_U, visible_U, patch_id_U, token_U, table_U)
 
 
 def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> tuple[Segments, dict[str, np.ndarray]]:
@@ -230,7 +213,7 @@ def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> 
 
 
 def _loss(
-    samples: Sequence[Sample], layout: _Layout, geometry: Geometry
+    samples: Sequence[Sample], layout: _Layout, geometry: Geometry, size: Callable[[int], int]
 ) -> tuple[Segments, LossCounts, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the segments of rows that carry loss, what the losses are means over, their indices and their weights."""
     sample_U = layout.sample_U
@@ -247,7 +230,7 @@ def _loss(
         per_image_P, per_caption_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
     weight_P = np.ones(len(layout.rows_P))
     weight_P[: len(samples)] = [sample.loss_weight for sample in samples]
-    image_I, text_W = _loss_rows(image_loss_U, layout.images_M, text_loss_U, layout.texts_M)
+    image_I, text_W = _loss_rows(image_loss_U, text_loss_U, size)
     loss_M = np.sort(np.concatenate((image_I, text_W)))
     row_in_M = np.zeros(len(sample_U), np.int64)
     row_in_M[loss_M] = np.arange(len(loss_M))
@@ -355,14 +338,13 @@ def _padded(lengths_S: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate((lengths_S, np.array(pieces, np.int64)))
 
 
-def _loss_rows(image_U: np.ndarray, images: int, text_U: np.ndarray, texts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of the image loss and of the text loss, `images` and `texts` of them: the last rows without a
-    loss fill up the numbers. No row is in both, which the backward of `head_inputs` relies on."""
-    without = np.flatnonzero(~(image_U | text_U))
-    more_images, more_texts = images - int(np.count_nonzero(image_U)), texts - int(np.count_nonzero(text_U))
+def _loss_rows(image_U: np.ndarray, text_U: np.ndarray, size: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the image loss and of the text loss: the last rows without a loss fill up their numbers to
+    `size`. No row is in both, which the backward of `head_inputs` relies on."""
+    image_I, text_W, without = map(np.flatnonzero, (image_U, text_U, ~(image_U | text_U)))
+    more_images, more_texts = (size(len(rows)) - len(rows) for rows in (image_I, text_W))
     spare = without[len(without) - more_images - more_texts :]
-    image_I = np.union1d(np.flatnonzero(image_U), spare[:more_images])
-    return image_I, np.union1d(np.flatnonzero(text_U), spare[more_images:])
+    return np.union1d(image_I, spare[:more_images]), np.union1d(text_W, spare[more_images:])
 
 
 def _extended(ids: np.ndarray, size: int, fill: int) -> np.ndarray:

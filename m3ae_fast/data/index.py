@@ -202,17 +202,8 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
     except OSError as error:
         raise Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})") from None
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
-    summary = Summary(
-        version=VERSION,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        samples=len(table),
-        images=int(has_image.sum()),
-        captions=int(has_caption.sum()),
-        paired=int((has_image & has_caption).sum()),
-        ignored=ignored,
-        damage=damage,
-    )
+    counts = (int(each.sum()) for each in (has_image, has_caption, has_image & has_caption))
+    summary = Summary(VERSION, status.st_size, status.st_mtime_ns, len(table), *counts, ignored, damage)
     reason: str | None = None
     for sidecar in _sidecars(shard, store):
         try:
