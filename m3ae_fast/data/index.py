@@ -124,10 +124,6 @@ class IndexedShard:
         return made
 
 
-class Unreadable(UserError):
-    """A shard that cannot be read or fetched."""
-
-
 def index_shards(
     shards: Sequence[str], store: ShardStore, progress: bool = False, lost: list[Skipped] | None = None
 ) -> list[IndexedShard]:
@@ -135,29 +131,27 @@ def index_shards(
     wait. Those that cannot be read or fetched go to `lost`. Raises UserError where there is no `lost`, or an index
     cannot be written."""
 
-    def find(shard: str) -> IndexedShard | Unreadable:
+    def find(shard: str) -> IndexedShard | Skipped:
         try:
             if entry := _load(shard, store):
                 return entry
             path = _file(shard, store)  # before the lock, which is not to be held while bytes move
             with store.lock(f"index-{store.name(shard)}"):
                 return _load(shard, store) or _make(shard, path, store)
-        except Unreadable as error:
-            return error
         except OSError as error:
-            return Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})")
+            return Skipped(shard, "", f"cannot be read ({error.strerror or error})")
 
     found: list[IndexedShard] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = pool.map(find, shards)
-        for shard, entry in zip(shards, track(entries, "indexing shards", len(shards), show=progress)):
+        for entry in track(entries, "indexing shards", len(shards), show=progress):
             if isinstance(entry, IndexedShard):
                 found.append(entry)
             elif lost is None:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise entry
+                raise UserError(f"shard {entry}")
             else:
-                lost.append(Skipped(shard, "", str(entry).removeprefix(f"shard {shard}: ")))
+                lost.append(entry)
     return found
 
 
@@ -172,13 +166,9 @@ def _sidecars(shard: str, store: ShardStore) -> list[Path]:
 
 
 def _load(shard: str, store: ShardStore) -> IndexedShard | None:
-    """Return the shard's entry if a sidecar fits it."""
-    try:
-        status = None if store.is_cached(shard) else os.stat(shard)
-        sidecars = _sidecars(shard, store)
-    except OSError as error:
-        raise Unreadable(f"shard {shard}: cannot be read ({error.strerror})") from None
-    for sidecar in sidecars:
+    """Return the shard's entry if a sidecar fits it. Raises OSError where the shard cannot be read."""
+    status = None if store.is_cached(shard) else os.stat(shard)
+    for sidecar in _sidecars(shard, store):
         try:
             with open_regular(sidecar) as file:
                 summary = _SUMMARY.validate_json(os.pread(file.fileno(), _MAX_SUMMARY, 0).split(b"\n")[0], strict=True)
@@ -191,16 +181,14 @@ def _load(shard: str, store: ShardStore) -> IndexedShard | None:
 
 
 def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
-    """Make a shard's entry. `path`: the file that holds the shard. A copy that is damaged is fetched again, once."""
-    try:
+    """Make a shard's entry. `path`: the file that holds the shard. A copy that is damaged is fetched again, once.
+    Raises OSError where the shard cannot be read, UserError where no entry can be written."""
+    status, members, damage = os.stat(path), *scan_tar(path)
+    if damage and store.is_cached(shard):
+        path = store.refetch(shard)
         status, members, damage = os.stat(path), *scan_tar(path)
-        if damage and store.is_cached(shard):
-            path = store.refetch(shard)
-            status, members, damage = os.stat(path), *scan_tar(path)
-        with open_regular(path) as file:
-            table, ignored = _tabulate(members, file.fileno(), store.is_cached(shard))
-    except OSError as error:
-        raise Unreadable(f"shard {shard}: cannot be read ({error.strerror or error})") from None
+    with open_regular(path) as file:
+        table, ignored = _tabulate(members, file.fileno(), store.is_cached(shard))
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
     counts = (int(each.sum()) for each in (has_image, has_caption, has_image & has_caption))
     summary = Summary(VERSION, status.st_size, status.st_mtime_ns, len(table), *counts, ignored, damage)
