@@ -55,10 +55,8 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
     try:
         with closing(reader(table)) as rows:
             columns = next(rows, [])
-            places = (
-                _place(columns, image, IMAGE_COLUMNS, "--image-column", table),
-                _place(columns, caption, CAPTION_COLUMNS, "--caption-column", table),
-            )
+            wanted = (image, IMAGE_COLUMNS, "--image-column"), (caption, CAPTION_COLUMNS, "--caption-column")
+            places = [columns.index(choose_column(columns, *each, str(table))) for each in wanted]
             for row in rows:
                 found.append(_row(len(found) + 1, columns, row, *places))
     except OSError as error:
@@ -84,10 +82,6 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
         advice = f"name one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"
         raise UserError(f"{where}: has {len(same)} columns {' and '.join(same)}; {advice}")
     return names[0]
-
-
-def _place(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, table: Path) -> int:
-    return columns.index(choose_column(columns, named, usual, option, str(table)))
 
 
 def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int) -> Row:
