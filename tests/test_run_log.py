@@ -21,7 +21,7 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
 from m3ae_fast.errors import UserError
 from m3ae_fast.report import write_report
-from m3ae_fast.run import checkpoint, forward_time, parts
+from m3ae_fast.run import checkpoint, parts, throughput
 from m3ae_fast.run.loggers import WANDB_ID_FILE
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run import Run
@@ -303,8 +303,8 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
 
 def test_forward_passes_of_training_are_timed(monkeypatch):
     clock, module = [0.0], torch.nn.Identity()
-    monkeypatch.setattr(forward_time.time, "perf_counter", lambda: clock[0])
-    timer = forward_time.ForwardTime(module, torch.device("cpu"))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    timer = throughput.ForwardTime(module, torch.device("cpu"))
 
     def step(seconds):
         monkeypatch.setattr(module, "forward", lambda: clock.__setitem__(0, clock[0] + seconds))

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for other devices, and warn of finding none
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
-from m3ae_fast.engine.deepspeed_waits import read_no_norms, valid_norm, wait_for_one_stream
 from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds
@@ -64,7 +64,7 @@ class DeepSpeedEngine:
         self.zero = config.zero_optimization
         # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
-        read_no_norms()
+        _read_no_norms()
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         for module in model.modules():
@@ -83,7 +83,7 @@ class DeepSpeedEngine:
             reason = " ".join(str(error).split())
             raise UserError(f"config: DeepSpeed refuses the deepspeed section: {reason}") from None
         if hasattr(self.ds.optimizer, "independent_gradient_partition_epilogue") and not self.zero.offloads_optimizer:
-            wait_for_one_stream(self.ds.optimizer)
+            _wait_for_one_stream(self.ds.optimizer)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         if not self.model.training:  # it walks through all modules
@@ -102,7 +102,7 @@ class DeepSpeedEngine:
                     norm = torch.nn.utils.get_total_norm(grads)
             self.ds.step()
             results.append(losses)
-        return results, valid_norm(torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm))
+        return results, _valid_norm(torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm))
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> Any:
@@ -219,3 +219,42 @@ def deepspeed_section(
             section["bf16"] = {"enabled": True, "check_grad_overflow": False}
             section["data_types"] = {"grad_accum_dtype": "fp32"}
     return section
+
+
+# The functions below keep ZeRO stages 1 and 2 from making the host wait for the GPU, with the same results.
+
+
+def _read_no_norms() -> None:
+    """Let the optimisers of stages 1 and 2 neither look whether a norm is valid, which `LossWatch` finds out without
+    waiting, nor whether it is large enough to clip. Holds for all engines of this process."""
+    for module in ("bf16_optimizer", "zero.stage_1_and_2"):
+        names = vars(importlib.import_module(f"deepspeed.runtime.{module}"))
+        names["is_invalid_grad_norm"] = lambda norm: False
+    vars(importlib.import_module("deepspeed.runtime.bf16_optimizer"))["clip_tensors_by_global_norm"] = _clip
+
+
+def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> Tensor:
+    """Clip as DeepSpeed does, which reads the norm: a factor of 1 leaves every gradient as it is."""
+    torch._foreach_mul_(list(input_tensors), (max_norm / (global_norm + 1e-6)).clamp(max=1))
+    return global_norm
+
+
+def _valid_norm(norm: Tensor) -> Tensor:
+    """Return NaN for the -1 by which DeepSpeed says that a norm is not finite."""
+    return norm.masked_fill(norm < 0, torch.nan)
+
+
+def _wait_for_one_stream(optimizer: Any) -> None:
+    """Replace the wait for the whole device after each micro-batch's backward by one, on the device, for the stream
+    that reduces gradients. Not for offloaded optimisers, whose host reads what that stream copies."""
+    epilogue = optimizer.independent_gradient_partition_epilogue
+
+    def quietly() -> None:
+        accelerator = get_accelerator()
+        accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize
+
+    optimizer.independent_gradient_partition_epilogue = quietly

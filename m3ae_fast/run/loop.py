@@ -28,12 +28,12 @@ from m3ae_fast.process.background import Background
 from m3ae_fast.process.program import Session
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
-from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.record import Recorder
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
 from m3ae_fast.run.staging import Staging
+from m3ae_fast.run.throughput import ForwardTime
 
 
 @dataclass(kw_only=True)

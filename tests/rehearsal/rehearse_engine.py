@@ -20,8 +20,8 @@ from m3ae_fast.model.m3ae import M3AE, Losses
 from m3ae_fast.model.transformer import MEMORY_BUDGET
 from m3ae_fast.process.pulse import write_stacks
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.run.forward_time import ForwardTime
 from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.run.throughput import ForwardTime
 from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import TINY, samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
