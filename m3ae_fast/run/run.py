@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.config import Config
-from m3ae_fast.data import Data, Preparation, ShardStore, counting, eval_loader, open_data, train_loader
+from m3ae_fast.data import Data, Preparation, ShardStore, eval_loader, manifest, open_data, train_loader
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
@@ -220,7 +220,7 @@ def _shown(times: dict[str, float]) -> str:
 
 
 def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
-    """Make the manifests of remote shards that have none. Errors as `counting.prepare`'s."""
+    """Make the manifests of remote shards that have none. Errors as `manifest.prepare`'s."""
     data = config.data
     store = ranks.main_first(lambda: ShardStore(data.cache_dir, data.cache_gb), pulse.waiting)
 
@@ -230,7 +230,7 @@ def _count_shards(config: Config, ranks: Ranks, pulse: Pulse) -> None:
 
     for sources in (data.train, data.val):
         for number, source in enumerate(sources):
-            counting.prepare(source.shards, store, ranks, gather, ranks.is_main, (config.run.seed, number))
+            manifest.prepare(source.shards, store, ranks, gather, ranks.is_main, (config.run.seed, number))
 
 
 def _require_kernels(device: torch.device) -> None:

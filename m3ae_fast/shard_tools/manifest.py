@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from m3ae_fast.data.counting import count, part_of
 from m3ae_fast.data.download import read_small
 from m3ae_fast.data.index import index_shards
-from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, rows_of, write
+from m3ae_fast.data.manifest import KINDS, SUFFIX, UNREAD, count, part_of, rows_of, write
 from m3ae_fast.data.shards import ShardStore, expand
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data import ShardStore, counting, open_corpus
+from m3ae_fast.data import ShardStore, manifest, open_corpus
 from m3ae_fast.data.__main__ import main
 from m3ae_fast.data.manifest import KINDS, UNREAD, CountedShards, join, read, rows_of, write
 from m3ae_fast.data.order import Order
@@ -95,8 +95,8 @@ def test_parts_whose_names_have_other_lengths_lose_no_letter():
 
 def test_a_manifest_made_by_a_run_is_of_these_shards_in_this_order(store):
     lists = (["a.tar", "b.tar"], ["b.tar", "a.tar"], ["a.tar"], ["a.tar", "b.tar", "b.tar"])
-    assert len({counting.cached(names, store) for names in lists}) == len(lists)
-    assert counting.cached(lists[0], store) == counting.cached(list(lists[0]), store)
+    assert len({manifest.cached(names, store) for names in lists}) == len(lists)
+    assert manifest.cached(lists[0], store) == manifest.cached(list(lists[0]), store)
 
 
 def test_counts_that_others_have_made(tmp_path):
@@ -181,7 +181,7 @@ def together(world, nodes, work):
 def test_nodes_count_together_and_each_keeps_the_manifest(tmp_path, remote):
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
-    work = lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    work = lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather)  # noqa: E731
     for _ in range(2):  # once is enough
         assert together(4, 2, work) == [None] * 4
         assert fetched() == {str(i): 1 for i in range(6)}
@@ -203,8 +203,8 @@ def test_a_rank_counts_the_shards_of_its_lanes(tmp_path, monkeypatch):
         counted[threading.get_ident()] = {names.index(name) for name in own}
         return rows_of(own, [(10, 0, 0)] * len(own)), []
 
-    monkeypatch.setattr(counting, "count", count)
-    together(4, 4, lambda process, gather, _: counting.prepare(names, store, process, gather, key=(5, 1)))
+    monkeypatch.setattr(manifest, "count", count)
+    together(4, 4, lambda process, gather, _: manifest.prepare(names, store, process, gather, key=(5, 1)))
     order = Order([[10] * 5, [10] * 12], None, 1, 5, lanes=4)
     owned = [set(order._lane(lane).sources[1].pieces.shards.tolist()) for lane in range(4)]
     assert sorted(map(sorted, counted.values())) == sorted(map(sorted, owned)) and len(set.union(*owned)) == 12
@@ -223,15 +223,15 @@ def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     for number, store in enumerate(stores):
-        together(1, 1, lambda process, gather, _, store=store: counting.prepare(pattern, store, process, gather))
+        together(1, 1, lambda process, gather, _, store=store: manifest.prepare(pattern, store, process, gather))
         if number == 0:
             write_tar(tmp_path / "far/5.tar", members(range(50, 52), "text"))
-    paths = [counting.cached(expand(pattern), store) for store in stores]
+    paths = [manifest.cached(expand(pattern), store) for store in stores]
     assert [read(path)["samples"].tolist() for path in paths] == [[3, 4, 5, 6, 7, last] for last in (8, 2)]
     if case == "damaged":
         paths[1].write_bytes(b"half a manifest")
     before = fetched()
-    work = lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    work = lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather)  # noqa: E731
     assert together(4, 2, work) == [None] * 4
     first, second = (read(path) for path in paths)
     assert first.tolist() == second.tolist() and first["samples"].sum() in (27, 33)
@@ -242,7 +242,7 @@ def test_what_one_cannot_do_all_are_told(tmp_path, remote):
     pattern, _ = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     (stores[1].cache_dir / "manifests").write_text("in the way")
-    found = together(4, 2, lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather))
+    found = together(4, 2, lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather))
     assert len(set(found)) == 1 and "manifests" in found[0]
 
 
@@ -252,7 +252,7 @@ def test_a_shard_that_could_not_be_counted_is_told_and_counted_again(tmp_path, r
     far = tmp_path / "far/2.tar"
     far.rename(tmp_path / "away")
     store = ShardStore(tmp_path / "node")
-    prepare = lambda: together(1, 1, lambda process, gather, _: counting.prepare(pattern, store, process, gather))  # noqa: E731
+    prepare = lambda: together(1, 1, lambda process, gather, _: manifest.prepare(pattern, store, process, gather))  # noqa: E731
     assert prepare() == [None]
     corpus = open_corpus([SourceConfig(shards=pattern)], store)
     assert corpus.samples == 28 and corpus.counted == [(1, 6)] and "cannot be read" in str(corpus.damaged[0])
@@ -268,7 +268,7 @@ def test_why_no_shard_can_be_counted_is_told_to_all_and_nothing_is_kept(tmp_path
     pattern, _ = remote
     (tmp_path / "far").rename(tmp_path / "away")
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
-    work = lambda process, gather, node: counting.prepare(pattern, stores[node], process, gather)  # noqa: E731
+    work = lambda process, gather, node: manifest.prepare(pattern, stores[node], process, gather)  # noqa: E731
     for told in together(4, 2, work):
         assert "cannot be read (" in told and told.endswith("; nor can 5 others")
     assert not any((store.cache_dir / "manifests").exists() for store in stores)
