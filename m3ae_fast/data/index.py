@@ -190,8 +190,9 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
     with open_regular(path) as file:
         table, ignored = _tabulate(members, file.fileno(), store.is_cached(shard))
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
-    counts = (int(each.sum()) for each in (has_image, has_caption, has_image & has_caption))
-    summary = Summary(VERSION, status.st_size, status.st_mtime_ns, len(table), *counts, ignored, damage)
+    images, captions, paired = (int(each.sum()) for each in (has_image, has_caption, has_image & has_caption))
+    kinds = (len(table), images, captions, paired)
+    summary = Summary(VERSION, status.st_size, status.st_mtime_ns, *kinds, ignored, damage)
     reason: str | None = None
     for sidecar in _sidecars(shard, store):
         try:

@@ -55,8 +55,9 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
     try:
         with closing(reader(table)) as rows:
             columns = next(rows, [])
-            wanted = (image, IMAGE_COLUMNS, "--image-column"), (caption, CAPTION_COLUMNS, "--caption-column")
-            places = [columns.index(choose_column(columns, *each, str(table))) for each in wanted]
+            images = choose_column(columns, image, IMAGE_COLUMNS, "--image-column", str(table))
+            captions = choose_column(columns, caption, CAPTION_COLUMNS, "--caption-column", str(table))
+            places = columns.index(images), columns.index(captions)
             for row in rows:
                 found.append(_row(len(found) + 1, columns, row, *places))
     except OSError as error:
