@@ -75,17 +75,10 @@ class CaptionTokenizer:
 def load_tokenizer(
     name: str, max_length: int, vocab_size: int | None = None, label: str = "data.tokenizer"
 ) -> CaptionTokenizer:
-    """Load a `tokenizer.json`, a BERT `vocab.txt` (lower-cased), or a tokenizer of the Hugging Face hub.
-
-    Args:
-        name: the file's path, or the hub's name, such as `bert-base-uncased`.
-        max_length: tokens a caption is cut at.
-        vocab_size: rows of the model's text embedding, to be compared; None: any.
-        label: what a message begins with, before the name.
-
-    Raises:
-        UserError: the file is missing or no tokenizer, the hub does not answer, or `vocab_size` is not the tokenizer's.
-    """
+    """Load a `tokenizer.json`, a BERT `vocab.txt` (lower-cased), or by name, such as `bert-base-uncased`, a tokenizer
+    of the Hugging Face hub, which cuts captions at `max_length` tokens. `vocab_size`: rows of the model's text
+    embedding; None: any. `label`: what messages begin with. Raises UserError where there is no such tokenizer, the hub
+    does not answer, or the model has other tokens."""
     path = _find(name, label)
     try:
         with _panics_as_errors():

@@ -93,15 +93,9 @@ class CacheSpace(NamedTuple):
 
 
 class ShardStore:
-    """Local files for shards.
-
-    Args:
-        cache_dir: where copies and locks are kept; None: `$XDG_CACHE_HOME/m3ae_fast` or `~/.cache/m3ae_fast`.
-        cache_gb: what copies may take of the disk, in GB; None: all but FREE_FRACTION.
-
-    Raises:
-        UserError: the cache folder cannot be made.
-    """
+    """Local files for shards. `cache_dir` has copies and locks; None: `$XDG_CACHE_HOME/m3ae_fast` or
+    `~/.cache/m3ae_fast`. Copies take at most `cache_gb` GB of the disk; None: all but FREE_FRACTION. Raises UserError
+    where the folder cannot be made."""
 
     def __init__(self, cache_dir: Path | None = None, cache_gb: float | None = None):
         self._far: dict[str, bool] = {}  # by folder

@@ -24,20 +24,10 @@ _AT_A_TIME = 1000  # rows
 
 
 class HuggingFace(Records):
-    """A data set. A row with a list of captions gives a sample for each.
-
-    Args:
-        name: a folder that `save_to_disk` wrote, a folder of data files, or a name on the hub.
-        subset: the configuration of a dataset that has several.
-        split: the split to take; None: all of them.
-        columns: image, caption and label column, None to detect them.
-
-    Raises:
-        UserError: `datasets` is not installed, there is no such dataset, it has neither images nor captions, or its
-            splits differ in what is read.
-
-    `ignored` counts its other columns.
-    """
+    """A data set: a folder that `save_to_disk` wrote, one of data files, or a name on the hub. `subset`: which, where
+    it has several; `split`: None: all; `columns`: of image, caption and label, None to detect them. A row with a list
+    of captions gives a sample for each; `ignored` counts other columns. Raises UserError where `datasets` is not
+    installed, there is no such data set, it has neither images nor captions, or its splits differ in what is read."""
 
     def __init__(
         self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]

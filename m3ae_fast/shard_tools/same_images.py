@@ -17,13 +17,9 @@ def middle(size: int) -> tuple[int, int]:
 
 
 def number_same(count: int, features: Sequence[Callable[[int], Any]]) -> np.ndarray:
-    """Return int64 [count]: items that are equal in all features have the same number, others have different ones.
-
-    Args:
-        count: of the items.
-        features: each gives something hashable of an item; the cheap ones first, since a feature is asked only of
-            items that are equal in those before it.
-    """
+    """Return int64 [count]: items that are equal in all features have the same number, others have different ones. Each
+    feature gives something hashable of an item; the cheap ones come first, since a feature is asked only of items that
+    are equal in those before it."""
     numbers_N = np.zeros(count, dtype=np.int64)
     for feature in features:
         _, inverse_N, counts = np.unique(numbers_N, return_inverse=True, return_counts=True)
