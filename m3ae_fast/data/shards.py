@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import psutil
 from webdataset.shardlists import expand_urls
 
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
-from m3ae_fast.data.file_systems import network_file_system
 from m3ae_fast.errors import UserError
 from m3ae_fast.object_store import require
 from m3ae_fast.whole_file import put_in_place
@@ -37,6 +37,9 @@ _PARTIAL = "partial-"  # how the names of copies begin that are not whole yet
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
 _FOLDERS = ("shards", "locks", "index")  # of a cache folder
+# file systems of a network, and those whose files are on disks of this machine all the same
+_NETWORK = ("nfs", "lustre", "gpfs", "ceph", "cifs", "smb", "beegfs", "wekafs", "afs", "panfs", "fuse.")
+_LOCAL = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 
@@ -82,6 +85,14 @@ def _local(name: str) -> list[str]:
         except UnicodeEncodeError:
             raise UserError(f"shards {path!r}: the name is not UTF-8; rename the file") from None
     return found
+
+
+def network_file_system(path: Path) -> str:
+    """Return the type of the file system that `path` is on, such as "nfs4", where it is one of a network; else ""."""
+    own = path.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    kind = next((mounts[parent] for parent in (own, *own.parents) if parent in mounts), "")
+    return kind if kind.startswith(_NETWORK) and kind not in _LOCAL else ""
 
 
 class CacheSpace(NamedTuple):

@@ -11,8 +11,8 @@ from PIL import Image
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.config import Config, ModelConfig
 from m3ae_fast.data import Corpus, Data
-from m3ae_fast.data.file_systems import network_file_system
 from m3ae_fast.data.reader import Reader
+from m3ae_fast.data.shards import network_file_system
 from m3ae_fast.engine.schedule import Schedule
 
 _SETTLED_STEPS = 50  # after which memory should not grow much any more

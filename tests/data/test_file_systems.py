@@ -8,8 +8,8 @@ import pytest
 
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.data.file_systems import network_file_system
 from m3ae_fast.data.reader import Reader
+from m3ae_fast.data.shards import network_file_system
 from tests.data.test_fetcher import epoch
 from tests.helpers.shards import members, write_tar
 
