@@ -19,8 +19,7 @@ from m3ae_fast.data.workers import allow_open_files
 from m3ae_fast.errors import UserError, attempt
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
-from m3ae_fast.process.rooms import Room, machine, rooms_of
-from m3ae_fast.process.sums import Sums
+from m3ae_fast.process.rooms import Room, Sums, machine, rooms_of
 
 T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]

@@ -1,4 +1,5 @@
-"""Who hears whom between steps: the ranks of a machine its first one, and the first ones of all machines rank 0."""
+"""Ranks by machine: between steps its first one hears those of a machine, rank 0 the first ones of all machines, and
+host numbers are summed in the same way."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -56,3 +58,41 @@ def rooms_of(
 
 def _among_all(store: dist.Store, heard: Sequence[int]) -> Room:
     return Room(store.clone(), heard)  # type: ignore[attr-defined]  # torch's stubs lack it
+
+
+class Sums:
+    """Groups that sum in few hops: gloo's all-reduce takes two for each rank, one after the other."""
+
+    def __init__(self, rank: int, machines: Sequence[str], control: dist.ProcessGroup, timeout: timedelta) -> None:
+        """Join the groups, as every rank must. `machines`: of all ranks, which sum at once in `control` where there is
+        one machine, or one rank on each; `timeout`: of the groups."""
+        groups = by_machine(machines)
+        own = next(group for group in groups if rank in group)
+        first = [group[0] for group in groups]
+        self._apart, self._lead = len(groups) > 1, own[0]
+        self._near = _group(own, timeout) if self._apart else control
+        self._across = _group(first, timeout) if self._apart and rank in first else None
+
+    def start(self, values_N: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum in place, and return what waits for the result. Ranks must begin and wait in the same order.
+
+        What follows the machine's sum is done where it is waited for, not in a callback: so that it has the same place
+        in each group on every rank. A GPU is at work on the step before, and few hops are left."""
+        if not self._apart:
+            work = dist.all_reduce(values_N, group=self._near, async_op=True)
+        else:
+            work = dist.reduce(values_N, self._lead, group=self._near, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            if self._across is not None:
+                dist.all_reduce(values_N, group=self._across)
+            if self._apart:
+                dist.broadcast(values_N, self._lead, group=self._near)
+            return values_N
+
+        return wait
+
+
+def _group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+    return dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
