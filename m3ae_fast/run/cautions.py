@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from statistics import median
 
-from PIL import Image
-
 from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.images import size_of
 from m3ae_fast.config import Config, ModelConfig
 from m3ae_fast.data import Corpus, Data
 from m3ae_fast.data.reader import Reader
@@ -61,9 +59,9 @@ def _enlarged(config: Config, corpus: Corpus) -> str:
         if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
             reader = Reader(source, corpus.store)
             for row in range(min(source.indexed[0].summary.samples, _LOOKED_AT)):
-                with contextlib.suppress(BadSample, OSError, ValueError):
+                with contextlib.suppress(BadSample, OSError):
                     image = reader.read(0, row).image
-                    sides += [min(Image.open(io.BytesIO(image)).size)] if image else []
+                    sides += [min(size_of(image))] if image else []
     size = config.model.image_size
     if not sides or (middle := median(sides)) >= _ENLARGED * size:
         return ""
