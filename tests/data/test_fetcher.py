@@ -14,7 +14,7 @@ from lab.soak.server import faulty_server
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore
 from m3ae_fast.data.fetcher import Fetcher, Node, Standby
-from m3ae_fast.data.manifest import KINDS, rows_of, write
+from m3ae_fast.data.manifest import KINDS, prepare, rows_of, write
 from m3ae_fast.errors import UserError
 from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
@@ -217,7 +217,7 @@ def test_what_a_node_fetches_to_count_it_trains_on(start, far, tmp_path):
     manifest, requests, _ = far
     names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]
     stores = [ShardStore(tmp_path / f"node{number}") for number in range(4)]
-    work = lambda process, gather, node: manifest.prepare(names, stores[node], process, gather)  # noqa: E731
+    work = lambda process, gather, node: prepare(names, stores[node], process, gather)  # noqa: E731
     assert together(4, 4, work) == [None] * 4
     assert sum(requests.values()) == SHARDS
     manifest[0] = SourceConfig(shards=names)
