@@ -57,8 +57,7 @@ def build_adamw(
         except Exception:  # not installed, without its extension, or PyPI's unrelated package of that name
             _log.debug("no apex", exc_info=True)
     optimizer = optimizer or torch.optim.AdamW(groups, fused=True, **options)
-    if ema is not None:
-        track_ema(optimizer, ema)
+    track_ema(optimizer, ema)
     return optimizer
 
 
@@ -83,9 +82,13 @@ def clip_by_global_norm(parameters: list[nn.Parameter], max_norm: float | None) 
     return norm
 
 
-def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
+def track_ema(optimizer: torch.optim.Optimizer, decay: float | None) -> None:
     """Keep a moving average of the weights as one more tensor of the optimiser's state: whatever ZeRO stage shards that
-    state, and wherever it is saved, the average goes along. It begins as the weights after the first update."""
+    state, and wherever it is saved, the average goes along. It begins as the weights after the first update. None:
+    none."""
+    if decay is None:
+        return
+    rate = 1 - decay
 
     @torch.no_grad()
     def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -98,7 +101,7 @@ def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
             else:
                 state[EMA] = p.detach().clone()
         if averages:
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            torch._foreach_lerp_(averages, weights, rate)
 
     optimizer.register_step_post_hook(update)
 
