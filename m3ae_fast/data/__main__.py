@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from m3ae_fast.command_line import add_labels, command, program
+from m3ae_fast.command_line import add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.shard_tools.settings import Settings
@@ -112,7 +112,7 @@ def _add_makers(commands: Any) -> None:
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards: new, or to be continued")
+    parser.add_argument("out", type=output(), metavar="OUT", help="folder for the shards: new, or to be continued")
     shards, usual = parser.add_argument_group("shards"), Settings()
     numbers = {
         "--short-side": (usual.short_side, "scale images down to this many pixels; smaller JPEGs stay as they are"),
@@ -137,15 +137,16 @@ def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "show what samples are like, and the settings that they need"
     parser = command(commands, "stats", summary, STATS, _tool("stats"), common)
     parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="decides which (default: 0)")
     parser.add_argument("--channels", type=int, default=3, metavar="C", help="of the model (default: 3)")
     dtypes = ("uint8", "uint16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="uint8", help="its model.image_dtype (default: uint8)")
     parser.add_argument("--tokenizer", metavar="FILE", help="counts captions in its tokens (default: in words)")
     add_labels(parser)
     add_range_option(parser)
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw histograms")
-    parser.add_argument("--sizes", type=Path, metavar="FILE.json", help="write width and height of each image")
+    parser.add_argument("--picture", type=output(".png"), metavar="FILE.png", help="draw histograms")
+    text = "write width and height of each image"
+    parser.add_argument("--sizes", type=output(".json"), metavar="FILE.json", help=text)
     parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
 
 
@@ -153,7 +154,7 @@ def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "count samples ahead of a run, on any number of machines"
     text = "Name the file as `shards` of a source, or all of its parts."
     parser = command(commands, "manifest", summary, text, _tool("manifest"), common)
-    parser.add_argument("--out", type=Path, required=True, help="the .npy to write")
+    parser.add_argument("--out", type=output(".npy"), required=True, help="the .npy to write")
     parser.add_argument("--part", metavar="I/N", help="count the I-th of N parts; each has a file of its own")
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--stats", action="store_true", help="take counts from the NAME_stats.json of img2dataset")
@@ -164,20 +165,20 @@ def _add_train_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None
     summary = "train a lower-cased WordPiece tokenizer on the captions"
     parser = command(commands, "train-tokenizer", summary, "", _tool("tokenizer_training"), common)
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
-    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
+    parser.add_argument("--out", type=output(".json"), required=True, help="the tokenizer.json to write")
 
 
 def _add_tokenize_images(commands: Any, common: argparse.ArgumentParser) -> None:
     summary = "make shards of crops with their VQGAN token ids"
     parser = command(commands, "tokenize-images", summary, TOKENIZE_IMAGES, _tool("tokenize_images"), common)
     parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards: new, or to be continued")
+    parser.add_argument("--out", type=output(), required=True, help="folder for the shards: new, or to be continued")
     parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
     parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
     parser.add_argument("--centre", action="store_true", help="take the central square instead")
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
     parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
-    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the crops (default: 0)")
     add_range_option(parser)
     parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
