@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from m3ae_fast.errors import UserError
+
 RANDOM = "random:"
 MODEL_HELP = (
     "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
@@ -56,24 +58,25 @@ def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def output(*endings: str) -> Callable[[str], Path]:
-    """Return what parses the path of a folder to write, or of a file with one of these endings."""
+    """Return what parses the path of a folder to write, or of a file with one of these endings. Where it cannot be one
+    it raises UserError: argparse would print its usage too."""
 
     def parse(text: str) -> Path:
         if not text:
-            raise argparse.ArgumentTypeError("is empty; name a path")
+            raise UserError("the path to write to is empty; name one")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise argparse.ArgumentTypeError(f"{text!r}: the name is not UTF-8; choose another")
+            raise UserError(f"{text!r}: the name is not UTF-8; choose another")
         if endings and not text.endswith(endings):
-            raise argparse.ArgumentTypeError(f"{text}: must end in {' or '.join(endings)}")
+            raise UserError(f"{text}: must end in {' or '.join(endings)}")
         return Path(text)
 
     return parse
 
 
 def seed(text: str) -> int:
-    """Parse a seed: a number from 0 with which torch can begin."""
+    """Parse a seed. Raises UserError, as `output` does, where torch could not begin with it."""
     if not (text.isdecimal() and int(text) < 1 << 63):
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 0, below 2^63")
+        raise UserError(f"--seed {text}: must be a whole number from 0, below 2^63")
     return int(text)
 
 
