@@ -63,9 +63,12 @@ def to_int(value: Any) -> int | None:
     if value is None:
         return None
     try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise BadSample(f"the label {value!r} is not a number") from None
+        number = int(value)
+        if isinstance(value, float | np.floating) and number != value:
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise BadSample(f"the label {value!r} is not a whole number") from None
 
 
 def captions_of(value: Any) -> list[str]:

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
         )
     tally = Tally()
     texts = list(caption_texts(args.shards, ShardStore(args.cache_dir), tally))
+    if not texts:
+        raise UserError(f"shards {' '.join(args.shards)}: no caption in them has a word")
     tokenizer = train_tokenizer(texts, args.vocab_size)
     size = tokenizer.get_vocab_size()
     if size > args.vocab_size:

@@ -80,7 +80,7 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
         samples = Counter[str]()
         for shard, summary in zip(plan, found):
             samples[shard.name.rpartition("-")[0]] += summary.samples
-        if empty := [split for split, count in samples.items() if not count]:
+        if (empty := [split for split, count in samples.items() if not count]) or not samples:
             for name in (MANIFEST, CLASSES, *(path.name + suffix for path in shards for suffix in ("", INDEX_SUFFIX))):
                 (out / name).unlink(missing_ok=True)
             if created:

@@ -66,7 +66,9 @@ def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name:
 
 def _correct(folder: Path, table: Table) -> dict[str, bool]:
     """Return whether each sample was right, by key."""
-    if not {"key", "label", "prediction"} <= table.keys() or len({*table["key"]}) < len(table["key"]):
+    columns = "key", "label", "prediction"
+    whole = table.keys() >= {*columns} and not any(None in table[name] for name in columns)
+    if not whole or len({*table["key"]}) < len(table["key"]):
         raise UserError(
             f"{folder}: has no predictions of a class for each sample, once; name the OUT of knn, linear, finetune or "
             "of attentive at one layer, or two of ood"

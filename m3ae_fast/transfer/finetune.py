@@ -158,11 +158,13 @@ def set_up(job: Job) -> FineTuning:
         "data": data.model_dump(mode="json"),
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
+        "task": {"model": job.args.model},
     }
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(ranks, stream, val)
     same = [("classifier", key) for key in sections["classifier"]]
     same += [("run", "seed"), ("finetune", "global_batch")]
+    same += [("task", "model")] if found.section("task") else []  # which 0.1 did not say
     same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]
     notes += found.restore(engine, sections, same, stream)
     steps = range(found.step, schedule.total_steps)

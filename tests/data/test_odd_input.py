@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from m3ae_fast.data.__main__ import main as data
+from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.shard_tools.tally import CUT, EMPTY, REFUSED, Tally
 from tests.data.test_tools import contents, make, own_cache, pictures  # noqa: F401
 from tests.helpers.shards import picture, write_tar
@@ -311,3 +312,6 @@ def test_the_tokenizer_tool_says_what_it_left_out(tmp_path, capsys):
     assert "of 1 captions" in told
     assert f"1 sample cannot be used and left out, such as\n    {shard}/2: the caption is not UTF-8" in told
     assert f"1 sample with an empty caption, such as\n    {shard}/1" in told
+    blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])
+    assert exit_cleanly(lambda: data(["train-tokenizer", blank, "--vocab-size", "20", "--out", f"{blank}.json"])) == 2
+    assert "no caption in them has a word" in said(capsys) and not os.path.exists(f"{blank}.json")

@@ -243,6 +243,20 @@ def test_hdf5_of_imagenet(tmp_path):
     assert found == [set(zip(parts[f"{name}_jpg"], parts[f"{name}_labels"])) for name in ("train", "val")]
 
 
+def test_a_label_with_a_fraction_is_left_out_by_name(tmp_path, capsys):
+    path = _hdf5(tmp_path / "t.hdf5", train_jpg=[picture(i) for i in range(3)], train_labels=[0.5, 1.0, np.inf])
+    assert make("from-hdf5", path, tmp_path / "out") == 0
+    assert [sample["cls"] for sample in contents(tmp_path / "out")] == [b"1"]
+    assert "train_jpg 0: the label np.float64(0.5) is not a whole number" in capsys.readouterr().out
+
+
+def test_rows_that_are_none_make_no_shards(tmp_path, capsys):
+    with h5py.File(tmp_path / "none.hdf5", "w") as file:
+        file.create_dataset("jpg", (0,), h5py.vlen_dtype(np.uint8))
+    assert make("from-hdf5", tmp_path / "none.hdf5", tmp_path / "out") == 2
+    assert "no sample can be used" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def dataset():
     features = datasets.Features(

@@ -4,6 +4,8 @@ import json
 import re
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from pyarrow import parquet
@@ -147,6 +149,15 @@ def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, caps
         main(["difference", folders[0], str(tmp_path / "layers")])
     with pytest.raises(UserError, match=r"predictions.parquet: cannot be read"):
         main(["difference", folders[0], str(tmp_path / "nowhere")])
+
+
+def test_predictions_of_no_class_are_no_result(tmp_path):
+    for name, prediction in (("one", [1, 2]), ("other", [1, None])):
+        columns = {"key": ["a", "b"], "label": [1, 2], "prediction": prediction}
+        (tmp_path / name).mkdir()
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / name / "predictions.parquet")
+    with pytest.raises(UserError, match="other: has no predictions of a class for each sample"):
+        main(["difference", str(tmp_path / "one"), str(tmp_path / "other")])
 
 
 def test_a_result_in_another_order_is_the_same_result(tmp_path, monkeypatch):

@@ -169,7 +169,10 @@ def test_a_checkpoint_of_other_settings_is_refused(transfer, run, shards, tmp_pa
         (["--set", "data.flip=false"], "data.flip = True"),
         (["--train", more], "data.train = 1 shards with 48 samples"),
         (["--labels", "json.name"], "classifier.classes"),
+        (["random:" + command[1]], f"task.model = {run}"),
     ):
+        if other[0].startswith("random:"):
+            command[1:2], other = other, []
         assert exit_cleanly(partial(main, [*command, *settings(epochs=1), *other, "--resume", "auto"])) == 2
         assert message in capsys.readouterr().err
 
