@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.images import size_of
+from m3ae_fast.batch.images import MAX_PIXELS, size_of
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import DataConfig, MaskingConfig, ModelConfig, SourceConfig
 from m3ae_fast.data import Node, Preparation, ShardStore, Share, open_corpus, train_loader
@@ -131,8 +131,13 @@ def test_ranks_of_a_node_share_out_each_step_by_size(shard, accumulation, repeat
 def test_what_is_no_image_has_no_size():
     with pytest.raises(BadSample, match="not an image"):
         size_of(b"nothing")
-    for shape in ((1 << 40, 3), (-5, 8), (0, 8), (7,)):  # headers can say anything
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+    def header(*shape):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        return file.getvalue()
+
+    for shape in ((1 << 40, 3), (MAX_PIXELS // 2 + 1, 2), (-5, 8), (0, 8), (7,)):  # headers can say anything
         with pytest.raises(BadSample, match="not an image"):
-            size_of(header.getvalue())
+            size_of(header(*shape))
+    assert size_of(header(MAX_PIXELS // 2, 2, 13)) == (MAX_PIXELS // 2, 2)
