@@ -1,5 +1,7 @@
 """What depends on what in the stream of samples: nothing shares a random number, and the config is respected."""
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,16 @@ def test_a_native_crop_keeps_area_and_ratio_within_their_ranges(monkeypatch):
         assert (rows, columns) == native.grid(height, width, 30 * 90)
         assert abs(np.log(columns / rows * height / width)) < 0.2 and 75 <= rows * columns <= 100
     assert {(height, width) for _, _, height, width in boxes[:5]} != {boxes[0][2:]}
+
+
+def test_native_images_of_one_grid_share_the_mask_of_a_batch(load, tmp_path):
+    path = write_tar(tmp_path / "a.tar", members(range(24), "image"))
+    masking, native = MaskingConfig(image_ratio=0.5, per="batch"), Native(8, 1, 16, 8, "absolute")
+    samples: Samples = load(path, micro_batch=12, masking=masking, tokenizer=False, native=native).dataset
+    steps = [defaultdict(list), defaultdict(list)]
+    for position in range(24):
+        sample = samples[position]
+        steps[position // 12][sample.image.shape].append(sample.image_mask.tolist())
+    assert max(len(masks) for step in steps for masks in step.values()) > 1
+    assert all(mask == masks[0] for step in steps for masks in step.values() for mask in masks)
+    assert any(steps[0][grid][0] != steps[1][grid][0] for grid in steps[0].keys() & steps[1].keys())
