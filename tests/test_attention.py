@@ -18,7 +18,7 @@ from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.transformer import Block
-from m3ae_fast.run.attention import choose_attention, describe_attention, settle_attention
+from m3ae_fast.run.attention import RunAttention
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -443,7 +443,7 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
         for impl, name in (("torch", torch_kernel.name), ("triton", "triton")):
             assert kernel_for(impl, device, BF16, 2, 16, 9).name == name
             monkeypatch.setenv("M3AE_KERNELS_IMPL", impl)
-            assert describe_attention(CONFIG, MaskingConfig(), device, BF16) == name
+            assert RunAttention(CONFIG, MaskingConfig(), device, BF16).describe() == name
 
 
 def test_times_are_measured(monkeypatch):
@@ -491,11 +491,11 @@ def trials(monkeypatch):
 def test_one_rank_chooses_and_all_run_the_same(trials):
     gpu = torch.device("cuda", 0)
     where = (CONFIG, MaskingConfig(), gpu, BF16)
-    names, times = choose_attention(*where, 512)
+    names, times = RunAttention(*where).choose(512)
     assert names == {"encoder": "new", "decoder": "new"} and times["encoder"] == {"new": 1.0, "old": 2.0}
     assert trials == [(2, 32, 8, 512), (3, 16, 29, 512)]
-    settle_attention(*where, {"encoder": "new", "decoder": "old"})  # of another rank
-    assert describe_attention(*where) == "new (encoder), old (decoder)"
+    RunAttention(*where).settle({"encoder": "new", "decoder": "old"})  # of another rank
+    assert RunAttention(*where).describe() == "new (encoder), old (decoder)"
     assert [kernel_for("auto", gpu, BF16, *head, 8).name for head in ((2, 32), (3, 16))] == ["new", "old"]
     assert len(trials) == 2
 
@@ -506,7 +506,7 @@ def test_what_is_tried_is_as_long_as_a_whole_sample(trials):
     sample = Sample("pair", torch.zeros(3, 32, 32, dtype=torch.uint8), draw_mask(16, 0.25), torch.arange(12))
     sample.text_mask = draw_mask(12, 0.5)
     batch = pack([sample], Geometry.of(CONFIG))
-    choose_attention(CONFIG, masking, torch.device("cuda", 0), BF16, 512)
+    RunAttention(CONFIG, masking, torch.device("cuda", 0), BF16).choose(512)
     assert [length for _, _, length, _ in trials] == [batch.encoder.max_seqlen, batch.decoder.max_seqlen]
 
 
@@ -524,15 +524,15 @@ def test_each_kind_of_head_has_a_choice_of_its_own(trials, monkeypatch):
 def test_a_resumed_run_keeps_its_kernels_where_they_are(trials):
     where = (CONFIG, MaskingConfig(), torch.device("cuda", 0), BF16)
     known = {"encoder": "old", "decoder": "of another machine"}
-    names, times = choose_attention(*where, 512, known)
+    names, times = RunAttention(*where).choose(512, known)
     assert names == {"encoder": "old", "decoder": "new"} and list(times) == ["decoder"] and len(trials) == 1
 
 
 def test_nothing_is_tried_where_nothing_is_to_be_chosen(trials, monkeypatch):
     gpu = torch.device("cuda", 0)
-    assert choose_attention(CONFIG, MaskingConfig(), CPU, BF16, 512) == ({}, {})
+    assert RunAttention(CONFIG, MaskingConfig(), CPU, BF16).choose(512) == ({}, {})
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "torch")
-    assert choose_attention(CONFIG, MaskingConfig(), gpu, BF16, 512) == ({}, {}) and not trials
+    assert RunAttention(CONFIG, MaskingConfig(), gpu, BF16).choose(512) == ({}, {}) and not trials
 
 
 def test_a_run_names_its_kernels(monkeypatch):
@@ -544,11 +544,11 @@ def test_a_run_names_its_kernels(monkeypatch):
         return Kernel("wide" if head_dim > 16 else "narrow", PADDED.forward, PADDED.backward)
 
     monkeypatch.setattr(cuda, "try_out", try_out)
-    text = describe_attention(CONFIG, MaskingConfig(), torch.device("cuda"), BF16)
+    text = RunAttention(CONFIG, MaskingConfig(), torch.device("cuda"), BF16).describe()
     assert text == "wide (encoder), narrow (decoder)" and asked == [(2, 32, 1 + 4 + 3), (3, 16, 1 + 16 + 12)]
-    assert describe_attention(CONFIG, MaskingConfig(), CPU, torch.float64) == "torch, per sample"
+    assert RunAttention(CONFIG, MaskingConfig(), CPU, torch.float64).describe() == "torch, per sample"
     dropout = CONFIG.model_copy(update={"att_drop": 0.1})
-    assert describe_attention(dropout, MaskingConfig(), CPU, BF16) == "padded SDPA"
+    assert RunAttention(dropout, MaskingConfig(), CPU, BF16).describe() == "padded SDPA"
 
 
 def test_devices_have_their_own_kernels(monkeypatch):

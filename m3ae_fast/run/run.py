@@ -33,7 +33,7 @@ from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.run import checkpoint
-from m3ae_fast.run.attention import choose_attention, describe_attention, settle_attention
+from m3ae_fast.run.attention import RunAttention
 from m3ae_fast.run.cautions import cautions
 from m3ae_fast.run.initial_weights import constants, start_from
 from m3ae_fast.run.loop import Loop
@@ -113,17 +113,17 @@ class Run(Loop):
 
     def announce(self) -> None:
         """Say what the run is, and name the shards that are not whole."""
-        config, dtype = self.config, dtype_of(self.config.train.precision)
-        where = (config.model, config.masking, self.ranks.device, dtype)
+        dtype = dtype_of(self.config.train.precision)
+        attention = RunAttention(self.config.model, self.config.masking, self.ranks.device, dtype)
         # rank 0 tries kernels, and its checkpoints remember them: or else ranks and resumed runs may differ in bits
-        choose = partial(choose_attention, *where, self.share.micro_batch, self.attention)
+        choose = partial(attention.choose, self.share.micro_batch, self.attention)
         self.attention, times = self.ranks.broadcast(choose)
-        settle_attention(*where, self.attention)
-        attention = describe_attention(*where)
+        attention.settle(self.attention)
+        described = attention.describe()
         self.bad.report(self.ranks.from_main(self.data.train.damaged), say=self.ranks.is_main)
         if self.ranks.is_main:
             tried = [f"attention of the {part}: {_shown(each)}" for part, each in times.items()]
-            self.log.say("\n".join([self._describe(attention), *tried, *(f"note: {note}" for note in self.notes)]))
+            self.log.say("\n".join([self._describe(described), *tried, *(f"note: {note}" for note in self.notes)]))
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         return StepCounts.of(batches, self.config.model)
