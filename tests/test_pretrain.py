@@ -212,6 +212,17 @@ def test_a_run_keeps_its_pictures(tmp_path):
         pretrain(photos, tmp_path / "run")
 
 
+def test_pictures_of_more_than_8_bits_take_a_range(tmp_path, capsys):
+    deep = np.random.RandomState(0).randint(0, 4096, (4, 40, 40)).astype(np.uint16)
+    (tmp_path / "photos").mkdir()
+    for number, values in enumerate(deep):
+        Image.fromarray(values).save(tmp_path / f"photos/{number}.png")
+    with pytest.raises(UserError, match=r"set data.range to what is black and white in it"):
+        pretrain(tmp_path / "photos", tmp_path / "run", dry_run=True)
+    pretrain(tmp_path / "photos", tmp_path / "run", hours=0.001, overrides=["data.range=[0,4095]"], dry_run=True)
+    assert "data: 3 samples and 1 held out" in capsys.readouterr().out
+
+
 def test_shards_of_changed_pictures_are_made_anew_before_a_run_begins(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=4)
     out = tmp_path / "run"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3ae_fast.config import Config, parse
+from m3ae_fast.config import Config, Range, parse
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.errors import UserError
 
@@ -133,16 +133,17 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
     return seconds / pace >= max(EPOCHS * samples, SEEN)
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise UserError if the overrides are possible for no samples at all, before there are any."""
+def check_overrides(overrides: Sequence[str]) -> Range | None:
+    """Return the `data.range` that they set. Raises UserError if the overrides are possible for no samples at all,
+    before there are any."""
     if any(override.startswith(("run.dir=", "run=")) for override in overrides):
         raise UserError("--set run.dir: is what --out names")
     first: UserError | None = None
     for rung in LADDER:
         facts = Facts(10**6, 1000, 1000, [0.5] * 3, [0.25] * 3, classes=2, vocab_size=512, text_length=64)
         try:
-            settings(facts, Shards(["train.tar"], ["val.tar"], []), Path("run"), rung, 64, 1000, "cls", overrides)
-            return
+            shards = Shards(["train.tar"], ["val.tar"], [])
+            return settings(facts, shards, Path("run"), rung, 64, 1000, "cls", overrides).data.range
         except UserError as error:
             first = first or error
     assert first is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, train_tokenizer
-from m3ae_fast.config import SourceConfig
+from m3ae_fast.config import Range, SourceConfig
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.data.shards import ShardStore
@@ -23,7 +23,7 @@ _VOCABULARY = (512, 16384)  # smallest and largest that is learnt
 _QUANTILE = 0.95  # of the captions are not cut
 
 
-def look(shards: Shards, out: Path, labels: str) -> tuple[Facts, list[str]]:
+def look(shards: Shards, out: Path, labels: str, image_range: Range | None = None) -> tuple[Facts, list[str]]:
     """Return facts and what to tell the user. Trains a tokenizer into the run folder `out` if there are captions.
     Raises UserError where the shards cannot be used, or no sample has an image."""
     store = ShardStore()
@@ -38,7 +38,7 @@ def look(shards: Shards, out: Path, labels: str) -> tuple[Facts, list[str]]:
         tokenizer = CaptionTokenizer(learnt, _LONGEST)
     classes, note = _classes(shards, store, labels)
     notes += [note] if note else []
-    found = collect(train, _LOOKED_AT, 0, 3, None, tokenizer, labels if classes else "cls")
+    found = collect(train, _LOOKED_AT, 0, 3, image_range, tokenizer, labels if classes else "cls")
     require_images(found)
     mean, std = found.mean_and_std()
     lengths = found.lengths or [1]

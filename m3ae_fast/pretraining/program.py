@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast import train
-from m3ae_fast.config import Config, load_config
+from m3ae_fast.config import Config, Range, load_config
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
@@ -63,13 +63,13 @@ def pretrain(
     """
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
-    check_overrides(overrides)
+    image_range = check_overrides(overrides)
     check_field(labels)
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
     table_of_captions = None if captions is None else Path(captions)
-    config = _configured(str(source), out, hours, table_of_captions, val, labels, overrides, dry_run)
+    config = _configured(str(source), out, hours, table_of_captions, val, labels, overrides, image_range, dry_run)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
@@ -98,19 +98,20 @@ def _configured(
     val: Sequence[str],
     labels: str,
     overrides: Sequence[str],
+    image_range: Range | None,
     dry_run: bool,
 ) -> Config | None:
     """Return the config of the run, chosen now or by an earlier call; None where somebody asks to stop meanwhile."""
     path = out / CONFIG
     if path.exists() and not dry_run:
         load_config(path, list(overrides))  # a mistake is told first
-    shards = find_shards(source, out, captions, val)
+    shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
         print(f"{path} is used as it is; remove it, or name another --out, to choose again")
         return load_config(path, list(overrides))
     plan: Plan | None = None
     with stage() as session:
-        facts, notes = look(shards, out, labels)
+        facts, notes = look(shards, out, labels, image_range)
         plan = choose(facts, shards, out, hours, labels, overrides, session)
     if plan is None:
         return None

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.errors import UserError
@@ -33,7 +34,9 @@ _HELD_OUT_NAME = re.compile(rf"({'|'.join(_HELD_OUT_SPLITS)})(?![a-z])")  # of a
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
 
 
-def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str]) -> Shards:
+def find_shards(
+    source: str, out: Path, captions: Path | None, val: Sequence[str], image_range: Range | None = None
+) -> Shards:
     """Return the shards of `source`, made in the run folder `out` where it is not shards itself.
 
     Args:
@@ -41,6 +44,7 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
         out: the run folder.
         captions: a table of them, for a folder of images; None: one in the folder, or .txt files.
         val: held-out shards, where `source` is shards; empty: those it has of that name, or the last ones.
+        image_range: of images of more than 8 bits.
 
     Raises:
         UserError: there is no such source, it cannot be used, or it is not what a run in `out` began with.
@@ -60,7 +64,7 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
             )
         table, notes = (captions, []) if captions else _table_in(folder)
         pictures = Folder(folder, table)
-        made = _made(pictures, source, out, [*notes, *pictures.ignored.lines()])
+        made = _made(pictures, source, out, [*notes, *pictures.ignored.lines()], image_range)
         return replace(made, unlabelled=_without_classes(pictures))
     if not folder.is_dir() and (folder.exists() or source.startswith((".", "/", "~")) or source.endswith("/")):
         raise UserError(
@@ -75,7 +79,7 @@ def find_shards(source: str, out: Path, captions: Path | None, val: Sequence[str
         records = HuggingFace(source, None, None, (None, None, None))
     except UserError as error:
         raise UserError(f"{source}: no such folder here{near}; as a data set's name: {error}") from None
-    return _made(records, source, out, records.ignored.lines())
+    return _made(records, source, out, records.ignored.lines(), image_range)
 
 
 def _similar(folder: Path) -> str:
@@ -171,9 +175,9 @@ def _samples(shared: dict[str, set[int]]) -> str:
     return f"{count:,} sample{'s' * (count != 1)}"
 
 
-def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
+def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
     """Write the shards that `out` lacks; those of other pictures go where no training has begun."""
-    folder, settings = out / SHARDS, _settings(source)
+    folder, settings = out / SHARDS, _settings(source, image_range)
     before, now = _manifest(folder), manifest_of(source, settings)
     if before is not None and before != json.loads(json.dumps(now)):
         if checkpoint.saved_steps(out):
@@ -198,12 +202,11 @@ def _made(source: Records, name: str, out: Path, notes: list[str]) -> Shards:
     return Shards([str(whole / f"{train}-*.tar")], [str(whole / f"{held}-*.tar")] if held else [], lines)
 
 
-def _settings(source: Records) -> Settings:
+def _settings(source: Records, image_range: Range | None) -> Settings:
     """Hold out a part of a source that has one split."""
-    if len(source.splits) > 1:
-        return Settings()
-    (samples,) = source.splits.values()
-    return Settings(held_out=min(_FRACTION, _MOST_HELD_OUT / samples) if samples > 1 else 0.0)
+    samples = sum(source.splits.values())
+    alone = len(source.splits) == 1 and samples > 1
+    return Settings(held_out=min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0, image_range=image_range)
 
 
 def _manifest(folder: Path) -> Any:

@@ -111,7 +111,7 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
         held = split_images(records.images(split)[order], max(1, round(len(order) * settings.held_out)))
         if held.all():
             raise UserError(
-                f"--held-out {settings.held_out:g}: holds out all {len(order)} samples, which are of one image"
+                f"--held-out {settings.held_out:g}: holds out all {len(order)} samples (those of one image go together)"
             )
         parts = [(name, split, order[~held]), (HELD_OUT, split, order[held])]
     shards = []

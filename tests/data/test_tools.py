@@ -331,7 +331,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "good.jpg").unlink()
     assert make("from-folder", tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
-    assert "--held-out 0.1: holds out all 9 samples, which are of one image" in capsys.readouterr().err
+    assert "--held-out 0.1: holds out all 9 samples (those of one image go together)" in capsys.readouterr().err
 
 
 def test_columns_of_a_dataset_that_nothing_reads_are_named(tmp_path, dataset, capsys):
