@@ -25,7 +25,6 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import open_regular
 
-MAX_CHANNELS = 4
 OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # see `prepare_image`
 
 
@@ -35,8 +34,8 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
-        has_channels = images.ndim == 3 and (images.shape[-1] <= MAX_CHANNELS or images.shape[-1] == channels)
-        return [images] if images.ndim == 2 or has_channels else list(images)
+        is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in (1, 2, 3, 4, channels))
+        return [images] if is_one else list(images)
     return [images] if isinstance(images, Tensor) and images.ndim == 3 else images  # type: ignore[return-value]
 
 
