@@ -11,8 +11,7 @@ from m3ae_fast.errors import UserError
 
 
 def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the learning rate of 0-based `step`: linear warm-up, then a cosine
-    (optax.warmup_cosine_decay_schedule)."""
+    """Return the learning rate of 0-based `step`: linear warm-up, then cosine (optax.warmup_cosine_decay_schedule)."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
     return warmup_cosine(step, warmup_steps, total_steps, init, peak, end)

@@ -32,8 +32,7 @@ class TorchEngine:
         ranks: Ranks,
         ema: float | None = None,
     ) -> None:
-        """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, the decay of the weights' moving
-        average."""
+        """Take the optimiser's `groups`, the `dtype` of matmuls, and `ema`, decay of the weights' moving average."""
         self.model = model.to(ranks.device)
         self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks

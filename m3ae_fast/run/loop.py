@@ -106,8 +106,7 @@ class Loop(ABC):
 
     @abstractmethod
     def rates(self) -> dict[str, float]:
-        """Return rates since the last call, to be logged; `data_wait` is this rank's, in the log that of who waits
-        longest."""
+        """Return rates since the last call, to be logged: `data_wait` is this rank's, and logged of who waits most."""
 
     def constants(self) -> dict[str, Tensor]:
         """Return what a checkpoint stores beside the engine's state, by its name there."""

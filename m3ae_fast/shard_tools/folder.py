@@ -81,8 +81,7 @@ class Folder(Records):
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
 
     def images(self, split: str) -> np.ndarray:
-        """See `records.Records`: files with the same bytes, or with names that differ in their suffix alone, are of
-        one."""
+        """See `records.Records`: files of equal bytes, or whose names differ in their suffix alone, are of one."""
         files = [os.path.join(self.folder, path) for path in self._paths]
         sketches = [_sketch(path) for path in track(files, "looking for the same image twice")]
         # a file that cannot be read is like no other

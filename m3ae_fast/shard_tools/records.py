@@ -52,8 +52,7 @@ class Records(ABC):
         return row, number - int(starts[row])
 
     def images(self, split: str) -> np.ndarray:
-        """Return int64 [samples]: samples of one image, as far as the input tells, have the same number, as those of a
-        row do."""
+        """Return int64 [samples]: one number for all samples of an image, as far as the input tells: of a row."""
         starts = self._starts[split]
         return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
