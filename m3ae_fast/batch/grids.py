@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -17,14 +17,6 @@ from torch import Tensor
 from m3ae_fast.config import ModelConfig
 
 Grid: TypeAlias = tuple[int, int]  # rows and columns of patches
-
-
-class Places(NamedTuple):
-    """Places of the patches of B grids in a table of positions: row r and column c stand at first + r * step + c."""
-
-    first_B: np.ndarray
-    step_B: np.ndarray
-    rows: int  # of the table
 
 
 @dataclass(frozen=True)
@@ -67,18 +59,19 @@ class Native:
         """Return whether an image may have that many patches."""
         return 0 < grid[0] * grid[1] <= self.most and max(grid) <= self.longest
 
-    def places(self, grids: Sequence[Grid]) -> Places:
-        """Return where the patches of these grids stand: in a table of `longest` x `longest` positions, from its first
-        corner or about its centre; in one of stored positions, in what `distinct` gives, one after the other."""
+    def places(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return first_B, step_B and the rows of a table of positions: row r and column c of a grid stand at first +
+        r * step + c. The table has `longest` x `longest` positions, where a grid stands from the first corner or about
+        the centre; of stored positions it has what `distinct` gives, one after the other."""
         rows_B, columns_B = np.array(grids, np.int64).reshape(-1, 2).T
         if self.positions == "stored":
             starts, end = {}, 0
             for grid in distinct(grids):
                 starts[grid], end = end, end + grid[0] * grid[1]
-            return Places(np.array([starts[grid] for grid in grids], np.int64), columns_B, end)
+            return np.array([starts[grid] for grid in grids], np.int64), columns_B, end
         centred = self.positions == "centred"
         top_B, left_B = ((self.longest - side_B) // 2 * centred for side_B in (rows_B, columns_B))
-        return Places(top_B * self.longest + left_B, np.full_like(rows_B, self.longest), self.longest**2)
+        return top_B * self.longest + left_B, np.full_like(rows_B, self.longest), self.longest**2
 
 
 def _around(side: float) -> set[int]:
