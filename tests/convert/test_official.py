@@ -91,13 +91,14 @@ def test_fine_tuned_classifier_gives_its_encoder(tmp_path):
     assert not any(name.startswith("decoder") for name in found.state)
 
 
-def test_tokenizer_comes_along(tmp_path):
+def test_tokenizer_comes_along(tmp_path, capsys):
     tokenizer = train_tokenizer([caption(i) for i in range(40)], 60)
     tokenizer.save(str(tmp_path / "words.json"))
     with np.load(make_golden(tmp_path / "golden.npz", vocab=tokenizer.get_vocab_size())) as file:
         write_checkpoint(tmp_path / "a.pkl", params_of({key: file[key] for key in file.files}), flags())
     command = [str(tmp_path / "a.pkl"), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "words.json")]
-    assert main(command) == 0
+    assert main(command[:2]) == 0 and "no tokenizer in it: add --tokenizer" in capsys.readouterr().out
+    assert main(command) == 0 and "no tokenizer in it" not in capsys.readouterr().out
     words = M3AE.from_pretrained(tmp_path / "out").tokenizer
     assert words is not None and words.max_length == 7
     np.testing.assert_array_equal(

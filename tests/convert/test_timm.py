@@ -106,6 +106,8 @@ def test_a_model_of_timms_own_comes_in(tmp_path):
         model = M3AE.from_pretrained(tmp_path / "out")
     images = torch.rand(2, 3, 24, 24)
     torch.testing.assert_close(model.representation(images), vit.forward_features(images), rtol=0, atol=2e-5)
+    assert main([str(tmp_path / "timm"), str(tmp_path / "other"), "--num-heads", "4"]) == 0  # goes before the file's
+    assert json.loads((tmp_path / "other/config.json").read_text())["num_heads"] == 4
 
 
 def test_widths_have_the_heads_that_timm_gives_them():

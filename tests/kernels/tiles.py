@@ -77,6 +77,14 @@ def test_a_program_of_a_backward_adds_its_blocks_up(case, monkeypatch):
         assert error(got, true[name]) < 1e-6, name
 
 
+def test_a_wide_weights_gradient_has_digits_that_16_bits_lack():
+    """Of products of float16, which float32 sums exactly but for its own rounding."""
+    inputs = make("embed-float", torch.float16).to(torch.float32, ["weight", "bias"])
+    upstream = torch.randn(13, 48).half().double()
+    true = run(reference, "embed-float", double(inputs), upstream)
+    assert error(run(m3ae_kernels, "embed-float", inputs, upstream)["weight"], true["weight"]) < 1e-6
+
+
 def test_rows_are_shared_out_whole_and_within_the_room_for_them():
     """To few programs of whole blocks; to chunks that fit where they are put."""
     for count, block in itertools.product((0, 1, 63, 64, 65, 511, 512, 513, 10**6), (1, 8, 64)):
