@@ -172,6 +172,16 @@ for stage in [*STAGES, None]:
 """
 
 
+def test_each_accuracy_stands_below_the_name_of_its_network():
+    kinds = {evaluation.RUN: (0.75, 0.015), evaluation.UNTRAINED: (0.5, 0.02)}
+    found = {name: {"top1": top1, "top1_se": error} for name, (top1, error) in kinds.items()}
+    found[evaluation.RUN] |= {"classes": 8, "val_samples": 1200}
+    head, line, chance = evaluation.table({"knn": found})
+    for name, text in ((evaluation.RUN, "75.0 ± 1.5"), (evaluation.UNTRAINED, "50.0 ± 2.0")):
+        assert line.index(text) + len(text) == head.index(name) + len(name)
+    assert line.startswith("k-NN ") and chance.split() == ["chance", "12.5", "(1,200", "samples)"]
+
+
 def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
     """By Ctrl-C, which reaches all processes of a terminal's job: one line says so, and no stage is done twice."""
     make_pictures(tmp_path / "photos", each=6)
