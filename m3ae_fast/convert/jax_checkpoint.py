@@ -70,24 +70,20 @@ def read_jax_checkpoint(path: Path) -> Pretrained:
     variant, params = _parts(saved, path)
     config = _config(variant, params, path)
     with torch.device("meta"):
-        names = [name for name, _ in M3AE(config).named_parameters()]
-    paths = {name: flax_name(name, config.output_head_depth) for name in names}
-    kept = names
-    if not any(path.startswith("decoder/") for path in params):
-        kept = [name for name in names if name.startswith(ENCODER)]
-        params = {path: params[path] for path in params if path in {paths[name] for name in kept}}
-    for missing in (paths[name] for name in kept if paths[name] not in params):
+        paths = {name: flax_name(name, config.output_head_depth) for name, _ in M3AE(config).named_parameters()}
+    if not any(own.startswith("decoder/") for own in params):
+        paths = {name: own for name, own in paths.items() if name.startswith(ENCODER)}
+        params = {own: array for own, array in params.items() if own in paths.values()}
+    for missing in (own for own in paths.values() if own not in params):
         raise UserError(f"{path}: not an official M3AE checkpoint: lacks the parameter {missing}")
-    for unknown in params.keys() - {paths[name] for name in kept}:
+    for unknown in params.keys() - set(paths.values()):
         raise UserError(f"{path}: has a parameter {unknown}, which an M3AE cannot represent")
-    state = {name: from_flax(paths[name], params[paths[name]]) for name in kept}
+    state = {name: from_flax(own, params[own]) for name, own in paths.items()}
     kind = "MAE" if config.vocab_size == 0 else "M3AE"
     steps = f", {saved['step'] + 1:,} steps" if isinstance(saved.get("step"), int) else ""
-    notes = []
-    if config.vocab_size:
-        tokenizer = _flag(variant, "tokenizer", "bert-base-uncased")
-        notes.append(f"its captions were tokenised by {tokenizer}")
-    return Pretrained(config, state, kind=f"official {kind} checkpoint{steps}", notes=tuple(notes))
+    note = f"its captions were tokenised by {_flag(variant, 'tokenizer', 'bert-base-uncased')}"
+    notes = (note,) if config.vocab_size else ()
+    return Pretrained(config, state, kind=f"official {kind} checkpoint{steps}", notes=notes)
 
 
 def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

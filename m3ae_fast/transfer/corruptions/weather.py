@@ -54,7 +54,7 @@ def plasma(decay: float, rng: np.random.Generator) -> np.ndarray:
 def frost(x: np.ndarray, parameters: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """Add a texture to the darkened image."""
     kept, added = parameters
-    texture = np.stack([resized(plane, x.shape[0]) for plane in frost_texture(rng).transpose(2, 0, 1)], axis=2)
+    texture = resized(frost_texture(rng).transpose(2, 0, 1), x.shape[0]).transpose(1, 2, 0)
     return kept * x + added * texture
 
 
