@@ -5,6 +5,7 @@ Shapes: C channels (1 grey, 3 RGB, 4 RGBA, else bands), H x W pixels.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from io import BytesIO
@@ -40,7 +41,9 @@ _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNING = ("exif", "xmp")  # of `Image.info`: what may say which side is up
 _SCALES = {"L;2": 85, "L;4": 17}  # by the rawmode of a PNG: levels of 8 bits per level of its own
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd images: they are used or reported, nothing between
+# Of odd images: they are used or reported, nothing between.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def decode_image(data: bytes, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:

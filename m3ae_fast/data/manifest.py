@@ -29,6 +29,7 @@ KINDS: tuple[Modality, ...] = get_args(Modality)
 UNREAD = len(KINDS)  # the kind of a shard that could not be counted
 SUFFIX = ".npy"
 _MAX_NAME = 1 << 12  # bytes
+_MAX_SAMPLES = 1 << 26  # of a shard, which then has 64 GB at least: more could not be put in order
 _NO_SIDECAR = Path()  # yet
 _PART = re.compile(r"\.part-(\d+)-of-(\d+)\.npy$")
 
@@ -121,6 +122,8 @@ def read(path: Path) -> np.ndarray:
         raise UserError(f"manifest {path}: is damaged (the name of a shard is not UTF-8)") from None
     if len(rows) and rows["kind"].max() > UNREAD:
         raise UserError(f"manifest {path}: is damaged (a kind of shard that does not exist)")
+    if len(rows) and (most := rows["samples"].max()) > _MAX_SAMPLES:
+        raise UserError(f"manifest {path}: says that a shard has {most:,} samples; {_MAX_SAMPLES:,} are the most")
     return rows
 
 

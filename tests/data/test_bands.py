@@ -154,6 +154,15 @@ def test_without_tifffile_it_is_named(monkeypatch):
         decode_image(tiff(LEVELS, planarconfig="contig"), BANDS)
 
 
+def test_pillow_says_nothing_beside(caplog):
+    data = bytearray(tiff(RGB, photometric="rgb"))
+    place = data.index(struct.pack("<HHI", 277, 3, 1)) + 8  # of SamplesPerPixel
+    data[place : place + 2] = struct.pack("<H", 2048)
+    with pytest.raises(BadSample):
+        decode_image(bytes(data), 3)
+    assert not caplog.records
+
+
 def test_odd_files_give_an_image_or_a_bad_sample():
     random = np.random.RandomState(0)
     sources = [

@@ -142,6 +142,9 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
     write(bad, rows)
     with pytest.raises(UserError, match="the name of a shard is not UTF-8"):
         open_corpus([SourceConfig(shards=str(bad))], store)
+    write(bad, rows_of(["x.tar"], [((1 << 32) - 1, 0, 0)]))
+    with pytest.raises(UserError, match="says that a shard has 4,294,967,295 samples; 67,108,864 are the most"):
+        open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [(0, 0, 0)]))
     with pytest.raises(UserError, match="no samples in them"):
         open_corpus([SourceConfig(shards=str(bad))], store)
