@@ -120,8 +120,8 @@ def read(path: Path) -> np.ndarray:
         rows["name"].tobytes().decode()
     except UnicodeDecodeError:
         raise UserError(f"manifest {path}: is damaged (the name of a shard is not UTF-8)") from None
-    if len(rows) and rows["kind"].max() > UNREAD:
-        raise UserError(f"manifest {path}: is damaged (a kind of shard that does not exist)")
+    if len(rows) and (rows["kind"].max() > UNREAD or rows["samples"][rows["kind"] == UNREAD].any()):
+        raise UserError(f"manifest {path}: is damaged (shards of a kind that does not exist, or unread with samples)")
     if len(rows) and (most := rows["samples"].max()) > _MAX_SAMPLES:
         raise UserError(f"manifest {path}: says that a shard has {most:,} samples; {_MAX_SAMPLES:,} are the most")
     return rows
@@ -159,9 +159,13 @@ class Process(Protocol):
 
 
 def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
-    """Return a manifest of shards, which are read whole, and those lost. Raises UserError as `index_shards`."""
+    """Return a manifest of shards, which are read whole, and those lost, or not whole. Raises UserError as
+    `index_shards`."""
     lost: list[Skipped] = []
     found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
+    lost += [
+        Skipped(name, "", f"the tar {s.damage}; {s.samples} samples count") for name, s in found.items() if s.damage
+    ]
     unread = (0, 0, UNREAD)
     summaries = [found.get(name) for name in names]
     counts = [(s.samples, s.size, KINDS.index(s.modality)) if s else unread for s in summaries]

@@ -128,6 +128,17 @@ def test_a_shard_of_another_length_never_moves_the_order(load, tmp_path):
     assert {skipped.shard for skipped in batch.skipped} == {paths[0]}
 
 
+def test_shards_that_are_not_whole_are_named(tmp_path, capsys):
+    whole = write_tar(tmp_path / "0.tar", members(range(4)))
+    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:6000])
+    path = make(tmp_path, whole, str(tmp_path / "1.tar"))
+    out = capsys.readouterr().out
+    assert f"note: {tmp_path}/1.tar: the tar has no end mark" in out and "; 2 samples count" in out
+    assert out.endswith("2 shards with 6 samples, 0 not read\n")
+    make(tmp_path, path, out="again.npy")
+    assert f"note: {path}: the tar no tar header" in capsys.readouterr().out
+
+
 def test_what_is_no_manifest_is_refused(tmp_path, store):
     bad, other = tmp_path / "bad.npy", tmp_path / "other.npy"
     bad.write_bytes(b"\x93NUMPY junk")
@@ -141,6 +152,9 @@ def test_what_is_no_manifest_is_refused(tmp_path, store):
     rows["name"] = b"\xff.tar"
     write(bad, rows)
     with pytest.raises(UserError, match="the name of a shard is not UTF-8"):
+        open_corpus([SourceConfig(shards=str(bad))], store)
+    write(bad, rows_of(["x.tar"], [(3, 0, UNREAD)]))
+    with pytest.raises(UserError, match=r"is damaged .*unread with samples"):
         open_corpus([SourceConfig(shards=str(bad))], store)
     write(bad, rows_of(["x.tar"], [((1 << 32) - 1, 0, 0)]))
     with pytest.raises(UserError, match="says that a shard has 4,294,967,295 samples; 67,108,864 are the most"):
