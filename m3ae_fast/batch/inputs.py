@@ -83,13 +83,17 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
         except BadSample as error:
             raise ValueError(f"an image cannot be used: {error}") from None
         return _prepared(pixels, config)
-    if image.ndim != 3 or image.shape[0] != channels:
+    if not isinstance(image, Tensor):
+        raise ValueError(f"an image is {type(image).__name__}, and no path, PIL image, array or tensor")
+    if image.ndim != 3 or image.shape[0] != channels or not image.numel():
         raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
     if image.is_floating_point():
         try:
             geometry.grid(image)
         except ValueError as error:
             raise ValueError(f"a floating {error}") from None
+        if not image.isfinite().all():
+            raise ValueError("a floating image has values that are not finite")
         return image.cpu()
     if image.dtype not in (torch.uint8, getattr(torch, config.image_dtype)):
         raise ValueError(f"an image is {image.dtype}, neither {config.image_dtype} nor floating")

@@ -212,7 +212,8 @@ class MultimodalEncoder(nn.Module):
             float32 [S, D] on the model's device.
 
         Raises:
-            ValueError: both are None, their numbers differ, an image does not fit the model, or it has no such layer.
+            ValueError: both are None, their numbers differ, an image does not fit the model, or there is no such layer,
+                pool or precision.
             UserError: a file cannot be read, there are texts, and the model has no tokenizer, or a feature is not
                 finite.
         """
@@ -225,6 +226,8 @@ class MultimodalEncoder(nn.Module):
             raise ValueError(f"{len(images)} images and {len(texts)} texts")
         if layer is not None and not 1 <= layer <= self.config.depth:
             raise ValueError(f"layer {layer}: the encoder has layers 1 to {self.config.depth}")
+        if pool not in ("mean", "cls") or precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"pool {pool!r}, precision {precision!r}: must be mean or cls, and auto, bf16 or fp32")
         if texts is not None:
             self.require_tokenizer()
         layers = [layer or self.config.depth]

@@ -1,3 +1,4 @@
+import math
 from io import BytesIO
 
 import numpy as np
@@ -148,6 +149,11 @@ def test_a_file_that_is_no_image_is_named(model, tmp_path):
         ({"images": [torch.zeros(1, 32, 32, dtype=torch.uint8)]}, "has shape"),
         ({"images": [torch.zeros(3, 40, 40)]}, "a floating image has shape"),
         ({"images": [torch.zeros(3, 32, 32, dtype=torch.int64)]}, "neither uint8 nor floating"),
+        ({"images": [torch.zeros(3, 0, 32, dtype=torch.uint8)]}, "has shape"),
+        ({"images": [b"a file"]}, "an image is bytes, and no path"),
+        ({"images": [torch.full((3, 32, 32), math.nan)]}, "values that are not finite"),
+        ({"images": [torch.zeros(3, 32, 32)], "pool": "max"}, "pool 'max', .* must be mean or cls"),
+        ({"images": [torch.zeros(3, 32, 32)], "precision": "fp64"}, "precision 'fp64': must be .* auto, bf16 or fp32"),
     ],
 )
 def test_what_cannot_be_encoded_is_a_value_error(model, given, message):
