@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str] = ()) -> None:
     """Write a PNG of rows of cells; `titles` stand above the columns."""
     columns = max(map(len, rows))
-    lines = max(1, *(len(_wrapped(cell)) for row in rows for cell in row if cell.image is not None))
+    lines = max([1, *(len(_wrapped(cell)) for row in rows for cell in row if cell.image is not None)])
     width, height, top = _SIDE + _GAP, _SIDE + lines * _LINE + _GAP, 20 if titles else _GAP
     sheet = Image.new("RGB", (_GAP + columns * width, top + len(rows) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)

@@ -273,3 +273,10 @@ def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_p
     path, labels, found, classes = drawn["draw_confusion"]
     assert (path, classes) == (tmp_path / "confusion.png", loop.job.names)
     assert (labels.tolist(), found.tolist()) == ([2, 0], [2, 1])
+
+
+def test_a_sheet_of_captions_alone_is_drawn(tmp_path):
+    figures.draw_sheet(
+        tmp_path / "sheet.png", [[Cell(None, "a caption"), Cell(None, "another", GREEN)]], ("one", "two")
+    )
+    assert Image.open(tmp_path / "sheet.png").width > 200
