@@ -7,8 +7,11 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: each of pytest's workers has one core
 
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes that tests start are sent it
+# Processes that tests start are sent what nohup, or a script's background, would have them ignore.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.helpers.slow import is_slow, rank
 from tests.helpers.trainer import Trainer
