@@ -530,6 +530,17 @@ def test_classes_are_those_that_training_samples_have(tmp_path):
     assert "there is no k-NN accuracy and no linear probe: " in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("sample", "trials"), [(0.01, [(8, 2.5), (166, 10)]), (0.1, [(8, 2.5), (16, 10)]), (0.2, [(8, 2.5)])]
+)
+def test_a_pace_is_measured_with_as_large_a_batch_as_six_steps_of_it_fit_the_time(monkeypatch, sample, trials):
+    tried = []
+    monkeypatch.setattr(pace, "_trial", lambda *given: tried.append(given[2:]) or Pace(sample, given[2], 4))
+    config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 1024, "steps": 9}}, "test")
+    assert pace.measure(config, SimpleNamespace(ranks=SimpleNamespace(world=1)), 10).batch == trials[-1][0]
+    assert tried == trials
+
+
 def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
     """After the warm-up: the first ones are faster, on what was loaded ahead."""
     times = [9.0, 9.0, *[0.001] * 25, *[0.002] * 25]
