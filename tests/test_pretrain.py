@@ -23,6 +23,7 @@ from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
 from m3ae_fast.engine.needs import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
+from m3ae_fast.hardware import fast_precision
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import choices, evaluation, plan
 from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
@@ -582,6 +583,23 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
     assert tried == [128, 192] and found.config.model.emb_dim == 192
     assert 'not "small", for which 8 GB are needed' in found.lines[1]
     assert "at 10,000 samples/s, measured over 4 steps" in found.lines[2]
+
+
+@pytest.mark.parametrize(("hours", "seconds"), [(1.0, 8.0), (0.05, 3.6)])
+def test_a_trial_takes_a_fiftieth_of_the_time_and_never_long(tmp_path, monkeypatch, hours, seconds):
+    """In the precision in which the run will be."""
+    facts, trials = Facts(9000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8), []
+
+    def measure(config, session, limit):
+        trials.append((config.train.precision, pytest.approx(limit)))
+        return Pace(1e-4, 8, 4)
+
+    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(plan, "missing_memory", lambda size, device: "")
+    device = torch.device("cpu")
+    session = SimpleNamespace(ranks=SimpleNamespace(device=device))
+    plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session)
+    assert trials == [(fast_precision(device), seconds)] * 2
 
 
 def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
