@@ -25,7 +25,7 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import fast_precision
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pretraining import choices, evaluation, plan
+from m3ae_fast.pretraining import choices, evaluation, plan, program
 from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
 from m3ae_fast.pretraining.held_out import shared_images
 from m3ae_fast.pretraining.look import look
@@ -171,6 +171,17 @@ for stage in [*STAGES, None]:
         sys.exit(exit_cleanly(lambda: main(sys.argv[1:])))
     print("\\n=== code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+def test_a_run_that_goes_on_heeds_new_settings(tmp_path, capsys):
+    shards, run = write_tar(tmp_path / "a.tar", members(range(3), "image")), tmp_path / "run"
+    facts = Facts(3, 0, 32, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    run.mkdir()
+    config = settings(facts, Shards([shards], [], []), run, LADDER[0], 1, 9, "cls", [])
+    (run / "config.json").write_text(choices.written(config))
+    found = program._configured(shards, run, 1.0, None, [], "cls", ["train.log_every=7"], dry_run=False)
+    assert found == config.model_copy(update={"train": config.train.model_copy(update={"log_every": 7})})
+    assert "config.json is used as it is" in capsys.readouterr().out
 
 
 def test_each_accuracy_stands_below_the_name_of_its_network():

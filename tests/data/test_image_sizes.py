@@ -68,6 +68,17 @@ def test_sizes_are_kept_until_the_shard_changes(shard, monkeypatch):
     ]
 
 
+def test_each_source_has_the_sizes_of_its_own_shards(tmp_path):
+    sizes = {"a": [(8, 16)], "b": [(24, 8), (16, 32)], "c": [(40, 8)]}  # width and height
+    for name, own in sizes.items():
+        write_tar(tmp_path / f"{name}.tar", [(f"{i}.png", picture(i, size, fmt="PNG")) for i, size in enumerate(own)])
+    sources = [
+        SourceConfig(shards=shards, modality="image") for shards in (f"{tmp_path}/{{a,b}}.tar", f"{tmp_path}/c.tar")
+    ]
+    first, second = measured(open_corpus(sources, ShardStore(None))).sources
+    assert first.image_sizes.tolist() == [[16, 8], [8, 24], [32, 16]] and second.image_sizes.tolist() == [[8, 40]]
+
+
 def test_a_header_may_end_far_behind_the_beginning_of_a_file(tmp_path):
     """Of a JPEG whose comment comes first."""
     file = io.BytesIO()
