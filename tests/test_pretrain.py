@@ -173,14 +173,18 @@ for stage in [*STAGES, None]:
 """
 
 
-def test_a_run_that_goes_on_heeds_new_settings(tmp_path, capsys):
-    shards, run = write_tar(tmp_path / "a.tar", members(range(3), "image")), tmp_path / "run"
-    facts = Facts(3, 0, 32, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_path, monkeypatch, capsys):
+    shards, run, seen = write_tar(tmp_path / "a.tar", members(range(3), "image")), tmp_path / "run", []
+    facts = Facts(3, 3, 32, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=0, text_length=8)
     run.mkdir()
-    config = settings(facts, Shards([shards], [], []), run, LADDER[0], 1, 9, "cls", [])
-    (run / "config.json").write_text(choices.written(config))
-    found = program._configured(shards, run, 1.0, None, [], "cls", ["train.log_every=7"], dry_run=False)
-    assert found == config.model_copy(update={"train": config.train.model_copy(update={"log_every": 7})})
+    config = settings(facts, Shards([shards], [shards], []), run, LADDER[0], 1, 9, "cls", [])
+    (run / "config.json").write_text(config.model_dump_json())
+    monkeypatch.setattr(program.train, "perform", lambda *_: None)
+    monkeypatch.setattr(program, "status", lambda _: ("finished", ""))
+    monkeypatch.setattr(program, "evaluate", seen.append)  # which says that it was stopped
+    assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"]).finished
+    probe = config.train.probe.model_copy(update={"k": 7})
+    assert seen == [config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})})]
     assert "config.json is used as it is" in capsys.readouterr().out
 
 
