@@ -15,6 +15,7 @@ from m3ae_fast.config import Config, LossConfig, ModelConfig, parse
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_1d
+from m3ae_fast.open_model import set_images
 
 SQUARE = ModelConfig(
     size=None, emb_dim=24, depth=2, num_heads=3, dec_emb_dim=16, dec_depth=2, dec_num_heads=2, image_size=16,
@@ -73,6 +74,18 @@ def test_what_fits_keeps_its_size_and_a_crop_gets_the_patches_of_its_image():
     assert native.grid(256, 256) == native.grid(4000, 4000) == (16, 16)
     assert native.grid(1024, 256) == (32, 8) and native.grid(8000, 1000)[0] == 32
     assert native.grid(50, 50, area=160 * 160) == (10, 10)
+
+
+@pytest.mark.parametrize("where", ["absolute", "centred"])
+@pytest.mark.parametrize(("was", "now"), [("square", "native"), ("native", "square")])
+def test_a_model_told_of_other_shapes_is_as_one_made_for_them(was, now, where):
+    told, made = (make_model(SQUARE.model_copy(update={"resize": r, "native_positions": where})) for r in (was, now))
+    made.load_state_dict(told.state_dict())
+    image = torch.randint(0, 256, (3, 8, 32), dtype=torch.uint8)
+    before = told.encode(image, precision="fp32")
+    set_images(told, None, now)
+    after = told.encode(image, precision="fp32")
+    assert torch.equal(after, made.encode(image, precision="fp32")) and not torch.allclose(after, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("where", ["absolute", "centred"])

@@ -2,6 +2,7 @@
 
 import json
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from m3ae_fast import export, features, fill, train, visualise
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.data.__main__ import main as data_tools
 from m3ae_fast.errors import UserError
-from m3ae_fast.open_model import open_model
+from m3ae_fast.open_model import open_model, set_images
 from m3ae_fast.pictures.figures import box_in, shown
 from m3ae_fast.transfer.__main__ import main as transfer
 from m3ae_fast.transfer.corruptions import KINDS, Corruption
 from m3ae_fast.transfer.heads import AttentiveHead
+from m3ae_fast.transfer.job import Job
 from tests.helpers.labelled import labelled_members, tiny_run
 from tests.helpers.shards import write_tar
 from tests.test_resume import SAVE, _cut
@@ -50,10 +52,13 @@ def run(tmp_path_factory):
 
 
 def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
-    """And it learns; its reconstructions are drawn."""
+    """And it learns; its reconstructions are drawn. It has looked how large its images are, to share them out."""
+    sizes = Path(f"{shards[0]}.sizes.index")
+    sizes.unlink(missing_ok=True)
     data = [part for name, own in zip(("train", "val"), shards) for part in ("--set", f"data.{name}.0.shards={own}")]
     options = [*NATIVE, *data, *SAVE, "--set", "train.pictures=4"]
     trainer("run", *options)
+    assert sizes.exists()
     whole = trainer.losses("run")
     assert whole[-1][2] < 0.9 * whole[0][2]  # the image loss
     assert "mfu" not in (trainer.folder / "run/metrics.jsonl").read_text()
@@ -104,9 +109,24 @@ def test_features_are_those_of_encode_whatever_else_is_in_the_batch(run, shards,
         np.testing.assert_allclose(
             patches[: rows * columns].astype(np.float32).mean(0), found["features"][number], atol=2e-3
         )
+    out, square = tmp_path / "square.npz", open_model(str(run), text=False)
+    arguments = [str(run), shards[1], "--out", str(out), "--set", "data.workers=0", "--set", "encode.resize=square"]
+    assert features.main([*arguments, "--set", "encode.precision=fp32"]) == 0
+    set_images(square, None, "square")
+    np.testing.assert_allclose(np.load(out)["features"], square.encode(images, precision="fp32"), atol=1e-5)
     with pytest.raises(ValueError, match="a floating image of 16 x 20 pixels cannot be cut"):
         model.encode(torch.zeros(3, 20, 16))
     assert model.encode(torch.zeros(3, 8, 48)).shape == (1, 32)
+
+
+def test_models_are_compared_by_images_of_the_shape_that_is_asked_for(run, shards, tmp_path, monkeypatch):
+    def encode(job, *_, **__):
+        raise UserError(f"images are {job.model.config.resize}")  # all else takes its time
+
+    monkeypatch.setattr(Job, "encode", encode)
+    arguments = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]
+    with pytest.raises(UserError, match="images are square"):
+        transfer(["compare", str(run), *arguments, "--probes", "knn", "--set", "encode.resize=square"])
 
 
 def _samples(start, stop):

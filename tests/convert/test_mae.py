@@ -125,10 +125,18 @@ def test_fine_tuned_encoder_norms_the_mean(tmp_path, capsys):
     assert (patches[:, 0].mean(1) - expected).abs().max() > 1e-2  # the other order is another thing
 
 
-def test_arguments_of_the_run_are_told(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"norm_pix_loss": True}, "=true\n"),
+        ({"norm_pix_loss": False}, "=false\n"),
+        ({"epochs": 800}, "=true if MAE was trained with --norm_pix_loss\n"),
+    ],
+)
+def test_arguments_of_the_run_are_told(tmp_path, capsys, args, told):
     mae, _, _ = make()
-    convert(tmp_path, {"model": mae.state_dict(), "args": argparse.Namespace(norm_pix_loss=True)})
-    assert "set loss.per=batch and loss.norm_pix=true\n" in capsys.readouterr().out
+    convert(tmp_path, {"model": mae.state_dict(), "args": argparse.Namespace(**args)})
+    assert f"set loss.per=batch and loss.norm_pix{told}" in capsys.readouterr().out
 
 
 def extra(weights):

@@ -81,7 +81,9 @@ def test_the_lines_of_the_card_give_the_features_of_encode(tmp_path, monkeypatch
     model, images, _ = make(mean_pool=order)
     write_timm(tmp_path / "timm", model.config, model.state_dict())
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "timm/README.md").read_text(), re.DOTALL)
+    card, config = (tmp_path / "timm/README.md").read_text(), model.config
+    assert f"/ 255), minus {config.image_mean}, over {config.image_std}. " in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     large = torch.nn.functional.interpolate(images[:1].float(), (48, 60), mode="bicubic").clamp(0, 255).byte()[0]
     for pixels, close in ((images[0], 1e-5), (large, 1e-2)):
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
