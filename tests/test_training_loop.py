@@ -629,7 +629,7 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
 
     def notes(config: Config) -> list[str]:
-        data = open_data(config.data, config.model)
+        data = replace(open_data(config.data, config.model), val=None)
         return cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
 
     warmup, colours = notes(wild)
@@ -642,7 +642,7 @@ def test_images_that_are_enlarged_are_told(tmp_path, mixed):
     """Those of `mixed` have 40 x 30 pixels."""
     for size, told in ((40, False), (48, True)):
         config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3, "image_size": size})
-        data = open_data(config.data, config.model)
+        data = replace(open_data(config.data, config.model), val=None)
         notes = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
         assert [note.startswith("images are enlarged: half of ") for note in notes] == [True] * told
         assert all("short side of 30 pixels or less, and model.image_size is 48" in note for note in notes)
@@ -670,6 +670,14 @@ def test_members_that_nothing_reads_are_told_at_the_start(tmp_path, mixed):
     schedule = Schedule(config.train, config.optim, 100)
     for data, name in ((Data(other, whole, None), "train"), (Data(whole, other, None), "val")):
         assert cautions(config, data, schedule) == [f"data.{name}: members of its shards that nothing reads: 1 .mp4"]
+
+
+def test_held_out_shards_that_are_trained_on_are_told(tmp_path, mixed):
+    one, two = (write_tar(tmp_path / f"{i}.tar", [(f"{i}.jpg", picture(i))]) for i in range(2))
+    calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
+    train, val = (open_corpus([SourceConfig(shards=names)], ShardStore(tmp_path)) for names in (one, [one, two]))
+    (note,) = cautions(calm, Data(train, val, None), Schedule(calm.train, calm.optim, 100))
+    assert note.startswith(f"data.val: 1 of its shards is trained on too, such as {one}: ")
 
 
 def test_a_cache_on_a_network_file_system_is_told(tmp_path, mixed, monkeypatch):
