@@ -37,8 +37,9 @@ from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.shard_tools.member import add_member
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.transfer.predictions import FILE as PREDICTIONS
-from m3ae_fast.transfer.probes import Setting, fit_linear
-from m3ae_fast.transfer.rates import best, try_rates
+from m3ae_fast.transfer.probe_engine import Setting
+from m3ae_fast.transfer.probes import fit_linear
+from m3ae_fast.transfer.rates import choose, try_rates
 from m3ae_fast.transfer.recipe import OFFICIAL, settled
 from m3ae_fast.whole_file import whole_file, write_whole
 
@@ -90,7 +91,8 @@ def plan(tasks: Sequence[str]) -> list[Trial]:
         for encoder in ENCODERS:
             for samples, seeds in sizes.items():
                 for seed in range(seeds):
-                    trials += [Trial("linear", data, encoder, samples, seed, variant) for variant in (*VARIANTS, TRIED)]
+                    variants = [name for name in VARIANTS if seed == 0 or "steps" not in name]
+                    trials += [Trial("linear", data, encoder, samples, seed, name) for name in (*variants, TRIED)]
     for data, tuned in TUNINGS.items():
         for samples, variants in tuned.items():
             trials += [Trial("finetune", data, "mae", samples, 0, variant) for variant in variants]
@@ -232,7 +234,7 @@ class Laboratory:
             if trial.variant == TRIED:
                 config = settled(setting.config.linear, len(bank.keys), {})
                 tried = try_rates(bank, config, classes, trial.seed, session.ranks, session.pulse)
-                settings["peak_lr"] = best(tried).peak_lr
+                settings["peak_lr"] = choose(tried, settings["peak_lr"], len(bank.keys) // 10).peak_lr
                 setting = setting._replace(config=self._config({"linear": settings}))
             head = fit_linear(bank, setting).eval()
             with torch.no_grad():
@@ -242,6 +244,9 @@ class Laboratory:
 
     def _features(self, trial: Trial, model: str, session: Session) -> tuple[Features, Features]:
         """Return labelled features of the pictures to train on and of all others, which are kept."""
+        saved = self.out / f"{trial.data}-{trial.encoder}.pt"
+        if model not in self._encoded and saved.exists():
+            self._encoded[model] = torch.load(saved, weights_only=False)  # of this program
         if model not in self._encoded:
             encode = measure.encoder(open_model(model, text=False).eval(), self._config({}), session)
             found = []
@@ -250,6 +255,8 @@ class Laboratory:
                 labels_N = torch.tensor([self.labels[key]["class"] for key in features.keys])
                 found.append(replace(features, labels_N=labels_N))
             self._encoded[model] = (found[0], found[1])
+            with whole_file(saved) as partial:
+                torch.save(self._encoded[model], partial)
         return self._encoded[model]
 
     def _config(self, sections: dict[str, Any]) -> TransferConfig:
@@ -314,7 +321,10 @@ class Laboratory:
             whole = accuracy(found["rule"], self.labels)
             return f"{_percent(whole)} ({whole.seeds})"
         apart = difference(found[variant], found["rule"], self.labels)
-        return "-" if apart is None else _percent(apart, "+")
+        if apart is None:
+            return "-"
+        fewer = "" if apart.seeds == len(found["rule"]) else f" ({apart.seeds})"
+        return _percent(apart, "+") + fewer
 
 
 def _percent(estimate: Estimate, sign: str = "") -> str:

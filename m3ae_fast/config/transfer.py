@@ -82,7 +82,7 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     accumulation."""
     peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
     """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256. null: with --cache-features,
-    the best of six on a held-out tenth of the training samples; without, by the number of samples."""
+    the best of six on a held-out tenth of the training samples, or nearly so; without, by the number of samples."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)

@@ -26,7 +26,7 @@ from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.labelled_loop import LabelledLoop
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
-from m3ae_fast.transfer.rates import Tried, best, edge, table, try_rates
+from m3ae_fast.transfer.rates import Tried, choose, edge, table, try_rates
 from m3ae_fast.transfer.recipe import sentence, settled
 
 _EVALUATIONS = 100  # of a run, at most
@@ -98,8 +98,8 @@ def set_up(job: Job) -> Probing:
     share = split_batch(config, ranks.world, ranks.rank)
     tried = [Tried(*each) for each in found.section("rates").get("tried", [])]
     if bank and job.config.linear.peak_lr is None and not found.info:
-        tried = _try_rates(job, bank, config, len(classes))
-        config = config.model_copy(update={"peak_lr": best(tried).peak_lr}) if tried else config
+        tried, rate = _try_rates(job, bank, config, len(classes))
+        config = config.model_copy(update={"peak_lr": rate})
     schedule = Schedule(config, config, samples)
 
     torch.manual_seed(run.seed)
@@ -145,13 +145,15 @@ def set_up(job: Job) -> Probing:
     )
 
 
-def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int) -> list[Tried]:
-    """Return the rates that were tried, as the main rank found them, and print them."""
+def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int) -> tuple[list[Tried], float | None]:
+    """Return the rates that were tried, as the main rank found them, and the one to take, and print them."""
     own = try_rates(bank, config, classes, job.config.run.seed, job.ranks, job.pulse)
     tried = job.ranks.broadcast(lambda: own)
-    if tried:
-        job.say(f"linear.peak_lr, accuracy on a held-out tenth of the training samples: {table(tried)}")
-    return tried
+    if not tried or config.peak_lr is None:
+        return tried, config.peak_lr
+    rate = choose(tried, config.peak_lr, len(bank.keys) // 10).peak_lr
+    job.say(f"linear.peak_lr, accuracy on a held-out tenth of the training samples: {table(tried, rate)}")
+    return tried, rate
 
 
 def run(job: Job) -> dict[str, Any] | None:

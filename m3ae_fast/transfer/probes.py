@@ -19,7 +19,7 @@ from m3ae_fast.transfer.heads import LinearProbeHead
 from m3ae_fast.transfer.knn import knn_predictions
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine, Setting
-from m3ae_fast.transfer.rates import best, try_rates
+from m3ae_fast.transfer.rates import choose, try_rates
 from m3ae_fast.transfer.recipe import settled
 
 
@@ -62,7 +62,10 @@ def _with_rate(bank: Features, config: LinearProbeConfig, setting: Setting) -> L
     if setting.config.linear.peak_lr is not None:
         return config
     tried = try_rates(bank, config, setting.classes, setting.seed, setting.ranks, setting.pulse)
-    return config.model_copy(update={"peak_lr": best(tried).peak_lr}) if tried else config
+    if not tried or config.peak_lr is None:
+        return config
+    chosen = choose(tried, config.peak_lr, len(bank.keys) // 10)
+    return config.model_copy(update={"peak_lr": chosen.peak_lr})
 
 
 def _attentive(bank: Features, held_out: Features, setting: Setting) -> Predictions:

@@ -93,18 +93,32 @@ def best(tried: Sequence[Tried]) -> Tried:
     return max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
 
 
+def choose(tried: Sequence[Tried], usual: float, held_out: int) -> Tried:
+    """Return the rate nearest to the `usual` one among those whose accuracy is within a standard error of the highest:
+    of few samples the best is one by chance (the one-standard-error rule of Breiman et al. 1984).
+
+    Args:
+        tried: not empty.
+        usual: the recipe's rate.
+        held_out: how many samples the accuracies are of.
+    """
+    top = best(tried).top1
+    good = [each for each in tried if each.top1 >= top - math.sqrt(top * (1 - top) / held_out)]
+    return min(good, key=lambda each: (each.loss is None, abs(math.log(each.peak_lr / usual))))
+
+
 def edge(tried: Sequence[Tried], peak_lr: float | None) -> list[str]:
     """Return a line where the rate that the run has is the lowest or the highest of those tried."""
     rates = [each.peak_lr for each in tried]
     if not rates or peak_lr not in (rates[0], rates[-1]):
         return []
     side = "lowest" if peak_lr == rates[0] else "highest"
-    return [f"the best rate, {peak_lr:g}, is the {side} of those tried; set linear.peak_lr to one beyond it"]
+    return [f"the chosen rate, {peak_lr:g}, is the {side} of those tried; set linear.peak_lr to one beyond it"]
 
 
-def table(tried: Sequence[Tried]) -> str:
-    """Return rates with their accuracies, as a line."""
-    return ", ".join(f"{each.peak_lr:g}: {each.top1:.1%}" for each in tried) + f"; best: {best(tried).peak_lr:g}"
+def table(tried: Sequence[Tried], chosen: float) -> str:
+    """Return rates with their accuracies, and the one that was chosen, as a line."""
+    return ", ".join(f"{each.peak_lr:g}: {each.top1:.1%}" for each in tried) + f"; chosen: {chosen:g}"
 
 
 def _head(dim: int, classes: int, seed: int) -> LinearProbeHead:

@@ -31,7 +31,7 @@ def test_what_is_given_stays():
         "steps": 90,
         "epochs": None,
         "warmup_epochs": 1,
-        "peak_lr": 20,
+        "peak_lr": 4.99,
     }
 
 
@@ -49,8 +49,11 @@ def test_no_number_of_samples_is_too_few_steps_or_jumps_far():
             recipe = official.scaled(samples)
             steps = recipe.epochs * max(samples // recipe.global_batch, 1)
             assert steps >= official.fewest_steps and recipe.global_batch >= 2
-            step_rate = recipe.peak_lr * recipe.global_batch / 256
-            assert official.highest_rate is None or 0.8 * 0.99 <= step_rate <= official.highest_rate * 1.01
+            if official.rate_per_sample is not None:  # 45,000: the official run's sum
+                rate = recipe.peak_lr * recipe.global_batch / 256
+                most = 45_000 * (IMAGENET / samples) ** 0.2
+                expected = min(official.rate_per_sample * samples, most) / steps
+                assert rate == pytest.approx(max(expected, 0.8), rel=0.01)
             assert last is None or steps <= 20 * last
             last = steps
 
