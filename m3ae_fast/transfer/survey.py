@@ -51,6 +51,8 @@ def run(job: Job) -> dict[str, Any]:
         raise UserError("--resume: a probe with --layers or --shots has no checkpoints; leave it out")
     layers = chosen_layers(args.layers, job.model.config.depth)
     encoded = encode_layers(job, PROBES[task], layers)
+    if args.shots:
+        few_shot(encoded.bank[layers[0]], max(args.shots), 0, encoded.classes)  # too many are told before any probe
     draws = args.draws if args.shots else 1
     cases = [Case(layer, shots) for shots in args.shots or [None] for layer in layers]
     samples = len(encoded.bank[layers[0]].keys)

@@ -95,6 +95,12 @@ def _encoded(model, numbers):
     return model.encode(images=images, precision="fp32")
 
 
+def test_too_many_shots_are_told_before_any_probe(transfer, capsys):
+    with pytest.raises(UserError, match="--shots 99: the class 0 has 16 training samples"):
+        transfer("knn", "--shots", "1,99")
+    assert "1 shots" not in capsys.readouterr().out
+
+
 def test_more_shots_hold_those_of_fewer_and_draws_differ():
     bank = Features([f"a.tar/{i}" for i in range(60)], torch.arange(60.0)[:, None], torch.arange(60) % 3, None, [])
     one, five = (few_shot(bank, shots, 0, range(3)) for shots in (1, 5))
