@@ -5,7 +5,7 @@ python -m lab.recipe data/labelled --out runs/recipe
 python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # nothing begins after 20 minutes; the next goes on
 
 Trains the linear probe and fine-tunes by the rule (m3ae_fast/transfer/recipe.py), at a third and three times its rate,
-half and twice as long, and probes at the best of the rates that are tried by themselves; on drawings, emoji and
+half and twice as long, and probes at the rate that they choose themselves; on drawings, emoji and
 clothes, with MAE of their pictures, and probes with random weights too. Writes table.md into --out. What is done is not
 done again.
 """
