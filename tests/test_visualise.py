@@ -159,15 +159,15 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
     monkeypatch.setattr("m3ae_fast.feature_map.draw_map", lambda path, *what: drawn.append(what))
-    seeds = []
+    chosen = []
 
     def fit_transform(self, features):
-        seeds.append(self.random_state)
+        chosen.append((self.random_state, self.perplexity))
         return features[:, :2]
 
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", fit_transform)
     main([str(run), "map", "--labels", "json.name"])
-    assert seeds == [42]  # of the run
+    assert chosen == [(42, 11 / 3)]  # the run's seed, and neighbours that three times as many samples give
     (([panel], labels, classes),) = drawn
     images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(12)]
     expected = open_model(str(run), text=False).eval().encode(images)[:, :2]

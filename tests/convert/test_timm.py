@@ -66,6 +66,7 @@ def test_timm_computes_the_same_features_and_they_come_back(tmp_path, settings):
     if not isinstance(vit.norm, torch.nn.Identity):
         torch.testing.assert_close(vit.forward_features(normal), ours, rtol=0, atol=2e-5)
     assert vit.pretrained_cfg["mean"] == list(model.config.image_mean)
+    assert json.loads((tmp_path / "timm/config.json").read_text())["num_features"] == vit.num_features
 
     assert main([str(tmp_path / "timm"), str(tmp_path / "back")]) == 0
     with pytest.warns(UserWarning, match="only an encoder"):
