@@ -29,6 +29,7 @@ from tests.helpers.trainer import CLIPART, ROOT, TINY
 def run(tmp_path, capsys, monkeypatch):
     """Run train.py's main in this process with the tiny config; returns (exit code, stderr, or stdout with `out`)."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
+    monkeypatch.setattr("m3ae_fast.dry_run.MEASURED_S", 0.1)
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))
 
