@@ -68,7 +68,7 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
         weights = open_model(str(model), text=False).state_dict()
         assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])
     drawn = []
-    monkeypatch.setattr(reconstructions, "draw_run", lambda config, weights, *_: drawn.append(weights))
+    monkeypatch.setattr(reconstructions, "draw_run", lambda config, weights, *_: drawn.append(weights) or True)
     assert visualise([str(run)]) == 0
     assert torch.equal(drawn[0]["text_head.weight"], average["model/text_head.weight"])
 
