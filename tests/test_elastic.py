@@ -28,7 +28,7 @@ def test_the_others_go_on_when_a_node_is_lost(trainer):
 
     def agent(node):
         """torchrun on one node of one rank. The first one has the store in which nodes meet."""
-        conf = f"is_host={int(node == 0)},last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=2"
+        conf = f"is_host={int(node == 0)},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2"
         torchrun = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         torchrun += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run", "--rdzv-conf", conf]
         script = [str(ROOT / "m3ae_fast/train.py"), *trainer.arguments("run", *options, "--resume", "auto")]

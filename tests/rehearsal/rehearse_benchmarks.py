@@ -94,7 +94,7 @@ def test_tuning(tmp_path, device, monkeypatch):
 
 
 def test_steps(tmp_path, cuda, monkeypatch):
-    """What starts processes is tested in tests/test_benchmarks.py."""
+    """What starts processes is tested in lab/tests/test_benchmarks.py."""
     monkeypatch.setattr(step, "shipped", lambda: [step.Case("tiny", TRAINER_TINY, batch=4, samples=2)])
     monkeypatch.setattr(step, "make_shards", lambda *_, **__: None)
     monkeypatch.setattr(step, "time_trainer", lambda *_, **__: {"samples/s": 10.0})

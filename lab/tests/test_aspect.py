@@ -3,7 +3,6 @@
 import io
 import tarfile
 
-import pytest
 from PIL import Image
 
 from lab import aspect
@@ -18,7 +17,6 @@ def drawn(width: int, height: int, level: int) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.slow
 def test_native_and_square_are_trained_and_tested_alike(tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     boxes = [(40, 10), (10, 40), (30, 30), (48, 24)]
