@@ -70,7 +70,7 @@ def draw_map(config: Config) -> None:
         visualise.main([str(run), "map", "--labels", probe.labels, *shards])
         show(run, config.run.loggers, checkpoint.step_of(checkpoint.locate(run)), "map", path)
     except UserError as error:
-        print(f"note: no map of the features: {error}")
+        print(f"note: no map of the features: {error}", flush=True)
 
 
 def _shards(sources: list[SourceConfig]) -> list[str]:

@@ -3,7 +3,6 @@
 # begin first: a worker that began one of these at the end would work alone
 LONGEST = (
     "kernels/test_kernel_interpreter.py",
-    "test_rehearsal.py",
     "test_elastic.py",
     "test_end_to_end.py",
     "test_pretrain.py",
@@ -77,7 +76,6 @@ SLOW = (
     "test_pretrain.py::test_one_line_of_an_installed_wheel_makes_a_report",
     "test_pretrain.py::test_stopped_in_any_stage_the_same_line_goes_on",
     "test_ranks.py",
-    "test_rehearsal.py",
     "test_resume.py",
     "test_run_log.py::test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do",
     "test_run_log.py::test_a_run_outlives_the_reader_of_its_output",

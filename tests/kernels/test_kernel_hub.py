@@ -59,7 +59,7 @@ def variant(tmp_path_factory) -> Path:
 
 
 def run(variant: Path, code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", LOAD + code, str(variant)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-B", "-c", LOAD + code, str(variant)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
