@@ -228,6 +228,8 @@ def test_tensorboard_keeps_what_was_before_a_resume_and_purges_what_came_after(t
         with RunLog(tmp_path, start, 9) as log:
             for step in range(start + 1, last + 1):
                 log.log(step, {"loss": value})
+        (written,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*.*")
+        written.rename(tmp_path / f"tensorboard/events.out.tfevents.{start}")  # files are read by their seconds
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(point.step, point.value) for point in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
