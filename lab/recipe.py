@@ -166,7 +166,7 @@ def _write(shard: Path, samples: Sequence[tuple[str, bytes, int]]) -> None:
 
 
 class Laboratory:
-    """Where everything is, and what has been measured."""
+    """Trains classifiers as a plan says, and keeps in a folder what each has right."""
 
     def __init__(self, out: Path, steps: int) -> None:
         """`steps`: of each MAE."""

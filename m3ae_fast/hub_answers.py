@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, told within seconds: its library tries for over a minute."""
+"""Asks whether the Hugging Face hub can be reached, within seconds: its library tries for over a minute."""
 
 from __future__ import annotations
 

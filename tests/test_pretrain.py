@@ -383,7 +383,7 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
 
 
 def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
-    """Of one size, with the same piece in the middle, which is looked at first."""
+    """Their sizes and their middle pieces, which are compared first, are equal."""
     same = picture(0, fmt="BMP") + bytes(2 * PIECE)
     for number, end in enumerate((b"one", b"two", b"one")):
         write_tar(tmp_path / f"{number}.tar", [(f"{number}.bmp", same + end)])

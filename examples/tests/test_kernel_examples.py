@@ -10,7 +10,7 @@ from tests.helpers.trainer import ROOT
 
 
 def losses(example: str, *arguments: str) -> list[float]:
-    """What an example prints after the word "loss" or, of two models, after "fused" and the other's name."""
+    """Return what an example prints after the word "loss" or, of two models, after "fused" and the other's name."""
     command = [sys.executable, str(ROOT / "kernels/examples" / example), *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

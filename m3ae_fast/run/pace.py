@@ -25,7 +25,7 @@ _EVALUATED = 2 / 3  # of a step's time for an evaluated sample: two forward pass
 
 @dataclass(frozen=True)
 class Pace:
-    """How long training takes for each sample, and how that was measured."""
+    """Tells how long a run takes, by the time for a sample that some steps took."""
 
     sample: float  # seconds, as a part of its step
     batch: int  # samples of the steps that were timed

@@ -54,7 +54,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion left behind; `tally` is of what this call wrote, not of interrupted ones before it."""
+    """Counts what a conversion left behind; `tally` is of what this call wrote, not of interrupted ones before it."""
 
     shards: list[Path]
     samples: int

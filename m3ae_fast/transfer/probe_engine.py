@@ -30,7 +30,7 @@ from m3ae_fast.transfer.lars import LARS
 
 
 class Setting(NamedTuple):
-    """What a probe is told beside the samples."""
+    """Tells a probe what it needs beside the samples."""
 
     config: TransferConfig
     classes: int

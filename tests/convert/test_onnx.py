@@ -76,7 +76,7 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
 
 
 def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
-    """Of a file whose features say nothing, by a clock that goes on by a second at each look."""
+    """The features say nothing, and the clock goes on by a second at each look."""
     model, _, _ = make()
     images = onnx_model.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
     draw = np.random.default_rng(0).standard_normal

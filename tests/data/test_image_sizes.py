@@ -80,7 +80,7 @@ def test_each_source_has_the_sizes_of_its_own_shards(tmp_path):
 
 
 def test_a_header_may_end_far_behind_the_beginning_of_a_file(tmp_path):
-    """Of a JPEG whose comment comes first."""
+    """A JPEG's comment of 60 kB comes before its size."""
     file = io.BytesIO()
     Image.new("RGB", (24, 16)).save(file, "JPEG", comment=bytes(60_000))
     shard = write_tar(tmp_path / "train.tar", [("0.jpg", file.getvalue()), ("1.jpg", picture(1, (16, 8)))])
