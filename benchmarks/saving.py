@@ -27,13 +27,14 @@ from m3ae_fast.config import DeepSpeedConfig, ModelConfig, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.agreement import Agreement
+from m3ae_fast.process.background import Background
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.parts import sha256
 from m3ae_fast.run.staging import Staging
 
 MODEL = parse(ModelConfig, {"size": "small"}, "small")
-ROUNDS = 5
+ROUNDS = 3
 
 
 def gather(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         config = config.model_copy(update={"deepspeed": section})
     engine = build_engine(M3AE(config.model, config.loss), config, ranks)
     batch, _ = make_batch(config, 4, seed=ranks.rank)
-    staging, waits = Staging(), []
+    staging, saving, waits = Staging(), Background(), []
 
     def wait() -> None:
         began = time.perf_counter()
@@ -94,12 +95,11 @@ def measure(zero: int | None, ranks: Ranks, agreed: Agreement, folder: Path) -> 
         dist.barrier(group=ranks.control)
         began = time.perf_counter()
         staging.begin(ranks.device)
-        copying = threading.Thread(target=staging.copy, args=(engine.fragments,))
-        copying.start()
+        saving.start(lambda: staging.copy(engine.fragments))
         begun = time.perf_counter() - began
         beside.append(seconds(step, ranks)[0])
         now.append(max(ranks.gather(begun + waits[-1])))
-        copying.join()
+        saving.wait()
         info = checkpoint.Info(number, 0, 0, {}, {})
 
         def write_parts(part: Any = part, info: checkpoint.Info = info) -> None:

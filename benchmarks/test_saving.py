@@ -16,5 +16,4 @@ def test_saving(tmp_path):
     rows = json.loads(out.read_text())
     results.write("saving", f"A checkpoint of small, {RANKS} ranks on gloo", rows)
     assert all(row["over its share"] <= 1.3 for row in rows)
-    for row in rows:  # plain torch and stage 0 had nothing to gather: each rank copies a quarter of what rank 0 did
-        assert row["ratio"] >= (10 if row["engine"] in ("ZeRO 1", "ZeRO 2", "ZeRO 3") else 1.5), row
+    assert all(row["ratio"] >= 10 for row in rows)

@@ -29,12 +29,37 @@ def test_an_error_in_the_background_is_known_at_once_and_raised_once():
     background.start(work)
     assert background.busy and not background.failed()
     begun.set()
-    background._thread.join()
+    background._idle.wait()
     assert background.failed() and not background.busy
     with pytest.raises(UserError, match="the disk is full"):
         background.wait()
     assert not background.failed()
     background.wait()
+
+
+def test_work_waits_for_no_thread_to_start(monkeypatch):
+    background, done = Background(), []
+    monkeypatch.setattr(threading.Thread, "start", None)
+    for number in range(2):
+        background.start(lambda number=number: done.append(number))
+        background.wait()
+    assert done == [0, 1]
+
+
+class Panic(BaseException):
+    """Like that of a library in Rust."""
+
+
+def test_what_is_no_exception_is_raised_too():
+    background = Background()
+
+    def work() -> None:
+        raise Panic
+
+    for _ in range(2):
+        background.start(work)
+        with pytest.raises(Panic):
+            background.wait()
 
 
 @pytest.mark.parametrize("error", [None, UserError, RuntimeError, KeyboardInterrupt])

@@ -88,10 +88,10 @@ def test_other_errors_are_not_taken_for_it(monkeypatch):
     assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
-def test_work_whose_thread_cannot_start_ends_with_that_error(monkeypatch):
+def test_a_thread_that_cannot_start_is_that_error(monkeypatch):
     def no_room(_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", no_room)
-    with pytest.raises(RuntimeError, match="can't start new thread"), Background() as background:
-        background.start(lambda: None)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Background()

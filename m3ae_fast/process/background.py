@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from types import TracebackType
 
 from m3ae_fast.errors import UserError
 
 
 class Background:
-    """A thread for one piece of work at a time. As a context manager it waits for the last one at the end."""
+    """A thread for one piece of work at a time. As a context manager it waits for the last one at the end.
+
+    The thread is there before the work: to start one takes milliseconds, on busy cores, that a step would wait.
+    """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._given: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._error: BaseException | None = None
         self.leaving = threading.Event()  # set where an error ends this rank that other ranks may not share
+        # a daemon: a process that must exit at once does not wait for it
+        threading.Thread(target=self._serve, name="background", daemon=True).start()
 
     def start(self, work: Callable[[], None]) -> None:
         """Begin `work`; the one before must have been waited for."""
-        assert self._thread is None
-        # a daemon: a process that must exit at once does not wait for it
-        thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
-        thread.start()  # or there is no room for its stack
-        self._thread = thread
+        assert not self.busy and self._error is None
+        self._idle.clear()
+        self._given.put(work)
 
     def failed(self) -> bool:
         """Return whether the work has ended with an error, which `wait` raises."""
@@ -31,31 +37,34 @@ class Background:
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return not self._idle.is_set()
 
     def wait(self) -> None:
         """Wait for the work under way, if any, and raise its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def _run(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self._error = error
+    def _serve(self) -> None:
+        while work := self._given.get():
+            try:
+                work()
+            except BaseException as error:  # a panic of a library in Rust is no Exception
+                self._error = error
+            finally:
+                del work  # it may hold what is large
+                self._idle.set()
 
     def __enter__(self) -> Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._given.put(None)
         if kind is None:
             self.wait()
             return
         if not issubclass(kind, UserError):
             self.leaving.set()
-        if issubclass(kind, Exception) and self._thread is not None:
-            self._thread.join()  # what it saves is worth waiting for; the error that ends the run is the one to report
+        if issubclass(kind, Exception):
+            self._idle.wait()  # what it saves is worth waiting for; the error that ends the run is the one to report
