@@ -20,14 +20,13 @@ from typing import Any, Protocol, TypeVar
 from torch.utils.data import DataLoader
 
 from m3ae_fast.memory import out_of_memory
+from m3ae_fast.stop_signals import SIGNALS
 
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
 SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
 _LEAVING_S = 5.0  # for workers, before they are killed
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
-# SLURM can announce the end of a job's time with SIGUSR1; SIGHUP comes when a terminal closes
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def default_workers() -> int:

@@ -1,5 +1,5 @@
 """Ragged cases with the block sizes that ship for an H100, unwritten memory poisoned, and what only far larger inputs
-would do. Run by test_kernel_interpreter.py: only Triton's interpreter can."""
+would do; and the official model. Run by test_kernel_interpreter.py: only Triton's interpreter can."""
 
 import itertools
 
@@ -12,6 +12,8 @@ from m3ae_kernels import reference, tuning
 from m3ae_kernels.triton_impl import attention, matmul, norm, patch_embed, rows
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
+from m3ae_fast.verify.__main__ import main as verify
+from tests.helpers.trainer import ROOT
 from tests.kernels.kernel_cases import make, packed_attention, run
 from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401
 
@@ -54,6 +56,11 @@ def test_attention_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F
     true, torch_like = run(reference, "attend-some", double(inputs)), run(reference, "attend-some", inputs)
     for name, got in run(m3ae_kernels, "attend-some", inputs).items():
         assert error(got, true[name]) <= 2 * error(torch_like[name], true[name]) + FLOOR[got.dtype], name
+
+
+def test_the_kernels_equal_the_official_model(capsys):
+    assert verify([str(ROOT / "tests/golden/paired.npz")]) == 0
+    assert "agree with the official implementation" in capsys.readouterr().out
 
 
 def test_a_loss_scale_changes_no_gradient_of_attention():

@@ -1,0 +1,8 @@
+"""The signals that ask a run to save and stop."""
+
+from __future__ import annotations
+
+import signal
+
+# SLURM can announce the end of a job's time with SIGUSR1; SIGHUP comes when a terminal closes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
