@@ -188,7 +188,7 @@ def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessG
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL remembers
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return control, store
+    return cast(dist.ProcessGroup, control), store
 
 
 def _lasting(store: dist.Store, rank: int, gather: Callable[[int], list[int]]) -> dist.Store:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -78,12 +78,14 @@ class Sums:
 
         What follows the machine's sum is done where it is waited for, not in a callback: so that it has the same place
         in each group on every rank. A GPU is at work on the step before, and few hops are left."""
+        work: dist.Work | None
         if not self._apart:
             work = dist.all_reduce(values_N, group=self._near, async_op=True)
         else:
             work = dist.reduce(values_N, self._lead, group=self._near, async_op=True)
 
         def wait() -> Tensor:
+            assert work is not None  # it would be for a rank outside of the group
             work.wait()
             if self._across is not None:
                 dist.all_reduce(values_N, group=self._across)
@@ -95,4 +97,5 @@ class Sums:
 
 
 def _group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    return dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    return cast(dist.ProcessGroup, group)  # this rank is one of them
