@@ -16,8 +16,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m3ae_fast.stop_signals import SIGNALS
+
 if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handles what arrived meanwhile
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 # Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Pages of 2 MB spare a CPU walks through its tables of pages; torch reads it at its first allocation.
