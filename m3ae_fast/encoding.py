@@ -5,6 +5,8 @@ Shapes: S samples, L patches per image, D encoder width, N samples of a corpus, 
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,6 +36,13 @@ from m3ae_fast.process.stopping import until_stopped
 from m3ae_fast.progress import track
 
 T = TypeVar("T")
+
+
+def key_digest(key: str, draw: str = "") -> bytes:
+    """Return a hash of a sample's key, for what is drawn by sample; another for each `draw`. The folder of its shard
+    has no part in it, so that the same data elsewhere give the same result."""
+    shard_and_name = key.split("/")[-2:]
+    return hashlib.sha256(os.fsencode(draw + "/".join(shard_and_name))).digest()
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ Shapes: S samples of a step, N held-out samples, D encoder width, K classes.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.config.transfer import LinearProbeConfig
-from m3ae_fast.encoding import Features
+from m3ae_fast.encoding import Features, key_digest
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
@@ -83,7 +81,7 @@ def try_rates(
 def split(bank: Features) -> tuple[Features, Features]:
     """Return nine tenths of the samples and the rest, by a hash of their keys; both in the bank's order. There is no
     rest of fewer than ten samples."""
-    order = sorted(range(len(bank.keys)), key=lambda row: hashlib.sha256(os.fsencode(bank.keys[row])).digest())
+    order = sorted(range(len(bank.keys)), key=lambda row: key_digest(bank.keys[row]))
     few = len(order) // 10
     return bank.rows(sorted(order[few:])), bank.rows(sorted(order[:few]))
 

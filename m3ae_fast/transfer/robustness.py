@@ -21,7 +21,7 @@ from m3ae_fast.config.transfer import RobustnessConfig
 from m3ae_fast.data import Corpus, Share, eval_loader, eval_samples
 from m3ae_fast.data.labels import Classes, label_corpus
 from m3ae_fast.data.order import hash64
-from m3ae_fast.encoding import check_skipped
+from m3ae_fast.encoding import check_skipped, key_digest
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.progress import TimeLeft, track
@@ -225,7 +225,7 @@ def _start(batch: PackedBatch, seed: int) -> Tensor:
     generator = torch.Generator()
     starts = []
     for key, (rows, columns) in zip(batch.keys, batch.grids):
-        generator.manual_seed(hash64(seed, crc32(key.encode())) & 0xFFFFFFFF)
+        generator.manual_seed(hash64(seed, crc32(key_digest(key))) & 0xFFFFFFFF)
         own = 1 if len(batch.images) == len(batch.keys) else rows * columns  # native images are rows of patches
         starts.append(torch.rand(own, *batch.images.shape[1:], generator=generator) * 2 - 1)
     return torch.cat(starts)

@@ -5,8 +5,6 @@ Shapes: N training samples, K layers, S shots, D draws.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ import torch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.encoding import Features
+from m3ae_fast.encoding import Features, key_digest
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import missing_memory
 from m3ae_fast.pictures.figures import draw_accuracies
@@ -118,7 +116,7 @@ def few_shot(bank: Features, shots: int, draw: int, classes: Classes) -> Feature
     """Return so many samples of each class, in the bank's order, by a hash of the draw and their keys: more shots hold
     the samples of fewer. Raises UserError if a class has too few."""
     labels = bank.labels.tolist()
-    order = sorted(range(len(labels)), key=lambda row: _digest(draw, bank.keys[row]))
+    order = sorted(range(len(labels)), key=lambda row: key_digest(bank.keys[row], f"{draw}/"))
     taken: dict[int, list[int]] = {number: [] for number in range(len(classes))}
     for row in order:
         if len(taken[labels[row]]) < shots:
@@ -127,10 +125,6 @@ def few_shot(bank: Features, shots: int, draw: int, classes: Classes) -> Feature
         if len(rows) < shots:
             raise UserError(f"--shots {shots}: the class {classes[number]} has {len(rows)} training samples")
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
-
-
-def _digest(draw: int, key: str) -> bytes:
-    return hashlib.sha256(f"{draw}/".encode() + os.fsencode(key)).digest()
 
 
 def _predictions(job: Job, encoded: Encoded, case: Case, draw: int, cautions: list[str]) -> Predictions:

@@ -1,5 +1,7 @@
 """Which rate a linear probe takes of those that it tries."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,8 @@ def test_a_tenth_is_held_out_by_key_whatever_the_order():
     assert torch.equal(held_out.labels_N, bank.labels_N[rows])
     turned = Features(bank.keys[::-1], bank.features_ND.flip(0), bank.labels_N.flip(0), None, [])
     assert {*split(turned)[1].keys} == {*held_out.keys}
+    moved = replace(bank, keys=[f"/data/elsewhere/{key}" for key in bank.keys])  # the same data in another folder
+    assert split(moved)[1].keys == [f"/data/elsewhere/{key}" for key in held_out.keys]
 
 
 def test_each_rate_is_tried_as_a_run_of_its_own_would_be():

@@ -37,7 +37,7 @@ def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path,
     result = transfer(task, "--layers", "all", *SHORT[task])
     assert len(passes) == 48 + 18
     assert [(row["layer"], row["shots"]) for row in result["results"]] == [(1, None), (2, None)]
-    assert result["top1"] == result["results"][1]["top1"] and result["top1"] > 0.5
+    assert result["top1"] == result["results"][1]["top1"] and result["top1"] > 0.4  # chance: a third
     assert pictures(tmp_path / "out") == ["depth"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for row in result["results"]:
