@@ -4,14 +4,16 @@ import os
 import sys
 from typing import Any
 
-from m3ae_fast.home import settle_home
+from m3ae_fast.environment import settle_home, settle_libraries
 from m3ae_fast.memory import refuse_too_few_addresses, shown_in_one_line
 
 __all__ = ["__version__", "pretrain"]
 
-if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == os.path.dirname(__file__):
+_folder = os.path.dirname(os.path.realpath(__file__))
+if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == _folder:
     sys.excepthook = shown_in_one_line  # a command of this package is being started
     refuse_too_few_addresses()
+    settle_libraries()
 settle_home()  # before other libraries look for it
 
 
@@ -22,6 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return __version__
     if name == "pretrain":
+        settle_libraries()
         from m3ae_fast.pretraining.program import pretrain
 
         return pretrain

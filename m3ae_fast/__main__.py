@@ -5,6 +5,8 @@ from __future__ import annotations
 import runpy
 import sys
 
+from m3ae_fast.environment import settle_libraries
+
 COMMANDS = {
     "pretrain": "pictures in, model out: makes shards, chooses settings, trains, evaluates, writes a report, exports",
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
@@ -40,6 +42,7 @@ def run() -> int:
     if name not in COMMANDS:
         print(f"error: no command {name!r}; python -m m3ae_fast lists them", file=sys.stderr)
         return 2
+    settle_libraries()
     sys.argv = [f"m3ae-fast {name}", *sys.argv[2:]]
     runpy.run_module(f"m3ae_fast.{MODULES.get(name, name)}", run_name="__main__", alter_sys=False)
     return 0

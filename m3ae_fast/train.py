@@ -9,7 +9,6 @@ python m3ae_fast/train.py --config configs/large.json --dry-run
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from contextlib import nullcontext
@@ -20,13 +19,6 @@ from m3ae_fast.stop_signals import SIGNALS
 
 if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handles what arrived meanwhile
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-# Threads that wait must not keep a core from the loader or another rank; OpenMP reads this when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Pages of 2 MB spare a CPU walks through its tables of pages; torch reads it at its first allocation.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# Row counts change with each step: segments of GPU memory that grow fragment less. CUDA reads it when it starts.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from m3ae_fast.command_line import add_resume, add_settings
 from m3ae_fast.config import Config, load_config

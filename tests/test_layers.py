@@ -6,7 +6,7 @@ import graphlib
 from tests.helpers.trainer import ROOT
 
 # packages and modules of m3ae_fast, lowest first; what is not named, and every __main__, is a program, on top of all
-LAYERS = ("m3ae_kernels", "memory", "errors", "whole_file", "regular_file", "home", "progress", "stop_signals")
+LAYERS = ("m3ae_kernels", "memory", "errors", "whole_file", "regular_file", "environment", "progress", "stop_signals")
 LAYERS += ("hub_answers",)
 LAYERS += ("command_line", "config", "hardware", "object_store")
 LAYERS += ("batch", "weights", "vqgan", "model", "data", "shard_tools", "process", "engine", "pictures", "run")

@@ -1,14 +1,11 @@
 """The trainer on a GPU that is not there learns what it learns on the CPU."""
 
-import importlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import m3ae_fast.train
 from m3ae_fast.train import main
 from tests.helpers.trainer import TINY
 from tests.rehearsal.fake_cuda import FakeCuda
@@ -45,19 +42,6 @@ def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, exp
     np.testing.assert_allclose(first, expected, rtol=1e-4)
     assert "on 1 x cuda" in (out := capsys.readouterr().out) and "FusedAdam" in out
     assert cuda.events[0] == "set_device cuda:0" and "current waits for side" in cuda.events
-
-
-def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
-    """Unless the user set something."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    for given, expected in ((None, "expandable_segments:True"), (names[0], "theirs"), (names[1], None)):
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-        if given:
-            monkeypatch.setenv(given, "theirs")
-        importlib.reload(m3ae_fast.train)
-        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
-        os.environ.pop("PYTORCH_ALLOC_CONF", None)
 
 
 def test_a_machine_that_triton_cannot_build_on_is_told(tmp_path, monkeypatch, cuda):
