@@ -47,7 +47,7 @@ class PaddedBatch:
     def of(
         cls, images_BCHW: Tensor, image_mask_BL: Tensor, tokens_BX: Tensor, text_mask_BX: Tensor, padding_BX: Tensor
     ):
-        """Complete it with the rest found. All images have equally many masked patches."""
+        """Return a batch with the rest found. All images have equally many masked patches."""
         masked_BX = text_mask_BX & ~padding_BX
         weight_BX = 1 / (len(masked_BX) * masked_BX.sum(1, keepdim=True).clamp(min=1)).expand_as(masked_BX)
         return cls(

@@ -169,7 +169,7 @@ class Laboratory:
     """Trains classifiers as a plan says, and keeps in a folder what each has right."""
 
     def __init__(self, out: Path, steps: int) -> None:
-        """`steps`: of each MAE."""
+        """Take the folder, and the `steps` of each MAE."""
         self.out, self.steps = out, steps
         self.labels = json.loads((out / "shards" / shards.LABELS).read_text(encoding="utf-8"))
         self._encoded: dict[str, tuple[Features, Features]] = {}

@@ -58,7 +58,7 @@ class Features:
 
     @property
     def labels(self) -> Tensor:
-        """The labels of a corpus that has some."""
+        """Return the labels of a corpus that has some."""
         assert self.labels_N is not None
         return self.labels_N
 

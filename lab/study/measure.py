@@ -63,7 +63,7 @@ class Measuring:
     def __init__(
         self, encode: Encode, split: Split, labels: Labels, config: TransferConfig, heads: int, session: Session
     ):
-        """`heads`: of the attentive probe. `session`: of the program that measures."""
+        """Take the `heads` of the attentive probe, and the `session` of the program that measures."""
         self.encode, self.split, self.labels, self.config = encode, split, labels, config
         self.heads, self.session = heads, session
         self.found = Found({}, {})

@@ -68,7 +68,7 @@ def step_of(path: Path) -> int:
 
 
 def saved_steps(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     steps = (p for p in folder(run_dir).glob("step-*") if (p / INFO_FILE).is_file() and any(p.glob(parts.ANY_PART)))
     return sorted((p for p in steps if step_of(p) >= 0), key=step_of)
 

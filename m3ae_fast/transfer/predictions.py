@@ -64,7 +64,7 @@ class Predictions:
 
     @property
     def correct_N(self) -> Tensor:
-        """Whether the best class is the right one: bool."""
+        """Return whether the best class is the right one: bool."""
         return self.best_NK[:, 0] == self.labels_N
 
     def accuracies(self) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Difference(NamedTuple):
 
     @property
     def told_apart(self) -> bool:
-        """Whether the interval and the test both say so."""
+        """Return whether the interval and the test both say so."""
         return not self.low <= 0 <= self.high and self.p < LEVEL
 
     def words(self, first: str, second: str) -> str:

@@ -246,9 +246,9 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 
 def _cudnn(device: torch.device) -> Kernel:
-    """torch's own attention of packed samples runs on cuDNN from 2.14 on, for more than 128 rows. Before it never does,
-    and the op's backward takes the values of a head for the rows of the longest sample: it writes past its memory
-    (pytorch/pytorch#186142)."""
+    """Return cuDNN's kernel, which torch's own attention of packed samples takes from 2.14 on, for more than 128 rows.
+    Before it never does, and the op's backward takes the values of a head for the rows of the longest sample: it writes
+    past its memory (pytorch/pytorch#186142). Raises NotHere where it would not take it."""
     from torch.nn.attention import varlen
 
     if not varlen._should_use_cudnn(device.index or 0):
