@@ -116,3 +116,9 @@ def test_slow_tests_are_known_by_file_or_name():
     file, test = "tests/test_resume.py", next(name for name in SLOW if "::" in name)
     assert is_slow(f"{file}::test_anything[1]") and is_slow(f"tests/{test}") and is_slow(f"tests/{test}[a-1]")
     assert not is_slow(f"tests/{test}_too") and not is_slow("tests/test_docs.py::test_anything")
+
+
+def test_the_guide_shows_the_studys_present_picture():
+    """A copy: pages of documentation show what lies below docs/."""
+    copy, own = ROOT / "docs/guide/figures/study.png", ROOT / "lab/results/study/study.png"
+    assert copy.read_bytes() == own.read_bytes()

@@ -371,6 +371,10 @@ def test_an_image_is_on_one_side_of_shards(tmp_path):
         assert tar.extractfile("6-2.jpg").read() == picture(6)
     before = os.stat(shards.val[0]).st_mtime_ns
     assert find_shards(source, out, None, []) == shards and os.stat(shards.val[0]).st_mtime_ns == before
+    write_tar(tmp_path / "1.tar", [("3-1.jpg", picture(3)), ("6-1.jpg", picture(6))])
+    with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
+        assert tar.getnames() == ["5-2.jpg", "7-2.jpg"]  # of a shard that is trained on
+    write_tar(tmp_path / "1.tar", [(f"{i}-1.jpg", picture(i)) for i in images[1]])
     write_tar(tmp_path / "2.tar", [("8-2.jpg", picture(8)), ("5-2.jpg", picture(5))])
     os.utime(tmp_path / "2.tar", ns=(before + 10**9, before + 10**9))
     with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:

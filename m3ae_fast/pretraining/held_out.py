@@ -15,7 +15,7 @@ import numpy as np
 
 from m3ae_fast.data.index import MISSING, IndexedShard, group, index_shards
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.data.tar import scan_tar
+from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
 from m3ae_fast.regular_file import open_regular
@@ -79,13 +79,20 @@ def _digest(place: _Place) -> bytes:
 
 
 def write_without(shard: str, offsets: set[int], path: Path) -> bool:
-    """Write a shard without the samples whose image begins at one of the offsets, unless that was done since the shard
-    changed; return whether any sample is left. Raises UserError where `path` cannot be written."""
-    members, _ = scan_tar(Path(shard))
-    samples = [files for _, files in group(members) if not any(file.offset in offsets for file in files.values())]
-    done = path.exists() and path.stat().st_mtime_ns > os.stat(shard).st_mtime_ns
-    if samples and not done:
+    """Write a shard without the samples whose image begins at one of the offsets, unless `path` holds the others since
+    the shard changed; return whether any sample is left. Raises UserError where `path` cannot be written."""
+    samples = group(scan_tar(Path(shard))[0])
+    others = (files.values() for _, files in samples if not any(file.offset in offsets for file in files.values()))
+    kept = [member for files in others for member in files]
+    if kept and not _holds(path, kept, os.stat(shard).st_mtime_ns):
         with _opened(shard) as file, whole_file(path) as partial, tarfile.open(partial, "w") as tar:
-            for member in (member for files in samples for member in files.values()):
+            for member in kept:
                 add_member(tar, member.name, os.pread(file.fileno(), member.size, member.offset))
-    return bool(samples)
+    return bool(kept)
+
+
+def _holds(path: Path, members: Sequence[Member], since: int) -> bool:
+    """Return whether a shard that was written after a time, in ns, has the names and sizes of these members."""
+    if not path.exists() or path.stat().st_mtime_ns <= since:
+        return False
+    return [(own.name, own.size) for own in scan_tar(path)[0]] == [(member.name, member.size) for member in members]
