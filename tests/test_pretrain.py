@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +32,11 @@ from m3ae_fast.pretraining.held_out import shared_images
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.report import write_report
-from m3ae_fast.run import pace
+from m3ae_fast.run import checkpoint, pace
 from m3ae_fast.run.pace import Pace
 from m3ae_fast.shard_tools.same_images import PIECE
 from m3ae_fast.status import status
+from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, picture, write_tar
@@ -186,6 +188,43 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     probe = config.train.probe.model_copy(update={"k": 7})
     assert seen == [config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})})]
     assert "config.json is used as it is" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_was_moved_goes_on_where_it_is(tmp_path, monkeypatch):
+    """Its config has the path that it had, perhaps one from another folder."""
+    photos = make_pictures(tmp_path / "photos", each=2, captions=False)
+    overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
+    monkeypatch.chdir(tmp_path)
+    assert pretrain(photos, "run", hours=0.001, overrides=overrides).finished
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    last = checkpoint.locate(tmp_path / "run")
+    copied = shutil.copytree(tmp_path / "run", tmp_path / "below/copied")
+    assert pretrain(photos, "copied", overrides=["train.steps=2"]).finished
+    assert checkpoint.locate(copied).name == "step-00000002" and os.listdir(tmp_path / "below") == ["copied"]
+    assert checkpoint.locate(tmp_path / "run") == last
+
+
+def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
+    run, measured = tiny_run(tmp_path / "run"), []
+
+    def perform(args, session):
+        measured.append(args.task)
+        evaluation.write_whole(args.out / "result.json", json.dumps({"top1": len(measured)}))
+
+    monkeypatch.setattr(evaluation.transfer, "perform", perform)
+    shards = [{"shards": "a.tar"}]
+    given = {"data": {"train": shards}, "train": {"steps": 9, "probe": {"train": shards, "val": shards}}}
+    config = Config.model_validate({"run": {"dir": str(run)}, **given}, strict=False)
+    first = evaluation.evaluate(config)
+    (run / "map.png").touch()
+    assert evaluation.evaluate(config) == first and measured == ["knn", "knn", "linear", "linear"]
+    assert (run / "map.png").exists()
+    (run / "results/linear/checkpoints").mkdir()
+    info = checkpoint.read_info(checkpoint.locate(run))
+    save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
+    assert evaluation.evaluate(config)["linear"][evaluation.RUN] == {"top1": 7}
+    assert not (run / "map.png").exists() and not (run / "results/linear/checkpoints").exists()
 
 
 def test_each_accuracy_stands_below_the_name_of_its_network():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from m3ae_fast import visualise
@@ -18,12 +21,14 @@ from m3ae_fast.run.loggers import show
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.transfer.compare import UNTRAINED, with_error
 from m3ae_fast.transfer.job import RESULT_FILE
+from m3ae_fast.whole_file import write_whole
 
 _QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
 _TASKS = {"knn": "k-NN", "linear": "linear probe"}
 _OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}
 _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
-RESULTS = "results"  # folder of a run folder
+RESULTS, MAP = "results", "map.png"  # of a run folder
+_MEASURED = "measured"  # beside the results: which checkpoint they are of
 RUN = "this run"
 
 
@@ -37,10 +42,11 @@ def stage() -> Iterator[Session]:
 
 
 def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
-    """Return by task the results of the run and of random weights; what an earlier call has measured is read. None
-    where a task was stopped. Raises UserError where a task cannot be done."""
+    """Return by task the results of the run and of random weights; what an earlier call has measured of the same weights
+    is read. None where a task was stopped. Raises UserError where a task cannot be done."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
+    _forget_other_weights(run)
     found: dict[str, dict[str, Any]] = {}
     for task, title in _TASKS.items():
         for model, name, whose in ((str(run), task, RUN), (f"{RANDOM}{run}", f"{task}-random", UNTRAINED)):
@@ -57,12 +63,28 @@ def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
     return found
 
 
+def _forget_other_weights(run: Path) -> None:
+    """Remove the results and the map of a checkpoint that is not the run's last one."""
+    mark = run / RESULTS / _MEASURED
+    info = (checkpoint.locate(run) / checkpoint.INFO_FILE).read_bytes()  # which has the weights' checksums
+    now = hashlib.sha256(info).hexdigest() + "\n"
+    try:
+        if mark.exists() and mark.read_bytes() == now.encode():
+            return
+        if mark.parent.exists():
+            shutil.rmtree(mark.parent)
+        (run / MAP).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be replaced ({error.strerror})") from None
+    write_whole(mark, now)
+
+
 def draw_map(config: Config) -> None:
     """Draw held-out samples by their features and classes into the run folder, and show it where the run's other
     pictures are; print why where that is not possible. A map that is there already stays."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
-    path = run / "map.png"
+    path = run / MAP
     if path.exists():
         return
     shards = ["--shards", *_shards(probe.val), "--samples", str(_ON_A_MAP)]

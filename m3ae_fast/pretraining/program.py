@@ -69,11 +69,12 @@ def pretrain(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
     table_of_captions = None if captions is None else Path(captions)
-    config = _configured(str(source), out, hours, table_of_captions, val, labels, overrides, image_range, dry_run)
+    here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the folder may have been moved, or named from elsewhere
+    config = _configured(str(source), out, hours, table_of_captions, val, labels, here, image_range, dry_run)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
-    settings = [option for override in overrides for option in ("--set", override)]
+    settings = [option for override in here for option in ("--set", override)]
     with stage() as session:
         train.perform(train.parse_args(["--config", str(out / CONFIG), "--resume", "auto", *settings]), session)
     if session.stop.asked or status(out)[0] != "finished":
