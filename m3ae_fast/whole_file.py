@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,21 +19,53 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Make a path beside `path` to write to, which takes its place when the block ends. Folders are made if needed.
+    """Make a path beside `path` to write to, which takes its place when the block ends. Folders are made if needed. Of
+    several that write one file at a time, the last to end has its place.
     Raises UserError where `path` is a folder, or the disk refuses; after any exception `path` is as it was."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
-        yield partial
-        put_in_place(partial, path)
+        remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.partial")
+        with open(partial, "xb") as file:
+            lock(file.fileno())
+            yield partial
+            put_in_place(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def lock(handle: int) -> None:
+    """Hold an unfinished file or folder until its handle is closed, as `is_abandoned` asks; where the file system knows
+    no such locks nothing is held, and nothing counts as abandoned."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def is_abandoned(partial: Path) -> bool:
+    """Return whether the process that made an unfinished file or folder, and held it, has been killed."""
+    try:
+        handle = os.open(partial, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove unfinished files and folders of such names that killed processes left."""
+    for partial in filter(is_abandoned, folder.glob(pattern)):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:

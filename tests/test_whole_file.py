@@ -177,8 +177,39 @@ def test_another_output_that_came_between_costs_no_copy(tmp_path, monkeypatch, e
     assert [(path / CARD_FILE).read_text() for path in kept] == ["old"] and (exported / "theirs").exists()
 
 
-def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path):
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    """The last to end has its place, whole, also where the other began later."""
+    with whole_file(tmp_path / "a.txt") as first:
+        first.write_text("first")
+        with whole_file(tmp_path / "a.txt") as second:
+            second.write_text("second")
+        assert (tmp_path / "a.txt").read_text() == "second"
+    assert (tmp_path / "a.txt").read_text() == "first" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_of_a_folder_do_not_meet(tmp_path):
+    with output_folder(tmp_path / "out") as partial:
+        _model(tmp_path)
+        write_tensors(partial / MODEL_FILE, {"a": torch.zeros(2)})
+        (partial / CARD_FILE).write_text("first")
+    assert (tmp_path / "out" / CARD_FILE).read_text() == "first" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("write, name", [(_file, "a.txt"), (_model, "out")])
+def test_what_a_killed_process_left_is_removed(tmp_path, write, name):
+    child = os.fork()
+    if not child:
+        with whole_file(tmp_path / "a.txt"), output_folder(tmp_path / "out") as partial:
+            (partial / "part").touch()
+            os._exit(0)  # as a kill: nothing is cleaned up
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 2
+    write(tmp_path)
+    assert name in os.listdir(tmp_path) and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_link_like_an_unfinished_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("mine")
-    (tmp_path / ".a.txt.partial").symlink_to(tmp_path / "precious")
+    (tmp_path / ".a.txt.0.partial").symlink_to(tmp_path / "precious")
     _file(tmp_path)
     assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / "a.txt").read_text() == "new"

@@ -29,7 +29,7 @@ from webdataset.shardlists import expand_urls
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 from m3ae_fast.errors import UserError
 from m3ae_fast.object_store import require
-from m3ae_fast.whole_file import put_in_place
+from m3ae_fast.whole_file import is_abandoned, put_in_place
 
 FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
 _KEPT_NS = 1000  # between the dates of copies that are needed one after the other
@@ -264,7 +264,7 @@ class ShardStore:
             partial = path.name.startswith(_PARTIAL)
             if not partial and used + size <= self.limit and usage.free >= FREE_FRACTION * usage.total:
                 continue
-            if partial and not _is_abandoned(path):
+            if partial and not is_abandoned(path):
                 continue
             with contextlib.suppress(PermissionError):  # another user's
                 path.unlink(missing_ok=True)
@@ -285,15 +285,3 @@ class _Copy(NamedTuple):
     used: int  # when, in ns: last, or see `ShardStore.keep`
     size: int
     path: Path
-
-
-def _is_abandoned(partial: Path) -> bool:
-    """Return whether the process that made it has been killed."""
-    try:
-        with open(partial, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import open_regular
-from m3ae_fast.whole_file import put_in_place
+from m3ae_fast.whole_file import lock, put_in_place, remove_abandoned
 
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
@@ -32,18 +34,31 @@ def output_folder(out: str | Path) -> Iterator[Path]:
     `out` is as it was, then and after any other exception."""
     target = Path(out).resolve()
     _check_free(out, target)
-    partial, old = (target.with_name(f".{word}-{target.name}-{os.getpid()}") for word in ("writing", "removing"))
+    mine = uuid.uuid4().hex[:8]
+    partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))
     try:
+        remove_abandoned(target.parent, f".writing-{glob.escape(target.name)}-*")
         partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes it readable only to its owner
-        _take_place(partial, target, old)
+        with _held(partial):
+            yield partial
+            for path in partial.iterdir():
+                path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes it readable only to its owner
+            _take_place(partial, target, old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{out}: cannot be written ({reason})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _take_place(partial: Path, target: Path, old: Path) -> None:
