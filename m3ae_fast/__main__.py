@@ -6,6 +6,7 @@ import runpy
 import sys
 
 from m3ae_fast.environment import settle_libraries
+from m3ae_fast.errors import exit_cleanly
 
 COMMANDS = {
     "pretrain": "pictures in, model out: makes shards, chooses settings, trains, evaluates, writes a report, exports",
@@ -35,6 +36,10 @@ def usage() -> str:
 
 def run() -> int:
     """Run the command that sys.argv names."""
+    return exit_cleanly(_run)
+
+
+def _run() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(usage())

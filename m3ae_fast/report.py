@@ -21,7 +21,7 @@ from m3ae_fast.regular_file import read_json
 from m3ae_fast.run.diagnosis import Metrics, findings, verdict
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.status import status
-from m3ae_fast.transfer.significance import ERROR
+from m3ae_fast.transfer.significance import ERROR, standard_error
 from m3ae_fast.whole_file import write_whole
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -145,8 +145,7 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
         return f"{value:.1%} ± {error:.1%}"
     if not (name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1):
         return _number(value)
-    likely = (value * samples + 1) / (samples + 2)  # Laplace's estimate: the error of 100% is not 0
-    return f"{value:.1%} ± {(likely * (1 - likely) / samples) ** 0.5:.1%}"
+    return f"{value:.1%} ± {standard_error(value, samples):.1%}"
 
 
 def _chance(name: str, result: dict[str, Any]) -> str:

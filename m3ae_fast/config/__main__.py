@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import sys
 from collections.abc import Iterable
 from textwrap import wrap
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.config.schema import Config
 from m3ae_fast.config.transfer import TransferConfig
+from m3ae_fast.errors import exit_cleanly
 
 TRAIN_HEAD = """# Settings
 
@@ -141,11 +143,12 @@ def _default(section: type[BaseModel], key: str, field: FieldInfo) -> str:
     return f"`{json.dumps(value, default=str)}`"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m m3ae_fast.config", description=__doc__.partition(": ")[2])
     parser.add_argument("page", nargs="?", choices=PAGES, default="train", help="whose settings (default: train)")
     print(PAGES[parser.parse_args(argv).page](), end="")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_cleanly(main))

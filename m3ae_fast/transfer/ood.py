@@ -96,18 +96,19 @@ class Scores:
         self.neighbours = NearestNeighbors(n_neighbors=self.k).fit(_normalised(train_ND))
         self.means_KD = np.stack([train_ND[labels_N == label].mean(0) for label in np.unique(labels_N)])
         centred_ND = train_ND - self.means_KD[np.unique(labels_N, return_inverse=True)[1]]
-        self.precision_DD = LedoitWolf(assume_centered=True).fit(centred_ND).precision_
+        precision_DD = LedoitWolf(assume_centered=True).fit(centred_ND).precision_
+        values_D, vectors_DD = np.linalg.eigh(precision_DD.astype(np.float64))
+        self.whitening_DD = vectors_DD * np.sqrt(values_D.clip(min=0))  # behind it the distances are Euclidean
 
     def __call__(self, features_MD: np.ndarray) -> dict[str, np.ndarray]:
         """Return scores by name, [M] each."""
         logits_MK = self.head(features_MD) if self.head else self._logits(features_MD)
-        apart_MKD = features_MD[:, None] - self.means_KD
-        mahalanobis_MK = np.einsum("mkd,de,mke->mk", apart_MKD, self.precision_DD, apart_MKD, optimize=True)
+        white_MD, means_KD = (torch.from_numpy(each @ self.whitening_DD) for each in (features_MD, self.means_KD))
         return {
             "max_softmax": logits_MK.softmax(1).max(1).values.numpy(),
             "energy": logits_MK.logsumexp(1).numpy(),
             "knn": -self.neighbours.kneighbors(_normalised(features_MD))[0][:, -1],
-            "mahalanobis": -mahalanobis_MK.min(1),
+            "mahalanobis": -torch.cdist(white_MD, means_KD).min(1).values.square().numpy(),
         }
 
     def _logits(self, features_MD: np.ndarray) -> Tensor:

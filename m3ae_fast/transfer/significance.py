@@ -17,8 +17,10 @@ LEVEL = 0.05  # of the tests, and of what an interval leaves out
 
 
 def standard_error(accuracy: float, samples: int) -> float:
-    """Return the standard error of a fraction of so many samples, which another draw of samples would change."""
-    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / samples)
+    """Return the standard error of a fraction of so many samples, which another draw of samples would change: of none
+    or of all it is not 0, but that of Laplace's estimate."""
+    likely = accuracy if 0 < accuracy < 1 else (accuracy * samples + 1) / (samples + 2)
+    return math.sqrt(likely * (1 - likely) / samples)
 
 
 def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
@@ -26,7 +28,9 @@ def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
     trials, samples = correct_DN.shape
     accuracies_D, shares_N = correct_DN.mean(1), correct_DN.mean(0)
     of_trials = accuracies_D.var(ddof=1) / trials if trials > 1 else 0.0
-    return float(shares_N.mean()), math.sqrt(shares_N.var() / samples + of_trials)
+    mean = float(shares_N.mean())
+    of_samples = shares_N.var() / samples if 0 < mean < 1 else standard_error(mean, samples) ** 2
+    return mean, math.sqrt(of_samples + of_trials)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from m3ae_fast.transfer.job import summary
 from m3ae_fast.transfer.ood import SCORES
 from m3ae_fast.transfer.predictions import Predictions
-from m3ae_fast.transfer.significance import difference, mcnemar, standard_error
+from m3ae_fast.transfer.significance import difference, mcnemar, mean_accuracy, standard_error
 from tests.transfer.conftest import settings
 
 
@@ -49,7 +49,7 @@ def test_a_task_keeps_what_its_accuracy_is_made_of(transfer, tmp_path, task, cap
     assert len({*table["key"]}) == 18 and {*table["label"]} == {"blue", "green", "red"}
     right = np.mean([label == made for label, made in zip(table["label"], table["prediction"])])
     assert result["top1"] == pytest.approx(right)
-    assert result["top1_se"] == pytest.approx((right * (1 - right) / 18) ** 0.5)
+    assert result["top1_se"] == pytest.approx(standard_error(right, 18))
     assert all(0 < score <= 1 for score in table["score"])
     assert f"top1 {result['top1']:.4f} ± {result['top1_se']:.4f}" in capsys.readouterr().out
 
@@ -101,4 +101,11 @@ def test_two_results_are_told_apart_in_words_or_not():
 
 def test_a_summary_puts_errors_beside_what_they_are_of():
     assert summary({"top1": 0.5, "top1_se": 0.05, "k": 20, "task": "knn"}) == "top1 0.5000 ± 0.0500  k 20"
-    assert standard_error(0.5, 100) == 0.05 and standard_error(1.0, 100) == 0
+    assert standard_error(0.5, 100) == 0.05
+
+
+def test_the_error_of_all_or_none_is_not_0():
+    """By hand: of 2 samples that are both right, Laplace's estimate is 3 of 4."""
+    assert standard_error(1.0, 2) == standard_error(0.0, 2) == pytest.approx((0.75 * 0.25 / 2) ** 0.5)
+    for right in (np.ones((3, 2), bool), np.zeros((1, 2), bool)):
+        assert mean_accuracy(right) == (right.mean(), standard_error(1.0, 2))
