@@ -19,7 +19,7 @@ import numpy as np
 from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
 from m3ae_fast.data.order import permutation
-from m3ae_fast.data.shards import ShardStore, expand
+from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.errors import UserError, attempt
 from m3ae_fast.whole_file import whole_file
 
@@ -178,8 +178,9 @@ def part_of(names: Sequence[T], number: int, parts: int) -> Sequence[T]:
 
 
 def cached(names: Sequence[str], store: ShardStore) -> Path:
-    """Return where the manifest that a run makes of these shards lies."""
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    """Return where the manifest that a run makes of these shards lies: by their names, of files by their contents too."""
+    identities = (name if is_remote(name) else store.name(name) for name in names)
+    digest = hashlib.sha256("\n".join(identities).encode()).hexdigest()[:16]
     return store.cache_dir / "manifests" / (digest + SUFFIX)
 
 
