@@ -178,7 +178,7 @@ def part_of(names: Sequence[T], number: int, parts: int) -> Sequence[T]:
 
 
 def cached(names: Sequence[str], store: ShardStore) -> Path:
-    """Return where the manifest that a run makes of these shards lies: by their names, of files by their contents too."""
+    """Return where the manifest that a run makes of these shards lies: by their names, and files by their contents."""
     identities = (name if is_remote(name) else store.name(name) for name in names)
     digest = hashlib.sha256("\n".join(identities).encode()).hexdigest()[:16]
     return store.cache_dir / "manifests" / (digest + SUFFIX)

@@ -42,8 +42,8 @@ def stage() -> Iterator[Session]:
 
 
 def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
-    """Return by task the results of the run and of random weights; what an earlier call has measured of the same weights
-    is read. None where a task was stopped. Raises UserError where a task cannot be done."""
+    """Return by task the results of the run and of random weights; what an earlier call has measured of the same
+    weights is read. None where a task was stopped. Raises UserError where a task cannot be done."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
