@@ -244,6 +244,13 @@ def test_ids_of_other_crops_are_another_conversion(tmp_path, vqgan):
 
     assert len({identity(), *(identity(**{name: value}) for name, value in others.items())}) == 1 + len(others)
     assert identity(threads=2) == identity()
+    before = identity()
+    with torch.no_grad():
+        vqgan.encoder.conv_out.bias[0] += 1  # ids of the same codebook
+    assert identity() != before
+    before = identity()
+    write_tar(tmp_path / "a.tar", [(f"{i}.jpg", picture(i + 2)[:-1] + b"\0") for i in range(2)])
+    assert identity() != before
 
 
 @pytest.mark.parametrize("options", [[], ["--no-flip"]])

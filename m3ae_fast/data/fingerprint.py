@@ -6,11 +6,10 @@ import hashlib
 import json
 from datetime import datetime, timezone
 
-import torch
-
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.lanes import Layout
 from m3ae_fast.data.opening import Data
+from m3ae_fast.weights.pretrained import weights_digest
 
 WRITTEN = "data.train.written"  # when the shards were last written
 
@@ -40,10 +39,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     if data.tokenizer is not None:
         stream["data.tokenizer"] = f"{data.tokenizer.vocab_size:,} tokens, {_hash(data.tokenizer.definition)}"
     if data.image_tokenizer is not None:
-        digest = hashlib.sha256()
-        for name, tensor in data.image_tokenizer.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        stream["data.image_tokenizer"] = f"weights {digest.hexdigest()[:12]}"
+        stream["data.image_tokenizer"] = f"weights {weights_digest(data.image_tokenizer.state_dict())}"
     return stream
 
 

@@ -34,6 +34,7 @@ from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.shrink import jpeg
 from m3ae_fast.shard_tools.writer import convert, describe_conversion
 from m3ae_fast.vqgan.model import VQGAN
+from m3ae_fast.weights.pretrained import weights_digest
 
 _SPLIT = "tokenized"
 AHEAD = 32  # crops that the VQGAN takes together
@@ -62,13 +63,13 @@ class Crops(Records):
             raise UserError(f"shards {self.shards[0]!r}: no image in them")
         self.identity = {
             "kind": "tokenized",
-            "vqgan": hashlib.sha256(self.vqgan.codebook.cpu().numpy().tobytes()).hexdigest(),
+            "vqgan": weights_digest(self.vqgan.state_dict()),
             "image_size": self.size,
             "views": self.views,
             "crop_scale": list(self.scale),
             "flip": self.flip,
             "seed": self.seed,
-            "shards": [[entry.summary.images, entry.summary.size] for entry in self._found],
+            "shards": [hashlib.sha256(entry.table().tobytes()).hexdigest()[:12] for entry in self._found],
         } | ({} if self.image_range is None else {"image_range": self.image_range})
         self._table: tuple[int, np.ndarray] = (-1, np.empty(0))  # of a shard: rows with an image
         self._ready: dict[int, Record | BadSample] = {}

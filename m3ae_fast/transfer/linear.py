@@ -28,6 +28,7 @@ from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.probe_engine import CachedSteps, ProbeEngine
 from m3ae_fast.transfer.rates import Tried, choose, edge, table, try_rates
 from m3ae_fast.transfer.recipe import sentence, settled
+from m3ae_fast.weights.pretrained import weights_digest
 
 _EVALUATIONS = 100  # of a run, at most
 
@@ -110,13 +111,19 @@ def set_up(job: Job) -> Probing:
         "linear": config.model_dump(mode="json"),
         "encode": job.config.encode.model_dump(mode="json"),
         "data": job.config.data.model_dump(mode="json"),
-        "task": {"model": job.args.model, "cache_features": cached, "classes": list(classes)},
+        "task": {
+            "model": job.args.model,
+            "weights": weights_digest(job.model.state_dict()),
+            "cache_features": cached,
+            "classes": list(classes),
+        },
         "rates": {"tried": tried},
     }
     layout, notes = layout_of(found.info, job.config.data, train, share.global_batch)
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(ranks, stream, val)
-    same = [("task", key) for key in sections["task"]] + [("run", "seed"), ("encode", "pool")]
+    encoder = "weights" if "weights" in found.section("task") else "model"  # all that 0.1 said of it
+    same = [("task", key) for key in (encoder, "cache_features", "classes")] + [("run", "seed"), ("encode", "pool")]
     same += [("linear", "global_batch")]
     same += [] if cached else [("data", key) for key in STREAM]
     notes += found.restore(engine, sections, same, stream)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +56,14 @@ class Pretrained:
 def is_encoder(names: Iterable[str]) -> bool:
     """Return whether weights of these names are only an encoder."""
     return all(name.startswith(ENCODER) for name in names)
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Return what tells weights from others, by their names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = None) -> None:

@@ -56,7 +56,7 @@ def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
 
 
 @pytest.mark.parametrize("options", [["--cache-features"], []])
-def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, monkeypatch, options):
+def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path, monkeypatch, options):
     options = [*options, *FAST, *settings("linear.steps=6", "linear.save_every=2")]
     whole = transfer("linear", *options, out="whole")
     save = checkpoint.save
@@ -76,7 +76,10 @@ def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, tmp_path, mon
         name, _, now = other.partition("=")
         with pytest.raises(UserError, match=f"was made with {name} = {was}, the config says {now}"):
             transfer("linear", *options, "--resume", "auto", *settings(other), out="cut")
-    resumed = transfer("linear", *options, "--resume", "auto", out="cut")
+    with pytest.raises(UserError, match=r"was made with task\.weights = .*, the config says"):
+        transfer("linear", *options, "--resume", "auto", model=f"random:{run}", out="cut")
+    same = run.parent / "." / run.name / "checkpoints" / ".."  # the same weights, named in another way
+    resumed = transfer("linear", *options, "--resume", "auto", model=same, out="cut")
     assert resumed["top1"] == whole["top1"]
     states = [checkpoint.saved_steps(tmp_path / name)[-1] / "state.safetensors" for name in ("whole", "cut")]
     assert states[0].read_bytes() == states[1].read_bytes()
