@@ -37,6 +37,11 @@ SLOW = {  # by the part that a mutant is in
     "m3ae_fast/convert": ["tests/convert"],
     "m3ae_fast/transfer": ["tests/transfer"],
     "m3ae_fast/model": ["tests/test_model.py", "tests/test_speed.py", "tests/test_verify.py", "tests/convert"],
+    "m3ae_fast/pretraining": ["tests/test_pretrain.py"],
+    "m3ae_fast/pictures": ["tests/test_drawing.py", "tests/test_visualise.py", "tests/transfer/test_figures.py"],
+    "m3ae_fast/verify": ["tests/test_verify.py"],
+    "m3ae_fast/train.py": ["tests/test_config.py", "tests/test_training_loop.py"],
+    "m3ae_fast/": ["tests/convert", "tests/transfer", "tests/test_report.py", "tests/test_visualise.py"],
     "kernels": ["tests/kernels/test_kernel_ops.py", "tests/kernels/test_kernel_api.py"],
 }
 LIMIT_S = {FAST: 60.0, SLOWLY: 300.0}  # what takes longer hangs
