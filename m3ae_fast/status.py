@@ -26,6 +26,7 @@ def status(run: Path) -> tuple[str, str]:
     from m3ae_fast.run.record import RECORD_FILE, RUNNING, Record
     from m3ae_fast.run.run_folder import is_held
 
+    held = is_held(run)
     try:
         record = Record(**read_json(run / RECORD_FILE))
         if record.state not in CODES:
@@ -35,7 +36,7 @@ def status(run: Path) -> tuple[str, str]:
         raise UserError(f"{run}: no run has taken a step there ({RECORD_FILE} is missing)") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{run / RECORD_FILE}: is damaged ({error})") from None
-    if is_held(run):
+    if held or is_held(run):  # it may have ended, or begun, while its record was read
         return "running", f"running, {of} logged"
     if record.state == RUNNING:
         return "failed", f"failed: killed after {of} was logged; --resume auto continues from its last checkpoint"

@@ -47,6 +47,8 @@ def test_one_file_with_everything(run):
     assert (
         '<td>samples seen</td><td class="number">32</td>' in page and "<td>2.2</td>" in page
     )  # of the last checkpoint
+    last = {"steps": "2", "loss": "nan", "val_image_loss": "2"}
+    assert all(f'<td>{name}</td><td class="number">{value}</td>' in page for name, value in last.items())
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
 
 

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from m3ae_fast import status as status_module
 from m3ae_fast.errors import UserError
+from m3ae_fast.run import run_folder
 from m3ae_fast.run.record import Recorder
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.status import CODES, main, status
@@ -53,6 +55,15 @@ def test_a_run_whose_folder_is_held_is_running_and_goes_on(tmp_path):
         done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (4, "running, step 2 of 10 logged\n"), done.stderr
         assert folder.keep() == ""  # its lock is as it was
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_ends_or_begins_while_its_record_is_read_has_not_failed(tmp_path, monkeypatch, before):
+    Recorder(tmp_path, 10).begin(2)
+    held, read = [before], status_module.read_json
+    monkeypatch.setattr(run_folder, "is_held", lambda path: held[0])
+    monkeypatch.setattr(status_module, "read_json", lambda path: held.insert(0, not before) or read(path))
+    assert status(tmp_path) == ("running", "running, step 2 of 10 logged")
 
 
 def test_nothing_is_recorded_before_a_step(tmp_path):
