@@ -40,6 +40,7 @@ def adopted(environment):
 @pytest.mark.parametrize(("environment", "told"), [
     (SLURM, ("502", "508", "6", "6", "gpu003")),
     (SLURM | PMI, ("502", "508", "6", "6", "head")),  # srun --mpi=pmi2; what the user sets stays
+    (SLURM | {"SLURM_NODEID": "64"}, ("502", "508", "6", "1", "gpu003")),  # of 64 nodes, counted from 0
     (SLURM | {"SLURM_JOB_NODELIST": "login1,gpu[003-065]"}, ("502", "508", "6", "6", "gpu003")),  # the job has more
     (OMPI, ("3", "4", "3", "4", "127.0.0.1")),
     (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NODELIST": "b1,b2"}, ("3", "4", "3", "2", "b1")),

@@ -1,6 +1,7 @@
 """Every program takes native images: training and resuming, features, transfer, pictures, exports, a look ahead."""
 
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -179,17 +180,18 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
     data_tools(["stats", shards[0], "--sizes", str(sizes), "--cache-dir", str(tmp_path)])
     assert sorted(set(map(tuple, json.loads(sizes.read_text())))) == sorted(set(SIZES))
 
+    large = ["--set", "model.emb_dim=1024", "--set", "train.global_batch=512", "--set", "train.micro_batch=512"]
+
     def flops(*options):
         capsys.readouterr()
-        assert (
-            train.main(trainer.arguments("x", "--dry-run", "--no-data", *options, "--set", "model.emb_dim=1024")) == 0
-        )
+        assert train.main(trainer.arguments("x", "--dry-run", "--no-data", *options, *large)) == 0
         out = capsys.readouterr().out
-        return float(out.split("official code")[1].split("G in this")[0].split()[-1]), out
+        activations = re.search(r"│ 0 +│(?: +[\d.]+ +│){3} +([\d.]+) +│", out)
+        return float(out.split("official code")[1].split("G in this")[0].split()[-1]), float(activations[1]), out
 
-    whole, _ = flops(*NATIVE)
-    mean, out = flops(*NATIVE, "--sizes", str(sizes))
-    assert 0.5 * whole < mean < whole
+    whole, all_kept, _ = flops(*NATIVE)
+    mean, some_kept, out = flops(*NATIVE, "--sizes", str(sizes))
+    assert 0.5 * whole < mean < whole and 0.5 * all_kept < some_kept < all_kept
     assert "from 1 to 20" in out and "differ by" in out
     (tmp_path / "nan.json").write_text("[[NaN, 1]]")
     for wrong, told in (

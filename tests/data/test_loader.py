@@ -29,6 +29,7 @@ from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import ShardStore, dataset, open_corpus
 from m3ae_fast.data.dataset import Samples
+from m3ae_fast.data.fetcher import Node
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
@@ -43,6 +44,15 @@ def paired(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"paired-{i}.tar", members(range(i * 7, i * 7 + 5 + i)))
     return str(tmp_path / "paired-*.tar")  # 18 samples
+
+
+def test_a_fetcher_with_nothing_to_fetch_is_ended(load, paired, tmp_path):
+    ended = []
+    node = Node("run", [0], SimpleNamespace(end=lambda: ended.append(True)))
+    load(f"pipe:cat {tmp_path}/paired-0.tar", node=node)
+    assert not ended
+    load(paired, node=node)
+    assert ended == [True]
 
 
 def content(batch):

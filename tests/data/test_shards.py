@@ -381,6 +381,19 @@ def test_copies_used_longest_ago_make_room(server, store, monkeypatch):
     assert requests == before
 
 
+def test_a_copy_that_is_read_again_is_not_the_next_to_make_room(server, tmp_path):
+    url, folder, _ = server
+    names = [f"{url}/{i}.tar" for i in range(3)]
+    for i in range(3):
+        write_tar(folder / f"{i}.tar", members(range(3)))
+    store = ShardStore(tmp_path / "limited", 2 * (folder / "0.tar").stat().st_size / 1e9)
+    for age, name in enumerate(names[:2]):
+        os.utime(store.path(name), (age, age))
+    store.path(names[0])
+    store.path(names[2])
+    assert [store.copy(name).exists() for name in names] == [True, False, True]
+
+
 def test_two_processes_may_make_room_at_once(server, store, monkeypatch, no_waiting):
     url, folder, requests = server
     for i in range(2):
@@ -411,15 +424,18 @@ def test_copies_keep_to_their_limit(server, tmp_path):
     """Also while they are made; those whose size is not known are taken to be as large as the largest one."""
     url, folder, requests = server
     for i in range(6):
-        write_tar(folder / f"{i}.tar", members(range(3 - i % 2)))
+        write_tar(folder / f"{i}.tar", members(range(12 - 9 * (i % 2))))
     size = (folder / "0.tar").stat().st_size
     store = ShardStore(tmp_path / "limited", 3.5 * size / 1e9)
     copies, sizes = store.cache_dir / "shards", []
-    for name in [f"{url}/{i}.tar" for i in (0, 1, 2, 3, 4, 5)]:
+    names = [f"{url}/{i}.tar" for i in range(6)]
+    for name in names:
         store.path(name)
         sizes.append(sum(path.stat().st_size for path in copies.iterdir()))
     assert max(sizes) <= store.limit and store.room().limit == store.limit
     assert sizes[-1] > 2 * size
+    for path in map(store.copy, names):
+        assert not path.exists() or path.read_bytes() == (folder / path.name[-5:]).read_bytes()
     store.path(f"{url}/5.tar")
     assert requests["/5.tar"] == 1
 

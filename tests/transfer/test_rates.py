@@ -97,6 +97,7 @@ def test_a_rate_is_chosen_for_what_is_no_chance():
     tried = [Tried(0.1, 0.7, 0.9), Tried(0.3, 0.66, 0.8), Tried(1, 0.64, 0.6), Tried(3, 0.0, None)]
     assert [choose(tried, usual, 100).peak_lr for usual in (0.1, 0.25, 0.8, 5)] == [0.1, 0.3, 0.3, 0.3]
     assert choose(tried, 1, 50).peak_lr == 1 and choose(tried, 1, 10_000).peak_lr == 0.1
+    assert choose([tried[0], Tried(1, 0.7, 0.9)], 0.4, 100).peak_lr == 1  # of which 0.1 is a quarter
     assert choose([Tried(1, 0.0, None), Tried(2, 0.0, 3.0)], 1.4, 9).peak_lr == 2
 
 

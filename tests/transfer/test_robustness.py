@@ -5,6 +5,7 @@ import colorsys
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import foolbox
@@ -30,6 +31,7 @@ from tests.helpers.labelled import NAMES, coloured
 from tests.test_stop_and_stall import program
 from tests.transfer.conftest import settings
 
+CORRUPTED = Path(__file__).with_name("corruptions.png")
 SIZES = ModelConfig(
     size=None, emb_dim=32, depth=2, num_heads=4, image_size=32, patch_size=8, text_length=16, vocab_size=2048
 )
@@ -132,6 +134,20 @@ def test_a_trail_is_half_a_gaussian_along_its_angle():
     np.testing.assert_allclose(level, weights / weights.sum())
     down = trail(point, 10, 3, -90)[20:, 20, 0]
     np.testing.assert_allclose(down, weights / weights.sum())
+
+
+def sheet():
+    """Every kind, a row each, at every severity: of 48 pixels, as means of 4 x 4. Kept as CORRUPTED."""
+    rows = [torch.cat([Corruption(kind, severity)(_image(48), 7) for severity in SEVERITIES], 2) for kind in KINDS]
+    means = nn.functional.avg_pool2d(torch.cat(rows, 1)[None].float(), 4)[0]
+    return Image.fromarray(means.round().byte().permute(1, 2, 0).numpy())
+
+
+def test_corruptions_are_what_they_were():
+    """Else accuracies under them do not compare with those of an older version."""
+    before, now = np.array(Image.open(CORRUPTED), float), np.array(sheet(), float)
+    apart = np.abs(now - before).reshape(len(KINDS), 12, len(SEVERITIES), 12, 3).max((1, 3, 4))
+    assert {kind: own.tolist() for kind, own in zip(KINDS, apart) if own.max() > 3} == {}
 
 
 def test_corruption_errors_are_plain_means():
