@@ -87,7 +87,7 @@ MISTAKES = [
     (["data.train.².shards=x"], "'²'"),
     (["nonsense"], "section.key=value"),
     (["train.steps.x=1"], "train.steps is a value"),
-    (["data.train.7.shards=x"], "'7'"),
+    (["data.train.1.shards=x"], "'1'"),  # of one source
 ]
 
 

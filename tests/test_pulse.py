@@ -12,7 +12,7 @@ import torch.distributed as dist
 from m3ae_fast.process import pulse as pulse_module
 from m3ae_fast.process import signals
 from m3ae_fast.process.pulse import Pulse
-from m3ae_fast.process.rooms import Room, rooms_of
+from m3ae_fast.process.rooms import Room, by_machine, rooms_of
 from m3ae_fast.process.signals import StopRequest
 
 
@@ -180,6 +180,12 @@ def test_the_first_that_asks_the_others_to_stop_is_told_so(monkeypatch):
     assert not judged.pulse.stop_told()
     assert [judged.pulse.tell_stop("SIGTERM") for _ in range(3)] == [True, False, False]
     assert judged.pulse.stop_told()
+
+
+def test_machines_are_two_levels_where_there_are_several_and_one_has_several_ranks():
+    for machines in ("a", "aaa", "abc"):
+        assert by_machine(machines) == [[*range(len(machines))]]
+    assert by_machine("aab") == [[0, 1], [2]] and by_machine("abba") == [[0, 3], [1, 2]]
 
 
 @pytest.mark.parametrize("machines", ["a", "aaa", "abc", "aabb", "abab", "aabbbc", "abbaac"])

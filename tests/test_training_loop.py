@@ -448,9 +448,9 @@ def test_the_first_step_that_is_not_finite_is_told_with_what_was_not():
         for step in range(1, 6):
             values = [wrong if (step, i) == (3, place) or step == 5 else fine for i in range(3)]
             losses = [argparse.Namespace(loss=value) for value in values[:2]]
-            watch.add(step, [f"{step}-{number}" for number in range(step * 3)], losses, values[2])
+            watch.add(step, [f"{step}-{number}" for number in range(9 if place else 8)], losses, values[2])
             assert watch.failed() == (step > 2)
-        shown = ", ".join(f"3-{number}" for number in range(8)) + " and 1 more"
+        shown = ", ".join(f"3-{number}" for number in range(8)) + (" and 1 more" if place else "")
         assert watch.first_bad() == f"the {what} of step 3 is not finite; samples: {shown}"
         assert (watch.bad_step, watch.finite_through) == (3, 2)
 
@@ -613,6 +613,9 @@ def test_an_epoch_is_of_whole_batches():
     batch = config.train.global_batch
     found = [Schedule(config.train, config.optim, samples).steps_per_epoch for samples in (batch, 3 * batch - 1)]
     assert found == [1, 2]
+    for epochs, samples, steps in ((0.29, 100 * batch, 29), (1.75, batch, 2), (1.25, batch, 1), (0.1, batch, 1)):
+        train = config.train.model_copy(update={"steps": None, "epochs": epochs})
+        assert Schedule(train, config.optim, samples).total_steps == steps
 
 
 def test_the_learning_rate_stays_at_its_end():

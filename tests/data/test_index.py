@@ -210,7 +210,9 @@ def test_sidecar_is_used_and_renewed(tmp_path, store, monkeypatch):
     status = os.stat(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert index_shards([path], store)[0].summary.mtime_ns == status.st_mtime_ns + 1
-    for broken in (b"", b"{}", b"[1]\n", b"\xff\xfe", json.dumps(summary | {"version": 0}).encode()):
+    now, table = Path(path + INDEX_SUFFIX).read_bytes().split(b"\n", 1)
+    another = json.dumps(json.loads(now) | {"version": index.VERSION - 1, "samples": 4}).encode() + b"\n" + table
+    for broken in (b"", b"{}", b"[1]\n", b"\xff\xfe", another):
         with open(path + INDEX_SUFFIX, "wb") as file:
             file.write(broken)
         assert index_shards([path], store)[0].summary.samples == 5

@@ -337,6 +337,16 @@ def test_gzip(tmp_path, server, store, name):
         samples(str(tmp_path / name), store)
 
 
+def test_a_gzipped_shard_that_has_changed_is_read_anew_though_it_is_as_long(tmp_path, store):
+    path = tmp_path / "a.tar.gz"
+    for number, text in enumerate((b"before", b"behind")):
+        plain = Path(write_tar(tmp_path / "a.tar", [("0.txt", text)])).read_bytes()
+        path.write_bytes(gzip.compress(plain, 0, mtime=0))
+        os.utime(path, ns=(number, number))
+        corpus = open_corpus([SourceConfig(shards=str(path))], store)
+        assert Reader(corpus.sources[0], store).read(0, 0).caption == text.decode()
+
+
 def _open(url, cache_dir, barrier, results):
     barrier.wait()
     results.put(samples(url, ShardStore(cache_dir)))

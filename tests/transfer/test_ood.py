@@ -42,6 +42,7 @@ def test_auroc_and_fpr_are_those_of_the_curve():
     coarse = familiar.round(), strange.round()  # of which many are equal, also to the threshold
     fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate(coarse), drop_intermediate=False)
     assert auroc_and_fpr(*coarse)[1] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+    assert auroc_and_fpr(np.arange(30.0), np.arange(30.0))[1] == 29 / 30  # 95 % are 28.5 samples, so that 29 pass
     assert auroc_and_fpr(np.ones(5), np.zeros(5)) == (1.0, 0.0)
     assert auroc_and_fpr(np.zeros(5), np.ones(5)) == (0.0, 1.0)
 

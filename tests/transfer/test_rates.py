@@ -20,7 +20,7 @@ def _bank(count, seed=0):
     labels = torch.arange(count) % 3
     features = torch.randn(count, 8, generator=generator)
     features[torch.arange(count), labels] += 2
-    return Features([f"a.tar/{i}" for i in range(count)], features, labels, None, [])
+    return Features([f"a.tar/{i:04}" for i in range(count)], features, labels, None, [])
 
 
 class _Pulse:
