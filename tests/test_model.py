@@ -357,6 +357,27 @@ def test_representation_refuses_nonsense():
         model.representation(text=torch.zeros(1, 3, dtype=torch.long), padding_mask=torch.tensor([[1, 0, 0]]))
     with pytest.raises(ValueError, match="shape"):
         model.representation(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="an image or a text, and was given none"):
+        model.representation(torch.zeros(0, 3, 12, 12, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"torch.float32 \[1, 3\], not whole numbers"):
+        model.representation(text=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"padding_mask is \[1, 2\], not \[1, 3\] as text"):
+        model.representation(text=torch.zeros(1, 3, dtype=torch.long), padding_mask=torch.zeros(1, 2))
+    for wrong in (-1, TINY.vocab_size):
+        with pytest.raises(ValueError, match=rf"ids from {min(wrong, 2)} to {max(wrong, 2)}, and the model"):
+            model.representation(text=torch.tensor([[2, wrong]]))
+    ignored = torch.tensor([[2, -1]]), torch.tensor([[0, 1]])
+    assert not model.representation(None, *ignored)[:, -1].any()
+
+
+def test_a_function_of_the_representation_compiles():
+    model, images = make_model(), torch.stack([make_sample(i).image for i in range(2)])
+
+    def mean(images):
+        return model.representation(images).mean(1)
+
+    compiled = torch.compile(mean, backend="eager")
+    torch.testing.assert_close(compiled(images), mean(images))
 
 
 def test_pack_refuses_what_does_not_fit():

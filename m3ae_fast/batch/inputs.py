@@ -94,7 +94,7 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
             raise ValueError(f"a floating {error}") from None
         if not image.isfinite().all():
             raise ValueError("a floating image has values that are not finite")
-        return image.cpu()
+        return image.cpu().to(torch.promote_types(image.dtype, torch.float32))
     if image.dtype not in (torch.uint8, getattr(torch, config.image_dtype)):
         raise ValueError(f"an image is {image.dtype}, neither {config.image_dtype} nor floating")
     image = image.cpu()

@@ -25,6 +25,8 @@ from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
 
+_pack = torch.compiler.disable(pack)  # numpy on the host, not to be traced
+
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
     """Return how the ops read images."""
@@ -209,21 +211,24 @@ class MultimodalEncoder(nn.Module):
             precision: of matmuls; "auto": bf16 where the hardware multiplies it faster.
 
         Returns:
-            float32 [S, D] on the model's device.
+            [S, D] on the model's device, float32, or as the weights where those are float64.
 
         Raises:
             ValueError: both are None, their numbers differ, an image does not fit the model, or there is no such layer,
-                pool or precision.
+                pool, batch or precision.
             UserError: a file cannot be read, there are texts, and the model has no tokenizer, or a feature is not
                 finite.
         """
         if images is None and texts is None:
             raise ValueError("encode needs images, texts or both")
         if images is not None:
-            images = as_images(images, self.config.channels)
-        texts = [texts] if isinstance(texts, str) else texts
+            images = list(as_images(images, self.config.channels))
+        if texts is not None:
+            texts = [texts] if isinstance(texts, str) else list(texts)
         if images is not None and texts is not None and len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts")
+        if batch < 1:
+            raise ValueError(f"batch {batch}: must be 1 or more")
         if layer is not None and not 1 <= layer <= self.config.depth:
             raise ValueError(f"layer {layer}: the encoder has layers 1 to {self.config.depth}")
         if pool not in ("mean", "cls") or precision not in ("auto", "bf16", "fp32"):
@@ -246,7 +251,7 @@ class MultimodalEncoder(nn.Module):
                     )
                     for i in range(start, min(start + batch, count))
                 ]
-                packed = pack(samples, self.geometry).to(device)
+                packed = _pack(samples, self.geometry).to(device)
                 parts.append(self.pooled_of_layers(packed, layers, pool)[:, 0])
         features_SD = torch.cat(parts)
         check_finite(features_SD, [f"number {i}" for i in range(count)])
@@ -275,13 +280,18 @@ class MultimodalEncoder(nn.Module):
             [S, 1 + L + n, D]: cls token, patches (where there are images), text (where there is text); padding is 0.
 
         Raises:
-            ValueError: both are None, batch sizes differ, padding precedes tokens, or a size does not fit the model.
+            ValueError: both are None, or empty, batch sizes differ, padding precedes tokens, a size does not fit the
+                model, or `text` is not of ids below its vocab_size.
         """
         if images is None and text is None:
             raise ValueError("representation needs images, text or both")
         size = len(images) if images is not None else len(text if text is not None else ())
         if images is not None and text is not None and len(text) != size:
             raise ValueError(f"{size} images and {len(text)} texts")
+        if not size:
+            raise ValueError("representation needs an image or a text, and was given none")
+        if text is not None:
+            self._check_ids(text, padding_mask)
         lengths = [math.prod(self.geometry.grid(image)) for image in images] if images is not None else [0] * size
         samples, real_rows = [], []
         for i in range(size):
@@ -301,7 +311,18 @@ class MultimodalEncoder(nn.Module):
             samples.append(sample)
             real_rows.append(real)
         device = self.encoder_input.cls_token.device
-        encoded_TD = self.forward_encoder(pack(samples, self.geometry).to(device))
+        encoded_TD = self.forward_encoder(_pack(samples, self.geometry).to(device))
         flat = torch.stack(real_rows).flatten().nonzero()[:, 0].to(device)
         out = encoded_TD.new_zeros(size * len(real_rows[0]), encoded_TD.shape[1]).index_copy(0, flat, encoded_TD)
         return out.unflatten(0, (size, -1))
+
+    def _check_ids(self, text: Tensor, padding_mask: Tensor | None) -> None:
+        """Raise ValueError where a token that is no padding has no embedding, or the mask does not fit the text."""
+        if text.ndim != 2 or text.is_floating_point():
+            raise ValueError(f"text is {text.dtype} {list(text.shape)}, not whole numbers [samples, tokens]")
+        if padding_mask is not None and padding_mask.shape != text.shape:
+            raise ValueError(f"padding_mask is {list(padding_mask.shape)}, not {list(text.shape)} as text")
+        ids = text if padding_mask is None else text[padding_mask.to(text.device) == 0]
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, -1)
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"text has ids from {low} to {high}, and the model {self.config.vocab_size:,} tokens")

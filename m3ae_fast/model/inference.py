@@ -18,8 +18,9 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
     was_training = model.training
     model.eval()
     dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
+    known = device.type != "cpu" or next(model.parameters()).dtype != torch.float16  # of which autocast raises on a CPU
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=known and dtype == torch.bfloat16):
             yield
     finally:
         model.train(was_training)

@@ -72,6 +72,7 @@ SLOW = (
     "test_parts.py::test_a_rank_that_is_killed_in_the_midst_of_a_save_leaves_the_one_before",
     "test_parts.py::test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit",
     "test_parts.py::test_what_one_rank_saved_several_load",
+    "test_model.py::test_a_function_of_the_representation_compiles",
     "test_pretrain.py::test_an_impossible_override_is_told_before_anything_is_made",
     "test_pretrain.py::test_one_line_of_an_installed_wheel_makes_a_report",
     "test_pretrain.py::test_stopped_in_any_stage_the_same_line_goes_on",

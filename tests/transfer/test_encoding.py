@@ -130,6 +130,25 @@ def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
     assert torch.equal(grey.encode(flat, precision="fp32"), grey.encode(pixels[0][:1], precision="fp32"))
 
 
+def test_images_and_texts_come_in_any_order_of_things(model):
+    pixels, texts = images(2), ["a red house", "a cat"]
+    expected = model.encode(pixels, texts)
+    for more in (np.array(texts), tuple(texts), (text for text in texts)):
+        assert torch.equal(model.encode(iter(pixels), more), expected)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+def test_half_precision_is_encoded(run, precision):
+    """Of weights and of images, which autocast on a CPU does not know."""
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = open_model(str(run), text=False).eval()
+    expected = model.encode(pixels, precision="fp32")
+    for own in (model, model.half()):
+        found = own.encode(pixels.half(), precision=precision)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_a_file_that_is_no_image_is_named(model, tmp_path):
     (tmp_path / "a.png").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"a.png: not an image in a known format"):
@@ -154,6 +173,7 @@ def test_a_file_that_is_no_image_is_named(model, tmp_path):
         ({"images": [torch.full((3, 32, 32), math.nan)]}, "values that are not finite"),
         ({"images": [torch.zeros(3, 32, 32)], "pool": "max"}, "pool 'max', .* must be mean or cls"),
         ({"images": [torch.zeros(3, 32, 32)], "precision": "fp64"}, "precision 'fp64': must be .* auto, bf16 or fp32"),
+        ({"images": [torch.zeros(3, 32, 32)], "batch": -1}, "batch -1: must be 1 or more"),
     ],
 )
 def test_what_cannot_be_encoded_is_a_value_error(model, given, message):
