@@ -48,6 +48,13 @@ def test_gradients_equal_float64(rows, width, dtype, parameters, by, monkeypatch
         assert relative(one, wanted) < rounding[expected]
 
 
+def test_a_graph_of_gradients_is_refused():
+    _, x, *parameters = inputs(4, 8, torch.bfloat16, torch.float32)
+    y = norm.layer_norm(x.requires_grad_(), *parameters, EPS)
+    with pytest.raises(NotImplementedError, match="layer_norm does not support second derivatives"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 def test_results_do_not_depend_on_threads_or_strides():
     grad, x, weight, _ = inputs(500, 64, torch.bfloat16, torch.float32)
     _, mean, rstd = torch.native_layer_norm(x, [64], weight, weight, EPS)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 PLAIN = (Tensor, nn.Parameter)
 # A copy loaded under another name (hub.py) registers its ops beside the installed ones, not in their place.
@@ -36,23 +36,31 @@ class Op:
         self.registered = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
         self.registered.register_fake(fake)
         self.eager = forward
-        refuse = _refusal(name, "second derivatives")
         if setup_context is None or backward is None:
-            self.transformed = _function(name, forward, _nothing, refuse).apply
+            self.transformed = _function(name, forward, _nothing, _refusal(name, "second derivatives")).apply
             return
         self.registered.register_autograd(backward, setup_context=setup_context)
-        once = once_differentiable(backward)
-
-        def formula(ctx, *grads):
-            # A nested transform would take the results for constants.
-            return refuse() if (torch._C._functorch.maybe_current_level() or 0) > 1 else once(ctx, *grads)
-
-        self.eager = self.transformed = _function(name, forward, setup_context, formula).apply
+        self.eager = self.transformed = _function(name, forward, setup_context, once(name, backward)).apply
 
     def __call__(self, *args):
         if traced(*args):
             return self.registered(*args)
         return (self.transformed if torch._C._are_functorch_transforms_active() else self.eager)(*args)
+
+
+def once(name: str, backward: Callable) -> Callable:
+    """Return a `backward` that refuses to be a part of a graph. Results of torch's `once_differentiable` pass for
+    constants where the upstream gradient is one, as a loss's is: a gradient penalty or a Hessian would be 0."""
+    refuse = _refusal(name, "second derivatives")
+
+    def formula(ctx, *grads):
+        level = torch._C._functorch.maybe_current_level() or 0
+        if level > 1 or (not level and torch.is_grad_enabled()):  # torch.func.grad always makes a graph
+            refuse()
+        with torch.no_grad():
+            return backward(ctx, *grads)
+
+    return formula
 
 
 def _function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type[Function]:

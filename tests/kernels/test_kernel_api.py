@@ -343,6 +343,17 @@ def test_other_transforms_are_refused_in_one_line(case):
         torch.func.grad(lambda tensor: once(tensor).sum())(learned)
 
 
+@pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
+def test_a_graph_of_gradients_is_refused_in_one_line(case):
+    """Also of a sum, whose upstream gradient is a constant: torch would take the gradients for constants too."""
+    inputs = make(case, torch.float32)
+    learned = inputs.tensors[inputs.learned[0]]
+    out = call(m3ae_kernels, case, inputs)
+    for loss in (out.sum(), out.square().sum()):
+        with pytest.raises(NotImplementedError, match=r"^m3ae_kernels: [a-z_]+ does not support second derivatives$"):
+            torch.autograd.grad(loss, learned, create_graph=True)
+
+
 def test_the_orders_of_a_loader_change_nothing():
     for case in ("scatter-vocab", "scatter-long", *(["scatter-mask"] if not TRITON else [])):  # the interpreter is slow
         inputs = make(case, torch.float32)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..registry import NAMESPACE
+from ..registry import NAMESPACE, once
 from .build import BF16, DTYPES, load
 
 BLOCK_ROWS = 64  # that norm.c sums at once
@@ -47,11 +47,17 @@ class _LayerNorm(torch.autograd.Function):
         ctx.dtypes = x_RD.dtype, weight_D.dtype, bias_D.dtype
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_RD: Tensor, *_) -> tuple[Tensor | None, ...]:
-        x_RD, weight_D, mean_R1, rstd_R1 = ctx.saved_tensors
-        grads = layer_norm_gradients(grad_RD, x_RD, weight_D.float(), mean_R1, rstd_R1)
-        return *(g.to(d) if need else None for g, d, need in zip(grads, ctx.dtypes, ctx.needs_input_grad)), None
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads)
+
+
+def _gradients(ctx, grad_RD: Tensor, *_) -> tuple[Tensor | None, ...]:
+    x_RD, weight_D, mean_R1, rstd_R1 = ctx.saved_tensors
+    grads = layer_norm_gradients(grad_RD, x_RD, weight_D.float(), mean_R1, rstd_R1)
+    return *(g.to(d) if need else None for g, d, need in zip(grads, ctx.dtypes, ctx.needs_input_grad)), None
+
+
+_backward = once("layer_norm", _gradients)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_gradients", mutates_args=())
