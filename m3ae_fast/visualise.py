@@ -161,7 +161,7 @@ def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) ->
     from m3ae_fast.feature_map import draw_feature_map
 
     library("sklearn", "a map needs scikit-learn: pip install 'm3ae-fast[transfer]'")
-    labelled, classes = label_corpus(corpus, args.labels, progress=True)
+    labelled, classes = label_corpus(corpus, args.labels, gaps=True, progress=True)
     if args.classes is not None:
         labelled, classes = keep_classes(labelled, classes, args.classes.split(","))
     names = class_names(labelled, classes)

@@ -70,6 +70,17 @@ def test_runs_are_drawn_beside_each_other(runs, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(alone[0].places_N2, panels[0].places_N2)  # one run is as among others
 
 
+def test_samples_may_lack_a_class_that_others_have(runs, tmp_path, monkeypatch):
+    """As a few that are held out do."""
+    given = []
+    monkeypatch.setattr(feature_map, "draw_map", lambda *args: given.append(args))
+    shards = labelled_tar(tmp_path / "val.tar", [1, 2, 4, 5, 7])
+    (tmp_path / "classes.json").write_text('["blue", "green", "red"]')
+    assert main(["map", runs[0], "--shards", shards, "--labels", "cls"]) == 0
+    ((*_, labels, names),) = given
+    assert labels.tolist() == [0, 1, 0, 1, 0] and names == ["green", "red"]
+
+
 def test_a_picture_is_as_wide_as_its_panels(runs, tmp_path):
     val = labelled_tar(tmp_path / "val.tar", range(12))
     widths = []

@@ -66,12 +66,12 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
 
 
 def label_corpus(
-    corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False
+    corpus: Corpus, field: str, classes: Classes | None = None, *, gaps: bool = False, progress: bool = False
 ) -> tuple[Corpus, Classes]:
     """Return the samples of a corpus but those of label -1, with ids in `Source.labels`, and the classes by id.
 
     `field`: as in `read_labels`. `classes`: those of the training samples; None: these are the training samples, and
-    define them.
+    define them. `gaps`: they may lack numbers, as where they are a part of others; ids then count those there are.
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
@@ -86,7 +86,7 @@ def label_corpus(
     if not used:
         raise UserError(f"{where}: no sample has a label ({field}) other than -1")
     if classes is None:
-        classes = _define_classes(used, where, field)
+        classes = _define_classes(used, where, field, gaps)
     ids = {label: number for number, label in enumerate(classes)} | {LEFT_OUT: LEFT_OUT}
     for label in used:
         if label not in ids:
@@ -146,7 +146,7 @@ def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str
     )
 
 
-def _define_classes(used: set[Label], where: str, field: str) -> Classes:
+def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Classes:
     names = sorted(label for label in used if isinstance(label, str))
     if names and len(names) < len(used):
         raise UserError(f"{where}: some labels ({field}) are numbers and some are text, such as {names[0]!r}")
@@ -161,6 +161,8 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
             f"{where}: the label {low if low < 0 else high} ({field}) is out of range; class ids go from 0 to "
             f"{MAX_CLASSES - 1}, and -1 leaves a sample out"
         )
+    if gaps:
+        return sorted(numbers)
     empty = next((number for number in range(high) if number not in numbers), None)
     if empty is not None:
         raise UserError(
