@@ -639,6 +639,28 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
     assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
     assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae_fast.data stats" in colours
     assert notes(calm) == []
+    large = calm.model_copy(update={"train": calm.train.model_copy(update={"global_batch": 100})})
+    (batch,) = notes(large)
+    assert batch.startswith("a batch of 100 has each of the 52 samples 1.9 times; what is called an epoch is one batch")
+
+
+@pytest.mark.parametrize(
+    "loss, masking, trained",
+    [
+        ({"image_weight": 0, "text_weight": 0}, {}, False),
+        ({}, {"image_ratio": 0, "text_ratio": 0}, False),
+        ({"text_weight": 0}, {"image_ratio": 0}, False),
+        ({"text_weight": 0, "image_all_tokens": True}, {"image_ratio": 0}, True),
+        ({}, {"image_ratio": 0}, True),
+    ],
+)
+def test_a_run_that_trains_nothing_is_told(tmp_path, mixed, loss, masking, trained):
+    config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
+    changes = {"loss": config.loss.model_copy(update=loss), "masking": config.masking.model_copy(update=masking)}
+    config = config.model_copy(update=changes)
+    data = replace(open_data(config.data, config.model), val=None)
+    found = cautions(config, data, Schedule(config.train, config.optim, data.train.samples))
+    assert [note.startswith("nothing is trained: ") for note in found] == [True] * (not trained)
 
 
 def test_images_that_are_enlarged_are_told(tmp_path, mixed):

@@ -22,6 +22,17 @@ _ENLARGED = 0.75  # of the model's image size: smaller images are told
 def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     """Return what is odd about a run, one line each."""
     notes = []
+    if not _trains(config):
+        notes.append(
+            "nothing is trained: of each modality either the loss has weight 0 or nothing of it is masked (section "
+            "masking, and loss.image_all_tokens and loss.text_all_tokens)"
+        )
+    batch, samples = config.train.global_batch, schedule.samples
+    if batch > samples:
+        notes.append(
+            f"a batch of {batch:,} has each of the {samples:,} samples {batch / samples:.1f} times; what is called an "
+            "epoch is one batch then, in the log, in train.epochs and in optim.warmup_epochs"
+        )
     wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
     if wanted > schedule.warmup_steps:
         notes.append(
@@ -59,6 +70,14 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     if config.model.resize == "square" and (note := _enlarged(config, data.train)):
         notes.append(note)
     return notes
+
+
+def _trains(config: Config) -> bool:
+    """Return whether any loss has a weight and something to be of."""
+    loss, masking = config.loss, config.masking
+    image = loss.image_weight and (masking.image_ratio or loss.image_all_tokens)
+    text = config.model.vocab_size and loss.text_weight and (masking.text_ratio or loss.text_all_tokens)
+    return bool(image or text)
 
 
 def _enlarged(config: Config, corpus: Corpus) -> str:
