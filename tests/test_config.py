@@ -18,7 +18,8 @@ from m3ae_fast.config.__main__ import main as write_page
 from m3ae_fast.config.__main__ import train_page, transfer_page
 from m3ae_fast.data import ShardStore, open_corpus, open_data
 from m3ae_fast.data.manifest import KINDS, rows_of, write
-from m3ae_fast.dry_run import _fetching, _images, network_bytes
+from m3ae_fast.dry_run import _fetching, _images, _memory_table, network_bytes
+from m3ae_fast.engine.needs import zero_bytes
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.process import ranks
@@ -295,6 +296,15 @@ def test_dry_run(path, capsys):
         assert number in out
     recomputed = "a GPU without room for them keeps 62%" if path.stem == "large" else "a GPU without room for them"
     assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
+
+
+def test_the_table_of_memory_is_of_all_ranks_and_every_stage():
+    config = load_config(ROOT / "configs/large.json")
+    columns = [list(column.cells) for column in _memory_table(config, 10**9, 8, 3e9).columns]
+    for stage, name, *cells in zip(range(4), *columns, strict=True):
+        weights, gradients, state = (part / 1e9 for part in zero_bytes(10**9, stage, 8, bf16=True))
+        assert cells == [f"{gb:.2f}" for gb in (weights, gradients, state, 3, weights + gradients + state + 3)]
+        assert ("this config" in name) == (stage == config.zero.stage) and name.startswith(str(stage))
 
 
 def test_micro_batches_of_native_images_differ_by_less_the_larger_they_are():

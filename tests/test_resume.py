@@ -415,6 +415,16 @@ def test_keep_never_removes_the_last_good_one(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.saved_steps(tmp_path)] == [4, 5]
 
 
+def test_what_is_set_aside_again_takes_the_place_of_the_last_time(tmp_path):
+    for number in range(2):
+        for step in (1, 2 + number, 5):
+            _save(tmp_path, step)
+        asides = checkpoint.set_aside_after(tmp_path, 1)
+        assert [path.name for path in asides] == [f"aside-step-{step:08}" for step in (2 + number, 5)]
+    names = sorted(path.name for path in checkpoint.folder(tmp_path).iterdir())
+    assert names == [*(f"aside-step-{step:08}" for step in (2, 3, 5)), "step-00000001"]
+
+
 def test_auto_passes_over_what_has_failed(tmp_path):
     _, two, three = (_save(tmp_path, step) for step in (1, 2, 3))
     assert "no checkpoint is known to be good" in resuming.judge(tmp_path, 4)

@@ -1,5 +1,6 @@
 """What a run writes beside its checkpoints."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
 from m3ae_fast.errors import UserError
 from m3ae_fast.report import write_report
-from m3ae_fast.run import checkpoint, parts, throughput
+from m3ae_fast.run import checkpoint, parts, run_folder, throughput
 from m3ae_fast.run.loggers import WANDB_ID_FILE
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run import Run
@@ -65,6 +66,18 @@ def test_one_folder_is_for_one_run(tmp_path):
         folder.keep()
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
             assert "another run is using it" in other.stderr.read()
+
+
+def test_a_file_system_without_locks_of_folders_has_those_of_files(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", missing)
+    with RunFolder(tmp_path / "run") as folder:
+        other = os.fork()
+        if other == 0:
+            os._exit(int(run_folder.is_held(folder.path)))
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 1
 
 
 def test_the_lock_outlives_its_file(tmp_path):
@@ -273,14 +286,14 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
     told, looked = [], []
     for hosts, own, wait, where in (
         (["a", "c", "b"], 0.2, 0.4, {"data_wait": "b", "forward_s": "c"}),
-        (["a", "c", "b"], 0.5, 0.5, {"data_wait": "a", "forward_s": "c"}),
+        (["a", "c", "b"], 0.5, 0.5, {"data_wait": "a", "forward_s": "a"}),
         (["a"] * 3, 0.2, 0.4, {}),
     ):
         ranks = SimpleNamespace(rank=0, world=3, hosts=hosts, is_main=True, device=torch.device("cpu"))
         ranks.sum = lambda values: [values[0] * 3, *(a + b for a, b in zip(values[1:], (0, 0.1, 0.4, 0, 0.3, 0.1)))]
         schedule = SimpleNamespace(lr=lambda step: 0.1, steps_per_epoch=10, due=lambda *_: True)
         log = SimpleNamespace(log=lambda step, values, where: told.append((values, where)))
-        forward = SimpleNamespace(per_step=lambda steps: 0.2 / steps)
+        forward = SimpleNamespace(per_step=lambda steps, own=own: own / steps)
         loop = SimpleNamespace(
             step=61,
             logged=60,
@@ -299,7 +312,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
         )
         Loop.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
         values, named = told[-1]
-        assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, 0.3, where)
+        assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, max(own, 0.3), where)
         assert loop.logged == 61 and looked[-1] == 50  # steps of this attempt
 
 

@@ -16,7 +16,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from scipy.sparse.csgraph import connected_components
 
+from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.data.__main__ import main
 from m3ae_fast.data.shards import INDEX_SUFFIX
@@ -24,6 +26,8 @@ from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.shard_tools import writer
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.huggingface import HuggingFace
+from m3ae_fast.shard_tools.records import to_int
+from m3ae_fast.shard_tools.same_images import join
 from tests.helpers.shards import caption, picture
 
 
@@ -183,6 +187,23 @@ def test_as_many_are_held_out_as_come_nearest_to_the_share(samples, share, keep_
     held_out = sum(len(shard.numbers) for shard in shards if shard.name.startswith("val-"))
     assert held_out == 1 or abs(held_out - share * samples) <= 0.5
     assert sorted(numbers) == list(range(samples)) and (numbers == sorted(numbers)) == (keep_order or samples == 2)
+
+
+def test_images_that_are_one_in_either_way_are_one_also_by_way_of_others():
+    random = np.random.default_rng(0)
+    for count in (1, 2, 9, 40):
+        first, second = random.integers(0, count, (2, count))
+        joined = join(first, second)
+        same = (first[:, None] == first) | (second[:, None] == second)
+        _, expected = connected_components(same)
+        assert ((joined[:, None] == joined) == (expected[:, None] == expected)).all()
+
+
+@pytest.mark.parametrize("label", [1.5, np.float32(1.5), np.float64(1.5), np.nan, np.float32("inf"), "a", "1.0"])
+def test_a_label_is_a_whole_number(label):
+    assert [to_int(number) for number in (3, 3.0, np.float32(3), np.int8(3), "3", None)] == [3] * 5 + [None]
+    with pytest.raises(BadSample, match="is not a whole number"):
+        to_int(label)
 
 
 def test_small_jpegs_stay_as_they_are(tmp_path):

@@ -26,7 +26,8 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.transfer.corruptions import KINDS, SEVERITIES, Corruption
 from m3ae_fast.transfer.corruptions.blur import trail
 from m3ae_fast.transfer.corruptions.digital import saturate
-from m3ae_fast.transfer.robustness import _start, corruption_errors, pgd
+from m3ae_fast.transfer.predictions import Predictions
+from m3ae_fast.transfer.robustness import _result, _start, corruption_errors, pgd
 from tests.helpers.labelled import NAMES, coloured
 from tests.test_stop_and_stall import program
 from tests.transfer.conftest import settings
@@ -150,12 +151,28 @@ def test_corruptions_are_what_they_were():
     assert {kind: own.tolist() for kind, own in zip(KINDS, apart) if own.max() > 3} == {}
 
 
+def test_an_image_of_a_few_pixels_is_corrupted_too():
+    image = torch.randint(256, (3, 2, 3), dtype=torch.uint8)
+    assert {Corruption(kind, 5)(image, 0).shape for kind in KINDS} == {image.shape}
+
+
 def test_corruption_errors_are_plain_means():
     found = corruption_errors({"fog": [0.5, 0.7], "frost": [0.9, 0.9]}, clean=0.95)
     assert found["corruption_error"] == pytest.approx({"fog": 0.4, "frost": 0.1})
     assert found["mean_corruption_error"] == pytest.approx(0.25)
     assert found["relative_mean_corruption_error"] == pytest.approx(0.2)
     assert found["procedural"] == ["frost"]
+
+
+def test_accuracies_are_in_the_order_of_the_severities_that_were_asked_for():
+    def right(count):
+        return Predictions([""] * 10, torch.zeros(10), (torch.arange(10) >= count)[:, None].long(), torch.ones(10))
+
+    found = {"clean": right(9), "fog 5": right(2), "fog 1": right(8), "fog 3": right(4)}
+    config = RobustnessConfig(epsilons=[], corruptions=["fog"], severities=[5, 1, 3])
+    assert _result(config, found)["corruptions"] == {"fog": [0.2, 0.8, 0.4]}
+    del found["fog 3"]
+    assert "corruption_error" not in _result(config, found)
 
 
 def test_brightness_and_saturation_are_those_of_hsv():
