@@ -44,6 +44,8 @@ def adopted(environment):
     (SLURM | {"SLURM_JOB_NODELIST": "login1,gpu[003-065]"}, ("502", "508", "6", "6", "gpu003")),  # the job has more
     (OMPI, ("3", "4", "3", "4", "127.0.0.1")),
     (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NODELIST": "b1,b2"}, ("3", "4", "3", "2", "b1")),
+    # mpirun has its daemons started by srun, one on each node
+    (OMPI | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0"}, ("3", "4", "3", "4", "127.0.0.1")),
     (PMI, ("1", "2", "0", "1", "head")),
 ])  # fmt: skip
 def test_a_launchers_words_are_understood(environment, told):

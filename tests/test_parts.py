@@ -87,6 +87,13 @@ def test_any_elements_of_a_tensor_are_read_from_whoever_wrote_them(tmp_path, wor
                 assert torch.equal(state.read(name, start, stop - start), tensor.flatten()[start:stop])
 
 
+def test_ranks_may_have_their_pieces_in_any_order(tmp_path):
+    path, *_ = save_parts(tmp_path, [cut(STATE, rank, 3) for rank in (2, 0, 1)])
+    state = checkpoint.open_state(path)
+    for name, tensor in STATE.items():
+        assert torch.equal(state.whole(name), tensor)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("world", [1, 2, 5, 80])
 def test_torch_distributed_checkpoint_reads_what_ranks_wrote(tmp_path, world):

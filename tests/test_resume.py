@@ -320,6 +320,8 @@ def test_the_fingerprint_sees_all_that_a_source_is(tmp_path):
     halves = [_fingerprint(tmp_path, [base[0] | a, base[1] | b]) for a, b in (({"caption_fraction": 0.5}, {}),
               ({}, {"caption_fraction": 0.5}), ({"caption_fraction": 0.5000001}, {}))]  # fmt: skip
     assert len({half["data.train"] for half in halves}) == 3
+    cuts = [_fingerprint(tmp_path, [{"shards": a}, {"shards": b}]) for a, b in (([one, two], one), (one, [two, one]))]
+    assert cuts[0]["data.train"] != cuts[1]["data.train"]
     labelled = [_fingerprint(tmp_path, base[:1], labels) for labels in ([0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 1, 0])]
     assert labelled[0]["data.train.labels"] != labelled[1]["data.train.labels"]
 

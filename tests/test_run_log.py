@@ -291,7 +291,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
     ):
         ranks = SimpleNamespace(rank=0, world=3, hosts=hosts, is_main=True, device=torch.device("cpu"))
         ranks.sum = lambda values: [values[0] * 3, *(a + b for a, b in zip(values[1:], (0, 0.1, 0.4, 0, 0.3, 0.1)))]
-        schedule = SimpleNamespace(lr=lambda step: 0.1, steps_per_epoch=10, due=lambda *_: True)
+        schedule = SimpleNamespace(lr=lambda step: step / 10, steps_per_epoch=10, due=lambda *_: True)
         log = SimpleNamespace(log=lambda step, values, where: told.append((values, where)))
         forward = SimpleNamespace(per_step=lambda steps, own=own: own / steps)
         loop = SimpleNamespace(
@@ -313,6 +313,7 @@ def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest
         Loop.log_step(loop, [PackedLosses(torch.tensor(2.0))], torch.tensor(1.0))
         values, named = told[-1]
         assert (values["loss"], values["data_wait"], values["forward_s"], named) == (2.0, wait, max(own, 0.3), where)
+        assert (values["lr"], values["epoch"]) == (6.0, 6.1)  # the rate that the step just taken had
         assert loop.logged == 61 and looked[-1] == 50  # steps of this attempt
 
 

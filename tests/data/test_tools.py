@@ -126,7 +126,9 @@ def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(writer, "as_member", lambda *arguments: pytest.fail("converted again"))
         assert make("from-folder", pictures, out, "--samples-per-shard", "3") == 0
-    for change in (["--short-side", "20"], ["--flat"]):
+    for change in (["--short-side", "20"], ["--flat"], []):
+        if not change:  # what it says was cut short
+            os.truncate(out / "conversion.json", 99)
         assert make("from-folder", pictures, out, "--samples-per-shard", "3", *change) == 2
         assert "holds another conversion" in capsys.readouterr().err
 

@@ -37,12 +37,16 @@ def test_votes_are_those_of_scikit_learn():
 def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
     scores = knn_scores(torch.eye(3), torch.arange(3), torch.eye(3), 3, 20, 1e-3)
     assert scores.isfinite().all()
+    assert (
+        knn_scores(torch.eye(3), torch.arange(3), torch.tensor([[1.0, 0, 0], [1, 1, 1]]), 3, 1, 1e-3).sum(1).min() == 1
+    )
     assert topk_accuracy(best_classes(scores), torch.arange(3)) == {"top1": 1.0}
 
 
 def test_accuracies_are_shares_of_the_best_scores():
     scores = torch.arange(8.0).expand(4, 8)
     assert topk_accuracy(best_classes(scores), torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
+    assert [best_classes(torch.eye(classes)).shape[1] for classes in (5, 6)] == [1, 5]  # of five all would be right
 
 
 def test_colours_are_told_apart(transfer, run, tmp_path):
