@@ -295,7 +295,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
 
     with pytest.raises(UserError, match="no shard"):
         OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, None, [], None).main_first(work)
-    assert bool(done) == runs and len(turns) == 1 + failing  # it is known as soon as it has happened
+    assert done == [rank] * runs and len(turns) == 1 + failing  # it is known as soon as it has happened
 
 
 def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):

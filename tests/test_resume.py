@@ -417,6 +417,15 @@ def test_keep_never_removes_the_last_good_one(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.saved_steps(tmp_path)] == [4, 5]
 
 
+def test_what_a_killed_process_was_writing_or_removing_goes_with_the_next_save(tmp_path):
+    for name in (".writing-00000007-1", ".removing-step-00000001", "step-00000002"):
+        (checkpoint.folder(tmp_path) / name).mkdir(parents=True)
+        (checkpoint.folder(tmp_path) / name / STATE_FILE).touch()
+    _save(tmp_path, 2)
+    assert [path.name for path in checkpoint.folder(tmp_path).iterdir()] == ["step-00000002"]
+    assert checkpoint.saved_steps(tmp_path)
+
+
 def test_what_is_set_aside_again_takes_the_place_of_the_last_time(tmp_path):
     for number in range(2):
         for step in (1, 2 + number, 5):

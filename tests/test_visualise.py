@@ -1,5 +1,6 @@
 """What `visualise` draws is what the model does."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from m3ae_fast.pictures import attention, reconstructions
 from m3ae_fast.pictures.attention import _laid_over, attention_to_patches
 from m3ae_fast.pictures.training import draw_training
 from m3ae_fast.run import checkpoint
-from m3ae_fast.visualise import main
+from m3ae_fast.visualise import _look, main
 from tests.helpers.attention import attend
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
@@ -99,6 +100,16 @@ def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypa
     info.write_text(info.read_text().replace('"seed": 42', '"seed": 7'))
     main([str(run), "--pictures", "3"])
     assert not all(torch.equal(one.image_mask, other.image_mask) for one, other in zip(drawn[0], drawn[2]))
+
+
+def test_blocks_and_heads_are_counted_from_1():
+    def look(layer=None, head=None):
+        return tuple(_look(Namespace(layer=layer, head=head), SIZES))
+
+    assert [look(), look(1), look(2, 1), look(head=4)] == [(1, None), (0, None), (1, 0), (1, 3)]
+    for wrong in ((0, 1), (3, 1), (1, 0), (1, 5)):
+        with pytest.raises(UserError, match=r"the encoder has [24], counted from 1"):
+            look(*wrong)
 
 
 def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
