@@ -53,6 +53,14 @@ def test_true_pixels_as_predictions_give_the_image_again():
         assert torch.equal(_cut(masked, 4)[~mask], _cut(image, 4)[~mask])
 
 
+def test_an_even_patch_is_rebuilt_as_what_it_is():
+    """Relative to a patch whose values do not spread."""
+    sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
+    image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
+    *_, rebuilt = _images(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
+    assert torch.equal(rebuilt, image)
+
+
 def test_right_words_are_green_and_wrong_ones_red():
     shown = caption_views(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), {1: 5, 2: 7}, None)
     assert shown["caption"] == [("4", BLACK), ("5", BLACK), ("6", BLACK)]

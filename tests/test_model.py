@@ -322,6 +322,7 @@ def test_activation_checkpointing_changes_no_gradient(dropped):
     """What is dropped in the forward pass is dropped when it is computed again."""
     model = make_model(TINY.model_copy(update=dropped)).train()
     batch = pack(MIXED, model.geometry)
+    assert not (model.encoder.checkpointing or model.decoder.checkpointing)
     grads = []
     for checkpointing in (False, False, True):
         model.zero_grad()

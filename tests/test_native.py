@@ -200,6 +200,7 @@ def test_the_model_remembers_what_data_says_of_sizes():
     kept = model(sizes, emb_dim=64)
     assert (kept.resize, kept.max_patches, kept.min_patches, kept.emb_dim) == ("native", 12, 3, 64)
     assert model({}, **sizes) == model(sizes) == model(sizes, **sizes)
+    assert model(sizes | {"min_patches": 12}).min_patches == 12
     with pytest.raises(
         UserError, match=r"data\.max_patches is 12, but model\.max_patches 9: give data\.max_patches alone"
     ):

@@ -68,6 +68,7 @@ def test_results_have_errors_and_chance(run):
     (run / "probe/result.json").write_text(json.dumps(result))
     write_report(run, run / "report.html")
     page = (run / "report.html").read_text()
+    assert "<table><tr><th>task</th><th>model</th><th>metric</th><th>value</th><th>chance</th></tr><tr><td>" in page
     row = "<tr><td>knn</td><td>random weights of &lt;run&gt;</td><td>{}</td>" + 2 * '<td class="number">{}</td>'
     assert row.format("top1", "50.0% ± 5.1%", "10.0%") in page
     assert row.format("top5", "100.0% ± 1.0%", "50.0%") in page

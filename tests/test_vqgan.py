@@ -58,6 +58,10 @@ def samples(count, ids=None):
     return found
 
 
+def test_the_defaults_are_the_sizes_of_the_published_tokenizer():
+    assert VQGANConfig() == VQGANConfig(128, 2, (1, 1, 2, 2, 4), 256, 1024)
+
+
 def test_it_is_the_official_tokenizer():
     compared = list(quantities(Golden.load(GOLDEN), torch.device("cpu"), torch.float32))
     assert len(compared) == 8

@@ -314,12 +314,16 @@ def test_a_shard_that_changes_under_way_is_noticed(tmp_path, store):
 
 def test_long_captions_are_cut_within_utf8(tmp_path, store):
     files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
+    files += [
+        ("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)
+    ]  # whose last four bytes are too many for a part of a letter
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "ü" * 32768
     assert reader.read(0, 1).caption == "x" + "ü" * 32767
-    with pytest.raises(BadSample, match="UTF-8"):
-        reader.read(0, 2)
+    for row in (2, 3):
+        with pytest.raises(BadSample, match="UTF-8"):
+            reader.read(0, row)
 
 
 def test_a_size_in_a_pax_record_counts(tmp_path, store):

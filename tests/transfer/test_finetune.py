@@ -207,7 +207,7 @@ def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
     torch.testing.assert_close(labels.sum(1), torch.ones(31))
     torch.testing.assert_close(mixed.images[30], plain[30])  # whose partner is elsewhere
     assert labels[30].tolist() == [1, 0, 0]
-    shares = set()
+    shares, covered = set(), torch.zeros(batch.images.shape[-2:], dtype=torch.bool)
     for row in range(30):
         partner = row ^ 1
         own = labels[row, row % 3].item()  # neighbours are of other classes
@@ -220,11 +220,12 @@ def test_neighbours_are_mixed_and_labels_have_the_same_weights(mixup, cutmix):
         same = (mixed.images[row] == plain[row]).all(0)
         assert same.double().mean().item() == pytest.approx(own, abs=1e-6)
         assert torch.equal(mixed.images[row][:, ~same], plain[partner][:, ~same])
-        taken = (~same).nonzero()
+        taken, covered = (~same).nonzero(), covered | ~same
         if len(taken):  # a rectangle
             sides = taken.max(0).values - taken.min(0).values + 1
             assert sides.prod() == len(taken)
     assert len(shares) >= 8
+    assert mixup or all(edge.any() for edge in (covered[0], covered[-1], covered[:, 0], covered[:, -1]))
 
 
 def test_what_is_mixed_depends_on_the_place_in_the_stream_alone():
