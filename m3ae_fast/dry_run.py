@@ -71,7 +71,7 @@ def report(config: Config, world: int | None = None, *, data: bool = True, sizes
             "batch",
             f"{config.train.global_batch} = {world} GPUs x {micro} samples x {accumulation} accumulated"
             + (" at most" if micro * world * accumulation != config.train.global_batch else "")
-            + (" (train.micro_batch is a maximum)" if micro != config.train.micro_batch else ""),
+            + (" (train.micro_batch is a maximum)" if micro != (config.train.micro_batch or micro) else ""),
         ),
         *([] if grids is None else _images(batch, micro)),
         ("network", _network(config, parameters, world, accumulation, rate)),

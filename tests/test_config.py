@@ -18,7 +18,7 @@ from m3ae_fast.config.__main__ import main as write_page
 from m3ae_fast.config.__main__ import train_page, transfer_page
 from m3ae_fast.data import ShardStore, open_corpus, open_data
 from m3ae_fast.data.manifest import KINDS, rows_of, write
-from m3ae_fast.dry_run import _fetching, _images, _memory_table, network_bytes
+from m3ae_fast.dry_run import _fetching, _images, _memory_table, network_bytes, report
 from m3ae_fast.engine.needs import zero_bytes
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.errors import UserError, exit_cleanly
@@ -296,6 +296,12 @@ def test_dry_run(path, capsys):
         assert number in out
     recomputed = "a GPU without room for them keeps 62%" if path.stem == "large" else "a GPU without room for them"
     assert (recomputed in out) == (path.stem not in ("huge", "quickstart"))
+
+
+@pytest.mark.parametrize(("micro", "split"), [(None, "1 GPUs x 16 samples"), (4, "4 GPUs x 4 samples")])
+def test_a_dry_run_is_of_as_many_gpus_as_a_step_without_accumulation_takes(capsys, micro, split):
+    report(parse(Config, TINY | {"train": TINY["train"] | {"micro_batch": micro}}, "test"), data=False)
+    assert f"16 = {split} x 1 accumulated\n" in capsys.readouterr().out
 
 
 def test_the_table_of_memory_is_of_all_ranks_and_every_stage():

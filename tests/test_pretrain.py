@@ -600,6 +600,15 @@ def test_a_pace_is_measured_with_as_large_a_batch_as_six_steps_of_it_fit_the_tim
     assert tried == trials
 
 
+def test_the_time_of_a_step_goes_from_the_end_of_the_one_before(monkeypatch):
+    clock = iter((100.0, 101.5, 104.0))
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    engine = SimpleNamespace(step=lambda *_: (None, torch.tensor(1.0)))
+    run = SimpleNamespace(inputs=lambda: [SimpleNamespace(device=[])] * 2, engine=engine, step=0)
+    run.step_counts, run.schedule = lambda inputs: 1, SimpleNamespace(lr=lambda step: 0.0)
+    assert list(pace._times(run)) == [1.5, 2.5] and run.step == 2
+
+
 def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
     """After the warm-up: the first ones are faster, on what was loaded ahead."""
     times = [9.0, 9.0, *[0.001] * 25, *[0.002] * 25]

@@ -149,7 +149,9 @@ def test_a_rank_beats_while_something_of_it_moves_and_no_longer(monkeypatch):
     judged.busy = set()
     with judged.pulse.waiting():
         assert judged.beats(50) > 45
+        assert judged.store.get("beat 0").endswith(b" step")
     assert judged.beats(50) <= 1
+    assert judged.store.get("beat 0").endswith(b" starting")  # it is not at that step any more
     judged.busy = {"self"}
     judged.pulse.mark("waiting for its loader", loading=True)
     assert judged.beats(50) <= 1

@@ -151,7 +151,8 @@ def test_one_of_two_captions_that_differ_in_case_can_be_named(tmp_path):
 def test_a_tsv_that_quotes_half_a_row_is_refused_by_row(tmp_path):
     table = tmp_path / "captions.tsv"
     assert "row 2" in error(table, 'image\tcaption\n0.jpg\t"a dog\nrunning"\n')
-    assert "row 1" in error(table, "image\tcaption\n0.jpg\ta dog\trunning\n")
+    for fields in ("a dog\trunning", '"a dog"s\trunning', 'a "dog\trunning'):
+        assert "row 1" in error(table, f"image\tcaption\n0.jpg\t{fields}\n")
     table.write_text(
         'image\tcaption\n0.jpg\t"a\tdog"\n1.jpg\t"quoth"\n2.jpg\t"""so"" it said"\n3.jpg\t5" wide\n4.jpg\t""\n'
     )

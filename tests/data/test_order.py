@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 from itertools import pairwise
 
@@ -48,6 +49,8 @@ def test_the_order_is_what_it_was():
     """A changed order would make resumed runs differ from those of an older version."""
     assert hash64(1, 2, 3) == 15020427595393229491
     assert permutation(8, 42).tolist() == [4, 6, 7, 1, 3, 5, 0, 2]
+    long = permutation(300_000, 7).astype("<i8")  # in which single bits decide
+    assert hashlib.sha256(long.tobytes()).hexdigest()[:12] == "5f8447cbbcd9"
     order = Order([[5, 6], [4]], None, 2, 7)
     known = {0: (0, 0, 6), 1: (1, 0, 0), 2: (0, 0, 2), 14: (0, 0, 10), 15: (1, 1, 2), 16: (1, 1, 0)}
     assert {position: order.locate(position) for position in known} == known

@@ -35,6 +35,13 @@ def seen(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_asks_where_its_result_goes(task, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([task, "model", "--train", "a.tar", "--val", "b.tar"])
+    assert "required" in (said := capsys.readouterr().err) and "--out" in said.partition("required")[2]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "attentive", "finetune"])
 def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task, precision):

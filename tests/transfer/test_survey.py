@@ -1,5 +1,7 @@
 """Probes by layer and by shots: one pass over the images, and what a probe of its own would give."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.open_model import open_model
+from m3ae_fast.transfer import survey
 from m3ae_fast.transfer.significance import interval, mean_accuracy
 from m3ae_fast.transfer.survey import chosen_layers, few_shot
 from tests.helpers.labelled import NAMES, coloured
@@ -139,3 +142,22 @@ def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch
     with pytest.raises(UserError, match=told):
         transfer("attentive")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "shots", "file", "lines"),
+    [
+        ((3, 6), (None,), "depth.png", {"all samples": [(3, 30, 1), (6, 60, 1)]}),
+        ((3, 6), (1, 5), "depth.png", {"shots 1": [(3, 31, 1), (6, 61, 1)], "shots 5": [(3, 35, 1), (6, 65, 1)]}),
+        ((6,), (1, 5), "shots.png", {"layer 6": [(1, 61, 1), (5, 65, 1)]}),
+        ((6,), (5,), None, None),
+    ],
+)  # fmt: skip
+def test_accuracies_are_drawn_by_depth_or_of_one_layer_by_shots(tmp_path, monkeypatch, layers, shots, file, lines):
+    drawn = []
+    monkeypatch.setattr(survey, "draw_accuracies", lambda *what: drawn.append(what))
+    rows = [
+        {"layer": layer, "shots": of, "top1": 10 * layer + (of or 0), "top1_se": 1} for layer in layers for of in shots
+    ]
+    survey._draw(SimpleNamespace(out=tmp_path), rows)
+    assert [(path.name, points) for path, points, _ in drawn] == ([(file, lines)] if file else [])
