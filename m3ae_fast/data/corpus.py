@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,14 @@ class Corpus:
     def ignored(self) -> str:
         """Return what nothing reads in the shards, such as "12 .mp4, 3 .seg.png"; empty where there is none."""
         return describe_ignored([shard for source in self.sources for shard in source.indexed])
+
+    def shared_with(self, other: Corpus) -> list[str]:
+        """Return the shards that another corpus has too, however their paths are written; none of a manifest's."""
+        own, theirs = (
+            {os.path.realpath(shard.shard): shard.shard for source in corpus.sources for shard in source.indexed}
+            for corpus in (self, other)
+        )
+        return sorted(own[path] for path in own.keys() & theirs)
 
     @property
     def sizes(self) -> list[np.ndarray]:

@@ -50,11 +50,7 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
             notes.append(f"data.{name}: members of its shards that nothing reads: {corpus.ignored}")
-    trained, held = (
-        [shard.shard for source in corpus.sources for shard in source.indexed] if corpus else []
-        for corpus in (data.train, data.val)
-    )
-    if shared := sorted({*trained} & {*held}):
+    if shared := data.val.shared_with(data.train) if data.val else []:
         notes.append(
             f"data.val: {len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'} trained on too, such as "
             f"{shared[0]}: no loss of an evaluation tells what the model makes of samples it has not seen"

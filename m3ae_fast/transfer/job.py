@@ -79,6 +79,9 @@ class Job:
             labelled.append(found)
             self.say(f"{found.samples:,} of {corpus.samples:,} samples have one of {len(classes)} classes")
         assert classes is not None
+        if shared := val.shared_with(train):
+            parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
+            self.say(f"note: --val: {parts} in --train too, such as {shared[0]}: no accuracy is of unseen samples")
         self.names = class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 

@@ -147,7 +147,7 @@ def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
         return found[0].accuracies()
     top1, error = mean_accuracy(np.stack([predictions.correct_N.numpy() for predictions in found]))
     low, high = interval([predictions.accuracies()["top1"] for predictions in found])
-    return {"top1": top1, f"top1{ERROR}": error, "draws": len(found), "low": low, "high": high}
+    return {"top1": top1, f"top1{ERROR}": error, "draws": len(found), "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
 def _name(case: Case) -> str:

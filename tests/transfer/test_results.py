@@ -1,6 +1,7 @@
 """What a task has found is kept, whatever its pictures come to, and pictures show any name as it is."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,17 @@ def test_names_are_drawn_as_they_are(tmp_path, texts):
     texts.clear()
     draw_confusion(tmp_path / "confusion.png", labels_N, labels_N, ODD)
     assert set(ODD) <= set(texts)
+
+
+def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypatch, capsys):
+    """However their paths are written."""
+    train, val = map(Path, shards)
+    transfer("knn", "--labels", "json.name")
+    assert "--val: " not in capsys.readouterr().out
+    monkeypatch.chdir(train.parent)
+    transfer("knn", "--labels", "json.name", train=str(train), val=f"./{train.name}", out="again")
+    said = capsys.readouterr().out
+    assert f"note: --val: 1 of its shards is in --train too, such as ./{train.name}: no accuracy is of unseen" in said
 
 
 def test_a_task_on_classes_of_any_name_ends_with_result_and_pictures(transfer, tmp_path):
