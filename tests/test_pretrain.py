@@ -205,6 +205,29 @@ def test_a_run_folder_that_was_moved_goes_on_where_it_is(tmp_path, monkeypatch):
     assert checkpoint.locate(tmp_path / "run") == last
 
 
+def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
+    """That of the other may have begun to train while this one was choosing."""
+    photos, run = make_pictures(tmp_path / "photos", each=2, captions=False), tmp_path / "run"
+    child = []
+
+    def hold(*_):
+        run.mkdir(exist_ok=True)
+        code = (
+            "import pathlib; from m3ae_fast.run.run_folder import RunFolder\n"
+            f"held = RunFolder(pathlib.Path({str(run)!r})); print(flush=True); input()"
+        )
+        command = [sys.executable, "-c", code]
+        child.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()))
+        child[0].stdout.readline()
+        return SimpleNamespace(config=None, lines=[])
+
+    monkeypatch.setattr(program, "choose", hold)
+    with pytest.raises(UserError, match="another run is using it"):
+        pretrain(photos, run, hours=0.001)
+    child[0].communicate(b"\n")
+    assert not (run / "config.json").exists()
+
+
 def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
     run, measured = tiny_run(tmp_path / "run"), []
 

@@ -18,6 +18,7 @@ from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.report import REPORT_FILE, write_report
+from m3ae_fast.run.run_folder import is_held
 from m3ae_fast.status import status
 from m3ae_fast.whole_file import write_whole
 
@@ -119,6 +120,8 @@ def _configured(
     said = (note if note.startswith(" ") else f"note: {note}" for note in [*shards.notes, *notes])  # some have examples
     print("\n".join([*plan.lines, *said]), flush=True)
     if not dry_run:
+        if is_held(out):  # by another call that has chosen meanwhile
+            raise UserError(f"--out {out}: another run is using it; choose another folder")
         write_whole(path, json.dumps(plan.config.model_dump(mode="json"), indent=2) + "\n")  # defaults too
         print(f"{path} has all settings; --set section.key=value changes one", flush=True)
     return plan.config
