@@ -29,7 +29,7 @@ from m3ae_fast.command_line import (
 )
 from m3ae_fast.config.__main__ import settings_help
 from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.errors import UserError, exit_cleanly, library
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.model.m3ae import M3AE
@@ -54,6 +54,7 @@ class Task(NamedTuple):
 
 
 DIFFERENCE = "difference"
+_NEED_SCIPY = ("compare", "robustness", DIFFERENCE)  # for tests, intervals, corruptions
 TASKS = {
     "knn": Task("k-nearest-neighbour accuracy of frozen features", surveys=True, sections=("encode", "knn")),
     "linear": Task(
@@ -207,6 +208,9 @@ def _module(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    shots = getattr(args, "shots", None)
+    if shots or args.task in _NEED_SCIPY:  # told before any work is done
+        library("scipy", f"{'--shots' if shots else args.task} needs SciPy: pip install 'm3ae-fast[transfer]'")
     if args.task == DIFFERENCE:
         from m3ae_fast.transfer.difference import compare_results
 

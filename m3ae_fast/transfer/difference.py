@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, library
 from m3ae_fast.parquet import read_parquet
 from m3ae_fast.transfer.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.transfer.predictions import FILE
@@ -25,6 +25,7 @@ def compare_results(folders: Sequence[Path]) -> str:
     where one has no predictions of classes, or they are not of the same samples."""
     first, second = (read_parquet(folder / FILE) for folder in folders)
     if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
+        library("sklearn", "two results of ood need scikit-learn: pip install 'm3ae-fast[transfer]'")
         return _compare_areas(folders, first, second)
     ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
     _require_same(folders, ours.keys(), theirs.keys())
