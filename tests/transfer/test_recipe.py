@@ -84,5 +84,7 @@ def test_accuracy_that_still_rises_is_told_from_noise():
     assert rising(rise, 64) == pytest.approx(0.1)
     assert rising(rise, 1) == 0.0, "ten samples say nothing"
     assert rising([{"step": i, "accuracy": 0.5 + i / 10_000} for i in range(40)], 4096) == 0.0
+    little = [{"step": i, "accuracy": 0.53 if i >= 30 else 0.5} for i in range(40)]  # one and a half errors, or three
+    assert (rising(little, 125), rising(little, 500)) == (0.0, pytest.approx(0.03))
     assert rising([*rise[:3], {"step": 4, "val_top1": 1.0}], 64) == 0.0
     assert rising(rise[::-1], 64) == 0.0
