@@ -190,7 +190,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     assert "config.json is used as it is" in capsys.readouterr().out
 
 
-def test_a_run_folder_that_was_moved_goes_on_where_it_is(tmp_path, monkeypatch):
+def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
     """Its config has the path that it had, perhaps one from another folder."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]

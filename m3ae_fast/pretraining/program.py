@@ -70,7 +70,7 @@ def pretrain(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
     table_of_captions = None if captions is None else Path(captions)
-    here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the folder may have been moved, or named from elsewhere
+    here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the folder may be a copy, or named from elsewhere
     config = _configured(str(source), out, hours, table_of_captions, val, labels, here, image_range, dry_run)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
