@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import Sample, pack
@@ -14,7 +15,7 @@ from m3ae_fast.config import DataConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.encoding import encode_corpus
+from m3ae_fast.encoding import check_skipped, encode_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
@@ -231,3 +232,11 @@ def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run,
         encode_corpus(model, corpus, data, EncodeConfig(), ranks, patches=part == "patches")
     with pytest.raises(UserError, match="1 of 2 samples have features that are not finite, such as number 1; the"):
         model.encode(images=list(images(2)))
+
+
+def test_as_many_samples_may_be_bad_as_is_said_but_not_all():
+    bad = Skipped("a.tar", "0", "broken")
+    check_skipped([bad] * 2, 10, 0.2)
+    for count, samples, most in ((3, 10, 0.2), (1, 10, 0.0), (10, 10, 1.0)):
+        with pytest.raises(UserError, match=f"{count} of {samples} samples cannot be used"):
+            check_skipped([bad] * count, samples, most)
