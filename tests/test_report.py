@@ -2,14 +2,16 @@
 
 import json
 import re
+from io import BytesIO
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from m3ae_fast.errors import UserError
-from m3ae_fast.pictures.curves import LEARNING, RUNNING, draw_charts
+from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, Line, draw_charts
 from m3ae_fast.report import main, write_report
 from m3ae_fast.run.checkpoint import Info
 
@@ -165,3 +167,11 @@ def test_mistakes(run, tmp_path):
     with pytest.raises(UserError, match="holds no step"):
         write_report(run, tmp_path / "page.html")
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_training_loss_of_one_step_is_seen():
+    """As a point, since it makes no line."""
+    metrics = {"run": [{"step": 1, "loss": 1.0}]}
+    ((_, png),) = draw_charts([Chart("Loss", "", [Line("loss", "training", "#ff0000")])], metrics)
+    red, green, _ = np.asarray(Image.open(BytesIO(png)).convert("RGB"), dtype=int).transpose(2, 0, 1)
+    assert (red - green > 200).any()

@@ -66,7 +66,7 @@ def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterato
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
         axes = figure.add_subplot()
         for label, colour, points in _curves(chart, runs):
-            marker = "o" if len(points) < 30 and label != "training" else ""
+            marker = "o" if len(points) < 2 or (len(points) < 30 and label != "training") else ""  # one is no line
             axes.plot(*zip(*points), label=label, color=colour, marker=marker, markersize=3, linewidth=1.4)
         if not axes.lines:
             continue
