@@ -1,11 +1,13 @@
 """The trainer on a GPU that is not there learns what it learns on the CPU."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from m3ae_fast.environment import settle_libraries
 from m3ae_fast.train import main
 from tests.helpers.trainer import TINY
 from tests.rehearsal.fake_cuda import FakeCuda
@@ -42,6 +44,16 @@ def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, exp
     np.testing.assert_allclose(first, expected, rtol=1e-4)
     assert "on 1 x cuda" in (out := capsys.readouterr().out) and "FusedAdam" in out
     assert cuda.events[0] == "set_device cuda:0" and "current waits for side" in cuda.events
+
+
+def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
+    """Unless the user set something, by the name of today or the older one."""
+    for given in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None):
+        environment = {given: "theirs"} if given else {}
+        monkeypatch.setattr(os, "environ", environment)
+        settle_libraries()
+        assert environment.get(given or "PYTORCH_ALLOC_CONF") == ("theirs" if given else "expandable_segments:True")
+        assert len(environment) == 3  # with those of threads and of pages
 
 
 def test_a_machine_that_triton_cannot_build_on_is_told(tmp_path, monkeypatch, cuda):
