@@ -248,6 +248,11 @@ def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
     assert evaluation.evaluate(config)["linear"][evaluation.RUN] == {"top1": 7}
     assert not (run / "map.png").exists() and not (run / "results/linear/checkpoints").exists()
+    (run / "results").rename(tmp_path / "elsewhere")
+    (run / "results").symlink_to(tmp_path / "elsewhere")
+    save(run, {"model/a": torch.zeros(1)}, replace(info, step=3))
+    with pytest.raises(UserError, match="results: cannot be replaced"):
+        evaluation.evaluate(config)
 
 
 def test_each_accuracy_stands_below_the_name_of_its_network():

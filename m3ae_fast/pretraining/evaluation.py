@@ -75,7 +75,7 @@ def _forget_other_weights(run: Path) -> None:
             shutil.rmtree(mark.parent)
         (run / MAP).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be replaced ({error.strerror})") from None
+        raise UserError(f"{error.filename or mark.parent}: cannot be replaced ({error.strerror or error})") from None
     write_whole(mark, now)
 
 
