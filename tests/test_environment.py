@@ -1,4 +1,4 @@
-"""What is set before libraries look for it: a home folder for users without one, and how torch waits and allocates."""
+"""Settings must be there before libraries look for them: a home folder, and how torch waits and allocates."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ STARTS = {
 
 
 def _set(start, **given):
-    """What is set when torch is imported, or at the end."""
+    """Return the variables as they are when torch is imported, or else at the end."""
     program = f"""
 import json, os, sys
 class Torch:

@@ -71,7 +71,7 @@ def test_runs_are_drawn_beside_each_other(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_samples_may_lack_a_class_that_others_have(runs, tmp_path, monkeypatch):
-    """As a few that are held out do."""
+    """Draw a few held-out samples, whose class numbers have gaps."""
     given = []
     monkeypatch.setattr(feature_map, "draw_map", lambda *args: given.append(args))
     shards = labelled_tar(tmp_path / "val.tar", [1, 2, 4, 5, 7])

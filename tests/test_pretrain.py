@@ -206,7 +206,7 @@ def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
 
 
 def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
-    """That of the other may have begun to train while this one was choosing."""
+    """Refuse to write a config over one that another call began to train with meanwhile."""
     photos, run = make_pictures(tmp_path / "photos", each=2, captions=False), tmp_path / "run"
     child = []
 

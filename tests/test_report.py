@@ -170,7 +170,7 @@ def test_mistakes(run, tmp_path):
 
 
 def test_a_training_loss_of_one_step_is_seen():
-    """As a point, since it makes no line."""
+    """Draw it as a point, since one step makes no line."""
     metrics = {"run": [{"step": 1, "loss": 1.0}]}
     ((_, png),) = draw_charts([Chart("Loss", "", [Line("loss", "training", "#ff0000")])], metrics)
     red, green, _ = np.asarray(Image.open(BytesIO(png)).convert("RGB"), dtype=int).transpose(2, 0, 1)

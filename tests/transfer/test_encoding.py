@@ -140,7 +140,7 @@ def test_images_and_texts_come_in_any_order_of_things(model):
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 def test_half_precision_is_encoded(run, precision):
-    """Of weights and of images, which autocast on a CPU does not know."""
+    """Encode float16 weights and images on a CPU, where autocast does not know float16."""
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = open_model(str(run), text=False).eval()
     expected = model.encode(pixels, precision="fp32")
