@@ -29,7 +29,7 @@ from webdataset.shardlists import expand_urls
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
 from m3ae_fast.errors import UserError
 from m3ae_fast.object_store import require
-from m3ae_fast.whole_file import is_abandoned, put_in_place
+from m3ae_fast.whole_file import is_abandoned, lock, put_in_place
 
 FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
 _KEPT_NS = 1000  # between the dates of copies that are needed one after the other
@@ -250,7 +250,7 @@ class ShardStore:
             size = size or self.room().largest
             self._make_room(size)
             out = open(partial, "x+b")  # noqa: SIM115
-            fcntl.flock(out, fcntl.LOCK_EX)
+            lock(out.fileno())
             out.truncate(size)  # a hole, which takes no blocks
         return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
 from m3ae_fast.run.loggers import show
+from m3ae_fast.run.parts import sha256
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.transfer.compare import UNTRAINED, with_error
 from m3ae_fast.transfer.job import RESULT_FILE
@@ -66,8 +66,7 @@ def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
 def _forget_other_weights(run: Path) -> None:
     """Remove the results and the map of a checkpoint that is not the run's last one."""
     mark = run / RESULTS / _MEASURED
-    info = (checkpoint.locate(run) / checkpoint.INFO_FILE).read_bytes()  # which has the weights' checksums
-    now = hashlib.sha256(info).hexdigest() + "\n"
+    now = sha256(checkpoint.locate(run) / checkpoint.INFO_FILE) + "\n"  # which has the weights' checksums
     try:
         if mark.exists() and mark.read_bytes() == now.encode():
             return
