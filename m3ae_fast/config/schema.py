@@ -111,8 +111,8 @@ class ModelConfig(Section):
     """Number of channels: 1 grey, 3 RGB, 4 RGBA; any number of bands, such as a satellite's, or depth as a fourth
     channel, from TIFF and .npy files."""
     image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
-    """How finely pixels are kept: integers from black, 0, to white, 255 or 65,535, or floats, with black 0 and white 1,
-    which may lie beyond both. `data.range` says what is black and white."""
+    """Data type of pixels: integers from black, 0, to white, 255 or 65,535, or floats, with black 0 and white 1, which
+    may lie beyond both. `data.range` says what is black and white."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
     """Mean of pixels in units in which black is 0 and white 1, one value per channel. The default is CC12M's."""
     image_std: Channels = (0.3207, 0.3169, 0.3307)
@@ -283,14 +283,14 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """The text tokenizer: a tokenizer.json, a BERT vocab.txt or a hub name; null: without captions."""
     range: Range | None = None
-    """Of images of more than 8 bits: the values that are black and white, such as [0, 4095], or `dtype`, the lowest and
+    """Values that are black and white in images of more than 8 bits, such as [0, 4095], or `dtype`, the lowest and
     highest of the file's type (of floats 0 and 1); null: the model's, or else none is read."""
     resize: Literal["square", "native"] | None = None
     """Shape of images: sets `model.resize`, which the model remembers; null: what that says."""
     max_patches: Size | None = None
-    """Of native images: sets `model.max_patches`; null: what that says."""
+    """Maximum number of patches of a native image: sets `model.max_patches`; null: what that says."""
     min_patches: Size | None = None
-    """Of native images: sets `model.min_patches`; null: what that says."""
+    """Minimum number of patches of a native image: sets `model.min_patches`; null: what that says."""
     show_channels: Annotated[tuple[int, int, int], Strict(False)] | None = None
     """Channels that pictures show as red, green and blue, from 0; null: the first three of 3 or 4, else the first as
     grey."""
