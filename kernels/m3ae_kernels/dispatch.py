@@ -38,9 +38,12 @@ def choose_impl(impl: str, device: torch.device) -> str:
     return _on_gpu(device) if device.type == "cuda" else "torch"
 
 
-@torch.compiler.assume_constant_result
 def _on_gpu(device: torch.device) -> str:
     return _best_on_gpu(device)
+
+
+# as torch.compiler.assume_constant_result does, which imports torch._dynamo: that takes longer than to import torch
+_on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -4,6 +4,8 @@ test_kernel_ops.py does."""
 import importlib
 import inspect
 import os
+import subprocess
+import sys
 
 import m3ae_kernels
 import pytest
@@ -441,3 +443,9 @@ def test_channels_last_images_are_read_where_they_lie():
             run(m3ae_kernels, case, inputs)
         copied = [e for e in record.events() if e.name in ("aten::clone", "aten::copy_") and e.input_shapes]
         assert not any(list(images.shape) in e.input_shapes for e in copied)
+
+
+def test_importing_the_library_imports_no_compiler():
+    code = "import sys, m3ae_kernels; print({'torch._dynamo', 'triton'} & {*sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout == "set()\n", ran.stderr
