@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m3ae_fast import pretrain
+from m3ae_fast import export, pretrain, visualise
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
 from m3ae_fast.engine.needs import memory_needed
@@ -36,6 +36,7 @@ from m3ae_fast.run import checkpoint, pace
 from m3ae_fast.run.pace import Pace
 from m3ae_fast.shard_tools.same_images import PIECE
 from m3ae_fast.status import status
+from m3ae_fast.train import main as start
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
@@ -203,6 +204,27 @@ def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
     assert pretrain(photos, "copied", overrides=["train.steps=2"]).finished
     assert checkpoint.locate(copied).name == "step-00000002" and os.listdir(tmp_path / "below") == ["copied"]
     assert checkpoint.locate(tmp_path / "run") == last
+
+
+def test_a_moved_run_folder_has_all_that_it_had(tmp_path, monkeypatch, capsys):
+    """Also where another run has begun at its old place, or the folder is named from elsewhere."""
+    photos = make_pictures(tmp_path / "photos", each=2)
+    overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
+    monkeypatch.chdir(tmp_path)
+    assert pretrain(photos, "run", hours=0.001, overrides=overrides).finished
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run/shards").mkdir(parents=True)
+    assert visualise.main(["moved", "--out", "drawn.png"]) == 0
+    monkeypatch.chdir(tmp_path / "moved")
+    assert export.main(["../moved", "out"]) == 0
+    assert "left out" not in capsys.readouterr().out and Path("out/tokenizer.json").exists()
+    assert pretrain(photos, ".", overrides=["train.steps=2"]).finished
+    assert checkpoint.locate(Path()).name == "step-00000002" and os.listdir(tmp_path / "run") == ["shards"]
+    config = load_config("config.json")
+    assert config.run.dir == tmp_path / "moved" == Path(config.data.tokenizer).parent
+    monkeypatch.chdir("/")
+    assert start(["--config", str(tmp_path / "moved/config.json"), "--set", "train.steps=3", "--resume", "auto"]) == 0
+    assert checkpoint.locate(tmp_path / "moved").name == "step-00000003"
 
 
 def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,26 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
         raise UserError(f"{label} {path}: is not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{label} {path}: must hold one JSON object")
+    return data
+
+
+def remembered(config: Config) -> dict[str, Any]:
+    """Return what a file in a run folder says of its config: plain JSON data, the folder from the root on."""
+    data = config.model_dump(mode="json")
+    data["run"]["dir"] = str(config.run.dir.resolve())
+    return data
+
+
+def follow(data: Any, was: Path, now: Path) -> Any:
+    """Return plain JSON data in which paths below the folder `was` are below `now`, as far as that holds such files:
+    the folder was moved, or copied with what was in it."""
+    if isinstance(data, dict):
+        return {key: follow(value, was, now) for key, value in data.items()}
+    if isinstance(data, list):
+        return [follow(value, was, now) for value in data]
+    if isinstance(data, str) and was.is_absolute() and data.startswith(f"{was}/"):
+        inside = data.removeprefix(f"{was}/")
+        return str(now / inside) if os.path.exists(now / inside.partition("/")[0]) else data
     return data
 
 

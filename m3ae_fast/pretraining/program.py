@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast import train
-from m3ae_fast.config import Config, Range, load_config
+from m3ae_fast.config import Config, Range, follow, load_config, read_config, remembered
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
@@ -106,6 +106,7 @@ def _configured(
     """Return the config of the run, chosen now or by an earlier call; None where somebody asks to stop meanwhile."""
     path = out / CONFIG
     if path.exists() and not dry_run:
+        _follow(path)
         load_config(path, list(overrides))  # a mistake is told first
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
@@ -122,6 +123,17 @@ def _configured(
     if not dry_run:
         if is_held(out):  # by another call that has chosen meanwhile
             raise UserError(f"--out {out}: another run is using it; choose another folder")
-        write_whole(path, json.dumps(plan.config.model_dump(mode="json"), indent=2) + "\n")  # defaults too
+        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # defaults too
         print(f"{path} has all settings; --set section.key=value changes one", flush=True)
     return plan.config
+
+
+def _follow(path: Path) -> None:
+    """Have the config in a run folder that was moved, or copied, name what is in it. Raises UserError where it is none
+    that could be used."""
+    data, was, now = read_config(path, "config"), load_config(path).run.dir, path.parent.resolve()
+    followed = follow(data, was, now)
+    if followed != data:
+        followed["run"]["dir"] = str(now)
+        write_whole(path, json.dumps(followed, indent=2) + "\n")
+        print(f"{path}: the run folder was {was}; paths below it are below {now} now")

@@ -29,6 +29,7 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
+from m3ae_fast.config import follow
 from m3ae_fast.engine.fragments import Fragments
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.errors import UserError
@@ -224,7 +225,8 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
 
 
 def read_info(path: Path) -> Info:
-    """Read a checkpoint's info. Raises UserError if it is damaged."""
+    """Read a checkpoint's info, in whose config paths below the run folder lead to where that is now. Raises UserError
+    if it is damaged."""
     try:
         with open_regular(path / INFO_FILE) as file:
             info = TypeAdapter(Info).validate_json(file.read(), strict=True)
@@ -232,6 +234,10 @@ def read_info(path: Path) -> Info:
         raise damaged(path, INFO_FILE, error) from None
     if step_of(path) not in (-1, info.step):
         raise damaged(path, INFO_FILE, f"it is of step {info.step}")
+    was = (info.config.get("run") or {}).get("dir")
+    run_dir = path.parent.parent
+    if isinstance(was, str) and folder(run_dir) == path.parent and Path(was) != run_dir.resolve():
+        return replace(info, config=follow(info.config, Path(was), run_dir))
     return info
 
 

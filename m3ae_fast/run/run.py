@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast.batch.bad_samples import BadSamples
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
-from m3ae_fast.config import Config
+from m3ae_fast.config import Config, remembered
 from m3ae_fast.data import Data, Preparation, ShardStore, eval_loader, manifest, open_data, train_loader
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
@@ -95,7 +95,7 @@ class Run(Loop):
             folder=folder,
             run=config.run,
             settings=cfg,
-            sections=config.model_dump(mode="json"),
+            sections=remembered(config),
             config=config,
             data=data,
             share=share,
