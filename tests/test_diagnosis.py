@@ -3,13 +3,16 @@
 import argparse
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, parse
+from m3ae_fast.data import dataset
 from m3ae_fast.engine.evaluate import Yardsticks, entropy, rankme
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
@@ -17,7 +20,6 @@ from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.run.diagnosis import findings, verdict
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.train import pre_train
-from tests.helpers.shards import picture, write_tar
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED
 from tests.test_model import TINY as SMALL
@@ -51,10 +53,14 @@ def test_a_broken_run_is_named(tmp_path, name, sections):
     assert [finding.name for finding in findings(trained(tmp_path, **sections))][:1] == [name]
 
 
-def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path):
-    large = [(f"{i}.{end}", data) for i in range(4) for end, data in (("jpg", picture(i, (1500, 1500))), ("txt", b"a"))]
-    shards = [{"shards": write_tar(tmp_path / "large.tar", large)}]
-    slow = trained(tmp_path, data={"train": shards, "val": []}, train={"global_batch": 4, "steps": 4})
+def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path, monkeypatch):
+    def slowly(*args):
+        time.sleep(0.4)  # a step takes less, also on a busy machine
+        return decode_image(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "decode_image", slowly)
+        slow = trained(tmp_path, data={"val": []}, train={"global_batch": 2, "steps": 3})
     assert [finding.name for finding in findings(slow)] == ["data bound"]
     sound = [line | {"data_wait": 0.01} for line in trained(tmp_path / "sound")]  # the machine may be busy
     assert findings(sound) == []
