@@ -65,7 +65,7 @@ def _take_place(partial: Path, target: Path, old: Path) -> None:
     """Put `partial` in the place of `target`, which is called `old` meanwhile and is removed only after that."""
     if not target.exists():
         return put_in_place(partial, target)
-    target.rename(old)
+    os.rename(target, old)
     try:
         put_in_place(partial, target)
     except BaseException:
@@ -76,7 +76,7 @@ def _take_place(partial: Path, target: Path, old: Path) -> None:
 
 def _put_back(old: Path, target: Path) -> None:
     try:
-        old.rename(target)
+        os.rename(old, target)
     except OSError as error:
         reason = f"{error.strerror or error}; what it held is now {old}"
         raise UserError(f"{target}: can neither be replaced nor put back ({reason})") from None

@@ -119,7 +119,8 @@ CMYK = Image.fromarray(RGB).convert("CMYK")
 _PLAIN_CMYK = pillow(CMYK, "JPEG", quality=100)  # Pillow writes Adobe's marker and inverts
 # without the marker the same numbers are inks as they stand
 _MARKER = _PLAIN_CMYK.index(b"\xff\xee")
-_WITHOUT = _PLAIN_CMYK[:_MARKER] + _PLAIN_CMYK[_MARKER + 2 + int.from_bytes(_PLAIN_CMYK[_MARKER + 2 : _MARKER + 4]) :]
+_LENGTH = int.from_bytes(_PLAIN_CMYK[_MARKER + 2 : _MARKER + 4], "big")
+_WITHOUT = _PLAIN_CMYK[:_MARKER] + _PLAIN_CMYK[_MARKER + 2 + _LENGTH :]
 
 _turned = np.rot90(RGB, -1)
 _palette = RGB[::16, ::16].reshape(-1, 3)
