@@ -26,6 +26,9 @@ T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
 SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
 _LEAVING_S = 5.0  # for workers, before they are killed
+# Before Python 3.12 a worker never wakes from its fork where a thread that is not Python's, as gloo's that frees the
+# tensor of a collective, enters the interpreter in that moment: those at it get the time to leave.
+_SETTLING_S = 0.02
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
@@ -85,6 +88,8 @@ class Loader(DataLoader[T_co]):
 
     def __iter__(self) -> Any:
         keep_socket_paths_short()
+        if self.num_workers:
+            time.sleep(_SETTLING_S)
         with signals_blocked():
             if self.beside is not None:
                 self.beside.begin()

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 import traceback
 from argparse import Namespace
 from itertools import chain, islice
@@ -609,3 +611,24 @@ def test_a_frozen_worker_does_not_keep_the_program():
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_other_threads_leave_the_interpreter_before_workers_are_forked(monkeypatch):
+    begun, left, seen, fork = threading.Event(), [], [], os.fork
+
+    def leave():
+        begun.wait()
+        time.sleep(0.3)
+        left.append(True)
+
+    def forked():
+        seen.append(bool(left))
+        return fork()
+
+    monkeypatch.setattr("m3ae_fast.data.workers._SETTLING_S", 1.0)
+    monkeypatch.setattr(os, "fork", forked)
+    thread = threading.Thread(target=leave)
+    thread.start()
+    begun.set()
+    assert [*Loader(range(2), num_workers=1, batch_size=None)] == [0, 1] and seen == [True]
+    thread.join()
