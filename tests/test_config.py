@@ -13,7 +13,7 @@ import torch
 
 from m3ae_fast import train
 from m3ae_fast.__main__ import COMMANDS, MODULES
-from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, load_config, parse
+from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, follow, load_config, parse
 from m3ae_fast.config.__main__ import main as write_page
 from m3ae_fast.config.__main__ import train_page, transfer_page
 from m3ae_fast.data import ShardStore, open_corpus, open_data
@@ -507,3 +507,16 @@ def test_settings_that_contradict_each_other(change, message):
     parse(Config, data, "test")
     with pytest.raises(UserError, match=message):
         parse(Config, {name: values | change.get(name, {}) for name, values in data.items()}, "test")
+
+
+def test_a_config_follows_its_run_folder_as_far_as_that_has_its_files(tmp_path):
+    (tmp_path / "shards").mkdir()
+    config = {
+        "run": {"dir": "/a"},
+        "data": {"train": [{"shards": ["/a/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]}]},
+    }
+    found = follow(config, tmp_path)
+    assert found["run"] == {"dir": str(tmp_path)}  # also where nothing else is in it
+    assert found["data"]["train"][0]["shards"] == [f"{tmp_path}/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]
+    for other in ({"run": {"dir": str(tmp_path)}}, {"run": {"dir": "a"}}, {"run": {"dir": 5}}, {"run": None}, {}):
+        assert follow(other, tmp_path) is other

@@ -202,6 +202,7 @@ def test_a_copied_run_folder_goes_on_where_it_is(tmp_path, monkeypatch):
     last = checkpoint.locate(tmp_path / "run")
     copied = shutil.copytree(tmp_path / "run", tmp_path / "below/copied")
     assert pretrain(photos, "copied", overrides=["train.steps=2"]).finished
+    assert load_config("copied/config.json").run.dir == copied
     assert checkpoint.locate(copied).name == "step-00000002" and os.listdir(tmp_path / "below") == ["copied"]
     assert checkpoint.locate(tmp_path / "run") == last
 

@@ -47,17 +47,25 @@ def remembered(config: Config) -> dict[str, Any]:
     return data
 
 
-def follow(data: Any, was: Path, now: Path) -> Any:
-    """Return plain JSON data in which paths below the folder `was` are below `now`, as far as that holds such files:
-    the folder was moved, or copied with what was in it."""
-    if isinstance(data, dict):
-        return {key: follow(value, was, now) for key, value in data.items()}
-    if isinstance(data, list):
-        return [follow(value, was, now) for value in data]
-    if isinstance(data, str) and was.is_absolute() and data.startswith(f"{was}/"):
-        inside = data.removeprefix(f"{was}/")
-        return str(now / inside) if os.path.exists(now / inside.partition("/")[0]) else data
-    return data
+def follow(data: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Return the config, plain JSON data, that a run left in `run_dir`. Where it names another folder from the root on,
+    the run was moved or copied: it names `run_dir` then, and the files that are there by their paths there."""
+    run = data["run"] if isinstance(data.get("run"), dict) else {}
+    was = run.get("dir")
+    if not isinstance(was, str) or not was.startswith("/") or Path(was) == run_dir.resolve():
+        return data
+    return _moved(data, f"{was}/", run_dir) | {"run": run | {"dir": str(run_dir)}}
+
+
+def _moved(value: Any, was: str, now: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _moved(each, was, now) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_moved(each, was, now) for each in value]
+    if isinstance(value, str) and value.startswith(was):
+        inside = value.removeprefix(was)
+        return str(now / inside) if os.path.exists(now / inside.partition("/")[0]) else value
+    return value
 
 
 def parse(section: type[T], data: Any, where: str) -> T:

@@ -106,8 +106,8 @@ def _configured(
     """Return the config of the run, chosen now or by an earlier call; None where somebody asks to stop meanwhile."""
     path = out / CONFIG
     if path.exists() and not dry_run:
-        _follow(path)
         load_config(path, list(overrides))  # a mistake is told first
+        _follow(path)
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
         print(f"{path} is used as it is; remove it, or name another --out, to choose again")
@@ -129,11 +129,9 @@ def _configured(
 
 
 def _follow(path: Path) -> None:
-    """Have the config in a run folder that was moved, or copied, name what is in it. Raises UserError where it is none
-    that could be used."""
-    data, was, now = read_config(path, "config"), load_config(path).run.dir, path.parent.resolve()
-    followed = follow(data, was, now)
+    """Have the config in a run folder that was moved, or copied, name that folder and what is in it."""
+    data = read_config(path, "config")
+    followed = follow(data, path.parent.resolve())
     if followed != data:
-        followed["run"]["dir"] = str(now)
         write_whole(path, json.dumps(followed, indent=2) + "\n")
-        print(f"{path}: the run folder was {was}; paths below it are below {now} now")
+        print(f"{path}: the run folder was {data['run']['dir']}; paths below it are below {followed['run']['dir']} now")

@@ -234,11 +234,8 @@ def read_info(path: Path) -> Info:
         raise damaged(path, INFO_FILE, error) from None
     if step_of(path) not in (-1, info.step):
         raise damaged(path, INFO_FILE, f"it is of step {info.step}")
-    was = (info.config.get("run") or {}).get("dir")
     run_dir = path.parent.parent
-    if isinstance(was, str) and folder(run_dir) == path.parent and Path(was) != run_dir.resolve():
-        return replace(info, config=follow(info.config, Path(was), run_dir))
-    return info
+    return replace(info, config=follow(info.config, run_dir)) if folder(run_dir) == path.parent else info
 
 
 def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
