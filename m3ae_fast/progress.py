@@ -1,7 +1,9 @@
-"""Progress bars with the time left, for whatever takes long."""
+"""How far long work has come and the time left: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -9,11 +11,116 @@ from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
+Clock = Callable[[], float]  # seconds
+_FIRST_S = 3.0  # until the first line: what ends sooner needs none
+_SELDOM_S = 60.0  # between lines, at most; until then a line comes whenever the time has doubled
+
+
+def duration(seconds: float) -> str:
+    """Return a time as H:MM:SS."""
+    return str(timedelta(seconds=max(round(seconds), 1)))
+
+
+class TimeLeft:
+    """The time left of a task that consists of parts, judged by the time that its parts so far took."""
+
+    def __init__(
+        self,
+        total: float,
+        beside: float = 0.0,
+        told: Callable[[float], None] | None = None,
+        now: Clock = time.monotonic,
+    ) -> None:
+        """Begin the task.
+
+        Args:
+            total: its size, in whatever unit the parts are measured in.
+            beside: seconds that work takes which is no part, see `aside`.
+            told: called once, with the first estimate of the seconds left.
+            now: the clock.
+        """
+        self.total, self.beside, self.done = total, beside, 0.0
+        self._told, self._now, self._started, self._spent = told, now, now(), 0.0
+
+    def after(self, part: float) -> str:
+        """Count a part as done, and return ", about H:MM:SS left" for the others; "" after the last."""
+        self.done, self._spent = self.done + part, self._now() - self._started
+        return f", about {duration(self._estimate(self.done, self._spent))} left" if self.done < self.total else ""
+
+    def during(self, done: float, pace: float) -> float:
+        """Return the seconds left if `done` of the present part is done, at `pace` seconds per unit."""
+        left = self._estimate(self.done + done, self._spent + pace * done)
+        if self._told:
+            self._told, told = None, self._told
+            told(left)
+        return left
+
+    @contextmanager
+    def aside(self, seconds: float) -> Iterator[None]:
+        """Do work that is no part, and was expected to take `seconds` of `beside`."""
+        began = self._now()
+        yield
+        self._started += self._now() - began
+        self.beside = max(self.beside - seconds, 0.0)
+
+    def _estimate(self, done: float, spent: float) -> float:
+        return spent / done * (self.total - done) + self.beside
+
+
+class Lines:
+    """Says how far work on `total` items is: after some seconds, then ever more seldom."""
+
+    def __init__(
+        self,
+        title: str,
+        total: int | None,
+        whole: TimeLeft | None = None,
+        part: float = 0.0,
+        now: Clock = time.monotonic,
+    ) -> None:
+        """Begin the work. `whole`: the task, of which this work is a part of the size `part`."""
+        self._title, self._total, self._whole, self._part = title, total, whole, part
+        self._now, self._done = now, 0
+        self._started = self._due = now()
+        self._due += _FIRST_S
+        self._first: tuple[float, int] | None = None  # when the first items were done, and how many
+
+    def advance(self, count: int) -> tuple[str, str] | None:
+        """Count items as done. Return where the work is, and the time that the whole task still takes ("" if this is
+        all), when it is time to say it; else None."""
+        now, self._done = self._now(), self._done + count
+        if self._first is None and self._done:
+            self._first = now, self._done
+        if now < self._due or self._done == self._total or not self._done:
+            return None
+        self._due = now + min(now - self._started, _SELDOM_S)
+        if self._total is None:
+            return f"{self._title}: {self._done:,}", ""
+        text = f"{self._title}: {self._done:,} of {self._total:,}"
+        left = self._pace(now) * (self._total - self._done)
+        text += f", about {duration(left)} left"
+        if self._whole is None:
+            return text, ""
+        item = self._part / self._total  # units of the task
+        return text, duration(self._whole.during(item * self._done, self._pace(now) / item))
+
+    def _pace(self, now: float) -> float:
+        """Return seconds per item, without the start if more than the first items are done."""
+        assert self._first is not None
+        when, done = self._first
+        if self._done > done:
+            return (now - when) / (self._done - done)
+        return (now - self._started) / self._done
 
 
 @contextmanager
-def progress(title: str, total: int | None = None, *, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of items done since. Shows nothing where stderr is no terminal."""
+def progress(
+    title: str, total: int | None = None, *, show: bool = True, whole: TimeLeft | None = None, part: float = 0.0
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of items done since. If `show` is set, a terminal on stderr gets a bar,
+    anything else a line after some seconds, and then ever more seldom.
+
+    `whole`: the task, of which this work is a part of the size `part`; its time left is shown too."""
     from rich import progress as bars
     from rich.console import Console
 
@@ -25,34 +132,40 @@ def progress(title: str, total: int | None = None, *, show: bool = True) -> Iter
         bars.TimeElapsedColumn(),
         bars.TextColumn("ETA"),
         bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[whole]}"),
     )
+    lines = Lines(title, total, whole, part)
     with bars.Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task(title, total=total, whole="")
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            if not show or (said := lines.advance(count)) is None:
+                return
+            text, of_task = said
+            if console.is_terminal:
+                bar.update(task, whole=f"whole task {of_task}" if of_task else "")
+                return
+            with contextlib.suppress(OSError):  # whoever reads it has left, or the disk is full
+                print(f"{text}; whole task: about {of_task} left" if of_task else text, file=sys.stderr, flush=True)
+
+        yield advance
 
 
-def track(items: Iterable[T], title: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
-    """Yield the items as they come, with a bar on stderr where that is a terminal and `show` is set. `total` is the
-    length of `items` where that has one."""
+def track(
+    items: Iterable[T],
+    title: str,
+    total: int | None = None,
+    *,
+    show: bool = True,
+    whole: TimeLeft | None = None,
+    part: float = 0.0,
+) -> Iterator[T]:
+    """Yield the items as they come, and show progress as `progress` does. `total` is the length of `items` if that has
+    one."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with progress(title, total, show=show) as advance:
+    with progress(title, total, show=show, whole=whole, part=part) as advance:
         for item in items:
             yield item
             advance(1)
-
-
-class TimeLeft:
-    """The time left of work that consists of parts, judged by the time that the parts so far took."""
-
-    def __init__(self, total: float) -> None:
-        """Begin the work. `total`: its size, in whatever the parts are measured in."""
-        self.total, self.done, self._started = total, 0.0, time.perf_counter()
-
-    def after(self, part: float) -> str:
-        """Count a part as done, and return ", about H:MM:SS left" for the others; "" after the last."""
-        self.done += part
-        if self.done >= self.total:
-            return ""
-        seconds = (time.perf_counter() - self._started) / self.done * (self.total - self.done)
-        return f", about {timedelta(seconds=round(seconds))} left"

@@ -1,0 +1,103 @@
+"""How far long work is said to be, and the time left, by a clock that the test winds."""
+
+import re
+
+import pytest
+
+from m3ae_fast import progress as module
+from m3ae_fast.progress import Lines, TimeLeft, track
+
+
+class _Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.seconds = 100.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock():
+    return _Clock()
+
+
+def _said(lines, clock, items, seconds):
+    """What is said of so many items that take `seconds` each, with when."""
+    found, began = {}, clock.seconds
+    for _ in range(items):
+        clock.seconds += seconds
+        if said := lines.advance(1):
+            found[round(clock.seconds - began, 3)] = said
+    return found
+
+
+def test_a_line_comes_within_seconds_and_then_ever_more_seldom(clock):
+    found = _said(Lines("encoding", 1000, now=clock), clock, 1000, 0.5)
+    assert found[3.0] == ("encoding: 6 of 1,000, about 0:08:17 left", "")
+    assert [*found] == [3, 6, 12, 24, 48, 96, 156, 216, 276, 336, 396, 456]
+    assert found[456.0][0] == "encoding: 912 of 1,000, about 0:00:44 left"
+
+
+def test_short_work_says_nothing(clock):
+    assert _said(Lines("encoding", 5, now=clock), clock, 5, 0.5) == {}
+    assert _said(Lines("encoding", 1, now=clock), clock, 1, 30.0) == {}, "it is over"
+
+
+def test_the_start_of_the_loader_is_not_taken_for_the_pace(clock):
+    lines = Lines("encoding", 100, now=clock)
+    clock.seconds += 2.8  # until the first item
+    assert lines.advance(1) is None
+    clock.seconds += 0.3
+    assert lines.advance(3) == ("encoding: 4 of 100, about 0:00:10 left", "")
+
+
+def test_one_long_item_is_all_that_is_known(clock):
+    lines = Lines("encoding", 3, now=clock)
+    clock.seconds += 20
+    assert lines.advance(1) == ("encoding: 1 of 3, about 0:00:40 left", "")
+
+
+def test_without_a_total_there_is_no_time_left(clock):
+    lines = Lines("reading", None, now=clock)
+    clock.seconds += 5
+    assert lines.advance(1234) == ("reading: 1,234", "")
+
+
+def test_the_time_left_of_the_whole_task_is_known_in_its_first_part(clock):
+    told = []
+    whole = TimeLeft(1000, beside=60, told=told.append, now=clock)
+    found = _said(Lines("clean", 10, whole, 100, now=clock), clock, 10, 1.0)
+    assert found[3.0] == ("clean: 3 of 10, about 0:00:07 left", "0:02:37")  # 97 items and a minute
+    assert told == [pytest.approx(157)]
+    assert whole.after(100) == ", about 0:02:30 left"
+    with whole.aside(60):
+        clock.seconds += 45
+    assert whole.after(900 - 1) == ", about 0:00:01 left" and whole.after(1) == ""
+
+
+def test_a_part_is_weighed_with_those_before_it(clock):
+    whole = TimeLeft(30, now=clock)
+    clock.seconds += 10
+    whole.after(10)  # a second each
+    found = _said(Lines("attacked", 10, whole, 10, now=clock), clock, 5, 3.0)
+    assert found[3.0] == ("attacked: 1 of 10, about 0:00:27 left", "0:00:22")  # 13 s for 11 of 30
+
+
+def test_what_is_not_a_terminal_gets_lines(clock, monkeypatch, capsys):
+    monkeypatch.setattr(module, "Lines", lambda *given: Lines(*given, now=clock))
+
+    def items():
+        for number in range(4):
+            clock.seconds += 2
+            yield number
+
+    assert [*track(items(), "encoding", 4)] == [0, 1, 2, 3]
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"encoding: 2 of 4, about 0:00:04 left\n", err)
+    whole = TimeLeft(8, now=clock)
+    assert [*track(items(), "encoding", 4, whole=whole, part=4)] == [0, 1, 2, 3]
+    assert capsys.readouterr().err == "encoding: 2 of 4, about 0:00:04 left; whole task: about 0:00:12 left\n"
+    assert [*track(items(), "encoding", 4, show=False)] == [0, 1, 2, 3]
+    assert capsys.readouterr().err == ""
