@@ -153,6 +153,20 @@ def test_a_batch_of_mixed_sizes_is_its_samples_one_by_one(settings, per):
     torch.testing.assert_close(rows[0, 1:].mean(0), together[1])
 
 
+@torch.no_grad()
+def test_patches_of_each_sample_are_its_own_and_zeros_after_them():
+    model = make_model(config(depth=3)).eval()
+    batch = pack(make_samples(), model.geometry, repeat_shapes=True)
+    found, layers = model.pooled_and_patches(batch, [3, 1, 2])[1], dict(zip((3, 1, 2), range(3)))
+    assert found.shape == (5, 3, 16, 24)
+    for layer, place in layers.items():
+        rows = model.encoder.norm(next(x for number, x in model._after([layer], batch) if number == layer))
+        for number, (rows_of, start) in enumerate(zip(batch.grids, batch.encoder.cu_seqlens.tolist())):
+            patches = rows_of[0] * rows_of[1]
+            assert torch.equal(found[number, place, :patches], rows[start + 1 : start + 1 + patches])
+            assert not found[number, place, patches:].any()
+
+
 def test_stored_positions_are_resampled_as_timm_does():
     from timm.layers import resample_abs_pos_embed
 

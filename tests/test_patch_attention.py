@@ -1,5 +1,7 @@
 """What `visualise attention --patch` draws is the softmax of the encoder's attention, computed by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,20 @@ def test_a_patchs_attention_is_the_softmax_by_hand(model, sample, block, head):
     patches = weights[[0, 18], 1 : 1 + LENGTH]
     found = attention_to_patches(model, sample, [0, 18], look).numpy()
     np.testing.assert_allclose(found, patches / patches.sum(1, keepdims=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(16, 32), (32, 16), (8, 40)])
+def test_a_patch_of_a_native_image_is_the_one_at_its_row_and_column(size):
+    torch.manual_seed(0)
+    model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
+    rows, columns = (side // 8 for side in size)
+    none = torch.zeros(rows * columns, dtype=torch.bool)
+    image = torch.randint(256, (3, *size), dtype=torch.uint8)
+    sample = Sample("a", image, none, tokens=torch.arange(5), text_mask=none[:5])
+    weights, patches = by_hand(model, sample, -1).mean(0), iter(range(1, 1 + rows * columns))
+    for patch in itertools.product(range(rows), range(columns)):
+        found = attention_to_words(model, sample, patch).numpy()
+        np.testing.assert_allclose(found, weights[next(patches), 1 + rows * columns :], rtol=1e-4)
 
 
 def test_heads_and_blocks_differ(model, sample):

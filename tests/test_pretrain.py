@@ -1,5 +1,6 @@
 """One line from pictures to a trained, measured and exported model."""
 
+import itertools
 import json
 import os
 import re
@@ -574,6 +575,10 @@ def test_images_are_not_enlarged_and_have_eight_patches_a_side_where_they_can():
     assert image_and_patch(500, 96) == (96, 8)
     assert image_and_patch(37, 96) == (36, 4)
     assert image_and_patch(8, 96) == (16, 4)
+    for side, most in itertools.product(range(1, 301), (16, 48, 96, 224)):
+        room = max(min(side, most), 16)
+        patch = max(p for p in (4, 8, 16) if 8 * p <= room or p == 4)
+        assert image_and_patch(side, most) == (max(range(0, room + 1, patch)), patch)
 
 
 def test_steps_and_batch_fit_the_data_and_the_time():

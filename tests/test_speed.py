@@ -1,7 +1,10 @@
 """What makes the engine fast must not change its numbers, nor wait, nor compile again."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import m3ae_kernels
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from m3ae_fast.batch.packed import INDEX_ROWS, PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack, rounded
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.hardware import has_compiler
+from m3ae_fast.model import transformer
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import gelu
 from m3ae_fast.run.throughput import StepCounts
@@ -214,6 +218,26 @@ def test_compiled_graphs_are_kept_by_the_micro_batchs_size():
         M3AE(TINY).encoder.compile_blocks(samples)
         tags.append(torch.compiler.config.cache_key_tag)
     assert tags[0] != tags[1] == tags[2]
+
+
+def test_a_change_of_any_module_is_another_compiled_graph(tmp_path, monkeypatch):
+    """Of the model and of the ops: torch's cache would else run an old backward after an update."""
+    copies = []
+    for name, module in (("model", transformer), ("kernels", m3ae_kernels)):
+        folder = Path(module.__file__).parent
+        for path in folder.rglob("*.py"):
+            copies.append(tmp_path / name / path.relative_to(folder))
+            copies[-1].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copies[-1])
+        monkeypatch.setattr(module, "__file__", str(tmp_path / name / Path(module.__file__).name))
+    assert len({path.parent for path in copies}) > 4  # sub-folders too
+    tag = transformer._source_tag.__wrapped__
+    tags = [tag(), tag()]
+    for path in copies:
+        with path.open("a") as file:
+            file.write("#\n")
+        tags.append(tag())
+    assert tags[0] == tags[1] and len(set(tags)) == 1 + len(copies)
 
 
 def test_compiled_gelu_has_no_input_but_its_own():

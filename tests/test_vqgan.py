@@ -108,6 +108,15 @@ def test_conversion_of_the_official_file_format(tmp_path):
         "other": (_flax_bytes({"params/Dense_0/kernel": np.zeros((2, 2), np.float32)}), "not the weights of"),
         "lacking": (_flax_bytes(lacking), "lacks the weight"),
         "strange": (_flax_bytes(strange), "which a MaskGIT VQGAN lacks"),
+        **{
+            kind: (_flax_bytes({**arrays, key: arrays[key].astype(kind)}), f"{key} is {kind}, but weights are floats")
+            for key, kind in (
+                ("params/quantizer/codebook", "int8"),
+                ("params/encoder/Conv_0/kernel", "uint8"),
+                ("params/decoder/GroupNorm_0/scale", "bool"),
+                ("params/decoder/Conv_0/bias", "complex64"),
+            )
+        },
     }
     for name, (content, message) in wrong.items():
         (tmp_path / name).write_bytes(content)
@@ -128,6 +137,8 @@ def test_bytes_and_floats_have_the_same_ids(vqgan):
     z_BE = vqgan.features(images / 255).flatten(0, 2)
     nearest = torch.cdist(z_BE.double(), vqgan.codebook.double()).argmin(1)
     assert torch.equal(nearest.view(11, 16).int(), ids_BL)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vqgan.encode(images), ids_BL)
     assert vqgan.encode(images[:0]).shape == (0, 16)
     assert vqgan.decode(ids_BL.view(-1, 4, 4)).shape == images.shape
 

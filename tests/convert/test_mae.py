@@ -156,6 +156,11 @@ def moved(weights):
     weights["decoder_pos_embed"] = torch.ones_like(weights["decoder_pos_embed"])
 
 
+def moved_a_little(weights):
+    weights["decoder_pos_embed"][0, 0] = 0
+    weights["decoder_pos_embed"][0, 0, -1] = 1e-3
+
+
 def wide(weights):
     weights["norm.weight"] = torch.ones(25)
 
@@ -165,6 +170,7 @@ MISTAKES = {
     cut: "lacks the weight blocks.1.mlp.fc1.bias",
     other: "not an MAE or a timm VisionTransformer: lacks the weight cls_token",
     moved: "decoder_pos_embed moves the cls token",
+    moved_a_little: "decoder_pos_embed moves the cls token",
     wide: "encoder.norm.weight is [25], the model config expects [24]",
 }
 

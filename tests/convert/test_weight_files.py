@@ -18,7 +18,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.card import model_card
 from m3ae_fast.weights.output_folder import read_tensors
-from m3ae_fast.weights.pretrained import Pretrained, write_pretrained
+from m3ae_fast.weights.pretrained import Pretrained, check_weights, write_pretrained
 from tests.helpers.mae import MAE
 
 SIZES = {
@@ -161,6 +161,19 @@ def test_an_export_changes_its_format_only_where_its_weights_fit(tmp_path):
         with pytest.raises(UserError, match=message):
             export(tmp_path / "model", tmp_path / "timm", format="timm")
         assert not (tmp_path / "timm").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_value_that_is_not_finite_is_found_in_any_weight(value, place):
+    model = M3AE(ModelConfig.model_validate(SIZES))
+    state = model.state_dict()
+    check_weights(model, state, "here")
+    for name, tensor in state.items():
+        spoilt = tensor.clone()
+        spoilt.view(-1)[place] = value
+        with pytest.raises(UserError, match=f"here: {name} is not finite"):
+            check_weights(model, state | {name: spoilt}, "here")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

@@ -5,12 +5,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.crops import _draw_box, centre_crop, random_crop
+from m3ae_fast.batch.crops import _draw_box, centre_crop, random_crop, resize
 from m3ae_fast.batch.images import decode_image
 from tests.helpers.shards import picture
 
@@ -177,3 +179,16 @@ def test_centre_crop():
     image[:, :, 10:30] = 200
     assert (centre_crop(image, 10) == 200).all()
     assert torch.equal(centre_crop(image[..., 10:30], 20), image[..., 10:30])
+
+
+@settings(max_examples=60, deadline=None)
+@given(edge=st.integers(1, 19), height=st.integers(3, 40), width=st.integers(3, 40), seed=st.integers(0, 99))
+def test_values_of_16_bits_are_resized_as_floats_and_never_wrap(edge, height, width, seed):
+    """Bicubic overshoots at the edge from black to white: below 0 and above 65535."""
+    image = torch.zeros(1, 20, 20)
+    image[..., edge:] = 65535
+    image[..., :3, :] = torch.randint(65536, (3, 20), generator=torch.Generator().manual_seed(seed))
+    exact = F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True).clamp(0, 65535)
+    found = resize(image.to(torch.uint16), height, width)
+    assert found.dtype == torch.uint16
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.51)

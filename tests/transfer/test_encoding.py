@@ -17,6 +17,7 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import check_skipped, encode_corpus
 from m3ae_fast.errors import UserError
+from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks
@@ -205,11 +206,16 @@ def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_sample
     torch.testing.assert_close(found.features_ND, model.encode(images=pil, precision="fp32"), rtol=1e-5, atol=1e-5)
 
 
-def test_a_training_model_is_left_in_training_mode(model):
-    model.train()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_left_in_its_mode(run, training):
+    """Every module of it, also if the samples cannot be encoded."""
+    model = open_model(str(run), text=False).train(training)
     model.encode(images=list(images(1)))
-    assert model.training
-    model.eval()
+    assert {part.training for part in model.modules()} == {training}
+    with pytest.raises(ValueError, match="not finite"), encoding(model, "auto", torch.device("cpu")):
+        assert not any(part.training for part in model.modules())
+        raise ValueError("not finite")
+    assert {part.training for part in model.modules()} == {training}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
