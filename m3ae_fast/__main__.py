@@ -30,7 +30,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
-        ["usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast.COMMAND; --help on each)", "", *lines]
+        ["usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; --help on each)", "", *lines]
     )
 
 

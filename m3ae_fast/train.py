@@ -20,7 +20,7 @@ from m3ae_fast.stop_signals import SIGNALS
 if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handles what arrived meanwhile
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
-from m3ae_fast.command_line import add_resume, add_settings
+from m3ae_fast.command_line import add_resume, add_settings, program
 from m3ae_fast.config import Config, load_config
 from m3ae_fast.errors import exit_cleanly
 from m3ae_fast.process.launchers import alone
@@ -31,9 +31,7 @@ if TYPE_CHECKING:  # torch is imported by what needs it: not by --help, nor by w
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program("train", __doc__)
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a JSON config, such as configs/quickstart.json"
     )

@@ -1,12 +1,13 @@
 """What a program imports before it knows what to do: torch takes seconds."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from m3ae_fast.__main__ import COMMANDS, MODULES
+from m3ae_fast.__main__ import COMMANDS, MODULES, usage
 from m3ae_fast.transfer import probes
 from m3ae_fast.transfer.__main__ import PROBES, TASKS
 from tests.helpers.ranks import environment
@@ -35,6 +36,27 @@ for module in sys.argv[1:]:
 """
 
 
+START_ALL = """
+import argparse, runpy, sys
+
+def show(parser, *_):
+    print(line, parser.prog, sep=": ")
+    if parser.prog not in lines:
+        lines.append(parser.prog)
+    sys.exit()
+
+argparse.ArgumentParser.parse_args = show
+lines = sys.argv[1:]
+for line in lines:
+    _, _, module, *words = line.replace("m3ae-fast", "python -m m3ae_fast").split()
+    sys.argv = [module, *words, "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as error:
+        assert not error.code, line
+"""
+
+
 def imported(*arguments, code=0):
     """Run Python and return the modules that it imported, and what it printed."""
     command = [sys.executable, "-X", "importtime", *arguments]
@@ -59,6 +81,16 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
     assert {f"python -m m3ae_fast.data {tool}" for tool in tools} <= shown
     assert {f"python -m m3ae_fast.transfer {task}" for task in (*TASKS, "difference")} <= shown
     assert (*PROBES,) == tuple(probes.PROBES)  # their names are known without torch
+
+
+def test_every_command_starts_in_every_way_that_help_names():
+    """The ways of the list of commands, and the one that the help of each command begins with."""
+    ways = re.findall(r"(?:m3ae-fast|python -m m3ae_fast)[ .]COMMAND", usage())
+    lines = [way.replace("COMMAND", command) for way in ways for command in COMMANDS]
+    _, said = imported("-W", "ignore", "-c", START_ALL, *lines)  # runpy warns of a module that is there
+    programs = dict(line.split(": ") for line in said.splitlines())
+    assert len(ways) == 2 and programs.keys() == {*lines, *programs.values()}
+    assert all(re.split("[ .]", line)[-1] == re.split("[ .]", program)[-1] for line, program in programs.items())
 
 
 def test_the_list_of_commands_imports_none_of_them():
