@@ -6,8 +6,8 @@ Shapes: C channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.bands import checked
 from m3ae_fast.batch.crops import whole_view
+from m3ae_fast.batch.depth import as_pixels
 from m3ae_fast.batch.images import decode_image, pixels_of, pixels_of_bands, widened
-from m3ae_fast.batch.normal import model_input
+from m3ae_fast.batch.normal import model_input, of_unit
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
@@ -26,6 +27,10 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import open_regular
 
 OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # see `prepare_image`
+# Black and white of floating images, or that they are normalised by the model's mean and standard deviation; None: the
+# default of whoever takes it.
+ValueRange: TypeAlias = 'tuple[float, float] | Literal["normalised"] | None'
+_MOST_DEVIATIONS = 20.0  # of a normalised image whose values are all above its mean
 
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
@@ -39,14 +44,47 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
     return [images] if isinstance(images, Tensor) and images.ndim == 3 else images  # type: ignore[return-value]
 
 
+def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
+    """Raise ValueError if `value_range` is none, or it is None and the floating tensors among the images are evidently
+    not normalised: together they span a part of [0, 1], or of [0, 255]. Images of one value each say nothing."""
+    if value_range is not None:
+        is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
+        if value_range != "normalised" and not (is_pair and value_range[0] < value_range[1]):
+            raise ValueError(
+                f"value_range {value_range!r}: must be the values of black and, above it, of white, such as (0, 1), "
+                'or "normalised"'
+            )
+        return
+    floating = [x.detach() for x in images if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+    spans = torch.tensor([[x.min().item(), x.max().item()] for x in floating]).view(-1, 2)
+    if not (spans[:, 0] < spans[:, 1]).any():
+        return
+    low, high = spans[:, 0].min().item(), spans[:, 1].max().item()
+    is_same = not any(config.image_mean) and {*config.image_std} == {1.0}  # normalised or from 0 to 1
+    is_unit = high <= 1 and not is_same
+    if low < 0 or not (is_unit or high > _MOST_DEVIATIONS):
+        return
+    guess = (0, 1) if is_unit else (0, 255 if high <= 255 else 65535)
+    raise ValueError(
+        f"floating images are taken as normalised, (x - mean) / std, and these have values from {low:.3g} to "
+        f'{high:.3g}: pass value_range={guess} if that is black and white, value_range="normalised" if they are '
+        "normalised, or uint8 images"
+    )
+
+
 def unmasked_sample(
-    number: int, image: OneImage | None, text: str | None, config: ModelConfig, tokenizer: CaptionTokenizer | None
+    number: int,
+    image: OneImage | None,
+    text: str | None,
+    config: ModelConfig,
+    tokenizer: CaptionTokenizer | None,
+    value_range: ValueRange = None,
 ) -> Sample:
     """Return an image, a text or a pair of them as a sample of which everything is visible; for a text the tokenizer is
     needed. Raises ValueError as `prepare_image` does, and where the tokenizer fails on the text."""
     sample = Sample(str(number))
     if image is not None:
-        sample.image = prepare_image(image, config)
+        sample.image = prepare_image(image, config, value_range)
         rows, columns = Geometry.of(config).grid(sample.image)
         sample.image_mask = torch.zeros(rows * columns, dtype=torch.bool)
     if text is not None:
@@ -59,23 +97,34 @@ def unmasked_sample(
     return sample
 
 
-def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
-    """Return [C, image_size, image_size], or of a native model [C, H, W], on the CPU: of the model's image_dtype,
+def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange = None) -> Tensor:
+    """Return [C, image_size, image_size], or of a native model [C, H, W], on the CPU: of the model's image_dtype, or
     floats normalised.
 
     Args:
         image: the path of a file, which is read as one in a shard is, a PIL image, an array [H, W, C] or [H, W], which
             is read as a .npy file of it is, or a tensor [C, H, W], uint8, or uint16 of a model of such images, of which
-            the central square is taken, or all; or a floating tensor [C, image_size, image_size], of a native model of
-            sides that its patches divide, already normalised.
+            the central square is taken, or all; or a floating tensor.
+        value_range: of floating tensors and arrays. (black, white), such as (0, 1): an image of any size, read as a
+            file of it is, which rounds an image that must be resized to the model's integers. "normalised": an image
+            [C, image_size, image_size], of a native model of sides that its patches divide, minus the model's
+            image_mean and over its image_std. None: that for tensors, and image_range for arrays.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.
         UserError: the file cannot be read.
     """
-    channels, geometry = config.channels, Geometry.of(config)
+    channels = config.channels
     if isinstance(image, (str, os.PathLike)):
         return _read_image(image, config)
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim in (2, 3):
+        if value_range is not None:
+            image = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(image).transpose(2, 0, 1)))
+        elif config.image_range is None:
+            raise ValueError(
+                f"an image cannot be used: an array of {image.dtype}, whose values need value_range=(black, white), "
+                'such as (0, 1), or "normalised"'
+            )
     kind = channels, config.image_range, config.image_dtype
     if isinstance(image, (Image, np.ndarray)):
         try:
@@ -88,17 +137,32 @@ def prepare_image(image: OneImage, config: ModelConfig) -> Tensor:
     if image.ndim != 3 or image.shape[0] != channels or not image.numel():
         raise ValueError(f"an image has shape {list(image.shape)}, not [{channels}, height, width]")
     if image.is_floating_point():
-        try:
-            geometry.grid(image)
-        except ValueError as error:
-            raise ValueError(f"a floating {error}") from None
-        if not image.isfinite().all():
-            raise ValueError("a floating image has values that are not finite")
-        return image.cpu().to(torch.promote_types(image.dtype, torch.float32))
+        return _floating(image.cpu(), config, value_range or "normalised")
     if image.dtype not in (torch.uint8, getattr(torch, config.image_dtype)):
         raise ValueError(f"an image is {image.dtype}, neither {config.image_dtype} nor floating")
     image = image.cpu()
     return _prepared(widened(image, config.image_dtype) if image.dtype == torch.uint8 else image, config)
+
+
+def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, float] | Literal["normalised"]) -> Tensor:
+    if not image.isfinite().all():
+        raise ValueError("a floating image has values that are not finite")
+    if isinstance(value_range, str):
+        try:
+            Geometry.of(config).grid(image)
+        except ValueError as error:
+            raise ValueError(f"a floating {error}; pass value_range=(0, 1) for images of any size") from None
+        return image.to(torch.promote_types(image.dtype, torch.float32))
+    unit = in_unit(image, value_range)
+    seen = _prepared(torch.from_numpy(as_pixels(unit.numpy(), config.image_dtype)), config)
+    # of the model's size already: nothing is resized, and nothing needs to be rounded
+    return of_unit(unit, config.image_mean, config.image_std) if seen.shape == image.shape else seen
+
+
+def in_unit(images: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """Return floating images, at least float32, in units in which black is 0 and white 1. Differentiable."""
+    low, high = value_range
+    return (images.to(torch.promote_types(images.dtype, torch.float32)) - low) / (high - low)
 
 
 def _prepared(pixels: Tensor, config: ModelConfig) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
-from m3ae_fast.batch.inputs import OneImage, as_images, unmasked_sample
+from m3ae_fast.batch.inputs import OneImage, ValueRange, as_images, check_values, in_unit, unmasked_sample
+from m3ae_fast.batch.normal import of_unit
 from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
@@ -26,6 +27,7 @@ from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
 
 _pack = torch.compiler.disable(pack)  # numpy on the host, not to be traced
+_check_values = torch.compiler.disable(check_values)  # which depends on the data
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
@@ -192,6 +194,7 @@ class MultimodalEncoder(nn.Module):
         images: OneImage | Sequence[OneImage] | None = None,
         texts: str | Sequence[str] | None = None,
         *,
+        value_range: ValueRange = None,
         pool: Pool = "mean",
         layer: int | None = None,
         batch: int = 64,
@@ -201,10 +204,14 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, of which the central
-                square is taken (a native model takes all of it), or a floating tensor [C, image_size, image_size], of a
-                native model of sides that its patches divide, already normalised; a list of them, or one tensor or
-                array of many; or None.
+                square is taken (a native model takes all of it), or a floating tensor, see `value_range`; a list of
+                them, or one tensor or array of many; or None.
             texts: one or a list, for which the model's `tokenizer` is needed; or None.
+            value_range: of floating tensors and arrays. None or "normalised": tensors [C, image_size, image_size], of a
+                native model of sides that its patches divide, which are normalised already: (x - mean) / std, with
+                image_mean and image_std of `config`, x from 0 to 1. (black, white): of any size, (0, 1) as
+                torchvision's ToTensor gives them, (0, 255) for floats of 8-bit levels. With None, tensors that
+                evidently are not normalised are refused, and float32 arrays are read with the model's image_range.
             pool: "mean" over all tokens but cls, or the "cls" token; see `pooled`.
             layer: the block after which features are taken, from 1; None: the last one.
             batch: samples per forward pass.
@@ -214,8 +221,8 @@ class MultimodalEncoder(nn.Module):
             [S, D] on the model's device, float32, or as the weights where those are float64.
 
         Raises:
-            ValueError: both are None, their numbers differ, an image does not fit the model, or there is no such layer,
-                pool, batch or precision.
+            ValueError: both are None, their numbers differ, an image does not fit the model, floating images are not
+                normalised, or there is no such layer, pool, batch, precision or value_range.
             UserError: a file cannot be read, there are texts, and the model has no tokenizer, or a feature is not
                 finite.
         """
@@ -223,6 +230,7 @@ class MultimodalEncoder(nn.Module):
             raise ValueError("encode needs images, texts or both")
         if images is not None:
             images = list(as_images(images, self.config.channels))
+            check_values(images, value_range, self.config)
         if texts is not None:
             texts = [texts] if isinstance(texts, str) else list(texts)
         if images is not None and texts is not None and len(images) != len(texts):
@@ -248,6 +256,7 @@ class MultimodalEncoder(nn.Module):
                         None if texts is None else texts[i],
                         self.config,
                         self.tokenizer,
+                        value_range,
                     )
                     for i in range(start, min(start + batch, count))
                 ]
@@ -267,21 +276,27 @@ class MultimodalEncoder(nn.Module):
             )
 
     def representation(
-        self, images: Tensor | None = None, text: Tensor | None = None, padding_mask: Tensor | None = None
+        self,
+        images: Tensor | None = None,
+        text: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        *,
+        value_range: ValueRange = None,
     ) -> Tensor:
         """Return encoder output on unmasked input: the features for downstream work. Differentiable.
 
         Args:
-            images: [S, C, H, W] of the model's size, uint8, uint16, or floating and already normalised; or None.
+            images: [S, C, H, W] of the model's size, uint8, uint16, or floating; or None.
             text: int [S, n] token ids, n <= text_length; or None.
             padding_mask: [S, n], nonzero where `text` is padding; None: no padding.
+            value_range: of floating images, as in `encode`: normalised already, or (black, white).
 
         Returns:
             [S, 1 + L + n, D]: cls token, patches (where there are images), text (where there is text); padding is 0.
 
         Raises:
             ValueError: both are None, or empty, batch sizes differ, padding precedes tokens, a size does not fit the
-                model, or `text` is not of ids below its vocab_size.
+                model, floating images are not normalised, or `text` is not of ids below its vocab_size.
         """
         if images is None and text is None:
             raise ValueError("representation needs images, text or both")
@@ -292,6 +307,10 @@ class MultimodalEncoder(nn.Module):
             raise ValueError("representation needs an image or a text, and was given none")
         if text is not None:
             self._check_ids(text, padding_mask)
+        if images is not None and images.is_floating_point():
+            _check_values([images], value_range, self.config)
+            if value_range not in (None, "normalised"):
+                images = of_unit(in_unit(images, value_range), self.config.image_mean, self.config.image_std)
         lengths = [math.prod(self.geometry.grid(image)) for image in images] if images is not None else [0] * size
         samples, real_rows = [], []
         for i in range(size):

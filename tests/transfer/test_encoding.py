@@ -109,6 +109,62 @@ def test_images_come_as_pil_or_tensors_of_any_size(model):
     assert not empty.any()  # of an empty caption only cls is left
 
 
+def test_floats_are_what_value_range_says(model):
+    """All three meanings, at the model's size and at others, and as arrays too: the features of uint8."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
+    close = {"rtol": 0, "atol": 1e-5}
+    for size in (32, 50):
+        pixels = images(2, size)
+        expected, unit = model.encode(pixels, precision="fp32"), pixels / 255
+        ours = {(0, 1): unit, (0, 255): pixels.float(), (-1, 1): 2 * unit - 1, (0.0, 65535.0): pixels.double() * 257}
+        for value_range, floats in ours.items():
+            found = model.encode(floats, value_range=value_range, precision="fp32")
+            torch.testing.assert_close(found, expected, **close)
+            arrays = floats.permute(0, 2, 3, 1).numpy()
+            assert torch.equal(model.encode(arrays, value_range=value_range, precision="fp32"), found)
+    pixels = images(2)
+    expected, normal = model.encode(pixels, precision="fp32"), (pixels / 255 - mean) / std
+    for value_range in (None, "normalised"):
+        found = model.encode(normal, value_range=value_range, precision="fp32")
+        torch.testing.assert_close(found, expected, **close)
+    tokens = model.representation(pixels)
+    torch.testing.assert_close(model.representation(pixels / 255, value_range=(0, 1)), tokens, **close)
+    torch.testing.assert_close(model.representation(normal), tokens, **close)
+    unrounded = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = model.encode(unrounded, value_range=(0, 1), precision="fp32")
+    torch.testing.assert_close(found, model.encode((unrounded - mean) / std, precision="fp32"), **close)
+
+
+def test_floats_that_are_evidently_not_normalised_are_refused(model):
+    pixels = images(3)
+    for floats, guess in (
+        (pixels / 255, (0, 1)),
+        (pixels.float(), (0, 255)),
+        (pixels.float() * 257, (0, 65535)),
+        (pixels.half() / 255, (0, 1)),
+    ):
+        told = f"values from 0 to .*: pass value_range={guess} if that".replace("(", r"\(").replace(")", r"\)")
+        for call in (model.encode, model.representation):
+            with pytest.raises(ValueError, match=told):
+                call(floats)
+        with pytest.raises(ValueError, match=told):
+            model.encode([images(1)[0], *floats])
+        assert model.encode(floats, value_range="normalised").isfinite().all()
+    for wrong in ((1, 0), (0,), "unit", 255):
+        with pytest.raises(ValueError, match=r"value_range .*: must be the values of black and"):
+            model.encode(pixels, value_range=wrong)
+
+
+def test_floats_that_may_be_normalised_are_taken(model):
+    """One value says nothing of a range, nor does one bright image among others; with mean 0 and deviation 1 both
+    meanings are one."""
+    bright = images(1) / 255
+    for floats in (torch.zeros(1, 3, 32, 32), torch.full((2, 3, 32, 32), 0.5), torch.cat((bright, -bright))):
+        assert torch.equal(model.encode(floats), model.encode(floats, value_range="normalised"))
+    plain = M3AE(model.config.model_copy(update={"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}))
+    assert torch.equal(plain.encode(bright), plain.encode(bright, value_range="normalised"))
+
+
 def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
     """And all give the features of the tensor; transparency is as in the shards."""
     pixels = images(3, 40)
@@ -158,7 +214,9 @@ def test_a_file_that_is_no_image_is_named(model, tmp_path):
     with pytest.raises(UserError, match=r"nowhere.png: cannot be read \(No such file or directory\)"):
         model.encode(["nowhere.png"])
     for wrong in (np.zeros((4, 4, 3)), np.zeros((2, 2, 4, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match=r"an image cannot be used: an array (of float64|\[2, 4, 4, 3\], not)"):
+        with pytest.raises(
+            ValueError, match=r"an image cannot be used: an array (of float64, whose values need|\[2, 4, 4, 3\], not)"
+        ):
             model.encode(wrong)
 
 
