@@ -46,8 +46,14 @@ import timm
 
 model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # on the hub: hf-hub:OWNER/{name}
 prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
-features = model(prepare(image)[None])  # of a PIL image: [1, {emb_dim}], those of M3AE.encode(pool="mean")
+side = min(image.size)  # of a PIL image
+left, top = (image.width - side) // 2, (image.height - side) // 2
+square = image.crop((left, top, left + side, top + side))
+features = model(prepare(square)[None])  # [1, {emb_dim}], those of M3AE.encode(image, pool="mean")
 ```
+
+The central square is cropped first, as in pre-training: timm's own transform resizes an image before it crops it, which
+gives other pixels, and other features, if the image is not square.
 
 `model.forward_features` gives all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. Images are the
 central square with black 0 and white 1 (levels of 8 bits / 255), minus {mean}, over {std}. Without config.json:
