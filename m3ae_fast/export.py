@@ -115,7 +115,16 @@ def _shards(data: dict[str, Any]) -> list[str]:
 
 
 def _public(shards: str) -> str:
-    """Return a URL without what may be secret: the user and the query."""
+    """Return what may be published of a pattern: the names of files on this machine, a URL without its user and query,
+    and nothing of a command."""
+    from m3ae_fast.data.shards import is_remote
+
+    if shards.startswith("pipe:"):
+        return "pipe:..."
+    if "::" in shards:
+        return "::".join(map(_public, shards.split("::")))
+    if not is_remote(shards):
+        return shards.rpartition("/")[2]
     return re.sub(r"(\w+://)[^/@\s]*@", r"\1", re.sub(r"\?\S*", "", shards))
 
 

@@ -93,6 +93,25 @@ def test_model_card_tells_the_run_and_no_secret(run, tmp_path):
     assert '"emb_dim": 32' in card and '"global_batch": 16' in card
 
 
+def test_no_file_of_an_export_has_a_path_of_this_machine(run, tmp_path):
+    """Nor what a command says, which may hold a password."""
+    shutil.copytree(run, tmp_path / "run")
+    sources = [str(CLIPART / "train-{0000..0001}.tar"), f"file:{CLIPART}/a.tar", f"{CLIPART}/b.tar::{CLIPART}/c.tar"]
+    sources += [f"pipe:cat {CLIPART}/d.tar"]
+    for path in (tmp_path / "run").rglob("state.json"):
+        info = json.loads(path.read_text())
+        info["config"]["data"]["train"][0]["shards"] = sources
+        info["config"]["model"]["init_from"] = str(CLIPART / "weights")
+        path.write_text(json.dumps(info))
+    for kind in ("m3ae", "timm"):
+        assert main([str(tmp_path / "run"), str(tmp_path / kind), "--format", kind]) == 0
+        for path in (tmp_path / kind).iterdir():
+            assert not any(str(folder).encode() in path.read_bytes() for folder in (CLIPART, tmp_path)), path
+    card = (tmp_path / "m3ae/README.md").read_text()
+    for name in ("train-{0000..0001}.tar", "a.tar", "b.tar::c.tar", "pipe:..."):
+        assert f"- `{name}`" in card
+
+
 class Hub:
     """A folder of models, instead of the hub."""
 
