@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.push and args.format == "onnx":
         parser.error("--push takes a folder, which --format onnx does not make")
+    if args.private and not args.push:
+        parser.error("--private is for --push, which makes a model on the hub")
     if (args.train or args.val) and not (args.train and args.val and args.format == "onnx"):
         parser.error("--train and --val go together, with --format onnx")
     images = None

@@ -87,7 +87,7 @@ def _settings(args: argparse.Namespace) -> TransferConfig:
         given["encode"] = {"pool": args.pool}
     if args.patches and args.modality == "text":
         raise UserError("--patches: texts have none; choose another --modality")
-    return transfer_config(given, args.set)
+    return transfer_config(given, args.set, ("features", ("encode",)))
 
 
 def _check_out(out: Path) -> None:

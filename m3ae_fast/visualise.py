@@ -28,6 +28,12 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.pictures.attention import Look
 
 _SEARCHED = 2000  # samples, for a word
+_OPTIONS_OF = {
+    "pictures": ("reconstructions", "attention"),
+    "ratios": ("reconstructions",),
+    **dict.fromkeys(("word", "patch", "layer", "head"), ("attention",)),
+    **dict.fromkeys(("classes", "samples", "labels"), ("map",)),
+}  # what uses an option
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -66,6 +72,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.run, args.what = args.runs[0], kinds[0]
     if len(args.runs) > 1 and args.what != "map":
         parser.error(f"{args.what} are of one run; a map can be of several")
+    for name, what in _OPTIONS_OF.items():
+        if args.what not in what and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name}: {args.what} does not use it; it is for {' and '.join(what)}")
     return args
 
 

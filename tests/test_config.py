@@ -51,6 +51,10 @@ def run(tmp_path, capsys, monkeypatch):
 MISTAKES = [
     (["optim.peek_lr=1"], "unknown key optim.peek_lr; did you mean peak_lr?"),
     (["modell={}"], "unknown key modell; did you mean model?"),
+    (["modell.depth=3"], "unknown key modell; did you mean model?"),
+    (["finetune.epochs=3"], "unknown key finetune.epochs; did you mean train.epochs?"),
+    (["optim.epochs=3"], "unknown key optim.epochs; did you mean train.epochs?"),
+    (["train.peak_lr=1"], "unknown key train.peak_lr; did you mean optim.peak_lr?"),
     (["data.train.0.shard=x"], "unknown key data.train.0.shard; did you mean shards?"),
     (["train.steps=many"], "train.steps: input should be a valid integer"),
     (["train.steps=1.5"], "train.steps: input should be a valid integer"),

@@ -19,7 +19,7 @@ from m3ae_fast.pictures import attention, reconstructions
 from m3ae_fast.pictures.attention import _laid_over, attention_to_patches
 from m3ae_fast.pictures.training import draw_training
 from m3ae_fast.run import checkpoint
-from m3ae_fast.visualise import _look, main
+from m3ae_fast.visualise import _look, main, parse_args
 from tests.helpers.attention import attend
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
@@ -197,3 +197,18 @@ def test_mistakes_are_one_line_and_draw_nothing(run, tmp_path):
         with pytest.raises(UserError, match=message):
             main([str(run), *options, "--out", str(tmp_path / "out.png")])
         assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--word", "dog"], "--word: reconstructions does not use it; it is for attention"),
+        (["attention", "--ratios", "0.5"], "--ratios: attention does not use it; it is for reconstructions"),
+        (["map", "--pictures", "3"], "--pictures: map does not use it; it is for reconstructions and attention"),
+        (["attention", "--labels", "json.label"], "--labels: attention does not use it; it is for map"),
+        (["map", "--head", "1"], "--head: map does not use it; it is for attention"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(["run", *words])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from m3ae_fast.config.load import apply_override, parse
+from m3ae_fast.config.messages import settings_called
 from m3ae_fast.config.schema import (
     Batch,
     Beta,
@@ -24,6 +26,7 @@ from m3ae_fast.config.schema import (
     Section,
     TransformerLoopConfig,
 )
+from m3ae_fast.errors import UserError
 
 CommonCorruption = Literal[
     "gaussian_noise",
@@ -44,6 +47,7 @@ CommonCorruption = Literal[
 ]
 ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
 
+_COMMON = ("run", "data", "encode.resize")  # sections and settings that every task reads
 FORMER_SECTIONS = {"probe": "linear"}  # in --set for one more release; older checkpoints have them too
 
 
@@ -200,11 +204,29 @@ class TransferConfig(Section):
     robustness: RobustnessConfig = RobustnessConfig()
 
 
-def transfer_config(given: dict, overrides: list[str]) -> TransferConfig:
-    """Return the sections that the command line gives, with its overrides. Raises UserError as `parse`."""
-    for override in overrides:
-        apply_override(given, _renamed(override))
+def transfer_config(
+    given: dict, overrides: list[str], reader: tuple[str, Sequence[str]] | None = None
+) -> TransferConfig:
+    """Return the sections that the command line gives, with its overrides. `reader`: a program or task, and the
+    sections that it reads besides those of `_COMMON`; None: all. Raises UserError as `parse`, and for a setting that
+    the reader would ignore."""
+    for override in map(_renamed, overrides):
+        if reader:
+            _require_read(override, *reader)
+        apply_override(given, override)
     return parse(TransferConfig, given, "--set")
+
+
+def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
+    name = override.partition("=")[0]
+    if name.startswith((*sections, *_COMMON)):
+        return
+    meant = [each for each in settings_called(TransferConfig, name.rpartition(".")[2]) if each.startswith((*sections,))]
+    if meant or name.partition(".")[0] in TransferConfig.model_fields:
+        other = (
+            f"did you mean {' or '.join(meant)}?" if meant else f"its sections are {', '.join((*sections, *_COMMON))}"
+        )
+        raise UserError(f"--set {name}: {reader} does not use it; {other}")
 
 
 def _renamed(override: str) -> str:

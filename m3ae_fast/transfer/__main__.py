@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.process.program import Session
     from m3ae_fast.transfer.classifier import Classifier
 
+DRAWS = 5  # of --shots, by default
 PROBES = ("knn", "linear", "attentive")  # that `compare` can use
 
 
@@ -148,7 +149,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     about = "which of two results on the same samples is better, or whether they cannot be told apart"
     command = tasks.add_parser(DIFFERENCE, help=about, description=about)
     command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if hasattr(args, "draws"):
+        if args.draws and not args.shots:
+            raise UserError(f"--draws {args.draws}: is of --shots; name --shots too, such as 1,5,10, or leave it out")
+        args.draws = args.draws or DRAWS
+    return args
 
 
 def _add_survey(command: argparse.ArgumentParser) -> None:
@@ -165,7 +171,7 @@ def _add_survey(command: argparse.ArgumentParser) -> None:
         help="train on so many samples of each class, drawn several times: 1,5,10 (default: on all)",
     )
     command.add_argument(
-        "--draws", type=_draws, default=5, metavar="N", help="how often --shots are drawn, from 2 (default: 5)"
+        "--draws", type=_draws, metavar="N", help=f"how often --shots are drawn, from 2 (default: {DRAWS})"
     )
 
 
@@ -247,7 +253,9 @@ def _modality(args: argparse.Namespace) -> str:
 def _config(args: argparse.Namespace) -> TransferConfig:
     val = [{"shards": args.val, "modality": args.modality}]
     train = [{"shards": args.train, "modality": args.modality}] if TASKS[args.task].trains else val
-    return transfer_config({"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}, args.set)
+    sections = ("encode", *args.probes) if TASKS[args.task].compares else TASKS[args.task].sections
+    given = {"run": {"dir": str(args.out)}, "data": {"train": train, "val": val}}
+    return transfer_config(given, args.set, (args.task, sections))
 
 
 def perform(args: argparse.Namespace, session: Session) -> None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.config import SourceConfig
+from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.pictures.figures import draw_detection
@@ -127,6 +128,8 @@ def run(job: Job) -> dict[str, Any]:
     name, or as `Job.open_labelled` does."""
     library("sklearn", "ood needs scikit-learn: pip install 'm3ae-fast[transfer]'")
     sets = named_sets(job.args.ood)
+    if isinstance(job.model, Classifier):
+        _check_pool(job.model, job.config.encode)
     labelled, held_out, classes = job.open_labelled()
     sources = {name: SourceConfig(shards=shards, modality=job.args.modality) for name, shards in sets.items()}
     strange = {name: job.open([source]) for name, source in sources.items()}
@@ -189,6 +192,13 @@ def _check_classes(classifier: Classifier, classes: Classes) -> None:
             f"--train: its samples have {len(found)} classes, the classifier {len(own)}, and {what}; name the samples "
             "that it was trained on"
         )
+
+
+def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
+    """Raise UserError where other features are asked for than those that the classifier's head reads."""
+    own = classifier.config.pool
+    if "pool" in encode.model_fields_set and encode.pool != own:
+        raise UserError(f"--set encode.pool={encode.pool}: the classifier's head reads {own}; leave it out")
 
 
 def _head_of(classifier: Classifier) -> Callable[[np.ndarray], Tensor]:

@@ -92,6 +92,11 @@ def test_mistakes_are_one_line_and_write_nothing(features, shards, tmp_path, mon
         ("kept.npz", [], "exists already"),
         ("new.npz", ["--patches", "--modality", "text"], "texts have none"),
         ("new.npz", ["--set", "encode.bath=3"], "unknown key encode.bath; did you mean batch?"),
+        (
+            "new.npz",
+            ["--set", "linear.batch=3"],
+            "--set linear.batch: features does not use it; did you mean encode.batch?",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             features(shards[1], name, *options)

@@ -278,6 +278,7 @@ def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, cla
     for options, message in (
         (["--labels", "json.name"], "have 3 classes, the classifier 3, and only one of them '0'"),
         (["--modality", "text"], "--modality text: the classifier .* sees image; leave it out"),
+        (["--set", "encode.pool=mean"], "--set encode.pool=mean: the classifier's head reads cls; leave it out"),
     ):
         with pytest.raises(UserError, match=message):
             transfer("ood", "--ood", shards[1], *options, model=folder)
