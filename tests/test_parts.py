@@ -261,6 +261,26 @@ def test_ranks_share_the_work_of_looking_for_damage(saved):
         checkpoint.open_state(saved, 1, 3)
 
 
+@pytest.mark.parametrize("file", part_files(3))
+def test_a_part_without_its_checksum_is_refused(saved, file):
+    """It may be of another step: nothing else would notice."""
+    other = save_cut(saved.parents[1], {name: tensor + 1 for name, tensor in STATE.items()}, 3, step=2)
+    (saved / file).write_bytes((other / file).read_bytes())
+    info = json.loads((saved / "state.json").read_text())
+    del info["sha256"][file]
+    (saved / "state.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=rf"{file} is damaged \(its checksum is missing from state.json.*remove the"):
+        checkpoint.read_weights(saved)
+
+
+def test_a_checkpoint_in_one_file_needs_its_checksum_where_any_is_there(tmp_path):
+    path = save(tmp_path, STATE, checkpoint.Info(1, 0, 42, {}, {}))
+    info = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(info | {"sha256": {"other.safetensors": "0"}}))
+    with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum is missing"):
+        checkpoint.read_weights(path)
+
+
 def test_files_of_another_world_are_no_part(saved):
     for number, file in enumerate(part_files(3)):
         (saved / file).rename(saved / part_files(4)[number])
@@ -292,7 +312,9 @@ def test_a_table_of_somebody_else_leads_to_one_line_and_to_no_other_file(saved, 
     for key, value in change.items():
         table[key] = table[key] | value if isinstance(value, dict) else value
     (saved / TABLE_FILE).write_text(json.dumps(table))
-    (saved / "state.json").write_text(json.dumps(info | {"sha256": {TABLE_FILE: parts.sha256(saved / TABLE_FILE)}}))
+    (saved / "state.json").write_text(
+        json.dumps(info | {"sha256": info["sha256"] | {TABLE_FILE: parts.sha256(saved / TABLE_FILE)}})
+    )
     with pytest.raises(UserError, match="is damaged") as caught:
         checkpoint.read_weights(saved)
     assert "\n" not in str(caught.value)
@@ -300,11 +322,12 @@ def test_a_table_of_somebody_else_leads_to_one_line_and_to_no_other_file(saved, 
 
 def test_a_piece_of_another_type_or_size_is_refused(saved):
     info = json.loads((saved / "state.json").read_text())
-    (saved / "state.json").write_text(json.dumps(info | {"sha256": {TABLE_FILE: info["sha256"][TABLE_FILE]}}))
     file = saved / part_files(3)[0]
     pieces = load_file(file)
     for other in (pieces["model/a"].double(), pieces["model/a"][:-1], pieces["model/a"][None], None):
         save_file({"model/a": other} if other is not None else {"x": torch.ones(1)}, file)
+        sums = info["sha256"] | {file.name: parts.sha256(file)}
+        (saved / "state.json").write_text(json.dumps(info | {"sha256": sums}))
         with pytest.raises(UserError, match=r"state-00001-of-00003\.safetensors is damaged"):
             checkpoint.open_state(saved).whole("model/a")
 

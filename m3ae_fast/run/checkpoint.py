@@ -245,10 +245,10 @@ def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
         raise UserError(f"checkpoint {path}: rank {rank} does not see it; it must be where all nodes do")
     sums, table = read_info(path).sha256, None
     if parts.TABLE_FILE in sums:
-        parts.check(path, parts.TABLE_FILE, sums[parts.TABLE_FILE])
+        parts.check(path, parts.TABLE_FILE, sums)
         table = parts.read_table(path)
     for file in parts.part_files(table.parts if table else 1)[rank::world]:
-        parts.check(path, file, sums.get(file))
+        parts.check(path, file, sums)
     return State(path, table)
 
 

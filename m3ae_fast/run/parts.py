@@ -144,10 +144,14 @@ def damaged(path: Path, file: str, error: object) -> UserError:
     return UserError(f"checkpoint {path}: {file} is damaged ({reason}); remove the folder to use an older one")
 
 
-def check(path: Path, file: str, expected: str | None) -> None:
-    """Raise UserError if a file is not there, or has not the SHA-256 `expected`."""
+def check(path: Path, file: str, sums: dict[str, str]) -> None:
+    """Raise UserError if a file is missing, or if `sums` (SHA-256 by file name; empty: written before there were
+    checksums) lack its checksum or have another one."""
     try:
-        if expected not in (None, sha256(path / file)):
+        found = sha256(path / file)
+        if sums and file not in sums:
+            raise OSError("its checksum is missing from state.json, so it may be from another step")
+        if sums and sums[file] != found:
             raise OSError("its checksum is not the one it was written with")
     except OSError as error:
         raise damaged(path, file, error) from None
