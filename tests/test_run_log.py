@@ -97,6 +97,12 @@ def test_the_lock_outlives_its_file(tmp_path):
     os.waitpid(worker, 0)
 
 
+def test_a_folder_that_vanishes_does_not_replace_the_error_that_ends_the_run(tmp_path):
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run") as folder:
+        shutil.rmtree(folder.path)
+        _ = 1 / 0
+
+
 def test_a_folder_that_is_removed_under_way_is_told_and_made_again(tmp_path, capsys):
     with RunFolder(tmp_path / "run") as folder, RunLog(folder.path, 0, 9) as metrics:
         metrics.log(1, {"loss": 1.0})

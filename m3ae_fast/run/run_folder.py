@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -104,6 +105,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         """Let go; a folder that was made here and holds nothing else goes too."""
-        if self._made and os.listdir(self.path) == [LOCK_FILE]:
-            shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # removed meanwhile: the error that ends the run is the one to report
+            if self._made and os.listdir(self.path) == [LOCK_FILE]:
+                shutil.rmtree(self.path, ignore_errors=True)
         self._unlock()
