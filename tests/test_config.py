@@ -58,7 +58,7 @@ MISTAKES = [
     (["data.train.0.shard=x"], "unknown key data.train.0.shard; did you mean shards?"),
     (["train.steps=many"], "train.steps: input should be a valid integer"),
     (["train.steps=1.5"], "train.steps: input should be a valid integer"),
-    (["train.steps=null"], "give epochs or steps"),
+    (["train.steps=null"], "give the length of the run"),
     (["optim.betas=[0.9]"], "optim.betas"),
     (["model.size=giant"], "model.size"),
     (["model.emb_dim=33"], "emb_dim 33 is not divisible by num_heads 4"),
@@ -503,7 +503,7 @@ def test_the_official_hyper_parameters_are_the_defaults():
         ({"data": {"train": [{"shards": "a", "weight": 1}, {"shards": "b"}]}}, "give every source a weight, or none"),
         ({"data": {"val": [{"shards": "a"}, {"shards": "b", "weight": 1}]}}, "give every source a weight, or none"),
         ({"train": {"epochs": 2, "steps": 2}}, "give epochs or steps, not both"),
-        ({"train": {"epochs": None}}, "give epochs or steps, not both"),
+        ({"train": {"epochs": None}}, "give the length of the run: epochs or steps"),
     ],
 )
 def test_settings_that_contradict_each_other(change, message):

@@ -394,8 +394,10 @@ class LoopConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> LoopConfig:
         given = (self.epochs is not None) + (self.steps is not None)
-        if given == 2 or (given == 0 and not self.LENGTH_FOLLOWS):
+        if given == 2:
             raise ValueError("give epochs or steps, not both")
+        if given == 0 and not self.LENGTH_FOLLOWS:
+            raise ValueError("give the length of the run: epochs or steps")
         return self
 
 
