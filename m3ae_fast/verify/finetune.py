@@ -112,7 +112,7 @@ def _steps(
     trajectories = {f"loss_trajectory{suffix}": losses} | ({} if decay else {"accuracy_trajectory": accuracies})
     for name, values in trajectories.items():
         yield Quantity(name, torch.tensor(values), golden.tensor(f"out/{name}"), TOLERANCE)
-    for layer in [] if decay else sorted(rates[0]):
+    for layer in [] if decay else sorted(set(layers.values())):
         ours, official = (torch.tensor(lrs) for lrs in ([each[layer] for each in rates], m["lr_by_layer"][layer]))
         yield Quantity(f"lr of layer {layer}", ours, official, TOLERANCE)
     for name, p in model.named_parameters():

@@ -56,6 +56,7 @@ def _replay(
     )
     rates = {"init_lr": meta["lr_init_value"], "peak_lr": settings["lr_peak_value"], "end_lr": meta["lr_end_value"]}
     schedule, warmup_steps = OptimConfig(**rates), meta["warmup_epochs"] * meta["steps_per_epoch"]
+    recorded = 0  # the last step whose parameters the file has
     trajectory: dict[str, list[float]] = {"lr": [], "loss": [], "accuracy": []}
     for step in range(meta["steps"]):
         first = step % meta["steps_per_epoch"] * meta["B"]
@@ -74,6 +75,7 @@ def _replay(
         trajectory["loss"].append(loss.item())
         trajectory["accuracy"].append((logits.argmax(1) == labels).double().mean().item())
         if f"{variant}/after_{step + 1}/kernel" in golden.arrays:
+            recorded, reached = step + 1, {name: p.detach().cpu().clone() for name, p in weights.items()}
             for name, tensor in tensors.items():
                 yield quantity(f"after {step + 1} {name}", tensor, f"after_{step + 1}/{name}")
     for name, values in trajectory.items():
@@ -81,10 +83,10 @@ def _replay(
     for name, p in weights.items():
         buffer = optimizer.state[p]["momentum_buffer"]
         yield quantity(f"momentum {name}", buffer, f"trace_end/{name}", TOLERANCE_CHANGE)
-        if settings["lr_peak_value"] >= STRONG_LR:
+        if recorded and settings["lr_peak_value"] >= STRONG_LR:
             before = golden.at(f"{variant}/init/{name}")
-            change = golden.at(f"{variant}/after_{meta['steps']}/{name}") - before
-            yield Quantity(f"{variant} change {name}", p.detach().cpu() - before, change, TOLERANCE_CHANGE)
+            change = golden.at(f"{variant}/after_{recorded}/{name}") - before
+            yield Quantity(f"{variant} change {name}", reached[name] - before, change, TOLERANCE_CHANGE)
     with torch.no_grad():
         logits_NK = head.eval()(pooled("eval_features")).cpu()
     yield quantity("eval_logits", logits_NK, "eval_logits")

@@ -1,5 +1,7 @@
 """Heads, LARS and layer-wise learning rates are the official ones."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,33 @@ def test_verify_finds_what_is_bent(tmp_path, capsys, make, key):
     capsys.readouterr()
     assert main([str(tmp_path / "bent.npz")]) == 1
     assert len([line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]) == 1
+
+
+@pytest.mark.parametrize("left", [6, 3, 0])
+def test_a_probe_s_parameters_are_compared_at_the_steps_that_were_recorded(tmp_path, left):
+    """Which need not have the last step, 9, among them."""
+    file = make_probe(tmp_path / "probe.npz", VARIANTS)
+    arrays = dict(np.load(file))
+    kept = {k: a for k, a in arrays.items() if "/after_" not in k or int(k.split("after_")[1][0]) <= left}
+    np.savez(file, **kept)
+    names = agree(file, 15)
+    assert ("mean change kernel" in names) == (left > 0) and "mean momentum kernel" in names
+    assert "mean after 9 kernel" not in names and ("mean after 3 kernel" in names) == (left > 0)
+
+
+def test_a_fine_tuning_without_steps_is_compared_as_far_as_it_goes(tmp_path):
+    file = make_finetuning(tmp_path / "finetune.npz")
+    arrays = dict(np.load(file))
+    meta = json.loads(arrays["meta"].tobytes())
+    meta |= {"steps": 0, "lr_by_layer": dict.fromkeys(meta["lr_by_layer"], [])}
+    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    for key, array in arrays.items():
+        if "trajectory" in key:
+            arrays[key] = array[:0]
+        elif key.startswith("params_after"):
+            arrays[key] = arrays[f"params/{key.partition('/')[2]}"]
+    np.savez(file, **arrays)
+    assert "loss_trajectory" in agree(file, 60)
 
 
 def test_decay_and_layers_reach_every_parameter_once(tmp_path):
