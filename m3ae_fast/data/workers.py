@@ -10,21 +10,23 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import Any, Protocol, TypeVar
 
+import torch
+from torch._utils import ExceptionWrapper  # with which a DataLoader's workers hand over their exceptions
 from torch.utils.data import DataLoader
 
-from m3ae_fast.memory import out_of_memory
+from m3ae_fast.errors import UserError
 from m3ae_fast.stop_signals import SIGNALS
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 MAX_WORKERS = 16
-SHM_FULL = 73  # EX_CANTCREAT of sysexits.h: the exit code of a worker that cannot share its batch
+IN_WORKER = "in DataLoader worker process"  # how torch marks an exception that a worker raised
 _LEAVING_S = 5.0  # for workers, before they are killed
 # Before Python 3.12 a worker never wakes from its fork where a thread that is not Python's, as gloo's that frees the
 # tensor of a collective, enters the interpreter in that moment: those at it get the time to leave.
@@ -95,7 +97,24 @@ class Loader(DataLoader[T_co]):
                 self.beside.begin()
             batches = super().__iter__()
         _started[:] = {*(worker for worker in _started if worker.is_alive()), *getattr(batches, "_workers", ())}
+        batches = _Batches(batches)
         return batches if self.beside is None else self.beside.watch(batches)
+
+
+class _Batches(Iterator[T]):
+    """A DataLoader's batches; a UserError that a worker raises keeps its one line, without torch's traceback."""
+
+    def __init__(self, batches: Iterator[T]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> T:
+        try:
+            return next(self._batches)
+        except UserError as error:
+            if IN_WORKER not in str(error):
+                raise
+            name = f"{type(error).__module__}.{type(error).__qualname__}: "
+            raise UserError(str(error).rpartition(name)[2].strip()) from None
 
 
 @contextlib.contextmanager
@@ -118,17 +137,18 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # where workers are spawned
     threading.Thread(target=_await_end, daemon=True).start()
-    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
+    Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
 
 
-def _end_unsent(error: Exception, batch: object) -> None:
-    """End the worker: the queue would drop a batch that it cannot send, and the main process wait for it for ever."""
-    if "shared memory" in str(error) and "No space left" in str(error):
-        os._exit(SHM_FULL)
+def _send_error(queue: Queue[Any], error: Exception, unsent: object) -> None:
+    """Send, in place of a batch that cannot be sent, the error, which the DataLoader raises in the main process: the
+    queue would drop the batch, and the main process wait for it for ever."""
     try:
-        if not out_of_memory(error):
-            traceback.print_exception(error)
-    finally:
+        number, _ = unsent  # type: ignore[misc]  # of the batch; or what was pickled already, which is a lost pipe
+        info = torch.utils.data.get_worker_info()
+        where = f"{IN_WORKER} {info.id if info else '?'}"
+        queue.put((number, ExceptionWrapper((type(error), error, error.__traceback__), where)))
+    except BaseException:  # no memory for that either
         os._exit(1)
 
 
