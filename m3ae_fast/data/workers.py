@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch._utils import ExceptionWrapper  # with which a DataLoader's workers hand over their exceptions
@@ -97,8 +97,8 @@ class Loader(DataLoader[T_co]):
                 self.beside.begin()
             batches = super().__iter__()
         _started[:] = {*(worker for worker in _started if worker.is_alive()), *getattr(batches, "_workers", ())}
-        batches = _Batches(batches)
-        return batches if self.beside is None else self.beside.watch(batches)
+        raised = _Batches(batches)
+        return raised if self.beside is None else self.beside.watch(raised)
 
 
 class _Batches(Iterator[T]):
@@ -144,7 +144,7 @@ def _send_error(queue: Queue[Any], error: Exception, unsent: object) -> None:
     """Send, in place of a batch that cannot be sent, the error, which the DataLoader raises in the main process: the
     queue would drop the batch, and the main process wait for it for ever."""
     try:
-        number, _ = unsent  # type: ignore[misc]  # of the batch; or what was pickled already, which is a lost pipe
+        number, _ = cast("tuple[int, Any]", unsent)  # or what was pickled already, if the pipe is lost
         info = torch.utils.data.get_worker_info()
         where = f"{IN_WORKER} {info.id if info else '?'}"
         queue.put((number, ExceptionWrapper((type(error), error, error.__traceback__), where)))

@@ -28,7 +28,8 @@ from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
-from m3ae_fast.data import ShardStore, dataset, open_corpus, workers
+from m3ae_fast.data import ShardStore, dataset, open_corpus
+from m3ae_fast.data import workers as loader_workers
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.fetcher import Node
 from m3ae_fast.data.loader import samples_of
@@ -165,7 +166,7 @@ def test_a_worker_without_memory_for_its_error_ends(load, paired, monkeypatch):
     def refuse(*_):
         raise MemoryError
 
-    monkeypatch.setattr(workers, "ExceptionWrapper", refuse)
+    monkeypatch.setattr(loader_workers, "ExceptionWrapper", refuse)
     monkeypatch.setitem(ForkingPickler._extra_reducers, torch.UntypedStorage, refuse)
     with pytest.raises(RuntimeError, match="DataLoader worker") as error:
         next(iter(load(paired, steps=20, config={"workers": 1})))
