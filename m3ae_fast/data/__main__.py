@@ -28,8 +28,9 @@ from m3ae_fast.shard_tools.settings import Settings
 
 FOLDER = """Make shards of a folder of images.
 
-Sub-folders are classes if there are at least two and every image is in one. Captions come from a table with one
-row per sample, or from NAME.txt beside NAME.jpg. An image in several rows gives several samples, also where rows are
+Folders called train, val (valid, validation, dev) or test, with CLASS folders below or without, give shards of these
+splits. Else, or below them, sub-folders are classes if there are at least two and every image is in one; class ids are
+the same in all splits. Captions come from a table with one row per sample, or from NAME.txt beside NAME.jpg. An image in several rows gives several samples, also where rows are
 equal, and so does a list of captions in a row. Tables are read strictly: a row with a field too many or too few is an
 error. A .tsv has a row on each line and no quotes, unless a program that quotes its fields wrote it. Images without a
 caption train only the image side. Run an interrupted command again to continue; equal input gives equal bytes.
@@ -95,7 +96,7 @@ def _add_makers(commands: Any) -> None:
     folder.add_argument("--image-column", metavar="NAME", help="its column of paths below DIR (default: detected)")
     folder.add_argument("--caption-column", metavar="NAME", help="its column of captions (default: detected)")
     folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
-    folder.add_argument("--flat", action="store_true", help="sub-folders are not classes")
+    folder.add_argument("--flat", action="store_true", help="sub-folders are neither splits nor classes")
 
     summary = "make shards of an HDF5 file in the official layout"
     hdf5 = command(commands, "from-hdf5", summary, HDF5, make("from_hdf5"))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from m3ae_fast.shard_tools.caption_table import READERS, NoColumns, read_caption
 from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.huggingface import HuggingFace
+from m3ae_fast.shard_tools.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file
 from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.settings import Settings
-from m3ae_fast.shard_tools.writer import HELD_OUT, convert, manifest_of
+from m3ae_fast.shard_tools.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
-_HELD_OUT_SPLITS = (HELD_OUT, "validation", "valid", "test")  # as data sets call them, the first one is taken
-_HELD_OUT_NAME = re.compile(rf"({'|'.join(_HELD_OUT_SPLITS)})(?![a-z])")  # of a shard
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split
 
 
@@ -64,7 +62,7 @@ def find_shards(
             )
         table, notes = (captions, []) if captions else _table_in(folder)
         pictures = Folder(folder, table)
-        made = _made(pictures, source, out, [*notes, *pictures.ignored.lines()], image_range)
+        made = _made(pictures, source, out, [*notes, *pictures.notes, *pictures.ignored.lines()], image_range)
         return replace(made, unlabelled=_without_classes(pictures))
     if not folder.is_dir() and (folder.exists() or source.startswith((".", "/", "~")) or source.endswith("/")):
         raise UserError(
@@ -126,10 +124,19 @@ def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
     """Hold out shards: those given, or named so, or the last tenth, without images that the others have too."""
     names = train if any(map(is_manifest, train)) else expand(train)
-    held = val or [name for name in names if _HELD_OUT_NAME.match(Path(name).name)]
-    kept = train if val else [name for name in names if name not in held]
+    if val:
+        return Shards(train, val, _overlap(train, val))
+    named = {name: split_of_file(Path(name).name) for name in names}
+    kept = [name for name, split in named.items() if split is None]
+    evaluated = VAL if VAL in named.values() else TEST
+    held = [name for name, split in named.items() if split == evaluated]
+    apart = [name for name, split in named.items() if split not in (None, evaluated)]
     if held and kept:
-        return Shards(kept, held, _overlap(kept, held))
+        notes = [f"{len(held):,} of {len(names):,} shards are held out by their names, such as {Path(held[0]).name}"]
+        if apart:
+            some = f"{len(apart):,} shards of a test split, such as {Path(apart[0]).name}"
+            notes.append(f"{some}, are neither trained on nor evaluated")
+        return Shards(kept, held, notes + _overlap(kept, held))
     if len(names) == 1:
         note = "nothing is held out of one file of shards: name others with --val to see losses and accuracies"
         return Shards(names, [], [note])
@@ -191,19 +198,29 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
         (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed: its shards are made anew"]
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
-    splits = {path.name.rpartition("-")[0] for path in made.shards}
-    held = next((split for split in _HELD_OUT_SPLITS if split in splits), None)
-    others = sorted(splits - set(_HELD_OUT_SPLITS))
-    train = "train" if "train" in others else others[0]
+    train, held, apart = _roles({path.name.rpartition("-")[0] for path in made.shards})
     whole = folder.resolve()
     lines = notes + made.tally.lines()
+    if apart:
+        lines.append(f"{', '.join(apart)}: neither trained on nor evaluated; its shards are in {folder}")
     if not held:
         lines.append("nothing is held out: no loss or accuracy will be of samples that training has not seen")
     return Shards([str(whole / f"{train}-*.tar")], [str(whole / f"{held}-*.tar")] if held else [], lines)
 
 
+def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:
+    """Return the split to train on, the one that is held out, None if there is none, and those that are neither."""
+    held_out = [split for split in HELD_OUT if split in splits]
+    others = sorted(splits, key=lambda split: (split in held_out, split != TRAIN, split))
+    held = next((split for split in held_out if split != others[0]), None)
+    return others[0], held, [split for split in others[1:] if split != held]
+
+
 def _settings(source: Records, image_range: Range | None) -> Settings:
-    """Hold out a part of a source that has one split."""
+    """Hold out a part of a source that has one split. Raises UserError if it has several, but none to train on."""
+    if len(source.splits) > 1 and all(split in HELD_OUT for split in source.splits):
+        found = " and ".join(source.splits)
+        raise UserError(f"SOURCE has the splits {found}, but none to train on; name one of them as SOURCE")
     samples = sum(source.splits.values())
     alone = len(source.splits) == 1 and samples > 1
     return Settings(held_out=min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0, image_range=image_range)

@@ -1,4 +1,4 @@
-"""A folder of images as records: class folders, captions from a table or from .txt files."""
+"""A folder of images as records: splits, class folders, captions from a table or from .txt files."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.progress import track
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.shard_tools.caption_table import Row, read_captions
+from m3ae_fast.shard_tools.layout import TRAIN, printable, split_of_folder, understand
 from m3ae_fast.shard_tools.records import Record, Records, read_file
 from m3ae_fast.shard_tools.same_images import join, middle, number_same
-from m3ae_fast.shard_tools.tally import IGNORED, Tally
+from m3ae_fast.shard_tools.tally import IGNORED, OUTSIDE, Tally
 
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 class Folder(Records):
-    """Images below a folder, in the order of their paths.
+    """Images below a folder, in the order of their paths, with the splits and classes that `layout` finds.
 
     Args:
         folder: where to look, in sub-folders too.
         captions: a table of captions with a row for each sample of an image; None: .txt files beside the images.
         columns: its columns of images and captions, None where they have usual names.
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
-        flat: sub-folders are not classes.
+        flat: sub-folders are neither splits nor classes.
 
-    `ignored` counts files that are neither; `outside` is an image that is in no sub-folder where others are, or "".
+    `ignored` counts files that are not read; `outside` is an image that is in no class folder although others are, or
+    ""; `notes` are what the user should know about splits and classes.
 
     Raises:
-        UserError: a folder cannot be listed, there is no image, or the table names some that are not there.
+        UserError: a folder cannot be listed, there is no image, the table names some that are not there, or folders of
+            splits and others stand beside each other.
     """
 
     def __init__(
@@ -55,34 +58,54 @@ class Folder(Records):
         paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not paths:
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
-        nested = any("/" in path for path in paths)
-        self.outside = next((_printable(path) for path in paths if nested and "/" not in path), "")
-        self.classes = None if flat else _classes(folder, paths, classes)
+        directories = {os.path.dirname(path) for path in paths}
+        layout = understand(self.folder, directories, classes, flat)
+        self.classes, self.notes = layout.classes, layout.notes
+        if self.classes and (odd := next((name for name in self.classes if printable(name) != name), None)):
+            raise UserError(
+                f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat"
+            )
+        self._class_names = layout.names  # by directory
+        strays = [path for path in paths if os.path.dirname(path) not in layout.splits]
+        paths = [path for path in paths if os.path.dirname(path) in layout.splits]
+        self.outside = next((printable(path) for path in paths if os.path.dirname(path) == layout.outside), "")
+        # by split, the numbers of its paths
+        rows: dict[str, list[int]] = {split: [] for split in layout.splits.values()}
+        for number, path in enumerate(paths):
+            rows[layout.splits[os.path.dirname(path)]].append(number)
+        self._rows = {split: np.array(numbers) for split, numbers in rows.items()}
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
         self._paths, self._has_table = paths, captions is not None
         self._captions: list[list[str | None]] = [[None]] * len(paths)  # of the table, by image
         if captions is not None:
             self._captions = _join(folder, paths, captions, read_captions(captions, *columns))
-        super().__init__({"train": np.array([len(each) for each in self._captions])})
-        self.ignored = _ignored(folder, files, paths, captions)
+        counts = np.array([len(each) for each in self._captions])
+        super().__init__({split: counts[rows] for split, rows in self._rows.items()})
+        self.ignored = _ignored(folder, files, [*paths, *strays], captions)
+        for path in strays:
+            self.ignored.add(OUTSIDE, printable(path))
         self.identity = {"kind": "folder", **self._fingerprints()}
+        if [*self.splits] != [TRAIN]:
+            self.identity["splits"] = self.splits
 
     def name(self, split: str, number: int) -> str:
-        return _printable(self._paths[self.place(split, number)[0]])
+        return printable(self._paths[self._rows[split][self.place(split, number)[0]]])
 
     def read(self, split: str, number: int) -> Record:
         row, turn = self.place(split, number)
+        row = self._rows[split][row]
         path = os.path.join(self.folder, self._paths[row])
         caption = self._captions[row][turn] if self._has_table else self._beside(path)
-        name = self._paths[row].partition("/")[0] if self.classes else None
-        about: dict[str, Any] = {"path": _printable(self._paths[row])}
+        name = self._class_names[os.path.dirname(self._paths[row])]
+        about: dict[str, Any] = {"path": printable(self._paths[row])}
         if name is not None:
             about["class_name"] = name
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
 
     def images(self, split: str) -> np.ndarray:
         """See `records.Records`: files of equal bytes, or whose names differ in their suffix alone, are of one."""
-        files = [os.path.join(self.folder, path) for path in self._paths]
+        paths = [self._paths[row] for row in self._rows[split]]
+        files = [os.path.join(self.folder, path) for path in paths]
         sketches = [_sketch(path) for path in track(files, "looking for the same image twice")]
         # a file that cannot be read is like no other
         contents_N = number_same(len(files), [lambda i: sketches[i] or i, lambda i: _digest(files[i])])
@@ -112,10 +135,6 @@ class Folder(Records):
         classes = hashlib.sha256(json.dumps(self.classes).encode())
         named = {"pictures": pictures, "captions": captions, "classes": classes}
         return {name: digest.hexdigest()[:16] for name, digest in named.items()}
-
-
-def _printable(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _text_file(image: str) -> str | None:
@@ -154,11 +173,12 @@ def _digest(path: str) -> str:
 
 def _find(folder: str, flat: bool) -> Iterator[str]:
     """Yield paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
-    class: two classes may be links to one folder, and a link may lead back. Raises UserError as `_refuse`."""
+    class or split: two classes may be links to one folder, and a link may lead back. Raises UserError as `_refuse`."""
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real, below = os.path.realpath(parent), os.path.relpath(parent, folder)
-        place = ("" if flat else below.partition("/")[0], real)
+        top = below.split("/")
+        place = ("" if flat else "/".join(top[: 2 if split_of_folder(top[0]) else 1]), real)
         if place in seen or (below != "." and real == os.path.realpath(folder)):
             folders.clear()
             continue
@@ -180,27 +200,12 @@ def _ignored(folder: Path, files: Sequence[str], images: Sequence[str], table: P
     tally = Tally()
     for path in files:
         if path not in known:
-            tally.add(IGNORED, _printable(path))
+            tally.add(IGNORED, printable(path))
     return tally
 
 
 def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-
-def _classes(folder: Path, paths: Sequence[str], known: Sequence[str] | None) -> list[str] | None:
-    """Return the first level of sub-folders, if there are at least two and every image is in one."""
-    found = sorted({path.partition("/")[0] for path in paths if "/" in path})
-    classes = known is not None or (len(found) > 1 and all("/" in path for path in paths))
-    if classes and (odd := next((name for name in found if _printable(name) != name), None)):
-        raise UserError(f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat")
-    if known is not None:
-        strange = [name for name in found if name not in known]
-        if strange or not all("/" in path for path in paths):
-            wrong = f"{strange[0]!r}" if strange else "images outside class folders"
-            raise UserError(f"--classes: {folder} has {wrong}, which the classes lack")
-        return list(known)
-    return found if classes else None
 
 
 def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[list[str | None]]:

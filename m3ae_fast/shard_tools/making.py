@@ -35,6 +35,7 @@ def from_folder(args: argparse.Namespace) -> None:
     settings = _settings(args)
     columns = (args.image_column, args.caption_column)
     folder = Folder(args.input, args.captions, columns, _read_classes(args.classes), args.flat)
+    print("".join(f"note: {note}\n" for note in folder.notes), end="", flush=True)
     _convert(folder, settings, args)
     _tell(folder.ignored)
 

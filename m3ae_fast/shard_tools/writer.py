@@ -32,6 +32,7 @@ from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.progress import progress
 from m3ae_fast.shard_tools.claim import CLASSES, MANIFEST, claimed
+from m3ae_fast.shard_tools.layout import HELD_OUT, TRAIN, VAL
 from m3ae_fast.shard_tools.member import add_member
 from m3ae_fast.shard_tools.records import Record, Records
 from m3ae_fast.shard_tools.same_images import split_images
@@ -39,8 +40,6 @@ from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.shrink import as_member
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import put_in_place
-
-HELD_OUT = "val"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
             raise UserError(
                 f"--held-out {settings.held_out:g}: holds out all {len(order)} samples (those of one image go together)"
             )
-        parts = [(name, split, order[~held]), (HELD_OUT, split, order[held])]
+        parts = [(TRAIN if name in HELD_OUT else name, split, order[~held]), (VAL, split, order[held])]
     shards = []
     for name, split, order in parts:
         pieces = [order[i : i + settings.samples_per_shard] for i in range(0, len(order), settings.samples_per_shard)]

@@ -1,0 +1,173 @@
+"""Splits and classes of a folder of images, and held-out shards by their names."""
+
+import json
+import re
+
+import pytest
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.pretraining.source import find_shards
+from m3ae_fast.shard_tools.folder import Folder
+from m3ae_fast.shard_tools.layout import split_of_file
+from tests.data.test_tools import contents, make
+from tests.helpers.shards import members, picture, write_tar
+
+
+def tree(root, *paths):
+    """Write an image for each path, none equal to another."""
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(picture(number, fmt="PNG"))
+    return root
+
+
+def _paths(shards):
+    """Split, label and path of each sample in a folder of shards."""
+    found = set()
+    for split in {path.name.rpartition("-")[0] for path in shards.glob("*.tar")}:
+        for sample in contents(shards, f"{split}-*.tar"):
+            path = json.loads(sample["json"])["path"]
+            found.add((split, int(sample["cls"]) if "cls" in sample else None, path))
+    return found
+
+
+LAYOUTS = {
+    "ImageFolder": {
+        ("train", 0, "train/cat/0.png"), ("train", 1, "train/dog/0.png"),
+        ("val", 0, "val/cat/0.png"), ("val", 1, "val/dog/0.png"),
+    },
+    "any case, and a class that only one split has": {
+        ("train", 0, "Train/cat/0.png"), ("train", 2, "Train/emu/a/0.png"), ("val", 0, "Valid/cat/0.png"),
+        ("val", 1, "Validation/dog/0.png"), ("test", 2, "TEST/emu/0.png"),
+    },
+    "training images alone": {("train", 0, "train/cat/0.png"), ("train", 1, "train/dog/0.png")},
+    "without classes": {("train", None, "train2017/0.png"), ("val", None, "val2017/0.png")},
+    "an unlabelled test split": {
+        ("train", 0, "train/cat/0.png"), ("train", 1, "train/dog/0.png"), ("test", None, "test/0.png")
+    },
+    "in another folder": {
+        ("train", 0, "images/train/cat/0.png"), ("train", 1, "images/train/dog/0.png"),
+        ("val", 0, "images/val/cat/0.png"), ("val", 1, "images/val/dog/0.png"),
+    },
+    "splits below classes": {
+        ("train", 0, "nail/train/good/0.png"), ("train", 1, "nut/train/good/0.png"),
+        ("test", 0, "nail/test/bad/0.png"), ("test", 1, "nut/test/bad/0.png"),
+    },
+    "one folder of training images, without classes": {("train", None, "train/0.png"), ("train", None, "train/1.png")},
+    "a class called test": {
+        ("train", 0, "cat/0.png"), ("train", 1, "dog/0.png"), ("train", 2, "emu/0.png"), ("train", 3, "test/0.png")
+    },
+    "images beside a folder called train": {("train", None, "0.png"), ("train", None, "train/0.png")},
+    "other words": {("train", 0, "contest/0.png"), ("train", 1, "trainval/0.png"), ("train", 2, "validated/0.png")},
+}  # fmt: skip
+SAID = {
+    "any case, and a class that only one split has": "note: only val has the class dog",
+    "an unlabelled test split": "note: the images of test have no class: they are in no class folder",
+    "a class called test": "note: test is taken for a class, as the folders beside it",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_splits_and_classes_are_those_of_the_folders(tmp_path, capsys, layout):
+    """from-folder writes the shards of each split, with the same class ids in all of them."""
+    expected = LAYOUTS[layout]
+    root = tree(tmp_path / "data", *sorted(path for _, _, path in expected))
+    assert make("from-folder", root, tmp_path / "out") == 0
+    assert _paths(tmp_path / "out") == expected
+    said = capsys.readouterr().out
+    assert SAID.get(layout, "") in said and (layout in SAID or "note:" not in said)
+    assert all(f'"{split}": [{{"shards": "{tmp_path}/out/{split}-*.tar"}}]' in said for split, _, _ in expected)
+
+
+@pytest.mark.parametrize(("name", "split"), [("val", "val"), ("validation", "val"), ("Test", "test"), ("dev", "train")])
+def test_a_folder_called_val_gives_val_shards(tmp_path, name, split):
+    """Except ~/dev."""
+    tree(tmp_path / name, "cat/0.png", "dog/0.png")
+    assert make("from-folder", tmp_path / name, tmp_path / "out") == 0
+    assert _paths(tmp_path / "out") == {(split, 0, "cat/0.png"), (split, 1, "dog/0.png")}
+    assert make("from-folder", tmp_path / name, tmp_path / "both", "--held-out", "0.5") == 0
+    assert sorted(split for split, _, _ in _paths(tmp_path / "both")) == ["train", "val"]
+
+
+def test_sub_folders_may_mean_nothing(tmp_path):
+    root = tree(tmp_path / "data", "train/0.png", "val/0.png")
+    assert make("from-folder", root, tmp_path / "out", "--flat") == 0
+    assert _paths(tmp_path / "out") == {("train", None, "train/0.png"), ("train", None, "val/0.png")}
+
+
+def test_captions_are_those_of_each_split(tmp_path):
+    root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
+    (root / "val/cat/0.txt").write_text("a cat")
+    assert make("from-folder", root, tmp_path / "beside") == 0
+    assert [sample["txt"] for sample in contents(tmp_path / "beside", "val-*.tar")] == [b"a cat"]
+    (tmp_path / "t.csv").write_text("path,caption\nval/cat/0.png,one\nval/cat/0.png,two\ntrain/dog/0.png,three\n")
+    assert make("from-folder", root, tmp_path / "table", "--captions", tmp_path / "t.csv") == 0
+    found = {
+        split: [s.get("txt") for s in contents(tmp_path / "table", f"{split}-*.tar")] for split in ("train", "val")
+    }
+    assert sorted(found["val"]) == [b"one", b"two"] and sorted(found["train"], key=str) == [None, b"three"]
+
+
+def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
+    root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
+    assert make("from-folder", root, tmp_path / "out") == 0
+    assert "1 image in no split and left out, such as\n    logo.png" in capsys.readouterr().out
+    assert len(_paths(tmp_path / "out")) == 3
+
+
+def test_splits_beside_other_folders_are_refused(tmp_path):
+    root = tree(tmp_path / "data", "train/0.png", "val/0.png", "masks/0.png")
+    with pytest.raises(
+        UserError, match="train, val are names of splits, but masks beside them is not; move one or the"
+    ):
+        Folder(root)
+
+
+def test_pretraining_keeps_the_splits(tmp_path):
+    root = tree(tmp_path / "data", *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in "ab"))
+    shards = find_shards(str(root), tmp_path / "run", None, [])
+    assert (shards.train, shards.val) == tuple([f"{tmp_path}/run/shards/{each}-*.tar"] for each in ("train", "val"))
+    assert any(re.fullmatch("test: neither trained on nor evaluated; its shards are in .*", n) for n in shards.notes)
+    assert _paths(tmp_path / "run/shards") == {
+        (split, "ab".index(name), f"{split}/{name}/0.png") for split in ("train", "val", "test") for name in "ab"
+    }
+    (root / "val").rename(tmp_path / "val")
+    shards = find_shards(str(root), tmp_path / "second", None, [])
+    assert shards.val == [f"{tmp_path}/second/shards/test-*.tar"]
+    (root / "train").rename(tmp_path / "train")
+    shards = find_shards(str(root / "test"), tmp_path / "third", None, [])  # as the user wishes
+    assert {split for split, _, _ in _paths(tmp_path / "third/shards")} == {"train", "val"}
+    (tmp_path / "val").rename(root / "val")
+    with pytest.raises(
+        UserError, match="has the splits val and test, but none to train on; name one of them as SOURCE"
+    ):
+        find_shards(str(root), tmp_path / "fourth", None, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *((f"{name}.tar", "val") for name in ("food-val-0", "imagenet1k-validation-00", "VAL_0", "valid3", "x.val")),
+        *((f"{name}.tar", "test") for name in ("test", "my_test_01", "train-test-0")),
+        *(
+            (f"{name}.tar", None)
+            for name in ("trainval-0", "validated", "contest1", "0", "train-0", "test\u00e9", "dev-0")
+        ),
+    ],
+)
+def test_words_of_a_shards_name_say_that_it_is_held_out(name, split):
+    assert split_of_file(name) == split
+
+
+def test_shards_are_held_out_by_their_names(tmp_path):
+    names = ("food-test-0.tar", "food-train-0.tar", "food-trainval-1.tar", "food-val-0.tar")
+    for number, name in enumerate(names):
+        write_tar(tmp_path / name, members(range(4 * number, 4 * number + 4)))
+    shards = find_shards(str(tmp_path), tmp_path / "run", None, [])
+    assert shards.train == [str(tmp_path / name) for name in names[1:3]] and shards.val == [str(tmp_path / names[3])]
+    assert shards.notes == [
+        "1 of 4 shards are held out by their names, such as food-val-0.tar",
+        "1 shards of a test split, such as food-test-0.tar, are neither trained on nor evaluated",
+    ]
+    (tmp_path / names[3]).unlink()
+    assert find_shards(str(tmp_path), tmp_path / "run", None, []).val == [str(tmp_path / names[0])]
