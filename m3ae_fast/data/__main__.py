@@ -29,11 +29,12 @@ from m3ae_fast.shard_tools.settings import Settings
 FOLDER = """Make shards of a folder of images.
 
 Folders called train, val (valid, validation, dev) or test, with CLASS folders below or without, give shards of these
-splits. Else, or below them, sub-folders are classes if there are at least two and every image is in one; class ids are
-the same in all splits. Captions come from a table with one row per sample, or from NAME.txt beside NAME.jpg. An image in several rows gives several samples, also where rows are
-equal, and so does a list of captions in a row. Tables are read strictly: a row with a field too many or too few is an
-error. A .tsv has a row on each line and no quotes, unless a program that quotes its fields wrote it. Images without a
-caption train only the image side. Run an interrupted command again to continue; equal input gives equal bytes.
+splits. Else, or below them, sub-folders are classes if there are at least two and every image is in one; class ids
+are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt beside NAME.jpg. An
+image in several rows gives several samples, also where rows are equal, and so does a list of captions in a row.
+Tables are read strictly: a row with a field too many or too few is an error. A .tsv has a row on each line and no
+quotes, unless a program that quotes its fields wrote it. Images without a caption train only the image side. Run an
+interrupted command again to continue; equal input gives equal bytes.
 
   python -m m3ae_fast.data from-folder images/ shards/ --held-out 0.05
   python -m m3ae_fast.data from-folder images/ shards/ --captions captions.csv --caption-column title
