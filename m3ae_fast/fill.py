@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from m3ae_fast.command_line import MODEL_HELP, output, program, seed
+from m3ae_fast.command_line import MODEL_HELP, RANDOM, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.errors import UserError, exit_cleanly
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from torch import Tensor
 
     from m3ae_fast.batch.packing import Sample
+    from m3ae_fast.config import ModelConfig
     from m3ae_fast.model.m3ae import M3AE
+    from m3ae_fast.vqgan.model import VQGAN
 
 MASK = "[MASK]"
 
@@ -49,6 +51,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_range_option(parser)
     parser.add_argument("--tokenizer", metavar="FILE", help="if the model has no tokenizer, or to replace it")
     parser.add_argument(
+        "--image-tokenizer",
+        metavar="FOLDER",
+        help="the VQGAN of a model that predicts image tokens, to draw --out (default: the run's)",
+    )
+    parser.add_argument(
         "--out", type=output(".png"), metavar="FILE.png", help="draw image, what was seen, and completion"
     )
     return parser.parse_args(argv)
@@ -69,14 +76,35 @@ def main(argv: list[str] | None = None) -> int:
 
     model = open_model(args.model, text=True, tokenizer=args.tokenizer).eval()
     set_images(model, args.range)
+    vqgan = _open_image_tokenizer(args, model.config)
     sample = make_sample(model, args.image, args.text, args.visible, args.seed)
     for place, guesses in enumerate(fill_text(model, sample, args.top), 1):
         shown = "  ".join(f"{guess.token} {guess.probability:.1%}" for guess in guesses)
         print(f"{MASK} {place}: {shown}")
     if args.out:
-        draw_reconstructions(model, [sample], model.tokenizer, args.out)
+        draw_reconstructions(model, [sample], model.tokenizer, args.out, vqgan)
         print(f"drew {args.out}")
     return 0
+
+
+def _open_image_tokenizer(args: argparse.Namespace, model: ModelConfig) -> VQGAN | None:
+    """Return the VQGAN that draws what the model predicts; None if that is pixels, or nothing is drawn. Raises
+    UserError if it is not known, or does not fit."""
+    from m3ae_fast.data.opening import load_image_tokenizer
+    from m3ae_fast.open_model import is_run, saved_run
+
+    given = args.image_tokenizer
+    if given and not (args.out and model.image_targets == "vqgan"):
+        raise UserError(f"--image-tokenizer {given}: draws --out of a model that predicts image tokens; leave it out")
+    if not args.out or model.image_targets == "pixels":
+        return None
+    source = Path(args.model.removeprefix(RANDOM))
+    folder = given or (saved_run(source).image_tokenizer if is_run(source) else None)
+    if folder is None:
+        raise UserError(
+            f"--out: {args.model} predicts tokens of a VQGAN, which draws them; name its folder with --image-tokenizer"
+        )
+    return load_image_tokenizer(folder, model, "--image-tokenizer" if given else "data.image_tokenizer")
 
 
 def make_sample(model: M3AE, image: Path, text: str, visible: float, seed: int) -> Sample:

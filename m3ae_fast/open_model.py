@@ -28,6 +28,7 @@ class SavedRun:
     config: ModelConfig
     loss: LossConfig
     tokenizer: str | None  # file or name, as its config says
+    image_tokenizer: str | None  # folder of the VQGAN whose codes it predicts
     ema: float | None  # decay of the moving average of the weights that it holds too
 
 
@@ -50,7 +51,8 @@ def saved_run(run: Path) -> SavedRun:
     where = f"checkpoint {path}"
     config = parse(ModelConfig, info.config.get("model"), where)
     loss = parse(LossConfig, info.config.get("loss") or {}, where)
-    return SavedRun(path, info, config, loss, setting("data", "tokenizer"), setting("train", "ema"))
+    tokenizers = setting("data", "tokenizer"), setting("data", "image_tokenizer")
+    return SavedRun(path, info, config, loss, *tokenizers, setting("train", "ema"))
 
 
 def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:

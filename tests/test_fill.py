@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -7,6 +8,7 @@ from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.errors import UserError
 from m3ae_fast.fill import fill_text, main, make_sample
 from m3ae_fast.open_model import open_model
+from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from tests.helpers.labelled import coloured, tiny_run
 
 
@@ -79,3 +81,32 @@ def test_a_text_on_which_the_tokenizer_fails_is_one_line(run, photo, monkeypatch
     monkeypatch.setattr(CaptionTokenizer, "encode", fails)
     with pytest.raises(UserError, match="'a ': the tokenizer fails: so it is"):
         make_sample(model, photo, "a [MASK]", 1.0, 0)
+
+
+def test_predicted_image_tokens_are_drawn_by_the_vqgan(photo, tmp_path, capsys):
+    """That the run names, or, for an export, the command line; without one it is told before any work."""
+    torch.manual_seed(0)
+    vqgan, tokens = VQGAN(VQGANConfig(32, 1, (1, 1, 1, 1), 8, 16)), {"image_targets": "vqgan", "codebook_size": 16}
+    vqgan.decoder.convs[-1].bias.data.fill_(0.5)
+    vqgan.save_pretrained(tmp_path / "vqgan")
+    run = tiny_run(tmp_path / "run", data={"image_tokenizer": str(tmp_path / "vqgan")}, **tokens)
+    out, words = tmp_path / "out.png", [str(photo), "a [MASK] cat", "--visible", "0.25"]
+    assert main([str(run), *words, "--out", str(out)]) == 0
+    drawn = np.asarray(Image.open(out)).astype(int)
+    assert drawn.shape[1] > 480 and drawn[24:184, 344:496].std() > 1  # the third image, of the decoder
+    open_model(str(run), text=True).save_pretrained(tmp_path / "export")
+    capsys.readouterr()
+    assert main([str(tmp_path / "export"), *words]) == 0  # nothing is drawn: no VQGAN is needed
+    given = [str(tmp_path / "export"), *words, "--out", str(tmp_path / "other.png")]
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"--out: .*export predicts tokens of a VQGAN.* with --image-tokenizer"):
+        main(given)
+    assert not capsys.readouterr().out
+    assert main([*given, "--image-tokenizer", str(tmp_path / "vqgan")]) == 0
+    assert (tmp_path / "other.png").read_bytes() == out.read_bytes()
+    pixels = tiny_run(tmp_path / "pixels")
+    with pytest.raises(UserError, match=r"--image-tokenizer .*vqgan: draws --out of a model"):
+        main([str(pixels), *given[1:], "--image-tokenizer", str(tmp_path / "vqgan")])
+    with pytest.raises(UserError, match=r"--image-tokenizer .*: has 16 codes, but model.codebook_size is 32"):
+        other = tiny_run(tmp_path / "other", data={"image_tokenizer": "none"}, **tokens | {"codebook_size": 32})
+        main([str(other), *given[1:], "--image-tokenizer", str(tmp_path / "vqgan")])

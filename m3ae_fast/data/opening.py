@@ -57,6 +57,12 @@ def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None
     """Open the VQGAN; None if the image targets are pixels. Raises UserError if it is missing or does not fit."""
     if model.image_targets == "pixels" or config.image_tokenizer is None:
         return None
-    vqgan = VQGAN.from_pretrained(config.image_tokenizer)
-    vqgan.check_fits(model.patch_size, model.codebook_size, f"data.image_tokenizer {config.image_tokenizer}")
+    return load_image_tokenizer(config.image_tokenizer, model, "data.image_tokenizer")
+
+
+def load_image_tokenizer(folder: str, model: ModelConfig, label: str) -> VQGAN:
+    """Load the VQGAN whose codes a model predicts. `label`: what messages begin with. Raises UserError if it is missing
+    or does not fit."""
+    vqgan = VQGAN.from_pretrained(folder)
+    vqgan.check_fits(model.patch_size, model.codebook_size, f"{label} {folder}")
     return vqgan

@@ -86,7 +86,7 @@ def draw_reconstructions(
         model: on any device; its mode stays.
         samples: with masks; images [C, H, W].
         tokenizer: of the captions; None: tokens are shown as numbers.
-        vqgan: the frozen image tokenizer, on the CPU; None where pixels are predicted.
+        vqgan: the frozen image tokenizer, on the CPU; None if pixels are predicted.
         channels: what is shown, as in `figures.levels`.
     """
     was_training = model.training

@@ -29,15 +29,20 @@ SHORT = settings(
 )  # fmt: skip
 
 
+def _short(task):
+    """Those of SHORT that a task has."""
+    return settings(*(each for each in SHORT[1::2] if each.startswith((task, "encode"))))
+
+
 @pytest.fixture
 def compared(run, shards, tmp_path):
     """compared(*options) -> what result.json holds of an M3AE beside an image-only model, `mae`."""
     torch.manual_seed(1)
     mae = tiny_run(tmp_path / "mae", vocab_size=0)
 
-    def perform(*options, models=(run, mae)):
+    def perform(*options, models=(run, mae), short=SHORT):
         data = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]
-        assert main(["compare", *map(str, models), *data, *SHORT, *options]) == 0
+        assert main(["compare", *map(str, models), *data, *short, *options]) == 0
         return json.loads((tmp_path / "out/result.json").read_text())
 
     return perform
@@ -74,7 +79,7 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     for name, task, seed, options in (("mae", "knn", first, []), (run.name, "linear", first + 1, cached)):
         model = str(run if name == run.name else tmp_path / "mae")
         data = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / task), "--set", "data.workers=0"]
-        assert main([task, model, *data, *SHORT, *options]) == 0
+        assert main([task, model, *data, *_short(task), *options]) == 0
         alone = parquet.read_table(tmp_path / task / "predictions.parquet").to_pandas()
         own = table[(table.model == name) & (table.probe == task) & (table.seed == seed)]
         assert alone.score.tolist() == own.score.tolist(), "each is what its task alone would give, to the bit"
@@ -127,7 +132,7 @@ def test_mistakes_are_told_before_anything_is_encoded(compared, run, tmp_path, c
     with pytest.raises(UserError, match="nothing: no such file or folder"):
         compared(models=(run, tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"linear.epochs: compare does not use it; its sections are encode, knn, run"):
-        compared("--probes", "knn", "--set", "linear.epochs=3")
+        compared("--probes", "knn", "--set", "linear.epochs=3", short=())
     for options, message in ((["--probes", "knn,svm"], "no probe 'svm'"), (["--seeds", "0"], "invalid choice")):
         with pytest.raises(SystemExit):
             compared(*options)
