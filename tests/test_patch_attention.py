@@ -102,8 +102,8 @@ def test_shades_are_in_proportion():
 class Words:
     """A tokenizer of five tokens."""
 
-    def token(self, number):
-        return ["a", "red", "##dish", "old", "boat"][number]
+    def pieces(self, numbers):
+        return [["a", " red", "dish", " old", " boat"][number] for number in numbers]
 
 
 def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, monkeypatch):

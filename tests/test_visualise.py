@@ -135,8 +135,19 @@ def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])
 def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, word):
-    """Of a word that is asked for, where it is first; else of cls and the first tokens that begin a word, each once.
-    The last row is the key to the colours."""
+    """Of a word that is asked for, where it is first; else of cls and the first words, each once. The last row is the
+    key to the colours."""
+
+    def word_pieces(model, tokens):
+        """The places of a caption's words, by word, where it is first."""
+        words, found = [], {}
+        for place, token in enumerate(map(model.tokenizer.token, tokens.tolist())):
+            words = [*words, ["", []]] if not token.startswith("##") else words
+            words[-1] = [words[-1][0] + token.removeprefix("##"), [*words[-1][1], place]]
+        for word, own in words:
+            found.setdefault(word, own)
+        return found
+
     captions = ["a, b", "the red of a blue house by the sea and so on", "", "blue, blue", "no such", "a blue one"]
     files = [file for i in range(6) for file in ((f"{i}.png", coloured(i, "red")), (f"{i}.txt", captions[i].encode()))]
     _use(run, write_tar(tmp_path / "val.tar", [*files, ("6.txt", b"blue alone")]))
@@ -159,9 +170,8 @@ def test_attention_is_that_of_the_words_below_it(run, tmp_path, monkeypatch, wor
         tokens = torch.from_numpy(model.tokenizer.encode(caption))
         sample = Sample("", row[0].image, whole[:places], tokens=tokens, text_mask=whole[: len(tokens)])
         for cell in row[1:]:
-            same = [i for i, token in enumerate(tokens.tolist()) if model.tokenizer.token(token) == cell.text]
-            query = 0 if cell.text == "cls" else 1 + places + same[0]
-            (weights_L,) = attention_to_patches(model, sample, [query])
+            queries = [0] if cell.text == "cls" else [1 + places + i for i in word_pieces(model, tokens)[cell.text]]
+            weights_L = attention_to_patches(model, sample, queries).mean(0)
             assert torch.equal(cell.image, _laid_over(row[0].image, weights_L, model.config.patch_size))
 
 

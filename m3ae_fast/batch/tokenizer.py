@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,22 @@ class CaptionTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the part of a caption's text that each of its tokens adds, with the space before a word, whatever the
+        tokenizer's marks are; a character of several tokens is the last one's."""
+        decode: Callable[[Sequence[int]], str] = self.decode
+        model = self._tokenizer.model
+        if isinstance(model, models.WordPiece):  # its usual decoder would correct the text too: "do not" to "don't"
+            word_pieces = decoders.WordPiece(model.continuing_subword_prefix, cleanup=False)
+            decode = lambda ids: word_pieces.decode([self.token(each) for each in ids])  # noqa: E731
+        texts = [decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}") for end in range(len(ids) + 1)]
+        return [text[len(before) :] for before, text in pairwise(texts)]
+
+    def is_special(self, token_id: int) -> bool:
+        """Return whether a token stands for no text of its own, such as an unknown word."""
+        added = self._tokenizer.get_added_tokens_decoder().get(token_id)
+        return self.token(token_id) in SPECIAL or (added is not None and added.special)
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json."""

@@ -9,7 +9,9 @@ Shapes: L patches, n text tokens, R queries, T rows, H heads, d values a head, D
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from m3ae_fast.batch.grids import grid_of
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Block
@@ -39,6 +42,13 @@ class Look(NamedTuple):
 
 
 LAST = Look()
+
+
+class Word(NamedTuple):
+    """A word of a caption."""
+
+    text: str
+    tokens: list[int]  # places in the caption, of which no text is another word's alone
 
 
 @torch.no_grad()
@@ -77,20 +87,25 @@ def draw_attention(
     channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG: a row for each of the first `count` samples with an image, with the attention of cls and of the
-    first words, or of `word` alone, laid over it from blue, none, to red, the highest. `channels`: what is shown, as in
-    `figures.levels`. Raises UserError where no sample has an image, or no caption has the word."""
+    first words, or of `word` alone, laid over it from blue, none, to red, the highest. Of a word of several tokens it
+    is their mean. `channels`: what is shown, as in `figures.levels`. Raises UserError if no sample has an image, or no
+    caption has the word."""
     rows: list[list[Cell]] = []
     for sample in samples:
         if sample.image is None or len(rows) == count:
             continue
-        words = {} if sample.tokens is None or model.tokenizer is None else _words(model, sample.tokens, word)
+        words: list[Word] = []
+        if sample.tokens is not None and model.tokenizer is not None:
+            words = words_of(model.tokenizer, sample.tokens.tolist(), word)
         if word is not None and not words:
             continue
-        queries = [0, *(1 + patches_of(sample) + token for token in words)]
-        weights_RL = attention_to_patches(model, sample, queries, look)
+        before = 1 + patches_of(sample)
+        queries = [[0], *([before + token for token in word.tokens] for word in words)]
+        weights_RL = attention_to_patches(model, sample, list(chain.from_iterable(queries)), look)
+        parts = [part.mean(0) for part in weights_RL.split([*map(len, queries)])]
         image = levels(sample.image, model.config, channels)
         cells = [Cell(image)]
-        for weights_L, text in zip(weights_RL, ["cls", *words.values()]):
+        for weights_L, text in zip(parts, ["cls", *(word.text for word in words)]):
             cells.append(Cell(_laid_over(image, weights_L, model.config.patch_size), text, RED))
         rows.append(cells)
     if not rows:
@@ -98,13 +113,21 @@ def draw_attention(
     draw_sheet(path, [*rows, [Cell(_key(rows[0][0].image), "blue none, red the most of that image")]])
 
 
-def _words(model: M3AE, tokens: Tensor, word: str | None) -> dict[int, str]:
-    """Return, by place in the caption, the tokens that begin a word, or that are `word`: each once, the first one."""
-    assert model.tokenizer is not None
-    texts = [model.tokenizer.token(token) for token in tokens.tolist()]
-    found = {i: text for i, text in enumerate(texts) if (text.isalnum() if word is None else text == word.lower())}
-    first = {text: place for place, text in reversed(found.items())}
-    return {first[text]: text for text in list(dict.fromkeys(found.values()))[:_WORDS]}
+def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | None) -> list[Word]:
+    """Return the first words of a caption, or `word` alone, which may be several, in whatever case; each once, where it
+    is first. Words are found in the text of the tokens, so that they may have several tokens of any tokenizer."""
+    pieces = tokenizer.pieces(tokens)
+    text, ends = "".join(pieces), [*accumulate(map(len, pieces))]
+    pattern = r"[^\W_]+"
+    if word is not None:  # decoders differ in the spaces around punctuation
+        pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", word)))
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    found: dict[str, Word] = {}
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        own = [i for i, end in enumerate(ends) if end > match.start() and end - len(pieces[i]) < match.end()]
+        if not any(tokenizer.is_special(tokens[i]) for i in own):
+            found.setdefault(match.group().lower(), Word(match.group(), own))
+    return list(found.values())[: _WORDS if word is None else 1]
 
 
 def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
@@ -159,7 +182,7 @@ def draw_patch_attention(
         top = _GAP + number * (_SIDE + _GAP)
         image = levels(sample.image, model.config, channels)
         sheet.paste(_outlined(image, patch, model.config.patch_size), (_GAP, top))
-        words = [model.tokenizer.token(token) for token in sample.tokens.tolist()]
+        words = model.tokenizer.pieces(sample.tokens.tolist())
         parts = attention_to_words(model, sample, patch, look).tolist()
         _write_shaded(ImageDraw.Draw(sheet), words, parts, (_SIDE + 2 * _GAP, top))
     with whole_file(path) as partial:
@@ -192,13 +215,13 @@ def shade(part: float, highest: float) -> Colour:
 def _write_shaded(
     draw: ImageDraw.ImageDraw, words: Sequence[str], parts: Sequence[float], corner: tuple[int, int]
 ) -> None:
-    """Write words from `corner` on, each on its shade, and what the shades mean below them."""
+    """Write the pieces of a caption from `corner` on, each on its shade, and what the shades mean below them."""
     font, (left, y) = ImageFont.load_default(13), corner
     x, highest = float(left), max(parts, default=0.0)
     for word, part in zip(words, parts):
-        text = word.removeprefix("##")  # WordPiece's mark of a piece inside a word
+        text = word.strip()
         width = draw.textlength(text, font=font) + 2
-        x += 4 if text == word and x > left else 0
+        x += 4 if text != word and x > left else 0
         if x + width > left + _WIDE and x > left:
             x, y = float(left), y + _LINE
         draw.rectangle((x, y, x + width, y + _LINE - 3), fill=shade(part, highest))

@@ -45,6 +45,7 @@ def test_every_task_asks_where_its_result_goes(task, capsys):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "attentive", "finetune"])
 def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task, precision):
+    encode = settings(f"encode.precision={precision}") if task != "finetune" else []
     options = {
         "ood": ["--ood", shards[1]],
         "linear": LINEAR,
@@ -52,7 +53,7 @@ def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task
         "finetune": [*TUNE, *settings(f"finetune.precision={precision}", "finetune.rand_augment=null")],
     }
     more = {"train": None} if task == "retrieval" else {}
-    transfer(task, *options.get(task, []), *settings(f"encode.precision={precision}"), **more)
+    transfer(task, *options.get(task, []), *encode, **more)
     expected = {TRAINS, EVALUATES} if task == "finetune" else {EVALUATES}
     assert {modes[:2] for modes in seen} == expected
     assert {modes[2] for modes in seen} == {precision == "bf16"}
