@@ -9,14 +9,15 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from m3ae_fast.batch import bands
+from m3ae_fast.batch import bands, images
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.bands import read_npy, write_npy
 from m3ae_fast.batch.crops import centre_crop, random_crop, resize
-from m3ae_fast.batch.images import decode_image, format_of
+from m3ae_fast.batch.images import decode_image, format_of, size_of
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.batch.normal import model_input, normalised, of_unit, to_unit
 from m3ae_fast.batch.packing import Geometry, Sample, pack
@@ -142,10 +143,26 @@ def test_a_pickle_in_an_array_is_not_opened():
 
 
 def test_sizes_have_a_limit(monkeypatch):
-    monkeypatch.setattr(bands, "MAX_VALUES", LEVELS.size - 1)
+    """An image may be just as large as it."""
     for data in (write_npy(LEVELS), tiff(LEVELS, planarconfig="contig")):
+        monkeypatch.setattr(bands, "MAX_VALUES", LEVELS.size)
+        assert torch.equal(decode_image(data, BANDS), chw(LEVELS))
+        monkeypatch.setattr(bands, "MAX_VALUES", LEVELS.size - 1)
         with pytest.raises(BadSample, match=r"\d+ values"):
             decode_image(data, BANDS)
+    for data, size in {png(RGB, 8, 2): RGB.shape[:2], write_npy(LEVELS): LEVELS.shape[:2]}.items():
+        monkeypatch.setattr(images, "MAX_PIXELS", size[0] * size[1])
+        assert size_of(data) == size
+        monkeypatch.setattr(images, "MAX_PIXELS", size[0] * size[1] - 1)
+        with pytest.raises(BadSample, match=r"pixels|not an image's"):
+            size_of(data)
+
+
+@pytest.mark.parametrize("pages", [2, 3])
+def test_of_several_pages_the_first_is_taken(pages):
+    out = bands.BytesIO()
+    tifffile.imwrite(out, np.stack([LEVELS, *([LEVELS[::-1]] * (pages - 1))]), planarconfig="contig", metadata=None)
+    assert torch.equal(decode_image(out.getvalue(), BANDS), chw(LEVELS))
 
 
 def test_without_tifffile_it_is_named(monkeypatch):

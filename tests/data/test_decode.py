@@ -151,6 +151,15 @@ def test_crops_are_torchvisions():
     assert np.abs(theirs.std(0) - ours.std(0)).max() < 6
 
 
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(1, 60), width=st.integers(1, 60), seed=st.integers(0, 99))
+def test_where_no_box_fits_the_crop_is_torchvisions_too(height, width, seed):
+    """Five times the area never fits."""
+    theirs = RandomResizedCrop(64, scale=(5, 5)).make_params([torch.zeros(1, height, width)])
+    draws = torch.rand(41, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert _draw_box(height, width, (5, 5), draws) == tuple(theirs[name] for name in ("top", "left", "height", "width"))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (7, 5)])
 def test_tiny_and_thin_pictures(size):
     image = torch.full((3, *size), 77, dtype=torch.uint8)

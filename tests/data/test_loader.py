@@ -1,5 +1,4 @@
 import json
-import logging
 import multiprocessing
 import os
 import pickle
@@ -12,6 +11,7 @@ import textwrap
 import threading
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -20,6 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m3ae_fast.batch.bad_samples import BadSample, BadSamples, Skipped
 from m3ae_fast.batch.crops import centre_crop
@@ -626,10 +628,28 @@ def test_too_many_bad_samples():
 
 def test_bad_samples_are_logged_but_not_without_end(caplog):
     counter = BadSamples(0.1, samples=1000)
-    with caplog.at_level(logging.WARNING):
-        counter.report([Skipped("a.tar", str(i), "no caption") for i in range(500)])
+    for i in range(50):
+        would, before = counter.names_more, len(caplog.messages)
+        counter.report([Skipped("a.tar", str(i), "no caption")])
+        assert (len(caplog.messages) > before) == would == (i < 20)
     assert caplog.messages[0] == "skipped a.tar/0: no caption"
     assert len(caplog.messages) == 21
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), max_size=8),
+    fraction=st.sampled_from([0.0, 0.125, 0.5, 1.0]),
+    samples=st.integers(1, 200),
+)
+def test_a_run_stops_in_the_first_step_with_too_many_bad_samples_of_enough(steps, fraction, samples):
+    counter, seen, bad = BadSamples(fraction, samples), 0, 0
+    for good, spoilt in steps:
+        seen, bad = seen + good + spoilt, bad + spoilt
+        enough = seen >= 100 or seen >= samples
+        stops = pytest.raises(UserError) if enough and bad / seen > fraction else nullcontext()
+        with stops:
+            counter.count(good + spoilt, spoilt)
 
 
 def test_words_are_known(load, paired):
