@@ -1,0 +1,89 @@
+"""How threads of all ranks agree beside training: here each rank is a thread of one process."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from m3ae_fast.errors import UserError
+from m3ae_fast.process import agreement
+from m3ae_fast.process.agreement import Agreement
+
+
+def on_every_rank(world, work, store=None):
+    """Return what `work(rank's agreement)` returns or raises on each rank."""
+    store = store or dist.HashStore()
+
+    def run(rank):
+        try:
+            return work(Agreement(rank, world, store, threading.Event()))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(run, range(world)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_all_ranks_get_what_rank_0_makes_of_all_reports_in_their_order(world):
+    store, judged = dist.HashStore(), []
+
+    def judge(reports):
+        judged.append(reports)
+        return " ".join(reports)
+
+    def work(own):
+        time.sleep(0.01 * (own.world - own.rank))  # rank 0 comes last
+        return [own.decide(f"{number}:{own.rank}", judge) for number in range(5)]
+
+    expected = [[f"{number}:{rank}" for rank in range(world)] for number in range(5)]
+    assert on_every_rank(world, work, store) == [[" ".join(reports) for reports in expected]] * world
+    assert judged == expected
+    assert store.num_keys() <= 1  # of many saves nothing is left but the last answer
+
+
+@pytest.mark.parametrize("words", ["the disk is full", "said yes", "refused no"])
+def test_what_is_refused_is_refused_on_every_rank_and_the_next_round_is_another(words):
+    def judge(reports):
+        if "bad" in reports:
+            raise UserError(words)
+        return words
+
+    def work(own):
+        with pytest.raises(UserError, match=f"^{words}$"):
+            own.decide("bad" if own.rank == 1 else "good", judge)
+        return own.decide("good", judge)
+
+    assert on_every_rank(3, work) == [words] * 3
+
+
+def test_a_bug_on_rank_0_is_raised_there_and_ends_the_others():
+    def judge(reports):
+        raise ZeroDivisionError("a bug")
+
+    first, *others = on_every_rank(3, lambda own: own.decide("", judge))
+    assert type(first) is ZeroDivisionError
+    assert [str(error) for error in others] == ["rank 0 has failed"] * 2
+    assert {type(error) for error in others} == {UserError}
+
+
+def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypatch):
+    """By a clock of the test's own. One that does not leave waits on: another may have much to save."""
+    now, leaving = [0.0], threading.Event()
+    own = Agreement(1, 2, dist.HashStore(), leaving)
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        now[0] += seconds
+        if now[0] > 1000:
+            leaving.set()
+
+    monkeypatch.setattr(agreement, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with pytest.raises(UserError, match="another rank has left"):
+        own.decide("", None)
+    assert 1000 + agreement._PATIENCE <= now[0] < 1001 + agreement._PATIENCE
+    assert looks[0] < 0.01 and max(looks) <= 0.25 and len(looks) > 1000
