@@ -16,6 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -587,6 +590,44 @@ def test_steps_and_batch_fit_the_data_and_the_time():
     assert steps_in(10**9, pace=0.01, batch=10, samples=100) == choices.LONGEST * 10
     assert choices.fitted_batch(100, pace=0.001, samples=50_000) == 64
     assert choices.reaches(100, pace=0.001, samples=5000) and not choices.reaches(99, pace=0.001, samples=5000)
+
+
+@given(samples=st.integers(1, 10**7), pace=st.floats(1e-5, 10), seconds=st.floats(1, 1e6))
+@hypothesis_settings(max_examples=300, deadline=None)
+@example(samples=96, pace=1.0, seconds=1.0)
+@example(samples=256, pace=0.001, seconds=64.0)
+@example(samples=24 * 128, pace=0.01, seconds=1280.0)
+@example(samples=24 * 2048, pace=0.001, seconds=1024.0)
+@example(samples=3, pace=0.001, seconds=1e6)
+def test_batch_and_steps_are_the_most_within_their_bounds(samples, pace, seconds):
+    def fits(batch):
+        """24 steps an epoch, or 4 of a small batch."""
+        return batch == 1 or (batch <= 1024 and batch * (24 if batch > 64 else 4) <= samples)
+
+    batch = batch_of(samples)
+    assert batch.bit_count() == 1 and fits(batch) and not fits(2 * batch)
+    fitted = choices.fitted_batch(seconds, pace, samples)
+    halves = [batch >> i for i in range(11) if batch >> i >= min(64, batch)]
+    enough = [each for each in halves if seconds / (pace * each) >= 1000]
+    assert fitted == max(enough, default=halves[-1])
+    steps, most = steps_in(seconds, pace, fitted, samples), 800 * max(samples // fitted, 1)
+    assert 2 <= steps <= most
+    assert steps == 2 or steps * fitted * pace <= seconds * (1 + 1e-9)
+    assert steps == most or (steps + 1) * fitted * pace > seconds * (1 - 1e-9)
+
+
+def test_what_the_user_sets_last_counts_and_null_or_0_is_nothing():
+    assert choices.given(["a.b=3", "a.b=5", "a.bc=7"], "a.b") == 5
+    for text in ("null", "0", "-4", "4.0", "x", ""):
+        assert choices.given(["a.b=3", f"a.b={text}"], "a.b") is None
+    assert choices.given([], "a.b") is None
+
+
+def test_a_size_is_for_as_many_samples_as_it_takes_at_least():
+    for rung in LADDER:
+        own = Facts(int(rung.samples), 0, 1, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+        assert choices.rungs(own)[-1].samples == rung.samples
+        assert rung.samples == 0 or choices.rungs(replace(own, samples=own.samples - 1))[-1].samples < rung.samples
 
 
 def test_the_settings_are_those_of_the_rules_by_hand():
