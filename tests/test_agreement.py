@@ -15,16 +15,20 @@ from m3ae_fast.process.agreement import Agreement
 
 def on_every_rank(world, work, store=None):
     """Return what `work(rank's agreement)` returns or raises on each rank."""
-    store = store or dist.HashStore()
+    store, leaving = store or dist.HashStore(), threading.Event()
+    timer = threading.Timer(10, leaving.set)  # so that no test waits forever
+    timer.start()
 
     def run(rank):
         try:
-            return work(Agreement(rank, world, store, threading.Event()))
+            return work(Agreement(rank, world, store, leaving))
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(run, range(world)))
+        found = list(pool.map(run, range(world)))
+    timer.cancel()
+    return found
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from m3ae_fast import train
 from m3ae_fast.batch.bands import write_npy
+from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.batch.normal import normalised
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config, ModelConfig, load_config, parse
@@ -83,6 +84,19 @@ def test_encode_takes_arrays_files_and_tensors(dtype, tmp_path):
             model.encode(image.int()[None])
     with pytest.raises(ValueError, match=r"an array \[16, 16, 12\] has 12 channels, the model takes 13"):
         model.encode([values[..., :12]])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 23)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_levels_are_the_same_image_whatever_they_come_as(dtype, size, tmp_path):
+    """To the bit, and so that it can be in one batch with others."""
+    config = make(dtype).config.model_copy(update={"channels": 3, "image_mean": MEAN[:3], "image_std": STD[:3]})
+    levels = np.random.RandomState(0).randint(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(levels).permute(2, 0, 1)
+    found = [prepare_image(given, config) for given in (levels, tensor, Image.fromarray(levels), tmp_path / "a.png")]
+    assert {image.dtype for image in found} == {getattr(torch, dtype)}
+    assert all(torch.equal(image, found[0]) for image in found)
 
 
 def test_weights_of_16_bits_take_normalised_floats():

@@ -92,6 +92,28 @@ def test_loss_weights_multiply_losses_and_leave_accuracy_and_counts():
     torch.testing.assert_close(doubled.loss, 2 * plain.loss)
 
 
+@pytest.mark.parametrize("per", ["sample", "batch"])
+@pytest.mark.parametrize("all_tokens", [False, True])
+def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
+    """A mean over captions, an empty one counting 0, or over words; however many images there are beside them."""
+    model, samples = make_model(text_all_tokens=all_tokens, per=per), []
+    for sample in MIXED:  # of two words, which the model takes for likely
+        samples.append(replace(sample, tokens=None if sample.tokens is None else sample.tokens % 2))
+    with torch.no_grad():
+        model.text_head.bias[:2] = 1e3
+    batch, rights = pack(samples, model.geometry), []
+    guesses = iter(model.predict(batch)[1].argmax(-1))
+    for sample in samples:
+        if sample.tokens is not None:
+            counted = torch.ones_like(sample.text_mask) if all_tokens else sample.text_mask
+            rights.append([bool(next(guesses) == word) for word in sample.tokens[counted]])
+    words, fractions = [one for own in rights for one in own], [sum(own) / max(len(own), 1) for own in rights]
+    expected = sum(words) / len(words) if per == "batch" else sum(fractions) / len(fractions)
+    assert 0 < expected < 1
+    assert model(batch).text_accuracy.item() == pytest.approx(expected)
+    assert model(batch, batch.counts._replace(image=1e6)).text_accuracy.item() == pytest.approx(expected)
+
+
 def test_order_of_samples_changes_nothing():
     model = make_model()
     one, other = (model(pack(samples, model.geometry)).loss for samples in (MIXED, MIXED[::-1]))

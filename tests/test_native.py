@@ -199,6 +199,8 @@ def test_sizes_that_do_not_fit_are_named():
         ((3, 10, 16), "odd: image of 16 x 10 pixels cannot be cut into patches of 4"),
         ((3, 16, 20), "not 3 channels, more than 16 patches"),
         ((3, 4, 64), "a side of more than 8"),
+        ((1, 16, 16), "not 3 channels"),
+        ((4, 16, 16), "not 3 channels"),
     ):
         with pytest.raises(ValueError, match=told):
             pack([replace(sample, image=torch.zeros(shape, dtype=torch.uint8))], model.geometry)

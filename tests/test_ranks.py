@@ -238,6 +238,20 @@ def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
     assert found == [threads]
 
 
+@pytest.mark.parametrize(("rank", "each"), [(0, 4), (1, 3)])
+def test_as_many_files_as_the_connections_take_are_enough(monkeypatch, rank, each):
+    for limit, enough in ((100 * each + 200, True), (100 * each + 199, False), (resource.RLIM_INFINITY, True)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        told = pytest.raises(UserError, match=f"rank {rank} of 100 opens up to {100 * each + 200} files, and")
+        with nullcontext() if enough else told:
+            ranks._require_files(rank, 100)
+
+
+def test_counts_are_summed_exactly():
+    with ranks.join_ranks() as alone:
+        assert alone.sum([2**40 + 1, 0.1]) == [2**40 + 1, 0.1]
+
+
 @pytest.fixture
 def join(monkeypatch):
     """Let programs join as rank 1 of two; whether it is the first with an error is what is given."""
