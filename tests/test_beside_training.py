@@ -46,6 +46,26 @@ def test_work_waits_for_no_thread_to_start(monkeypatch):
     assert done == [0, 1]
 
 
+def test_no_work_begins_before_the_error_of_the_one_before_is_raised():
+    background, done, go = Background(), [], threading.Event()
+
+    def fail() -> None:
+        go.wait(5)
+        raise UserError("the disk is full")
+
+    background.start(fail)
+    for _ in range(2):  # while it is at work, and after it has failed
+        with pytest.raises(AssertionError):
+            background.start(lambda: done.append(1))
+        go.set()
+        background._idle.wait()
+    with pytest.raises(UserError, match="the disk is full"):
+        background.wait()
+    background.start(lambda: done.append(2))
+    background.wait()
+    assert done == [2]
+
+
 class Panic(BaseException):
     """Like that of a library in Rust."""
 

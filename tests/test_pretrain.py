@@ -398,6 +398,10 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "sizes.txt").rename(photos / "sizes.csv")
     (photos / "captions.csv").unlink()
     assert "sizes.csv is not taken for captions" in find_shards(str(photos), tmp_path / "other", None, []).notes[0]
+    (photos / "sizes.csv").unlink()
+    (photos / "Captions.CSV").write_text("file_name,caption\n" + rows)
+    notes = find_shards(str(photos), tmp_path / "another", None, []).notes
+    assert f"captions are those of {photos / 'Captions.CSV'}" in notes
 
 
 def test_shards_are_taken_as_they_are(tmp_path):
