@@ -5,9 +5,14 @@ import os
 import pickle
 import random
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from m3ae_fast.convert.inert_pickle import Inert, load_inert
 from m3ae_fast.errors import UserError
@@ -41,6 +46,30 @@ def test_arrays_and_plain_containers_come_back(tmp_path, protocol):
             found[key].dtype.newbyteorder("=") == array.dtype.newbyteorder("=") and found[key].shape == array.shape
         ), key
         np.testing.assert_array_equal(found[key], array)
+
+
+NUMBERS = st.sampled_from([np.dtype(code) for code in ("?", *"bBhHiIqQefdFD")]).flatmap(
+    lambda dtype: st.sampled_from([dtype, dtype.newbyteorder()])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    array=NUMBERS.flatmap(lambda dtype: arrays(dtype, array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))),
+    is_fortran=st.booleans(),
+    protocol=st.integers(0, pickle.HIGHEST_PROTOCOL),
+)
+def test_arrays_of_any_numbers_shape_and_order_come_back_and_may_be_written(array, is_fortran, protocol):
+    saved = [np.asfortranarray(array) if is_fortran else array, array.reshape(-1)[:1].sum()]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(pickle.dumps(saved, protocol))
+        file.flush()
+        found, scalar = load_inert(Path(file.name))
+    own = array.dtype.newbyteorder("=")
+    assert (found.dtype.newbyteorder("="), found.shape) == (own, saved[0].shape)
+    assert found.astype(own).tobytes() == array.astype(own).tobytes()
+    assert found.flags.writeable or not found.size
+    np.testing.assert_array_equal(scalar, saved[1])
 
 
 @pytest.mark.parametrize(

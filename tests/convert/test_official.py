@@ -75,6 +75,48 @@ def test_image_only_checkpoint_with_its_own_names_of_flags(tmp_path):
     assert "image_head.weight" in found.state and found.kind.startswith("official MAE")
 
 
+CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, (24, 7, 3, 2, *CC12M)),  # of a script that has no such flag
+        ({"data.image_normalization": "cc12m"}, (24, 7, 3, 2, *CC12M)),
+        ({"data.image_normalization": "imagenet"}, (24, 7, 3, 2, *IMAGENET)),
+        ({"data.image_normalization": "none"}, (24, 7, 3, 2, 0, 0, 0, 1, 1, 1)),
+        ({"data.image_size": 40, "data.tokenizer_max_length": 11}, (40, 11, 3, 2, *CC12M)),
+        ({"data.image_size": None, "data.tokenizer_max_length": None}, (256, 64, 3, 2, *CC12M)),
+        ({"m3ae.num_heads": 6, "m3ae.dec_num_heads": 4}, (24, 7, 6, 4, *CC12M)),
+        ({"m3ae.dec_num_heads": None}, (24, 7, 3, 16, *CC12M)),
+        ({"m3ae.num_heads": 5, "m3ae.model_type": "debug"}, (24, 7, 16, 16, *CC12M)),
+        (
+            {"data.image_normalization": "custom", "data.custom_image_std": "1-2-3"},
+            (24, 7, 3, 2, 0.57, 0.55, 0.52, 1, 2, 3),
+        ),
+    ],
+)
+def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, said, expected):
+    """None: a flag that the script does not have."""
+    wide = said.get("m3ae.dec_num_heads", 2) is None or "m3ae.model_type" in said
+    arrays = golden(tmp_path, **({"emb_dim": 48, "dec_emb_dim": 32} if wide else {}))
+    changed = {"data.image_normalization": None} | said
+    told = {name: value for name, value in (flags() | changed).items() if value is not None}
+    c = read_source(str(write_checkpoint(tmp_path / "a.pkl", params_of(arrays), told)), ViTOptions()).config
+    found = (c.image_size, c.text_length, c.num_heads, c.dec_num_heads, *c.image_mean, *c.image_std)
+    assert found == expected and c.patch_size == 8
+
+
+def test_an_encoder_alone_has_the_decoder_of_its_flags(tmp_path):
+    arrays = params_of(golden(tmp_path))
+    encoder = {
+        name: array for name, array in arrays.items() if not name.startswith(("decoder", "image_mask", "text_mask"))
+    }
+    for said, width in (({}, 512), ({"m3ae.dec_emb_dim": 48}, 48)):
+        c = read_source(str(write_checkpoint(tmp_path / "a.pkl", encoder, flags(**said))), ViTOptions()).config
+        assert (c.dec_emb_dim, c.dec_depth, c.dec_num_heads, c.output_head_depth) == (width, 8, 2, 0)
+
+
 def test_published_size_has_its_heads_whatever_the_flag_says(tmp_path):
     arrays = params_of(golden(tmp_path, emb_dim=48, dec_emb_dim=32))
     path = write_checkpoint(tmp_path / "a.pkl", arrays, flags(**{"m3ae.model_type": "huge"}))
@@ -173,6 +215,30 @@ def endless(tmp_path):
     write_checkpoint(tmp_path / "a.pkl", kept, flags(**{"m3ae.dec_emb_dim": 10**13}))
 
 
+def integers(tmp_path):
+    params = params_of(golden(tmp_path))
+    params["encoder/LayerNorm_0/scale"] = np.ones(24, np.int32)
+    write_checkpoint(tmp_path / "a.pkl", params, flags())
+
+
+def no_axis(tmp_path):
+    params = params_of(golden(tmp_path)) | {"encoder/LayerNorm_0/scale": np.array(1, np.float32)}
+    write_checkpoint(tmp_path / "a.pkl", params, flags())
+
+
+def no_heads(tmp_path):
+    said = {name: value for name, value in flags().items() if not name.endswith("num_heads")}
+    write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), said)
+
+
+def unknown_size(tmp_path):
+    write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags(**{"m3ae.model_type": "giant"}))
+
+
+def unknown_normalisation(tmp_path):
+    write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags(**{"data.custom_image_mean": "a-b-c"}))
+
+
 def vqgan_targets(tmp_path):
     write_checkpoint(tmp_path / "a.pkl", params_of(golden(tmp_path)), flags(discretized_image=True))
 
@@ -190,6 +256,11 @@ MISTAKES = {
     not_finite: "encoder_input.cls_token is not finite",
     object_flag: "num_heads",
     endless: "dec_emb_dim",
+    integers: "the parameter encoder/LayerNorm_0/scale is not an array of floats but int32",
+    no_axis: "the parameter encoder/LayerNorm_0/scale is not an array of floats but float32",
+    no_heads: "do not say the number of heads",
+    unknown_size: "model_type 'giant' is not one of the official code",
+    unknown_normalisation: "cannot read its image normalisation 'custom'",
     vqgan_targets: "ids of an image tokenizer",
 }
 
