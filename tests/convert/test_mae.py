@@ -13,13 +13,16 @@ from m3ae_fast.batch import Sample, pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import LossConfig
 from m3ae_fast.convert.__main__ import main
-from m3ae_fast.convert.vit import IMAGENET
+from m3ae_fast.convert.source import read_source
+from m3ae_fast.convert.vit import IMAGENET, ViTOptions, _config
 from m3ae_fast.errors import UserError
 from m3ae_fast.model import M3AE
 from m3ae_fast.run.throughput import StepCounts
 from tests.convert.official_pickle import Call
 from tests.helpers.mae import MAE, PATCH, SIZE
 
+# of the published sizes: timm's vit_tiny to vit_huge
+HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
 
 
@@ -165,7 +168,32 @@ def wide(weights):
     weights["norm.weight"] = torch.ones(25)
 
 
+def both_norms(weights):
+    weights["fc_norm.weight"] = torch.ones(24)
+
+
+def flat_patches(weights):
+    weights["patch_embed.proj.weight"] = torch.zeros(24, 3, PATCH, PATCH + 1)
+
+
+def one_patch_more(weights):
+    weights["pos_embed"] = torch.zeros(1, 11, 24)
+
+
+def two_axes(weights):
+    weights["cls_token"] = weights["cls_token"][0]
+
+
+def header(weights):
+    weights["header.weight"] = torch.ones(2)
+
+
 MISTAKES = {
+    both_norms: "has a weight fc_norm.weight, which an M3AE cannot represent",
+    flat_patches: "its patches are not square, or 9 of them do not fill a square image",
+    one_patch_more: "its patches are not square, or 10 of them do not fill a square image",
+    two_axes: "lacks the weight cls_token of 3 axes",
+    header: "has a weight header.weight, which an M3AE cannot represent",
     extra: "has a weight blocks.0.ls1.gamma, which an M3AE cannot represent",
     cut: "lacks the weight blocks.1.mlp.fc1.bias",
     other: "not an MAE or a timm VisionTransformer: lacks the weight cls_token",
@@ -183,6 +211,44 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change):
         convert(tmp_path, {"model": weights})
     assert MISTAKES[change] in str(caught.value) and "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["mae.pth"]
+
+
+@pytest.mark.parametrize("width", HEADS_BY_WIDTH)
+def test_what_a_file_does_not_show_is_asked_for_or_that_of_the_published_size(width):
+    patch = torch.zeros(width, 3, 2, 2)
+    weights = {
+        "cls_token": torch.zeros(1, 1, width),
+        "pos_embed": torch.zeros(1, 5, width),
+        "patch_embed.proj.weight": patch,
+    }
+    weights |= {
+        "blocks.0.norm1.weight": torch.ones(width),
+        "blocks.0.mlp.fc1.weight": torch.zeros(3 * width // 2, width),
+    }
+    config = _config(weights, ViTOptions(), "after_norm", "here")
+    assert (config.num_heads, config.gelu, config.depth) == (HEADS_BY_WIDTH[width], "exact", 1)
+    assert (config.dec_emb_dim, config.dec_num_heads, config.dec_depth) == (512, 16, 8)
+    assert (config.mlp_ratio, config.image_size, config.patch_size) == (1.5, 4, 2)
+    assert (config.image_mean, config.image_std) == IMAGENET
+    config = _config(weights, ViTOptions(width // 8, 4, gelu="tanh"), "after_norm", "here")
+    assert (config.num_heads, config.dec_num_heads, config.gelu) == (width // 8, 4, "tanh")
+
+
+@pytest.mark.parametrize("kind", ["bare", "state_dict", "model", "old"])
+def test_weights_lie_where_programs_put_them(tmp_path, kind):
+    """With what fine-tuning puts beside an encoder, in any floats; on the CPU, wherever they were."""
+    weights = {name: tensor.double() for name, tensor in make()[0].state_dict().items()}
+    weights |= {
+        "head.weight": torch.ones(2),
+        "head": torch.ones(1),
+        "fc.bias": torch.ones(2),
+        "head_drop.p": torch.ones(1),
+    }
+    saved = {"bare": weights, "state_dict": {"state_dict": weights}}.get(kind, {"model": weights, "epoch": 1})
+    torch.save(saved, tmp_path / "a.bin", _use_new_zipfile_serialization=kind != "old")
+    found = read_source(str(tmp_path / "a.bin"), ViTOptions(3, 2))
+    assert found.has_decoder and {tensor.dtype for tensor in found.state.values()} == {torch.float32}
+    torch.testing.assert_close(found.state["encoder.norm.weight"].double(), weights["norm.weight"])
 
 
 def test_heads_that_the_file_does_not_tell_are_asked_for(tmp_path):

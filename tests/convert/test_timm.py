@@ -10,8 +10,8 @@ from PIL import Image
 
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.convert.__main__ import main
-from m3ae_fast.convert.timm_model import write_timm
-from m3ae_fast.convert.vit import HEADS
+from m3ae_fast.convert.timm_model import read_timm_folder, write_timm
+from m3ae_fast.convert.vit import HEADS, IMAGENET, ViTOptions
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import main as export
 from m3ae_fast.model import M3AE
@@ -127,6 +127,7 @@ def test_widths_have_the_heads_that_timm_gives_them():
         ({"init_values": 1.0}, "has a weight blocks.0.ls1.gamma, which"),
         ({"reg_tokens": 2}, "11 of them do not fill a square image"),
         ({"act_layer": "relu"}, "has the activation relu, which"),
+        ({"norm_layer": "rmsnorm"}, "has the norm rmsnorm, which"),
         ({"qk_norm": True}, "has a weight blocks.0.attn.k_norm"),
     ],
 )
@@ -137,6 +138,19 @@ def test_what_an_m3ae_cannot_be_is_refused(tmp_path, settings, message):
     with pytest.raises(UserError) as caught:
         main([str(tmp_path / "timm"), str(tmp_path / "out")])
     assert message in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("said", [{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, {}, {"mean": [0.1, 0.2, 0.3]}])
+def test_what_a_folder_says_of_images_and_gelu_or_what_timm_takes(tmp_path, nested, said):
+    """Mean and std beside each other or in a part of their own, as timm's versions write them."""
+    model, _, _ = make()
+    write_timm(tmp_path / "timm", model.config, model.state_dict())
+    about = {"architecture": "vit_tiny_patch16_224"} | ({"pretrained_cfg": said} if nested else said)
+    (tmp_path / "timm/config.json").write_text(json.dumps(about))
+    config = read_timm_folder(tmp_path / "timm", ViTOptions(num_heads=4)).config
+    known = (tuple(said["mean"]), tuple(said["std"])) if len(said) == 2 else IMAGENET
+    assert (config.image_mean, config.image_std) == known and (config.gelu, config.num_heads) == ("exact", 4)
 
 
 def test_timm_folder_is_not_taken_for_an_export(tmp_path):
