@@ -30,9 +30,12 @@ def asked_impl(impl: str) -> str:
     return impl
 
 
-def choose_impl(impl: str, device: torch.device) -> str:
-    """Return "triton" or "torch": what is asked for, else what suits the device."""
+def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Return "triton" or "torch": what is asked for, else what suits the device. Sums in float64 are torch's on every
+    GPU: Triton does not compile all of these kernels for them, and others spill registers."""
     impl = asked_impl(impl)
+    if device.type == "cuda" and dtype == torch.float64:
+        return "torch"
     if impl != "auto":
         return impl
     return _on_gpu(device) if device.type == "cuda" else "torch"

@@ -43,7 +43,7 @@ def gather_tokens(
     """
     check_float("x", x, (..., None), x)
     check_index("rows", rows, (...,), x)
-    impl, lead = choose_impl(impl, x.device), rows.shape
+    impl, lead = choose_impl(impl, x.device, x.dtype), rows.shape
     x, rows = as_rows(x, 1), as_rows(rows, 0)
     if norm_weight is None:
         if norm_bias is not None:

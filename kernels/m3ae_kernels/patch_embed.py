@@ -62,7 +62,8 @@ def patch_embed(
     check_float("weight", weight, (None, patch_size**2 * images.shape[1]), images)
     if bias is not None:
         check_float("bias", bias, (weight.shape[0],), images)
-    dtype, impl = compute_dtype(images, weight), choose_impl(impl, images.device)
+    dtype = compute_dtype(images, weight)
+    impl = choose_impl(impl, images.device, dtype)
     keep = impl == "torch" and wants_grad(weight)
     ids = as_rows(patch_ids, 0)
     out_ND, _ = patch_embed_op(images, ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)

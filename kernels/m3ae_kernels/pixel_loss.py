@@ -89,7 +89,8 @@ def masked_pixel_loss(
         row_weight = as_rows(row_weight, 0)
     check_reduction(reduction)
     hidden, patch_ids = as_rows(hidden, 1), as_rows(patch_ids, 0)
-    dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
+    dtype = compute_dtype(hidden, weight)
+    impl = choose_impl(impl, hidden.device, dtype)
     target = (images, patch_ids, patch_size, scale, shift, norm_pix, dtype)
     if reduction == "none":
         row_loss = pixel_rows_op(hidden, weight, bias, *target, impl)

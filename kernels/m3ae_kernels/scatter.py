@@ -62,7 +62,7 @@ def scatter_tokens(
     fill, table = (None if rows is None else as_rows(rows, 1) for rows in (fill, table))
     fill_ids, table_ids = (None if ids is None else as_rows(ids, 0) for ids in (fill_ids, table_ids))
     tensors = as_rows(x, 1), as_rows(src, 0), fill, fill_ids, table, table_ids, fill_order, table_order
-    return with_lead(scatter_tokens_op(*tensors, choose_impl(impl, x.device)), src.shape)
+    return with_lead(scatter_tokens_op(*tensors, choose_impl(impl, x.device, x.dtype)), src.shape)
 
 
 def scatter_orders(

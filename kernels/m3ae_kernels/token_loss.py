@@ -128,7 +128,8 @@ def masked_token_loss(
     check_reduction(reduction)
     if workspace is not None and workspace < 1:
         raise ValueError(f"workspace is {workspace} bytes, it must be positive")
-    dtype, impl = compute_dtype(hidden, weight), choose_impl(impl, hidden.device)
+    dtype = compute_dtype(hidden, weight)
+    impl = choose_impl(impl, hidden.device, dtype)
     options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)
     if reduction == "none":
         loss, correct = token_rows_op(hidden, weight, bias, targets, *options)

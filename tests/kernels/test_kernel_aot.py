@@ -7,11 +7,17 @@ import subprocess
 import sys
 import warnings
 
+import m3ae_kernels
 import pytest
 import torch
 import torch._dynamo
 from m3ae_kernels import aot, dispatch, tuning
 from m3ae_kernels.aot import CASES, SHARED_BYTES, compile_case
+from m3ae_kernels.attention.choice import kernel_for
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels.kernel_cases import SMALL, Inputs, call, make
 
 CASE = {case.kernel: case for case in reversed(CASES)}
 
@@ -107,6 +113,36 @@ def test_gpus_for_which_the_kernels_are_compiled_run_them_without_a_word(gpu, ca
         warnings.simplefilter("error")
         assert dispatch.choose_impl("auto", device) == "triton"
     assert f"sm_{capability[0]}{capability[1]}" in SHARED_BYTES
+
+
+@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_float64_runs_on_torch_on_every_gpu(gpu, case, impl):
+    """Triton compiles patch_embed's kernels for it on no NVIDIA GPU, and spills registers in others. An op's last
+    argument is its implementation."""
+    device = gpu((9, 0))
+    asked = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "m3ae":
+                asked.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    for dtype, expected in ((torch.float32, "triton"), (torch.float64, "torch")):
+        inputs = make(case, dtype)
+        if case.startswith("attend"):  # decides in the op; in float32 "auto" is torch too
+            found = kernel_for(impl, device, dtype, 2, 16, 9).name
+            assert found == ("triton" if (impl, expected) == ("triton", "triton") else "padded matmuls")
+            continue
+        with FakeTensorMode(), Record():
+            tensors = {
+                name: None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device)
+                for name, t in inputs.tensors.items()
+            }
+            call(m3ae_kernels, case, Inputs(tensors, inputs.options | {"impl": impl}))
+        assert asked and set(asked) == {expected}
+        asked.clear()
 
 
 def test_the_choice_of_an_implementation_breaks_no_graph(gpu):

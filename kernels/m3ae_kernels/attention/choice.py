@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..dispatch import choose_impl
 from . import cuda
 from .kernel import Kernel
 from .native import native_kernel
@@ -14,7 +15,9 @@ from .per_sample import PER_SAMPLE
 def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return what attention of samples of about `length` keys runs on; `impl` is "auto", "triton" or "torch".
 
-    On CUDA the first call for a kind of head takes a second, to try what is installed."""
+    On CUDA the first call for a kind of head takes a second, to try what is installed; float64 runs on torch there."""
+    if impl != "auto":
+        impl = choose_impl(impl, device, dtype)
     if impl == "triton":
         from ..triton_impl.attention import TRITON
 
