@@ -139,6 +139,7 @@ def run(job: Job) -> dict[str, Any]:
         head, job = _head_of(job.model), _of_encoder(job, job.model)
     result: dict[str, Any] = {}
     columns: dict[str, Any] = {}
+    cautions: list[str] = []
     others = sum(corpus.samples for corpus in strange.values())
     job.say(
         f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
@@ -156,16 +157,32 @@ def run(job: Job) -> dict[str, Any]:
         prefix = f"{name}_" if name else ""
         found = encode(corpus, f"encoding {name or 'ood'}")
         other = scores(found.features_ND.numpy())
-        told = {f"{prefix}{key}": value for key, value in _compare(known, other, seed).items()}
+        measured = _compare(known, other, seed)
+        told = {f"{prefix}{key}": value for key, value in measured.items()}
         result |= told
         job.say(f"{name or 'ood'}: {summary(told)}")
+        if caution := inverted(measured):
+            cautions.append(f"{name or 'ood'}: {caution}")
+            job.say(f"note: {cautions[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
         columns.update({column: [*columns[column], *values] for column, values in more.items()})  # at once: see above
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")
         job.pictures.append(partial(draw_detection, path, known, other))
     job.keep(columns)
-    return result | {"classes": len(classes)} | samples
+    return result | {"classes": len(classes), "cautions": cautions} | samples
+
+
+def inverted(found: dict[str, float]) -> str:
+    """Return a caution on the scores of a set that are inverted, whose whole interval of the AUROC is below a half; ""
+    if none is."""
+    low = [f"{name} (AUROC {found[f'{name}_auroc']:.2f})" for name in SCORES if found[f"{name}_auroc_high"] < 0.5]
+    if not low:
+        return ""
+    return (
+        f"inverted on this data: {', '.join(low)}. Out-of-distribution samples score as more in-distribution than "
+        "those of --val; choose another score"
+    )
 
 
 def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:

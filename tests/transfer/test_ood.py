@@ -80,6 +80,26 @@ def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, mon
     assert (result["train_samples"], result["val_samples"], result["ood_samples"]) == (48, 18, 20)
 
 
+def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeypatch, capsys):
+    """Where the whole interval is; a score that is merely no better than chance is not."""
+    scores = ood.Scores.__call__
+
+    def turned(self, features):
+        found = scores(self, features)
+        return found | {"knn": -found["knn"], "energy": np.linspace(-1, 1, len(features))}
+
+    monkeypatch.setattr(ood.Scores, "__call__", turned)
+    other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
+    result = transfer("ood", "--ood", f"noise={other}", "--set", "knn.k=5")
+    (caution,) = result["cautions"]
+    assert f"note: {caution}\n" in capsys.readouterr().out
+    assert caution.startswith(f"noise: inverted on this data: knn (AUROC {result['noise_knn_auroc']:.2f}). Out-of-dist")
+    fine = {f"{name}_auroc{end}": 0.5 for name in ood.SCORES for end in ("", "_high")}
+    assert not ood.inverted(fine)
+    both = ood.inverted(fine | {"max_softmax_auroc_high": 0.49, "energy_auroc": 0.25, "energy_auroc_high": 0.4})
+    assert "max_softmax (AUROC 0.50), energy (AUROC 0.25). " in both
+
+
 def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_path, monkeypatch, capsys):
     left, encode = [], Job.encode
     monkeypatch.setattr(Job, "encode", lambda job, *rest: left.append(job.stop.at_leaving()) or encode(job, *rest))
