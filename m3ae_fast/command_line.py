@@ -9,7 +9,7 @@ from typing import Any
 
 from m3ae_fast.errors import UserError
 
-RANDOM = "random:"
+RANDOM, PIXELS = "random:", "pixels:"
 MODEL_HELP = (
     "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
     "random:MODEL for that network untrained"

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.command_line import RANDOM
+from m3ae_fast.command_line import PIXELS, RANDOM
 from m3ae_fast.config import LossConfig, ModelConfig, Range, parse
 from m3ae_fast.errors import UserError
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pixels import Pixels
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.run import checkpoint
 from m3ae_fast.weights.pretrained import Pretrained, build
@@ -107,6 +108,17 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
             f"{name}: has no tokenizer with it; name one with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
         )
     return model
+
+
+def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> MultimodalEncoder:
+    """Return what `open_model` does or, of `pixels:MODEL`, the images as that model sees them, see `Pixels`. Raises
+    UserError as `open_model`, and for pixels of which text is asked for."""
+    if not name.startswith(PIXELS):
+        return open_model(name, text=text, tokenizer=tokenizer, seed=seed)
+    if text:
+        raise UserError(f"{name}: pixels are of images, not of captions; leave --modality out")
+    source = name.removeprefix(PIXELS)
+    return Pixels(saved_run(Path(source)).config if is_run(Path(source)) else open_model(source, text=False).config)
 
 
 def _untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:

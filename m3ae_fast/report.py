@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m3ae_fast.command_line import RANDOM, output, program
+from m3ae_fast.command_line import PIXELS, RANDOM, output, program
 from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.regular_file import read_json
@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.run import checkpoint
 
 REPORT_FILE = "report.html"
-_COUNTS = ("k", "classes", "steps", "seconds", "skipped", "train_samples", "val_samples")  # of a result: no metrics
+_BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # by what their MODEL begins with
+# of a result: no metrics
+_COUNTS = ("k", "classes", "steps", "seconds", "skipped", "train_samples", "val_samples", "chance", "chance_top5")
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }
@@ -55,7 +57,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
     name = escape(run.resolve().name)
     parts = [f"<h1>{name}</h1>", *(_head(Path(folder), metrics, len(runs) > 1) for folder, metrics in runs.items())]
     if found:
-        parts.append(_results_table(found))
+        parts += [_results_table(found), *_verdicts(found)]
     parts.append(_numbers(runs[str(run)], info))
     parts.append(_section("Curves", _charts(LEARNING, runs), is_open=True))
     for kind in ("reconstructions", "attention", "map"):
@@ -118,7 +120,8 @@ def _numbers(metrics: Metrics, info: checkpoint.Info | None) -> str:
     rows = [["steps", f"{last['step']:,}"]]
     if info:
         rows.append(["samples seen", f"{info.samples:,}"])
-    shown = ("loss", "val_image_loss", "val_text_loss", "val_text_accuracy", "val_knn_top1", "samples_per_s", "mfu")
+    shown = ("loss", "val_image_loss", "val_text_loss", "val_text_accuracy")
+    shown += ("val_knn_top1", "val_knn_largest_class", "samples_per_s", "mfu")
     rows += [[name, _number(last[name])] for name in shown if name in last]
     return _section("Last numbers", _table([[escape(name), _cell(value)] for name, value in rows]))
 
@@ -126,16 +129,45 @@ def _numbers(metrics: Metrics, info: checkpoint.Info | None) -> str:
 def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
     rows = []
     for path, result in found:
-        model = str(result.get("model", path.parent.name))
-        if model.startswith(RANDOM):
-            model = f"random weights of {model.removeprefix(RANDOM)}"
+        model = _model(path, result)
         for name, value in result.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if is_number and name not in _COUNTS and not name.endswith(ERROR):
                 texts = (str(result.get("task", "?")), model, name)
                 cells = (_with_error(name, value, result), _chance(name, result))
                 rows.append([*map(escape, texts), *map(_cell, cells)])
-    return _table(rows, ["task", "model", "metric", "value", "chance"])
+    return _table(rows, ["task", "model", "metric", "value", "largest class"])
+
+
+def _model(path: Path, result: dict[str, Any]) -> str:
+    """Return what a result is of, in words."""
+    model = str(result.get("model", path.parent.name))
+    for prefix, words in _BASELINES.items():
+        if model.startswith(prefix):
+            return f"{words} of {model.removeprefix(prefix)}"
+    return model
+
+
+def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
+    """Yield, for each model's result with predictions, whether it differs significantly from the baselines of the same
+    task and from the largest class."""
+    from m3ae_fast.transfer.difference import in_words
+
+    for path, result in found:
+        task, model = result.get("task"), str(result.get("model"))
+        if "verdict" not in result or model.startswith((*_BASELINES,)):
+            continue
+        others = {
+            words: other.parent
+            for prefix, words in _BASELINES.items()
+            for other, its in found
+            if "verdict" in its and (its.get("task"), its.get("model")) == (task, f"{prefix}{model}")
+        }
+        try:
+            sentences = in_words(path.parent, model, others)
+        except UserError:  # predictions that are gone, or of other samples
+            sentences = [str(result["verdict"])]
+        yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
 
 
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
@@ -149,11 +181,9 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 
 
 def _chance(name: str, result: dict[str, Any]) -> str:
-    """Return the accuracy of guessing among the classes, "" where there are none."""
-    classes = result.get("classes")
-    if not (name in ("top1", "top5") and isinstance(classes, int) and classes > 0):
-        return ""
-    return f"{min(int(name[3:]) / classes, 1):.1%}"
+    """Return the accuracy of always naming the largest class, or the five largest; "" if it is not known."""
+    value = result.get({"top1": "chance", "top5": "chance_top5"}.get(name, ""))
+    return f"{value:.1%}" if isinstance(value, float) else ""
 
 
 def _charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> str:

@@ -125,6 +125,12 @@ def test_words_have_each_number_in_its_place():
         "at 1.75; k-NN accuracy 50.0%, before training 12.5%; the features fill 12.5 dimensions (RankMe), before "
         "training 20.0"
     )
+    for top1, words in (
+        (0.75, "75.0%, before training 12.5%, the"),
+        (0.66, "66.0%, before training 12.5%, not above the"),
+    ):
+        metrics = lines(val_knn_top1=(0.125, top1), val_knn_largest_class=(0.66, 0.66))
+        assert verdict(metrics) == f"k-NN accuracy {words} largest class 66.0%"
     (told,) = findings(lines(val_rankme=(20.0, 3.0)))
     assert told.what.startswith("the features fill 3.0 dimensions (RankMe), and those of the untrained network 20.0")
     (told,) = findings(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))

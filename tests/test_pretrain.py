@@ -96,12 +96,16 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
     run = tmp_path / "run"
     assert status(run)[0] == "finished"
     for task in ("knn", "linear"):
-        for name in (task, f"{task}-random"):
+        for name in (task, f"{task}-random", f"{task}-pixels"):
             result = json.loads((run / "results" / name / "result.json").read_text())
             assert f" {100 * result['top1']:.1f} ± {100 * result['top1_se']:.1f}" in done.stdout
             assert 0 <= result["top1"] <= 1
-    assert "chance                        33.3   (6 samples)" in done.stdout
-    assert "knn" in (run / "report.html").read_text()
+    assert re.search(r"\nthe largest class +33\.3 +33\.3   \(6 samples\)\n", done.stdout)
+    page = (run / "report.html").read_text()
+    for title in ("k-NN", "linear probe"):
+        for other in ("random weights", "downscaled pixels", "the largest class"):
+            assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
+    assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>largest class</th>" in page
     assert "note: no map of the features: a map needs scikit-learn: pip install" in done.stdout
     features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
     assert features.isfinite().all()
@@ -268,12 +272,12 @@ def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
     config = Config.model_validate({"run": {"dir": str(run)}, **given}, strict=False)
     first = evaluation.evaluate(config)
     (run / "map.png").touch()
-    assert evaluation.evaluate(config) == first and measured == ["knn", "knn", "linear", "linear"]
+    assert evaluation.evaluate(config) == first and measured == ["knn"] * 3 + ["linear"] * 3
     assert (run / "map.png").exists()
     (run / "results/linear/checkpoints").mkdir()
     info = checkpoint.read_info(checkpoint.locate(run))
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
-    assert evaluation.evaluate(config)["linear"][evaluation.RUN] == {"top1": 7}
+    assert evaluation.evaluate(config)["linear"][evaluation.RUN] == {"top1": 10}
     assert not (run / "map.png").exists() and not (run / "results/linear/checkpoints").exists()
     (run / "results").rename(tmp_path / "elsewhere")
     (run / "results").symlink_to(tmp_path / "elsewhere")
@@ -282,14 +286,24 @@ def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
         evaluation.evaluate(config)
 
 
-def test_each_accuracy_stands_below_the_name_of_its_network():
-    kinds = {evaluation.RUN: (0.75, 0.015), evaluation.UNTRAINED: (0.5, 0.02)}
-    found = {name: {"top1": top1, "top1_se": error} for name, (top1, error) in kinds.items()}
-    found[evaluation.RUN] |= {"classes": 8, "val_samples": 1200}
-    head, line, chance = evaluation.table({"knn": found})
-    for name, text in ((evaluation.RUN, "75.0 ± 1.5"), (evaluation.UNTRAINED, "50.0 ± 2.0")):
-        assert line.index(text) + len(text) == head.index(name) + len(name)
-    assert line.startswith("k-NN ") and chance.split() == ["chance", "12.5", "(1,200", "samples)"]
+def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
+    def results(*tops, chance):
+        whose = (evaluation.RUN, evaluation.UNTRAINED, evaluation.SCALED)
+        found = {name: {"top1": top1, "top1_se": 0.015} for name, top1 in zip(whose, tops)}
+        found[evaluation.RUN] |= {"chance": chance, "val_samples": 1200}
+        return found
+
+    found = {"knn": results(0.75, 0.5, 0.625, chance=0.66), "linear": results(0.7, 0.4, 0.6, chance=0.66)}
+    head, *lines, largest = evaluation.table(found)
+    ends = [head.index(title) + len(title) for title in ("k-NN", "linear probe")]
+    for line, name, *texts in zip(
+        lines,
+        (evaluation.RUN, evaluation.UNTRAINED, evaluation.SCALED),
+        ("75.0 ± 1.5", "50.0 ± 1.5", "62.5 ± 1.5"),
+        ("70.0 ± 1.5", "40.0 ± 1.5", "60.0 ± 1.5"),
+    ):
+        assert line.startswith(f"{name} ") and [line.index(text) + len(text) for text in texts] == ends
+    assert largest.split() == ["the", "largest", "class", "66.0", "66.0", "(1,200", "samples)"]
 
 
 def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):

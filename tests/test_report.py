@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from m3ae_fast.errors import UserError
+from m3ae_fast.parquet import write_parquet
 from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, Line, draw_charts
 from m3ae_fast.report import main, write_report
 from m3ae_fast.run.checkpoint import Info
+from m3ae_fast.transfer.difference import against_largest_class
 
 LINES = [
     {"step": 0, "val_image_loss": 2.0},
@@ -65,20 +67,51 @@ def test_the_head_says_in_words_what_the_run_has_come_to(run):
     assert "<b>collapse</b>: the features fill 1.2 dimensions" in head and "To try: a lower optim.peak_lr" in head
 
 
-def test_results_have_errors_and_chance(run):
+def test_results_have_errors_and_the_share_of_the_largest_class(run):
+    """Not that of a guess among the classes, which a model of imbalanced data beats by always naming one."""
     result = {"task": "knn", "top1": 0.5, "top5": 1.0, "classes": 10, "val_samples": 98, "model": "random:<run>"}
+    shares = {"chance": 0.4, "chance_top5": 0.8}
     (run / "probe/result.json").write_text(json.dumps(result))
     write_report(run, run / "report.html")
     page = (run / "report.html").read_text()
-    assert "<table><tr><th>task</th><th>model</th><th>metric</th><th>value</th><th>chance</th></tr><tr><td>" in page
+    heads = "".join(f"<th>{name}</th>" for name in ("task", "model", "metric", "value", "largest class"))
+    assert f"<table><tr>{heads}</tr><tr><td>" in page
     row = "<tr><td>knn</td><td>random weights of &lt;run&gt;</td><td>{}</td>" + 2 * '<td class="number">{}</td>'
-    assert row.format("top1", "50.0% ± 5.1%", "10.0%") in page
-    assert row.format("top5", "100.0% ± 1.0%", "50.0%") in page
-    (run / "probe/result.json").write_text(json.dumps(result | {"top1_se": 0.07, "top5_se": 0.0}))  # as tasks do
+    assert row.format("top1", "50.0% ± 5.1%", "") in page  # of a version that did not say it
+    for model in ("pixels:<run>", "random:<run>"):
+        more = {"top1_se": 0.07, "top5_se": 0.0, "model": model} | shares  # as tasks do
+        (run / "probe/result.json").write_text(json.dumps(result | more))
+        write_report(run, run / "report.html")
+        page = (run / "report.html").read_text()
+        own = row if model.startswith("random") else row.replace("random weights", "downscaled pixels")
+        assert own.format("top1", "50.0% ± 7.0%", "40.0%") in page
+        assert own.format("top5", "100.0% ± 1.0%", "80.0%") in page
+    assert "_se" not in page and "<td>chance" not in page
+
+
+def test_a_result_that_is_not_above_the_largest_class_is_said_to_be_so(run):
+    """And how it compares with random weights and with pixels, if those were measured."""
+    labels = ["a"] * 70 + ["b"] * 30
+    predicted = {"m": ["a"] * 100, "random:m": ["b"] * 100, "pixels:m": labels}
+    for number, (model, predictions) in enumerate(predicted.items()):
+        folder = run / f"results/{number}"
+        folder.mkdir(parents=True)
+        columns = {"key": [*map(str, range(100))], "label": labels, "prediction": predictions}
+        write_parquet(folder / "predictions.parquet", columns)
+        told = against_largest_class(folder)
+        assert told["chance"] == 0.7
+        result = {"task": "knn", "model": model, "top1": 0.5, "val_samples": 100} | told
+        (folder / "result.json").write_text(json.dumps(result))
     write_report(run, run / "report.html")
     page = (run / "report.html").read_text()
-    assert row.format("top1", "50.0% ± 7.0%", "10.0%") in page and row.format("top5", "100.0% ± 1.0%", "50.0%") in page
-    assert "_se" not in page
+    (said,) = re.findall("<p>(knn: [^/]*?)</p>", page)
+    lines = said.split("<br>")
+    assert lines[0].startswith("knn: m is better than random weights: +40.0 points, 95 % interval")
+    assert lines[1].startswith("knn: m is worse than downscaled pixels: -30.0 points")
+    assert lines[2].startswith("knn: m does not differ significantly from the largest class on these samples: +0.0 poi")
+    (run / "results/0/predictions.parquet").unlink()
+    write_report(run, run / "report.html")
+    assert "<p>knn: the model does not differ significantly from the largest" in (run / "report.html").read_text()
 
 
 def test_what_is_long_is_folded(run):
@@ -113,6 +146,7 @@ def test_each_curve_is_of_the_metric_that_title_and_label_name(monkeypatch):
         ("Text loss", "held out"): "val_text_loss",
         ("Text accuracy", "training"): "text_accuracy",
         ("Text accuracy", "held out"): "val_text_accuracy",
+        ("k-NN accuracy", "largest class"): "val_knn_largest_class",
         ("k-NN accuracy", "held out"): "val_knn_top1",
         ("Dimensions that the features fill", "held out"): "val_rankme",
         ("Loss over that of a constant prediction", "image"): "val_image_relative",

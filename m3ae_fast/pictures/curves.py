@@ -35,7 +35,11 @@ LEARNING = (
     _both("Image loss", "image_loss"),
     _both("Text loss", "text_loss"),
     _both("Text accuracy", "text_accuracy"),
-    Chart("k-NN accuracy", "", [Line("val_knn_top1", "held out", _HELD_OUT)]),
+    Chart(
+        "k-NN accuracy",
+        "",
+        [Line("val_knn_largest_class", "largest class", _OTHER), Line("val_knn_top1", "held out", _HELD_OUT)],
+    ),
     Chart("Dimensions that the features fill", "RankMe", [Line("val_rankme", "held out", _HELD_OUT)]),
     Chart(
         "Loss over that of a constant prediction",

@@ -1,15 +1,17 @@
-"""What a run's features are good for, beside those of the same network untrained."""
+"""What a run's features are good for, compared with those of the same network untrained, with the pixels themselves and
+with the largest class."""
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from m3ae_fast import visualise
-from m3ae_fast.command_line import RANDOM
+from m3ae_fast.command_line import PIXELS, RANDOM
 from m3ae_fast.config import Config, SourceConfig
 from m3ae_fast.errors import UserError
 from m3ae_fast.pretraining import GOES_ON
@@ -20,16 +22,19 @@ from m3ae_fast.run.loggers import show
 from m3ae_fast.run.parts import sha256
 from m3ae_fast.transfer import __main__ as transfer
 from m3ae_fast.transfer.compare import UNTRAINED, with_error
+from m3ae_fast.transfer.difference import LARGEST, in_words
 from m3ae_fast.transfer.job import RESULT_FILE
 from m3ae_fast.whole_file import write_whole
 
 _QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
 _TASKS = {"knn": "k-NN", "linear": "linear probe"}
-_OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}
+_OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}  # of a model
 _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS, MAP = "results", "map.png"  # of a run folder
 _MEASURED = "measured"  # beside the results: which checkpoint they are of
-RUN = "this run"
+RUN, SCALED = "this run", "downscaled pixels"
+# what is measured, by name: what stands before the run's folder on a command line, and behind the task in its results
+_MEASURED_BY = {RUN: ("", ""), UNTRAINED: (RANDOM, "-random"), SCALED: (PIXELS, "-pixels")}
 
 
 @contextmanager
@@ -42,18 +47,19 @@ def stage() -> Iterator[Session]:
 
 
 def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
-    """Return by task the results of the run and of random weights; what an earlier call has measured of the same
-    weights is read. None where a task was stopped. Raises UserError where a task cannot be done."""
+    """Return by task the results of the run, of random weights and of pixels; what an earlier call has measured of the
+    same weights is read. None where a task was stopped. Raises UserError where a task cannot be done."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
     found: dict[str, dict[str, Any]] = {}
     for task, title in _TASKS.items():
-        for model, name, whose in ((str(run), task, RUN), (f"{RANDOM}{run}", f"{task}-random", UNTRAINED)):
-            out = run / RESULTS / name
+        for whose, (prefix, suffix) in _MEASURED_BY.items():
+            out = run / RESULTS / f"{task}{suffix}"
             if not (out / RESULT_FILE).exists():
                 shards = ["--train", *_shards(probe.train), "--val", *_shards(probe.val)]
-                line = [task, model, *shards, "--labels", probe.labels, "--out", str(out), *_OPTIONS[task]]
+                options = _OPTIONS[task] if whose != SCALED else []
+                line = [task, f"{prefix}{run}", *shards, "--labels", probe.labels, "--out", str(out), *options]
                 print(f"{title} of {whose}:", flush=True)
                 with stage() as session:
                     transfer.perform(transfer.parse_args(line), session)
@@ -101,10 +107,24 @@ def _shards(sources: list[SourceConfig]) -> list[str]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Return lines: accuracy and standard error on held-out samples, of the run and of random weights, by task."""
+    """Return lines: accuracy and standard error on held-out samples, of what was measured and of the largest class, by
+    task."""
     first = next(iter(found.values()))[RUN]
-    lines = [f"{'accuracy, held out, %':22}{RUN:>12}{UNTRAINED:>18}"]
-    for task, results in found.items():
-        run, untrained = (with_error(results[whose]) for whose in (RUN, UNTRAINED))
-        lines.append(f"{_TASKS[task]:22}{run:>12}{untrained:>18}")
-    return [*lines, f"{'chance':22}{100 / first['classes']:>12.1f}   ({first['val_samples']:,} samples)"]
+    width = max(map(len, _TASKS.values())) + 4
+    lines = [f"{'accuracy, held out, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
+    for whose in _MEASURED_BY:
+        lines.append(f"{whose:22}" + "".join(f"{with_error(found[task][whose]):>{width}}" for task in found))
+    shares = "".join(f"{100 * results[RUN].get('chance', math.nan):>{width}.1f}" for results in found.values())
+    return [*lines, f"{LARGEST:22}{shares}   ({first['val_samples']:,} samples)"]
+
+
+def verdicts(run: Path, tasks: Iterable[str]) -> list[str]:
+    """Return lines: by task whether the run differs significantly from what else was measured, and from the largest
+    class."""
+    lines = []
+    for task in tasks:
+        others = {
+            whose: run / RESULTS / f"{task}{suffix}" for whose, (_, suffix) in _MEASURED_BY.items() if whose != RUN
+        }
+        lines += [f"{_TASKS[task]}: {words}" for words in in_words(run / RESULTS / task, RUN, others)]
+    return lines

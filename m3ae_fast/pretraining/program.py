@@ -13,7 +13,7 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.errors import UserError
 from m3ae_fast.export import export
 from m3ae_fast.pretraining.choices import check_overrides
-from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table
+from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table, verdicts
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     finished: bool  # False: stopped; the same call goes on
     export: Path  # that `M3AE.from_pretrained` loads
     report: Path
-    results: dict[str, dict[str, Any]]  # by task, of "this run" and of "random weights"; empty without classes
+    results: dict[str, dict[str, Any]]  # by task and by what was measured; empty without classes
 
 
 def pretrain(
@@ -84,7 +84,7 @@ def pretrain(
     if results is None:
         return outcome
     if results:
-        print("\n".join(table(results)))
+        print("\n".join([*table(results), *verdicts(out, results)]))
         draw_map(config)
     write_report(out, out / REPORT_FILE)
     export(out, out / EXPORT)

@@ -100,6 +100,9 @@ def verdict(metrics: Metrics) -> str:
     for name, text in {"val_knn_top1": accuracy, "val_rankme": rank}.items():
         if len(values := series(metrics, name)) > 1:
             parts.append(text.format(values[-1], values[0]))
+            if name == "val_knn_top1" and (shares := series(metrics, "val_knn_largest_class")):
+                above = "" if values[-1] > shares[-1] else "not above "
+                parts[-1] += f", {above}the largest class {shares[-1]:.1%}"
     return "; ".join(parts)
 
 

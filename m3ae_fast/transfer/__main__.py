@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from m3ae_fast.command_line import (
     CLASSIFIER_HELP,
     MODEL_HELP,
+    PIXELS,
     add_labels,
     add_resume,
     add_settings,
@@ -32,7 +33,7 @@ from m3ae_fast.config.transfer import TransferConfig, transfer_config
 from m3ae_fast.errors import UserError, exit_cleanly, library
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
-    from m3ae_fast.model.m3ae import M3AE
+    from m3ae_fast.model.encoder import MultimodalEncoder
     from m3ae_fast.process.program import Session
     from m3ae_fast.transfer.classifier import Classifier
 
@@ -51,17 +52,21 @@ class Task(NamedTuple):
     modality: str | None = None  # the only one it takes
     surveys: bool = False  # has --layers and --shots
     compares: bool = False  # takes several MODELs, and opens them itself
+    takes_pixels: bool = False  # MODEL may be pixels:MODEL
     sections: tuple[str, ...] = ("encode",)  # of settings
 
 
 DIFFERENCE = "difference"
-_NEED_SCIPY = ("compare", "robustness", DIFFERENCE)  # for tests, intervals, corruptions
+_NEED_SCIPY = ("robustness",)  # for corruptions
 TASKS = {
-    "knn": Task("k-nearest-neighbour accuracy of frozen features", surveys=True, sections=("encode", "knn")),
+    "knn": Task(
+        "k-nearest-neighbour accuracy of frozen features", surveys=True, takes_pixels=True, sections=("encode", "knn")
+    ),
     "linear": Task(
         "train a linear classifier on frozen features; OUT gets the classifier",
         resumes=True,
         surveys=True,
+        takes_pixels=True,
         sections=("encode", "linear"),
     ),
     "attentive": Task(
@@ -108,6 +113,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         )
         about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
         about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
+        about += f"; or {PIXELS}MODEL for the pixels that it sees, scaled down" if task.takes_pixels else ""
         command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
         shards = "tars: paths, brace patterns, globs, URLs or pipe: commands"
         if task.trains:
@@ -146,7 +152,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             _add_survey(command)
         if task.resumes:
             add_resume(command, "DIR")
-    about = "which of two results on the same samples is better, or whether they cannot be told apart"
+    about = "which of two results on the same samples is better, or that they do not differ significantly"
     command = tasks.add_parser(DIFFERENCE, help=about, description=about)
     command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")
     args = parser.parse_args(argv)
@@ -209,6 +215,7 @@ def _draws(text: str) -> int:
 def _module(args: argparse.Namespace) -> str:
     """Return the module that does the task."""
     surveys = args.task == "attentive" or getattr(args, "layers", None) or getattr(args, "shots", None)
+    surveys = surveys or (args.task == "linear" and _is_pixels(args))  # which no classifier of an encoder is made of
     return "survey" if surveys else args.task
 
 
@@ -227,6 +234,19 @@ def main(argv: list[str] | None = None) -> int:
     with joined_program() as session:
         perform(args, session)
     return 0
+
+
+def _is_pixels(args: argparse.Namespace) -> bool:
+    return isinstance(args.model, str) and args.model.startswith(PIXELS)
+
+
+def _require_pixels(args: argparse.Namespace) -> None:
+    """Raise UserError if the task cannot be done with pixels."""
+    if not TASKS[args.task].takes_pixels:
+        able = " and ".join(name for name, task in TASKS.items() if task.takes_pixels)
+        raise UserError(f"{args.model}: {args.task} does not take pixels; {able} do")
+    if args.layers is not None or getattr(args, "resume", "no") != "no":
+        raise UserError(f"{args.model}: pixels have no layers and no checkpoints; leave --layers and --resume out")
 
 
 def _is_classifier(args: argparse.Namespace) -> bool:
@@ -261,26 +281,29 @@ def _config(args: argparse.Namespace) -> TransferConfig:
 def perform(args: argparse.Namespace, session: Session) -> None:
     """Do the task and write its result. Raises UserError where that is not possible; OUT then has no result."""
     from m3ae_fast.hardware import keep_freed_memory
-    from m3ae_fast.open_model import open_model, set_images
+    from m3ae_fast.open_model import open_encoder, set_images
     from m3ae_fast.run.run_folder import RunFolder
     from m3ae_fast.transfer.classifier import Classifier
+    from m3ae_fast.transfer.difference import against_largest_class
     from m3ae_fast.transfer.job import Job, refuse_existing, show_result, summary, write_result
 
     ranks = session.ranks
+    if _is_pixels(args):
+        _require_pixels(args)
     args.modality = ranks.broadcast(lambda: _modality(args))
     config = ranks.broadcast(lambda: _config(args))
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    model: M3AE | Classifier | None
+    model: MultimodalEncoder | Classifier | None
     if TASKS[args.task].compares:
         model = None
     elif _is_classifier(args):
         model = Classifier.from_pretrained(args.model)
     else:
         text = args.modality != "image"
-        model = open_model(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+        model = open_encoder(args.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
     if model is not None:
         encoder = model.backbone if isinstance(model, Classifier) else model
         set_images(encoder, config.data.range, config.encode.resize)
@@ -292,11 +315,14 @@ def perform(args: argparse.Namespace, session: Session) -> None:
             return
         result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
         result |= {"seconds": round(time.perf_counter() - started, 1), "config": config.model_dump(mode="json")}
+        result |= ranks.on_main(lambda: against_largest_class(job.out)) or {}
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:
             ranks.on_main(draw)
         ranks.on_main(lambda: show_result(job.out, result))
         job.say(f"{args.task}: {summary(result)}")
+        if "verdict" in result:
+            job.say(f"{args.task}: {result['verdict']}")
 
 
 if __name__ == "__main__":

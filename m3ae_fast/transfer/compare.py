@@ -22,7 +22,7 @@ from m3ae_fast.open_model import RANDOM, open_model, set_images
 from m3ae_fast.pictures.figures import draw_comparison
 from m3ae_fast.progress import TimeLeft
 from m3ae_fast.transfer.job import Job, summary
-from m3ae_fast.transfer.predictions import Predictions, stacked
+from m3ae_fast.transfer.predictions import Predictions, largest_share, stacked
 from m3ae_fast.transfer.probe_engine import Setting
 from m3ae_fast.transfer.probes import PROBES
 from m3ae_fast.transfer.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
@@ -53,11 +53,11 @@ class Found:
             return {}
         rows = [{"model": model, "probe": probe, **self.accuracy(model, probe)} for model, probe in self.trials]
         tests = [
-            {"probe": probe, "first": first, "second": second, **test._asdict(), "told_apart": test.told_apart}
+            {"probe": probe, "first": first, "second": second, **test._asdict(), "significant": test.is_significant}
             for probe, first, second, test in self.tests()
         ]
         labels_N = next(iter(next(iter(self.trials.values())).values())).labels_N
-        chance = labels_N.bincount().max().item() / len(labels_N)
+        chance = largest_share(labels_N.tolist())
         return {"rows": rows, "tests": tests, "chance": chance, "val_samples": len(labels_N)}
 
     def accuracy(self, model: str, probe: str) -> dict[str, float]:

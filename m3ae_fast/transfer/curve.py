@@ -15,8 +15,9 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stopping import Stopped
 from m3ae_fast.run.run import Run
 from m3ae_fast.transfer.knn import knn_predictions
+from m3ae_fast.transfer.predictions import largest_share
 
-_NAME = "val_knn_top1"
+_NAME, _LARGEST = "val_knn_top1", "val_knn_largest_class"
 
 
 def knn_probe(run: Run) -> Callable[[Run], None] | None:
@@ -56,4 +57,5 @@ def _log(config: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, r
     except Stopped:
         run.cut_short()
         return
-    run.log.log(run.step, {_NAME: knn_predictions(bank, queries, len(classes), config).accuracies()["top1"]})
+    top1 = knn_predictions(bank, queries, len(classes), config).accuracies()["top1"]
+    run.log.log(run.step, {_NAME: top1, _LARGEST: largest_share(queries.labels.tolist())})

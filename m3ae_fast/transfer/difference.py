@@ -5,7 +5,8 @@ Shapes: N familiar samples, M strange ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import numpy as np
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.parquet import read_parquet
 from m3ae_fast.transfer.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
-from m3ae_fast.transfer.predictions import FILE
+from m3ae_fast.transfer.predictions import FILE, largest_share
 from m3ae_fast.transfer.significance import difference, middle, verdict
 
 Table = dict[str, list[Any]]
+LARGEST = "the largest class"
+_COLUMNS = ("key", "label", "prediction")
 
 
 def compare_results(folders: Sequence[Path]) -> str:
@@ -28,12 +31,48 @@ def compare_results(folders: Sequence[Path]) -> str:
         library("sklearn", "two results of ood need scikit-learn: pip install 'm3ae-fast[transfer]'")
         return _compare_areas(folders, first, second)
     ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
-    _require_same(folders, ours.keys(), theirs.keys())
+    return _words(ours, theirs, folders)
+
+
+def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
+    """Return how a task's result, of the model `name`, compares with the OUT of others on the same samples, by name,
+    and with always naming the largest class of these samples: a sentence each. Raises UserError as `compare_results`.
+    """
+    table = read_parquet(folder / FILE)
+    ours = _correct(folder, table)
+    compared = {other: _correct(path, read_parquet(path / FILE)) for other, path in others.items()}
+    labels = dict(zip(table["key"], table["label"]))
+    (largest, _), *_ = Counter(labels.values()).most_common()
+    compared[LARGEST] = {key: label == largest for key, label in labels.items()}
+    return [_words(ours, theirs, (name, other)) for other, theirs in compared.items()]
+
+
+def against_largest_class(folder: Path) -> dict[str, Any]:
+    """Return what result.json says beside the accuracies of a task that classifies: as "chance" the share of the
+    largest class among the held-out samples, of more than five classes as "chance_top5" that of the five largest, and,
+    of one prediction for each sample, as "verdict" whether it is better. Nothing for other tasks."""
+    if not (folder / FILE).exists():
+        return {}
+    table = read_parquet(folder / FILE)
+    if not table.keys() >= {*_COLUMNS} or None in table["label"]:
+        return {}
+    labels = dict(zip(table["key"], table["label"]))
+    found: dict[str, Any] = {"chance": largest_share(labels.values())}
+    if len({*labels.values()}) > 5:
+        found["chance_top5"] = largest_share(labels.values(), 5)
+    if len(labels) == len(table["key"]):
+        (found["verdict"],) = in_words(folder, "the model", {})
+    return found
+
+
+def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any]) -> str:
+    """Return in words whether two results by key differ."""
+    _require_same(names, ours.keys(), theirs.keys())
     first_N, second_N = (np.array([each[key] for key in ours]) for each in (ours, theirs))
-    return difference(first_N, second_N).words(str(folders[0]), str(folders[1]))
+    return difference(first_N, second_N).words(str(names[0]), str(names[1]))
 
 
-def _require_same(folders: Sequence[Path], first: Any, second: Any) -> None:
+def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
     if first != second:
         raise UserError(
             f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in one of them alone; name two "
@@ -67,8 +106,7 @@ def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name:
 
 def _correct(folder: Path, table: Table) -> dict[str, bool]:
     """Return whether each sample was right, by key."""
-    columns = "key", "label", "prediction"
-    whole = table.keys() >= {*columns} and not any(None in table[name] for name in columns)
+    whole = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
     if not whole or len({*table["key"]}) < len(table["key"]):
         raise UserError(
             f"{folder}: has no predictions of a class for each sample, once; name the OUT of knn, linear, finetune or "

@@ -5,6 +5,7 @@ Shapes: N samples, C classes, K best classes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -36,6 +37,12 @@ def topk_accuracy(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
     """Return accuracies from 0 to 1: "top1" and, if K = 5, "top5"."""
     correct_NK = best_NK == labels_N[:, None]
     return {f"top{k}": correct_NK[:, :k].any(1).double().mean().item() for k in sorted({1, best_NK.shape[1]})}
+
+
+def largest_share(labels: Iterable[Any], classes: int = 1) -> float:
+    """Return the share of the largest class, or of the largest few: the accuracy of always naming those."""
+    counts = Counter(labels)
+    return sum(count for _, count in counts.most_common(classes)) / counts.total()
 
 
 @dataclass(frozen=True)

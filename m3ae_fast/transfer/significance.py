@@ -51,20 +51,20 @@ class Difference(NamedTuple):
     p: float  # McNemar's exact test
 
     @property
-    def told_apart(self) -> bool:
+    def is_significant(self) -> bool:
         """Return whether the interval and the test both say so."""
         return not self.low <= 0 <= self.high and self.p < LEVEL
 
     def words(self, first: str, second: str) -> str:
         """Return the difference as a sentence."""
         numbers = f"{100 * self.value:+.1f} points, 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
-        return f"{verdict(first, second, self.value, self.told_apart)}: {numbers}, McNemar p = {self.p:.2g}"
+        return f"{verdict(first, second, self.value, self.is_significant)}: {numbers}, McNemar p = {self.p:.2g}"
 
 
-def verdict(first: str, second: str, value: float, told_apart: bool) -> str:
+def verdict(first: str, second: str, value: float, is_significant: bool) -> str:
     """Return how the first compares with the second. `value`: by how much it is better."""
-    if not told_apart:
-        return f"{first} cannot be told apart from {second} on these samples"
+    if not is_significant:
+        return f"{first} does not differ significantly from {second} on these samples"
     return f"{first} is {'better' if value > 0 else 'worse'} than {second}"
 
 
@@ -84,11 +84,14 @@ def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Diff
 
 
 def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:
-    """Return the p value of McNemar's exact test, two-sided, of which samples (bool each) each alone has right."""
-    from scipy.stats import binomtest
-
-    only_first, only_second = int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum())
-    return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+    """Return the p value of McNemar's exact test, two-sided, of which samples (bool each) each alone has right: those
+    are tosses of a fair coin if the two are equally good."""
+    fewer, more = sorted((int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum())))
+    tosses = fewer + more
+    log_factorials = np.concatenate(([0.0], np.log(np.arange(1, tosses + 1)).cumsum()))
+    heads = np.arange(fewer + 1)
+    logs = log_factorials[tosses] - log_factorials[heads] - log_factorials[tosses - heads] - tosses * math.log(2)
+    return min(1.0, 2 * float(np.exp(logs).sum()))
 
 
 def _bootstrap_means(values_N: np.ndarray, seed: int) -> np.ndarray:

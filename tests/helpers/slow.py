@@ -92,6 +92,8 @@ SLOW = (
     "test_visualise.py::test_attention_maps_are_the_ops_weights",
     "test_vqgan.py",
     "transfer/test_attentive.py::test_it_finds_the_token_that_tells_where_the_mean_does_not",
+    "transfer/test_baselines.py::test_colours_are_named_by_pixels",
+    "transfer/test_baselines.py::test_every_result_says_the_share_of_the_largest_class",
     "transfer/test_compare.py",
     "transfer/test_curve.py",
     "transfer/test_figures.py",

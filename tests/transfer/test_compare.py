@@ -108,7 +108,7 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     found = _found(poor=poor, good=good)
     ((probe, first, second, test),) = found.tests()
     assert (probe, first, second) == ("knn", "good", "poor")
-    assert test == difference(good.mean(0), poor[0].astype(float)) and test.told_apart
+    assert test == difference(good.mean(0), poor[0].astype(float)) and test.is_significant
     decided = good[0] == good[1]
     theirs = stats.binomtest(
         int((good[0] & ~poor[0] & decided).sum()), int(((good[0] != poor[0]) & decided).sum())
@@ -181,6 +181,6 @@ def test_a_result_in_another_order_is_the_same_result(tmp_path, monkeypatch):
         said = compare_results([tmp_path / "one", tmp_path / "other"]).splitlines()
         assert len(said) == lines
         for line in said:
-            assert re.search(r"cannot be told apart .*\+0\.0+( points)?, 95 % interval \+0\.0+ to \+0\.0+\b", line), (
-                line
-            )
+            assert re.search(
+                r"does not differ significantly .*\+0\.0+( points)?, 95 % interval \+0\.0+ to \+0\.0+\b", line
+            ), line

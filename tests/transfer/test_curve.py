@@ -47,6 +47,7 @@ def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards, trai
     shown = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
     assert [step for step, _ in shown] == [0, 2, 3]
     assert all(0.5 < share <= 1 for _, share in shown)  # three colours
+    assert {line["val_knn_largest_class"] for line in probed if "val_knn_top1" in line} == {1 / 3}
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, probed)]
     assert losses[0] == losses[1]
 

@@ -125,7 +125,7 @@ def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_p
     assert areas_apart(good, [familiar, strange], "A", "B").startswith("A is better than B: AUROC +0.2")
     assert areas_apart([familiar, strange], good, "B", "A").startswith("B is worse than A: AUROC -0.2")
     assert areas_apart(good, good, "A", "B") == (
-        "A cannot be told apart from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
+        "A does not differ significantly from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
     )
     # alone, the intervals of these two overlap; of the same draws they do not
     low, high = auroc_interval(*bad, 0)[1], auroc_interval(*same, 0)[0]

@@ -71,6 +71,10 @@ def test_mcnemar_is_a_fair_coin_for_the_samples_that_one_alone_has_right():
     by_hand = 2 * (1 + 10 + 45) / 2**10  # of ten coins, two heads or fewer, on either side
     assert mcnemar(first, second) == pytest.approx(by_hand) == mcnemar(second, first)
     assert mcnemar(first, first) == 1.0
+    for one, other in ((0, 6), (3, 3), (7, 21), (480, 530), (3000, 2500)):
+        first = np.array([True] * one + [False] * other)
+        expected = stats.binomtest(one, one + other).pvalue
+        assert mcnemar(first, ~first) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_interval_of_a_difference_is_that_of_scipys_bootstrap():
@@ -91,12 +95,12 @@ def test_two_results_are_told_apart_in_words_or_not():
     assert "MAE is worse than M3AE: -20.0" in difference(half, right).words("MAE", "M3AE")
     little = np.arange(100) < 98
     said = difference(right, little).words("MAE", "M3AE")
-    assert "MAE cannot be told apart from M3AE on these samples: +2.0 points" in said and "p = 0.5" in said
+    assert "MAE does not differ significantly from M3AE on these samples: +2.0 points" in said and "p = 0.5" in said
     five, six = (difference(right, np.arange(100) >= count) for count in (5, 6))  # of as many coins all are heads
     assert (five.p, six.p) == pytest.approx((2 / 2**5, 2 / 2**6)) and min(five.low, six.low) > 0
-    assert six.told_apart and not five.told_apart
+    assert six.is_significant and not five.is_significant
     of_seeds = difference(np.full(100, 2 / 3), np.full(100, 1 / 3))  # right in two of three seeds, in one of three
-    assert of_seeds.value == pytest.approx(1 / 3) and of_seeds.told_apart
+    assert of_seeds.value == pytest.approx(1 / 3) and of_seeds.is_significant
 
 
 def test_a_summary_puts_errors_beside_what_they_are_of():

@@ -61,10 +61,8 @@ def test_names_are_drawn_as_they_are(tmp_path, texts):
 @pytest.mark.parametrize(
     "line, what",
     [
-        (["compare", "run", "--train", "a.tar", "--val", "b.tar", "--out", "out"], "compare"),
         (["robustness", "run", "--val", "b.tar", "--out", "out"], "robustness"),
         (["linear", "run", "--train", "a.tar", "--val", "b.tar", "--out", "out", "--shots", "1"], "--shots"),
-        (["difference", "one", "two"], "difference"),
     ],
 )
 def test_a_library_that_is_missing_is_told_first(monkeypatch, line, what):

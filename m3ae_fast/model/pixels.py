@@ -1,0 +1,56 @@
+"""The image itself, scaled down, in place of an encoder: the baseline that a representation has to beat.
+
+Shapes: B images, C channels, H x W pixels, R patches of P x P pixels, S samples, K layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3ae_fast.batch.normal import normalised
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.errors import UserError
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.pooling import Pool
+
+SIDE = 16  # pixels
+
+
+class Pixels(MultimodalEncoder):
+    """Sees images as a model of `config` does. Its features are their pixels, scaled to SIDE x SIDE and normalised by
+    the model's mean and standard deviation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        nn.Module.__init__(self)  # without an encoder's weights
+        self.config, self.tokenizer = config, None
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)  # whoever infers asks for the weights' dtype
+
+    def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean") -> Tensor:
+        """Return [S, K, C * SIDE * SIDE], the same for each layer."""
+        mean, std, side = self.config.image_mean, self.config.image_std, (SIDE, SIDE)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            small = [
+                F.interpolate(normalised(image, mean, std).float()[None], side, mode="bicubic", antialias=True)
+                for image in self._images(batch)
+            ]
+        return torch.cat(small).flatten(1)[:, None].expand(-1, len(layers), -1)
+
+    def pooled_and_patches(
+        self, batch: PackedBatch, layers: Sequence[int], pool: Pool = "mean"
+    ) -> tuple[Tensor, Tensor]:
+        raise UserError("pixels have no patch tokens, which an attentive probe reads; leave it out")
+
+    def _images(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """Yield each sample's image, [C, H, W]."""
+        if self.config.resize != "native":
+            yield from batch.images
+            return
+        for patches, (rows, columns) in zip(batch.images.split([*map(math.prod, batch.grids)]), batch.grids):
+            cut = patches.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)  # [C, rows, P, columns, P]
+            yield cut.flatten(3).flatten(1, 2)
