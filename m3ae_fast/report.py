@@ -120,8 +120,8 @@ def _numbers(metrics: Metrics, info: checkpoint.Info | None) -> str:
     rows = [["steps", f"{last['step']:,}"]]
     if info:
         rows.append(["samples seen", f"{info.samples:,}"])
-    shown = ("loss", "val_image_loss", "val_text_loss", "val_text_accuracy")
-    shown += ("val_knn_top1", "val_knn_largest_class", "samples_per_s", "mfu")
+    losses = ("loss", "val_image_loss", "val_text_loss", "val_text_accuracy")
+    shown = (*losses, "val_knn_top1", "val_knn_largest_class", "samples_per_s", "mfu")
     rows += [[name, _number(last[name])] for name in shown if name in last]
     return _section("Last numbers", _table([[escape(name), _cell(value)] for name, value in rows]))
 

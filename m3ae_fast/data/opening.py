@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, check_tokenizer, load_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
@@ -60,7 +61,7 @@ def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None
     return load_image_tokenizer(config.image_tokenizer, model, "data.image_tokenizer")
 
 
-def load_image_tokenizer(folder: str, model: ModelConfig, label: str) -> VQGAN:
+def load_image_tokenizer(folder: str | Path, model: ModelConfig, label: str) -> VQGAN:
     """Load the VQGAN whose codes a model predicts. `label`: what messages begin with. Raises UserError if it is missing
     or does not fit."""
     vqgan = VQGAN.from_pretrained(folder)

@@ -309,7 +309,7 @@ class MultimodalEncoder(nn.Module):
             self._check_ids(text, padding_mask)
         if images is not None and images.is_floating_point():
             _check_values([images], value_range, self.config)
-            if value_range not in (None, "normalised"):
+            if value_range is not None and not isinstance(value_range, str):
                 images = of_unit(in_unit(images, value_range), self.config.image_mean, self.config.image_std)
         lengths = [math.prod(self.geometry.grid(image)) for image in images] if images is not None else [0] * size
         samples, real_rows = [], []
