@@ -92,7 +92,7 @@ def test_a_fine_tuning_without_steps_is_compared_as_far_as_it_goes(tmp_path):
     file = make_finetuning(tmp_path / "finetune.npz")
     arrays = dict(np.load(file))
     meta = json.loads(arrays["meta"].tobytes())
-    meta |= {"steps": 0, "lr_by_layer": dict.fromkeys(meta["lr_by_layer"], [])}
+    meta |= {"steps": 0, "lr_by_layer": {layer: [] for layer in meta["lr_by_layer"]}}
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     for key, array in arrays.items():
         if "trajectory" in key:
