@@ -1,11 +1,12 @@
 """How a program ends."""
 
+import errno
 import subprocess
 import sys
 
 import pytest
 
-from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.errors import ErrorElsewhere, UserError, attempt, exit_cleanly, raise_shared, told
 
 
 def test_an_error_is_one_line_whatever_a_name_in_it_holds(capsys):
@@ -23,3 +24,102 @@ def test_a_page_that_cannot_be_written_is_a_line(command):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-u", "-m", *command], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """Return how a program ends that raises an error: its last line, or None if the error was raised as it is."""
+
+    def ended(error, *words):
+        def main():
+            raise error
+
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        try:
+            assert exit_cleanly(main) == 2
+        except type(error) as raised:
+            assert raised is error
+            return None
+        return capsys.readouterr().err
+
+    return ended
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EACCES", "EROFS", "EIO", "EMFILE", "EPIPE", "ECONNREFUSED"])
+def test_what_the_system_refuses_is_a_line(ended, name):
+    error = OSError(getattr(errno, name), "refused", "/some/file")
+    assert ended(error) == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("name", ["ENOENT", "EISDIR", "EEXIST", "ENOTDIR"])
+def test_an_error_of_a_file_that_the_command_line_names_is_a_line(ended, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = OSError(getattr(errno, name), "not so", str(tmp_path / "a.json"))
+    for words in ([str(tmp_path / "a.json")], ["--config", "a.json"], ["--set", "run.dir=./a.json"], ["--out=a.json"]):
+        assert ended(error, *words) == f"error: {error}\n"
+    assert ended(error, "b.json", "--set", "") is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EBADF, "Bad file descriptor"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/file/of/the/program"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", 3),
+        OSError("no number"),
+        KeyError("a"),
+    ],
+    ids=repr,
+)
+def test_an_error_that_is_a_bug_keeps_its_traceback(ended, error):
+    assert ended(error, "a.json") is None
+
+
+def _shared(*errors):
+    """How each of several processes ends, that have met these errors."""
+    found = []
+    for own in errors:
+        try:
+            raise_shared(own, [told(error, f"rank {rank}") for rank, error in enumerate(errors)])
+            found.append(None)
+        except Exception as error:
+            found.append(error)
+    return found
+
+
+def test_an_error_of_one_process_ends_all():
+    assert _shared(None, None) == [None, None]
+    for error in (UserError("a.tar: damaged"), OSError(errno.ENOSPC, "No space left"), MemoryError("no room")):
+        first, second = _shared(None, error)
+        assert type(first) is type(second) is UserError and str(first) == str(second)
+        assert str(error) in str(first)
+
+
+def test_a_bug_is_raised_where_it_is_and_named_elsewhere():
+    bug = KeyError("a")
+    first, second, third = _shared(None, bug, None)
+    assert second is bug
+    for other in (first, third):
+        assert type(other) is ErrorElsewhere and str(other) == "rank 1 has failed (KeyError: 'a'); its output says why"
+
+
+def test_a_mistake_is_told_also_if_another_process_has_met_a_bug():
+    bug = KeyError("a")
+    first, second, third = _shared(bug, UserError("mine"), None)
+    assert first is bug and type(second) is type(third) is UserError and {str(second), str(third)} == {"mine"}
+
+
+def test_a_panic_is_an_error_and_a_stop_is_none():
+    class Panic(BaseException):
+        pass
+
+    for kind, caught in ((Panic, True), (KeyboardInterrupt, False), (SystemExit, False)):
+
+        def work(kind=kind):
+            raise kind
+
+        if caught:
+            assert isinstance(attempt(work)[1], kind)
+        else:
+            with pytest.raises(kind):
+                attempt(work)

@@ -378,7 +378,7 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for():
     staging, begun = Staging(), []
     loop = SimpleNamespace(
         pulse=SimpleNamespace(mark=lambda doing: None),
-        ranks=SimpleNamespace(on_main=lambda work: work(), is_main=True, device=torch.device("cpu")),
+        ranks=SimpleNamespace(together=lambda work: work(), is_main=True, device=torch.device("cpu")),
         saving=SimpleNamespace(wait=lambda: None, start=begun.append),
         engine=SimpleNamespace(fragments=lambda: cut(STATE, 0, 1)),
         settings=SimpleNamespace(global_batch=4, keep=1),

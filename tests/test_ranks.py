@@ -1,6 +1,7 @@
 """How ranks wait for each other."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import resource
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import ErrorElsewhere, Told, UserError
 from m3ae_fast.process import program, ranks
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.rooms import Room
@@ -298,7 +299,7 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
 
         def gather(self, value):
             other = 1 - rank
-            theirs = "no shard" if other == failing and len(turns) >= other else None
+            theirs = Told("no shard", True) if other == failing and len(turns) >= other else None
             turns.append(value)
             return [value, theirs] if rank == 0 else [theirs, value]
 
@@ -312,14 +313,30 @@ def test_a_rank_begins_only_after_the_main_one_has_succeeded(rank, failing, runs
     assert done == [rank] * runs and len(turns) == 1 + failing  # it is known as soon as it has happened
 
 
-def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all(tmp_path):
-    def read():
-        return (tmp_path / "nothing").read_text()
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out.npz"), UserError),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a file of the program"), FileNotFoundError),
+        (KeyError("a bug"), KeyError),
+    ],
+)
+def test_what_the_disk_refuses_the_main_rank_is_a_line_for_all_and_a_bug_is_raised(error, kind):
+    def work():
+        raise error
 
     with ranks.join_ranks() as joined:
-        for way in (joined.on_main, joined.broadcast, joined.main_first):
-            with pytest.raises(UserError, match=r"No such file .*nothing"):
-                way(read)
+        for way in (joined.on_main, joined.broadcast, joined.together, joined.main_first):
+            with pytest.raises(kind, match=error.args[-1]) as raised:
+                way(work)
+            assert (raised.value is error) == (kind is not UserError)
+
+
+def test_a_rank_that_ends_because_of_another_one_s_bug_prints_nothing(join):
+    join(first=True)
+    with pytest.raises(SystemExit) as end, program.joined_program():
+        raise ErrorElsewhere("rank 0 has failed (KeyError: 1); its output says why")
+    assert end.value.code == 2
 
 
 def test_a_rank_that_is_late_in_indexing_still_starts(tmp_path):

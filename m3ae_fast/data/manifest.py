@@ -20,7 +20,7 @@ from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
-from m3ae_fast.errors import UserError, attempt
+from m3ae_fast.errors import UserError, attempt, raise_shared, told
 from m3ae_fast.whole_file import whole_file
 
 T = TypeVar("T")
@@ -239,8 +239,8 @@ def _held(path: Path) -> str | None:
 
 
 def _all(gather: Gather, work: Callable[[], Any]) -> list[Any]:
-    """Return what `work` gives in each process. A UserError or OSError of one is raised in all, as a UserError."""
-    found = gather(attempt(work))
-    if failed := next((error for _, error in found if error), None):
-        raise UserError(failed)
+    """Return the results of `work` in all processes. An error of one ends all of them, as `raise_shared` says."""
+    result, error = attempt(work)
+    found = gather((result, told(error, "a process that counts shards")))
+    raise_shared(error, [each for _, each in found])
     return [value for value, _ in found]

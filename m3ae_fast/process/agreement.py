@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import ErrorElsewhere, UserError, attempt, raise_shared, told
+
+T = TypeVar("T")
 
 _PAUSE = 0.25  # seconds, the longest between two looks: many ranks ask one store
 _PATIENCE = 10.0  # seconds for the others where this rank is about to leave
-_SAID, _REFUSED = "said ", "refused "
+_SAID, _REFUSED, _FAILED = "said ", "refused ", "failed "
 
 
 class Agreement:
@@ -26,7 +30,8 @@ class Agreement:
 
     def decide(self, report: str, judge: Callable[[list[str]], str]) -> str:
         """Return on every rank what `judge` makes on rank 0 of all ranks' reports. Every rank must call it as often.
-        Raises UserError on every rank where `judge` raises one; also where another rank has left."""
+        Raises UserError on every rank if `judge` raises one, or if another rank has left; any other error of it ends
+        the other ranks with ErrorElsewhere."""
         if self.world == 1:
             return judge([report])
         self._round += 1
@@ -36,16 +41,27 @@ class Agreement:
         (answer,) = self._await([self._key(0)])
         if answer.startswith(_REFUSED):
             raise UserError(answer.removeprefix(_REFUSED))
+        if answer.startswith(_FAILED):
+            raise ErrorElsewhere(answer.removeprefix(_FAILED))
         return answer.removeprefix(_SAID)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return the result of `work`, which every rank runs. An error on any rank ends all of them, as `raise_shared`
+        says. Every rank must call it as often."""
+        result, error = attempt(work)
+        own = told(error, f"rank {self.rank}")
+        raise_shared(error, json.loads(self.decide(json.dumps(own), _all_told)))
+        return cast(T, result)
 
     def _judge(self, report: str, judge: Callable[[list[str]], str]) -> str:
         others = [self._key(rank) for rank in range(1, self.world)]
-        answer = f"{_REFUSED}rank 0 has failed"
+        answer = f"{_FAILED}rank 0 has failed"
         try:
             verdict = judge([report, *self._await(others)])
             answer = f"{_SAID}{verdict}"
-        except UserError as error:
-            answer = f"{_REFUSED}{error}"
+        except BaseException as error:
+            line, complete = told(error, "rank 0") or ("", True)
+            answer = f"{_REFUSED if complete else _FAILED}{line}"
             raise
         finally:
             self._store.set(self._key(0), answer)
@@ -66,3 +82,8 @@ class Agreement:
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
         return [self._store.get(key).decode() for key in keys]
+
+
+def _all_told(reports: list[str]) -> str:
+    """Return what ranks told about their errors, without those that have none, as JSON."""
+    return json.dumps([each for each in map(json.loads, reports) if each])

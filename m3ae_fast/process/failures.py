@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m3ae_fast.data.shared_memory import SHM
 from m3ae_fast.data.workers import IN_WORKER
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, one_line
 from m3ae_fast.memory import limit_note, out_of_memory
 
 # what gloo and the store say when the process at the other end is gone
@@ -25,7 +25,8 @@ def explain(error: BaseException) -> UserError | None:
         )
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
         return UserError(f"another rank has ended; its output says why. {_CONTINUE}")
-    return None
+    line = one_line(error)
+    return None if line is None else UserError(line)
 
 
 def _explain_worker(error: BaseException) -> UserError | None:

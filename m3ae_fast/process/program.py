@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 
 from m3ae_fast.data import Node
 from m3ae_fast.data.fetcher import Standby
+from m3ae_fast.errors import ErrorElsewhere
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks, join_ranks
@@ -31,11 +32,12 @@ class Session(NamedTuple):
 
 def raise_once(error: Exception, ranks: Ranks) -> NoReturn:
     """Raise what `explain` makes of an error that other ranks may share, on the rank that comes here first; the others
-    exit with code 2. What it has no line for is raised as it is."""
+    exit with code 2, and so do ranks that end because of another one's bug. What it has no line for is raised as it
+    is."""
     shown = explain(error)
     if shown is None:
         raise error
-    if ranks.claim("error"):
+    if not isinstance(error, ErrorElsewhere) and ranks.claim("error"):
         raise shown from None
     raise SystemExit(2) from None
 

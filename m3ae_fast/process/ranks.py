@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from m3ae_fast.data.workers import allow_open_files
-from m3ae_fast.errors import UserError, attempt
+from m3ae_fast.errors import UserError, attempt, raise_shared, told
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
 from m3ae_fast.process.rooms import Room, Sums, machine, rooms_of
@@ -70,11 +70,10 @@ class Ranks:
         return _gather(value, self.world, self.control)
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Run `work` on rank 0 and wait for it: its result there, None elsewhere. A UserError of it is raised on every
-        rank, and an OSError as one."""
-        result, error = attempt(work) if self.is_main else (None, None)
-        if (error := self.from_main(error)) is not None:
-            raise UserError(error)
+        """Run `work` on rank 0 and wait for it: its result there, None elsewhere. An error of it ends every rank, as
+        `raise_shared` says."""
+        result, error = _attempt(work) if self.is_main else (None, None)
+        raise_shared(error, [self.from_main(told(error, "rank 0"))])
         return result
 
     def broadcast(self, work: Callable[[], T]) -> T:
@@ -85,11 +84,10 @@ class Ranks:
         """Run `work` on every rank and wait for all. Errors of any rank as in `on_main`.
 
         `waiting`: entered while this rank waits for others."""
-        result, error = attempt(work)
+        result, error = _attempt(work)
         with waiting():
-            errors = self.gather(error)
-        if failed := next(filter(None, errors), None):
-            raise UserError(failed)
+            all_told = self.gather(told(error, f"rank {self.rank}"))
+        raise_shared(error, all_told)
         return cast(T, result)
 
     def main_first(self, work: Callable[[], T], waiting: Waiting = nullcontext) -> T:
@@ -104,6 +102,12 @@ class Ranks:
             return self.store.add(what, 1) == 1
         except RuntimeError:  # the rank that held the store spoke and left
             return False
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """Do as `attempt` does, with an error that `explain` has a line for as that line."""
+    result, error = attempt(work)
+    return result, error and (explain(error) or error)
 
 
 @contextmanager

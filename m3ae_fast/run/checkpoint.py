@@ -32,7 +32,8 @@ from torch import Tensor
 from m3ae_fast.config import follow
 from m3ae_fast.engine.fragments import Fragments
 from m3ae_fast.engine.optimizer import EMA
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import UserError, attempt
+from m3ae_fast.memory import out_of_memory
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.regular_file import open_regular
 from m3ae_fast.run import parts
@@ -102,8 +103,14 @@ def save(
         if not unfinished:
             return target
         job = _Save(Path(unfinished), target, part, info, remedy, ranks.world)
-        if ranks.decide(job.write(ranks.rank), partial(job.end, last=last)):
-            break
+        report, bug = job.write(ranks.rank)
+        try:
+            if ranks.decide(report, partial(job.end, last=last)):
+                break
+        except UserError:
+            if bug is not None:  # which ends this rank, with its traceback
+                raise bug from None
+            raise
     if ranks.rank == 0:
         prune(run_dir, keep)
     return target
@@ -137,17 +144,22 @@ class _Save(NamedTuple):
     remedy: str
     world: int
 
-    def write(self, rank: int) -> str:
-        """Write this rank's part. Return, as JSON, its checksum or why there is none."""
-        try:
-            self._check_finite()
-            return json.dumps({"sha256": parts.write_part(self.unfinished, self.part, rank, self.world)})
-        except UserError as error:
-            return json.dumps({"error": str(error)})
-        except Exception as error:  # whatever it is, the others wait for a report
-            who = f"rank {rank}: " if self.world > 1 else ""
-            kind = "" if isinstance(error, (OSError, SafetensorError)) else f"{type(error).__name__}: "
-            return json.dumps({"error": str(_unwritten(self.target, f"{who}{kind}{error}"))})
+    def write(self, rank: int) -> tuple[str, BaseException | None]:
+        """Write this rank's part. Return, as JSON, its checksum or why there is none; and the error if it is a bug."""
+        checksum, error = attempt(lambda: self._write(rank))
+        if error is None:
+            return json.dumps({"sha256": checksum}), None
+        if isinstance(error, UserError):
+            return json.dumps({"error": str(error)}), None
+        who = f"rank {rank}: " if self.world > 1 else ""
+        refused = isinstance(error, (OSError, SafetensorError))
+        kind = "" if refused else f"{type(error).__name__}: "
+        report = json.dumps({"error": str(_unwritten(self.target, f"{who}{kind}{error}"))})
+        return report, None if refused or out_of_memory(error) else error
+
+    def _write(self, rank: int) -> str:
+        self._check_finite()
+        return parts.write_part(self.unfinished, self.part, rank, self.world)
 
     def _check_finite(self) -> None:
         for name, piece in self.part.items():

@@ -18,11 +18,12 @@ from m3ae_fast.config import LoopConfig, RunConfig
 from m3ae_fast.data import Share
 from m3ae_fast.data.order import hash64
 from m3ae_fast.engine.feed import StepInput, feed
-from m3ae_fast.engine.fragments import whole
+from m3ae_fast.engine.fragments import Fragments, whole
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import peak_memory
+from m3ae_fast.memory import out_of_memory
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.program import Session
@@ -216,10 +217,9 @@ class Loop(ABC):
 
     def save(self) -> None:
         """Copy this rank's part of a checkpoint and write it, in the background. Every rank must call it. Raises
-        UserError where the save before this one has failed."""
+        UserError if the save before this one has failed; a bug of it is raised on the rank that met it."""
         self.pulse.mark(f"saving step {self.step}")
-        self.ranks.on_main(self.saving.wait)  # before its copy is overwritten
-        self.saving.wait()
+        self.ranks.together(self.saving.wait)  # before its copy is overwritten
         step, good, main = self.step, self.finite_evaluation == self.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
         self.staging.begin(self.ranks.device)
@@ -227,7 +227,7 @@ class Loop(ABC):
         info = checkpoint.Info(*about, self.stream, attention=self.attention)
 
         def write() -> None:
-            part = self.staging.copy(lambda: self.engine.fragments() | constants)
+            part = self.agreement.together(lambda: self._copy(step, constants))
             if event := self.agreement.decide("", lambda _: self.folder.keep() if self.folder else ""):
                 self.log.say(f"note: {event}")
             path = checkpoint.save(self.run.dir, part, info, self.settings.keep, self.remedy(), self.agreement)
@@ -240,6 +240,18 @@ class Loop(ABC):
 
         self.saving.start(write)
         self.unjudged = None if good else step
+
+    def _copy(self, step: int, constants: Fragments) -> Fragments:
+        """Return a copy of this rank's part of the state. Raises UserError if there is no memory for it."""
+        try:
+            return self.staging.copy(lambda: self.engine.fragments() | constants)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                f"the checkpoint of step {step} is not written, since rank {self.ranks.rank} has no memory left for "
+                f"the copy of its part ({error or type(error).__name__}); the earlier ones are intact"
+            ) from None
 
     def _mark_good(self, step: int, why: str) -> None:
         """Mark a checkpoint that has been written as good. Main rank only."""
@@ -255,7 +267,7 @@ class Loop(ABC):
     def finish(self) -> None:
         """Wait for the last save; where the run was stopped early, save what it has. Raises UserError on all ranks
         where a save has failed."""
-        self.ranks.on_main(self.saving.wait)
+        self.ranks.together(self.saving.wait)
         self.stop_if_not_finite()
         if self.bad.bad:
             self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
@@ -263,7 +275,7 @@ class Loop(ABC):
             return
         if self.step > self.start and not self.schedule.due(self.step, self.settings.save_every):
             self.save()
-            self.ranks.on_main(self.saving.wait)
+            self.ranks.together(self.saving.wait)
         reason = self.stop.reason or "asked by another rank"
         saved = "" if self.step > self.start else "; nothing to save"
         self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
@@ -274,7 +286,7 @@ class Loop(ABC):
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         bad = [(step, text) for text, step, _ in found if step is not None]
         if self.unjudged is not None and min(through for *_, through in found) > self.unjudged:
-            self.ranks.on_main(self.saving.wait)
+            self.ranks.together(self.saving.wait)
             self._mark_last_good()
         if bad:
             step, text = min(bad)
@@ -284,8 +296,11 @@ class Loop(ABC):
     def _begin(self) -> None:
         """Put away what an earlier attempt left beyond this step, now that there is a step to take, and time it."""
         self.forward = ForwardTime(self.engine.model, self.ranks.device)
-        if self.ranks.is_main:
+
+        def begin() -> None:
             self.log.begin()
             self.record.begin(self.start)
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
                 self.log.say(f"the run continues from step {self.start}: a later checkpoint is now {path}")
+
+        self.ranks.on_main(begin)

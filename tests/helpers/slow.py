@@ -57,6 +57,7 @@ SLOW = (
     "test_end_to_end.py",
     "test_engine_parity.py",
     "test_engine_waits.py",
+    "test_faults.py",
     "test_feature_map.py::test_a_picture_is_as_wide_as_its_panels",
     "test_feature_map.py::test_runs_are_drawn_beside_each_other",
     "test_helpers.py::test_a_rank_that_hangs_is_shown_with_where_it_waits",

@@ -1,0 +1,103 @@
+"""A fault on one rank ends all ranks at once, and its own error is the one that is shown."""
+
+import json
+import time
+
+import pytest
+
+from m3ae_fast.run import checkpoint
+from m3ae_fast.run.record import RECORD_FILE
+from tests.helpers.ranks import fork_ranks
+from tests.helpers.trainer import Trainer, zero
+
+SOON_S = 90  # far below the timeout of a stall, 300 s; an idle machine takes a few seconds
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """Run the trainer on 2 ranks with a fault. Return the exit codes and what was printed."""
+    trainer = Trainer(tmp_path)
+
+    def run(place, rank, error, *options):
+        options = ["--set", "train.save_every=2", "--set", "data.val=[]", *options]
+        log = tmp_path / "log"
+        processes = fork_ranks(
+            "tests.helpers.faulty", [place, str(rank), error, *trainer.arguments("run", *options)], 2, log
+        )
+        until = time.monotonic() + SOON_S
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        return codes, log.read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("place", "error", "told"),
+    [
+        ("copy", "MemoryError", "rank {rank} has no memory left for the copy of its part (no room for the copy)"),
+        ("write", "full", "cannot be written (rank {rank}: [Errno 28] No space left on device)"),
+        ("write", "MemoryError", "cannot be written (rank {rank}: MemoryError: no room for the copy)"),
+    ],
+    ids=["copy-memory", "write-full", "write-memory"],
+)
+def test_what_the_system_refuses_one_rank_is_one_line(faulty, tmp_path, place, rank, error, told):
+    codes, out = faulty(place, rank, error)
+    assert codes == [2, 2], out
+    assert out.count("error: ") == 1 and told.format(rank=rank) in out and "Traceback" not in out
+    assert "the earlier ones are intact" in out and checkpoint.saved_steps(tmp_path / "run") == []
+    record = json.loads((tmp_path / "run" / RECORD_FILE).read_text())
+    assert record["state"] == "failed" and told.format(rank=rank) in record["reason"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place, error", [("copy", "KeyError"), ("copy", "EBADF"), ("write", "KeyError")])
+def test_a_bug_on_one_rank_shows_its_traceback(faulty, place, rank, error):
+    codes, out = faulty(place, rank, error)
+    assert codes[rank] == 1 and codes[1 - rank] == 2, out
+    assert "in injected_fault" in out and out.count("Traceback") == 1
+    assert ("KeyError: 'a bug'" if error == "KeyError" else "OSError: [Errno 9] Bad file descriptor") in out
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "told"),
+    [
+        ("rename", "full", "cannot be written ([Errno 28] No space left on device)"),
+        ("table", "full", "cannot be written ([Errno 28] No space left on device)"),
+        ("log", "full", "cannot be written to (No space left on device)"),
+    ],
+    ids=["rename", "table", "log"],
+)
+def test_what_the_system_refuses_rank_0_alone_is_one_line(faulty, place, error, told):
+    codes, out = faulty(place, 0, error)
+    assert codes == [2, 2], out
+    assert out.count("error: ") == 1 and told in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("place", ["rename", "pictures"])
+def test_a_bug_on_rank_0_alone_shows_its_traceback(faulty, place):
+    codes, out = faulty(place, 0, "KeyError", "--set", "train.pictures=2")
+    assert codes == [1, 2], out
+    assert "in injected_fault" in out and "KeyError: 'a bug'" in out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", ["KeyError", "UserError"])
+def test_an_error_in_a_loader_worker_of_one_rank_is_the_one_that_is_shown(faulty, rank, error):
+    codes, out = faulty("loader", rank, error)
+    if error == "KeyError":
+        assert codes[rank] == 1 and codes[1 - rank] == 2, out
+        assert "in injected_fault" in out and "KeyError: 'a bug'" in out
+    else:
+        assert codes == [2, 2] and "error: a.tar: a mistake\n" in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("place", ["copy", "write", "rename"])
+def test_zero_stages_end_as_plain_torch_does(faulty, place):
+    codes, out = faulty(place, 1 if place != "rename" else 0, "full", *zero(2))
+    assert codes == [2, 2], out
+    assert out.count("error: ") == 1 and "[Errno 28] No space left on device" in out
