@@ -21,6 +21,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import RANDOM, open_model, set_images
 from m3ae_fast.pictures.figures import draw_comparison
 from m3ae_fast.progress import TimeLeft
+from m3ae_fast.transfer.difference import LARGEST
 from m3ae_fast.transfer.job import Job, summary
 from m3ae_fast.transfer.predictions import Predictions, largest_share, stacked
 from m3ae_fast.transfer.probe_engine import Setting
@@ -67,12 +68,19 @@ class Found:
         return {"top1": top1, f"top1{ERROR}": error, "trials": len(correct_DN)}
 
     def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
-        """Yield (probe, first, second, test) of any two models by each probe, the later model first."""
+        """Yield (probe, first, second, test) of any two models, and of each and the largest class, by each probe, the
+        later model first."""
         for probe in dict.fromkeys(probe for _, probe in self.trials):
-            models = [model for model, own in self.trials if own == probe]
+            models = [LARGEST, *(model for model, own in self.trials if own == probe)]
             for second, first in combinations(models, 2):
-                test = difference(self.correct(first, probe).mean(0), self.correct(second, probe).mean(0))
-                yield probe, first, second, test
+                yield probe, first, second, difference(self._right(first, probe), self._right(second, probe))
+
+    def _right(self, model: str, probe: str) -> np.ndarray:
+        """Return how often each sample was right, [N]."""
+        if model != LARGEST:
+            return self.correct(model, probe).mean(0)
+        labels_N = next(iter(next(iter(self.trials.values())).values())).labels_N
+        return (labels_N == labels_N.bincount().argmax()).numpy()
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the table of all predictions."""

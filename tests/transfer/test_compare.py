@@ -16,7 +16,7 @@ from m3ae_fast.parquet import write_parquet
 from m3ae_fast.transfer import ood
 from m3ae_fast.transfer.__main__ import main
 from m3ae_fast.transfer.compare import UNTRAINED, Found, model_names
-from m3ae_fast.transfer.difference import compare_results
+from m3ae_fast.transfer.difference import LARGEST, compare_results
 from m3ae_fast.transfer.ood import SCORES
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.significance import difference
@@ -62,7 +62,8 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     assert [(test["probe"], test["first"], test["second"]) for test in result["tests"]] == [
         (probe, first, second)
         for probe in probes
-        for first, second in ((run.name, UNTRAINED), ("mae", UNTRAINED), ("mae", run.name))
+        for first, second in [(model, LARGEST) for model in models]
+        + [(run.name, UNTRAINED), ("mae", UNTRAINED), ("mae", run.name)]
     ]
     assert pictures(tmp_path / "out") == ["comparison"] and result["chance"] == pytest.approx(1 / 3)
     page = (tmp_path / "out/comparison.md").read_text()
@@ -106,8 +107,10 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     generator = np.random.default_rng(0)
     good, poor = generator.random((2, 100)) < 0.9, generator.random((1, 100)) < 0.5
     found = _found(poor=poor, good=good)
-    ((probe, first, second, test),) = found.tests()
+    of_poor, of_good, (probe, first, second, test) = found.tests()
     assert (probe, first, second) == ("knn", "good", "poor")
+    for (_, *names, against), name, right in ((of_poor, "poor", poor), (of_good, "good", good)):
+        assert names == [name, LARGEST] and against == difference(right.mean(0), np.ones(100))  # all are of one class
     assert test == difference(good.mean(0), poor[0].astype(float)) and test.is_significant
     decided = good[0] == good[1]
     theirs = stats.binomtest(
@@ -115,6 +118,7 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
     ).pvalue
     assert test.p == pytest.approx(theirs)
     assert "- knn: good is better than poor" in found.page()
+    assert "- knn: good is worse than the largest class: -1" in found.page()
     assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
     assert found.result()["chance"] == 1.0  # all are of one of the two classes
     assert "the largest class has 100.0 % of the samples" in found.page()
