@@ -123,13 +123,6 @@ def check_index(name: str, tensor: Tensor, shape: Shape, like: Tensor) -> None:
     _check_device(name, tensor, like)
 
 
-def check_range(name: str, ids: Tensor, rows: int, *, none: bool = False) -> None:
-    """Raise IndexError unless all ids are below `rows` and, but with `none`, not negative. It reads the values: for CPU
-    code alone, inside an op."""
-    if len(ids) and (ids.max() >= rows or (ids.min() < 0 and not none)):
-        raise IndexError(f"{name} is out of range: from {ids.min()} to {ids.max()}, with {rows} rows to choose from")
-
-
 def _check_shape(name: str, tensor: Tensor, shape: Shape) -> None:
     inner = shape[1:] if shape[:1] == (...,) else shape
     lead = tensor.dim() - len(inner)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import accumulator, as_rows, check_float, check_index, choose_impl, with_lead
+from .ids import asked, check_distinct, check_range
 from .registry import Op, traced
 from .wide import put_rows
 
@@ -50,6 +51,7 @@ def gather_tokens(
             raise ValueError("norm_bias needs a norm_weight")
         if impl == "torch" and not traced(x, rows):
             # as fast as the op at any size, and half its cost per call
+            _check(x, rows)
             return with_lead(torch.embedding(x, rows), lead)
         return with_lead(gather_rows(x, rows, impl), lead)
     check_float("norm_weight", norm_weight, (x.shape[1],), x)
@@ -58,7 +60,15 @@ def gather_tokens(
     return with_lead(gather_norm(x, rows, norm_weight, norm_bias, eps, impl)[0], lead)
 
 
+def _check(x: Tensor, rows: Tensor) -> None:
+    """Raise IndexError as M3AE_KERNELS_CHECK asks; torch's code on a CPU always looks whether rows are in range."""
+    if asked():
+        check_range("gather_tokens", "rows", rows, len(x))
+        check_distinct("gather_tokens", "rows", rows)
+
+
 def _rows_forward(x: Tensor, rows: Tensor, impl: str) -> Tensor:
+    _check(x, rows)
     if impl == "triton":
         from .triton_impl.rows import take_rows
 
@@ -103,6 +113,7 @@ def _norm_forward(
     x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y [M, D], mean [M], reciprocal standard deviation [M])."""
+    _check(x, rows)
     if impl == "triton":
         from .triton_impl.norm import gather_norm
 

@@ -18,7 +18,8 @@ from .dispatch import (
     wants_grad,
     with_lead,
 )
-from .pixels import check_pixels, put_patches, take_patches, to_cut
+from .ids import check_range, checked
+from .pixels import check_pixels, count_patches, put_patches, take_patches, to_cut
 from .registry import Op
 from .segment_sum import segment_sum
 
@@ -83,6 +84,8 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Return (the embeddings, the patches [N, K] where they are to be kept, which only torch can)."""
+    if checked(patch_ids, impl):
+        check_range("patch_embed", "patch_ids", patch_ids, count_patches(images, patch_size))
     out_ND, kept_NK = _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep, impl)
     bias_D = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
     if impl == "triton":
@@ -157,9 +160,8 @@ def _gradients(
         if needs[2]:
             grad_bias = grad.sum(0) if bias_dtype == dtype else grad.sum(0, dtype=bias_dtype)
         if weight is not None:
-            count = images[:, 0].numel() // patch_size**2
             rows = grad @ to_cut(weight.to(dtype), images, patch_size, 1)
-            rows = segment_sum(rows, patch_ids, count, images.dtype, impl)
+            rows = segment_sum(rows, patch_ids, count_patches(images, patch_size), images.dtype, impl)
             grad_images = put_patches(rows, images, patch_size, scale)
     return grad_images, grad_weight, grad_bias
 

@@ -19,6 +19,7 @@ from .dispatch import (
     wants_grad,
     with_lead,
 )
+from .ids import check_range, checked
 from .loss import (
     check_reduction,
     empty_gradients,
@@ -29,7 +30,7 @@ from .loss import (
     scale_gradients,
     unit_weights,
 )
-from .pixels import check_pixels, from_cut, standardise, take_patches, to_cut
+from .pixels import check_pixels, count_patches, from_cut, standardise, take_patches, to_cut
 from .registry import Op
 
 CHUNK_ROWS = 1024  # of the torch implementation
@@ -116,6 +117,8 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, row losses, unit, and the gradients of hidden, weight and bias divided by unit)."""
+    if checked(patch_ids, impl):
+        check_range("masked_pixel_loss", "patch_ids", patch_ids, count_patches(images, patch_size))
     unit_weight_M, unit = unit_weights(row_weight)
     row_loss_M = torch.empty_like(unit_weight_M)
     grads = empty_gradients(hidden, weight, dtype, needs)

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .dispatch import check_index, check_range
+from .dispatch import check_index
 from .wide import widest
 
 NORM_PIX_EPS = 1e-6
@@ -53,6 +53,11 @@ def check_pixels(
         raise ValueError(f"std must be positive, got {tuple(std)}")
     largest = LARGEST.get(images.dtype, 1)
     return [1 / (largest * s) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+def count_patches(images: Tensor, patch_size: int) -> int:
+    """Return how many patches the images have together."""
+    return images[:, 0].numel() // patch_size**2
 
 
 def planar(images: Tensor) -> bool:
@@ -106,7 +111,6 @@ def take_patches(
         .unflatten(3, (grid_w, -1))
         .unflatten(2, (grid_h, patch_size))
     )
-    check_range("patch_ids", patch_ids, len(images) * grid_h * grid_w)
     ids = patch_ids.long()
     image, patch = ids // (grid_h * grid_w), ids % (grid_h * grid_w)
     lines = blocks.permute(0, 2, 4, 1, 3, 5)[image, patch // grid_w, patch % grid_w]

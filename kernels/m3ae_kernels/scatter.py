@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import as_rows, check_float, check_index, check_range, choose_impl, with_lead
+from .dispatch import as_rows, check_float, check_index, choose_impl, with_lead
+from .ids import asked, check_distinct, check_range, checked
 from .registry import Op
 from .segment_sum import segment_order, segment_sum
 
@@ -98,14 +99,22 @@ def _forward(
     table_order: Tensor | None,
     impl: str,
 ) -> Tensor:
+    if checked(src, impl):
+        for name, ids, rows in (("src", src, x), ("fill_ids", fill_ids, fill), ("table_ids", table_ids, table)):
+            if ids is not None and rows is not None:
+                check_range("scatter_tokens", name, ids, len(rows), none=True)
+    if asked():
+        check_distinct("scatter_tokens", "src", src)
+        for name, order in (("fill_order", fill_order), ("table_order", table_order)):
+            if order is not None:
+                check_range("scatter_tokens", name, order, len(src))
+                check_distinct("scatter_tokens", name, order)
     if impl == "triton":
         from .triton_impl.rows import scatter_tokens
 
         return scatter_tokens(x, src, fill, fill_ids, table, table_ids)
     parts, ids_T = [x], src
-    check_range("src", src, len(x), none=True)
     if fill is not None and fill_ids is not None:
-        check_range("fill_ids", fill_ids, len(fill), none=True)
         if len(fill) > len(src):  # a whole vocabulary: only the rows that are asked for
             fill = fill.index_select(0, fill_ids.clamp(min=0))
             fill_ids = torch.where(fill_ids < 0, -1, torch.arange(len(src), device=src.device))
@@ -113,7 +122,6 @@ def _forward(
         ids_T = torch.where(src >= 0, src, torch.where(fill_ids < 0, -1, fill_ids + len(x)))
     if table is None or table_ids is None:
         return _rows_or_zero(ids_T, *parts).to(x.dtype)
-    check_range("table_ids", table_ids, len(table), none=True)
     out_TD = x.new_empty(len(src), x.shape[1])
     return torch.add(_rows_or_zero(ids_T, *parts), _rows_or_zero(table_ids, table), out=out_TD)
 

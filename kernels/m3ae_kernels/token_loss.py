@@ -15,13 +15,13 @@ from .dispatch import (
     as_rows,
     check_float,
     check_index,
-    check_range,
     choose_impl,
     compute_dtype,
     no_autocast,
     wants_grad,
     with_lead,
 )
+from .ids import check_range, checked
 from .loss import (
     check_reduction,
     empty_gradients,
@@ -190,6 +190,8 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, weight, bias, row_weight, targets = inputs
     dtype, impl = options.dtype, options.impl
+    if checked(targets, impl):
+        check_range("masked_token_loss", "targets", targets, len(weight), ignored=options.ignore_index)
     row_weight = row_weight.masked_fill(targets == options.ignore_index, 0)
     unit_weight_M, unit = unit_weights(row_weight)
     results = _room(inputs, options, needs)
@@ -197,7 +199,6 @@ def _loss(
         from .triton_impl.token_loss import token_loss
     else:
         token_loss = _token_loss
-        check_range("targets", targets[targets != options.ignore_index], len(weight))
     if not len(hidden):
         for grad in results[2:]:
             grad.zero_()

@@ -1,4 +1,4 @@
-"""The Triton kernels on Triton's interpreter: test_kernel_ops.py, test_kernel_api.py and test_kernel_shapes.py once
+"""The Triton kernels on Triton's interpreter: test_kernel_ops.py and other files that say so once
 more, tiles.py and program_order.py, in a process of their own.
 
 Triton decides at its import whether it interprets; the rest of the suite must not be interpreted.
@@ -15,9 +15,9 @@ ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "trito
 
 
 def test_ops_on_the_interpreter():
-    files = [*(f"test_kernel_{name}.py" for name in ("ops", "api", "shapes")), "tiles.py", "program_order.py"]
+    files = [*(f"test_kernel_{name}.py" for name in ("ops", "api", "shapes", "ids")), "tiles.py", "program_order.py"]
     # compilers and transforms see the registration of the ops, which is the same for both implementations
-    others = "not inductor and not compile_equals_eager and not func_grad and not transforms"
+    others = "not inductor and not compile_equals_eager and not func_grad and not transforms and not compiled_code"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", others]
     command += [str(HERE / file) for file in files]
     result = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)

@@ -618,27 +618,3 @@ def test_mistakes_are_named(case, changes, error_type, message):
     function = getattr(m3ae_kernels, CASES[case][0].__name__)
     with pytest.raises(error_type, match=message):
         function(**inputs.tensors | inputs.options | changes)
-
-
-@pytest.mark.parametrize(
-    "case, name, index",
-    [
-        ("attend-some", "cu_seqlens", 1),
-        ("attend-queries", "cu_queries", -1),
-        ("embed-p16", "patch_ids", -1),
-        ("embed-p16", "patch_ids", 10**6),
-        ("pixel-p16", "patch_ids", -1),
-        ("gather-some", "rows", 101),
-        ("scatter-mask", "src", 97),
-        ("scatter-mask", "fill_ids", 2),
-        ("scatter-mask", "table_ids", 35),
-        ("token-some", "targets", 97),
-        ("token-some", "targets", -1),
-    ],
-)
-def test_indices_out_of_range_are_errors_on_the_cpu(case, name, index):
-    inputs = make(case, torch.float32)
-    inputs.tensors[name][0] = index
-    inputs.options["impl"] = "torch"  # on a GPU indices are trusted
-    with pytest.raises(IndexError):
-        call(m3ae_kernels, case, inputs)

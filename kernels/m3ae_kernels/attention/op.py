@@ -9,6 +9,7 @@ Shapes: S samples, T rows, Q query rows, H heads, D values a head.
 import torch
 from torch import Tensor
 
+from .. import ids
 from ..dispatch import (
     accumulator,
     as_rows,
@@ -107,24 +108,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (out [Q, H, D], the kernel's log-sum-exps [H, Q])."""
     queries, keys = _segments(q, kv, cu_queries, cu_keys, max_queries, max_keys)
-    if kv.device.type == "cpu":
-        _check_ends("cu_seqlens", keys)
-        _check_ends("cu_queries", queries)
+    if ids.asked() or kv.device.type == "cpu":
+        for name, ends in (("cu_seqlens", keys), ("cu_queries", queries)):
+            ids.check_ends("packed_attention", name, ends.cu_seqlens, ends.rows, ends.max_seqlen)
     if not queries.rows:
         return _fake(q, kv, cu_queries, cu_keys, max_queries, max_keys, impl)
     with no_autocast(kv):
         parts = _parts(None if q is None else _rows(q), _rows(kv))
         return _kernel(kv, max_keys, impl).forward(*parts, queries, keys)
-
-
-def _check_ends(name: str, segments: Segments) -> None:
-    """Raise IndexError unless the samples cover all rows. It reads the values: for CPU code alone."""
-    cu, longest, rows = segments.cu_seqlens, segments.max_seqlen, segments.rows
-    lengths = cu.diff()
-    if not len(cu) or cu[0] != 0 or cu[-1] != rows or (len(lengths) and (lengths.min() < 0 or lengths.max() > longest)):
-        raise IndexError(
-            f"{name} must rise from 0 to the {rows} rows there are, by at most the longest, {longest}, a step"
-        )
 
 
 def _fake(q, kv, cu_queries, cu_keys, max_queries, max_keys, impl):

@@ -1,0 +1,58 @@
+"""Whether ids, which kernels trust, name rows that exist. Torch's code on a CPU always looks; other code, which would
+wait for the device, only with M3AE_KERNELS_CHECK=1. Called inside ops, where values are at hand under torch.compile.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+ENV = "M3AE_KERNELS_CHECK"
+
+
+def asked() -> bool:
+    """Return whether M3AE_KERNELS_CHECK asks for checks everywhere."""
+    return os.environ.get(ENV, "0") not in ("", "0")
+
+
+def checked(ids: Tensor, impl: str) -> bool:
+    """Return whether an op that runs on `impl` looks at its ids."""
+    return asked() or (impl != "triton" and ids.device.type == "cpu")
+
+
+def check_range(op: str, name: str, ids: Tensor, rows: int, *, none: bool = False, ignored: int | None = None) -> None:
+    """Raise IndexError unless all ids [T] are from 0 to rows - 1, with `none` negative, or `ignored`."""
+    wrong = (ids >= rows) if none else (ids < 0) | (ids >= rows)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if not wrong.any():
+        return
+    at = int(wrong.nonzero()[0])
+    others = ", or negative for none" if none else "" if ignored is None else f", or {ignored} to be ignored"
+    valid = f"from 0 to {rows - 1}" if rows else "of no row, since there are none"
+    raise IndexError(f"{op}: {name} is out of range at row {at}: it is {int(ids[at])} and must be {valid}{others}")
+
+
+def check_distinct(op: str, name: str, ids: Tensor) -> None:
+    """Raise IndexError if two ids [T] that are not negative are equal: both rows would be written to one place."""
+    ordered, places = torch.sort(ids, stable=True)
+    equal = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
+    if not equal.any():
+        return
+    first = int(equal.nonzero()[0])
+    at, again = int(places[first]), int(places[first + 1])
+    raise IndexError(f"{op}: {name} is {int(ids[at])} at row {at} and again at row {again}: its rows must be distinct")
+
+
+def check_ends(op: str, name: str, ends: Tensor, rows: int, longest: int) -> None:
+    """Raise IndexError unless ends [S + 1] rise from 0 to `rows` in steps of at most `longest`."""
+    steps = ends.diff(prepend=ends[:1])
+    right = (steps >= 0) & (steps <= longest)
+    right[:1] &= ends[:1] == 0
+    right[-1:] &= ends[-1:] == rows
+    if len(ends) and right.all():
+        return
+    at = int((~right).nonzero()[0]) if len(ends) else 0
+    found = f"{name}[{at}] is {int(ends[at])}" if len(ends) else f"{name} is empty"
+    valid = f"from 0 to the {rows} rows there are, by at most the longest, {longest}, a step"
+    raise IndexError(f"{op}: {name} must rise {valid}: {found}")

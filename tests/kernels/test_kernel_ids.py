@@ -1,0 +1,126 @@
+"""Ids that name no row, in torch's code on a CPU and, with M3AE_KERNELS_CHECK, everywhere. Runs on either
+implementation, as test_kernel_ops.py does."""
+
+import os
+import re
+
+import m3ae_kernels
+import pytest
+import torch
+import torch._dynamo
+from m3ae_kernels import ids
+
+from tests.kernels.kernel_cases import CASES, SMALL, Inputs, call, make, run
+
+TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
+OUT_OF_RANGE = [
+    ("embed-p16", "patch_ids", -1, "from 0 to 47"),
+    ("embed-last", "patch_ids", 10**6, "from 0 to 35"),
+    ("pixel-p16", "patch_ids", -1, "from 0 to 47"),
+    ("pixel-rows", "patch_ids", 24, "from 0 to 23"),
+    ("gather-some", "rows", 101, "from 0 to 100"),
+    ("gather-long", "rows", -1, "from 0 to 30"),
+    ("norm-some", "rows", 101, "from 0 to 100"),
+    ("scatter-mask", "src", 97, "from 0 to 96, or negative for none"),
+    ("scatter-no-rows", "src", 0, "of no row, since there are none, or negative for none"),
+    ("scatter-mask", "fill_ids", 2, "from 0 to 1, or negative for none"),
+    ("scatter-mask", "table_ids", 35, "from 0 to 34, or negative for none"),
+    ("token-some", "targets", 97, "from 0 to 96, or -100 to be ignored"),
+    ("token-some", "targets", -1, "from 0 to 96, or -100 to be ignored"),
+    ("token-rows", "targets", 2**31 - 1, "from 0 to 63, or -100 to be ignored"),
+]
+ENDS = [
+    ("attend-some", "cu_seqlens", 1, 44, "cu_seqlens[1] is 44"),
+    ("attend-some", "cu_seqlens", 0, 1, "cu_seqlens[0] is 1"),
+    ("attend-queries", "cu_queries", -1, 12, "cu_queries[3] is 12"),
+    ("attend-queries", "cu_seqlens", 2, 3, "cu_seqlens[2] is 3"),
+]
+
+
+@pytest.fixture
+def check(monkeypatch):
+    monkeypatch.setenv(ids.ENV, "1")
+
+
+def wrong(case: str, name: str, at: int, value: int) -> Inputs:
+    inputs = make(case, torch.float32)
+    inputs.tensors[name][at] = value
+    return inputs
+
+
+@pytest.mark.parametrize("case, name, value, valid", OUT_OF_RANGE)
+def test_an_id_out_of_range_is_named_with_op_argument_row_and_range(check, case, name, value, valid):
+    op = CASES[case][0].__name__
+    told = f"{op}: {name} is out of range at row 2: it is {value} and must be {valid}"
+    with pytest.raises(IndexError, match=f"^{re.escape(told)}$"):
+        call(m3ae_kernels, case, wrong(case, name, 2, value))
+
+
+@pytest.mark.parametrize("case, name, at, value, found", ENDS)
+def test_ends_of_no_samples_are_named(check, case, name, at, value, found):
+    with pytest.raises(
+        IndexError, match=rf"^packed_attention: {name} must rise from 0 to .* a step: {re.escape(found)}$"
+    ):
+        call(m3ae_kernels, case, wrong(case, name, at, value))
+
+
+@pytest.mark.parametrize("case, name", [("gather-some", "rows"), ("norm-some", "rows"), ("scatter-mask", "src")])
+def test_rows_that_must_be_distinct_and_are_not_are_named(check, case, name):
+    inputs = make(case, torch.float32)
+    named = inputs.tensors[name]
+    first, again = (named >= 0).nonzero()[[1, 4], 0].tolist()
+    named[again] = named[first]
+    told = f"^{CASES[case][0].__name__}: {name} is {named[first]} at row {first} and again at row {again}: "
+    with pytest.raises(IndexError, match=told):
+        call(m3ae_kernels, case, inputs)
+
+
+@pytest.mark.parametrize("name, at, told", [("fill_order", 3, "out of range at row 3"), ("table_order", 3, "again at")])
+def test_orders_of_no_permutation_are_named(check, name, at, told):
+    inputs = make("scatter-mask", torch.float32)
+    named = [inputs.tensors[each] for each in ("src", "fill_ids", "table_ids")]
+    orders = dict(zip(("fill_order", "table_order"), m3ae_kernels.scatter_orders(*named)))
+    call(m3ae_kernels, "scatter-mask", Inputs(inputs.tensors, inputs.options | orders))
+    orders[name][at] = 641 if name == "fill_order" else orders[name][at - 1]
+    with pytest.raises(IndexError, match=f"^scatter_tokens: {name} is .*{told}"):
+        call(m3ae_kernels, "scatter-mask", Inputs(inputs.tensors, inputs.options | orders))
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_right_ids_pass_and_change_nothing(case, monkeypatch):
+    expected = run(m3ae_kernels, case, make(case, torch.float32))
+    monkeypatch.setenv(ids.ENV, "1")
+    for name, got in run(m3ae_kernels, case, make(case, torch.float32)).items():
+        assert torch.equal(got, expected[name]), name
+
+
+@pytest.mark.parametrize("case, name, value, valid", OUT_OF_RANGE)
+def test_torch_on_a_cpu_always_looks(case, name, value, valid):
+    inputs = wrong(case, name, 2, value)
+    inputs.options["impl"] = "torch"
+    with pytest.raises(IndexError):
+        call(m3ae_kernels, case, inputs)
+
+
+@pytest.mark.parametrize("case, name, at, value, found", ENDS)
+def test_ends_are_always_looked_at_on_a_cpu(case, name, at, value, found):
+    with pytest.raises(IndexError, match=re.escape(found)):
+        call(m3ae_kernels, case, wrong(case, name, at, value))
+
+
+def test_kernels_do_not_look_unless_asked(monkeypatch):
+    """Where looking would wait for the device."""
+    monkeypatch.setattr(ids, "check_range", lambda *_, **__: pytest.fail("the ids were read"))
+    for value in ("0", ""):
+        monkeypatch.setenv(ids.ENV, value)
+        assert not ids.checked(torch.zeros(3), "triton") and ids.checked(torch.zeros(3), "torch")
+        assert not ids.checked(torch.zeros(3, device="meta"), "torch")
+
+
+def test_compiled_code_looks_too(check):
+    torch._dynamo.reset()
+    compiled = torch.compile(m3ae_kernels.gather_tokens, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 8)
+    assert torch.equal(compiled(x, torch.tensor([4, 0])), x[[4, 0]])
+    with pytest.raises(IndexError, match=r"^gather_tokens: rows is out of range at row 1: it is 5"):
+        compiled(x, torch.tensor([4, 5]))
