@@ -202,7 +202,7 @@ class Pulse:
 def write_stacks(folder: Path, rank: int) -> None:
     """Write where all threads are, and NCCL's last collectives for torchfrtrace, into files. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"rank-{rank}.txt", "w") as file:
+    with open(folder / f"rank-{rank}.txt", "w", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
     if dist.is_nccl_available() and dist.is_initialized() and dist.get_backend() == "nccl":
         record = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]  # torch for CPUs lacks it

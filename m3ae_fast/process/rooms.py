@@ -24,7 +24,7 @@ class Room(NamedTuple):
 
 def machine() -> str:
     """Return what this machine alone is called: hosts may share a name."""
-    boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    boot = _BOOT_ID.read_text(encoding="utf-8").strip() if _BOOT_ID.exists() else ""
     return f"{socket.gethostname()} {boot}"
 
 

@@ -54,7 +54,7 @@ class WandB:
     def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:
         wandb = library("wandb", 'run.loggers: "wandb" is not installed; pip install wandb')
         id_file = folder / WANDB_ID_FILE
-        known = id_file.read_text().strip() if start_step and id_file.is_file() else None
+        known = id_file.read_text(encoding="utf-8").strip() if start_step and id_file.is_file() else None
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "m3ae-fast"),
@@ -68,7 +68,7 @@ class WandB:
         except (wandb.errors.Error, TimeoutError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f'run.loggers: wandb: {reason}; run "wandb login", or set WANDB_MODE=offline') from None
-        id_file.write_text(self._run.id + "\n")
+        id_file.write_text(self._run.id + "\n", encoding="utf-8")
         self._image: Callable[..., Any] = wandb.Image
         self._run.define_metric("*", step_metric="step")  # a step repeated after a resume is logged again
 

@@ -40,7 +40,9 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
                 file.write(text)
                 file.flush()
             if classes is not None:
-                (out / CLASSES).write_text(json.dumps(list(classes), indent=1, ensure_ascii=False) + "\n")
+                (out / CLASSES).write_text(
+                    json.dumps(list(classes), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
             yield
     except OSError as error:
         raise UserError(

@@ -73,7 +73,8 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
         write_tensors(path / MODEL_FILE, model.state)
         config = model.config.model_dump_json(indent=2, exclude={"init_from"})
         (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        (path / PREPROCESSOR_FILE).write_text(json.dumps(_preprocessing(model.config), indent=2) + "\n")
+        prepared = json.dumps(_preprocessing(model.config), indent=2)
+        (path / PREPROCESSOR_FILE).write_text(prepared + "\n", encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save(path / TOKENIZER_FILE)
         if card is not None:

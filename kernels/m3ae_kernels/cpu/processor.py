@@ -35,7 +35,7 @@ class Cpu:
 def this_cpu() -> Cpu:
     """Return what Linux says of it in /proc/cpuinfo."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
     # all cores are alike: the last one speaks for them

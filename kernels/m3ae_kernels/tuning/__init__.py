@@ -26,7 +26,7 @@ AMD = "gfx942"
 @lru_cache
 def table(arch: str) -> dict[str, dict[str, dict[str, int]]]:
     """Return the settings of an architecture: {kernel: {"16" | "32": {setting: value}}}."""
-    return json.loads((FOLDER / f"{arch}.json").read_text())
+    return json.loads((FOLDER / f"{arch}.json").read_text(encoding="utf-8"))
 
 
 def fits(device: torch.device) -> bool:
