@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from contextlib import nullcontext
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from m3ae_fast.batch.crops import centre_crop
 from m3ae_fast.batch.images import decode_image
@@ -129,6 +131,33 @@ def test_conversion_of_the_official_file_format(tmp_path):
         VQGAN.from_pretrained(tmp_path)
 
 
+def test_it_is_frozen_and_a_folder_of_something_else_is_none(vqgan, model, tmp_path):
+    assert not any(p.requires_grad for p in vqgan.parameters()) and not vqgan.training
+    vqgan.save_pretrained(tmp_path / "vqgan")
+    written = json.loads((tmp_path / "vqgan/config.json").read_text(encoding="utf-8"))
+    state = load_file(tmp_path / "vqgan/model.safetensors")
+    encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    for config, weights, message in (
+        (written, state, None),
+        ({**written, "kind": "vqvae"}, state, "its config.json is of something else"),
+        (
+            {key: value for key, value in written.items() if key != "kind"},
+            state,
+            "its config.json is of something else",
+        ),
+        ({**written, "num_res_blocks": 10**9}, state, r"more blocks than its \d+ weights"),
+        (written, encoder, "it holds only an encoder"),
+        ([1], state, "not a converted VQGAN"),
+    ):
+        (tmp_path / "vqgan/config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(weights, tmp_path / "vqgan/model.safetensors")
+        with pytest.raises(UserError, match=message) if message else nullcontext():
+            VQGAN.from_pretrained(tmp_path / "vqgan")
+    model.save_pretrained(tmp_path / "m3ae")
+    with pytest.raises(UserError, match=r"its config\.json is of something else"):
+        VQGAN.from_pretrained(tmp_path / "m3ae")
+
+
 def test_bytes_and_floats_have_the_same_ids(vqgan):
     images = torch.stack([sample.image for sample in samples(11)])  # more than are encoded at a time
     ids_BL = vqgan.encode(images)
@@ -139,6 +168,8 @@ def test_bytes_and_floats_have_the_same_ids(vqgan):
     assert torch.equal(nearest.view(11, 16).int(), ids_BL)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(vqgan.encode(images), ids_BL)
+    assert torch.equal(vqgan.double().encode(images), ids_BL) and vqgan.encode(images).dtype == torch.int32
+    vqgan.float()
     assert vqgan.encode(images[:0]).shape == (0, 16)
     assert vqgan.decode(ids_BL.view(-1, 4, 4)).shape == images.shape
 
@@ -335,8 +366,10 @@ def test_mistakes(vqgan, tmp_path):
             {**config, "model": {**config["model"], "channels": 1, "image_mean": [0.5], "image_std": [1.0]}},
             "c",
         )
-    with pytest.raises(UserError, match=r"set model\.patch_size to 8"):
-        vqgan.check_fits(16, 16, "vqgan")
+    vqgan.check_fits(8, 16, "vqgan")
+    for patch in (4, 16):
+        with pytest.raises(UserError, match=r"set model\.patch_size to 8"):
+            vqgan.check_fits(patch, 16, "vqgan")
     for codes in (8, 1024):
         with pytest.raises(UserError, match=r"set model\.codebook_size to 16"):
             vqgan.check_fits(8, codes, "vqgan")

@@ -208,6 +208,28 @@ def test_what_a_killed_process_left_is_removed(tmp_path, write, name):
     assert name in os.listdir(tmp_path) and len(os.listdir(tmp_path)) == 2
 
 
+def test_names_that_are_patterns_are_names(tmp_path):
+    """What is left of "out1" is not "out[1]"'s to remove, and the other way round."""
+    left = [tmp_path / f".writing-{name}-0123abcd" for name in ("out[1]", "out1")]
+    for folder in left:
+        folder.mkdir()
+    with output_folder(tmp_path / "out[1]") as partial:
+        write_tensors(partial / MODEL_FILE, {"a": torch.zeros(2)})
+    assert not left[0].exists() and left[1].exists() and (tmp_path / "out[1]" / MODEL_FILE).exists()
+
+
+def test_an_output_named_by_a_link_takes_the_place_of_what_it_leads_to(tmp_path, monkeypatch, exported):
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with output_folder("link") as partial:
+        monkeypatch.chdir(tmp_path / "elsewhere")  # a relative name is of where it began
+        write_tensors(partial / MODEL_FILE, {"a": torch.zeros(2)})
+        (partial / CARD_FILE).write_text("new")
+    assert (tmp_path / "link").is_symlink() and (exported / CARD_FILE).read_text() == "new"
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
 def test_a_link_like_an_unfinished_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".a.txt.0.partial").symlink_to(tmp_path / "precious")
