@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3ae_fast.batch.flops import executed_flops
 from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
@@ -112,6 +113,26 @@ def test_the_accuracy_is_that_of_the_predicted_words(per, all_tokens):
     assert 0 < expected < 1
     assert model(batch).text_accuracy.item() == pytest.approx(expected)
     assert model(batch, batch.counts._replace(image=1e6)).text_accuracy.item() == pytest.approx(expected)
+
+
+def test_losses_are_sums_over_the_counts_that_are_given():
+    """Which are those of a rank in a whole step, perhaps less than one; 0 where the step has none."""
+    model = make_model(image_weight=0.3, text_weight=0.7)
+    batch = pack(MIXED, model.geometry)
+    own = model(batch)
+    for images, captions in ((0.25, 3.0), (8.0, 0.125), (0.0, 0.0)):
+        found = model(batch, LossCounts(images, captions))
+        torch.testing.assert_close(found.image_loss, own.image_loss * batch.counts.image / (images or 1))
+        torch.testing.assert_close(found.text_loss, own.text_loss * batch.counts.text / (captions or 1))
+        torch.testing.assert_close(found.text_accuracy, own.text_accuracy * batch.counts.text / (captions or 1))
+        torch.testing.assert_close(found.loss.detach(), 0.3 * found.image_loss + 0.7 * found.text_loss)
+        assert [loss.requires_grad for loss in found] == [True, False, False, False]
+
+
+def test_encoder_and_decoder_drop_apart_and_predictions_need_no_gradient():
+    model = make_model(TINY.model_copy(update={"drop_path": 0.5}))
+    assert model.encoder.drop_key != model.decoder.drop_key
+    assert not any(found.requires_grad for found in model.predict(pack(MIXED, model.geometry)))
 
 
 def test_order_of_samples_changes_nothing():
@@ -370,6 +391,8 @@ def test_representation_of_float_and_byte_pictures_agrees():
     padded = model.representation(images, text, padding)
     assert not padded[:, -2:].any()
     torch.testing.assert_close(padded[:, :-2], model.representation(images, text[:, :3]))
+    for nonzero in (padding.bool(), -padding, 0.5 * padding, 7 * padding.to(torch.uint8)):
+        assert torch.equal(model.representation(images, text, nonzero), padded)
 
 
 def test_representation_refuses_nonsense():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from m3ae_fast.batch.grids import Native, patch_rows
 from m3ae_fast.batch.masking import draw_mask
@@ -167,13 +168,20 @@ def test_patches_of_each_sample_are_its_own_and_zeros_after_them():
             assert not found[number, place, patches:].any()
 
 
-def test_stored_positions_are_resampled_as_timm_does():
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_stored_positions_are_resampled_as_timm_and_pillow_do(rows):
     from timm.layers import resample_abs_pos_embed
 
-    positions_LD = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
-    for grid in ((4, 4), (1, 9), (7, 2), (8, 8)):
-        theirs = resample_abs_pos_embed(positions_LD[None], list(grid), num_prefix_tokens=0)[0]
-        torch.testing.assert_close(resampled(positions_LD, grid), theirs)
+    positions_LD = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    planes = positions_LD.T.reshape(-1, 4, 4).numpy()
+    for grid in ((rows, columns) for columns in range(1, 17)):
+        found = resampled(positions_LD, grid)
+        torch.testing.assert_close(
+            found, resample_abs_pos_embed(positions_LD[None], list(grid), num_prefix_tokens=0)[0]
+        )
+        resized = [Image.fromarray(plane).resize(grid[::-1], Image.Resampling.BICUBIC) for plane in planes]
+        torch.testing.assert_close(found.T, torch.from_numpy(np.stack(resized)).flatten(1), rtol=1e-5, atol=1e-5)
+        assert (found is positions_LD) == (grid == (4, 4))
 
 
 def test_every_implementation_takes_patch_rows(monkeypatch):

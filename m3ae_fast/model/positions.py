@@ -33,7 +33,8 @@ def resampled(image_LD: Tensor, grid: Grid) -> Tensor:
     side = round(len(image_LD) ** 0.5)
     if grid == (side, side):
         return image_LD
-    image_1Dhw = image_LD.T.reshape(1, -1, side, side).float()
+    # channels last in memory: torch 2.13 interpolates a contiguous image wrongly where it becomes one column
+    image_1Dhw = image_LD.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     return F.interpolate(image_1Dhw, size=grid, mode="bicubic", antialias=True)[0].flatten(1).T.to(image_LD.dtype)
 
 

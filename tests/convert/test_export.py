@@ -152,7 +152,9 @@ def test_run_goes_to_the_hub_and_comes_back(run, tmp_path, hub, capsys):
     assert "pushed to https://hub/me/tiny" in capsys.readouterr().out and hub.private
     assert "# me/tiny" in (tmp_path / "hub/me/tiny/README.md").read_text()
     model = M3AE.from_pretrained("me/tiny")
+    assert model.push_to_hub("me/hidden", private=True) == "https://hub/me/hidden" and hub.private
     assert model.push_to_hub("me/again") == "https://hub/me/again" and not hub.private
+    assert "# again" in (tmp_path / "hub/me/again/README.md").read_text()
     again = M3AE.from_pretrained("me/again")
     assert all((again.state_dict()[name] == tensor).all() for name, tensor in model.state_dict().items())
     assert again.tokenizer.encode("a red apple").tolist() == model.tokenizer.encode("a red apple").tolist()

@@ -17,6 +17,7 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import check_skipped, encode_corpus
 from m3ae_fast.errors import UserError
+from m3ae_fast.model import inference
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
@@ -193,6 +194,36 @@ def test_images_and_texts_come_in_any_order_of_things(model):
     expected = model.encode(pixels, texts)
     for more in (np.array(texts), tuple(texts), (text for text in texts)):
         assert torch.equal(model.encode(iter(pixels), more), expected)
+
+
+@pytest.mark.parametrize(("precision", "faster", "casts"), [
+    ("auto", "bf16", True), ("auto", "fp32", False), ("bf16", "fp32", True), ("fp32", "bf16", False),
+])  # fmt: skip
+def test_matmuls_are_of_the_precision_that_is_said_or_faster(model, monkeypatch, precision, faster, casts):
+    monkeypatch.setattr(inference, "fast_precision", lambda device: faster)
+    with encoding(model, precision, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") is casts and not torch.is_grad_enabled()
+        assert not casts or torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("order", ["after_norm", "before_norm"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_are_as_exact_as_the_weights_and_never_less_than_float32(run, pool, order):
+    pictures = list(images(3))
+    own = open_model(str(run), text=False).eval()
+    own.config = own.config.model_copy(update={"mean_pool": order})
+    expected = own.double().encode(pictures, pool=pool, precision="fp32")
+    batch = pack([unmasked_sample(i, x, None, own.config, None) for i, x in enumerate(pictures)], own.geometry)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        own.to(dtype)
+        with torch.no_grad():
+            alone = own.pooled(batch, pool)
+            pooled, patches = own.pooled_and_patches(batch, [2], pool)
+        for found in (own.encode(pictures, pool=pool, precision="fp32"), alone, pooled[:, 0]):
+            assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        assert patches.dtype == dtype
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
