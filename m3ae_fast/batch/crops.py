@@ -87,9 +87,11 @@ def centre_crop(image: Tensor, size: int) -> Tensor:
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Return [C, height, width] in the dtype of the image (bicubic, antialiased); what uint16 gives is rounded from
     float32."""
-    if image.dtype != torch.uint16:
-        return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
-    return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
+    if image.dtype == torch.uint16:
+        return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
+    if image.is_floating_point() and width == 1 < height:  # torch 2.13 gives wrong values of one column, not of one row
+        return resize(image.mT, width, height).mT
+    return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
 
 
 def _mirrored(image: Tensor) -> Tensor:

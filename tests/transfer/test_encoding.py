@@ -1,3 +1,4 @@
+import itertools
 import math
 from io import BytesIO
 
@@ -18,7 +19,7 @@ from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.encoding import check_skipped, encode_corpus
 from m3ae_fast.errors import UserError
 from m3ae_fast.model import inference
-from m3ae_fast.model.inference import encoding
+from m3ae_fast.model.inference import check_finite, encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
 from m3ae_fast.process.ranks import join_ranks
@@ -327,6 +328,18 @@ def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run,
         encode_corpus(model, corpus, data, EncodeConfig(), ranks, patches=part == "patches")
     with pytest.raises(UserError, match="1 of 2 samples have features that are not finite, such as number 1; the"):
         model.encode(images=list(images(2)))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
+def test_one_value_that_is_not_finite_is_found_in_any_row(shape):
+    check_finite(torch.zeros(shape), "abcd")
+    check_finite(torch.zeros(0, *shape[1:]), "")
+    for place in itertools.product(*map(range, shape)):
+        values = torch.zeros(shape)
+        values[place] = torch.nan
+        values[3, ..., 0] = torch.inf
+        with pytest.raises(UserError, match=f"{1 + (place[0] < 3)} of 4 samples .* such as {'abcd'[place[0]]};"):
+            check_finite(values, "abcd")
 
 
 def test_as_many_samples_may_be_bad_as_is_said_but_not_all():
