@@ -63,9 +63,9 @@ def test_an_even_patch_is_rebuilt_as_what_it_is():
 
 def test_right_words_are_green_and_wrong_ones_red():
     shown = caption_views(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), {1: 5, 2: 7}, None)
-    assert shown["caption"] == [("4", BLACK), ("5", BLACK), ("6", BLACK)]
-    assert [word for word, _ in shown["masked"]] == ["4", HIDDEN, HIDDEN]
-    assert shown["predicted"] == [("4", BLACK), ("5", GREEN), ("7", RED)]
+    assert shown["caption"] == [(" 4", BLACK), (" 5", BLACK), (" 6", BLACK)]
+    assert [word for word, _ in shown["masked"]] == [" 4", f" {HIDDEN}", f" {HIDDEN}"]
+    assert shown["predicted"] == [(" 4", BLACK), (" 5", GREEN), (" 7", RED)]
 
 
 def test_a_sheet_shows_each_sample(tmp_path, monkeypatch):
@@ -132,9 +132,9 @@ def width(words: list[str]) -> tuple[int, int]:
 
 
 def test_pieces_of_a_word_are_joined_and_lines_are_broken_where_they_end():
-    assert width(["play", "##ing"]) == width(["playing"])
-    assert width(["play", "ing"])[0] > width(["playing"])[0]
-    one_line, many = width(["word"] * 4), width(["word"] * 40)
+    assert width(["play", "ing"]) == width(["playing"]) == width([" play", "ing"])
+    assert width(["play", " ing"])[0] > width(["playing"])[0]
+    one_line, many = width([" word"] * 4), width([" word"] * 40)
     assert many[0] <= TEXT_WIDTH and many[1] > 3 * one_line[1]
 
 

@@ -1,10 +1,13 @@
 """Words of a caption are found whatever the tokenizer is that cut it."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, train_tokenizer
 from m3ae_fast.pictures.attention import words_of
+from m3ae_fast.pictures.figures import GREEN
+from m3ae_fast.pictures.reconstructions import caption_views
 
 CAPTIONS = [
     "a red house by the sea",
@@ -78,6 +81,18 @@ def test_words_are_found_whatever_the_tokenizer(make):
     assert name.replace(" ", "") == "t-shirt"
     first, second = (found(text, "dog")[1][0].tokens for text in ("a dog, a dog", "the sea, a dog"))
     assert min(first) < min(second)
+
+
+@pytest.mark.parametrize("make", [word_piece, word_piece_without_decoder, byte_level, sentence_piece, llama])
+def test_captions_are_drawn_as_text_without_a_tokenizers_marks(make):
+    tokenizer, caption = CaptionTokenizer(make(), 64), "a red house by the sea"
+    tokens = torch.from_numpy(tokenizer.encode(caption))
+    mask = torch.zeros(len(tokens), dtype=torch.bool)
+    mask[1] = True
+    views = caption_views(tokens, mask, {1: int(tokens[1])}, tokenizer)
+    for name in ("caption", "predicted"):
+        assert "".join(piece for piece, _ in views[name]) == caption
+    assert views["masked"][1][0] == " ___" and [colour for _, colour in views["predicted"]].count(GREEN) == 1
 
 
 def test_characters_of_several_tokens_are_the_last_ones():

@@ -177,19 +177,21 @@ def _join(patches_LK: Tensor, grid: Grid, patch: int) -> Tensor:
 def caption_views(
     tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
 ) -> dict[str, list[tuple[str, Colour]]]:
-    """Return a caption of n tokens in three ways, as words and colours: itself, as the encoder sees it, and with the
-    `guesses` at its masked positions. Without a tokenizer tokens are shown as numbers."""
+    """Return a caption of n tokens in three ways, as pieces of text, with the space before a word, and colours: itself,
+    as the encoder sees it, and with the `guesses` at its masked positions. Without a tokenizer tokens are shown as
+    numbers."""
 
-    def word(token: int) -> str:
-        return tokenizer.token(token) if tokenizer else str(token)
+    def pieces(ids: Sequence[int]) -> list[str]:
+        return tokenizer.pieces(ids) if tokenizer else [f" {each}" for each in ids]
 
-    caption, visible, predicted = [], [], []
-    for i, (token, masked) in enumerate(zip(tokens.tolist(), mask.tolist())):
-        caption.append((word(token), BLACK))
-        visible.append((HIDDEN, FAINT) if masked else (word(token), BLACK))
-        guess = guesses[i] if masked else token
-        predicted.append((word(guess), BLACK if not masked else GREEN if guess == token else RED))
-    return {"caption": caption, "masked": visible, "predicted": predicted}
+    own, masked = tokens.tolist(), mask.tolist()
+    predicted = [guesses[i] if hidden else token for i, (token, hidden) in enumerate(zip(own, masked))]
+    colours = [BLACK if not hidden else GREEN if a == b else RED for a, b, hidden in zip(own, predicted, masked)]
+    return {
+        "caption": [(piece, BLACK) for piece in pieces(own)],
+        "masked": [(f" {HIDDEN}", FAINT) if hidden else (piece, BLACK) for piece, hidden in zip(pieces(own), masked)],
+        "predicted": [*zip(pieces(predicted), colours)],
+    }
 
 
 def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> int:
@@ -199,13 +201,13 @@ def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, 
     for title, words in lines.items():
         draw.text((left, y), title, fill=FAINT, font=ImageFont.load_default(11))
         x = indent = 64.0
-        for word, colour in words:
-            joined = word.removeprefix("##")  # WordPiece's mark of a piece inside a word
-            space = draw.textlength(" ", font=font) if joined == word and x > indent else 0
-            width = draw.textlength(joined, font=font)
+        for piece, colour in words:
+            word = piece.strip()
+            space = draw.textlength(" ", font=font) if word != piece and x > indent else 0
+            width = draw.textlength(word, font=font)
             if x + space + width > TEXT_WIDTH and x > indent:
                 x, y, space = indent, y + 16, 0
-            draw.text((left + x + space, y), joined, fill=colour, font=font)
+            draw.text((left + x + space, y), word, fill=colour, font=font)
             x += space + width
         y += 22
     return y
