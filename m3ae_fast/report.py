@@ -29,9 +29,8 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
 
 REPORT_FILE = "report.html"
 _BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # by what their MODEL begins with
-# of a result: no metrics
-_COUNTS = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
-_COUNTS += ("chance", "chance_top5")
+_SIZES = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
+_COUNTS = (*_SIZES, "chance", "chance_top5")  # of a result: no metrics
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }
