@@ -2,12 +2,14 @@
 
 import numpy as np
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.figures import shown
+from m3ae_fast.pictures.figures import box_in, shown
 from m3ae_fast.pictures.reconstructions import (
     BLACK,
     GAP,
@@ -161,3 +163,23 @@ def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):
         assert model.training is training
         sheets.append((tmp_path / "sheet.png").read_bytes())
     assert len(set(sheets)) == 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    height=st.integers(1, 600), width=st.integers(1, 600), side=st.integers(1, 200), channels=st.sampled_from([1, 3])
+)
+@example(height=1, width=600, side=128, channels=3)
+@example(height=600, width=1, side=128, channels=1)
+def test_an_image_is_shown_whole_in_the_middle_of_a_square(height, width, side, channels):
+    image = torch.full((channels, height, width), 40, dtype=torch.uint8)
+    sheet = np.asarray(shown(image, side))
+    assert sheet.shape == (side, side, 3)
+    rows, columns = np.nonzero((sheet == 40).all(-1))
+    assert (sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] == 40).all()
+    sizes = rows.max() + 1 - rows.min(), columns.max() + 1 - columns.min()
+    assert box_in(image, side) == (columns.min(), rows.min(), sizes[1], sizes[0])
+    assert max(sizes) == side
+    for size, first, own in zip(sizes, (rows.min(), columns.min()), (height, width)):
+        assert abs(size - side * own / max(height, width)) <= 0.5 or size == 1
+        assert first == (side - size) // 2

@@ -332,8 +332,8 @@ def test_weights_begin_as_the_official_ones():
     assert len(embeddings) == 7 and abs(torch.cat(embeddings).std() / 0.02 - 1) < 0.15
 
 
-@pytest.mark.parametrize("head_depth", [0, 2])
-def test_flops_are_those_that_torch_counts(monkeypatch, head_depth):
+@pytest.mark.parametrize(("head_depth", "mlp_ratio"), [(0, 4), (2, 4), (0, 2.5)])
+def test_flops_are_those_that_torch_counts(monkeypatch, head_depth, mlp_ratio):
     """Of matmuls, forward and backward, in captions, images and pairs; attention's from the lengths."""
 
     def attention(rows, kv, cu_queries, cu_keys, flops):
@@ -352,7 +352,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, head_depth):
     monkeypatch.setattr(registry, "traced", lambda *_: False)  # the counter sees what the kernels' ops call
     for name in ("attention_op", "attention_backward_op"):  # but these, which make the scores again
         monkeypatch.setattr(op, name, getattr(op, name).registered)
-    config = TINY.model_copy(update={"output_head_depth": head_depth})
+    config = TINY.model_copy(update={"output_head_depth": head_depth, "mlp_ratio": mlp_ratio})
     model = make_model(config).double()
     batch = pack(MIXED, model.geometry)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -31,8 +32,9 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import fast_precision
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import choices, evaluation, plan, program
+from m3ae_fast.pretraining.__main__ import main
 from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
-from m3ae_fast.pretraining.held_out import shared_images
+from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.report import write_report
@@ -122,7 +124,7 @@ def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
     def draw(labels):
-        data = {"train": [{"shards": val}]}
+        data = {"train": [{"shards": str(tmp_path / "train.tar")}]}  # which nothing reads
         probe = {"train": {"steps": 1, "probe": data | {"val": [{"shards": val}], "labels": labels}}}
         evaluation.draw_map(Config.model_validate({"run": {"dir": str(run)}, "data": data, **probe}, strict=False))
 
@@ -510,6 +512,34 @@ def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
     assert shard == f"{tmp_path}/2.tar" and len(places) == 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_shared_images_are_those_whose_bytes_are_in_both(tmp_path, seed):
+    """Of samples with and without an image, some of them twice in a shard; many agree in size and in their middle."""
+    draw, middle = random.Random(seed), bytes(2 * PIECE)
+    images = [middle + b"one", middle + b"two", b"one" + middle, b"short", b"other", b"longer"]
+
+    def shard(name, choice):
+        files = []
+        for i in range(8):
+            files += [(f"{i}.jpg", draw.choice(choice))] * (draw.random() < 0.8) + [(f"{i}.txt", b"words")]
+        return write_tar(tmp_path / name, files)
+
+    known = draw.sample(images, 3)
+    train, val = [shard(f"train-{i}.tar", known) for i in range(2)], [shard(f"val-{i}.tar", images) for i in range(2)]
+
+    def places(name):
+        with tarfile.open(name) as tar:
+            return {m.offset_data: tar.extractfile(m).read() for m in tar if m.name.endswith("jpg")}
+
+    seen = {data for name in train for data in places(name).values()}
+    expected = {name: {offset for offset, data in places(name).items() if data in seen} for name in val}
+    assert shared_images(train, val) == {name: offsets for name, offsets in expected.items() if offsets}
+    assert 0 < sum(map(len, expected.values())) < sum(len(places(name)) for name in val)
+    for name, offsets in expected.items():
+        left = [data for offset, data in places(name).items() if offset not in offsets]
+        assert write_without(name, offsets, tmp_path / "left.tar") and [*places(tmp_path / "left.tar").values()] == left
+
+
 def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
     """Of a Hugging Face data set with one split: by the bytes of its images, or by their paths."""
     from datasets import Dataset, Features, Value
@@ -767,6 +797,56 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
     assert tried == [128, 192] and found.config.model.emb_dim == 192
     assert 'not "small", for which 8 GB are needed' in found.lines[1]
     assert "at 10,000 samples/s, measured over 4 steps" in found.lines[2]
+
+
+@pytest.mark.parametrize("ends", ["slow", "memory", None])
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_path, monkeypatch, ends, place):
+    """And no larger one, which would do."""
+    facts = Facts(2_000_000, 100, 300, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
+    widths, tried, reckoned = [128, 192, 384, 768, 1024], [], []
+
+    def measure(config, session, limit):
+        tried.append(config.model.emb_dim)
+        return Pace(1.0 if ends == "slow" and widths.index(tried[-1]) == place else 1e-6 * tried[-1], 8, 4)
+
+    def missing(needed, device):
+        reckoned.append(needed)
+        return "8 GB are needed" if ends == "memory" and len(reckoned) == place else ""
+
+    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(plan, "missing_memory", missing)
+    session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
+    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session)
+    chosen = place - 1 if ends else 4
+    assert found.config.model.emb_dim == widths[chosen]
+    assert tried == widths[: chosen + 1 + (ends == "slow")] and len(reckoned) == (place if ends else 4)
+    rate = f"{1 / (1e-6 * widths[chosen]):,.0f} samples/s"
+    assert rate in found.lines[2]  # its own pace, not that of one tried after it
+
+
+@pytest.mark.parametrize(("end", "dry_run", "code", "said"), [
+    (True, False, 0, ""), (False, False, 0, "stopped; the same line goes on"), (False, True, 0, ""),
+    (None, False, 130, ""),
+])  # fmt: skip
+def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_run, code, said):
+    calls = []
+
+    def pretrain(*args, **options):
+        calls.append((args, options))
+        if end is None:
+            raise KeyboardInterrupt
+        return SimpleNamespace(finished=end)
+
+    monkeypatch.setattr(program, "pretrain", pretrain)
+    line = ["photos", "--out", "run", "--hours", "3", "--captions", "a.csv", "--val", "b.tar", "c.tar"]
+    line += ["--labels", "json.kind", "--set", "train.global_batch=8", *["--dry-run"] * dry_run]
+    assert main(line) == code
+    given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
+    given |= {"overrides": ["train.global_batch=8"], "dry_run": dry_run}
+    assert calls == [(("photos", Path("run")), given)]
+    out, err = capsys.readouterr()
+    assert (out.strip(), err.strip()) == (said, "stopped; the same line goes on" if end is None else "")
 
 
 @pytest.mark.parametrize(("hours", "seconds"), [(1.0, 8.0), (0.05, 3.6)])

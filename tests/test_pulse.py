@@ -110,6 +110,31 @@ def test_workers_may_be_idle_while_a_batch_is_used(monkeypatch):
         assert judged.ended(judged.now + 5000) is None
 
 
+def test_what_the_main_thread_is_at_is_known_at_each_moment_of_a_batch(monkeypatch):
+    judged, seen = Judged(monkeypatch, 60.0), []
+
+    def note() -> None:
+        seen.append((judged.pulse._doing, judged.pulse._loading, judged.pulse._marks))
+
+    class Loader:
+        def __iter__(self):
+            note()
+            for batch in "ab":
+                note()
+                yield batch
+            note()
+
+    for _ in judged.pulse.watch(Loader(), "training"):
+        note()
+    note()
+    waiting, training = ("waiting for its loader", True), ("training", False)
+    assert [(doing, loading) for doing, loading, _ in seen] == [
+        waiting, waiting, training, waiting, training, waiting, training
+    ]  # fmt: skip
+    marks = [mark for _, _, mark in seen]
+    assert marks[1:] == sorted(set(marks))  # each is a sign that it moves on
+
+
 def test_a_process_that_was_suspended_accuses_nobody(monkeypatch):
     judged = Judged(monkeypatch, 60.0, ranks=2)
     judged.pulse.mark("waiting for its loader", loading=True)

@@ -248,9 +248,10 @@ def test_as_many_files_as_the_connections_take_are_enough(monkeypatch, rank, eac
             ranks._require_files(rank, 100)
 
 
-def test_counts_are_summed_exactly():
+def test_counts_are_summed_exactly_and_each_claim_is_granted_once():
     with ranks.join_ranks() as alone:
         assert alone.sum([2**40 + 1, 0.1]) == [2**40 + 1, 0.1]
+        assert [alone.claim(what) for what in ("error", "error", "warning", "error", "warning")] == [1, 0, 1, 0, 0]
 
 
 @pytest.fixture

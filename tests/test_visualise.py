@@ -124,6 +124,7 @@ def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config
     settings["run"]["dir"], settings["train"]["pictures"] = str(tmp_path), 2
+    settings["model"]["drop"] = 0.5  # of training alone
     config = parse(Config, settings, "the run's config")
     corpus, tokenizer = open_corpus(config.data.val, ShardStore()), open_tokenizer(config.data, config.model)
     drawn = draw_training(config, checkpoint.read_weights(path), corpus, tokenizer)

@@ -18,7 +18,7 @@ from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.card import model_card
 from m3ae_fast.weights.output_folder import read_tensors
-from m3ae_fast.weights.pretrained import Pretrained, check_weights, write_pretrained
+from m3ae_fast.weights.pretrained import Pretrained, check_weights, weights_digest, write_pretrained
 from tests.helpers.mae import MAE
 
 SIZES = {
@@ -174,6 +174,23 @@ def test_one_value_that_is_not_finite_is_found_in_any_weight(value, place):
         spoilt.view(-1)[place] = value
         with pytest.raises(UserError, match=f"here: {name} is not finite"):
             check_weights(model, state | {name: spoilt}, "here")
+
+
+def test_a_digest_is_of_every_value_and_name():
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
+    seen = {
+        weights_digest(state),
+        weights_digest({"a": state["a"]}),
+        weights_digest({"c": state["a"], "b": state["b"]}),
+    }
+    for name, tensor in state.items():
+        for place in range(tensor.numel()):
+            other = tensor.clone()
+            other.view(-1)[place] += 1
+            seen.add(weights_digest(state | {name: other}))
+    assert len(seen) == 3 + 9
+    copied = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in state.items()}
+    assert weights_digest(copied) in seen
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

@@ -5,6 +5,8 @@ import re
 import struct
 import sys
 import tarfile
+import warnings
+from functools import partial
 
 import datasets
 import numpy as np
@@ -17,7 +19,7 @@ from m3ae_fast.batch import bands, images
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.bands import read_npy, write_npy
 from m3ae_fast.batch.crops import centre_crop, random_crop, resize
-from m3ae_fast.batch.images import decode_image, format_of, size_of
+from m3ae_fast.batch.images import decode_image, format_of, pixels_of_bands, size_of
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.batch.normal import model_input, normalised, of_unit, to_unit
 from m3ae_fast.batch.packing import Geometry, Sample, pack
@@ -107,8 +109,11 @@ def test_pictures_are_kept_as_finely():
 
 def test_four_bands_are_no_transparency():
     four = LEVELS[..., :4]
-    for data in (write_npy(four), tiff(four, photometric="rgb", extrasamples=["unspecified"])):
+    with_fourth = tiff(four, photometric="rgb", extrasamples=["unspecified"])
+    for data in (write_npy(four), with_fourth):
         assert torch.equal(decode_image(data, 4), chw(four))
+    # to a model of colours it is a picture with something beside them
+    assert torch.equal(decode_image(with_fourth, 3), chw(four)[:3]) and len(decode_image(with_fourth, 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -229,6 +234,21 @@ def test_crops_and_flips_are_those_of_pictures():
         levels, deep = crop(chw(LEVELS), seed), crop((chw(LEVELS).int() * 257).to(torch.uint16), seed)
         assert deep.is_contiguous() and (deep.double() / 257 - levels.double()).abs().mean() < 1
     assert torch.equal(centre_crop(chw(DEEP), 20), chw(DEEP)[:, :, 2:22])
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("count", [1, BANDS])
+def test_pixels_may_be_changed_and_are_nobody_elses(name, count):
+    values = ARRAYS[name][..., :count].copy()
+    before, data = values.copy(), write_npy(values)
+    for read in (partial(pixels_of_bands, values), partial(decode_image, data)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch's, of memory that may not be written
+            found = read(count, "dtype", name)
+        expected = found.clone()
+        found.zero_()
+        assert np.array_equal(values, before) and torch.equal(read(count, "dtype", name), expected)
+        assert found.is_contiguous()
 
 
 def test_pixels_are_normalised_in_units_of_black_and_white():
