@@ -193,7 +193,7 @@ def _grids(model: M3AE, path: Path) -> list[Grid]:
 def _images(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
     """Say how many patches native images have, and how far micro-batches of a step differ in tokens."""
     patches = [rows * columns for rows, columns in batch.grids]
-    tokens_S = batch.decoder.cu_seqlens.diff().double()
+    tokens_S = torch.stack([part.cu_seqlens.diff() for part in batch.sequences]).sum(0).double()
     spread = (tokens_S.std(correction=0) / tokens_S.mean()).item() / math.sqrt(micro)
     return [
         ("patches per image", f"{sum(patches) / len(patches):,.1f} on average, from {min(patches)} to {max(patches)}"),

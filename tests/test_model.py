@@ -184,7 +184,7 @@ def test_pruned_last_block_equals_the_whole_one():
         if name.endswith("bias"):  # they begin as 0
             torch.nn.init.normal_(p)
     batch = pack(MIXED, model.geometry)
-    x = model.decoder_input(model.forward_encoder(batch), batch)
+    _, x = model.decoder_input(model.forward_encoder(batch), batch)
     chosen = model.decoder(x, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
     torch.testing.assert_close(chosen, model.decoder(x, batch.decoder, batch.draws)[batch.loss_rows])
 

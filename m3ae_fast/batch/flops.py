@@ -52,16 +52,21 @@ def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
     image, text = batch.image_row_weight > 0, batch.text_row_weight > 0
     patches, image_rows, text_rows = (int(real.sum()) for real in (batch.encoder_src >= 0, image, text))
     loss_M = batch.loss_rows[torch.cat((batch.image_rows[image], batch.text_rows[text]))]
-    keys_M = decoder.repeat_interleave(decoder)[loss_M]
+    keys_S = encoder if config.dec_attention == "cross" else decoder
+    keys_M = keys_S.repeat_interleave(decoder)[loss_M]
     embed = 2 * patches * config.patch_dim * config.emb_dim
     visible, rows, loss_rows = int(encoder.sum()), int(decoder.sum()), len(loss_M)
     width = config.dec_emb_dim
+    if config.dec_attention == "cross":
+        decoder_flops = config.dec_depth * _block(width, config.mlp_ratio, visible, loss_rows, int(keys_M.sum()))
+    else:
+        decoder_flops = (config.dec_depth - 1) * _block(width, config.mlp_ratio, rows, rows, _pairs(decoder))
+        decoder_flops += _block(width, config.mlp_ratio, rows, loss_rows, int(keys_M.sum()))
     forward = (
         embed
         + config.depth * _block(config.emb_dim, config.mlp_ratio, visible, visible, _pairs(encoder))
         + 2 * visible * config.emb_dim * width
-        + (config.dec_depth - 1) * _block(width, config.mlp_ratio, rows, rows, _pairs(decoder))
-        + _block(width, config.mlp_ratio, rows, loss_rows, int(keys_M.sum()))
+        + decoder_flops
         + _heads(config, image_rows, text_rows)
     )
     return 3 * forward - embed

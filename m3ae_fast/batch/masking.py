@@ -19,3 +19,14 @@ def draw_mask(length: int, ratio: float, generator: torch.Generator | None = Non
     mask = np.ones(length, dtype=bool)
     mask[noise.argsort()[: kept(length, ratio)]] = False
     return torch.from_numpy(mask)
+
+
+def draw_predicted(mask: Tensor, fraction: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return a random choice of the masked tokens, bool [length]: a `fraction` of them, rounded, and at least one if
+    any is masked."""
+    masked = mask.numpy().nonzero()[0]
+    wanted = max(round(fraction * len(masked)), min(len(masked), 1))
+    noise = torch.rand(len(masked), dtype=torch.float64, generator=generator).numpy()
+    predicted = np.zeros(len(mask), dtype=bool)
+    predicted[masked[noise.argsort()[:wanted]]] = True
+    return torch.from_numpy(predicted)

@@ -70,6 +70,12 @@ class PackedBatch:
     skipped: tuple[Any, ...] = ()  # samples the loader could not use
     flops: float | None = None  # that a step spends on the samples, where the loader has counted them
 
+    @property
+    def sequences(self) -> tuple[Segments, ...]:
+        """Return segments that together have each token of encoder and decoder once."""
+        crosses = self.decoder.rows == self.loss.rows  # else the decoder has at least a cls beside them
+        return (self.encoder, self.decoder) if crosses else (self.decoder,)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 

@@ -3,7 +3,8 @@
 Shapes: S samples, P samples and segments of padding, B images, L patches of an image, T encoder rows, U decoder rows,
 M decoder rows that carry loss, I of them patches, W of them text tokens.
 
-A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text].
+A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text], or,
+for a decoder with cross-attention, the rows that carry loss alone.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ class Geometry:
     image_mean: tuple[float, ...] = ()  # of the images, per channel
     image_std: tuple[float, ...] = ()
     native: Native | None = None  # how large images are that keep their aspect ratio; None: they are square
+    cross: bool = False  # decoder rows attend to the encoder's rows, and are only those that carry loss
 
     @classmethod
     def of(cls, config: ModelConfig) -> Geometry:
         """Return the geometry of a model, without its losses."""
         sizes = (config.image_size, config.patch_size, config.channels, config.text_length)
         same = ("image_range", "image_dtype", "image_mean", "image_std")
-        return cls(*sizes, **{name: getattr(config, name) for name in same}, native=Native.of(config))
+        cross = config.dec_attention == "cross"
+        return cls(*sizes, **{name: getattr(config, name) for name in same}, native=Native.of(config), cross=cross)
 
     @property
     def patches_per_image(self) -> int:
@@ -92,6 +95,8 @@ class Sample:
     draw: int = -1  # 31 bits that random numbers of its forward pass depend on alone; -1: on torch's generator
     position: int | None = None  # in the training stream
     image_ids: Tensor | None = None  # int [L], where the image targets are token ids and known
+    image_predicted: Tensor | None = None  # bool [L]: the masked patches that are predicted; None: all of them
+    text_predicted: Tensor | None = None  # bool [n]: the masked text tokens that are predicted; None: all of them
 
 
 FEWEST_ROWS, FINENESS = 64, 128  # rows are rounded up to a multiple of 64, of large batches to less than 1/128 more
@@ -120,16 +125,13 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
     """
     size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]
-    layout = _layout(checked, geometry, size)
+    layout = _layout(checked, geometry, int if geometry.cross else size)
     encoder, encoder_rows = _encoder_rows(layout, len(samples), size)
-    decoder_rows = {
-        "decoder_src": np.where(layout.visible_U, np.cumsum(layout.visible_U) - 1, -1),
-        "mask_ids": np.where(layout.masked_U, layout.text_U, -1),
-        "decoder_table_ids": layout.table_U,
-    }
-    loss, counts, loss_rows, weights = _loss(samples, layout, geometry, size)
-    targets = _image_targets(samples, loss_rows["image_patch_ids"], weights["image_row_weight"])
-    rows = {**encoder_rows, **decoder_rows, **loss_rows, "image_targets": targets}
+    counts, terms = _loss_terms(samples, layout, geometry)
+    decoder_part = _queries(layout, terms, len(encoder.cu_seqlens) - 1, size) if geometry.cross else None
+    decoder, loss, decoder_rows, weights = decoder_part or _all_rows(layout, terms, size)
+    targets = _image_targets(samples, decoder_rows["image_patch_ids"], weights["image_row_weight"])
+    rows = {**encoder_rows, **decoder_rows, "image_targets": targets}
     rows["draws"] = np.array([sample.draw for sample in samples], np.int64)
     index: dict[str, Any] = {name: torch.from_numpy(array).to(torch.int32) for name, array in rows.items()}
     for part, ids in (("encoder", "token"), ("decoder", "mask")):
@@ -140,7 +142,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         images=_images(samples, geometry),
         grids=[sample.grid for sample in checked if sample.grid is not None],
         encoder=encoder,
-        decoder=_segments(layout.rows_P),
+        decoder=decoder,
         loss=loss,
         captions=sum(sample.tokens is not None for sample in samples),
         counts=counts,
@@ -169,32 +171,46 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
     S = len(checked)
     patches_S = _lengths(sample.image_mask for sample in checked)
     tokens_S = _lengths(sample.text_mask for sample in checked)
-    images = _with_loss([sample.image_mask for sample in checked], geometry.image_all_tokens)
-    texts = _with_loss([sample.text_mask for sample in checked], geometry.text_all_tokens)
     rows_S = 1 + patches_S + tokens_S
-    rows_P = _padded(rows_S, max(size(int(rows_S.sum())), size(images) + size(texts)))
-    patches_P = np.concatenate((patches_S, np.zeros(len(rows_P) - S, np.int64)))
-    sample_U = np.repeat(np.arange(len(rows_P)), rows_P)
-    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_P) - rows_P)[sample_U]  # 0 cls, then patches, then text
-    real_U = sample_U < S
-    patch_U = (position_U > 0) & (position_U <= patches_P[sample_U])
-    text_U = real_U & (position_U > patches_P[sample_U])
-    masked_U = np.zeros(len(sample_U), bool)
-    masked_U[real_U] = _flat([part for s in checked for part in (_CLS, s.image_mask, s.text_mask)], bool)
+    sample_U = np.repeat(np.arange(S), rows_S)
+    position_U = np.arange(len(sample_U)) - (np.cumsum(rows_S) - rows_S)[sample_U]  # 0 cls, then patches, then text
+    patch_U = (position_U > 0) & (position_U <= patches_S[sample_U])
+    text_U = position_U > patches_S[sample_U]
+    masked_U = _flat([part for s in checked for part in (_CLS, s.image_mask, s.text_mask)], bool)
+    left_out_U = _flat([part for s in checked for part in (_CLS, s.image_left_out, s.text_left_out)], bool)
     token_U = np.full(len(sample_U), -1)
     token_U[text_U] = _flat([sample.tokens for sample in checked], np.int64)
     place_U, length = position_U - 1, geometry.patches_per_image
     if geometry.native is not None:
-        first_P, step_P, columns_P = np.ones((3, len(rows_P)), np.int64)
-        with_image = np.flatnonzero(patches_P)
+        first_S, step_S, columns_S = np.ones((3, S), np.int64)
+        with_image = np.flatnonzero(patches_S)
         grids = [sample.grid for sample in checked if sample.grid is not None]
-        first_P[with_image], step_P[with_image], length = geometry.native.places(grids)
-        columns_P[with_image] = [columns for _, columns in grids]
-        row_U, column_U = np.divmod(place_U, columns_P[sample_U])
-        place_U = np.where(patch_U, first_P[sample_U] + row_U * step_P[sample_U] + column_U, place_U)
-    table_U = np.where(text_U, length + position_U - 1 - patches_P[sample_U], np.where(real_U, place_U, -1))
-    visible_U, patch_id_U = real_U & ~masked_U, np.cumsum(patch_U) - 1
-    return _Layout(rows_P, sample_U, patch_U, text_U, masked_U, visible_U, patch_id_U, token_U, table_U)
+        first_S[with_image], step_S[with_image], length = geometry.native.places(grids)
+        columns_S[with_image] = [columns for _, columns in grids]
+        row_U, column_U = np.divmod(place_U, columns_S[sample_U])
+        place_U = np.where(patch_U, first_S[sample_U] + row_U * step_S[sample_U] + column_U, place_U)
+    table_U = np.where(text_U, length + position_U - 1 - patches_S[sample_U], place_U)
+    patch_id_U = np.cumsum(patch_U) - 1
+    rows = sample_U, patch_U, text_U, masked_U, ~masked_U, patch_id_U, token_U, table_U
+    if left_out_U.any():
+        rows = tuple(values_U[~left_out_U] for values_U in rows)  # type: ignore[assignment]
+    sample_U, patch_U, text_U, masked_U, visible_U, patch_id_U, token_U, table_U = rows
+
+    images = int(np.count_nonzero(patch_U & (masked_U | geometry.image_all_tokens)))
+    texts = int(np.count_nonzero(text_U & (masked_U | geometry.text_all_tokens)))
+    rows_P = _padded(np.bincount(sample_U, minlength=S), max(size(len(sample_U)), size(images) + size(texts)))
+    padded = partial(_extended, size=int(rows_P.sum()))
+    return _Layout(
+        rows_P=rows_P,
+        sample_U=np.repeat(np.arange(len(rows_P)), rows_P),
+        patch_U=padded(patch_U, fill=False),
+        text_U=padded(text_U, fill=False),
+        masked_U=padded(masked_U, fill=False),
+        visible_U=padded(visible_U, fill=False),
+        patch_id_U=padded(patch_id_U, fill=0),
+        token_U=padded(token_U, fill=-1),
+        table_U=padded(table_U, fill=-1),
+    )
 
 
 def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> tuple[Segments, dict[str, np.ndarray]]:
@@ -212,41 +228,106 @@ def _encoder_rows(layout: _Layout, samples: int, size: Callable[[int], int]) -> 
     }
 
 
-def _loss(
-    samples: Sequence[Sample], layout: _Layout, geometry: Geometry, size: Callable[[int], int]
-) -> tuple[Segments, LossCounts, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the segments of rows that carry loss, what the losses are means over, their indices and their weights."""
+class _LossTerms(NamedTuple):
+    """The rows of a layout that carry loss, and their weights."""
+
+    image_U: np.ndarray  # bool
+    text_U: np.ndarray  # bool
+    image_weight_U: np.ndarray  # float64, 0 for rows without this loss; so the next two
+    text_weight_U: np.ndarray
+    text_mean_weight_U: np.ndarray
+
+
+def _loss_terms(samples: Sequence[Sample], layout: _Layout, geometry: Geometry) -> tuple[LossCounts, _LossTerms]:
+    """Return the denominators of the losses, and the rows that carry loss with their weights."""
     sample_U = layout.sample_U
-    image_loss_U = layout.patch_U & (layout.masked_U | geometry.image_all_tokens)
-    text_loss_U = layout.text_U & (layout.masked_U | geometry.text_all_tokens)
+    image_U = layout.patch_U & (layout.masked_U | geometry.image_all_tokens)
+    text_U = layout.text_U & (layout.masked_U | geometry.text_all_tokens)
     count = partial(np.bincount, minlength=len(layout.rows_P))
-    image_loss_P, text_loss_P = count(sample_U[image_loss_U]), count(sample_U[text_loss_U])
+    image_P, text_P = count(sample_U[image_U]), count(sample_U[text_U])
     if geometry.loss_per_batch:
-        counts = LossCounts(float(image_loss_P.sum()), float(text_loss_P.sum()))
+        counts = LossCounts(float(image_P.sum()), float(text_P.sum()))
         per_image_P = per_caption_P = np.ones(len(layout.rows_P))
     else:
         images, captions = (sum(getattr(s, name) is not None for s in samples) for name in ("image", "tokens"))
         counts = LossCounts(float(images), float(captions))
-        per_image_P, per_caption_P = (1 / np.maximum(n, 1) for n in (image_loss_P, text_loss_P))
+        per_image_P, per_caption_P = (1 / np.maximum(n, 1) for n in (image_P, text_P))
     weight_P = np.ones(len(layout.rows_P))
     weight_P[: len(samples)] = [sample.loss_weight for sample in samples]
-    image_I, text_W = _loss_rows(image_loss_U, text_loss_U, size)
+    return counts, _LossTerms(
+        image_U,
+        text_U,
+        image_U * (weight_P * per_image_P)[sample_U],
+        text_U * (weight_P * per_caption_P)[sample_U],
+        text_U * per_caption_P[sample_U],
+    )
+
+
+_DecoderPart = tuple[Segments, Segments, dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+def _all_rows(layout: _Layout, terms: _LossTerms, size: Callable[[int], int]) -> _DecoderPart:
+    """Return the decoder's segments, those of its rows that carry loss, and the indices and weights of both, for a
+    decoder that takes all rows of the layout."""
+    image_I, text_W = _loss_rows(terms.image_U, terms.text_U, size)
     loss_M = np.sort(np.concatenate((image_I, text_W)))
-    row_in_M = np.zeros(len(sample_U), np.int64)
+    row_in_M = np.zeros(len(layout.sample_U), np.int64)
     row_in_M[loss_M] = np.arange(len(loss_M))
     rows = {
+        "decoder_src": np.where(layout.visible_U, np.cumsum(layout.visible_U) - 1, -1),
+        "mask_ids": np.where(layout.masked_U, layout.text_U, -1),
+        "decoder_table_ids": layout.table_U,
         "loss_rows": loss_M,
         "image_rows": row_in_M[image_I],
-        "image_patch_ids": np.maximum(layout.patch_id_U, 0)[image_I],  # where the weight is 0, any
         "text_rows": row_in_M[text_W],
-        "text_targets": np.maximum(layout.token_U, 0)[text_W],
     }
-    weights = {
-        "image_row_weight": image_loss_U[image_I] * (weight_P * per_image_P)[sample_U[image_I]],
-        "text_row_weight": text_loss_U[text_W] * (weight_P * per_caption_P)[sample_U[text_W]],
-        "text_row_mean_weight": text_loss_U[text_W] * per_caption_P[sample_U[text_W]],
+    loss_P = np.bincount(layout.sample_U[loss_M], minlength=len(layout.rows_P))
+    targets, weights = _targets(layout, terms, image_I, text_W)
+    return _segments(layout.rows_P), _segments(loss_P), rows | targets, weights
+
+
+def _queries(layout: _Layout, terms: _LossTerms, segments: int, size: Callable[[int], int]) -> _DecoderPart:
+    """Return the same as `_all_rows` for a decoder that takes only the rows that carry loss, as queries for the
+    encoder's rows, which have so many `segments`. Rows of padding, of weight 0, lie evenly behind the samples' own."""
+    loss_U = np.flatnonzero(terms.image_U | terms.text_U)
+    images, texts = (int(np.count_nonzero(part_U)) for part_U in (terms.image_U, terms.text_U))
+    more_images, padding = size(images) - images, size(images) - images + size(texts) - texts
+    sample_M = np.concatenate((layout.sample_U[loss_U], np.arange(padding) * len(layout.rows_P) // max(padding, 1)))
+    order_M = sample_M.argsort(kind="stable")
+    row_M = _extended(loss_U, len(sample_M), -1)[order_M]  # of the layout; -1: padding
+    for_image_M = np.concatenate((terms.image_U[loss_U], np.arange(padding) < more_images))[order_M]
+    image_rows, text_rows = np.flatnonzero(for_image_M), np.flatnonzero(~for_image_M)
+    rows = {
+        "decoder_src": np.full(len(row_M), -1),
+        "mask_ids": _taken(layout.text_U.astype(np.int64), row_M, -1),
+        "decoder_table_ids": _taken(layout.table_U, row_M, -1),
+        "loss_rows": np.arange(len(row_M)),
+        "image_rows": image_rows,
+        "text_rows": text_rows,
     }
-    return _segments(count(sample_U[loss_M])), counts, rows, weights
+    part = _segments(np.bincount(sample_M, minlength=segments))
+    targets, weights = _targets(layout, terms, row_M[image_rows], row_M[text_rows])
+    return part, part, rows | targets, weights
+
+
+def _targets(
+    layout: _Layout, terms: _LossTerms, image_I: np.ndarray, text_W: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the targets and weights of rows of the layout, -1 for padding; where the weight is 0, any target."""
+    targets = {
+        "image_patch_ids": np.maximum(_taken(layout.patch_id_U, image_I, 0), 0),
+        "text_targets": np.maximum(_taken(layout.token_U, text_W, 0), 0),
+    }
+    return targets, {
+        "image_row_weight": _taken(terms.image_weight_U, image_I, 0),
+        "text_row_weight": _taken(terms.text_weight_U, text_W, 0),
+        "text_row_mean_weight": _taken(terms.text_mean_weight_U, text_W, 0),
+    }
+
+
+def _taken(values_U: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
+    """Return `values_U[rows]`, and `fill` for rows -1."""
+    return np.append(values_U, np.array([fill], values_U.dtype))[rows]
 
 
 def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
@@ -271,6 +352,8 @@ class _Checked(NamedTuple):
     text_mask: np.ndarray
     tokens: np.ndarray
     grid: Grid | None  # None without an image
+    image_left_out: np.ndarray  # masked and not predicted
+    text_left_out: np.ndarray
 
 
 def _check(sample: Sample, geometry: Geometry) -> _Checked:
@@ -293,7 +376,19 @@ def _check(sample: Sample, geometry: Geometry) -> _Checked:
         text_mask, tokens = sample.text_mask.numpy(), sample.tokens.numpy()  # type: ignore[union-attr]
         if tokens.ndim != 1 or tokens.shape != text_mask.shape or len(tokens) > geometry.text_length:
             raise ValueError(f"{sample.key}: tokens {tokens.shape} and text_mask {text_mask.shape} do not fit")
-    return _Checked(image_mask, text_mask, tokens, grid)
+    image_left_out = _left_out(sample.key, "image_predicted", image_mask, sample.image_predicted)
+    text_left_out = _left_out(sample.key, "text_predicted", text_mask, sample.text_predicted)
+    return _Checked(image_mask, text_mask, tokens, grid, image_left_out, text_left_out)
+
+
+def _left_out(key: str, name: str, mask: np.ndarray, predicted: Tensor | None) -> np.ndarray:
+    """Return which masked tokens are not predicted. Raises ValueError if `predicted` does not fit the mask."""
+    if predicted is None:
+        return np.zeros(len(mask), dtype=bool)
+    wanted = predicted.numpy()
+    if wanted.shape != mask.shape or (wanted & ~mask).any():
+        raise ValueError(f"{key}: {name} has shape {wanted.shape}, or names a token that is not masked")
+    return mask & ~wanted
 
 
 def _images(samples: Sequence[Sample], geometry: Geometry) -> Tensor:
@@ -324,11 +419,6 @@ def _flat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
 def _segments(lengths_S: np.ndarray) -> Segments:
     ends = np.concatenate(([0], np.cumsum(lengths_S)))
     return Segments(torch.from_numpy(ends.astype(np.int32)), int(lengths_S.max(initial=0)), int(ends[-1]))
-
-
-def _with_loss(masks: list[np.ndarray], all_tokens: bool) -> int:
-    """Return how many tokens carry loss."""
-    return sum(len(mask) if all_tokens else int(np.count_nonzero(mask)) for mask in masks)
 
 
 def _padded(lengths_S: np.ndarray, rows: int) -> np.ndarray:

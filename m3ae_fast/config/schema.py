@@ -80,6 +80,9 @@ class ModelConfig(Section):
     """Number of decoder blocks."""
     dec_num_heads: Size = 16
     """Number of attention heads of a decoder block."""
+    dec_attention: Literal["self", "cross"] = "self"
+    """Attention of the decoder: `self`, among visible and masked tokens, as in the official M3AE; or `cross`, from each
+    masked token to the encoder's output alone (CrossMAE, arXiv 2401.14391), which costs less."""
     mlp_ratio: float = Field(4, gt=0, le=64)
     """Hidden width of a block's MLP, as a multiple of its width."""
     output_head_depth: int = Field(0, ge=0, le=1024)
@@ -229,6 +232,11 @@ class MaskingConfig(Section):
     """Fraction of the patches that are masked."""
     text_ratio: float = Field(0.75, ge=0, le=1)
     """Fraction of the text tokens that are masked."""
+    image_predicted: float = Field(1.0, gt=0, le=1)
+    """Fraction of the masked patches that are predicted, and so enter decoder and loss, in training. Evaluations and
+    reconstructions predict all. Below 1 meant for `model.dec_attention: cross`: with `self` the features get worse."""
+    text_predicted: float = Field(1.0, gt=0, le=1)
+    """Fraction of the masked text tokens that are predicted in training, as `image_predicted`."""
     per: Literal["sample", "batch"] = "sample"
     """Masks drawn: one per sample, or one for the whole batch, as in the official code."""
 
@@ -590,6 +598,11 @@ class Config(Section):
             raise ValueError("data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN")
         if discrete and self.loss.norm_pix:
             raise ValueError("loss.norm_pix needs pixel targets, but model.image_targets is vqgan")
+        if self.model.dec_attention == "cross" and (self.loss.image_all_tokens or self.loss.text_all_tokens):
+            raise ValueError(
+                "model.dec_attention cross predicts masked tokens alone: set loss.image_all_tokens and "
+                "loss.text_all_tokens to false, or model.dec_attention to self"
+            )
         if self.data.image_tokens == "shards" and self.data.repeats > 1:
             raise ValueError(
                 "data.repeats: images with ids in the shards have one crop each; tokenize-images --views makes more"

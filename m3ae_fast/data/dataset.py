@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from m3ae_fast.batch.bad_samples import BadSample, Skipped
 from m3ae_fast.batch.crops import random_crop, whole_view
 from m3ae_fast.batch.images import decode_image
-from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.masking import draw_mask, draw_predicted
 from m3ae_fast.batch.normal import model_input
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
@@ -33,7 +33,7 @@ from m3ae_fast.vqgan.model import VQGAN
 
 UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)
 # What a random number is for, so that no two uses share a stream.
-_CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD = range(5)
+_CROP, _MASK, _BATCH_MASK, _TRANSFORM, _FORWARD, _PREDICTED_PATCHES, _PREDICTED_TOKENS = range(7)
 
 # uint8 [C, H, W] and a seed -> the same shape; all that it draws comes from the seed
 Transform = Callable[[Tensor, int], Tensor]
@@ -135,6 +135,8 @@ class Samples(Dataset[Sample | Skipped]):
                 position=position,
                 image_ids=ids,
             )
+            fraction = self.preparation.masking.text_predicted
+            sample.text_predicted = self._predicted(sample.text_mask, fraction, (_PREDICTED_TOKENS, *_key(place, view)))
             samples.append(sample)
         return _Draft(samples, views, image, place, partial(Skipped, name, key))
 
@@ -156,6 +158,8 @@ class Samples(Dataset[Sample | Skipped]):
                 rows, columns = geometry.grid(sample.image)
                 assert sample.position is not None
                 sample.image_mask = self._image_mask(rows * columns, key, sample.position // self.positions_per_mask)
+            fraction = self.preparation.masking.image_predicted
+            sample.image_predicted = self._predicted(sample.image_mask, fraction, (_PREDICTED_PATCHES, *key))
         return draft.samples
 
     def _tokens(self, caption: str) -> Tensor:
@@ -204,6 +208,12 @@ class Samples(Dataset[Sample | Skipped]):
         masking = self.preparation.masking
         generator = self._seeded(_MASK, *key) if masking.per == "sample" else self._seeded(_BATCH_MASK, batch)
         return draw_mask(patches, masking.image_ratio, generator)
+
+    def _predicted(self, mask: Tensor | None, fraction: float, key: tuple[int, ...]) -> Tensor | None:
+        """Draw the masked tokens that are predicted in training; None: all, as in an evaluation."""
+        if mask is None or fraction == 1 or self.augment is None:
+            return None
+        return draw_predicted(mask, fraction, self._seeded(*key))
 
     def _seeded(self, *key: int) -> torch.Generator:
         # torch's generator takes 32 bits of a seed

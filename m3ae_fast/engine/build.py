@@ -15,7 +15,7 @@ from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.transformer import Transformer
+from m3ae_fast.model.transformer import Blocks
 from m3ae_fast.process.ranks import Ranks
 
 
@@ -38,7 +38,7 @@ def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
 def make_engine(
     model: nn.Module,
     groups: list[dict],
-    transformers: Sequence[Transformer],
+    transformers: Sequence[Blocks],
     loop: TransformerLoopConfig,
     optim: OptimConfig,
     deepspeed: DeepSpeedConfig | None,
@@ -53,7 +53,7 @@ def make_engine(
         groups: the optimiser's, of all parameters.
         deepspeed: None: plain torch.
         ema: decay of the weights' moving average in the optimiser's state; None: none.
-        keep_activations: all of them; else compiled blocks make some again, see `Transformer.compile_blocks`.
+        keep_activations: all of them; else compiled blocks make some again, see `Blocks.compile_blocks`.
 
     Raises:
         UserError: the config asks for what this machine lacks.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from m3ae_fast.batch.grids import Grid
-from m3ae_fast.batch.masking import draw_mask
+from m3ae_fast.batch.masking import draw_mask, draw_predicted
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config, TransformerLoopConfig
@@ -72,18 +72,21 @@ def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = No
         shape = m.channels, rows * m.patch_size, columns * m.patch_size
         sample = Sample("typical", torch.zeros((), dtype=getattr(torch, model.config.image_dtype)).expand(shape))
         sample.image_mask = draw_mask(rows * columns, masking.image_ratio, generator)
+        sample.image_predicted = draw_predicted(sample.image_mask, masking.image_predicted, generator)
         if m.vocab_size:
             sample.tokens = torch.zeros(caption_tokens(config), dtype=torch.int64)
             sample.text_mask = draw_mask(len(sample.tokens), masking.text_ratio, generator)
+            sample.text_predicted = draw_predicted(sample.text_mask, masking.text_predicted, generator)
         samples.append(sample)
     return pack(samples, model.geometry)
 
 
 def activation_bytes(config: Config, batch: PackedBatch) -> float:
     """Return bytes of a batch: a block keeps, per row of width D, 2 norms, q, k, v, attention, 2 residual sums, and the
-    MLP's hidden twice."""
+    MLP's hidden twice; a decoder with cross-attention, keys and values of the encoder's rows for each block."""
     m = config.model
     size = 2 if in_bf16(config) else 4
     kept = 1 if config.train.activation_checkpointing else 8 + 2 * m.mlp_ratio
     blocks = m.depth * batch.encoder.rows * m.emb_dim + m.dec_depth * batch.decoder.rows * m.dec_emb_dim
-    return size * kept * blocks
+    keys_and_values = 2 * m.dec_depth * batch.encoder.rows * m.dec_emb_dim if m.dec_attention == "cross" else 0
+    return size * (kept * blocks + keys_and_values)

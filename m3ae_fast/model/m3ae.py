@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model.cross_decoder import CrossDecoder
 from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_options
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
@@ -49,8 +50,10 @@ class DecoderInput(nn.Module):
         self.proj = nn.Linear(config.emb_dim, dim)
         self.unshuffle = Unshuffle(config, dim)
 
-    def forward(self, encoded_TD: Tensor, batch: PackedBatch) -> Tensor:
-        return self.unshuffle(self.proj(encoded_TD), batch)
+    def forward(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return the encoder's rows at the decoder's width, [T, E], and the decoder's rows, [U, E]."""
+        encoded_TE = self.proj(encoded_TD)
+        return encoded_TE, self.unshuffle(encoded_TE, batch)
 
 
 class Unshuffle(nn.Module):
@@ -100,9 +103,11 @@ class M3AE(MultimodalEncoder):
         head_depth, width = config.output_head_depth, config.dec_emb_dim
 
         self.decoder_input = DecoderInput(config)
-        self.decoder = Transformer(
-            width, config.dec_depth, config.dec_num_heads, config.mlp_ratio, gelu=config.gelu, drop_key=1, **drops
-        )
+        if config.dec_attention == "cross" and (self.loss_config.image_all_tokens or self.loss_config.text_all_tokens):
+            raise ValueError("a decoder with cross-attention predicts masked tokens alone, not all tokens")
+        decoder = CrossDecoder if config.dec_attention == "cross" else Transformer
+        sizes = width, config.dec_depth, config.dec_num_heads, config.mlp_ratio
+        self.decoder: CrossDecoder | Transformer = decoder(*sizes, gelu=config.gelu, drop_key=1, **drops)
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head: MaskedPixelLoss | MaskedTokenLoss
         if config.image_targets == "vqgan":
@@ -112,6 +117,11 @@ class M3AE(MultimodalEncoder):
         self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
         self.text_head = MaskedTokenLoss(width, config.vocab_size) if config.vocab_size else None
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if isinstance(self.decoder, CrossDecoder):
+            self.decoder.reset_keys_and_values()
 
     @property
     def geometry(self) -> Geometry:
@@ -125,8 +135,11 @@ class M3AE(MultimodalEncoder):
 
     def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Return hidden rows of the two heads, [I, E] and [W, E]: only rows that carry loss are computed to the end."""
-        x_UE = self.decoder_input(encoded_TD, batch)
-        x_ME = self.decoder(x_UE, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
+        encoded_TE, x_UE = self.decoder_input(encoded_TD, batch)
+        if isinstance(self.decoder, CrossDecoder):  # all of its rows carry loss
+            x_ME = self.decoder(x_UE, encoded_TE, batch.encoder, batch.loss, batch.draws)
+        else:
+            x_ME = self.decoder(x_UE, batch.decoder, batch.draws, batch.loss_rows, batch.loss)
         return head_inputs(
             x_ME,
             norm=self.decoder.norm,

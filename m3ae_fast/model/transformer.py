@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -174,8 +174,48 @@ def _source_tag() -> str:
     return f"m3ae_fast-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
 
 
-class Transformer(nn.Module):
-    """Blocks and the final norm, which the caller applies to the rows it wants."""
+class Blocks(nn.Module):
+    """A stack of blocks, compiled and checkpointed alike, and the final norm, which the caller applies to the rows it
+    wants."""
+
+    def __init__(self, blocks: Iterable[nn.Module], dim: int, drop_path: float, drop_key: int) -> None:
+        """Take the blocks. `drop_key`: see `drop_path_factors`."""
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RowNorm(dim, eps=EPS)
+        self.checkpointing = False
+        self.drop_path, self.drop_key = drop_path, drop_key
+
+    def factors(self, draws_S: Tensor) -> list[Tensor | None]:
+        """Return the factors of stochastic depth of each block's two branches, [2, S]; None if there is none."""
+        if not (self.drop_path and self.training):
+            return [None] * len(self.blocks)
+        return list(drop_path_factors(draws_S, 2 * len(self.blocks), self.drop_path, self.drop_key).split(2))
+
+    def compile_blocks(self, samples: int = 0, keep_activations: bool = False) -> None:
+        """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. Of `samples` a
+        micro-batch: sums over rows are compiled for about as many as the first batch has, which torch's cache of
+        compiled graphs does not know.
+
+        Without `keep_activations` the backward pass recomputes GELU and LayerNorm outputs: half the activation memory,
+        on a CPU at no measurable time, since they fuse with what reads them. A GPU writes them to memory again.
+        """
+        budget = 1.0 if keep_activations else MEMORY_BUDGET
+        if budget != torch._functorch.config.activation_memory_budget:
+            torch._dynamo.reset()  # graphs of an earlier engine, which equal blocks would share
+        torch._functorch.config.activation_memory_budget = budget
+        torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
+        for block in self.blocks:
+            block.compile(dynamic=True)
+
+    def _run(self, block: nn.Module, *args) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class Transformer(Blocks):
+    """Blocks of self-attention."""
 
     def __init__(
         self,
@@ -191,11 +231,8 @@ class Transformer(nn.Module):
         drop_key: int = 0,
     ) -> None:
         """Build the blocks. `drop_key`: see `drop_path_factors`."""
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
-        self.norm = RowNorm(dim, eps=EPS)
-        self.checkpointing = False
-        self.drop_path, self.drop_key = drop_path, drop_key
+        blocks = (Block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
+        super().__init__(blocks, dim, drop_path, drop_key)
 
     def forward(
         self,
@@ -219,31 +256,8 @@ class Transformer(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield what each block gives, [T, D], the last one as `forward` does."""
         *body, last = self.blocks
-        factors = [None] * len(self.blocks)
-        if self.drop_path and self.training:
-            factors = list(drop_path_factors(draws_S, 2 * len(self.blocks), self.drop_path, self.drop_key).split(2))
+        factors = self.factors(draws_S)
         for block, factors_2S in zip(body, factors):
             x_TD = self._run(block, x_TD, segments, None, None, factors_2S)
             yield x_TD
         yield self._run(last, x_TD, segments, rows_M, queries, factors[-1])
-
-    def compile_blocks(self, samples: int = 0, keep_activations: bool = False) -> None:
-        """Compile the blocks with torch.compile, for any number of rows; equal blocks share one graph. Of `samples` a
-        micro-batch: sums over rows are compiled for about as many as the first batch has, which torch's cache of
-        compiled graphs does not know.
-
-        Without `keep_activations` the backward pass recomputes GELU and LayerNorm outputs: half the activation memory,
-        on a CPU at no measurable time, since they fuse with what reads them. A GPU writes them to memory again.
-        """
-        budget = 1.0 if keep_activations else MEMORY_BUDGET
-        if budget != torch._functorch.config.activation_memory_budget:
-            torch._dynamo.reset()  # graphs of an earlier engine, which equal blocks would share
-        torch._functorch.config.activation_memory_budget = budget
-        torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
-        for block in self.blocks:
-            block.compile(dynamic=True)
-
-    def _run(self, block: nn.Module, *args) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)

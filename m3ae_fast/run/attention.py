@@ -67,11 +67,15 @@ class RunAttention:
         return True
 
     def _sizes(self) -> dict[str, tuple[int, int, int]]:
-        """Return by part of the network heads, values a head, and rows of a whole sample."""
+        """Return by part of the network heads, values a head, and keys of a whole sample."""
         c, masking = self.config, self.masking
         patches, tokens = c.most_patches, c.text_length if c.vocab_size else 0
         visible, rows = 1 + kept(patches, masking.image_ratio) + kept(tokens, masking.text_ratio), 1 + patches + tokens
         return {
             "encoder": (c.num_heads, c.emb_dim // c.num_heads, visible),
-            "decoder": (c.dec_num_heads, c.dec_emb_dim // c.dec_num_heads, rows),
+            "decoder": (
+                c.dec_num_heads,
+                c.dec_emb_dim // c.dec_num_heads,
+                visible if c.dec_attention == "cross" else rows,
+            ),
         }

@@ -23,7 +23,7 @@ class StepCounts(NamedTuple):
     loss_image: float  # what the losses are means over
     loss_text: float
     skipped: float  # samples that could not be used
-    tokens: float  # rows of cls, patches and text tokens, visible or masked
+    tokens: float  # cls, visible tokens, and masked tokens that the decoder takes
     flops: float  # executed, forward and backward
 
     @classmethod
@@ -38,8 +38,9 @@ class StepCounts(NamedTuple):
 
 
 def _tokens(batch: PackedBatch) -> int:
-    """Return the number of decoder rows, without padding."""
-    return int(batch.decoder.cu_seqlens[len(batch.keys)])
+    """Return the number of tokens that encoder and decoder see, each once, without padding."""
+    visible = int(batch.encoder.cu_seqlens[len(batch.keys)])
+    return visible + int((batch.mask_ids >= 0).sum())
 
 
 class Throughput:

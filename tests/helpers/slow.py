@@ -47,6 +47,7 @@ SLOW = (
     "test_config.py::test_resuming_a_finished_run_says_so",
     "test_config.py::test_weights_that_are_not_finite_are_not_saved",
     "test_cpu_attention.py::test_a_damaged_library_is_built_again",
+    "test_cross_decoder.py::test_the_curve_is_the_same_on_two_ranks_and_after_a_resume",
     "test_diagnosis.py::test_a_broken_run_is_named",
     "test_diagnosis.py::test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not",
     "test_elastic.py",

@@ -1,0 +1,100 @@
+"""The decoder of CrossMAE (arXiv 2401.14391): masked tokens attend to the encoder's output, and not to each other.
+
+Shapes: T rows of the encoder, M rows that are predicted, E decoder width, H heads of size d, S samples, B blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from m3ae_kernels import packed_attention
+from m3ae_kernels.attention import Segments
+from m3ae_kernels.cpu.linear import Linear
+from m3ae_kernels.cpu.norm import LayerNorm
+from torch import Tensor, nn
+
+from m3ae_fast.model.transformer import EPS, MLP, Blocks, Gelu, drop_path
+
+
+class CrossAttention(nn.Module):
+    """Attention of some rows to others, whose keys and values are given."""
+
+    def __init__(self, dim: int, num_heads: int, att_drop: float, drop: float) -> None:
+        super().__init__()
+        self.num_heads, self.att_drop = num_heads, att_drop
+        self.q, self.proj = Linear(dim, dim), Linear(dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x_ME: Tensor, kv_TX: Tensor, keys: Segments, queries: Segments) -> Tensor:
+        out_MHd = packed_attention(
+            kv_TX.unflatten(-1, (2, self.num_heads, -1)),
+            keys.cu_seqlens,
+            keys.max_seqlen,
+            q=self.q(x_ME).unflatten(-1, (self.num_heads, -1)),
+            cu_queries=queries.cu_seqlens,
+            max_queries=queries.max_seqlen,
+            dropout_p=self.att_drop if self.training else 0.0,
+        )
+        return self.drop(self.proj(out_MHd.flatten(1)))
+
+
+class CrossBlock(nn.Module):
+    """A pre-norm block of cross-attention and an MLP."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=EPS)
+        self.attn = CrossAttention(dim, num_heads, att_drop, drop)
+        self.norm2 = LayerNorm(dim, eps=EPS)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), gelu, drop)
+
+    def forward(
+        self, x_ME: Tensor, kv_TX: Tensor, keys: Segments, queries: Segments, factors_2S: Tensor | None = None
+    ) -> Tensor:
+        """Map [M, E] to [M, E]. `kv_TX`: keys and values of the encoder's rows, [T, 2 E]; `factors_2S`: of stochastic
+        depth, for attention and MLP."""
+        attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
+        x_ME = x_ME + drop_path(self.attn(self.norm1(x_ME), kv_TX, keys, queries), queries, attention_S)
+        return x_ME + drop_path(self.mlp(self.norm2(x_ME)), queries, mlp_S)
+
+
+class CrossDecoder(Blocks):
+    """Blocks of cross-attention. The keys and values of all blocks are one matrix product, since all blocks read the
+    same rows."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4,
+        *,
+        gelu: Gelu = "tanh",
+        drop: float = 0.0,
+        att_drop: float = 0.0,
+        drop_path: float = 0.0,
+        drop_key: int = 0,
+    ) -> None:
+        """Build the blocks. `drop_key`: see `drop_path_factors`."""
+        blocks = (CrossBlock(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
+        super().__init__(blocks, dim, drop_path, drop_key)
+        self.kv = Linear(dim, 2 * depth * dim)
+
+    def reset_keys_and_values(self) -> None:
+        """Initialise each block's keys and values as if they were a matrix of their own."""
+        with torch.no_grad():
+            for weight_XE in self.kv.weight.chunk(len(self.blocks)):
+                nn.init.xavier_uniform_(weight_XE)
+
+    def forward(self, x_ME: Tensor, memory_TE: Tensor, keys: Segments, queries: Segments, draws_S: Tensor) -> Tensor:
+        """Map [M, E] to [M, E] before the final norm.
+
+        Args:
+            x_ME: mask embeddings with positions.
+            memory_TE: the encoder's output at the decoder's width.
+            keys, queries: samples of the encoder's rows and of x, as many.
+            draws_S: what stochastic depth draws from, see `drop_path_factors`.
+        """
+        kv_BTX = self.kv(memory_TE).unflatten(-1, (len(self.blocks), -1)).unbind(1)
+        for block, kv_TX, factors_2S in zip(self.blocks, kv_BTX, self.factors(draws_S)):
+            x_ME = self._run(block, x_ME, kv_TX, keys, queries, factors_2S)
+        return x_ME
