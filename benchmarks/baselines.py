@@ -120,7 +120,7 @@ def _torch() -> Callable[..., Tensor] | None:
         return None
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)  # the backward pass is timed by itself
 
-    def loss(hidden, weight, bias, targets, row_weight) -> Tensor:
+    def loss(hidden, weight, bias, targets, **_) -> Tensor:
         return F.linear_cross_entropy(hidden, weight, targets.long(), linear_bias=bias, options=options)
 
     return loss
@@ -135,7 +135,7 @@ def _liger() -> Callable[..., Tensor] | None:
     set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}  # older versions lack the second
     options = [set_here.get(p.name, p.default) for p in list(parameters)[5:]]  # after ctx and the four tensors
 
-    def loss(hidden, weight, bias, targets, row_weight) -> Tensor:
+    def loss(hidden, weight, bias, targets, **_) -> Tensor:
         result = Liger.apply(hidden, weight, targets.long(), bias, *options)
         return result[0] if isinstance(result, tuple) else result
 
@@ -148,7 +148,7 @@ def _cce() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
 
-    def loss(hidden, weight, bias, targets, row_weight) -> Tensor:
+    def loss(hidden, weight, bias, targets, **_) -> Tensor:
         return linear_cross_entropy(hidden, weight, targets.long(), bias=bias)
 
     return loss

@@ -204,7 +204,7 @@ def _pixel(s: Sizes, dtype: torch.dtype, device: torch.device, norm_pix: bool = 
         "patch_ids": ids,
         "row_weight": torch.rand(m, device=device) / m,
     }
-    options |= {"norm_pix": norm_pix}
+    options |= {"norm_pix": norm_pix, "reduction": "sum"}
     rows = ("hidden", "patch_ids", "row_weight")
     forward, backward = (6 * m * d * k, m * (4 * d + k) + 4 * k * d), (0, 4 * m * d + 6 * k * d)
     return Workload("", "masked_pixel_loss", tensors, rows, options, forward, backward)
@@ -225,7 +225,7 @@ def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     }
     forward = (6 * m * d * v, 4 * m * d + 4 * v * d)
     rows = ("hidden", "targets", "row_weight")
-    return Workload("", "masked_token_loss", tensors, rows, {}, forward, (0, 4 * m * d + 4 * v * d))
+    return Workload("", "masked_token_loss", tensors, rows, {"reduction": "sum"}, forward, (0, 4 * m * d + 4 * v * d))
 
 
 def _lengths(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -181,8 +181,9 @@ def _head_forward(options: _Options) -> Callable:
             return type(self).forward(self, hidden)
         pixels = options.pixels(images, config.patch_size)
         return masked_pixel_loss(
-            hidden, self.weight, self.bias, images, patch_ids, norm_pix=config.norm_pix_loss, reduction="mean", **pixels
-        )
+            hidden, self.weight, images, patch_ids, bias=self.bias, norm_pix=config.norm_pix_loss, reduction="mean",
+            **pixels,
+        )  # fmt: skip
 
     return forward
 

@@ -3,6 +3,8 @@
 Shapes: M rows, D width, V outputs of the head.
 """
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +15,33 @@ from .dispatch import accumulator
 REDUCTIONS = ("sum", "mean", "none")
 
 
-def check_reduction(reduction: str) -> None:
+def chosen_reduction(op: str, reduction: str | None) -> str:
+    """Return the reduction; that of a call that names none, "sum", with one warning for each op, whose `op` is the name
+    that its caller calls.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if reduction is None:
+        _warn_of_sum(op)
+        return "sum"
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, it must be one of {', '.join(REDUCTIONS)}")
+    return reduction
+
+
+# As `_on_gpu` of dispatch.py: torch.compile calls it once, when it compiles.
+chosen_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _warn_of_sum(op: str) -> None:
+    warnings.warn(
+        f"m3ae_kernels: {op} sums its loss where no reduction is given; from the next release on it will take the "
+        'mean, as torch does: pass reduction="sum" to keep the sum, or reduction="mean"',
+        FutureWarning,
+        stacklevel=4,
+    )
 
 
 def row_weights(

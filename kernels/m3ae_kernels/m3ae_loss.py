@@ -123,11 +123,14 @@ class M3AEHeads(nn.Module):
         self.norm = GatherNorm(dim, eps=eps, impl=impl)
         self.image_mlp, self.text_mlp = image_mlp, text_mlp
         self.image_head = MaskedPixelLoss(
-            dim, patch_size=patch_size, channels=channels, mean=mean, std=std, norm_pix=norm_pix, impl=impl
-        )
+            dim, patch_size=patch_size, channels=channels, mean=mean, std=std, norm_pix=norm_pix, reduction="sum",
+            impl=impl,
+        )  # fmt: skip
         self.text_head = None
         if vocab is not None:
-            self.text_head = MaskedTokenLoss(dim, vocab, label_smoothing=label_smoothing, z_loss=z_loss, impl=impl)
+            self.text_head = MaskedTokenLoss(
+                dim, vocab, reduction="sum", label_smoothing=label_smoothing, z_loss=z_loss, impl=impl
+            )
 
     def forward(self, x: Tensor, *, image_rows: Tensor, text_rows: Tensor | None = None, **targets) -> M3AELoss:
         """Return the losses; x and rows as in `head_inputs`, the other arguments as in `m3ae_loss`."""

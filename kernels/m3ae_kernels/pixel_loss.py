@@ -21,7 +21,7 @@ from .dispatch import (
 )
 from .ids import check_range, checked
 from .loss import (
-    check_reduction,
+    chosen_reduction,
     empty_gradients,
     row_gradients,
     row_weights,
@@ -39,16 +39,16 @@ CHUNK_ROWS = 1024  # of the torch implementation
 def masked_pixel_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     images: Tensor,
     patch_ids: Tensor,
-    row_weight: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
     patch_size: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     norm_pix: bool = False,
-    reduction: str = "sum",
+    reduction: str | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Sum over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
@@ -56,18 +56,19 @@ def masked_pixel_loss(
     Args:
         hidden: [..., D] floating.
         weight: [P * P * C, D], its rows in the order (row, column, channel).
-        bias: [P * P * C], or None for none.
         images: [B, C, H, W], contiguous or channels_last (else a copy is made); uint8, normalised as (x / 255 - mean) /
             std; uint16, as (x / 65535 - mean) / std; or floating, as (x - mean) / std, without mean and std taken as it
             is.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch, patches in row-major
             order.
+        bias: [P * P * C], or None for none.
         row_weight: [...] floating, or None for ones.
         patch_size: P.
         mean, std: one number per channel: of integer images in units of their largest value, 255 or 65535; of floating
             ones in their own, or None.
         norm_pix: standardise each target patch: unbiased variance, eps 1e-6 (He et al., arXiv 2111.06377, section 4.1).
-        reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [...].
+        reduction: "sum"; "mean": the sum divided by that of the weights; "none": the summands, [...]. None is "sum",
+            with a FutureWarning: from the next release on it will be "mean".
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -88,7 +89,7 @@ def masked_pixel_loss(
     if row_weight is not None:
         check_float("row_weight", row_weight, lead, hidden)
         row_weight = as_rows(row_weight, 0)
-    check_reduction(reduction)
+    reduction = chosen_reduction("masked_pixel_loss", reduction)
     hidden, patch_ids = as_rows(hidden, 1), as_rows(patch_ids, 0)
     dtype = compute_dtype(hidden, weight)
     impl = choose_impl(impl, hidden.device, dtype)
@@ -247,12 +248,12 @@ class MaskedPixelLoss(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         norm_pix: bool = False,
-        reduction: str = "sum",
+        reduction: str | None = None,
         impl: str = "auto",
     ):
         super().__init__()
         self.patch_size, self.mean, self.std, self.norm_pix = patch_size, mean, std, norm_pix
-        self.reduction, self.impl = reduction, impl
+        self.reduction, self.impl = chosen_reduction("MaskedPixelLoss", reduction), impl
         self.weight = nn.Parameter(torch.empty(patch_size**2 * channels, dim))
         self.bias = nn.Parameter(torch.empty(patch_size**2 * channels)) if bias else None
         self.reset_parameters()
@@ -279,10 +280,10 @@ class MaskedPixelLoss(nn.Module):
         return masked_pixel_loss(
             hidden,
             self.weight,
-            self.bias,
             images,
             patch_ids,
-            row_weight,
+            bias=self.bias,
+            row_weight=row_weight,
             patch_size=self.patch_size,
             mean=None if images.is_floating_point() else self.mean,
             std=None if images.is_floating_point() else self.std,

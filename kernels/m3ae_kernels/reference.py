@@ -69,16 +69,16 @@ def scatter_tokens(
 def masked_pixel_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     images: Tensor,
     patch_ids: Tensor,
-    row_weight: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
     patch_size: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     norm_pix: bool = False,
-    reduction: str = "sum",
+    reduction: str,
 ) -> Tensor:
     """See `m3ae_kernels.masked_pixel_loss`."""
     row_weight = _ones(hidden) if row_weight is None else row_weight
@@ -92,14 +92,14 @@ def masked_pixel_loss(
 def masked_token_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     targets: Tensor,
-    row_weight: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    reduction: str = "sum",
+    reduction: str,
     return_correct: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `m3ae_kernels.masked_token_loss`."""

@@ -23,7 +23,7 @@ from .dispatch import (
 )
 from .ids import check_range, checked
 from .loss import (
-    check_reduction,
+    chosen_reduction,
     empty_gradients,
     row_gradients,
     row_weights,
@@ -71,14 +71,14 @@ class Results(NamedTuple):
 def masked_token_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     targets: Tensor,
-    row_weight: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    reduction: str = "sum",
     return_correct: bool = False,
     workspace: int | None = None,
     impl: str = "auto",
@@ -89,14 +89,15 @@ def masked_token_loss(
     Args:
         hidden: [..., D] floating.
         weight: [V, D].
-        bias: [V], or None for none.
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
+        bias: [V], or None for none.
         row_weight: [...] floating, or None for ones.
+        reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 where there are
+            none; "none": the summands, [...]. None is "sum", with a FutureWarning: from the next release on it will be
+            "mean".
         ignore_index: rows with this target have loss 0, no gradient, and are not correct.
         label_smoothing: as torch.nn.functional.cross_entropy has it.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
-        reduction: "sum"; "mean": the sum divided by that of the weights of the rows not ignored, 0 where there are
-            none; "none": the summands, [...].
         return_correct: return (loss, correct) rather than only the loss.
         workspace: bytes of logits held at once, at least one row; None: 256 MiB on a GPU, 64 MiB on a CPU.
         impl: "auto", "triton" or "torch".
@@ -125,7 +126,7 @@ def masked_token_loss(
         raise ValueError("weight has no rows: there must be a vocabulary")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, it must be from 0 to 1")
-    check_reduction(reduction)
+    reduction = chosen_reduction("masked_token_loss", reduction)
     if workspace is not None and workspace < 1:
         raise ValueError(f"workspace is {workspace} bytes, it must be positive")
     dtype = compute_dtype(hidden, weight)
@@ -318,10 +319,10 @@ class MaskedTokenLoss(nn.Module):
         vocab: int,
         *,
         bias: bool = True,
+        reduction: str | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        reduction: str = "sum",
         workspace: int | None = None,
         impl: str = "auto",
     ):
@@ -330,7 +331,7 @@ class MaskedTokenLoss(nn.Module):
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
-            "reduction": reduction,
+            "reduction": chosen_reduction("MaskedTokenLoss", reduction),
             "workspace": workspace,
             "impl": impl,
         }
@@ -358,7 +359,13 @@ class MaskedTokenLoss(nn.Module):
         """Map hidden [..., dim], targets [...] int, row_weight [...] -> the loss, scalar or [...]; with return_correct
         (loss, correct [...] bool)."""
         return masked_token_loss(
-            hidden, self.weight, self.bias, targets, row_weight, return_correct=return_correct, **self.options
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            row_weight=row_weight,
+            return_correct=return_correct,
+            **self.options,
         )
 
     def predict(self, hidden: Tensor) -> Tensor:

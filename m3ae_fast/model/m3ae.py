@@ -111,11 +111,11 @@ class M3AE(MultimodalEncoder):
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head: MaskedPixelLoss | MaskedTokenLoss
         if config.image_targets == "vqgan":
-            self.image_head = MaskedTokenLoss(width, config.codebook_size)
+            self.image_head = MaskedTokenLoss(width, config.codebook_size, reduction="sum")
         else:
-            self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix)
+            self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix, reduction="sum")
         self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
-        self.text_head = MaskedTokenLoss(width, config.vocab_size) if config.vocab_size else None
+        self.text_head = MaskedTokenLoss(width, config.vocab_size, reduction="sum") if config.vocab_size else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -6,12 +6,15 @@ import inspect
 import os
 import subprocess
 import sys
+import warnings
 
 import m3ae_kernels
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from m3ae_kernels import reference
+from m3ae_kernels.loss import _warn_of_sum
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -113,7 +116,7 @@ def test_token_loss_is_cross_entropy(reduction, smoothing):
     targets = torch.randint(0, 31, (19,))
     targets[::4] = -100
     options = {"reduction": reduction, "label_smoothing": smoothing}
-    got, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets, return_correct=True, **options)
+    got, correct = m3ae_kernels.masked_token_loss(hidden, weight, targets, return_correct=True, **options)
     logits = hidden @ weight.t()
     expected = F.cross_entropy(logits, targets, **options)
     assert torch.allclose(got, expected, rtol=1e-5)
@@ -121,6 +124,76 @@ def test_token_loss_is_cross_entropy(reduction, smoothing):
     upstream = torch.randn(got.shape)
     for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight), upstream) for loss in (got, expected))):
         assert error(a, b.double()) < 2e-6
+
+
+@pytest.fixture
+def unwarned():
+    """Nobody has been warned of the sum."""
+    _warn_of_sum.cache_clear()
+    yield
+    _warn_of_sum.cache_clear()
+
+
+def token_and_pixel_loss() -> dict:
+    """Return each loss, as a function and as a module, of one input, by the name that warnings have for it."""
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(4, 12), torch.tensor([3, -100, 0, 30])
+    images, ids = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.arange(4)
+    weight, bias = torch.randn(192, 12), torch.randn(192)
+
+    def module(kind, *sizes, inputs, **options):
+        torch.manual_seed(0)
+        return kind(12, *sizes, **options)(hidden, *inputs)
+
+    m = m3ae_kernels
+    return {
+        "masked_token_loss": lambda **options: m.masked_token_loss(hidden, weight[:31], targets, **options),
+        "masked_pixel_loss": lambda **options: m.masked_pixel_loss(
+            hidden, weight, images, ids, bias=bias, **PIXELS, **options
+        ),
+        "MaskedTokenLoss": lambda **options: module(m.MaskedTokenLoss, 31, inputs=(targets,), **options),
+        "MaskedPixelLoss": lambda **options: module(m.MaskedPixelLoss, inputs=(images, ids), **PIXELS, **options),
+    }
+
+
+@pytest.mark.parametrize("name", token_and_pixel_loss())
+def test_a_loss_that_is_told_no_reduction_sums_and_warns_once(name, unwarned):
+    """Until the next release, which takes the mean as torch does: silently, callers' losses would be scaled anew."""
+    compute = token_and_pixel_loss()[name]
+    with pytest.warns(FutureWarning, match=f'^m3ae_kernels: {name} sums .* pass reduction="sum"') as told:
+        losses = [compute() for _ in range(2)]
+    assert len(told) == 1 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, rows = compute(reduction="sum"), compute(reduction="none")
+        mean = compute(reduction="mean")
+    assert all(torch.equal(each, expected) for each in losses)
+    counted = 3 if "oken" in name else 4
+    torch.testing.assert_close(rows.sum(), expected)
+    torch.testing.assert_close(mean, expected / counted)
+
+
+def test_compiled_code_warns_of_the_sum_too(unwarned):
+    torch._dynamo.reset()
+    compute = token_and_pixel_loss()["masked_token_loss"]
+    with pytest.warns(FutureWarning, match="masked_token_loss sums") as told:
+        compiled = [torch.compile(compute, fullgraph=True, backend="aot_eager")() for _ in range(2)]
+    assert len(told) == 1
+    assert all(torch.equal(each, compute(reduction="sum")) for each in compiled)
+
+
+def test_arguments_stand_in_the_order_of_torch():
+    """A call in the order of earlier versions, bias third, is an error and no other loss."""
+    (hidden, weight), targets = (torch.randn(n, 12) for n in (5, 31)), torch.arange(5)
+    for bias in (None, torch.randn(31)):
+        with pytest.raises(TypeError, match="positional arguments"):
+            m3ae_kernels.masked_token_loss(hidden, weight, bias, targets)
+    if hasattr(F, "linear_cross_entropy"):
+        theirs, ours = (
+            [p.name for p in inspect.signature(f).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+            for f in (F.linear_cross_entropy, m3ae_kernels.masked_token_loss)
+        )
+        assert (theirs, ours) == (["input", "linear_weight", "target"], ["hidden", "weight", "targets"])
 
 
 def test_ignored_rows_leave_no_trace():
@@ -137,7 +210,7 @@ def test_ignored_rows_leave_no_trace():
     grad = torch.autograd.grad(loss, hidden)[0]
     assert (grad[ignored] == 0).all() and (grad[~ignored] != 0).any(1).all()
     kept = {n: t if n in ("weight", "bias") else t[~ignored] for n, t in inputs.tensors.items()}
-    assert torch.allclose(loss, reference.masked_token_loss(**kept), rtol=1e-5)
+    assert torch.allclose(loss, reference.masked_token_loss(**kept, reduction="sum"), rtol=1e-5)
     inputs.tensors["targets"] = torch.full((19,), 5000)
     inputs.tensors["row_weight"] = None
     for reduction in ("sum", "mean", "none"):
@@ -177,8 +250,8 @@ def test_images_and_rows_may_begin_at_any_element(offset):
 def test_correct_predictions_are_counted_with_weights_of_their_own():
     """Or else with the loss's; they never have a gradient."""
     torch.manual_seed(0)
-    head = m3ae_kernels.MaskedTokenLoss(12, 5)
-    image_head = m3ae_kernels.MaskedTokenLoss(12, 5)
+    head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
+    image_head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
     hidden, targets = torch.randn(30, 12), torch.randint(0, 5, (30,))
     hits = ((hidden @ head.weight.t() + head.bias).argmax(1) == targets).float()
     loss_weight, own_weight = (torch.rand(30, requires_grad=True) for _ in range(2))
@@ -204,8 +277,8 @@ def test_float64_stays_float64_under_autocast(op):
     hidden, weight = torch.randn(6, 192, dtype=torch.float64), torch.randn(192, 192, dtype=torch.float64)
     images, patch_ids = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
     work = {
-        "token": lambda: m3ae_kernels.masked_token_loss(hidden, weight, None, patch_ids),
-        "pixel": lambda: m3ae_kernels.masked_pixel_loss(hidden, weight, None, images, patch_ids, **PIXELS),
+        "token": lambda: m3ae_kernels.masked_token_loss(hidden, weight, patch_ids, reduction="sum"),
+        "pixel": lambda: m3ae_kernels.masked_pixel_loss(hidden, weight, images, patch_ids, reduction="sum", **PIXELS),
         "embed": lambda: m3ae_kernels.patch_embed(images, patch_ids, weight, **PIXELS),
     }[op]
     expected = work()
@@ -222,7 +295,7 @@ def test_an_ignored_word_of_the_vocabulary_is_never_correct():
     assert (targets == 3).any() and (targets != 3).any()
     for reduction in ("sum", "none"):
         options = {"ignore_index": 3, "reduction": reduction, "return_correct": True}
-        loss, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets, **options)
+        loss, correct = m3ae_kernels.masked_token_loss(hidden, weight, targets, **options)
         assert torch.equal(correct, targets != 3)
         expected = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=3, reduction=reduction)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -292,7 +365,7 @@ def test_without_autograd_no_gradient_is_made():
     """Though parameters want one: evaluation costs the forward pass alone."""
     hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(4096, 64, requires_grad=True)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        m3ae_kernels.masked_token_loss(hidden, weight, None, torch.arange(8))
+        m3ae_kernels.masked_token_loss(hidden, weight, torch.arange(8), reduction="sum")
     assert max(event.self_cpu_memory_usage for event in record.events()) < 4 * weight.numel()
     assert sum(event.name in ("aten::mm", "aten::addmm") for event in record.events()) == 1
 
@@ -305,7 +378,7 @@ def test_frozen_heads_cost_no_gradient_memory():
 
     def largest() -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            m3ae_kernels.masked_token_loss(hidden, weight, bias, targets).backward()
+            m3ae_kernels.masked_token_loss(hidden, weight, targets, bias=bias, reduction="sum").backward()
         return max(event.self_cpu_memory_usage for event in record.events())
 
     assert largest() < 4 * weight.numel()
@@ -409,12 +482,12 @@ def test_heads_from_linear_share_its_parameters():
         hidden, targets = torch.randn(5, 12), torch.randint(0, 31, (5,))
         assert torch.allclose(head(hidden, targets), F.cross_entropy(linear(hidden), targets))
         assert torch.equal(head.predict(hidden), linear(hidden))
-    linear = nn.Linear(12, 192)
-    head = m3ae_kernels.MaskedPixelLoss.from_linear(linear, norm_pix=True, **PIXELS)
+    linear, options = nn.Linear(12, 192), PIXELS | {"norm_pix": True, "reduction": "sum"}
+    head = m3ae_kernels.MaskedPixelLoss.from_linear(linear, **options)
     assert [name for name, _ in head.named_parameters()] == ["weight", "bias"] and head.weight is linear.weight
     images, ids = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.arange(4)
     hidden = torch.randn(4, 12)
-    expected = reference.masked_pixel_loss(hidden, linear.weight, linear.bias, images, ids, norm_pix=True, **PIXELS)
+    expected = reference.masked_pixel_loss(hidden, linear.weight, images, ids, bias=linear.bias, **options)
     assert torch.allclose(head(hidden, images, ids), expected)
 
 

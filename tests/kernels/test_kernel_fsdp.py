@@ -91,8 +91,8 @@ def test_a_dtensor_is_refused_in_one_line(mesh, placement):
     hidden, targets = torch.randn(4, 8), torch.arange(4)
     weight = DTensor.from_local(torch.randn(11, 8), mesh, [placement]).requires_grad_()
     with pytest.raises(TypeError, match=r"^weight is a DTensor: hand over weight.full_tensor\(\), or use a Module"):
-        m3ae_kernels.masked_token_loss(hidden, weight, None, targets)
+        m3ae_kernels.masked_token_loss(hidden, weight, targets)
     with pytest.raises(TypeError, match="x is a DTensor"):
         m3ae_kernels.gather_tokens(weight, targets)
-    m3ae_kernels.masked_token_loss(hidden, weight.full_tensor(), None, targets).backward()
+    m3ae_kernels.masked_token_loss(hidden, weight.full_tensor(), targets, reduction="sum").backward()
     assert weight.grad is not None and weight.grad.full_tensor().shape == (11, 8)

@@ -28,10 +28,11 @@ assert not any(name.split(".")[0] == "m3ae_kernels" for name in sys.modules), "t
 assert sys.argv[1] in copy.token_loss.__file__
 hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
 targets = torch.arange(6)
-torch.compile(copy.masked_token_loss, backend="aot_eager", fullgraph=True)(hidden, weight, None, targets).backward()
+loss = torch.compile(copy.masked_token_loss, backend="aot_eager", fullgraph=True)
+loss(hidden, weight, targets, reduction="sum").backward()
 expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
 torch.testing.assert_close(hidden.grad, torch.autograd.grad(expected, hidden)[0])
-head = copy.MaskedPixelLoss(8, patch_size=4, mean=(0.5,), std=(0.5,), channels=1)
+head = copy.MaskedPixelLoss(8, patch_size=4, mean=(0.5,), std=(0.5,), channels=1, reduction="sum")
 images = torch.zeros(1, 1, 8, 12, dtype=torch.uint8)
 head(hidden, images, targets).backward()
 qkv = torch.randn(6, 3, 2, 16, requires_grad=True)

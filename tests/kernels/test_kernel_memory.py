@@ -18,7 +18,9 @@ weight, bias = torch.zeros(vocab, dim, requires_grad=True), torch.zeros(vocab, r
 targets = torch.zeros(rows, dtype=torch.int32)
 
 def step(count):
-    m3ae_kernels.masked_token_loss(hidden[:count], weight, bias, targets[:count], torch.ones(count)).backward()
+    m3ae_kernels.masked_token_loss(
+        hidden[:count], weight, targets[:count], bias=bias, row_weight=torch.ones(count), reduction="sum"
+    ).backward()
 
 step(2)
 before = peak()

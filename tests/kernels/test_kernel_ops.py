@@ -451,10 +451,11 @@ def test_correct_is_the_first_of_the_largest():
     bias = torch.zeros(1200)
     bias[[515, 3, 1027]] = 2.0  # three equal largest, in three tiles, of which one lane sees them all
     targets = torch.tensor([3, 515, 1027, 0], dtype=torch.int32)
-    weight, row_weight = torch.zeros(1200, 8), torch.ones(4)
-    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, bias, targets, row_weight, return_correct=True)
+    weight = torch.zeros(1200, 8)
+    options = {"row_weight": torch.ones(4), "reduction": "sum", "return_correct": True}
+    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, targets, bias=bias, **options)
     assert correct.tolist() == [True, False, False, False]
-    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, None, targets * 0, row_weight, return_correct=True)
+    _, correct = m3ae_kernels.masked_token_loss(hidden, weight, targets * 0, **options)
     assert correct.all()
 
 
@@ -510,8 +511,8 @@ def test_modules_are_the_ops_with_their_own_weights():
     ids, weight = torch.tensor([5, 0, 3], dtype=torch.int32), torch.rand(3)
     pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     embed = m3ae_kernels.PatchEmbed(12, **pixels)
-    head = m3ae_kernels.MaskedPixelLoss(12, norm_pix=True, **pixels)
-    tokens = m3ae_kernels.MaskedTokenLoss(12, 31, label_smoothing=0.1, z_loss=0.01)
+    head = m3ae_kernels.MaskedPixelLoss(12, norm_pix=True, reduction="sum", **pixels)
+    tokens = m3ae_kernels.MaskedTokenLoss(12, 31, reduction="sum", label_smoothing=0.1, z_loss=0.01)
     norm = m3ae_kernels.GatherNorm(12)
     hidden = embed(images, ids)
     assert torch.equal(hidden, m3ae_kernels.patch_embed(images, ids, embed.weight, embed.bias, **pixels))
@@ -558,8 +559,9 @@ def test_m3ae_heads_are_their_parts(vocab):
     image_head, text_head = heads.image_head, heads.text_head
     image_hidden = hidden(rows["image_rows"], heads.image_mlp)
     image = reference.masked_pixel_loss(
-        image_hidden, image_head.weight, image_head.bias, images, patch_ids, image_weight, norm_pix=True, **pixels
-    )
+        image_hidden, image_head.weight, images, patch_ids, bias=image_head.bias, row_weight=image_weight,
+        norm_pix=True, reduction="sum", **pixels,
+    )  # fmt: skip
     text = right = torch.zeros(())
     pixels_predicted, logits = heads.predict(x, **rows)
     assert torch.allclose(pixels_predicted, image_head.predict(image_hidden), atol=1e-5)
@@ -568,7 +570,7 @@ def test_m3ae_heads_are_their_parts(vocab):
     else:
         text_hidden = hidden(rows["text_rows"], heads.text_mlp)
         text, correct = reference.masked_token_loss(
-            text_hidden, text_head.weight, text_head.bias, targets, text_weight,
+            text_hidden, text_head.weight, targets, bias=text_head.bias, row_weight=text_weight, reduction="sum",
             label_smoothing=0.1, z_loss=0.01, return_correct=True,
         )  # fmt: skip
         right = (correct * text_weight).sum()

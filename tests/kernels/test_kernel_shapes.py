@@ -88,7 +88,7 @@ def test_a_single_row_may_have_no_dimension_but_its_own(case):
 def test_no_rows_in_two_dimensions():
     weight, ids = torch.randn(7, 4, requires_grad=True), torch.empty(3, 0, dtype=torch.int64)
     hidden = torch.empty(3, 0, 4, requires_grad=True)
-    loss = m3ae_kernels.masked_token_loss(hidden, weight, None, ids, reduction="none")
+    loss = m3ae_kernels.masked_token_loss(hidden, weight, ids, reduction="none")
     assert loss.shape == (3, 0)
     loss.sum().backward()
     assert hidden.grad.shape == (3, 0, 4) and (weight.grad == 0).all()
@@ -103,7 +103,7 @@ def test_batches_whose_rows_do_not_follow_one_another():
     for copied in (False, True):
         h = (hidden.contiguous() if copied else hidden).detach().requires_grad_()
         t = targets.contiguous() if copied else targets
-        m3ae_kernels.masked_token_loss(h, weight, None, t, reduction="mean").backward()
+        m3ae_kernels.masked_token_loss(h, weight, t, reduction="mean").backward()
         gradients.append(h.grad)
     assert not hidden.is_contiguous() and torch.equal(*gradients)
 
@@ -111,10 +111,10 @@ def test_batches_whose_rows_do_not_follow_one_another():
 def test_dimensions_that_do_not_agree_are_named():
     hidden, weight = torch.randn(2, 6, 4), torch.randn(7, 4)
     with pytest.raises(ValueError, match=r"^targets has shape \(12,\), expected \[2, 6\]$"):
-        m3ae_kernels.masked_token_loss(hidden, weight, None, torch.zeros(12, dtype=torch.int64))
+        m3ae_kernels.masked_token_loss(hidden, weight, torch.zeros(12, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^row_weight has shape \(6, 2\), expected \[2, 6\]$"):
         m3ae_kernels.masked_token_loss(
-            hidden, weight, None, torch.zeros(2, 6, dtype=torch.int64), row_weight=torch.ones(6, 2)
+            hidden, weight, torch.zeros(2, 6, dtype=torch.int64), row_weight=torch.ones(6, 2)
         )
     with pytest.raises(ValueError, match=r"^qkv has shape \(5, 2, 2, 4\), expected \[\.\.\., 3, \?, \?\]$"):
         m3ae_kernels.packed_attention(torch.randn(5, 2, 2, 4), torch.tensor([0, 5]), 5)
@@ -149,5 +149,5 @@ def test_batches_compile_whole():
     compiled = torch.compile(m3ae_kernels.masked_token_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in ((2, 3), (4, 5)):
         hidden, targets = torch.randn(*shape, 16), torch.randint(0, 31, shape)
-        expected = m3ae_kernels.masked_token_loss(hidden, weight, None, targets, reduction="none")
-        assert torch.equal(compiled(hidden, weight, None, targets, reduction="none"), expected)
+        expected = m3ae_kernels.masked_token_loss(hidden, weight, targets, reduction="none")
+        assert torch.equal(compiled(hidden, weight, targets, reduction="none"), expected)
