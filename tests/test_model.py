@@ -17,7 +17,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.transformer import Block, drop_path, drop_path_factors
+from m3ae_fast.model.transformer import Block, Transformer, drop_path, drop_path_factors
 from tests.helpers.attention import attend
 
 TINY = ModelConfig(
@@ -283,6 +283,25 @@ def test_what_a_sample_drops_depends_on_its_draw_alone():
     both.fill_diagonal_(0.25**2)
     assert ((both - 0.25**2).abs() < 0.02).all()
     assert ((dropped[:, 1:] & dropped[:, :-1]).double().mean(1) - 0.25**2).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_each_block_drops_branches_of_its_own(training):
+    """Its attention and its MLP, in the order of the factors; in evaluation none."""
+    torch.manual_seed(0)
+    transformer = Transformer(12, 3, 2, drop_path=0.5, drop_key=5).train(training)
+    lengths, draws = torch.tensor([3, 4, 2, 5]), torch.arange(4, dtype=torch.int32) + 7
+    segments = Segments(torch.tensor([0, 3, 7, 9, 14], dtype=torch.int32), 5, 14)
+    factors = drop_path_factors(draws, 6, 0.5, 5).repeat_interleave(lengths, 1)[..., None]
+    x_TD = torch.randn(14, 12)
+    found = list(transformer.layers(x_TD, segments, draws))
+    assert len(found) == 3 and torch.equal(found[2], transformer(x_TD, segments, draws))
+    for number, block in enumerate(transformer.blocks):
+        attention, mlp = factors[2 * number : 2 * number + 2] if training else (1.0, 1.0)
+        x_TD = x_TD + attention * block.attn(block.norm1(x_TD), segments, None, segments)
+        x_TD = x_TD + mlp * block.mlp(block.norm2(x_TD))
+        torch.testing.assert_close(found[number], x_TD)
 
 
 def test_samples_without_a_draw_drop_what_torchs_generator_says():

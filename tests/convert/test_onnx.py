@@ -75,6 +75,14 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
         assert "--train and --val go together, with --format onnx" in capsys.readouterr().err
 
 
+def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
+    """Though they lack some classes."""
+    train, val = labelled_tar(tmp_path / "a.tar", range(6)), labelled_tar(tmp_path / "b.tar", [1, 2, 4, 5])
+    found = onnx_model.open_labelled([train], [val], "json.name")
+    ids = [part.sources[0].labels.tolist() for part in (found.train, found.val)]
+    assert (found.classes, ids) == (3, [[0, 1, 2, 0, 1, 2], [1, 2, 1, 2]])
+
+
 def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
     """The features say nothing, and the clock goes on by a second at each look."""
     model, _, _ = make()
