@@ -32,6 +32,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import fast_precision
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import choices, evaluation, plan, program
+from m3ae_fast.pretraining import look as look_module
 from m3ae_fast.pretraining.__main__ import main
 from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
 from m3ae_fast.pretraining.held_out import shared_images, write_without
@@ -720,6 +721,22 @@ def test_facts_are_those_of_the_training_samples(tmp_path):
     assert facts.vocab_size == tokenizer.vocab_size <= 512
     means = [np.asarray(Image.open(BytesIO(data)).convert("RGB")).mean((0, 1)) / 255 for _, data in files[::2]]
     assert facts.image_mean == pytest.approx(np.mean(means, 0), abs=2e-4)
+
+
+@pytest.mark.parametrize(("words", "length"), [(0, 8), (8, 8), (9, 16), (40, 40), (57, 64), (64, 64), (300, 64)])
+def test_most_captions_are_not_cut_but_none_is_longer_than_64(tmp_path, words, length):
+    files = [file for i in range(3) for file in ((f"{i}.jpg", picture(i)), (f"{i}.txt", b"one " * words))]
+    facts, _ = look(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path / "run", "cls")
+    assert facts.text_length == length and (facts.held_out, facts.classes) == (0, 0)
+
+
+@pytest.mark.parametrize(("captions", "wanted"), [(1, 512), (724, 512), (725, 1024), (2896, 2048), (10**5, 16384)])
+def test_a_vocabulary_is_for_about_as_many_captions_as_it_has_tokens(tmp_path, monkeypatch, captions, wanted):
+    asked, train = [], look_module.train_tokenizer
+    monkeypatch.setattr(look_module, "caption_texts", lambda *_: iter(["one two"] * captions))
+    monkeypatch.setattr(look_module, "train_tokenizer", lambda texts, size: asked.append(size) or train(texts[:9], 20))
+    look(Shards([write_tar(tmp_path / "a.tar", members(range(2)))], [], []), tmp_path / "run", "cls")
+    assert asked == [wanted]
 
 
 def test_classes_are_those_that_training_samples_have(tmp_path):

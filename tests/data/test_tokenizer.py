@@ -1,9 +1,13 @@
+import json
+import math
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, processors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, processors
 
-from m3ae_fast.batch.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
+from m3ae_fast.batch.tokenizer import SPECIAL, _growth, load_tokenizer, train_tokenizer
 from m3ae_fast.errors import UserError
 from tests.helpers.shards import caption
 
@@ -96,6 +100,33 @@ def test_training_is_repeatable():
     vocab = Tokenizer.from_str(trained[0]).get_vocab()
     assert [vocab[token] for token in SPECIAL] == list(range(len(SPECIAL)))
     assert {"red", "house", "##r", "r"} <= set(vocab)
+
+
+RULES = st.one_of(
+    st.builds(normalizers.Replace, st.sampled_from(["a", "b"]), st.text("ab", max_size=5)),
+    st.builds(normalizers.Replace, st.sampled_from([Regex("a"), Regex("[ab]")]), st.text("ab", max_size=5)),
+    st.builds(normalizers.Prepend, st.text("ab", min_size=1, max_size=5)),
+    st.just(normalizers.Lowercase()),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rules=st.recursive(
+        RULES, lambda own: st.builds(normalizers.Sequence, st.lists(own, min_size=1, max_size=3)), max_leaves=4
+    )
+)
+def test_no_rules_make_more_of_a_character_than_is_reckoned_with(rules):
+    said = json.loads(rules.__getstate__())
+    assert len(rules.normalize_str("a")) <= _growth(said)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_what_rules_make_of_a_character_is_reckoned_exactly(lengths):
+    """Of those that replace it by itself, some times over."""
+    rules = normalizers.Sequence([normalizers.Replace("a", "a" * length) for length in lengths])
+    assert len(rules.normalize_str("a")) == _growth(json.loads(rules.__getstate__())) == math.prod(lengths)
 
 
 def test_special_tokens_alone_are_special():
