@@ -3,12 +3,13 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.errors import ErrorElsewhere, UserError
 from m3ae_fast.process import agreement
 from m3ae_fast.process.agreement import Agreement
 
@@ -70,8 +71,8 @@ def test_a_bug_on_rank_0_is_raised_there_and_ends_the_others():
 
     first, *others = on_every_rank(3, lambda own: own.decide("", judge))
     assert type(first) is ZeroDivisionError
-    assert [str(error) for error in others] == ["rank 0 has failed"] * 2
-    assert {type(error) for error in others} == {UserError}
+    assert {type(error) for error in others} == {ErrorElsewhere}
+    assert all("rank 0" in str(error) and "ZeroDivisionError: a bug" in str(error) for error in others)
 
 
 def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypatch):
@@ -91,3 +92,31 @@ def test_a_rank_that_leaves_waits_for_the_others_a_while_and_no_longer(monkeypat
         own.decide("", None)
     assert 1000 + agreement._PATIENCE <= now[0] < 1001 + agreement._PATIENCE
     assert looks[0] < 0.01 and max(looks) <= 0.25 and len(looks) > 1000
+
+
+@pytest.mark.parametrize("failing", [set(), {0}, {2}, {0, 1}, {1, 2}])
+@pytest.mark.parametrize("bugs", [set(), {0, 1, 2}, {1}])
+def test_an_error_of_any_rank_ends_all_of_them(failing, bugs):
+    """A bug is raised where it is, a mistake of the user on all others; of bugs alone the others learn of the first."""
+
+    def work(own):
+        def part():
+            if own.rank in failing:
+                raise (ZeroDivisionError if own.rank in bugs else UserError)(f"rank {own.rank} cannot")
+            return own.rank
+
+        with pytest.raises(Exception) if failing else nullcontext() as caught:
+            return own.together(part)
+        return type(caught.value), str(caught.value)
+
+    mistakes, found = sorted(failing - bugs), on_every_rank(3, work)
+    for rank in range(3):
+        if not failing:
+            assert found[rank] == rank
+        elif rank in failing & bugs:
+            assert found[rank] == (ZeroDivisionError, f"rank {rank} cannot")
+        elif mistakes:
+            assert found[rank] == (UserError, f"rank {mistakes[0]} cannot")
+        else:
+            assert found[rank][0] is ErrorElsewhere
+            assert found[rank][1].startswith(f"rank {min(failing)} has failed (ZeroDivisionError: ")
