@@ -5,6 +5,7 @@ Shapes: N samples, K neighbours, D width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,7 @@ def draw_feature_map(
     labels_N = found[0].labels.numpy()
     panels = []
     for name, features in zip(models, found):
+        print(f"t-SNE of {len(features.keys):,} samples of {name}", file=sys.stderr, flush=True)  # it tells no progress
         places_N2 = _places(features.features_ND.numpy(), seed)
         panels.append(MapPanel(name, places_N2, f"{separation(places_N2, labels_N)}, {len(labels_N):,} samples"))
         print(f"{name}: {panels[-1].caption}")

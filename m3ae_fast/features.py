@@ -129,7 +129,7 @@ def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:
     """Return a field of the json of these samples, "" of one without."""
     from m3ae_fast.data.labels import read_labels
 
-    found = [value for own in read_labels(corpus, f"json.{name}") for value in own]
+    found = [value for own in read_labels(corpus, f"json.{name}", progress=True) for value in own]
     return ["" if found[number] is None else str(found[number]) for number in numbers]
 
 
@@ -137,12 +137,13 @@ def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
     """Return the captions of these samples, "" of one without."""
     from m3ae_fast.batch.bad_samples import BadSample
     from m3ae_fast.data.reader import Reader
+    from m3ae_fast.progress import track
 
     sources = [replace(s, modalities=["text"] * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
     readers = [(Reader(source, corpus.store), int(source.sizes.sum())) for source in sources]
     places = [(reader, number) for reader, samples in readers for number in range(samples)]
     captions = []
-    for reader, number in (places[number] for number in numbers):
+    for reader, number in track([places[number] for number in numbers], "reading captions"):
         try:
             captions.append(reader.read(*reader.find(number)).caption or "")
         except BadSample:

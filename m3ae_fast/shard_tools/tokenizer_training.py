@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
+from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import whole_file
 
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     texts = list(caption_texts(args.shards, ShardStore(args.cache_dir), tally))
     if not texts:
         raise UserError(f"shards {' '.join(args.shards)}: no caption in them has a word")
+    print(f"training a tokenizer of {len(texts):,} captions", file=sys.stderr, flush=True)
     tokenizer = train_tokenizer(texts, args.vocab_size)
     size = tokenizer.get_vocab_size()
     if size > args.vocab_size:
@@ -56,7 +59,7 @@ def caption_texts(shards: list[str], store: ShardStore, tally: Tally) -> Iterato
     corpus = open_corpus([SourceConfig(shards=shards, modality="text")], store, progress=True)
     for source in corpus.sources:
         reader = Reader(source, store)
-        for sample in range(sum(source.sizes)):
+        for sample in track(range(sum(source.sizes)), "reading captions"):
             shard, row = reader.find(sample)
             name = f"{source.shards[shard].shard} sample {row}"
             try:

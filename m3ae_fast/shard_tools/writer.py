@@ -14,7 +14,8 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.shrink import as_member
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import put_in_place
+
+_TICK_S = 1.0  # between looks at how many samples the workers have written
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,19 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
             return total
         # forked: the records, which may list millions of files, need not be pickled
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (records, out, settings)) as pool:
+        # samples of each shard; without a lock, which a worker that is killed would keep
+        done = context.RawArray("q", len(todo))
+        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (records, out, settings, done)) as pool:
             try:
-                with _no_interrupt():
-                    futures = {pool.submit(_write_in_worker, shard): shard for shard in todo}  # forks the workers
-                for future in as_completed(futures):
-                    future.result()
-                    advance(len(futures[future].numbers))
+                with _no_interrupt():  # forks the workers
+                    futures = [pool.submit(_write_in_worker, number, shard) for number, shard in enumerate(todo)]
+                waiting, shown = set(futures), 0
+                while waiting:
+                    finished, waiting = wait_for(waiting, _TICK_S, FIRST_COMPLETED)
+                    for future in finished:
+                        future.result()
+                    advance(sum(done) - shown)
+                    shown = sum(done)
             except BrokenProcessPool:
                 killed = "a worker was killed, perhaps for lack of memory"
                 raise UserError(f"{killed}; repeat the command with fewer --workers") from None
@@ -168,7 +177,7 @@ def _no_interrupt() -> Iterator[None]:
         before(*came[0])
 
 
-_of_worker: tuple[Records, Path, Settings]
+_of_worker: tuple[Records, Path, Settings, Any]  # and the samples that were written, by shard
 
 
 def _begin(*arguments: Any) -> None:
@@ -187,8 +196,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_in_worker(shard: Shard) -> Tally:
-    return _write(*_of_worker, shard, lambda count: None)
+def _write_in_worker(number: int, shard: Shard) -> Tally:
+    """Write shard `number` of those to write."""
+    records, out, settings, done = _of_worker
+
+    def advance(count: int) -> None:
+        done[number] += count
+
+    return _write(records, out, settings, shard, advance)
 
 
 def _write(records: Records, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:

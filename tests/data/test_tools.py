@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import tarfile
+import time
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -100,6 +102,37 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, pictures):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     seen = [json.loads(sample["json"])["path"] for sample in contents(tmp_path / "one")]
     assert len(seen) == len(set(seen)) == 10
+
+
+def test_progress_within_a_shard_is_shown_with_several_workers(tmp_path, pictures, monkeypatch):
+    """A shard may have ten thousand samples."""
+    out, seen, gate, shrink = tmp_path / "out", [], tmp_path / "gate", writer.as_member
+
+    def held_up(*arguments):
+        if len(written := list((tmp_path / "counts").iterdir())) == 4:  # of ten
+            for _ in range(200):
+                if gate.exists():
+                    break
+                time.sleep(0.05)
+        (tmp_path / "counts" / str(len(written))).touch()
+        return shrink(*arguments)
+
+    @contextmanager
+    def progress(title, total):
+        def advance(count):
+            seen.append((count, any(out.glob("*.tar"))))
+            if sum(each for each, _ in seen) >= 2:
+                gate.touch()
+
+        yield advance
+
+    (tmp_path / "counts").mkdir()
+    monkeypatch.setattr(writer, "as_member", held_up)
+    monkeypatch.setattr(writer, "progress", progress)
+    monkeypatch.setattr(writer, "_TICK_S", 0.05)
+    assert make("from-folder", pictures, out, "--samples-per-shard", "5", workers=2) == 0
+    assert sum(count for count, _ in seen) == 10
+    assert sum(count for count, whole in seen if not whole) >= 2, "before the first shard was whole"
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path, pictures, monkeypatch, capsys):
