@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.ranks import environment
+from tests.helpers.ranks import environment, free_port
 from tests.helpers.trainer import ROOT
 
 STUCK = "pipe:sleep 100; cat /nowhere"  # a shard that makes the start endless
@@ -167,6 +167,26 @@ def test_one_of_several_ranks_leaves_when_it_has_told_the_others():
     assert process.poll() is None
     out, _ = process.communicate("\n", timeout=20)
     assert (process.returncode, out) == (0, "told SIGTERM\n")
+
+
+def test_a_rank_whose_peer_left_first_saves_what_there_is_and_says_it():
+    """The peer took its connections with it, in which this rank waits."""
+    code = """
+        import threading
+        from m3ae_fast.process.program import joined_program
+        with joined_program() as session:
+            main = session.ranks.is_main
+            session.stop.at_leaving = lambda: "half is in a.json" if main else ""
+            print("ready", flush=True)
+            session.ranks.gather(1) if main else threading.Event().wait()
+    """
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [program(code, RANK=rank, LOCAL_RANK=rank, **where) for rank in ("0", "1")]
+    assert [process.stdout.readline() for process in ranks] == ["ready\n"] * 2
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[0] for process in ranks]
+    assert said == ["stopped (asked by another rank); half is in a.json\n", ""]
+    assert [process.returncode for process in ranks] == [0, 0]
 
 
 @pytest.mark.parametrize(("when", "world"), [("before", "1"), ("after", "1"), ("after", "2")])

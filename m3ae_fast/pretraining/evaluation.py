@@ -42,7 +42,7 @@ def stage() -> Iterator[Session]:
     """Run a program as a stage of a longer line, as `joined_program` does; `stop.asked` says afterwards whether
     somebody has asked to stop, even where the stage has come to its end."""
     with joined_program() as session:
-        session.stop.at_leaving = lambda: GOES_ON
+        session.stop.at_leaving = lambda: GOES_ON if session.ranks.is_main else ""
         yield session
 
 

@@ -13,7 +13,7 @@ from m3ae_fast.errors import ErrorElsewhere
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from m3ae_fast.process.signals import StopRequest
+from m3ae_fast.process.signals import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stopping import Stopped
 
 
@@ -63,5 +63,6 @@ def joined_program() -> Iterator[Session]:
             return
         except Exception as error:
             if pulse.stop_told():  # a rank that left has taken its connections with it
+                stop.leave(BY_ANOTHER)
                 return
             raise_once(error, ranks)

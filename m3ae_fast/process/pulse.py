@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from m3ae_fast.config import RunConfig
 from m3ae_fast.process.rooms import Room
-from m3ae_fast.process.signals import StopRequest, kill_children
+from m3ae_fast.process.signals import BY_ANOTHER, StopRequest, kill_children
 
 T = TypeVar("T")
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
@@ -149,7 +149,7 @@ class Pulse:
             for room in self._rooms:
                 room.store.set(word, "")
             if word == _STOP:
-                self._stop.ask("asked by another rank")
+                self._stop.ask(BY_ANOTHER)
             else:
                 self._write_stacks()
 

@@ -20,6 +20,7 @@ _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save
 _JOIN_S = 60.0  # given to a rank that is asked to stop before it has joined the others: it must notify them
 _ORPHAN_S = 10.0  # the same where the launcher has gone, perhaps with the store in which ranks meet
 _LAUNCHER_GONE = "the launcher is gone"
+BY_ANOTHER = "asked by another rank"
 _GONE = (0,)
 _TWICE_S = 2.0  # a launcher repeats a terminal's Ctrl-C; only a later one means "now"
 
@@ -35,10 +36,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason = ""
         self._parents = _launcher_chain()
-        self._listening = self._leaving = self._ended = False
+        self._listening = self._leaving = self._ended = self._reported = False
         self._first_interrupt = float("inf")
         self._tell: Callable[[str], bool] | None = None
-        self.at_leaving: Callable[[], str] | None = None  # saves what there is before `listen`, and says it
+        # saves what there is before `listen`, and returns what this rank says of it; "" if another rank does
+        self.at_leaving: Callable[[], str] | None = None
         self._lock = threading.Lock()
         self._joined = threading.Event()
         if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
@@ -82,6 +84,13 @@ class StopRequest:
         """Leave it to the run, from now on, to look at `asked` and save."""
         self._listening = True
 
+    def leave(self, reason: str) -> None:
+        """Save what there is before `listen`, in the main thread: another rank left first, and nothing can go on."""
+        self.ask(reason)
+        with self._lock:
+            if not self._listening:
+                self._report(first=False)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._leaving:
             if self._ended:  # two signals may be handled late, the second while the interpreter shuts down
@@ -118,25 +127,34 @@ class StopRequest:
         if self._tell:
             with contextlib.suppress(Exception):  # the store has gone with the process that held it
                 first = self._tell(self.reason)
-        saved = self._saved()
         with self._lock:
             if self._listening:  # meanwhile it has begun to train, or ended
                 return
-            if first:
-                with contextlib.suppress(OSError):
-                    os.write(2, f"stopped {saved}\n".encode())
+            self._report(first)
             self._leaving = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(_GRACE_S)
         kill_children()  # the commands of `pipe:` shards
         os._exit(0)
 
-    def _saved(self) -> str:
-        """Return what to say of a process that leaves."""
+    def _report(self, first: bool) -> None:
+        """Save what there is and say it, once. Of nothing that is saved only the rank speaks that asked `first`."""
+        if self._reported:
+            return
+        self._reported = True
         if self.at_leaving is None:
-            return f"before the first step ({self.reason}); nothing to save"
+            said = f"before the first step ({self.reason}); nothing to save" if first else ""
+        else:
+            said = self._saved(self.at_leaving)
+        if said:
+            with contextlib.suppress(OSError):
+                os.write(2, f"stopped {said}\n".encode())
+
+    def _saved(self, save: Callable[[], str]) -> str:
+        """Save what there is, and return what to say of a process that leaves."""
         try:
-            return f"({self.reason}); {self.at_leaving()}"
+            said = save()
+            return f"({self.reason}); {said}" if said else ""
         except Exception as error:  # this thread must live on to end the process
             return f"({self.reason}); what was found so far is lost: {error}"
 

@@ -27,6 +27,7 @@ from m3ae_fast.memory import out_of_memory
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.program import Session
+from m3ae_fast.process.signals import BY_ANOTHER
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
 from m3ae_fast.run.loss_watch import LossWatch
@@ -76,7 +77,7 @@ class Loop(ABC):
 
     def ending(self) -> AbstractContextManager[None]:
         """Return what records how the block ends."""
-        return self.record.ending(lambda: self.step, lambda: self.stop.reason or "asked by another rank")
+        return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER)
 
     @abstractmethod
     def announce(self) -> None:
@@ -276,7 +277,7 @@ class Loop(ABC):
         if self.step > self.start and not self.schedule.due(self.step, self.settings.save_every):
             self.save()
             self.ranks.together(self.saving.wait)
-        reason = self.stop.reason or "asked by another rank"
+        reason = self.stop.reason or BY_ANOTHER
         saved = "" if self.step > self.start else "; nothing to save"
         self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
 
