@@ -33,7 +33,7 @@ from m3ae_fast.process.pulse import Pulse
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.signals import StopRequest
 from m3ae_fast.process.stopping import until_stopped
-from m3ae_fast.progress import track
+from m3ae_fast.progress import TimeLeft, track
 
 T = TypeVar("T")
 
@@ -103,6 +103,8 @@ def encode_corpus(
     patches: bool = False,
     pulse: Pulse | None = None,
     stop: StopRequest | None = None,
+    whole: TimeLeft | None = None,
+    part: float = 0.0,
 ) -> Features:
     """Return pooled features of the central square and the caption of every sample, complete on every rank.
 
@@ -112,6 +114,7 @@ def encode_corpus(
         layers: the K blocks after which features are taken, numbered from 1, see `Features`; None: the last one.
         patches: keep the features of all patches too.
         pulse, stop: marked at, and checked before, each batch.
+        whole, part: the task that this belongs to and its size there, for the progress shown, see `progress`.
 
     Raises:
         Stopped: a rank is asked to stop.
@@ -123,7 +126,7 @@ def encode_corpus(
     batches: Iterable[PackedBatch] = pulse.watch(loader, title) if pulse else loader
     if stop:
         batches = until_stopped(batches, ranks, stop)
-    shown = track(batches, title, len(loader), show=ranks.is_main)
+    shown = track(batches, title, len(loader), whole=whole, part=part)
     with encoding(model, config.precision, ranks.device):
         encode = partial(_pool, model, layers or [model.config.depth], config.pool, patches)
         own = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -36,24 +37,38 @@ class TimeLeft:
         Args:
             total: its size, in whatever unit the parts are measured in.
             beside: seconds that work takes which is no part, see `aside`.
-            told: called once, with the first estimate of the seconds left.
+            told: called once, with the first sure estimate of the seconds left.
             now: the clock.
         """
         self.total, self.beside, self.done = total, beside, 0.0
         self._told, self._now, self._started, self._spent = told, now, now(), 0.0
 
     def after(self, part: float) -> str:
-        """Count a part as done, and return ", about H:MM:SS left" for the others; "" after the last."""
+        """Count a part as done, and return what `left` does."""
         self.done, self._spent = self.done + part, self._now() - self._started
-        return f", about {duration(self._estimate(self.done, self._spent))} left" if self.done < self.total else ""
+        if self.done < self.total:
+            self.tell(self._estimate(self.done, self._spent))
+        return self.left()
 
-    def during(self, done: float, pace: float) -> float:
-        """Return the seconds left if `done` of the present part is done, at `pace` seconds per unit."""
+    def left(self) -> str:
+        """Return ", about H:MM:SS left" for the other parts and the work beside them; "" after the last."""
+        if not self.done or (self.done >= self.total and not self.beside):
+            return ""
+        return f", about {duration(self._estimate(self.done, self._spent))} left"
+
+    def during(self, done: float, pace: float, sure: bool = True) -> float:
+        """Return the seconds left if `done` of the present part is done, at `pace` seconds per unit. `sure`: whether
+        that is good enough to be told."""
         left = self._estimate(self.done + done, self._spent + pace * done)
-        if self._told:
-            self._told, told = None, self._told
-            told(left)
+        if sure:
+            self.tell(left)
         return left
+
+    def tell(self, left: float) -> None:
+        """Pass an estimate of the seconds left to `told`, unless it has one."""
+        told, self._told = self._told, None
+        if told:
+            told(left)
 
     @contextmanager
     def aside(self, seconds: float) -> Iterator[None]:
@@ -102,7 +117,8 @@ class Lines:
         if self._whole is None:
             return text, ""
         item = self._part / self._total  # units of the task
-        return text, duration(self._whole.during(item * self._done, self._pace(now) / item))
+        sure = self._first is not None and self._done > self._first[1]  # the first item has the start in it
+        return text, duration(self._whole.during(item * self._done, self._pace(now) / item, sure))
 
     def _pace(self, now: float) -> float:
         """Return seconds per item, without the start if more than the first items are done."""
@@ -117,14 +133,15 @@ class Lines:
 def progress(
     title: str, total: int | None = None, *, show: bool = True, whole: TimeLeft | None = None, part: float = 0.0
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of items done since. If `show` is set, a terminal on stderr gets a bar,
-    anything else a line after some seconds, and then ever more seldom.
+    """Yield a function to call with the number of items done since. If `show` is set, the main rank shows a bar if
+    stderr is a terminal, else a line after some seconds, and then ever more seldom.
 
     `whole`: the task, of which this work is a part of the size `part`; its time left is shown too."""
     from rich import progress as bars
     from rich.console import Console
 
     console = Console(stderr=True)
+    show = show and os.environ.get("RANK", "0") in ("", "0")  # as launchers set it
     columns = (
         bars.TextColumn("{task.description}"),
         bars.MofNCompleteColumn(),

@@ -101,3 +101,13 @@ def test_what_is_not_a_terminal_gets_lines(clock, monkeypatch, capsys):
     assert capsys.readouterr().err == "encoding: 2 of 4, about 0:00:04 left; whole task: about 0:00:12 left\n"
     assert [*track(items(), "encoding", 4, show=False)] == [0, 1, 2, 3]
     assert capsys.readouterr().err == ""
+
+
+def test_of_several_ranks_the_main_one_speaks(clock, monkeypatch, capsys):
+    monkeypatch.setattr(module, "Lines", lambda *given: Lines(*given, now=clock))
+    for rank in ("1", "0", ""):
+        monkeypatch.setenv("RANK", rank)
+        with module.progress("encoding", 4) as advance:
+            clock.seconds += 5
+            advance(1)
+        assert bool(capsys.readouterr().err) == (rank != "1")

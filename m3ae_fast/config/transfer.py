@@ -142,6 +142,8 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
 
     global_batch: Batch | None = None  # type: ignore[assignment]
     """Samples per optimiser step, over all ranks; null: by the number of samples, from 64 to 1,024."""
+    eval_every: Count | None = None
+    """Steps between evaluations; null: about ten of a run, fewer if they would take more than a twentieth of it."""
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 100 or more."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]

@@ -70,8 +70,7 @@ TASKS = {
         sections=("encode", "linear"),
     ),
     "attentive": Task(
-        "train a query that pools the frozen patch tokens, and a linear classifier; all tokens stay in memory, and a "
-        "stopped run begins again",
+        "train a query that pools the frozen patch tokens, and a linear classifier; all tokens stay in memory",
         modality="image",
         surveys=True,
         sections=("encode", "attentive"),
@@ -313,8 +312,7 @@ def perform(args: argparse.Namespace, session: Session) -> None:
         result: dict[str, Any] | None = importlib.import_module(f"m3ae_fast.transfer.{_module(args)}").run(job)
         if result is None:
             return
-        result = {"task": args.task, **result, "model": args.model, "modality": args.modality}
-        result |= {"seconds": round(time.perf_counter() - started, 1), "config": config.model_dump(mode="json")}
+        result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
         result |= ranks.on_main(lambda: against_largest_class(job.out)) or {}
         ranks.on_main(lambda: write_result(job.out, result))
         for draw in job.pictures:

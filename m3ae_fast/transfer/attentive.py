@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3ae_fast.config.transfer import AttentiveProbeConfig
 from m3ae_fast.encoding import Features
@@ -19,7 +19,8 @@ from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.progress import track
 from m3ae_fast.transfer.heads import AttentiveHead
 from m3ae_fast.transfer.labelled_loop import cautions
-from m3ae_fast.transfer.probe_engine import CachedSteps, Setting
+from m3ae_fast.transfer.predictions import Predictions
+from m3ae_fast.transfer.probe_engine import CachedSteps, Live, Setting
 from m3ae_fast.transfer.rates import Tried, best, judged, split
 from m3ae_fast.transfer.recipe import OFFICIAL
 
@@ -80,19 +81,37 @@ def train_heads(
     right: list[list[Tensor]] = [[] for _ in rates]
     title = f"attentive probe, {len(rates)} rates" if len(rates) > 1 else "attentive probe"
     batches = CachedSteps(bank, range(config.steps), config.batch, setting.seed)
-    for step, batch in enumerate(track(batches, title, config.steps, show=ranks.is_main)):
+    live = setting.live or Live()
+    live.begin(title, heads, config.steps)
+    for step, batch in enumerate(track(batches, title, config.steps)):
         setting.pulse.mark(title)
         batch = batch.to(ranks.device)
         tokens_SLD = batch.features_SD.float()
-        for rate, head, optimizer, own in zip(rates, heads, optimizers, right):
-            optimizer.zero_grad()
-            logits_SK = head(tokens_SLD)
-            F.cross_entropy(logits_SK, batch.labels).backward()
-            own.append((logits_SK.argmax(1) == batch.labels).float().mean())
-            for group in optimizer.param_groups:
-                group["lr"] = warmup_cosine(step, round(config.steps * _WARMUP), config.steps, peak=rate)
-            optimizer.step()
+        with live.steady:
+            for rate, head, optimizer, own in zip(rates, heads, optimizers, right):
+                optimizer.zero_grad()
+                logits_SK = head(tokens_SLD)
+                F.cross_entropy(logits_SK, batch.labels).backward()
+                own.append((logits_SK.argmax(1) == batch.labels).float().mean())
+                for group in optimizer.param_groups:
+                    group["lr"] = warmup_cosine(step, round(config.steps * _WARMUP), config.steps, peak=rate)
+                optimizer.step()
+            live.stepped()
     return [Trained(head.eval(), torch.stack(own).tolist()) for head, own in zip(heads, right)]
+
+
+def so_far(live: Live, bank: Features, held_out: Features, ranks: Ranks) -> tuple[Predictions, str] | None:
+    """Return what the head in training makes of held-out samples before its end, and how far it is; of several rates
+    the best on the tenth that `try_rates` holds out. None before the first step."""
+    heads, where = live.copy()
+    if not heads:
+        return None
+    head = heads[0]
+    if len(heads) > 1:
+        _, tenth = split(bank)
+        tried = [judged(rate, logits(each, tenth, ranks), tenth.labels) for rate, each in zip(RATES, heads)]
+        head = heads[tried.index(best(tried))]
+    return Predictions.of(held_out.keys, held_out.labels, logits(head, held_out, ranks)), where
 
 
 def cautions_of(trained: Trained, config: AttentiveProbeConfig) -> list[str]:
@@ -103,7 +122,7 @@ def cautions_of(trained: Trained, config: AttentiveProbeConfig) -> list[str]:
 
 
 @torch.no_grad()
-def logits(head: AttentiveHead, samples: Features, ranks: Ranks) -> Tensor:
+def logits(head: nn.Module, samples: Features, ranks: Ranks) -> Tensor:
     """Return [N, K] of samples with their tokens as `features_ND`, on the CPU."""
     parts = samples.features_ND.split(_AT_A_TIME)
     return torch.cat([head(part.to(ranks.device).float()).cpu() for part in parts])

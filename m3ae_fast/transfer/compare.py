@@ -5,8 +5,9 @@ Shapes: N held-out samples, D trials with other seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import RANDOM, open_model, set_images
 from m3ae_fast.pictures.figures import draw_comparison
-from m3ae_fast.progress import TimeLeft
+from m3ae_fast.progress import TimeLeft, duration
+from m3ae_fast.transfer import forecast
 from m3ae_fast.transfer.difference import LARGEST
-from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.transfer.job import Job, SoFar, summary
 from m3ae_fast.transfer.predictions import Predictions, largest_share, stacked
 from m3ae_fast.transfer.probe_engine import Setting
 from m3ae_fast.transfer.probes import PROBES
@@ -43,6 +45,10 @@ class Found:
 
     def add(self, model: str, probe: str, seed: int, predictions: Predictions) -> None:
         self.trials.setdefault((model, probe), {})[seed] = predictions
+
+    def copy(self) -> Found:
+        """Return the same, for another thread: this one goes on to change."""
+        return Found(self.classes, {which: dict(trials) for which, trials in [*self.trials.items()]})
 
     def correct(self, model: str, probe: str) -> np.ndarray:
         """Return [D, N], bool."""
@@ -97,7 +103,10 @@ class Found:
         result = self.result()
         lines = [f"| top-1 accuracy, % | {' | '.join(probes)} |", "|---|" + "--:|" * len(probes)]
         for model in models:
-            cells = [with_error(self.accuracy(model, probe)) for probe in probes if (model, probe) in self.trials]
+            cells = [
+                with_error(self.accuracy(model, probe)) if (model, probe) in self.trials else "not yet"
+                for probe in probes
+            ]
             lines.append(f"| {model} | {' | '.join(cells)} |")
         lines += [
             "",
@@ -112,6 +121,23 @@ class Found:
         )
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is to be done for a model."""
+
+    cost: float  # of encoding a sample: proportional to FLOPs
+    drawn: bool  # whether the weights depend on the seed
+    training: dict[str, float]  # about how many seconds, by probe
+
+    def passes(self, seeds: int) -> int:
+        """Return how often the images are encoded."""
+        return seeds if self.drawn else 1
+
+    def trials(self, probe: str, seeds: int) -> int:
+        """Return how often a probe is trained."""
+        return seeds if self.drawn or PROBES[probe].seeded else 1
+
+
 def with_error(accuracy: Mapping[str, Any]) -> str:
     """Return top-1 accuracy and its standard error in percent."""
     return f"{100 * accuracy['top1']:.1f} ± {100 * accuracy[f'top1{ERROR}']:.1f}"
@@ -121,20 +147,39 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if a model cannot be opened, or memory is too small."""
     args, seeds = job.args, range(job.config.run.seed, job.config.run.seed + job.args.seeds)
     names = model_names(args.model)
-    for model in names.values():  # a mistake is told at once, not when its turn has come
-        open_model(model, text=False)
+    # a mistake is told at once, not when its turn has come
+    configs = {name: open_model(model, text=False).config for name, model in names.items()}
     train, val, classes = job.open_labelled()
-    found = Found(classes)
-    job.keep_if_stopped(lambda: (found.result(), found.columns()))
+    found, done = Found(classes), 0
+
+    def so_far() -> SoFar:
+        known, text = found.copy(), f"{done} of {len(names)} models"
+        page = f"Partial, stopped after {text}.\n\n{known.page()}" if known.trials else ""
+        if page:
+            write_whole(job.out / TABLE_FILE, page)
+        return SoFar(text, known.result(), known.columns(), page)
+
+    job.keep_if_stopped(so_far)
+    training = cache(partial(_training, job, train.samples, len(classes)))  # of models of one shape the same
+    work = {
+        name: Work(config.depth * config.emb_dim**2 * config.most_patches, names[name].startswith(RANDOM),
+                   training(config.emb_dim, config.num_heads, config.most_patches))
+        for name, config in configs.items()
+    }  # fmt: skip
+    whole = job.time_left(
+        (train.samples + val.samples) * sum(each.cost * each.passes(len(seeds)) for each in work.values()),
+        sum(each.trials(probe, len(seeds)) * each.training[probe] for each in work.values() for probe in args.probes),
+        shorter=lambda _: _shorter(job, work.values()),
+    )
     job.say(
         f"compare: {', '.join(names)}; probes: {', '.join(args.probes)}; {len(seeds)} seeds; {len(names)} models "
         f"encode {train.samples + val.samples:,} images each, random weights once for each seed"
+        + (f"; the probes train about {duration(whole.beside)} in all" if whole.beside > 1 else "")
     )
-    time_left = TimeLeft(len(names))
     for name, model in names.items():
-        _measure(job, found, name, model, seeds, (train, val))
-        done = len({model for model, _ in found.trials})
-        job.say(f"{done} of {len(names)} models done{time_left.after(1)}")
+        _measure(job, found, (work[name], whole), name, model, seeds, (train, val))
+        done += 1
+        job.say(f"{done} of {len(names)} models done{whole.left()}")
     job.keep(found.columns())
     page = found.page()
     job.ranks.on_main(lambda: write_whole(job.out / TABLE_FILE, page))
@@ -142,6 +187,26 @@ def run(job: Job) -> dict[str, Any]:
     result = found.result()
     job.pictures.append(lambda: draw_comparison(job.out / "comparison.png", result["rows"], result["chance"]))
     return result | {"classes": len(classes), "train_samples": train.samples}
+
+
+def _training(job: Job, samples: int, classes: int, width: int, heads: int, patches: int) -> dict[str, float]:
+    """Return about how many seconds each probe trains on the features of a model."""
+    setting = Setting(job.config, classes, heads, job.config.run.seed, job.ranks, job.pulse)
+    shapes = {probe: (patches, width) if PROBES[probe].tokens else (width,) for probe in job.args.probes}
+    return {probe: forecast.seconds(probe, samples, shape, setting) for probe, shape in shapes.items()}
+
+
+def _shorter(job: Job, work: Iterable[Work]) -> str:
+    """Return what makes a comparison shorter."""
+    probes, seeds = job.args.probes, job.args.seeds
+    ways = []
+    if "attentive" in probes and len(probes) > 1:
+        others = ",".join(probe for probe in probes if probe != "attentive")
+        seconds = sum(each.trials("attentive", seeds) * each.training["attentive"] for each in work)
+        ways.append(f"--probes {others} saves about {duration(seconds)}")
+    if seeds > 1:
+        ways.append("--seeds 1")
+    return " or ".join([*ways, "fewer --train shards"])
 
 
 def model_names(models: Sequence[str]) -> dict[str, str]:
@@ -154,17 +219,23 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 
 def _measure(
-    job: Job, found: Found, name: str, model: str, seeds: Sequence[int], corpora: tuple[Corpus, Corpus]
+    job: Job,
+    found: Found,
+    planned: tuple[Work, TimeLeft],
+    name: str,
+    model: str,
+    seeds: Sequence[int],
+    corpora: tuple[Corpus, Corpus],
 ) -> None:
     """Encode the samples, for each seed where the weights depend on it, and probe what comes out."""
+    work, whole = planned
     parts: list[tuple[Features, Features]] = []
     for number, seed in enumerate(seeds):
-        drawn = model.startswith(RANDOM)
-        if drawn or not number:
+        if number < work.passes(len(seeds)):
             opened = open_model(model, text=False, seed=seed)
-            parts = _encoded(job, opened, name, corpora)
+            parts = _encoded(job, opened, name, corpora, planned)
         for probe, (bank, held_out) in zip(job.args.probes, parts):
-            if number and not drawn and not PROBES[probe].seeded:
+            if number >= work.trials(probe, len(seeds)):
                 continue
             about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
 
@@ -172,18 +243,27 @@ def _measure(
                 job.say(f"note: {about}: {text}")
 
             setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution)
-            found.add(name, probe, seed, PROBES[probe].predict(bank, held_out, setting))
-            job.say(f"{about}: {summary(found.trials[name, probe][seed].accuracies())}")
+            with whole.aside(work.training[probe]):
+                predictions = PROBES[probe].predict(bank, held_out, setting)
+            found.add(name, probe, seed, predictions)
+            job.say(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
 
 
-def _encoded(job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus]) -> list[tuple[Features, Features]]:
+def _encoded(
+    job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
+) -> list[tuple[Features, Features]]:
     """Return training and held-out samples for each probe, from one pass over the images."""
+    work, left = planned
     tokens = any(PROBES[probe].tokens for probe in job.args.probes)
     set_images(model, job.config.data.range, job.config.encode.resize)
     if tokens:
         job.say(f"{name}: {require_memory(model.config, 1, corpora)}")
     own = replace(job, model=model.to(job.ranks.device).eval())
-    whole = [own.encode(corpus, f"{name}: {title}", patches=tokens) for corpus, title in zip(corpora, ("train", "val"))]
+    whole = []
+    for corpus, title in zip(corpora, ("train", "val")):
+        part = work.cost * corpus.samples
+        whole.append(own.encode(corpus, f"{name}: {title}", patches=tokens, whole=left, part=part))
+        left.after(part)
     pooled = [replace(part, patches_NLD=None) for part in whole]
     parts = ([part.tokens() for part in whole] if PROBES[probe].tokens else pooled for probe in job.args.probes)
     return [(bank, held_out) for bank, held_out in parts]

@@ -5,6 +5,7 @@ Shapes: S samples of a batch, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from m3ae_fast.transfer.layer_decay import layer_decay_groups
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.recipe import sentence, settled
 
+_EVALUATIONS, _EVALUATING = 10, 0.05  # of a run, at most; of its time
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 
 
@@ -81,8 +83,27 @@ class FineTuning(LabelledLoop):
 
     def evaluate_if_due(self) -> None:
         """Evaluate if due, between the first step and the last."""
-        if 0 < self.step < self.schedule.total_steps and self.to_evaluate(self.settings.eval_every, "val_top1"):
+        every = self.settings.eval_every or self._often()
+        if 0 < self.step < self.schedule.total_steps and self.to_evaluate(every, "val_top1"):
             self.conclude()
+
+    def _often(self) -> int:
+        """Return the steps between evaluations if the config leaves that open: so many that a stop has something to
+        show, and that all of them take little of the run's time. A step has three passes, an evaluation one."""
+        cheap = math.ceil(self.val.samples / (3 * self.share.global_batch * _EVALUATING))
+        return max(self.schedule.total_steps // _EVALUATIONS, self.schedule.steps_per_epoch, cheap)
+
+    def length_is_open(self) -> bool:
+        given = self.job.config.finetune
+        return given.epochs is None and given.steps is None
+
+    def shorter(self, steps: float) -> str:
+        epochs = max(steps / self.schedule.steps_per_epoch, 1)
+        fewer = int(epochs) * self.schedule.steps_per_epoch
+        return (
+            f"--set finetune.epochs={int(epochs)} ({fewer:,} steps, which learn less), or the task linear with "
+            "--cache-features: of 1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
+        )
 
     def conclude(self) -> dict[str, float] | None:
         """Return, and log, accuracies on all held-out samples; None where a rank is asked to stop."""

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,7 @@ from m3ae_fast.hardware import pins_memory
 from m3ae_fast.parquet import write_parquet
 from m3ae_fast.pictures.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.process.program import Session
-from m3ae_fast.progress import TimeLeft
+from m3ae_fast.progress import TimeLeft, duration
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.transfer.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.transfer.significance import ERROR
@@ -35,7 +35,19 @@ from m3ae_fast.whole_file import write_whole
 
 RESULT_FILE, SO_FAR_FILE = "result.json", "result-so-far.json"
 
+LONG_S, SHORT_S = 15 * 60, 10 * 60  # on a CPU: what a user is warned of, and what is proposed instead
+STARTS_OVER = "the same command starts over"
+
 Columns = Mapping[str, Sequence[Any]]
+
+
+class SoFar(NamedTuple):
+    """What a task has found before its end."""
+
+    done: str  # of what it does
+    result: dict[str, Any]  # what result.json would hold of it; empty if nothing was found
+    columns: Columns  # of predictions.parquet; empty if that is not to be written
+    page: str = ""  # for people
 
 
 @dataclass
@@ -86,7 +98,8 @@ class Job:
         return labelled[0], labelled[1], classes
 
     def encode(self, corpus: Corpus, title: str, **what: Any) -> Features:
-        """Return pooled features of all samples; `what`: the layers and patches that `encode_corpus` takes."""
+        """Return pooled features of all samples; `what`: layers, patches, and the task's time left, see
+        `encode_corpus`."""
         data, config = self.config.data, self.config.encode
         return encode_corpus(self.model, corpus, data, config, self.ranks, title=title, pulse=self.pulse, **what)
 
@@ -95,10 +108,10 @@ class Job:
         time_left = TimeLeft(passes)
 
         def encode(corpus: Corpus, title: str, cost: float = 1.0) -> Features:
-            found = self.encode(corpus, title)
-            left = time_left.after(cost * corpus.samples)
-            part = f"{time_left.done / passes:.0%} of the encoding{left}"
-            self.say(f"{title}: {len(found.keys):,} samples done ({part})")
+            part = cost * corpus.samples
+            found = self.encode(corpus, title, whole=time_left, part=part)
+            left = time_left.after(part)
+            self.say(f"{title}: {len(found.keys):,} samples done ({time_left.done / passes:.0%} of the encoding{left})")
             return found
 
         return encode
@@ -140,25 +153,50 @@ class Job:
         if self.ranks.is_main:
             print(text, flush=True)
 
+    def time_left(self, total: float, beside: float = 0.0, *, shorter: Callable[[float], str]) -> TimeLeft:
+        """Return the time left of the task, see there. Once that can be estimated, and would be long on a CPU, print it
+        with what `shorter` says: how to take about the fraction of it that it is given. Every rank may call it."""
+
+        def told(left: float) -> None:
+            if self.ranks.device.type == "cpu" and left > LONG_S:
+                self.say(f"note: this takes about {duration(left)} on this CPU; shorter: {shorter(SHORT_S / left)}")
+
+        left = TimeLeft(total, beside, told)
+        if beside > LONG_S:
+            left.tell(beside)  # at once, whatever the rest takes
+        return left
+
     def keep(self, columns: Columns) -> None:
         """Write what is known of each sample, as predictions.parquet."""
         self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
 
-    def keep_if_stopped(self, found: Callable[[], tuple[dict[str, Any], Columns]]) -> None:
-        """From now on, where this rank is asked to stop, write and print what was found so far, before it leaves.
-        `found`: called then, in a thread of its own; returns what result.json and predictions.parquet would hold."""
-        self.stop.at_leaving = lambda: self._write_so_far(*found())
+    def described(self, result: dict[str, Any], *, partial: bool) -> dict[str, Any]:
+        """Return a result, whole or partial, with what it is of."""
+        args, config = self.args, self.config.model_dump(mode="json")
+        about = {"task": args.task, "partial": partial}
+        return about | result | {"model": args.model, "modality": args.modality, "config": config}
 
-    def _write_so_far(self, result: dict[str, Any], columns: Columns) -> str:
-        if not self.ranks.is_main:
-            return "rank 0 writes what was found so far"
+    def keep_if_stopped(self, found: Callable[[], SoFar]) -> None:
+        """From now on, if a rank is asked to stop, write and print what was found so far, before the ranks leave.
+        `found`: called then on the main rank, in a thread of its own."""
+        self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
+
+    def _leave(self, found: Callable[[], SoFar]) -> str:
         if (self.out / RESULT_FILE).exists():
             return f"the result is in {self.out / RESULT_FILE}"
-        if not result:
-            return "nothing was found yet"
-        write_parquet(self.out / PREDICTIONS_FILE, columns)
+        return self.write_partial(found(), STARTS_OVER)
+
+    def write_partial(self, found: SoFar, rerun: str) -> str:
+        """Write what was found so far, and return what to say of it; main rank only. `rerun`: how the task goes on."""
+        if not found.result:
+            return f"nothing was found yet ({found.done}); {rerun}"
+        if found.columns:
+            write_parquet(self.out / PREDICTIONS_FILE, found.columns)
+        result = self.described({"done": found.done, **found.result}, partial=True)
         write_result(self.out, result, SO_FAR_FILE)
-        return f"found so far, in {self.out / SO_FAR_FILE}: {summary(result)}"
+        if found.page:
+            print(found.page, flush=True)
+        return f"partial result, {found.done}, in {self.out / SO_FAR_FILE}: {summary(found.result)}; {rerun}"
 
 
 def refuse_existing(out: Path) -> None:
@@ -174,9 +212,16 @@ def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> 
         (out / SO_FAR_FILE).unlink(missing_ok=True)
 
 
+def numbers_of(result: dict[str, Any]) -> dict[str, int | float]:
+    """Return the entries of a result that are numbers."""
+    return {
+        name: value for name, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
 def summary(result: dict[str, Any]) -> str:
     """Return the numbers of a result as a line, each with its standard error where that is known."""
-    numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    numbers = numbers_of(result)
     shown = {name: f"{value:.4g}" for name, value in numbers.items() if not name.endswith(ERROR)}
     for name in shown:
         if name + ERROR in numbers:
@@ -187,9 +232,8 @@ def summary(result: dict[str, Any]) -> str:
 def show_result(out: Path, result: dict[str, Any]) -> None:
     """Give the numbers of a result and the pictures in `out` to TensorBoard."""
     with SummaryWriter(str(out / "tensorboard")) as board:
-        for name, value in result.items():
-            if isinstance(value, int | float):
-                board.add_scalar(f"result/{name}", value)
+        for name, value in numbers_of(result).items():
+            board.add_scalar(f"result/{name}", value)
         for path in sorted(out.glob("*.png")):
             with Image.open(path) as image:
                 board.add_image(path.stem, np.asarray(image.convert("RGB")), dataformats="HWC")

@@ -18,6 +18,7 @@ from m3ae_fast.config import KnnConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.encoding import Features
 from m3ae_fast.pictures.figures import GREEN, RED, draw_confusion, draw_sheet
+from m3ae_fast.progress import track
 from m3ae_fast.transfer.job import Job
 from m3ae_fast.transfer.predictions import Predictions
 
@@ -31,7 +32,7 @@ def knn_scores(
     """Return the votes of the k nearest of N samples, with int64 ids `labels_N`, for each class: float32 [M, C]."""
     bank_ND = F.normalize(features_ND, dim=1)
     votes = []
-    for queries_QD in F.normalize(queries_MD, dim=1).split(_AT_A_TIME):
+    for queries_QD in track(F.normalize(queries_MD, dim=1).split(_AT_A_TIME), "k-NN"):
         similarity_QK, neighbours_QK = (queries_QD @ bank_ND.T).topk(min(k, len(bank_ND)), dim=1)
         # exp of what is below the nearest: the same order of classes, and no overflow at low temperatures
         weights_QK = ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()

@@ -6,7 +6,6 @@ import time
 from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,15 +15,16 @@ from m3ae_fast.config.transfer import FineTuneConfig, LinearProbeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import draw_confusion, draw_training
+from m3ae_fast.progress import duration
 from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.train import train
-from m3ae_fast.transfer.job import Job
+from m3ae_fast.transfer.job import LONG_S, SHORT_S, Columns, Job, SoFar
 from m3ae_fast.transfer.predictions import Predictions
 from m3ae_fast.transfer.recipe import OFFICIAL, Official, chosen
 from m3ae_fast.transfer.significance import ERROR
 
-_TIMED = 5  # steps
+_TIMED, _SOON_S = 5, 2.0  # steps after the first that are timed, and seconds after which fewer will do
 _RISE = 0.02  # of training accuracy, that is worth a word
 
 
@@ -48,6 +48,7 @@ class LabelledLoop(Loop):
         super().__post_init__()
         self.seen, self.waited, self.since = 0.0, 0.0, time.perf_counter()  # samples and seconds since then
         self.predictions: Predictions | None = None  # the last evaluation's
+        self.evaluated_at, self.expected = 0, False  # step of that; whether the duration was said
 
     def say_first(self, text: str) -> None:
         """Say what the run is, and the notes on it."""
@@ -75,9 +76,27 @@ class LabelledLoop(Loop):
         taken, left = self.step - self.start, self.schedule.total_steps - self.step
         if taken == 1:
             self.first = time.perf_counter()
-        if taken == 1 + _TIMED and left:
-            seconds = (time.perf_counter() - self.first) / _TIMED * left
-            self.log.say(f"expected: {timedelta(seconds=round(seconds))} for {left:,} more steps, and evaluations")
+        timed, seconds = taken - 1, time.perf_counter() - self.first
+        if self.expected or not left or not timed or (timed < _TIMED and seconds < _SOON_S):
+            return
+        self.expected = True
+        self.log.say("\n".join(self.expectation(seconds / timed, left)))
+
+    def expectation(self, pace: float, left: int) -> list[str]:
+        """Return how long so many more steps take at `pace` seconds each and, if that is long on a CPU and the length
+        follows from the number of samples, what would be shorter: a line each."""
+        lines = [f"expected: {duration(pace * left)} for {left:,} more steps, and evaluations"]
+        if self.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open():
+            lines.append(f"note: that is long on this CPU; shorter: {self.shorter(SHORT_S / pace)}")
+        return lines
+
+    @abstractmethod
+    def length_is_open(self) -> bool:
+        """Return whether the length of the run follows from the number of samples: none is given."""
+
+    @abstractmethod
+    def shorter(self, steps: float) -> str:
+        """Return what to do instead of a long run: of about so many steps, or something else."""
 
     def cautions(self) -> list[str]:
         """Return what speaks against taking the result as it is, a line each. Main rank only."""
@@ -89,7 +108,7 @@ class LabelledLoop(Loop):
 
     def evaluated(self, predictions: Predictions) -> dict[str, float]:
         """Keep predictions of all held-out samples, and return their accuracies, which are logged too."""
-        self.predictions = predictions
+        self.predictions, self.evaluated_at = predictions, self.step
         values = predictions.accuracies()
         self.log.log(self.step, {f"val_{name}": value for name, value in values.items() if not name.endswith(ERROR)})
         return values
@@ -102,6 +121,7 @@ class LabelledLoop(Loop):
         """Train, save the classifier, keep its predictions. Return the result; None where the run was stopped."""
         job, result = self.job, train(self)
         if result is None:
+            job.ranks.on_main(lambda: job.say(job.write_partial(self.so_far(), "--resume auto continues")))
             return None
         self.save_classifier()
         assert self.predictions is not None
@@ -119,6 +139,22 @@ class LabelledLoop(Loop):
             "recipe": chosen(self.settings),
             "cautions": found,
         }
+
+    def so_far(self) -> SoFar:
+        """Return the last evaluation, of this attempt or of one before; main rank only."""
+        lines: list[dict[str, Any]] = []
+        with suppress(UserError):
+            lines = [line for line in read_metrics(self.run.dir) if "val_top1" in line and line["step"] > 0]
+        if self.predictions is not None:
+            at, values = self.evaluated_at, self.predictions.accuracies()
+            columns: Columns = self.predictions.columns(self.classes)
+        elif lines:
+            at, columns = lines[-1]["step"], {}
+            values = {name.removeprefix("val_"): value for name, value in lines[-1].items() if name.startswith("val_")}
+        else:
+            return SoFar(f"step {self.step:,} of {self.schedule.total_steps:,}, none evaluated", {}, {})
+        done = f"the evaluation after step {at:,} of {self.schedule.total_steps:,}"
+        return SoFar(done, values | {"steps": at, "total_steps": self.schedule.total_steps}, columns)
 
     def draw(self) -> None:
         """Draw the run and its last evaluation, on the main rank."""

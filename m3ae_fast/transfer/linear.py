@@ -56,6 +56,15 @@ class Probing(LabelledLoop):
     def remedy(self) -> str:
         return "a lower linear.peak_lr"
 
+    def length_is_open(self) -> bool:
+        given = self.job.config.linear
+        return given.epochs is None and given.steps is None
+
+    def shorter(self, steps: float) -> str:
+        if not self.job.args.cache_features:
+            return "--cache-features, which encodes each image once"
+        return f"--set linear.steps={max(int(steps), 1)}"
+
     def cautions(self) -> list[str]:
         return super().cautions() + edge(self.tried, self.settings.peak_lr)
 

@@ -27,8 +27,9 @@ from m3ae_fast.config.transfer import EncodeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.pictures.figures import draw_detection
+from m3ae_fast.progress import track
 from m3ae_fast.transfer.classifier import Classifier
-from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.transfer.job import Job, SoFar, summary
 from m3ae_fast.transfer.significance import middle
 
 TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
@@ -63,7 +64,7 @@ def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.
         lower_V = other_V.cumsum() - other_V / 2  # strange samples with a lower score; half of those with an equal one
         return float(known_V @ lower_V) / (len(familiar) * len(strange))
 
-    return np.array([area() for _ in range(BOOTSTRAPS)])
+    return np.array([area() for _ in track(range(BOOTSTRAPS), "bootstrap")])
 
 
 def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tuple[float, float]:
@@ -145,10 +146,13 @@ def run(job: Job) -> dict[str, Any]:
         f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
         "encoded; then four scores tell the last two apart"
     )
-    job.keep_if_stopped(lambda: (dict(result), dict(columns)))  # at any time, from another thread
+    told_apart: list[str] = []  # sets
+    # at any time, from another thread
+    job.keep_if_stopped(lambda: SoFar(f"{len(told_apart)} of {len(strange)} sets", dict(result), dict(columns)))
     encode = job.encoder(labelled.samples + held_out.samples + others)
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
+    job.say(f"fitting the scores to {len(train.keys):,} training samples")
     scores = Scores(train.features_ND.numpy(), train.labels.numpy(), job.config.knn.k, seed, head)
     known = scores(val.features_ND.numpy())
     columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
@@ -166,6 +170,7 @@ def run(job: Job) -> dict[str, Any]:
             job.say(f"note: {cautions[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
         columns.update({column: [*columns[column], *values] for column, values in more.items()})  # at once: see above
+        told_apart.append(name)
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")
         job.pictures.append(partial(draw_detection, path, known, other))

@@ -5,7 +5,9 @@ Shapes: S samples, D encoder width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -29,6 +31,32 @@ from m3ae_fast.transfer.labelled_loop import ClassLosses
 from m3ae_fast.transfer.lars import LARS
 
 
+class Live:
+    """Heads in training, of which another thread may take a copy between two steps."""
+
+    def __init__(self) -> None:
+        self.steady = threading.Lock()  # held while weights change
+        self._heads: Sequence[nn.Module] = ()
+        self._at: tuple[str, int, int] = ("", 0, 0)
+
+    def begin(self, title: str, heads: Sequence[nn.Module], steps: int) -> None:
+        """Show heads that will take so many steps."""
+        with self.steady:
+            self._heads, self._at = heads, (title, 0, steps)
+
+    def stepped(self) -> None:
+        """Count a step; the caller holds `steady`."""
+        title, step, steps = self._at
+        self._at = title, step + 1, steps
+
+    def copy(self) -> tuple[list[nn.Module], str]:
+        """Return copies of the heads, in evaluation mode, and how far they are: none before their first step."""
+        with self.steady:
+            title, step, steps = self._at
+            heads = [deepcopy(head).eval() for head in self._heads] if step else []
+            return heads, f"{title} at step {step:,} of {steps:,}"
+
+
 class Setting(NamedTuple):
     """Tells a probe what it needs beside the samples."""
 
@@ -39,6 +67,7 @@ class Setting(NamedTuple):
     ranks: Ranks
     pulse: Pulse
     caution: Callable[[str], None] = lambda text: None  # told what speaks against taking the result as it is
+    live: Live | None = None  # shown the heads in training, if these are asked for before their end
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def fit_linear(bank: Features, setting: Setting) -> LinearProbeHead:
         head = LinearProbeHead(bank.features_ND.shape[1], setting.classes).to(ranks.device)
     engine = ProbeEngine(head, config, ranks, None, encode)
     batches = CachedSteps(bank, range(schedule.total_steps), schedule.train.global_batch, setting.seed)
-    for step, batch in enumerate(track(batches, "linear probe", schedule.total_steps, show=ranks.is_main)):
+    for step, batch in enumerate(track(batches, "linear probe", schedule.total_steps)):
         setting.pulse.mark("training a linear probe")
         engine.step([batch.to(ranks.device)], 0.0, schedule.lr(step))
     return head

@@ -62,7 +62,7 @@ def try_rates(
     lars = LARS(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     batches = CachedSteps(train, range(schedule.total_steps), schedule.train.global_batch, seed)
     title = f"trying {len(FACTORS)} rates"
-    for step, batch in enumerate(track(batches, title, schedule.total_steps, show=ranks.is_main)):
+    for step, batch in enumerate(track(batches, title, schedule.total_steps)):
         pulse.mark(title)
         batch = batch.to(ranks.device)
         x_SD = norm(batch.features_SD)

@@ -22,7 +22,8 @@ from m3ae_fast.data.index import Modality
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
 from m3ae_fast.pictures.figures import BLACK, GREEN, Cell, draw_sheet
-from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.progress import track
+from m3ae_fast.transfer.job import Job, SoFar, summary
 from m3ae_fast.transfer.significance import ERROR, standard_error
 
 RANKS, WAYS = (1, 5, 10), ("image_to_text", "text_to_image")
@@ -39,7 +40,7 @@ def own_ranks(queries_ND: Tensor, candidates_ND: Tensor) -> Tensor:
     [N], 1 for the most alike. Of a tie it is the last: features that are all the same find nothing."""
     candidates_ND = F.normalize(candidates_ND, dim=1)
     ranks = []
-    for start in range(0, len(queries_ND), _AT_A_TIME):
+    for start in track(range(0, len(queries_ND), _AT_A_TIME), "ranking"):
         similarity_QN = F.normalize(queries_ND[start : start + _AT_A_TIME], dim=1) @ candidates_ND.T
         own_Q1 = similarity_QN.diagonal(start)[:, None]
         ranks.append((similarity_QN >= own_Q1).sum(1))  # 1 where no other is as alike
@@ -60,7 +61,12 @@ def run(job: Job) -> dict[str, Any]:
         f"retrieval: {pairs.samples:,} samples, encoded twice, images and captions; then each image looks for its "
         "caption among all, and each caption for its image"
     )
-    job.keep_if_stopped(lambda: (dict(result), dict(columns)))
+
+    def so_far() -> SoFar:
+        done = sum(f"{way}_rank" in columns for way in WAYS)
+        return SoFar(f"{done} of {len(WAYS)} ways", dict(result), dict(columns))
+
+    job.keep_if_stopped(so_far)
     images, texts = _encode(job, pairs)
     for features in (images, texts):
         _refuse_shared(features.keys)

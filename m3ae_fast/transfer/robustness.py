@@ -27,7 +27,7 @@ from m3ae_fast.pictures.figures import Cell, draw_attack, draw_sheet
 from m3ae_fast.progress import TimeLeft, track
 from m3ae_fast.transfer.classifier import Classifier
 from m3ae_fast.transfer.corruptions import PROCEDURAL, Corruption
-from m3ae_fast.transfer.job import Job, summary
+from m3ae_fast.transfer.job import Job, SoFar, summary
 from m3ae_fast.transfer.predictions import Predictions, stacked
 
 _TRIED = 8  # samples, until one has an image to be drawn
@@ -61,10 +61,19 @@ def run(job: Job) -> dict[str, Any]:
     passes, images = _passes(job), min(config.samples or val.samples, val.samples)
     job.say(_plan(config, images, passes))
     found: dict[str, Predictions] = {}
-    job.keep_if_stopped(lambda: (_result(config, dict(found)), _columns(dict(found), model.config.classes)))
-    time_left = TimeLeft(sum(each.cost for each in passes.values()))
+
+    def so_far() -> SoFar:
+        made = dict(found)  # the main thread goes on
+        done = f"{len(made)} of {len(passes)} passes"
+        return SoFar(done, _result(config, made), _columns(made, model.config.classes))
+
+    job.keep_if_stopped(so_far)
+    time_left = job.time_left(
+        sum(each.cost for each in passes.values()),
+        shorter=lambda fraction: f"--set robustness.samples={max(int(fraction * images), 1)}",
+    )
     for number, (name, each) in enumerate(passes.items(), 1):
-        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})")
+        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})", time_left)
         left = time_left.after(each.cost)
         job.say(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
     job.keep(_columns(found, model.config.classes))
@@ -152,12 +161,12 @@ def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
     draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in config.severities)))
 
 
-def _predictions(job: Job, corpus: Corpus, each: Pass, title: str) -> Predictions:
+def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: TimeLeft) -> Predictions:
     """Return the predictions of one pass, of all ranks."""
     config, ranks = job.config.robustness, job.ranks
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples, transform=each.corruption)
-    shown: Iterable[PackedBatch] = track(batches, title, len(batches), show=ranks.is_main)
+    shown: Iterable[PackedBatch] = track(batches, title, len(batches), whole=whole, part=each.cost)
     own: list[Predictions] = []
     skipped: list[Skipped] = []
     for batch in shown:

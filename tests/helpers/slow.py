@@ -109,6 +109,7 @@ SLOW = (
     "transfer/test_results.py",
     "transfer/test_retrieval.py",
     "transfer/test_robustness.py",
+    "transfer/test_stops.py",
     "transfer/test_survey.py",
 )
 

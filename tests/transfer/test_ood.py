@@ -102,7 +102,12 @@ def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeyp
 
 def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_path, monkeypatch, capsys):
     left, encode = [], Job.encode
-    monkeypatch.setattr(Job, "encode", lambda job, *rest: left.append(job.stop.at_leaving()) or encode(job, *rest))
+
+    def stopped(job, *corpus, **more):
+        left.append(job.stop.at_leaving())
+        return encode(job, *corpus, **more)
+
+    monkeypatch.setattr(Job, "encode", stopped)
     sets = {name: write_tar(tmp_path / f"{name}.tar", members(range(9), "image")) for name in "ab"}
     given = [word for name, shards in sets.items() for word in ("--ood", f"{name}={shards}")]
     columns = []
@@ -111,8 +116,8 @@ def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_p
     said = capsys.readouterr().out
     assert re.search(r"encoding val: 18 samples done \(79% of the encoding, about \d:\d\d:\d\d left\)", said)
     assert "encoding b: 9 samples done (100% of the encoding)\n" in said
-    assert left[:3] == ["nothing was found yet"] * 3
-    assert left[3].startswith(f"found so far, in {tmp_path}/out/result-so-far.json: a_max_softmax_auroc ")
+    assert left[:3] == ["nothing was found yet (0 of 2 sets); the same command starts over"] * 3
+    assert left[3].startswith(f"partial result, 1 of 2 sets, in {tmp_path}/out/result-so-far.json: a_max_softmax_")
     assert columns == [["val"] * 18 + ["a"] * 9, ["val"] * 18 + ["a"] * 9 + ["b"] * 9]
 
 

@@ -225,8 +225,8 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tm
         monkeypatch.setattr(robustness, name, keep)
     predict = robustness._predictions
 
-    def with_mistakes(job, corpus, each, title):  # one more at each severity
-        found = predict(job, corpus, each, title)
+    def with_mistakes(job, corpus, each, title, whole):  # one more at each severity
+        found = predict(job, corpus, each, title, whole)
         mistakes, best = each.corruption.severity if each.corruption else 0, found.best_NK.clone()
         best[:mistakes, 0] = (found.labels_N[:mistakes] + 1) % len(job.model.config.classes)
         return replace(found, best_NK=best)
@@ -267,11 +267,11 @@ STOPPED = """
 
     real = robustness._predictions
 
-    def held_up(job, corpus, each, title):
+    def held_up(job, corpus, each, title, whole):
         if title.startswith("elastic 2"):
             print("held up", flush=True)
             threading.Event().wait()
-        return real(job, corpus, each, title)
+        return real(job, corpus, each, title, whole)
 
     robustness._predictions = held_up
     main({})
@@ -292,7 +292,9 @@ def test_what_was_found_before_a_stop_is_written_and_said(classifier, shards, tm
     rest = process.stdout.read()
     assert process.wait(20) == 0 and not (tmp_path / "out/result.json").exists()
     result = json.loads((tmp_path / "out/result-so-far.json").read_text())
-    assert f"stopped ({number.name}); found so far, in {tmp_path}/out/result-so-far.json: top1 " in rest
+    said = f"stopped ({number.name}); partial result, 4 of 5 passes, in {tmp_path}/out/result-so-far.json: top1 "
+    assert said in rest and rest.endswith("; the same command starts over\n")
+    assert (result["task"], result["partial"], result["done"]) == ("robustness", True, "4 of 5 passes")
     assert [len(found) for found in result["corruptions"].values()] == [2, 1]
     assert "mean_corruption_error" not in result
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pydict()
