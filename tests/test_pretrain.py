@@ -404,7 +404,7 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     rows = "".join(f"red/{i}.png,a red thing\n" for i in range(4))
     (photos / "captions.csv").write_text("file_name,caption\n" + rows)
     shards = find_shards(str(photos), tmp_path / "run", None, [])
-    assert f"captions are those of {photos / 'captions.csv'}" in shards.notes
+    assert f"captions and fields are those of {photos / 'captions.csv'}" in shards.notes
     facts, _ = look(shards, tmp_path / "run", "cls")
     assert facts.vocab_size > 0
     (photos / "sizes.csv").write_text("a,b\n1,2\n")
@@ -416,11 +416,12 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
         find_shards(str(photos), tmp_path / "other", None, [])
     (photos / "sizes.txt").rename(photos / "sizes.csv")
     (photos / "captions.csv").unlink()
-    assert "sizes.csv is not taken for captions" in find_shards(str(photos), tmp_path / "other", None, []).notes[0]
+    notes = find_shards(str(photos), tmp_path / "other", None, []).notes
+    assert notes[0].startswith(f"{photos}/sizes.csv is not used: it has no columns such as")
     (photos / "sizes.csv").unlink()
     (photos / "Captions.CSV").write_text("file_name,caption\n" + rows)
     notes = find_shards(str(photos), tmp_path / "another", None, []).notes
-    assert f"captions are those of {photos / 'Captions.CSV'}" in notes
+    assert f"captions and fields are those of {photos / 'Captions.CSV'}" in notes
 
 
 def test_shards_are_taken_as_they_are(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_fast.data.corpus import Corpus, Source
-from m3ae_fast.data.index import MISSING, IndexedShard
+from m3ae_fast.data.index import MISSING, IndexedShard, printable
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
@@ -26,6 +26,7 @@ from m3ae_fast.regular_file import read_json
 MAX_CLASSES = 1 << 20
 LEFT_OUT = -1
 _MAX_BYTES = 1 << 20  # of a member that holds a label
+_SHOWN = 10  # fields in a message
 
 _INT64 = np.iinfo(np.int64)
 
@@ -140,10 +141,30 @@ def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str
     source, sample = next((one, own.index(None)) for one, own in zip(corpus.sources, labels) if None in own)
     reader = Reader(source, corpus.store)
     shard, row = reader.find(sample)
+    others = _fields(source.shards[shard], row, corpus.store)
+    advice = f"it has {', '.join(others)}: choose one with --labels" if others else "it has neither .cls nor .json"
     raise UserError(
         f"{where}: {missing:,} of {total:,} samples have no label ({field}), such as {source.shards[shard].shard}/"
-        f"{reader.key(shard, row)}; name another member with --labels, or label them: -1 leaves a sample out"
+        f"{reader.key(shard, row)}; {advice}, or label these samples (-1 leaves a sample out)"
     )
+
+
+def _fields(shard: IndexedShard, row: int, store: ShardStore) -> list[str]:
+    """Return the fields of a sample that may be labels, as `read_labels` names them; the first few of many."""
+    entry = shard.table()[row]
+    found = ["cls"] if entry["cls_offset"] != MISSING else []
+    if entry["json_offset"] != MISSING:
+        with open(store.path(shard.shard), "rb") as file:
+            data = os.pread(file.fileno(), min(int(entry["json_size"]), _MAX_BYTES), int(entry["json_offset"]))
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict):
+            kept = (name for name, value in content.items() if isinstance(value, int | str))
+            found += [f"json.{printable(name)}" for name in kept if name != "caption"]
+    more = [f"{len(found) - _SHOWN:,} more"] if len(found) > _SHOWN else []
+    return found[:_SHOWN] + more
 
 
 def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Classes:

@@ -21,7 +21,7 @@ from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
 from m3ae_fast.shard_tools.caption_table import READERS, NoColumns, read_captions
 from m3ae_fast.shard_tools.claim import MANIFEST
-from m3ae_fast.shard_tools.folder import Folder
+from m3ae_fast.shard_tools.folder import Folder, ImagesMissing
 from m3ae_fast.shard_tools.huggingface import HuggingFace
 from m3ae_fast.shard_tools.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file
 from m3ae_fast.shard_tools.records import Records
@@ -60,8 +60,7 @@ def find_shards(
             raise UserError(
                 f"--out {out}: is in {source}, and pictures in it would be taken for yours; name a folder outside"
             )
-        table, notes = (captions, []) if captions else _table_in(folder)
-        pictures = Folder(folder, table)
+        pictures, notes = (Folder(folder, captions), []) if captions else _with_table_in(folder)
         made = _made(pictures, source, out, [*notes, *pictures.notes, *pictures.ignored.lines()], image_range)
         return replace(made, unlabelled=_without_classes(pictures))
     if not folder.is_dir() and (folder.exists() or source.startswith((".", "/", "~")) or source.endswith("/")):
@@ -106,19 +105,23 @@ def _without_classes(pictures: Folder) -> str:
     return "there are not several sub-folders, which would be classes"
 
 
-def _table_in(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the one table of captions at the top of a folder, if any, and a note about it."""
+def _with_table_in(folder: Path) -> tuple[Folder, list[str]]:
+    """Return the images of a folder, with the one table at its top, if any, and notes about it."""
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise UserError(f"{folder}: has several tables ({names}); name that of the captions with --captions")
     if not tables:
-        return None, []
+        return Folder(folder), []
     try:
-        read_captions(tables[0])
+        pictures = Folder(folder, tables[0])
     except NoColumns:
-        return None, [f"{tables[0]} is not taken for captions: it has no columns such as file_name and caption"]
-    return tables[0], [f"captions are those of {tables[0]}"]
+        return Folder(folder), [f"{tables[0]} is not used: it has no columns such as file_name and caption"]
+    except ImagesMissing as error:
+        if any(row.captions is not None for row in read_captions(tables[0])[:1]):
+            raise
+        return Folder(folder), [f"{tables[0]} is not used: {str(error).partition(': ')[2]}"]
+    return pictures, [f"captions and fields are those of {tables[0]}"]
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:

@@ -1,7 +1,8 @@
-"""Tables that name an image and its caption in each row: csv, tsv, jsonl, parquet.
+"""Tables that name an image, its caption and other fields in each row: csv, tsv, jsonl, parquet.
 
 Each row is a sample, equal ones too; a row with a list of captions is a sample for each. Rows are read strictly: one
-with more or fewer fields than the table has columns is an error, not a guess.
+with more or fewer fields than the table has columns is an error, not a guess. Other columns than those of images and
+captions are fields of the sample's json; a table may have these alone.
 
 A .csv is quoted as RFC 4180 has it. A .tsv has one row on each line, and quotes in it are text, with exceptions that
 only a program that quotes can have written: where all names of columns stand in quotes, the table is read as a .csv
@@ -13,10 +14,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from datetime import date, time
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +33,12 @@ IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepa
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _ABSENT = object()  # the value of a column that a row of jsonl lacks
-_Rows = Generator[list[Any], None, None]  # first the names of the columns, then each row's values
+# first the names of the columns, a list to which later rows may add, then each row's values
+_Rows = Generator[list[Any], None, None]
 
 
 class NoColumns(UserError):
-    """No column of a table has a usual name."""
+    """A table has no columns that are used."""
 
 
 class Row(NamedTuple):
@@ -41,13 +46,14 @@ class Row(NamedTuple):
 
     number: int  # from 1, without the names of the columns
     image: str
-    captions: list[str]  # empty: none
+    captions: list[str] | None  # empty: none; None: the table has no captions
+    fields: str  # a JSON object with the values of other columns, "" if there are none
 
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
     """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet. `image` and `caption` name columns; None: the
-    first that has a usual name. Raises UserError where the file cannot be read, lacks a column, or has a row that does
-    not fit its columns."""
+    first that has a usual name, and no captions if none has one but there are other columns. Raises UserError where the
+    file cannot be read, lacks a column, or has a row that does not fit its columns."""
     reader = READERS.get(table.suffix.lower())
     if reader is None:
         raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet")
@@ -56,10 +62,12 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
         with closing(reader(table)) as rows:
             columns = next(rows, [])
             images = choose_column(columns, image, IMAGE_COLUMNS, "--image-column", str(table))
-            captions = choose_column(columns, caption, CAPTION_COLUMNS, "--caption-column", str(table))
-            places = columns.index(images), columns.index(captions)
+            has_captions = caption is not None or any(column.lower() in CAPTION_COLUMNS for column in columns)
+            place = None
+            if has_captions or len(columns) < 2:
+                place = columns.index(choose_column(columns, caption, CAPTION_COLUMNS, "--caption-column", str(table)))
             for row in rows:
-                found.append(_row(len(found) + 1, columns, row, *places))
+                found.append(_row(len(found) + 1, columns, row, columns.index(images), place))
     except OSError as error:
         raise UserError(f"--captions {table}: cannot be read ({error.strerror or error})") from None
     except (ValueError, csv.Error) as error:
@@ -85,23 +93,44 @@ def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str
     return names[0]
 
 
-def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int) -> Row:
+def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int | None) -> Row:
     """Return a row of the table. Raises ValueError if it does not fit the columns."""
     if len(row) != len(columns):
         raise ValueError(
             f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
             f"{', '.join(columns)}; a field with a separator or a line break in it needs quotes"
         )
-    if _ABSENT in (row[image], row[caption]):
-        raise ValueError(f"it lacks {columns[image if row[image] is _ABSENT else caption]}; write null for none")
+    used = [image] if caption is None else [image, caption]
+    for place in used:
+        if row[place] is _ABSENT:
+            raise ValueError(f"it lacks {columns[place]}; write null for none")
     name = row[image]
     if not isinstance(name, (str, bytes)) or not name:
         raise ValueError(f"{columns[image]} names no file but is {str(name)[:80]!r}")
     try:
-        captions = captions_of(row[caption])
+        captions = None if caption is None else captions_of(row[caption])
     except ValueError as error:
-        raise ValueError(f"{columns[caption]} {error}") from None
-    return Row(number, os.fsdecode(name), captions)
+        raise ValueError(f"{columns[used[-1]]} {error}") from None
+    others = [(column, row[place]) for place, column in enumerate(columns) if place not in used]
+    return Row(number, os.fsdecode(name), captions, _fields_of(others))
+
+
+def _fields_of(others: Iterable[tuple[str, Any]]) -> str:
+    """Return columns and their values in a row as a JSON object, "" if there are none. Empty values are left out, and
+    what JSON has no values for, such as bytes, and a column named caption: in a json it would be read as one."""
+    texts = []
+    for column, value in others:
+        if value is not _ABSENT and value is not None and value != "" and column not in ("", "caption"):
+            with suppress(TypeError, ValueError, RecursionError):
+                texts.append(f"{json.dumps(column)}: {json.dumps(value, allow_nan=False, default=_as_text)}")
+    return f"{{{', '.join(texts)}}}" if texts else ""
+
+
+def _as_text(value: Any) -> str:
+    """Return a date, a time or a decimal number as text. Raises TypeError for others."""
+    if isinstance(value, (date, time, Decimal)):
+        return str(value)
+    raise TypeError
 
 
 def _lines(table: Path) -> Generator[str, None, None]:
@@ -177,6 +206,7 @@ def _jsonl(table: Path) -> _Rows:
             if columns is None:
                 columns = list(row)
                 yield columns
+            columns += [column for column in row if column not in columns]  # of which the reader takes note
             yield [row.get(column, _ABSENT) for column in columns]
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,12 +25,24 @@ from m3ae_fast.shard_tools.tally import IGNORED, OUTSIDE, Tally
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
+class ImagesMissing(UserError):
+    """A table names images that are not in the folder."""
+
+
+class _Sample(NamedTuple):
+    """What a table has of a sample."""
+
+    caption: str | None = None
+    fields: str = ""  # a JSON object
+
+
 class Folder(Records):
     """Images below a folder, in the order of their paths, with the splits and classes that `layout` finds.
 
     Args:
         folder: where to look, in sub-folders too.
-        captions: a table of captions with a row for each sample of an image; None: .txt files beside the images.
+        captions: a table with a row for each sample of an image, with its caption and other fields for its json;
+            None, or a table without captions: .txt files beside the images.
         columns: its columns of images and captions, None where they have usual names.
         classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
         flat: sub-folders are neither splits nor classes.
@@ -75,13 +87,15 @@ class Folder(Records):
             rows[layout.splits[os.path.dirname(path)]].append(number)
         self._rows = {split: np.array(numbers) for split, numbers in rows.items()}
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
-        self._paths, self._has_table = paths, captions is not None
-        self._captions: list[list[str | None]] = [[None]] * len(paths)  # of the table, by image
+        self._paths, self._has_captions = paths, False
+        self._samples = [[_Sample()]] * len(paths)  # by image
         if captions is not None:
-            self._captions = _join(folder, paths, captions, read_captions(captions, *columns))
-        counts = np.array([len(each) for each in self._captions])
+            table = read_captions(captions, *columns)
+            self._has_captions = table[0].captions is not None
+            self._samples = _join(folder, paths, captions, table)
+        counts = np.array([len(each) for each in self._samples])
         super().__init__({split: counts[rows] for split, rows in self._rows.items()})
-        self.ignored = _ignored(folder, files, [*paths, *strays], captions)
+        self.ignored = _ignored(folder, files, [*paths, *strays], captions, self._has_captions)
         for path in strays:
             self.ignored.add(OUTSIDE, printable(path))
         self.identity = {"kind": "folder", **self._fingerprints()}
@@ -95,11 +109,13 @@ class Folder(Records):
         row, turn = self.place(split, number)
         row = self._rows[split][row]
         path = os.path.join(self.folder, self._paths[row])
-        caption = self._captions[row][turn] if self._has_table else self._beside(path)
+        sample = self._samples[row][turn]
+        caption = sample.caption if self._has_captions else self._beside(path)
         name = self._class_names[os.path.dirname(self._paths[row])]
         about: dict[str, Any] = {"path": printable(self._paths[row])}
         if name is not None:
             about["class_name"] = name
+        about |= json.loads(sample.fields or "{}")
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
 
     def images(self, split: str) -> np.ndarray:
@@ -126,12 +142,12 @@ class Folder(Records):
     def _fingerprints(self) -> dict[str, str]:
         """Return fingerprints of pictures, captions and classes, which differ if the user changed them."""
         pictures, captions = hashlib.sha256(), hashlib.sha256()
-        for path, own in zip(self._paths, self._captions):
+        for path, own in zip(self._paths, self._samples):
             file = os.path.join(self.folder, path)
-            beside = None if self._has_table else _text_file(file)
-            for caption in own:
+            beside = None if self._has_captions else _text_file(file)
+            for sample in own:
                 pictures.update(f"{path!r} {_stamp(file)}\n".encode())
-                captions.update(f"{caption!r} {beside and _stamp(beside)}\n".encode())
+                captions.update(f"{sample.caption!r} {beside and _stamp(beside)}{sample.fields}\n".encode())
         classes = hashlib.sha256(json.dumps(self.classes).encode())
         named = {"pictures": pictures, "captions": captions, "classes": classes}
         return {name: digest.hexdigest()[:16] for name, digest in named.items()}
@@ -189,13 +205,15 @@ def _find(folder: str, flat: bool) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 
-def _ignored(folder: Path, files: Sequence[str], images: Sequence[str], table: Path | None) -> Tally:
-    """Tally the files that are neither an image, nor a caption beside one, nor the table."""
+def _ignored(
+    folder: Path, files: Sequence[str], images: Sequence[str], table: Path | None, has_captions: bool
+) -> Tally:
+    """Tally the files that are neither an image, nor a caption beside one, nor the table, which may have captions."""
     known = set(images)
-    if table is None:
+    if not has_captions:
         stems = {os.path.splitext(path)[0] for path in images}
         known |= {path for path in files if path.endswith((".txt", ".TXT")) and path[:-4] in stems}
-    else:
+    if table is not None:
         known.add(os.path.relpath(table, folder))
     tally = Tally()
     for path in files:
@@ -208,19 +226,20 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
-def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[list[str | None]]:
-    """Return the captions of each image, one for each caption of each row of the table; None if it names none."""
-    captions: dict[str, list[str | None]] = {path: [] for path in paths}
+def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[list[_Sample]]:
+    """Return the samples of each image, one for each caption of each row of the table. Raises ImagesMissing if it names
+    other images."""
+    samples: dict[str, list[_Sample]] = {path: [] for path in paths}
     missing = []
     for row in rows:
         path = os.path.normpath(os.path.relpath(row.image, folder) if os.path.isabs(row.image) else row.image)
-        if path in captions:
-            captions[path] += row.captions or [""]
+        if path in samples:
+            samples[path] += [_Sample(caption, row.fields) for caption in row.captions or [""]]
         else:
             missing.append(row)
     if missing:
-        raise UserError(
+        raise ImagesMissing(
             f"--captions {table}: {len(missing):,} of {len(rows):,} rows name images that are not in {folder}, "
             f"such as {missing[0].image!r} (row {missing[0].number}); paths are relative to that folder"
         )
-    return [captions[path] or [None] for path in paths]
+    return [samples[path] or [_Sample()] for path in paths]

@@ -245,7 +245,7 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     about = dict(record.about)
     if record.label is not None:
         files["cls"] = str(record.label).encode()
-        about["label"] = record.label
+        about.setdefault("label", record.label)  # a table may have another one of that name
     if about:
         files["json"] = json.dumps(about, sort_keys=True).encode()
     return files | record.members

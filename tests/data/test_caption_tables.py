@@ -1,9 +1,11 @@
 """Tables of captions: what is read is what was written, and what cannot be read is named, never guessed."""
 
 import csv
+import datetime
 import json
 import os
 import re
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
@@ -221,3 +223,41 @@ def test_a_mark_that_windows_puts_before_utf8_is_no_part_of_the_first_name(tmp_p
     lines = [json.dumps(row)] if suffix == "jsonl" else map({"csv": ",", "tsv": "\t"}[suffix].join, (row, row.values()))
     (tmp_path / f"a.{suffix}").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     assert pairs(tmp_path / f"a.{suffix}", image="image") == [("0.jpg", "a café")]
+
+
+FIELDS = {
+    "csv": 'path,caption,category,site,\n0.jpg,"one, two",bird,,7\n1.jpg,,3,"a ""b""",8\n',
+    "tsv": 'path\tcaption\tcategory\tsite\n0.jpg\tone, two\tbird\t\n1.jpg\t\t3\ta "b"\n',
+    "jsonl": '{"path": "0.jpg", "caption": "one, two", "category": "bird"}\n'
+    '{"caption": null, "path": "1.jpg", "category": "3", "site": "a \\"b\\""}\n',
+}
+
+
+@pytest.mark.parametrize("kind", [*FIELDS, "parquet"])
+def test_other_columns_are_fields(tmp_path, kind):
+    table = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        rows = {"path": ["0.jpg", "1.jpg"], "caption": ["one, two", None], "category": ["bird", "3"]}
+        rows |= {"site": [None, 'a "b"'], "thumbnail": [b"\xff", None], "parts": [[b"\xff"], None]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), table)
+    else:
+        table.write_text(FIELDS[kind])
+    first, second = read_captions(table)
+    assert (first.captions, json.loads(first.fields)) == (["one, two"], {"category": "bird"})
+    assert json.loads(second.fields) == {"category": "3", "site": 'a "b"'}
+
+
+def test_fields_keep_their_types(tmp_path):
+    kinds = {"day": datetime.date(2020, 2, 3), "share": Decimal("1.50"), "count": 3, "sure": True, "parts": [1, None]}
+    rows = {"path": ["0.jpg"], "nan": [float("nan")]} | {name: [value] for name, value in kinds.items()}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    (row,) = read_captions(tmp_path / "t.parquet")
+    assert row.captions is None
+    assert json.loads(row.fields) == kinds | {"day": "2020-02-03", "share": "1.50"}
+
+
+def test_another_caption_is_no_field(tmp_path):
+    """In a json it would be read as the sample's caption."""
+    (tmp_path / "t.csv").write_text("path,title,caption,site\n0.jpg,,long,here\n")
+    (row,) = read_captions(tmp_path / "t.csv", caption="title")
+    assert row.captions == [""] and json.loads(row.fields) == {"site": "here"}

@@ -108,6 +108,25 @@ def test_captions_are_those_of_each_split(tmp_path):
     assert sorted(found["val"]) == [b"one", b"two"] and sorted(found["train"], key=str) == [None, b"three"]
 
 
+def test_a_table_of_labels_alone(tmp_path):
+    """Its columns are fields of the samples' json, captions stand beside the images, and class ids are unchanged."""
+    root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
+    (root / "val/cat/0.txt").write_text("a cat")
+    (root / "t.csv").write_text("path,site\nval/cat/0.png,north\ntrain/dog/0.png,south\n")
+    assert make("from-folder", root, tmp_path / "out", "--captions", root / "t.csv") == 0
+    found = {json.loads(sample["json"])["path"]: sample for sample in contents(tmp_path / "out")}
+    fields = [json.loads(found[path]["json"]) for path in sorted(found)]
+    assert [(own["label"], own.get("site")) for own in fields] == [(0, None), (1, "south"), (0, "north")]
+    assert [own for own, sample in found.items() if "txt" in sample] == ["val/cat/0.png"]
+    (root / "t.csv").write_text("path,site\nelsewhere.png,north\n")
+    assert (
+        "is not used: 1 of 1 rows name images that are" in find_shards(str(root), tmp_path / "run", None, []).notes[0]
+    )
+    before = Folder(root, root / "t.csv").identity if (root / "t.csv").write_text("path,site\nval/cat/0.png,a\n") else 0
+    (root / "t.csv").write_text("path,site\nval/cat/0.png,b\n")
+    assert Folder(root, root / "t.csv").identity != before
+
+
 def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
     root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     assert make("from-folder", root, tmp_path / "out") == 0

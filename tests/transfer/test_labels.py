@@ -86,7 +86,10 @@ def test_validation_labels_are_those_of_training(opened):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({3: None}, "1 of 6 samples have no label .cls., such as .*0.tar/00003"),
+        (
+            {3: None},
+            "1 of 6 samples have no label .cls., such as .*0.tar/00003; it has neither .cls nor .json, or label",
+        ),
         (dict.fromkeys(range(6), -1), "no sample has a label .* other than -1"),
         (dict.fromkeys(range(6), 2), "all samples have the label 2 .*; two classes"),
         ({2: 7, 5: 7}, "go up to 7, but no sample has 2"),
@@ -99,6 +102,11 @@ def test_labels_that_cannot_be_used_are_named_in_one_line(opened, labels, messag
     with pytest.raises(UserError, match=message) as error:
         label_corpus(opened((range(6), labels)), "cls")
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_field_is_answered_with_those_that_there_are(opened):
+    with pytest.raises(UserError, match=r"0\.tar/00000; it has cls, json.name, json.label: choose one"):
+        label_corpus(opened((range(3),)), "json.colour")
 
 
 @pytest.mark.parametrize(
