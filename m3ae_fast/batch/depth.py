@@ -55,7 +55,7 @@ def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, chann
     of four `channels` [4, H, W], with alpha. Raises BadSample where a value is not finite, or has no alpha."""
     if channels == 4 and dtype != "uint8":
         raise BadSample(f"has one channel of {depth}, the model takes 4")
-    values, clear = _values(image, depth), image.info.get("transparency")
+    values, clear = grey_values(image, depth), image.info.get("transparency")
     lit = scaled(values, depth, image_range)
     opaque = np.full(values.shape, True) if clear is None else values != clear
     planes = (lit, lit, lit, opaque) if channels == 4 else (np.where(opaque, lit, 1.0),)
@@ -110,8 +110,11 @@ def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.nd
     return as_pixels(scaled(values.astype(np.float64), depth, "dtype" if is_whole else image_range), dtype)
 
 
-def _values(image: Image.Image, depth: Depth) -> np.ndarray:
-    """Return the file's values, float64 [H, W]. Pillow has no mode for uint32 or int8, but keeps their bits."""
+def grey_values(image: Image.Image, depth: Depth) -> np.ndarray:
+    """Return the values of a deep image of one channel, float64 [H, W]. Raises BadSample if one is not finite.
+
+    Pillow has no mode for uint32 or int8, but keeps their bits.
+    """
     values = np.asarray(image)
     if (depth.kind, depth.bits) == ("unsigned", 32):
         values = values.view(np.uint32)

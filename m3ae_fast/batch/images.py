@@ -65,7 +65,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
         raise BadSample("the image is empty")
     if (values := read_bands(data, channels, dtype)) is not None:
         return pixels_of_bands(values, channels, image_range, dtype)
-    header = _header(data)
+    header = header_of(data)
     # of a WEBP torchvision would ignore which side is up: it turns JPEGs alone
     is_turned = header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING)
     if header.mode in _TORCHVISION_MODES.get((header.format or "", channels), ()) and not is_turned:
@@ -100,7 +100,7 @@ def size_of(data: bytes) -> tuple[int, int]:
             raise BadSample(f"an array of {height} x {width}, not an image's")
         return height, width
     try:
-        header = _header(data)
+        header = header_of(data)
     except BadSample:
         if not bands.is_tiff(data):
             raise
@@ -117,13 +117,27 @@ def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
     if not bands.is_tiff(data):
         return None
     try:
-        header = _header(data)
+        header = header_of(data)
     except BadSample:
         return bands.read_tiff(data)
     count, has_fourth = bands.bands_of(header)
     is_other = count > 4 or channels not in _PIL_MODES or (channels == 4 and has_fourth)
     is_cut = dtype != "uint8" and count > 1 and depth_of(header).is_deep
     return bands.read_tiff(data) if is_other or is_cut else None
+
+
+def own_bands(data: bytes) -> np.ndarray | None:
+    """Return the values [H, W, bands] of a .npy, and of a TIFF with other bands than grey, colours and transparency;
+    None of pictures. Raises BadSample if it cannot be read."""
+    if bands.is_npy(data):
+        return bands.read_npy(data)
+    if not bands.is_tiff(data):
+        return None
+    try:
+        count, has_other = bands.bands_of(header_of(data))
+    except BadSample:
+        return bands.read_tiff(data)
+    return bands.read_tiff(data) if count > 4 or has_other else None
 
 
 def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None, dtype: str) -> Tensor:
@@ -135,7 +149,7 @@ def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).copy())
 
 
-def _header(data: bytes) -> Image.Image:
+def header_of(data: bytes) -> Image.Image:
     """Return the image, of which Pillow has read the header. Raises BadSample where it is none, or too large."""
     try:
         header = Image.open(BytesIO(data), formats=_FORMATS)

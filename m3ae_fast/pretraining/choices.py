@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from m3ae_fast.config import Config, Range, parse
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.errors import UserError
+from m3ae_fast.regular_file import parse_json
 
 TOKENIZER = "tokenizer.json"  # of a run folder
 LONGEST = 800  # epochs, as MAE was trained
@@ -22,6 +24,13 @@ _WARM_UP = 0.05  # of the steps
 _PROBED = 5000  # training samples: with more the k-NN accuracy is measured only before and after
 # MAE's rate for its batch (arXiv 2111.06377), by the square root of the batch, as Adam asks for (arXiv 2205.10287)
 _RATE, _OF_BATCH = 2.4e-3, 4096
+# settings that are arguments of `pretrain`, by their pattern
+_ARGUMENTS = {
+    r"run(\.dir)?": "--out",
+    r"data\.train(\.\d+(\.shards)?)?": "SOURCE",
+    r"data\.val\.\d+(\.shards)?": "--val",
+}
+_ARGUMENTS |= {r"train\.probe\.labels": "--labels"}
 _RATE_OF_NARROW = 4  # times as high for models narrower than "small", as in the quickstart
 
 
@@ -33,6 +42,8 @@ class Shards:
     val: list[str]  # empty: nothing is held out
     notes: list[str]
     unlabelled: str = ""  # why samples have no label "cls", where that is known
+    shown: bool = False  # the user has seen what was found in them
+    image_range: Range | None = None  # with which they were made
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Facts:
     classes: int  # 0: there are no labels that can be used
     vocab_size: int  # 0: there are no captions
     text_length: int  # tokens
+    image_dtype: str = "uint8"
+    image_range: Range | None = None  # what is black and white in values of more than 8 bits
 
 
 class Rung(NamedTuple):
@@ -77,6 +90,21 @@ def rungs(facts: Facts) -> list[Rung]:
     return [rung for rung in LADDER if facts.samples >= rung.samples]
 
 
+def possible(sizes: Sequence[Rung], config_of: Callable[[Rung], Config]) -> list[Rung]:
+    """Return the sizes with which the user's settings are possible, such as a number of heads that divides the width.
+    Raises UserError if there are none."""
+    found, first = [], None
+    for rung in sizes:
+        try:
+            config_of(rung)
+            found.append(rung)
+        except UserError as error:
+            first = first or error
+    if not found and first is not None:
+        raise first
+    return found
+
+
 def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
     """Return an image size of at most `pixels` to which most images need not be enlarged, and its patch size: the
     largest with eight patches a side."""
@@ -95,10 +123,33 @@ def _images(facts: Facts, rung: Rung, overrides: Sequence[str]) -> tuple[int, in
     return size, patch
 
 
+def set_to(overrides: Sequence[str], name: str, default: Any) -> Any:
+    """Return the value to which the user sets `name`, or `default`."""
+    found = default
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if key == name and equals:
+            try:
+                found = parse_json(text)
+            except ValueError:
+                found = text
+    return found
+
+
 def given(overrides: Sequence[str], name: str) -> int | None:
-    """Return the number above 0 that the user sets, None where there is none."""
-    texts = [text for key, _, text in (override.partition("=") for override in overrides) if key == name]
-    return int(texts[-1]) or None if texts and texts[-1].isdecimal() else None
+    """Return the number above 0 that the user sets, None if there is none."""
+    value = set_to(overrides, name, None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def channels_set(overrides: Sequence[str]) -> int | None:
+    """Return the channels that the user sets, or other settings imply; None if they are open."""
+    if channels := given(overrides, "model.channels"):
+        return channels
+    for name in ("model.image_mean", "model.image_std"):
+        if isinstance(values := set_to(overrides, name, None), list):
+            return len(values) or None
+    return 3 if set_to(overrides, "model.image_targets", None) == "vqgan" else None
 
 
 def batch_of(samples: int) -> int:
@@ -136,18 +187,38 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
 def check_overrides(overrides: Sequence[str]) -> Range | None:
     """Return the `data.range` that they set. Raises UserError if the overrides are possible for no samples at all,
     before there are any."""
-    if any(override.startswith(("run.dir=", "run=")) for override in overrides):
-        raise UserError("--set run.dir: is what --out names")
-    first: UserError | None = None
-    for rung in LADDER:
-        facts = Facts(10**6, 1000, 1000, [0.5] * 3, [0.25] * 3, classes=2, vocab_size=512, text_length=64)
-        try:
-            shards = Shards(["train.tar"], ["val.tar"], [])
-            return settings(facts, shards, Path("run"), rung, 64, 1000, "cls", overrides).data.range
-        except UserError as error:
-            first = first or error
-    assert first is not None
-    raise first
+    for override in overrides:
+        name = override.partition("=")[0]
+        if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
+            raise UserError(f"--set {name}: is what {meant} names")
+    if set_to(overrides, "data.val", None):
+        raise UserError("--set data.val: is what SOURCE or --val names; [] evaluates on nothing")
+    facts = assumed(overrides)
+    shards = Shards(["train.tar"], ["val.tar"], [])
+
+    def config_of(rung: Rung) -> Config:
+        return settings(facts, shards, Path("run"), rung, 64, 1000, "cls", overrides)
+
+    return config_of(possible(LADDER, config_of)[0]).model.image_range
+
+
+def assumed(overrides: Sequence[str], samples: int = 10**6) -> Facts:
+    """Return facts about samples that fit the overrides, where these settings depend on samples."""
+    shown = set_to(overrides, "data.show_channels", None)
+    most = max([2, *(number for number in shown if isinstance(number, int))]) if isinstance(shown, list) else 2
+    channels = channels_set(overrides) or most + 1
+    is_alone = set_to(overrides, "data.tokenizer", "") is None
+    words = 0 if is_alone else set_to(overrides, "model.vocab_size", 512)
+    return Facts(samples, 1000, 1000, [0.5] * channels, [0.25] * channels, 2, words, text_length=64)
+
+
+def _length(facts: Facts, batch: int, steps: int, overrides: Sequence[str]) -> tuple[int, int]:
+    """Return the steps of the run, `steps` unless the user sets a length, and those of an epoch."""
+    per_epoch = max(facts.samples // (given(overrides, "train.global_batch") or batch), 1)
+    epochs = set_to(overrides, "train.epochs", None)
+    if isinstance(epochs, int | float) and epochs > 0:
+        steps = max(round(epochs * per_epoch), 1)
+    return given(overrides, "train.steps") or steps, per_epoch
 
 
 def settings(
@@ -155,6 +226,7 @@ def settings(
 ) -> Config:
     """Return the config of a run with the user's `--set` overrides. Raises UserError for one that is not possible."""
     size, patch = _images(facts, rung, overrides)
+    steps, per_epoch = _length(facts, batch, steps, overrides)
     train, val = ([{"shards": part}] for part in (shards.train, shards.val))
     often = max(steps // 20, min(steps, 10))
     config: dict[str, Any] = {
@@ -163,19 +235,22 @@ def settings(
             **rung.model,
             "image_size": size,
             "patch_size": patch,
+            "channels": len(facts.image_mean),
+            "image_dtype": facts.image_dtype,
             "image_mean": facts.image_mean,
             "image_std": facts.image_std,
             "text_length": facts.text_length,
             "vocab_size": facts.vocab_size,
         },
-        "loss": {"norm_pix": True},
+        "loss": {"norm_pix": set_to(overrides, "model.image_targets", "pixels") == "pixels"},
         "data": {
             "train": train,
             "val": val if shards.val else [],
             "tokenizer": str((out / TOKENIZER).resolve()) if facts.vocab_size else None,
+            "range": facts.image_range,
             "crop_scale": [0.4, 1.0],
         },
-        "optim": {"warmup_epochs": round(_WARM_UP * steps / max(facts.samples // batch, 1), 3), "clip_grad": 1.0},
+        "optim": {"warmup_epochs": round(_WARM_UP * steps / per_epoch, 3), "clip_grad": 1.0},
         "train": {
             "global_batch": batch,
             "steps": steps,
@@ -190,19 +265,23 @@ def settings(
     for override in overrides:
         _give_way(config, override)
         apply_override(config, override)
+    if shards.val and not config["data"]["val"]:
+        config["train"]["probe"] = None
     found = parse(Config, config, "--set")
     config["optim"].setdefault("peak_lr", peak_rate(found.train.global_batch, found.model.emb_dim))
     return parse(Config, config, "--set")
 
 
 def _give_way(config: dict[str, Any], override: str) -> None:
-    """Drop what was chosen instead of what the user sets."""
+    """Drop what was chosen instead of what the user sets. Raises UserError for a setting of a probe that is missing."""
     name, _, value = override.partition("=")
     if name == "train.epochs" and value != "null":
         config["train"].pop("steps", None)
     if name == "model.size" and value != "null":
         for key in ("emb_dim", "depth", "num_heads", "dec_emb_dim", "dec_depth", "dec_num_heads"):
             config["model"].pop(key, None)
+    if name.startswith("train.probe.") and config["train"]["probe"] is None:
+        raise UserError(f"--set {name}: there is no probe, since no labels of the samples can be used; see --labels")
 
 
 def _probe(train: Any, val: Any, labels: str, every: int | None) -> dict[str, Any]:

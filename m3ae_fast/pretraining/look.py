@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from m3ae_fast.batch.tokenizer import CaptionTokenizer, train_tokenizer
+from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
 from m3ae_fast.config import Range, SourceConfig
-from m3ae_fast.data.corpus import open_corpus
-from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.data.corpus import Corpus, open_corpus
+from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
-from m3ae_fast.pretraining.choices import TOKENIZER, Facts, Shards
+from m3ae_fast.pretraining.choices import TOKENIZER, Facts, Shards, channels_set, set_to
+from m3ae_fast.pretraining.evident import range_of, sight
+from m3ae_fast.shard_tools.overview import part_of, show
 from m3ae_fast.shard_tools.stats import collect, require_images
 from m3ae_fast.shard_tools.tally import Tally
 from m3ae_fast.shard_tools.tokenizer_training import caption_texts, save_tokenizer
 
 _LOOKED_AT = 2000  # samples
+_KINDS = 256  # samples, of which what images they have decides what a model sees
+_CAPTIONS = 200_000  # that a vocabulary is learnt from, at most
 _LONGEST = 1 << 16  # tokens
 _VOCABULARY = (512, 16384)  # smallest and largest that is learnt
 _QUANTILE = 0.95  # of the captions are not cut
 
 
-def look(shards: Shards, out: Path, labels: str, image_range: Range | None = None) -> tuple[Facts, list[str]]:
-    """Return facts and what to tell the user. Trains a tokenizer into the run folder `out` if there are captions.
-    Raises UserError where the shards cannot be used, or no sample has an image."""
+def look(
+    shards: Shards, out: Path, labels: str, image_range: Range | None = None, overrides: Sequence[str] = ()
+) -> tuple[Facts, list[str]]:
+    """Return facts, as far as `overrides` leave them open, and what to tell the user. Trains a tokenizer into the run
+    folder `out` if there are captions. Raises UserError if the shards cannot be used, no sample has an image, or it is
+    not evident which of their values are black and white."""
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
     val = open_corpus([SourceConfig(shards=shards.val)], store, progress=True) if shards.val else None
-    notes, tokenizer = [], None
-    if train.has_captions:
-        texts = list(caption_texts(shards.train, store, Tally()))
-        wanted = 2 ** round(np.log2(max(len(texts), 1)))
-        learnt = train_tokenizer(texts, int(np.clip(wanted, *_VOCABULARY)))
-        save_tokenizer(learnt, out / TOKENIZER)
-        tokenizer = CaptionTokenizer(learnt, _LONGEST)
     classes, note = _classes(shards, store, labels)
-    notes += [note] if note else []
-    found = collect(train, _LOOKED_AT, 0, 3, image_range, tokenizer, labels if classes else "cls")
+    notes = [note] if note else []
+    seen = part_of(train, "train", "trained on", classes.train, _KINDS)
+    if not shards.shown:
+        parts = [seen] if val is None else [seen, part_of(val, "val", "held out", classes.val)]
+        show("what was found", parts)
+    channels, dtype = sight(seen.kinds)
+    channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
+    image_range = image_range or shards.image_range or range_of(seen.kinds)
+    tokenizer = _tokenizer(shards, train, store, out, overrides)
+    found = collect(train, _LOOKED_AT, 0, channels, image_range, tokenizer, labels if classes.count else "cls", dtype)
     require_images(found)
+    if found.bad:
+        reason = found.bad.most_common(1)[0][0]
+        notes.append(f"{found.bad.total():,} of {found.seen:,} samples that were looked at cannot be used: {reason}")
     mean, std = found.mean_and_std()
     lengths = found.lengths or [1]
     return Facts(
@@ -48,25 +62,66 @@ def look(shards: Shards, out: Path, labels: str, image_range: Range | None = Non
         int(np.median(np.array(found.sizes).min(1))),
         mean,
         std,
-        classes,
+        classes.count,
         tokenizer.vocab_size if tokenizer else 0,
         int(np.clip(8 * np.ceil(np.quantile(lengths, _QUANTILE) / 8), 8, 64)),
+        dtype,
+        image_range,
     ), notes
 
 
-def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[int, str]:
-    """Return how many classes both parts have, 0 where their labels cannot be used, and why not."""
+def _tokenizer(
+    shards: Shards, train: Corpus, store: ShardStore, out: Path, overrides: Sequence[str]
+) -> CaptionTokenizer | None:
+    """Return the tokenizer that the user names, or one that is learnt from the captions; None for images alone."""
+    size, own = set_to(overrides, "model.vocab_size", None), set_to(overrides, "data.tokenizer", "")
+    if not train.has_captions or size == 0 or own is None:
+        return None
+    if own:
+        return load_tokenizer(str(own), _LONGEST)
+    texts = list(caption_texts(shards.train, store, Tally(), _CAPTIONS))
+    fitting = int(np.clip(2 ** round(np.log2(max(len(texts), 1))), *_VOCABULARY))
+    learnt = train_tokenizer(texts, size or fitting)
+    found = CaptionTokenizer(learnt, _LONGEST)
+    if size and found.vocab_size != size:
+        raise UserError(
+            f"--set model.vocab_size={size}: the captions give {found.vocab_size} tokens; set that, or leave it out"
+        )
+    save_tokenizer(learnt, out / TOKENIZER)
+    return found
+
+
+class _Classes(NamedTuple):
+    """The classes that both parts have, and the samples of each."""
+
+    count: int  # 0: their labels cannot be used
+    train: Counter[str] | None = None
+    val: Counter[str] | None = None
+
+
+def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, str]:
+    """Return the classes, and why their labels cannot be used."""
     if not shards.val:
-        return 0, ""
+        return _Classes(0), ""
     none = "there is no k-NN accuracy and no linear probe"
     if shards.unlabelled and labels == "cls":
-        return 0, f"{none}: {shards.unlabelled}"
+        return _Classes(0), f"{none}: {shards.unlabelled}"
     try:
         train, val = (
             open_corpus([SourceConfig(shards=part, modality="image")], store) for part in (shards.train, shards.val)
         )
-        _, classes = label_corpus(train, labels)
-        label_corpus(val, labels, classes)
+        train, classes = label_corpus(train, labels)
+        val, _ = label_corpus(val, labels, classes)
     except UserError as error:
-        return 0, f"{none}: {error}"
-    return len(classes), ""
+        return _Classes(0), f"{none}: {error}"
+    names = class_names(train, classes)
+    return _Classes(len(classes), *(_counts(corpus, names) for corpus in (train, val))), ""
+
+
+def _counts(corpus: Corpus, names: list[str]) -> Counter[str]:
+    """Return the samples of each class of a labelled corpus, by name."""
+    found: Counter[str] = Counter()
+    for source in corpus.sources:
+        for number, count in zip(*np.unique(source.labels, return_counts=True)):
+            found[names[number]] += int(count)
+    return found

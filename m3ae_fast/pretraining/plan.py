@@ -37,10 +37,11 @@ def choose(
         Stopped: somebody asks to stop.
     """
     seconds = TRAINING * 3600 * hours
-    allowed = choices.rungs(facts)
 
     def config_of(rung: Rung, batch: int, steps: int) -> Config:
         return choices.settings(facts, shards, out, rung, batch, steps, labels, overrides)
+
+    allowed = choices.possible(choices.rungs(facts), lambda rung: config_of(rung, choices.SMALLEST_BATCH, 1))
 
     def measured(rung: Rung) -> Pace:
         config = config_of(rung, choices.batch_of(facts.samples), 1)
@@ -48,7 +49,7 @@ def choose(
         return measure(settled, session, min(_TRIAL * 3600 * hours, _LONGEST_TRIAL))
 
     rung, pace = allowed[0], measured(allowed[0])
-    why = _why_not_larger(allowed)
+    why = _why_not_larger(facts)
     for larger in allowed[1:]:
         needed = memory_needed(config_of(larger, choices.SMALLEST_BATCH, 1), 1, choices.SMALLEST_BATCH)
         if lacking := missing_memory(needed, session.ranks.device):
@@ -56,7 +57,7 @@ def choose(
             break
         other = measured(larger)
         if not choices.reaches(seconds, other.sample, facts.samples):
-            why = f'"{larger.name}" would see {_seen(seconds, other, facts)}'
+            why = _too_slow(larger, seconds, other, facts)
             break
         rung, pace = larger, other
     fitted = choices.fitted_batch(seconds, pace.sample, facts.samples)
@@ -65,19 +66,20 @@ def choose(
     return Plan(config, _lines(config, facts, rung, why, pace, hours))
 
 
-def _why_not_larger(allowed: Sequence[Rung]) -> str:
-    """Return why no size above those is considered."""
-    above = choices.LADDER[len(allowed) :]
+def _why_not_larger(facts: Facts) -> str:
+    """Return why no larger size than those that fit the samples is considered."""
+    above = [rung for rung in choices.LADDER if rung.samples > facts.samples]
     return f'"{above[0].name}" is for {above[0].samples:,.0f} samples or more' if above else "there is no larger one"
 
 
-def _seen(seconds: float, pace: Pace, facts: Facts) -> str:
-    """Return how often samples would be seen, and how often is enough."""
+def _too_slow(rung: Rung, seconds: float, pace: Pace, facts: Facts) -> str:
+    """Return why a size is too slow for the time."""
     seen = seconds / pace.sample
-    times = seen / facts.samples
+    epochs = seen / facts.samples
     return (
-        f"each sample {times:,.{0 if times >= 10 else 1}f} times in the time, {seen:,.0f} in all; {choices.EPOCHS} and "
-        f"{choices.SEEN:,} are the least"
+        f'"{rung.name}" is too slow: in the time it would train on {seen:,.0f} images, '
+        f"{epochs:,.{0 if epochs >= 10 else 1}f} epochs, and a larger model is chosen from {choices.EPOCHS} epochs and "
+        f"{choices.SEEN:,} images on"
     )
 
 

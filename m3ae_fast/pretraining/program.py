@@ -114,7 +114,7 @@ def _configured(
         return load_config(path, list(overrides))
     plan: Plan | None = None
     with stage() as session:
-        facts, notes = look(shards, out, labels, image_range)
+        facts, notes = look(shards, out, labels, image_range, overrides)
         plan = choose(facts, shards, out, hours, labels, overrides, session)
     if plan is None:
         return None

@@ -16,6 +16,7 @@ from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
 from m3ae_fast.errors import UserError
 from m3ae_fast.pretraining.choices import Shards
+from m3ae_fast.pretraining.evident import range_of
 from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.regular_file import read_json
 from m3ae_fast.run import checkpoint
@@ -24,6 +25,7 @@ from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder, ImagesMissing
 from m3ae_fast.shard_tools.huggingface import HuggingFace
 from m3ae_fast.shard_tools.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file
+from m3ae_fast.shard_tools.overview import parts_of, show
 from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.writer import convert, manifest_of
@@ -187,8 +189,13 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
     """Write the shards that `out` lacks; those of other pictures go where no training has begun."""
-    folder, settings = out / SHARDS, _settings(source, image_range)
-    before, now = _manifest(folder), manifest_of(source, settings)
+    folder, before = out / SHARDS, _manifest(out / SHARDS)
+    parts = parts_of(source, _uses(source))
+    image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
+    settings = _settings(source, image_range)
+    now = manifest_of(source, settings)
+    if before is None:
+        show(name, parts)
     if before is not None and before != json.loads(json.dumps(now)):
         if checkpoint.saved_steps(out):
             raise UserError(
@@ -200,6 +207,7 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
         shutil.rmtree(folder)
         (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed: its shards are made anew"]
+        show(name, parts)
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
     train, held, apart = _roles({path.name.rpartition("-")[0] for path in made.shards})
     whole = folder.resolve()
@@ -208,7 +216,16 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
         lines.append(f"{', '.join(apart)}: neither trained on nor evaluated; its shards are in {folder}")
     if not held:
         lines.append("nothing is held out: no loss or accuracy will be of samples that training has not seen")
-    return Shards([str(whole / f"{train}-*.tar")], [str(whole / f"{held}-*.tar")] if held else [], lines)
+    patterns = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
+    return Shards(*patterns, lines, shown=True, image_range=image_range)
+
+
+def _uses(source: Records) -> dict[str, str]:
+    """Return what becomes of each split."""
+    if len(source.splits) == 1:
+        return dict.fromkeys(source.splits, "trained on, part of it held out")
+    train, held, apart = _roles(source.splits)
+    return {train: "trained on", held or "": "held out"} | dict.fromkeys(apart, "not used")
 
 
 def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:

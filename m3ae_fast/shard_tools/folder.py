@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,13 @@ class Folder(Records):
             about["class_name"] = name
         about |= json.loads(sample.fields or "{}")
         return Record(read_file(path), caption, None if name is None else self._labels[name], about)
+
+    def class_counts(self, split: str) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for row in self._rows[split]:
+            if name := self._class_names[os.path.dirname(self._paths[row])]:
+                found[name] += len(self._samples[row])
+        return found
 
     def images(self, split: str) -> np.ndarray:
         """See `records.Records`: files of equal bytes, or whose names differ in their suffix alone, are of one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ class HuggingFace(Records):
         if self._dtype and image is not None:
             image = write_npy(np.asarray(image, dtype=self._dtype))
         return Record(_image(image), caption, label, about)
+
+    def class_counts(self, split: str) -> Counter[str]:
+        found: Counter[str] = Counter()
+        if self.label:
+            counts = Counter(self._data[split][self.label])
+            for label, count in counts.items():
+                if isinstance(label, int) and label >= 0:
+                    found[self.classes[label] if self.classes else str(label)] += count
+        return found
 
     def images(self, split: str) -> np.ndarray:
         """See `records.Records`: rows whose image has the same bytes, or the same path, are of one."""

@@ -10,6 +10,7 @@ from m3ae_fast.regular_file import read_json
 from m3ae_fast.shard_tools.folder import Folder
 from m3ae_fast.shard_tools.hdf5 import Hdf5
 from m3ae_fast.shard_tools.huggingface import HuggingFace
+from m3ae_fast.shard_tools.overview import parts_of, show
 from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.settings import Settings
 from m3ae_fast.shard_tools.tally import Tally
@@ -35,6 +36,7 @@ def from_folder(args: argparse.Namespace) -> None:
     settings = _settings(args)
     columns = (args.image_column, args.caption_column)
     folder = Folder(args.input, args.captions, columns, _read_classes(args.classes), args.flat)
+    show(str(args.input), parts_of(folder, {split: f"{split}-*.tar" for split in folder.splits}))
     print("".join(f"note: {note}\n" for note in folder.notes), end="", flush=True)
     _convert(folder, settings, args)
     _tell(folder.ignored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,10 @@ class Records(ABC):
     @abstractmethod
     def read(self, split: str, number: int) -> Record:
         """Return a sample. Raises BadSample if it cannot be used."""
+
+    def class_counts(self, split: str) -> Counter[str] | None:
+        """Return the samples of each class, by its name; None if that is not known before all samples are read."""
+        return None
 
     def place(self, split: str, number: int) -> tuple[int, int]:
         """Return the row of a sample, and which of the row's samples it is."""

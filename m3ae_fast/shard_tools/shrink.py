@@ -12,17 +12,16 @@ from torch import Tensor
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.bands import write_npy
 from m3ae_fast.batch.crops import resize
-from m3ae_fast.batch.images import decode_image, read_bands
+from m3ae_fast.batch.images import decode_image, own_bands
 from m3ae_fast.config import Range
 
 _MAX_SIDE = 65_500  # pixels that libjpeg writes
 
 
 def as_member(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> tuple[str, bytes]:
-    """Return suffix and bytes of a shard's member: what `shrink` gives, or of an array of bands (a .npy, or a TIFF that
-    is no picture) a .npy with the same dtype, whose short side is at most `short_side` too. Raises BadSample as
-    `shrink`."""
-    values = read_bands(data, 3, "uint8")
+    """Return suffix and bytes of a shard's member: what `shrink` gives, or of an array of bands (see `own_bands`) a
+    .npy with the same dtype, whose short side is at most `short_side` too. Raises BadSample as `shrink`."""
+    values = own_bands(data)
     if values is None:
         return "jpg", shrink(data, short_side, quality, image_range)
     small = _reduced(torch.from_numpy(values.transpose(2, 0, 1).copy()), short_side)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from m3ae_fast.batch.bad_samples import BadSample
@@ -20,6 +22,7 @@ from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.tally import REFUSED, Tally
 from m3ae_fast.whole_file import whole_file
 
+_SHARDS = 16  # that a part of the captions is read from
 FEW = 0.9  # of the tokens requested; below it a note is printed
 
 
@@ -54,12 +57,13 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
             raise UserError(f"--out {out}: cannot be written ({error})") from None
 
 
-def caption_texts(shards: list[str], store: ShardStore, tally: Tally) -> Iterator[str]:
-    """Yield all captions of some shards; those that are blank or cannot be used are left out and counted in `tally`."""
+def caption_texts(shards: list[str], store: ShardStore, tally: Tally, most: int | None = None) -> Iterator[str]:
+    """Yield all captions of some shards, or those of about `most` samples of shards that are evenly spaced; those that
+    are blank or cannot be used are left out and counted in `tally`."""
     corpus = open_corpus([SourceConfig(shards=shards, modality="text")], store, progress=True)
     for source in corpus.sources:
         reader = Reader(source, store)
-        for sample in track(range(sum(source.sizes)), "reading captions"):
+        for sample in track(_spaced(source.sizes, most), "reading captions"):
             shard, row = reader.find(sample)
             name = f"{source.shards[shard].shard} sample {row}"
             try:
@@ -71,3 +75,17 @@ def caption_texts(shards: list[str], store: ShardStore, tally: Tally) -> Iterato
             tally.add_caption(caption, name)
             if caption.strip():
                 yield caption
+
+
+def _spaced(sizes: np.ndarray, most: int | None) -> Sequence[int]:
+    """Return numbers of samples in file order: all, or about `most` of the fewest shards that have so many, but of
+    `_SHARDS` at least."""
+    total, starts = int(sizes.sum()), np.cumsum(sizes) - sizes
+    if most is None or total <= most:
+        return range(total)
+    count = min(max(_SHARDS, math.ceil(most / (total / len(sizes)))), len(sizes))
+    found: list[int] = []
+    for shard in np.linspace(0, len(sizes) - 1, count).round().astype(int).tolist():
+        taken = min(math.ceil(most / count), int(sizes[shard]))
+        found += (starts[shard] + np.linspace(0, sizes[shard] - 1, taken).round().astype(np.int64)).tolist()
+    return found

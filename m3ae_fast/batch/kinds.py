@@ -1,0 +1,64 @@
+"""The kind of an image file: how many channels a model needs to see all of it, and the values in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.batch.depth import Depth, depth_of, grey_values
+from m3ae_fast.batch.images import decode_image, header_of, own_bands
+
+_LIKE_GREY = 1  # level by which red, green and blue of a grey image may differ
+
+
+class Kind(NamedTuple):
+    """The kind of an image."""
+
+    channels: int  # 1: grey, also if red, green and blue are equal
+    is_array: bool  # of bands, of which nothing is converted
+    dtype: str  # of an array; "uint8" of a picture
+    height: int
+    width: int
+    depth: Depth | None = None  # if a value is more than a level from 0 to 255
+    low: float = 0.0  # lowest value
+    high: float = 255.0  # highest value
+
+
+def kind_of(data: bytes) -> Kind:
+    """Return the kind of an image file. Transparency does not count: it is drawn as white. Raises BadSample as
+    `decode_image`, except for a missing range."""
+    values = own_bands(data)
+    if values is not None:
+        depth = Depth("float", 32) if values.dtype == np.float32 else Depth("unsigned", 8 * values.itemsize)
+        height, width, channels = values.shape
+        return Kind(channels, True, str(values.dtype), height, width, *_spread(depth, values))
+    header = header_of(data)
+    depth = depth_of(header)
+    if not depth.is_deep:
+        pixels = decode_image(data, 3).short()
+        is_grey = int((pixels - pixels.roll(1, 0)).abs().max()) <= _LIKE_GREY
+        return Kind(1 if is_grey else 3, False, "uint8", *pixels.shape[1:])
+    channels = 1 if len(header.getbands()) == 1 else 3
+    return Kind(channels, False, "uint8", header.height, header.width, *_spread(depth, _deep(header, depth)))
+
+
+def _deep(header: Image.Image, depth: Depth) -> np.ndarray | None:
+    """Return the values of a deep picture; None of colours, of which Pillow keeps 8 bits. Raises BadSample if it is
+    broken."""
+    if len(header.getbands()) > 1:
+        return None
+    try:
+        return grey_values(header, depth)
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow raises anything on hostile input
+        raise BadSample(f"the image is broken ({error})") from None
+
+
+def _spread(depth: Depth, values: np.ndarray | None) -> tuple[Depth | None, float, float]:
+    """Return the depth, None for levels from 0 to 255, and the lowest and the highest value."""
+    low, high = depth.limits if values is None else (float(values.min()), float(values.max()))
+    return depth if depth.is_deep else None, low, high

@@ -1,0 +1,42 @@
+"""What images show of themselves: how many channels they have, and which of their values are black and white."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from m3ae_fast.batch.kinds import Kind
+from m3ae_fast.config import Range
+from m3ae_fast.errors import UserError
+
+_FILLED = 0.9  # of a type's values: they are evidently meant from its lowest to its highest
+
+
+def sight(kinds: Sequence[Kind]) -> tuple[int, str]:
+    """Return `model.channels` and `model.image_dtype` of a model that sees all of these images. Grey and colour
+    pictures together are colour; arrays of bands are not converted, so the most frequent kind decides."""
+    arrays = Counter((kind.channels, kind.dtype) for kind in kinds if kind.is_array)
+    if 2 * arrays.total() > len(kinds):
+        channels, dtype = arrays.most_common(1)[0][0]
+    else:
+        channels, dtype = (3 if any(kind.channels == 3 for kind in kinds) or not kinds else 1), "uint8"
+    return channels, dtype
+
+
+def range_of(kinds: Sequence[Kind]) -> Range | None:
+    """Return `data.range`: None for levels from 0 to 255, "dtype" if values fill their type. Raises UserError for other
+    values of more than 8 bits: what is black and white in them only the user knows."""
+    deep = [(kind, kind.depth) for kind in kinds if kind.depth is not None]
+    if not deep:
+        return None
+    depth = deep[0][1]
+    low, high = min(kind.low for kind, _ in deep), max(kind.high for kind, _ in deep)
+    least, most = depth.limits
+    if least <= low and high <= most and high - low >= _FILLED * (most - least):
+        return "dtype"
+    known = depth.kind == "unsigned"
+    guess = f"[0,{2 ** max(int(high), 1).bit_length() - 1}]" if known else f"[{low:.6g},{high:.6g}]"
+    raise UserError(
+        f"the images have {depth}, from {low:.7g} to {high:.7g} in the {len(deep):,} that were looked at: say which is "
+        f"black and which is white, such as --set data.range={guess}, or dtype for {least:.10g} and {most:.10g}"
+    )

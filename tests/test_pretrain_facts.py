@@ -1,0 +1,307 @@
+"""What `pretrain` finds out from the images, captions and labels, and how `--set` and what is chosen fit together."""
+
+import re
+import shutil
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from m3ae_fast import pretrain
+from m3ae_fast.batch.tokenizer import train_tokenizer
+from m3ae_fast.config import load_config
+from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.errors import UserError
+from m3ae_fast.pretraining.choices import LADDER, Shards, assumed, check_overrides, settings
+from m3ae_fast.pretraining.look import look
+from m3ae_fast.pretraining.source import find_shards
+from m3ae_fast.run import checkpoint
+from m3ae_fast.shard_tools.tally import Tally
+from m3ae_fast.shard_tools.tokenizer_training import caption_texts
+from tests.helpers.shards import caption, members, picture, write_tar
+
+RANDOM = np.random.RandomState(0)
+
+
+def _png(values, mode=None):
+    out = BytesIO()
+    Image.fromarray(values, mode).save(out, "PNG")
+    return out.getvalue()
+
+
+def _npy(values):
+    out = BytesIO()
+    np.save(out, values)
+    return out.getvalue()
+
+
+def _tiff(values, **options):
+    out = BytesIO()
+    tifffile.imwrite(out, values, **options)
+    return out.getvalue()
+
+
+def _levels(*shape):
+    return RANDOM.randint(0, 256, shape).astype(np.uint8)
+
+
+def _deep(*shape, most=65535):
+    values = RANDOM.randint(0, most + 1, shape).astype(np.uint16)
+    values.flat[:2] = 0, most
+    return values
+
+
+def _grey_colours():
+    return np.repeat(_levels(24, 20, 1), 3, axis=2)
+
+
+def _grey_and_alpha():
+    return np.stack((_levels(24, 20), np.full((24, 20), 255, np.uint8)), axis=2)
+
+
+# name and bytes of a file, channels and dtype of the model, and its range
+IMAGES = {
+    "grey": ("png", lambda: _png(_levels(24, 20)), 1, "uint8", None),
+    "grey, stored as colour": ("png", lambda: _png(_grey_colours()), 1, "uint8", None),
+    "grey with alpha": ("png", lambda: _png(_grey_and_alpha()), 1, "uint8", None),
+    "colour": ("png", lambda: _png(_levels(24, 20, 3)), 3, "uint8", None),
+    "colour with alpha": ("png", lambda: _png(_levels(24, 20, 4)), 3, "uint8", None),
+    "16 bits": ("png", lambda: _png(_deep(24, 20)), 1, "uint8", "dtype"),
+    "two bands": ("npy", lambda: _npy(_levels(24, 20, 2)), 2, "uint8", None),
+    "a TIFF of two": ("tif", lambda: _tiff(_levels(24, 20, 2), planarconfig="contig"), 2, "uint8", None),
+    "a TIFF of four": ("tif", lambda: _tiff(_levels(24, 20, 4), photometric="rgb", extrasamples=[0]), 4, "uint8", None),
+    "thirteen bands of 16 bits": ("npy", lambda: _npy(_deep(24, 20, 13)), 13, "uint16", "dtype"),
+    "floats from 0 to 1": ("npy", lambda: _npy(RANDOM.rand(24, 20, 3).astype(np.float32)), 3, "float32", "dtype"),
+}  # fmt: skip
+
+
+def _folder(root, suffix, make, count=8):
+    """Eight images in two classes."""
+    for number in range(count):
+        path = root / ("ab"[number % 2]) / f"{number}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make())
+    return root
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_model_sees_what_images_have(tmp_path, kind):
+    """From a folder, and from shards that hold its files as they are."""
+    suffix, make, channels, dtype, image_range = IMAGES[kind]
+    photos = _folder(tmp_path / "photos", suffix, make)
+    files = [(f"{path.stem}.{suffix}", path.read_bytes()) for path in sorted(photos.rglob(f"*.{suffix}"))]
+    own = Shards([write_tar(tmp_path / "a.tar", files[:6])], [write_tar(tmp_path / "b.tar", files[6:])], [])
+    for shards in (find_shards(str(photos), tmp_path / "run", None, []), own):
+        facts, _ = look(shards, tmp_path / "run", "cls")
+        config = settings(facts, shards, tmp_path / "run", LADDER[0], 2, 9, "cls", [])
+        m = config.model
+        assert (m.channels, m.image_dtype, config.data.range) == (channels, dtype, image_range)
+        assert len(m.image_mean) == len(m.image_std) == channels and m.image_range == image_range
+        assert np.allclose(m.image_mean, 0.5, atol=0.25) and min(m.image_std) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: _png(_deep(24, 20, most=4095)),
+            r"unsigned 16-bit values, from 0 to 4095 .*data.range=\[0,4095\], or dt",
+        ),
+        (lambda: _npy(_deep(24, 20, 2, most=900)), r"unsigned 16-bit values, from 0 to 900 .*data.range=\[0,1023\]"),
+        (lambda: _npy(np.full((24, 20), 7, np.float32)), r"float 32-bit values, from 7 to 7 .*, or dtype for 0 and 1"),
+    ],
+)
+def test_what_is_black_and_white_is_asked_for_if_it_is_not_evident(tmp_path, make, message):
+    suffix = "npy" if make().startswith(b"\x93NUMPY") else "png"
+    photos = _folder(tmp_path / "photos", suffix, make)
+    with pytest.raises(UserError, match=message):
+        find_shards(str(photos), tmp_path / "run", None, [])
+    assert not (tmp_path / "run/shards").exists()
+
+
+def test_channels_that_the_user_sets_are_taken(tmp_path):
+    photos = _folder(tmp_path / "photos", "png", lambda: _png(_levels(24, 20)))
+    shards = find_shards(str(photos), tmp_path / "run", None, [])
+    for override, channels in (("model.channels=3", 3), ("model.image_mean=[0.5,0.5,0.5]", 3), ("model.size=small", 1)):
+        facts, _ = look(shards, tmp_path / "run", "cls", None, [override])
+        config = settings(facts, shards, tmp_path / "run", LADDER[0], 2, 9, "cls", [override])
+        assert config.model.channels == channels == len(config.model.image_std)
+
+
+def _chosen(*overrides, facts=None):
+    shards, facts = Shards(["a.tar"], ["b.tar"], []), facts or assumed(overrides)
+    return settings(facts, shards, Path("r"), LADDER[1], 64, 100, "cls", overrides)
+
+
+# each setting that `pretrain` chooses, with another value, and an expression that must hold then
+SETTINGS = {
+    "model.channels=1": "m.channels == len(m.image_mean) == len(m.image_std) == 1",
+    "model.channels=13": "m.channels == len(m.image_mean) == 13",
+    "model.image_mean=[0.1]": "m.image_mean == (0.1,) and len(m.image_std) == m.channels == 1",
+    "model.image_std=[0.1,0.2]": "m.image_std == (0.1, 0.2) and m.channels == 2",
+    'model.image_dtype="float32"': "m.image_dtype == 'float32'",
+    "model.image_size=64": "m.image_size == 64 and 64 % m.patch_size == 0",
+    "model.patch_size=5": "m.patch_size == 5 and m.image_size % 5 == 0",
+    "model.text_length=20": "m.text_length == 20",
+    "model.vocab_size=0": "m.vocab_size == 0 and c.data.train[0].modality == 'image' and c.data.tokenizer is None",
+    "data.tokenizer=null": "m.vocab_size == 0 and c.data.tokenizer is None",
+    "model.size=base": "m.emb_dim == 768",
+    "model.num_heads=6": "m.num_heads == 6",
+    "model.emb_dim=240": "m.emb_dim == 240",
+    "model.depth=2": "m.depth == 2",
+    "model.dec_emb_dim=64": "m.dec_emb_dim == 64",
+    "model.dec_depth=1": "m.dec_depth == 1",
+    "model.dec_num_heads=2": "m.dec_num_heads == 2",
+    "loss.norm_pix=false": "not c.loss.norm_pix",
+    "data.crop_scale=[0.1,1]": "c.data.crop_scale == (0.1, 1)",
+    "deepspeed={}": "c.deepspeed is not None",
+    "data.range=[0,4095]": "c.data.range == m.image_range == (0, 4095)",
+    "model.image_range=[0,4095]": "m.image_range == (0, 4095)",
+    "data.val=[]": "not c.data.val and t.probe is None",
+    "data.show_channels=[5,1,0]": "m.channels == 6",
+    "optim.peak_lr=1e-3": "o.peak_lr == 1e-3",
+    "optim.warmup_epochs=2": "o.warmup_epochs == 2",
+    "optim.clip_grad=null": "o.clip_grad is None",
+    "train.global_batch=32": "t.global_batch == 32 and o.warmup_epochs == 0.25",
+    "train.steps=20": "t.steps == 20 and o.warmup_epochs == 0.1 and t.eval_every == t.save_every == 10",
+    "train.epochs=2": "t.epochs == 2 and t.steps is None and o.warmup_epochs == 0.1 and t.save_every == 10",
+    "train.log_every=3": "t.log_every == 3",
+    "train.eval_every=null": "t.eval_every is None",
+    "train.eval_samples=7": "t.eval_samples == 7",
+    "train.save_every=7": "t.save_every == 7",
+    "train.probe=null": "t.probe is None",
+    "train.probe.k=7": "t.probe.k == 7",
+}
+
+
+@pytest.mark.parametrize("override", SETTINGS)
+def test_each_setting_alone_gives_a_config_that_fits_it(tmp_path, override):
+    """Facts that fit the setting stand in for those of samples, as before there are any."""
+    check_overrides([override])
+    c = _chosen(override, facts=assumed([override], samples=640))
+    assert eval(SETTINGS[override], {"c": c, "m": c.model, "t": c.train, "o": c.optim, "len": len})
+    assert load_config(_written(tmp_path, c)) == c
+
+
+def _written(folder, config):
+    (folder / "config.json").write_text(config.model_dump_json())
+    return folder / "config.json"
+
+
+def test_every_setting_that_is_chosen_is_set_alone_above():
+    """Except those that are arguments."""
+    config = _chosen().model_dump(exclude_unset=True)
+    chosen = {f"{section}.{key}" for section in config if config[section] for key in config[section]}
+    assert chosen - {override.partition("=")[0] for override in SETTINGS} == {"run.dir", "data.train"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train.0.shards=x.tar", "--set data.train.0.shards: is what SOURCE names"),
+        ('data.val=[{"shards":"x.tar"}]', "--set data.val: is what SOURCE or --val names"),
+        ("train.probe.labels=json.x", "--set train.probe.labels: is what --labels names"),
+        ("model.image_targets=vqgan", "data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN"),
+        ("train.steps=null", "give the length of the run: epochs or steps"),
+        ("model.num_heads=7", r"emb_dim \d+ is not divisible by num_heads 7"),
+    ],
+)
+def test_a_contradiction_is_told_in_one_line_before_any_work(tmp_path, override, message):
+    with pytest.raises(UserError, match=message) as caught:
+        pretrain(tmp_path / "nothing", tmp_path / "run", overrides=[override])
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_image_tokens_go_with_the_choices(tmp_path):
+    (tmp_path / "vqgan").mkdir()
+    overrides = ["model.image_targets=vqgan", f"data.image_tokenizer={tmp_path}/vqgan"]
+    check_overrides(overrides)
+    config = _chosen(*overrides)
+    assert config.model.channels == 3 and not config.loss.norm_pix
+
+
+def test_a_setting_of_a_probe_that_is_missing_is_told():
+    with pytest.raises(UserError, match=r"--set train.probe.k: there is no probe, since no labels .* see --labels"):
+        _chosen("train.probe.k=7", facts=replace(assumed([]), classes=0))
+
+
+def _captioned(path, count):
+    files = [
+        (name, data)
+        for i in range(count)
+        for name, data in ((f"{i}.jpg", picture(i)), (f"{i}.txt", f"{caption(i)} {i}".encode()))
+    ]
+    return write_tar(path, files)
+
+
+def test_the_vocabulary_is_the_users(tmp_path):
+    shards = Shards([_captioned(tmp_path / "a.tar", 30)], [], [])
+    sizes = {}
+    for override in ("model.vocab_size=60", "model.vocab_size=0", "data.tokenizer=null", "model.text_length=9"):
+        sizes[override] = look(shards, tmp_path, "cls", None, [override])[0].vocab_size
+    train_tokenizer([caption(i) for i in range(9)], 50).save(str(tmp_path / "mine.json"))
+    mine = look(shards, tmp_path / "other", "cls", None, [f"data.tokenizer={tmp_path}/mine.json"])[0].vocab_size
+    assert [*sizes.values()][:3] == [60, 0, 0] and 0 < mine <= 50 < sizes["model.text_length=9"]
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(
+        UserError, match=r"model.vocab_size=9999: the captions give \d+ tokens; set that, or leave it out"
+    ):
+        look(shards, tmp_path, "cls", None, ["model.vocab_size=9999"])
+
+
+def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
+    """Of shards that are evenly spaced, and of samples that are."""
+    monkeypatch.setattr("m3ae_fast.shard_tools.tokenizer_training._SHARDS", 2)
+    for shard in range(6):
+        files = [(f"{i}.txt", f"{shard} {i}".encode()) for i in range(10)]
+        write_tar(tmp_path / f"{shard}.tar", files)
+    names = [f"{tmp_path}/{{0..5}}.tar"]
+    found = [list(caption_texts(names, ShardStore(), Tally(), most)) for most in (4, 30, 60, None)]
+    assert found[0] == ["0 0", "0 9", "5 0", "5 9"]
+    assert len(found[1]) == 30 and {text[0] for text in found[1]} == {"0", "2", "5"}
+    assert found[2] == found[3] == [f"{shard} {i}" for shard in range(6) for i in range(10)]
+
+
+def test_samples_that_cannot_be_used_are_told(tmp_path):
+    files = [*members(range(4)), ("9.jpg", picture(1)[:-300])]
+    _, notes = look(Shards([write_tar(tmp_path / "a.tar", files)], [], []), tmp_path, "cls")
+    assert any(
+        re.match("1 of 5 samples that were looked at cannot be used: the image is broken", note) for note in notes
+    )
+
+
+def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path, capsys):
+    """In the layout of ImageFolder, with a table of labels: one look comes first, then a model of grey images."""
+    root = tmp_path / "cells"
+    rows = ["path,site,caption"]
+    for split, counts in {"train": (18, 6, 3), "val": (6, 3, 2)}.items():
+        for name, count in zip(("broken", "cracked", "dark"), counts):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                path = f"{split}/{name}/{number}.png"
+                Image.fromarray(_levels(24, 20)).save(root / path)
+                rows.append(f"{path},{'north' if number % 2 else 'south'},a {name} cell")
+    (root / "table.csv").write_text("\n".join(rows) + "\n")
+    overrides = ["data.workers=0", "train.steps=2", "train.pictures=0", "train.probe.every=null"]
+    monkey = {"hours": 0.001, "labels": "json.site", "overrides": overrides}
+    pretrain(root, tmp_path / "run", dry_run=True, **monkey)
+    said = capsys.readouterr().out
+    assert said.index("trained on") < said.index("length: 2 steps")
+    for text in (
+        "3: broken 18, cracked 6, dark 3",
+        '"a broken cell"',
+        "grey, 20 x 24 px",
+        "27 samples and 11 held out",
+    ):
+        assert text in said
+    assert "2 classes" in said
+    shutil.rmtree(tmp_path / "run")
+    overrides[-1] = "train.probe=null"
+    assert pretrain(root, tmp_path / "run", **monkey).finished
+    config = load_config(tmp_path / "run/config.json")
+    assert config.model.channels == 1 and config.model.vocab_size > 0
+    assert checkpoint.locate(tmp_path / "run").name == "step-00000002"
