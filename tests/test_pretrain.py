@@ -604,9 +604,9 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; name a folder, which may be new"),
-        ((photos, out), {"val": ["a.tar"]}, "--val: goes with shards"),
-        (("a.tar", out), {"captions": "a.csv"}, "goes with a folder of images, and a.tar is none"),
-        (("owner/set", out), {"captions": "a.csv"}, "goes with a folder of images, and owner/set is none"),
+        ((photos, out), {"val": ["a.tar"]}, "--val: can be used only if SOURCE is shards"),
+        (("a.tar", out), {"captions": "a.csv"}, "only if SOURCE is a folder of images; a.tar is not"),
+        (("owner/set", out), {"captions": "a.csv"}, "only if SOURCE is a folder of images; owner/set is not"),
     ):
         with pytest.raises(UserError, match=message):
             pretrain(*arguments, **options)

@@ -53,10 +53,10 @@ def find_shards(
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
     if tars or _names_shards(source):
         if captions:
-            raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
+            raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
         return _split(tars or [source], list(val), out)
     if val:
-        raise UserError(f"--val: goes with shards, and {source} is not")
+        raise UserError(f"--val: can be used only if SOURCE is shards; {source} is not")
     if folder.is_dir() and not _is_data_set(folder):
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise UserError(
@@ -70,7 +70,7 @@ def find_shards(
             f"{source}: is not a folder, and neither shards nor the name of a Hugging Face data set{_similar(folder)}"
         )
     if captions:
-        raise UserError(f"--captions {captions}: goes with a folder of images, and {source} is none")
+        raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
     near = _similar(folder)
     if near and "/" not in source:  # the hub would be asked for a minute where there is no network
         raise UserError(f"{source}: no such folder here{near}")
@@ -99,11 +99,11 @@ def _is_data_set(folder: Path) -> bool:
 
 
 def _without_classes(pictures: Folder) -> str:
-    """Return why pictures have no classes, "" where they have some."""
+    """Return why images have no classes, "" if they have some."""
     if pictures.classes is not None:
         return ""
     if pictures.outside:
-        return f"sub-folders are classes where each picture is in one, and {pictures.outside} is in none"
+        return f"sub-folders are classes only if every image is in one, and {pictures.outside} is in none"
     return "there are not several sub-folders, which would be classes"
 
 

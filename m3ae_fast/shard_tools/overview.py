@@ -95,7 +95,7 @@ def show(title: str, parts: Sequence[Part]) -> None:
 def _classes(classes: Counter[str] | None) -> str:
     """Return the number of classes, and the largest and the smallest with their samples."""
     if not classes:
-        return "none"
+        return "-" if classes is None else "none"
     ordered = [f"{name} {count:,}" for name, count in sorted(classes.items(), key=lambda item: (-item[1], item[0]))]
     if len(ordered) > _LARGEST + _SMALLEST:
         ordered[_LARGEST:-_SMALLEST] = ["..."]

@@ -78,6 +78,7 @@ SLOW = (
     "test_pretrain.py::test_an_impossible_override_is_told_before_anything_is_made",
     "test_pretrain.py::test_one_line_of_an_installed_wheel_makes_a_report",
     "test_pretrain.py::test_stopped_in_any_stage_the_same_line_goes_on",
+    "test_pretrain_facts.py::test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on",
     "test_ranks.py",
     "test_resume.py",
     "test_run_log.py::test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do",
