@@ -17,7 +17,7 @@ from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
 from m3ae_fast.pretraining.choices import TOKENIZER, Facts, Shards, channels_set, set_to
 from m3ae_fast.pretraining.evident import range_of, sight
-from m3ae_fast.shard_tools.overview import part_of, show
+from m3ae_fast.shard_tools.overview import describe_classes, part_of, show
 from m3ae_fast.shard_tools.stats import collect, require_images
 from m3ae_fast.shard_tools.tally import Tally
 from m3ae_fast.shard_tools.tokenizer_training import caption_texts, save_tokenizer
@@ -45,6 +45,8 @@ def look(
     if not shards.shown:
         parts = [seen] if val is None else [seen, part_of(val, "val", "held out", classes.val)]
         show("what was found", parts)
+    elif labels != "cls" and classes.train:
+        print(f"classes by {labels}: {describe_classes(classes.train)}", flush=True)
     channels, dtype = sight(seen.kinds)
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
     image_range = image_range or shards.image_range or range_of(seen.kinds)

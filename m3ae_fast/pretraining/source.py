@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from m3ae_fast.shard_tools.caption_table import READERS, NoColumns, read_caption
 from m3ae_fast.shard_tools.claim import MANIFEST
 from m3ae_fast.shard_tools.folder import Folder, ImagesMissing
 from m3ae_fast.shard_tools.huggingface import HuggingFace
-from m3ae_fast.shard_tools.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file
+from m3ae_fast.shard_tools.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
 from m3ae_fast.shard_tools.overview import parts_of, show
 from m3ae_fast.shard_tools.records import Records
 from m3ae_fast.shard_tools.settings import Settings
@@ -131,16 +132,19 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     names = train if any(map(is_manifest, train)) else expand(train)
     if val:
         return Shards(train, val, _overlap(train, val))
-    named = {name: split_of_file(Path(name).name) for name in names}
-    kept = [name for name, split in named.items() if split is None]
+    folders = zip(*(name.split("/")[:-1] for name in names))
+    shared = len([*takewhile(lambda level: len(set(level)) == 1, folders)])  # which say nothing of a shard
+    named = {name: _split_named(name.split("/")[shared:]) for name in names}
+    kept = [name for name, split in named.items() if split in (None, TRAIN)]
     evaluated = VAL if VAL in named.values() else TEST
     held = [name for name, split in named.items() if split == evaluated]
-    apart = [name for name, split in named.items() if split not in (None, evaluated)]
+    apart = [name for name in names if name not in (*kept, *held)]
     if held and kept:
-        notes = [f"{len(held):,} of {len(names):,} shards are held out by their names, such as {Path(held[0]).name}"]
+        notes = [f"held out by their names: {len(held):,} of {len(names):,} shards, such as {held[0]}"]
         if apart:
-            some = f"{len(apart):,} shards of a test split, such as {Path(apart[0]).name}"
-            notes.append(f"{some}, are neither trained on nor evaluated")
+            notes.append(
+                f"not used, since there is a validation split too: {len(apart):,} of a test, such as {apart[0]}"
+            )
         return Shards(kept, held, notes + _overlap(kept, held))
     if len(names) == 1:
         note = "nothing is held out of one file of shards: name others with --val to see losses and accuracies"
@@ -163,6 +167,12 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     if not left:
         note = "nothing is held out: other shards have the images of the last ones too; name others with --val"
     return Shards(kept, left, [note])
+
+
+def _split_named(path: list[str]) -> str | None:
+    """Return the split that a shard's name says, or a folder above it; None if none does."""
+    *folders, name = path
+    return split_of_file(name) or next(filter(None, map(split_of_folder, folders)), None)
 
 
 def _out_of_reach(shards: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.kinds import Kind, kind_of
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.reader import Reader
+from m3ae_fast.progress import track
 from m3ae_fast.shard_tools.records import Records
 
 _LOOKED_AT = 64  # samples of a split
@@ -41,7 +42,8 @@ class Part:
         """Look at `samples` samples, evenly spaced. `read` returns image and caption of a sample, and may raise
         BadSample or OSError."""
         count = min(samples, self.samples)
-        for number in np.linspace(0, self.samples - 1, count).round().astype(np.int64).tolist():
+        numbers = np.linspace(0, self.samples - 1, count).round().astype(np.int64).tolist()
+        for number in track(numbers, f"looking at {self.name}"):
             self.seen += 1
             try:
                 image, caption = read(number)
@@ -87,12 +89,12 @@ def show(title: str, parts: Sequence[Part]) -> None:
     for name in ("use", "classes", "captions", "images"):
         table.add_column(name)
     for part in parts:
-        texts = (part.use, _classes(part.classes), _captions(part), _images(part))
+        texts = (part.use, describe_classes(part.classes), _captions(part), _images(part))
         table.add_row(escape(part.name), f"{part.samples:,}", *map(escape, texts))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _classes(classes: Counter[str] | None) -> str:
+def describe_classes(classes: Counter[str] | None) -> str:
     """Return the number of classes, and the largest and the smallest with their samples."""
     if not classes:
         return "-" if classes is None else "none"

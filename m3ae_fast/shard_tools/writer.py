@@ -108,7 +108,9 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
         parts.append((split, split, order))
     if settings.held_out:
         if len(parts) > 1:
-            raise UserError(f"--held-out: the input has splits of its own ({', '.join(records.splits)}); choose one")
+            raise UserError(
+                f"--held-out: the input has splits of its own ({', '.join(records.splits)}); convert one of them alone"
+            )
         ((name, split, order),) = parts
         held = split_images(records.images(split)[order], max(1, round(len(order) * settings.held_out)))
         if held.all():

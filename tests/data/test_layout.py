@@ -178,15 +178,27 @@ def test_words_of_a_shards_name_say_that_it_is_held_out(name, split):
     assert split_of_file(name) == split
 
 
+def _shards(root, *names):
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(root / name, members(range(4 * number, 4 * number + 4)))
+
+
 def test_shards_are_held_out_by_their_names(tmp_path):
     names = ("food-test-0.tar", "food-train-0.tar", "food-trainval-1.tar", "food-val-0.tar")
-    for number, name in enumerate(names):
-        write_tar(tmp_path / name, members(range(4 * number, 4 * number + 4)))
+    _shards(tmp_path, *names)
     shards = find_shards(str(tmp_path), tmp_path / "run", None, [])
     assert shards.train == [str(tmp_path / name) for name in names[1:3]] and shards.val == [str(tmp_path / names[3])]
     assert shards.notes == [
-        "1 of 4 shards are held out by their names, such as food-val-0.tar",
-        "1 shards of a test split, such as food-test-0.tar, are neither trained on nor evaluated",
+        f"held out by their names: 1 of 4 shards, such as {tmp_path}/food-val-0.tar",
+        f"not used, since there is a validation split too: 1 of a test, such as {tmp_path}/food-test-0.tar",
     ]
     (tmp_path / names[3]).unlink()
     assert find_shards(str(tmp_path), tmp_path / "run", None, []).val == [str(tmp_path / names[0])]
+
+
+def test_shards_are_held_out_by_the_folders_above_them(tmp_path):
+    """But not by those above all of them."""
+    _shards(tmp_path, "test/train/0.tar", "test/Val/0.tar", "test/Val/train-1.tar")
+    shards = find_shards(f"{tmp_path}/test/*/*.tar", tmp_path / "run", None, [])
+    assert (shards.train, len(shards.val)) == ([f"{tmp_path}/test/train/0.tar"], 2)
