@@ -1,7 +1,6 @@
 """What `pretrain` finds out from the images, captions and labels, and how `--set` and what is chosen fit together."""
 
 import re
-import shutil
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +15,7 @@ from m3ae_fast.batch.tokenizer import train_tokenizer
 from m3ae_fast.config import load_config
 from m3ae_fast.data.shards import ShardStore
 from m3ae_fast.errors import UserError
+from m3ae_fast.pretraining.__main__ import main
 from m3ae_fast.pretraining.choices import LADDER, Shards, assumed, check_overrides, settings
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import find_shards
@@ -286,9 +286,9 @@ def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path
                 Image.fromarray(_levels(24, 20)).save(root / path)
                 rows.append(f"{path},{'north' if number % 2 else 'south'},a {name} cell")
     (root / "table.csv").write_text("\n".join(rows) + "\n")
-    overrides = ["data.workers=0", "train.steps=2", "train.pictures=0", "train.probe.every=null"]
-    monkey = {"hours": 0.001, "labels": "json.site", "overrides": overrides}
-    pretrain(root, tmp_path / "run", dry_run=True, **monkey)
+    line = [str(root), "--out", str(tmp_path / "run"), "--hours", "0.001", "--labels", "json.site"]
+    line += [part for each in ("data.workers=0", "train.steps=2", "train.pictures=0") for part in ("--set", each)]
+    assert main([*line, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert said.index("trained on") < said.index("length: 2 steps")
     for text in (
@@ -298,10 +298,8 @@ def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path
         "27 samples and 11 held out",
     ):
         assert text in said
-    assert "2 classes" in said
-    shutil.rmtree(tmp_path / "run")
-    overrides[-1] = "train.probe=null"
-    assert pretrain(root, tmp_path / "run", **monkey).finished
+    assert "classes by json.site: 2: south 15, north 12" in said and "2 classes" in said
+    assert main([*line, "--set", "train.probe=null"]) == 0
     config = load_config(tmp_path / "run/config.json")
     assert config.model.channels == 1 and config.model.vocab_size > 0
-    assert checkpoint.locate(tmp_path / "run").name == "step-00000002"
+    assert checkpoint.locate(tmp_path / "run").name == "step-00000002" and (tmp_path / "run/export").is_dir()
