@@ -298,7 +298,7 @@ def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path
         "27 samples and 11 held out",
     ):
         assert text in said
-    assert "classes by json.site: 2: south 15, north 12" in said and "2 classes" in said
+    assert "classes by json.site: 2: south 14, north 13" in said and "2 classes" in said
     assert main([*line, "--set", "train.probe=null"]) == 0
     config = load_config(tmp_path / "run/config.json")
     assert config.model.channels == 1 and config.model.vocab_size > 0
