@@ -35,7 +35,7 @@ def range_of(kinds: Sequence[Kind]) -> Range | None:
     if least <= low and high <= most and high - low >= _FILLED * (most - least):
         return "dtype"
     known = depth.kind == "unsigned"
-    guess = f"[0,{2 ** max(int(high), 1).bit_length() - 1}]" if known else f"[{low:.6g},{high:.6g}]"
+    guess = f"[0,{2 ** max(int(high), 1).bit_length() - 1}]" if known else f"[{low:.6g},{max(high, low + 1):.6g}]"
     raise UserError(
         f"the images have {depth}, from {low:.7g} to {high:.7g} in the {len(deep):,} that were looked at: say which is "
         f"black and which is white, such as --set data.range={guess}, or dtype for {least:.10g} and {most:.10g}"

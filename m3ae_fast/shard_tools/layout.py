@@ -73,7 +73,9 @@ def understand(root: str, directories: Collection[str], known: Sequence[str] | N
         splits = {directory: split_of_folder(names[level]) or TRAIN for directory, names in parts.items()}
         inner = _without_wrapper({each: "/".join(names[:level] + names[level + 1 :]) for each, names in parts.items()})
     names = {directory: below.partition("/")[0] or None for directory, below in inner.items()}
-    found = {split: {names[each] for each, own in splits.items() if own == split} for split in splits.values()}
+    found: dict[str, set[str | None]] = {split: set() for split in splits.values()}
+    for directory, split in splits.items():
+        found[split].add(names[directory])
     return _with_classes(root, splits, names, found, known)
 
 
@@ -91,7 +93,7 @@ def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
             splits = [name for name in names if split_of_folder(name)]
             raise UserError(
                 f"{root}: {_listed(splits)} are names of splits, but {_listed(names - {*splits})} beside them is not; "
-                "move one or the other elsewhere, or rename"
+                "move other folders elsewhere, or rename the splits if they are classes"
             )
     return None
 

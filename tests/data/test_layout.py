@@ -137,7 +137,7 @@ def test_images_in_no_split_are_left_out_and_named(tmp_path, capsys):
 def test_splits_beside_other_folders_are_refused(tmp_path):
     root = tree(tmp_path / "data", "train/0.png", "val/0.png", "masks/0.png")
     with pytest.raises(
-        UserError, match="train, val are names of splits, but masks beside them is not; move one or the"
+        UserError, match="train, val are names of splits, but masks beside them is not; move other folders"
     ):
         Folder(root)
 
