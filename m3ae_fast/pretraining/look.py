@@ -51,7 +51,7 @@ def look(
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
     image_range = image_range or shards.image_range or range_of(seen.kinds)
     tokenizer = _tokenizer(shards, train, store, out, overrides)
-    found = collect(train, _LOOKED_AT, 0, channels, image_range, tokenizer, labels if classes.count else "cls", dtype)
+    found = collect(train, _LOOKED_AT, 0, channels, image_range, tokenizer, labels if classes.number else "cls", dtype)
     require_images(found)
     if found.bad:
         reason = found.bad.most_common(1)[0][0]
@@ -64,7 +64,7 @@ def look(
         int(np.median(np.array(found.sizes).min(1))),
         mean,
         std,
-        classes.count,
+        classes.number,
         tokenizer.vocab_size if tokenizer else 0,
         int(np.clip(8 * np.ceil(np.quantile(lengths, _QUANTILE) / 8), 8, 64)),
         dtype,
@@ -96,7 +96,7 @@ def _tokenizer(
 class _Classes(NamedTuple):
     """The classes that both parts have, and the samples of each."""
 
-    count: int  # 0: their labels cannot be used
+    number: int  # 0: their labels cannot be used
     train: Counter[str] | None = None
     val: Counter[str] | None = None
 
@@ -124,6 +124,8 @@ def _counts(corpus: Corpus, names: list[str]) -> Counter[str]:
     """Return the samples of each class of a labelled corpus, by name."""
     found: Counter[str] = Counter()
     for source in corpus.sources:
-        for number, count in zip(*np.unique(source.labels, return_counts=True)):
-            found[names[number]] += int(count)
+        assert source.labels is not None
+        for number, count in enumerate(np.bincount(source.labels).tolist()):
+            if count:
+                found[names[number]] += count
     return found

@@ -133,8 +133,8 @@ def _split(train: list[str], val: list[str], out: Path) -> Shards:
     if val:
         return Shards(train, val, _overlap(train, val))
     folders = zip(*(name.split("/")[:-1] for name in names))
-    shared = len([*takewhile(lambda level: len(set(level)) == 1, folders)])  # which say nothing of a shard
-    named = {name: _split_named(name.split("/")[shared:]) for name in names}
+    common = len([*takewhile(lambda level: len(set(level)) == 1, folders)])  # which say nothing of a shard
+    named = {name: _split_named(name.split("/")[common:]) for name in names}
     kept = [name for name, split in named.items() if split in (None, TRAIN)]
     evaluated = VAL if VAL in named.values() else TEST
     held = [name for name, split in named.items() if split == evaluated]
@@ -226,8 +226,8 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
         lines.append(f"{', '.join(apart)}: neither trained on nor evaluated; its shards are in {folder}")
     if not held:
         lines.append("nothing is held out: no loss or accuracy will be of samples that training has not seen")
-    patterns = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
-    return Shards(*patterns, lines, shown=True, image_range=image_range)
+    kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
+    return Shards(kept, val, lines, shown=True, image_range=image_range)
 
 
 def _uses(source: Records) -> dict[str, str]:
