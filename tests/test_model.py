@@ -453,6 +453,22 @@ def test_pack_refuses_what_does_not_fit():
     long.tokens, long.text_mask = torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.bool)
     with pytest.raises(ValueError, match="tokens"):
         pack([long], model.geometry)
+    sample = make_sample(0, words=5)
+    for length in (0, PATCHES - 1, PATCHES + 1):
+        wrong = torch.zeros(length, dtype=torch.bool)
+        with pytest.raises(ValueError, match=rf"0: image_mask has shape \({length},\)"):
+            pack([replace(sample, image_mask=wrong)], model.geometry)
+        with pytest.raises(ValueError, match=rf"0: image_ids has shape \({length},\)"):
+            pack([replace(sample, image_ids=wrong.long())], model.geometry)
+    for wrong in (
+        {"text_mask": torch.zeros(4) > 0},
+        {"text_mask": torch.zeros(6) > 0},
+        {"tokens": torch.zeros(5, 1).long()},
+    ):
+        with pytest.raises(ValueError, match=r"0: tokens .* do not fit"):
+            pack([replace(sample, **wrong)], model.geometry)
+    longest = make_sample(1, words=9)
+    assert pack([longest], model.geometry).captions == 1
 
 
 def test_draw_mask_counts():

@@ -26,6 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from m3ae_fast import export, pretrain, visualise
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
+from m3ae_fast.data.manifest import rows_of
+from m3ae_fast.data.manifest import write as write_manifest
 from m3ae_fast.engine.needs import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.errors import UserError
@@ -37,7 +39,7 @@ from m3ae_fast.pretraining.__main__ import main
 from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
 from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.pretraining.look import look
-from m3ae_fast.pretraining.source import find_shards
+from m3ae_fast.pretraining.source import _overlap, find_shards
 from m3ae_fast.report import write_report
 from m3ae_fast.run import checkpoint, pace
 from m3ae_fast.run.pace import Pace
@@ -415,6 +417,8 @@ def test_a_table_in_the_folder_gives_the_captions(tmp_path):
     (photos / "sizes.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"several tables \(captions.csv, sizes.csv\); name that .* --captions"):
         find_shards(str(photos), tmp_path / "run", None, [])
+    named = find_shards(str(photos), tmp_path / "named", photos / "captions.csv", [])
+    assert look(named, tmp_path / "named", "cls")[0].vocab_size == facts.vocab_size
     (photos / "sizes.csv").rename(photos / "sizes.txt")
     (photos / "captions.csv").write_bytes("file_name,caption\nred/0.png,café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"captions.csv: line 2 is not UTF-8; save it in UTF-8"):
@@ -517,6 +521,14 @@ def test_images_that_differ_at_their_ends_alone_are_two(tmp_path):
     assert shared_images([f"{tmp_path}/0.tar"], [f"{tmp_path}/1.tar"]) == {}
     ((shard, places),) = shared_images([f"{tmp_path}/0.tar"], [f"{tmp_path}/2.tar"]).items()
     assert shard == f"{tmp_path}/2.tar" and len(places) == 1
+
+
+def test_images_are_not_compared_where_a_side_is_a_manifest(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", members(range(3)))
+    write_manifest(tmp_path / "a.npy", rows_of([shard], [(3, 2, 0)]))
+    sides = {"tar": [shard], "npy": [str(tmp_path / "a.npy")]}
+    notes = {(one, other): _overlap(sides[one], sides[other]) for one in sides for other in sides}
+    assert notes.pop(("tar", "tar")) and not any(notes.values())
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -5,6 +5,7 @@ import signal
 import time
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -200,6 +201,18 @@ def test_a_rank_is_heard_when_it_tells_something_new(monkeypatch):
     judged.store.set("stop", "SIGTERM")
     judged.beats(5)
     assert one.silent == 0.0 and judged.stop.reason == "asked by another rank" and judged.pulse.stop_told()
+
+
+def test_where_the_store_has_left_a_rank_knows_what_it_was_told_itself(monkeypatch):
+    judged = Judged(monkeypatch, 600.0, ranks=2)
+
+    def gone(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    judged.pulse._store = SimpleNamespace(check=gone)
+    assert not judged.pulse.stop_told()
+    judged.stop.ask("SIGTERM")
+    assert judged.pulse.stop_told()
 
 
 def test_the_first_that_asks_the_others_to_stop_is_told_so(monkeypatch):

@@ -7,7 +7,9 @@ import os
 import resource
 import signal
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -288,6 +290,50 @@ def test_an_error_after_a_rank_has_left_is_none(join):
         join(first)
         with pytest.raises(RuntimeError, match="a bug"), program.joined_program():
             raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("failing", [set(), {0}, {1}, {2}, {1, 2}])
+@pytest.mark.parametrize("way", ["on_main", "broadcast", "together", "main_first"])
+def test_what_ranks_do_has_its_result_or_ends_all_of_them(way, failing):
+    """Each rank is a thread here."""
+    world, box, turn = 3, [None] * 3, threading.Barrier(3, timeout=20)
+
+    class Thread(ranks.Ranks):
+        def gather(self, value):
+            box[self.rank] = value
+            turn.wait()
+            found = list(box)
+            turn.wait()
+            return found
+
+        def from_main(self, value):
+            return self.gather(value)[0]
+
+    def run(number):
+        own = Thread(number, world, 0, torch.device("cpu"), None, [], [], None, None, [], None)
+
+        def work():
+            done.append(number)
+            if number in failing:
+                raise UserError(f"rank {number} cannot")
+            return f"of {number}"
+
+        try:
+            return getattr(own, way)(work)
+        except UserError as error:
+            return str(error)
+
+    done = []
+    with ThreadPoolExecutor(world) as pool:
+        found = list(pool.map(run, range(world)))
+    alone = way in ("on_main", "broadcast")
+    relevant = failing & {0} if alone else failing
+    if relevant:
+        assert found == [f"rank {min(relevant)} cannot"] * world
+    else:
+        assert found == {"on_main": ["of 0", None, None], "broadcast": ["of 0"] * 3}.get(way, ["of 0", "of 1", "of 2"])
+    assert sorted(done) == ([0] if alone or (way == "main_first" and 0 in failing) else [0, 1, 2])
+    assert done[0] == 0 or way == "together"
 
 
 @pytest.mark.parametrize(("rank", "failing", "runs"), [(1, 0, False), (1, 1, True), (0, 1, True), (0, 0, True)])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import write_parquet
-from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, Line, draw_charts
+from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, Line, _curves, draw_charts
 from m3ae_fast.report import main, write_report
 from m3ae_fast.run.checkpoint import Info
 from m3ae_fast.transfer.difference import against_largest_class
@@ -201,6 +201,20 @@ def test_mistakes(run, tmp_path):
     with pytest.raises(UserError, match="holds no step"):
         write_report(run, tmp_path / "page.html")
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_points_are_the_numbers_that_were_logged():
+    """Of several runs, those of a chart's last metric."""
+    odd = [float("nan"), float("inf"), float("-inf"), None, "1.0"]
+    metrics = [{"step": step, "a": value, "b": step} for step, value in enumerate([1, *odd, 2.5])] + [{"step": 9}]
+    chart = Chart("", "", [Line("a", "first", "#111111"), Line("b", "second", "#222222"), Line("c", "none", "#333333")])
+    assert [*_curves(chart, {"run": metrics})] == [
+        ("first", "#111111", [(0, 1), (6, 2.5)]), ("second", "#222222", [(step, step) for step in range(7)]),
+    ]  # fmt: skip
+    two = chart._replace(lines=chart.lines[:2])
+    points = [(step, step) for step in range(7)]
+    assert [*_curves(two, {"one": metrics, "two": metrics})] == [("one", None, points), ("two", None, points)]
+    assert [*_curves(two, {"one": metrics, "two": []})] == [("one", None, points)]
 
 
 def test_a_training_loss_of_one_step_is_seen():

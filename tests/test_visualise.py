@@ -17,6 +17,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.open_model import open_model
 from m3ae_fast.pictures import attention, reconstructions
 from m3ae_fast.pictures.attention import _laid_over, attention_to_patches
+from m3ae_fast.pictures.reconstructions import draw_run
 from m3ae_fast.pictures.training import draw_training
 from m3ae_fast.run import checkpoint
 from m3ae_fast.visualise import _look, main, parse_args
@@ -132,6 +133,22 @@ def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
     for kind, picture in drawn.items():
         assert main([str(run), kind, "--pictures", "2"]) == 0
         assert picture.read_bytes() == (run / f"{kind}.png").read_bytes()
+
+
+def test_images_are_masked_as_in_the_run_or_by_each_ratio_in_turn(run, tmp_path, monkeypatch):
+    _use(run, labelled_tar(tmp_path / "val.tar", range(4)))
+    path, drawn = checkpoint.locate(run), []
+    settings = checkpoint.read_info(path).config
+    settings["masking"] |= {"image_ratio": 0.25, "text_ratio": 0.5}
+    config = parse(Config, settings, "the run's config")
+    corpus, tokenizer = open_corpus(config.data.val, ShardStore()), open_tokenizer(config.data, config.model)
+    monkeypatch.setattr(reconstructions, "draw_reconstructions", lambda model, samples, *_: drawn.append(samples))
+    weights = checkpoint.read_weights(path)
+    for ratios in ((), (0.5, 0.75)):
+        assert draw_run(config, weights, corpus, tokenizer, tmp_path / "a.png", 2, ratios) == 2 * max(len(ratios), 1)
+    shares = [[sample.image_mask.float().mean().item() for sample in samples] for samples in drawn]
+    assert shares == [[0.25, 0.25], [0.5, 0.75, 0.5, 0.75]]  # an image's ratios are below each other
+    assert [sample.key for sample in drawn[1]] == [sample.key for sample in drawn[0] for _ in range(2)]
 
 
 @pytest.mark.parametrize("word", [None, "blue", "Blue"])
