@@ -21,7 +21,7 @@ from m3ae_fast.run import checkpoint
 from m3ae_fast.run.loggers import show
 from m3ae_fast.run.parts import sha256
 from m3ae_fast.transfer import __main__ as transfer
-from m3ae_fast.transfer.compare import UNTRAINED, with_error
+from m3ae_fast.transfer.compare import SCALED, UNTRAINED, with_error
 from m3ae_fast.transfer.difference import LARGEST, in_words
 from m3ae_fast.transfer.job import RESULT_FILE
 from m3ae_fast.whole_file import write_whole
@@ -32,7 +32,7 @@ _OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIE
 _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS, MAP = "results", "map.png"  # of a run folder
 _MEASURED = "measured"  # beside the results: which checkpoint they are of
-RUN, SCALED = "this run", "downscaled pixels"
+RUN = "this run"
 # what is measured, by name: what stands before the run's folder on a command line, and behind the task in its results
 _MEASURED_BY = {RUN: ("", ""), UNTRAINED: (RANDOM, "-random"), SCALED: (PIXELS, "-pixels")}
 

@@ -76,7 +76,7 @@ TASKS = {
         sections=("encode", "attentive"),
     ),
     "compare": Task(
-        "random weights and each MODEL by several probes and seeds: a table, and which differ",
+        "random weights, downscaled pixels and each MODEL by several probes and seeds: a table, and which differ",
         modality="image",
         compares=True,
         sections=("encode", "knn", "linear", "attentive"),

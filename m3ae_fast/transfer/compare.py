@@ -1,4 +1,5 @@
-"""Several models, and random weights, by several probes of frozen features on the same samples: which is better?
+"""Several models, random weights and downscaled pixels, by several probes of frozen features on the same samples:
+which is better?
 
 Shapes: N held-out samples, D trials with other seeds.
 """
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,9 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.encoding import Features
 from m3ae_fast.errors import UserError
-from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import RANDOM, open_model, set_images
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.pixels import SIDE, Pixels
+from m3ae_fast.open_model import PIXELS, RANDOM, open_encoder, set_images
 from m3ae_fast.pictures.figures import draw_comparison
 from m3ae_fast.progress import TimeLeft, duration
 from m3ae_fast.transfer import forecast
@@ -32,7 +34,8 @@ from m3ae_fast.transfer.significance import ERROR, LEVEL, Difference, difference
 from m3ae_fast.transfer.survey import require_memory
 from m3ae_fast.whole_file import write_whole
 
-UNTRAINED = "random weights"
+UNTRAINED, SCALED = "random weights", "downscaled pixels"
+_DECODING = 0.1  # about what reading an image costs, of encoding it
 TABLE_FILE = "comparison.md"
 
 
@@ -104,7 +107,11 @@ class Found:
         lines = [f"| top-1 accuracy, % | {' | '.join(probes)} |", "|---|" + "--:|" * len(probes)]
         for model in models:
             cells = [
-                with_error(self.accuracy(model, probe)) if (model, probe) in self.trials else "not yet"
+                with_error(self.accuracy(model, probe))
+                if (model, probe) in self.trials
+                else "-"
+                if model == SCALED and PROBES[probe].tokens
+                else "not yet"
                 for probe in probes
             ]
             lines.append(f"| {model} | {' | '.join(cells)} |")
@@ -127,7 +134,7 @@ class Work:
 
     cost: float  # of encoding a sample: proportional to FLOPs
     drawn: bool  # whether the weights depend on the seed
-    training: dict[str, float]  # about how many seconds, by probe
+    training: dict[str, float]  # about how many seconds, by the probes that its features are for
 
     def passes(self, seeds: int) -> int:
         """Return how often the images are encoded."""
@@ -146,9 +153,9 @@ def with_error(accuracy: Mapping[str, Any]) -> str:
 def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if a model cannot be opened, or memory is too small."""
     args, seeds = job.args, range(job.config.run.seed, job.config.run.seed + job.args.seeds)
-    names = model_names(args.model)
+    names = model_names(args.model, pixels=not all(PROBES[probe].tokens for probe in args.probes))
     # a mistake is told at once, not when its turn has come
-    configs = {name: open_model(model, text=False).config for name, model in names.items()}
+    shapes = {name: _shape(job, open_encoder(model, text=False)) for name, model in names.items()}
     train, val, classes = job.open_labelled()
     found, done = Found(classes), 0
 
@@ -161,14 +168,10 @@ def run(job: Job) -> dict[str, Any]:
 
     job.keep_if_stopped(so_far)
     training = cache(partial(_training, job, train.samples, len(classes)))  # of models of one shape the same
-    work = {
-        name: Work(config.depth * config.emb_dim**2 * config.most_patches, names[name].startswith(RANDOM),
-                   training(config.emb_dim, config.num_heads, config.most_patches))
-        for name, config in configs.items()
-    }  # fmt: skip
+    work = {name: Work(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()}
     whole = job.time_left(
         (train.samples + val.samples) * sum(each.cost * each.passes(len(seeds)) for each in work.values()),
-        sum(each.trials(probe, len(seeds)) * each.training[probe] for each in work.values() for probe in args.probes),
+        sum(each.trials(probe, len(seeds)) * each.training[probe] for each in work.values() for probe in each.training),
         shorter=lambda _: _shorter(job, work.values()),
     )
     job.say(
@@ -189,11 +192,30 @@ def run(job: Job) -> dict[str, Any]:
     return result | {"classes": len(classes), "train_samples": train.samples}
 
 
-def _training(job: Job, samples: int, classes: int, width: int, heads: int, patches: int) -> dict[str, float]:
+class Shape(NamedTuple):
+    """What the time that a model takes depends on."""
+
+    cost: float  # of encoding a sample: proportional to FLOPs
+    width: int  # of its features
+    heads: int
+    patches: int
+    probes: tuple[str, ...]  # that its features are for
+
+
+def _shape(job: Job, encoder: MultimodalEncoder) -> Shape:
+    c, probes = encoder.config, tuple(job.args.probes)
+    cost = float(c.depth * c.emb_dim**2 * c.most_patches)
+    if isinstance(encoder, Pixels):
+        pooled = tuple(probe for probe in probes if not PROBES[probe].tokens)
+        return Shape(_DECODING * cost, c.channels * SIDE**2, c.num_heads, c.most_patches, pooled)
+    return Shape(cost, c.emb_dim, c.num_heads, c.most_patches, probes)
+
+
+def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, float]:
     """Return about how many seconds each probe trains on the features of a model."""
-    setting = Setting(job.config, classes, heads, job.config.run.seed, job.ranks, job.pulse)
-    shapes = {probe: (patches, width) if PROBES[probe].tokens else (width,) for probe in job.args.probes}
-    return {probe: forecast.seconds(probe, samples, shape, setting) for probe, shape in shapes.items()}
+    setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.pulse)
+    sizes = {probe: ((shape.patches,) if PROBES[probe].tokens else ()) + (shape.width,) for probe in shape.probes}
+    return {probe: forecast.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
 
 
 def _shorter(job: Job, work: Iterable[Work]) -> str:
@@ -202,20 +224,24 @@ def _shorter(job: Job, work: Iterable[Work]) -> str:
     ways = []
     if "attentive" in probes and len(probes) > 1:
         others = ",".join(probe for probe in probes if probe != "attentive")
-        seconds = sum(each.trials("attentive", seeds) * each.training["attentive"] for each in work)
+        seconds = sum(each.trials("attentive", seeds) * each.training.get("attentive", 0.0) for each in work)
         ways.append(f"--probes {others} saves about {duration(seconds)}")
     if seeds > 1:
         ways.append("--seeds 1")
     return " or ".join([*ways, "fewer --train shards"])
 
 
-def model_names(models: Sequence[str]) -> dict[str, str]:
-    """Return models by name, random weights of the first's network first. Raises UserError for one named twice."""
+def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
+    """Return models by name, random weights of the first's network and, with `pixels`, those that it sees first. Raises
+    UserError for one named twice, and for pixels."""
     if len({*models}) < len(models):
         raise UserError("MODEL: one is named twice")
-    short = [Path(model).name for model in models]
-    unique = len({*short, UNTRAINED}) == len(models) + 1
-    return {UNTRAINED: RANDOM + models[0].removeprefix(RANDOM)} | dict(zip(short if unique else models, models))
+    if given := [model for model in models if model.startswith(PIXELS)]:
+        raise UserError(f"{given[0]}: compare has pixels of its own; leave it out")
+    first, short = models[0].removeprefix(RANDOM), [Path(model).name for model in models]
+    baselines = {UNTRAINED: RANDOM + first} | ({SCALED: PIXELS + first} if pixels else {})
+    unique = len({*short, *baselines}) == len(models) + len(baselines)
+    return baselines | dict(zip(short if unique else models, models))
 
 
 def _measure(
@@ -232,9 +258,9 @@ def _measure(
     parts: list[tuple[Features, Features]] = []
     for number, seed in enumerate(seeds):
         if number < work.passes(len(seeds)):
-            opened = open_model(model, text=False, seed=seed)
+            opened = open_encoder(model, text=False, seed=seed)
             parts = _encoded(job, opened, name, corpora, planned)
-        for probe, (bank, held_out) in zip(job.args.probes, parts):
+        for probe, (bank, held_out) in zip(work.training, parts):
             if number >= work.trials(probe, len(seeds)):
                 continue
             about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
@@ -250,11 +276,11 @@ def _measure(
 
 
 def _encoded(
-    job: Job, model: M3AE, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
+    job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
 ) -> list[tuple[Features, Features]]:
     """Return training and held-out samples for each probe, from one pass over the images."""
     work, left = planned
-    tokens = any(PROBES[probe].tokens for probe in job.args.probes)
+    tokens = any(PROBES[probe].tokens for probe in work.training)
     set_images(model, job.config.data.range, job.config.encode.resize)
     if tokens:
         job.say(f"{name}: {require_memory(model.config, 1, corpora)}")
@@ -265,5 +291,5 @@ def _encoded(
         whole.append(own.encode(corpus, f"{name}: {title}", patches=tokens, whole=left, part=part))
         left.after(part)
     pooled = [replace(part, patches_NLD=None) for part in whole]
-    parts = ([part.tokens() for part in whole] if PROBES[probe].tokens else pooled for probe in job.args.probes)
+    parts = ([part.tokens() for part in whole] if PROBES[probe].tokens else pooled for probe in work.training)
     return [(bank, held_out) for bank, held_out in parts]

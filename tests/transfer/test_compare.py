@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import combinations
 
 import numpy as np
 import pyarrow
@@ -15,7 +16,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.parquet import write_parquet
 from m3ae_fast.transfer import ood
 from m3ae_fast.transfer.__main__ import main
-from m3ae_fast.transfer.compare import UNTRAINED, Found, model_names
+from m3ae_fast.transfer.compare import SCALED, UNTRAINED, Found, model_names
 from m3ae_fast.transfer.difference import LARGEST, compare_results
 from m3ae_fast.transfer.ood import SCORES
 from m3ae_fast.transfer.predictions import Predictions
@@ -50,11 +51,13 @@ def compared(run, shards, tmp_path):
 
 def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path, capsys):
     result = compared("--seeds", "2")
-    models, probes = [UNTRAINED, run.name, "mae"], ["knn", "linear", "attentive"]
+    models, probes = [UNTRAINED, SCALED, run.name, "mae"], ["knn", "linear", "attentive"]
     rows = {(row["model"], row["probe"]): row for row in result["rows"]}
-    assert list(rows) == [(model, probe) for model in models for probe in probes]
+    done = [(model, probe) for model in models for probe in probes]
+    done.remove((SCALED, "attentive"))  # pixels have no patch tokens
+    assert list(rows) == done
     assert {row["trials"] for (model, probe), row in rows.items() if probe != "knn"} == {2}
-    assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1]  # k-NN has nothing to draw
+    assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1, 1]  # k-NN has nothing to draw
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for (model, probe), row in rows.items():
         own = table[(table.model == model) & (table.probe == probe)]
@@ -62,15 +65,15 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     assert [(test["probe"], test["first"], test["second"]) for test in result["tests"]] == [
         (probe, first, second)
         for probe in probes
-        for first, second in [(model, LARGEST) for model in models]
-        + [(run.name, UNTRAINED), ("mae", UNTRAINED), ("mae", run.name)]
+        for second, first in combinations([LARGEST, *(model for model, own in done if own == probe)], 2)
     ]
     assert pictures(tmp_path / "out") == ["comparison"] and result["chance"] == pytest.approx(1 / 3)
     page = (tmp_path / "out/comparison.md").read_text()
     said = capsys.readouterr().out
     cell = rows["mae", "linear"]
     assert page in said and f"{100 * cell['top1']:.1f} ± {100 * cell['top1_se']:.1f}" in page
-    assert "- knn: mae " in page and "3 of 3 models done" in said
+    assert "- knn: mae " in page and "4 of 4 models done" in said
+    assert re.search(rf"\n\| {SCALED} \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \| - \|\n", page)
 
     first = result["config"]["run"]["seed"]
     random = table[(table.model == UNTRAINED) & (table.probe == "knn")].groupby("seed").score
@@ -126,8 +129,13 @@ def test_a_test_is_paired_on_the_mean_over_seeds():
 
 
 def test_models_are_called_by_their_folders_where_these_differ():
-    assert model_names(["runs/a", "runs/b"]) == {UNTRAINED: "random:runs/a", "a": "runs/a", "b": "runs/b"}
-    assert list(model_names(["x/run", "y/run"])) == [UNTRAINED, "x/run", "y/run"]
+    own = {"a": "runs/a", "b": "runs/b"}
+    assert model_names(["runs/a", "runs/b"]) == {UNTRAINED: "random:runs/a", SCALED: "pixels:runs/a"} | own
+    assert model_names(["runs/a", "runs/b"], pixels=False) == {UNTRAINED: "random:runs/a"} | own
+    assert list(model_names(["x/run", "y/run"])) == [UNTRAINED, SCALED, "x/run", "y/run"]
+    assert model_names(["random:x"]) == {UNTRAINED: "random:x", SCALED: "pixels:x", "random:x": "random:x"}
+    with pytest.raises(UserError, match="pixels:a: compare has pixels of its own; leave it out"):
+        model_names(["a", "pixels:a"])
     with pytest.raises(UserError, match="one is named twice"):
         model_names(["a", "a"])
 

@@ -41,16 +41,16 @@ def test_a_comparison_leaves_the_table_of_what_is_done(stopped, tmp_path, ranks)
     options = [*settings(f"linear.steps={ENDLESS}", "linear.peak_lr=1"), "--probes", "knn,linear", "--seeds", "1"]
     said, result = stopped("random weights, knn, seed 42: ", "compare", *options, ranks=ranks, to=ranks - 1)
     page = (tmp_path / "out/comparison.md").read_text()
-    assert page.startswith("Partial, stopped after 0 of 2 models.\n") and page in said
+    assert page.startswith("Partial, stopped after 0 of 3 models.\n") and page in said
     assert re.search(r"\| random weights \| \d+\.\d ± \d+\.\d \| not yet \|", page) is None, (
         "no column without a number"
     )
-    assert (result["partial"], result["done"]) == (True, "0 of 2 models")
+    assert (result["partial"], result["done"]) == (True, "0 of 3 models")
     ((row),) = result["rows"]
     assert (row["model"], row["probe"]) == ("random weights", "knn")
     assert parquet.read_table(tmp_path / "out/predictions.parquet").num_rows == 18
     reason = "SIGTERM" if ranks == 1 else "asked by another rank"
-    assert said.count("stopped (") == 1 and f"stopped ({reason}); partial result, 0 of 2 models, in " in said
+    assert said.count("stopped (") == 1 and f"stopped ({reason}); partial result, 0 of 3 models, in " in said
     assert re.search(r"the probes train about [^;]*\d:\d\d:\d\d in all", said), (
         "known before the first image is encoded"
     )
