@@ -165,7 +165,7 @@ def test_a_sheet_is_drawn_without_dropout_whatever_the_models_mode(tmp_path):
     assert len(set(sheets)) == 1
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, derandomize=True, deadline=None)
 @given(
     height=st.integers(1, 600), width=st.integers(1, 600), side=st.integers(1, 200), channels=st.sampled_from([1, 3])
 )

@@ -53,7 +53,7 @@ NUMBERS = st.sampled_from([np.dtype(code) for code in ("?", *"bBhHiIqQefdFD")]).
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 @given(
     array=NUMBERS.flatmap(lambda dtype: arrays(dtype, array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))),
     is_fortran=st.booleans(),
@@ -61,6 +61,7 @@ NUMBERS = st.sampled_from([np.dtype(code) for code in ("?", *"bBhHiIqQefdFD")]).
 )
 def test_arrays_of_any_numbers_shape_and_order_come_back_and_may_be_written(array, is_fortran, protocol):
     saved = [np.asfortranarray(array) if is_fortran else array, array.reshape(-1)[:1].sum()]
+    saved[0].flags.writeable = False  # as NumPy sees arrays of JAX
     with tempfile.NamedTemporaryFile() as file:
         file.write(pickle.dumps(saved, protocol))
         file.flush()
