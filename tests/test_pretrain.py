@@ -662,7 +662,7 @@ def test_steps_and_batch_fit_the_data_and_the_time():
 
 
 @given(samples=st.integers(1, 10**7), pace=st.floats(1e-5, 10), seconds=st.floats(1, 1e6))
-@hypothesis_settings(max_examples=300, derandomize=True, deadline=None)
+@hypothesis_settings(max_examples=100, derandomize=True, deadline=None)
 @example(samples=96, pace=1.0, seconds=1.0)
 @example(samples=256, pace=0.001, seconds=64.0)
 @example(samples=24 * 128, pace=0.01, seconds=1280.0)

@@ -22,7 +22,7 @@ from m3ae_fast.pictures.training import draw_training
 from m3ae_fast.run import checkpoint
 from m3ae_fast.visualise import _look, main, parse_args
 from tests.helpers.attention import attend
-from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
+from tests.helpers.labelled import NAMES, coloured, labelled_members, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
 
 SIZES = ModelConfig(
@@ -121,7 +121,8 @@ def test_where_no_sample_can_be_used_nothing_is_drawn(run, tmp_path):
 
 
 def test_pictures_in_training_are_those_that_the_program_draws(run, tmp_path):
-    _use(run, labelled_tar(tmp_path / "val.tar", range(4)))
+    """Though one of the two samples is a caption alone."""
+    _use(run, write_tar(tmp_path / "val.tar", [("0.txt", b"blue sky"), *labelled_members(range(1, 4))]))
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config
     settings["run"]["dir"], settings["train"]["pictures"] = str(tmp_path), 2
