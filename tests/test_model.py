@@ -17,6 +17,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.model.transformer import Block, Transformer, drop_path, drop_path_factors
 from tests.helpers.attention import attend
 
@@ -283,6 +284,18 @@ def test_what_a_sample_drops_depends_on_its_draw_alone():
     both.fill_diagonal_(0.25**2)
     assert ((both - 0.25**2).abs() < 0.02).all()
     assert ((dropped[:, 1:] & dropped[:, :-1]).double().mean(1) - 0.25**2).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_features_are_means_of_all_rows_but_cls(dtype):
+    """In float32 at least; of samples with no other row 0, whatever the numbers of rows."""
+    lengths = [1, 2, 7, 1, 3, 2, 40]
+    parts = [torch.randn(length, 5, dtype=torch.float64).to(dtype) for length in lengths]
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    found = mean_of_tokens(torch.cat(parts), Segments(starts, max(lengths), sum(lengths)))
+    expected = [part[1:].double().mean(0) if len(part) > 1 else torch.zeros(5).double() for part in parts]
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
