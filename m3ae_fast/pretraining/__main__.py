@@ -1,6 +1,7 @@
 """Pre-train on pictures, in one line: shards, tokenizer, held-out part, sizes, length, evaluation, report and export.
 
-m3ae-fast pretrain photos/ --out run                      # captions beside the pictures or in a table; classes: folders
+m3ae-fast pretrain photos/ --out run                      # captions beside the images or in a table; classes: folders
+m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: what is in val is held out
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
 m3ae-fast pretrain uoft-cs/cifar10 --out run              # a data set of the Hugging Face hub
 m3ae-fast pretrain photos/ --out run --dry-run            # what would be chosen, and how long it takes

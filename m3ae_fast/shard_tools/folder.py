@@ -23,6 +23,7 @@ from m3ae_fast.shard_tools.records import Record, Records, read_file
 from m3ae_fast.shard_tools.same_images import join, middle, number_same
 from m3ae_fast.shard_tools.tally import IGNORED, OUTSIDE, Tally
 
+_LOOKED_AT = 1000  # rows of a table, for the names of its fields
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
@@ -94,6 +95,9 @@ class Folder(Records):
             table = read_captions(captions, *columns)
             self._has_captions = table[0].captions is not None
             self._samples = _join(folder, paths, captions, table)
+            fields = {name: None for row in table[:_LOOKED_AT] if row.fields for name in json.loads(row.fields)}
+            if fields:
+                self.notes.append(f"fields of {captions} for --labels: {', '.join(f'json.{name}' for name in fields)}")
         counts = np.array([len(each) for each in self._samples])
         super().__init__({split: counts[rows] for split, rows in self._rows.items()})
         self.ignored = _ignored(folder, files, [*paths, *strays], captions, self._has_captions)

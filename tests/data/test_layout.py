@@ -108,12 +108,13 @@ def test_captions_are_those_of_each_split(tmp_path):
     assert sorted(found["val"]) == [b"one", b"two"] and sorted(found["train"], key=str) == [None, b"three"]
 
 
-def test_a_table_of_labels_alone(tmp_path):
+def test_a_table_of_labels_alone(tmp_path, capsys):
     """Its columns are fields of the samples' json, captions stand beside the images, and class ids are unchanged."""
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     (root / "val/cat/0.txt").write_text("a cat")
     (root / "t.csv").write_text("path,site\nval/cat/0.png,north\ntrain/dog/0.png,south\n")
     assert make("from-folder", root, tmp_path / "out", "--captions", root / "t.csv") == 0
+    assert f"note: fields of {root}/t.csv for --labels: json.site\n" in capsys.readouterr().out
     found = {json.loads(sample["json"])["path"]: sample for sample in contents(tmp_path / "out")}
     fields = [json.loads(found[path]["json"]) for path in sorted(found)]
     assert [(own["label"], own.get("site")) for own in fields] == [(0, None), (1, "south"), (0, "north")]
