@@ -15,8 +15,7 @@ from m3ae_fast.transfer.probe_engine import Setting
 from m3ae_fast.transfer.probes import fit_linear
 from m3ae_fast.transfer.recipe import settled
 
-_MORE = 3  # steps, beyond the first
-_LONG_S = 1.0  # a first step that takes longer says enough
+_LONG_ENOUGH_S = 0.2  # of steps, to judge the others by
 
 
 class _Training(NamedTuple):
@@ -61,15 +60,13 @@ def seconds(probe: str, samples: int, shape: tuple[int, ...], setting: Setting) 
         return 0.0
     training = _TRAININGS[probe](samples, setting)
     bank = _random(min(training.batch * 10 // 9 + 10, samples), shape, setting.classes)
-
-    def timed(steps: int) -> float:
+    taken, spent = 0, 0.0
+    while spent < _LONG_ENOUGH_S and taken < training.steps:  # the start is most of a few quick steps
+        taken = min(max(4 * taken, 1), training.steps)
         began = perf_counter()
-        training.take(bank, steps)
-        return perf_counter() - began
-
-    first = timed(1)
-    step = first if first > _LONG_S else (timed(1 + _MORE) - timed(1)) / _MORE
-    return max(step, 0.0) * training.steps
+        training.take(bank, taken)
+        spent = perf_counter() - began
+    return spent / taken * training.steps
 
 
 def _random(samples: int, shape: tuple[int, ...], classes: int) -> Features:
@@ -77,6 +74,5 @@ def _random(samples: int, shape: tuple[int, ...], classes: int) -> Features:
     generator = torch.Generator().manual_seed(0)
     features_ND = torch.randn(samples, *shape, generator=generator)
     keys = [f"random/{number}" for number in range(samples)]
-    return Features(
-        keys, features_ND.half() if len(shape) > 1 else features_ND, torch.arange(samples) % classes, None, []
-    )
+    features_ND = features_ND.half() if len(shape) > 1 else features_ND
+    return Features(keys, features_ND, torch.arange(samples) % classes, None, [])
