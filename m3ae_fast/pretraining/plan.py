@@ -13,7 +13,8 @@ from m3ae_fast.hardware import missing_memory, settle_precision
 from m3ae_fast.pretraining import choices
 from m3ae_fast.pretraining.choices import Facts, Rung, Shards
 from m3ae_fast.process.program import Session
-from m3ae_fast.run.pace import Pace, duration, measure
+from m3ae_fast.progress import duration
+from m3ae_fast.run.pace import Pace, measure
 
 TRAINING = 0.8  # of the time; the rest is for evaluating, pictures and saving
 _TRIAL, _LONGEST_TRIAL = 0.02, 8.0  # of the time, and seconds, for the steps that measure a size

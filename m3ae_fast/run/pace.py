@@ -8,13 +8,13 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from m3ae_fast.config import Config
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.program import Session
 from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.progress import duration
 from m3ae_fast.run.run import Run
 
 FIRST_BATCH = 8  # samples of the first trial, which says how many the second one may have
@@ -43,11 +43,6 @@ class Pace:
         scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
         return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: hours, minutes and seconds."""
-    return str(timedelta(seconds=max(round(seconds), 1)))
 
 
 def measure(config: Config, session: Session, seconds: float) -> Pace:

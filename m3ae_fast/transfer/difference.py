@@ -14,6 +14,7 @@ import numpy as np
 
 from m3ae_fast.errors import UserError, library
 from m3ae_fast.parquet import read_parquet
+from m3ae_fast.transfer.job import SO_FAR_FILE
 from m3ae_fast.transfer.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.transfer.predictions import FILE, largest_share
 from m3ae_fast.transfer.significance import difference, middle, verdict
@@ -24,8 +25,14 @@ _COLUMNS = ("key", "label", "prediction")
 
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return which of two tasks' OUT is better, as a sentence; of ood one for each set and score. Raises UserError
-    where one has no predictions of classes, or they are not of the same samples."""
+    """Return which of two tasks' OUT is better, as a sentence; of ood one for each set and score; and which of them is
+    a partial result. Raises UserError where one has no predictions of classes, or they are not of the same samples."""
+    partial = [folder for folder in folders if (folder / SO_FAR_FILE).exists()]
+    notes = [f"note: {folder} holds a partial result: the task was stopped before its end" for folder in partial]
+    return "\n".join([*notes, _compared(folders)])
+
+
+def _compared(folders: Sequence[Path]) -> str:
     first, second = (read_parquet(folder / FILE) for folder in folders)
     if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
         library("sklearn", "two results of ood need scikit-learn: pip install 'm3ae-fast[transfer]'")

@@ -9,6 +9,7 @@ import time
 import pytest
 from pyarrow import parquet
 
+from m3ae_fast.transfer.difference import compare_results
 from tests.helpers.ranks import LIMIT_S, await_ranks, fork_ranks
 from tests.transfer.conftest import settings
 
@@ -77,3 +78,5 @@ def test_fine_tuning_leaves_its_last_evaluation_and_a_checkpoint(stopped, tmp_pa
     assert any((tmp_path / "out/checkpoints").iterdir())
     assert f"partial result, {result['done']}, in {tmp_path}/out/result-so-far.json: top1 " in said
     assert said.rstrip().endswith("; --resume auto continues")
+    note = f"note: {tmp_path}/out holds a partial result: the task was stopped before its end\n"
+    assert compare_results([tmp_path / "out"] * 2).startswith(note)
