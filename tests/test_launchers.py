@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -41,6 +42,7 @@ def adopted(environment):
     (SLURM, ("502", "508", "6", "6", "gpu003")),
     (SLURM | PMI, ("502", "508", "6", "6", "head")),  # srun --mpi=pmi2; what the user sets stays
     (SLURM | {"SLURM_NODEID": "64"}, ("502", "508", "6", "1", "gpu003")),  # of 64 nodes, counted from 0
+    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x62),4,2"}, ("502", "508", "6", "4", "gpu003")),
     (SLURM | {"SLURM_JOB_NODELIST": "login1,gpu[003-065]"}, ("502", "508", "6", "6", "gpu003")),  # the job has more
     (OMPI, ("3", "4", "3", "4", "127.0.0.1")),
     (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NODELIST": "b1,b2"}, ("3", "4", "3", "2", "b1")),
@@ -68,6 +70,7 @@ def test_torchs_own_words_count_more():
 def test_jobs_on_a_node_have_ports_of_their_own():
     jobs = [SLURM, SLURM | {"SLURM_STEP_ID": "1"}, SLURM | {"SLURM_JOB_ID": "4712"}]
     ports = [int(adopted(job)["MASTER_PORT"]) for job in jobs]
+    assert ports[0] == 10_000 + crc32(b"4711.0") % 20_000  # the same in every process
     assert len(set(ports)) == 3 and all(10_000 <= port < 30_000 for port in ports)
     assert {adopted(SLURM | {"SLURM_PROCID": str(rank)})["MASTER_PORT"] for rank in range(4)} == {str(ports[0])}
 

@@ -17,7 +17,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pooling import mean_of_tokens
+from m3ae_fast.model.pooling import mean_of_tokens, only_cls
 from m3ae_fast.model.transformer import Block, Transformer, drop_path, drop_path_factors
 from tests.helpers.attention import attend
 
@@ -284,6 +284,30 @@ def test_what_a_sample_drops_depends_on_its_draw_alone():
     both.fill_diagonal_(0.25**2)
     assert ((both - 0.25**2).abs() < 0.02).all()
     assert ((dropped[:, 1:] & dropped[:, :-1]).double().mean(1) - 0.25**2).abs().max() < 0.02
+
+
+def test_what_is_drawn_is_murmurs_mix_of_sample_branch_and_transformer():
+    """As by hand, so that a run goes on with the same after an update."""
+
+    def mixed(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    draws, golden = [0, 1, 77, 2**31 - 1], 0x9E3779B9
+    found = drop_path_factors(torch.tensor(draws, dtype=torch.int32), 5, 0.4, 3)
+    for branch, row in enumerate(found.tolist(), 1):
+        for draw, factor in zip(draws, row):
+            number = mixed(mixed(draw ^ 3 * golden % 2**32) ^ branch * golden % 2**32)
+            assert factor == pytest.approx(0.0 if number / 2**32 < 0.4 else 1 / 0.6)
+
+
+def test_samples_of_their_cls_alone_have_a_row_each():
+    for lengths in ([5, 1, 3], [1], []):
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        found = only_cls(Segments(starts, max(lengths, default=0), sum(lengths)))
+        assert found.cu_seqlens.tolist() == [*range(len(lengths) + 1)]
+        assert (found.max_seqlen, found.rows) == (min(len(lengths), 1), len(lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -255,6 +256,37 @@ def test_every_rank_is_heard_by_one_that_rank_0_hears(machines):
             for other in room.heard:
                 number = next(number for number, theirs in enumerate(rooms[other]) if rank in theirs.heard)
                 room.store.wait([f"said {other} {number}"], timedelta(seconds=20))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("kind", ["computes", "writes"])
+@pytest.mark.parametrize("who", ["itself", "child", "grandchild", "nobody"])
+def test_activity_is_of_the_process_and_all_below_it_or_of_those_alone(monkeypatch, who, kind, alone):
+    now, used = [0.0], dict.fromkeys(("itself", "child", "grandchild"), 0)
+
+    class Process:
+        def __init__(self, name="itself"):
+            self.name = name
+
+        def children(self, recursive=False):
+            return [Process("child"), *([Process("grandchild")] if recursive else [])]
+
+        def cpu_times(self):
+            return SimpleNamespace(user=used[self.name] if kind == "computes" else 0.0, system=0.0)
+
+        def io_counters(self):
+            return SimpleNamespace(write_chars=10**6 * used[self.name] if kind == "writes" else 0)
+
+    monkeypatch.setattr(pulse_module, "psutil", SimpleNamespace(Process=Process, Error=psutil.Error))
+    monkeypatch.setattr(pulse_module.time, "monotonic", lambda: now[0])
+    activity = pulse_module._Activity()
+    for _ in range(3):
+        now[0] += 10.0
+        assert not activity.grown(alone)
+        now[0] += 10.0
+        if who != "nobody":
+            used[who] += 1  # a tenth of a core, or a megabyte
+        assert activity.grown(alone) == (who != "nobody" and not (alone and who == "itself"))
 
 
 def test_the_launcher_is_looked_at_a_few_times_a_second(monkeypatch):

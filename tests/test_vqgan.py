@@ -109,6 +109,10 @@ def test_conversion_of_the_official_file_format(tmp_path):
         ),
         "other": (_flax_bytes({"params/Dense_0/kernel": np.zeros((2, 2), np.float32)}), "not the weights of"),
         "lacking": (_flax_bytes(lacking), "lacks the weight"),
+        "a block less": (
+            _flax_bytes({key: array for key, array in arrays.items() if "encoder/ResBlock_5/" not in key}),
+            "5 blocks on 5 levels",
+        ),
         "strange": (_flax_bytes(strange), "which a MaskGIT VQGAN lacks"),
         **{
             kind: (_flax_bytes({**arrays, key: arrays[key].astype(kind)}), f"{key} is {kind}, but weights are floats")

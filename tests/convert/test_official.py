@@ -107,6 +107,13 @@ def test_settings_are_those_of_the_flags_or_their_defaults(tmp_path, said, expec
     assert found == expected and c.patch_size == 8
 
 
+@pytest.mark.parametrize("kind", ["float16", "float64"])
+def test_weights_of_any_floats_become_float32(tmp_path, kind):
+    params = {name: array.astype(kind) for name, array in params_of(golden(tmp_path)).items()}
+    found = read_source(str(write_checkpoint(tmp_path / "a.pkl", params, flags())), ViTOptions()).state
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
 def test_an_encoder_alone_has_the_decoder_of_its_flags(tmp_path):
     arrays = params_of(golden(tmp_path))
     encoder = {

@@ -75,6 +75,12 @@ def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
         assert "--train and --val go together, with --format onnx" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a.onnx.bak", "a", "a.onnxx"])
+def test_a_file_of_another_name_is_not_written(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name}: must end in .onnx"):
+        onnx_model.write_onnx(tmp_path / name, None, {})
+
+
 def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
     """Though they lack some classes."""
     train, val = labelled_tar(tmp_path / "a.tar", range(6)), labelled_tar(tmp_path / "b.tar", [1, 2, 4, 5])

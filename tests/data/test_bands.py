@@ -7,6 +7,7 @@ import sys
 import tarfile
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from m3ae_fast.batch import bands, images
 from m3ae_fast.batch.bad_samples import BadSample
 from m3ae_fast.batch.bands import read_npy, write_npy
 from m3ae_fast.batch.crops import centre_crop, random_crop, resize
+from m3ae_fast.batch.depth import Depth, check_colours, depth_of
 from m3ae_fast.batch.images import decode_image, format_of, pixels_of_bands, size_of
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.batch.normal import model_input, normalised, of_unit, to_unit
@@ -105,6 +107,34 @@ def test_pictures_are_kept_as_finely():
     ):
         with pytest.raises(BadSample, match=message):
             decode_image(data, channels, "dtype", "uint16")
+
+
+def test_depths_are_those_that_tags_say():
+    for tags, expected in (
+        ({}, Depth("unsigned", 1)),
+        ({258: (8, 16, 8)}, Depth("unsigned", 16)),
+        ({258: (8,), 339: (2,), 262: 1}, Depth("signed", 8)),
+        ({258: (32,), 339: (3,), 262: 0}, Depth("float", 32, white_is_zero=True)),
+        ({258: (8,), 339: (9,)}, Depth("unknown", 8)),
+    ):
+        assert depth_of(SimpleNamespace(tag_v2=tags)) == expected
+    signed = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    assert torch.equal(
+        decode_image(tiff(signed), 1, "dtype")[0], torch.from_numpy(signed.astype(np.int16) + 128).byte()
+    )
+
+
+def test_colours_of_which_8_bits_are_read_are_levels_of_the_whole_range():
+    plain = SimpleNamespace(info={})
+    check_colours(plain, Depth("unsigned", 16), "dtype", "uint8")
+    for depth, image_range, info in (
+        (Depth("signed", 16), "dtype", {}),
+        (Depth("float", 32), "dtype", {}),
+        (Depth("unsigned", 16), (0, 4095), {}),
+        (Depth("unsigned", 16), "dtype", {"transparency": 0}),
+    ):
+        with pytest.raises(BadSample, match="has colours of"):
+            check_colours(SimpleNamespace(info=info), depth, image_range, "uint8")
 
 
 def test_four_bands_are_no_transparency():
