@@ -525,6 +525,7 @@ _SET_ELSEWHERE = {
     "torch_autocast": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
     "compile": "train.compile",
+    "steps_per_print": "train.log_every",
     "tensorboard": "run.dir",
     "checkpoint": "run.dir",
 }
@@ -535,6 +536,7 @@ _NOT_SUPPORTED = {
     "pipeline": "ranks are data-parallel; raise the ZeRO stage for larger models",
     "expert_parallel": "the model has no experts",
     "wall_clock_breakdown": "use --profile",
+    "comms_logger": "use --profile",
     "flops_profiler": "use --profile; --dry-run counts FLOPs",
     "autotuning": "use --dry-run for the memory that a config needs",
     "data_efficiency": "the loader is this trainer's own",
@@ -552,24 +554,20 @@ class DeepSpeedConfig(Section):
     """Dtype in which gradients are reduced over ranks."""
     prescale_gradients: bool = False
     """Whether gradients are divided by the number of ranks before they are summed; stage 0 only."""
-    steps_per_print: Count | None = None
-    """Steps between DeepSpeed's own log lines; null: none."""
-    comms_logger: dict[str, Any] | None = None
-    """Settings of DeepSpeed's log of collectives; null: off."""
 
     @model_validator(mode="before")
     @classmethod
     def _owned(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for key, owner in _SET_ELSEWHERE.items():
-            if key in data:
-                raise ValueError(f"deepspeed.{key} is set from {owner}; remove it from the deepspeed section")
-        for key, reason in _NOT_SUPPORTED.items():
-            off = data.get(key) is False or (isinstance(data.get(key), dict) and data[key].get("enabled") is False)
-            if key in data and not off:
-                raise ValueError(f"deepspeed.{key} is not supported: {reason}; remove it from the deepspeed section")
-        return {key: value for key, value in data.items() if key not in _NOT_SUPPORTED}
+        for key in (*_SET_ELSEWHERE, *_NOT_SUPPORTED):
+            value = data.get(key)
+            if value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False):
+                continue  # absent or off
+            owner = _SET_ELSEWHERE.get(key)
+            reason = f"set from {owner}" if owner else f"not supported: {_NOT_SUPPORTED[key]}"
+            raise ValueError(f"deepspeed.{key} is {reason}; remove it from the deepspeed section")
+        return {key: value for key, value in data.items() if key not in _SET_ELSEWHERE | _NOT_SUPPORTED}
 
     @model_validator(mode="after")
     def _possible(self) -> DeepSpeedConfig:

@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,10 +18,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for other devices, and warn of finding none
 
 import deepspeed
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
@@ -37,6 +38,18 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
+
+_BUFFERS = ("bit16_groups_flat", "single_partition_of_fp32_groups")  # of ZeRO's optimiser at stages 1 and 2
+_BF16_BUFFERS = ("bf16_groups_flat", "fp32_groups_flat_partition")  # of the BF16_Optimizer that stage 1 may have
+
+
+class Place(NamedTuple):
+    """The part of a weight that this rank updates at stages 1 and 2: where it begins, and where it is kept."""
+
+    start: int  # in the weight
+    master: Tensor  # float32, flat, of many weights: what the optimiser updates
+    offset: int  # in `master` and its moments
+    count: int
 
 
 class DeepSpeedEngine:
@@ -63,7 +76,7 @@ class DeepSpeedEngine:
         self.before_update: Callable[[], None] = lambda: None
         self.zero = config.zero_optimization
         # An extension for inference, which DeepSpeed would otherwise compile on every new machine.
-        vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+        _replace("deepspeed.comm.torch", "build_shm_op", lambda: None)
         _read_no_norms()
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
@@ -82,8 +95,12 @@ class DeepSpeedEngine:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"config: DeepSpeed refuses the deepspeed section: {reason}") from None
-        if hasattr(self.ds.optimizer, "independent_gradient_partition_epilogue") and not self.zero.offloads_optimizer:
-            _wait_for_one_stream(self.ds.optimizer)
+        self._places: dict[nn.Parameter, Place] = {}
+        if self.zero.stage in (1, 2):
+            names = _BF16_BUFFERS if hasattr(self.ds.optimizer, _BF16_BUFFERS[0]) else _BUFFERS
+            self._places = _places(model, *(_private(self.ds.optimizer, name) for name in names), ranks.rank)
+            if names == _BUFFERS and not self.zero.offloads_optimizer:
+                _wait_for_one_stream(self.ds.optimizer)
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         if not self.model.training:  # it walks through all modules
@@ -112,29 +129,33 @@ class DeepSpeedEngine:
     def fragments(self) -> Fragments:
         if not self._inner.state:
             self._prime(0)
-        self._link_moments()
         if self.zero.stage == 0:
-            tensors = {name: self._whole(p, kind) for name, p, kind in self._state()}
+            tensors = {name: self._full(p, kind) for name, p, kind in self._state()}
             return cut(tensors, self.ranks.rank, self.ranks.world)
         return {name: self._own(p, kind) for name, p, kind in self._state()}
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        self._link_moments()
-        return collect(self.model, kind, self._whole)
+        return collect(self.model, kind, self._full if self.zero.stage == 0 else self._joined)
 
-    def _whole(self, p: nn.Parameter, kind: str) -> Tensor:
-        if self.zero.stage == 0:
-            return p if kind == "model" else self._inner.state[p][kind]
-        return safe_get_full_fp32_param(p) if kind == "model" else safe_get_full_optimizer_state(p, kind)
+    def _full(self, p: nn.Parameter, kind: str) -> Tensor:
+        """Return weight `p` (kind "model") or its moment `kind`, which every rank has at stage 0."""
+        return p if kind == "model" else self._inner.state[p][kind]
+
+    def _joined(self, p: nn.Parameter, kind: str) -> Tensor:
+        """Return what `_own` returns of all ranks, as one tensor. Every rank must call it."""
+        own = self._own(p, kind)
+        full = torch.zeros(math.prod(own.shape), device=self.ranks.device)
+        full[own.start : own.start + len(own.data)] = own.data
+        dist.all_reduce(full)
+        return full.view(own.shape)
 
     def _own(self, p: Any, kind: str) -> Fragment:
         """Return what this rank keeps in float32 of weight `p` (kind "model") or of its moment `kind` from stage 1
         on."""
         if self.zero.stage < 3:
-            if (mine := p._hp_mapping) is None:
-                return Fragment(p.new_empty(0, dtype=torch.float32), 0, tuple(p.shape))
-            kept = mine.get_hp_fragment(None if kind == "model" else kind)
-            return Fragment(kept.detach(), mine.lp_fragment_address.start, tuple(p.shape))
+            start, master, offset, count = self._places[p]
+            flat = master if kind == "model" else self._inner.state[master][kind]
+            return Fragment(flat.detach()[offset : offset + count], start, tuple(p.shape))
         kept = safe_get_local_fp32_param(p) if kind == "model" else safe_get_local_optimizer_state(p, kind)
         start = self.ranks.rank * p.ds_tensor.numel()  # the last parts are padded
         return Fragment(kept.detach().flatten()[: max(0, p.ds_numel - start)], start, tuple(p.ds_shape))
@@ -146,8 +167,7 @@ class DeepSpeedEngine:
                 self._load_partition(name, p, kind, read)
                 continue
             if self.zero.stage == 0 or kind == "model":  # from stage 1 on, what matmuls take
-                place = p if kind == "model" else self._inner.state[p][kind]
-                place.data.copy_(read(name, 0, p.numel()).view_as(p))
+                self._full(p, kind).data.copy_(read(name, 0, p.numel()).view_as(p))
             if self.zero.stage > 0:
                 own = self._own(p, kind)
                 own.data.copy_(read(name, own.start, len(own.data)))
@@ -166,7 +186,6 @@ class DeepSpeedEngine:
         zero = self.ds.optimizer
         if self.zero.stage < 3:
             prime(self._inner, step)
-            self._link_moments()
             return
         # ZeRO-3 lends its inner optimiser one flat partition at a time
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -174,13 +193,6 @@ class DeepSpeedEngine:
             group["params"] = [flat]
             prime(self._inner, step)
             group["params"] = []
-
-    def _link_moments(self) -> None:
-        """Link each weight to its part of the moments. DeepSpeed does so after its first step, but only for
-        the first parameter group."""
-        if self.zero.stage in (1, 2):
-            self.ds.optimizer._hp_optimizer_states_linked = False
-            self.ds.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_partition(self, name: str, p: Any, kind: str, read: Read) -> None:
         """Read this rank's part of one tensor into its place, at stage 3."""
@@ -204,7 +216,7 @@ def deepspeed_section(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_grad or 0.0,
-        "steps_per_print": config.steps_per_print or 10**9,
+        "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,  # apex's FusedAdam
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice per step
@@ -221,6 +233,40 @@ def deepspeed_section(
     return section
 
 
+def _places(
+    model: nn.Module, flats: Sequence[Tensor], masters: Sequence[Tensor], rank: int
+) -> dict[nn.Parameter, Place]:
+    """Return the place of each weight at stages 1 and 2. Memory itself says where that is: weights are views of the
+    buffers `flats`, and `masters` are this rank's equal parts of them. DeepSpeed's own record, `_hp_mapping`, has
+    another order than the buffers with `round_robin_gradients`."""
+    buffers = {flat.untyped_storage().data_ptr(): (flat, master) for flat, master in zip(flats, masters)}
+    places = {}
+    for p in model.parameters():
+        flat, master = buffers[p.untyped_storage().data_ptr()]
+        first = p.storage_offset() - flat.storage_offset() - rank * len(master)  # in `master`, were it long enough
+        offset, end = (min(max(edge, 0), len(master)) for edge in (first, first + p.numel()))
+        places[p] = Place(offset - first if offset < end else 0, master, offset, end - offset)
+    return places
+
+
+def _private(of: Any, name: str) -> Any:
+    """Return an attribute of DeepSpeed that its documentation does not promise. Raises UserError if there is none."""
+    if not hasattr(of, name):
+        what = of.__name__ if isinstance(of, ModuleType) else type(of).__name__
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} has no {what}.{name}, which this version of m3ae-fast needs: install "
+            'deepspeed 0.19.8, or set "deepspeed": null for plain torch'
+        )
+    return getattr(of, name)
+
+
+def _replace(module: str, name: str, value: Any) -> None:
+    """Replace what a module of DeepSpeed has under a name. Raises UserError if there is no such name."""
+    found = importlib.import_module(module)
+    _private(found, name)
+    setattr(found, name, value)
+
+
 # The functions below keep ZeRO stages 1 and 2 from making the host wait for the GPU, with the same results.
 
 
@@ -228,9 +274,8 @@ def _read_no_norms() -> None:
     """Let the optimisers of stages 1 and 2 neither look whether a norm is valid, which `LossWatch` finds out without
     waiting, nor whether it is large enough to clip. Holds for all engines of this process."""
     for module in ("bf16_optimizer", "zero.stage_1_and_2"):
-        names = vars(importlib.import_module(f"deepspeed.runtime.{module}"))
-        names["is_invalid_grad_norm"] = lambda norm: False
-    vars(importlib.import_module("deepspeed.runtime.bf16_optimizer"))["clip_tensors_by_global_norm"] = _clip
+        _replace(f"deepspeed.runtime.{module}", "is_invalid_grad_norm", lambda norm: False)
+    _replace("deepspeed.runtime.bf16_optimizer", "clip_tensors_by_global_norm", _clip)
 
 
 def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> Tensor:
@@ -247,7 +292,8 @@ def _valid_norm(norm: Tensor) -> Tensor:
 def _wait_for_one_stream(optimizer: Any) -> None:
     """Replace the wait for the whole device after each micro-batch's backward by one, on the device, for the stream
     that reduces gradients. Not for offloaded optimisers, whose host reads what that stream copies."""
-    epilogue = optimizer.independent_gradient_partition_epilogue
+    epilogue = _private(optimizer, "independent_gradient_partition_epilogue")
+    _private(optimizer, "reduction_stream")
 
     def quietly() -> None:
         accelerator = get_accelerator()

@@ -2,6 +2,7 @@
 
 # begin first: a worker that began one of these at the end would work alone
 LONGEST = (
+    "test_deepspeed_options.py",
     "kernels/test_kernel_interpreter.py",
     "test_elastic.py",
     "test_end_to_end.py",
@@ -50,6 +51,7 @@ SLOW = (
     "test_cross_decoder.py::test_the_curve_is_the_same_on_two_ranks_and_after_a_resume",
     "test_diagnosis.py::test_a_broken_run_is_named",
     "test_diagnosis.py::test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not",
+    "test_deepspeed_options.py",
     "test_elastic.py",
     "test_ema.py::test_a_resumed_run_has_the_same_average",
     "test_ema.py::test_it_may_begin_later_and_goes_on_after_a_resume",

@@ -1,0 +1,154 @@
+"""Every setting of the deepspeed section, at every ZeRO stage that takes it: run by test_deepspeed_options.py.
+
+    python -m torch.distributed.run --nproc-per-node 3 -m tests.helpers.option_cases save FOLDER
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.option_cases resume FOLDER
+    python -m tests.helpers.option_cases resume-plain FOLDER
+
+save trains a model in each case, saves it half-way, and goes on. The others go on from what was saved: with the same
+settings, or with plain torch. Each writes the losses and gradient norms of its steps, by case.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from m3ae_fast.config import Config, DeepSpeedConfig, ZeroConfig
+from m3ae_fast.config.messages import section_of
+from m3ae_fast.engine.interface import Engine
+from m3ae_fast.errors import UserError
+from m3ae_fast.process.agreement import Agreement
+from m3ae_fast.process.ranks import Ranks, join_ranks
+from m3ae_fast.run import checkpoint, resuming
+from m3ae_fast.run.staging import Staging
+from tests.helpers.zero_cases import config_of, engine_of, take
+
+HALF, STEPS = 1, 3
+SMALL = 3000  # of the model's 70,000 weights: several buckets, tensors smaller and larger than one
+STAGE, THRESHOLD = "zero_optimization.stage", "zero_optimization.stage3_param_persistence_threshold"
+
+
+def settings(section: type[BaseModel] = DeepSpeedConfig, above: str = "") -> dict[str, list[Any]]:
+    """Return the values to try of each setting, by its full name, from the schema: the usual one first, which for sizes
+    is small, so that these matter to a small model, and then others."""
+    found: dict[str, list[Any]] = {}
+    for key, field in section.model_fields.items():
+        name, kind = above + key, field.annotation
+        if inner := section_of(kind):
+            found |= settings(inner, f"{name}.")
+        elif name == STAGE:
+            found[name] = [0, 1, 2, 3]
+        elif kind is bool:
+            found[name] = [field.default, not field.default]
+        elif kind is int:
+            found[name] = [0 if name == THRESHOLD else SMALL, field.default]
+        else:
+            found[name] = sorted(get_args(kind), key=lambda value, usual=field.default: value != usual)
+    return found
+
+
+def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
+    """Yield by name, at each stage: what is usual; what differs from that in one setting, or in all sizes, which have
+    their defaults. Settings without effect at a stage are left out there."""
+    found = settings()
+    for stage in found.pop(STAGE):
+        usual = {STAGE: stage} | {name: values[0] for name, values in found.items()}
+        other = [(name, value) for name in found if stage in stages_of(name) for value in found[name][1:]]
+        sizes = {name: value for name, value in other if type(value) is int}
+        changes = [{name: value} for name, value in other if name not in sizes]
+        for change in [{}, *changes, *([sizes] if sizes else [])]:
+            for name in [name for name in change if name.endswith("pin_memory")]:  # of what is offloaded
+                change = change | {name.replace("pin_memory", "device"): "cpu"}
+            try:
+                yield f"stage={stage} {change}", change, config_of(world, stage, 2, "fp32", **nested(usual | change))
+            except UserError:  # the stage does not take it
+                continue
+
+
+def stages_of(name: str) -> set[int]:
+    """Return the stages at which a setting has an effect, with which its description begins if these are not all."""
+    _, _, rest = name.partition("zero_optimization.")
+    if not rest:
+        return {0, 1, 2, 3}
+    said, colon, _ = (ZeroConfig.model_fields[rest.partition(".")[0]].description or "").partition(":")
+    return set(map(int, re.findall(r"\d", said))) if colon and said.startswith("Stage") else {1, 2, 3}
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return settings by their full names as the section that holds them."""
+    section: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        inside = section
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[last] = value
+    return {"zero": section.pop("zero_optimization"), **section}
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    """Return the weights that forward passes take."""
+    import deepspeed  # which takes seconds, and not every process that reads the cases needs it
+
+    with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
+        return {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+
+
+def require_saved(engine: Engine, path: Path, case: str) -> None:
+    saved = checkpoint.read_weights(path, average=False)
+    for name, weight in weights(engine).items():
+        assert torch.equal(weight, saved[name]), f"{case}: {name}"
+
+
+def save(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    agreed = Agreement(ranks.rank, ranks.world, ranks.lasting, threading.Event())
+    curves = {}
+    for case, _, config in cases(ranks.world):
+        engine = engine_of(ranks, config)
+        curve = take(ranks, engine, config, range(HALF))
+        staging = Staging()
+        staging.begin(ranks.device)
+        part = staging.copy(engine.fragments)
+        path = checkpoint.save(folder / str(len(curves)), part, checkpoint.Info(HALF, 0, 42, {}, {}), 1, ranks=agreed)
+        require_saved(engine, path, case)
+        curves[case] = curve + take(ranks, engine, config, range(HALF, STEPS))
+    return curves
+
+
+def resume(ranks: Ranks, folder: Path, plain: bool) -> dict[str, Any]:
+    curves = {}
+    for case, _, config in cases(ranks.world):
+        if plain:
+            config = config.model_copy(update={"deepspeed": None})
+        engine, path = engine_of(ranks, config, seed=1), checkpoint.saved_steps(folder / str(len(curves)))[-1]
+        info = checkpoint.read_info(path)
+        engine.load_state(HALF, resuming.open_checkpoint(path, info, engine.model, ranks, engine.kinds))
+        require_saved(engine, path, case)
+        curves[case] = take(ranks, engine, config, range(HALF, STEPS))
+    return curves
+
+
+def main(argv: list[str] | None = None) -> int:
+    what, folder = argv or sys.argv[1:]
+    logging.disable(logging.WARNING)
+    with join_ranks() as ranks:
+        torch.set_num_threads(1)
+        found = save(ranks, Path(folder)) if what == "save" else resume(ranks, Path(folder), what == "resume-plain")
+        if ranks.is_main:
+            Path(folder, f"{what}.json").write_text(json.dumps(found))
+        ranks.gather(None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

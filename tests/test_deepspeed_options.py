@@ -1,0 +1,75 @@
+"""Every setting that the deepspeed section accepts: curves, checkpoints and resumed runs are those without it."""
+
+import json
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from m3ae_fast.engine import deepspeed_engine
+from m3ae_fast.errors import UserError
+from m3ae_fast.process.ranks import join_ranks
+from tests.helpers.option_cases import HALF, STAGE, cases, settings
+from tests.helpers.ranks import run_ranks
+from tests.helpers.zero_cases import config_of, engine_of
+
+
+def test_the_cases_have_every_setting_that_the_schema_has():
+    tried = {name for _, change, _ in cases(3) for name in change}
+    assert tried | {STAGE} == settings().keys()
+
+
+def test_a_run_with_any_setting_goes_on_from_its_checkpoint_on_other_ranks_and_in_plain_torch(tmp_path):
+    """Three ranks save, two and one go on: the losses and gradient norms are those of the run that was not
+    interrupted, and of a run with no other setting. In float32 within rounding; what is reduced in bf16 rounds more."""
+    curves = {}
+    for what, ranks in (("save", 3), ("resume", 2), ("resume-plain", 1)):
+        code, out = run_ranks("tests.helpers.option_cases", [what, str(tmp_path)], ranks, tmp_path / f"{what}.log")
+        assert code == 0, out[-3000:]
+        curves[what] = json.loads((tmp_path / f"{what}.json").read_text())
+    whole = {name: np.array(curve) for name, curve in curves["save"].items()}
+    usual = whole["stage=0 {}"]
+    assert len(whole) == len(list(cases(3))) and np.ptp(usual[:, 0]) > 0.3  # the curve moves
+    for name, curve in whole.items():
+        rounding = 3e-3 if "bf16" in name else 1e-6
+        np.testing.assert_allclose(curve, usual, rtol=rounding, err_msg=name)
+        for what in ("resume", "resume-plain"):
+            np.testing.assert_allclose(
+                np.array(curves[what][name]), curve[HALF:], rtol=rounding, err_msg=f"{name} {what}"
+            )
+
+
+def test_what_deepspeed_itself_refuses_is_one_line(monkeypatch):
+    import deepspeed
+
+    def refuse(**_):
+        raise AssertionError("no such\noption")
+
+    monkeypatch.setattr(deepspeed, "initialize", refuse)
+    with join_ranks() as ranks, pytest.raises(UserError, match="refuses the deepspeed section: no such option"):
+        engine_of(ranks, config_of(1, 1, 1, "fp32", {}))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("deepspeed.comm.torch", "build_shm_op"),
+        ("deepspeed.runtime.bf16_optimizer", "is_invalid_grad_norm"),
+        ("deepspeed.runtime.zero.stage_1_and_2", "is_invalid_grad_norm"),
+        ("deepspeed.runtime.bf16_optimizer", "clip_tensors_by_global_norm"),
+    ],
+)
+def test_a_private_name_that_deepspeed_no_longer_has_is_missed(monkeypatch, module, name):
+    """The engine replaces it; set where nothing reads it, it would change nothing, and nobody would know."""
+    monkeypatch.delattr(import_module(module), name)
+    with join_ranks() as ranks, pytest.raises(UserError, match=rf"^DeepSpeed [\d.]+ has no {module}.{name}, which"):
+        engine_of(ranks, config_of(1, 1, 1, "fp32", {}))
+
+
+@pytest.mark.parametrize("missing", ["independent_gradient_partition_epilogue", "reduction_stream"])
+def test_so_is_one_of_its_optimiser(missing):
+    names = {"independent_gradient_partition_epilogue", "reduction_stream"} - {missing}
+    optimizer = SimpleNamespace(**dict.fromkeys(names))
+    with pytest.raises(UserError, match=rf"has no SimpleNamespace\.{missing}, which"):
+        deepspeed_engine._wait_for_one_stream(optimizer)
