@@ -240,9 +240,30 @@ def test_mlp_op_is_a_good_citizen():
 
 
 def test_mlp_leaves_to_torch_what_it_does_not_know():
-    for x in (torch.randn(3, 64, dtype=torch.float64), torch.randn(0, 64), torch.randn(3, 64).half()):
+    for x in (torch.randn(3, 64, dtype=torch.float64), torch.randn(3, 64).half()):
         parameters = [p.to(x.dtype) for p in mlp_inputs(64)[2]]
         assert mlp.mlp(x, *parameters) is None
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "autocast"])
+@pytest.mark.parametrize("size", [64, 40], ids=["a multiple of 32", "no multiple"])
+def test_no_rows_have_the_graph_of_some(kind, size):
+    """Ranks reduce gradients in the order in which they come: one without rows must have the order of the others."""
+    x, _, parameters = mlp_inputs(size, BF16 if kind == "bf16" else torch.float32)
+    x = x.detach().to(parameters[0].dtype)
+    for layer, count in ((linear.linear, 2), (mlp.mlp, 4)):
+        graphs = []
+        for rows in (x, x[:0]):
+            leaves = [t.detach().clone().requires_grad_() for t in (rows, *parameters[:count])]
+            with torch.autocast("cpu", BF16, enabled=kind == "autocast"):
+                y = layer(*leaves)
+            if y is None:
+                pytest.skip("this CPU lacks the instructions")
+            graphs.append((y.grad_fn.name(), [node.name() for node, _ in y.grad_fn.next_functions if node]))
+            y.sum().backward()
+        assert graphs[0] == graphs[1]
+        assert y.shape == (0, len(parameters[count - 1])) and leaves[0].grad.shape == (0, 64)
+        assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves[1:])
 
 
 def test_only_what_is_before_gelu_is_kept_for_the_backward():

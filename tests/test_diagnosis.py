@@ -167,24 +167,44 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
     assert losses.text_loss.item() * numbers["val_text_relative"] == pytest.approx(1, rel=1e-4)
 
 
-def test_the_features_of_all_ranks_fill_dimensions():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_features_of_all_ranks_fill_dimensions(monkeypatch, world):
+    """As those of one rank do, of however many samples; one rank alone computes the number."""
+    features = torch.randn(5000, SMALL.emb_dim, generator=torch.Generator().manual_seed(0))
+    features[4000:] *= torch.linspace(0, 3, SMALL.emb_dim)  # what the last samples add is not what the first have
     model = M3AE(SMALL)
-    ranks = SimpleNamespace(device=torch.device("cpu"), sum=lambda values: values)
-    parts = [Yardsticks(model, "fp32", ranks) for _ in range(2)]
-    for part, samples in zip(parts, (MIXED[:2], MIXED[2:])):
-        part.add(pack(samples, model.geometry))
-    ranks.gather = lambda own: [part._features for part in parts]
-    whole = model.eval().pooled(pack(MIXED, model.geometry)).detach()
-    assert len(whole) > 3
-    for part in parts:
-        assert part.values({}) == {"val_rankme": pytest.approx(rankme(whole), rel=1e-4)}
+    nothing = pack([], model.geometry)
+    computed = []
+    ranks = SimpleNamespace(device=torch.device("cpu"), broadcast=lambda work: computed.append(1) or work())
+    parts = [Yardsticks(model, "fp32", ranks) for _ in range(world)]
+    for rank, part in enumerate(parts):
+        for own in features[rank::world].split(700):
+            monkeypatch.setattr(model, "pooled", lambda batch, own=own: own)
+            part.add(nothing)
+    each: list[torch.Tensor] = []
+    for part in parts[1:]:
+        ranks.sum_tensor = lambda values: each.append(values) or values
+        part.values({})
+    ranks.sum_tensor = lambda values: sum(each, values)
+    computed.clear()
+    expected = rankme_by_svd(features)
+    assert parts[0].values({}) == {"val_rankme": pytest.approx(expected, rel=1e-6)} and computed == [1]
+
+
+def rankme_by_svd(features: torch.Tensor) -> float:
+    """As the paper has it."""
+    sizes = torch.linalg.svdvals(features.double())
+    p = sizes / sizes.sum() + 1e-7
+    return math.exp(-(p * p.log()).sum())
 
 
 def test_rankme_counts_dimensions():
     random = torch.Generator().manual_seed(0)
     q, _ = torch.linalg.qr(torch.randn(64, 8, generator=random))
-    assert rankme(q) == pytest.approx(8, rel=1e-3) and rankme(q[:, :3]) == pytest.approx(3, rel=1e-3)
-    assert rankme(torch.ones(64, 8)) == pytest.approx(1, rel=1e-3) == rankme(torch.zeros(64, 8))
-    assert math.isnan(rankme(torch.full((2, 2), math.nan)))
+    for features, dimensions in ((q, 8), (q[:, :3], 3), (torch.ones(64, 8), 1), (torch.zeros(64, 8), 1)):
+        found = rankme(features.double().T @ features.double(), len(features))
+        assert found == pytest.approx(dimensions, rel=1e-3)
+    few = torch.randn(5, 8, generator=random)
+    assert rankme(few.double().T @ few.double(), 5) == pytest.approx(rankme_by_svd(few), rel=1e-6)
+    assert math.isnan(rankme(torch.full((2, 2), math.nan), 3))
     assert entropy(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(math.log(2)) and entropy(torch.zeros(2)) == 0

@@ -370,6 +370,32 @@ def test_stochastic_depth_is_the_same_in_whole_and_in_parts(checkpointing):
     assert calm != model(whole).loss
 
 
+@pytest.mark.parametrize("changed", [{}, {"drop": 0.1}, {"gelu": "exact"}], ids=["plain", "dropout", "exact GELU"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_gradients_come_in_one_order_whatever_a_batch_holds(bf16, changed):
+    """ZeRO's stages 1 and 2 reduce them over ranks in the order in which they come, each rank its own: in another order
+    they would be added to those of other weights."""
+    model, order = make_model(TINY.model_copy(update=changed)), []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    batches = {
+        "mixed": MIXED,
+        "empty": [],
+        "images": [make_sample(1, words=None)],
+        "captions": [make_sample(2, image=False)],
+        "captions without a word": [make_sample(3, words=0)],
+    }
+    found = {}
+    for kind, samples in batches.items():
+        order.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = model(pack(samples, model.geometry))
+        losses.loss.backward()
+        found[kind] = list(order)
+    assert len(found["mixed"]) == len(list(model.parameters()))
+    assert {kind for kind, names in found.items() if names != found["mixed"]} == set()
+
+
 def test_weights_begin_as_the_official_ones():
     """Xavier-uniform matmuls, words of N(0, 1), other embeddings of N(0, 0.02)."""
     model = make_model(TINY.model_copy(update={"emb_dim": 96, "dec_emb_dim": 64, "vocab_size": 300}))

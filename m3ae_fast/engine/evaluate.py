@@ -18,7 +18,6 @@ from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 
-_MOST = 4096  # samples of which features are compared
 _EPS = 1e-7  # of RankMe
 
 
@@ -66,7 +65,8 @@ class Yardsticks:
         ids = c.codebook_size if c.image_targets == "vqgan" else 0
         self._image_ids = torch.zeros(ids, dtype=torch.float64)
         self._text_ids = torch.zeros(c.vocab_size, dtype=torch.float64)
-        self._features: list[Tensor] = []
+        self._gram_DD = torch.zeros(c.emb_dim, c.emb_dim, dtype=torch.float64, device=ranks.device)  # of the features
+        self._samples = 0
 
     def add(self, batch: PackedBatch) -> None:
         """Add a batch with its targets, on the device; features are of what is visible of its samples."""
@@ -79,9 +79,10 @@ class Yardsticks:
             self._patches += len(targets_IK)
         if len(self._text_ids):
             self._text_ids += torch.bincount(batch.text_targets[text_W], minlength=len(self._text_ids)).cpu()
-        if batch.keys:
-            with encoding(self._model, self._precision, self._ranks.device):
-                self._features.append(self._model.pooled(batch).float().cpu())
+        with encoding(self._model, self._precision, self._ranks.device):
+            features_ND = self._model.pooled(batch).double()  # of no sample too: with ZeRO-3 ranks gather its weights
+        self._gram_DD += features_ND.T @ features_ND
+        self._samples += len(features_ND)
 
     def _targets(self, batch: PackedBatch, ids_I: Tensor) -> Tensor:
         m = self._model.config
@@ -97,10 +98,10 @@ class Yardsticks:
         A constant prediction of pixels is the mean patch, of ids their frequencies: its loss is the variance of the
         patches, or the entropy of the ids.
         """
-        numbers = torch.cat((self._moments_2K.flatten(), self._image_ids, self._text_ids)).tolist()
-        total = torch.tensor(self._ranks.sum([*numbers, self._patches]), dtype=torch.float64)
-        sizes = [self._moments_2K.numel(), len(self._image_ids), len(self._text_ids), 1]
-        moments, image_ids, text_ids, patches = total.split(sizes)
+        counts = torch.tensor([self._patches, self._samples])
+        parts = self._moments_2K, self._image_ids, self._text_ids, self._gram_DD, counts
+        sums = self._ranks.sum_tensor(torch.cat([part.flatten().cpu() for part in parts]))
+        moments, image_ids, text_ids, gram, (patches, samples) = sums.split([part.numel() for part in parts])
         mean_K, square_K = moments.view(2, -1) / patches.clamp_min(1)
         image = entropy(image_ids) if len(image_ids) else (square_K - mean_K**2).mean().item()
         found = {"image": image, "text": entropy(text_ids)}
@@ -109,9 +110,9 @@ class Yardsticks:
             for name, worst in found.items()
             if f"val_{name}_loss" in losses and worst > 1e-6
         }
-        features = [part for own in self._ranks.gather(self._features) for part in own]
-        if features:
-            values["val_rankme"] = rankme(torch.cat(features)[:_MOST])
+        if samples:
+            gram_DD = gram.view_as(self._gram_DD)
+            values["val_rankme"] = self._ranks.broadcast(lambda: rankme(gram_DD, int(samples)))
         return values
 
 
@@ -121,11 +122,18 @@ def entropy(counts: Tensor) -> float:
     return -(p * p.log()).sum().item()
 
 
-def rankme(features_ND: Tensor) -> float:
+def rankme(gram_DD: Tensor, samples: int) -> float:
     """Return a smooth count of the dimensions that features fill, from 1 to min(N, D): the exponential of the entropy
-    of their singular values (RankMe, arXiv 2210.02885). NaN where one is not finite."""
-    if not features_ND.isfinite().all():
+    of their singular values (RankMe, arXiv 2210.02885). NaN where one is not finite.
+
+    Args:
+        gram_DD: float64, the sum of the outer products of the features, whose eigenvalues are the squares of these
+            singular values.
+        samples: N, the number of features.
+    """
+    if not gram_DD.isfinite().all():
         return math.nan
-    sizes = torch.linalg.svdvals(features_ND.double())
+    squares = torch.linalg.eigvalsh(gram_DD)[-min(samples, len(gram_DD)) :]
+    sizes = squares.clamp_min(0).sqrt()
     p = sizes / sizes.sum().clamp_min(_EPS) + _EPS
     return math.exp(-(p * p.log()).sum().item())

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from m3ae_fast.data.workers import allow_open_files
 from m3ae_fast.errors import UserError, attempt, raise_shared, told
@@ -53,6 +54,10 @@ class Ranks:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the element-wise sum over ranks, of host numbers."""
         return self.start_sum(values)()
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """Return the element-wise sum over ranks of a float64 tensor on the CPU, in its place."""
+        return self.sums.start(values)()
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin a `sum`; the result is waited for where it is called, in the same order on every rank."""

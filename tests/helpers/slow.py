@@ -57,6 +57,7 @@ SLOW = (
     "test_ema.py::test_it_may_begin_later_and_goes_on_after_a_resume",
     "test_ema.py::test_what_leaves_the_run_is_the_average",
     "test_ema.py::test_zero_shards_it_and_a_checkpoint_has_it_whole",
+    "test_empty_batches.py",
     "test_end_to_end.py",
     "test_engine_parity.py",
     "test_engine_waits.py",

@@ -50,8 +50,10 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 
 def matmul_dtype(x_RI: Tensor, weight_OI: Tensor) -> torch.dtype | None:
-    """Return the dtype that `linear` multiplies in; None where torch does: on a GPU, of no rows, of two dtypes."""
-    if x_RI.device.type != "cpu" or len(x_RI) == 0:
+    """Return the dtype that `linear` multiplies in; None where torch does: on a GPU, of two dtypes. The number of rows
+    has no part in it: ranks whose graphs differed would compute gradients in different orders, which ZeRO reduces in
+    the order in which they come."""
+    if x_RI.device.type != "cpu":
         return None
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu")
@@ -72,6 +74,8 @@ def by_kernels(dtype: torch.dtype, weight_OI: Tensor) -> bool:
 def linear_forward(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """Return [R, O] in x's dtype; weight and bias may be float32."""
     dtype = x_RI.dtype
+    if not len(x_RI):
+        return x_RI.new_empty(0, weight_OI.shape[0])
     if _by_onednn(dtype, weight_OI):
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
     if multiplies(x_RI, weight_OI):
@@ -82,6 +86,8 @@ def linear_forward(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Te
 
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
     """Return [R, I], the gradient of `linear_forward`'s x, in the dtype of grad."""
+    if not len(grad_RO):
+        return grad_RO.new_empty(0, weight_OI.shape[1])
     if _by_onednn(grad_RO.dtype, weight_OI):
         return linear_forward(grad_RO, weight_OI.t(), None)
     if multiplies(grad_RO, weight_OI):
@@ -92,7 +98,7 @@ def input_gradient(grad_RO: Tensor, weight_OI: Tensor) -> Tensor:
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Return whether `product` supports these tensors on this machine."""
-    return by_kernels(x.dtype, weight) and _product_library() is not None
+    return len(x) > 0 and by_kernels(x.dtype, weight) and _product_library() is not None
 
 
 def product(
@@ -139,6 +145,8 @@ def parameter_gradients(
     """Return the gradients of weight and bias, of the two that `needs` wants, in the dtype of the weight."""
     need_weight, need_bias = needs
     dtype = weight_OI.dtype
+    if not len(x_RI):
+        return torch.zeros_like(weight_OI), weight_OI.new_zeros(weight_OI.shape[0])
     if need_weight and by_kernels(x_RI.dtype, weight_OI):
         sums, of_bias = weight_gradient(grad_RO, x_RI)
         return sums.to(dtype), of_bias.to(dtype)

@@ -1,0 +1,70 @@
+"""Evaluations and steps of which some ranks have no sample: run by test_empty_batches.py.
+
+    python -m torch.distributed.run --nproc-per-node 3 -m tests.helpers.evaluation_cases FILE
+
+Writes what was evaluated, and the losses of the steps between, by engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3ae_fast.batch import pack
+from m3ae_fast.batch.packed import LossCounts
+from m3ae_fast.data.loader import MicroBatches, Share
+from m3ae_fast.engine.evaluate import Yardsticks, evaluate
+from m3ae_fast.engine.interface import Engine
+from m3ae_fast.process.ranks import Ranks, join_ranks
+from tests.helpers.zero_cases import LR, config_of, engine_of, samples
+
+PER_STEP = 6  # samples of all ranks
+COUNTS = (1, 7, 12)  # samples of an evaluation: on one rank, on one rank in its last step, on all
+TRAINED = (PER_STEP, 2)  # samples of a step
+
+
+def batches(ranks: Ranks, engine: Engine, count: int) -> list[Any]:
+    """Return this rank's batches of `count` samples, of which all ranks have equally many, some empty."""
+    share = Share(PER_STEP, rank=ranks.rank, world=ranks.world)
+    parts = MicroBatches(range(-(-count // PER_STEP)), share, end=count)
+    everything = samples(9, text=True)
+    return [pack([everything[position] for position in part], engine.model.geometry) for part in parts]
+
+
+def run(ranks: Ranks, stage: int | None) -> list[Any]:
+    zero = {"stage3_param_persistence_threshold": 0}  # or else nothing of so small a model is split
+    engine = engine_of(ranks, config_of(1, stage, 1, "fp32", zero))
+    found: list[Any] = []
+    for trained in (*TRAINED, 0):
+        for count in COUNTS:
+            yardsticks = Yardsticks(engine.model, "fp32", ranks)
+            own = batches(ranks, engine, count)
+            found.append(evaluate(engine, own, ranks, lambda batch: batch, yardsticks))
+        if trained:
+            (own,) = batches(ranks, engine, trained)
+            total = ranks.sum(own.counts)
+            losses, norm = engine.step([own], LossCounts(*(part / ranks.world for part in total)), LR)
+            (loss,) = ranks.sum([losses[0].loss.item()])
+            found.append({"loss": loss / ranks.world, "norm": float(norm)})
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    (out,) = argv or sys.argv[1:]
+    logging.disable(logging.WARNING)
+    with join_ranks() as ranks:
+        torch.set_num_threads(1)
+        found = {str(stage): run(ranks, stage) for stage in (None, 0, 1, 2, 3)}
+        if ranks.is_main:
+            Path(out).write_text(json.dumps(found))
+        ranks.gather(None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""A rank without a sample takes part in all that the others do: at the end of an evaluation there may be fewer samples
+than ranks."""
+
+import json
+
+import pytest
+
+from tests.helpers.ranks import run_ranks
+
+
+def test_evaluations_and_steps_are_those_of_one_rank_at_every_stage(tmp_path):
+    found = {}
+    for ranks in (1, 3):
+        out = tmp_path / f"{ranks}.json"
+        code, said = run_ranks("tests.helpers.evaluation_cases", [str(out)], ranks, tmp_path / f"{ranks}.log")
+        assert code == 0, said[-3000:]
+        found[ranks] = json.loads(out.read_text())
+    expected = found[1]["None"]
+    assert len(expected) == 11 and {"val_image_loss", "val_text_loss", "val_rankme"} <= expected[0].keys()
+    for ranks, stages in found.items():
+        for stage, values in stages.items():
+            for number, (value, wanted) in enumerate(zip(values, expected, strict=True)):
+                assert value == pytest.approx(wanted, rel=1e-5), f"stage {stage} on {ranks} ranks, number {number}"
