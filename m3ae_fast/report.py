@@ -102,7 +102,10 @@ def _head(run: Path, metrics: Metrics, named: bool) -> str:
         state = f"step {metrics[-1]['step']:,}"
     words = f"{run}: {state}" if named else state
     lines = [f"<p>{escape(_sentence(words, verdict(metrics)))}</p>"]
-    unusual = findings(metrics)
+    from m3ae_fast.run import checkpoint
+
+    saved = checkpoint.saved_steps(run)
+    unusual = findings(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
     for finding in unusual:
         lines.append(f"<p><b>{finding.name}</b>: {escape(finding.what)}. To try: {escape(finding.remedy)}.</p>")
     if not unusual:

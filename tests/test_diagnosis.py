@@ -11,13 +11,17 @@ import torch
 
 from m3ae_fast.batch.images import decode_image
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.config import Config, LossConfig, parse
+from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
 from m3ae_fast.engine.evaluate import Yardsticks, entropy, rankme
+from m3ae_fast.engine.fragments import cut
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.report import write_report
+from m3ae_fast.run import checkpoint
 from m3ae_fast.run.diagnosis import findings, verdict
+from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.run_log import read_metrics
 from m3ae_fast.train import pre_train
 from tests.helpers.trainer import TINY
@@ -40,6 +44,11 @@ def trained(folder, **sections):
     return read_metrics(folder / "run")
 
 
+def longer(metrics):
+    """Return the log lines of a run as if it had taken ten times as many steps; so small a model learns in few."""
+    return [line | {"step": 10 * line["step"]} for line in metrics]
+
+
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
@@ -50,7 +59,7 @@ def trained(folder, **sections):
     ],
 )
 def test_a_broken_run_is_named(tmp_path, name, sections):
-    assert [finding.name for finding in findings(trained(tmp_path, **sections))][:1] == [name]
+    assert [finding.name for finding in findings(longer(trained(tmp_path, **sections)))][:1] == [name]
 
 
 def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path, monkeypatch):
@@ -61,22 +70,22 @@ def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "decode_image", slowly)
         slow = trained(tmp_path, data={"val": []}, train={"global_batch": 2, "steps": 3})
-    assert [finding.name for finding in findings(slow)] == ["data bound"]
-    sound = [line | {"data_wait": 0.01} for line in trained(tmp_path / "sound")]  # the machine may be busy
+    assert [finding.name for finding in findings(slow)] == ["too few steps", "data bound"]
+    sound = [line | {"data_wait": 0.01} for line in longer(trained(tmp_path / "sound"))]  # the machine may be busy
     assert findings(sound) == []
     assert "the image loss on held-out samples is " in verdict(sound) and "dimensions (RankMe)" in verdict(sound)
 
 
 def test_without_held_out_samples_the_training_loss_is_judged():
-    still = [{"step": step, "loss": 2.0} for step in range(10)]
+    still = [{"step": 20 * step, "loss": 2.0} for step in range(10)]
     assert [finding.name for finding in findings(still)] == ["no learning"]
-    assert findings([{"step": step, "loss": 2.0 - step / 9} for step in range(10)]) == findings(still[:9]) == []
+    assert findings([line | {"loss": 2.0 - i / 9} for i, line in enumerate(still)]) == findings(still[:9]) == []
     assert verdict(still) == ""
 
 
 def test_one_held_out_sample_has_not_collapsed():
-    assert findings([{"step": step, "val_rankme": 1.0} for step in range(2)]) == []
-    (found,) = findings([{"step": step, "val_rankme": 9.0 - 8 * step} for step in range(2)])
+    assert findings([{"step": 500 * step, "val_rankme": 1.0} for step in range(2)]) == []
+    (found,) = findings([{"step": 500 * step, "val_rankme": 9.0 - 8 * step} for step in range(2)])
     assert found.name == "collapse"
 
 
@@ -134,7 +143,96 @@ def test_words_have_each_number_in_its_place():
     (told,) = findings(lines(val_rankme=(20.0, 3.0)))
     assert told.what.startswith("the features fill 3.0 dimensions (RankMe), and those of the untrained network 20.0")
     (told,) = findings(lines(val_image_relative=(1.0, 0.9), val_text_relative=(1.5, 1.6)))
-    assert told.what.startswith("the text loss") and told.remedy.startswith("a higher loss.text_weight, or a lower l")
+    assert told.what.startswith("the text loss") and told.remedy.startswith("more steps, a higher loss.text_weight, o")
+
+
+@pytest.mark.parametrize(
+    ("steps", "rates", "names"),
+    [
+        ((0, 13), (1e-3, 1e-3), ["too few steps"]),
+        ((0, 45), (1e-3, 1e-4), ["too few steps"]),
+        ((0, 99), (1e-3, 1e-4), ["too few steps"]),
+        ((0, 100), (1e-3, 1e-4), ["collapse", "no learning"]),
+        ((0, 400), (1e-4, 2e-4), ["too few steps"]),  # the warm-up is not over
+        ((0, 400), (2e-4, 2e-4), ["collapse", "no learning"]),
+    ],
+)
+def test_too_few_steps_are_no_collapse(steps, rates, names):
+    metrics = lines(step=steps, lr=rates, val_rankme=(20.0, 3.0), val_image_relative=(1.0, 1.0))
+    found = findings(metrics)
+    assert [finding.name for finding in found] == names
+    if names == ["too few steps"]:
+        assert f"{steps[-1]} steps are too few" in found[0].what and "train.steps" in found[0].remedy
+        assert ("warm-up" in found[0].what) == (rates[1] > rates[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "name", "what"),
+    [
+        (
+            (1.0, 0.6),
+            (1.4, 1.01),
+            "image alone learns",
+            "began at 1.40: of texts the frequencies of word",
+        ),
+        (
+            (1.0, 0.6),
+            (1.4, 0.99),
+            "image alone learns",
+            "the frequencies of word pieces are known, and no more",
+        ),
+        ((1.0, 0.6), (1.4, 0.97), None, ""),
+        ((1.0, 0.6), (1.0, 1.0), "image alone learns", "and began at 1.00"),
+        ((1.5, 1.0), (1.4, 0.7), "text alone learns", "of images the mean patch is known, and no more"),
+        ((1.5, 1.0), (1.4, 1.0), "no learning", "the image loss on held-out samples is 1.00"),
+    ],
+)
+def test_what_a_constant_predicts_has_not_been_learnt(image, text, name, what):
+    found = findings(lines(step=(0, 400), val_image_relative=image, val_text_relative=text))
+    assert [finding.name for finding in found] == ([name] if name else [])
+    assert all(what in finding.what for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("optim", "advice"),
+    [
+        ({}, "a longer warm-up, or less optim.weight_decay"),
+        ({"clip_grad": None}, "optim.clip_grad=1.0, a longer warm-up, or less optim.weight_decay"),
+        ({"clip_grad": 5.0, "weight_decay": 0.0}, "optim.clip_grad=1.0, or a longer warm-up"),
+        ({"clip_grad": 1.0, "weight_decay": 0.0}, "a lower optim.clip_grad, or a longer warm-up"),
+    ],
+)
+def test_nothing_is_advised_that_is_set_already(optim, advice):
+    (found,) = findings(lines(step=(0, 400), val_rankme=(20.0, 3.0)), {"optim": optim})
+    assert found.remedy == f"a lower optim.peak_lr, {advice}"
+    (found,) = findings(lines(step=(200, 400), data_wait=(0.5, 0.5)), {"data": {"repeats": 2}})
+    assert found.remedy.endswith("data.repeats=3")
+
+
+@pytest.mark.parametrize(
+    ("clip_grad", "precision", "remedy"),
+    [
+        (None, "bf16", "a lower optim.peak_lr, optim.clip_grad=1.0, or train.precision=fp32"),
+        (1.0, "fp32", "a lower optim.peak_lr, or a lower optim.clip_grad"),
+    ],
+)
+def test_nor_where_a_loss_is_not_finite(clip_grad, precision, remedy):
+    loop = SimpleNamespace(
+        schedule=SimpleNamespace(optim=OptimConfig(clip_grad=clip_grad)),
+        settings=TrainConfig(steps=1, precision=precision),
+    )
+    assert Loop.remedy(loop) == remedy
+
+
+def test_the_report_knows_what_is_set(tmp_path):
+    """From the last checkpoint."""
+    found = [{"step": step, "val_rankme": 20.0 / (1 + step)} for step in (0, 400)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, found)))
+    info = checkpoint.Info(400, 0, 42, {"optim": {"clip_grad": 1.0}}, {})
+    checkpoint.save(tmp_path, cut({"model/w": torch.ones(3)}, 0, 1), info, 1)
+    write_report(tmp_path, tmp_path / "report.html")
+    head = (tmp_path / "report.html").read_text().partition("<table>")[0]
+    assert "a lower optim.clip_grad" in head and "clip_grad=1.0" not in head
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])

@@ -58,12 +58,12 @@ def test_one_file_with_everything(run):
 
 def test_the_head_says_in_words_what_the_run_has_come_to(run):
     lines = [{"step": 0, "val_image_relative": 1.5, "val_rankme": 20.0}]
-    lines += [{"step": 9, "val_image_relative": 0.5, "val_rankme": 1.25}]
+    lines += [{"step": 900, "val_image_relative": 0.5, "val_rankme": 1.25}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (run / "status.json").write_text('{"state": "stopped", "step": 9, "total_steps": 20, "reason": "SIGTERM"}')
+    (run / "status.json").write_text('{"state": "stopped", "step": 900, "total_steps": 2000, "reason": "SIGTERM"}')
     write_report(run, run / "report.html")
     head = (run / "report.html").read_text().partition("<table>")[0]
-    assert "Stopped at step 9 of 20 (SIGTERM). The image loss on held-out samples is 0.50 of that of" in head
+    assert "Stopped at step 900 of 2,000 (SIGTERM). The image loss on held-out samples is 0.50 of that of" in head
     assert "<b>collapse</b>: the features fill 1.2 dimensions" in head and "To try: a lower optim.peak_lr" in head
 
 

@@ -19,7 +19,8 @@ from m3ae_fast.batch.bad_samples import Skipped
 from m3ae_fast.batch.flops import executed_flops, reference_flops
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.config import Config, MaskingConfig, SourceConfig, parse
+from m3ae_fast.config import Config, LoopConfig, MaskingConfig, OptimConfig, SourceConfig, parse
+from m3ae_fast.config.transfer import FineTuneConfig
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
 from m3ae_fast.data.loader import collate
 from m3ae_fast.engine import feed as feed_module
@@ -616,6 +617,21 @@ def test_an_epoch_is_of_whole_batches():
     for epochs, samples, steps in ((0.29, 100 * batch, 29), (1.75, batch, 2), (1.25, batch, 1), (0.1, batch, 1)):
         train = config.train.model_copy(update={"steps": None, "epochs": epochs})
         assert Schedule(train, config.optim, samples).total_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("optim", "batch", "words"),
+    [
+        (OptimConfig(peak_lr=1e-3), 56, "learning rate 0.000219 = optim.peak_lr 0.001 x batch 56 / 256"),
+        (OptimConfig(peak_lr=1.5e-4), 4096, "learning rate 0.0024 = optim.peak_lr 0.00015 x batch 4,096 / 256"),
+        (OptimConfig(peak_lr=1e-3), 256, "learning rate 0.001"),
+        (FineTuneConfig(peak_lr=1e-3), 1024, "learning rate 0.001"),
+    ],
+)
+def test_a_rate_is_said_as_logs_have_it_and_as_the_config_has_it(optim, batch, words):
+    schedule = Schedule(LoopConfig(steps=10, global_batch=batch), optim, 100)
+    assert schedule.describe_rate() == words
+    assert f"{schedule.lr(schedule.warmup_steps):.3g}" == words.split()[2]
 
 
 def test_the_learning_rate_stays_at_its_end():

@@ -53,7 +53,7 @@ CONFIG = {
     "optim": {"peak_lr": 2e-2, "warmup_epochs": 0, "clip_grad": 1.0},
     "train": {
         "global_batch": 16, "micro_batch": 4, "steps": STEPS, "precision": "fp32", "log_every": 1, "eval_every": 20,
-        "eval_samples": 32, "save_every": 5, "keep": 2, "pictures": 0,
+        "eval_samples": 33, "save_every": 5, "keep": 2, "pictures": 0,
     },
     "deepspeed": None,
 }  # fmt: skip
@@ -61,7 +61,23 @@ ODD_CAPTIONS = (  # of which some are bad samples and none may change another
     b"", b" \n", b"a\0cat\0", b"\0" * 64, b"\xff\xfe\x00a", b"cat " * 20_000, b"a" * 100_000,
     "\u202ec\u0301at \U0001f408".encode(),
 )  # fmt: skip
-_BITWISE = ("step", "loss", "image_loss", "text_loss", "grad_norm", "lr", "val_image_loss", "val_text_loss")
+_SPLIT = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+_LAYOUTS = {  # ranks and the deepspeed section; of 33 samples, evaluated 8 at a time, the second rank lacks the last
+    "1 rank": (1, None),
+    "2 ranks": (2, None),
+    "2 ranks with ZeRO-3": (2, _SPLIT),
+}
+_BITWISE = (
+    "step",
+    "loss",
+    "image_loss",
+    "text_loss",
+    "grad_norm",
+    "lr",
+    "val_image_loss",
+    "val_text_loss",
+    "val_rankme",
+)
 
 
 @dataclass
@@ -95,8 +111,9 @@ class Soak:
     def __init__(self, folder: Path, url: str, seed: int, until: float, say: Callable[[str], None]) -> None:
         self.folder, self.until, self.say = folder, until, say
         self.chance, self.tally = random.Random(seed), Tally()
-        self._untouched: dict[int, Outcome] = {}
+        self._untouched: dict[str, Outcome] = {}
         self._deck: list[str] = []
+        self._layouts: list[str] = []  # of the next runs
         self._config = folder / "config.json"
         config = json.loads(json.dumps(CONFIG))
         config["data"]["train"][0]["shards"] = f"{url}/train-0000.tar"
@@ -105,8 +122,11 @@ class Soak:
 
     def one_run(self) -> None:
         """Take a run under faults to its end."""
-        ranks = self.chance.choice((1, 2))
-        expected = self._untouched.get(ranks) or self._run_untouched(ranks)
+        if not self._layouts:
+            self._layouts = self.chance.sample([*_LAYOUTS], len(_LAYOUTS))
+        layout = self._layouts.pop()
+        ranks, _ = _LAYOUTS[layout]
+        expected = self._untouched.get(layout) or self._run_untouched(layout)
         self.tally.runs += 1
         name, before = f"run-{self.tally.runs}", len(self.tally.wrong)
         met: list[str] = []
@@ -114,8 +134,8 @@ class Soak:
             fault = None
             if start < FAULTY_STARTS and time.monotonic() < self.until:
                 fault = self._choose(self.folder / name, ranks)
-            self.say(f"run {self.tally.runs} on {ranks} ranks, start {start + 1}: {fault or 'left alone'}")
-            happened, code, out = self._start(name, ranks, fault)
+            self.say(f"run {self.tally.runs} on {layout}, start {start + 1}: {fault or 'left alone'}")
+            happened, code, out = self._start(name, layout, fault)
             if fault:
                 (met if happened else self._deck).append(fault)
             self._check(name, ranks, fault if happened else None, code, out)
@@ -132,14 +152,14 @@ class Soak:
             self.tally.survived.update(met)
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _run_untouched(self, ranks: int) -> Outcome:
-        name = f"untouched-{ranks}"
-        self.say(f"the run on {ranks} ranks that nobody touches")
-        _, code, out = self._start(name, ranks, None)
+    def _run_untouched(self, layout: str) -> Outcome:
+        name = f"untouched-{layout.replace(' ', '-')}"
+        self.say(f"the run on {layout} that nobody touches")
+        _, code, out = self._start(name, layout, None)
         if code or not self._complete(name):
             raise RuntimeError(f"a run without faults failed:\n{out}")
-        self._untouched[ranks] = Outcome(*self._outcome(name))
-        return self._untouched[ranks]
+        self._untouched[layout] = Outcome(*self._outcome(name))
+        return self._untouched[layout]
 
     def _choose(self, run_dir: Path, ranks: int) -> str | None:
         """Choose a fault that is possible now, all of them before any comes again; damage is done at once."""
@@ -163,15 +183,16 @@ class Soak:
         if "remove the folder to use an older one" in out:  # as the message says
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
 
-    def _start(self, name: str, ranks: int, fault: str | None) -> tuple[bool, int, str]:
+    def _start(self, name: str, layout: str, fault: str | None) -> tuple[bool, int, str]:
         """Start the trainer, and let the fault happen: once in three times while it starts, else after some step.
 
         Returns whether it did, the exit code, and what was printed.
         """
         self.tally.starts += 1
-        run_dir = self.folder / name
+        run_dir, (ranks, deepspeed) = self.folder / name, _LAYOUTS[layout]
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
         options = ["--set", f"run.dir={run_dir}", "--set", f"data.cache_dir={run_dir / 'cache'}", "--resume", "auto"]
+        options += ["--set", f"deepspeed={json.dumps(deepspeed)}"]
         with open(self.folder / "log", "w+", encoding="utf-8", errors="replace") as log:
             process = subprocess.Popen(
                 [sys.executable, *(launch if ranks > 1 else []), SCRIPT, "--config", str(self._config), *options],

@@ -349,7 +349,7 @@ class ScheduleConfig(Section):
     SECTION: ClassVar[str] = "optim"  # for messages
 
     peak_lr: float = Field(1.5e-4, gt=0)
-    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256."""
+    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256, which `lr` in logs shows."""
     init_lr: float = Field(0.0, ge=0)
     """Learning rate of the first step; scaled in the same way."""
     end_lr: float = Field(0.0, ge=0)

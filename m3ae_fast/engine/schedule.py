@@ -60,6 +60,13 @@ class Schedule:
     def warmup_steps(self) -> int:
         return min(round(self.optim.warmup_epochs * self.steps_per_epoch), self.total_steps)
 
+    def describe_rate(self) -> str:
+        """Return the learning rate after the warm-up in words, which logs have, and how it follows from `peak_lr`."""
+        optim, batch = self.optim, self.train.global_batch
+        factor = optim.lr_factor(batch)
+        scaled = "" if factor == 1 else f" = {optim.SECTION}.peak_lr {optim.peak_lr:g} x batch {batch:,} / 256"
+        return f"learning rate {factor * optim.peak_lr:.3g}{scaled}"
+
     def lr(self, step: int) -> float:
         """Return the learning rate of 0-based `step`."""
         return learning_rate(step, self.optim, self.train.global_batch, self.warmup_steps, self.total_steps)

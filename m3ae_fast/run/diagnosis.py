@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-FALLEN = 0.98  # of the first evaluation's: a loss that is not below has not fallen
+FEW_STEPS = 100  # with fewer a model is as good as untrained: RankMe falls at first, and losses are near constants
+FALLEN = 0.98  # of the first evaluation's, and of a constant prediction's: a loss that is not below has not been learnt
 _FEW = 10  # log lines: with fewer a training loss, which is of other samples each time, is not judged
 COLLAPSED = 2.0  # dimensions, and COLLAPSED_TO of the untrained network's: features that fill fewer have collapsed
 COLLAPSED_TO = 0.5
@@ -24,25 +25,56 @@ class Finding(NamedTuple):
     remedy: str
 
 
-def findings(metrics: Metrics) -> list[Finding]:
-    """Return what is unusual, the gravest first; empty where nothing is."""
-    found = [_collapse(metrics), *_learning(metrics), _data(metrics)]
-    return [finding for finding in found if finding]
+def findings(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[Finding]:
+    """Return what is unusual, the gravest first; empty where nothing is. `config`: the run's sections, if they are
+    known, whose settings are not advised again."""
+    config = config or {}
+    learning = [few] if (few := _few_steps(metrics)) else [_collapse(metrics, config), *_learning(metrics)]
+    return [finding for finding in (*learning, _data(metrics, config)) if finding]
 
 
-def _collapse(metrics: Metrics) -> Finding | None:
+def _few_steps(metrics: Metrics) -> Finding | None:
+    steps, rates = max(series(metrics, "step"), default=0), series(metrics, "lr")
+    warming = len(rates) > 1 and rates[-1] > rates[-2]
+    if not steps or (steps >= FEW_STEPS and not warming):
+        return None
+    what = f"{steps:,.0f} {'step is' if steps == 1 else 'steps are'} too few to judge what the model learns"
+    if warming:
+        what += "; the learning rate is still rising in its warm-up"
+    shorter = ", or a shorter optim.warmup_epochs" if warming else ""
+    return Finding("too few steps", what, f"a higher train.epochs or train.steps{shorter}")
+
+
+def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
     ranks = series(metrics, "val_rankme")
     if len(ranks) < 2 or ranks[0] < COLLAPSED:  # too few held-out samples to fill more
         return None
     first, last = ranks[0], ranks[-1]
     if last >= COLLAPSED and last >= COLLAPSED_TO * first:
         return None
+    optim = config.get("optim") or {}
+    advice = ["a lower optim.peak_lr", *clipping("optim", optim.get("clip_grad", math.inf)), "a longer warm-up"]
+    if optim.get("weight_decay") != 0:
+        advice.append("less optim.weight_decay")
     return Finding(
         "collapse",
-        f"the features fill {last:.1f} dimensions (RankMe), and those of the untrained network {first:.1f}: samples "
-        "have become hard to tell apart",
-        "a lower optim.peak_lr, optim.clip_grad=1.0, a longer warm-up, or less optim.weight_decay",
+        f"the features fill {last:.1f} dimensions (RankMe), and those of the untrained network {first:.1f}: those "
+        "of different samples have become alike",
+        either(advice),
     )
+
+
+def clipping(section: str, clip_grad: float | None) -> list[str]:
+    """Return the advice to clip gradients, more than `clip_grad` does; none where that is not known (inf)."""
+    if clip_grad == math.inf:
+        return []
+    return [f"{section}.clip_grad=1.0" if clip_grad is None or clip_grad > 1 else f"a lower {section}.clip_grad"]
+
+
+def either(advice: Sequence[str]) -> str:
+    """Return "a, b, or c"."""
+    *others, last = advice
+    return f"{', '.join(others)}, or {last}" if others else last
 
 
 def _learning(metrics: Metrics) -> list[Finding]:
@@ -60,8 +92,9 @@ def _learning(metrics: Metrics) -> list[Finding]:
     return [
         Finding(
             f"{other} alone learns",
-            _compared(metrics, name),
-            f"a higher loss.{name}_weight, or a lower loss.{other}_weight; look at the {name}s in reconstructions.png",
+            f"{_compared(metrics, name)}{_constant(metrics, name)}",
+            f"more steps, a higher loss.{name}_weight, or a lower loss.{other}_weight; look at the {name}s in "
+            "reconstructions.png",
         )
         for name, other in (("image", "text"), ("text", "image"))
         if known.get(name) is False and known.get(other)
@@ -69,9 +102,17 @@ def _learning(metrics: Metrics) -> list[Finding]:
 
 
 def _learnt(metrics: Metrics, name: str) -> bool | None:
-    """Return whether a modality's held-out loss has fallen; None where there are not two evaluations of it."""
+    """Return whether a modality's held-out loss has fallen, and below that of a constant prediction; None where there
+    are not two evaluations of it."""
     relative = series(metrics, f"val_{name}_relative")
-    return relative[-1] < FALLEN * relative[0] if len(relative) > 1 else None
+    return relative[-1] < FALLEN * min(relative[0], 1.0) if len(relative) > 1 else None
+
+
+def _constant(metrics: Metrics, name: str) -> str:
+    """Return what a loss means that has fallen to that of a constant prediction, and no further."""
+    first, *_, last = series(metrics, f"val_{name}_relative")
+    known = {"image": "of images the mean patch is known", "text": "of texts the frequencies of word pieces are known"}
+    return f": {known[name]}, and no more" if FALLEN <= last < FALLEN * first else ""
 
 
 def _compared(metrics: Metrics, name: str) -> str:
@@ -81,14 +122,15 @@ def _compared(metrics: Metrics, name: str) -> str:
     return f"the {name} loss on held-out samples is {last:.2f} of that of {constant}, and began at {first:.2f}"
 
 
-def _data(metrics: Metrics) -> Finding | None:
+def _data(metrics: Metrics, config: Mapping[str, Any]) -> Finding | None:
     waits = series(metrics, "data_wait")[1:]  # the first is that of the workers' start
     if not waits or median(waits) < WAITING:
         return None
+    repeats = (config.get("data") or {}).get("repeats", 1)
     return Finding(
         "data bound",
         f"training waits for data {median(waits):.0%} of the time",
-        "more data.workers, smaller images (from-folder --short-side), or data.repeats=2",
+        f"more data.workers, smaller images (from-folder --short-side), or data.repeats={repeats + 1}",
     )
 
 

@@ -30,6 +30,7 @@ from m3ae_fast.process.program import Session
 from m3ae_fast.process.signals import BY_ANOTHER
 from m3ae_fast.run import checkpoint, resuming
 from m3ae_fast.run.cautions import MemoryGrowth
+from m3ae_fast.run.diagnosis import clipping, either
 from m3ae_fast.run.loss_watch import LossWatch
 from m3ae_fast.run.record import Recorder
 from m3ae_fast.run.run_folder import RunFolder
@@ -124,8 +125,11 @@ class Loop(ABC):
 
     def remedy(self) -> str:
         """Return settings to suggest when a loss or weight is not finite."""
-        section = self.schedule.optim.SECTION
-        return f"a lower {section}.peak_lr, {section}.clip_grad=1.0, or {self.settings.SECTION}.precision=fp32"
+        section, precision = self.schedule.optim.SECTION, getattr(self.settings, "precision", "fp32")
+        advice = [f"a lower {section}.peak_lr", *clipping(section, getattr(self.schedule.optim, "clip_grad", None))]
+        if precision != "fp32":
+            advice.append(f"{self.settings.SECTION}.precision=fp32")
+        return either(advice)
 
     def seed_step(self) -> None:
         """Make what the next step draws depend on the seed, the step and the rank alone."""

@@ -207,6 +207,7 @@ class Run(Loop):
             f"{self.data.train.samples:,} samples{views}, "
             f"batch {config.train.global_batch} = {self.ranks.world} ranks x {per_rank} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
+            f"{self.schedule.describe_rate()}, after {self.schedule.warmup_steps:,} steps of warm-up",
         ]
         if self.engine.memory:
             lines.append(self.engine.memory)

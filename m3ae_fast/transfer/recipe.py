@@ -113,8 +113,7 @@ def chosen(config: LinearProbeConfig | FineTuneConfig) -> dict[str, Any]:
 
 def sentence(config: LinearProbeConfig | FineTuneConfig, schedule: Schedule, start: int) -> str:
     """Return what a run is going to do, from step `start` on."""
-    rate = schedule.optim.lr_factor(schedule.train.global_batch) * schedule.optim.peak_lr
     return (
         f"{schedule.samples:,} samples, batch {config.global_batch}, steps {start:,} to {schedule.total_steps:,} "
-        f"({epochs_of(schedule):.4g} epochs, of which {config.warmup_epochs:g} warm up), learning rate {rate:.3g}"
+        f"({epochs_of(schedule):.4g} epochs, of which {config.warmup_epochs:g} warm up), {schedule.describe_rate()}"
     )

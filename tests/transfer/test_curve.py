@@ -12,7 +12,6 @@ from m3ae_fast.open_model import open_model
 from m3ae_fast.train import main
 from m3ae_fast.transfer import knn
 from tests.helpers.labelled import NAMES, coloured
-from tests.helpers.trainer import zero
 from tests.transfer.conftest import settings
 
 
@@ -78,12 +77,17 @@ def test_labels_that_cannot_be_used_end_the_run_before_it_begins(pretrain, shard
 
 
 def test_the_curve_of_a_partitioned_model_is_the_same(trainer, shards):
-    """ZeRO-3 on two ranks gathers weights that it has given away."""
-    options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=8"), *probe(shards)]
+    """ZeRO-3 on three ranks gathers weights that it has given away, also where ranks have no sample: of three that an
+    evaluation has, which shows in pictures too, and at the end of the probe's."""
+    options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=3", "train.pictures=2")]
+    options += [*probe(shards), "--set", "train.eval_every=1"]
+    split = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     curves = []
-    for name, stage, ranks in (("plain", None, 1), ("partitioned", 3, 2)):
-        trainer(name, *options, *zero(stage), ranks=ranks)
+    for name, section, ranks in (("plain", None, 1), ("partitioned", split, 3)):
+        trainer(name, *options, "--set", f"deepspeed={json.dumps(section)}", ranks=ranks)
         lines = map(json.loads, (trainer.folder / name / "metrics.jsonl").read_text().splitlines())
-        curves.append([line[key] for line in lines for key in ("loss", "val_knn_top1") if key in line])
-    assert len(curves[0]) == 6
+        keys = "loss", "val_knn_top1", "val_image_loss", "val_rankme"
+        curves.append([line[key] for line in lines for key in keys if key in line])
+        assert (trainer.folder / name / "reconstructions.png").is_file()
+    assert len(curves[0]) == 3 + 3 + 2 * 4
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

@@ -194,6 +194,9 @@ def test_without_settings_it_tries_rates_and_a_resumed_run_keeps_the_one_it_chos
 def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(transfer, capsys):
     transfer("linear", *FAST, *settings("linear.epochs=5"))
     out = capsys.readouterr().out
-    said = "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 warm up), learning rate 2.81"
+    said = (
+        "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 warm up), learning rate 2.81 = linear.peak_lr 30 x "
+    )
+    said += "batch 24 / 256"
     assert out.index(said) < out.index("step 1 ") < out.index("expected: ")
     assert "for 4 more steps" in out
