@@ -49,7 +49,7 @@ class Place(NamedTuple):
     start: int  # in the weight
     master: Tensor  # float32, flat, of many weights: what the optimiser updates
     offset: int  # in `master` and its moments
-    count: int
+    elements: int
 
 
 class DeepSpeedEngine:
@@ -98,7 +98,8 @@ class DeepSpeedEngine:
         self._places: dict[nn.Parameter, Place] = {}
         if self.zero.stage in (1, 2):
             names = _BF16_BUFFERS if hasattr(self.ds.optimizer, _BF16_BUFFERS[0]) else _BUFFERS
-            self._places = _places(model, *(_private(self.ds.optimizer, name) for name in names), ranks.rank)
+            flats, masters = (_private(self.ds.optimizer, name) for name in names)
+            self._places = _places(model, flats, masters, ranks.rank)
             if names == _BUFFERS and not self.zero.offloads_optimizer:
                 _wait_for_one_stream(self.ds.optimizer)
 
@@ -153,9 +154,9 @@ class DeepSpeedEngine:
         """Return what this rank keeps in float32 of weight `p` (kind "model") or of its moment `kind` from stage 1
         on."""
         if self.zero.stage < 3:
-            start, master, offset, count = self._places[p]
+            start, master, offset, elements = self._places[p]
             flat = master if kind == "model" else self._inner.state[master][kind]
-            return Fragment(flat.detach()[offset : offset + count], start, tuple(p.shape))
+            return Fragment(flat.detach()[offset : offset + elements], start, tuple(p.shape))
         kept = safe_get_local_fp32_param(p) if kind == "model" else safe_get_local_optimizer_state(p, kind)
         start = self.ranks.rank * p.ds_tensor.numel()  # the last parts are padded
         return Fragment(kept.detach().flatten()[: max(0, p.ds_numel - start)], start, tuple(p.ds_shape))
@@ -243,7 +244,7 @@ def _places(
     places = {}
     for p in model.parameters():
         flat, master = buffers[p.untyped_storage().data_ptr()]
-        first = p.storage_offset() - flat.storage_offset() - rank * len(master)  # in `master`, were it long enough
+        first = int(p.storage_offset() - flat.storage_offset()) - rank * len(master)  # in `master`, were it long enough
         offset, end = (min(max(edge, 0), len(master)) for edge in (first, first + p.numel()))
         places[p] = Place(offset - first if offset < end else 0, master, offset, end - offset)
     return places
