@@ -16,10 +16,13 @@ import os
 import re
 import shutil
 import stat
+import struct
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy as shallow_copy
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -33,6 +36,9 @@ from m3ae_fast.whole_file import is_abandoned, lock, put_in_place
 
 FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
 _KEPT_NS = 1000  # between the dates of copies that are needed one after the other
+_ROOM = "room"  # the lock under which copies make room
+_LEDGER = struct.Struct("<QQ")  # see `ShardStore._make_room`
+_LOOK_S = 60.0  # between looks at all copies, while there is no room
 _PARTIAL = "partial-"  # how the names of copies begin that are not whole yet
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # of the sidecar that an indexed shard has
@@ -110,6 +116,8 @@ class ShardStore:
 
     def __init__(self, cache_dir: Path | None = None, cache_gb: float | None = None):
         self._far: dict[str, bool] = {}  # by folder
+        self._oldest: deque[_Copy] | None = None  # copies when this process last looked, the oldest first
+        self._looked = 0.0  # when that was
         self.limit = math.inf if cache_gb is None else round(cache_gb * 1e9)  # bytes
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache_dir = Path(cache_dir or Path(home) / "m3ae_fast").expanduser()
@@ -139,6 +147,12 @@ class ShardStore:
         if self.staging and folder not in self._far:
             self._far[folder] = bool(network_file_system(Path(folder)))
         return self.staging and self._far[folder]
+
+    def in_place(self) -> ShardStore:
+        """Return a store that reads shards on a network file system in place, for a few samples of them."""
+        other = shallow_copy(self)
+        other.staging = False
+        return other
 
     def name(self, shard: str) -> str:
         """Return a file name for things about the shard: unique, and of the contents too where it is a local file."""
@@ -198,6 +212,8 @@ class ShardStore:
     def keep(self, shards: Sequence[str]) -> None:
         """Date the copies of shards, named as they are needed: others make room first, then the last of these."""
         now = time.time_ns()
+        if self._oldest:
+            self._oldest.clear()  # they have other dates now
         for number, shard in enumerate(shards):
             when = now - number * _KEPT_NS
             with contextlib.suppress(OSError):  # not there, or another user's
@@ -211,8 +227,9 @@ class ShardStore:
         return CacheSpace(most, sum(sizes), max(sizes, default=0))
 
     @contextmanager
-    def lock(self, name: str, wait: bool = True) -> Iterator[None]:
-        """Hold a lock of this node. Raises BlockingIOError where another process has it and `wait` is false."""
+    def lock(self, name: str, wait: bool = True) -> Iterator[int]:
+        """Hold a lock of this node and yield its file's handle. Raises BlockingIOError if another process has it and
+        `wait` is false."""
         path = self.cache_dir / "locks" / name
         try:  # by hand, as filelock cannot lock a file that is another user's, and polls
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -220,7 +237,7 @@ class ShardStore:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield
+            yield fd
         finally:
             os.close(fd)
 
@@ -228,47 +245,100 @@ class ShardStore:
         """Replace any old copy by a new one; processes that have the old one open can still read it."""
         for attempt in range(ATTEMPTS):
             partial = self.cache_dir / "shards" / f"{_PARTIAL}{uuid.uuid4().hex}"
+            gone = 0  # bytes in the ledger that are not on the disk
             try:
-                with self._begin(partial, size) as out:
+                out, gone = self._begin(partial, size)
+                with out:
                     download(shard, out)
-                    out.truncate(out.tell())
-                    with self.lock("room"):  # where it is larger than expected
-                        self._make_room(0)
+                    with self.lock(_ROOM) as ledger:  # if it is larger than expected
+                        out.truncate(out.tell())
+                        self._make_room(ledger, grown=out.tell() - gone)
+                    gone = out.tell()
+                    replaced = copy.stat().st_size if copy.exists() else 0
                     put_in_place(partial, copy)
+                    gone = replaced
                 return
             except OSError as error:
                 if isinstance(error, NotThere) or attempt == ATTEMPTS - 1 or not is_remote(shard):
                     raise OSError(f"cannot fetch {shard}: {error}") from error
                 time.sleep(retry_after(error, attempt))
             finally:
+                if gone:
+                    with self.lock(_ROOM) as ledger:
+                        partial.unlink(missing_ok=True)
+                        self._make_room(ledger, grown=-gone)
                 partial.unlink(missing_ok=True)
 
-    def _begin(self, partial: Path, size: int) -> BinaryIO:
-        """Return an empty file that counts as `size` bytes, or where that is 0 as the largest copy. It is locked until
-        it is closed: where it is not, its process has been killed. The umask decides who may read it."""
-        with self.lock("room"):
-            size = size or self.room().largest
-            self._make_room(size)
+    def _begin(self, partial: Path, size: int) -> tuple[BinaryIO, int]:
+        """Return an empty file that counts as `size` bytes, or if that is 0 as the largest copy; and that number. It is
+        locked until it is closed: if it is not, its process has been killed. The umask decides who may read it."""
+        with self.lock(_ROOM) as ledger:
+            size = self._make_room(ledger, size)
             out = open(partial, "x+b")  # noqa: SIM115
             lock(out.fileno())
             out.truncate(size)  # a hole, which takes no blocks
-        return out
+        return out, size
 
-    def _make_room(self, size: int) -> None:
-        """Remove the oldest copies until `size` bytes more are within the limit and FREE_FRACTION of the disk is free.
-        Whoever has one open can still read it (POSIX)."""
+    def _make_room(self, ledger: int, size: int | None = None, grown: int = 0) -> int:
+        """Remove the oldest copies until a new one is within the limit and FREE_FRACTION of the disk is free. Whoever
+        has one open can still read it (POSIX).
+
+        To look at all copies takes as long as there are many, while all others wait. It is left out as long as the
+        ledger shows that there is room, or this process has looked lately: then the oldest copies of that look go, as
+        far as nobody has used them since.
+
+        Args:
+            ledger: handle of the lock's file, which holds the bytes of all copies and of the largest.
+            size: bytes of a new copy; 0: those of the largest; None: there is no new one.
+            grown: bytes by which the copies have grown since that was noted.
+
+        Returns:
+            The bytes of the new copy.
+        """
+        noted = os.pread(ledger, _LEDGER.size, 0)
+        looked = self._oldest is None or len(noted) < _LEDGER.size
+        used, largest = self._look() if looked else _LEDGER.unpack(noted)
+        used += 0 if looked else grown
+        while not self._has_room(used + (new := 0 if size is None else size or largest)):
+            if not looked and (not self._oldest or time.monotonic() - self._looked > _LOOK_S):
+                (used, largest), looked = self._look(), True
+            elif not self._oldest:
+                break
+            else:
+                used -= self._remove(self._oldest.popleft())
+        self._note(ledger, used + new, max(largest, new))
+        return new
+
+    @staticmethod
+    def _remove(copy: _Copy) -> int:
+        """Remove a copy unless it was used since it was seen. Return the bytes that it took."""
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another process was faster; another user's
+            if copy.path.stat().st_mtime_ns == copy.used:
+                copy.path.unlink()
+                return copy.size
+        return 0
+
+    def _has_room(self, used: int) -> bool:
+        usage = shutil.disk_usage(self.cache_dir)
+        return used <= self.limit and usage.free >= FREE_FRACTION * usage.total
+
+    @staticmethod
+    def _note(ledger: int, used: int, largest: int) -> None:
+        with contextlib.suppress(OSError):  # another user's file: others look before they rely on it again
+            os.pwrite(ledger, _LEDGER.pack(max(used, 0), largest), 0)
+
+    def _look(self) -> tuple[int, int]:
+        """Look at all copies, and remove those that killed processes left unfinished. Return the bytes of all copies
+        and of the largest."""
         copies = sorted(self._copies())
-        used = sum(copy.size for copy in copies)
-        for _, taken, path in copies:
-            usage = shutil.disk_usage(self.cache_dir)
-            partial = path.name.startswith(_PARTIAL)
-            if not partial and used + size <= self.limit and usage.free >= FREE_FRACTION * usage.total:
-                continue
-            if partial and not is_abandoned(path):
-                continue
+        for copy in [each for each in copies if each.path.name.startswith(_PARTIAL) and is_abandoned(each.path)]:
             with contextlib.suppress(PermissionError):  # another user's
-                path.unlink(missing_ok=True)
-                used -= taken
+                copy.path.unlink(missing_ok=True)
+                copies.remove(copy)
+        self._looked = time.monotonic()
+        self._oldest = deque(copy for copy in copies if not copy.path.name.startswith(_PARTIAL))
+        sizes = [copy.size for copy in copies]
+        return sum(sizes), max(sizes, default=0)
 
     def _copies(self) -> list[_Copy]:
         found = []

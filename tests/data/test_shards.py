@@ -450,6 +450,73 @@ def test_copies_keep_to_their_limit(server, tmp_path):
     assert requests["/5.tar"] == 1
 
 
+def alike(url, folder, count=20):
+    """Serve shards of one size; return their names and that size."""
+    tar = Path(write_tar(folder / "0.tar", members(range(3)))).read_bytes()
+    for number in range(count):
+        (folder / f"{number}.tar").write_bytes(tar)
+    return [f"{url}/{number}.tar" for number in range(count)], len(tar)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_fetch_looks_at_few_copies_however_many_there_are(server, tmp_path, monkeypatch, limit):
+    """As long as there is room, and also if the oldest have to go."""
+    url, folder, _ = server
+    names, size = alike(url, folder)
+    store = ShardStore(tmp_path / "cache", limit and (300 + limit) * size / 1e9)
+    for age in range(300):
+        copy = store.cache_dir / "shards" / f"{age:03d}.tar"
+        copy.write_bytes(bytes(size))
+        os.utime(copy, (age, age))
+    store.path(names[0])  # after which the process knows the copies
+    monkeypatch.setattr(shards, "_LOOK_S", float("inf"))
+    calls, stat, scandir, usage = Counter(), Path.stat, os.scandir, shutil.disk_usage
+    monkeypatch.setattr(Path, "stat", lambda self, **more: calls.update(stat=1) or stat(self, **more))
+    monkeypatch.setattr(os, "scandir", lambda path: calls.update(scandir=1) or scandir(path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: calls.update(usage=1) or usage(path))
+    for number in range(1, 20):
+        store.path(names[number])
+    assert calls["scandir"] == 0 and calls["stat"] < 10 * 20 and calls["usage"] < 5 * 20
+    monkeypatch.undo()
+    kept = sorted(int(path.name[:3]) for path in (store.cache_dir / "shards").glob("???.tar"))
+    assert kept == list(range(0 if limit is None else 20 - limit, 300))
+    assert store.room().used <= store.limit
+
+
+def test_processes_share_what_they_know_of_the_room(server, tmp_path):
+    """A copy that another process made counts, without another look."""
+    url, folder, _ = server
+    names, size = alike(url, folder)
+    one, other = (ShardStore(tmp_path / "cache", 4 * size / 1e9) for _ in range(2))
+    for number, store in enumerate([one, other, one, other, one, one, other]):
+        store.path(names[number])
+        assert one.room().used <= min(number + 1, 4) * size
+    assert one.room().used == 4 * size
+
+
+@pytest.mark.parametrize("noted", [b"", b"short", bytes(16)])
+def test_a_ledger_that_is_lost_or_wrong_is_made_again(server, tmp_path, noted):
+    url, folder, _ = server
+    names, size = alike(url, folder)
+    for number in range(5):
+        store = ShardStore(tmp_path / "cache", 2 * size / 1e9)  # of a process of its own, which looks once
+        (store.cache_dir / "locks/room").write_bytes(noted)
+        store.path(names[number])
+        assert store.room().used <= 2 * size
+
+
+def test_a_copy_that_was_used_since_it_was_seen_stays(server, tmp_path):
+    url, folder, _ = server
+    names, size = alike(url, folder)
+    one, other = (ShardStore(tmp_path / "cache", 3 * size / 1e9) for _ in range(2))
+    for age, name in enumerate(names[:3]):
+        os.utime(one.path(name), (age, age))
+    one._look()
+    other.path(names[0])  # used now, in another process
+    one.path(names[3])
+    assert [one.copy(name).exists() for name in names[:4]] == [True, False, True, True]
+
+
 def test_copies_that_are_needed_last_make_room(server, tmp_path):
     url, folder, _ = server
     names = [f"{url}/{i}.tar" for i in range(5)]
