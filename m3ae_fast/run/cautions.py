@@ -81,7 +81,7 @@ def _enlarged(config: Config, corpus: Corpus) -> str:
     sides = []
     for source in corpus.sources:
         if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
-            reader = Reader(source, corpus.store)
+            reader = Reader(source, corpus.store.in_place())
             for row in range(min(source.indexed[0].summary.samples, _LOOKED_AT)):
                 with contextlib.suppress(BadSample, OSError):
                     image = reader.read(0, row).image

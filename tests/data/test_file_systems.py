@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from m3ae_fast.config import SourceConfig
+from m3ae_fast.config import ModelConfig, SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import network_file_system
+from m3ae_fast.run.cautions import _enlarged
 from tests.data.test_fetcher import epoch
 from tests.helpers.shards import members, write_tar
 
@@ -85,3 +86,13 @@ def test_without_room_they_are_read_in_place(far, store, load, tmp_path):
     loader = load([SourceConfig(shards=str(far / "*.tar"))], micro_batch=8, steps=SHARDS, config={"lanes": 2}, at=small)
     keys = list(chain.from_iterable(batch.keys for batch in loader))
     assert len(set(keys)) == SHARDS * PER and not copies(small)
+
+
+def test_a_look_at_a_few_images_copies_no_shard(far, store, tmp_path):
+    write_tar(far / "images.tar", members(range(4)))
+    corpus = open_corpus([SourceConfig(shards=str(far / "images.tar"))], store)
+    model = ModelConfig(size=None, emb_dim=32, depth=1, num_heads=4, image_size=4096, patch_size=16, vocab_size=0)
+    assert _enlarged(SimpleNamespace(model=model), corpus).startswith("images are enlarged: half of 4 that were looked")
+    assert not copies(store)
+    Reader(corpus.sources[0], store).read(0, 0)
+    assert len(copies(store)) == 1  # as a run reads it
