@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from m3ae_fast.errors import UserError
 from m3ae_fast.process import garbage
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.run import checkpoint
+from m3ae_fast.run import checkpoint, run
 from tests.helpers.ranks import fork_ranks
 
 
@@ -219,3 +220,22 @@ def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
     (tmp_path / "gcc").chmod(0o755)
     (tmp_path / "Python.h").write_text("")
     assert hardware.missing_for_triton() == []
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_damaged_shards_are_named_of_training_and_of_held_out_samples(monkeypatch, held_out):
+    told = []
+    attention = SimpleNamespace(choose=print, settle=lambda kernels: None, describe=lambda: "")
+    monkeypatch.setattr(run, "RunAttention", lambda *_: attention)
+    stub = SimpleNamespace(
+        config=SimpleNamespace(model=None, masking=None, train=SimpleNamespace(precision="fp32")),
+        ranks=SimpleNamespace(device=None, is_main=False, broadcast=lambda _: ({}, {}), from_main=lambda value: value),
+        data=SimpleNamespace(
+            train=SimpleNamespace(damaged=["train"]), val=SimpleNamespace(damaged=["val"]) if held_out else None
+        ),
+        bad=SimpleNamespace(report=lambda items, say: told.extend(items)),
+        share=SimpleNamespace(micro_batch=1),
+        attention={},
+    )
+    run.Run.announce(stub)
+    assert told == (["train", "val"] if held_out else ["train"])

@@ -120,7 +120,8 @@ class Run(Loop):
         self.attention, times = self.ranks.broadcast(choose)
         attention.settle(self.attention)
         described = attention.describe()
-        self.bad.report(self.ranks.from_main(self.data.train.damaged), say=self.ranks.is_main)
+        damaged = self.data.train.damaged + (self.data.val.damaged if self.data.val else [])
+        self.bad.report(self.ranks.from_main(damaged), say=self.ranks.is_main)
         if self.ranks.is_main:
             tried = [f"attention of the {part}: {_shown(each)}" for part, each in times.items()]
             self.log.say("\n".join([self._describe(described), *tried, *(f"note: {note}" for note in self.notes)]))
