@@ -98,6 +98,9 @@ def test_conversion_of_the_official_file_format(tmp_path):
 
     whole = (tmp_path / "tokenizer.msgpack").read_bytes()
     lacking = {key: array for key, array in arrays.items() if "Conv_1/kernel" not in key}
+    more = {
+        key.replace("ResBlock_5", "ResBlock_6"): array for key, array in arrays.items() if "encoder/ResBlock_5" in key
+    }
     strange = {**arrays, "params/encoder/Dense_0/kernel": np.zeros((2, 2), np.float32)}
     wrong = {
         "cut": (whole[:-100], "damaged"),
@@ -113,6 +116,7 @@ def test_conversion_of_the_official_file_format(tmp_path):
             _flax_bytes({key: array for key, array in arrays.items() if "encoder/ResBlock_5/" not in key}),
             "5 blocks on 5 levels",
         ),
+        "a block more": (_flax_bytes(arrays | more), "7 blocks on 5 levels"),
         "strange": (_flax_bytes(strange), "which a MaskGIT VQGAN lacks"),
         **{
             kind: (_flax_bytes({**arrays, key: arrays[key].astype(kind)}), f"{key} is {kind}, but weights are floats")
