@@ -320,7 +320,7 @@ def test_the_table_of_memory_is_of_all_ranks_and_every_stage():
 
 def test_micro_batches_of_native_images_differ_by_less_the_larger_they_are():
     """Check two samples of 4 and 16 tokens, which deviate from their mean by 60 %."""
-    batch = SimpleNamespace(grids=[(1, 3), (3, 5)], decoder=SimpleNamespace(cu_seqlens=torch.tensor([0, 4, 20])))
+    batch = SimpleNamespace(grids=[(1, 3), (3, 5)], sequences=[SimpleNamespace(cu_seqlens=torch.tensor([0, 4, 20]))])
     for micro, percent in ((1, "60.0"), (4, "30.0"), (9, "20.0")):
         (_, patches), (_, balance) = _images(batch, micro)
         assert patches == "9.0 on average, from 3 to 15"
