@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -9,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,7 +259,7 @@ def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
         command = [sys.executable, "-c", code]
         child.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()))
         child[0].stdout.readline()
-        return SimpleNamespace(config=None, lines=[])
+        return SimpleNamespace(config=None, lines=[], warning="")
 
     monkeypatch.setattr(program, "choose", hold)
     with pytest.raises(UserError, match="another run is using it"):
@@ -791,16 +793,53 @@ def test_the_time_of_a_step_goes_from_the_end_of_the_one_before(monkeypatch):
     assert list(pace._times(run)) == [1.5, 2.5] and run.step == 2
 
 
-def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
-    """After the warm-up: the first ones are faster, on what was loaded ahead."""
-    times = [9.0, 9.0, *[0.001] * 25, *[0.002] * 25]
-    run = SimpleNamespace(set_up=lambda *_: None)
-    monkeypatch.setattr(pace, "Run", run)
-    monkeypatch.setattr(pace, "_times", lambda run: (each for each in [*times, *times]))
-    monkeypatch.setattr(pace, "_MOST", len(times))
+def paced(monkeypatch, times, ahead=0, seconds=60.0):
+    """What is measured in a run whose steps take these times, with batches of 4 samples."""
+    clock = [0.0]
+
+    def steps(run):
+        for each in times:
+            clock[0] += each
+            yield each
+
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(pace, "Run", SimpleNamespace(set_up=lambda *_: None))
+    monkeypatch.setattr(pace, "_times", steps)
+    monkeypatch.setattr(pace, "_ahead", lambda run: ahead)
+    monkeypatch.setattr(pace, "gc", SimpleNamespace(collect=lambda: None))
     session = SimpleNamespace(ranks=SimpleNamespace(world=1, from_main=lambda value: value))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 4, "steps": 9}}, "test")
-    assert pace.measure(config, session, 1e3) == Pace(pytest.approx(0.002 / 4), 4, 25)
+    return pace._trial(config, session, 4, seconds)
+
+
+def test_a_pace_is_that_of_the_later_half_of_steps(monkeypatch):
+    """After the warm-up: the first ones are faster, on what was loaded ahead."""
+    found = paced(monkeypatch, [9.0, 9.0, *[0.001] * 27, *[0.002] * 27], ahead=27)
+    assert found == Pace(pytest.approx(0.002 / 4), 4, 27, pytest.approx(0.0))
+
+
+def test_a_pace_is_measured_until_it_is_stable(monkeypatch):
+    """The later half of the steps is as fast throughout, or the time is used up."""
+    calm = [9.0, 9.0, *[0.001] * 1000]
+    assert paced(monkeypatch, calm).steps == 19  # of 40 steps, of which the first two are not counted
+    assert paced(monkeypatch, calm, seconds=74.0).steps > 200  # a quarter of the time passes in 18 s and 500 steps
+    falling = [9.0, 9.0, *(0.5 / (each + 1) for each in range(40)), *[0.01] * 1000]
+    assert paced(monkeypatch, falling).sample == pytest.approx(0.01 / 4, rel=0.1)
+    noisy = [9.0, 9.0, *np.random.RandomState(0).exponential(0.01, 10_000)]
+    found = paced(monkeypatch, noisy)
+    assert found.sample == pytest.approx(0.01 / 4, rel=4 * found.error) and found.error < 0.02
+    wild = [9.0, 9.0, *(0.01 * 3 ** (each // 100 % 2) for each in range(10_000))]
+    assert paced(monkeypatch, wild, seconds=90.0).sample == pytest.approx(0.02 / 4, rel=0.1)
+    rising = [9.0, 9.0, *(0.01 * 1.02**each for each in range(1000))]
+    found = paced(monkeypatch, rising)
+    assert found.error > 0.1 and found.steps < 200
+    assert paced(monkeypatch, [5.0] * 10, seconds=1.0) == Pace(5 / 4, 4, 1)  # too slow for an error
+
+
+def test_a_rate_is_shown_with_its_error():
+    assert Pace(1 / 97, 8, 24, 0.06).rate() == "97 ± 6 samples/s, measured over 24 steps"
+    assert Pace(1 / 5.23, 8, 24, 0.02).rate() == "5.23 ± 0.10 samples/s, measured over 24 steps"
+    assert Pace(1 / 5.23, 8, 1).rate() == "5.23 samples/s, measured over 1 steps"
 
 
 @pytest.mark.parametrize(("every", "val", "evaluations"), [(25, True, 5), (None, True, 2), (25, False, 0)])
@@ -826,12 +865,12 @@ def test_a_size_for_which_there_is_no_memory_is_not_tried(tmp_path, monkeypatch)
         lambda size, device: needed.append(size) or ("8 GB are needed" if len(needed) > 1 else ""),
     )
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session)
+    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session, time.monotonic())
     sizes = [settings(facts, Shards(["a.tar"], [], []), tmp_path, rung, 64, 1, "cls", []) for rung in LADDER[1:3]]
     assert needed == [memory_needed(config, 1, 64) for config in sizes]
     assert tried == [128, 192] and found.config.model.emb_dim == 192
     assert 'not "small", for which 8 GB are needed' in found.lines[1]
-    assert "at 10,000 samples/s, measured over 4 steps" in found.lines[2]
+    assert "at 10,000 samples/s, measured over 4 steps" in found.lines[3]
 
 
 @pytest.mark.parametrize("ends", ["slow", "memory", None])
@@ -852,12 +891,12 @@ def test_sizes_are_tried_from_the_smallest_to_the_first_that_will_not_do(tmp_pat
     monkeypatch.setattr(plan, "measure", measure)
     monkeypatch.setattr(plan, "missing_memory", missing)
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
-    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session)
+    found = plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session, time.monotonic())
     chosen = place - 1 if ends else 4
     assert found.config.model.emb_dim == widths[chosen]
     assert tried == widths[: chosen + 1 + (ends == "slow")] and len(reckoned) == (place if ends else 4)
     rate = f"{1 / (1e-6 * widths[chosen]):,.0f} samples/s"
-    assert rate in found.lines[2]  # its own pace, not that of one tried after it
+    assert rate in found.lines[3]  # its own pace, not that of one tried after it
 
 
 @pytest.mark.parametrize(("end", "dry_run", "code", "said"), [
@@ -884,8 +923,8 @@ def test_the_command_passes_on_what_it_is_given(monkeypatch, capsys, end, dry_ru
     assert (out.strip(), err.strip()) == (said, "stopped; the same line goes on" if end is None else "")
 
 
-@pytest.mark.parametrize(("hours", "seconds"), [(1.0, 8.0), (0.05, 3.6)])
-def test_a_trial_takes_a_fiftieth_of_the_time_and_never_long(tmp_path, monkeypatch, hours, seconds):
+@pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 5.4)])
+def test_a_trial_takes_a_small_part_of_the_time_and_never_long(tmp_path, monkeypatch, hours, seconds):
     """In the precision in which the run will be."""
     facts, trials = Facts(9000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8), []
 
@@ -897,7 +936,7 @@ def test_a_trial_takes_a_fiftieth_of_the_time_and_never_long(tmp_path, monkeypat
     monkeypatch.setattr(plan, "missing_memory", lambda size, device: "")
     device = torch.device("cpu")
     session = SimpleNamespace(ranks=SimpleNamespace(device=device))
-    plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session)
+    plan.choose(facts, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session, time.monotonic())
     assert trials == [(fast_precision(device), seconds)] * 2
 
 
@@ -926,7 +965,7 @@ def test_what_is_chosen_gives_way_to_what_the_user_sets_and_fits_it():
         (
             {"tiny": 1e-3, "mini": 1.0},
             "tiny",
-            '"mini" is too slow: in the time it would train on 2,880 images, 2.9 epochs, and a larger model is chosen '
+            '"mini" is too slow: in the time it would train on 3,118 images, 3.1 epochs, and a larger model is chosen '
             "from 20 epochs and 20,000 images on",
         ),
     ],
@@ -938,10 +977,102 @@ def test_the_largest_size_that_the_time_allows_is_chosen(tmp_path, monkeypatch, 
     monkeypatch.setattr(plan, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     shards = Shards(["a.tar"], ["b.tar"], [])
-    found = plan.choose(facts, shards, tmp_path, 1.0, "cls", [], session)
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 50.0))
+    found = plan.choose(facts, shards, tmp_path, 1.0, "cls", [], session, 50.0)
     assert f'model: "{size}"' in found.lines[1] and why in found.lines[1]
-    larger = plan.choose(facts, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session)
+    larger = plan.choose(facts, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session, 50.0)
     assert larger.config.train.global_batch == 256
     for train in (found.config.train, larger.config.train):
         taken = train.steps * train.global_batch * paces[size]
-        assert 0.7 * 3600 < taken <= 0.8 * 3600 or train.steps == choices.LONGEST * (1000 // train.global_batch)
+        assert train.hours == pytest.approx((3600 - plan._REPORT) / 3600, abs=1e-5)
+        assert 0.85 * 3600 < taken <= 3600 or train.steps == choices.LONGEST * (1000 // train.global_batch)
+
+
+def small(classes=0, samples=1000):
+    return Facts(samples, 100, 100, [0.5] * 3, [0.2] * 3, classes=classes, vocab_size=0, text_length=8)
+
+
+def planned(monkeypatch, facts, hours, pace, overrides=(), spent=0.0, error=math.inf):
+    """The plan for samples that take `pace` seconds each, when `spent` seconds have passed."""
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: spent))
+    monkeypatch.setattr(plan, "measure", lambda *_: Pace(pace, 8, 24, error))
+    monkeypatch.setattr(plan, "missing_memory", lambda *_: "there is no memory")
+    session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
+    return plan.choose(facts, Shards(["a.tar"], ["b.tar"], []), Path("r"), hours, "cls", overrides, session, 0.0)
+
+
+def test_what_comes_before_and_after_training_is_part_of_the_hours(monkeypatch):
+    """Shards and measuring have taken a minute; the probes see all samples six times."""
+    found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
+    training, after = 3600 * found.config.train.hours, 6 * 1100 * 0.01 + 6 * 1002 * plan._PROBE_STEP
+    assert 1800 - 60 - after - 30 < training < 1800 - 60 - after
+    t = found.config.train
+    evaluations = 1 + -(-t.steps // t.probe.every)
+    taken = t.steps * t.global_batch * 0.01 + evaluations * (1100 + 100 * 2 / 3) * 0.01
+    assert 0.85 * training < taken < training
+    assert "at 100 ± 5 samples/s, measured over 24 steps" in found.lines[3]
+    assert "their number is adjusted to the time" in found.lines[2] and "done at about" in found.lines[3]
+    assert not found.warning and found.lines[3].endswith("; --hours 0.5")
+    assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01")
+
+
+@pytest.mark.parametrize("pace", [1e-4, 1e-3, 1e-2])
+def test_evaluations_take_a_small_part_of_the_time(monkeypatch, pace):
+    t = planned(monkeypatch, small(classes=3), 0.1, pace).config.train
+    each, between = plan._START + 1100 * pace, (t.steps - 1) // t.eval_every if t.eval_every else 0
+    assert between * each <= 0.12 * 360 and t.eval_every == t.probe.every
+    assert between >= min(19, int(0.1 * 0.5 * 360 / (each + plan._START + pace * 100)) - 1)
+
+
+def test_a_length_that_the_user_sets_stays(monkeypatch):
+    for override in ("train.steps=12", "train.epochs=0.1", "train.hours=null"):
+        found = planned(monkeypatch, small(), 0.01, 0.1, [override])
+        assert found.config.train.hours is None and not found.warning
+        assert not any("adjusted" in line for line in found.lines)
+    assert planned(monkeypatch, small(), 0.01, 0.1, ["train.hours=2"]).config.train.hours == 2
+
+
+def test_a_run_that_is_too_short_says_so_and_how_long_is_enough(monkeypatch):
+    short = planned(monkeypatch, small(samples=9000), 0.01, 0.01)
+    steps = short.config.train.steps
+    expected = (
+        f"{steps} steps, {steps / (9000 // short.config.train.global_batch):.2g} epochs: features will hardly differ"
+    )
+    assert short.warning.startswith(expected) and steps < 100
+    hours = float(short.warning.rpartition("--hours ")[2])
+    assert not planned(monkeypatch, small(samples=9000), hours, 0.01).warning
+    assert planned(monkeypatch, small(samples=9000), 0.7 * hours, 0.01).warning
+    assert plan._rounded_up(0.1234) == 0.13 and plan._rounded_up(12) == 12 and plan._rounded_up(1.201) == 1.3
+
+
+@pytest.mark.parametrize(("terminal", "answer", "starts"), [(True, "y", True), (True, "", False), (False, "", True)])
+def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_path, capsys, terminal, answer, starts):
+    """Of who sits at a terminal; elsewhere it is told."""
+    photos = make_pictures(tmp_path / "photos", each=2, captions=False)
+    config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", LADDER[0], 1, 9, "cls", [])
+    monkeypatch.setattr(program, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
+    monkeypatch.setattr(program.train, "perform", lambda *_: None)
+    monkeypatch.setattr(program, "status", lambda _: ("stopped", ""))
+    stdin = StringIO(f"{answer}\n")
+    stdin.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdin", stdin)
+    if starts:
+        assert not pretrain(photos, tmp_path / "run").finished
+    else:
+        with pytest.raises(UserError, match="not started; give more --hours"):
+            pretrain(photos, tmp_path / "run")
+    assert (tmp_path / "run/config.json").exists() == starts
+    assert "warning: 9 steps: give more" in capsys.readouterr().out
+
+
+def test_a_run_takes_about_the_hours_that_it_is_given(tmp_path):
+    """However busy the machine is it ends, and says after how many steps."""
+    photos = make_pictures(tmp_path / "photos", each=40, captions=False)
+    run, began = tmp_path / "run", time.monotonic()
+    assert pretrain(photos, run, hours=0.004, overrides=["data.workers=0", "train.probe=null"]).finished
+    took = time.monotonic() - began
+    config, info = load_config(run / "config.json"), checkpoint.read_info(checkpoint.locate(run))
+    assert 0 < config.train.hours < 0.004 and took < 20 * 3600 * 0.004
+    total = info.changes[-1][1] if info.changes else config.train.steps
+    assert status(run) == ("finished", f"finished at step {info.step:,} of {total:,}") and info.step == total
+    assert took > 0.5 * 3600 * 0.004 or total == 800 * (108 // config.train.global_batch)

@@ -287,6 +287,14 @@ def test_plain_output_tells_the_time_left(tmp_path, capsys):
     assert first.endswith("eta 0:01:40") and "eta" not in second
 
 
+def test_the_time_left_is_that_of_the_steps_that_there_are_now(tmp_path, capsys):
+    with RunLog(tmp_path, 0, 30) as log:
+        log._since -= 100
+        log.change(40)
+        log.log(20, {"loss": 1.0})
+    assert capsys.readouterr().out.endswith("eta 0:01:40\n")
+
+
 def test_the_line_names_the_nodes_that_wait_longest_for_data_and_compute_longest():
     """By rank the sums have what each of them waited, and what its forward passes took."""
     told, looked = [], []

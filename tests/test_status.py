@@ -48,6 +48,18 @@ def test_a_killed_run_has_failed_after_the_last_step_that_it_logged(tmp_path):
     assert state == "failed" and said.startswith("failed: killed after step 5 of 10 was logged")
 
 
+def test_a_run_has_the_steps_to_which_it_was_changed(tmp_path):
+    recorder = Recorder(tmp_path, 10)
+    recorder.change(0, 20)
+    assert not (tmp_path / "status.json").exists()  # nothing is recorded before a step
+    with recorder.ending(lambda: 20, str):
+        recorder.begin(0)
+        recorder.change(5, 30)
+        assert "step 5 of 30" in status(tmp_path)[1]
+        recorder.change(6, 20)
+    assert status(tmp_path)[1] == "finished at step 20 of 20"
+
+
 def test_a_run_whose_folder_is_held_is_running_and_goes_on(tmp_path):
     Recorder(tmp_path, 10).begin(2)
     with RunFolder(tmp_path) as folder:

@@ -554,6 +554,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
                 ),
                 saving=argparse.Namespace(failed=lambda: False, busy=at_work, wait=lambda: None),
                 unjudged=4,
+                limit=None,
                 log=True,
                 ranks=Agreeing(value=("", None, finite_through[1])),
                 count=lambda batches: (),
@@ -562,6 +563,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
             for through, at_work in zip(finite_through, busy)
         ]
         main, other = loops
+        main._ended = partial(Loop._ended, main)
         main._mark_good, main._mark_last_good = partial(Loop._mark_good, main), partial(Loop._mark_last_good, main)
         if way == "next":
             Loop._start_sums(other, [])()

@@ -3,6 +3,7 @@
 from m3ae_fast.config.load import follow, load_config, parse, read_config, remembered
 from m3ae_fast.config.range import Range, add_range_option
 from m3ae_fast.config.schema import (
+    LONGEST,
     MAX_CHANNELS,
     MAX_VOCAB,
     Config,

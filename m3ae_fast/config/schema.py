@@ -18,6 +18,7 @@ from m3ae_fast.config.range import Range, check_range
 
 MAX_VOCAB = 1 << 24
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
+LONGEST = 800  # epochs of a run whose number of steps is adjusted to its time, as MAE was trained
 MAX_POSITIONS = 1 << 27  # numbers in a table of position embeddings: 512 MB
 # (emb_dim, depth, num_heads); the decoder is the same for all: 512 wide, 8 deep, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
@@ -449,6 +450,9 @@ class KnnProbeConfig(KnnConfig):
 class TrainConfig(TransformerLoopConfig):
     """Length, batch, precision and periods of the training loop."""
 
+    hours: float | None = Field(None, gt=0, le=1e5)
+    """Time for the run in hours, evaluations included. The number of steps, which begins as what `steps` or `epochs`
+    say, is adjusted during training so that the run ends in this time, after 800 epochs at most; null: it stays."""
     eval_samples: Count = 1024
     """Number of held-out samples of an evaluation."""
     pictures: int = Field(6, ge=0, le=1000)

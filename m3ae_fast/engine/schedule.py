@@ -1,16 +1,17 @@
-"""The steps of a run, and the learning rate of each."""
+"""The steps of a run, the learning rate of each, and a number of steps that changes while the run goes on."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from m3ae_fast.config import LoopConfig, ScheduleConfig
+from m3ae_fast.config import LONGEST, LoopConfig, ScheduleConfig
 from m3ae_fast.data import Share
 from m3ae_fast.errors import UserError
 
 
-def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
+def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
     """Return the learning rate of 0-based `step`: linear warm-up, then cosine (optax.warmup_cosine_decay_schedule)."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
@@ -18,7 +19,7 @@ def learning_rate(step: int, config: ScheduleConfig, batch: int, warmup_steps: i
 
 
 def warmup_cosine(
-    step: int, warmup_steps: int, total_steps: int, init: float = 0.0, peak: float = 1.0, end: float = 0.0
+    step: float, warmup_steps: int, total_steps: int, init: float = 0.0, peak: float = 1.0, end: float = 0.0
 ) -> float:
     """Return what rises linearly from `init` to `peak` in the warm-up, and falls to `end` as a cosine."""
     if step < warmup_steps:
@@ -40,6 +41,13 @@ def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
     return Share(config.global_batch, accumulation, rank, world)
 
 
+class Change(NamedTuple):
+    """A decision, after `step` steps, that the run has `total` steps, which are more."""
+
+    step: int
+    total: int
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Steps of a run over a corpus of `samples`."""
@@ -47,18 +55,44 @@ class Schedule:
     train: LoopConfig
     optim: ScheduleConfig
     samples: int  # per epoch
+    changes: tuple[Change, ...] = ()  # of the number of steps, in the order in which they were decided
 
     @property
     def steps_per_epoch(self) -> int:
         return max(self.samples // self.train.global_batch, 1)
 
     @property
-    def total_steps(self) -> int:
+    def configured_steps(self) -> int:
         return self.train.steps or max(round((self.train.epochs or 0) * self.steps_per_epoch), 1)
 
     @property
+    def total_steps(self) -> int:
+        return self.changes[-1].total if self.changes else self.configured_steps
+
+    @property
+    def most_steps(self) -> int:
+        """Return the steps that a change may set at most."""
+        return max(LONGEST * self.steps_per_epoch, self.configured_steps)
+
+    @property
     def warmup_steps(self) -> int:
-        return min(round(self.optim.warmup_epochs * self.steps_per_epoch), self.total_steps)
+        """Return the steps of the warm-up, before any change."""
+        return min(round(self.optim.warmup_epochs * self.steps_per_epoch), self.configured_steps)
+
+    def changed(self, step: int, total: int) -> Schedule:
+        """Return the schedule of a run that has taken `step` steps and is to have `total` steps in all."""
+        return replace(self, changes=(*self.changes, Change(step, total)))
+
+    def position(self, step: int) -> float:
+        """Return the step of the unchanged schedule that corresponds to `step`. A change stretches or compresses what
+        is left of the schedule over the steps that are left, so the learning rate is continuous and reaches its end."""
+        position, since, pace = 0.0, 0, 1.0
+        for change in self.changes:
+            if change.step > step:
+                break
+            position += (change.step - since) * pace
+            since, pace = change.step, (self.configured_steps - position) / (change.total - change.step)
+        return position + (step - since) * pace
 
     def describe_rate(self) -> str:
         """Return the learning rate after the warm-up in words, which logs have, and how it follows from `peak_lr`."""
@@ -69,7 +103,8 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """Return the learning rate of 0-based `step`."""
-        return learning_rate(step, self.optim, self.train.global_batch, self.warmup_steps, self.total_steps)
+        batch = self.train.global_batch
+        return learning_rate(self.position(step), self.optim, batch, self.warmup_steps, self.configured_steps)
 
     def due(self, step: int, every: int | None) -> bool:
         """Return whether an action with period `every` (None: only at the end) is due after `step` steps."""

@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="a folder of images, shards, or a data set's name")
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="the run folder")
     parser.add_argument(
-        "--hours", type=float, default=0.5, help="for training and evaluating on this machine (default: 0.5)"
+        "--hours", type=float, default=0.5, help="for everything, on this machine: training adapts to it (default: 0.5)"
     )
     parser.add_argument(
         "--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet (default: one in the folder)"

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3ae_fast.config import Config, Range, parse
+from m3ae_fast.config import LONGEST, Config, Range, parse
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.errors import UserError
 from m3ae_fast.regular_file import parse_json
 
 TOKENIZER = "tokenizer.json"  # of a run folder
-LONGEST = 800  # epochs, as MAE was trained
 EPOCHS, SEEN = 20, 20_000  # and samples, that a larger model must reach in the time that there is
 FEWEST_STEPS = 1000  # a batch is halved until there are so many
+LEARNING_STEPS = 300  # with fewer, or less than an epoch, features hardly differ from those of random weights
+EVALUATIONS = 20  # during training, if they do not take too long
 SMALLEST_BATCH, LARGEST_BATCH = 64, 1024
 _STEPS_PER_EPOCH = 24  # about, between the smallest and the largest batch
 _WARM_UP = 0.05  # of the steps
-_PROBED = 5000  # training samples: with more the k-NN accuracy is measured only before and after
+LENGTHS = ("train.steps", "train.epochs")  # settings by which the user decides how long the run is
+EVALUATED = 1024  # held-out samples, at most
+PROBED = 5000  # training samples: with more the k-NN accuracy is measured only before and after
 # MAE's rate for its batch (arXiv 2111.06377), by the square root of the batch, as Adam asks for (arXiv 2205.10287)
 _RATE, _OF_BATCH = 2.4e-3, 4096
 # settings that are arguments of `pretrain`, by their pattern
@@ -222,13 +225,27 @@ def _length(facts: Facts, batch: int, steps: int, overrides: Sequence[str]) -> t
 
 
 def settings(
-    facts: Facts, shards: Shards, out: Path, rung: Rung, batch: int, steps: int, labels: str, overrides: Sequence[str]
+    facts: Facts,
+    shards: Shards,
+    out: Path,
+    rung: Rung,
+    batch: int,
+    steps: int,
+    labels: str,
+    overrides: Sequence[str],
+    *,
+    hours: float | None = None,
+    evaluations: int = EVALUATIONS,
 ) -> Config:
-    """Return the config of a run with the user's `--set` overrides. Raises UserError for one that is not possible."""
+    """Return the config of a run with the user's `--set` overrides. Raises UserError for one that is not possible.
+
+    `hours`: to which the number of steps is adjusted during training, unless the user sets that; None: it stays.
+    `evaluations`: between the first step and the last, about.
+    """
     size, patch = _images(facts, rung, overrides)
     steps, per_epoch = _length(facts, batch, steps, overrides)
     train, val = ([{"shards": part}] for part in (shards.train, shards.val))
-    often = max(steps // 20, min(steps, 10))
+    often = max(steps // evaluations, min(steps, 10)) if evaluations else None
     config: dict[str, Any] = {
         "run": {"dir": str(out)},
         "model": {
@@ -254,11 +271,12 @@ def settings(
         "train": {
             "global_batch": batch,
             "steps": steps,
+            "hours": hours,
             "log_every": max(steps // 50, 1),
             "eval_every": often,
-            "eval_samples": max(min(facts.held_out, 1024), 1),
+            "eval_samples": max(min(facts.held_out, EVALUATED), 1),
             "save_every": max(steps // 10, min(steps, 10)),
-            "probe": _probe(train, val, labels, often if facts.samples <= _PROBED else None) if facts.classes else None,
+            "probe": _probe(train, val, labels, often if facts.samples <= PROBED else None) if facts.classes else None,
         },
         "deepspeed": None,
     }
@@ -277,6 +295,8 @@ def _give_way(config: dict[str, Any], override: str) -> None:
     name, _, value = override.partition("=")
     if name == "train.epochs" and value != "null":
         config["train"].pop("steps", None)
+    if name in LENGTHS and value != "null":
+        config["train"].pop("hours", None)
     if name == "model.size" and value != "null":
         for key in ("emb_dim", "depth", "num_heads", "dec_emb_dim", "dec_depth", "dec_num_heads"):
             config["model"].pop(key, None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
-from m3ae_fast.config import Config
+from m3ae_fast.config import LONGEST, Config
 from m3ae_fast.engine.needs import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.hardware import missing_memory, settle_precision
@@ -15,9 +18,15 @@ from m3ae_fast.pretraining.choices import Facts, Rung, Shards
 from m3ae_fast.process.program import Session
 from m3ae_fast.progress import duration
 from m3ae_fast.run.pace import Pace, measure
+from m3ae_fast.transfer.recipe import OFFICIAL
 
-TRAINING = 0.8  # of the time; the rest is for evaluating, pictures and saving
-_TRIAL, _LONGEST_TRIAL = 0.02, 8.0  # of the time, and seconds, for the steps that measure a size
+_TRIAL, _LONGEST_TRIAL = 0.03, 30.0  # of the time, and seconds, for the steps that measure a size, at most
+_LEAST = 0.5  # of the time is for training, however long the rest takes
+_OVER = 1.05  # of the time: a longer plan is said to be so
+_EVALUATING = 0.1  # of the training time is for the evaluations in it, at most, beside the first and the last
+# seconds: to start the loaders of an evaluation, to start a task, for report and export, a step of a linear probe
+_START, _TASK, _REPORT, _PROBE_STEP = 1.5, 2.0, 5.0, 2e-3
+_MODELS, _TASKS = 3, 2  # measured after training: k-NN and linear probes, of the run, of random weights and of pixels
 
 
 @dataclass(frozen=True)
@@ -26,29 +35,93 @@ class Plan:
 
     config: Config
     lines: list[str]
+    warning: str = ""  # that the time is too short to learn much
+
+
+class Budget:
+    """Divides the time of a call."""
+
+    def __init__(self, facts: Facts, probed: bool, hours: float, began: float) -> None:
+        """`probed`: the features are probed, in training and after it. `began`: when the call did, of
+        `time.monotonic`."""
+        self.facts, self._probed, self.seconds, self._began = facts, probed, 3600 * hours, began
+
+    def spent(self) -> float:
+        """Return the seconds since the call began."""
+        return time.monotonic() - self._began
+
+    def after(self, pace: Pace) -> float:
+        """Return the seconds that everything after training takes."""
+        if not self._probed:
+            return _REPORT
+        recipe = OFFICIAL["linear"].scaled(self.facts.samples)
+        steps = recipe.epochs * max(self.facts.samples // recipe.global_batch, 1)
+        tasks = _MODELS * _TASKS * (_TASK + self._features(pace))
+        return tasks + _MODELS * 2 * steps * _PROBE_STEP + _REPORT  # twice: learning rates are tried first
+
+    def training(self, pace: Pace) -> float:
+        """Return the seconds for training and its evaluations, from now on."""
+        return max(self.seconds - self.spent() - self.after(pace), _LEAST * self.seconds)
+
+    def ends(self, pace: Pace) -> float:
+        """Return the seconds that the evaluations before the first and after the last step take."""
+        probe = self._features(pace) if self._probed else 0.0
+        return 2 * (self._losses(pace) + probe)
+
+    def evaluations(self, pace: Pace) -> tuple[int, float]:
+        """Return the evaluations between the first and the last step, and how many seconds they take."""
+        probe = self._features(pace) if self._probed and self.facts.samples <= choices.PROBED else 0.0
+        each = self._losses(pace) + probe
+        count = min(choices.EVALUATIONS, int(_EVALUATING * self.training(pace) / each)) if each else 0
+        return count, count * each
+
+    def steps_time(self, pace: Pace) -> float:
+        """Return the seconds for the steps alone."""
+        left = self.training(pace) - self.ends(pace) - self.evaluations(pace)[1]
+        return max(left, _LEAST * self.training(pace))
+
+    def _losses(self, pace: Pace) -> float:
+        held_out = self.facts.held_out
+        return _START + pace.evaluation(min(held_out, choices.EVALUATED)) if held_out else 0.0
+
+    def _features(self, pace: Pace) -> float:
+        """Return the seconds for the features of all samples: a forward pass over all patches, about as long as a step
+        with the visible ones."""
+        return _START + (self.facts.samples + self.facts.held_out) * pace.sample
 
 
 def choose(
-    facts: Facts, shards: Shards, out: Path, hours: float, labels: str, overrides: Sequence[str], session: Session
+    facts: Facts,
+    shards: Shards,
+    out: Path,
+    hours: float,
+    labels: str,
+    overrides: Sequence[str],
+    session: Session,
+    began: float,
 ) -> Plan:
-    """Return the config of a run that fits the time.
+    """Return the config of a run that fits the time, of which a part has passed since `began`.
 
     Raises:
         UserError: an override is not possible, or what would stop the run at its start.
         Stopped: somebody asks to stop.
     """
-    seconds = TRAINING * 3600 * hours
 
-    def config_of(rung: Rung, batch: int, steps: int) -> Config:
-        return choices.settings(facts, shards, out, rung, batch, steps, labels, overrides)
+    def config_of(
+        rung: Rung, batch: int, steps: int, time_limit: float | None = None, evaluations: int = choices.EVALUATIONS
+    ) -> Config:
+        given = (facts, shards, out, rung, batch, steps, labels, overrides)
+        return choices.settings(*given, hours=time_limit, evaluations=evaluations)
 
     allowed = choices.possible(choices.rungs(facts), lambda rung: config_of(rung, choices.SMALLEST_BATCH, 1))
 
     def measured(rung: Rung) -> Pace:
         config = config_of(rung, choices.batch_of(facts.samples), 1)
         settled = config.model_copy(update={"train": settle_precision(config.train, session.ranks.device)})
-        return measure(settled, session, min(_TRIAL * 3600 * hours, _LONGEST_TRIAL))
+        return measure(settled, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
 
+    probed = config_of(allowed[0], choices.SMALLEST_BATCH, 1).train.probe is not None
+    budget = Budget(facts, probed, hours, began)
     rung, pace = allowed[0], measured(allowed[0])
     why = _why_not_larger(facts)
     for larger in allowed[1:]:
@@ -57,14 +130,18 @@ def choose(
             why = f'not "{larger.name}", for which {lacking}'
             break
         other = measured(larger)
+        seconds = budget.steps_time(other)
         if not choices.reaches(seconds, other.sample, facts.samples):
             why = _too_slow(larger, seconds, other, facts)
             break
         rung, pace = larger, other
+    seconds, (evaluations, _) = budget.steps_time(pace), budget.evaluations(pace)
     fitted = choices.fitted_batch(seconds, pace.sample, facts.samples)
     batch = choices.given(overrides, "train.global_batch") or fitted
-    config = config_of(rung, batch, choices.steps_in(seconds, pace.sample, batch, facts.samples))
-    return Plan(config, _lines(config, facts, rung, why, pace, hours))
+    steps = choices.steps_in(seconds, pace.sample, batch, facts.samples)
+    time_limit = round(budget.training(pace) / 3600, 5)
+    config = config_of(rung, batch, steps, time_limit, evaluations)
+    return Plan(config, _lines(config, budget, rung, why, pace), _warning(config, budget, pace))
 
 
 def _why_not_larger(facts: Facts) -> str:
@@ -84,22 +161,62 @@ def _too_slow(rung: Rung, seconds: float, pace: Pace, facts: Facts) -> str:
     )
 
 
-def _lines(config: Config, facts: Facts, rung: Rung, why: str, pace: Pace, hours: float) -> list[str]:
-    m, t = config.model, config.train
-    schedule = Schedule(t, config.optim, facts.samples)
-    steps, per_epoch = schedule.total_steps, schedule.steps_per_epoch
+def _lines(config: Config, budget: Budget, rung: Rung, why: str, pace: Pace) -> list[str]:
+    m, facts = config.model, budget.facts
     kind = (
         f"captions of up to {m.text_length} tokens of {m.vocab_size:,}" if m.vocab_size else "no captions: image-only"
     )
-    seconds = pace.seconds(config, schedule)
-    epochs = steps / per_epoch
-    capped = f"; {choices.LONGEST} epochs are the most" if epochs == choices.LONGEST else ""
     return [
         f"data: {facts.samples:,} samples and {facts.held_out:,} held out; {kind}; "
         + (f"{facts.classes} classes" if facts.classes else "no classes"),
         f'model: "{m.size or rung.name}", {m.emb_dim} wide, {m.depth} deep, images of {m.image_size} px in patches of '
         f"{m.patch_size} (half of them have {facts.short_side} px or more); {why}",
-        f"length: {steps:,} steps of {t.global_batch} samples, {epochs:,.{0 if epochs >= 10 else 1}f} epochs, about "
-        f"{duration(seconds)} at {1 / pace.sample:,.0f} samples/s, measured over {pace.steps} steps; "
-        f"--hours {hours:g}{capped}",
+        *_length(config, budget, pace),
     ]
+
+
+def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
+    """Return lines on how long the run is, and when everything is done."""
+    schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
+    steps = schedule.total_steps
+    epochs = steps / schedule.steps_per_epoch
+    capped = epochs == LONGEST
+    training = steps * batch * pace.sample + budget.ends(pace) + _between(config, schedule, budget, pace)
+    after = budget.after(pace)
+    end = datetime.now() + timedelta(seconds=training + after)
+    adjusted = config.train.hours is not None and not capped
+    over = budget.spent() + training + after > _OVER * budget.seconds
+    return [
+        f"length: {steps:,} steps of {batch} samples, {epochs:,.{0 if epochs >= 10 else 1}f} epochs"
+        + (f"; {LONGEST} epochs are the most" if capped else "")
+        + ("; their number is adjusted to the time during training" if adjusted else ""),
+        f"time: {duration(training)} for training at {pace.rate()}, {duration(after)} for what follows; done at about "
+        f"{end:%a %H:%M}{', later than' if over else ';'} --hours {budget.seconds / 3600:g}",
+    ]
+
+
+def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> float:
+    """Return the seconds of the evaluations between the first and the last step."""
+    count, seconds = budget.evaluations(pace)
+    every = config.train.eval_every
+    return (schedule.total_steps - 1) // every * seconds / count if every and count else 0.0
+
+
+def _warning(config: Config, budget: Budget, pace: Pace) -> str:
+    """Return what can be expected of a run that is too short to learn much, and how much time to give; "" for others,
+    and where the user has decided how long it is."""
+    schedule, batch = Schedule(config.train, config.optim, budget.facts.samples), config.train.global_batch
+    steps, enough = schedule.total_steps, max(choices.LEARNING_STEPS, schedule.steps_per_epoch)
+    if config.train.hours is None or steps >= enough:
+        return ""
+    needed = budget.spent() + enough * batch * pace.sample / (1 - _EVALUATING) + budget.ends(pace) + budget.after(pace)
+    return (
+        f"{steps:,} steps, {steps / schedule.steps_per_epoch:.2g} epochs: features will hardly differ from those of "
+        f"random weights; give at least --hours {_rounded_up(needed / 3600):g}"
+    )
+
+
+def _rounded_up(value: float) -> float:
+    """Return a value with two significant digits that is not smaller."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return round(math.ceil(value / unit) * unit, 10)

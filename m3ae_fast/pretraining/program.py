@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +54,8 @@ def pretrain(
         source: a folder of images (captions beside them or in a table, sub-folders as classes), shards, or the name of
             a Hugging Face data set.
         out: the run folder, which holds everything that is made. A run that was stopped goes on.
-        hours: for training and evaluating, on this machine.
+        hours: for everything, on this machine; the length of the run follows it, also while it trains. Where that is
+            too short to learn much and stdin is a terminal, it is asked whether to start.
         captions: the table of captions of a folder of images; None: one in the folder, or .txt files beside images.
         val: held-out shards, where `source` is shards.
         labels: where classes are read: "cls", or "json." and the name of a field.
@@ -60,8 +63,10 @@ def pretrain(
         dry_run: only say what would be done and how long it takes.
 
     Raises:
-        UserError: the source cannot be used, an override is impossible, or `out` cannot be written.
+        UserError: the source cannot be used, an override is impossible, `out` cannot be written, or the answer is not
+            to start.
     """
+    began = time.monotonic()
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
     image_range = check_overrides(overrides)
@@ -71,7 +76,7 @@ def pretrain(
         raise UserError(f"--out {out}: is not a folder; name a folder, which may be new")
     table_of_captions = None if captions is None else Path(captions)
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the folder may be a copy, or named from elsewhere
-    config = _configured(str(source), out, hours, table_of_captions, val, labels, here, image_range, dry_run)
+    config = _configured(str(source), out, hours, began, table_of_captions, val, labels, here, image_range, dry_run)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
@@ -96,6 +101,7 @@ def _configured(
     source: str,
     out: Path,
     hours: float,
+    began: float,
     captions: Path | None,
     val: Sequence[str],
     labels: str,
@@ -115,17 +121,33 @@ def _configured(
     plan: Plan | None = None
     with stage() as session:
         facts, notes = look(shards, out, labels, image_range, overrides)
-        plan = choose(facts, shards, out, hours, labels, overrides, session)
+        plan = choose(facts, shards, out, hours, labels, overrides, session, began)
     if plan is None:
         return None
     said = (note if note.startswith(" ") else f"note: {note}" for note in [*shards.notes, *notes])  # some have examples
     print("\n".join([*plan.lines, *said]), flush=True)
+    if plan.warning:
+        print(f"warning: {plan.warning}", flush=True)
     if not dry_run:
+        if plan.warning:
+            _ask_whether_to_start()
         if is_held(out):  # by another call that has chosen meanwhile
             raise UserError(f"--out {out}: another run is using it; choose another folder")
         write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # defaults too
         print(f"{path} has all settings; --set section.key=value changes one", flush=True)
     return plan.config
+
+
+def _ask_whether_to_start() -> None:
+    """Raise UserError if somebody is at the terminal and does not want to start."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        return
+    try:
+        answer = input("start anyway? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UserError("not started; give more --hours")
 
 
 def _follow(path: Path) -> None:

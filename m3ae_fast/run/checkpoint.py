@@ -25,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -45,6 +45,14 @@ GOOD, FAILED = "good", "failed"
 ALONE = Agreement(0, 1, dist.HashStore(), threading.Event())
 
 
+def _later(change: tuple[int, int]) -> tuple[int, int]:
+    """Check a change of the number of steps. Raises ValueError if that is not larger than the steps taken before."""
+    step, total = change
+    if not 0 <= step < total:
+        raise ValueError(f"a run of {total} steps after {step} steps")
+    return change
+
+
 @dataclass
 class Info:
     """What a checkpoint holds besides its tensors."""
@@ -57,6 +65,8 @@ class Info:
     stream: dict[str, str] = field(default_factory=dict)  # what data it was trained on: `data.fingerprint`
     sha256: dict[str, str] = field(default_factory=dict)  # by file
     attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the kernel that was chosen, by part
+    changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)  # of its `Schedule`
+    spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds, where the run has a time limit
 
 
 def folder(run_dir: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.run_log import RunLog, SilentLog
 from m3ae_fast.run.staging import Staging
 from m3ae_fast.run.throughput import ForwardTime
+from m3ae_fast.run.time_limit import TimeLimit
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,7 @@ class Loop(ABC):
     stream: dict[str, str]  # fingerprint of the data
     start: int  # steps that the checkpoint to continue from has taken
     attention: dict[str, str] = field(default_factory=dict)  # kernels that checkpoints remember, by part of the network
+    limit: TimeLimit | None = None  # the main rank's decides
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.pulse, _ = self.session
@@ -145,18 +147,36 @@ class Loop(ABC):
         failed = self.watch.failed() or self.saving.failed()
         good = self.unjudged is not None and self.watch.finite_through > self.unjudged and not self.saving.busy
         skipped = sum(len(batch.skipped) for batch in batches)
-        return self.ranks.start_sum((self.stop.asked, failed, good, skipped, *self.count(batches)))
+        total = self.limit.fitting(self.step, self.schedule) if self.limit and self.ranks.is_main else 0
+        return self.ranks.start_sum((self.stop.asked, failed, good, skipped, total, *self.count(batches)))
 
     def step_counts(self, inputs: StepInput) -> Any | None:
         """Return what the next step's losses are means over, None where a rank is to stop. Errors as in `counted`."""
-        asked, failed, good, skipped, *sums = inputs.sums()
+        asked, failed, good, skipped, total, *sums = inputs.sums()
         if good == self.ranks.world:
             self._mark_last_good()
-        if asked or failed:
+        if asked or failed or self._ended(int(total)):
             return None
         if skipped and self.bad.names_more:
             self._name_bad([item for batch in inputs.host for item in batch.skipped])
         return self.counted(sums, inputs.waited)
+
+    def _ended(self, total: int) -> bool:
+        """Take the number of steps on which the main rank has decided, and return whether they are taken: the loader of
+        a run with a time limit goes on after them."""
+        if self.limit is None or self.step >= self.schedule.total_steps:
+            return self.limit is not None
+        if total != self.schedule.total_steps:
+            self.schedule = self.schedule.changed(self.step, total)
+            self.record.change(self.step, total)
+            self.log.change(total)
+            self.log.log(self.step, {"total_steps": total})
+        return False
+
+    def evaluation(self, name: str, every: int | None) -> AbstractContextManager[None]:
+        """Return what encloses an evaluation that is due every so many steps, for the time limit."""
+        due = self.step == 0 or self.schedule.due(self.step, every)
+        return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
 
     def _name_bad(self, skipped: list[Skipped]) -> None:
         """Name the bad samples of all ranks in one log. Every rank must call it."""
@@ -174,6 +194,8 @@ class Loop(ABC):
         self.step += 1
         self.watch.add(self.step, [key for batch in inputs.host for key in batch.keys], losses, grad_norm)
         self.log.advance(self.step)
+        if self.limit:
+            self.limit.step_taken()
         return losses, grad_norm
 
     def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
@@ -229,7 +251,9 @@ class Loop(ABC):
         constants = {name: whole(tensor) for name, tensor in self.constants().items()} if main else {}
         self.staging.begin(self.ranks.device)
         about = (step, step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
-        info = checkpoint.Info(*about, self.stream, attention=self.attention)
+        spent = self.limit.spent if self.limit else 0.0
+        changes: list[tuple[int, int]] = list(self.schedule.changes)
+        info = checkpoint.Info(*about, self.stream, attention=self.attention, changes=changes, spent=spent)
 
         def write() -> None:
             part = self.agreement.together(lambda: self._copy(step, constants))

@@ -38,6 +38,14 @@ class Recorder:
         self._begun = True
         self._write(RUNNING, step)
 
+    def change(self, step: int, total_steps: int) -> None:
+        """Record, after `step` steps, that the run has another number of steps. A full disk leaves the record as it
+        was."""
+        self._total = total_steps
+        if self._begun:
+            with contextlib.suppress(UserError):
+                self._write(RUNNING, step)
+
     @contextmanager
     def ending(self, step: Callable[[], int], reason: Callable[[], str]) -> Iterator[None]:
         """Record how a run that has begun leaves the block, after which step, and for what `reason` it stopped. A full

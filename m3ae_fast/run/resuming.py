@@ -149,7 +149,7 @@ def check_fits(
     advice = "--resume-with-changes continues anyway"
     notes = check_stream(path, info, stream, advice, other, with_changes)
     other = differing("loss", wanted["loss"]) + differing("optim", wanted["optim"])
-    return notes + _notes(other + differing("train", ("epochs", "steps", "precision")))
+    return notes + _notes(other + differing("train", ("epochs", "steps", "hours", "precision")))
 
 
 def changed(info: checkpoint.Info, stream: dict[str, str], noted: bool = False) -> list[_Change]:

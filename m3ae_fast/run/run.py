@@ -23,7 +23,7 @@ from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.evaluate import Yardsticks, evaluate
 from m3ae_fast.engine.optimizer import state_kinds
-from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.engine.schedule import Change, Schedule, split_batch
 from m3ae_fast.errors import UserError
 from m3ae_fast.hardware import dtype_of, fast_precision, missing_for_triton, peak_flops, pins_memory
 from m3ae_fast.model.m3ae import M3AE
@@ -40,6 +40,7 @@ from m3ae_fast.run.loop import Loop
 from m3ae_fast.run.resuming import Resume, layout_of, require_same
 from m3ae_fast.run.run_folder import RunFolder
 from m3ae_fast.run.throughput import StepCounts, Throughput
+from m3ae_fast.run.time_limit import TimeLimit
 from m3ae_fast.vqgan.model import with_image_targets
 
 
@@ -67,10 +68,12 @@ class Run(Loop):
         ranks, cfg = session.ranks, config.train
         _require_kernels(ranks.device)
         found = Resume(config.run.dir, resume, ranks)
+        limit = TimeLimit(3600 * cfg.hours, found.info.spent if found.info else 0.0) if cfg.hours else None
         share = split_batch(cfg, ranks.world, ranks.rank)
         _count_shards(config, ranks, session.pulse)
         data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.pulse.waiting)
-        schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats)
+        changes = tuple(Change(*each) for each in found.info.changes) if limit and found.info else ()
+        schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
         layout, notes = layout_of(found.info, config.data, data.train, cfg.global_batch, with_changes)
         stream = fingerprint(data, layout)
         require_same(ranks, stream, data.val)
@@ -86,7 +89,8 @@ class Run(Loop):
         held_out, pin = None, pins_memory(ranks.device)
         if data.val:
             held_out = eval_loader(config.data, data.val, preparation, share, cfg.eval_samples, pin_memory=pin)
-        steps = range(found.step, schedule.total_steps)
+        ended = found.step >= schedule.total_steps
+        steps = range(found.step, schedule.most_steps if limit and not ended else schedule.total_steps)
         node = session.node()
         make_loader = partial(train_loader, layout=layout, node=node, pin_memory=pin)
         loader = ranks.main_first(lambda: make_loader(config.data, data.train, preparation, share, steps))
@@ -109,6 +113,7 @@ class Run(Loop):
             notes=[*started, *notes],
             start=found.step,
             attention=found.info.attention if found.info else {},
+            limit=limit,
         )
 
     def announce(self) -> None:
@@ -156,10 +161,13 @@ class Run(Loop):
     def evaluate_if_due(self) -> None:
         """Log the losses on held-out samples and the k-NN probe's accuracy, each where there is one and it is due; not
         where a rank is asked to stop."""
+        train = self.config.train
         if self.eval_loader is not None:
-            self._evaluate(self.eval_loader)
-        if self.probe:
-            self.probe(self)
+            with self.evaluation("losses", train.eval_every):
+                self._evaluate(self.eval_loader)
+        if self.probe and train.probe:
+            with self.evaluation("probe", train.probe.every):
+                self.probe(self)
 
     def _evaluate(self, loader: DataLoader[PackedBatch]) -> None:
         if not self.to_evaluate(self.config.train.eval_every, "val_image_loss", "val_text_loss"):
@@ -202,18 +210,20 @@ class Run(Loop):
         least, rest = divmod(config.train.global_batch, self.ranks.world)
         per_rank = f"{least} or {least + 1}" if rest else f"{least}"
         accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
+        adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
         lines = [
             f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
             f"attention: {attention}, optimiser: {self.engine.optimizer_name}",
             f"{self.data.train.samples:,} samples{views}, "
             f"batch {config.train.global_batch} = {self.ranks.world} ranks x {per_rank} samples{accumulated}, "
-            f"steps {self.step} to {self.schedule.total_steps}, run folder {config.run.dir}",
+            f"steps {self.step} to {self.schedule.total_steps}{adjusted}, run folder {config.run.dir}",
             f"{self.schedule.describe_rate()}, after {self.schedule.warmup_steps:,} steps of warm-up",
         ]
         if self.engine.memory:
             lines.append(self.engine.memory)
         if self.step >= self.schedule.total_steps:
-            lines.append("training is complete; raise train.epochs or train.steps to continue")
+            fixed = "set train.hours=null and " if config.train.hours else ""
+            lines.append(f"training is complete; {fixed}raise train.epochs or train.steps to continue")
         return "\n".join(lines)
 
 

@@ -99,6 +99,11 @@ class RunLog:
         except OSError as error:
             raise UserError(f"run.dir {self.folder}: cannot be written to ({error.strerror or error})") from None
 
+    def change(self, total: int) -> None:
+        """Take another number of steps."""
+        self.total = total
+        self._progress.update(self._task, total=total)
+
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
@@ -161,7 +166,7 @@ class SilentLog(RunLog):
     """The log of a rank that is not the main one: says and writes nothing."""
 
     _nothing: Any = staticmethod(lambda *_, **__: None)
-    __init__ = __exit__ = begin = advance = log = has = picture = say = _nothing
+    __init__ = __exit__ = begin = change = advance = log = has = picture = say = _nothing
 
     def __enter__(self) -> SilentLog:
         return self

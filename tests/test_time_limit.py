@@ -1,0 +1,156 @@
+"""A run with a time limit has as many steps as fit, whatever the machine does meanwhile. All clocks are simulated."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from m3ae_fast.config import LONGEST, Config, parse
+from m3ae_fast.engine.schedule import Change, Schedule
+from m3ae_fast.run import time_limit
+from m3ae_fast.run.time_limit import TimeLimit
+from tests.helpers.trainer import TINY
+
+HOUR = 3600.0
+
+
+def schedule(steps, samples=16 * 10**6, **optim):
+    config = parse(Config, TINY | {"train": TINY["train"] | {"steps": steps, "hours": 1.0}}, "test")
+    return Schedule(config.train, config.optim.model_copy(update={"warmup_epochs": 5e-5, **optim}), samples)
+
+
+class Machine:
+    """A clock that goes on as work is done."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def train(self, plan, step_time, evaluation=lambda now: 0.0, every=None, limit=None, start=0, until=None):
+        """Train as `Loop` does, to the end or `until` so many steps are taken. `step_time` and `evaluation`: seconds,
+        given those since the start. Return the schedule and the steps taken."""
+        limit = limit or TimeLimit(HOUR)
+        began, step = self.now, start
+
+        def evaluate():
+            due = step == 0 or plan.due(step, every)
+            with limit.evaluation("losses", every, due):
+                self.now += evaluation(self.now - began) * due
+
+        evaluate()
+        while step < plan.total_steps and step != until:
+            total = limit.fitting(step, plan)
+            if total != plan.total_steps:
+                plan = plan.changed(step, total)
+            self.now += step_time(self.now - began)
+            step += 1
+            limit.step_taken()
+            evaluate()
+        self.took = self.now - began
+        return plan, step
+
+
+def jitter(seed, mean, spread=0.5):
+    """Return step times that differ by a log-normal factor."""
+    random = np.random.RandomState(seed)
+    return lambda now: mean * math.exp(spread * random.randn() - spread**2 / 2)
+
+
+@pytest.mark.parametrize("planned", [30, 900, 36_000])
+@pytest.mark.parametrize("mean", [0.4, 4.0, 40.0, 400.0])
+def test_a_run_on_a_quiet_machine_ends_in_its_time(monkeypatch, planned, mean):
+    """However wrong the first estimate was, between the first step and the last."""
+    machine = Machine(monkeypatch)
+    plan, step = machine.train(
+        schedule(planned), jitter(0, mean, 0.1), lambda now: min(10 * mean, 100.0), every=max(planned // 5, 1)
+    )
+    assert step == plan.total_steps
+    assert abs(machine.took - HOUR) < 0.15 * HOUR
+
+
+def test_a_right_estimate_stays(monkeypatch):
+    machine = Machine(monkeypatch)
+    plan, step = machine.train(schedule(3600), lambda now: 1.0)
+    assert plan.changes == () and step == 3600
+
+
+BUSY = {
+    "half as fast from the middle on": lambda now: 2.0 if now > 1800 else 1.0,
+    "half as fast until the middle": lambda now: 2.0 if now < 1800 else 1.0,
+    "half as fast near the end": lambda now: 2.0 if now > 3400 else 1.0,
+    "a tenth as fast near the end": lambda now: 10.0 if now > 3240 else 1.0,
+    "busy every other minute": lambda now: 3.0 if now // 60 % 2 else 1.0,
+    "busy every other quarter": lambda now: 3.0 if now // 900 % 2 else 1.0,
+    "ever slower": lambda now: 1.0 + now / 360,
+    "wild": jitter(1, 1.0, 1.5),
+    "halted for five minutes": lambda now: 300.0 if 2000 < now < 2010 else 1.0,
+}
+
+
+@pytest.mark.parametrize("step_time", BUSY.values(), ids=BUSY)
+@pytest.mark.parametrize("evaluated", [0.0, 1.0])
+def test_a_run_on_a_busy_machine_is_never_much_late(monkeypatch, step_time, evaluated):
+    """Evaluations are as slow as steps are at the time."""
+    machine = Machine(monkeypatch)
+    plan, step = machine.train(schedule(3600), step_time, lambda now: 15 * evaluated * step_time(now), every=180)
+    assert step == plan.total_steps
+    assert 0.85 * HOUR < machine.took < 1.3 * HOUR
+    assert len(plan.changes) < 200
+
+
+def test_a_run_out_of_time_ends_with_a_learning_rate_that_falls(monkeypatch):
+    machine = Machine(monkeypatch)
+    plan, step = machine.train(schedule(3600), lambda now: 10.0 if now > 3500 else 1.0)
+    rates = [plan.lr(each) for each in range(step)]
+    assert rates[-1] < 0.02 * max(rates) and machine.took < 1.05 * HOUR
+    resumed = TimeLimit(HOUR, spent=2 * HOUR)
+    plan, step = machine.train(schedule(3600), lambda now: 1.0, limit=resumed, start=1800)
+    assert 1800 < step <= 1800 + 0.02 * 1800 + 2 and plan.lr(step - 1) < 0.1 * plan.lr(1800)
+
+
+def test_the_time_of_earlier_attempts_counts(monkeypatch):
+    machine = Machine(monkeypatch)
+    first = TimeLimit(HOUR)
+    plan, step = machine.train(schedule(900), lambda now: 1.0, limit=first, until=1000)
+    assert first.spent == 1000
+    plan, step = machine.train(plan, lambda now: 1.0, limit=TimeLimit(HOUR, first.spent), start=step)
+    assert step == pytest.approx(3600, rel=0.03) and machine.took == pytest.approx(2600, rel=0.03)
+
+
+def test_the_last_evaluation_is_part_of_the_time(monkeypatch):
+    """One that takes a tenth of the time, as the first one did."""
+    machine = Machine(monkeypatch)
+    machine.train(schedule(3600), lambda now: 1.0, lambda now: 360.0)
+    assert machine.took == pytest.approx(HOUR, rel=0.03)
+
+
+def test_there_are_no_more_epochs_than_help(monkeypatch):
+    machine = Machine(monkeypatch)
+    plan, step = machine.train(schedule(20, samples=160), lambda now: 0.1)
+    assert step == plan.most_steps == LONGEST * 10
+
+
+def test_a_change_keeps_the_learning_rate_continuous_and_leads_to_its_end():
+    whole = schedule(1000, warmup_epochs=1e-4, end_lr=1e-5)
+    changed = whole.changed(300, 2400).changed(900, 1200)
+    assert changed.changes == (Change(300, 2400), Change(900, 1200)) and changed.total_steps == 1200
+    rates = [changed.lr(step) for step in range(1201)]
+    assert rates[:301] == [whole.lr(step) for step in range(301)]
+    assert rates[-1] == pytest.approx(whole.lr(1000))
+    steepest = max(abs(whole.lr(step + 1) - whole.lr(step)) for step in range(100, 1000))
+    after = np.abs(np.diff(rates[300:]))
+    assert max(after[:600]) < steepest and max(after) < 3 * steepest  # stretched, and then compressed
+    assert changed.warmup_steps == whole.warmup_steps and changed.due(1200, None) and not changed.due(1000, None)
+
+
+def test_a_warm_up_is_stretched_too():
+    whole = schedule(1000, warmup_epochs=1e-4)
+    assert whole.warmup_steps == 100
+    longer = whole.changed(50, 9550)  # 10 steps for each of the 950 that were left
+    assert max(range(9550), key=longer.lr) == 550 and longer.lr(550) == pytest.approx(whole.lr(100))
+
+
+def test_without_a_change_rates_are_bitwise_those_of_the_steps():
+    whole = schedule(977, warmup_epochs=1e-4)
+    assert [whole.position(step) for step in range(1000)] == list(range(1000))
