@@ -533,6 +533,9 @@ class Agreeing(OneOfTwo):
     def gather(self, value):
         return [value, self.value]
 
+    def together(self, work):
+        return work()
+
     def on_main(self, work):
         return work()
 
