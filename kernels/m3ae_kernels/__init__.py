@@ -1,6 +1,6 @@
 """Fused ops for masked autoencoders over images and text. Needs torch, and Triton where it runs on a GPU."""
 
-from .attention import packed_attention
+from .attention import flash_attn_varlen_func, packed_attention
 from .gather import GatherNorm, gather_tokens
 from .hugging_face import patch
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
@@ -18,6 +18,7 @@ __all__ = [
     "MaskedTokenLoss",
     "PatchEmbed",
     "__version__",
+    "flash_attn_varlen_func",
     "gather_tokens",
     "head_inputs",
     "m3ae_loss",

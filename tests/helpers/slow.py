@@ -23,6 +23,7 @@ SLOW = (
     "data/test_object_store.py",
     "data/test_range.py::test_features_and_transfer_use_it",
     "kernels/test_kernel_aot.py::test_command",
+    "kernels/test_kernel_aot.py::test_few_spills_pass_and_more_do_not",
     "kernels/test_kernel_aot.py::test_small_gpus_have_room",
     "kernels/test_kernel_aot.py::test_unsound_settings_are_reported",
     "kernels/test_kernel_docs.py::test_triton_is_not_needed_on_a_cpu",

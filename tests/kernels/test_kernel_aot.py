@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import m3ae_kernels
 import pytest
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.kernel_cases import SMALL, Inputs, call, make
 
 CASE = {case.kernel: case for case in reversed(CASES)}
+SPILLING = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 
 @pytest.mark.parametrize("arch, instruction", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "MFMA")])
@@ -43,6 +45,35 @@ def test_unsound_settings_are_reported(settings, problem):
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     report = compile_case(CASE["pixel_error"], "sm_90", "bf16", dict(zip(names, settings)))
     assert any(re.match(problem, p) for p in report.problems), report
+
+
+def test_every_dtype_and_head_width_is_compiled_in_both_directions(monkeypatch):
+    """Ahead of time, for what the ops take; fp16 and a head of 96 where they differ from bf16 and one of 80."""
+    asked = set()
+
+    def compile_nothing(case, arch, dtype):
+        asked.add((case.kernel, case.sample[0], arch, dtype))
+        return aot.Report(case.kernel, arch, dtype, "")
+
+    monkeypatch.setattr(aot, "compile_case", compile_nothing)
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert aot.main([]) == 0
+    archs = {arch for arch in SHARED_BYTES if arch != "sm_75"}
+    for kernel in ("attention", "attention_backward"):
+        for arch in archs:
+            assert {(kernel, dim, arch, dtype) for dim in (32, 64, 80, 128) for dtype in ("bf16", "fp32")} <= asked
+        every = {(kernel, dim, "sm_90", dtype) for dim in (32, 64, 80, 96, 128) for dtype in aot.DTYPES}
+        assert every <= asked
+    assert {arch for _, _, arch, _ in asked} == archs
+    assert {dtype for kernel, _, arch, dtype in asked if (kernel, arch) == ("token_rows", "sm_80")} == {*aot.DTYPES}
+
+
+def test_few_spills_pass_and_more_do_not(monkeypatch):
+    report = compile_case(CASE["pixel_error"], "sm_90", "bf16", SPILLING)
+    assert report.spills > aot.MOST_SPILLS and "spills" in report.problems[0]
+    monkeypatch.setattr(aot, "MOST_SPILLS", report.spills)
+    assert not compile_case(CASE["pixel_error"], "sm_90", "bf16", SPILLING).problems
 
 
 def test_tables_name_every_kernel_and_nothing_else():
@@ -70,7 +101,7 @@ def test_command():
     command = [sys.executable, "-m", "m3ae_kernels.aot", "--arch", "sm_90", "--kernel", "take_rows"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "2 of 2 compilations are sound" in result.stdout
+    assert "3 of 3 compilations are sound" in result.stdout
     interpreted = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert interpreted.returncode == 2 and "Traceback" not in interpreted.stderr
 
@@ -168,6 +199,7 @@ def test_what_may_lie_anywhere_compiles_once():
         "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "unit_weight", "row_loss",
         "correct", "cu_queries", "cu_keys",
     }  # fmt: skip
+    numbers = "M", "N", "T", "Q", "blocks", "program_rows", "splits", "split_rows", "ignore_index", "left", "right"
     seen = set()
     for case in CASES:
         kernel = getattr(importlib.import_module(f"m3ae_kernels.triton_impl.{case.module}"), f"{case.kernel}_kernel")
@@ -176,9 +208,6 @@ def test_what_may_lie_anywhere_compiles_once():
             if parameter.name in anywhere and kind not in (None, "x"):
                 seen.add(parameter.name)
                 assert parameter.do_not_specialize_on_alignment, (case.kernel, parameter.name)
-            if (
-                parameter.name in ("M", "N", "T", "Q", "blocks", "program_rows", "splits", "split_rows", "ignore_index")
-                and kind is None
-            ):
+            if parameter.name in numbers and kind is None:
                 assert parameter.do_not_specialize, (case.kernel, parameter.name)
     assert seen == anywhere

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import m3ae_kernels
 import pytest
@@ -491,21 +492,34 @@ def test_heads_from_linear_share_its_parameters():
     assert torch.allclose(head(hidden, images, ids), expected)
 
 
-def test_torchs_newer_precision_settings_are_heeded():
-    """They make torch.get_float32_matmul_precision() raise."""
+def test_torchs_precision_settings_are_heeded():
+    """The newer ones too, which make torch.get_float32_matmul_precision() raise."""
     from m3ae_kernels.triton_impl.common import precision
 
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    setting = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"  # before torch 2.9
+    before = getattr(matmul, setting)
+    values = (
+        (("tf32", "tf32"), ("ieee", "tf32x3")) if setting == "fp32_precision" else ((True, "tf32"), (False, "tf32x3"))
+    )
     try:
-        for setting, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
-            matmul.fp32_precision = setting
+        for value, expected in values:
+            setattr(matmul, setting, value)
             assert precision(torch.float32) == expected
         assert precision(torch.bfloat16) == "ieee"
         inputs = make("pixel-p16", torch.float32)
         assert error(call(m3ae_kernels, "pixel-p16", inputs), call(reference, "pixel-p16", double(inputs))) < 1e-6
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, setting, before)
+
+
+def test_the_older_precision_setting_is_heeded_where_there_is_no_newer(monkeypatch):
+    """As in torch 2.8."""
+    from m3ae_kernels.triton_impl import common
+
+    for allowed, expected in ((True, "tf32"), (False, "tf32x3")):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+        assert common.precision(torch.float32) == expected
 
 
 def test_channels_last_images_are_read_where_they_lie():

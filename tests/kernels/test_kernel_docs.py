@@ -14,11 +14,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(en
 
 
 def test_readme_examples():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     names: dict = {}
     for block in BLOCKS:
         exec(block, names)
-    assert names["y"].shape == (196, 384) and names["out"].shape == (10, 6, 64)
+    assert names["y"].shape == (196, 384) and names["out"].shape == (10, 6, 64) and names["lse"].shape == (6, 10)
     assert names["loss"].isfinite() and names["correct"].shape == (120,)
 
 

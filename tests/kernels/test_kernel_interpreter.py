@@ -15,7 +15,11 @@ ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "trito
 
 
 def test_ops_on_the_interpreter():
-    files = [*(f"test_kernel_{name}.py" for name in ("ops", "api", "shapes", "ids")), "tiles.py", "program_order.py"]
+    files = [
+        *(f"test_kernel_{name}.py" for name in ("ops", "api", "shapes", "ids", "varlen")),
+        "tiles.py",
+        "program_order.py",
+    ]
     # compilers and transforms see the registration of the ops, which is the same for both implementations
     others = "not inductor and not compile_equals_eager and not func_grad and not transforms and not compiled_code"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", others]

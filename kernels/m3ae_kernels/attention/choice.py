@@ -12,6 +12,16 @@ from .padded import PADDED
 from .per_sample import PER_SAMPLE
 
 
+def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Return the kernel of this package for `Scores` of any kind, which on CUDA is also the one whose runs are bitwise
+    equal; `impl` as in `kernel_for`."""
+    if choose_impl(impl, device, dtype) == "torch":
+        return PADDED
+    from ..triton_impl.attention import TRITON
+
+    return TRITON
+
+
 def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return what attention of samples of about `length` keys runs on; `impl` is "auto", "triton" or "torch".
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import accumulator
-from .kernel import Kernel, Segments
+from .kernel import NATS, Kernel, Segments
 
 CHUNK_SCORES = 1 << 20  # scores that one batched matmul makes: a few MB, which stay in a CPU's caches
 
@@ -119,4 +119,4 @@ def _backward(
         _put(torch.bmm(ds_Bqk.mT, q).mul_(scale), dk, group.k_starts, group.k_len)
 
 
-PER_SAMPLE = Kernel("torch, per sample", _forward, _backward)
+PER_SAMPLE = Kernel("torch, per sample", _forward, _backward, NATS)

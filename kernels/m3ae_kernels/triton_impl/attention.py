@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.kernel import Kernel, Segments
+from ..attention.kernel import NATS, Kernel, Scores, Segments
 from ..dispatch import accumulator
 from ..tuning import config
 from .common import acc_type, cdiv, launcher, precision
@@ -45,16 +45,23 @@ def store_rows(x, rows, count, stride, value, D: tl.constexpr, BLOCK_D: tl.const
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["Q", "blocks"], do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit
+def in_band(m, n, queries, keys, left, right):
+    """Return whether the keys n are among those that the queries m attend to, which broadcast: see `Scores`."""
+    distance = n - m - (keys - queries)
+    return (distance >= -left) & (distance <= right)
+
+
+@triton.jit(do_not_specialize=["Q", "blocks", "left", "right"], do_not_specialize_on_alignment=ANYWHERE)
 def attention_kernel(
-    q, k, v, out, lse, cu_queries, cu_keys, Q, H, stride_q, stride_kv, blocks, scale,
-    D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, lse, cu_queries, cu_keys, Q, H, stride_q, stride_kv, blocks, scale, left, right,
+    D: tl.constexpr, BANDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_M queries of one sample and head a program, over all its keys; scale is log2(e) / sqrt(D). lse [H,
     Q] is the base-2 logarithm of the sums of exponentials. FlashAttention-2's algorithm 1
     (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i the sum of exponentials, acc that of the
-    weighted values.
+    weighted values. BANDED: of the keys in a band about each query, of which there may be none.
 
     FLOPs 4HD sum(n^2), bytes 8THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder (n 73, H 16,
     D 64) 11 GFLOP, 306 MB, 91 us at 3.35 TB/s; decoder (n 290, D 32) 88 GFLOP, 608 MB, 181 us, and 0.7e9 exponentials,
@@ -77,27 +84,42 @@ def attention_kernel(
         m_i = tl.full((BLOCK_M,), float("-inf"), dtype=ACC)
         l_i = tl.zeros((BLOCK_M,), dtype=ACC)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
-        for n0 in range(0, keys, BLOCK_N):
+        first = 0
+        last = keys
+        if BANDED:
+            first = tl.maximum(m0 + keys - queries - left, 0) // BLOCK_N * BLOCK_N
+            last = tl.minimum(m0 + BLOCK_M + keys - queries + right, keys)
+        for n0 in range(first, last, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
             s = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION, out_dtype=ACC)
             s = tl.where((n < keys)[None, :], s, float("-inf"))
+            if BANDED:
+                s = tl.where(in_band(m[:, None], n[None, :], queries, keys, left, right), s, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             m_scaled = m_new * scale
+            if BANDED:
+                m_scaled = tl.where(m_new == float("-inf"), 0, m_scaled)  # no key yet: a difference would be NaN
             p = tl.exp2(s * scale - m_scaled[:, None])
             alpha = tl.exp2(m_i * scale - m_scaled)
             l_i = l_i * alpha + tl.sum(p, 1)
             v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
             acc = tl.dot(p.to(v_ND.dtype), v_ND, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
             m_i = m_new
+        if BANDED:  # without a key a result of 0, and no gradient
+            m_i = tl.where(l_i == 0, float("inf"), m_i)
+            l_i = tl.where(l_i == 0, 1, l_i)
         row = query * H * D + head * D
         store_rows(out + row, m, queries, H * D, acc / l_i[:, None], D, BLOCK_D)
         tl.store(lse + head * Q + query + m, m_i * scale + tl.log2(l_i), mask=m < queries)
 
 
 @launcher
-def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, scores: Scores | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (out [Q, H, D], lse [H, Q])."""
+    scale, left, right = _made(q, scores)
     rows, heads, dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=accumulator(q.dtype))
@@ -106,9 +128,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments)
     if out.numel():
         attention_kernel[(samples * blocks * heads,)](
             q, k, v, out, lse, queries.cu_seqlens, keys.cu_seqlens, rows, heads, q.stride(0), k.stride(0), blocks,
-            LOG2E * dim**-0.5, D=dim, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
+            LOG2E * scale, left, right, D=dim, BANDED=scores is not None, ACC=acc_type(q.dtype),
+            PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
     return out, lse
+
+
+def _made(q: Tensor, scores: Scores | None) -> tuple[float, int, int]:
+    """Return the scale, and how many keys before and after its place a query attends to, which plain scores ignore."""
+    return (q.shape[2] ** -0.5, 0, 0) if scores is None else (scores.scale, *scores.reach)
 
 
 def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
@@ -134,17 +162,18 @@ def _power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@triton.jit(do_not_specialize=["Q"], do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=["Q", "left", "right"], do_not_specialize_on_alignment=ANYWHERE)
 def attention_backward_kernel(
     grad, q, k, v, out, lse, dq, dk, dv, partial, cu_queries, cu_keys, Q, H, stride_q, stride_kv, stride_dq, stride_dkv,
-    scale, scale2,
-    D: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    scale, scale2, left, right,
+    D: tl.constexpr, BANDED: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one sample and head a program, so that nobody else adds to its gradients; scale is 1 / sqrt(D), scale2
     log2(e) times that. Of LONG samples, with more than BLOCK_N keys, `partial` [Q, H, D] holds the sums of dq between
     tiles of keys, in the cache. FlashAttention-2's algorithm 2 (https://arxiv.org/abs/2307.08691): p are the weights,
-    dp and ds the gradients of weights and scores, delta the rows' sums of out * grad.
+    dp and ds the gradients of weights and scores, delta the rows' sums of out * grad. BANDED as in the forward; all
+    tiles are computed, those out of the band too.
 
     FLOPs 10HD sum(n^2), bytes 16THD in bfloat16, exponentials H sum(n^2). M3AE-Large at 512 samples: encoder 28 GFLOP,
     612 MB, 183 us at 3.35 TB/s; decoder 220 GFLOP, 1.2 GB, 363 us. Instructions issued, as above: encoder 85 us, so
@@ -183,6 +212,8 @@ def attention_backward_kernel(
             lse_M = tl.load(lse + m, mask=m < queries, other=0)
             s = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION, out_dtype=ACC)
             p = tl.where((n < keys)[:, None], tl.exp2(s * scale2 - lse_M[None, :]), 0)
+            if BANDED:
+                p = tl.where(in_band(m[None, :], n[:, None], queries, keys, left, right), p, 0)
             dv_ND = tl.dot(p.to(g_MD.dtype), g_MD, dv_ND, input_precision=PRECISION, out_dtype=ACC)
             dp = tl.dot(v_ND, tl.trans(g_MD), input_precision=PRECISION, out_dtype=ACC)
             ds = (p * (dp - delta[None, :])).to(q_MD.dtype)
@@ -214,8 +245,10 @@ def _backward(
     dv: Tensor,
     queries: Segments,
     keys: Segments,
+    scores: Scores | None = None,
 ) -> None:
     """Write every row of dq, dk and dv. grad, out and lse are contiguous."""
+    scale, left, right = _made(q, scores)
     rows, heads, dim = q.shape
     tile = _tile("attention_backward", q, queries, keys)
     long = keys.max_seqlen > tile["BLOCK_N"]
@@ -223,9 +256,9 @@ def _backward(
     if dk.numel():
         attention_backward_kernel[((len(keys.cu_seqlens) - 1) * heads,)](
             grad, q, k, v, out, lse, dq, dk, dv, partial, queries.cu_seqlens, keys.cu_seqlens, rows, heads,
-            q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), dim**-0.5, LOG2E * dim**-0.5,
-            D=dim, LONG=long, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
+            q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), scale, LOG2E * scale, left, right,
+            D=dim, BANDED=scores is not None, LONG=long, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
 
 
-TRITON = Kernel("triton", _forward, _backward)
+TRITON = Kernel("triton", _forward, _backward, NATS)

@@ -39,8 +39,10 @@ def precision(dtype: torch.dtype) -> str:
     products keep about float32's precision). AMD's matrix cores take float32 itself."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    # torch.get_float32_matmul_precision raises where this newer setting was used; either sets this one.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on: set by either setting, of which the older may raise then
+        return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if matmul.allow_tf32 else "tf32x3"
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,0 +1,206 @@
+"""Attention under flash-attn's name, with queries, keys and values apart: `flash_attn_varlen_func`.
+
+Shapes: S samples, Q query rows, K key rows, H heads, G heads of keys and values, D values a head.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import ids
+from ..dispatch import accumulator, asked_impl, check_float, check_index, compute_dtype, no_autocast
+from ..registry import Op
+from .choice import kernel_for, own_kernel
+from .kernel import Kernel, Scores, Segments
+from .padded import padded_attention
+
+NAME = "flash_attn_varlen_func"
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Return softmax(softmax_scale * q k^T) v within each sample, as flash-attn 2.8's function of this name does.
+
+    Args:
+        q: [Q, H, D] floating.
+        k, v: [K, G, D] floating; H is a multiple of G, and head h reads keys and values of head h // (H / G). With
+            fewer heads than q they are copied to as many.
+        cu_seqlens_q, cu_seqlens_k: [S + 1] int32 or int64: sample s is the rows cu_seqlens[s] to cu_seqlens[s + 1];
+            from 0 to Q and to K. A sample may have no queries; one with queries has keys.
+        max_seqlen_q, max_seqlen_k: rows of the longest sample, or more.
+        dropout_p: fraction of the attention weights that are dropped; above 0 each sample is padded to the longest.
+        softmax_scale: positive; None for 1 / sqrt(D).
+        causal: query m of M attends to the keys up to m + N - M of N: to none past its own place, where the last query
+            has the last key's.
+        window_size: (left, right): as many keys before and after its place; -1 for all.
+        softcap, alibi_slopes, block_table: not supported.
+        deterministic: two runs are bitwise equal also where flash-attn's kernels would be faster.
+        return_attn_probs: return (out, softmax_lse [H, Q], an empty tensor) rather than out: softmax_lse is the
+            logarithm of the sum of exponentials of a query's scores, infinite where it attends to no key; it has no
+            gradient.
+        impl: "auto", "triton" (D up to 128) or "torch". "auto" is as `packed_attention`'s for plain scores; with a
+            scale, a causal mask or a window of their own, the Triton kernel on a GPU, padded matmuls on a CPU.
+
+    Returns:
+        [Q, H, D] in autocast's dtype where it is on, else in q's; 0 where a query attends to no key. Sums in float32
+        (float64 for float64). Gradients for q, k and v.
+
+    Raises:
+        TypeError, ValueError: naming the argument whose dtype, shape, device or value is wrong.
+        NotImplementedError: naming an argument that only flash-attn itself supports.
+    """
+    asked = {"softcap": softcap != 0, "alibi_slopes": alibi_slopes is not None, "block_table": block_table is not None}
+    for name, given in asked.items():
+        if given:
+            raise NotImplementedError(f"m3ae_kernels: {NAME} does not support {name}; flash-attn itself does, on a GPU")
+    if dropout_p and return_attn_probs:
+        raise NotImplementedError(f"m3ae_kernels: {NAME} does not support return_attn_probs with dropout_p")
+    check_float("q", q, (None, None, None), q)
+    check_float("k", k, (None, None, q.shape[2]), q)
+    check_float("v", v, tuple(k.shape), q)
+    check_index("cu_seqlens_q", cu_seqlens_q, (None,), q)
+    check_index("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), q)
+    heads, groups = q.shape[1], k.shape[1]
+    if not groups or heads % groups:
+        raise ValueError(f"q has {heads} heads, which is no multiple of the {groups} heads of k and v")
+    if softmax_scale is not None and not softmax_scale > 0:
+        raise ValueError(f"softmax_scale is {softmax_scale}, it must be positive")
+    dtype = compute_dtype(q, q)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    if groups < heads:
+        k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
+    left, right = window_size
+    right = 0 if causal else right
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    if dropout_p:
+        segments = _segments(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return padded_attention(q, k, v, *segments, dropout_p, Scores(scale, left, right))
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    own = deterministic and q.device.type == "cuda"
+    out, lse, _ = varlen_attention_op(q, k, v, *lengths, scale, left, right, own, asked_impl(impl))
+    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+
+
+def _segments(
+    q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
+) -> tuple[Segments, Segments]:
+    queries, keys = (cu.to(torch.int32).contiguous() for cu in (cu_queries, cu_keys))
+    return Segments(queries, max_queries, len(q)), Segments(keys, max_keys, len(k))
+
+
+def _chosen(
+    q: Tensor, max_keys: int, scale: float, left: int, right: int, own: bool, impl: str
+) -> tuple[Kernel, list[Scores]]:
+    """Return a kernel, and the arguments that its functions take beside their usual ones."""
+    if scale == q.shape[2] ** -0.5 and left < 0 and right < 0 and not own:
+        return kernel_for(impl, q.device, q.dtype, q.shape[1], q.shape[2], max_keys), []
+    return own_kernel(impl, q.device, q.dtype), [Scores(scale, left, right)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return it contiguous but for its rows."""
+    return x if x[:1].is_contiguous() else x.contiguous()
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return them as kernels read them: keys and values have rows equally far apart."""
+    k, v = _rows(k), _rows(v)
+    return (_rows(q), k, v) if k.stride(0) == v.stride(0) else (_rows(q), k.contiguous(), v.contiguous())
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scale: float,
+    left: int,
+    right: int,
+    own: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (out [Q, H, D], log-sum-exps [H, Q] in nats, and as the kernel has them)."""
+    segments = _segments(q, k, cu_queries, cu_keys, max_queries, max_keys)
+    if ids.asked() or q.device.type == "cpu":
+        for name, ends in zip(("cu_seqlens_q", "cu_seqlens_k"), segments):
+            ids.check_ends(NAME, name, ends.cu_seqlens, ends.rows, ends.max_seqlen)
+    if not len(q):
+        return _fake(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, left, right, own, impl)
+    kernel, scores = _chosen(q, max_keys, scale, left, right, own, impl)
+    with no_autocast(q):
+        out, lse = kernel.forward(*_parts(q, k, v), *segments, *scores)
+    return out, lse * kernel.unit, lse
+
+
+def _fake(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, left, right, own, impl):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulator(q.dtype))
+    return q.new_empty(q.shape), lse, torch.empty_like(lse)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_queries, cu_keys, *ctx.options = inputs
+    out, lse, own_lse = output
+    ctx.save_for_backward(q, k, v, out, own_lse, cu_queries, cu_keys)
+    ctx.mark_non_differentiable(lse, own_lse)
+
+
+def _backward(ctx, grad, *_):
+    tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
+    grads = varlen_attention_backward_op(grad, *tensors, *ctx.options)
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad)), *[None] * 9
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scale: float,
+    left: int,
+    right: int,
+    own: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, contiguous."""
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    if not len(q):
+        return grads[0], grads[1].zero_(), grads[2].zero_()
+    segments = _segments(q, k, cu_queries, cu_keys, max_queries, max_keys)
+    kernel, scores = _chosen(q, max_keys, scale, left, right, own, impl)
+    with no_autocast(q):
+        kernel.backward(grad.contiguous(), *_parts(q, k, v), out, lse, *grads, *segments, *scores)
+    return grads
+
+
+def _empty_gradients(grad, q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+varlen_attention_op = Op("varlen_attention", _forward, _fake, _setup_context, _backward)
+varlen_attention_backward_op = Op("varlen_attention_backward", _gradients, _empty_gradients)
