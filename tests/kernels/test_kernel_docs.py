@@ -22,6 +22,12 @@ def test_readme_examples():
     assert names["loss"].isfinite() and names["correct"].shape == (120,)
 
 
+def test_the_readme_names_the_versions_that_pip_asks_for():
+    asked, told = ((KERNELS / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "README.md"))
+    oldest = dict(re.findall(r"(torch|triton)>=([\d.]+\d)", asked))
+    assert dict(re.findall(r"(torch|triton) >= ([\d.]+\d)", told)) == oldest and len(oldest) == 2
+
+
 def test_the_tests_that_the_readme_names_exist():
     named = set(re.findall(r"`(test_\w+)`", (KERNELS / "README.md").read_text(encoding="utf-8")))
     there = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))

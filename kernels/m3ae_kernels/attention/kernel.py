@@ -36,7 +36,8 @@ class Scores:
     @property
     def reach(self) -> tuple[int, int]:
         """Return (left, right) with more keys than any sample has for all."""
-        return tuple(side if side >= 0 else ALL_KEYS for side in (self.left, self.right))
+        left, right = (side if side >= 0 else ALL_KEYS for side in (self.left, self.right))
+        return left, right
 
 
 ALL_KEYS = 1 << 29  # places of queries and keys, and sums of both, stay within 32 bits

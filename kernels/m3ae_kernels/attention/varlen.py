@@ -188,14 +188,14 @@ def _gradients(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, contiguous."""
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = _empty_gradients(grad, q, k, v)
     if not len(q):
-        return grads[0], grads[1].zero_(), grads[2].zero_()
+        return dq, dk.zero_(), dv.zero_()
     segments = _segments(q, k, cu_queries, cu_keys, max_queries, max_keys)
     kernel, scores = _chosen(q, max_keys, scale, left, right, own, impl)
     with no_autocast(q):
-        kernel.backward(grad.contiguous(), *_parts(q, k, v), out, lse, *grads, *segments, *scores)
-    return grads
+        kernel.backward(grad.contiguous(), *_parts(q, k, v), out, lse, dq, dk, dv, *segments, *scores)
+    return dq, dk, dv
 
 
 def _empty_gradients(grad, q, k, v, *_):
