@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,16 @@ def test_example_learns(example, steps):
     assert last < 0.4 * first
 
 
-def test_hugging_face_vit_mae_has_equal_losses():
-    plain, fused = losses("hugging_face_vit_mae.py")
+@pytest.mark.parametrize("example", ["hugging_face_vit_mae.py", "language_model_head.py", "timm_naflexvit.py"])
+def test_models_of_others_have_equal_losses(example):
+    """Those of the model as it is and on the ops; the examples themselves compare gradients."""
+    plain, fused = losses(example)
     assert fused == pytest.approx(plain, abs=2e-6)
+
+
+def test_every_example_is_run_and_named_in_the_readme():
+    examples = {path.name for path in (ROOT / "kernels/examples").glob("*.py")}
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert {name for name in examples if f'"{name}"' in text} == examples
+    readme = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
+    assert all(f"(examples/{name})" in readme for name in examples)
