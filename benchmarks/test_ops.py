@@ -1,5 +1,6 @@
-"""Each op, forward and backward: this engine's beside eager torch, at M3AE-Small's widths on a CPU (32 samples) and at
-M3AE-Large's on a GPU (512 samples; `python -m benchmarks.gpu` says much more there)."""
+"""Each op, forward and backward: this engine's beside eager torch, torch.compile and, of the token loss, the losses of
+torch and of other libraries, at M3AE-Small's widths on a CPU (32 samples) and at M3AE-Large's on a GPU (512 samples;
+`python -m benchmarks.gpu` says much more there)."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -23,13 +24,16 @@ SMALL = Sizes(samples=32, patch=16, grid=14, visible=49, words=20, encoder=384, 
 DTYPE = torch.bfloat16 if PRECISION == "bf16" else torch.float32
 SIZES = LARGE if torch.cuda.is_available() else SMALL
 ROWS: list[results.Row] = []
+# of baselines.py; on a CPU Liger has no driver, and cut_cross_entropy 25.1 takes no bias
+RIVALS = ("torch.compile", "torch linear_cross_entropy", "Liger", "ml-cross-entropy")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def write():
     yield
     if ROWS:
-        title = f"Ops in {PRECISION} at {SIZES.samples} samples (loss ops make their gradients forward)"
+        kinds = "loss ops make their gradients forward; -: not here"
+        title = f"Ops in {PRECISION} at {SIZES.samples} samples ({kinds})"
         results.write("ops", title, ROWS)
 
 
@@ -54,19 +58,31 @@ def attention(heads: int = 16) -> tuple[Workload, dict]:
 
 
 def case(name: str) -> tuple[Workload, dict]:
-    """Return an op, and who runs it."""
+    """Return an op, and who runs it here: the engine, eager torch, and those of `RIVALS` that do."""
     if name == "attention":
         return attention()
     work = make(name, SIZES, DTYPE, DEVICE.device)
-    return work, {"engine": m3ae_kernels, "eager": baselines(work, compiled=False)["eager"]}
+    others = baselines(work)
+    rivals = {name: others[name] for name in RIVALS if name in others and runs(work, others[name])}
+    return work, {"engine": m3ae_kernels, "eager": others["eager"], **rivals}
+
+
+def runs(work: Workload, module: object) -> bool:
+    """Return whether a library's op runs here, after it has compiled what it compiles."""
+    try:
+        work.run(module)
+    except Exception as error:  # of any kind: no driver, an argument that this version lacks
+        print(f"{work.name}: left out: {' '.join(str(error).split()) or repr(error)}")
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", ["attention", *OPS])
 def test_op(benchmark, name):
     work, modules = case(name)
     learned = [work.tensors[name] for name in work.learned]
-    outs = {name: work.call(module) for name, module in modules.items()}
-    upstream = {name: work.upstream(out) for name, out in outs.items()}
+    outs = {name: work.call(modules[name]) for name in ("engine", "eager")}
+    upstream = {name: work.upstream(work.call(module)) for name, module in modules.items()}
 
     def both(name: str) -> None:
         work.run(modules[name], upstream[name])
@@ -77,8 +93,10 @@ def test_op(benchmark, name):
     phases = {"forward": lambda name: work.call(modules[name]), "backward": backward, "both": both}
     row: results.Row = {"op": work.name}
     for phase, run in phases.items():
-        times = measure(DEVICE, {name: partial(run, name) for name in modules}, rounds=3, repeats=3)
+        measured = list(modules) if phase == "both" else ["engine", "eager"]
+        times = measure(DEVICE, {name: partial(run, name) for name in measured}, rounds=3, repeats=3)
         row |= {f"{phase} ms": times["engine"].p50, f"{phase} eager": times["eager"].p50}
+    row |= {f"both {name}": times[name].p50 if name in times else None for name in RIVALS}
     outs.clear()
     for name, column in (("engine", "peak MB"), ("eager", "peak eager")):
         row[column] = peak_above(partial(both, name), DEVICE.device) / 1e6

@@ -6,11 +6,12 @@ import io
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import results, table
+from benchmarks import baselines, results, table, test_ops
 from benchmarks.alone import Alone, _serve
 from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu import trace
@@ -224,3 +225,32 @@ def test_a_trace_tells_where_the_time_goes(tmp_path):
         {"communication": 0.045, "attention": 0.045, "own ops": 0.045, "optimiser": 0.045, "matmul": 0.14}
         | {"copies": 0.045, "elementwise": 0.045, "idle": 0.03, "whole": 0.395}
     )
+
+
+def without_a_driver(**_):
+    raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+
+@pytest.fixture
+def tiny_ops(monkeypatch):
+    """The op table at sizes of a moment, without a compiler, beside a library that does not run."""
+    rows: list[results.Row] = []
+    sizes = replace(test_ops.SIZES, samples=2, patch=4, grid=3, visible=3, words=8, encoder=32, decoder=32, vocab=97)
+    monkeypatch.setattr(test_ops, "SIZES", sizes)
+    monkeypatch.setattr(test_ops, "ROWS", rows)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(baselines, "_liger", lambda: without_a_driver)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["attention", "masked_token_loss", "gather_tokens", "packed_attention, loss rows"])
+def test_a_row_of_the_op_table_has_every_column(tiny_ops, name):
+    """Those of libraries that do not run here are empty."""
+    pedantic = SimpleNamespace(pedantic=lambda *_, **__: None, extra_info={})
+    test_ops.test_op(pedantic, name)
+    (row,) = tiny_ops
+    assert row.keys() == pedantic.extra_info.keys() >= {"op", "both ms", "both eager", "peak MB", "peak eager"}
+    found = {rival: row[f"both {rival}"] is not None for rival in test_ops.RIVALS}
+    theirs = name == "masked_token_loss" and hasattr(torch.nn.functional, "linear_cross_entropy")
+    assert found["torch.compile"] == (name != "attention")
+    assert found["torch linear_cross_entropy"] == theirs and not found["Liger"]
