@@ -125,8 +125,8 @@ def _serve(spec: dict, ranks, answers) -> None:
     import torch
 
     from benchmarks.implementations import build
+    from m3ae_fast.base.hardware import peak_memory
     from m3ae_fast.config import MaskingConfig, ModelConfig
-    from m3ae_fast.hardware import peak_memory
     from m3ae_fast.model.m3ae import M3AE
 
     model, options = ModelConfig(**spec["model"]), spec["options"]

@@ -14,8 +14,8 @@ import torch
 import triton
 
 import m3ae_fast
-from m3ae_fast.hardware import this_cpu
-from m3ae_fast.whole_file import put_in_place
+from m3ae_fast.base.atomic_file import put_in_place
+from m3ae_fast.base.hardware import this_cpu
 
 RESULTS = Path(__file__).parent / "results"  # holds a folder per machine
 ELSEWHERE = "BENCHMARK_RESULTS"

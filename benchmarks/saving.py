@@ -23,15 +23,15 @@ from torch import Tensor
 
 from benchmarks.results import Row
 from benchmarks.workload import make_batch, make_config
+from m3ae_fast import checkpoint
+from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import DeepSpeedConfig, ModelConfig, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from m3ae_fast.run import checkpoint
-from m3ae_fast.run.parts import sha256
-from m3ae_fast.run.staging import Staging
 
 MODEL = parse(ModelConfig, {"size": "small"}, "small")
 ROUNDS = 3

@@ -1,4 +1,4 @@
-"""`m3ae_fast.features` beside a loop by hand over batches that are ready in memory; `M3AE.encode` by precision."""
+"""`m3ae_fast.cli.features` beside a loop by hand over batches that are ready in memory; `M3AE.encode` by precision."""
 
 import statistics
 import time
@@ -8,11 +8,11 @@ import torch
 
 from benchmarks import results
 from benchmarks.shards import make_shards
+from m3ae_fast.base.hardware import fast_precision, keep_freed_memory
 from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
-from m3ae_fast.config.transfer import EncodeConfig
+from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import ShardStore, Share, open_corpus
-from m3ae_fast.encoding import encode_corpus, encoding_loader
-from m3ae_fast.hardware import fast_precision, keep_freed_memory
+from m3ae_fast.evaluation.encoding import encode_corpus, encoding_loader
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 

@@ -16,12 +16,12 @@ import torch
 from benchmarks import results
 from benchmarks.workload import DEVICE, PRECISION, make_config
 from lab.aspect import drawing
+from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.hardware import keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 

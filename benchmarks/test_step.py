@@ -11,7 +11,7 @@ from benchmarks import results
 from benchmarks.alone import Alone
 from benchmarks.implementations import BASELINES, NAMES
 from benchmarks.workload import DEVICE, PRECISION
-from m3ae_fast.hardware import peak_flops
+from m3ae_fast.base.hardware import peak_flops
 
 ROUNDS = 5
 ROWS: list[results.Row] = []

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from benchmarks.reference import PaddedBatch
+from m3ae_fast.base.hardware import fast_precision
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, TrainConfig
-from m3ae_fast.hardware import fast_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # what the expert and the engine compute in: the faster one here

@@ -17,7 +17,7 @@ import numpy as np
 
 S, C = 32, 13
 SPECTRA = {"water": (900, 150), "forest": (400, 3200), "field": (1100, 2400), "town": (1900, 2100)}  # blue, infrared
-DATA = [sys.executable, "-m", "m3ae_fast.data"]
+DATA = [sys.executable, "-m", "m3ae_fast", "data"]
 
 
 def make_images(folder: Path, images: int) -> None:
@@ -69,10 +69,10 @@ def main() -> None:
     pixels = ["--channels", C, "--dtype", "uint16", "--range", "0,10000"]
     run(*DATA, "stats", train, *pixels, "--write", file)
     shown = ["--set", "data.show_channels=[3,2,1]"]  # red, green and blue, as in a photograph
-    run(sys.executable, "-m", "m3ae_fast.train", "--config", file, *shown)
-    run(sys.executable, "-m", "m3ae_fast.visualise", out, "--out", args.folder / "bands.png")
+    run(sys.executable, "-m", "m3ae_fast", "train", "--config", file, *shown)
+    run(sys.executable, "-m", "m3ae_fast", "visualise", out, "--out", args.folder / "bands.png")
     knn = ["knn", out, "--train", train, "--val", val, "--out", args.folder / "knn", "--set", "knn.k=5"]
-    run(sys.executable, "-m", "m3ae_fast.transfer", *knn)
+    run(sys.executable, "-m", "m3ae_fast", "transfer", *knn)
 
 
 if __name__ == "__main__":

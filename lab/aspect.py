@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from m3ae_fast import train
-from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.shard_tools.member import add_member
-from m3ae_fast.transfer import __main__ as transfer
-from m3ae_fast.whole_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli import transfer
+from m3ae_fast.shards.member import add_member
 
 CLIPART = Path("data/openclipart")
 WHITE = 250  # levels from here on are paper

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.base.atomic_file import whole_file
 
 FOLDER = Path("data/openclipart")
 COLLECTION = re.compile(

@@ -4,8 +4,8 @@ python -m lab.labelled fashion data/labelled/fashion       # also: emoji-twitter
 python -m lab.recipe data/labelled --out runs/recipe
 python -m lab.recipe data/labelled --minutes 20 --tasks finetune  # nothing begins after 20 minutes; the next goes on
 
-Trains the linear probe and fine-tunes by the rule (m3ae_fast/transfer/recipe.py), at a third and three times its rate,
-half and twice as long, and probes at the rate that they choose themselves; on drawings, emoji and
+Trains the linear probe and fine-tunes by the rule (m3ae_fast/evaluation/recipe.py), at a third and three times its
+rate, half and twice as long, and probes at the rate that they choose themselves; on drawings, emoji and
 clothes, with MAE of their pictures, and probes with random weights too. Writes table.md into --out. What is done is not
 done again.
 """
@@ -29,19 +29,19 @@ from benchmarks import results
 from lab.study import measure, shards
 from lab.study.statistics import Estimate, Seeds, accuracy, difference
 from m3ae_fast import train
-from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.encoding import Features
-from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.open_model import RANDOM, open_model
+from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli import transfer
+from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
+from m3ae_fast.evaluation.probe_engine import Setting
+from m3ae_fast.evaluation.probes import fit_linear
+from m3ae_fast.evaluation.rates import choose, try_rates
+from m3ae_fast.evaluation.recipe import OFFICIAL, settled
 from m3ae_fast.process.program import Session, joined_program
-from m3ae_fast.shard_tools.member import add_member
-from m3ae_fast.transfer import __main__ as transfer
-from m3ae_fast.transfer.predictions import FILE as PREDICTIONS
-from m3ae_fast.transfer.probe_engine import Setting
-from m3ae_fast.transfer.probes import fit_linear
-from m3ae_fast.transfer.rates import choose, try_rates
-from m3ae_fast.transfer.recipe import OFFICIAL, settled
-from m3ae_fast.whole_file import whole_file, write_whole
+from m3ae_fast.shards.member import add_member
+from m3ae_fast.weights.open_model import RANDOM, open_model
 
 CLIPART = Path("data/openclipart")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

@@ -4,8 +4,8 @@ import os
 import sys
 from typing import Any
 
-from m3ae_fast.environment import settle_home, settle_libraries
-from m3ae_fast.memory import refuse_too_few_addresses, shown_in_one_line
+from m3ae_fast.base.environment import settle_home, settle_libraries
+from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 
 __all__ = ["__version__", "pretrain"]
 

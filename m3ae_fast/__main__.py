@@ -1,12 +1,12 @@
-"""python -m m3ae_fast: lists the commands, and runs them: `m3ae-fast train --config FILE`."""
+"""The command `m3ae-fast`, also `python -m m3ae_fast`: lists the commands and runs them."""
 
 from __future__ import annotations
 
 import runpy
 import sys
 
-from m3ae_fast.environment import settle_libraries
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.base.environment import settle_libraries
+from m3ae_fast.base.errors import exit_cleanly
 
 COMMANDS = {
     "pretrain": "pictures in, model out: makes shards, chooses settings, trains, evaluates, writes a report, exports",
@@ -23,7 +23,10 @@ COMMANDS = {
     "verify": "compare the model with golden files of the official implementation",
     "config": "print every setting as a Markdown page",
 }
-MODULES = {"pretrain": "pretraining"}  # `m3ae_fast.pretrain` is the function
+MODULES = {name: f"m3ae_fast.cli.{name}" for name in COMMANDS} | {
+    "train": "m3ae_fast.train",
+    "data": "m3ae_fast.cli.shards",
+}
 
 
 def usage() -> str:
@@ -45,11 +48,11 @@ def _run() -> int:
         print(usage())
         return 0
     if name not in COMMANDS:
-        print(f"error: no command {name!r}; python -m m3ae_fast lists them", file=sys.stderr)
+        print(f"error: no command {name!r}; m3ae-fast --help lists the commands", file=sys.stderr)
         return 2
     settle_libraries()
     sys.argv = [f"m3ae-fast {name}", *sys.argv[2:]]
-    runpy.run_module(f"m3ae_fast.{MODULES.get(name, name)}", run_name="__main__", alter_sys=False)
+    runpy.run_module(MODULES[name], run_name="__main__", alter_sys=False)
     return 0
 
 

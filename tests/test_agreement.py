@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from m3ae_fast.errors import ErrorElsewhere, UserError
+from m3ae_fast.base.errors import ErrorElsewhere, UserError
 from m3ae_fast.process import agreement
 from m3ae_fast.process.agreement import Agreement
 

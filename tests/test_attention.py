@@ -18,7 +18,7 @@ from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.model.transformer import Block
-from m3ae_fast.run.attention import RunAttention
+from m3ae_fast.training.attention import RunAttention
 from tests.helpers.attention import attend
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -84,6 +84,7 @@ def test_attention_against_softmax(run, dtype, tolerance, whole):
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_op_is_a_good_citizen(whole):
     for dtype in (torch.float64, torch.float32):
@@ -324,6 +325,7 @@ def test_kernels_of_others_are_called_right(monkeypatch, name, whole):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_fastest_is_taken_and_the_others_reasons_are_told(monkeypatch, caplog):
     """Time is what the stand-ins say."""
     stand_ins = StandIns(wrong="3")
@@ -446,6 +448,7 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
             assert RunAttention(CONFIG, MaskingConfig(), device, BF16).describe() == name
 
 
+@pytest.mark.slow
 def test_times_are_measured(monkeypatch):
     slow = Kernel("slow", lambda *x: [PADDED.forward(*x) for _ in range(40)][-1], PADDED.backward)
     fast = Kernel("fast", PADDED.forward, PADDED.backward)

@@ -10,22 +10,22 @@ import torch
 from PIL import Image
 
 from m3ae_fast import train
-from m3ae_fast.batch.bands import write_npy
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
-from m3ae_fast.batch.normal import normalised
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.cli.shards import main as data_tools
+from m3ae_fast.cli.transfer import main as transfer
+from m3ae_fast.cli.visualise import main as visualise
 from m3ae_fast.config import Config, ModelConfig, load_config, parse
-from m3ae_fast.convert.onnx_model import input_dtype, write_onnx
-from m3ae_fast.convert.timm_model import model_arguments, timm_weights, write_timm
-from m3ae_fast.data.__main__ import main as data_tools
 from m3ae_fast.data.shared_memory import batch_bytes
-from m3ae_fast.errors import UserError
+from m3ae_fast.drawing.attention import draw_attention
+from m3ae_fast.drawing.figures import levels
+from m3ae_fast.drawing.reconstructions import _images, draw_reconstructions
+from m3ae_fast.images.bands import write_npy
+from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.attention import draw_attention
-from m3ae_fast.pictures.figures import levels
-from m3ae_fast.pictures.reconstructions import _images, draw_reconstructions
-from m3ae_fast.transfer.__main__ import main as transfer
-from m3ae_fast.visualise import main as visualise
+from m3ae_fast.weights.onnx_model import input_dtype, write_onnx
+from m3ae_fast.weights.timm_model import model_arguments, timm_weights, write_timm
 from tests.helpers.trainer import ROOT, TINY
 
 BANDS, SIZE = 13, 16
@@ -149,6 +149,7 @@ def test_pictures_show_the_channels_that_are_asked_for(dtype, tmp_path):
         assert (first != second).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_exports_give_the_features_of_encode(dtype, tmp_path):
     import timm
@@ -176,7 +177,7 @@ def test_exports_give_the_features_of_encode(dtype, tmp_path):
 @pytest.mark.parametrize(
     "model, data, message",
     [
-        ({"channels": 13}, {}, "image_mean has 3 values for 13 channels; python -m m3ae_fast.data stats SHARDS --chan"),
+        ({"channels": 13}, {}, "image_mean has 3 values for 13 channels; m3ae-fast data stats SHARDS --chan"),
         ({"channels": 257}, {}, "model.channels: input should be less than or equal to 256"),
         ({"image_dtype": "int16"}, {}, "model.image_dtype"),
         ({}, {"show_channels": [0, 1, 3]}, r"data.show_channels \[0, 1, 3\]: the model has channels 0 to 2"),
@@ -189,6 +190,7 @@ def test_mistakes_are_one_line(model, data, message):
         parse(Config, TINY | {"model": TINY["model"] | model, "data": TINY["data"] | data}, "test")
 
 
+@pytest.mark.slow
 def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
     """Its commands, in this process: from made-up bands to a probe."""
     spec = importlib.util.spec_from_file_location("satellite", ROOT / "examples" / "satellite.py")

@@ -9,14 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from m3ae_fast import hardware
+from m3ae_fast import checkpoint
+from m3ae_fast.base import hardware
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.data import shared_memory
-from m3ae_fast.errors import UserError
 from m3ae_fast.process import garbage
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.garbage import GarbageCollection
-from m3ae_fast.run import checkpoint, run
+from m3ae_fast.training import run
 from tests.helpers.ranks import fork_ranks
 
 
@@ -124,6 +125,7 @@ def test_an_error_of_the_last_work_is_raised_at_the_end_unless_another_ends_the_
             raise error("enough")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_that_fails_in_the_background_stops_the_run(trainer, ranks):
     """The checkpoint folder turns into a file after the first save."""
@@ -171,7 +173,7 @@ def test_a_packed_batch_is_no_larger_than_is_reckoned_with(width):
     import torch
 
     from m3ae_fast.batch import Sample, pack
-    from m3ae_fast.batch.grids import Native
+    from m3ae_fast.images.patch_grid import Native
 
     geometry = GEOMETRY if width == 256 else replace(GEOMETRY, native=Native(16, 1, 512, 32, "absolute"))
     samples = []

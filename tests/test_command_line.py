@@ -2,8 +2,8 @@
 
 import pytest
 
-from m3ae_fast.command_line import output, seed
-from m3ae_fast.errors import UserError
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.command_line import output, seed
 
 WRONG = [
     (output(), "", "is empty; name one"),  # as of a variable of the shell that is not set

@@ -13,16 +13,16 @@ import torch
 
 from m3ae_fast import train
 from m3ae_fast.__main__ import COMMANDS, MODULES
+from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.cli.config import main as write_page
+from m3ae_fast.cli.config import train_page, transfer_page
 from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, follow, load_config, parse
-from m3ae_fast.config.__main__ import main as write_page
-from m3ae_fast.config.__main__ import train_page, transfer_page
 from m3ae_fast.data import ShardStore, open_corpus, open_data
 from m3ae_fast.data.manifest import KINDS, rows_of, write
-from m3ae_fast.dry_run import _fetching, _images, _memory_table, network_bytes, report
-from m3ae_fast.engine.needs import zero_bytes
+from m3ae_fast.engine.memory_estimate import zero_bytes
 from m3ae_fast.engine.schedule import split_batch
-from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.process import ranks
+from m3ae_fast.training.dry_run import _fetching, _images, _memory_table, network_bytes, report
 from tests.helpers.ranks import free_port
 from tests.helpers.trainer import CLIPART, ROOT, TINY
 
@@ -31,7 +31,7 @@ from tests.helpers.trainer import CLIPART, ROOT, TINY
 def run(tmp_path, capsys, monkeypatch):
     """Run train.py's main in this process with the tiny config; returns (exit code, stderr, or stdout with `out`)."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
-    monkeypatch.setattr("m3ae_fast.dry_run.MEASURED_S", 0.1)
+    monkeypatch.setattr("m3ae_fast.training.dry_run.MEASURED_S", 0.1)
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))
 
@@ -126,6 +126,7 @@ def test_config_file_mistakes(run):
         assert code == 2 and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_old_run_is_not_overwritten(run):
     assert run()[0] == 0
     code, err = run()
@@ -136,6 +137,7 @@ def test_old_run_is_not_overwritten(run):
     assert code == 2 and "neither a checkpoint nor a run folder" in err
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint(run):
     """Every kind of damage: test_hostile_files.py."""
     assert run()[0] == 0
@@ -157,6 +159,7 @@ def test_environment_that_makes_no_sense(run, monkeypatch, name, value):
     assert (value if value == "cuda" else name if name in err else "MASTER_ADDR") in err
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_come_are_missed(run, monkeypatch):
     monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "RANK": 0}.items():
@@ -175,6 +178,7 @@ def test_a_rank_that_ends_while_all_join_is_no_traceback(run, monkeypatch):
         run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 1])
 def test_resuming_a_finished_run_says_so(run, steps):
     assert run("--set", "train.steps=2")[0] == 0
@@ -182,6 +186,7 @@ def test_resuming_a_finished_run_says_so(run, steps):
     assert code == 0 and "training is complete" in out and "stopped" not in out
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(run):
     options = ["optim.peak_lr=1e9", "optim.clip_grad=null", "train.steps=30", "train.save_every=1"]
     code, err = run(*(word for o in options for word in ("--set", o)))
@@ -190,6 +195,7 @@ def test_loss_that_is_not_finite(run):
     assert (run.folder / "run/checkpoints").is_dir()  # what was saved before is still there
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(run):
     options = ["optim.peak_lr=1e300", "optim.clip_grad=null", "train.save_every=1"]
     code, err = run(*(word for o in options for word in ("--set", o)))
@@ -242,7 +248,7 @@ def test_out_of_memory_says_what_to_do(run, monkeypatch):
     def too_large(*_):
         raise MemoryError
 
-    monkeypatch.setattr("m3ae_fast.run.run.M3AE", too_large)
+    monkeypatch.setattr("m3ae_fast.training.run.M3AE", too_large)
     code, err = run()
     assert code == 2 and err.startswith("error: out of memory: lower train.micro_batch") and err.count("\n") == 1
 
@@ -363,6 +369,7 @@ def test_a_batch_is_split_evenly_into_few_parts():
         parts(361)
 
 
+@pytest.mark.slow
 def test_dry_run_fails_on_what_a_start_would_fail_on(run):
     assert run("--dry-run")[0] == 0
     for mistake, message in (
@@ -411,6 +418,7 @@ def test_dry_run_says_what_a_node_fetches(tmp_path):
     assert lines["disk of a node"] == "16 GB of copies or more; 40 GB for all that it reads"
 
 
+@pytest.mark.slow
 def test_repeats_lengthen_an_epoch(run):
     for repeats, steps in ((1, 32), (3, 96)):
         options = ("train.steps=null", "train.epochs=1", f"data.repeats={repeats}")
@@ -421,7 +429,7 @@ def test_repeats_lengthen_an_epoch(run):
 @pytest.mark.parametrize(("page", "file"), [("train", "config.md"), ("transfer", "transfer-config.md")])
 def test_the_pages_of_settings_are_current(page, file, capsys):
     write_page([page])
-    again = f"regenerate it: python -m m3ae_fast.config {page} > docs/{file}"
+    again = f"regenerate it: m3ae-fast config {page} > docs/{file}"
     assert capsys.readouterr().out == (ROOT / "docs" / file).read_text(), again
 
 
@@ -470,7 +478,7 @@ def test_every_program_is_listed():
         if '__name__ == "__main__"' in path.read_text()
     }
     started = {"m3ae_fast", "object_store"}  # the latter by a run, to fetch shards
-    assert programs - started == {MODULES.get(command, command) for command in COMMANDS}
+    assert programs - started == {MODULES[command].rpartition(".")[2] for command in COMMANDS}
     listed = subprocess.run([sys.executable, "-m", "m3ae_fast"], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(f"\n  {name} " in listed for name in COMMANDS)
     wrong = subprocess.run([sys.executable, "-m", "m3ae_fast", "tran"], cwd=ROOT, capture_output=True, text=True)

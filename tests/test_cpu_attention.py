@@ -213,6 +213,7 @@ def test_built_once_for_each_text_and_flags(cache, monkeypatch, tmp_path):
     assert builds.compiled("one.c", ()).one() == 3 and len(cached(cache)) == 4
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_built_again(cache):
     """In a process of its own: a truncated library ends it with SIGBUS."""
     builds.compiled("gelu.c", ())

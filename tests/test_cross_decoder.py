@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3ae_fast.batch.flops import executed_flops
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import has_compiler
 from m3ae_fast.batch.masking import draw_mask, draw_predicted
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config, LossConfig, ModelConfig, parse
-from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import has_compiler
+from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.weights.pretrained import load_weights
+from m3ae_fast.model.pretrained import load_weights
 from tests.helpers.trainer import zero
 
 TINY = ModelConfig(
@@ -265,6 +265,7 @@ CROSS = ["--set", "model.dec_attention=cross", "--set", "model.drop_path=0.2"]
 CROSS += ["--set", "masking.image_predicted=0.34", "--set", "masking.text_predicted=0.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_the_curve_is_the_same_on_two_ranks_and_after_a_resume(trainer, stage):
     """Which tokens are predicted depends on the sample alone; drawn pictures and evaluations predict all."""

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.engine import deepspeed_engine
-from m3ae_fast.errors import UserError
 from m3ae_fast.process.ranks import join_ranks
 from tests.helpers.option_cases import HALF, STAGE, cases, settings
 from tests.helpers.ranks import run_ranks
 from tests.helpers.zero_cases import config_of, engine_of
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_cases_have_every_setting_that_the_schema_has():

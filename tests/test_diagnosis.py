@@ -1,6 +1,5 @@
 """A run that goes wrong is named right, and what it is compared with is what it should be."""
 
-import argparse
 import json
 import math
 import time
@@ -9,21 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast import checkpoint
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
-from m3ae_fast.engine.evaluate import Yardsticks, entropy, rankme
 from m3ae_fast.engine.fragments import cut
+from m3ae_fast.engine.validation import Yardsticks, entropy, rankme
+from m3ae_fast.evaluation.knn_probe import knn_probe
+from m3ae_fast.evaluation.report import write_report
+from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.report import write_report
-from m3ae_fast.run import checkpoint
-from m3ae_fast.run.diagnosis import findings, verdict
-from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.run_log import read_metrics
-from m3ae_fast.train import pre_train
+from m3ae_fast.training.diagnostics import findings, verdict
+from m3ae_fast.training.log import read_metrics
+from m3ae_fast.training.loop import Loop
+from m3ae_fast.training.run import pre_train
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED
 from tests.test_model import TINY as SMALL
@@ -38,9 +38,8 @@ def trained(folder, **sections):
     data["optim"]["peak_lr"] = 0.1
     for name, values in sections.items():
         data.setdefault(name, {}).update(values)
-    args = argparse.Namespace(resume="no", resume_with_changes=False, profile=False)
     with joined_program() as session:
-        pre_train(parse(Config, data, "test"), args, session)
+        pre_train(parse(Config, data, "test"), session, make_probe=knn_probe)
     return read_metrics(folder / "run")
 
 
@@ -54,6 +53,7 @@ def longer(metrics):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
@@ -67,6 +67,7 @@ def test_a_broken_run_is_named(tmp_path, name, sections):
     assert [finding.name for finding in findings(longer(trained(tmp_path, **sections)))][:1] == [name]
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_its_data_is_named_and_a_sound_one_is_not(tmp_path, monkeypatch):
     def slowly(*args):
         time.sleep(0.4)  # a step takes less, also on a busy machine

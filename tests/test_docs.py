@@ -11,12 +11,12 @@ from pydantic import BaseModel
 from m3ae_fast.__main__ import MODULES
 from m3ae_fast.config import Config
 from m3ae_fast.config.messages import section_of
-from tests.helpers.slow import LONGEST, SLOW, is_slow, rank
+from tests.conftest import LONGEST
 from tests.helpers.trainer import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
 TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
-MODULE = r"(?:python -m m3ae_fast\.(\w+)|m3ae_fast/(train)\.py|m3ae-fast (\w+))"
+MODULE = r"(?:m3ae_fast/(train)\.py|m3ae-fast (\w+)|-m m3ae_fast (\w+))"
 
 
 def commands() -> list[str]:
@@ -26,7 +26,7 @@ def commands() -> list[str]:
         blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
         found += [line for block in blocks for line in block.splitlines() if re.search(MODULE, line)]
         rest = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-        found += re.findall(r"`(python -m m3ae_fast\.\w+ [^`\n]+)`", rest)
+        found += re.findall(r"`(m3ae-fast \w+ [^`\n]+)`", rest)
     return found
 
 
@@ -48,9 +48,7 @@ def test_a_printed_command_is_accepted(command, monkeypatch, capsys):
     words = shlex.split(command[found.end() :], comments=True)
     assert all((ROOT / word).exists() for word in words if word.startswith("configs/"))
     word = found[1] or found[2] or found[3]
-    name = f"m3ae_fast.{MODULES.get(word, word)}"
-    folder = (ROOT / name.replace(".", "/")).is_dir()
-    program = importlib.import_module(f"{name}.__main__" if folder else name)
+    program = importlib.import_module(MODULES[word])
     with pytest.raises((Accepted, SystemExit)) as stopped:
         program.main(words)
     assert stopped.type is Accepted or stopped.value.code == 0, capsys.readouterr().err  # 0: --help
@@ -95,27 +93,9 @@ def test_the_workflow_tests_the_oldest_supported_python():
     assert f'python-version: ["{oldest}", ' in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
-@pytest.mark.parametrize("name", (*SLOW, *LONGEST))
-def test_what_is_called_slow_exists(name):
-    file, _, test = name.partition("::")
-    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
-    assert not test or f"\ndef {test}(" in text
-
-
-def test_the_longest_tests_begin_first():
-    names = [
-        "tests/test_docs.py::test_a",
-        f"tests/{LONGEST[1]}::test_b[1]",
-        "tests/data/test_tar.py",
-        f"tests/{LONGEST[0]}",
-    ]
-    assert sorted(names, key=rank) == [names[3], names[1], names[0], names[2]]
-
-
-def test_slow_tests_are_known_by_file_or_name():
-    file, test = "tests/test_resume.py", next(name for name in SLOW if "::" in name)
-    assert is_slow(f"{file}::test_anything[1]") and is_slow(f"tests/{test}") and is_slow(f"tests/{test}[a-1]")
-    assert not is_slow(f"tests/{test}_too") and not is_slow("tests/test_docs.py::test_anything")
+@pytest.mark.parametrize("name", LONGEST)
+def test_what_begins_first_exists(name):
+    assert (ROOT / "tests" / name).is_file()
 
 
 def test_the_guide_shows_the_studys_present_picture():

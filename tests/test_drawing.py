@@ -8,9 +8,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import LossConfig, ModelConfig
-from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.figures import box_in, shown
-from m3ae_fast.pictures.reconstructions import (
+from m3ae_fast.drawing.figures import box_in, shown
+from m3ae_fast.drawing.reconstructions import (
     BLACK,
     GAP,
     GREEN,
@@ -26,6 +25,7 @@ from m3ae_fast.pictures.reconstructions import (
     caption_views,
     draw_reconstructions,
 )
+from m3ae_fast.model.m3ae import M3AE
 from tests.test_model import TINY, make_model, make_sample
 
 SMALL = ModelConfig(

@@ -6,10 +6,13 @@ import time
 
 import numpy as np
 import psutil
+import pytest
 
-from m3ae_fast.run import checkpoint
+from m3ae_fast import checkpoint
 from tests.helpers.ranks import environment, free_port
 from tests.helpers.trainer import ROOT
+
+pytestmark = pytest.mark.slow
 
 OPTIONS = ("train.steps=50", "train.save_every=5", "train.eval_every=1000", "run.loggers=[]")
 WITHIN_S = 60.0  # training again

@@ -4,14 +4,15 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 
+from m3ae_fast import checkpoint
+from m3ae_fast.cli.export import main as export
+from m3ae_fast.cli.visualise import main as visualise
+from m3ae_fast.drawing import reconstructions
 from m3ae_fast.engine.optimizer import EMA, track_ema
-from m3ae_fast.export import main as export
-from m3ae_fast.open_model import open_model
-from m3ae_fast.pictures import reconstructions
-from m3ae_fast.run import checkpoint
-from m3ae_fast.visualise import main as visualise
+from m3ae_fast.weights.open_model import open_model
 from tests.helpers.trainer import zero
 
 OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
@@ -37,6 +38,7 @@ def _average(trainer, run: str, step: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_zero_shards_it_and_a_checkpoint_has_it_whole(trainer):
     trainer("plain", *zero(None), *OPTIONS)
     plain = _average(trainer, "plain", 6)
@@ -48,6 +50,7 @@ def test_zero_shards_it_and_a_checkpoint_has_it_whole(trainer):
         assert not torch.allclose(apart["ema/text_head.weight"], apart["model/text_head.weight"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_average(trainer):
     trainer("run", *zero(1), *OPTIONS)
     whole = _average(trainer, "run", 6)
@@ -56,6 +59,7 @@ def test_a_resumed_run_has_the_same_average(trainer):
     assert all(torch.equal(whole[name], now) for name, now in _average(trainer, "run", 6).items())
 
 
+@pytest.mark.slow
 def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
     """But for pictures of it, which are of the weights whose losses it logs."""
     trainer("run", *zero(None), *OPTIONS)
@@ -73,6 +77,7 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
     assert torch.equal(drawn[0]["text_head.weight"], average["model/text_head.weight"])
 
 
+@pytest.mark.slow
 def test_it_may_begin_later_and_goes_on_after_a_resume(trainer):
     trainer("run", *zero(2), *OPTIONS[2:], "--set", "train.steps=4")
     config = json.loads((trainer.folder / "run/checkpoints/step-00000004/state.json").read_text())["config"]

@@ -7,6 +7,8 @@ import pytest
 
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_evaluations_and_steps_are_those_of_one_rank_at_every_stage(tmp_path):
     found = {}

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast import visualise
-from m3ae_fast.errors import UserError, exit_cleanly
-from m3ae_fast.export import export
+from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.cli import visualise
+from m3ae_fast.cli.export import export
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.labelled import tiny_run
+
+pytestmark = pytest.mark.slow
 
 
 def test_train_export_load(trainer):

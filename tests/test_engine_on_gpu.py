@@ -8,7 +8,7 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.run.loss_watch import LossWatch
+from m3ae_fast.training.loss_watch import LossWatch
 from tests.helpers.zero_cases import TINY, samples
 
 

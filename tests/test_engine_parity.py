@@ -5,10 +5,13 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainer import zero
 from tests.helpers.zero_cases import CONFIGS
+
+pytestmark = pytest.mark.slow
 
 
 def _curves(folder: Path, which: str, ranks: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,8 @@ import torch
 from tests.helpers.ranks import run_ranks
 from tests.helpers.waits import Reads
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[tuple, dict]:

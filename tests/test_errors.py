@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from m3ae_fast.errors import ErrorElsewhere, UserError, attempt, exit_cleanly, raise_shared, told
+from m3ae_fast.base.errors import ErrorElsewhere, UserError, attempt, exit_cleanly, raise_shared, told
 
 
 def test_an_error_is_one_line_whatever_a_name_in_it_holds(capsys):
@@ -19,7 +19,7 @@ def test_an_error_is_one_line_whatever_a_name_in_it_holds(capsys):
     )
 
 
-@pytest.mark.parametrize("command", [["m3ae_fast"], ["m3ae_fast", "config"], ["m3ae_fast.config"]])
+@pytest.mark.parametrize("command", [["m3ae_fast"], ["m3ae_fast", "config"], ["m3ae_fast.cli.config"]])
 def test_a_page_that_cannot_be_written_is_a_line(command):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-u", "-m", *command], stdout=full, stderr=subprocess.PIPE, text=True)

@@ -5,10 +5,12 @@ import time
 
 import pytest
 
-from m3ae_fast.run import checkpoint
-from m3ae_fast.run.record import RECORD_FILE
+from m3ae_fast import checkpoint
+from m3ae_fast.training.record import RECORD_FILE
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.trainer import Trainer, zero
+
+pytestmark = pytest.mark.slow
 
 SOON_S = 90  # far below the timeout of a stall, 300 s; an idle machine takes a few seconds
 

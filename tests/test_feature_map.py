@@ -10,13 +10,13 @@ from sklearn.metrics import silhouette_score
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from m3ae_fast import feature_map
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.visualise import main
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import keep_classes, label_corpus
-from m3ae_fast.errors import UserError
-from m3ae_fast.feature_map import separation
-from m3ae_fast.visualise import main
+from m3ae_fast.evaluation import feature_map
+from m3ae_fast.evaluation.feature_map import separation
 from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
 
@@ -51,6 +51,7 @@ def runs(tmp_path):
     return found
 
 
+@pytest.mark.slow
 def test_runs_are_drawn_beside_each_other(runs, tmp_path, monkeypatch, capsys):
     given = []
     monkeypatch.setattr(feature_map, "draw_map", lambda *args: given.append(args))
@@ -81,6 +82,7 @@ def test_samples_may_lack_a_class_that_others_have(runs, tmp_path, monkeypatch):
     assert labels.tolist() == [0, 1, 0, 1, 0] and names == ["green", "red"]
 
 
+@pytest.mark.slow
 def test_a_picture_is_as_wide_as_its_panels(runs, tmp_path):
     val = labelled_tar(tmp_path / "val.tar", range(12))
     widths = []

@@ -21,6 +21,7 @@ def wait_here():
     threading.Event().wait()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_shown_with_where_it_waits(tmp_path, monkeypatch):
     log = tmp_path / "log"
     processes = ranks.fork_ranks(__name__, [], 2, log)

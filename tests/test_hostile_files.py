@@ -13,32 +13,35 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast import checkpoint
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.checkpoint import resuming
+from m3ae_fast.checkpoint.state_files import STATE_FILE, State
+from m3ae_fast.cli.fill import make_sample
+from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
-from m3ae_fast.convert.source import read_source
-from m3ae_fast.convert.vit import ViTOptions
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
-from m3ae_fast.errors import UserError
-from m3ae_fast.fill import make_sample
+from m3ae_fast.evaluation.classifier import read_config
+from m3ae_fast.evaluation.report import read_results
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.report import read_results
-from m3ae_fast.run import checkpoint, resuming
-from m3ae_fast.run.parts import STATE_FILE, State
-from m3ae_fast.run.run_log import METRICS_FILE, RunLog
-from m3ae_fast.shard_tools.claim import claimed
-from m3ae_fast.shard_tools.hdf5 import Hdf5
-from m3ae_fast.transfer.classifier import read_config
+from m3ae_fast.model.pretrained import read_pretrained
+from m3ae_fast.shards.claim import claimed
+from m3ae_fast.shards.hdf5 import Hdf5
+from m3ae_fast.training.log import METRICS_FILE, RunLog
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.vqgan.model import VQGAN
-from m3ae_fast.weights.pretrained import read_pretrained
+from m3ae_fast.weights.mae import ViTOptions
+from m3ae_fast.weights.source import read_source
 from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY
+
+pytestmark = pytest.mark.slow
 
 
 def fuzz(examples: int):

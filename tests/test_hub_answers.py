@@ -8,11 +8,11 @@ import threading
 import huggingface_hub
 import pytest
 
-from m3ae_fast import hub_answers as hub
+from m3ae_fast.base import hub_access as hub
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hub import find_folder
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.huggingface import HuggingFace
-from m3ae_fast.weights.hub import find_folder
+from m3ae_fast.shards.huggingface import HuggingFace
 
 
 class _Knows(http.server.BaseHTTPRequestHandler):
@@ -60,6 +60,7 @@ def test_silence_is_none(at, monkeypatch):
     assert not hub.hub_answers("owner/name")  # refused, as nobody listens any more
 
 
+@pytest.mark.slow
 def test_silence_is_not_waited_for_again(at, monkeypatch, tmp_path):
     """A name of which this machine has no copy is an error, without the library's own attempts."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

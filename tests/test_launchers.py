@@ -7,7 +7,7 @@ from zlib import crc32
 
 import pytest
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.process.launchers import adopt, alone, first_host
 from tests.helpers import ranks as helper
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.memory import out_of_memory
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.memory import out_of_memory
 from m3ae_fast.process.background import Background
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
@@ -29,11 +29,12 @@ def under_limit(*arguments, limit=TOO_LITTLE):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "m3ae_fast.train", "--config", CONFIG],
-        ["-m", "m3ae_fast.data", "index", "--help"],
+        ["-m", "m3ae_fast", "train", "--config", CONFIG],
+        ["-m", "m3ae_fast", "data", "index", "--help"],
         ["-m", "m3ae_fast", "train", "--config", CONFIG],
         [str(ROOT / "m3ae_fast/train.py"), "--config", CONFIG],
     ],
@@ -48,7 +49,7 @@ def test_too_little_memory_to_import_torch_is_one_line(command):
 
 @pytest.mark.parametrize("limit", [600 << 20, 1200 << 20])  # where torch's libraries abort, and where they hang
 def test_too_little_memory_for_its_threads_is_one_line_too(limit):
-    done = under_limit("-m", "m3ae_fast.train", "--help", limit=limit)
+    done = under_limit("-m", "m3ae_fast", "train", "--help", limit=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: not enough memory (torch alone takes 1.5 GB of addresses); ulimit -v allows")
 

@@ -11,11 +11,11 @@ from m3ae_kernels import registry
 from m3ae_kernels.attention import op
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3ae_fast.batch.flops import executed_flops
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pooling import mean_of_tokens, only_cls
 from m3ae_fast.model.transformer import Block, Transformer, drop_path, drop_path_factors
@@ -498,6 +498,7 @@ def test_representation_refuses_nonsense():
     assert not model.representation(None, *ignored)[:, -1].any()
 
 
+@pytest.mark.slow
 def test_a_function_of_the_representation_compiles():
     model, images = make_model(), torch.stack([make_sample(i).image for i in range(2)])
 
@@ -557,6 +558,7 @@ def test_sizes_build(size):
     assert {"small": 74.8, "base": 150.8, "large": 376.2, "huge": 711.7}[size] == pytest.approx(count / 1e6, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["autocast", "parameters"])
 def test_every_gradient_in_bf16_is_near_that_in_float32(by):
     """Plain torch runs bf16 by autocast, DeepSpeed by parameters of bf16."""

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.batch.grids import Native, patch_rows
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config, LossConfig, ModelConfig, parse
-from m3ae_fast.errors import UserError
+from m3ae_fast.images.patch_grid import Native, patch_rows
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_1d
-from m3ae_fast.open_model import set_images
+from m3ae_fast.weights.open_model import set_images
 
 SQUARE = ModelConfig(
     size=None, emb_dim=24, depth=2, num_heads=3, dec_emb_dim=16, dec_depth=2, dec_num_heads=2, image_size=16,

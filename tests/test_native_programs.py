@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast import export, features, fill, train, visualise
-from m3ae_fast.batch.images import decode_image
-from m3ae_fast.data.__main__ import main as data_tools
-from m3ae_fast.errors import UserError
-from m3ae_fast.open_model import open_model, set_images
-from m3ae_fast.pictures.figures import box_in, shown
-from m3ae_fast.transfer.__main__ import main as transfer
-from m3ae_fast.transfer.corruptions import KINDS, Corruption
-from m3ae_fast.transfer.heads import AttentiveHead
-from m3ae_fast.transfer.job import Job
+from m3ae_fast import train
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli import export, features, fill, visualise
+from m3ae_fast.cli.shards import main as data_tools
+from m3ae_fast.cli.transfer import main as transfer
+from m3ae_fast.drawing.figures import box_in, shown
+from m3ae_fast.evaluation.corruptions import KINDS, Corruption
+from m3ae_fast.evaluation.heads import AttentiveHead
+from m3ae_fast.evaluation.job import Job
+from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.weights.open_model import open_model, set_images
 from tests.helpers.labelled import labelled_members, tiny_run
 from tests.helpers.shards import write_tar
 from tests.test_resume import SAVE, _cut
@@ -52,6 +53,7 @@ def run(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("run"), resize="native", max_patches=20)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
     """And it learns; its reconstructions are drawn. It has looked how large its images are, to share them out."""
     sizes = Path(f"{shards[0]}.sizes.index")
@@ -70,6 +72,7 @@ def test_a_run_is_the_same_resumed_and_on_two_ranks(trainer, shards):
     np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(whole), rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["knn", "attentive", "finetune", "robustness"])
 def test_tasks_take_them(run, shards, tmp_path, task, capsys):
     def perform(task, model, *settings, out="out"):
@@ -141,6 +144,7 @@ def _samples(start, stop):
     return files.values()
 
 
+@pytest.mark.slow
 def test_pictures_keep_the_aspect_ratio(run, shards, tmp_path):
     for number, kind in enumerate(([], ["attention"], ["attention", "--patch", "1,3"])):
         out = tmp_path / f"{number}.png"
@@ -176,6 +180,7 @@ def test_exports_are_of_square_images_and_say_so(run, tmp_path, capsys):
     assert open_model(str(tmp_path / "own"), text=False).config.resize == "native"
 
 
+@pytest.mark.slow
 def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, capsys):
     sizes = tmp_path / "sizes.json"
     data_tools(["stats", shards[0], "--sizes", str(sizes), "--cache-dir", str(tmp_path)])

@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from m3ae_fast.config import Config, parse
-from m3ae_fast.engine import needs
-from m3ae_fast.engine.needs import activation_bytes, lacking_for_activations, memory_needed, typical_batch, zero_bytes
+from m3ae_fast.engine import memory_estimate
+from m3ae_fast.engine.memory_estimate import (
+    activation_bytes,
+    lacking_for_activations,
+    memory_needed,
+    typical_batch,
+    zero_bytes,
+)
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.trainer import TINY
 
@@ -76,7 +82,9 @@ def test_what_one_rank_lacks_all_are_told(monkeypatch):
     free = ["", "8 GB are needed, and 7 GB are free", "8 GB are needed, and 6 GB are free"]
     asked = []
     for own in free:
-        monkeypatch.setattr(needs, "missing_memory", lambda needed, device, own=own: asked.append(needed) or own)
+        monkeypatch.setattr(
+            memory_estimate, "missing_memory", lambda needed, device, own=own: asked.append(needed) or own
+        )
         ranks = SimpleNamespace(world=3, device=torch.device("cpu"), gather=lambda own: free)
         assert lacking_for_activations(config(), ranks, 4) == free[1]
     assert asked == [memory_needed(config(), 3, 4)] * 3
@@ -88,4 +96,4 @@ def test_what_one_rank_lacks_all_are_told(monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_decides_where_blocks_are_compiled_and_not_checkpointed(compiled, checkpointing):
     train = config(compile=compiled, activation_checkpointing=checkpointing).train
-    assert needs.recomputes(train) == (compiled and not checkpointing)
+    assert memory_estimate.recomputes(train) == (compiled and not checkpointing)

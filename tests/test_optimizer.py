@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from m3ae_fast.batch.packing import pack
+from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import collect, prime, set_lr
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.run.staging import Staging
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED
 from tests.test_model import TINY as SMALL

@@ -5,14 +5,17 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from m3ae_fast import export, visualise
-from m3ae_fast.data.__main__ import main as data
+from m3ae_fast.cli import export, visualise
+from m3ae_fast.cli.shards import main as data
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.ranks import environment
 from tests.helpers.shards import caption, picture
 from tests.helpers.trainer import ROOT, TINY
+
+pytestmark = pytest.mark.slow
 
 SMALL = {**{f"model.{key}": value for key, value in TINY["model"].items() if key not in ("size", "vocab_size")}}
 SMALL |= {"train.steps": 3, "train.global_batch": 8, "train.pictures": 0, "data.workers": 0, "deepspeed": "null"}
@@ -39,7 +42,7 @@ def test_five_commands_from_a_folder_to_a_model(tmp_path, monkeypatch, capsys):
     train = [size.join(word.split("2048")) if "vocab_size" in word else word for word in train]
     train = [str(ROOT / word) if word.startswith("configs/") else word for word in train]
     options = [option for key, value in SMALL.items() for option in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "m3ae_fast.train", *train, *options]
+    command = [sys.executable, "-m", "m3ae_fast", "train", *train, *options]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert visualise.main([*draw, "--pictures", "2"]) == 0 and export.main(write) == 0

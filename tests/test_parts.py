@@ -11,14 +11,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import folder as folder_module
+from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
+from m3ae_fast.cli.export import export
 from m3ae_fast.engine.fragments import Fragment, cut, whole
-from m3ae_fast.errors import UserError
-from m3ae_fast.export import export
 from m3ae_fast.process import agreement
-from m3ae_fast.run import checkpoint, parts, resuming
-from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.parts import TABLE_FILE, part_files
-from m3ae_fast.run.staging import Staging
+from m3ae_fast.training.loop import Loop
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
@@ -32,6 +34,7 @@ def _ranks(what, folder, ranks):
     assert code == 0, out[-3000:]
 
 
+@pytest.mark.slow
 def test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit(tmp_path):
     """Plain torch and ZeRO 0 to 3; no rank copies more than 1.3 times its share."""
     _ranks("save", tmp_path, 4)
@@ -42,14 +45,16 @@ def test_what_four_ranks_save_any_number_loads_in_any_stage_bit_for_bit(tmp_path
         _ranks("load", tmp_path, ranks)
 
 
+@pytest.mark.slow
 def test_what_one_rank_saved_several_load(tmp_path):
     _ranks("save", tmp_path, 1)
     assert [path.name for path in (tmp_path / "3/checkpoints/step-00000002").glob("*.safetensors")] == [
-        parts.STATE_FILE
+        state_files.STATE_FILE
     ]
     _ranks("load", tmp_path, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, where", [(2, "save_file"), (1, "to_disk"), (0, "write_table"), (0, "put_in_place")])
 def test_a_rank_that_is_killed_in_the_midst_of_a_save_leaves_the_one_before(tmp_path, rank, where):
     processes = fork_ranks(MODULE, ["die", str(tmp_path), str(rank), where], 4, tmp_path / "log")
@@ -148,9 +153,9 @@ def test_an_element_in_no_part_or_in_two_is_noticed_on_every_rank(tmp_path):
 
 
 def test_a_table_is_made_once_of_what_is_cut_alike(tmp_path, monkeypatch):
-    made, tabulate = [], parts.tabulate
-    monkeypatch.setattr(parts, "tabulate", lambda *args: made.append(args[0].name) or tabulate(*args))
-    parts._table.cache_clear()
+    made, tabulate = [], state_files.tabulate
+    monkeypatch.setattr(state_files, "tabulate", lambda *args: made.append(args[0].name) or tabulate(*args))
+    state_files._table.cache_clear()
     other = {name: tensor + 1 for name, tensor in STATE.items()}
     paths = [save_cut(tmp_path, state, 3, step) for step, state in enumerate((STATE, other))]
     assert len(made) == 1
@@ -174,14 +179,14 @@ def test_what_is_not_finite_on_one_rank_is_told_on_all_and_written_by_none(tmp_p
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no room")])
 def test_a_disk_that_refuses_one_rank_is_told_on_all(tmp_path, monkeypatch, error):
-    first, write = save_cut(tmp_path, STATE, 3), parts.save_file
+    first, write = save_cut(tmp_path, STATE, 3), state_files.save_file
 
     def refuse(tensors, file, *rest):
         if part_files(3)[1] in str(file):
             raise error
         write(tensors, file, *rest)
 
-    monkeypatch.setattr(parts, "save_file", refuse)
+    monkeypatch.setattr(state_files, "save_file", refuse)
     (text,) = set(save_parts(tmp_path, _parts(), step=2))
     assert "cannot be written (rank 1: " in text and str(error) in text and "earlier ones are intact" in text
     assert os.listdir(tmp_path / "checkpoints") == [first.name]
@@ -189,20 +194,22 @@ def test_a_disk_that_refuses_one_rank_is_told_on_all(tmp_path, monkeypatch, erro
 
 def test_a_folder_that_nodes_do_not_share_is_told(tmp_path, monkeypatch):
     """A rank's file is on the disk of its own node."""
-    write = parts.save_file
+    write = state_files.save_file
 
     def elsewhere(tensors, file, *rest):
         write(tensors, tmp_path / "elsewhere" if file.name == part_files(3)[2] else file, *rest)
 
     (tmp_path / "elsewhere").touch()
-    monkeypatch.setattr(parts, "save_file", elsewhere)
-    monkeypatch.setattr(parts, "to_disk", lambda file: None)
-    monkeypatch.setattr(parts, "sha256", lambda file: "0")
+    monkeypatch.setattr(state_files, "save_file", elsewhere)
+    monkeypatch.setattr(state_files, "to_disk", lambda file: None)
+    monkeypatch.setattr(state_files, "sha256", lambda file: "0")
     (text,) = set(save_parts(tmp_path, _parts()))
     assert "which rank 2 wrote, cannot be read by rank 0" in text and "file system that all nodes see" in text
 
 
-@pytest.mark.parametrize("module, step", [(parts, "save_file"), (parts, "write_table"), (checkpoint, "put_in_place")])
+@pytest.mark.parametrize(
+    "module, step", [(state_files, "save_file"), (state_files, "write_table"), (folder_module, "put_in_place")]
+)
 def test_a_folder_that_is_renamed_while_ranks_write_costs_nothing(tmp_path, monkeypatch, module, step):
     run, done, lock = tmp_path / "run", getattr(module, step), threading.Lock()
 
@@ -313,7 +320,7 @@ def test_a_table_of_somebody_else_leads_to_one_line_and_to_no_other_file(saved, 
         table[key] = table[key] | value if isinstance(value, dict) else value
     (saved / TABLE_FILE).write_text(json.dumps(table))
     (saved / "state.json").write_text(
-        json.dumps(info | {"sha256": info["sha256"] | {TABLE_FILE: parts.sha256(saved / TABLE_FILE)}})
+        json.dumps(info | {"sha256": info["sha256"] | {TABLE_FILE: state_files.sha256(saved / TABLE_FILE)}})
     )
     with pytest.raises(UserError, match="is damaged") as caught:
         checkpoint.read_weights(saved)
@@ -326,7 +333,7 @@ def test_a_piece_of_another_type_or_size_is_refused(saved):
     pieces = load_file(file)
     for other in (pieces["model/a"].double(), pieces["model/a"][:-1], pieces["model/a"][None], None):
         save_file({"model/a": other} if other is not None else {"x": torch.ones(1)}, file)
-        sums = info["sha256"] | {file.name: parts.sha256(file)}
+        sums = info["sha256"] | {file.name: state_files.sha256(file)}
         (saved / "state.json").write_text(json.dumps(info | {"sha256": sums}))
         with pytest.raises(UserError, match=r"state-00001-of-00003\.safetensors is damaged"):
             checkpoint.open_state(saved).whole("model/a")
@@ -384,6 +391,7 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for():
         settings=SimpleNamespace(global_batch=4, keep=1),
         run=SimpleNamespace(seed=0),
         step=3, finite_evaluation=None, constants=dict, staging=staging, sections={}, stream={}, attention={},
+        limit=None, schedule=SimpleNamespace(changes=()),
     )  # fmt: skip
     Loop.save(loop)
     waiting = threading.Thread(target=staging.wait)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.errors import UserError
-from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures import attention
-from m3ae_fast.pictures.attention import (
+from m3ae_fast.cli.visualise import main
+from m3ae_fast.drawing import attention
+from m3ae_fast.drawing.attention import (
     OUTLINE,
     SHADE,
     Look,
@@ -20,7 +20,7 @@ from m3ae_fast.pictures.attention import (
     draw_patch_attention,
     shade,
 )
-from m3ae_fast.visualise import main
+from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.test_visualise import SIZES, _use
 

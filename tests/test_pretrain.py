@@ -25,29 +25,30 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m3ae_fast import export, pretrain, visualise
+from m3ae_fast import checkpoint, pretrain
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import fast_precision
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.cli import export, visualise
+from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
 from m3ae_fast.data.manifest import rows_of
 from m3ae_fast.data.manifest import write as write_manifest
-from m3ae_fast.engine.needs import memory_needed
+from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import fast_precision
+from m3ae_fast.evaluation.report import write_report
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import choices, evaluation, plan, program
 from m3ae_fast.pretraining import look as look_module
-from m3ae_fast.pretraining.__main__ import main
 from m3ae_fast.pretraining.choices import LADDER, Facts, Shards, batch_of, image_and_patch, settings, steps_in
-from m3ae_fast.pretraining.held_out import shared_images, write_without
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import _overlap, find_shards
-from m3ae_fast.report import write_report
-from m3ae_fast.run import checkpoint, pace
-from m3ae_fast.run.pace import Pace
-from m3ae_fast.shard_tools.same_images import PIECE
-from m3ae_fast.status import status
+from m3ae_fast.shards.duplicate_images import PIECE
+from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start
+from m3ae_fast.training import pace
+from m3ae_fast.training.pace import Pace
+from m3ae_fast.training.record import status
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
@@ -91,6 +92,7 @@ def site(tmp_path_factory):
     return work / "site"
 
 
+@pytest.mark.slow
 def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
     make_pictures(tmp_path / "photos")
     line = [site / "bin/m3ae-fast", "pretrain", "photos", "--out", "run", "--hours", "0.001"]
@@ -151,12 +153,12 @@ def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
 STOPS = """
 import os, signal, sys, time
 from dataclasses import replace
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.pretraining import look, plan, program
-from m3ae_fast.pretraining.__main__ import main
-from m3ae_fast.run.run import Run
-from m3ae_fast.shard_tools import writer
-from m3ae_fast.transfer import knn, linear, recipe
+from m3ae_fast.cli.pretrain import main
+from m3ae_fast.training.run import Run
+from m3ae_fast.shards import writer
+from m3ae_fast.evaluation import knn, linear, recipe
 
 recipe.OFFICIAL["linear"] = replace(recipe.OFFICIAL["linear"], fewest_steps=10)
 STAGES = {
@@ -199,7 +201,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     run.mkdir()
     config = settings(facts, Shards([shards], [shards], []), run, LADDER[0], 1, 9, "cls", [])
     (run / "config.json").write_text(config.model_dump_json())
-    monkeypatch.setattr(program.train, "perform", lambda *_: None)
+    monkeypatch.setattr(program, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(program, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(program, "evaluate", seen.append)  # which says that it was stopped
     assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"]).finished
@@ -253,7 +255,7 @@ def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
     def hold(*_):
         run.mkdir(exist_ok=True)
         code = (
-            "import pathlib; from m3ae_fast.run.run_folder import RunFolder\n"
+            "import pathlib; from m3ae_fast.training.run_folder import RunFolder\n"
             f"held = RunFolder(pathlib.Path({str(run)!r})); print(flush=True); input()"
         )
         command = [sys.executable, "-c", code]
@@ -315,6 +317,7 @@ def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():
     assert largest.split() == ["the", "largest", "class", "66.0", "66.0", "(1,200", "samples)"]
 
 
+@pytest.mark.slow
 def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
     """By Ctrl-C, which reaches all processes of a terminal's job: one line says so, and no stage is done twice."""
     make_pictures(tmp_path / "photos", each=6)
@@ -574,7 +577,7 @@ def test_an_image_is_on_one_side_of_a_data_set(tmp_path, monkeypatch):
         "path": [{"bytes": None, "path": f"{tmp_path}/{i // 3}.jpg"} for i in range(30)],
     }.items():
         rows = Dataset.from_dict({"image": images, "caption": [f"{i // 3}" for i in range(30)]}, features=kinds)
-        monkeypatch.setattr("m3ae_fast.shard_tools.huggingface.hub_answers", lambda *_: True)
+        monkeypatch.setattr("m3ae_fast.shards.huggingface.hub_answers", lambda *_: True)
         monkeypatch.setattr("datasets.load_dataset", lambda *_, rows=rows: rows)
         find_shards(f"owner/{kind}", tmp_path / f"run-{kind}", None, [])
         sides = [_texts(tmp_path / f"run-{kind}/shards/{part}-00000.tar") for part in ("train", "val")]
@@ -599,7 +602,7 @@ def test_a_data_set_is_taken_with_its_splits(tmp_path, monkeypatch):
     assert [shards.train, shards.val] == [[f"{tmp_path}/run/shards/{name}-*.tar"] for name in ("train", "test")]
     facts, notes = look(shards, tmp_path / "run", "cls")
     assert (facts.samples, facts.held_out, facts.classes, notes) == (4, 4, 2, []) and facts.vocab_size
-    monkeypatch.setattr("m3ae_fast.shard_tools.huggingface.hub_answers", lambda *_: True)
+    monkeypatch.setattr("m3ae_fast.shards.huggingface.hub_answers", lambda *_: True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the hub is far")))
     with pytest.raises(UserError, match="nowhere: no such folder here; as a data set's name: "):
         find_shards("nowhere", tmp_path / "other", None, [])
@@ -627,6 +630,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path, monkeypatch):
         assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -1051,7 +1055,7 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", LADDER[0], 1, 9, "cls", [])
     monkeypatch.setattr(program, "choose", lambda *_: plan.Plan(config, [], "9 steps: give more"))
-    monkeypatch.setattr(program.train, "perform", lambda *_: None)
+    monkeypatch.setattr(program, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(program, "status", lambda _: ("stopped", ""))
     stdin = StringIO(f"{answer}\n")
     stdin.isatty = lambda: terminal
@@ -1065,6 +1069,7 @@ def test_it_is_asked_whether_to_start_a_run_that_is_too_short(monkeypatch, tmp_p
     assert "warning: 9 steps: give more" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_takes_about_the_hours_that_it_is_given(tmp_path):
     """However busy the machine is it ends, and says after how many steps."""
     photos = make_pictures(tmp_path / "photos", each=40, captions=False)

@@ -10,18 +10,17 @@ import pytest
 import tifffile
 from PIL import Image
 
-from m3ae_fast import pretrain
+from m3ae_fast import checkpoint, pretrain
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import train_tokenizer
+from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.errors import UserError
-from m3ae_fast.pretraining.__main__ import main
 from m3ae_fast.pretraining.choices import LADDER, Shards, assumed, check_overrides, settings
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.source import find_shards
-from m3ae_fast.run import checkpoint
-from m3ae_fast.shard_tools.tally import Tally
-from m3ae_fast.shard_tools.tokenizer_training import caption_texts
+from m3ae_fast.shards.tally import Tally
+from m3ae_fast.shards.tokenizer_training import caption_texts
 from tests.helpers.shards import caption, members, picture, write_tar
 
 RANDOM = np.random.RandomState(0)
@@ -196,7 +195,7 @@ def test_every_setting_that_is_chosen_is_set_alone_above():
     """Except those that are arguments."""
     config = _chosen().model_dump(exclude_unset=True)
     chosen = {f"{section}.{key}" for section in config if config[section] for key in config[section]}
-    assert chosen - {override.partition("=")[0] for override in SETTINGS} == {"run.dir", "data.train"}
+    assert chosen - {override.partition("=")[0] for override in SETTINGS} == {"run.dir", "data.train", "train.hours"}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +254,7 @@ def test_the_vocabulary_is_the_users(tmp_path):
 
 def test_of_many_captions_a_part_is_read(tmp_path, monkeypatch):
     """Of shards that are evenly spaced, and of samples that are."""
-    monkeypatch.setattr("m3ae_fast.shard_tools.tokenizer_training._SHARDS", 2)
+    monkeypatch.setattr("m3ae_fast.shards.tokenizer_training._SHARDS", 2)
     for shard in range(6):
         files = [(f"{i}.txt", f"{shard} {i}".encode()) for i in range(10)]
         write_tar(tmp_path / f"{shard}.tar", files)
@@ -274,6 +273,7 @@ def test_samples_that_cannot_be_used_are_told(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path, capsys):
     """In the layout of ImageFolder, with a table of labels: one look comes first, then a model of grey images."""
     root = tmp_path / "cells"

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from m3ae_fast import progress as module
-from m3ae_fast.progress import Lines, TimeLeft, track
+from m3ae_fast.base import progress as module
+from m3ae_fast.base.progress import Lines, TimeLeft, track
 
 
 class _Clock:

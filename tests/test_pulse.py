@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from m3ae_fast.process import pulse as pulse_module
+from m3ae_fast.process import heartbeats as pulse_module
 from m3ae_fast.process import signals
-from m3ae_fast.process.pulse import Pulse
-from m3ae_fast.process.rooms import Room, by_machine, rooms_of
+from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.node_groups import Room, by_machine, rooms_of
 from m3ae_fast.process.signals import StopRequest
 
 

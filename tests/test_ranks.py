@@ -19,11 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from m3ae_fast.errors import ErrorElsewhere, Told, UserError
+from m3ae_fast.base.errors import ErrorElsewhere, Told, UserError
 from m3ae_fast.process import program, ranks
 from m3ae_fast.process.failures import explain
-from m3ae_fast.process.rooms import Room
+from m3ae_fast.process.node_groups import Room
 from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
+
+pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 3.0  # of collectives, and of stalls
 

@@ -10,12 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from m3ae_fast.errors import UserError
-from m3ae_fast.parquet import write_parquet
-from m3ae_fast.pictures.curves import LEARNING, RUNNING, Chart, Line, _curves, draw_charts
-from m3ae_fast.report import main, write_report
-from m3ae_fast.run.checkpoint import Info
-from m3ae_fast.transfer.difference import against_largest_class
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import write_parquet
+from m3ae_fast.checkpoint.folder import Info
+from m3ae_fast.cli.report import main
+from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, Line, _curves, draw_charts
+from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.report import write_report
 
 LINES = [
     {"step": 0, "val_image_loss": 2.0},

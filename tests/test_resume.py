@@ -13,17 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m3ae_fast import train
+from m3ae_fast import checkpoint, train
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint.state_files import STATE_FILE, State
 from m3ae_fast.config import Config, DataConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Data, Layout, ShardStore, open_corpus
 from m3ae_fast.data.fingerprint import WRITTEN, fingerprint
-from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint, parts, resuming, run
-from m3ae_fast.run.parts import STATE_FILE, State
+from m3ae_fast.training import run
 from tests.helpers.checkpoints import save
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import CLIPART, TINY, zero
+
+pytestmark = pytest.mark.slow
 
 SAVE = ["--set", "train.save_every=2", "--set", "train.keep=9"]
 
@@ -419,10 +422,10 @@ def test_keep_never_removes_the_last_good_one(tmp_path):
 
 def test_what_a_killed_process_was_writing_or_removing_goes_with_the_next_save(tmp_path):
     for name in (".writing-00000007-1", ".removing-step-00000001", "step-00000002"):
-        (checkpoint.folder(tmp_path) / name).mkdir(parents=True)
-        (checkpoint.folder(tmp_path) / name / STATE_FILE).touch()
+        (checkpoint.checkpoints_dir(tmp_path) / name).mkdir(parents=True)
+        (checkpoint.checkpoints_dir(tmp_path) / name / STATE_FILE).touch()
     _save(tmp_path, 2)
-    assert [path.name for path in checkpoint.folder(tmp_path).iterdir()] == ["step-00000002"]
+    assert [path.name for path in checkpoint.checkpoints_dir(tmp_path).iterdir()] == ["step-00000002"]
     assert checkpoint.saved_steps(tmp_path)
 
 
@@ -432,7 +435,7 @@ def test_what_is_set_aside_again_takes_the_place_of_the_last_time(tmp_path):
             _save(tmp_path, step)
         asides = checkpoint.set_aside_after(tmp_path, 1)
         assert [path.name for path in asides] == [f"aside-step-{step:08}" for step in (2 + number, 5)]
-    names = sorted(path.name for path in checkpoint.folder(tmp_path).iterdir())
+    names = sorted(path.name for path in checkpoint.checkpoints_dir(tmp_path).iterdir())
     assert names == [*(f"aside-step-{step:08}" for step in (2, 3, 5)), "step-00000001"]
 
 
@@ -521,7 +524,7 @@ def test_a_run_does_not_go_on_among_checkpoints_of_another(tmp_path):
 def test_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     info = checkpoint.Info(1, 16, 42, {}, {})
     good = save(tmp_path, {"model/w": torch.ones(3)}, info, keep=1)
-    monkeypatch.setattr(parts, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(state_files, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         save(tmp_path, {"model/w": torch.zeros(3)}, checkpoint.Info(2, 32, 42, {}, {}), keep=1)
     assert checkpoint.saved_steps(tmp_path) == [good]

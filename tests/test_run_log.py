@@ -17,17 +17,20 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m3ae_fast.batch.bad_samples import BadSamples, Skipped
+from m3ae_fast import checkpoint
+from m3ae_fast.base.bad_samples import BadSamples, Skipped
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import folder as folder_module
+from m3ae_fast.checkpoint import state_files
 from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
-from m3ae_fast.errors import UserError
-from m3ae_fast.report import write_report
-from m3ae_fast.run import checkpoint, parts, run_folder, throughput
-from m3ae_fast.run.loggers import WANDB_ID_FILE
-from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.run import Run
-from m3ae_fast.run.run_folder import LOCK_FILE, RunFolder
-from m3ae_fast.run.run_log import METRICS_FILE, RunLog
+from m3ae_fast.evaluation.report import write_report
+from m3ae_fast.training import run_folder, throughput
+from m3ae_fast.training.log import METRICS_FILE, RunLog
+from m3ae_fast.training.loggers import WANDB_ID_FILE
+from m3ae_fast.training.loop import Loop
+from m3ae_fast.training.run import Run
+from m3ae_fast.training.run_folder import LOCK_FILE, RunFolder
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import tiny_run
 
@@ -53,7 +56,7 @@ def test_a_resumed_run_forgets_what_came_after_and_a_new_one_all(tmp_path, capfd
 
 
 def test_one_folder_is_for_one_run(tmp_path):
-    program = "import pathlib, sys; from m3ae_fast.run.run_folder import RunFolder\n"
+    program = "import pathlib, sys; from m3ae_fast.training.run_folder import RunFolder\n"
     program += "folder = RunFolder(pathlib.Path(sys.argv[1])); print('has it', flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -82,7 +85,7 @@ def test_a_file_system_without_locks_of_folders_has_those_of_files(tmp_path, mon
 
 def test_the_lock_outlives_its_file(tmp_path):
     program = (
-        "import pathlib, sys; from m3ae_fast.run.run_folder import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
+        "import pathlib, sys; from m3ae_fast.training.run_folder import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
     )
     with RunFolder(tmp_path / "run") as folder:
         (folder.path / LOCK_FILE).unlink()
@@ -116,6 +119,7 @@ def test_a_folder_that_is_removed_under_way_is_told_and_made_again(tmp_path, cap
     assert captured.out.count("was removed: what it held is lost") == 1 and "Traceback" not in captured.err
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
     run, renamed = trainer.folder / "run", trainer.folder / "renamed"
     process = trainer.fork("run", "--set", "train.steps=100000", "--set", "train.save_every=20")
@@ -135,7 +139,9 @@ def test_a_folder_that_is_renamed_under_way_is_told_with_what_to_do(trainer):
     assert trainer.lines("renamed")[-1][0] == last + 1
 
 
-@pytest.mark.parametrize("module, step", [(parts, "save_file"), (parts, "sha256"), (checkpoint, "put_in_place")])
+@pytest.mark.parametrize(
+    "module, step", [(state_files, "save_file"), (state_files, "sha256"), (folder_module, "put_in_place")]
+)
 def test_a_folder_that_is_renamed_in_the_midst_of_a_save_costs_nothing(tmp_path, monkeypatch, module, step):
     run, done = tmp_path / "run", getattr(module, step)
 
@@ -170,9 +176,10 @@ def test_a_folder_in_which_nothing_came_to_be_goes_again(tmp_path):
     assert (tmp_path / "mine").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["head -1", "true", "cat > /dev/full"])
 def test_a_run_outlives_the_reader_of_its_output(tmp_path, reader):
-    program = "import pathlib, sys; from m3ae_fast.run.run_log import RunLog\n"
+    program = "import pathlib, sys; from m3ae_fast.training.log import RunLog\n"
     program += "with RunLog(pathlib.Path(sys.argv[1]), 0, 1) as metrics:\n"
     program += "    for step in range(3000): metrics.log(step, {'loss': 1.0})\n"
     program += "(pathlib.Path(sys.argv[1]) / 'done').touch()"
@@ -212,6 +219,7 @@ def test_tensorboard_has_scalars_and_pictures(tmp_path):
     assert (picture.step, picture.width, picture.height) == (3, 8, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["pairs", "four channels", "texts"])
 def test_loggers_get_the_pictures_of_the_report(tmp_path, monkeypatch, case):
     """With every checkpoint; a stand-in for wandb keeps what it is given."""
@@ -254,6 +262,7 @@ def test_tensorboard_keeps_what_was_before_a_resume_and_purges_what_came_after(t
     assert [(point.step, point.value) for point in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
@@ -267,9 +276,10 @@ def test_wandb_offline_and_again_after_a_resume(tmp_path, monkeypatch):
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 3
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account_is_one_line(tmp_path):
-    program = "import pathlib, sys; from m3ae_fast.run.run_log import RunLog\n"
-    program += "from m3ae_fast.errors import exit_cleanly\n"
+    program = "import pathlib, sys; from m3ae_fast.training.log import RunLog\n"
+    program += "from m3ae_fast.base.errors import exit_cleanly\n"
     program += "log = RunLog(pathlib.Path(sys.argv[1]), 0, 1, ['wandb']); sys.exit(exit_cleanly(log.begin))"
     account = ("WANDB_API_KEY", "WANDB_MODE", "HOME", "NETRC")
     env = {k: v for k, v in os.environ.items() if k not in account} | {"HOME": str(tmp_path)}

@@ -13,15 +13,15 @@ from m3ae_kernels.attention import Segments, per_sample
 from m3ae_kernels.cpu.linear import linear
 from torch._dynamo.utils import counters
 
+from m3ae_fast.base.hardware import has_compiler
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import INDEX_ROWS, PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack, rounded
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.hardware import has_compiler
 from m3ae_fast.model import transformer
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import gelu
-from m3ae_fast.run.throughput import StepCounts
+from m3ae_fast.training.throughput import StepCounts
 from tests.helpers.attention import attend
 
 TINY = ModelConfig(
@@ -105,6 +105,7 @@ def test_linear(rows):
 KINDS = ["p" * 20 + "iitt", "i", "ttt", "p", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("all_tokens", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_repeating_shapes_change_no_result(kinds, all_tokens):
@@ -182,6 +183,7 @@ def test_shapes_repeat():
     assert len(set(sizes[30_000:])) < 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 @torch._functorch.config.patch(activation_memory_budget=1.0)  # restored afterwards
 def test_compiled_blocks_are_right_and_compile_once():

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from m3ae_fast.__main__ import COMMANDS, MODULES, usage
-from m3ae_fast.transfer import probes
-from m3ae_fast.transfer.__main__ import PROBES, TASKS
+from m3ae_fast.cli.transfer import PROBES, TASKS
+from m3ae_fast.evaluation import probes
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 
@@ -73,13 +73,13 @@ def test_the_package_alone_imports_nothing_that_is_large():
 
 
 def test_help_of_every_program_and_its_commands_does_not_import_torch():
-    modules = [f"m3ae_fast.{MODULES.get(command, command)}" for command in COMMANDS]
+    modules = [MODULES[command] for command in COMMANDS]
     _, said = imported("-c", HELP_OF_ALL, *modules)
     shown = {line.strip() for line in said.splitlines()}
     assert {*modules} <= shown
     tools = ("from-folder", "from-hdf5", "from-hf", "index", "stats", "manifest", "train-tokenizer", "tokenize-images")
-    assert {f"python -m m3ae_fast.data {tool}" for tool in tools} <= shown
-    assert {f"python -m m3ae_fast.transfer {task}" for task in (*TASKS, "difference")} <= shown
+    assert {f"m3ae-fast data {tool}" for tool in tools} <= shown
+    assert {f"m3ae-fast transfer {task}" for task in (*TASKS, "difference")} <= shown
     assert (*PROBES,) == tuple(probes.PROBES)  # their names are known without torch
 
 
@@ -100,7 +100,7 @@ def test_the_list_of_commands_imports_none_of_them():
 
 @pytest.mark.parametrize("arguments", [["--config", "nothing.json"], ["--config", "configs/base.json", "--set", "a=1"]])
 def test_a_mistake_in_a_config_is_told_before_torch_is_imported(arguments):
-    names, said = imported("-m", "m3ae_fast.train", *arguments, code=2)
+    names, said = imported("-m", "m3ae_fast", "train", *arguments, code=2)
     assert "torch" not in names and "error: config " in said
 
 

@@ -6,12 +6,11 @@ import sys
 
 import pytest
 
-from m3ae_fast import status as status_module
-from m3ae_fast.errors import UserError
-from m3ae_fast.run import run_folder
-from m3ae_fast.run.record import Recorder
-from m3ae_fast.run.run_folder import RunFolder
-from m3ae_fast.status import CODES, main, status
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.status import CODES, main
+from m3ae_fast.training import record
+from m3ae_fast.training.record import Recorder, status
+from m3ae_fast.training.run_folder import RunFolder
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 
@@ -72,9 +71,9 @@ def test_a_run_whose_folder_is_held_is_running_and_goes_on(tmp_path):
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_that_ends_or_begins_while_its_record_is_read_has_not_failed(tmp_path, monkeypatch, before):
     Recorder(tmp_path, 10).begin(2)
-    held, read = [before], status_module.read_json
-    monkeypatch.setattr(run_folder, "is_held", lambda path: held[0])
-    monkeypatch.setattr(status_module, "read_json", lambda path: held.insert(0, not before) or read(path))
+    held, read = [before], record.read_json
+    monkeypatch.setattr(record, "is_held", lambda path: held[0])
+    monkeypatch.setattr(record, "read_json", lambda path: held.insert(0, not before) or read(path))
     assert status(tmp_path) == ("running", "running, step 2 of 10 logged")
 
 
@@ -90,6 +89,7 @@ def test_nothing_is_recorded_before_a_step(tmp_path):
             status(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_training_run_keeps_its_record(trainer):
     trainer("run", "--set", "train.steps=2", "--set", "train.eval_samples=4")
     assert status(trainer.folder / "run") == ("finished", "finished at step 2 of 2")

@@ -15,6 +15,8 @@ import pytest
 from tests.helpers.ranks import environment, free_port
 from tests.helpers.trainer import ROOT
 
+pytestmark = pytest.mark.slow
+
 STUCK = "pipe:sleep 100; cat /nowhere"  # a shard that makes the start endless
 
 
@@ -234,8 +236,8 @@ def test_a_process_without_a_launcher_outlives_its_shell():
 PULSE = """
     import hashlib, subprocess, sys, time
     import torch.distributed as dist
-    from m3ae_fast.process.pulse import Pulse
-    from m3ae_fast.process.rooms import Room
+    from m3ae_fast.process.heartbeats import Pulse
+    from m3ae_fast.process.node_groups import Room
     from m3ae_fast.process.signals import StopRequest
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
     heard = [list(range(1, {world})), *[[0]] * ({world} - 1)]

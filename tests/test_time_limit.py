@@ -8,8 +8,8 @@ import pytest
 
 from m3ae_fast.config import LONGEST, Config, parse
 from m3ae_fast.engine.schedule import Change, Schedule
-from m3ae_fast.run import time_limit
-from m3ae_fast.run.time_limit import TimeLimit
+from m3ae_fast.training import time_limit
+from m3ae_fast.training.time_limit import TimeLimit
 from tests.helpers.trainer import TINY
 
 HOUR = 3600.0

@@ -3,11 +3,14 @@
 import shutil
 
 import numpy as np
+import pytest
 
-from m3ae_fast.run import checkpoint
-from m3ae_fast.status import status
+from m3ae_fast import checkpoint
+from m3ae_fast.cli.status import status
 from tests.helpers.ranks import run_ranks
 from tests.helpers.slow_steps import STEP_S
+
+pytestmark = pytest.mark.slow
 
 STEPS = 24  # that fit, where 60 were planned
 OPTIONS = ["train.steps=60", f"train.hours={STEPS * STEP_S / 3600}", "train.save_every=2", "train.keep=30"]

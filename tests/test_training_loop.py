@@ -14,39 +14,43 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import m3ae_fast.run.run as run_module
-from m3ae_fast.batch.bad_samples import Skipped
-from m3ae_fast.batch.flops import executed_flops, reference_flops
+import m3ae_fast.training.run as run_module
+from m3ae_fast import checkpoint
+from m3ae_fast.base.bad_samples import Skipped
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
+from m3ae_fast.checkpoint import resuming
+from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import Config, LoopConfig, MaskingConfig, OptimConfig, SourceConfig, parse
-from m3ae_fast.config.transfer import FineTuneConfig
+from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
 from m3ae_fast.data.loader import collate
 from m3ae_fast.engine import feed as feed_module
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.evaluate import evaluate
 from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.errors import UserError
+from m3ae_fast.engine.validation import evaluate
+from m3ae_fast.evaluation.knn_probe import knn_probe
+from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.stopping import Stopped, until_stopped
-from m3ae_fast.run import checkpoint, resuming, throughput
-from m3ae_fast.run.cautions import MemoryGrowth, cautions
-from m3ae_fast.run.loop import Loop
-from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.run import Run, _preparation
-from m3ae_fast.run.staging import Staging
-from m3ae_fast.run.throughput import StepCounts, Throughput
-from m3ae_fast.train import pre_train
+from m3ae_fast.training import throughput
+from m3ae_fast.training.loop import Loop
+from m3ae_fast.training.loss_watch import LossWatch
+from m3ae_fast.training.notices import MemoryGrowth, cautions
+from m3ae_fast.training.run import Run, _preparation, pre_train
+from m3ae_fast.training.throughput import StepCounts, Throughput
 from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED, make_sample
 from tests.test_model import TINY as SMALL
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass
@@ -109,9 +113,8 @@ def run(monkeypatch, config: Config, **recorder) -> tuple[Recorder, Run]:
     monkeypatch.setattr(run_module, "build_engine", build)
     runs, real = [], Run.set_up
     monkeypatch.setattr(Run, "set_up", lambda *args: runs.append(real(*args)) or runs[-1])
-    args = argparse.Namespace(resume="no", resume_with_changes=False, profile=False)
     with joined_program() as session:
-        pre_train(config, args, session)
+        pre_train(config, session, make_probe=knn_probe)
     return made[-1], runs[-1]
 
 
@@ -598,7 +601,7 @@ def test_what_a_step_draws_depends_on_seed_step_and_rank_alone():
 
 
 def test_the_peak_of_a_matmul_counts_a_multiplication_and_an_addition(monkeypatch):
-    from m3ae_fast import hardware
+    from m3ae_fast.base import hardware
 
     clock = iter(range(1000))
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))  # every matmul takes a second

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from m3ae_fast import export, features, fill, report, visualise
-from m3ae_fast.convert import __main__ as convert_main
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli import convert as convert_main
+from m3ae_fast.cli import export, features, fill, report, visualise
+from m3ae_fast.cli import transfer as transfer_main
 from m3ae_fast.data import ShardStore
-from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint
-from m3ae_fast.transfer import __main__ as transfer_main
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.shards import picture
 

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.batch import pack
+from m3ae_fast.cli.verify import main
 from m3ae_fast.config import LossConfig
-from m3ae_fast.errors import UserError, exit_cleanly
 from m3ae_fast.model import M3AE
-from m3ae_fast.verify.__main__ import main
 from m3ae_fast.verify.golden import Golden, flax_name, relative_error
 from m3ae_fast.verify.program import quantities
 from tests.helpers.official import Official, make_golden
+
+pytestmark = pytest.mark.slow
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 

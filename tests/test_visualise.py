@@ -8,19 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.cli.visualise import _look, main, parse_args
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.data import ShardStore, open_corpus, open_tokenizer
-from m3ae_fast.errors import UserError
+from m3ae_fast.drawing import attention, reconstructions
+from m3ae_fast.drawing.attention import _laid_over, attention_to_patches
+from m3ae_fast.drawing.during_training import draw_training
+from m3ae_fast.drawing.reconstructions import draw_run
+from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.open_model import open_model
-from m3ae_fast.pictures import attention, reconstructions
-from m3ae_fast.pictures.attention import _laid_over, attention_to_patches
-from m3ae_fast.pictures.reconstructions import draw_run
-from m3ae_fast.pictures.training import draw_training
-from m3ae_fast.run import checkpoint
-from m3ae_fast.visualise import _look, main, parse_args
+from m3ae_fast.weights.open_model import open_model
 from tests.helpers.attention import attend
 from tests.helpers.labelled import NAMES, coloured, labelled_members, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
@@ -31,6 +31,7 @@ SIZES = ModelConfig(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_attention_maps_are_the_ops_weights():
     """Its output's gradient by the values of a patch is the weight of that patch."""
     torch.manual_seed(0)
@@ -198,7 +199,7 @@ def test_a_map_is_of_the_features_with_their_own_classes(run, tmp_path, monkeypa
     """Placed by two of the features in the place of t-SNE."""
     _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
-    monkeypatch.setattr("m3ae_fast.feature_map.draw_map", lambda path, *what: drawn.append(what))
+    monkeypatch.setattr("m3ae_fast.evaluation.feature_map.draw_map", lambda path, *what: drawn.append(what))
     chosen = []
 
     def fit_transform(self, features):

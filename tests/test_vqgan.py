@@ -15,24 +15,26 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m3ae_fast.batch.crops import centre_crop
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.cli.convert import main as convert
+from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import Config, DataConfig, LossConfig, MaskingConfig, ModelConfig, SourceConfig, parse
-from m3ae_fast.convert.__main__ import main as convert
 from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
-from m3ae_fast.data.__main__ import main as data
-from m3ae_fast.errors import UserError, exit_cleanly
+from m3ae_fast.drawing.reconstructions import _decoded, draw_reconstructions
+from m3ae_fast.images.crops import centre_crop
+from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pictures.reconstructions import _decoded, draw_reconstructions
-from m3ae_fast.shard_tools.tokenize_images import QUALITY, Crops
+from m3ae_fast.shards.tokenize_images import QUALITY, Crops
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.vqgan import quantities
 from m3ae_fast.vqgan.flax import convert_vqgan, from_flax
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig, with_image_targets
 from tests.helpers.shards import caption, members, picture, write_tar
 from tests.helpers.trainer import TINY
+
+pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden/vqgan/vqgan.npz"
 SMALL = VQGANConfig(32, 1, (1, 1, 1, 1), 8, 16)  # a code for 8 x 8 pixels

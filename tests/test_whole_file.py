@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from m3ae_fast import checkpoint
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
+from m3ae_fast.checkpoint import state_files
+from m3ae_fast.cli.shards import main as make_data
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.data.__main__ import main as make_data
 from m3ae_fast.data.manifest import rows_of, write
 from m3ae_fast.engine.fragments import cut
-from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint, parts
-from m3ae_fast.run.run_log import METRICS_FILE, RunLog
-from m3ae_fast.weights.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.training.log import METRICS_FILE, RunLog
 from tests.helpers.checkpoints import save, save_cut
 from tests.helpers.shards import members, picture, write_tar
 
@@ -115,8 +116,8 @@ def test_contents_reach_the_disk_before_the_name_and_then_the_name(tmp_path, cal
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_brings_its_part_to_the_disk_of_its_own_machine(tmp_path, calls, world):
     """Before it says so: rank 0, which names the checkpoint, may be on another."""
-    part = parts.write_part(tmp_path, cut({"model/a": torch.ones(6)}, world - 1, world), world - 1, world)
-    file = tmp_path / parts.part_files(world)[-1]
+    part = state_files.write_part(tmp_path, cut({"model/a": torch.ones(6)}, world - 1, world), world - 1, world)
+    file = tmp_path / state_files.part_files(world)[-1]
     assert ("sync", file) in calls and part == hashlib.sha256(file.read_bytes()).hexdigest()
 
 

@@ -5,9 +5,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, train_tokenizer
-from m3ae_fast.pictures.attention import words_of
-from m3ae_fast.pictures.figures import GREEN
-from m3ae_fast.pictures.reconstructions import caption_views
+from m3ae_fast.drawing.attention import words_of
+from m3ae_fast.drawing.figures import GREEN
+from m3ae_fast.drawing.reconstructions import caption_views
 
 CAPTIONS = [
     "a red house by the sea",

@@ -57,7 +57,7 @@ OWN = {"M3AE_KERNELS_IMPL": "triton"}  # attention too, which else may run on an
 GOLDEN = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/golden").glob("*.npz")))
 PLAN = (
     Stage("ceilings", 120, (("-m", "benchmarks.gpu.ceilings"),)),
-    Stage("verify", 120, (("-m", "m3ae_fast.verify", *GOLDEN, "--device", "cuda"),)),
+    Stage("verify", 120, (("-m", "m3ae_fast", "verify", *GOLDEN, "--device", "cuda"),)),
     Stage(
         "checks", 180, tuple(_suite("--quick", "--dtype", dtype) for dtype in ("bfloat16", "float16", "float32")), OWN
     ),

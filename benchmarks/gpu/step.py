@@ -27,10 +27,10 @@ from benchmarks.alone import ROOT, Alone
 from benchmarks.gpu.plan import SIZES
 from benchmarks.gpu.trace import breakdown
 from benchmarks.shards import make_shards
-from m3ae_fast.batch.flops import reference_flops
+from m3ae_fast.base.hardware import peak_flops
 from m3ae_fast.config import MaskingConfig, ModelConfig
-from m3ae_fast.hardware import peak_flops
-from m3ae_fast.run.profiler import ACTIVE, TRACE_FILE, WAIT, WARMUP
+from m3ae_fast.model.flops import reference_flops
+from m3ae_fast.training.profiler import ACTIVE, TRACE_FILE, WAIT, WARMUP
 
 WORDS = (8, 32)  # of a caption, fewest and most
 LOG_EVERY = 5

@@ -9,7 +9,7 @@ from benchmarks.baselines import baselines
 from benchmarks.measure import CpuDevice, CudaDevice, measure
 from benchmarks.ops import Cost, Workload
 from benchmarks.results import Row
-from m3ae_fast.hardware import data_sheet
+from m3ae_fast.base.hardware import data_sheet
 
 OURS = "m3ae_kernels"
 

@@ -16,8 +16,8 @@ from nbclient import NotebookClient
 from PIL import Image
 from torch.distributed.run import parse_args as torchrun
 
+from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import ModelConfig, load_config
-from m3ae_fast.data.__main__ import main as data
 from m3ae_fast.model import M3AE
 from m3ae_fast.train import parse_args
 from tests.helpers.shards import caption
@@ -78,7 +78,7 @@ def test_own_data_config_fits_shards_of_a_folder(folder, capsys):
     assert data(["train-tokenizer", "shards/train-*.tar", "--vocab-size", "1024", "--out", "tokenizer.json"]) == 0
     size = re.search(r"model\.vocab_size=(\d+)", capsys.readouterr().out)[1]  # of so few captions
     config = str(EXAMPLES / "own_data.json")
-    command = [sys.executable, "-m", "m3ae_fast.train", "--config", config, "--set", f"model.vocab_size={size}"]
+    command = [sys.executable, "-m", "m3ae_fast", "train", "--config", config, "--set", f"model.vocab_size={size}"]
     done = subprocess.run([*command, "--dry-run"], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "32 samples, 8 held out" in done.stdout and not Path("runs").exists()

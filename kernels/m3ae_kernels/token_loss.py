@@ -4,7 +4,7 @@ Shapes: M rows, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,39 +33,12 @@ from .loss import (
     unit_weights,
 )
 from .registry import Op
+from .token_arguments import Inputs, Options, Results
 
 # Workspace for logits in bytes; large enough for full matmul speed.
 WORKSPACE = {"triton": 256 << 20, "torch": 64 << 20}
 # The torch implementation takes the softmax in float32, for as many rows at a time as stay in the caches.
 SOFTMAX_BYTES = 8 << 20
-
-
-class Inputs(NamedTuple):
-    hidden: Tensor  # [M, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    row_weight: Tensor  # [M]
-    targets: Tensor  # [M]
-
-
-class Options(NamedTuple):
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    dtype: torch.dtype  # of the matmuls
-    return_correct: bool
-    workspace: int | None  # bytes of logits held at once
-    impl: str
-
-
-class Results(NamedTuple):
-    """Room for what the implementations compute, empty where it is not wanted."""
-
-    row_loss: Tensor  # [M]
-    correct: Tensor  # bool [M]
-    grad_hidden: Tensor
-    grad_weight: Tensor
-    grad_bias: Tensor
 
 
 def masked_token_loss(

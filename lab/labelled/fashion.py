@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from lab.labelled.packages import fetch, read_members
-from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.records import Record, Records
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.shards.records import Record, Records
 
 LICENCE = "MIT, Copyright 2017 Zalando SE"
 COMMAND = ["apt-get", "download", "dataset-fashion-mnist"]

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import IO
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.base.errors import UserError
 
 _AR, _HEADER = b"!<arch>\n", 60  # bytes
 

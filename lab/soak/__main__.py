@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lab.soak.runs import CLIPART, Soak, Tally
 from lab.soak.server import faulty_server
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.base.errors import exit_cleanly
 
 
 def report(tally: Tally, server: Counter, seed: int, minutes: float) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from m3ae_fast.run import checkpoint
-from m3ae_fast.run.run_folder import LOCK_FILE
+from m3ae_fast import checkpoint
+from m3ae_fast.training.run_folder import LOCK_FILE
 
 AWAKE_S = 1.0  # a younger process has not begun to heed signals
 SUSPENDED_S = 12.0  # longer than `run.stall_timeout`

@@ -7,8 +7,8 @@ python -m lab.study data/labelled --arms fractions ratios  # what figures 3 and 
 python -m lab.study data/labelled --validation --out runs/tried --set train.optim.peak_lr=1e-3    # to choose settings
 
 Pre-trains encoders (m3ae_fast.train) on emoji with their names, tests them on emoji and clothes that were held out
-(the probes of m3ae_fast.transfer), one after the other, and writes study.json, study.png and README.md after each. What
-is done is not done again: call it again after a stop, on another machine with the same --results.
+(the probes of m3ae_fast.evaluation), one after the other, and writes study.json, study.png and README.md after each.
+What is done is not done again: call it again after a stop, on another machine with the same --results.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lab.study import report
 from lab.study.plan import ARMS, plan
 from lab.study.run import SETTINGS, Stopped, Study
 from lab.study.shards import FOLDS, LABELS, prepare
+from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.load import apply_override
-from m3ae_fast.errors import exit_cleanly
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -18,8 +18,8 @@ from benchmarks.table import END, START, rewrite
 from lab.study.measure import LOSSES, RETRIEVED, SCORES, Labels
 from lab.study.plan import CAPTION_FRACTIONS, CLOTHES_LENGTH, TEXT_RATIOS, USUAL_RATIO, Encoder
 from lab.study.statistics import Estimate, accuracy, difference
-from m3ae_fast.errors import UserError
-from m3ae_fast.whole_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.errors import UserError
 
 JSON, PLOT, PAGE, ANSWERS = "study.json", "study.png", "README.md", "answers.json.xz"
 TITLE = "What text gives a masked autoencoder"

@@ -13,13 +13,12 @@ from lab.study import measure
 from lab.study.measure import Found, Measuring, Split
 from lab.study.plan import Encoder, central, m3ae
 from lab.study.shards import FOLDS, LABELS, PARTS, TEST, VENDORS
-from m3ae_fast import train
-from m3ae_fast.config.transfer import TransferConfig, transfer_config
-from m3ae_fast.open_model import RANDOM, open_model
+from m3ae_fast import checkpoint, train
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.config.evaluation import TransferConfig, transfer_config
 from m3ae_fast.process.program import joined_program
-from m3ae_fast.run import checkpoint
-from m3ae_fast.run.run_log import read_metrics
-from m3ae_fast.whole_file import write_whole
+from m3ae_fast.training.log import read_metrics
+from m3ae_fast.weights.open_model import RANDOM, open_model
 
 SETTINGS = Path(__file__).with_name("settings.json")
 CLIP_ART = Path("data/openclipart")  # strange to all encoders

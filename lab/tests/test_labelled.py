@@ -14,10 +14,10 @@ from PIL import Image
 from lab.labelled.__main__ import main
 from lab.labelled.emoji import is_held_out
 from lab.labelled.fashion import CLASSES
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import read_labels
-from m3ae_fast.errors import UserError
 from tests.helpers.shards import picture
 
 

@@ -16,7 +16,7 @@ from lab.study.plan import ARMS, Encoder, central, m3ae, plan
 from lab.study.run import SETTINGS, Study
 from lab.study.statistics import accuracy, difference
 from m3ae_fast import train
-from m3ae_fast.errors import UserError
+from m3ae_fast.base.errors import UserError
 from tests.helpers.labelled import described_tar, emoji, emoji_and_clothes
 from tests.helpers.shards import write_tar
 

@@ -14,17 +14,17 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.bands import checked
-from m3ae_fast.batch.crops import whole_view
-from m3ae_fast.batch.depth import as_pixels
-from m3ae_fast.batch.images import decode_image, pixels_of, pixels_of_bands, widened
-from m3ae_fast.batch.normal import model_input, of_unit
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.errors import UserError
-from m3ae_fast.regular_file import open_regular
+from m3ae_fast.images.bands import checked
+from m3ae_fast.images.bit_depth import as_pixels
+from m3ae_fast.images.crops import whole_view
+from m3ae_fast.images.decoding import decode_image, pixels_of, pixels_of_bands, widened
+from m3ae_fast.images.normalisation import model_input, of_unit
 
 OneImage: TypeAlias = "Image | Tensor | np.ndarray | str | os.PathLike[str]"  # see `prepare_image`
 # Black and white of floating images, or that they are normalised by the model's mean and standard deviation; None: the

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.depth import Depth, depth_of, grey_values
-from m3ae_fast.batch.images import decode_image, header_of, own_bands
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.images.bit_depth import Depth, depth_of, grey_values
+from m3ae_fast.images.decoding import decode_image, header_of, own_bands
 
 _LIKE_GREY = 1  # level by which red, green and blue of a grey image may differ
 

@@ -14,7 +14,7 @@ import torch
 from m3ae_kernels.attention import Segments
 from torch import Tensor
 
-from m3ae_fast.batch.grids import Grid
+from m3ae_fast.images.patch_grid import Grid
 
 WEIGHT_ROWS = ("image_row_weight", "text_row_weight", "text_row_mean_weight")
 SEGMENTS = ("encoder", "decoder", "loss")

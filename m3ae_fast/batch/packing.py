@@ -19,9 +19,9 @@ import torch
 from m3ae_kernels import scatter_orders
 from torch import Tensor
 
-from m3ae_fast.batch.grids import Grid, Native, grid_of, patch_rows
 from m3ae_fast.batch.packed import LossCounts, PackedBatch, Segments
 from m3ae_fast.config import ModelConfig, Range
+from m3ae_fast.images.patch_grid import Grid, Native, grid_of, patch_rows
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.errors import UserError
-from m3ae_fast.hub_answers import hub_answers
-from m3ae_fast.regular_file import read_json
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hub_access import hub_answers
+from m3ae_fast.base.untrusted_file import read_json
 
 MAX_GROWTH = 4096  # characters that rules make of one; the usual ones make 2
 UNKNOWN = "[UNK]"

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import parse_json, read_json
 from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.schema import Config, Section
-from m3ae_fast.errors import UserError
-from m3ae_fast.regular_file import parse_json, read_json
 
 T = TypeVar("T", bound=Section)
 

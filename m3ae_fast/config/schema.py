@@ -1,7 +1,7 @@
 """Every setting of a run: typed, strict sections whose fields say what they mean.
 
 The official M3AE hyper-parameters are the defaults (arXiv 2205.14204 and its public code). A string below a field is
-its description: docs/config.md is made from it by `python -m m3ae_fast.config`.
+its description: docs/config.md is made from it by `m3ae-fast config`.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class ModelConfig(Section):
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values for {self.channels} channels; python -m "
-                    f"m3ae_fast.data stats SHARDS --channels {self.channels} prints those of your images"
+                    f"{name} has {len(getattr(self, name))} values for {self.channels} channels; "
+                    f"m3ae-fast data stats SHARDS --channels {self.channels} prints those of your images"
                 )
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m3ae_fast.data.corpus import Corpus, open_corpus
     from m3ae_fast.data.dataset import Preparation
-    from m3ae_fast.data.fetcher import Node
     from m3ae_fast.data.lanes import Layout, lay_out
     from m3ae_fast.data.loader import Share, eval_loader, eval_samples, samples_of, train_loader
     from m3ae_fast.data.opening import Data, open_data, open_image_tokenizer, open_tokenizer
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "corpus": ("Corpus", "open_corpus"),
     "dataset": ("Preparation",),
-    "fetcher": ("Node",),
     "lanes": ("Layout", "lay_out"),
     "loader": ("Share", "eval_loader", "eval_samples", "samples_of", "train_loader"),
     "opening": ("Data", "open_data", "open_image_tokenizer", "open_tokenizer"),
@@ -24,7 +22,7 @@ _NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return what is imported only when it is asked for: the parsers of `python -m m3ae_fast.data` need no torch."""
+    """Return what is imported only when it is asked for: the parsers of `m3ae-fast data` need no torch."""
     for module, names in _NAMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.base.bad_samples import Skipped
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.object_store import require
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.index import IMAGE_SUFFIXES, IndexedShard, Modality, index_shards
 from m3ae_fast.data.manifest import UNREAD, CountedShards, cached, is_manifest, none_read, read, read_all
 from m3ae_fast.data.shards import ShardStore, expand
-from m3ae_fast.errors import UserError
-from m3ae_fast.object_store import require
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from m3ae_fast.batch.bad_samples import BadSample, Skipped
-from m3ae_fast.batch.crops import random_crop, whole_view
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast.base.bad_samples import BadSample, Skipped
 from m3ae_fast.batch.masking import draw_mask, draw_predicted
-from m3ae_fast.batch.normal import model_input
 from m3ae_fast.batch.packing import Geometry, Sample
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.order import FileOrder, Order, Place, hash64
 from m3ae_fast.data.reader import Reader
+from m3ae_fast.images.crops import random_crop, whole_view
+from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.images.normalisation import model_input
 from m3ae_fast.vqgan.model import VQGAN
 
 UNMASKED = MaskingConfig(image_ratio=0, text_ratio=0)

@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen
 
-from m3ae_fast import object_store
+from m3ae_fast.base import object_store
+from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.tar import is_whole_tar
-from m3ae_fast.regular_file import open_regular
 
 TIMEOUT_S = 60.0  # without a byte
 SLOWEST = 4096.0  # bytes per second over SLOW_S; slower is an error

@@ -5,32 +5,28 @@ Nothing depends on it: a worker that finds no copy makes it, or waits for whoeve
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import math
 import mmap
-import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, takewhile
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import Need, Order
-from m3ae_fast.data.workers import signals_blocked, start_worker
-from m3ae_fast.errors import UserError
+from m3ae_fast.process.standby import Node, Standby
 
 T = TypeVar("T")
 CONNECTIONS = 16
-_forks = multiprocessing.get_context("fork")  # whatever this Python's way is by default
 _LOOK_S = 0.1  # between looks at what is needed
 _RETRY_S = 60.0  # a shard that could not be fetched is not tried again sooner
 
@@ -126,56 +122,6 @@ class Needs:
                     yield Shard(entry.shard, entry.summary.size)
 
 
-class Standby:
-    """A node's fetcher to be: a process that is told later what to fetch. As a context manager it ends with the block.
-
-    A program makes it before it touches anything else: it has none of the threads, connections and GPU memory of later.
-    """
-
-    def __init__(self) -> None:
-        theirs, self._arguments = _forks.Pipe(duplex=False)
-        self.process = _forks.Process(target=_stand_by, args=(theirs, os.getpid()), name="fetcher", daemon=True)
-        with signals_blocked():
-            self.process.start()
-        theirs.close()
-
-    def start(self, needs: Needs, path: Path, ranks: int) -> None:
-        """Let it `serve`. Nothing happens where it does already, or has been killed."""
-        if not self._arguments.closed:
-            with self._arguments, contextlib.suppress(BrokenPipeError):
-                self._arguments.send((needs, path, ranks))
-
-    def end(self) -> None:
-        """End the process, whatever it is at."""
-        self._arguments.close()
-        self.process.kill()
-        self.process.join()
-
-    def __enter__(self) -> Standby:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-
-def _stand_by(arguments: Connection, parent: int) -> None:
-    start_worker(0)
-    while not arguments.poll(_LOOK_S):
-        if os.getppid() != parent:
-            return
-    with contextlib.suppress(EOFError):  # there is nothing to do
-        serve(parent, *arguments.recv())
-
-
-@dataclass(frozen=True)
-class Node:
-    """The ranks of a run that share a machine."""
-
-    run: str  # a name that no other run on the machine has
-    ranks: Sequence[int]
-    fetcher: Standby | None = None  # this rank's, of which the first one's fetches; None: begun with the loader
-
-
 class Fetching:
     """A node's fetcher as one of the ranks sees it: the first of them starts it, and all tell it how far they are."""
 
@@ -193,7 +139,7 @@ class Fetching:
         self._steps[self._slot] = self.needs.start
         if self._slot == 0:
             self._fetcher = self._fetcher or Standby()
-            self._fetcher.start(self.needs, self._path, self._ranks)
+            self._fetcher.start(serve, self.needs, self._path, self._ranks)
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield micro-batches from the first step's on, and tell how many steps are behind."""

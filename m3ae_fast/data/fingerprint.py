@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.lanes import Layout
 from m3ae_fast.data.opening import Data
-from m3ae_fast.weights.pretrained import weights_digest
+from m3ae_fast.model.pretrained import weights_digest
 
 WRITTEN = "data.train.written"  # when the shards were last written
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.images import size_of
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import track
+from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard
 from m3ae_fast.data.shards import INDEX_SUFFIX
-from m3ae_fast.errors import UserError
-from m3ae_fast.progress import track
-from m3ae_fast.regular_file import open_regular
-from m3ae_fast.whole_file import whole_file
+from m3ae_fast.images.decoding import size_of
 
 _HEAD = 1 << 14  # bytes in which most headers end
 _MAX_SIDE = (1 << 31) - 1

@@ -24,13 +24,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.base.atomic_file import put_in_place
+from m3ae_fast.base.bad_samples import Skipped
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import track
+from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
-from m3ae_fast.errors import UserError
-from m3ae_fast.progress import track
-from m3ae_fast.regular_file import open_regular
-from m3ae_fast.whole_file import put_in_place
 
 Modality = Literal["any", "paired", "image", "text"]
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import track
+from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.data.corpus import Corpus, Source
 from m3ae_fast.data.index import MISSING, IndexedShard, printable
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.errors import UserError
-from m3ae_fast.progress import track
-from m3ae_fast.regular_file import read_json
 
 MAX_CLASSES = 1 << 20
 LEFT_OUT = -1

@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from m3ae_fast.batch.bad_samples import Skipped
-from m3ae_fast.batch.flops import executed_flops
+from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
-from m3ae_fast.data.fetcher import Fetching, Needs, Node
+from m3ae_fast.data.fetcher import Fetching, Needs
 from m3ae_fast.data.lanes import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
-from m3ae_fast.data.workers import Loader, allow_open_files, default_workers, start_worker
+from m3ae_fast.model.flops import executed_flops
+from m3ae_fast.process.standby import Node
+from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
 
 
 @dataclass(frozen=True)

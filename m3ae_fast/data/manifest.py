@@ -16,12 +16,12 @@ from typing import Any, Protocol, TypeVar, get_args, overload
 
 import numpy as np
 
-from m3ae_fast.batch.bad_samples import Skipped
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.bad_samples import Skipped
+from m3ae_fast.base.errors import UserError, attempt, raise_shared, told
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
-from m3ae_fast.errors import UserError, attempt, raise_shared, told
-from m3ae_fast.whole_file import whole_file
 
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # every process's value, on every process
@@ -115,7 +115,7 @@ def read(path: Path) -> np.ndarray:
         raise UserError(f"manifest {path}: is damaged ({' '.join(str(error).split())[:200]})") from None
     width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
     if not 0 < width <= _MAX_NAME or rows.ndim != 1 or rows.dtype != rows_of(["x" * width], [(0, 0, 0)]).dtype:
-        raise UserError(f"manifest {path}: is another .npy; make one with python -m m3ae_fast.data manifest")
+        raise UserError(f"manifest {path}: is another .npy; make one with m3ae-fast data manifest")
     try:
         rows["name"].tobytes().decode()
     except UnicodeDecodeError:

@@ -13,11 +13,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Source
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard, caption_of, printable
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.errors import UserError
 
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a JSON member must not be larger
@@ -86,7 +86,7 @@ class Reader:
         file, table = self._get(shard)
         entry = table[row]
         if entry["ids_offset"] == MISSING:
-            raise BadSample("no ids (make them with python -m m3ae_fast.data tokenize-images)")
+            raise BadSample("no ids (make them with m3ae-fast data tokenize-images)")
         data = _read(file.fileno(), entry, "ids", MAX_IMAGE_BYTES, "ids")
         if len(data) % IDS_DTYPE.itemsize:
             raise BadSample("the ids are cut short")

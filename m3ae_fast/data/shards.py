@@ -29,10 +29,10 @@ from typing import BinaryIO, NamedTuple
 import psutil
 from webdataset.shardlists import expand_urls
 
+from m3ae_fast.base.atomic_file import is_abandoned, lock, put_in_place
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.object_store import require
 from m3ae_fast.data.download import ATTEMPTS, NotThere, download, retry_after
-from m3ae_fast.errors import UserError
-from m3ae_fast.object_store import require
-from m3ae_fast.whole_file import is_abandoned, lock, put_in_place
 
 FREE_FRACTION = 0.1  # of the cache folder's disk stays free: older copies make room
 _KEPT_NS = 1000  # between the dates of copies that are needed one after the other

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
-from m3ae_fast.errors import UserError
+from m3ae_fast.process.workers import SHM
 
-SHM = Path("/dev/shm")
 MAX_BYTES = 8 << 30  # of a rank's batches that wait
 FRACTION = 0.8  # of the free shared memory that all ranks of a node may fill
 INDEX_BYTES = 64  # of index rows and weights, for each token of a sample

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from m3ae_fast.regular_file import open_regular
+from m3ae_fast.base.untrusted_file import open_regular
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
 from m3ae_fast.engine.interface import Engine
-from m3ae_fast.engine.needs import lacking_for_activations, recomputes
+from m3ae_fast.engine.memory_estimate import lacking_for_activations, recomputes
 from m3ae_fast.engine.optimizer import parameter_groups
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.engine.torch_engine import TorchEngine
-from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Blocks
 from m3ae_fast.process.ranks import Ranks

@@ -29,13 +29,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.memory import out_of_memory
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds
-from m3ae_fast.errors import UserError
-from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import LONGEST, LoopConfig, ScheduleConfig
 from m3ae_fast.data import Share
-from m3ae_fast.errors import UserError
 
 
 def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:

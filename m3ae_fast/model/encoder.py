@@ -14,13 +14,13 @@ import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import OneImage, ValueRange, as_images, check_values, in_unit, unmasked_sample
-from m3ae_fast.batch.normal import of_unit
 from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.errors import UserError
+from m3ae_fast.images.normalisation import of_unit
 from m3ae_fast.model.inference import check_finite, encoding
 from m3ae_fast.model.pooling import Pool, mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions

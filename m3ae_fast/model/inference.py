@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import dtype_of, fast_precision
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import dtype_of, fast_precision
 
 
 @contextmanager

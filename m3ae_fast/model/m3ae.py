@@ -17,16 +17,16 @@ from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, head_inputs, m3ae_los
 from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
 
+from m3ae_fast.base.hub import push_folder
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model.card import model_card
 from m3ae_fast.model.cross_decoder import CrossDecoder
 from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_options
 from m3ae_fast.model.positions import Positions
+from m3ae_fast.model.pretrained import Pretrained, build, read_pretrained, write_pretrained
 from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
-from m3ae_fast.weights.card import model_card
-from m3ae_fast.weights.hub import push_folder
-from m3ae_fast.weights.pretrained import Pretrained, build, read_pretrained, write_pretrained
 
 
 class Losses(NamedTuple):
@@ -205,7 +205,7 @@ class M3AE(MultimodalEncoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> M3AE:
-        """Load what `save_pretrained`, `python -m m3ae_fast.export` or `python -m m3ae_fast.convert` wrote: a folder,
+        """Load what `save_pretrained`, `m3ae-fast export` or `m3ae-fast convert` wrote: a folder,
         or the name of a model on the Hugging Face hub (owner/name).
 
         Its `tokenizer` comes along where there is one. Where the source is only an encoder, a warning says so, and the

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast.batch.normal import normalised
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.errors import UserError
+from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import Pool
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast.batch.grids import Grid, distinct
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.images.patch_grid import Grid, distinct
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:

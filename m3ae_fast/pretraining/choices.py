@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import parse_json
 from m3ae_fast.config import LONGEST, Config, Range, parse
 from m3ae_fast.config.load import apply_override
-from m3ae_fast.errors import UserError
-from m3ae_fast.regular_file import parse_json
 
 TOKENIZER = "tokenizer.json"  # of a run folder
 EPOCHS, SEEN = 20, 20_000  # and samples, that a larger model must reach in the time that there is

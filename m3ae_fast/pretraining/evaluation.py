@@ -10,21 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m3ae_fast import visualise
-from m3ae_fast.command_line import PIXELS, RANDOM
+from m3ae_fast import checkpoint
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.checkpoint.state_files import sha256
+from m3ae_fast.cli import transfer, visualise
 from m3ae_fast.config import Config, SourceConfig
-from m3ae_fast.errors import UserError
+from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, with_error
+from m3ae_fast.evaluation.difference import LARGEST, in_words
+from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.pretraining import GOES_ON
 from m3ae_fast.process.program import Session, joined_program
-from m3ae_fast.regular_file import read_json
-from m3ae_fast.run import checkpoint
-from m3ae_fast.run.loggers import show
-from m3ae_fast.run.parts import sha256
-from m3ae_fast.transfer import __main__ as transfer
-from m3ae_fast.transfer.compare import SCALED, UNTRAINED, with_error
-from m3ae_fast.transfer.difference import LARGEST, in_words
-from m3ae_fast.transfer.job import RESULT_FILE
-from m3ae_fast.whole_file import write_whole
+from m3ae_fast.training.loggers import show
+from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 _QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
 _TASKS = {"knn": "k-NN", "linear": "linear probe"}

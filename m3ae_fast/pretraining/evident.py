@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.kinds import Kind
 from m3ae_fast.config import Range
-from m3ae_fast.errors import UserError
 
 _FILLED = 0.9  # of a type's values: they are evidently meant from its lowest to its highest
 

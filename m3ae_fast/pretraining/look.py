@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
 from m3ae_fast.config import Range, SourceConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shards import ShardStore
-from m3ae_fast.errors import UserError
 from m3ae_fast.pretraining.choices import TOKENIZER, Facts, Shards, channels_set, set_to
 from m3ae_fast.pretraining.evident import range_of, sight
-from m3ae_fast.shard_tools.overview import describe_classes, part_of, show
-from m3ae_fast.shard_tools.stats import collect, require_images
-from m3ae_fast.shard_tools.tally import Tally
-from m3ae_fast.shard_tools.tokenizer_training import caption_texts, save_tokenizer
+from m3ae_fast.shards.overview import describe_classes, part_of, show
+from m3ae_fast.shards.stats import collect, require_images
+from m3ae_fast.shards.tally import Tally
+from m3ae_fast.shards.tokenizer_training import caption_texts, save_tokenizer
 
 _LOOKED_AT = 2000  # samples
 _KINDS = 256  # samples, of which what images they have decides what a model sees

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from m3ae_fast.base.hardware import missing_memory, settle_precision
+from m3ae_fast.base.progress import duration
 from m3ae_fast.config import LONGEST, Config
-from m3ae_fast.engine.needs import memory_needed
+from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.hardware import missing_memory, settle_precision
+from m3ae_fast.evaluation.recipe import OFFICIAL
 from m3ae_fast.pretraining import choices
 from m3ae_fast.pretraining.choices import Facts, Rung, Shards
 from m3ae_fast.process.program import Session
-from m3ae_fast.progress import duration
-from m3ae_fast.run.pace import Pace, measure
-from m3ae_fast.transfer.recipe import OFFICIAL
+from m3ae_fast.training.pace import Pace, measure
 
 _TRIAL, _LONGEST_TRIAL = 0.03, 30.0  # of the time, and seconds, for the steps that measure a size, at most
 _LEAST = 0.5  # of the time is for training, however long the rest takes

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3ae_fast import train
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, Range, follow, load_config, read_config, remembered
 from m3ae_fast.data.labels import check_field
-from m3ae_fast.errors import UserError
-from m3ae_fast.export import export
+from m3ae_fast.evaluation.knn_probe import knn_probe
+from m3ae_fast.evaluation.report import REPORT_FILE, write_report
 from m3ae_fast.pretraining.choices import check_overrides
 from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table, verdicts
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
-from m3ae_fast.report import REPORT_FILE, write_report
-from m3ae_fast.run.run_folder import is_held
-from m3ae_fast.status import status
-from m3ae_fast.whole_file import write_whole
+from m3ae_fast.training.record import status
+from m3ae_fast.training.run import pre_train
+from m3ae_fast.training.run_folder import is_held
+from m3ae_fast.weights.export import export
 
 CONFIG, EXPORT = "config.json", "export"  # of a run folder
 
@@ -80,9 +81,9 @@ def pretrain(
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
-    settings = [option for override in here for option in ("--set", override)]
     with stage() as session:
-        train.perform(train.parse_args(["--config", str(out / CONFIG), "--resume", "auto", *settings]), session)
+        config = session.ranks.broadcast(lambda: load_config(out / CONFIG, here))
+        pre_train(config, session, resume="auto", make_probe=knn_probe)
     if session.stop.asked or status(out)[0] != "finished":
         return outcome
     results = evaluate(config) if config.train.probe else {}

@@ -12,24 +12,24 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shards import ShardStore, expand, is_remote
-from m3ae_fast.errors import UserError
 from m3ae_fast.pretraining.choices import Shards
 from m3ae_fast.pretraining.evident import range_of
-from m3ae_fast.pretraining.held_out import shared_images, write_without
-from m3ae_fast.regular_file import read_json
-from m3ae_fast.run import checkpoint
-from m3ae_fast.shard_tools.caption_table import READERS, NoColumns, read_captions
-from m3ae_fast.shard_tools.claim import MANIFEST
-from m3ae_fast.shard_tools.folder import Folder, ImagesMissing
-from m3ae_fast.shard_tools.huggingface import HuggingFace
-from m3ae_fast.shard_tools.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
-from m3ae_fast.shard_tools.overview import parts_of, show
-from m3ae_fast.shard_tools.records import Records
-from m3ae_fast.shard_tools.settings import Settings
-from m3ae_fast.shard_tools.writer import convert, manifest_of
+from m3ae_fast.shards.caption_table import READERS, NoColumns, read_captions
+from m3ae_fast.shards.claim import MANIFEST
+from m3ae_fast.shards.folder import Folder, ImagesMissing
+from m3ae_fast.shards.held_out import shared_images, write_without
+from m3ae_fast.shards.huggingface import HuggingFace
+from m3ae_fast.shards.layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
+from m3ae_fast.shards.overview import parts_of, show
+from m3ae_fast.shards.records import Records
+from m3ae_fast.shards.settings import Settings
+from m3ae_fast.shards.writer import convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # folders of a run folder
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000  # of the samples, where they have no such split

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from m3ae_fast.errors import ErrorElsewhere, UserError, attempt, raise_shared, told
+from m3ae_fast.base.errors import ErrorElsewhere, UserError, attempt, raise_shared, told
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from types import TracebackType
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.base.errors import UserError
 
 
 class Background:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from m3ae_fast.data.shared_memory import SHM
-from m3ae_fast.data.workers import IN_WORKER
-from m3ae_fast.errors import UserError, one_line
-from m3ae_fast.memory import limit_note, out_of_memory
+from m3ae_fast.base.errors import UserError, one_line
+from m3ae_fast.base.memory import limit_note, out_of_memory
+from m3ae_fast.process.workers import IN_WORKER, SHM
 
 # what gloo and the store say when the process at the other end is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "failed to send")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 from zlib import crc32
 
-from m3ae_fast.errors import UserError
+from m3ae_fast.base.errors import UserError
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems give to clients
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3ae_fast.data.workers import allow_open_files
-from m3ae_fast.errors import UserError, attempt, raise_shared, told
+from m3ae_fast.base.errors import UserError, attempt, raise_shared, told
 from m3ae_fast.process.failures import explain
 from m3ae_fast.process.launchers import adopt
-from m3ae_fast.process.rooms import Room, Sums, machine, rooms_of
+from m3ae_fast.process.node_groups import Room, Sums, machine, rooms_of
+from m3ae_fast.process.workers import allow_open_files
 
 T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]

@@ -13,7 +13,7 @@ from types import FrameType
 
 import psutil
 
-from m3ae_fast.stop_signals import SIGNALS
+from m3ae_fast.base.stop_signals import SIGNALS
 
 _TICK_S = 0.25  # between looks at the launcher
 _GRACE_S = 3.0  # for the main thread to tidy up when there is nothing to save

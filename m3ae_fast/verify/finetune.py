@@ -20,9 +20,9 @@ from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import OptimConfig, parse
 from m3ae_fast.engine.optimizer import build_adamw, set_lr
 from m3ae_fast.engine.schedule import learning_rate
+from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.evaluation.layer_decay import layer_decay_groups, layer_of, lr_scale
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.transfer.classifier import Classifier, ClassifierConfig
-from m3ae_fast.transfer.layer_decay import layer_decay_groups, layer_of, lr_scale
 from m3ae_fast.verify.golden import Golden, Quantity, flax_name, without_keys
 
 TOLERANCE = 3e-6

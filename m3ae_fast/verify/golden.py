@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import LossConfig, ModelConfig, OptimConfig, parse
-from m3ae_fast.convert.jax_checkpoint import flax_name, from_flax
-from m3ae_fast.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.regular_file import open_regular
+from m3ae_fast.weights.jax_checkpoint import flax_name, from_flax
 
 
 class Quantity(NamedTuple):

@@ -15,8 +15,8 @@ from torch import Tensor
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.optimizer import set_lr
 from m3ae_fast.engine.schedule import learning_rate
-from m3ae_fast.transfer.heads import LinearProbeHead
-from m3ae_fast.transfer.lars import LARS
+from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.lars import LARS
 from m3ae_fast.verify.golden import Golden, Quantity
 
 TOLERANCE = 1e-5

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from m3ae_fast.errors import UserError
-from m3ae_fast.hardware import chosen_device
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import chosen_device
 from m3ae_fast.verify import finetune, linear_probe, pretraining, vqgan
 from m3ae_fast.verify.golden import Golden, Quantity, relative_error
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3ae_fast.errors import UserError, library
+from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
-from m3ae_fast.weights.pretrained import load_weights
 
 _NDARRAY = 1  # flax's msgpack extension code of an array: msgpack of (shape, dtype, bytes)
 _PARTS = {"GroupNorm_0": "norm1", "Conv_0": "conv1", "GroupNorm_1": "norm2", "Conv_1": "conv2", "Conv_2": "shortcut"}

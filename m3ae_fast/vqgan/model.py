@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.output_folder import CONFIG_FILE, MODEL_FILE, output_folder, read_tensors, write_tensors
+from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.errors import UserError
-from m3ae_fast.regular_file import read_json
-from m3ae_fast.weights.output_folder import CONFIG_FILE, MODEL_FILE, output_folder, read_tensors, write_tensors
-from m3ae_fast.weights.pretrained import build, is_encoder
+from m3ae_fast.model.pretrained import build, is_encoder
 
 GROUPS, EPS = 32, 1e-6  # of every GroupNorm
 CHUNK = 8  # images encoded at a time: the first level holds 32 MB for each at 256 pixels

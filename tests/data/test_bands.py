@@ -16,19 +16,19 @@ import tifffile
 import torch
 from PIL import Image
 
-from m3ae_fast.batch import bands, images
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.bands import read_npy, write_npy
-from m3ae_fast.batch.crops import centre_crop, random_crop, resize
-from m3ae_fast.batch.depth import Depth, check_colours, depth_of
-from m3ae_fast.batch.images import decode_image, format_of, pixels_of_bands, size_of
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
-from m3ae_fast.batch.normal import model_input, normalised, of_unit, to_unit
 from m3ae_fast.batch.packing import Geometry, Sample, pack
+from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.data.__main__ import main as data_tools
-from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.shrink import as_member
+from m3ae_fast.images import bands, decoding
+from m3ae_fast.images.bands import read_npy, write_npy
+from m3ae_fast.images.bit_depth import Depth, check_colours, depth_of
+from m3ae_fast.images.crops import centre_crop, random_crop, resize
+from m3ae_fast.images.decoding import decode_image, format_of, pixels_of_bands, size_of
+from m3ae_fast.images.normalisation import model_input, normalised, of_unit, to_unit
+from m3ae_fast.shards.shrink import as_member
 from tests.data.test_pictures import damaged
 from tests.helpers.pictures import RGB, png, tiff
 from tests.helpers.shards import write_tar
@@ -186,9 +186,9 @@ def test_sizes_have_a_limit(monkeypatch):
         with pytest.raises(BadSample, match=r"\d+ values"):
             decode_image(data, BANDS)
     for data, size in {png(RGB, 8, 2): RGB.shape[:2], write_npy(LEVELS): LEVELS.shape[:2]}.items():
-        monkeypatch.setattr(images, "MAX_PIXELS", size[0] * size[1])
+        monkeypatch.setattr(decoding, "MAX_PIXELS", size[0] * size[1])
         assert size_of(data) == size
-        monkeypatch.setattr(images, "MAX_PIXELS", size[0] * size[1] - 1)
+        monkeypatch.setattr(decoding, "MAX_PIXELS", size[0] * size[1] - 1)
         with pytest.raises(BadSample, match=r"pixels|not an image's"):
             size_of(data)
 

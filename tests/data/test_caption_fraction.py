@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.errors import UserError
 from tests.data.test_loader import by_step, stream
 from tests.data.test_manifest import make
 from tests.helpers.shards import caption, members, write_tar

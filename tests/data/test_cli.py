@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
+from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.data.__main__ import main
-from m3ae_fast.errors import exit_cleanly
+from m3ae_fast.cli.shards import main
 from tests.helpers.shards import caption, members, write_tar
 
 
@@ -47,13 +47,14 @@ def test_train_tokenizer(tmp_path, capsys):
         assert "--vocab-size" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["index", "none.tar"], ["train-tokenizer", "{}", "--vocab-size", "99", "--out", "."]]
 )
 def test_mistakes_give_one_line(tmp_path, arguments):
     shards = write_tar(tmp_path / "a.tar", members(range(3)))
     arguments = [argument.format(shards) for argument in arguments] + ["--cache-dir", str(tmp_path / "cache")]
-    done = subprocess.run([sys.executable, "-m", "m3ae_fast.data", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "m3ae_fast", "data", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

@@ -11,9 +11,9 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.crops import _draw_box, centre_crop, random_crop, resize
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.images.crops import _draw_box, centre_crop, random_crop, resize
+from m3ae_fast.images.decoding import decode_image
 from tests.helpers.shards import picture
 
 

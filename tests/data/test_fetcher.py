@@ -11,13 +11,16 @@ import psutil
 import pytest
 
 from lab.soak.server import faulty_server
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore
-from m3ae_fast.data.fetcher import Fetcher, Node, Standby
+from m3ae_fast.data.fetcher import Fetcher
 from m3ae_fast.data.manifest import KINDS, prepare, rows_of, write
-from m3ae_fast.errors import UserError
+from m3ae_fast.process.standby import Node, Standby
 from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
+
+pytestmark = pytest.mark.slow
 
 SHARDS, PER, BATCH, LANES = 96, 16, 32, 16
 STEPS = SHARDS * PER // BATCH  # of an epoch

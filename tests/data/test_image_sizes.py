@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.images import MAX_PIXELS, size_of
+from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import DataConfig, MaskingConfig, ModelConfig, SourceConfig
-from m3ae_fast.data import Node, Preparation, ShardStore, Share, open_corpus, train_loader
+from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_loader
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.data.loader import balanced
+from m3ae_fast.images.decoding import MAX_PIXELS, size_of
+from m3ae_fast.process.standby import Node
 from tests.helpers.pictures import CASES, RGB
 from tests.helpers.shards import picture, write_tar
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from webdataset.tariterators import group_by_keys
 
-from m3ae_fast.batch.bad_samples import BadSample
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import index
-from m3ae_fast.data.__main__ import main as data_tools
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import IMAGE_SUFFIXES, MISSING, index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import INDEX_SUFFIX
 from m3ae_fast.data.tar import scan_tar
-from m3ae_fast.errors import UserError
 from tests.helpers.shards import caption, members, picture, write_tar
 
 LONG = "folder/" * 30 + "0001.jpg"

@@ -23,24 +23,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3ae_fast.batch.bad_samples import BadSample, BadSamples, Skipped
-from m3ae_fast.batch.crops import centre_crop
-from m3ae_fast.batch.grids import Native
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast.base.bad_samples import BadSample, BadSamples, Skipped
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
 from m3ae_fast.data import ShardStore, dataset, open_corpus
-from m3ae_fast.data import workers as loader_workers
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.data.fetcher import Node
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.order import hash64
 from m3ae_fast.data.shards import ATTEMPTS
-from m3ae_fast.data.workers import Loader, default_workers
-from m3ae_fast.errors import UserError
+from m3ae_fast.images.crops import centre_crop
+from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.images.patch_grid import Native
+from m3ae_fast.process import workers as loader_workers
 from m3ae_fast.process.failures import explain
-from m3ae_fast.shard_tools.caption_table import NoColumns
+from m3ae_fast.process.standby import Node
+from m3ae_fast.process.workers import Loader, default_workers
+from m3ae_fast.shards.caption_table import NoColumns
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
 
@@ -661,7 +661,7 @@ def test_words_are_known(load, paired):
 def test_a_frozen_worker_does_not_keep_the_program():
     program = """
         import os, signal
-        from m3ae_fast.data import workers
+        from m3ae_fast.process import workers
         workers._LEAVING_S = 0.5
         loader = workers.Loader(range(100), num_workers=1, worker_init_fn=workers.start_worker, persistent_workers=True)
         batches = iter(loader)
@@ -685,7 +685,7 @@ def test_other_threads_leave_the_interpreter_before_workers_are_forked(monkeypat
         seen.append(bool(left))
         return fork()
 
-    monkeypatch.setattr("m3ae_fast.data.workers._SETTLING_S", 1.0)
+    monkeypatch.setattr("m3ae_fast.process.workers._SETTLING_S", 1.0)
     monkeypatch.setattr(os, "fork", forked)
     thread = threading.Thread(target=leave)
     thread.start()

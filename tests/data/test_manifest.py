@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.shards import main
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, manifest, open_corpus
-from m3ae_fast.data.__main__ import main
 from m3ae_fast.data.manifest import KINDS, UNREAD, CountedShards, join, read, rows_of, write
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import expand
-from m3ae_fast.errors import UserError
 from tests.helpers.shards import members, write_tar
 
 

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.data import fetcher as fetcher_module
-from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, Needs, Node, Span
+from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, Needs, Span
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.shards import CacheSpace
-from m3ae_fast.errors import UserError
+from m3ae_fast.process.standby import Node
 
 
 class Store:

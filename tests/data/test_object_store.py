@@ -13,15 +13,17 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from m3ae_fast import object_store
+from m3ae_fast.base import object_store
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, download, open_corpus
 from m3ae_fast.data.download import NotThere
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.data.shards import expand
-from m3ae_fast.errors import UserError
 from tests.data.test_fetcher import disk, epoch
 from tests.helpers.shards import members, write_tar
+
+pytestmark = pytest.mark.slow
 
 SHARDS, PER = 8, 8
 

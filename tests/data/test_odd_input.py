@@ -14,9 +14,9 @@ import pyarrow
 import pytest
 from PIL import Image
 
-from m3ae_fast.data.__main__ import main as data
-from m3ae_fast.errors import exit_cleanly
-from m3ae_fast.shard_tools.tally import CUT, EMPTY, REFUSED, Tally
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.shards import main as data
+from m3ae_fast.shards.tally import CUT, EMPTY, REFUSED, Tally
 from tests.data.test_tools import contents, make, own_cache, pictures  # noqa: F401
 from tests.helpers.shards import picture, write_tar
 
@@ -272,7 +272,7 @@ def test_the_summary_counts_and_names(pictures, tmp_path, capsys):  # noqa: F811
 """
     options = ("--samples-per-shard", "2", "--keep-order")
     assert make("from-folder", pictures, tmp_path / "out", *options, workers=3) == 0
-    assert said(capsys).startswith(expected)
+    assert expected in said(capsys)
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make("from-folder", pictures, tmp_path / "out", *options) == 0
     text = said(capsys)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, features
 
-from m3ae_fast.batch.bad_samples import BadSample
-from m3ae_fast.batch.depth import Depth, depth_of
-from m3ae_fast.batch.images import _check_precision, decode_image, pixels_of
-from m3ae_fast.shard_tools.shrink import shrink
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.images.bit_depth import Depth, depth_of
+from m3ae_fast.images.decoding import _check_precision, decode_image, pixels_of
+from m3ae_fast.shards.shrink import shrink
 from tests.helpers.pictures import CASES, GREY, NEEDS_RANGE, Case, png, table, tiff
 
 READ = [case for case in CASES if not case.refused]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from m3ae_fast.batch import crops
-from m3ae_fast.batch.crops import random_crop
-from m3ae_fast.batch.grids import Native
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.config import MaskingConfig
 from m3ae_fast.data.dataset import Samples
+from m3ae_fast.images import crops
+from m3ae_fast.images.crops import random_crop
+from m3ae_fast.images.patch_grid import Native
 from tests.helpers.shards import members, picture, write_tar
 
 

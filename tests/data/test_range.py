@@ -7,16 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast import features, fill
-from m3ae_fast.batch.images import decode_image
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import resuming
+from m3ae_fast.cli import features, fill
+from m3ae_fast.cli.export import main as export
+from m3ae_fast.cli.shards import main as data_tools
+from m3ae_fast.cli.transfer import main as transfer
 from m3ae_fast.config import Config, load_config, parse
-from m3ae_fast.data.__main__ import main as data_tools
-from m3ae_fast.errors import UserError
-from m3ae_fast.export import main as export
+from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.run import checkpoint, resuming
-from m3ae_fast.transfer.__main__ import main as transfer
-from m3ae_fast.weights.pretrained import Pretrained, check_start
+from m3ae_fast.model.pretrained import Pretrained, check_start
 from tests.helpers.labelled import tiny_run
 from tests.helpers.pictures import pillow, png
 from tests.helpers.shards import write_tar
@@ -94,6 +95,7 @@ def test_exports_and_encode_use_it(tmp_path, levels):
         model.encode(deep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remembered", [True, False])
 def test_features_and_transfer_use_it(tmp_path, shards, remembered):
     run = str(tiny_run(tmp_path / "run", image_range=[LOW, HIGH] if remembered else None))

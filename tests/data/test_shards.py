@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, download, open_corpus, shards
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shards import expand
-from m3ae_fast.data.workers import allow_open_files
-from m3ae_fast.errors import UserError
+from m3ae_fast.process.workers import allow_open_files
 from tests.helpers.shards import members, picture, write_tar
 
 

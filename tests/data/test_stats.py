@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.cli.shards import main
 from m3ae_fast.config import SourceConfig, load_config
 from m3ae_fast.data import open_corpus
-from m3ae_fast.data.__main__ import main
-from m3ae_fast.errors import UserError
-from m3ae_fast.shard_tools.stats import collect, sample
+from m3ae_fast.shards.stats import collect, sample
 from tests.helpers.pictures import png
 from tests.helpers.shards import caption, members, picture, write_tar
 from tests.helpers.trainer import TINY

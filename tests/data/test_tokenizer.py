@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import SPECIAL, _growth, load_tokenizer, train_tokenizer
-from m3ae_fast.errors import UserError
 from tests.helpers.shards import caption
 
 CAPTIONS = [caption(i) for i in range(40)]
@@ -135,8 +135,8 @@ def test_special_tokens_alone_are_special():
 
 
 def test_the_committed_tokenizer_fits_its_captions(store):
-    from m3ae_fast.shard_tools.tally import Tally
-    from m3ae_fast.shard_tools.tokenizer_training import caption_texts as captions_of
+    from m3ae_fast.shards.tally import Tally
+    from m3ae_fast.shards.tokenizer_training import caption_texts as captions_of
 
     folder = Path(__file__).parents[2] / "data" / "openclipart"
     captions = list(captions_of([str(folder / "train-{0000..0002}.tar")], store, Tally()))

@@ -24,6 +24,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from m3ae_fast import checkpoint
+from m3ae_fast.checkpoint import folder as folder_module
+from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 from m3ae_fast.engine.fragments import Fragments, cut
@@ -32,8 +36,6 @@ from m3ae_fast.engine.optimizer import parameter_groups
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from m3ae_fast.run import checkpoint, parts, resuming
-from m3ae_fast.run.staging import Staging
 
 STAGES = (None, 0, 1, 2, 3)
 STEPS = 2
@@ -153,7 +155,7 @@ def load(ranks: Ranks, folder: Path) -> None:
 
 def die(ranks: Ranks, folder: Path, rank: int, where: str) -> None:
     agreed = agreement(ranks)
-    module = parts if hasattr(parts, where) else checkpoint
+    module = state_files if hasattr(state_files, where) else folder_module
 
     def fall(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

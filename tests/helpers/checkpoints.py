@@ -9,10 +9,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.engine.fragments import Fragments, cut, whole
-from m3ae_fast.errors import UserError
 from m3ae_fast.process.agreement import Agreement
-from m3ae_fast.run import checkpoint
 
 
 def save(run_dir: Path, tensors: dict[str, Tensor], info: checkpoint.Info, keep: int = 9) -> Path:

@@ -11,20 +11,21 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from m3ae_fast import train
+from m3ae_fast import checkpoint, train
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import state_files
+from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.errors import UserError
-from m3ae_fast.run import checkpoint, parts, run, run_log
-from m3ae_fast.run.staging import Staging
+from m3ae_fast.training import log, run
 
 # where a fault is -> the object and the name of what raises instead
 PLACES: dict[str, tuple[Any, str]] = {
     "copy": (Staging, "_into_buffer"),
-    "write": (parts, "save_file"),
-    "table": (parts, "write_table"),
+    "write": (state_files, "save_file"),
+    "table": (state_files, "write_table"),
     "rename": (checkpoint, "put_in_place"),
     "pictures": (run, "draw_training"),
-    "log": (run_log, "_forget_after"),
+    "log": (log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
 }
 ERRORS: dict[str, Callable[[], BaseException]] = {

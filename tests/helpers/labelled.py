@@ -6,9 +6,9 @@ import json
 import numpy as np
 from PIL import Image
 
+from m3ae_fast import checkpoint
 from m3ae_fast.config import Config
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.run import checkpoint
 from tests.helpers.checkpoints import save, save_cut
 from tests.helpers.shards import WORDS, picture, write_tar
 from tests.helpers.trainer import TINY

@@ -23,14 +23,15 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import resuming
+from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import Config, DeepSpeedConfig, ZeroConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.engine.interface import Engine
-from m3ae_fast.errors import UserError
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from m3ae_fast.run import checkpoint, resuming
-from m3ae_fast.run.staging import Staging
 from tests.helpers.zero_cases import config_of, engine_of, take
 
 HALF, STEPS = 1, 3

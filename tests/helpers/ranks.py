@@ -26,7 +26,13 @@ from pathlib import Path
 LIMIT_S = 200
 _SHOW_STACKS = signal.SIGUSR2  # to a rank that is late: of all its threads, where each is
 _forks = multiprocessing.get_context("forkserver")
-_IMPORTED = ("m3ae_fast.train", "m3ae_fast.dry_run", "m3ae_fast.run.run", "m3ae_fast.transfer.curve", "deepspeed")
+_IMPORTED = (
+    "m3ae_fast.train",
+    "m3ae_fast.training.dry_run",
+    "m3ae_fast.training.run",
+    "m3ae_fast.evaluation.knn_probe",
+    "deepspeed",
+)
 _LATE = (
     "m3ae_fast.engine.deepspeed_engine",
     "torch._inductor.compile_fx",
@@ -103,7 +109,7 @@ def await_ranks(processes: list[Process], log: Path) -> tuple[int, str]:
 
 
 def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    from m3ae_fast.errors import exit_cleanly
+    from m3ae_fast.base.errors import exit_cleanly
 
     multiprocessing.set_start_method(None, force=True)  # for its loader workers, the usual one again
     gc.freeze()  # what was imported: DeepSpeed collects all garbage for every engine

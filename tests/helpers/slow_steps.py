@@ -4,8 +4,8 @@ import os
 from types import SimpleNamespace
 
 from m3ae_fast import train
-from m3ae_fast.run import time_limit
-from m3ae_fast.run.time_limit import TimeLimit
+from m3ae_fast.training import time_limit
+from m3ae_fast.training.time_limit import TimeLimit
 
 STEP_S = 10.0
 

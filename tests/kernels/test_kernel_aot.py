@@ -33,6 +33,7 @@ def test_matmul_kernel_is_sound(arch, instruction):
     assert report.shared_bytes > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, problem",
     [
@@ -69,6 +70,7 @@ def test_every_dtype_and_head_width_is_compiled_in_both_directions(monkeypatch):
     assert {dtype for kernel, _, arch, dtype in asked if (kernel, arch) == ("token_rows", "sm_80")} == {*aot.DTYPES}
 
 
+@pytest.mark.slow
 def test_few_spills_pass_and_more_do_not(monkeypatch):
     report = compile_case(CASE["pixel_error"], "sm_90", "bf16", SPILLING)
     assert report.spills > aot.MOST_SPILLS and "spills" in report.problems[0]
@@ -96,6 +98,7 @@ def test_a_dtype_has_the_settings_of_its_width(arch, monkeypatch):
             found.clear()
 
 
+@pytest.mark.slow
 def test_command():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "m3ae_kernels.aot", "--arch", "sm_90", "--kernel", "take_rows"]
@@ -106,6 +109,7 @@ def test_command():
     assert interpreted.returncode == 2 and "Traceback" not in interpreted.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
 def test_small_gpus_have_room(arch):
     """99 KiB of shared memory; the largest kernel of each sort, attention's longest tile among them."""

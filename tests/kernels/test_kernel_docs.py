@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import m3ae_kernels
+import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(encoding="utf-8"), re.S)
@@ -52,6 +53,7 @@ def test_distribution_of_its_own(tmp_path):
     assert {name for name in own if "__pycache__" not in name} <= set(names)
 
 
+@pytest.mark.slow
 def test_triton_is_not_needed_on_a_cpu():
     code = """
 import sys

@@ -68,6 +68,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_sharded_modules_equal_one_process(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -65,10 +65,12 @@ def run(variant: Path, code: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_it_loads_from_a_path_alone(variant):
     assert "loaded" in run(variant, ALONE)
 
 
+@pytest.mark.slow
 def test_it_lives_beside_the_installed_package(variant):
     assert "both" in run(variant, BESIDE)
 

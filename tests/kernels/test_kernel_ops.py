@@ -37,6 +37,7 @@ def double(inputs: Inputs) -> Inputs:
     return inputs.to(torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_at_most_twice_that_of_torch(case, dtype):
@@ -240,6 +241,7 @@ def test_compile_equals_eager(case, autocast):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_inductor_equals_eager():
     """All ops in one graph by the compiler that people use, its own kernels between them."""
     torch.manual_seed(0)

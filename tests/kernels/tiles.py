@@ -12,7 +12,7 @@ from m3ae_kernels import reference, tuning
 from m3ae_kernels.triton_impl import attention, matmul, norm, patch_embed, rows
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
-from m3ae_fast.verify.__main__ import main as verify
+from m3ae_fast.cli.verify import main as verify
 from tests.helpers.trainer import ROOT
 from tests.kernels.kernel_cases import make, packed_attention, run
 from tests.kernels.test_kernel_ops import FLOOR, double, error, poisoned  # noqa: F401

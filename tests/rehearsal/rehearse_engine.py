@@ -5,23 +5,23 @@ import dataclasses
 import pytest
 import torch
 
-from m3ae_fast import hardware
+from m3ae_fast.base import hardware
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.memory import out_of_memory
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import Config, DataConfig, MaskingConfig, OptimConfig, SourceConfig, parse
 from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_loader
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.feed import feed
-from m3ae_fast.engine.needs import memory_needed
+from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.optimizer import build_adamw, name_of, set_lr
-from m3ae_fast.errors import UserError
-from m3ae_fast.memory import out_of_memory
 from m3ae_fast.model.m3ae import M3AE, Losses
 from m3ae_fast.model.transformer import MEMORY_BUDGET
-from m3ae_fast.process.pulse import write_stacks
+from m3ae_fast.process.heartbeats import write_stacks
 from m3ae_fast.process.ranks import join_ranks
-from m3ae_fast.run.loss_watch import LossWatch
-from m3ae_fast.run.throughput import ForwardTime
+from m3ae_fast.training.loss_watch import LossWatch
+from m3ae_fast.training.throughput import ForwardTime
 from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import TINY, samples
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda

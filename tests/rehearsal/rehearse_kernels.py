@@ -17,7 +17,7 @@ from m3ae_kernels.triton_impl.common import precision
 from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from m3ae_fast.data.__main__ import main as data
+from m3ae_fast.cli.shards import main as data
 from tests.helpers.trainer import ROOT
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3ae_fast.environment import settle_libraries
+from m3ae_fast.base.environment import settle_libraries
 from m3ae_fast.train import main
 from tests.helpers.trainer import TINY
 from tests.rehearsal.fake_cuda import FakeCuda
@@ -32,7 +32,7 @@ def expected(tmp_path_factory) -> np.ndarray:
 
 @pytest.mark.parametrize("stage", [None, 2])
 def test_the_cuda_path_gives_the_cpus_numbers(tmp_path, monkeypatch, capsys, expected, stage):
-    monkeypatch.setattr("m3ae_fast.run.run.peak_flops", lambda device, dtype: 1e12)  # measuring it takes a minute
+    monkeypatch.setattr("m3ae_fast.training.run.peak_flops", lambda device, dtype: 1e12)  # measuring it takes a minute
     install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     section = "null" if stage is None else json.dumps({"zero_optimization": {"stage": stage}})
     with FakeCuda() as cuda:
@@ -58,7 +58,7 @@ def test_memory_of_changing_sizes_is_asked_for(monkeypatch):
 
 def test_a_machine_that_triton_cannot_build_on_is_told(tmp_path, monkeypatch, cuda):
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "triton")
-    monkeypatch.setattr("m3ae_fast.run.run.missing_for_triton", lambda: ["a C compiler", "Python.h"])
+    monkeypatch.setattr("m3ae_fast.training.run.missing_for_triton", lambda: ["a C compiler", "Python.h"])
     with pytest.raises(Exception, match=r"needs a C compiler and Python\.h on this machine"):
         train(tmp_path, "run", "deepspeed=null")
 

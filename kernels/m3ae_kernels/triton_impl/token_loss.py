@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import accumulator
-from ..token_loss import Inputs, Options, Results
+from ..token_arguments import Inputs, Options, Results
 from ..tuning import config
 from .common import acc_type, launcher, padded, up
 from .matmul import add_product, even_chunks, workspace_rows

@@ -1,0 +1,37 @@
+"""Arguments that `masked_token_loss` gives its implementations.
+
+Shapes: M rows, D width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # [M, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    row_weight: Tensor  # [M]
+    targets: Tensor  # [M]
+
+
+class Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    dtype: torch.dtype  # of the matmuls
+    return_correct: bool
+    workspace: int | None  # bytes of logits held at once
+    impl: str
+
+
+class Results(NamedTuple):
+    """Tensors that the implementations fill in; those that are not wanted have no elements."""
+
+    row_loss: Tensor  # [M]
+    correct: Tensor  # bool [M]
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor

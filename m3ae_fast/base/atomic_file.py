@@ -1,0 +1,95 @@
+"""Files and folders that are whole or not there, whatever becomes of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from m3ae_fast.base.errors import UserError
+
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # what some network file systems say of folders
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Make a path beside `path` to write to, which takes its place when the block ends. Folders are made if needed. Of
+    several that write one file at a time, the last to end has its place.
+    Raises UserError where `path` is a folder, or the disk refuses; after any exception `path` is as it was."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.partial")
+        with open(partial, "xb") as file:
+            lock(file.fileno())
+            yield partial
+            put_in_place(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def lock(handle: int) -> None:
+    """Hold an unfinished file or folder until its handle is closed, as `is_abandoned` asks; where the file system knows
+    no such locks nothing is held, and nothing counts as abandoned."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def is_abandoned(partial: Path) -> bool:
+    """Return whether the process that made an unfinished file or folder, and held it, has been killed."""
+    try:
+        handle = os.open(partial, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove unfinished files and folders of such names that killed processes left."""
+    for partial in filter(is_abandoned, folder.glob(pattern)):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there. Raises UserError as `whole_file` does."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file, or a folder of files, the name `path`: its contents reach the disk before the name does.
+    Raises OSError where the disk refuses."""
+    for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
+        to_disk(written)
+    os.replace(partial, path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk. Raises OSError where it refuses."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _CANNOT_SYNC):
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,146 @@
+"""The abilities of this machine: faster precision, peak FLOP/s, memory, compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import shutil
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from m3ae_kernels.cpu.processor import this_cpu
+
+from m3ae_fast.base.errors import UserError
+
+
+class HasPrecision(Protocol):
+    """A config section with a setting `precision`: "auto", "bf16" or "fp32"."""
+
+    @property
+    def precision(self) -> Any: ...
+
+    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
+
+
+C = TypeVar("C", bound=HasPrecision)
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """Return the device of `--device`; by default a GPU, else the CPU. Raises UserError where it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+class Peaks(NamedTuple):
+    """A GPU's peaks, from its data sheet."""
+
+    flops: float  # dense bf16 on tensor cores, FLOP/s
+    bandwidth: float  # of its memory, bytes/s
+
+
+# by a part of the GPU's name: the first one that is found counts
+_PEAKS = {
+    "H200": Peaks(989e12, 4.8e12),
+    "H100 PCIe": Peaks(756e12, 2.0e12),
+    "H100 NVL": Peaks(835e12, 3.9e12),
+    "H100": Peaks(989e12, 3.35e12),
+    "B200": Peaks(2250e12, 8.0e12),
+    "A100-SXM4-40": Peaks(312e12, 1.555e12),
+    "A100": Peaks(312e12, 2.039e12),
+    "L40S": Peaks(362e12, 0.864e12),
+    "RTX 4090": Peaks(165e12, 1.008e12),
+    "MI300X": Peaks(1307e12, 5.3e12),
+}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them
+
+
+def fast_precision(device: torch.device) -> str:
+    """Return "bf16" or "fp32": whichever makes matmuls faster."""
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else this_cpu().bf16
+    return "bf16" if fast else "fp32"
+
+
+def settle_precision(config: C, device: torch.device) -> C:
+    """Return `config` with precision "auto" decided for `device`."""
+    return config if config.precision != "auto" else config.model_copy(update={"precision": fast_precision(device)})
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the dtype of matmuls under a settled precision."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def data_sheet(name: str) -> Peaks | None:
+    """Return the peaks of the GPU called `name`, None if it is not known."""
+    return next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s to measure utilisation against: the data sheet's for known GPUs in bf16, else what a large
+    matmul reaches here, best of three."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = data_sheet(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.flops
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def has_compiler() -> bool:
+    """Return whether there is a C++ compiler, as torch.compile needs."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"))
+
+
+def missing_for_triton() -> list[str]:
+    """Return what Triton needs to build its launchers on a GPU and does not find here."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+    missing = [] if any(shutil.which(name) for name in compilers if name) else ["a C compiler (apt install gcc)"]
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python.h (apt install python3-dev, or the -devel package)")
+    return missing
+
+
+def pins_memory(device: torch.device) -> bool:
+    """Return whether copies to the device are faster from pinned memory, and overlap with the computation."""
+    return device.type == "cuda"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return bytes: the most that torch held on the GPU, or the most that this process held in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free for the next ones. By default it returns large blocks to the kernel
+    at once, and a step on the CPU then waits for 100,000 fresh pages. Does nothing where there is no glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def missing_memory(needed: float, device: torch.device) -> str:
+    """Return "" where a device has room for `needed` bytes, else how much is needed and how much is free."""
+    import psutil  # here: benchmarks.gpu reads data sheets where torch, Triton and NumPy are all there is
+
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    return "" if needed < 0.9 * free else f"{needed / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB are free"

@@ -1,0 +1,58 @@
+"""The Hugging Face hub: folders of weights by the name owner/name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hub_access import hub_answers
+from m3ae_fast.base.output_folder import FILES
+
+
+def find_folder(source: str | Path) -> Path:
+    """Return `source` itself if it exists, else a copy of what the hub has under that name. Raises UserError where
+    it is neither a path nor a model of the hub, or the hub does not answer."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+        raise UserError(f"{source}: no such file or folder; name an export, or a model of the hub as owner/name")
+    try:
+        cached, files = not hub_answers(str(source)), list(FILES)
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files, local_files_only=cached))
+    except Exception as error:  # of the library, of its HTTP client, of the disk
+        raise UserError(f"{source}: no such file or folder, and {_reason(error)}") from None
+
+
+def push_folder(folder: str | Path, name: str, private: bool = False) -> str:
+    """Upload a folder as the model `name`, which is made where it does not exist. Returns its address. Raises UserError
+    where nobody is logged in, the name is taken or impossible, or the hub does not answer."""
+    if huggingface_hub.get_token() is None:
+        raise UserError(f"{name}: pushing needs a token of the hub; run `hf auth login`, or set HF_TOKEN")
+    try:
+        api = huggingface_hub.HfApi()
+        url = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload M3AE")
+        return str(url)
+    except Exception as error:
+        raise UserError(f"{name}: cannot be pushed, {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model, or it is private: run `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub does not answer, nor is there a copy from an earlier download"
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, HFValidationError):
+        return f"the hub allows no such name ({text})"
+    return f"the hub refuses ({text})" if isinstance(error, HfHubHTTPError) else f"the hub cannot be reached ({text})"

@@ -1,0 +1,130 @@
+"""Folders of weights that are whole or not there."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from m3ae_fast.base.atomic_file import lock, put_in_place, remove_abandoned
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import open_regular
+
+MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+TOKENIZER_FILE, PREPROCESSOR_FILE = "tokenizer.json", "preprocessor_config.json"
+FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE)
+# not integers and booleans, whose meaning is unknown, nor float8, whose scales are elsewhere
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MARK = {"format": "pt", "written_by": "m3ae_fast"}
+
+
+@contextmanager
+def output_folder(out: str | Path) -> Iterator[Path]:
+    """Make an empty folder to fill with FILES, which takes the place of `out` when the block ends. Raises UserError
+    where `out` is a file, or a folder that holds anything but an earlier output of this package; or the disk refuses.
+    `out` is as it was, then and after any other exception."""
+    target = Path(out).resolve()
+    _check_free(out, target)
+    mine = uuid.uuid4().hex[:8]
+    partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))
+    try:
+        remove_abandoned(target.parent, f".writing-{glob.escape(target.name)}-*")
+        partial.mkdir(parents=True)
+        with _held(partial):
+            yield partial
+            for path in partial.iterdir():
+                path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes it readable only to its owner
+            _take_place(partial, target, old)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{out}: cannot be written ({reason})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take_place(partial: Path, target: Path, old: Path) -> None:
+    """Put `partial` in the place of `target`, which is called `old` meanwhile and is removed only after that."""
+    if not target.exists():
+        return put_in_place(partial, target)
+    os.rename(target, old)
+    try:
+        put_in_place(partial, target)
+    except BaseException:
+        _put_back(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    try:
+        os.rename(old, target)
+    except OSError as error:
+        reason = f"{error.strerror or error}; what it held is now {old}"
+        raise UserError(f"{target}: can neither be replaced nor put back ({reason})") from None
+
+
+def _check_free(out: str | Path, target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{out}: is a file; name a folder")
+    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not found:
+        return
+    others = sorted(found - set(FILES))
+    if others or not _is_ours(target / MODEL_FILE):
+        what = others[0] if others else "a model of another program"
+        raise UserError(f"{out}: already holds {what}; name a new folder")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        open_regular(path).close()
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("written_by") == _MARK["written_by"]
+    except (OSError, SafetensorError):
+        return False
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a safetensors file, by name.
+
+    Raises:
+        OSError, SafetensorError: it cannot be read, is a pipe or a device, or is damaged.
+        UserError: a tensor is not a weight: see `check_dtypes`.
+    """
+    open_regular(path).close()  # safetensors would wait for a pipe
+    state = load_file(path)
+    check_dtypes(state, str(path))
+    return state
+
+
+def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError naming the first tensor that is of none of DTYPES."""
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{where}: {name} is {found}, but weights are {kinds}; convert it to one")
+
+
+def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Write safetensors, with the mark by which `output_folder` knows them again."""
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=_MARK)

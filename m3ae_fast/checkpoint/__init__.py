@@ -1,0 +1,21 @@
+"""Checkpoints: written and read by any number of ranks, complete or absent."""
+
+from m3ae_fast.checkpoint.folder import (
+    FAILED,
+    GOOD,
+    INFO_FILE,
+    Info,
+    checkpoints_dir,
+    is_good,
+    locate,
+    mark,
+    open_state,
+    prune,
+    read_info,
+    read_weights,
+    save,
+    saved_steps,
+    set_aside_after,
+    step_of,
+    versions,
+)

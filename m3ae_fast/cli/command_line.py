@@ -1,0 +1,85 @@
+"""Parsers and options that several programs share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from m3ae_fast.base.errors import UserError
+
+
+def program(name: str, text: str | None) -> argparse.ArgumentParser:
+    """Return a parser for `m3ae-fast NAME`, whose help shows the lines of `text` as they are."""
+    shown = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"m3ae-fast {name}", description=text, formatter_class=shown)
+
+
+def command(
+    commands: Any, name: str, summary: str, text: str, run: Callable, common: argparse.ArgumentParser | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser for a command of a program, which `run(args)` performs; `common`: has more arguments of it."""
+    shown, parents = argparse.RawDescriptionHelpFormatter, [common] if common else []
+    parser = commands.add_parser(name, parents=parents, help=summary, description=text, formatter_class=shown)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `--set KEY=VALUE`, and what the deepspeed launcher adds."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting: --set {example}"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """Add `--labels`, the member of a sample that holds its class."""
+    parser.add_argument("--labels", default="cls", metavar="cls|json.FIELD", help="where labels are (default: cls)")
+
+
+def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add `--resume`. `folder`: what the help calls the run's."""
+    parser.add_argument(
+        "--resume",
+        default="no",
+        metavar="auto|no|PATH",
+        help=f"auto: continue from the last checkpoint in {folder}, or start; no (default): start a new run; "
+        "PATH: continue from that checkpoint or run folder",
+    )
+
+
+def output(*endings: str) -> Callable[[str], Path]:
+    """Return what parses the path of a folder to write, or of a file with one of these endings. Where it cannot be one
+    it raises UserError: argparse would print its usage too."""
+
+    def parse(text: str) -> Path:
+        if not text:
+            raise UserError("the path to write to is empty; name one")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{text!r}: the name is not UTF-8; choose another")
+        if endings and not text.endswith(endings):
+            raise UserError(f"{text}: must end in {' or '.join(endings)}")
+        return Path(text)
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """Parse a seed. Raises UserError, as `output` does, where torch could not begin with it."""
+    if not (text.isdecimal() and int(text) < 1 << 63):
+        raise UserError(f"--seed {text}: must be a whole number from 0, below 2^63")
+    return int(text)
+
+
+def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return what parses names with commas between them, each of a `what` that is `known`."""
+
+    def parse(text: str) -> list[str]:
+        names = [*dict.fromkeys(text.split(","))]
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{text}: no {what} {unknown[0]!r}; choose from {', '.join(known)}")
+        return names
+
+    return parse

@@ -1,0 +1,154 @@
+"""m3ae-fast config [PAGE]: settings as a Markdown page, docs/config.md or docs/transfer-config.md."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Iterable
+from textwrap import wrap
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.config.messages import section_of
+from m3ae_fast.config.schema import Config
+
+TRAIN_HEAD = """# Settings
+
+All settings of a training run, in the sections of its JSON file; `--set section.key=value` overrides any. Made from
+m3ae_fast/config/schema.py by `m3ae-fast config > docs/config.md`. Those of probes and fine-tuning:
+[Transfer settings](transfer-config.md).
+"""
+TRANSFER_HEAD = """# Transfer settings
+
+Settings of `m3ae-fast transfer` and `m3ae-fast features`, which have no file: give them by
+`--set section.key=value`. The sections `run` and `data` are as in [a training run](config.md); options such as `--out`
+and `--train` set a part of them. Made from m3ae_fast/config/evaluation.py by
+`m3ae-fast config transfer > docs/transfer-config.md`.
+"""
+_INDENT = " " * 6
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def train_page() -> str:
+    """Return docs/config.md: a table for each section of a training run."""
+    return _page(TRAIN_HEAD, Config)
+
+
+def transfer_page() -> str:
+    """Return docs/transfer-config.md: the sections that only transfer tasks have."""
+    return _page(TRANSFER_HEAD, TransferConfig, _links(_sections(Config), "config.md"))
+
+
+PAGES = {"train": train_page, "transfer": transfer_page}
+
+
+def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
+    """Return the settings of some sections of `root` as lines for --help: default, what is allowed, and meaning."""
+    lines = ["settings, given by --set KEY=VALUE; those of data and run are in docs/config.md:"]
+    for name in names:
+        section = section_of(root.model_fields[name].annotation)
+        assert section is not None
+        schemas = section.model_json_schema()["properties"]
+        for key, field in section.model_fields.items():
+            allowed, default = _allowed(schemas[key], "a section"), _default(section, key, field)
+            text = f"{' '.join((field.description or '').split())} Default: {default}; allowed: {allowed}."
+            lines += [
+                "",
+                f"  {name}.{key}",
+                *wrap(text.replace("`", ""), 100, initial_indent=_INDENT, subsequent_indent=_INDENT),
+            ]
+    return "\n".join(lines)
+
+
+_Sections = dict[type[BaseModel], tuple[str, str]]
+
+
+def _sections(root: type[BaseModel], above: str = "") -> _Sections:
+    """Return the sections in `root` and in these, each kind once, by the full name that it has first, and what `root`
+    says of it."""
+    found: _Sections = {}
+    for key, field in root.model_fields.items():
+        if kind := section_of(field.annotation):
+            own = {kind: (above + key, "" if above else field.description or "")}
+            for each, about in (own | _sections(kind, f"{above}{key}.")).items():
+                found.setdefault(each, about)
+    return found
+
+
+def _links(sections: _Sections, page: str = "") -> dict[type[BaseModel], str]:
+    return {kind: f"[{name}]({page}#{name.replace('.', '')})" for kind, (name, _) in sections.items()}
+
+
+def _page(head: str, root: type[BaseModel], elsewhere: dict[type[BaseModel], str] | None = None) -> str:
+    """Return a table for each kind of section, but those that another page explains, which `elsewhere` links to."""
+    sections, known = _sections(root), elsewhere or {}
+    links = _links(sections) | known
+    tables = [_table(kind, *about, links) for kind, about in sections.items() if kind not in known]
+    return "\n".join([head, *tables])
+
+
+def _table(section: type[BaseModel], name: str, note: str, links: dict[type[BaseModel], str]) -> str:
+    about = " ".join(filter(None, (inspect.cleandoc(section.__doc__ or ""), note)))
+    lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+    schemas = section.model_json_schema()["properties"]
+    for key, field in section.model_fields.items():
+        kind = section_of(field.annotation)
+        allowed = _allowed(schemas[key], links[kind] if kind else "")
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{key}` | {_default(section, key, field)} | {allowed} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _allowed(schema: dict[str, Any], section: str) -> str:
+    """Return the values that a field's JSON schema allows. `section`: the link to the section that it names, if any."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(one, section) for one in schema["anyOf"])
+    if "$ref" in schema:
+        return section
+    if "enum" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    kind = schema["type"]
+    if kind == "array":
+        if "items" in schema:
+            return f"list: {_allowed(schema['items'], section)}"
+        first, *_ = items = schema["prefixItems"]  # all alike
+        return f"list of {len(items)}: {_allowed(first, section)}"
+    if kind in ("integer", "number"):
+        bounds = [f"{sign} {_number(schema[name])}" for name, sign in BOUNDS.items() if name in schema]
+        return " ".join(filter(None, [kind, ", ".join(bounds)]))
+    if kind == "boolean":
+        return "`true`, `false`"
+    return "`null`" if kind == "null" else schema.get("format", kind)
+
+
+def _number(bound: float) -> str:
+    """Return a bound as people read it: powers of two beyond 65,536 as such."""
+    if isinstance(bound, int) and bound > 1 << 16 and bound & (bound - 1) == 0:
+        return f"2^{bound.bit_length() - 1}"
+    return f"{bound:,.15g}"
+
+
+def _default(section: type[BaseModel], key: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "from `size`" if section.__name__ == "ModelConfig" else "required"
+    value: Any = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return f"see {key}"
+    return f"`{json.dumps(value, default=str)}`"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="m3ae-fast config", description=__doc__.partition(": ")[2])
+    parser.add_argument("page", nargs="?", choices=PAGES, default="train", help="whose settings (default: train)")
+    print(PAGES[parser.parse_args(argv).page](), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

@@ -1,0 +1,67 @@
+"""m3ae-fast convert SOURCE OUT: weights of other programs as a folder that M3AE.from_pretrained loads.
+
+SOURCE is one of
+  FILE.pkl           a checkpoint of the official JAX code, M3AE or MAE (nothing that it names is run)
+  FILE.pth           a checkpoint of facebookresearch/mae: pre-training, an encoder alone, fine-tuned
+  FILE.safetensors   weights of a timm VisionTransformer
+  FILE.msgpack       the official image tokenizer, a VQGAN: OUT is what data.image_tokenizer names
+  FOLDER             a run folder, a checkpoint or an export of this program, or a model that timm saved
+  OWNER/NAME         any such folder on the Hugging Face hub
+
+A model in OUT can be loaded, fine-tuned, and trained on: set model.init_from to it and the sizes in its config.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.command_line import program
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.model.pretrained import Pretrained
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = program("convert", __doc__)
+    parser.add_argument("source", metavar="SOURCE", help="file, folder, or name on the hub")
+    parser.add_argument("out", metavar="OUT", help="folder for the weights, their config and tokenizer")
+    parser.add_argument("--tokenizer", help="tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer")
+    parser.add_argument("--num-heads", type=int, help="of a .pth or .safetensors of no published width")
+    parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
+    args = parser.parse_args(argv)
+    from m3ae_fast.batch.tokenizer import load_tokenizer
+    from m3ae_fast.model.card import model_card
+    from m3ae_fast.model.pretrained import write_pretrained
+    from m3ae_fast.vqgan.flax import convert_vqgan
+    from m3ae_fast.weights.mae import ViTOptions
+    from m3ae_fast.weights.source import read_source
+
+    if Path(args.source).suffix == ".msgpack":
+        vqgan = convert_vqgan(args.source, args.out)
+        print(f"MaskGIT VQGAN of {vqgan.config.codebook_size:,} codes, written to {args.out}")
+        return 0
+    found = read_source(args.source, ViTOptions(args.num_heads, args.dec_num_heads))
+    if args.tokenizer:
+        sizes = found.config.text_length, found.config.vocab_size
+        found = replace(found, tokenizer=load_tokenizer(args.tokenizer, *sizes, label="--tokenizer"))
+    card = model_card(Path(args.out).resolve().name, found.config, f"Converted from: {found.kind}.\n")
+    write_pretrained(args.out, found, card)
+    print(_summary(found, args.out))
+    return 0
+
+
+def _summary(found: Pretrained, out: str) -> str:
+    parameters = sum(tensor.numel() for tensor in found.state.values())
+    what = "encoder and decoder" if found.has_decoder else "an encoder"
+    lines = [f"{found.kind}: {what}, {parameters:,} weights, written to {out}", *found.notes]
+    if found.config.vocab_size and found.tokenizer is None:
+        lines.append("no tokenizer in it: add --tokenizer to encode captions as text")
+    return "\n  ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

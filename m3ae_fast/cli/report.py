@@ -1,0 +1,35 @@
+"""m3ae-fast report RUN ...: one self-contained page of a run, report.html, readable without a server.
+
+It says what the run has come to and what is unusual, and holds the results of tasks (every result.json below the run
+folder and below `--results`), curves, pictures, config and versions. Further runs join tables and curves.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.command_line import output, program
+from m3ae_fast.evaluation.report import REPORT_FILE, write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = program("report", __doc__)
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run folder; more of them join its tables and curves"
+    )
+    parser.add_argument("--out", type=output(".html"), help=f"default: RUN/{REPORT_FILE}")
+    parser.add_argument(
+        "--results", nargs="+", type=Path, default=[], metavar="DIR", help="folders with result.json outside RUN"
+    )
+    args = parser.parse_args(argv)
+    run, *others = args.runs
+    out = args.out or run / REPORT_FILE
+    write_report(run, out, args.results, others)
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

@@ -1,0 +1,192 @@
+"""Tools for shards: make them, look into them, train a tokenizer on them.
+
+m3ae-fast data from-folder images/ shards/ --held-out 0.05
+m3ae-fast data from-hdf5 cc12m.hdf5 shards/
+m3ae-fast data from-hf uoft-cs/cifar10 shards/
+m3ae-fast data index 'shards/*.tar'
+m3ae-fast data stats 'shards/*.tar' --write configs/mine.json
+m3ae-fast data manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
+m3ae-fast data train-tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
+m3ae-fast data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.command_line import add_labels, command, output, program, seed
+from m3ae_fast.config import add_range_option
+from m3ae_fast.shards.settings import Settings
+
+FOLDER = """Make shards of a folder of images.
+
+Folders called train, val (valid, validation, dev) or test, with CLASS folders below or without, give shards of these
+splits. Else, or below them, sub-folders are classes if there are at least two and every image is in one; class ids
+are the same in all splits. Captions come from a table with one row per sample, or from NAME.txt beside NAME.jpg. An
+image in several rows gives several samples, also where rows are equal, and so does a list of captions in a row.
+Tables are read strictly: a row with a field too many or too few is an error. A .tsv has a row on each line and no
+quotes, unless a program that quotes its fields wrote it. Images without a caption train only the image side. Run an
+interrupted command again to continue; equal input gives equal bytes.
+
+  m3ae-fast data from-folder images/ shards/ --held-out 0.05
+  m3ae-fast data from-folder images/ shards/ --captions captions.csv --caption-column title
+  m3ae-fast data from-folder imagenet/val shards-val/ --classes shards/classes.json
+"""
+HDF5 = """Make shards of an HDF5 file in the layout of the official M3AE code: jpg (variable-length uint8) with caption,
+or ImageNet's train_jpg, train_labels, val_jpg, val_labels, or text alone. A row with several captions gives several
+samples.
+
+  m3ae-fast data from-hdf5 cc12m.hdf5 shards/ --held-out 0.01
+  m3ae-fast data from-hdf5 imagenet.hdf5 shards/ --samples-per-shard 5000
+"""
+HF = """Make shards of a Hugging Face dataset: a folder that save_to_disk wrote, a folder of data files, or a name on
+the hub. All splits are taken unless one is named. A row with a list of captions gives several samples.
+
+  m3ae-fast data from-hf uoft-cs/cifar10 shards/
+  m3ae-fast data from-hf saved/flickr30k shards/ --split train --caption-column caption
+"""
+STATS = """Look at some samples: mean and standard deviation of the pixels, sizes, aspect ratios, lengths of captions,
+formats, labels, and what cannot be read. Prints the settings that a config needs; --write puts them into one.
+
+  m3ae-fast data stats 'shards/train-*.tar' --tokenizer tokenizer.json
+  m3ae-fast data stats 'shards/train-*.tar' --picture stats.png --write configs/mine.json
+  m3ae-fast data stats 'shards/train-*.tar' --sizes sizes.json   # for train.py --dry-run --sizes
+"""
+TOKENIZE_IMAGES = """Make shards whose images are crops with their VQGAN token ids, for model.image_targets=vqgan with
+data.image_tokens=shards. Each image gives --views random crops or, with --centre, its central square (for held-out
+data). Captions, classes and json come along; samples without an image do not.
+
+  m3ae-fast data tokenize-images 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
+  m3ae-fast data tokenize-images 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = program("data", __doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
+    _add_makers(commands)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("shards", nargs="+", help="tars: paths, brace patterns, globs, URLs or pipe: commands")
+    common.add_argument("--cache-dir", type=Path, help="where copies of remote shards go (default: ~/.cache/m3ae_fast)")
+    for add in (_add_index, _add_stats, _add_manifest, _add_train_tokenizer, _add_tokenize_images):
+        add(commands, common)
+    args = parser.parse_args(argv)
+    args.run(args)
+    return 0
+
+
+def _tool(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
+    """Return what imports a tool, and torch with it, once it is to run."""
+    return lambda args: getattr(import_module(f"m3ae_fast.shards.{module}"), function)(args)
+
+
+def _add_makers(commands: Any) -> None:
+    make = partial(_tool, "make")
+    folder = command(commands, "from-folder", "make shards of a folder of images", FOLDER, make("from_folder"))
+    folder.add_argument("input", type=Path, metavar="DIR", help="folder of images, in sub-folders too")
+    _add_out(folder)
+    folder.add_argument("--captions", type=Path, metavar="TABLE", help=".csv, .tsv, .jsonl or .parquet")
+    folder.add_argument("--image-column", metavar="NAME", help="its column of paths below DIR (default: detected)")
+    folder.add_argument("--caption-column", metavar="NAME", help="its column of captions (default: detected)")
+    folder.add_argument("--classes", type=Path, metavar="FILE", help="classes.json of other shards: same labels")
+    folder.add_argument("--flat", action="store_true", help="sub-folders are neither splits nor classes")
+
+    summary = "make shards of an HDF5 file in the official layout"
+    hdf5 = command(commands, "from-hdf5", summary, HDF5, make("from_hdf5"))
+    hdf5.add_argument("input", type=Path, metavar="FILE")
+    _add_out(hdf5)
+
+    hf = command(commands, "from-hf", "make shards of a Hugging Face dataset", HF, make("from_hf"))
+    hf.add_argument("input", metavar="DATASET", help="a folder, or a name on the hub")
+    _add_out(hf)
+    hf.add_argument("--subset", metavar="NAME", help="the configuration of a dataset that has several")
+    hf.add_argument("--split", metavar="NAME", help="the split to take (default: all)")
+    for what in ("image", "caption", "label"):
+        hf.add_argument(f"--{what}-column", metavar="NAME", help=f"the column of {what}s (default: detected)")
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=output(), metavar="OUT", help="folder for the shards: new, or to be continued")
+    shards, usual = parser.add_argument_group("shards"), Settings()
+    numbers = {
+        "--short-side": (usual.short_side, "scale images down to this many pixels; smaller JPEGs stay as they are"),
+        "--quality": (usual.quality, "of JPEGs, 1 to 100"),
+        "--samples-per-shard": (usual.samples_per_shard, "at most"),
+        "--workers": (len(os.sched_getaffinity(0)), "processes"),
+    }
+    for option, (default, text) in numbers.items():
+        shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+    add_range_option(shards)
+    text = "write this fraction of the samples to val-*.tar"
+    shards.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help=text)
+    text = "do not shuffle (default: shuffle, deterministically)"
+    shards.add_argument("--keep-order", action="store_true", help=text)
+
+
+def _add_index(commands: Any, common: argparse.ArgumentParser) -> None:
+    command(commands, "index", "write the shards' indexes and show what is in them", "", _tool("index_command"), common)
+
+
+def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
+    summary = "show what samples are like, and the settings that they need"
+    parser = command(commands, "stats", summary, STATS, _tool("stats"), common)
+    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="to look at (default: 10000)")
+    parser.add_argument("--seed", type=seed, default=0, help="decides which (default: 0)")
+    parser.add_argument("--channels", type=int, default=3, metavar="C", help="of the model (default: 3)")
+    dtypes = ("uint8", "uint16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="uint8", help="its model.image_dtype (default: uint8)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="counts captions in its tokens (default: in words)")
+    add_labels(parser)
+    add_range_option(parser)
+    parser.add_argument("--picture", type=output(".png"), metavar="FILE.png", help="draw histograms")
+    text = "write width and height of each image"
+    parser.add_argument("--sizes", type=output(".json"), metavar="FILE.json", help=text)
+    parser.add_argument("--write", type=Path, metavar="CONFIG", help="a config to put the settings into")
+
+
+def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
+    summary = "count samples ahead of a run, on any number of machines"
+    text = "Name the file as `shards` of a source, or all of its parts."
+    parser = command(commands, "manifest", summary, text, _tool("manifest_command"), common)
+    parser.add_argument("--out", type=output(".npy"), required=True, help="the .npy to write")
+    parser.add_argument("--part", metavar="I/N", help="count the I-th of N parts; each has a file of its own")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--stats", action="store_true", help="take counts from the NAME_stats.json of img2dataset")
+    known.add_argument("--sizes", metavar="FILE", help="take counts from a sizes.json: a file or a URL")
+
+
+def _add_train_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
+    summary = "train a lower-cased WordPiece tokenizer on the captions"
+    parser = command(commands, "train-tokenizer", summary, "", _tool("tokenizer_training"), common)
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens at most, special ones included")
+    parser.add_argument("--out", type=output(".json"), required=True, help="the tokenizer.json to write")
+
+
+def _add_tokenize_images(commands: Any, common: argparse.ArgumentParser) -> None:
+    summary = "make shards of crops with their VQGAN token ids"
+    parser = command(commands, "tokenize-images", summary, TOKENIZE_IMAGES, _tool("tokenize_images"), common)
+    parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="a converted VQGAN")
+    parser.add_argument("--out", type=output(), required=True, help="folder for the shards: new, or to be continued")
+    parser.add_argument("--image-size", type=int, default=256, metavar="S", help="of the crops (default: 256 pixels)")
+    parser.add_argument("--views", type=int, default=1, metavar="N", help="random crops of each image (default: 1)")
+    parser.add_argument("--centre", action="store_true", help="take the central square instead")
+    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"))
+    parser.add_argument("--no-flip", action="store_true", help="do not mirror half of the crops")
+    parser.add_argument("--seed", type=seed, default=0, help="of the crops (default: 0)")
+    add_range_option(parser)
+    parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help="at most (default: 2000)")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes, or a GPU's threads")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

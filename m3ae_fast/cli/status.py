@@ -1,0 +1,31 @@
+"""Say whether a run is finished, stopped, running or failed, and at which step; the exit code says it too.
+
+0  finished: it has taken its last step
+3  stopped: somebody or the system asked it to; --resume auto continues
+4  running: a process holds its folder
+5  failed: it ended with an error, or was killed
+2  there is no run, or none that has taken a step
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.command_line import program
+from m3ae_fast.training.record import status
+
+CODES = {"finished": 0, "stopped": 3, "running": 4, "failed": 5}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = program("status", __doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    state, sentence = status(parser.parse_args(argv).run)
+    print(sentence)
+    return CODES[state]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))

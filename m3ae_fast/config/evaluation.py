@@ -1,0 +1,241 @@
+"""Settings of `m3ae-fast transfer`: a section per task, besides those shared with training."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config.load import apply_override, parse
+from m3ae_fast.config.messages import settings_called
+from m3ae_fast.config.schema import (
+    Batch,
+    Beta,
+    Count,
+    DataConfig,
+    DeepSpeedConfig,
+    KnnConfig,
+    LoopConfig,
+    OptimConfig,
+    Rate,
+    RunConfig,
+    ScheduleConfig,
+    Section,
+    TransformerLoopConfig,
+)
+
+CommonCorruption = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic",
+    "pixelate",
+    "jpeg",
+]
+ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
+
+_COMMON = ("run", "data", "encode.resize")  # sections and settings that every task reads
+FORMER_SECTIONS = {"probe": "linear"}  # in --set for one more release; older checkpoints have them too
+
+
+class EncodeConfig(Section):
+    """Features of the frozen encoder on unmasked input."""
+
+    pool: Literal["mean", "cls"] = "mean"
+    """Pooling of features: `mean`, over all tokens but cls after the final norm; `cls`, the cls token."""
+    batch: Batch = 64
+    """Samples per forward pass."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
+    resize: Literal["square", "native"] | None = None
+    """Shape of images, as `model.resize`; null: as the model was trained."""
+
+
+class LinearProbeConfig(LoopConfig, ScheduleConfig):
+    """A linear classifier on frozen features, trained by LARS.
+
+    What is null follows from the number of training samples: [Evaluating](guide/evaluating.md#by-the-number-of-samples)
+    has the rule, and its values. For ImageNet it gives the official recipe, except for `encode.pool`, which is `cls`
+    there. A run that continues keeps the values it began with.
+    """
+
+    SECTION: ClassVar[str] = "linear"
+    LENGTH_FOLLOWS: ClassVar[bool] = True
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of the linear layer, its bias included."""
+    momentum: Beta = 0.9
+    """Momentum of LARS."""
+    global_batch: Batch | None = None  # type: ignore[assignment]
+    """Samples per optimiser step, over all ranks; null: by the number of samples, from 256 to 2,048."""
+    micro_batch: Batch | None = 64
+    """Maximum samples per rank and forward pass; a rank's part of the batch is cut evenly. null: no gradient
+    accumulation."""
+    peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
+    """Learning rate after warm-up, for a batch of 256; multiplied by global_batch / 256. null: with --cache-features,
+    the best of six on a held-out tenth of the training samples, or nearly so; without, by the number of samples."""
+    warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
+    """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 90 or more."""
+
+
+class AttentiveProbeConfig(Section):
+    """An attentive probe: one learnt query attends to the frozen patch tokens, and a linear layer reads what it finds;
+    trained by AdamW. It begins as the mean of the tokens."""
+
+    heads: Count | None = None
+    """Number of attention heads; null: as many as the encoder has."""
+    batch: Batch | None = None
+    """Samples per optimiser step; null: by the number of samples, as for the linear probe."""
+    steps: Count | None = None
+    """Length of the run, in optimiser steps; null: by the number of samples, as for the linear probe."""
+    peak_lr: float | None = Field(None, gt=0)
+    """Learning rate after warm-up; null: the best of five on a held-out tenth of the training samples."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of all weights."""
+
+
+class FineTuneConfig(TransformerLoopConfig, OptimConfig):
+    """Fine-tuning of the encoder with a classification head.
+
+    The defaults are the official recipe's for ImageNet. As there, `peak_lr` is not multiplied by the batch. What is
+    null follows from the number of training samples, as for the linear probe.
+    """
+
+    SECTION: ClassVar[str] = "finetune"
+    LENGTH_FOLLOWS: ClassVar[bool] = True
+
+    pool: Literal["mean", "cls"] = "cls"
+    """Input of the head: `cls`, the cls token; `mean`, the mean of all other tokens."""
+    layer_decay: float = Field(0.6, gt=0, le=1)
+    """Learning rate of a layer as a fraction of the next layer's."""
+    drop_path: Rate = 0.1
+    """Stochastic depth: the probability that a sample skips a block's branch, the same in every block."""
+    label_smoothing: Rate = 0.1
+    """Label smoothing: the fraction of a label that is spread evenly over all classes."""
+    mixup: float = Field(0.8, ge=0, le=100)
+    """Alpha of mixup, of neighbours in the stream; 0: off. Images are mixed only where nothing else is encoded."""
+    cutmix: float = Field(1.0, ge=0, le=100)
+    """Alpha of CutMix; 0: off."""
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    """Probability of CutMix instead of mixup, where both are on."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment of the training images, as a string in timm's format; null: off."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of a moving average of the weights, which is then evaluated and saved; null: none."""
+    deepspeed: DeepSpeedConfig | None = None
+    """Settings of DeepSpeed, as in training; null: plain torch, data-parallel (DDP)."""
+
+    global_batch: Batch | None = None  # type: ignore[assignment]
+    """Samples per optimiser step, over all ranks; null: by the number of samples, from 64 to 1,024."""
+    eval_every: Count | None = None
+    """Steps between evaluations; null: about ten of a run, fewer if they would take more than a twentieth of it."""
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """Length of the run, in epochs; give this or `steps`. null: by the number of samples, 100 or more."""
+    warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
+    """Length of the warm-up, in epochs; at most the whole run. null: a twentieth of the run."""
+    peak_lr: float = Field(1e-3, gt=0)
+    """Learning rate after warm-up."""
+    init_lr: float = Field(0.0, ge=0)
+    """Learning rate of the first step."""
+    end_lr: float = Field(0.0, ge=0)
+    """Learning rate after the last step."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Weight decay of matmul weights."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's decay rates of the first and the second moment, per step."""
+
+    def lr_factor(self, global_batch: int) -> float:
+        return 1.0
+
+
+class RobustnessConfig(Section):
+    """Accuracy on attacked and on corrupted images."""
+
+    epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
+    """L-infinity bounds of PGD, in units of 1/255."""
+    steps: Count = 10
+    """Number of PGD steps."""
+    step_size: float = Field(0.25, gt=0)
+    """Step size of PGD, as a fraction of epsilon."""
+    corruptions: list[CommonCorruption | ExtraCorruption] = list(get_args(CommonCorruption))
+    """Corruptions of ImageNet-C to run. The default is the fifteen over which errors are averaged there. Frost uses a
+    procedural texture instead of ImageNet-C's photographs."""
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]
+    """Severities to run, from 1 to 5."""
+    samples: Count | None = None
+    """Number of held-out samples, spread evenly over the data; null: all."""
+    batch: Batch = 64
+    """Samples per forward pass."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> RobustnessConfig:
+        if not self.severities:
+            raise ValueError("severities must name one or more; corruptions [] leaves corruptions out")
+        for name in ("epsilons", "corruptions", "severities"):
+            shown = [each if isinstance(each, str) else f"{each:g}" for each in getattr(self, name)]
+            if twice := [each for each in shown if shown.count(each) > 1]:
+                raise ValueError(f"{name} has {twice[0]} twice; name each once")
+        return self
+
+
+class TransferConfig(Section):
+    """A transfer task on a trained model."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    encode: EncodeConfig = EncodeConfig()
+    knn: KnnConfig = KnnConfig()
+    linear: LinearProbeConfig = LinearProbeConfig()
+    attentive: AttentiveProbeConfig = AttentiveProbeConfig()
+    finetune: FineTuneConfig = FineTuneConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
+
+
+def transfer_config(
+    given: dict, overrides: list[str], reader: tuple[str, Sequence[str]] | None = None
+) -> TransferConfig:
+    """Return the sections that the command line gives, with its overrides. `reader`: a program or task, and the
+    sections that it reads besides those of `_COMMON`; None: all. Raises UserError as `parse`, and for a setting that
+    the reader would ignore."""
+    for override in map(_renamed, overrides):
+        if reader:
+            _require_read(override, *reader)
+        apply_override(given, override)
+    return parse(TransferConfig, given, "--set")
+
+
+def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
+    name = override.partition("=")[0]
+    if name.startswith((*sections, *_COMMON)):
+        return
+    meant = [each for each in settings_called(TransferConfig, name.rpartition(".")[2]) if each.startswith((*sections,))]
+    if meant or name.partition(".")[0] in TransferConfig.model_fields:
+        other = (
+            f"did you mean {' or '.join(meant)}?" if meant else f"its sections are {', '.join((*sections, *_COMMON))}"
+        )
+        raise UserError(f"--set {name}: {reader} does not use it; {other}")
+
+
+def _renamed(override: str) -> str:
+    """Return the override with its section's present name; print a note if it has the former one."""
+    former = re.split("[.=]", override, maxsplit=1)[0]
+    if former not in FORMER_SECTIONS:
+        return override
+    present = FORMER_SECTIONS[former]
+    print(f"note: --set {former}: is called {present} now; the next release knows only that name", file=sys.stderr)
+    return present + override.removeprefix(former)

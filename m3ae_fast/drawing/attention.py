@@ -1,0 +1,231 @@
+"""Draws where the encoder looks: attention of cls and of words over the patches of their image, and of a patch over
+the words of its caption (the paper's figure 8).
+
+Rows of a sample: cls, its patches, its text tokens.
+
+Shapes: L patches, n text tokens, R queries, T rows, H heads, d values a head, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
+from m3ae_fast.drawing.figures import BLACK, RED, Cell, Colour, box_in, draw_sheet, levels, shown
+from m3ae_fast.images.patch_grid import grid_of
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.transformer import Block
+
+_WORDS = 7  # at most, of one caption
+SHADE: Colour = (255, 110, 90)  # behind the word with the most attention
+OUTLINE: Colour = (255, 0, 0)
+_SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20  # pixels: of an image, of a caption, between them, of a line of words
+
+
+class Look(NamedTuple):
+    """Which attention is shown."""
+
+    block: int = -1  # of the encoder, from 0; -1: the last
+    head: int | None = None  # from 0; None: the mean over all
+
+
+LAST = Look()
+
+
+class Word(NamedTuple):
+    """A word of a caption."""
+
+    text: str
+    tokens: list[int]  # places in the caption, of which no text is another word's alone
+
+
+@torch.no_grad()
+def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], look: Look = LAST) -> Tensor:
+    """Return weights [R, T] of the rows `queries` of an unmasked sample over all its rows; each query's sum to 1."""
+    seen: list[Tensor] = []
+    block = cast(Block, model.encoder.blocks[look.block])
+    with block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        model.forward_encoder(pack([sample], model.geometry))
+    heads = block.attn.num_heads
+    _, qkv = block.attn.qkv(block.norm1(seen[0]))
+    q_THd, k_THd, _ = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
+    scores_HRT = torch.einsum("rhd,thd->hrt", q_THd[list(queries)], k_THd) / math.sqrt(q_THd.shape[-1])
+    weights_HRT = scores_HRT.softmax(-1)
+    return weights_HRT.mean(0) if look.head is None else weights_HRT[look.head]
+
+
+def patches_of(sample: Sample) -> int:
+    """Return how many patches its image has."""
+    return 0 if sample.image_mask is None else len(sample.image_mask)
+
+
+def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int], look: Look = LAST) -> Tensor:
+    """Return the part [R, L] of `attention_weights` that goes to the patches of an image, as fractions of it."""
+    weights_RL = attention_weights(model, sample, queries, look)[:, 1 : 1 + patches_of(sample)]
+    return weights_RL / weights_RL.sum(1, keepdim=True)
+
+
+def draw_attention(
+    model: M3AE,
+    samples: Sequence[Sample],
+    path: Path,
+    count: int,
+    word: str | None = None,
+    look: Look = LAST,
+    channels: Sequence[int] | None = None,
+) -> None:
+    """Write a PNG: a row for each of the first `count` samples with an image, with the attention of cls and of the
+    first words, or of `word` alone, laid over it from blue, none, to red, the highest. Of a word of several tokens it
+    is their mean. `channels`: what is shown, as in `figures.levels`. Raises UserError if no sample has an image, or no
+    caption has the word."""
+    rows: list[list[Cell]] = []
+    for sample in samples:
+        if sample.image is None or len(rows) == count:
+            continue
+        words: list[Word] = []
+        if sample.tokens is not None and model.tokenizer is not None:
+            words = words_of(model.tokenizer, sample.tokens.tolist(), word)
+        if word is not None and not words:
+            continue
+        before = 1 + patches_of(sample)
+        queries = [[0], *([before + token for token in word.tokens] for word in words)]
+        weights_RL = attention_to_patches(model, sample, list(chain.from_iterable(queries)), look)
+        parts = [part.mean(0) for part in weights_RL.split([*map(len, queries)])]
+        image = levels(sample.image, model.config, channels)
+        cells = [Cell(image)]
+        for weights_L, text in zip(parts, ["cls", *(word.text for word in words)]):
+            cells.append(Cell(_laid_over(image, weights_L, model.config.patch_size), text, RED))
+        rows.append(cells)
+    if not rows:
+        raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
+    draw_sheet(path, [*rows, [Cell(_key(rows[0][0].image), "blue none, red the most of that image")]])
+
+
+def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | None) -> list[Word]:
+    """Return the first words of a caption, or `word` alone, which may be several, in whatever case; each once, where it
+    is first. Words are found in the text of the tokens, so that they may have several tokens of any tokenizer."""
+    pieces = tokenizer.pieces(tokens)
+    text, ends = "".join(pieces), [*accumulate(map(len, pieces))]
+    pattern = r"[^\W_]+"
+    if word is not None:  # decoders differ in the spaces around punctuation
+        pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", word)))
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    found: dict[str, Word] = {}
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        own = [i for i, end in enumerate(ends) if end > match.start() and end - len(pieces[i]) < match.end()]
+        if not any(tokenizer.is_special(tokens[i]) for i in own):
+            found.setdefault(match.group().lower(), Word(match.group(), own))
+    return list(found.values())[: _WORDS if word is None else 1]
+
+
+def _laid_over(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
+    """Return uint8 [3, H, W]: half the image, half a colour for each patch."""
+    high = (weights_L / weights_L.max()).view(grid_of(image, patch))
+    high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    return ((image[:3].expand(3, -1, -1) + _colours(high)) / 2).to(torch.uint8)
+
+
+def _colours(high: Tensor) -> Tensor:
+    """Return colours [3, H, W], from 0 to 255, of numbers [H, W] from 0, blue, to 1, red."""
+    return torch.stack((high, 1 - (2 * high - 1).abs(), 1 - high)) * 255
+
+
+def _key(like: Tensor | None) -> Tensor:
+    """Return the colours from left to right, laid over grey as over an image of that size: uint8 [3, H, W]."""
+    assert like is not None
+    height, width = like.shape[1:]
+    return ((127 + _colours(torch.linspace(0, 1, width).expand(height, -1))) / 2).to(torch.uint8)
+
+
+def attention_to_words(model: M3AE, sample: Sample, patch: tuple[int, int], look: Look = LAST) -> Tensor:
+    """Return [n]: the part of the attention of the patch at (row, column) that goes to each token of the caption.
+
+    What goes to cls and to patches makes their sum less than 1. `sample`: unmasked, with an image and a caption.
+    """
+    assert sample.image is not None
+    _, columns = model.geometry.grid(sample.image)
+    row = 1 + patch[0] * columns + patch[1]
+    return attention_weights(model, sample, [row], look)[0, 1 + patches_of(sample) :]
+
+
+def draw_patch_attention(
+    model: M3AE,
+    samples: Sequence[Sample],
+    path: Path,
+    count: int,
+    patch: tuple[int, int],
+    look: Look = LAST,
+    channels: Sequence[int] | None = None,
+) -> None:
+    """Write a PNG: a row for each of the first `count` samples with an image and a caption, with the patch outlined and
+    each word shaded by its part of the patch's attention, from white, none, to SHADE, the caption's highest.
+    `channels`: what is shown, as in `figures.levels`. Raises UserError where no sample has both, and that patch."""
+    assert model.tokenizer is not None
+    pairs = [sample for sample in samples if _has(sample, model, patch) and sample.tokens is not None][:count]
+    if not pairs:
+        raise UserError(f"none of the samples has both a caption and an image with the patch {patch[0]},{patch[1]}")
+    sheet = Image.new("RGB", (_SIDE + _WIDE + 3 * _GAP, _GAP + len(pairs) * (_SIDE + _GAP)), "white")
+    for number, sample in enumerate(pairs):
+        assert sample.image is not None and sample.tokens is not None
+        top = _GAP + number * (_SIDE + _GAP)
+        image = levels(sample.image, model.config, channels)
+        sheet.paste(_outlined(image, patch, model.config.patch_size), (_GAP, top))
+        words = model.tokenizer.pieces(sample.tokens.tolist())
+        parts = attention_to_words(model, sample, patch, look).tolist()
+        _write_shaded(ImageDraw.Draw(sheet), words, parts, (_SIDE + 2 * _GAP, top))
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def _has(sample: Sample, model: M3AE, patch: tuple[int, int]) -> bool:
+    if sample.image is None:
+        return False
+    rows, columns = model.geometry.grid(sample.image)
+    return patch[0] < rows and patch[1] < columns
+
+
+def _outlined(image: Tensor, patch: tuple[int, int], size: int) -> Image.Image:
+    """Return an image, uint8 [C, H, W], with a frame around the patch of `size` pixels at (row, column)."""
+    picture, (left, top, width, _) = shown(image, _SIDE), box_in(image, _SIDE)
+    scale, (row, column) = width * size / image.shape[-1], patch
+    x, y = left + column * scale, top + row * scale
+    ImageDraw.Draw(picture).rectangle((x, y, x + scale - 1, y + scale - 1), outline=OUTLINE, width=2)
+    return picture
+
+
+def shade(part: float, highest: float) -> Colour:
+    """Return the colour behind a word: from white to SHADE, in proportion to its part of the highest."""
+    fraction = part / highest if highest > 0 else 0.0
+    red, green, blue = (round(255 + fraction * (end - 255)) for end in SHADE)
+    return red, green, blue
+
+
+def _write_shaded(
+    draw: ImageDraw.ImageDraw, words: Sequence[str], parts: Sequence[float], corner: tuple[int, int]
+) -> None:
+    """Write the pieces of a caption from `corner` on, each on its shade, and what the shades mean below them."""
+    font, (left, y) = ImageFont.load_default(13), corner
+    x, highest = float(left), max(parts, default=0.0)
+    for word, part in zip(words, parts):
+        text = word.strip()
+        width = draw.textlength(text, font=font) + 2
+        x += 4 if text != word and x > left else 0
+        if x + width > left + _WIDE and x > left:
+            x, y = float(left), y + _LINE
+        draw.rectangle((x, y, x + width, y + _LINE - 3), fill=shade(part, highest))
+        draw.text((x + 1, y), text, fill=BLACK, font=font)
+        x += width
+    told = f"{100 * sum(parts):.3g} % of the patch's attention is on words; {100 * highest:.3g} % on the reddest"
+    draw.text((left, y + _LINE + 4), told, fill=(110, 110, 110), font=ImageFont.load_default(11))

@@ -1,0 +1,32 @@
+"""What is drawn of a run in training, with every checkpoint: reconstructions, and where the encoder looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
+from m3ae_fast.config import Config
+from m3ae_fast.data import Corpus, Preparation, eval_samples
+from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.drawing.attention import draw_attention
+from m3ae_fast.drawing.reconstructions import draw_run, open_weights
+
+
+def draw_training(
+    config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
+) -> dict[str, Path]:
+    """Draw samples of `corpus` into the run folder and return the pictures by name: "reconstructions" and, where there
+    are images, "attention". Arguments and errors as of `draw_run`."""
+    folder, count = config.run.dir, config.train.pictures
+    drawn = {}
+    if draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):
+        drawn["reconstructions"] = folder / "reconstructions.png"
+    model = open_weights(config, weights).eval()
+    model.tokenizer = tokenizer
+    samples = eval_samples(corpus, Preparation(model.geometry, UNMASKED, tokenizer, config.run.seed), count)
+    if any(sample.image is not None for sample in samples):
+        drawn["attention"] = folder / "attention.png"
+        draw_attention(model, samples, drawn["attention"], count, channels=config.data.show_channels)
+    return drawn

@@ -1,0 +1,252 @@
+"""Pictures of results: curves, confusion, scores, and sheets of samples.
+
+Shapes: N samples, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.images.normalisation import normalised
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SIDE, _GAP, _LINE = 128, 6, 13  # pixels: of an image shown, between two, of a line of text
+_WIDE = 22  # characters that fit below an image
+Colour = tuple[int, int, int]
+BLACK, GREEN, RED = (20, 20, 20), (0, 130, 50), (190, 30, 30)
+_MOST_NAMES = 40  # classes that still get their names beside a confusion matrix
+
+
+class Cell(NamedTuple):
+    """An image, a text, or an image with a text below it."""
+
+    image: Tensor | None  # uint8 [C, H, W]
+    text: str = ""
+    colour: Colour = BLACK
+
+
+def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str] = ()) -> None:
+    """Write a PNG of rows of cells; `titles` stand above the columns."""
+    columns = max(map(len, rows))
+    lines = max([1, *(len(_wrapped(cell)) for row in rows for cell in row if cell.image is not None)])
+    width, height, top = _SIDE + _GAP, _SIDE + lines * _LINE + _GAP, 20 if titles else _GAP
+    sheet = Image.new("RGB", (_GAP + columns * width, top + len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for column, title in enumerate(titles):
+        draw.text((_GAP + column * width, 4), title, fill=BLACK, font=font)
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            x, y = _GAP + column * width, top + number * height
+            if cell.image is not None:
+                sheet.paste(shown(cell.image), (x, y))
+                y += _SIDE
+            for line in _wrapped(cell):
+                draw.text((x, y), line, fill=cell.colour, font=font)
+                y += _LINE
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def levels(image: Tensor, model: ModelConfig, channels: Sequence[int] | None = None) -> Tensor:
+    """Return an image of a model, [C, H, W] as it goes into it, as it is shown: uint8 [3, H, W], or [1, H, W], grey.
+
+    Levels of 8 bits are shown as they are. Of finer pixels, of which few may lie near black and white, the range from
+    two standard deviations below the mean to two above it is.
+
+    Args:
+        image: uint8, uint16, or floating and normalised.
+        model: whose mean and standard deviation they are.
+        channels: what is red, green and blue (`data.show_channels`); None: the first three of 3 or 4, else the first.
+
+    Raises:
+        UserError: there is no such channel.
+    """
+    if channels is not None and max(channels) >= len(image):
+        raise UserError(f"data.show_channels {list(channels)}: images have channels 0 to {len(image) - 1}")
+    if image.dtype != torch.uint8:
+        image = stretched(normalised(image, model.image_mean, model.image_std))
+    if channels is not None:
+        return image[list(channels)]
+    return image[: 3 if len(image) in (3, 4) else 1]
+
+
+def stretched(normal: Tensor) -> Tensor:
+    """Return normalised values as uint8 levels: -2 as black, 2 as white."""
+    return (255 * (normal / 4 + 0.5).clamp(0, 1)).round().to(torch.uint8)
+
+
+def shown(image: Tensor, side: int = _SIDE) -> Image.Image:
+    """Return uint8 [C, H, W], C 1 or 3, as RGB of `side` x `side` pixels, where it lies as `box_in` says."""
+    array = image.permute(1, 2, 0).numpy()
+    whole = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    left, top, width, height = box_in(image, side)
+    sheet = Image.new("RGB", (side, side), "white")
+    sheet.paste(whole.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    return sheet
+
+
+def box_in(image: Tensor, side: int) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of an image [C, H, W] in the middle of a square that its longer side spans."""
+    width, height = (max(1, round(side * own / max(image.shape[1:]))) for own in (image.shape[2], image.shape[1]))
+    return (side - width) // 2, (side - height) // 2, width, height
+
+
+def _wrapped(cell: Cell) -> list[str]:
+    most = 2 if cell.image is not None else _SIDE // _LINE
+    return textwrap.wrap(cell.text, _WIDE, max_lines=most, placeholder=" ...")
+
+
+def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
+    """Write a PNG: of the samples of each class, the fractions that were taken for each class."""
+    count = len(classes)
+    flat = np.bincount(labels_N.numpy() * count + predicted_N.numpy(), minlength=count * count)
+    fractions = flat.reshape(count, count) / np.maximum(flat.reshape(count, count).sum(1, keepdims=True), 1)
+    side = min(3 + 0.3 * count, 12)
+    figure, (axes,) = _figure(side + 0.8, side)
+    image = axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, fraction=0.046, label="fraction of the class")
+    axes.set(xlabel="predicted", ylabel="label")
+    if count <= _MOST_NAMES:
+        names = [str(name)[:20] for name in classes]
+        axes.set_xticks(range(count), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), names, fontsize=7)
+    _save(figure, path)
+
+
+def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> None:
+    """Write a PNG: loss and accuracies over epochs, from the lines of metrics.jsonl."""
+    figure, panels = _figure(8.4, 3.2, 2)
+    lines = (("loss", "training", 0), ("accuracy", "training", 1), ("val_top1", "held out, top 1", 1))
+    for name, label, panel in (*lines, ("val_top5", "held out, top 5", 1)):
+        points = [(line["step"] / steps_per_epoch, line[name]) for line in metrics if name in line]
+        if points:
+            panels[panel].plot(*zip(*points), label=label, marker="o" if len(points) < 30 else "", markersize=3)
+    for axes, title in zip(panels, ("loss", "accuracy")):
+        axes.set(xlabel="epoch", ylabel=title)
+        axes.grid(alpha=0.25)
+    panels[1].set_ylim(0, 1)
+    panels[1].legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str) -> None:
+    """Write a PNG: over x, called `axis`, a line for each name of points (x, accuracy, standard error)."""
+    figure, (axes,) = _figure(5.6, 3.6)
+    for name, points in lines.items():
+        x, accuracy, error = zip(*points)
+        axes.errorbar(x, accuracy, yerr=error, label=name, marker="o", markersize=3, capsize=2, linewidth=1.2)
+    axes.set(
+        xlabel=axis, ylabel="top-1 accuracy", xticks=sorted({point[0] for each in lines.values() for point in each})
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float) -> None:
+    """Write a PNG: the accuracy of each model with its standard error, beside each other for each probe, and chance.
+    `rows`: with model, probe, top1 and top1_se."""
+    models, probes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "probe"))
+    figure, (axes,) = _figure(1.6 + 0.5 * len(rows), 3.8)
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        own = [row for row in rows if row["model"] == model]
+        x = [probes.index(row["probe"]) + (number - (len(models) - 1) / 2) * width for row in own]
+        errors = [row["top1_se"] for row in own]
+        axes.bar(x, [row["top1"] for row in own], 0.9 * width, yerr=errors, capsize=2, label=str(model)[:40])
+    axes.axhline(chance, color="grey", linestyle=":", linewidth=1, label="largest class")
+    axes.set_xticks(range(len(probes)), probes)
+    axes.set(ylabel="top-1 accuracy")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
+    """Write a PNG: accuracy over the bound of an attack, in units of 1/255."""
+    figure, (axes,) = _figure(4.6, 3.2)
+    axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
+    axes.set(xlabel="epsilon, 1/255", ylabel="top-1 accuracy under PGD", ylim=(0, 1))
+    axes.grid(alpha=0.25)
+    _save(figure, path)
+
+
+def draw_detection(path: Path, familiar: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarray]) -> None:
+    """Write a PNG: ROC curves of scores by name, and the histograms of each."""
+    from sklearn.metrics import RocCurveDisplay
+
+    figure, panels = _figure(3 * (1 + len(familiar)), 3, 1 + len(familiar))
+    for axes, (name, known) in zip(panels[1:], familiar.items()):
+        other = strange[name]
+        truth = np.repeat([1, 0], (len(known), len(other)))
+        both = np.concatenate((known, other))
+        RocCurveDisplay.from_predictions(truth, both, name=name, ax=panels[0])
+        low, high = np.quantile(both, (0.005, 0.995))
+        bins = np.linspace(low, high, 41).tolist()
+        for part, label in ((known, "validation"), (other, "other")):
+            axes.hist(part.clip(low, high), bins, density=True, alpha=0.55, label=label)
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks([])
+    panels[0].set(xlabel="other samples that pass", ylabel="validation samples that pass")
+    panels[0].legend(fontsize=6, loc="lower right")
+    panels[1].legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+class MapPanel(NamedTuple):
+    """Points of the same samples as in the other panels of a map."""
+
+    title: str
+    places_N2: np.ndarray
+    caption: str = ""
+
+
+def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
+    """Write a PNG: a panel of points in a plane for each, beside each other, coloured by class. Labels are ids."""
+    from matplotlib import colormaps
+
+    figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))
+    palette = "tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "gist_ncar"
+    colours = colormaps[palette].resampled(len(classes))
+    for axes, panel in zip(all_axes, panels):
+        marks = []
+        for number, name in enumerate(classes):
+            x, y = panel.places_N2[labels_N == number].T
+            marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=str(name)))
+        axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.caption)
+    if len(classes) <= _MOST_NAMES:
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
+        for text, name in zip(legend.get_texts(), classes):  # matplotlib leaves out labels that begin with _
+            text.set_text(str(name)[:24])
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.text import Text
+
+    for text in figure.findobj():
+        if isinstance(text, Text):
+            text.set_parse_math(False)  # a class may be called $\frac{$
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")

@@ -1,0 +1,213 @@
+"""Reconstructions as a picture: image and caption as they are, as the encoder sees them, and as predicted.
+
+Shapes: L patches, K = P * P * C values of a patch, I masked patches, W masked text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.batch.tokenizer import CaptionTokenizer
+from m3ae_fast.config import Config
+from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
+from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Colour, levels, shown, stretched
+from m3ae_fast.images.normalisation import normalised
+from m3ae_fast.images.patch_grid import Grid, patch_rows
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.vqgan.model import VQGAN
+
+SIDE = 160  # pixels at which an image is shown
+TEXT_WIDTH = 440
+TALLEST = 2000  # pixels of a row, whose caption may be long
+GAP = 8
+GREY = 127
+HIDDEN = "___"
+FAINT = (130, 130, 130)
+
+
+def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
+    """Return the model of a run on the CPU. `weights`: float32, by parameter name, which it holds afterwards."""
+    with torch.device("meta"):  # initial weights would come from the generator of a training that goes on meanwhile
+        model = M3AE(config.model, config.loss)
+    load_weights(model, weights, "the run's weights", assign=True)
+    return model
+
+
+def draw_run(
+    config: Config,
+    weights: dict[str, Tensor],
+    corpus: Corpus,
+    tokenizer: CaptionTokenizer | None,
+    path: Path,
+    count: int,
+    ratios: Sequence[float] = (),
+) -> int:
+    """Draw `count` samples that lie evenly over `corpus`, reconstructed on the CPU from a run's weights, as
+    `draw_reconstructions` does. `ratios`: of the image to mask, a reconstruction each; empty: the run's ratio.
+
+    Returns:
+        How many rows were drawn: none, and no PNG, where no sample can be used.
+    """
+    model = open_weights(config, weights)
+    turns = []
+    for ratio in ratios or [config.masking.image_ratio]:
+        masking = config.masking.model_copy(update={"image_ratio": ratio})
+        preparation = Preparation(model.geometry, masking, tokenizer, config.run.seed)
+        turns.append(eval_samples(corpus, preparation, count))
+    samples = [sample for turn in zip(*turns) for sample in turn]
+    if samples:
+        vqgan = open_image_tokenizer(config.data, config.model)
+        draw_reconstructions(model, samples, tokenizer, path, vqgan, config.data.show_channels)
+    return len(samples)
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: M3AE,
+    samples: Sequence[Sample],
+    tokenizer: CaptionTokenizer | None,
+    path: Path,
+    vqgan: VQGAN | None = None,
+    channels: Sequence[int] | None = None,
+) -> None:
+    """Write a PNG with a row for each sample. Visible patches and text tokens are shown as they are, masked ones as
+    predicted; where the image targets are ids of `vqgan`, the whole image is decoded from the true ids and the
+    predicted.
+
+    Args:
+        model: on any device; its mode stays.
+        samples: with masks; images [C, H, W].
+        tokenizer: of the captions; None: tokens are shown as numbers.
+        vqgan: the frozen image tokenizer, on the CPU; None if pixels are predicted.
+        channels: what is shown, as in `figures.levels`.
+    """
+    was_training = model.training
+    model.eval()
+    rows = [_row(model, sample, tokenizer, vqgan, channels) for sample in samples]
+    model.train(was_training)
+    width = 3 * (SIDE + GAP) + TEXT_WIDTH
+    sheet = Image.new("RGB", (width, 24 + sum(row.height + GAP for row in rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    titles = ("original", "masked", "reconstruction", "caption; masked tokens in green are predicted correctly")
+    for i, title in enumerate(titles):
+        draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=ImageFont.load_default(12))
+    y = 24
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height + GAP
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def _row(
+    model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, vqgan: VQGAN | None, channels: Sequence[int] | None
+) -> Image.Image:
+    device = next(model.parameters()).device
+    output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
+    row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, TALLEST), "white")
+    height = SIDE
+    if sample.image is not None and sample.image_mask is not None:
+        output_IK = output_IK.float().cpu()
+        images = _images(model, sample.image, sample.image_mask, None if vqgan else output_IK)
+        if vqgan:
+            images.append(_decoded(model, vqgan, sample.image, sample.image_mask, output_IK))
+        for i, image in enumerate(images):
+            row.paste(shown(levels(image, model.config, channels), SIDE), (GAP + i * (SIDE + GAP), 0))
+    if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
+        with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
+        guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
+        views = caption_views(sample.tokens, sample.text_mask, guesses, tokenizer)
+        height = min(max(_write_captions(ImageDraw.Draw(row), views), SIDE), TALLEST)
+    return row.crop((0, 0, row.width, height))
+
+
+def _decoded(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
+    """Decode an image, uint8 [C, H, W], from the true ids where visible and the predicted ones where masked."""
+    ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
+    predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
+    grid = model.geometry.grid(image)
+    decoded = vqgan.decode(torch.where(mask_L, predicted_L, ids_L).view(1, *grid))[0]
+    return (decoded.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _images(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
+    """Return images, uint8 [C, H, W] each: original, masked and, if pixels are predicted, reconstruction."""
+    c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
+    patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()
+    masked = patches_LK.clone()
+    masked[mask_L] = GREY
+    views = [patches_LK, masked]
+    if pixels_IK is not None:
+        if model.loss_config.norm_pix:  # predictions are relative to each patch: undo with the true patch, as MAE does
+            normal = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)
+            spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
+            pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
+        mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
+        is_uint8, predicted = image.dtype == torch.uint8, patches_LK.clone()
+        predicted[with_loss] = (pixels_IK * std + mean) * 255 if is_uint8 else stretched(pixels_IK).float()
+        views.append(torch.where(mask_L[:, None], predicted, patches_LK))
+    grid = model.geometry.grid(image)
+    return [_join(view.clamp(0, 255).round().to(torch.uint8), grid, c.patch_size) for view in views]
+
+
+def _with_loss(mask: Tensor, everywhere: bool) -> Tensor:
+    return torch.ones_like(mask) if everywhere else mask
+
+
+def _cut(image: Tensor, patch: int) -> Tensor:
+    """Cut an image [C, H, W] into patches [L, P * P * C]."""
+    return patch_rows([image], patch).permute(0, 2, 3, 1).flatten(1)
+
+
+def _join(patches_LK: Tensor, grid: Grid, patch: int) -> Tensor:
+    """Join patches [L, P * P * C] into an image [C, H, W]."""
+    rows, columns = grid
+    blocks = patches_LK.reshape(rows, columns, patch, patch, -1)
+    return blocks.permute(4, 0, 2, 1, 3).reshape(blocks.shape[-1], rows * patch, columns * patch)
+
+
+def caption_views(
+    tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
+) -> dict[str, list[tuple[str, Colour]]]:
+    """Return a caption of n tokens in three ways, as pieces of text, with the space before a word, and colours: itself,
+    as the encoder sees it, and with the `guesses` at its masked positions. Without a tokenizer tokens are shown as
+    numbers."""
+
+    def pieces(ids: Sequence[int]) -> list[str]:
+        return tokenizer.pieces(ids) if tokenizer else [f" {each}" for each in ids]
+
+    own, masked = tokens.tolist(), mask.tolist()
+    predicted = [guesses[i] if hidden else token for i, (token, hidden) in enumerate(zip(own, masked))]
+    colours = [BLACK if not hidden else GREEN if a == b else RED for a, b, hidden in zip(own, predicted, masked)]
+    return {
+        "caption": [(piece, BLACK) for piece in pieces(own)],
+        "masked": [(f" {HIDDEN}", FAINT) if hidden else (piece, BLACK) for piece, hidden in zip(pieces(own), masked)],
+        "predicted": [*zip(pieces(predicted), colours)],
+    }
+
+
+def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> int:
+    """Write the lines, each over as many as it needs, and return their height in pixels."""
+    left, y = 3 * (SIDE + GAP) + GAP, 0
+    font = ImageFont.load_default(13)
+    for title, words in lines.items():
+        draw.text((left, y), title, fill=FAINT, font=ImageFont.load_default(11))
+        x = indent = 64.0
+        for piece, colour in words:
+            word = piece.strip()
+            space = draw.textlength(" ", font=font) if word != piece and x > indent else 0
+            width = draw.textlength(word, font=font)
+            if x + space + width > TEXT_WIDTH and x > indent:
+                x, y, space = indent, y + 16, 0
+            draw.text((left + x + space, y), word, fill=colour, font=font)
+            x += space + width
+        y += 22
+    return y

@@ -1,0 +1,184 @@
+"""timm's RandAugment of single images, and mixup and cutmix of pairs.
+
+Shapes: S samples, K classes, C channels, H = W pixels.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.evaluation import FineTuneConfig
+from m3ae_fast.data.loader import Share
+from m3ae_fast.data.order import hash64
+from m3ae_fast.images.normalisation import normalised
+
+_MIXING = 64  # what the number is drawn for, beside those of data.dataset
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """A `data.dataset.Transform`: timm's RandAugment (arXiv 1909.13719) of its config string. Raises UserError where
+    timm rejects the string, or images are not RGB of 8 bits."""
+
+    config: str
+    model: ModelConfig
+
+    def __post_init__(self) -> None:
+        if self.model.channels != 3 or self.model.image_dtype != "uint8":
+            raise UserError(
+                "finetune.rand_augment: takes only RGB of 8 bits; set it to null for "
+                f"{self.model.channels} channels of {self.model.image_dtype}"
+            )
+        try:
+            self._make()
+        except Exception as error:  # timm asserts and converts
+            raise UserError(
+                f"finetune.rand_augment {self.config!r}: timm rejects it ({type(error).__name__}: {error}); "
+                "write it like rand-m9-mstd0.5-inc1, or null"
+            ) from None
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Augment an image, uint8 [3, H, W]."""
+        states = random.getstate(), np.random.get_state()
+        random.seed(seed)  # timm draws from both
+        np.random.seed(seed & 0xFFFFFFFF)
+        try:
+            augmented = self._make()(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+        return torch.from_numpy(np.array(augmented)).permute(2, 0, 1).contiguous()
+
+    def _make(self) -> Any:
+        from timm.data.auto_augment import posterize, rand_augment_transform
+
+        fill = tuple(min(255, round(255 * x)) for x in self.model.image_mean)
+        size = self.model.image_size
+        made = rand_augment_transform(self.config, {"translate_const": int(size * 0.45), "img_mean": fill})
+        for op in made.ops:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+        return made
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep at least one bit, where timm's would ask for 0 at the highest levels, which Pillow 13 refuses."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
+
+
+def mixes(config: FineTuneConfig, images_only: bool) -> bool:
+    """Return whether training images are mixed with each other."""
+    return images_only and max(config.mixup, config.cutmix) > 0
+
+
+class Mixing:
+    """Training batches with soft labels: smoothed and, where images are all that the encoder sees, mixed by mixup
+    (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
+
+    The samples 2 k and 2 k + 1 of a lane of the stream are mixed with each other; what is drawn for them depends on the
+    seed, the lane and k alone. (The official code draws once for a micro-batch, which depends on the number of ranks.)
+
+    Args:
+        images_only: whether images may be mixed.
+        repeats: views of a sample, which follow each other in the stream: the k-th ones are mixed.
+        lanes: of the stream.
+    """
+
+    def __init__(
+        self,
+        config: FineTuneConfig,
+        model: ModelConfig,
+        classes: int,
+        images_only: bool,
+        seed: int,
+        repeats: int = 1,
+        lanes: int = 1,
+    ) -> None:
+        self.smoothing, self.classes, self.size = config.label_smoothing, classes, model.image_size
+        self.mean, self.std = model.image_mean, model.image_std
+        self.mixup, self.cutmix, self.switch_prob = config.mixup, config.cutmix, config.switch_prob
+        self.mixes, self.native = mixes(config, images_only), model.resize == "native"
+        self.seed, self.repeats, self.lanes = seed, repeats, lanes
+
+    def check_share(self, share: Share) -> None:
+        """Raise UserError where samples to be mixed lie in different micro-batches, or have different sizes."""
+        if self.mixes and self.native:
+            raise UserError(
+                "finetune.mixup and cutmix mix images of one size, and these are native; set both to 0, or "
+                "encode.resize to square"
+            )
+        together, parts = 2 * self.repeats, share.world * share.accumulation
+        if self.mixes and share.global_batch % (parts * together):
+            raise UserError(
+                f"finetune.mixup and cutmix mix neighbours, but {share.global_batch} samples in {parts} micro-batches "
+                f"are no multiple of {together} in each; choose another finetune.global_batch or micro_batch, or set "
+                "both to 0"
+            )
+
+    def pair(self, position: int) -> tuple[int, int, int]:
+        """Return the position of the sample that the one at `position` is mixed with; the pair's number; the view."""
+        turn, view = divmod(position, self.repeats)
+        index, lane = divmod(turn, self.lanes)
+        return ((index ^ 1) * self.lanes + lane) * self.repeats + view, index // 2 * self.lanes + lane, view
+
+    def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
+        """Return the batch, whose images are normalised and of `dtype` if they are mixed, and soft labels [S, K]. A
+        sample whose partner could not be read is not mixed."""
+        assert batch.labels is not None
+        labels_SK = F.one_hot(batch.labels, self.classes).float()
+        labels_SK = labels_SK * (1 - self.smoothing) + self.smoothing / self.classes
+        if not self.mixes or not batch.keys:
+            return batch, labels_SK
+        device = batch.images.device
+        partner_S, own_S, box_S4 = (torch.from_numpy(array).to(device) for array in self._draw(batch.positions))
+        images = normalised(batch.images, self.mean, self.std)
+        own_S1HW = own_S[:, None, None, None] * torch.ones((), device=device)
+        if self.cutmix:
+            own_S1HW = torch.where(box_S4.any(1)[:, None, None, None], ~_inside(box_S4, self.size), own_S1HW)
+        images = images * own_S1HW + images[partner_S] * (1 - own_S1HW)
+        labels_SK = labels_SK * own_S[:, None] + labels_SK[partner_S] * (1 - own_S[:, None])
+        return replace(batch, images=images.to(dtype)), labels_SK
+
+    def _draw(self, positions: list[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw, for each sample, the row of its partner (itself if there is none), its own fraction, and the box that
+        cutmix takes from the partner: int64 [S], float32 [S], int64 [S, 4] (top, bottom, left, right; 0 for mixup)."""
+        rows = {position: row for row, position in enumerate(positions)}
+        partner_S, own_S = np.arange(len(positions)), np.ones(len(positions), np.float32)
+        box_S4 = np.zeros((len(positions), 4), np.int64)
+        for position, row in rows.items():
+            assert position is not None  # the loader gives every sample one
+            other, *pair = self.pair(position)
+            if other in rows:
+                partner_S[row] = rows[other]
+                own_S[row], box_S4[row] = self._draw_pair(hash64(self.seed, _MIXING, *pair))
+        return partner_S, own_S, box_S4
+
+    def _draw_pair(self, seed: int) -> tuple[float, tuple[int, int, int, int]]:
+        random = np.random.RandomState(seed & 0xFFFFFFFF)
+        cuts = self.cutmix > 0 and (self.mixup == 0 or random.rand() < self.switch_prob)
+        alpha = self.cutmix if cuts else self.mixup
+        own = random.beta(alpha, alpha)
+        if not cuts:
+            return own, (0, 0, 0, 0)
+        half = int(self.size * (1 - own) ** 0.5) // 2
+        y, x = random.randint(self.size, size=2)
+        top, bottom, left, right = (min(max(edge, 0), self.size) for edge in (y - half, y + half, x - half, x + half))
+        return 1 - (bottom - top) * (right - left) / self.size**2, (top, bottom, left, right)
+
+
+def _inside(box_S4: Tensor, size: int) -> Tensor:
+    """Return which pixels lie in the box, bool [S, 1, H, W]."""
+    place = torch.arange(size, device=box_S4.device)
+    rows_SH, columns_SW = ((place >= low[:, None]) & (place < high[:, None]) for low, high in box_S4.T.split(2))
+    return (rows_SH[:, :, None] & columns_SW[:, None])[:, None]

@@ -1,0 +1,105 @@
+"""An encoder with a classification head, and the folder that it is saved in.
+
+Shapes: S samples, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.output_folder import read_tensors
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.config import ModelConfig, Section, parse
+from m3ae_fast.evaluation.heads import FineTuneHead, LinearProbeHead
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.pooling import Pool
+from m3ae_fast.model.pretrained import build
+from m3ae_fast.weights.model_name import CLASSIFIER_HELP
+
+MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
+HEADS = {"linear": LinearProbeHead, "finetune": FineTuneHead}
+
+
+class ClassifierConfig(Section):
+    """What a saved classifier is."""
+
+    model: ModelConfig
+    """Of the encoder."""
+    head: Literal["linear", "finetune"]
+    """Whose head it is."""
+    pool: Pool
+    """What the head reads."""
+    modality: Literal["image", "text", "paired"]
+    """What the encoder sees."""
+    classes: list[int | str]
+    """Labels by class id."""
+
+
+def read_config(folder: str | Path) -> ClassifierConfig:
+    """Read the config of the classifier saved in `folder`. Raises UserError if there is none."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a classifier ({error}); name {CLASSIFIER_HELP}") from None
+    return parse(ClassifierConfig, data, str(path))
+
+
+class Classifier(nn.Module):
+    """`forward(batch)`: a batch with nothing masked -> logits [S, K]."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MultimodalEncoder(config.model)
+        self.head = HEADS[config.head](config.model.emb_dim, len(config.classes))
+
+    def features(self, batch: PackedBatch) -> Tensor:
+        """Return the features that the head reads, [S, D]."""
+        return self.backbone.pooled(batch, self.config.pool)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        # under ZeRO's bf16 the head has bf16 weights, while pooled features are float32
+        return self.head(self.features(batch).to(next(self.head.parameters()).dtype))
+
+    def load_backbone(self, model: MultimodalEncoder) -> None:
+        """Take over the encoder of a model of the same sizes, and its tokenizer."""
+        names = self.backbone.state_dict().keys()
+        self.backbone.load_state_dict({name: t for name, t in model.state_dict().items() if name in names})
+        self.backbone.tokenizer = model.tokenizer
+
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write classifier.json, classifier.safetensors and, where there is one, tokenizer.json into `folder`, which is
+        made where it is missing. `weights`: by name, instead of the module's own, float32."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if weights is None else self.state_dict() | weights
+        save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / MODEL_FILE)
+        (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors makes it readable only to its owner
+        if self.backbone.tokenizer is not None:
+            self.backbone.tokenizer.save(folder / TOKENIZER_FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Classifier:
+        """Load what `save_pretrained` wrote, on the CPU. Raises UserError if a file is missing or damaged."""
+        folder = Path(folder)
+        config = read_config(folder)
+        try:
+            state = read_tensors(folder / MODEL_FILE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / MODEL_FILE}: cannot be read ({error}); train the classifier again") from None
+        model = build(lambda: cls(config), state, str(folder))
+        if (folder / TOKENIZER_FILE).exists() and model.config.model.vocab_size:
+            sizes = model.config.model
+            model.backbone.tokenizer = load_tokenizer(str(folder / TOKENIZER_FILE), sizes.text_length, sizes.vocab_size)
+        return model

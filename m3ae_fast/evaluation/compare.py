@@ -1,0 +1,295 @@
+"""Several models, random weights and downscaled pixels, by several probes of frozen features on the same samples:
+which is better?
+
+Shapes: N held-out samples, D trials with other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import TimeLeft, duration
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.drawing.figures import draw_comparison
+from m3ae_fast.evaluation import forecast
+from m3ae_fast.evaluation.difference import LARGEST
+from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
+from m3ae_fast.evaluation.probe_engine import Setting
+from m3ae_fast.evaluation.probes import PROBES
+from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
+from m3ae_fast.evaluation.survey import require_memory
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.pixels import SIDE, Pixels
+from m3ae_fast.weights.open_model import PIXELS, RANDOM, open_encoder, set_images
+
+UNTRAINED, SCALED = "random weights", "downscaled pixels"
+_DECODING = 0.1  # about what reading an image costs, of encoding it
+TABLE_FILE = "comparison.md"
+
+
+@dataclass
+class Found:
+    """What was measured so far: predictions by seed, of each model by each probe."""
+
+    classes: Classes
+    trials: dict[tuple[str, str], dict[int, Predictions]] = field(default_factory=dict)
+
+    def add(self, model: str, probe: str, seed: int, predictions: Predictions) -> None:
+        self.trials.setdefault((model, probe), {})[seed] = predictions
+
+    def copy(self) -> Found:
+        """Return the same, for another thread: this one goes on to change."""
+        return Found(self.classes, {which: dict(trials) for which, trials in [*self.trials.items()]})
+
+    def correct(self, model: str, probe: str) -> np.ndarray:
+        """Return [D, N], bool."""
+        return np.stack([each.correct_N.numpy() for each in self.trials[model, probe].values()])
+
+    def result(self) -> dict[str, Any]:
+        """Return what result.json holds; empty where nothing was measured."""
+        if not self.trials:
+            return {}
+        rows = [{"model": model, "probe": probe, **self.accuracy(model, probe)} for model, probe in self.trials]
+        tests = [
+            {"probe": probe, "first": first, "second": second, **test._asdict(), "significant": test.is_significant}
+            for probe, first, second, test in self.tests()
+        ]
+        labels_N = next(iter(next(iter(self.trials.values())).values())).labels_N
+        chance = largest_share(labels_N.tolist())
+        return {"rows": rows, "tests": tests, "chance": chance, "val_samples": len(labels_N)}
+
+    def accuracy(self, model: str, probe: str) -> dict[str, float]:
+        """Return the mean accuracy over seeds, its standard error, and how many seeds there were."""
+        correct_DN = self.correct(model, probe)
+        top1, error = mean_accuracy(correct_DN)
+        return {"top1": top1, f"top1{ERROR}": error, "trials": len(correct_DN)}
+
+    def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
+        """Yield (probe, first, second, test) of any two models, and of each and the largest class, by each probe, the
+        later model first."""
+        for probe in dict.fromkeys(probe for _, probe in self.trials):
+            models = [LARGEST, *(model for model, own in self.trials if own == probe)]
+            for second, first in combinations(models, 2):
+                yield probe, first, second, difference(self._right(first, probe), self._right(second, probe))
+
+    def _right(self, model: str, probe: str) -> np.ndarray:
+        """Return how often each sample was right, [N]."""
+        if model != LARGEST:
+            return self.correct(model, probe).mean(0)
+        labels_N = next(iter(next(iter(self.trials.values())).values())).labels_N
+        return (labels_N == labels_N.bincount().argmax()).numpy()
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the table of all predictions."""
+        parts = (
+            (predictions, {"model": model, "probe": probe, "seed": seed})
+            for (model, probe), trials in self.trials.items()
+            for seed, predictions in trials.items()
+        )
+        return stacked(parts, self.classes)
+
+    def page(self) -> str:
+        """Return the table and the tests as Markdown."""
+        models, probes = (list(dict.fromkeys(names)) for names in zip(*self.trials))
+        result = self.result()
+        lines = [f"| top-1 accuracy, % | {' | '.join(probes)} |", "|---|" + "--:|" * len(probes)]
+        for model in models:
+            cells = [
+                with_error(self.accuracy(model, probe))
+                if (model, probe) in self.trials
+                else "-"
+                if model == SCALED and PROBES[probe].tokens
+                else "not yet"
+                for probe in probes
+            ]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            f"± is a standard error, of {result['val_samples']:,} held-out samples and of the seeds; the largest class "
+            f"has {100 * result['chance']:.1f} % of the samples.",
+            "",
+        ]
+        for probe, first, second, test in self.tests():
+            lines.append(f"- {probe}: {test.words(first, second)}")
+        return "\n".join(
+            [*lines, "", f"Each test stands alone: of twenty between equals, one errs (level {LEVEL:g}).", ""]
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done for a model."""
+
+    cost: float  # of encoding a sample: proportional to FLOPs
+    drawn: bool  # whether the weights depend on the seed
+    training: dict[str, float]  # about how many seconds, by the probes that its features are for
+
+    def passes(self, seeds: int) -> int:
+        """Return how often the images are encoded."""
+        return seeds if self.drawn else 1
+
+    def trials(self, probe: str, seeds: int) -> int:
+        """Return how often a probe is trained."""
+        return seeds if self.drawn or PROBES[probe].seeded else 1
+
+
+def with_error(accuracy: Mapping[str, Any]) -> str:
+    """Return top-1 accuracy and its standard error in percent."""
+    return f"{100 * accuracy['top1']:.1f} ± {100 * accuracy[f'top1{ERROR}']:.1f}"
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run the task. Raises UserError if a model cannot be opened, or memory is too small."""
+    args, seeds = job.args, range(job.config.run.seed, job.config.run.seed + job.args.seeds)
+    names = model_names(args.model, pixels=not all(PROBES[probe].tokens for probe in args.probes))
+    # a mistake is told at once, not when its turn has come
+    shapes = {name: _shape(job, open_encoder(model, text=False)) for name, model in names.items()}
+    train, val, classes = job.open_labelled()
+    found, done = Found(classes), 0
+
+    def so_far() -> SoFar:
+        known, text = found.copy(), f"{done} of {len(names)} models"
+        page = f"Partial, stopped after {text}.\n\n{known.page()}" if known.trials else ""
+        if page:
+            write_whole(job.out / TABLE_FILE, page)
+        return SoFar(text, known.result(), known.columns(), page)
+
+    job.keep_if_stopped(so_far)
+    training = cache(partial(_training, job, train.samples, len(classes)))  # of models of one shape the same
+    work = {name: Work(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()}
+    whole = job.time_left(
+        (train.samples + val.samples) * sum(each.cost * each.passes(len(seeds)) for each in work.values()),
+        sum(each.trials(probe, len(seeds)) * each.training[probe] for each in work.values() for probe in each.training),
+        shorter=lambda _: _shorter(job, work.values()),
+    )
+    job.say(
+        f"compare: {', '.join(names)}; probes: {', '.join(args.probes)}; {len(seeds)} seeds; {len(names)} models "
+        f"encode {train.samples + val.samples:,} images each, random weights once for each seed"
+        + (f"; the probes train about {duration(whole.beside)} in all" if whole.beside > 1 else "")
+    )
+    for name, model in names.items():
+        _measure(job, found, (work[name], whole), name, model, seeds, (train, val))
+        done += 1
+        job.say(f"{done} of {len(names)} models done{whole.left()}")
+    job.keep(found.columns())
+    page = found.page()
+    job.ranks.on_main(lambda: write_whole(job.out / TABLE_FILE, page))
+    job.say(page)
+    result = found.result()
+    job.pictures.append(lambda: draw_comparison(job.out / "comparison.png", result["rows"], result["chance"]))
+    return result | {"classes": len(classes), "train_samples": train.samples}
+
+
+class Shape(NamedTuple):
+    """What the time that a model takes depends on."""
+
+    cost: float  # of encoding a sample: proportional to FLOPs
+    width: int  # of its features
+    heads: int
+    patches: int
+    probes: tuple[str, ...]  # that its features are for
+
+
+def _shape(job: Job, encoder: MultimodalEncoder) -> Shape:
+    c, probes = encoder.config, tuple(job.args.probes)
+    cost = float(c.depth * c.emb_dim**2 * c.most_patches)
+    if isinstance(encoder, Pixels):
+        pooled = tuple(probe for probe in probes if not PROBES[probe].tokens)
+        return Shape(_DECODING * cost, c.channels * SIDE**2, c.num_heads, c.most_patches, pooled)
+    return Shape(cost, c.emb_dim, c.num_heads, c.most_patches, probes)
+
+
+def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, float]:
+    """Return about how many seconds each probe trains on the features of a model."""
+    setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.pulse)
+    sizes = {probe: ((shape.patches,) if PROBES[probe].tokens else ()) + (shape.width,) for probe in shape.probes}
+    return {probe: forecast.seconds(probe, samples, size, setting) for probe, size in sizes.items()}
+
+
+def _shorter(job: Job, work: Iterable[Work]) -> str:
+    """Return what makes a comparison shorter."""
+    probes, seeds = job.args.probes, job.args.seeds
+    ways = []
+    if "attentive" in probes and len(probes) > 1:
+        others = ",".join(probe for probe in probes if probe != "attentive")
+        seconds = sum(each.trials("attentive", seeds) * each.training.get("attentive", 0.0) for each in work)
+        ways.append(f"--probes {others} saves about {duration(seconds)}")
+    if seeds > 1:
+        ways.append("--seeds 1")
+    return " or ".join([*ways, "fewer --train shards"])
+
+
+def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
+    """Return models by name, random weights of the first's network and, with `pixels`, those that it sees first. Raises
+    UserError for one named twice, and for pixels."""
+    if len({*models}) < len(models):
+        raise UserError("MODEL: one is named twice")
+    if given := [model for model in models if model.startswith(PIXELS)]:
+        raise UserError(f"{given[0]}: compare has pixels of its own; leave it out")
+    first, short = models[0].removeprefix(RANDOM), [Path(model).name for model in models]
+    baselines = {UNTRAINED: RANDOM + first} | ({SCALED: PIXELS + first} if pixels else {})
+    unique = len({*short, *baselines}) == len(models) + len(baselines)
+    return baselines | dict(zip(short if unique else models, models))
+
+
+def _measure(
+    job: Job,
+    found: Found,
+    planned: tuple[Work, TimeLeft],
+    name: str,
+    model: str,
+    seeds: Sequence[int],
+    corpora: tuple[Corpus, Corpus],
+) -> None:
+    """Encode the samples, for each seed where the weights depend on it, and probe what comes out."""
+    work, whole = planned
+    parts: list[tuple[Features, Features]] = []
+    for number, seed in enumerate(seeds):
+        if number < work.passes(len(seeds)):
+            opened = open_encoder(model, text=False, seed=seed)
+            parts = _encoded(job, opened, name, corpora, planned)
+        for probe, (bank, held_out) in zip(work.training, parts):
+            if number >= work.trials(probe, len(seeds)):
+                continue
+            about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
+
+            def caution(text: str, about: str = about) -> None:
+                job.say(f"note: {about}: {text}")
+
+            setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.pulse, caution)
+            with whole.aside(work.training[probe]):
+                predictions = PROBES[probe].predict(bank, held_out, setting)
+            found.add(name, probe, seed, predictions)
+            job.say(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
+
+
+def _encoded(
+    job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[Work, TimeLeft]
+) -> list[tuple[Features, Features]]:
+    """Return training and held-out samples for each probe, from one pass over the images."""
+    work, left = planned
+    tokens = any(PROBES[probe].tokens for probe in work.training)
+    set_images(model, job.config.data.range, job.config.encode.resize)
+    if tokens:
+        job.say(f"{name}: {require_memory(model.config, 1, corpora)}")
+    own = replace(job, model=model.to(job.ranks.device).eval())
+    whole = []
+    for corpus, title in zip(corpora, ("train", "val")):
+        part = work.cost * corpus.samples
+        whole.append(own.encode(corpus, f"{name}: {title}", patches=tokens, whole=left, part=part))
+        left.after(part)
+    pooled = [replace(part, patches_NLD=None) for part in whole]
+    parts = ([part.tokens() for part in whole] if PROBES[probe].tokens else pooled for probe in work.training)
+    return [(bank, held_out) for bank, held_out in parts]

@@ -1,0 +1,66 @@
+"""Contrast, colour, shape and coding. See the package for sources; images are float [H, W, C] in [0, 1]."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import fft, ndimage
+
+from m3ae_fast.evaluation.corruptions.sizes import STANDARD, resized, scale
+
+
+def contrast(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
+    mean = x.mean(axis=(0, 1), keepdims=True)
+    return (x - mean) * factor + mean
+
+
+def saturate(x: np.ndarray, parameters: tuple[float, float], _: Any) -> np.ndarray:
+    """Multiply HSV's saturation by a factor and add a term; grey has hue 0, red."""
+    factor, added = parameters
+    value = x.max(axis=2, keepdims=True)
+    spread = value - x.min(axis=2, keepdims=True)
+    saturation = spread / np.maximum(value, 1e-12)
+    wanted = (saturation * factor + added).clip(0, 1)
+    direction = np.where(spread > 0, (value - x) / np.maximum(spread, 1e-12), [0.0, 1.0, 1.0])
+    return value * (1 - wanted * direction)
+
+
+def elastic(x: np.ndarray, parameters: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
+    """Distort by an affine map that moves three corners of a central square by up to `jitter` pixels, then by a
+    displacement of each pixel: uniform noise, smoothed by a Gaussian of `sigma` pixels, times `amplitude`."""
+    amplitude, sigma, jitter = parameters
+    centre, half, size = STANDARD // 2, STANDARD // 3, x.shape[0]
+    corners = np.array([(centre + half, centre + half), (centre + half, centre - half), (centre - half, centre - half)])
+    moved = corners + rng.uniform(-jitter, jitter, corners.shape)
+    back = np.linalg.solve(np.column_stack((moved, np.ones(3))), corners)  # [3, 2]: from where a point comes
+    shift = resized(amplitude * _smooth(rng.uniform(-1, 1, (2, STANDARD, STANDARD)), sigma), size)
+    places = (np.mgrid[0:size, 0:size][::-1] + 0.5) / scale(x) - 0.5 + shift  # [2, H, W], of 224: right, down
+    right, down = np.tensordot(back.T, np.stack((*places, np.ones((size, size)))), 1)
+    at = (np.stack((down, right)) + 0.5) * scale(x) - 0.5
+    return np.stack([ndimage.map_coordinates(c, at, order=1, mode="mirror") for c in x.transpose(2, 0, 1)], axis=2)
+
+
+def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
+    """Smooth planes [.., n, n], mirrored at their edges, by a Gaussian, at a cost that does not grow with sigma."""
+    n = x.shape[-1]
+    decay = np.exp(-0.5 * (sigma * np.pi * np.arange(n) / n) ** 2)
+    return fft.idctn(fft.dctn(x, axes=(-2, -1)) * np.outer(decay, decay), axes=(-2, -1))
+
+
+def pixelate(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
+    image = _image(x)
+    small = image.resize([max(1, int(side * factor)) for side in image.size], Image.Resampling.BOX)
+    return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255
+
+
+def jpeg(x: np.ndarray, quality: int, _: Any) -> np.ndarray:
+    file = io.BytesIO()
+    _image(x).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file)) / 255
+
+
+def _image(x: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.round(x * 255).astype(np.uint8))

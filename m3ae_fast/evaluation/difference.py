@@ -1,0 +1,124 @@
+"""Tests two results on the same samples against each other: accuracies, or areas under ROC curves.
+
+Shapes: N familiar samples, M strange ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.evaluation.job import SO_FAR_FILE
+from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
+from m3ae_fast.evaluation.predictions import FILE, largest_share
+from m3ae_fast.evaluation.significance import difference, middle, verdict
+
+Table = dict[str, list[Any]]
+LARGEST = "the largest class"
+_COLUMNS = ("key", "label", "prediction")
+
+
+def compare_results(folders: Sequence[Path]) -> str:
+    """Return which of two tasks' OUT is better, as a sentence; of ood one for each set and score; and which of them is
+    a partial result. Raises UserError where one has no predictions of classes, or they are not of the same samples."""
+    partial = [folder for folder in folders if (folder / SO_FAR_FILE).exists()]
+    notes = [f"note: {folder} holds a partial result: the task was stopped before its end" for folder in partial]
+    return "\n".join([*notes, _compared(folders)])
+
+
+def _compared(folders: Sequence[Path]) -> str:
+    first, second = (read_parquet(folder / FILE) for folder in folders)
+    if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
+        library("sklearn", "two results of ood need scikit-learn: pip install 'm3ae-fast[transfer]'")
+        return _compare_areas(folders, first, second)
+    ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
+    return _words(ours, theirs, folders)
+
+
+def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
+    """Return how a task's result, of the model `name`, compares with the OUT of others on the same samples, by name,
+    and with always naming the largest class of these samples: a sentence each. Raises UserError as `compare_results`.
+    """
+    table = read_parquet(folder / FILE)
+    ours = _correct(folder, table)
+    compared = {other: _correct(path, read_parquet(path / FILE)) for other, path in others.items()}
+    labels = dict(zip(table["key"], table["label"]))
+    (largest, _), *_ = Counter(labels.values()).most_common()
+    compared[LARGEST] = {key: label == largest for key, label in labels.items()}
+    return [_words(ours, theirs, (name, other)) for other, theirs in compared.items()]
+
+
+def against_largest_class(folder: Path) -> dict[str, Any]:
+    """Return what result.json says beside the accuracies of a task that classifies: as "chance" the share of the
+    largest class among the held-out samples, of more than five classes as "chance_top5" that of the five largest, and,
+    of one prediction for each sample, as "verdict" whether it is better. Nothing for other tasks."""
+    if not (folder / FILE).exists():
+        return {}
+    table = read_parquet(folder / FILE)
+    if not table.keys() >= {*_COLUMNS} or None in table["label"]:
+        return {}
+    labels = dict(zip(table["key"], table["label"]))
+    found: dict[str, Any] = {"chance": largest_share(labels.values())}
+    if len({*labels.values()}) > 5:
+        found["chance_top5"] = largest_share(labels.values(), 5)
+    if len(labels) == len(table["key"]):
+        (found["verdict"],) = in_words(folder, "the model", {})
+    return found
+
+
+def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any]) -> str:
+    """Return in words whether two results by key differ."""
+    _require_same(names, ours.keys(), theirs.keys())
+    first_N, second_N = (np.array([each[key] for key in ours]) for each in (ours, theirs))
+    return difference(first_N, second_N).words(str(names[0]), str(names[1]))
+
+
+def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
+    if first != second:
+        raise UserError(
+            f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in one of them alone; name two "
+            "results of the same --val, spelled alike"
+        )
+
+
+def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
+    """Return a sentence for each set of strange samples and each score; see `areas_apart`."""
+    samples, others = (list(zip(table["set"], table["key"])) for table in (first, second))
+    _require_same(folders, {*samples}, {*others})
+    place = {sample: row for row, sample in enumerate(others)}
+    rows_N = np.array([place[sample] for sample in samples])  # of the second table, in the order of the first
+    sets_N, lines = np.array(first["set"]), []
+    for name in dict.fromkeys(first["set"]):
+        for score in SCORES if name != VAL else ():
+            ours_N, theirs_N = np.array(first[score]), np.array(second[score])[rows_N]
+            ours, theirs = ([scores_N[sets_N == part] for part in (VAL, name)] for scores_N in (ours_N, theirs_N))
+            lines.append(f"{name}, {score}: {areas_apart(ours, theirs, str(folders[0]), str(folders[1]))}")
+    return "\n".join(lines)
+
+
+def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str) -> str:
+    """Return in words whether two scores' areas under the ROC curve differ, by the paired bootstrap over samples.
+    `first`, `second`: scores of familiar and of strange samples, [N] and [M], the same samples in the same order."""
+    apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
+    low, high = middle(bootstrap_areas(first[0], first[1], 0) - bootstrap_areas(second[0], second[1], 0))
+    words = verdict(name, other, apart, not low <= 0 <= high)
+    return f"{words}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+
+
+def _correct(folder: Path, table: Table) -> dict[str, bool]:
+    """Return whether each sample was right, by key."""
+    whole = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
+    if not whole or len({*table["key"]}) < len(table["key"]):
+        raise UserError(
+            f"{folder}: has no predictions of a class for each sample, once; name the OUT of knn, linear, finetune or "
+            "of attentive at one layer, or two of ood"
+        )
+    return {
+        key: label == prediction for key, label, prediction in zip(table["key"], table["label"], table["prediction"])
+    }

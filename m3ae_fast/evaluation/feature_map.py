@@ -1,0 +1,91 @@
+"""Maps of several models' features of the same samples, each by t-SNE, and how well their classes lie apart.
+
+Shapes: N samples, K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config import DataConfig
+from m3ae_fast.config.evaluation import EncodeConfig
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.drawing.figures import MapPanel, draw_map
+from m3ae_fast.evaluation.encoding import encode_corpus
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.weights.open_model import open_model
+
+NEIGHBOURS = 10
+_PERPLEXITY = 30.0
+
+
+class Separation(NamedTuple):
+    """How well the classes of points lie apart."""
+
+    silhouette: float  # mean over points, from -1 to 1 (Rousseeuw 1987); nan where every class has one point
+    knn: float  # fraction of points whose class most of their neighbours have
+    neighbours: int
+
+    def __str__(self) -> str:
+        return f"silhouette {self.silhouette:.3f}, {self.neighbours}-NN accuracy {100 * self.knn:.1f} %"
+
+
+def draw_feature_map(
+    path: Path,
+    models: Sequence[str],
+    corpus: Corpus,
+    classes: Classes,
+    data: DataConfig,
+    seed: int,
+    most: int | None = None,
+) -> None:
+    """Write a PNG with a panel for each model of a labelled corpus, and print what stands beneath it. `most`: samples
+    on the map, which lie evenly over the corpus; None: all. Raises UserError where there are fewer than 4 samples,
+    models cannot read the same ones, or as `open_model` and `encode_corpus` do."""
+    with join_ranks() as ranks:
+        opened = (open_model(name, text=False).to(ranks.device) for name in models)
+        found = [encode_corpus(model, corpus, data, EncodeConfig(), ranks) for model in opened]
+    for name, features in zip(models, found):
+        if features.keys != found[0].keys:
+            raise UserError(f"{name}: cannot read the same samples as {models[0]}; name shards that both can")
+    if len(found[0].keys) < 4:
+        raise UserError(f"{len(found[0].keys)} samples have a class: a map needs 4 or more")
+    if most and most < len(found[0].keys):
+        rows = np.linspace(0, len(found[0].keys) - 1, most).astype(int).tolist()
+        found = [features.rows(rows) for features in found]
+    labels_N = found[0].labels.numpy()
+    panels = []
+    for name, features in zip(models, found):
+        print(f"t-SNE of {len(features.keys):,} samples of {name}", file=sys.stderr, flush=True)  # it tells no progress
+        places_N2 = _places(features.features_ND.numpy(), seed)
+        panels.append(MapPanel(name, places_N2, f"{separation(places_N2, labels_N)}, {len(labels_N):,} samples"))
+        print(f"{name}: {panels[-1].caption}")
+    draw_map(path, panels, labels_N, classes)
+
+
+def _places(features_ND: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(_PERPLEXITY, (len(features_ND) - 1) / 3)
+    return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features_ND)
+
+
+def separation(points_N2: np.ndarray, labels_N: np.ndarray, neighbours: int = NEIGHBOURS) -> Separation:
+    """Return how well the classes of points lie apart, by their distances in the plane. `neighbours`, at most N - 1, of
+    each point vote for its class; of equal votes the lowest class id wins."""
+    from scipy.stats import mode
+    from sklearn.metrics import silhouette_score
+    from sklearn.neighbors import NearestNeighbors
+
+    neighbours = min(neighbours, len(points_N2) - 1)
+    nearest_NK = NearestNeighbors(n_neighbors=neighbours).fit(points_N2).kneighbors(return_distance=False)
+    right = float((mode(labels_N[nearest_NK], axis=1).mode == labels_N).mean())
+    defined = 1 < len(np.unique(labels_N)) < len(labels_N)
+    return Separation(float(silhouette_score(points_N2, labels_N)) if defined else np.nan, right, neighbours)

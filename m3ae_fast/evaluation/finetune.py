@@ -1,0 +1,234 @@
+"""Fine-tuning: encoder and classification head trained together, as training trains, on augmented labelled samples.
+
+Shapes: S samples of a batch, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from m3ae_fast.base.bad_samples import BadSamples, Skipped
+from m3ae_fast.base.errors import library
+from m3ae_fast.base.hardware import pins_memory, settle_precision
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.checkpoint.resuming import STREAM, Resume, layout_of, require_same
+from m3ae_fast.config.evaluation import FineTuneConfig
+from m3ae_fast.data import Corpus, Data, eval_loader
+from m3ae_fast.data.fingerprint import fingerprint
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.engine.build import make_engine
+from m3ae_fast.engine.optimizer import EMA
+from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
+from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.evaluation.encoding import check_skipped
+from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.labelled_loop import ClassLosses, LabelledLoop
+from m3ae_fast.evaluation.layer_decay import layer_decay_groups
+from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.recipe import sentence, settled
+from m3ae_fast.process.stopping import Stopped, until_stopped
+from m3ae_fast.training.initial_weights import constants
+
+_EVALUATIONS, _EVALUATING = 10, 0.05  # of a run, at most; of its time
+_AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
+
+
+class TrainableClassifier(Classifier):
+    """In training, `forward(batch, samples)` gives ClassLosses: sums over the batch, divided by `samples`."""
+
+    def __init__(self, config: ClassifierConfig, mixing: Mixing) -> None:
+        super().__init__(config)
+        self.mixing = mixing
+
+    def forward(self, batch: PackedBatch, samples: float = 1.0) -> Any:
+        if not self.training:
+            return super().forward(batch)
+        batch, labels_SK = self.mixing(batch, self.backbone.patch_embed.weight.dtype)
+        logits_SK = super().forward(batch).float()
+        loss = F.cross_entropy(logits_SK, labels_SK, reduction="sum") / samples
+        correct = (logits_SK.argmax(1) == labels_SK.argmax(1)).sum()
+        return ClassLosses(loss, correct.float() / samples)
+
+
+@dataclass(kw_only=True)
+class FineTuning(LabelledLoop):
+    """A fine-tuning run."""
+
+    settings: FineTuneConfig
+    model: TrainableClassifier
+    val: Corpus
+    val_loader: DataLoader[PackedBatch]
+    fixed: dict[str, Tensor]  # weights that training does not change
+    averaged: Classifier | None  # with finetune.ema: takes the average of the weights when it is evaluated
+
+    def announce(self) -> None:
+        config, ranks, deepspeed = self.settings, self.ranks, self.settings.deepspeed
+        kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        self.say_first(
+            f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, "
+            f"{kind}, optimiser: {self.engine.optimizer_name}, {sentence(config, self.schedule, self.step)}"
+        )
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate if due, between the first step and the last."""
+        every = self.settings.eval_every or self._often()
+        if 0 < self.step < self.schedule.total_steps and self.to_evaluate(every, "val_top1"):
+            self.conclude()
+
+    def _often(self) -> int:
+        """Return the steps between evaluations if the config leaves that open: so many that a stop has something to
+        show, and that all of them take little of the run's time. A step has three passes, an evaluation one."""
+        cheap = math.ceil(self.val.samples / (3 * self.share.global_batch * _EVALUATING))
+        return max(self.schedule.total_steps // _EVALUATIONS, self.schedule.steps_per_epoch, cheap)
+
+    def length_is_open(self) -> bool:
+        given = self.job.config.finetune
+        return given.epochs is None and given.steps is None
+
+    def shorter(self, steps: float) -> str:
+        epochs = max(steps / self.schedule.steps_per_epoch, 1)
+        fewer = int(epochs) * self.schedule.steps_per_epoch
+        return (
+            f"--set finetune.epochs={int(epochs)} ({fewer:,} steps, which learn less), or the task linear with "
+            "--cache-features: of 1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
+        )
+
+    def conclude(self) -> dict[str, float] | None:
+        """Return, and log, accuracies on all held-out samples; None where a rank is asked to stop."""
+        self.stop_if_not_finite()
+        own: list[tuple[Predictions, tuple[Skipped, ...]]] = []
+        batches = self.pulse.watch(self.val_loader, f"evaluating after step {self.step}")
+        try:
+            with self._inference() as infer:
+                for batch in until_stopped(batches, self.ranks, self.stop):
+                    assert batch.labels is not None
+                    scores_SK = infer(batch.to(self.ranks.device)).float()
+                    own.append((Predictions.of(batch.keys, batch.labels, scores_SK), batch.skipped))
+        except Stopped:
+            self.cut_short()
+            return None
+        predictions, skipped = zip(*(part for parts in self.ranks.gather(own) for part in parts))
+        most_bad = self.job.config.data.max_bad_fraction
+        check_skipped([each for part in skipped for each in part], self.val.samples, most_bad)
+        return self.evaluated(Predictions.joined(predictions))
+
+    @contextmanager
+    def _inference(self) -> Iterator[Callable[[PackedBatch], Tensor]]:
+        """Return logits of a batch, by the average of the weights if there is one."""
+        if self.averaged is None:
+            yield self.engine.evaluate
+            return
+        average = self.engine.whole(EMA)
+        for name, p in self.averaged.named_parameters():
+            p.data.copy_(average[name])
+        bf16 = self.settings.precision == "bf16"
+        with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
+            yield self.averaged
+
+    def save_classifier(self) -> None:
+        """Write the classifier as it was evaluated."""
+        if self.averaged is not None:
+            save = partial(self.averaged.save_pretrained, self.run.dir)
+        else:
+            save = partial(self.model.save_pretrained, self.run.dir, self.engine.whole("model") | self.fixed)
+        self.ranks.on_main(save)
+
+
+def set_up(job: Job) -> FineTuning:
+    """Open data, classifier and checkpoint. Raises UserError where something is missing, or does not fit."""
+    library("timm", "finetune needs timm: pip install 'm3ae-fast[transfer]'")
+    ranks, run, data = job.ranks, job.config.run, job.config.data
+    config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
+    found = Resume(run.dir, job.args.resume, ranks)
+    train, val, classes = job.open_labelled()
+    if train.has_captions:
+        job.model.require_tokenizer()
+    config = settled(config, train.samples, found.section("finetune"))
+    share = split_batch(config, ranks.world, ranks.rank)
+    schedule = Schedule(config, config, train.samples)
+
+    torch.manual_seed(run.seed)
+    # a lane has pairs of samples in each step where samples are mixed
+    pairs = 2 if mixes(config, job.args.modality == "image") else 1
+    layout, notes = layout_of(found.info, data, train, share.global_batch // pairs)
+    model = _build(job, config, classes, layout.lanes)
+    model.mixing.check_share(share)
+    transform = None
+    if config.rand_augment and job.args.modality != "text":
+        transform = RandAugment(config.rand_augment, model.config.model)
+    fixed, averaged = constants(model, None), None
+    if config.ema is not None:
+        averaged = Classifier(model.config).to(ranks.device).eval()
+        averaged.load_state_dict(model.state_dict())  # its stored positions: the weights will be the average's
+    groups = layer_decay_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
+    engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks, config.ema)
+    sections = {
+        "run": run.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        "finetune": config.model_dump(mode="json"),
+        "classifier": model.config.model_dump(mode="json"),
+        "task": {"model": job.args.model},
+    }
+    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
+    require_same(ranks, stream, val)
+    same = [("classifier", key) for key in sections["classifier"]]
+    same += [("run", "seed"), ("finetune", "global_batch")]
+    same += [("task", "model")] if found.section("task") else []  # which 0.1 did not say
+    same += [("data", key) for key in STREAM] + [("finetune", key) for key in _AUGMENTATION]
+    notes += found.restore(engine, sections, same, stream)
+    steps = range(found.step, schedule.total_steps)
+    return FineTuning(
+        job=job,
+        session=job.session,
+        folder=job.folder,
+        run=run,
+        settings=config,
+        sections=sections,
+        model=model,
+        share=share,
+        schedule=schedule,
+        engine=engine,
+        train_loader=job.batches(train, share, steps, layout, transform),
+        val=val,
+        val_loader=eval_loader(data, val, job.preparation, share, pin_memory=pins_memory(ranks.device)),
+        fixed=fixed,
+        averaged=averaged,
+        bad=BadSamples(data.max_bad_fraction, train.samples),
+        stream=stream,
+        notes=notes,
+        classes=classes,
+        start=found.step,
+    )
+
+
+def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> TrainableClassifier:
+    """Build the classifier on the CPU, with the pre-trained encoder."""
+    sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
+    classifier = ClassifierConfig(
+        model=sizes, head="finetune", pool=config.pool, modality=job.args.modality, classes=list(classes)
+    )
+    images_only = job.args.modality == "image"
+    seed, repeats = job.config.run.seed, job.config.data.repeats
+    mixing = Mixing(config, sizes, len(classes), images_only, seed, repeats, lanes)
+    model = TrainableClassifier(classifier, mixing)
+    model.load_backbone(job.model.cpu())
+    return model
+
+
+def run(job: Job) -> dict[str, Any] | None:
+    """Return the accuracies; None where the run was stopped before its end."""
+    job.pulse.watch_over(job.config.run)
+    loop = set_up(job)
+    return loop.complete(loop.val.samples)

@@ -1,0 +1,182 @@
+"""Linear probe: a linear classifier on the frozen encoder's pooled features, as the official code trains it.
+
+With --cache-features every sample is encoded once, as in evaluation, and several learning rates are tried before the
+run; otherwise crops are encoded as they are drawn.
+
+Shapes: N training samples, S samples of a step, D encoder width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from m3ae_fast.base.bad_samples import BadSamples
+from m3ae_fast.checkpoint.resuming import STREAM, Resume, layout_of, require_same
+from m3ae_fast.config.evaluation import LinearProbeConfig
+from m3ae_fast.data import Data, Share
+from m3ae_fast.data.fingerprint import fingerprint
+from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.labelled_loop import LabelledLoop
+from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.probe_engine import CachedSteps, ProbeEngine
+from m3ae_fast.evaluation.rates import Tried, choose, edge, table, try_rates
+from m3ae_fast.evaluation.recipe import sentence, settled
+from m3ae_fast.model.pretrained import weights_digest
+
+_EVALUATIONS = 100  # of a run, at most
+
+
+@dataclass(kw_only=True)
+class Probing(LabelledLoop):
+    """A linear probe's run."""
+
+    settings: LinearProbeConfig
+    head: LinearProbeHead
+    val: Features
+    tried: list[Tried]  # rates; empty where one was given
+
+    def announce(self) -> None:
+        task = f"linear probe of {self.job.config.encode.pool} features, {len(self.classes)} classes, "
+        self.say_first(task + sentence(self.settings, self.schedule, self.step))
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate if due, between the first step and the last; not again if a run goes on."""
+        often = max(self.schedule.steps_per_epoch, self.schedule.total_steps // _EVALUATIONS)
+        every = self.settings.eval_every or often
+        if self.start < self.step < self.schedule.total_steps and self.step % every == 0:
+            self.conclude()
+
+    def remedy(self) -> str:
+        return "a lower linear.peak_lr"
+
+    def length_is_open(self) -> bool:
+        given = self.job.config.linear
+        return given.epochs is None and given.steps is None
+
+    def shorter(self, steps: float) -> str:
+        if not self.job.args.cache_features:
+            return "--cache-features, which encodes each image once"
+        return f"--set linear.steps={max(int(steps), 1)}"
+
+    def cautions(self) -> list[str]:
+        return super().cautions() + edge(self.tried, self.settings.peak_lr)
+
+    def conclude(self) -> dict[str, float]:
+        """Return accuracies on all held-out samples, which are logged too."""
+        self.stop_if_not_finite()
+        self.pulse.mark(f"evaluating after step {self.step}")
+        self.head.eval()
+        with torch.no_grad():
+            scores_NK = self.head(self.val.features_ND.to(self.ranks.device))
+        return self.evaluated(Predictions.of(self.val.keys, self.val.labels, scores_NK))
+
+    def save_classifier(self) -> None:
+        job = self.job
+        pool, classes = job.config.encode.pool, list(self.classes)
+        config = ClassifierConfig(
+            model=job.model.config, head="linear", pool=pool, modality=job.args.modality, classes=classes
+        )
+
+        def save() -> None:
+            classifier = Classifier(config)
+            classifier.load_backbone(job.model.cpu())
+            classifier.head.load_state_dict(self.head.state_dict())
+            classifier.save_pretrained(self.run.dir)
+
+        self.ranks.on_main(save)
+
+
+def set_up(job: Job) -> Probing:
+    """Open data and checkpoint, encode what stays the same. Raises UserError where one is missing or does not fit."""
+    ranks, run = job.ranks, job.config.run
+    cached = job.args.cache_features
+    found = Resume(run.dir, job.args.resume, ranks)
+    train, val, classes = job.open_labelled()
+    if train.has_captions:
+        job.model.require_tokenizer()
+    held_out = job.encode(val, "encoding val")
+    bank = job.encode(train, "encoding train") if cached else None
+    samples = len(bank.keys) if bank else train.samples
+    config = settled(job.config.linear, samples, found.section("linear"))
+    share = split_batch(config, ranks.world, ranks.rank)
+    tried = [Tried(*each) for each in found.section("rates").get("tried", [])]
+    if bank and job.config.linear.peak_lr is None and not found.info:
+        tried, rate = _try_rates(job, bank, config, len(classes))
+        config = config.model_copy(update={"peak_lr": rate})
+    schedule = Schedule(config, config, samples)
+
+    torch.manual_seed(run.seed)
+    head = LinearProbeHead(job.model.config.emb_dim, len(classes)).to(ranks.device)
+    engine = ProbeEngine(head, config, ranks, None if cached else job.model, job.config.encode)
+    sections = {
+        "run": run.model_dump(mode="json"),
+        "linear": config.model_dump(mode="json"),
+        "encode": job.config.encode.model_dump(mode="json"),
+        "data": job.config.data.model_dump(mode="json"),
+        "task": {
+            "model": job.args.model,
+            "weights": weights_digest(job.model.state_dict()),
+            "cache_features": cached,
+            "classes": list(classes),
+        },
+        "rates": {"tried": tried},
+    }
+    layout, notes = layout_of(found.info, job.config.data, train, share.global_batch)
+    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
+    require_same(ranks, stream, val)
+    encoder = "weights" if "weights" in found.section("task") else "model"  # all that 0.1 said of it
+    same = [("task", key) for key in (encoder, "cache_features", "classes")] + [("run", "seed"), ("encode", "pool")]
+    same += [("linear", "global_batch")]
+    same += [] if cached else [("data", key) for key in STREAM]
+    notes += found.restore(engine, sections, same, stream)
+    steps = range(found.step, schedule.total_steps)
+    return Probing(
+        job=job,
+        session=job.session,
+        folder=job.folder,
+        run=run,
+        settings=config,
+        sections=sections,
+        share=Share(share.global_batch) if cached else share,
+        schedule=schedule,
+        engine=engine,
+        train_loader=CachedSteps(bank, steps, share.global_batch, run.seed)
+        if bank
+        else job.batches(train, share, steps, layout),
+        bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
+        stream=stream,
+        notes=notes,
+        head=head,
+        val=held_out,
+        tried=tried,
+        classes=classes,
+        start=found.step,
+    )
+
+
+def _try_rates(job: Job, bank: Features, config: LinearProbeConfig, classes: int) -> tuple[list[Tried], float | None]:
+    """Return the rates that were tried, as the main rank found them, and the one to take, and print them."""
+    own = try_rates(bank, config, classes, job.config.run.seed, job.ranks, job.pulse)
+    tried = job.ranks.broadcast(lambda: own)
+    if not tried or config.peak_lr is None:
+        return tried, config.peak_lr
+    rate = choose(tried, config.peak_lr, len(bank.keys) // 10).peak_lr
+    job.say(f"linear.peak_lr, accuracy on a held-out tenth of the training samples: {table(tried, rate)}")
+    return tried, rate
+
+
+def run(job: Job) -> dict[str, Any] | None:
+    """Return the accuracies; None where the run was stopped before its end."""
+    job.pulse.watch_over(job.config.run)
+    loop = set_up(job)
+    if (result := loop.complete(len(loop.val.keys))) is None:
+        return None
+    rates = [tried._asdict() for tried in loop.tried]
+    return result | {"skipped": result["skipped"] + len(loop.val.skipped), "rates": rates}

@@ -1,0 +1,97 @@
+"""k-NN accuracy and speed of the ONNX files of an encoder on labelled shards, compared with torch.
+
+Shapes: B images, C channels, S image size, D width; N training samples, M samples to classify.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast.base.progress import track
+from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.data import Corpus, Preparation, ShardStore, Share, eval_loader, open_corpus
+from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.evaluation.encoding import check_skipped
+from m3ae_fast.evaluation.knn import knn_scores
+from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.weights.onnx_model import ImageEncoder, as_input, session
+
+Encode = Callable[[np.ndarray], Tensor]  # pixels [B, C, S, S] with the dtype of `input_dtype` -> float32 [B, D]
+
+
+class Labelled(NamedTuple):
+    """Images with a class: those to look for neighbours in, and those to classify by them."""
+
+    config: TransferConfig
+    train: Corpus
+    val: Corpus
+    classes: int
+
+
+def open_labelled(train: list[str], val: list[str], labels: str) -> Labelled:
+    """Open shards. Raises UserError where they, or their labels (see `read_labels`), cannot be used."""
+    parts = {"train": train, "val": val}
+    data = {name: [{"shards": shards, "modality": "image"}] for name, shards in parts.items()}
+    config = transfer_config({"data": data}, [])
+    opened = (open_corpus(sources, ShardStore(), progress=True) for sources in (config.data.train, config.data.val))
+    (bank, classes), queries = label_corpus(next(opened), labels), next(opened)
+    return Labelled(config, bank, label_corpus(queries, labels, classes)[0], len(classes))
+
+
+def knn_lines(files: Sequence[Path], config: ModelConfig, state: dict[str, Tensor], images: Labelled) -> list[str]:
+    """Return a line for torch's encoder, in float32, and for each file: k-NN accuracy with its standard error, its
+    distance to torch's, and images/s on this machine. Raises UserError where too few images can be read."""
+    encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
+    encoders: dict[str, Encode] = {"torch": lambda pixels: encoder(torch.from_numpy(pixels))}
+    for path in files:
+        encoders[path.name] = _runs(path)
+    (bank, labels_N, _), (queries, labels_M, seconds) = (
+        _encode(part, images.config, config, encoders) for part in (images.train, images.val)
+    )
+    knn, lines, exact = images.config.knn, [], 0.0
+    for name in encoders:
+        scores = knn_scores(bank[name], labels_N, queries[name], images.classes, knn.k, knn.temperature)
+        keys = [""] * len(labels_M)
+        found = Predictions.of(keys, labels_M, scores, votes=True).accuracies()
+        exact = found["top1"] if name == "torch" else exact
+        text = f"{name}: k-NN {found['top1']:.1%} ± {found['top1_se']:.1%}"
+        text += "" if name == "torch" else f", {100 * (found['top1'] - exact):+.1f} points from torch"
+        lines.append(f"{text}, {len(labels_M) / seconds[name]:.3g} images/s on this machine")
+    counts = f"k-NN on {len(labels_M):,} of {images.classes} classes, neighbours among {len(labels_N):,}"
+    return [f"{counts} (k {knn.k}, batches of {images.config.encode.batch}):", *lines]
+
+
+def _runs(path: Path) -> Encode:
+    run = session(path).run
+    return lambda pixels: torch.from_numpy(run(None, {"pixels": pixels})[0])
+
+
+@torch.no_grad()
+def _encode(
+    corpus: Corpus, transfer: TransferConfig, config: ModelConfig, encoders: dict[str, Encode]
+) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
+    """Return the features of the central squares by each encoder, the labels, and the seconds that each took."""
+    preparation = Preparation(Geometry.of(config), UNMASKED, None, seed=0)
+    loader = eval_loader(transfer.data, corpus, preparation, Share(transfer.encode.batch))
+    features: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    labels, skipped, seconds = [], [], dict.fromkeys(encoders, 0.0)
+    for batch in track(loader, "encoding with torch and ONNX", len(loader)):
+        skipped += batch.skipped
+        assert batch.labels is not None
+        labels.append(batch.labels)
+        for name, encode in encoders.items():
+            started = time.perf_counter()
+            features[name].append(encode(as_input(batch.images, config)))
+            seconds[name] += time.perf_counter() - started
+    check_skipped(skipped, corpus.samples, transfer.data.max_bad_fraction)
+    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels), seconds

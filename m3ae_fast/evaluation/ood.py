@@ -1,0 +1,249 @@
+"""Out-of-distribution detection: how well scores separate --ood from --val samples, on the features of a frozen encoder
+or of a fine-tuned classifier.
+
+Scores, each higher for what looks familiar: the highest softmax probability (arXiv 1610.02136) and the energy
+logsumexp of the logits (arXiv 2010.03759), which are those of the classifier's own head or, on frozen features, of a
+logistic regression; minus the distance to the k-th nearest training sample among normalised features (arXiv
+2204.06507); minus the Mahalanobis distance to the nearest class, with one covariance for all (arXiv 1807.03888).
+
+Shapes: N training samples, M samples to score, K classes, D width, V different scores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.progress import track
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.config.evaluation import EncodeConfig
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.drawing.figures import draw_detection
+from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.significance import middle
+
+TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
+SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
+TRUE_POSITIVES = 0.95
+BOOTSTRAPS = 1000
+_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first shards
+
+
+def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
+    """Return the area under the ROC curve with familiar samples as positives, and the fraction of strange samples above
+    the threshold that 95 % of the familiar ones pass. Scores are higher for what looks familiar."""
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.concatenate((np.ones(len(familiar)), np.zeros(len(strange))))
+    area = roc_auc_score(truth, np.concatenate((familiar, strange)))
+    threshold = np.sort(familiar)[len(familiar) - int(np.ceil(TRUE_POSITIVES * len(familiar)))]
+    return float(area), float((strange >= threshold).mean())
+
+
+def bootstrap_areas(familiar: np.ndarray, strange: np.ndarray, seed: int) -> np.ndarray:
+    """Return the areas under the ROC curve of BOOTSTRAPS draws of familiar and of strange samples, with replacement.
+    The draws depend on the seed and on the numbers of samples alone."""
+    random = np.random.default_rng(seed)
+    values_V, place = np.unique(np.concatenate((familiar, strange)), return_inverse=True)
+    parts = place[: len(familiar)], place[len(familiar) :]
+
+    def area() -> float:
+        known_V, other_V = (
+            np.bincount(part[random.integers(len(part), size=len(part))], minlength=len(values_V)) for part in parts
+        )
+        lower_V = other_V.cumsum() - other_V / 2  # strange samples with a lower score; half of those with an equal one
+        return float(known_V @ lower_V) / (len(familiar) * len(strange))
+
+    return np.array([area() for _ in track(range(BOOTSTRAPS), "bootstrap")])
+
+
+def auroc_interval(familiar: np.ndarray, strange: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the `middle` of `bootstrap_areas`."""
+    return middle(bootstrap_areas(familiar, strange, seed))
+
+
+class Scores:
+    """The four scores, fitted to training features. `k`: which neighbour's distance counts, at most the N-th; `head`:
+    features [M, D] -> logits [M, K], of a classifier; without one, a logistic regression is fitted."""
+
+    def __init__(
+        self,
+        train_ND: np.ndarray,
+        labels_N: np.ndarray,
+        k: int,
+        seed: int,
+        head: Callable[[np.ndarray], Tensor] | None = None,
+    ):
+        from sklearn.covariance import LedoitWolf
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.neighbors import NearestNeighbors
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        self.head = head
+        if head is None:
+            self.classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
+            self.classifier.fit(train_ND, labels_N)
+        self.k = min(k, len(train_ND))
+        self.neighbours = NearestNeighbors(n_neighbors=self.k).fit(_normalised(train_ND))
+        self.means_KD = np.stack([train_ND[labels_N == label].mean(0) for label in np.unique(labels_N)])
+        centred_ND = train_ND - self.means_KD[np.unique(labels_N, return_inverse=True)[1]]
+        precision_DD = LedoitWolf(assume_centered=True).fit(centred_ND).precision_
+        values_D, vectors_DD = np.linalg.eigh(precision_DD.astype(np.float64))
+        self.whitening_DD = vectors_DD * np.sqrt(values_D.clip(min=0))  # behind it the distances are Euclidean
+
+    def __call__(self, features_MD: np.ndarray) -> dict[str, np.ndarray]:
+        """Return scores by name, [M] each."""
+        logits_MK = self.head(features_MD) if self.head else self._logits(features_MD)
+        white_MD, means_KD = (torch.from_numpy(each @ self.whitening_DD) for each in (features_MD, self.means_KD))
+        return {
+            "max_softmax": logits_MK.softmax(1).max(1).values.numpy(),
+            "energy": logits_MK.logsumexp(1).numpy(),
+            "knn": -self.neighbours.kneighbors(_normalised(features_MD))[0][:, -1],
+            "mahalanobis": -torch.cdist(white_MD, means_KD).min(1).values.square().numpy(),
+        }
+
+    def _logits(self, features_MD: np.ndarray) -> Tensor:
+        logits_MK = torch.from_numpy(self.classifier.decision_function(features_MD))
+        if logits_MK.ndim == 1:  # of two classes scikit-learn gives one: the log-odds
+            logits_MK = torch.stack((torch.zeros_like(logits_MK), logits_MK), 1)
+        return logits_MK
+
+
+def _normalised(features: np.ndarray) -> np.ndarray:
+    return F.normalize(torch.from_numpy(features), dim=1).numpy()
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run the task. Raises UserError if scikit-learn is missing, the classifier is of other classes, two sets have one
+    name, or as `Job.open_labelled` does."""
+    library("sklearn", "ood needs scikit-learn: pip install 'm3ae-fast[transfer]'")
+    sets = named_sets(job.args.ood)
+    if isinstance(job.model, Classifier):
+        _check_pool(job.model, job.config.encode)
+    labelled, held_out, classes = job.open_labelled()
+    sources = {name: SourceConfig(shards=shards, modality=job.args.modality) for name, shards in sets.items()}
+    strange = {name: job.open([source]) for name, source in sources.items()}
+    head = None
+    if isinstance(job.model, Classifier):
+        _check_classes(job.model, classes)
+        head, job = _head_of(job.model), _of_encoder(job, job.model)
+    result: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    cautions: list[str] = []
+    others = sum(corpus.samples for corpus in strange.values())
+    job.say(
+        f"ood: {labelled.samples:,} training, {held_out.samples:,} validation and {others:,} other samples are "
+        "encoded; then four scores tell the last two apart"
+    )
+    told_apart: list[str] = []  # sets
+    # at any time, from another thread
+    job.keep_if_stopped(lambda: SoFar(f"{len(told_apart)} of {len(strange)} sets", dict(result), dict(columns)))
+    encode = job.encoder(labelled.samples + held_out.samples + others)
+    train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
+    seed = job.config.run.seed
+    job.say(f"fitting the scores to {len(train.keys):,} training samples")
+    scores = Scores(train.features_ND.numpy(), train.labels.numpy(), job.config.knn.k, seed, head)
+    known = scores(val.features_ND.numpy())
+    columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
+    samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
+    for name, corpus in strange.items():
+        prefix = f"{name}_" if name else ""
+        found = encode(corpus, f"encoding {name or 'ood'}")
+        other = scores(found.features_ND.numpy())
+        measured = _compare(known, other, seed)
+        told = {f"{prefix}{key}": value for key, value in measured.items()}
+        result |= told
+        job.say(f"{name or 'ood'}: {summary(told)}")
+        if caution := inverted(measured):
+            cautions.append(f"{name or 'ood'}: {caution}")
+            job.say(f"note: {cautions[-1]}")
+        more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
+        columns.update({column: [*columns[column], *values] for column, values in more.items()})  # at once: see above
+        told_apart.append(name)
+        samples[f"{name or 'ood'}_samples"] = len(found.keys)
+        path = job.out / (f"scores-{name}.png" if name else "scores.png")
+        job.pictures.append(partial(draw_detection, path, known, other))
+    job.keep(columns)
+    return result | {"classes": len(classes), "cautions": cautions} | samples
+
+
+def inverted(found: dict[str, float]) -> str:
+    """Return a caution on the scores of a set that are inverted, whose whole interval of the AUROC is below a half; ""
+    if none is."""
+    low = [f"{name} (AUROC {found[f'{name}_auroc']:.2f})" for name in SCORES if found[f"{name}_auroc_high"] < 0.5]
+    if not low:
+        return ""
+    return (
+        f"inverted on this data: {', '.join(low)}. Out-of-distribution samples score as more in-distribution than "
+        "those of --val; choose another score"
+    )
+
+
+def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Return shards by name of their set, "" where only one is given, of each --ood's words. Raises UserError where one
+    of several has no name, two have the same, or one has that of other samples."""
+    sets: dict[str, list[str]] = {}
+    for first, *rest in given:
+        match = _NAMED.fullmatch(first)
+        name, shards = match.groups() if match else ("", first)
+        if name in (TRAIN, VAL):
+            raise UserError(f"--ood {first}: {name} is what the result calls --{name}; choose another name")
+        if name in sets or (not name and len(given) > 1):
+            raise UserError(f"--ood {first}: give each of several sets a name of its own, such as --ood other={shards}")
+        sets[name] = [shards, *rest]
+    return sets
+
+
+def _check_classes(classifier: Classifier, classes: Classes) -> None:
+    """Raise UserError where the training samples have others than those of the classifier."""
+    if (own := classifier.config.classes) != (found := list(classes)):
+        differing = sorted(map(str, {*own} ^ {*found}))
+        what = f"only one of them {differing[0]!r}" if differing else "in another order"
+        raise UserError(
+            f"--train: its samples have {len(found)} classes, the classifier {len(own)}, and {what}; name the samples "
+            "that it was trained on"
+        )
+
+
+def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
+    """Raise UserError where other features are asked for than those that the classifier's head reads."""
+    own = classifier.config.pool
+    if "pool" in encode.model_fields_set and encode.pool != own:
+        raise UserError(f"--set encode.pool={encode.pool}: the classifier's head reads {own}; leave it out")
+
+
+def _head_of(classifier: Classifier) -> Callable[[np.ndarray], Tensor]:
+    device = next(classifier.parameters()).device
+
+    @torch.no_grad()
+    def logits(features_MD: np.ndarray) -> Tensor:
+        return classifier.head(torch.from_numpy(features_MD).to(device)).double().cpu()
+
+    return logits
+
+
+def _of_encoder(job: Job, classifier: Classifier) -> Job:
+    """Return the job on the encoder of a classifier, whose features are those that the head reads."""
+    encode = job.config.encode.model_copy(update={"pool": classifier.config.pool})
+    return replace(job, model=classifier.backbone, config=job.config.model_copy(update={"encode": encode}))
+
+
+def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
+    """Return what each score makes of familiar and strange samples: its area and interval, and what passes."""
+    found: dict[str, float] = {}
+    for name in known:
+        area, passed = auroc_and_fpr(known[name], other[name])
+        low, high = auroc_interval(known[name], other[name], seed)
+        found |= {f"{name}_auroc": area, f"{name}_auroc_low": low, f"{name}_auroc_high": high, f"{name}_fpr95": passed}
+    return found

@@ -1,0 +1,96 @@
+"""What a classifier made of each sample, and the table that a task keeps of it.
+
+Shapes: N samples, C classes, K best classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.evaluation.significance import ERROR, standard_error
+
+FILE = "predictions.parquet"
+
+
+def best_classes(scores_NC: Tensor) -> Tensor:
+    """Return int64 [N, K]: the class of the highest score or, of more than 5 classes, those of the 5 highest, best
+    first. Raises UserError where a score is not finite: NaN would be the highest."""
+    bad = int((~scores_NC.isfinite()).any(1).sum())
+    if bad:
+        raise UserError(
+            f"{bad:,} of {len(scores_NC):,} samples have scores that are not finite: the classifier has diverged, or "
+            "is damaged; train it again, with a lower peak_lr"
+        )
+    return scores_NC.topk(5 if scores_NC.shape[1] > 5 else 1, dim=1).indices
+
+
+def topk_accuracy(best_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """Return accuracies from 0 to 1: "top1" and, if K = 5, "top5"."""
+    correct_NK = best_NK == labels_N[:, None]
+    return {f"top{k}": correct_NK[:, :k].any(1).double().mean().item() for k in sorted({1, best_NK.shape[1]})}
+
+
+def largest_share(labels: Iterable[Any], classes: int = 1) -> float:
+    """Return the share of the largest class, or of the largest few: the accuracy of always naming those."""
+    counts = Counter(labels)
+    return sum(count for _, count in counts.most_common(classes)) / counts.total()
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of N samples, on the CPU."""
+
+    keys: list[str]
+    labels_N: Tensor  # int64 class ids
+    best_NK: Tensor  # see `best_classes`
+    scores_N: Tensor  # float32: of the best class, from 0 to 1
+
+    @classmethod
+    def of(cls, keys: Sequence[str], labels_N: Tensor, scores_NC: Tensor, *, votes: bool = False) -> Predictions:
+        """Return the predictions by scores: logits, whose softmax is the score that is kept, or `votes`, whose share
+        is. Raises UserError as `best_classes` does."""
+        best_NK = best_classes(scores_NC)
+        shares_NC = scores_NC / scores_NC.sum(1, keepdim=True) if votes else scores_NC.float().softmax(1)
+        scores_N = shares_NC.gather(1, best_NK[:, :1])[:, 0].float()
+        return cls(list(keys), labels_N.cpu(), best_NK.cpu(), scores_N.cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Return the predictions of several parts, one after the other."""
+        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("labels_N", "best_NK", "scores_N"))
+        return cls(list(chain.from_iterable(part.keys for part in parts)), *tensors)
+
+    @property
+    def correct_N(self) -> Tensor:
+        """Return whether the best class is the right one: bool."""
+        return self.best_NK[:, 0] == self.labels_N
+
+    def accuracies(self) -> dict[str, float]:
+        """Return accuracies from 0 to 1, "top1" and, of more than 5 classes, "top5", and standard errors, "top1_se"."""
+        found = topk_accuracy(self.best_NK, self.labels_N)
+        return found | {f"{name}{ERROR}": standard_error(value, len(self.keys)) for name, value in found.items()}
+
+    def columns(self, classes: Classes) -> dict[str, list[Any]]:
+        """Return the table: keys, labels and predictions as in the shards, and scores."""
+        named = {"label": self.labels_N, "prediction": self.best_NK[:, 0]}
+        columns = {name: [classes[number] for number in ids.tolist()] for name, ids in named.items()}
+        return {"key": self.keys, **columns, "score": self.scores_N.tolist()}
+
+
+def stacked(parts: Iterable[tuple[Predictions, Mapping[str, Any]]], classes: Classes) -> dict[str, list[Any]]:
+    """Return one table of several predictions, each with columns that say which it is."""
+    columns: dict[str, list[Any]] = {}
+    for predictions, which in parts:
+        same = {name: [value] * len(predictions.keys) for name, value in which.items()}
+        for name, values in (predictions.columns(classes) | same).items():
+            columns.setdefault(name, []).extend(values)
+    return columns

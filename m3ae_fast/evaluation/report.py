@@ -1,0 +1,222 @@
+"""One self-contained HTML page of a run: verdict, diagnostics, results, curves, figures, config and versions."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
+from m3ae_fast.evaluation.significance import ERROR, standard_error
+from m3ae_fast.training.diagnostics import Metrics, findings, verdict
+from m3ae_fast.training.log import read_metrics
+from m3ae_fast.training.record import status
+from m3ae_fast.weights.model_name import PIXELS, RANDOM
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast import checkpoint
+
+REPORT_FILE = "report.html"
+_BASELINES = {RANDOM: "random weights", PIXELS: "downscaled pixels"}  # by what their MODEL begins with
+_SIZES = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
+_COUNTS = (*_SIZES, "chance", "chance_top5")  # of a result: no metrics
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin-top: 1.6rem; }
+table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; }
+th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+tr { border-bottom: 1px solid #8884; } .faint { color: #888; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
+.charts img { background: #fff; border-radius: 4px; width: 100%; }
+img.wide { background: #fff; max-width: 100%; } pre { overflow-x: auto; }
+"""
+
+
+def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Sequence[Path] = ()) -> None:
+    """Write the page of the run folder `run` to `out`, an HTML file, with the results in other folders, and with the
+    curves and results of other runs beside its own. Raises UserError where a run has no metrics, a file is damaged, or
+    `out` cannot be written."""
+    from m3ae_fast import checkpoint
+
+    runs = {str(folder): read_metrics(folder) for folder in (run, *others)}
+    found = read_results([run, *others, *results])
+    saved = checkpoint.saved_steps(run)
+    info = checkpoint.read_info(saved[-1]) if saved else None
+    name = escape(run.resolve().name)
+    parts = [f"<h1>{name}</h1>", *(_head(Path(folder), metrics, len(runs) > 1) for folder, metrics in runs.items())]
+    if found:
+        parts += [_results_table(found), *_verdicts(found)]
+    parts.append(_numbers(runs[str(run)], info))
+    parts.append(_section("Curves", _charts(LEARNING, runs), is_open=True))
+    for kind in ("reconstructions", "attention", "map"):
+        if png := _png(run / f"{kind}.png"):
+            parts.append(_section(kind.capitalize(), _image(png, "wide"), is_open=True))
+    for path, result in found:
+        for picture in sorted(path.parent.glob("*.png")):
+            title = f"{result.get('task', '?')} ({path.parent.name}): {picture.stem.replace('_', ' ')}"
+            if png := _png(picture):
+                parts.append(_section(title, _image(png, "wide")))
+    parts.append(_section("Speed and optimiser", _charts(RUNNING, runs)))
+    if info:
+        parts.append(_section("Config", f"<pre>{escape(json.dumps(info.config, indent=2))}</pre>"))
+        parts.append(_section("Versions", _table([[escape(k), escape(v)] for k, v in info.versions.items()])))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
+    body = "\n".join(parts)
+    page = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n'
+    write_whole(out, page + "</html>\n")
+
+
+def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Read every result.json below `folders`. Raises UserError if one is damaged."""
+    found = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        for path in sorted(folder.rglob("result.json")):
+            try:
+                result = read_json(path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: is damaged ({error}); remove it") from None
+            if isinstance(result, dict):
+                found[path.resolve()] = result
+    return list(found.items())
+
+
+def _head(run: Path, metrics: Metrics, named: bool) -> str:
+    """Return what a run has come to, what is unusual about it, and what to try, in words."""
+    try:
+        state = status(run)[1]
+    except UserError:  # of a version that kept no record
+        state = f"step {metrics[-1]['step']:,}"
+    words = f"{run}: {state}" if named else state
+    lines = [f"<p>{escape(_sentence(words, verdict(metrics)))}</p>"]
+    from m3ae_fast import checkpoint
+
+    saved = checkpoint.saved_steps(run)
+    unusual = findings(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
+    for finding in unusual:
+        lines.append(f"<p><b>{finding.name}</b>: {escape(finding.what)}. To try: {escape(finding.remedy)}.</p>")
+    if not unusual:
+        lines.append('<p class="faint">Nothing unusual.</p>')
+    return "\n".join(lines)
+
+
+def _sentence(*parts: str) -> str:
+    text = ". ".join(part[:1].upper() + part[1:] for part in parts if part)
+    return f"{text}."
+
+
+def _numbers(metrics: Metrics, info: checkpoint.Info | None) -> str:
+    last: dict[str, Any] = dict(item for values in metrics for item in values.items())
+    rows = [["steps", f"{last['step']:,}"]]
+    if info:
+        rows.append(["samples seen", f"{info.samples:,}"])
+    losses = ("loss", "val_image_loss", "val_text_loss", "val_text_accuracy")
+    shown = (*losses, "val_knn_top1", "val_knn_largest_class", "samples_per_s", "mfu")
+    rows += [[name, _number(last[name])] for name in shown if name in last]
+    return _section("Last numbers", _table([[escape(name), _cell(value)] for name, value in rows]))
+
+
+def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
+    rows = []
+    for path, result in found:
+        model = _model(path, result)
+        for name, value in result.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and name not in _COUNTS and not name.endswith(ERROR):
+                texts = (str(result.get("task", "?")), model, name)
+                cells = (_with_error(name, value, result), _chance(name, result))
+                rows.append([*map(escape, texts), *map(_cell, cells)])
+    return _table(rows, ["task", "model", "metric", "value", "largest class"])
+
+
+def _model(path: Path, result: dict[str, Any]) -> str:
+    """Return what a result is of, in words."""
+    model = str(result.get("model", path.parent.name))
+    for prefix, words in _BASELINES.items():
+        if model.startswith(prefix):
+            return f"{words} of {model.removeprefix(prefix)}"
+    return model
+
+
+def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
+    """Yield, for each model's result with predictions, whether it differs significantly from the baselines of the same
+    task and from the largest class."""
+    from m3ae_fast.evaluation.difference import in_words
+
+    for path, result in found:
+        task, model = result.get("task"), str(result.get("model"))
+        if "verdict" not in result or model.startswith((*_BASELINES,)):
+            continue
+        others = {
+            words: other.parent
+            for prefix, words in _BASELINES.items()
+            for other, its in found
+            if "verdict" in its and (its.get("task"), its.get("model")) == (task, f"{prefix}{model}")
+        }
+        try:
+            sentences = in_words(path.parent, model, others)
+        except UserError:  # predictions that are gone, or of other samples
+            sentences = [str(result["verdict"])]
+        yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
+
+
+def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
+    """Return a metric; of an accuracy with the standard error over the samples that it is a mean of."""
+    error, samples = result.get(f"{name}{ERROR}"), result.get("val_samples")
+    if isinstance(error, float) and error:
+        return f"{value:.1%} ± {error:.1%}"
+    if not (name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1):
+        return _number(value)
+    return f"{value:.1%} ± {standard_error(value, samples):.1%}"
+
+
+def _chance(name: str, result: dict[str, Any]) -> str:
+    """Return the accuracy of always naming the largest class, or the five largest; "" if it is not known."""
+    value = result.get({"top1": "chance", "top5": "chance_top5"}.get(name, ""))
+    return f"{value:.1%}" if isinstance(value, float) else ""
+
+
+def _charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> str:
+    drawn = "".join(_image(png, alt=title) for title, png in draw_charts(charts, runs))
+    return f'<div class="charts">{drawn}</div>'
+
+
+def _section(title: str, content: str, is_open: bool = False) -> str:
+    """Return a part of the page that folds."""
+    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def _png(path: Path) -> bytes | None:
+    """Return a picture of the run; None for anything else, as where a link leads to a private file."""
+    data = path.read_bytes() if path.is_file() else b""
+    return data if data.startswith(b"\x89PNG\r\n") else None
+
+
+def _image(png: bytes, kind: str = "", alt: str = "") -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img class="{kind}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _cell(number: str) -> str:
+    return f'<td class="number">{number}</td>'
+
+
+def _table(rows: list[list[str]], head: Sequence[str] = ()) -> str:
+    top = f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>" if head else ""
+    body = "".join(
+        "<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f"<table>{top}{body}</table>"

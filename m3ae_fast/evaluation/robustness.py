@@ -1,0 +1,240 @@
+"""Accuracy of a probed or fine-tuned classifier on attacked and on corrupted images, in float32.
+
+Shapes: S samples, K classes, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.base.bad_samples import Skipped
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import TimeLeft, track
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config.evaluation import RobustnessConfig
+from m3ae_fast.data import Corpus, Share, eval_loader, eval_samples
+from m3ae_fast.data.labels import Classes, label_corpus
+from m3ae_fast.data.order import hash64
+from m3ae_fast.drawing.figures import Cell, draw_attack, draw_sheet
+from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.corruptions import PROCEDURAL, Corruption
+from m3ae_fast.evaluation.encoding import check_skipped, key_digest
+from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.predictions import Predictions, stacked
+from m3ae_fast.images.normalisation import of_unit, to_unit
+
+_TRIED = 8  # samples, until one has an image to be drawn
+Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
+CLEAN = "clean"
+_BACKWARD = 2  # forward passes that a backward pass lasts
+
+
+class Pass(NamedTuple):
+    """One look at all samples."""
+
+    classify: Classify
+    cost: int = 1  # forward passes
+    corruption: Corruption | None = None
+
+
+def run(job: Job) -> dict[str, Any]:
+    config, model = job.config.robustness, job.model
+    if model.config.modality == "text":
+        raise UserError(f"{job.args.model}: classifies texts; robustness needs a classifier of images")
+    if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
+        raise UserError("robustness.corruptions: need RGB images of 8 bits; set it to [] for others")
+    if config.epsilons and model.config.model.image_dtype == "float32":
+        raise UserError("robustness.epsilons: need pixels from black to white; set it to [] for image_dtype float32")
+    val, _ = label_corpus(
+        job.open(job.config.data.val), job.args.labels, model.config.classes, progress=job.ranks.is_main
+    )
+    if val.has_captions:
+        model.backbone.require_tokenizer()
+    model.requires_grad_(False)
+    passes, images = _passes(job), min(config.samples or val.samples, val.samples)
+    job.say(_plan(config, images, passes))
+    found: dict[str, Predictions] = {}
+
+    def so_far() -> SoFar:
+        made = dict(found)  # the main thread goes on
+        done = f"{len(made)} of {len(passes)} passes"
+        return SoFar(done, _result(config, made), _columns(made, model.config.classes))
+
+    job.keep_if_stopped(so_far)
+    time_left = job.time_left(
+        sum(each.cost for each in passes.values()),
+        shorter=lambda fraction: f"--set robustness.samples={max(int(fraction * images), 1)}",
+    )
+    for number, (name, each) in enumerate(passes.items(), 1):
+        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})", time_left)
+        left = time_left.after(each.cost)
+        job.say(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
+    job.keep(_columns(found, model.config.classes))
+    result = _result(config, found)
+    job.pictures.append(lambda: _draw(job, val, result))
+    return result | {"val_samples": images}
+
+
+def _passes(job: Job) -> dict[str, Pass]:
+    """Return what is to be done, in order, by name."""
+    config, model = job.config.robustness, job.model
+    passes = {CLEAN: Pass(model)}
+    for epsilon in config.epsilons:
+        cost = 1 + config.steps * (1 + _BACKWARD)
+        passes[_attack_name(epsilon)] = Pass(_attack(job, model, epsilon / 255), cost)
+    for kind in config.corruptions:
+        for severity in config.severities:
+            passes[f"{kind} {severity}"] = Pass(model, corruption=Corruption(kind, severity))
+    return passes
+
+
+def _attack_name(epsilon: float) -> str:
+    return f"pgd {epsilon:g}/255"
+
+
+def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> str:
+    """Return what is going to be done."""
+    kinds, severities, attacks = len(config.corruptions), len(config.severities), len(config.epsilons)
+    forward = sum(each.cost for each in passes.values())
+    return (
+        f"robustness: {images:,} images, {len(passes)} times: clean, {attacks} attacks of {config.steps} steps, "
+        f"{kinds} corruptions at {severities} severities; together as long as {forward * images:,} images take to be "
+        "classified (fewer: robustness.samples)"
+    )
+
+
+def _result(config: RobustnessConfig, found: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Return the result of the passes that were made; empty where there is none."""
+    if CLEAN not in found:
+        return {}
+    top1 = {name: predictions.accuracies()["top1"] for name, predictions in found.items()}
+    pgd = {f"{e:g}/255": top1[_attack_name(e)] for e in config.epsilons if _attack_name(e) in top1}
+    corruptions: dict[str, list[float]] = {
+        kind: [top1[f"{kind} {severity}"] for severity in config.severities if f"{kind} {severity}" in top1]
+        for kind in config.corruptions
+    }
+    result: dict[str, Any] = {**found[CLEAN].accuracies(), "pgd": pgd, "corruptions": corruptions}
+    if corruptions and all(len(each) == len(config.severities) for each in corruptions.values()):
+        result |= corruption_errors(corruptions, top1[CLEAN])
+    return result
+
+
+def _columns(found: Mapping[str, Predictions], classes: Classes) -> dict[str, list[Any]]:
+    """Return the table of all passes' predictions, with the pass in the column `condition`."""
+    return stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes)
+
+
+def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:
+    """Return errors from accuracies by kind and severity: by kind, the plain mean over kinds, and how much that is
+    above the error on clean images. Not divided by AlexNet's, as those of arXiv 1903.12261 are."""
+    errors = {kind: 1 - sum(found) / len(found) for kind, found in corruptions.items()}
+    mean = sum(errors.values()) / len(errors)
+    return {
+        "corruption_error": errors,
+        "mean_corruption_error": mean,
+        "relative_mean_corruption_error": mean - (1 - clean),
+        "procedural": [kind for kind in corruptions if kind in PROCEDURAL],
+    }
+
+
+def _draw(job: Job, val: Corpus, result: dict[str, Any]) -> None:
+    """Draw accuracy over epsilon, and one sample under every corruption at every severity."""
+    config = job.config.robustness
+    if config.epsilons:
+        draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
+    sample = next((s for s in eval_samples(val, job.preparation, _TRIED) if s.image is not None), None)
+    if sample is None or sample.image is None or not config.corruptions:
+        return
+    rows = []
+    for kind, found in result["corruptions"].items():
+        row = [Cell(sample.image, f"{kind}: none")]
+        for severity, top1 in zip(config.severities, found):
+            row.append(Cell(Corruption(kind, severity)(sample.image, job.config.run.seed), f"{top1:.1%} right"))
+        rows.append(row)
+    draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in config.severities)))
+
+
+def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: TimeLeft) -> Predictions:
+    """Return the predictions of one pass, of all ranks."""
+    config, ranks = job.config.robustness, job.ranks
+    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
+    batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples, transform=each.corruption)
+    shown: Iterable[PackedBatch] = track(batches, title, len(batches), whole=whole, part=each.cost)
+    own: list[Predictions] = []
+    skipped: list[Skipped] = []
+    for batch in shown:
+        skipped += batch.skipped
+        if not batch.keys:
+            continue
+        batch = batch.to(ranks.device)
+        assert batch.labels is not None
+        with torch.no_grad():
+            own.append(Predictions.of(batch.keys, batch.labels, each.classify(batch)))
+    skipped = [some for part in ranks.gather(skipped) for some in part]
+    check_skipped(skipped, min(config.samples or corpus.samples, corpus.samples), job.config.data.max_bad_fraction)
+    return Predictions.joined([some for part in ranks.gather(own) for some in part])
+
+
+def _attack(job: Job, model: Classifier, epsilon: float) -> Classify:
+    """Return a classifier that takes a batch's images after PGD has attacked them."""
+    config, sizes = job.config.robustness, model.config.model
+    normal = sizes.image_mean, sizes.image_std
+
+    def classify(batch: PackedBatch) -> Tensor:
+        def logits_of(images: Tensor) -> Tensor:
+            return model(replace(batch, images=of_unit(images, *normal)))
+
+        assert batch.labels is not None
+        start = _start(batch, job.config.run.seed).to(job.ranks.device)
+        step_size = config.step_size * epsilon
+        with torch.enable_grad():
+            images = to_unit(batch.images, *normal)
+            attacked = pgd(logits_of, images, batch.labels, start, epsilon, config.steps, step_size)
+        return logits_of(attacked)
+
+    return classify
+
+
+def pgd(
+    logits_of: Callable[[Tensor], Tensor],
+    images_SCHW: Tensor,
+    labels_S: Tensor,
+    start_SCHW: Tensor,
+    epsilon: float,
+    steps: int,
+    step_size: float,
+) -> Tensor:
+    """Return images, in [0, 1] as those given and at most epsilon away from them, that raise the cross entropy of their
+    labels: projected gradient descent (arXiv 1706.06083) within an L-infinity ball.
+
+    Args:
+        logits_of: differentiable, of images; [S, K].
+        start_SCHW: in [-1, 1]; the attack starts at images + epsilon * start.
+        steps, step_size: of the sign of the gradient.
+    """
+    low, high = (images_SCHW - epsilon).clamp(min=0), (images_SCHW + epsilon).clamp(max=1)
+    attacked = torch.clamp(images_SCHW + epsilon * start_SCHW, low, high)
+    for _ in range(steps):
+        attacked.requires_grad_()
+        loss = F.cross_entropy(logits_of(attacked), labels_S, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, attacked)
+        attacked = torch.clamp(attacked.detach() + step_size * grad.sign(), low, high)
+    return attacked
+
+
+def _start(batch: PackedBatch, seed: int) -> Tensor:
+    """Return values of the images' shape, uniform in [-1, 1], a function of the seed and the samples only."""
+    generator = torch.Generator()
+    starts = []
+    for key, (rows, columns) in zip(batch.keys, batch.grids):
+        generator.manual_seed(hash64(seed, crc32(key_digest(key))) & 0xFFFFFFFF)
+        own = 1 if len(batch.images) == len(batch.keys) else rows * columns  # native images are rows of patches
+        starts.append(torch.rand(own, *batch.images.shape[1:], generator=generator) * 2 - 1)
+    return torch.cat(starts)

@@ -1,0 +1,242 @@
+"""k-NN, linear or attentive probe at several layers, or of few samples of each class, from one pass over the images.
+
+Shapes: N training samples, K layers, S shots, D draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import missing_memory
+from m3ae_fast.base.progress import TimeLeft, duration
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.data import Corpus
+from m3ae_fast.data.labels import Classes
+from m3ae_fast.drawing.figures import draw_accuracies
+from m3ae_fast.evaluation import attentive, forecast
+from m3ae_fast.evaluation.encoding import Features, key_digest
+from m3ae_fast.evaluation.job import Job, SoFar, summary
+from m3ae_fast.evaluation.predictions import Predictions, stacked
+from m3ae_fast.evaluation.probe_engine import Live, Setting
+from m3ae_fast.evaluation.probes import PROBES, Probe
+from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
+from m3ae_fast.process.ranks import Ranks
+
+
+class Case(NamedTuple):
+    """What is measured once."""
+
+    layer: int
+    shots: int | None  # training samples of each class; None: all
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Training and held-out samples, by layer."""
+
+    bank: dict[int, Features]
+    held_out: dict[int, Features]
+    classes: Classes
+
+
+class Found:
+    """The predictions so far, and the probe in training."""
+
+    def __init__(self, cases: Sequence[Case], draws: int, encoded: Encoded) -> None:
+        self.cases, self.draws, self.encoded, self.live = cases, draws, encoded, Live()
+        self.made: list[tuple[Case, int, Predictions]] = []  # with the number of the draw
+        self.cautions: list[str] = []
+
+    def rows(self, made: Sequence[tuple[Case, int, Predictions]]) -> list[dict[str, Any]]:
+        """Return what was measured of each case."""
+        cases = dict.fromkeys(case for case, _, _ in made)
+        return [case._asdict() | _measured([each for other, _, each in made if other == case]) for case in cases]
+
+    def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what result.json holds of these rows; empty if there is none."""
+        if not rows:
+            return {}
+        bank, held_out = (next(iter(part.values())) for part in (self.encoded.bank, self.encoded.held_out))
+        result = {name: value for name, value in rows[-1].items() if name.startswith("top")}  # last layer, most shots
+        result |= {"classes": len(self.encoded.classes), "train_samples": len(bank.keys), "draws": self.draws}
+        return result | {"cautions": [*self.cautions], "val_samples": len(held_out.keys), "results": rows}
+
+    def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:
+        """Return the table of these predictions."""
+        parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
+        return stacked(parts, self.encoded.classes)
+
+    def so_far(self, ranks: Ranks) -> SoFar:
+        """Return what is known now, with the accuracy so far of an attentive probe in training; in another thread."""
+        made, probes = [*self.made], len(self.cases) * self.draws
+        done, rows = f"{len(made)} of {probes} probes", self.rows(made)
+        if self.draws == 1 and len(made) < probes:  # of several draws an unfinished one is no help
+            case = self.cases[len(made)]
+            bank, held_out = self.encoded.bank[case.layer], self.encoded.held_out[case.layer]
+            if found := attentive.so_far(self.live, bank, held_out, ranks):
+                predictions, where = found
+                done += f" and the {where}"
+                rows += [row | {"unfinished": where} for row in self.rows([(case, 0, predictions)])]
+                made.append((case, 0, predictions))
+        return SoFar(done, self.result(rows), self.columns(made))
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run the task. Raises UserError if there is no such layer, a class has too few samples, or memory is too small."""
+    args, task = job.args, job.args.task
+    if getattr(args, "resume", "no") != "no":
+        raise UserError("--resume: a probe with --layers or --shots has no checkpoints; leave it out")
+    layers = chosen_layers(args.layers, job.model.config.depth)
+    draws = args.draws if args.shots else 1
+    cases = [Case(layer, shots) for shots in args.shots or [None] for layer in layers]
+    job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
+    train, val, classes = job.open_labelled()
+    expected = {shots: draws * len(layers) * _seconds(job, shots, train, classes) for shots in args.shots or [None]}
+    whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
+    job.say(
+        f"{task} probe at {len(layers)} of {job.model.config.depth} layers, "
+        + (f"{', '.join(map(str, args.shots))} of {train.samples:,}" if args.shots else f"all {train.samples:,}")
+        + f" training samples{' a class' if args.shots else ''}: {len(cases) * draws} probes"
+        + (f", which train about {duration(whole.beside)}" if whole.beside > 1 else "")
+    )
+    encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
+    if args.shots:
+        few_shot(encoded.bank[layers[0]], max(args.shots), 0, classes)  # too many are told before any probe
+    found = Found(cases, draws, encoded)
+    job.keep_if_stopped(lambda: found.so_far(job.ranks))
+    for case in cases:
+        for draw in range(draws):
+            with whole.aside(expected[case.shots] / draws / len(layers)):
+                made = _predictions(job, found, case, draw)
+            found.made.append((case, draw, made))
+        measured = _measured([each for other, _, each in found.made if other == case])
+        job.say(f"{_name(case)}: {summary(measured)}{whole.left()}")
+    job.keep(found.columns(found.made))
+    for caution in found.cautions:
+        job.say(f"note: {caution}")
+    rows = found.rows(found.made)
+    job.pictures.append(lambda: _draw(job, rows))
+    return found.result(rows)
+
+
+def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes) -> float:
+    """Return about how long one probe trains."""
+    task, model = job.args.task, job.model.config
+    samples = train.samples if shots is None else min(shots * len(classes), train.samples)
+    shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
+    setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.pulse)
+    return forecast.seconds(task, samples, shape, setting)
+
+
+def _shorter(job: Job, layers: Sequence[int]) -> str:
+    """Return what makes a survey shorter."""
+    ways = ["fewer --train shards"]
+    if job.args.task == "attentive" and job.config.attentive.peak_lr is None:
+        ways = ["--set attentive.peak_lr=1e-3, which tries no other rates, takes a sixth of the training"]
+    if job.args.shots:
+        ways.append("fewer --shots or --draws")
+    if len(layers) > 1:
+        ways.append("fewer --layers")
+    return " or ".join(ways)
+
+
+def chosen_layers(wanted: str | None, depth: int) -> list[int]:
+    """Return numbers of blocks, ascending; None: the last one. Raises UserError if there are no such layers."""
+    if wanted is None:
+        return [depth]
+    if wanted == "all":
+        return list(range(1, depth + 1))
+    parts = wanted.split(",")
+    if not all(part.isdecimal() and 1 <= int(part) <= depth for part in parts):
+        raise UserError(f"--layers {wanted}: must be all, or numbers from 1 to {depth} with commas, such as 1,{depth}")
+    return sorted({int(part) for part in parts})
+
+
+def encode_layers(
+    job: Job, probe: Probe, layers: Sequence[int], opened: tuple[Corpus, Corpus, Classes], whole: TimeLeft
+) -> Encoded:
+    """Return features, or patch tokens where the probe reads those, after each layer, from one pass over the images.
+    `opened`: as of `Job.open_labelled`."""
+    train, val, classes = opened
+    if probe.tokens:
+        job.say(require_memory(job.model.config, len(layers), [train, val]))
+    parts = []
+    for corpus, title in ((train, "encoding train"), (val, "encoding val")):
+        found = job.encode(corpus, title, layers=layers, patches=probe.tokens, whole=whole, part=corpus.samples)
+        whole.after(corpus.samples)
+        found = found.tokens() if probe.tokens else found
+        parts.append({number: found.layer(place) for place, number in enumerate(layers)})
+    return Encoded(parts[0], parts[1], classes)
+
+
+def require_memory(model: ModelConfig, layers: int, corpora: Sequence[Corpus]) -> str:
+    """Return how much memory the patch tokens take, for the user. Raises UserError where they would not fit."""
+    samples = sum(corpus.samples for corpus in corpora)
+    needed = 2 * 2 * samples * layers * model.most_patches * model.emb_dim  # of float16, twice while parts are joined
+    what = f"the patch tokens of {samples:,} samples at {layers} layer{'s' * (layers != 1)}"
+    if lacking := missing_memory(needed, torch.device("cpu")):
+        raise UserError(f"{what} do not fit into memory: {lacking}; name fewer samples, or fewer --layers")
+    return f"{what} take {needed / 1e9:.3g} GB of memory"
+
+
+def few_shot(bank: Features, shots: int, draw: int, classes: Classes) -> Features:
+    """Return so many samples of each class, in the bank's order, by a hash of the draw and their keys: more shots hold
+    the samples of fewer. Raises UserError if a class has too few."""
+    labels = bank.labels.tolist()
+    order = sorted(range(len(labels)), key=lambda row: key_digest(bank.keys[row], f"{draw}/"))
+    taken: dict[int, list[int]] = {number: [] for number in range(len(classes))}
+    for row in order:
+        if len(taken[labels[row]]) < shots:
+            taken[labels[row]].append(row)
+    for number, rows in taken.items():
+        if len(rows) < shots:
+            raise UserError(f"--shots {shots}: the class {classes[number]} has {len(rows)} training samples")
+    return bank.rows(sorted(row for rows in taken.values() for row in rows))
+
+
+def _predictions(job: Job, found: Found, case: Case, draw: int) -> Predictions:
+    encoded = found.encoded
+    bank = encoded.bank[case.layer]
+    if case.shots is not None:
+        bank = few_shot(bank, case.shots, draw, encoded.classes)
+    name = _name(case) + (f", draw {draw + 1}" if case.shots else "")
+    heads, seed = job.model.config.num_heads, job.config.run.seed
+
+    def caution(text: str) -> None:
+        found.cautions.append(f"{name}: {text}")
+
+    setting = Setting(job.config, len(encoded.classes), heads, seed, job.ranks, job.pulse, caution, found.live)
+    return PROBES[job.args.task].predict(bank, encoded.held_out[case.layer], setting)
+
+
+def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
+    """Return accuracies with their errors; of several draws their means, and the 95 % interval of that of top1."""
+    if len(found) == 1:
+        return found[0].accuracies()
+    top1, error = mean_accuracy(np.stack([predictions.correct_N.numpy() for predictions in found]))
+    low, high = interval([predictions.accuracies()["top1"] for predictions in found])
+    return {"top1": top1, f"top1{ERROR}": error, "draws": len(found), "low": max(low, 0.0), "high": min(high, 1.0)}
+
+
+def _name(case: Case) -> str:
+    return f"layer {case.layer}" + ("" if case.shots is None else f", {case.shots} shots")
+
+
+def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw accuracy by depth, a line for each number of shots; of one layer, accuracy by shots."""
+    layers = {row["layer"] for row in rows}
+    x, line = ("layer", "shots") if len(layers) > 1 else ("shots", "layer")
+    if len({row[x] for row in rows}) == 1:
+        return
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        name = "all samples" if row[line] is None else f"{line} {row[line]}"
+        points.setdefault(name, []).append((row[x], row["top1"], row[f"top1{ERROR}"]))
+    titles = {"layer": ("depth.png", "layer"), "shots": ("shots.png", "training samples of each class")}
+    draw_accuracies(job.out / titles[x][0], points, titles[x][1])

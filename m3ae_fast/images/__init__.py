@@ -1,0 +1,1 @@
+"""Bytes of an image file -> pixels of the size and value range that the model sees."""

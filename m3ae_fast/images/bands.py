@@ -1,0 +1,111 @@
+"""Files that hold an array of bands, a .npy or a TIFF -> the values that they hold.
+
+Shapes: H x W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast.base.bad_samples import BadSample
+
+NPY = b"\x93NUMPY"
+MAX_VALUES = 1 << 28  # of an array; more are taken for a decompression bomb
+DTYPES = (np.uint8, np.uint16, np.float32)
+_TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
+_PLAIN = (1, 2)  # TIFF's PhotometricInterpretation: 0 is black; red, green and blue
+_SAMPLES, _ORIENTATION, _EXTRA = 277, 274, 338  # tags of TIFF
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of odd files: they are used or reported
+
+
+def is_npy(data: bytes) -> bool:
+    return data.startswith(NPY)
+
+
+def is_tiff(data: bytes) -> bool:
+    return _TIFF.match(data) is not None
+
+
+def bands_of(header: Image.Image) -> tuple[int, bool]:
+    """Return how many values a pixel of a TIFF has, and whether there is one beside colours that is no transparency:
+    Pillow drops such ones without a word."""
+    tags = getattr(header, "tag_v2", {})
+    return int(tags.get(_SAMPLES, 1)), tags.get(_EXTRA) == (0,)
+
+
+def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return shape, whether it is in Fortran's order, dtype, and where the values begin, of a .npy file or its begin.
+    Raises BadSample where it is damaged."""
+    file = BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, is_fortran, dtype = read_header[version](file)
+        return tuple(map(int, shape)), is_fortran, dtype, file.tell()  # NumPy takes True for a length
+    except Exception as error:  # NumPy's parser raises anything for a header that is not its own
+        raise BadSample(f"the array is broken ({' '.join(str(error).split())[:200]})") from None
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """Return a .npy file's array, [H, W, C], of [H, W] with C = 1. Raises BadSample as `npy_header` and `checked`."""
+    shape, is_fortran, dtype, start = npy_header(data)
+    try:
+        values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
+    except ValueError as error:
+        raise BadSample(f"the array is broken ({error})") from None
+    return checked(values.astype(values.dtype.newbyteorder("="), copy=False))
+
+
+def read_tiff(data: bytes) -> np.ndarray:
+    """Return the first page of a TIFF of any bands, [H, W, C]. Raises BadSample as `checked`, and where tifffile is
+    missing or cannot read it, or it is turned, or its values are no bands."""
+    try:
+        import tifffile
+    except ImportError:
+        raise BadSample("a TIFF of bands or depths that Pillow does not read: pip install 'm3ae-fast[tiff]'") from None
+    try:
+        with tifffile.TiffFile(BytesIO(data)) as file:
+            page = file.pages.first
+            if page.size > MAX_VALUES:
+                raise BadSample(f"the image has {page.size} values, more than {MAX_VALUES}")
+            tag = page.tags.get(_ORIENTATION)
+            if page.photometric not in _PLAIN or (tag is not None and tag.value != 1):
+                raise BadSample("a TIFF of bands that is turned, or whose values are neither levels nor colours")
+            values, axes = page.asarray(), page.axes
+            if axes == "SYX":  # planes apart
+                values, axes = np.moveaxis(values, 0, 2), "YXS"
+    except BadSample:
+        raise
+    except Exception as error:  # of hostile files anything
+        raise BadSample(f"the TIFF is broken ({' '.join(str(error).split())[:200]})") from None
+    if axes not in ("YX", "YXS"):
+        raise BadSample(f"a TIFF of {axes}, not of rows, columns and bands")
+    return checked(values)
+
+
+def checked(values: np.ndarray) -> np.ndarray:
+    """Return an image's values as [H, W, C]. Raises BadSample where they are of another shape, no `DTYPES`, not finite,
+    or more than MAX_VALUES."""
+    shape = list(values.shape)
+    if values.dtype not in DTYPES:
+        raise BadSample(f"an array of {values.dtype}: those of uint8, uint16 and float32 are read")
+    if len(shape) not in (2, 3) or not values.size:
+        raise BadSample(f"an array {shape}, not [height, width, channels]")
+    if values.size > MAX_VALUES:
+        raise BadSample(f"an array {shape} of more than {MAX_VALUES} values")
+    if values.dtype == np.float32 and not np.isfinite(values).all():
+        raise BadSample("has values that are not finite")
+    return values[..., None] if len(shape) == 2 else values
+
+
+def write_npy(values: np.ndarray) -> bytes:
+    """Return the file that `read_npy` reads."""
+    out = BytesIO()
+    np.save(out, values, allow_pickle=False)
+    return out.getvalue()

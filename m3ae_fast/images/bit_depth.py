@@ -1,0 +1,125 @@
+"""Values of more than 8 bits, signed ones and floats -> the model's pixels, as a range says."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.config import Range
+
+_BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339  # of TIFF
+_KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by TIFF's SampleFormat
+_MODES = {"I": ("signed", 32), "F": ("float", 32)}  # Pillow's, where no file says more
+
+
+class Depth(NamedTuple):
+    """How a file stores a value."""
+
+    kind: str
+    bits: int
+    white_is_zero: bool = False
+
+    @property
+    def is_deep(self) -> bool:
+        """Return whether a value is more than a level from 0 to 255."""
+        return self.kind != "unsigned" or self.bits > 8
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Return the lowest and the highest value; 0 and 1 for floats."""
+        if self.kind == "float":
+            return 0.0, 1.0
+        half = 1 << (self.bits - 1)
+        return (-half, half - 1) if self.kind == "signed" else (0, 2 * half - 1)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.bits}-bit values"
+
+
+def depth_of(image: Image.Image) -> Depth:
+    """Return the depth of an image before it is loaded: then Pillow hides that it cut 16-bit colours to 8 bits."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:
+        kind = _KINDS.get(tags.get(_FORMAT, (1,))[0], "unknown")
+        return Depth(kind, max(tags.get(_BITS, (1,))), tags.get(_PHOTOMETRIC) == 0)
+    if image.mode.startswith("I;16") or any(";16B" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        return Depth("unsigned", 16)
+    return Depth(*_MODES.get(image.mode, ("unsigned", 8)))
+
+
+def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, channels: int, dtype: str) -> np.ndarray:
+    """Return a deep image of one channel as pixels of `dtype`: [1, H, W], white where a value stands for transparency;
+    of four `channels` [4, H, W], with alpha. Raises BadSample where a value is not finite, or has no alpha."""
+    if channels == 4 and dtype != "uint8":
+        raise BadSample(f"has one channel of {depth}, the model takes 4")
+    values, clear = grey_values(image, depth), image.info.get("transparency")
+    lit = scaled(values, depth, image_range)
+    opaque = np.full(values.shape, True) if clear is None else values != clear
+    planes = (lit, lit, lit, opaque) if channels == 4 else (np.where(opaque, lit, 1.0),)
+    return as_pixels(np.stack(planes), dtype)
+
+
+def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> None:
+    """Raise BadSample unless the 8 bits that Pillow keeps of deep colours are within a level of the values."""
+    if dtype != "uint8":
+        raise BadSample(f"has colours of {depth}, of which 8 bits are read: store them as TIFF or .npy")
+    if image_range != "dtype" or depth.kind != "unsigned":
+        raise BadSample(f'has colours of {depth}, which are read with data.range "dtype" alone')
+    if image.info.get("transparency") is not None:
+        raise BadSample(f"has colours of {depth}, one of them transparent, which is not read")
+
+
+def require_range(depth: Depth, image_range: Range | None) -> None:
+    """Raise BadSample if there is no range."""
+    if image_range is None:
+        raise BadSample(
+            f"has {depth}: set data.range to what is black and white in it, such as [0, 4095] (--range 0,4095), or to "
+            '"dtype"'
+        )
+
+
+def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.ndarray:
+    """Return values in units in which black is 0 and white 1, float64."""
+    assert image_range is not None
+    low, high = depth.limits if image_range == "dtype" else image_range
+    lit = (values - low) / (high - low)
+    return 1 - lit if depth.white_is_zero else lit
+
+
+def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
+    """Return values between black, 0, and white, 1, as a model keeps them (`model.image_dtype`): integers are rounded
+    and clipped, floats neither."""
+    if dtype == "float32":
+        return lit.astype(np.float32)
+    return np.rint(np.iinfo(dtype).max * lit.clip(0, 1)).astype(dtype)
+
+
+def of_bands(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
+    """Return an array's values as pixels of `dtype`. Those of uint8 are levels from 0 to 255, whatever the range.
+    Raises BadSample where there is no range for the others."""
+    kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
+    depth = Depth(kind, bits)
+    if depth.is_deep:
+        require_range(depth, image_range)
+    is_whole = not depth.is_deep or image_range in ("dtype", depth.limits)
+    if is_whole and values.dtype == dtype:
+        return values
+    return as_pixels(scaled(values.astype(np.float64), depth, "dtype" if is_whole else image_range), dtype)
+
+
+def grey_values(image: Image.Image, depth: Depth) -> np.ndarray:
+    """Return the values of a deep image of one channel, float64 [H, W]. Raises BadSample if one is not finite.
+
+    Pillow has no mode for uint32 or int8, but keeps their bits.
+    """
+    values = np.asarray(image)
+    if (depth.kind, depth.bits) == ("unsigned", 32):
+        values = values.view(np.uint32)
+    elif (depth.kind, depth.bits) == ("signed", 8):
+        values = values.view(np.int8)
+    if depth.kind == "float" and not np.isfinite(values).all():
+        raise BadSample("has values that are not finite")
+    return values.astype(np.float64)

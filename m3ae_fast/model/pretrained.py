@@ -1,0 +1,167 @@
+"""A model as a folder that others can load: weights in safetensors, sizes in config.json, its tokenizer beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from m3ae_kernels.pixels import LARGEST
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hub import find_folder
+from m3ae_fast.base.output_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILE,
+    check_dtypes,
+    output_folder,
+    read_tensors,
+    write_tensors,
+)
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
+from m3ae_fast.config import ModelConfig, parse
+
+M = TypeVar("M", bound=nn.Module)
+# what a file without a decoder holds; it lacks all of the rest, or nothing
+ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
+# settings that change what the weights compute, and not their shapes
+_UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "image_range")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights with what they need: what such a folder holds."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]  # by parameter name; of the encoder only, or of everything
+    tokenizer: CaptionTokenizer | None = None
+    kind: str = "exported M3AE"  # what it was read from
+    notes: tuple[str, ...] = ()  # what the user should know
+
+    @property
+    def has_decoder(self) -> bool:
+        return not is_encoder(self.state)
+
+
+def is_encoder(names: Iterable[str]) -> bool:
+    """Return whether weights of these names are only an encoder."""
+    return all(name.startswith(ENCODER) for name in names)
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Return what tells weights from others, by their names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = None) -> None:
+    """Write `model` as a folder that `read_pretrained` reads, whole or not at all. `card`: its README.md. Raises
+    UserError where the folder holds something else, or cannot be written."""
+    with output_folder(folder) as path:
+        write_tensors(path / MODEL_FILE, model.state)
+        config = model.config.model_dump_json(indent=2, exclude={"init_from"})
+        (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        prepared = json.dumps(_preprocessing(model.config), indent=2)
+        (path / PREPROCESSOR_FILE).write_text(prepared + "\n", encoding="utf-8")
+        if model.tokenizer is not None:
+            model.tokenizer.save(path / TOKENIZER_FILE)
+        if card is not None:
+            (path / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _preprocessing(config: ModelConfig) -> dict[str, Any]:
+    """Describe how an image becomes the input, as transformers' image processors read it. Perceiver's is the one that
+    cuts out the central square before it resizes; the others cut afterwards."""
+    size = {"height": config.image_size, "width": config.image_size}
+    return {
+        "image_processor_type": "PerceiverImageProcessor",
+        "do_convert_rgb": config.channels == 3,
+        "do_resize": True,
+        "size": size,
+        "resample": 3,  # Pillow's bicubic
+        "do_center_crop": True,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / LARGEST.get(getattr(torch, config.image_dtype), 1),
+        "do_normalize": True,
+        "image_mean": config.image_mean,
+        "image_std": config.image_std,
+    }
+
+
+def read_pretrained(source: str | Path) -> Pretrained:
+    """Read what `write_pretrained` wrote into a folder, or what the hub has under a name. Raises UserError where there
+    is no such folder or model, or a file is missing or damaged."""
+    folder = find_folder(source)
+    try:
+        data = read_json(folder / CONFIG_FILE)
+        state = read_tensors(folder / MODEL_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{source}: not an exported M3AE ({error}); make one with m3ae-fast export") from None
+    if isinstance(data, dict) and "architecture" in data:
+        raise UserError(f"{source}: not an exported M3AE but a timm model; convert it with m3ae-fast convert")
+    config = parse(ModelConfig, data, f"{folder / CONFIG_FILE}")
+    tokenizer, path = None, folder / TOKENIZER_FILE
+    if config.vocab_size and path.is_file():
+        tokenizer = load_tokenizer(str(path), config.text_length, config.vocab_size, label="tokenizer")
+    return Pretrained(config, state, tokenizer)
+
+
+def check_start(config: ModelConfig, start: Pretrained, where: str) -> None:
+    """Raise UserError naming the first setting under which the weights of `start` would compute something else."""
+    unseen = (*_UNSEEN, "dec_num_heads", "image_targets") if start.has_decoder else _UNSEEN
+    if start.config.resize == config.resize == "native":  # a square has the same positions either way
+        unseen = (*unseen, "native_positions")
+    for name in unseen:
+        was, now = getattr(start.config, name), getattr(config, name)
+        if was is not None and was != now:
+            raise UserError(f"model.init_from {where}: was made with model.{name} = {was}, the config says {now}")
+
+
+def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
+    """Return the module that `make` gives, with the weights `state`. Its sizes come from a file too: no memory is taken
+    for them before they are known to be those of the weights. Errors as in `check_weights`."""
+    with torch.device("meta"):
+        check_weights(make(), state, where)
+    model = make()
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
+    """Load strictly, except that the decoder may be missing as a whole, and then stays. Return whether it was there.
+    `assign`: the tensors themselves become the weights. Raises UserError naming the first that does not fit."""
+    check_weights(model, state, where)
+    model.load_state_dict(state, strict=False, assign=assign)
+    return not is_encoder(state)
+
+
+def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Check the weights as `load_weights` does, without loading."""
+    check_dtypes(state, where)
+    own = model.state_dict()
+    if is_encoder(state):
+        own = {name: tensor for name, tensor in own.items() if name.startswith(ENCODER)}
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state:
+            raise UserError(f"{where}: lacks the weight {name}; is it of another model config?")
+        if name not in own:
+            raise UserError(f"{where}: has a weight {name} that this model lacks; is it of another model config?")
+        if own[name].shape != state[name].shape:
+            raise UserError(
+                f"{where}: {name} is {list(state[name].shape)}, the model config expects {list(own[name].shape)}"
+            )
+        if not state[name].isfinite().all():
+            raise UserError(f"{where}: {name} is not finite")

@@ -1,0 +1,68 @@
+"""A helper process that is forked before the program has threads, connections or GPU memory."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from m3ae_fast.process.workers import signals_blocked, start_worker
+
+_forks = multiprocessing.get_context("fork")  # independent of this Python's default start method
+_POLL_S = 0.1  # seconds between checks that the parent still lives
+
+
+class Standby:
+    """A process that waits for one function to run. As a context manager it ends with the block.
+
+    A program creates it first, so that it inherits none of the threads, connections and GPU memory that follow.
+    """
+
+    def __init__(self) -> None:
+        theirs, self._work = _forks.Pipe(duplex=False)
+        self.process = _forks.Process(target=_stand_by, args=(theirs, os.getpid()), name="standby", daemon=True)
+        with signals_blocked():
+            self.process.start()
+        theirs.close()
+
+    def start(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Run `work(parent, *arguments)` in the process; `parent` is the id of this one. All of it must be picklable.
+        Does nothing if the process has been given work before, or has ended."""
+        if not self._work.closed:
+            with self._work, contextlib.suppress(BrokenPipeError):
+                self._work.send((work, arguments))
+
+    def end(self) -> None:
+        """Kill the process."""
+        self._work.close()
+        self.process.kill()
+        self.process.join()
+
+    def __enter__(self) -> Standby:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def _stand_by(given: Connection, parent: int) -> None:
+    start_worker(0)
+    while not given.poll(_POLL_S):
+        if os.getppid() != parent:
+            return
+    with contextlib.suppress(EOFError):  # the program has no work for it
+        work, arguments = given.recv()
+        work(parent, *arguments)
+
+
+@dataclass(frozen=True)
+class Node:
+    """The ranks of a program on this node."""
+
+    run: str  # a name that no other run on the node has
+    ranks: Sequence[int]
+    fetcher: Standby | None = None  # this rank's; the first rank's downloads shards. None: started with the loader

@@ -1,0 +1,227 @@
+"""Tables that name an image, its caption and other fields in each row: csv, tsv, jsonl, parquet.
+
+Each row is a sample, equal ones too; a row with a list of captions is a sample for each. Rows are read strictly: one
+with more or fewer fields than the table has columns is an error, not a guess. Other columns than those of images and
+captions are fields of the sample's json; a table may have these alone.
+
+A .csv is quoted as RFC 4180 has it. A .tsv has one row on each line, and quotes in it are text, with exceptions that
+only a program that quotes can have written: where all names of columns stand in quotes, the table is read as a .csv
+with tabs; and a field in quotes is read as quoted where it holds nothing, a doubled quote (and no single one), or a tab
+without which the row would have too many fields.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
+from datetime import date, time
+from decimal import Decimal
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import open_regular, parse_json
+from m3ae_fast.shards.records import captions_of
+
+IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepath", "file", "picture")
+CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+_ABSENT = object()  # the value of a column that a row of jsonl lacks
+# first the names of the columns, a list to which later rows may add, then each row's values
+_Rows = Generator[list[Any], None, None]
+
+
+class NoColumns(UserError):
+    """A table has no columns that are used."""
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+
+    number: int  # from 1, without the names of the columns
+    image: str
+    captions: list[str] | None  # empty: none; None: the table has no captions
+    fields: str  # a JSON object with the values of other columns, "" if there are none
+
+
+def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
+    """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet. `image` and `caption` name columns; None: the
+    first that has a usual name, and no captions if none has one but there are other columns. Raises UserError where the
+    file cannot be read, lacks a column, or has a row that does not fit its columns."""
+    reader = READERS.get(table.suffix.lower())
+    if reader is None:
+        raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet")
+    found: list[Row] = []
+    try:
+        with closing(reader(table)) as rows:
+            columns = next(rows, [])
+            images = choose_column(columns, image, IMAGE_COLUMNS, "--image-column", str(table))
+            has_captions = caption is not None or any(column.lower() in CAPTION_COLUMNS for column in columns)
+            place = None
+            if has_captions or len(columns) < 2:
+                place = columns.index(choose_column(columns, caption, CAPTION_COLUMNS, "--caption-column", str(table)))
+            for row in rows:
+                found.append(_row(len(found) + 1, columns, row, columns.index(images), place))
+    except OSError as error:
+        raise UserError(f"--captions {table}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"--captions {table}: row {len(found) + 1} cannot be read ({reason})") from None
+    if not found:
+        raise UserError(f"--captions {table}: has no rows")
+    return found
+
+
+def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
+    """Return the column that the user named, else the first with a usual name. Raises NoColumns where there is none of
+    a usual name, UserError where there is none of that name, or several have it."""
+    if named is not None and named not in columns:
+        raise UserError(f"{option} {named}: {where} has {', '.join(columns) or 'no columns'}")
+    names = [named] if named else [column for name in usual for column in columns if column.lower() == name][:1]
+    if not names:
+        raise NoColumns(f"{where}: has {', '.join(columns) or 'no columns'}; name one with {option}")
+    same = [column for column in columns if column == named or (not named and column.lower() == names[0].lower())]
+    if len(same) > 1:
+        advice = f"name one with {option}" if len(set(same)) == len(same) else "rename or remove all but one"
+        raise UserError(f"{where}: has {len(same)} columns {' and '.join(same)}; {advice}")
+    return names[0]
+
+
+def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, caption: int | None) -> Row:
+    """Return a row of the table. Raises ValueError if it does not fit the columns."""
+    if len(row) != len(columns):
+        raise ValueError(
+            f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
+            f"{', '.join(columns)}; a field with a separator or a line break in it needs quotes"
+        )
+    used = [image] if caption is None else [image, caption]
+    for place in used:
+        if row[place] is _ABSENT:
+            raise ValueError(f"it lacks {columns[place]}; write null for none")
+    name = row[image]
+    if not isinstance(name, (str, bytes)) or not name:
+        raise ValueError(f"{columns[image]} names no file but is {str(name)[:80]!r}")
+    try:
+        captions = None if caption is None else captions_of(row[caption])
+    except ValueError as error:
+        raise ValueError(f"{columns[used[-1]]} {error}") from None
+    others = [(column, row[place]) for place, column in enumerate(columns) if place not in used]
+    return Row(number, os.fsdecode(name), captions, _fields_of(others))
+
+
+def _fields_of(others: Iterable[tuple[str, Any]]) -> str:
+    """Return columns and their values in a row as a JSON object, "" if there are none. Empty values are left out, and
+    what JSON has no values for, such as bytes, and a column named caption: in a json it would be read as one."""
+    texts = []
+    for column, value in others:
+        if value is not _ABSENT and value is not None and value != "" and column not in ("", "caption"):
+            with suppress(TypeError, ValueError, RecursionError):
+                texts.append(f"{json.dumps(column)}: {json.dumps(value, allow_nan=False, default=_as_text)}")
+    return f"{{{', '.join(texts)}}}" if texts else ""
+
+
+def _as_text(value: Any) -> str:
+    """Return a date, a time or a decimal number as text. Raises TypeError for others."""
+    if isinstance(value, (date, time, Decimal)):
+        return str(value)
+    raise TypeError
+
+
+def _lines(table: Path) -> Generator[str, None, None]:
+    """Yield a text file's lines, with their ends. Raises UserError if one is not UTF-8, ValueError if it has a null
+    byte, as UTF-16 has."""
+    with io.BufferedReader(open_regular(table)) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                parts = [part.decode("utf-8-sig" if number == 1 else "utf-8") for part in line.splitlines(True)]
+            except UnicodeDecodeError:
+                raise UserError(f"--captions {table}: line {number} is not UTF-8; save it in UTF-8") from None
+            if b"\0" in line:
+                raise ValueError("it has a null byte; is the file UTF-8?")
+            yield from parts
+
+
+def _csv(table: Path, delimiter: str = ",") -> _Rows:
+    with closing(_lines(table)) as lines:
+        yield from _quoted(lines, delimiter)
+
+
+def _quoted(lines: Iterable[str], delimiter: str) -> _Rows:
+    """Yield the rows of csv; empty lines are none."""
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    first = 1
+    try:
+        for row in rows:
+            if row:
+                yield row
+            first = rows.line_num + 1
+    except csv.Error as error:
+        where = f"line {first}" if rows.line_num <= first else f"lines {first} to {rows.line_num}"
+        reason = "a quote is not closed" if "end of data" in str(error) else error
+        raise ValueError(f"{where}: {reason}") from None
+
+
+def _tsv(table: Path) -> _Rows:
+    with closing(_lines(table)) as lines:
+        head = next(filter(str.strip, lines), "")
+        columns = head.rstrip("\r\n").split("\t")
+        if all(_QUOTED.fullmatch(column) for column in columns):
+            yield from _quoted(chain([head], lines), "\t")
+            return
+        yield columns
+        for line in filter(None, (line.rstrip("\r\n") for line in lines)):
+            yield _fields(line, len(columns))
+
+
+def _fields(line: str, count: int) -> list[str]:
+    """Return the fields of a line of tsv, `count` of them if it can be read so."""
+    fields = line.split("\t")
+    if len(fields) > count and '"' in line:
+        try:
+            (quoted,) = csv.reader([line], delimiter="\t", strict=True)
+        except csv.Error:
+            return fields
+        return quoted if len(quoted) == count else fields
+    return [_unquoted(field) for field in fields]
+
+
+def _unquoted(field: str) -> str:
+    match = _QUOTED.fullmatch(field)
+    return match[1].replace('""', '"') if match and (not match[1] or '""' in match[1]) else field
+
+
+def _jsonl(table: Path) -> _Rows:
+    columns: list[str] | None = None
+    with closing(_lines(table)) as lines:
+        for line in filter(str.strip, lines):
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError("it is not a JSON object")
+            if columns is None:
+                columns = list(row)
+                yield columns
+            columns += [column for column in row if column not in columns]  # of which the reader takes note
+            yield [row.get(column, _ABSENT) for column in columns]
+
+
+def _parquet(table: Path) -> _Rows:
+    import pyarrow.parquet
+
+    with open_regular(table) as source, pyarrow.parquet.ParquetFile(source) as file:
+        yield file.schema_arrow.names
+        try:
+            for batch in file.iter_batches():
+                yield from map(list, zip(*(column.to_pylist() for column in batch.columns)))
+        except pyarrow.ArrowException as error:  # not all are ValueErrors
+            raise ValueError(error) from None
+
+
+READERS: dict[str, Callable[[Path], _Rows]] = {
+    ".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet
+}  # fmt: skip

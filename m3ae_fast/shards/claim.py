@@ -1,0 +1,63 @@
+"""The folder of a conversion: one at a time, and only one kind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.untrusted_file import parse_json
+
+MANIFEST, CLASSES = "conversion.json", "classes.json"
+
+
+@contextmanager
+def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) -> Iterator[None]:
+    """Make the folder `out`, or find in it what `manifest` says, and hold it for this conversion alone. Raises
+    UserError where it holds something else, another process is using it, or it cannot be written."""
+    path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: is a file; name a folder for the shards")
+        if out.exists() and any(out.iterdir()) and not path.exists():
+            raise UserError(f"{out}: is not empty and does not hold a conversion; name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            try:  # the manifest is its own lock: filelock would leave one more file among the shards
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{out}: another process is converting into it") from None
+            file.seek(0)
+            before = file.read()
+            if before and before != text:
+                reason = _difference(before, manifest)
+                raise UserError(f"{out}: holds another conversion ({reason}); name a new folder, or remove this one")
+            if not before:
+                file.write(text)
+                file.flush()
+            if classes is not None:
+                (out / CLASSES).write_text(
+                    json.dumps(list(classes), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
+            yield
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}); complete shards are kept, "
+            "run the same command again to continue"
+        ) from None
+
+
+def _difference(before: str, manifest: dict[str, Any]) -> str:
+    try:
+        was = parse_json(before)
+        for part, values in manifest.items():
+            for key, value in values.items():
+                if was[part].get(key) != value:
+                    return f"{key} was {was[part].get(key)!r}, now {value!r}"
+    except (ValueError, LookupError, AttributeError, TypeError):
+        pass
+    return f"its {MANIFEST} differs"

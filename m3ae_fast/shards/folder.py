@@ -1,0 +1,257 @@
+"""A folder of images as records: splits, class folders, captions from a table or from .txt files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import track
+from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.data.index import IMAGE_SUFFIXES
+from m3ae_fast.shards.caption_table import Row, read_captions
+from m3ae_fast.shards.duplicate_images import join, middle, number_same
+from m3ae_fast.shards.layout import TRAIN, printable, split_of_folder, understand
+from m3ae_fast.shards.records import Record, Records, read_file
+from m3ae_fast.shards.tally import IGNORED, OUTSIDE, Tally
+
+_LOOKED_AT = 1000  # rows of a table, for the names of its fields
+SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+
+
+class ImagesMissing(UserError):
+    """A table names images that are not in the folder."""
+
+
+class _Sample(NamedTuple):
+    """What a table has of a sample."""
+
+    caption: str | None = None
+    fields: str = ""  # a JSON object
+
+
+class Folder(Records):
+    """Images below a folder, in the order of their paths, with the splits and classes that `layout` finds.
+
+    Args:
+        folder: where to look, in sub-folders too.
+        captions: a table with a row for each sample of an image, with its caption and other fields for its json;
+            None, or a table without captions: .txt files beside the images.
+        columns: its columns of images and captions, None where they have usual names.
+        classes: names of the classes, in the order of their labels; None: the sub-folders' names, sorted.
+        flat: sub-folders are neither splits nor classes.
+
+    `ignored` counts files that are not read; `outside` is an image that is in no class folder although others are, or
+    ""; `notes` are what the user should know about splits and classes.
+
+    Raises:
+        UserError: a folder cannot be listed, there is no image, the table names some that are not there, or folders of
+            splits and others stand beside each other.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        captions: Path | None = None,
+        columns: tuple[str | None, str | None] = (None, None),
+        classes: Sequence[str] | None = None,
+        flat: bool = False,
+    ) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is not a folder")
+        self.folder = str(folder)
+        files = sorted(_find(self.folder, flat))
+        paths = [path for path in files if path.lower().endswith(SUFFIXES)]
+        if not paths:
+            raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+        directories = {os.path.dirname(path) for path in paths}
+        layout = understand(self.folder, directories, classes, flat)
+        self.classes, self.notes = layout.classes, layout.notes
+        if self.classes and (odd := next((name for name in self.classes if printable(name) != name), None)):
+            raise UserError(
+                f"{folder}: the name of the class {os.fsencode(odd)!r} is not UTF-8; rename it, or give --flat"
+            )
+        self._class_names = layout.names  # by directory
+        strays = [path for path in paths if os.path.dirname(path) not in layout.splits]
+        paths = [path for path in paths if os.path.dirname(path) in layout.splits]
+        self.outside = next((printable(path) for path in paths if os.path.dirname(path) == layout.outside), "")
+        # by split, the numbers of its paths
+        rows: dict[str, list[int]] = {split: [] for split in layout.splits.values()}
+        for number, path in enumerate(paths):
+            rows[layout.splits[os.path.dirname(path)]].append(number)
+        self._rows = {split: np.array(numbers) for split, numbers in rows.items()}
+        self._labels = {name: label for label, name in enumerate(self.classes or ())}
+        self._paths, self._has_captions = paths, False
+        self._samples = [[_Sample()]] * len(paths)  # by image
+        if captions is not None:
+            table = read_captions(captions, *columns)
+            self._has_captions = table[0].captions is not None
+            self._samples = _join(folder, paths, captions, table)
+            fields = {name: None for row in table[:_LOOKED_AT] if row.fields for name in json.loads(row.fields)}
+            if fields:
+                self.notes.append(f"fields of {captions} for --labels: {', '.join(f'json.{name}' for name in fields)}")
+        counts = np.array([len(each) for each in self._samples])
+        super().__init__({split: counts[rows] for split, rows in self._rows.items()})
+        self.ignored = _ignored(folder, files, [*paths, *strays], captions, self._has_captions)
+        for path in strays:
+            self.ignored.add(OUTSIDE, printable(path))
+        self.identity = {"kind": "folder", **self._fingerprints()}
+        if [*self.splits] != [TRAIN]:
+            self.identity["splits"] = self.splits
+
+    def name(self, split: str, number: int) -> str:
+        return printable(self._paths[self._rows[split][self.place(split, number)[0]]])
+
+    def read(self, split: str, number: int) -> Record:
+        row, turn = self.place(split, number)
+        row = self._rows[split][row]
+        path = os.path.join(self.folder, self._paths[row])
+        sample = self._samples[row][turn]
+        caption = sample.caption if self._has_captions else self._beside(path)
+        name = self._class_names[os.path.dirname(self._paths[row])]
+        about: dict[str, Any] = {"path": printable(self._paths[row])}
+        if name is not None:
+            about["class_name"] = name
+        about |= json.loads(sample.fields or "{}")
+        return Record(read_file(path), caption, None if name is None else self._labels[name], about)
+
+    def class_counts(self, split: str) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for row in self._rows[split]:
+            if name := self._class_names[os.path.dirname(self._paths[row])]:
+                found[name] += len(self._samples[row])
+        return found
+
+    def images(self, split: str) -> np.ndarray:
+        """See `records.Records`: files of equal bytes, or whose names differ in their suffix alone, are of one."""
+        paths = [self._paths[row] for row in self._rows[split]]
+        files = [os.path.join(self.folder, path) for path in paths]
+        sketches = [_sketch(path) for path in track(files, "looking for the same image twice")]
+        # a file that cannot be read is like no other
+        contents_N = number_same(len(files), [lambda i: sketches[i] or i, lambda i: _digest(files[i])])
+        stems: dict[str, int] = {}
+        stems_N = np.array([stems.setdefault(os.path.splitext(path)[0], len(stems)) for path in files])
+        return join(contents_N, stems_N)[super().images(split)]
+
+    def _beside(self, path: str) -> str | None:
+        """Return the text of the .txt beside an image, None if there is none."""
+        beside = _text_file(path)
+        if beside is None:
+            return None
+        try:
+            return read_file(beside).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"{beside}: cannot be read ({error})") from None
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Return fingerprints of pictures, captions and classes, which differ if the user changed them."""
+        pictures, captions = hashlib.sha256(), hashlib.sha256()
+        for path, own in zip(self._paths, self._samples):
+            file = os.path.join(self.folder, path)
+            beside = None if self._has_captions else _text_file(file)
+            for sample in own:
+                pictures.update(f"{path!r} {_stamp(file)}\n".encode())
+                captions.update(f"{sample.caption!r} {beside and _stamp(beside)}{sample.fields}\n".encode())
+        classes = hashlib.sha256(json.dumps(self.classes).encode())
+        named = {"pictures": pictures, "captions": captions, "classes": classes}
+        return {name: digest.hexdigest()[:16] for name, digest in named.items()}
+
+
+def _text_file(image: str) -> str | None:
+    """Return NAME.txt or NAME.TXT beside NAME.jpg. A link to nothing counts too: it was meant to be a caption."""
+    stem = os.path.splitext(image)[0]
+    return next((stem + suffix for suffix in (".txt", ".TXT") if os.path.lexists(stem + suffix)), None)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Return size in bytes and modification time of a file; None if it is not there, such as the end of a link."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _sketch(path: str) -> tuple[int, bytes] | None:
+    """Return size and middle of a file; None if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start, length = middle(size)
+            return size, hashlib.sha256(os.pread(file.fileno(), length, start)).digest()
+    except OSError:
+        return None
+
+
+def _digest(path: str) -> str:
+    """Return what tells the content of a file from others; its path if it cannot be read."""
+    try:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except BadSample:
+        return path
+
+
+def _find(folder: str, flat: bool) -> Iterator[str]:
+    """Yield paths of files below `folder`, hidden ones left out. Links to folders are followed, but none twice within a
+    class or split: two classes may be links to one folder, and a link may lead back. Raises UserError as `_refuse`."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        real, below = os.path.realpath(parent), os.path.relpath(parent, folder)
+        top = below.split("/")
+        place = ("" if flat else "/".join(top[: 2 if split_of_folder(top[0]) else 1]), real)
+        if place in seen or (below != "." and real == os.path.realpath(folder)):
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _ignored(
+    folder: Path, files: Sequence[str], images: Sequence[str], table: Path | None, has_captions: bool
+) -> Tally:
+    """Tally the files that are neither an image, nor a caption beside one, nor the table, which may have captions."""
+    known = set(images)
+    if not has_captions:
+        stems = {os.path.splitext(path)[0] for path in images}
+        known |= {path for path in files if path.endswith((".txt", ".TXT")) and path[:-4] in stems}
+    if table is not None:
+        known.add(os.path.relpath(table, folder))
+    tally = Tally()
+    for path in files:
+        if path not in known:
+            tally.add(IGNORED, printable(path))
+    return tally
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[list[_Sample]]:
+    """Return the samples of each image, one for each caption of each row of the table. Raises ImagesMissing if it names
+    other images."""
+    samples: dict[str, list[_Sample]] = {path: [] for path in paths}
+    missing = []
+    for row in rows:
+        path = os.path.normpath(os.path.relpath(row.image, folder) if os.path.isabs(row.image) else row.image)
+        if path in samples:
+            samples[path] += [_Sample(caption, row.fields) for caption in row.captions or [""]]
+        else:
+            missing.append(row)
+    if missing:
+        raise ImagesMissing(
+            f"--captions {table}: {len(missing):,} of {len(rows):,} rows name images that are not in {folder}, "
+            f"such as {missing[0].image!r} (row {missing[0].number}); paths are relative to that folder"
+        )
+    return [samples[path] or [_Sample()] for path in paths]

@@ -1,0 +1,129 @@
+"""The HDF5 files of the official M3AE code (github.com/young-geng/m3ae_public, m3ae/data.py) as records.
+
+`jpg` holds each image file as variable-length uint8, `caption` its text; ImageNet's has `train_jpg`, `train_labels`,
+`val_jpg`, `val_labels`; a file of unpaired text has `text`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.shards.records import Record, Records, caption_of_row, count_samples, to_int
+
+FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
+
+
+class _Fields(NamedTuple):
+    """Names of a split's data sets."""
+
+    image: str | None
+    caption: str | None
+    label: str | None
+
+
+_SPLITS = {
+    "train": (_Fields("jpg", "caption", None), _Fields("train_jpg", None, "train_labels"), _Fields(None, "text", None)),
+    "val": (_Fields("val_jpg", None, "val_labels"),),
+}
+
+
+class Hdf5(Records):
+    """An HDF5 file. A row with several captions, [N, K] or variable-length text, gives a sample for each.
+    Raises UserError where h5py is not installed, or the file is not HDF5 or lacks the fields."""
+
+    def __init__(self, path: Path) -> None:
+        h5py = library("h5py", "from-hdf5: needs h5py; pip install 'm3ae-fast[hdf5]'")
+        self.path = path
+        self._open: Any = None
+        self._fields: dict[str, _Fields] = {}
+        counts: dict[str, np.ndarray] = {}
+        try:
+            open_regular(path).close()  # HDF5 would wait for a pipe
+            with h5py.File(path, "r") as file:
+                names = list(file)
+                for split, layouts in _SPLITS.items():
+                    for layout in layouts:
+                        fields = _Fields(*(name if name in names else None for name in layout))
+                        if (layout.image or layout.caption) in names and split not in self._fields:
+                            self._fields[split] = fields
+                            counts[split] = self._count_samples(file, fields)
+        except OSError as error:
+            reason = error.strerror or "it is not an HDF5 file, or a damaged one"
+            raise UserError(f"{path}: cannot be read ({reason})") from None
+        if not self._fields:
+            raise UserError(f"{path}: has {', '.join(names) or 'no data'}, but needs {FIELDS}")
+        super().__init__(counts)
+        found = path.stat()
+        self.identity = {
+            "kind": "hdf5",
+            "bytes": found.st_size,
+            "changed_ns": found.st_mtime_ns,
+            "fields": {k: list(v) for k, v in self._fields.items()},
+        }
+
+    def _count_samples(self, file: Any, fields: _Fields) -> np.ndarray:
+        """Return the number of samples of each row: int64 [rows]."""
+        data = {name: self._data_set(file, name) for name in fields if name}
+        lengths = {name: len(values) if values.shape else 0 for name, values in data.items()}
+        if len(set(lengths.values())) > 1:
+            listed = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
+            raise UserError(f"{self.path}: its fields have different lengths ({listed})")
+        counts = np.ones(next(iter(lengths.values())), dtype=np.int64)
+        if fields.caption and _holds_several(data[fields.caption]):
+            counts[:] = [count_samples(_as_text(value)) for value in data[fields.caption]]
+        return counts
+
+    def _data_set(self, file: Any, name: str) -> Any:
+        """Return the data set of that name. Raises UserError if it is a link to nothing, or a group."""
+        try:
+            found = file[name]
+        except (KeyError, OSError, RuntimeError):  # a link to itself is a RuntimeError
+            raise UserError(f"{self.path}: {name} is a link that leads nowhere") from None
+        if not hasattr(found, "shape"):
+            raise UserError(f"{self.path}: {name} is a group, not a data set")
+        return found
+
+    def name(self, split: str, number: int) -> str:
+        fields = self._fields[split]
+        return f"{fields.image or fields.caption} {self.place(split, number)[0]}"
+
+    def read(self, split: str, number: int) -> Record:
+        if self._open is None:  # each process has a file of its own
+            import h5py
+
+            self._open = h5py.File(self.path, "r")
+        fields, (row, turn) = self._fields[split], self.place(split, number)
+        try:
+            image, caption, label = (self._open[name][row] if name else None for name in fields)
+        except OSError as error:
+            raise BadSample(f"the file is damaged ({error})") from None
+        text = caption_of_row(_as_text(caption), turn) if fields.caption else None
+        return Record(None if image is None else _bytes(image), text, to_int(label))
+
+
+def _holds_several(captions: Any) -> bool:
+    """Return whether each row of a data set is a list of texts; a row of uint8 is one text."""
+    import h5py
+
+    inner = h5py.check_vlen_dtype(captions.dtype) or captions.dtype
+    return inner != np.uint8 and (captions.ndim > 1 or inner is not captions.dtype)
+
+
+def _as_text(value: Any) -> Any:
+    """Return a caption, or a list of them, in which rows of uint8 are bytes."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return value.tobytes() if value.dtype == np.uint8 else [_as_text(item) for item in value]
+
+
+def _bytes(value: Any) -> bytes:
+    """Return the bytes of variable-length uint8 or a string, as h5py gives them."""
+    if isinstance(value, str):
+        return value.encode()
+    return value if isinstance(value, bytes) else np.asarray(value, dtype=np.uint8).tobytes()

@@ -1,0 +1,98 @@
+"""Images of held-out shards that training shards have too: an image with several captions may be in both."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import track
+from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.data.index import MISSING, IndexedShard, group, index_shards
+from m3ae_fast.data.shards import ShardStore
+from m3ae_fast.data.tar import Member, scan_tar
+from m3ae_fast.shards.duplicate_images import middle
+from m3ae_fast.shards.member import add_member
+
+
+class _Place(NamedTuple):
+    """Where an image is."""
+
+    shard: str
+    offset: int
+    size: int
+
+
+def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:
+    """Return the offsets of the images, by held-out shard, whose bytes a training shard has too. Raises UserError where
+    a shard cannot be read."""
+    store = ShardStore()
+    first, second = (index_shards(shards, store, progress=True) for shards in (train, val))
+    sketches: dict[tuple[int, int], list[_Place]] = {}
+    for place, sketch in _sketches(second):
+        sketches.setdefault(sketch, []).append(place)
+    sizes = np.array(sorted({size for size, _ in sketches}))
+    title = "looking for held-out images in training shards"
+    shared: dict[str, set[int]] = {}
+    for place, sketch in _sketches(track(first, title), sizes):
+        for other in sketches.get(sketch, ()):
+            if other.offset not in shared.get(other.shard, ()) and _digest(place) == _digest(other):
+                shared.setdefault(other.shard, set()).add(other.offset)
+    return shared
+
+
+def _sketches(
+    entries: Iterable[IndexedShard], sizes: np.ndarray | None = None
+) -> Iterator[tuple[_Place, tuple[int, int]]]:
+    """Yield the images, where `sizes` are given those of such sizes, each with its size and its middle's checksum."""
+    for entry in entries:
+        table = entry.table()
+        table = table[table["image_offset"] != MISSING]
+        if sizes is not None:
+            table = table[np.isin(table["image_size"], sizes)]
+        with _opened(entry.shard) as file:
+            for offset, size in zip(table["image_offset"].tolist(), table["image_size"].tolist()):
+                start, length = middle(size)
+                piece = os.pread(file.fileno(), length, offset + start)
+                yield _Place(entry.shard, offset, size), (size, zlib.crc32(piece))
+
+
+def _opened(shard: str) -> io.FileIO:
+    try:
+        return open_regular(shard)
+    except OSError as error:
+        raise UserError(f"shard {shard}: cannot be read ({error.strerror or error})") from None
+
+
+def _digest(place: _Place) -> bytes:
+    with _opened(place.shard) as file:
+        return hashlib.sha256(os.pread(file.fileno(), place.size, place.offset)).digest()
+
+
+def write_without(shard: str, offsets: set[int], path: Path) -> bool:
+    """Write a shard without the samples whose image begins at one of the offsets, unless `path` holds the others since
+    the shard changed; return whether any sample is left. Raises UserError where `path` cannot be written."""
+    samples = group(scan_tar(Path(shard))[0])
+    others = (files.values() for _, files in samples if not any(file.offset in offsets for file in files.values()))
+    kept = [member for files in others for member in files]
+    if kept and not _holds(path, kept, os.stat(shard).st_mtime_ns):
+        with _opened(shard) as file, whole_file(path) as partial, tarfile.open(partial, "w") as tar:
+            for member in kept:
+                add_member(tar, member.name, os.pread(file.fileno(), member.size, member.offset))
+    return bool(kept)
+
+
+def _holds(path: Path, members: Sequence[Member], since: int) -> bool:
+    """Return whether a shard that was written after a time, in ns, has the names and sizes of these members."""
+    if not path.exists() or path.stat().st_mtime_ns <= since:
+        return False
+    return [(own.name, own.size) for own in scan_tar(path)[0]] == [(member.name, member.size) for member in members]

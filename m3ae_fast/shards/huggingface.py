@@ -1,0 +1,193 @@
+"""A Hugging Face dataset, on disk or by name, as records."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.hub_access import hub_answers
+from m3ae_fast.base.progress import track
+from m3ae_fast.images.bands import write_npy
+from m3ae_fast.shards.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
+from m3ae_fast.shards.duplicate_images import middle, number_same
+from m3ae_fast.shards.records import Record, Records, caption_of_row, count_samples, read_file, to_int
+from m3ae_fast.shards.tally import UNREAD, Tally
+
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
+_AT_A_TIME = 1000  # rows
+
+
+class HuggingFace(Records):
+    """A data set: a folder that `save_to_disk` wrote, one of data files, or a name on the hub. `subset`: which, where
+    it has several; `split`: None: all; `columns`: of image, caption and label, None to detect them. A row with a list
+    of captions gives a sample for each; `ignored` counts other columns. Raises UserError where `datasets` is not
+    installed, there is no such data set, it has neither images nor captions, or its splits differ in what is read."""
+
+    def __init__(
+        self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]
+    ) -> None:
+        datasets = library("datasets", "a Hugging Face data set needs the library datasets: pip install datasets")
+        data = _load(datasets, name, subset)
+        if split is not None:
+            if split not in data:
+                raise UserError(f"--split {split}: {name} has {', '.join(data)}")
+            data = {split: data[split]}
+        first = next(iter(data.values()))
+        self.image, self.caption, self.label = read = _columns(first.features, columns, name)
+        for key, rows in data.items():
+            if odd := next((c for c in read if c and rows.features.get(c) != first.features[c]), None):
+                raise UserError(f"{name}: the column {odd} of {key} is not as in {next(iter(data))}; choose a --split")
+        self.ignored = Tally()
+        for column in sorted(first.features.keys() - {*read}):
+            self.ignored.add(UNREAD, f"{column}: {first.features[column]}")
+        self.classes = getattr(first.features[self.label], "names", None) if self.label else None
+        images = first.features[self.image] if self.image else None
+        # of values, where images are arrays [H, W] or [H, W, C]
+        self._dtype: str = getattr(images, "dtype", "") if _is_array(images) else ""
+        self._data: dict[str, Any] = {}
+        for key, rows in data.items():
+            rows = rows.select_columns([column for column in (self.image, self.caption, self.label) if column])
+            self._data[key] = rows
+            if self.image and not self._dtype:
+                self._data[key] = rows.cast_column(self.image, datasets.Image(decode=False))
+        super().__init__({key: _samples(rows, self.caption) for key, rows in self._data.items()})
+        self.identity = {
+            "kind": "huggingface",
+            "name": name,
+            "columns": [self.image, self.caption, self.label],
+            "fingerprints": {key: rows._fingerprint for key, rows in data.items()},
+        }
+
+    def name(self, split: str, number: int) -> str:
+        return f"{split} row {self.place(split, number)[0]}"
+
+    def read(self, split: str, number: int) -> Record:
+        row_number, turn = self.place(split, number)
+        row = self._data[split][row_number]
+        caption = caption_of_row(row[self.caption], turn) if self.caption else None
+        label = to_int(row[self.label]) if self.label else None
+        if label is not None and label < 0:  # a hidden label, as test splits have
+            label = None
+        about = {"class_name": self.classes[label]} if self.classes and label is not None else {}
+        image = None if self.image is None else row[self.image]
+        if self._dtype and image is not None:
+            image = write_npy(np.asarray(image, dtype=self._dtype))
+        return Record(_image(image), caption, label, about)
+
+    def class_counts(self, split: str) -> Counter[str]:
+        found: Counter[str] = Counter()
+        if self.label:
+            counts = Counter(self._data[split][self.label])
+            for label, count in counts.items():
+                if isinstance(label, int) and label >= 0:
+                    found[self.classes[label] if self.classes else str(label)] += count
+        return found
+
+    def images(self, split: str) -> np.ndarray:
+        """See `records.Records`: rows whose image has the same bytes, or the same path, are of one."""
+        rows_S = super().images(split)
+        if not self.image or self._dtype:  # arrays are not compared
+            return rows_S
+        data = self._data[split].select_columns([self.image]).with_format("arrow")
+        batches = track(data.iter(_AT_A_TIME), "looking for the same image twice", -(-len(data) // _AT_A_TIME))
+        sketches = [_sketch(value) for batch in batches for value in batch.column(0)]
+
+        def whole(row: int) -> bytes:
+            value = data[row].column(0)[0].as_py()
+            return hashlib.sha256((value if isinstance(value, bytes) else value["bytes"]) or b"").digest()
+
+        # a row without an image is like no other
+        return number_same(len(data), [lambda row: sketches[row] or row, whole])[rows_S]
+
+
+def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
+    """Load the splits of a dataset."""
+    try:
+        saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
+        if not (Path(name).exists() or _downloaded(name) or hub_answers(name, "dataset")):
+            raise ConnectionError("neither a folder here nor on the Hugging Face hub, which does not answer")
+        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
+    except Exception as error:  # the library raises anything, from files and from the network
+        raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    return dict(data) if isinstance(data, dict) else {"train": data}
+
+
+def _downloaded(name: str) -> bool:
+    """Return whether a dataset may be there from an earlier download: offline by choice, or its card is."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    return constants.HF_HUB_OFFLINE or try_to_load_from_cache(name, "README.md", repo_type="dataset") is not None
+
+
+def _is_array(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, (datasets.Array2D, datasets.Array3D))
+
+
+def _columns(features: Any, named: tuple[str | None, str | None, str | None], where: str) -> list[str | None]:
+    """Return the image, caption and label columns: as named, else by type and usual name, else None."""
+    import datasets
+
+    def kind(feature: Any) -> str:
+        if isinstance(feature, datasets.Image) or _is_array(feature) or getattr(feature, "dtype", None) == "binary":
+            return "image"
+        if isinstance(feature, datasets.ClassLabel):
+            return "label"
+        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+        if "string" in str(getattr(inner, "dtype", "")):
+            return "caption"
+        return "label" if str(getattr(feature, "dtype", "")).startswith(("int", "uint")) else ""
+
+    found: list[str | None] = []
+    usual = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
+    for (what, names), name in zip(usual.items(), named):
+        fitting = [column for column, feature in features.items() if kind(feature) == what]
+        if name is not None and name in features and name not in fitting:
+            raise UserError(f"--{what}-column {name}: is {features[name]}, not {what}s")
+        if name is None and not any(column.lower() in names for column in fitting):
+            only = fitting[0] if len(fitting) == 1 and what == "image" else None
+            found.append(only)
+        else:
+            found.append(choose_column(fitting, name, names, f"--{what}-column", where))
+    if found[0] is None and found[1] is None:
+        raise UserError(f"{where}: has {', '.join(features)}; name --image-column or --caption-column")
+    return found
+
+
+def _samples(rows: Any, caption: str | None) -> np.ndarray:
+    """Return the number of samples of each row: int64 [rows]."""
+    if caption and not hasattr(rows.features[caption], "dtype"):  # a list of captions
+        values = rows.with_format("arrow")[caption]
+        return np.array([count_samples(value) for value in values.to_pylist()], dtype=np.int64)
+    return np.ones(len(rows), dtype=np.int64)
+
+
+def _sketch(value: Any) -> Any:
+    """Return what is cheap to tell of an image, pyarrow's struct or binary: the path, or size and middle of the file.
+    None if there is none."""
+    if value.is_valid and hasattr(value, "keys"):
+        if not value["bytes"].is_valid:
+            return value["path"].as_py()
+        value = value["bytes"]
+    if not value.is_valid:
+        return None
+    data = memoryview(value.as_buffer())
+    start, length = middle(len(data))
+    return len(data), zlib.crc32(data[start : start + length])
+
+
+def _image(value: Any) -> bytes | None:
+    """Return the file behind an undecoded image, None if there is none. Raises BadSample if it cannot be read."""
+    if value is None or isinstance(value, bytes):
+        return value
+    if value["bytes"] is None and value["path"] is not None:
+        return read_file(value["path"])
+    return value["bytes"]

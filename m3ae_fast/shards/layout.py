@@ -1,0 +1,147 @@
+"""What the sub-folders of a folder of images mean: splits, such as train/ and val/, and classes.
+
+A level of folders is one of splits if all names at it are split names: `root/train/CLASS` and `root/val/CLASS`, as
+torchvision's ImageFolder has it, but also `root/CLASS/train`, or `root/images/train2017`. Classes are the first level
+that remains. If other folders stand beside a folder called "test", it is a class like them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from m3ae_fast.base.errors import UserError
+
+TRAIN, VAL, TEST = "train", "val", "test"
+HELD_OUT = (VAL, "validation", "valid", "dev", TEST, "testing")  # splits as data sets call them, first what to evaluate
+_FOLDERS = {TRAIN: TRAIN, "training": TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, "dev": VAL}
+_FOLDERS |= {TEST: TEST, "testing": TEST}
+_LETTER = r"[^\W\d_]"
+_HELD_OUT = re.compile(rf"(?<!{_LETTER})(val|valid|validation|test)(?!{_LETTER})", re.IGNORECASE)
+_SHOWN = 5  # names in a message
+
+
+def split_of_folder(name: str) -> str | None:
+    """Return the split of a folder whose name has the letters of a split's name and no others, such as Val or
+    train2017; None for other names."""
+    return _FOLDERS.get("".join(filter(str.isalpha, name)).lower())
+
+
+def split_of_file(name: str) -> str | None:
+    """Return VAL or TEST if a file's name contains val, valid, validation or test as a word, as in food-val-0.tar; VAL
+    if it contains both; None for other names. A word is delimited by anything but letters."""
+    words = {word.lower() for word in _HELD_OUT.findall(name)}
+    return None if not words else TEST if words == {TEST} else VAL
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The meaning of the folders, by directory. `notes`: what the user should know about it."""
+
+    splits: dict[str, str]  # split of the images in each directory; without those that are in none
+    names: dict[str, str | None]  # their class
+    classes: list[str] | None  # None: the folders are no classes
+    notes: list[str] = field(default_factory=list)
+    outside: str | None = None  # a directory with images that are in no class, though others are
+
+
+def understand(root: str, directories: Collection[str], known: Sequence[str] | None, flat: bool) -> Layout:
+    """Return the layout of a folder.
+
+    Args:
+        root: the folder, for messages and for its name: the images of a folder called val are the split val.
+        directories: the directories that contain images, relative to it; "" for itself.
+        known: the classes in the order of their labels; None: the folders' names, sorted.
+        flat: sub-folders are neither splits nor classes.
+
+    Raises:
+        UserError: splits and other folders stand beside each other, or folders are not among the `known` classes.
+    """
+    own = os.path.basename(os.path.abspath(root))
+    own_split = (own.lower() != "dev" and split_of_folder(own)) or TRAIN  # ~/dev is something else
+    if flat:
+        return Layout(dict.fromkeys(directories, own_split), dict.fromkeys(directories), None)
+    directories = sorted(directories)
+    level = _level_of_splits(root, directories)
+    if level is None:
+        splits = dict.fromkeys(directories, own_split)
+        inner = {directory: directory for directory in directories}
+    else:
+        parts = {directory: directory.split("/") for directory in directories if directory}
+        splits = {directory: split_of_folder(names[level]) or TRAIN for directory, names in parts.items()}
+        inner = _without_wrapper({each: "/".join(names[:level] + names[level + 1 :]) for each, names in parts.items()})
+    names = {directory: below.partition("/")[0] or None for directory, below in inner.items()}
+    found: dict[str, set[str | None]] = {split: set() for split in splits.values()}
+    for directory, split in splits.items():
+        found[split].add(names[directory])
+    return _with_classes(root, splits, names, found, known)
+
+
+def _level_of_splits(root: str, directories: Collection[str]) -> int | None:
+    """Return the depth at which folders are splits, None if there are none."""
+    nested = [directory.split("/") for directory in directories if directory]
+    for level in range(min(map(len, nested), default=0)):
+        names = {parts[level] for parts in nested}
+        kinds = {split_of_folder(name) for name in names}
+        is_divided = TRAIN in kinds and len(kinds - {TRAIN, None}) > 0
+        if None not in kinds:
+            if is_divided or (len(kinds) == len(names) and "" not in directories):
+                return level
+        elif is_divided and not level:
+            splits = [name for name in names if split_of_folder(name)]
+            raise UserError(
+                f"{root}: {_listed(splits)} are names of splits, but {_listed(names - {*splits})} beside them is not; "
+                "move other folders elsewhere, or rename the splits if they are classes"
+            )
+    return None
+
+
+def _without_wrapper(inner: dict[str, str]) -> dict[str, str]:
+    """Drop the folders that contain all of the images."""
+    common = os.path.commonpath(list(inner.values())) if all(inner.values()) else ""
+    return {each: below[len(common) :].lstrip("/") for each, below in inner.items()}
+
+
+def _with_classes(
+    root: str,
+    splits: dict[str, str],
+    names: dict[str, str | None],
+    found: dict[str, set[str | None]],
+    known: Sequence[str] | None,
+) -> Layout:
+    """Return the layout with classes if there are several, and if no split has images both inside and outside them."""
+    order = [split for split in (TRAIN, VAL, TEST) if split in found]
+    splits = {each: splits[each] for split in order for each in splits if splits[each] == split}
+    used = sorted({name for own in found.values() for name in own if name is not None})
+    mixed = next((each for each in splits if names[each] is None and len(found[splits[each]]) > 1), None)
+    if known is not None:
+        strange = [name for name in used if name not in known]
+        if strange or mixed is not None or not used:
+            wrong = f"{strange[0]!r}" if strange else "images outside class folders"
+            raise UserError(f"--classes: {root} has {wrong}, which the classes lack")
+    elif mixed is not None or len(used) < 2:
+        return Layout(splits, dict.fromkeys(names), None, outside=mixed)
+    split_like = [name for name in used if split_of_folder(name)] if len(order) == 1 else []
+    notes = [f"{name} is taken for a class, as the folders beside it" for name in split_like]
+    if bare := [split for split in order if found[split] == {None}]:
+        notes.append(f"the images of {_listed(bare)} have no class: they are in no class folder")
+    labelled = [split for split in order if split not in bare]
+    for split in labelled if len(labelled) > 1 else ():
+        others = {name for other in labelled if other != split for name in found[other]}
+        if own := sorted(name for name in found[split] if name is not None and name not in others):
+            notes.append(f"only {split} has the class{'es' * (len(own) > 1)} {_listed(own)}")
+    return Layout(splits, names, list(known) if known is not None else used, notes)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names in a row, the first few of many."""
+    names = sorted(map(printable, names))
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def printable(path: str) -> str:
+    """Return a path as text, with a mark in place of what is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")

@@ -1,0 +1,57 @@
+"""Images as shards keep them: JPEG, or the array of their bands, no larger than training needs."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.config import Range
+from m3ae_fast.images.bands import write_npy
+from m3ae_fast.images.crops import resize
+from m3ae_fast.images.decoding import decode_image, own_bands
+
+_MAX_SIDE = 65_500  # pixels that libjpeg writes
+
+
+def as_member(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> tuple[str, bytes]:
+    """Return suffix and bytes of a shard's member: what `shrink` gives, or of an array of bands (see `own_bands`) a
+    .npy with the same dtype, whose short side is at most `short_side` too. Raises BadSample as `shrink`."""
+    values = own_bands(data)
+    if values is None:
+        return "jpg", shrink(data, short_side, quality, image_range)
+    small = _reduced(torch.from_numpy(values.transpose(2, 0, 1).copy()), short_side)
+    return "npy", write_npy(np.ascontiguousarray(small.permute(1, 2, 0).numpy()))
+
+
+def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
+    """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, upright, white where
+    transparent; a JPEG that is small enough as it is. Raises BadSample as `decode_image`, or where it is longer than a
+    JPEG can be."""
+    image = decode_image(data, 3, image_range)
+    small = _reduced(image, short_side)
+    if small is image:
+        header = Image.open(BytesIO(data))
+        if header.format == "JPEG" and header.mode in ("L", "RGB"):
+            return data
+    if max(small.shape[-2:]) > _MAX_SIDE:
+        raise BadSample(f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too long for a JPEG")
+    return jpeg(small, quality)
+
+
+def jpeg(image: Tensor, quality: int) -> bytes:
+    """Return uint8 [3, H, W] as a file."""
+    out = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _reduced(image: Tensor, short_side: int) -> Tensor:
+    """Return [C, H, W] with a short side of at most `short_side` pixels."""
+    height, width = image.shape[-2:]
+    scale = short_side / min(height, width)
+    return image if scale >= 1 else resize(image, max(1, round(height * scale)), max(1, round(width * scale)))

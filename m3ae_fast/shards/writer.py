@@ -1,0 +1,269 @@
+"""Samples from anywhere -> shards: in parallel, resumable, with equal bytes for equal input.
+
+OUT gets `SPLIT-00000.tar`, ... with an index each, `conversion.json`, which says what they were made of, and, where
+labels have names, `classes.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from m3ae_fast.base.atomic_file import put_in_place
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import progress
+from m3ae_fast.data.index import index_shards
+from m3ae_fast.data.order import permutation
+from m3ae_fast.data.shards import INDEX_SUFFIX, ShardStore
+from m3ae_fast.shards.claim import CLASSES, MANIFEST, claimed
+from m3ae_fast.shards.duplicate_images import split_images
+from m3ae_fast.shards.layout import HELD_OUT, TRAIN, VAL
+from m3ae_fast.shards.member import add_member
+from m3ae_fast.shards.records import Record, Records
+from m3ae_fast.shards.settings import Settings
+from m3ae_fast.shards.shrink import as_member
+from m3ae_fast.shards.tally import REFUSED, Tally
+
+_TICK_S = 1.0  # between looks at how many samples the workers have written
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to be written."""
+
+    name: str
+    split: str  # of the records
+    numbers: np.ndarray
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Counts what a conversion left behind; `tally` is of what this call wrote, not of interrupted ones before it."""
+
+    shards: list[Path]
+    samples: int
+    images: int
+    captions: int
+    left_out: int
+    tally: Tally
+
+
+def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
+    """Write what `out` lacks of the shards of `records`, with their indexes. Raises UserError where `out` holds
+    something else, or cannot be written, or no sample can be used."""
+    plan = _plan(records, settings)
+    manifest = manifest_of(records, settings)
+    created = not out.exists()
+    with claimed(out, manifest, records.classes):
+        for leftover in out.glob(".*.partial"):
+            leftover.unlink()
+        todo = [shard for shard in plan if not (out / shard.name).exists()]
+        tally = _write_all(records, out, settings, todo, workers)
+        shards = [out / shard.name for shard in plan]
+        found = [entry.summary for entry in index_shards([str(path) for path in shards], ShardStore())]
+        samples = Counter[str]()
+        for shard, summary in zip(plan, found):
+            samples[shard.name.rpartition("-")[0]] += summary.samples
+        if (empty := [split for split, count in samples.items() if not count]) or not samples:
+            for name in (MANIFEST, CLASSES, *(path.name + suffix for path in shards for suffix in ("", INDEX_SUFFIX))):
+                (out / name).unlink(missing_ok=True)
+            if created:
+                out.rmdir()
+            example = "".join(f", such as {sample}" for sample in tally.examples.get(REFUSED, ())[:1])
+            of = f" of {empty[0]}" if len(empty) < len(samples) else ""
+            raise UserError(f"{out}: not written, since no sample{of} can be used{example}")
+    images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
+    left_out = sum(len(shard.numbers) for shard in plan) - samples.total()
+    return Converted(shards, samples.total(), images, captions, left_out, tally)
+
+
+def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
+    """Return what the shards are made of, as conversion.json says it."""
+    return {"source": records.identity, "settings": asdict(settings)}
+
+
+def _plan(records: Records, settings: Settings) -> list[Shard]:
+    """Return which samples come into which shard."""
+    parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the records, numbers
+    for split, samples in records.splits.items():
+        order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
+        parts.append((split, split, order))
+    if settings.held_out:
+        if len(parts) > 1:
+            raise UserError(
+                f"--held-out: the input has splits of its own ({', '.join(records.splits)}); convert one of them alone"
+            )
+        ((name, split, order),) = parts
+        held = split_images(records.images(split)[order], max(1, round(len(order) * settings.held_out)))
+        if held.all():
+            raise UserError(
+                f"--held-out {settings.held_out:g}: holds out all {len(order)} samples (those of one image go together)"
+            )
+        parts = [(TRAIN if name in HELD_OUT else name, split, order[~held]), (VAL, split, order[held])]
+    shards = []
+    for name, split, order in parts:
+        pieces = [order[i : i + settings.samples_per_shard] for i in range(0, len(order), settings.samples_per_shard)]
+        shards += [Shard(f"{name}-{i:05d}.tar", split, numbers) for i, numbers in enumerate(pieces)]
+    return shards
+
+
+def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard], workers: int) -> Tally:
+    total = Tally()
+    with progress("writing shards", sum(len(shard.numbers) for shard in todo)) as advance:
+        if min(workers, len(todo)) <= 1:
+            for shard in todo:
+                total.merge(_write(records, out, settings, shard, advance))
+            return total
+        # forked: the records, which may list millions of files, need not be pickled
+        context = multiprocessing.get_context("fork")
+        # samples of each shard; without a lock, which a worker that is killed would keep
+        done = context.RawArray("q", len(todo))
+        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (records, out, settings, done)) as pool:
+            try:
+                with _no_interrupt():  # forks the workers
+                    futures = [pool.submit(_write_in_worker, number, shard) for number, shard in enumerate(todo)]
+                waiting, shown = set(futures), 0
+                while waiting:
+                    finished, waiting = wait_for(waiting, _TICK_S, FIRST_COMPLETED)
+                    for future in finished:
+                        future.result()
+                    advance(sum(done) - shown)
+                    shown = sum(done)
+            except BrokenProcessPool:
+                killed = "a worker was killed, perhaps for lack of memory"
+                raise UserError(f"{killed}; repeat the command with fewer --workers") from None
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                workers_left = multiprocessing.active_children()
+                for process in workers_left:
+                    process.terminate()
+                for process in workers_left:  # which hold the folder's lock
+                    process.join()
+                raise
+    for future in futures:  # in the order of the shards
+        total.merge(future.result())
+    return total
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back: Python prints and forgets one that comes in the midst of a fork."""
+    if threading.current_thread() is not threading.main_thread():  # which alone it interrupts
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda *which: came.append(which))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
+
+
+_of_worker: tuple[Records, Path, Settings, Any]  # and the samples that were written, by shard
+
+
+def _begin(*arguments: Any) -> None:
+    global _of_worker
+    _of_worker = arguments  # type: ignore[assignment]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to it
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End with the main process: if that is killed, a worker would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _write_in_worker(number: int, shard: Shard) -> Tally:
+    """Write shard `number` of those to write."""
+    records, out, settings, done = _of_worker
+
+    def advance(count: int) -> None:
+        done[number] += count
+
+    return _write(records, out, settings, shard, advance)
+
+
+def _write(records: Records, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:
+    """Write one shard under its name only when it is whole."""
+    tally = Tally()
+    partial = out / f".{shard.name}.partial"
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in shard.numbers.tolist():
+                key = f"{number:09d}"
+                name = records.name(shard.split, number)
+                try:
+                    record = records.read(shard.split, number)
+                    files = _files(record, settings)
+                    tally.add_caption(record.caption, name)
+                except BadSample as error:
+                    tally.add(REFUSED, f"{name}: {error}")
+                    files = {}
+                for suffix, data in files.items():
+                    add_member(tar, f"{key}.{suffix}", data)
+                advance(1)
+        put_in_place(partial, out / shard.name)
+    finally:
+        partial.unlink(missing_ok=True)
+    return tally
+
+
+def _files(record: Record, settings: Settings) -> dict[str, bytes]:
+    """Return the members of a sample by suffix. Raises BadSample if it has neither image nor caption."""
+    caption = (record.caption or "").strip()
+    files = {}
+    if record.image is not None:
+        suffix, data = as_member(record.image, settings.short_side, settings.quality, settings.image_range)
+        files[suffix] = data
+    if caption:
+        files["txt"] = caption.encode("utf-8", "replace")
+    if not files:
+        raise BadSample("neither image nor caption")
+    about = dict(record.about)
+    if record.label is not None:
+        files["cls"] = str(record.label).encode()
+        about.setdefault("label", record.label)  # a table may have another one of that name
+    if about:
+        files["json"] = json.dumps(about, sort_keys=True).encode()
+    return files | record.members
+
+
+def describe_conversion(out: Path, converted: Converted) -> str:
+    """Return what was made, for the user, with the lines that a config needs."""
+    c = converted
+    paired = c.images + c.captions - c.samples
+    kinds = {"paired": paired, "images alone": c.images - paired, "captions alone": c.captions - paired}
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+    shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
+    lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
+    lines += c.tally.lines()
+    if earlier := c.left_out - c.tally.counts[REFUSED]:
+        lines.append(f"{earlier:,} left out by the call before, which this one continued")
+    for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
+        lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
+    return "\n".join(lines)

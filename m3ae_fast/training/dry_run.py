@@ -1,0 +1,205 @@
+"""Explains a config without training: sizes, FLOPs, how a batch is split, memory, loader cores and communication."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import data_sheet, missing_memory, settle_precision
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import Config
+from m3ae_fast.data import Corpus, open_data
+from m3ae_fast.data.loader import needs_of_node
+from m3ae_fast.engine.memory_estimate import (
+    activation_bytes,
+    caption_tokens,
+    in_bf16,
+    memory_needed,
+    recomputes,
+    typical_batch,
+    zero_bytes,
+)
+from m3ae_fast.engine.schedule import Schedule, split_batch
+from m3ae_fast.images.patch_grid import Grid
+from m3ae_fast.model.flops import executed_flops, reference_flops
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.program import Session
+from m3ae_fast.training.pace import FIRST_BATCH, measure
+
+UTILISATION = 0.45  # of an H100's bf16 peak: what good trainers of this size reach
+NETWORK = 50e9  # bytes per second and GPU: 400 Gbit/s
+FETCHED = 1e9  # bytes per second and node
+GPUS_OF_NODE = 8
+MEASURED_S = 5.0  # seconds of steps that say how long the run takes
+SIZES = 256  # of images, at most, that stand for all
+DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
+
+
+def report(config: Config, world: int | None = None, *, data: bool = True, sizes: Path | None = None) -> None:
+    """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes), for native
+    images of the `sizes` that stats wrote (None: all of max_patches). Raises UserError for what would stop a run at its
+    start: the batch cannot be split over the GPUs or, with `data`, shards or tokenizer are missing or do not fit the
+    model; or where `sizes` is no such file, or images are square."""
+    if sizes is not None and config.model.resize == "square":
+        raise UserError(f"--sizes {sizes}: goes with model.resize=native; square images are all of one size")
+    with torch.device("meta"):
+        model = M3AE(config.model, config.loss)
+    parameters = sum(p.numel() for p in model.parameters())
+    grids = None if sizes is None else _grids(model, sizes)
+    batch = typical_batch(config, model, grids)
+    world = world or max(config.train.global_batch // (config.train.micro_batch or config.train.global_batch), 1)
+    share = split_batch(config.train, world)
+    micro, accumulation = share.micro_batch, share.accumulation
+    console = Console(highlight=False, soft_wrap=True)
+    official = reference_flops(config.model, config.masking)
+    ours = executed_flops(config.model, batch) / len(batch.keys)
+    peaks = data_sheet("H100")
+    assert peaks is not None
+    rate = UTILISATION * peaks.flops / ours  # samples per second of an H100
+    square = ", of a square image" if config.model.resize == "native" else ""
+    lines = [
+        ("parameters", f"{parameters:,}"),
+        ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward, as the official code computes it{square}"),
+        ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
+        (
+            "batch",
+            f"{config.train.global_batch} = {world} GPUs x {micro} samples x {accumulation} accumulated"
+            + (" at most" if micro * world * accumulation != config.train.global_batch else "")
+            + (" (train.micro_batch is a maximum)" if micro != (config.train.micro_batch or micro) else ""),
+        ),
+        *([] if grids is None else _images(batch, micro)),
+        ("network", _network(config, parameters, world, accumulation, rate)),
+        (
+            "loader",
+            f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for the {rate:,.0f} samples/s of an H100 at "
+            f"{UTILISATION:.0%} of its peak",
+        ),
+    ]
+    if data:
+        found = open_data(config.data, config.model, progress=True)
+        schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
+        held_out = f", {found.val.samples:,} held out" if found.val else ""
+        lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
+        lines += _fetching(config, found.train, world, rate)
+    for name, text in lines:
+        console.print(f"{name:21} {text}")
+    activations = micro * activation_bytes(config, batch) / len(batch.keys)
+    console.print(_memory_table(config, parameters, world, activations))
+    console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
+    if recomputes(config.train):
+        fraction = (6 + config.model.mlp_ratio) / (8 + 2 * config.model.mlp_ratio)
+        console.print(f"a GPU without room for them keeps {fraction:.0%}: outputs of GELU and LayerNorm are made again")
+
+
+def report_time(config: Config, session: Session) -> None:
+    """Print how long the run takes here, on the ranks that there are, measured by some steps. Every rank must call it.
+    Raises UserError as at the run's start."""
+    ranks = session.ranks
+    if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
+        print(f"{'time':21} not measured on this machine: {lacking}")
+        return
+    settled = config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
+    pace = measure(settled, session, MEASURED_S)
+    if ranks.is_main:
+        samples = open_data(config.data, config.model).train.samples * config.data.repeats
+        print(f"{'time':21} {pace.sentence(config, Schedule(config.train, config.optim, samples))}", flush=True)
+
+
+def network_bytes(
+    parameters: int, stage: int | None, world: int, accumulation: int, bf16: bool, fp32_sums: bool
+) -> int:
+    """Return the bytes that a GPU sends per optimiser step. `stage` None: DDP; `fp32_sums`: gradients are reduced in
+    float32.
+
+    An all-reduce sends 2 (n - 1) / n of its data, a reduce-scatter or all-gather half of that. Gradients are sent once
+    per step, with stages 2 and 3, which keep only shards, per micro-batch; DeepSpeed reduces them to their owners
+    by all-reduce in stages 1 and 2. Weights are gathered once after the step, in stage 3 for every forward and backward
+    pass.
+    """
+    half = parameters * (world - 1) / world
+    weights = (2 if bf16 and stage else 4) * half
+    gradients = (4 if fp32_sums or not (bf16 and stage) else 2) * half
+    if not stage:
+        return round(2 * gradients)
+    if stage < 3:
+        return round(2 * gradients * (accumulation if stage == 2 else 1) + weights)
+    return round((gradients + 2 * weights) * accumulation)
+
+
+def _network(config: Config, parameters: int, world: int, accumulation: int, rate: float) -> str:
+    stage = None if config.zero is None else config.zero.stage
+    fp32_sums = config.deepspeed is None or config.deepspeed.communication_data_type == "fp32"
+    sent = network_bytes(parameters, stage, world, accumulation, in_bf16(config), fp32_sums)
+    text = f"{sent / 1e9:,.2f} GB sent per GPU and step"
+    if not sent:
+        return text
+    batch = config.train.global_batch
+    seconds, work = sent / NETWORK, batch / world / rate
+    text += f": {1e3 * seconds:.3g} ms at {NETWORK / 1e9:g} GB/s, beside {1e3 * work:.3g} ms of work"
+    if seconds > work:
+        other = ", or zero.stage 1" if (stage or 0) > 1 and accumulation > 1 else ""
+        most = max(1, int(batch / rate / seconds))
+        text += f"; above {most:,} GPUs the network sets the pace: a larger train.global_batch helps{other}"
+    return text
+
+
+def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
+    """Say what a node fetches and keeps, where shards are not read in place and their sizes are known."""
+    ranks = range(min(world, GPUS_OF_NODE))
+    needs = needs_of_node(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
+    first, owned = needs.in_use(), needs.owned()
+    if not owned:
+        return []
+    epoch = corpus.samples * config.data.repeats / (rate * world)  # seconds
+    return [
+        (
+            "fetching",
+            f"{first / 1e9:,.3g} GB on a node before the first step at most, {first / FETCHED:,.0f} s at "
+            f"{FETCHED / 1e9:g} GB/s; then {owned / epoch / 1e6:,.3g} MB/s",
+        ),
+        ("disk of a node", f"{2 * first / 1e9:,.3g} GB of copies or more; {owned / 1e9:,.3g} GB for all that it reads"),
+    ]
+
+
+def _memory_table(config: Config, parameters: int, world: int, activations: float) -> Table:
+    table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB per GPU")
+    for stage in range(4):
+        rows = [part / 1e9 for part in (*zero_bytes(parameters, stage, world, in_bf16(config)), activations)]
+        mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
+        table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
+    return table
+
+
+def _grids(model: M3AE, path: Path) -> list[Grid]:
+    """Return the grids of some image sizes of a file, evenly chosen. Raises UserError if stats did not write it."""
+    native = model.geometry.native
+    assert native is not None
+    try:
+        sizes = [(float(width), float(height)) for width, height in read_json(path)]
+        if not sizes or not all(1 <= side < math.inf for size in sizes for side in size):
+            raise ValueError("a width or height below 1, or none")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--sizes {path}: cannot be read ({error}); stats --sizes writes such a file") from None
+    every = -(-len(sizes) // SIZES)
+    return [native.grid(height, width) for width, height in sizes[::every]]
+
+
+def _images(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
+    """Say how many patches native images have, and how far micro-batches of a step differ in tokens."""
+    patches = [rows * columns for rows, columns in batch.grids]
+    tokens_S = torch.stack([part.cu_seqlens.diff() for part in batch.sequences]).sum(0).double()
+    spread = (tokens_S.std(correction=0) / tokens_S.mean()).item() / math.sqrt(micro)
+    return [
+        ("patches per image", f"{sum(patches) / len(patches):,.1f} on average, from {min(patches)} to {max(patches)}"),
+        (
+            "balance",
+            f"tokens of micro-batches of {micro} samples differ by {spread:.1%} (standard deviation), before the ranks "
+            "of a node share out images of local shards by size",
+        ),
+    ]

@@ -1,0 +1,218 @@
+"""The log of a run: a progress bar, metrics.jsonl, and loggers such as TensorBoard, all by the main rank."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from m3ae_fast.base.atomic_file import put_in_place
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.training.loggers import LOGGERS, Logger
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class _Console(Console):
+    """Goes on silently when whoever reads the output has left (`| head`): rich's own would end the run."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+@dataclass
+class RunLog:
+    """Use as a context manager around the training loop. Nothing is written before `begin`."""
+
+    folder: Path
+    start: int  # steps taken before
+    total: int  # steps
+    loggers: Sequence[str] = ("tensorboard",)  # names of `LOGGERS`
+    config: dict[str, Any] = field(default_factory=dict)  # that they show
+
+    def __post_init__(self) -> None:
+        self._file: BinaryIO | None = None
+        self._opened: list[Logger] = []
+        self._written = True
+        self._since = time.monotonic()
+        self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[summary]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=self.total, completed=self.start, summary="")
+
+    def __enter__(self) -> RunLog:
+        self._old_hook, threading.excepthook = threading.excepthook, self._thread_failed
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._close()
+        threading.excepthook = self._old_hook
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """Keep TensorBoard's thread from printing a traceback when the disk refuses, which `log` reports anyway."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            self._old_hook(args)
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # reported by `log`
+            for logger in self._opened:
+                logger.close()
+        if self._file is not None:
+            self._file.close()
+        self._file, self._opened = None, []
+
+    def begin(self) -> None:
+        """Forget what an earlier attempt wrote beyond the step that this one starts from. Raises UserError where the
+        folder cannot be written to, or a logger cannot start."""
+        if self._file is not None:
+            return
+        path = self.folder / METRICS_FILE
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _forget_after(path, self.start)
+            self._file = path.open("ab", buffering=0)
+            for name in self.loggers:
+                self._opened.append(LOGGERS[name](self.folder, self.start, self.config))
+        except OSError as error:
+            raise UserError(f"run.dir {self.folder}: cannot be written to ({error.strerror or error})") from None
+
+    def change(self, total: int) -> None:
+        """Take another number of steps."""
+        self.total = total
+        self._progress.update(self._task, total=total)
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
+        """Write one JSON line, one point per scalar, one line for people. A full disk stops the first two, not the run:
+        its weights may still find room."""
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            self.say(f"{self.folder / METRICS_FILE} was removed: what it held is lost")
+            self._close()
+        self.begin()
+        assert self._file is not None
+        with self._room():
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            for logger in self._opened:
+                logger.log(step, values)
+        self._progress.update(self._task, summary=_summary(values))
+        shown = [
+            f"{name} {_short(value)}" + (f" (on {where[name]})" if where and name in where else "")
+            for name, value in values.items()
+        ]
+        if "loss" in values and not self.console.is_terminal:  # on a terminal the bar shows it
+            shown.append(f"eta {self._left(step)}")
+        self.say("  ".join([f"step {step}", *shown]))
+
+    def has(self, step: int, names: Collection[str]) -> bool:
+        """Return whether this attempt or an earlier one has logged a value of any of these names after this step."""
+        with contextlib.suppress(OSError):
+            lines = _lines(self.folder / METRICS_FILE)
+            return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)
+        return False
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show an image file in the loggers."""
+        with self._room():
+            for logger in self._opened:
+                logger.picture(step, name, path)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Report a full disk, once."""
+        try:
+            yield
+        except OSError as error:
+            if self._written:
+                self.say(f"metrics cannot be written any more ({error.strerror or error})")
+            self._written = False
+
+    def _left(self, step: int) -> timedelta:
+        """Return the time that the rest of the run takes, at its pace so far."""
+        done = max(step - self.start, 1)
+        seconds = (time.monotonic() - self._since) / done * (self.total - step)
+        return timedelta(seconds=round(seconds))
+
+    def say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # output into a file on a full disk
+            self._progress.console.print(text)
+
+
+class SilentLog(RunLog):
+    """The log of a rank that is not the main one: says and writes nothing."""
+
+    _nothing: Any = staticmethod(lambda *_, **__: None)
+    __init__ = __exit__ = begin = change = advance = log = has = picture = say = _nothing
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run folder's metrics.jsonl that have a step. Raises UserError if there are none."""
+    try:
+        lines = _lines(folder / METRICS_FILE)
+    except OSError as error:
+        raise UserError(f"{folder}: not a run folder ({METRICS_FILE}: {error.strerror})") from None
+    if not lines:
+        raise UserError(f"{folder / METRICS_FILE}: holds no step yet")
+    return lines
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # half-written
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
+    return lines
+
+
+def _summary(values: dict[str, Any]) -> str:
+    shown = {"loss": "loss {:.4f}", "samples_per_s": "{:.1f} samples/s", "data_wait": "waits {:.1%} for data"}
+    return "  ".join(form.format(values[name]) for name, form in shown.items() if name in values)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines beyond the step that a resumed run starts from, and a half-written last one; all for a new run."""
+    if step == 0:
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        return
+    kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    put_in_place(partial, path)

@@ -1,0 +1,94 @@
+"""Loggers in addition to a run's own files: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast.base.errors import UserError, library
+
+WANDB_ID_FILE = "wandb-id"
+
+
+class Logger(Protocol):
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Write one point per scalar. Raises OSError if the disk refuses."""
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show an image file."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in folder/tensorboard."""
+
+    def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, whose id stays in the run folder: a resumed run continues there.
+
+    Project, entity and mode come from WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE ("offline" needs no account).
+    """
+
+    def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:
+        wandb = library("wandb", 'run.loggers: "wandb" is not installed; pip install wandb')
+        id_file = folder / WANDB_ID_FILE
+        known = id_file.read_text(encoding="utf-8").strip() if start_step and id_file.is_file() else None
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "m3ae-fast"),
+                name=folder.resolve().name,
+                dir=str(folder),
+                id=known or None,
+                resume="allow",
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.errors.Error, TimeoutError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f'run.loggers: wandb: {reason}; run "wandb login", or set WANDB_MODE=offline') from None
+        id_file.write_text(self._run.id + "\n", encoding="utf-8")
+        self._image: Callable[..., Any] = wandb.Image
+        self._run.define_metric("*", step_metric="step")  # a step repeated after a resume is logged again
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log({"step": step, **values})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._run.log({"step": step, name: self._image(str(path))})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def show(folder: Path, loggers: Sequence[str], step: int, name: str, path: Path) -> None:
+    """Show a picture of a run that has ended beside those that it has drawn itself. Raises UserError where a logger
+    cannot go on."""
+    for logger in loggers:
+        writer = LOGGERS[logger](folder, step, {})
+        writer.picture(step, name, path)
+        writer.close()
+
+
+LOGGERS: dict[str, Callable[[Path, int, dict[str, Any]], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}

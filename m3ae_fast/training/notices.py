@@ -1,0 +1,112 @@
+"""Notes on what a user should know and might not notice: reported once, none of it an error."""
+
+from __future__ import annotations
+
+import contextlib
+from statistics import median
+
+from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.config import Config, ModelConfig
+from m3ae_fast.data import Corpus, Data
+from m3ae_fast.data.reader import Reader
+from m3ae_fast.data.shards import network_file_system
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.images.decoding import size_of
+
+_SETTLED_STEPS = 50  # after which memory should not grow much any more
+_GROWTH = 1.5
+_LOOKED_AT = 32  # images of a source
+_ENLARGED = 0.75  # of the model's image size: smaller images are told
+
+
+def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
+    """Return what is odd about a run, one line each."""
+    notes = []
+    if not _trains(config):
+        notes.append(
+            "nothing is trained: of each modality either the loss has weight 0 or nothing of it is masked (section "
+            "masking, and loss.image_all_tokens and loss.text_all_tokens)"
+        )
+    batch, samples = config.train.global_batch, schedule.samples
+    if batch > samples:
+        notes.append(
+            f"a batch of {batch:,} has each of the {samples:,} samples {batch / samples:.1f} times; what is called an "
+            "epoch is one batch then, in the log, in train.epochs and in optim.warmup_epochs"
+        )
+    wanted = round(config.optim.warmup_epochs * schedule.steps_per_epoch)
+    if wanted > schedule.warmup_steps:
+        notes.append(
+            f"the warm-up of {wanted:,} steps (optim.warmup_epochs={config.optim.warmup_epochs:g}) is cut to the "
+            f"run's {schedule.warmup_steps:,}: the learning rate reaches its peak only at the end"
+        )
+    store = data.train.store
+    if (kind := network_file_system(store.cache_dir)) and any(
+        store.is_cached(shard.shard) for source in data.train.sources for shard in source.shards
+    ):
+        notes.append(
+            f"data.cache_dir {store.cache_dir} is on a network file system ({kind}): copies of shards travel twice; "
+            "name a folder on a disk of each node"
+        )
+    for name, corpus in (("train", data.train), ("val", data.val)):
+        if corpus and corpus.ignored:
+            notes.append(f"data.{name}: members of its shards that nothing reads: {corpus.ignored}")
+    if shared := data.val.shared_with(data.train) if data.val else []:
+        notes.append(
+            f"data.val: {len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'} trained on too, such as "
+            f"{shared[0]}: no loss of an evaluation tells what the model makes of samples it has not seen"
+        )
+    fields = ModelConfig.model_fields
+    default = all(getattr(config.model, name) == fields[name].default for name in ("image_mean", "image_std"))
+    sources = [source for source in data.train.sources if source.has_images]
+    if default and sources and not any("cc12m" in shard.shard.lower() for one in sources for shard in one.shards):
+        notes.append(
+            "model.image_mean and model.image_std are still the defaults, CC12M's; set them to those of your images, "
+            "which m3ae-fast data stats SHARDS prints"
+        )
+    if config.model.resize == "square" and (note := _enlarged(config, data.train)):
+        notes.append(note)
+    return notes
+
+
+def _trains(config: Config) -> bool:
+    """Return whether any loss has a weight and something to be of."""
+    loss, masking = config.loss, config.masking
+    image = loss.image_weight and (masking.image_ratio or loss.image_all_tokens)
+    text = config.model.vocab_size and loss.text_weight and (masking.text_ratio or loss.text_all_tokens)
+    return bool(image or text)
+
+
+def _enlarged(config: Config, corpus: Corpus) -> str:
+    """Return a note where most images are much smaller than the model's: of some that lie on this machine."""
+    sides = []
+    for source in corpus.sources:
+        if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
+            reader = Reader(source, corpus.store.in_place())
+            for row in range(min(source.indexed[0].summary.samples, _LOOKED_AT)):
+                with contextlib.suppress(BadSample, OSError):
+                    image = reader.read(0, row).image
+                    sides += [min(size_of(image))] if image else []
+    size = config.model.image_size
+    if not sides or (middle := median(sides)) >= _ENLARGED * size:
+        return ""
+    return (
+        f"images are enlarged: half of {len(sides):,} that were looked at have a short side of {middle:g} pixels or "
+        f"less, and model.image_size is {size}: a smaller one is faster and loses nothing"
+    )
+
+
+class MemoryGrowth:
+    """Notices peak memory that keeps growing when a run should have settled."""
+
+    def __init__(self) -> None:
+        self._settled: float | None = None
+
+    def look(self, steps: int, gigabytes: float) -> str | None:
+        """Return the note after this many steps of this attempt; None if there is none."""
+        if steps < _SETTLED_STEPS:
+            return None
+        before, self._settled = self._settled, self._settled or gigabytes
+        if before is None or gigabytes < _GROWTH * before:
+            return None
+        self._settled = gigabytes
+        return f"peak memory has grown from {before:.2f} to {gigabytes:.2f} GB since the run settled"

@@ -1,0 +1,152 @@
+"""How long a run takes on this machine, measured by some of its steps."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from torch.utils.data import DataLoader
+
+from m3ae_fast.base.progress import duration
+from m3ae_fast.config import Config
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.process.program import Session
+from m3ae_fast.process.stopping import Stopped
+from m3ae_fast.training.run import Run
+
+FIRST_BATCH = 8  # samples of the first trial, which says how many the second one may have
+_WARM = 2  # steps that are not counted: memory is allocated, kernels are compiled
+_FEWEST = 4  # steps that are, unless one takes as long as all should
+# the rate is stable when the standard error of the mean step time, from the means of consecutive parts, is below this
+# fraction of it
+_STABLE = 0.02
+_PARTS, _OF_PART = 4, 4  # parts, and steps of each at least
+_LOOK = 8  # steps between looks at whether it is stable; more after many steps
+_LEAST = 1 / 4  # of the time is measured however stable the rate is: other programs come and go
+_EVALUATED = 2 / 3  # of a step's time for an evaluated sample: two forward passes, none backward
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Tells how long a run takes, by the time for a sample that some steps took."""
+
+    sample: float  # seconds, as a part of its step
+    batch: int  # samples of the steps that were timed
+    steps: int  # that were timed
+    error: float = math.inf  # standard error of `sample`, as a fraction of it; infinite if there were too few steps
+
+    def rate(self) -> str:
+        """Return the throughput with its standard error, where that is known."""
+        rate = 1 / self.sample
+        digits = 0 if rate >= 10 else 2
+        error = f" ± {rate * self.error:,.{digits}f}" if math.isfinite(self.error) else ""
+        return f"{rate:,.{digits}f}{error} samples/s, measured over {self.steps} steps"
+
+    def seconds(self, config: Config, schedule: Schedule) -> float:
+        """Return how long the whole run takes: steps and evaluations on held-out samples."""
+        evaluations = 1 + schedule.total_steps // (config.train.eval_every or schedule.total_steps)
+        steps = schedule.total_steps * config.train.global_batch * self.sample
+        return steps + (evaluations * self.evaluation(config.train.eval_samples) if config.data.val else 0)
+
+    def evaluation(self, samples: int) -> float:
+        """Return the seconds of an evaluation on so many held-out samples."""
+        return samples * _EVALUATED * self.sample
+
+    def sentence(self, config: Config, schedule: Schedule) -> str:
+        """Return how long the run takes, and how that is known."""
+        step = self.sample * config.train.global_batch
+        scaled = "" if self.batch == config.train.global_batch else f" of {self.batch} samples, scaled"
+        whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
+        adjusted = "; train.hours changes their number" if config.train.hours else ""
+        return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, measured by {self.steps}{scaled}{adjusted}"
+
+
+def measure(config: Config, session: Session, seconds: float) -> Pace:
+    """Take steps of a run that leaves nothing behind, until their rate is stable or `seconds` have passed. Every rank
+    must call it.
+
+    A small batch comes first; then as large a one as the time allows, up to the config's, whose precision is settled.
+    Opening the data comes before. Raises UserError as the run would at its start, Stopped where a rank is to stop.
+    """
+    whole = config.train.global_batch
+    pace = _trial(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
+    fitting = min(whole, int(seconds / (_WARM + _FEWEST) / pace.sample))
+    return pace if fitting < 2 * pace.batch else _trial(config, session, fitting, seconds)
+
+
+def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace:
+    """Measure steps of `batch` samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        nowhere = config.run.model_copy(update={"dir": Path(folder) / "run", "loggers": []})
+        changes = {"global_batch": batch, "steps": 1 << 30, "epochs": None, "hours": None}
+        short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
+        run = Run.set_up(short, "no", session, None)
+        with closing(_times(run)) as times:
+            taken, began, ahead = [], time.perf_counter(), _ahead(run)
+            for each in times:
+                taken.append(each)
+                spent, enough = time.perf_counter() - began, _WARM + (_FEWEST if each < seconds else 1)
+                stable = spent > _LEAST * seconds and _stable(taken, ahead)
+                if session.ranks.from_main(stable or (spent > seconds and len(taken) >= enough)):
+                    break
+        counted = _counted(taken)
+        mean, error = session.ranks.from_main((fmean(counted), _error(counted)))
+        pace = Pace(mean / batch, batch, len(counted), error)
+    del run
+    gc.collect()  # its weights and loaders go now
+    return pace
+
+
+def _ahead(run: Run) -> int:
+    """Return the steps whose batches are loaded before the first one."""
+    loader = run.train_loader
+    assert isinstance(loader, DataLoader)
+    return loader.num_workers * (loader.prefetch_factor or 0) // run.share.accumulation
+
+
+def _counted(times: Sequence[float]) -> Sequence[float]:
+    """Return the step times that count, the later half after the warm-up: what was loaded ahead is used up."""
+    return times[_WARM:][len(times[_WARM:]) // 2 :]
+
+
+def _stable(times: Sequence[float], ahead: int) -> bool:
+    """Return whether enough steps were taken for a stable rate, in which those that were loaded `ahead` are not
+    counted."""
+    often = max(_LOOK, 1 << max(len(times).bit_length() - 4, 0))
+    if len(times) % often or len(times) < _WARM + 2 * ahead:
+        return False
+    counted = _counted(times)
+    return len(counted) >= _PARTS * _OF_PART and _error(counted) < _STABLE
+
+
+def _error(times: Sequence[float]) -> float:
+    """Return the standard error of the mean of step times, as a fraction of it, infinite if they are fewer than the
+    parts. Steps that follow each other are not independent; the means of long parts nearly are."""
+    each = len(times) // _PARTS
+    if not each:
+        return math.inf
+    means = [fmean(times[part * each : (part + 1) * each]) for part in range(_PARTS)]
+    return stdev(means) / math.sqrt(_PARTS) / fmean(means)
+
+
+def _times(run: Run) -> Generator[float, None, None]:
+    """Take steps, and yield the seconds of each, its wait for data included."""
+    began = time.perf_counter()
+    for inputs in run.inputs():
+        counts = run.step_counts(inputs)
+        if counts is None:
+            raise Stopped
+        batches = [run.with_targets(batch) for batch in inputs.device]
+        _, grad_norm = run.engine.step(batches, counts, run.schedule.lr(run.step))
+        float(grad_norm)  # waits for the GPU
+        run.step += 1
+        now = time.perf_counter()
+        yield now - began
+        began = now

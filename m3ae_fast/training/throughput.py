@@ -1,0 +1,114 @@
+"""Counts of what a step processed, the rates that follow from them, and how long this rank's own part of it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.model.flops import executed_flops, reference_flops
+
+
+class StepCounts(NamedTuple):
+    """Counts of some micro-batches. Their sums over ranks are StepCounts again."""
+
+    samples: float
+    images: float
+    captions: float
+    loss_image: float  # what the losses are means over
+    loss_text: float
+    skipped: float  # samples that could not be used
+    tokens: float  # cls, visible tokens, and masked tokens that the decoder takes
+    flops: float  # executed, forward and backward
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch], config: ModelConfig) -> StepCounts:
+        """Count what `batches` hold; they must still be on the CPU."""
+        each = []
+        for b in batches:
+            samples = len(b.keys), len(b.grids), b.captions
+            flops = executed_flops(config, b) if b.flops is None else b.flops
+            each.append((*samples, *b.counts, len(b.skipped), _tokens(b), flops))
+        return cls(*map(sum, zip(*each)))
+
+
+def _tokens(batch: PackedBatch) -> int:
+    """Return the number of tokens that encoder and decoder see, each once, without padding."""
+    visible = int(batch.encoder.cu_seqlens[len(batch.keys)])
+    return visible + int((batch.mask_ids >= 0).sum())
+
+
+class Throughput:
+    """Rates between two log lines."""
+
+    def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float) -> None:
+        """Start counting. `peak_flops`: FLOP/s of all ranks together."""
+        self._peak = peak_flops
+        self._has_reference = config.resize == "square"
+        self._paired = reference_flops(config, masking)
+        self._image, self._text = (reference_flops(config, masking, **{n: False}) for n in ("text", "image"))
+        self._start()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._counts = StepCounts(*[0] * len(StepCounts._fields))
+
+    def add(self, counts: StepCounts, waited: float) -> None:
+        """Add a step over all ranks, and the seconds that this rank waited for its data."""
+        self._counts = StepCounts(*(a + b for a, b in zip(self._counts, counts)))
+        self._waited += waited
+
+    def rates(self) -> dict[str, float]:
+        """Return rates since the last call."""
+        seconds, n = time.perf_counter() - self._since, self._counts
+        paired = n.images + n.captions - n.samples
+        reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text
+        rates = {
+            "samples_per_s": n.samples / seconds,
+            "tokens_per_s": n.tokens / seconds,
+            **({"mfu": reference / seconds / self._peak} if self._has_reference else {}),  # the official code's FLOPs
+            "utilisation": n.flops / seconds / self._peak,  # FLOPs that were spent
+            "data_wait": self._waited / seconds,
+        }
+        self._start()
+        return rates
+
+
+class ForwardTime:
+    """Measures the forward passes of training: backward ones wait for other ranks, and a whole step takes all of them
+    the same time, whichever rank is slow."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._passes: list[tuple[Any, Any]] = []
+        self._on_gpu = device.type == "cuda"
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end)
+
+    def per_step(self, steps: int) -> float:
+        """Return seconds per step since the last call, in which there were so many. The GPU must have come so far."""
+        passes = [each for each in self._passes if each[1] is not None]
+        self._passes = []
+        if self._on_gpu:
+            return sum(begun.elapsed_time(ended) for begun, ended in passes) / 1e3 / steps
+        return sum(ended - begun for begun, ended in passes) / steps
+
+    def _begin(self, module: nn.Module, *_: Any) -> None:
+        if module.training:
+            self._passes.append((self._now(), None))
+
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        if module.training:
+            self._passes[-1] = (self._passes[-1][0], self._now())
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,1 +1,0 @@
-"""Evaluates the representation of a trained model. `python -m m3ae_fast.transfer --help` lists them."""

@@ -1,0 +1,131 @@
+"""Writes the weights of a run as a folder that `M3AE.from_pretrained` or timm loads, or as ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m3ae_fast.base.errors import UserError
+
+if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
+    from m3ae_fast.model.pretrained import Pretrained
+    from m3ae_fast.weights.open_model import SavedRun
+
+# sections of the config that the card shows; the others name this machine's folders
+_SHOWN = ("masking", "loss", "optim", "train")
+
+
+def export(
+    run: str | Path, out: str | Path, format: str = "m3ae", name: str | None = None, weights: str = "average"
+) -> Pretrained:
+    """Write float32 weights of a run (its last checkpoint) or of one checkpoint to the folder `out`.
+
+    Args:
+        run: a run folder or a checkpoint, or an export, to change its format or to push it.
+        out: a new folder, or an earlier export, which is replaced.
+        format: "m3ae", "timm" for the image encoder as timm's VisionTransformer, or "onnx" for that as the file `out`.
+        name: what the model card calls the model; None: as the folder.
+        weights: "average", of a run with `train.ema`, or "last".
+
+    Returns:
+        What was read.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
+    """
+    from m3ae_fast.base.output_folder import CONFIG_FILE
+    from m3ae_fast.model.card import model_card
+    from m3ae_fast.model.pretrained import write_pretrained
+    from m3ae_fast.weights.open_model import is_run, run_weights, saved_run
+
+    if not is_run(Path(run)) and (Path(run) / CONFIG_FILE).is_file():
+        found, about = _read_export(run), ""
+    else:
+        saved, average = saved_run(Path(run)), weights == "average"
+        found, about = run_weights(saved, average=average), _run_section(saved, average)
+    if format != "m3ae" and found.config.resize == "native":
+        size = found.config.image_size
+        square = f"it takes square images of {size} x {size} pixels; images of other shapes need format m3ae"
+        found = replace(found, notes=(*found.notes, square))
+    if format == "onnx":
+        from m3ae_fast.weights.onnx_model import write_onnx
+
+        files = write_onnx(out, found.config, found.state)
+        return replace(found, notes=(*found.notes, *map(str, files)))
+    if format == "timm":
+        from m3ae_fast.weights.timm_model import write_timm
+
+        write_timm(out, found.config, found.state)
+    else:
+        card = model_card(name or Path(out).resolve().name, found.config, about)
+        write_pretrained(out, found, card)
+    return found
+
+
+def _read_export(folder: str | Path) -> Pretrained:
+    import torch
+
+    from m3ae_fast.model.m3ae import M3AE
+    from m3ae_fast.model.pretrained import check_weights, read_pretrained
+
+    found = replace(read_pretrained(folder), kind=f"export {folder}")
+    with torch.device("meta"):
+        check_weights(M3AE(found.config), found.state, str(folder))
+    return found
+
+
+def _run_section(run: SavedRun, average: bool) -> str:
+    """Return Markdown: data, steps, the last metrics up to this checkpoint, settings. `average`: of which weights."""
+    info, config = run.info, run.info.config
+    data = [f"- `{_public(shards)}`" for shards in _shards(config.get("data") or {})]
+    lines = ["## Training", "", f"{info.step:,} steps, {info.samples:,} samples seen, of", "", *data, ""]
+    if average and run.ema:
+        what = f"a moving average with decay {run.ema:g}; the metrics are of the last weights"
+        lines += [f"These weights are {what}.", ""]
+    metrics = _last_metrics(run)
+    if metrics:
+        lines += ["| metric | value | after step |", "|---|--:|--:|"]
+        lines += [f"| {name} | {value:.4g} | {step:,} |" for name, (value, step) in metrics.items()]
+        lines.append("")
+    versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
+    settings = {name: config[name] for name in _SHOWN if name in config}
+    if train := settings.get("train"):
+        settings["train"] = {key: value for key, value in train.items() if key != "probe"}  # which names shards
+    return "\n".join([*lines, f"With {versions}.", "", "```json", json.dumps(settings, indent=2), "```", ""])
+
+
+def _shards(data: dict[str, Any]) -> list[str]:
+    patterns = [source.get("shards", "") for source in data.get("train", [])]
+    return [one for pattern in patterns for one in ([pattern] if isinstance(pattern, str) else pattern)]
+
+
+def _public(shards: str) -> str:
+    """Return what may be published of a pattern: the names of files on this machine, a URL without its user and query,
+    and nothing of a command."""
+    from m3ae_fast.data.shards import is_remote
+
+    if shards.startswith("pipe:"):
+        return "pipe:..."
+    if "::" in shards:
+        return "::".join(map(_public, shards.split("::")))
+    if not is_remote(shards):
+        return shards.rpartition("/")[2]
+    return re.sub(r"(\w+://)[^/@\s]*@", r"\1", re.sub(r"\?\S*", "", shards))
+
+
+def _last_metrics(run: SavedRun) -> dict[str, tuple[float, int]]:
+    """Return, by name, a metric's last value up to the checkpoint's step, and the step of its line."""
+    from m3ae_fast.training.log import read_metrics
+
+    wanted = re.compile(r"(val_)?(loss|image_loss|text_loss|text_accuracy)")
+    found: dict[str, tuple[float, int]] = {}
+    with contextlib.suppress(UserError):  # a checkpoint that was moved
+        for line in read_metrics(run.path.parents[1]):
+            if (step := line["step"]) <= run.info.step:
+                numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+                found |= {name: (value, step) for name, value in numbers.items() if wanted.fullmatch(name)}
+    return found

@@ -1,0 +1,141 @@
+"""ViTs by the names of facebookresearch/mae, which are timm's for the encoder.
+
+Shapes: D encoder width, E decoder width, L patches, C channels, P patch size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.output_folder import check_dtypes
+from m3ae_fast.config import ModelConfig, parse
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import ENCODER
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
+# our name -> theirs; positions, cls token and patch embedding are apart
+_NAMES = {
+    r"patch_embed\.bias": r"patch_embed.proj.bias",
+    r"encoder\.(blocks\..+|norm\..+)": r"\1",
+    r"decoder_input\.proj\.(.+)": r"decoder_embed.\1",
+    r"decoder\.blocks\.(.+)": r"decoder_blocks.\1",
+    r"decoder\.norm\.(.+)": r"decoder_norm.\1",
+    r"image_head\.(.+)": r"decoder_pred.\1",
+}
+# what the encoder is without: classifiers, and what fine-tuning puts beside them
+_LEFT_OUT = re.compile(r"(head|head_drop|fc)(\.|$).*")
+# heads of the published sizes, by width; no file states them
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_DECODER_HEADS = {512: 16}
+
+
+@dataclass(frozen=True)
+class ViTOptions:
+    """What the weights do not show."""
+
+    num_heads: int | None = None  # None: as in the published size of that width
+    dec_num_heads: int | None = None
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+    gelu: str = "exact"
+
+
+def from_vit(
+    weights: dict[str, Tensor], options: ViTOptions, where: str
+) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
+    """Return config and weights of an MAE, or of its encoder alone if the file has no decoder, and notes about them.
+    Raises UserError where a weight is missing, or is one that an M3AE cannot represent."""
+    theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
+    check_dtypes(theirs, where)
+    notes = []
+    norms_the_mean = "norm.weight" not in theirs and "fc_norm.weight" in theirs
+    if norms_the_mean:
+        theirs = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in theirs.items()}
+        notes.append("its last norm (fc_norm) acts on the mean of the patches: model.mean_pool is before_norm")
+    for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
+        if name not in theirs or theirs[name].ndim != axes:
+            raise UserError(f"{where}: not an MAE or a timm VisionTransformer: lacks the weight {name} of {axes} axes")
+    config = _config(theirs, options, "before_norm" if norms_the_mean else "after_norm", where)
+    with torch.device("meta"):
+        own = M3AE(config).state_dict()
+    if "decoder_embed.weight" not in theirs:
+        own = {name: tensor for name, tensor in own.items() if name.startswith(ENCODER)}
+    taken: set[str] = set()
+
+    def take(name: str) -> Tensor:
+        if name not in theirs:
+            raise UserError(f"{where}: lacks the weight {name}; an M3AE needs it")
+        taken.add(name)
+        return theirs[name].to(torch.float32)
+
+    state = {name: _ours(name, take, where) for name in own}
+    for name in sorted(theirs.keys() - taken):
+        raise UserError(f"{where}: has a weight {name}, which an M3AE cannot represent")
+    return config, state, notes
+
+
+def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
+    if name == "patch_embed.weight":
+        return take("patch_embed.proj.weight").permute(0, 2, 3, 1).flatten(1)  # [D, C, P, P] -> [D, P * P * C]
+    if name == "encoder_input.cls_token":
+        return take("cls_token")[0] + take("pos_embed")[0, :1]
+    if name == "encoder_input.positions.image":
+        return take("pos_embed")[0, 1:]
+    if name == "decoder_input.unshuffle.image_mask":
+        return take("mask_token")[0]
+    if name == "decoder_input.unshuffle.positions.image":
+        positions_LE = take("decoder_pos_embed")[0]
+        if positions_LE[0].any():
+            raise UserError(f"{where}: decoder_pos_embed moves the cls token, which an M3AE cannot represent")
+        return positions_LE[1:]
+    for pattern, template in _NAMES.items():
+        if match := re.fullmatch(pattern, name):
+            return take(match.expand(template))
+    raise KeyError(name)
+
+
+def _config(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
+    width, channels, patch, columns = theirs["patch_embed.proj.weight"].shape
+    patches = theirs["pos_embed"].shape[1] - 1
+    side = math.isqrt(max(patches, 0))
+    if patch != columns or side * side != patches:
+        raise UserError(f"{where}: its patches are not square, or {patches} of them do not fill a square image")
+    dec_width = theirs["decoder_embed.weight"].shape[0] if "decoder_embed.weight" in theirs else 512
+    data = {
+        "size": None,
+        "emb_dim": width,
+        "depth": _depth(theirs, "blocks"),
+        "num_heads": _heads(options.num_heads, HEADS, width, "--num-heads", where),
+        "dec_emb_dim": dec_width,
+        "dec_depth": _depth(theirs, "decoder_blocks") or 8,
+        "dec_num_heads": _heads(options.dec_num_heads, _DECODER_HEADS, dec_width, "--dec-num-heads", where),
+        "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width if "blocks.0.mlp.fc1.weight" in theirs else 4,
+        "use_type_embedding": False,
+        "image_size": side * patch,
+        "patch_size": patch,
+        "channels": channels,
+        "image_mean": options.mean,
+        "image_std": options.std,
+        "vocab_size": 0,
+        "gelu": options.gelu,
+        "positions": "stored",
+        "mean_pool": mean_pool,
+    }
+    return parse(ModelConfig, data, where)
+
+
+def _depth(theirs: dict[str, Tensor], part: str) -> int:
+    return sum(re.fullmatch(rf"{part}\.\d+\.norm1\.weight", name) is not None for name in theirs)
+
+
+def _heads(given: int | None, known: dict[int, int], width: int, flag: str, where: str) -> int:
+    if given is None and width not in known:
+        raise UserError(f"{where}: does not say how many attention heads are {width} wide; give {flag}")
+    return known[width] if given is None else given

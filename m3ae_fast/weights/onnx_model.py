@@ -1,0 +1,145 @@
+"""The image encoder as an ONNX file: pixels in, the features of `M3AE.encode` out, for runtimes without torch. Pixels
+have the model's image_dtype, uint16 as int32, and are not normalised yet: of floats, black is 0 and white 1.
+
+Shapes: B images, C channels, S image size, D width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from m3ae_kernels.pixels import LARGEST
+from torch import Tensor, nn
+
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.images.normalisation import to_unit
+from m3ae_fast.weights.timm_model import model_arguments, timm_weights
+
+SUFFIX, INT8_SUFFIX = ".onnx", ".int8.onnx"
+NEEDED = 0.99999  # cosine of the file's features with torch's, in float32
+_BATCH, _TIMED = 8, 3  # images of a batch that is timed, and how many are
+
+
+class Checked(NamedTuple):
+    """An ONNX file with its accuracy and speed, measured on this machine."""
+
+    path: Path
+    cosine: float  # lowest, with torch's float32 features
+    images_per_s: float
+
+    def __str__(self) -> str:
+        return f"{self.path}: cosine with torch {self.cosine:.6f}, {self.images_per_s:.3g} images/s on this machine"
+
+
+class ImageEncoder(nn.Module):
+    """timm's VisionTransformer with the encoder's weights: pixels [B, C, S, S] -> float32 [B, D]."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: ModelConfig, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        from timm.models import VisionTransformer
+
+        self.vit = VisionTransformer(**model_arguments(config))
+        self.vit.load_state_dict(timm_weights(config, state))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+        white = LARGEST.get(getattr(torch, config.image_dtype), 1)
+        self.register_buffer("mean", white * mean)
+        self.register_buffer("scale", 1 / (white * std))
+
+    def forward(self, pixels_BCSS: Tensor) -> Tensor:
+        return self.vit((pixels_BCSS.float() - self.mean) * self.scale)
+
+
+def input_dtype(config: ModelConfig) -> np.dtype:
+    """Return the dtype of a file's input: torch exports nothing of uint16."""
+    return np.dtype("int32" if config.image_dtype == "uint16" else config.image_dtype)
+
+
+def as_input(images: Tensor, config: ModelConfig) -> np.ndarray:
+    """Return a batch's images as a file takes them."""
+    pixels = to_unit(images, config.image_mean, config.image_std) if images.is_floating_point() else images
+    return pixels.numpy().astype(input_dtype(config), copy=False)
+
+
+def file_names(out: Path) -> tuple[Path, Path]:
+    """Return the names of the float32 and of the int8 file of an export to `out`."""
+    return out, out.with_name(out.name.removesuffix(SUFFIX) + INT8_SUFFIX)
+
+
+def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> list[Checked]:
+    """Write the encoder of images to `out` in float32, and beside it, as NAME.int8.onnx, with weights of matrices in
+    int8 and their inputs quantised as they come. Return how near each is to torch, and how fast. Raises UserError where
+    `out` is no name of an ONNX file, a library is missing, or the float32 file gives other features."""
+    out = Path(out)
+    if out.suffix != SUFFIX:
+        raise UserError(f"{out}: must end in {SUFFIX}")
+    if missing := [name for name in ("onnx", "onnxruntime", "timm") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'm3ae-fast[onnx]'")
+    encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
+    with whole_file(out) as partial:
+        _export(encoder, config, partial)
+        exact = _checked(encoder, config, partial)
+        if exact.cosine < NEEDED:
+            raise UserError(f"{out}: its features differ from torch's (cosine {exact.cosine:.6f}); no file was written")
+    _, small = file_names(out)
+    with whole_file(small) as partial:
+        _quantise(out, partial)
+        quick = _checked(encoder, config, partial)
+    return [exact._replace(path=out), quick._replace(path=small)]
+
+
+def _export(encoder: ImageEncoder, config: ModelConfig, path: Path) -> None:
+    # of 2 images: 1 would be taken for a constant
+    pixels = torch.zeros(2, config.channels, config.image_size, config.image_size)
+    pixels = torch.from_numpy(pixels.numpy().astype(input_dtype(config)))
+    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shapes are fixed, and that there is another exporter, which needs more
+        torch.onnx.export(
+            encoder,
+            (pixels,),
+            str(path),
+            **names,
+            dynamic_axes={"pixels": {0: "batch"}, "features": {0: "batch"}},
+            opset_version=17,
+            dynamo=False,
+        )
+
+
+def _quantise(path: Path, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(path, out, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+
+
+def session(path: Path) -> Any:
+    """Return onnxruntime's session of a file, on the CPU."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def _checked(encoder: ImageEncoder, config: ModelConfig, path: Path) -> Checked:
+    run = session(path).run
+    shape = (_BATCH, config.channels, config.image_size, config.image_size)
+    white = LARGEST.get(getattr(torch, config.image_dtype), 1)
+    pixels = (np.random.default_rng(0).random(shape) * (white + (white > 1))).astype(input_dtype(config))
+    cosines = []
+    for part in (pixels, pixels[:1]):  # any number of images
+        (found,) = run(None, {"pixels": part})
+        cosines.append(torch.cosine_similarity(torch.from_numpy(found), encoder(torch.from_numpy(part))).min().item())
+    started = time.perf_counter()
+    for _ in range(_TIMED):
+        run(None, {"pixels": pixels})
+    return Checked(path, min(cosines), _BATCH * _TIMED / (time.perf_counter() - started))

@@ -1,0 +1,140 @@
+"""Opens the MODEL of a command line: a run, a checkpoint, an export, a name on the hub, or a network untrained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.config import LossConfig, ModelConfig, Range, parse
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pixels import Pixels
+from m3ae_fast.model.positions import Positions
+from m3ae_fast.model.pretrained import Pretrained, build
+from m3ae_fast.weights.model_name import PIXELS, RANDOM
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What the checkpoint of a run says of it."""
+
+    path: Path
+    info: checkpoint.Info
+    config: ModelConfig
+    loss: LossConfig
+    tokenizer: str | None  # file or name, as its config says
+    image_tokenizer: str | None  # folder of the VQGAN whose codes it predicts
+    ema: float | None  # decay of the moving average of the weights that it holds too
+
+
+def is_run(path: Path) -> bool:
+    """Return whether `path` is a checkpoint, or a run folder with one."""
+    return (path / checkpoint.INFO_FILE).is_file() or bool(checkpoint.saved_steps(path))
+
+
+def saved_run(run: Path) -> SavedRun:
+    """Describe the last checkpoint of a run folder, or the checkpoint `run` itself. Raises UserError where there is no
+    checkpoint, it is damaged, or it holds a classifier."""
+    path = checkpoint.locate(run)
+    info = checkpoint.read_info(path)
+    if "classifier" in info.config or "task" in info.config:
+        raise UserError(f"{run}: holds a classifier, the result of a transfer task; name the model that it began from")
+
+    def setting(section: str, key: str) -> Any:
+        return (info.config.get(section) or {}).get(key)
+
+    where = f"checkpoint {path}"
+    config = parse(ModelConfig, info.config.get("model"), where)
+    loss = parse(LossConfig, info.config.get("loss") or {}, where)
+    tokenizers = setting("data", "tokenizer"), setting("data", "image_tokenizer")
+    return SavedRun(path, info, config, loss, *tokenizers, setting("train", "ema"))
+
+
+def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:
+    """Read the weights of a run, whatever ZeRO stage trained it, with the tokenizer that its config names. `average`:
+    of a run with train.ema, the moving average of the weights. Raises UserError where the checkpoint is damaged."""
+    state = checkpoint.read_weights(run.path, average=average)
+    kind, notes, tokenizer = f"checkpoint {run.path}", [], None
+    if average and run.ema:
+        kind += f", the average of its weights (train.ema {run.ema:g})"
+    if run.config.vocab_size and run.tokenizer:
+        try:
+            tokenizer = load_tokenizer(run.tokenizer, run.config.text_length, run.config.vocab_size)
+        except UserError as error:  # the weights are still usable
+            notes.append(f"the tokenizer is left out: {error}")
+    return Pretrained(run.config, state, tokenizer, kind, tuple(notes))
+
+
+def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> M3AE:
+    """Return a model on the CPU, float32, with its tokenizer where text is asked for.
+
+    Args:
+        name: see `command_line.MODEL_HELP`.
+        text: whether captions are going to be encoded.
+        tokenizer: to be taken instead of the model's own.
+        seed: of the weights of `random:MODEL`.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or it cannot take text though `text` is set.
+    """
+    source = name.removeprefix(RANDOM)
+    if is_run(Path(source)):
+        run = saved_run(Path(source))
+        own = run.tokenizer
+        if source == name:
+            state = checkpoint.read_weights(run.path)
+            model = build(lambda: M3AE(run.config, run.loss), state, f"checkpoint {run.path}")
+        else:
+            model = _untrained(run.config, run.loss, seed)
+    else:
+        own, model = None, M3AE.from_pretrained(source)
+        if source != name:
+            model, trained = _untrained(model.config, model.loss_config, seed), model
+            model.tokenizer = trained.tokenizer
+    if not text:
+        return model
+    if not model.config.vocab_size:
+        raise UserError(f"{name}: is an image-only model, which cannot take text")
+    if wanted := tokenizer or own:
+        model.tokenizer = load_tokenizer(wanted, model.config.text_length, model.config.vocab_size)
+    if model.tokenizer is None:
+        raise UserError(
+            f"{name}: has no tokenizer with it; name one with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
+        )
+    return model
+
+
+def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> MultimodalEncoder:
+    """Return what `open_model` does or, of `pixels:MODEL`, the images as that model sees them, see `Pixels`. Raises
+    UserError as `open_model`, and for pixels of which text is asked for."""
+    if not name.startswith(PIXELS):
+        return open_model(name, text=text, tokenizer=tokenizer, seed=seed)
+    if text:
+        raise UserError(f"{name}: pixels are of images, not of captions; leave --modality out")
+    source = name.removeprefix(PIXELS)
+    return Pixels(saved_run(Path(source)).config if is_run(Path(source)) else open_model(source, text=False).config)
+
+
+def _untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return M3AE(config, loss)
+
+
+def set_images(
+    model: MultimodalEncoder, image_range: Range | None, resize: Literal["square", "native"] | None = None
+) -> None:
+    """Say what the values of the images are that the model will see, and what becomes of their sizes; None: as of those
+    it was trained on. Raises UserError if the model cannot take native ones."""
+    given = {"image_range": image_range, "resize": resize}
+    data = model.config.model_dump(mode="json") | {name: value for name, value in given.items() if value is not None}
+    model.config = parse(ModelConfig, data, f"encode.resize {resize}")
+    for module in model.modules():
+        if isinstance(module, Positions):
+            module.lay_out(model.config)

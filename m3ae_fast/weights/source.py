@@ -1,0 +1,102 @@
+"""Detects the format of a file or folder of weights, and reads it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hub import find_folder
+from m3ae_fast.base.output_folder import read_tensors
+from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained
+from m3ae_fast.weights.jax_checkpoint import read_jax_checkpoint
+from m3ae_fast.weights.mae import ViTOptions, from_vit
+from m3ae_fast.weights.open_model import is_run, run_weights, saved_run
+from m3ae_fast.weights.timm_model import is_timm_folder, read_timm_folder
+
+_ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+
+
+def read_source(source: str, heads: ViTOptions) -> Pretrained:
+    """Recognise and convert a file, a folder, or a model of the hub. Raises UserError where it is none of what is
+    known, is damaged, or holds what an M3AE cannot represent."""
+    try:
+        found = _recognise(source, heads)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: cannot be converted ({type(error).__name__}: {reason}); is it whole?") from None
+    with torch.device("meta"):
+        model = M3AE(found.config)
+    check_weights(model, found.state, source)
+    return found
+
+
+def _recognise(source: str, heads: ViTOptions) -> Pretrained:
+    path = find_folder(source)
+    if path.is_dir():
+        return _read_folder(path, source, heads)
+    try:
+        with open_regular(path) as file:
+            head = file.read(len(_OLD_TORCH))
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
+    if not head:
+        raise UserError(f"{source}: is empty")
+    if path.suffix == ".safetensors":
+        return _read_vit(_read_safetensors(path), {}, heads, source)
+    if head.startswith(_ZIP) or head == _OLD_TORCH:
+        saved = _read_torch(path)
+        weights = saved.get("model", saved.get("state_dict", saved)) if isinstance(saved, dict) else None
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise UserError(f"{source}: not an MAE checkpoint: holds no dictionary of weights")
+        args = saved.get("args")
+        return _read_vit(weights, vars(args) if isinstance(args, argparse.Namespace) else {}, heads, source)
+    return read_jax_checkpoint(path)
+
+
+def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
+    if is_run(path):
+        return run_weights(saved_run(path))
+    if is_timm_folder(path):
+        return read_timm_folder(path, heads)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{source}: a folder with neither checkpoints nor an exported model")
+    return read_pretrained(source)
+
+
+def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOptions, source: str) -> Pretrained:
+    config, state, notes = from_vit(weights, heads, source)
+    notes.append("images are taken to be normalised with ImageNet's mean and std, GELU to be exact, as MAE's are")
+    kind = "encoder of an MAE or a timm ViT"
+    if "decoder_embed.weight" in weights:
+        norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""
+        wanted = norm_pix or "loss.norm_pix=true if MAE was trained with --norm_pix_loss"
+        notes.append(f"to train on with MAE's loss, set loss.per=batch and {wanted}")
+        kind = "MAE checkpoint"
+    return Pretrained(config, state, kind=kind, notes=tuple(notes))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+
+
+def _read_torch(path: Path) -> Any:
+    """Read a file with `weights_only`: tensors, containers, and the Namespace of MAE's own checkpoints."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file leads to
+        named = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
+        reason = f"names {named[1]}, which is not loaded" if named else (str(error).splitlines() or ["?"])[0][:200]
+        raise UserError(f"{path}: cannot be read as weights of torch ({reason})") from None

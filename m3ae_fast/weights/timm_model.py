@@ -1,0 +1,168 @@
+"""timm's VisionTransformer, as the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
+
+Shapes: D width, L patches, C channels, P patch size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.output_folder import CARD_FILE, CONFIG_FILE, MODEL_FILE, output_folder, read_tensors, write_tensors
+from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.model.positions import sincos_2d
+from m3ae_fast.model.pretrained import Pretrained
+from m3ae_fast.weights.mae import ViTOptions, from_vit
+
+_ACT_LAYERS = {"tanh": "gelu_tanh", "exact": "gelu"}
+_CARD = """---
+library_name: timm
+license: other
+tags: [image-feature-extraction, masked-autoencoder]
+---
+
+# {name}
+
+The image encoder of an M3AE as timm's VisionTransformer: image positions and the type embedding are in pos_embed.
+
+```python
+import timm
+
+model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # on the hub: hf-hub:OWNER/{name}
+prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+side = min(image.size)  # of a PIL image
+left, top = (image.width - side) // 2, (image.height - side) // 2
+square = image.crop((left, top, left + side, top + side))
+features = model(prepare(square)[None])  # [1, {emb_dim}], those of M3AE.encode(image, pool="mean")
+```
+
+The central square is cropped first, as in pre-training: timm's own transform resizes an image before it crops it, which
+gives other pixels, and other features, if the image is not square.
+
+`model.forward_features` gives all tokens, [B, 1 + {patches}, {emb_dim}], the cls token first. Images are the
+central square with black 0 and white 1 (levels of 8 bits / 255), minus {mean}, over {std}. Without config.json:
+`timm.models.VisionTransformer({arguments})`, whose LayerNorms have eps 1e-6.
+"""
+
+
+def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Write the encoder as config.json, model.safetensors and README.md, whole or not at all. Raises UserError where
+    the folder holds something else, or cannot be written."""
+    arguments = model_arguments(config)
+    about = {
+        "architecture": "vit_base_patch16_224",  # any of its class: model_args holds everything
+        "num_classes": 0,
+        "num_features": config.emb_dim,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [config.channels, config.image_size, config.image_size],
+            "fixed_input_size": True,
+            "mean": config.image_mean,
+            "std": config.image_std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "custom_load": False,
+        },
+    }
+    card = _CARD.format(
+        **config.model_dump(),
+        mean=config.image_mean,
+        std=config.image_std,
+        name=Path(folder).resolve().name,
+        patches=config.patches_per_image,
+        arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+    )
+    with output_folder(folder) as path:
+        write_tensors(path / MODEL_FILE, timm_weights(config, state))
+        (path / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (path / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Return the keywords of timm's VisionTransformer, whose features are then the mean of the patches as
+    `M3AE.encode` pools: before or after the last norm, which is `fc_norm` where it acts on the mean."""
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.channels,
+        "embed_dim": config.emb_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "act_layer": _ACT_LAYERS[config.gelu],
+        "num_classes": 0,
+        "global_pool": "avg",
+        "fc_norm": config.mean_pool == "before_norm",
+    }
+
+
+def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the encoder's weights by timm's names."""
+    side = config.image_size // config.patch_size
+    positions_LD = state.get("encoder_input.positions.image", sincos_2d(config.emb_dim, side))
+    if config.use_type_embedding:
+        positions_LD = positions_LD + state["encoder_input.image_type"]
+    patch = config.patch_size
+    weights = {
+        "cls_token": state["encoder_input.cls_token"][None],
+        "pos_embed": torch.cat((torch.zeros_like(positions_LD[:1]), positions_LD))[None],
+        "patch_embed.proj.weight": state["patch_embed.weight"]
+        .unflatten(1, (patch, patch, config.channels))
+        .permute(0, 3, 1, 2),
+        "patch_embed.proj.bias": state["patch_embed.bias"],
+    }
+    parts = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    if config.mean_pool == "before_norm":
+        parts = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in parts.items()}
+    return weights | parts
+
+
+def is_timm_folder(folder: Path) -> bool:
+    return "architecture" in _about(folder)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        about = read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def read_timm_folder(folder: Path, heads: ViTOptions) -> Pretrained:
+    """Convert a VisionTransformer that timm saved, or `write_timm`. Raises UserError where a file is missing or
+    damaged, or the model is one that an M3AE cannot represent."""
+    about = _about(folder)
+    arguments, pretrained = about.get("model_args") or {}, about.get("pretrained_cfg") or about
+    where = str(folder)
+    activation = arguments.get("act_layer") or "gelu"
+    gelu = {name: kind for kind, name in _ACT_LAYERS.items()}.get(activation)
+    if gelu is None:
+        raise UserError(f"{where}: has the activation {activation}, which an M3AE cannot represent")
+    if arguments.get("norm_layer") not in (None, "layernorm"):
+        raise UserError(f"{where}: has the norm {arguments['norm_layer']}, which an M3AE cannot represent")
+    options = replace(heads, gelu=gelu)
+    if heads.num_heads is None:
+        options = replace(options, num_heads=arguments.get("num_heads"))
+    if "mean" in pretrained and "std" in pretrained:
+        options = replace(options, mean=tuple(pretrained["mean"]), std=tuple(pretrained["std"]))
+    try:
+        weights = read_tensors(folder / MODEL_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: {MODEL_FILE} cannot be read ({error})") from None
+    config, state, notes = from_vit(weights, options, where)
+    return Pretrained(config, state, kind=f"timm model {about['architecture']}", notes=tuple(notes))

@@ -1,0 +1,102 @@
+"""What a representation has to beat: the largest class, and the pixels themselves."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import read_parquet, write_parquet
+from m3ae_fast.batch.inputs import unmasked_sample
+from m3ae_fast.batch.packing import pack
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.model.pixels import SIDE, Pixels
+from tests.evaluation.conftest import settings
+from tests.helpers.labelled import labelled_tar
+from tests.helpers.trainer import TINY
+
+SHORT = settings("linear.steps=4", "linear.peak_lr=1", "linear.global_batch=16", "linear.warmup_epochs=0")
+SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # of two classes, 16 and 2 samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("knn", ()),
+        ("linear", ("--cache-features", *SHORT)),
+        ("linear", ("--layers", "1", *SHORT)),
+        ("finetune", settings("finetune.steps=2", "finetune.global_batch=16", "finetune.rand_augment=null")),
+    ],
+)
+def test_every_result_says_the_share_of_the_largest_class(transfer, tmp_path, task, options, capsys):
+    """And in words whether it is above that."""
+    shard = labelled_tar(tmp_path / "a.tar", range(18), SKEWED)
+    result = transfer(task, *options, train=shard, val=shard)
+    assert result["chance"] == pytest.approx(16 / 18) and "chance_top5" not in result
+    table = read_parquet(tmp_path / "out/predictions.parquet")
+    above = np.mean(np.array(table["label"]) == table["prediction"]) - 16 / 18
+    assert f"the largest class on these samples: {100 * above:+.1f} points" in result["verdict"]
+    assert f"{task}: {result['verdict']}\n" in capsys.readouterr().out
+
+
+def test_the_largest_class_is_that_of_the_samples(tmp_path):
+    labels = [0] * 40 + [1] * 20 + [2] * 15 + [3] * 10 + [4] * 8 + [5] * 7
+    keys = [*map(str, range(100))]
+
+    def told(predictions, keys=keys):
+        write_parquet(tmp_path / "predictions.parquet", {"key": keys, "label": labels, "prediction": predictions})
+        return against_largest_class(tmp_path)
+
+    found = told(labels)
+    assert (found["chance"], found["chance_top5"]) == (0.4, pytest.approx(0.93))
+    assert found["verdict"].startswith("the model is better than the largest class: +60.0 points, 95 % interval")
+    assert told([1] * 100)["verdict"].startswith("the model is worse than the largest class: -20.0 points")
+    assert told([0] * 100)["verdict"].startswith("the model does not differ significantly from the largest class")
+    assert "verdict" not in told(labels, ["0", *keys[:-1]])  # of several predictions of a sample
+    write_parquet(tmp_path / "predictions.parquet", {"key": keys, "score": labels})
+    assert against_largest_class(tmp_path) == {} == against_largest_class(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"resize": "native"}, {"channels": 1, "image_mean": [0.4], "image_std": [0.2]}]
+)
+def test_pixels_are_those_that_the_model_sees_scaled_down(settings):
+    config = ModelConfig.model_validate({**TINY["model"], "vocab_size": 0, **settings}, strict=False)
+    sizes = [(16, 32), (32, 16), (32, 32)] if settings.get("resize") else [(32, 32)] * 3
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (config.channels, *s), dtype=torch.uint8, generator=generator) for s in sizes]
+    samples = [unmasked_sample(i, image, None, config, None) for i, image in enumerate(images)]
+    pixels = Pixels(config)
+    found = pixels.pooled_of_layers(pack(samples, pixels.geometry), [1, 2])
+    assert found.shape == (3, 2, config.channels * SIDE**2) and torch.equal(found[:, 0], found[:, 1])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    for feature, sample in zip(found[:, 0], samples):
+        seen = (sample.image / 255 - mean) / std
+        expected = F.interpolate(seen[None], (SIDE, SIDE), mode="bicubic", antialias=True).flatten()
+        torch.testing.assert_close(feature, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_colours_are_named_by_pixels(transfer, run):
+    longer = [*SHORT, *settings("linear.steps=100", "linear.peak_lr=30")]
+    for task, options in (("knn", []), ("linear", longer), ("linear", ["--shots", "5,9", *longer])):
+        result = transfer(task, *options, model=f"pixels:{run}", out=f"{task}{len(options)}")
+        assert result["top1"] > 0.9 and result["model"] == f"pixels:{run}"
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("attentive", (), "attentive does not take pixels; knn and linear do"),
+        ("finetune", (), "finetune does not take pixels; knn and linear do"),
+        ("knn", ("--modality", "paired"), "pixels are of images, not of captions; leave --modality out"),
+        ("knn", ("--layers", "1"), "pixels have no layers and no checkpoints; leave --layers and --resume out"),
+        ("linear", ("--resume", "auto"), "pixels have no layers and no checkpoints"),
+    ],
+)
+def test_what_cannot_be_done_with_pixels_is_refused(transfer, run, tmp_path, task, options, message):
+    with pytest.raises(UserError, match=message):
+        transfer(task, *options, model=f"pixels:{run}")
+    assert not (tmp_path / "out").exists()

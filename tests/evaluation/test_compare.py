@@ -1,0 +1,200 @@
+"""Models beside each other, and two results against each other."""
+
+import json
+import re
+from itertools import combinations
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from pyarrow import parquet
+from scipy import stats
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import write_parquet
+from m3ae_fast.cli.transfer import main
+from m3ae_fast.evaluation import ood
+from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, Found, model_names
+from m3ae_fast.evaluation.difference import LARGEST, compare_results
+from m3ae_fast.evaluation.ood import SCORES
+from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.significance import difference
+from tests.evaluation.conftest import pictures, settings
+from tests.helpers.labelled import tiny_run
+
+pytestmark = pytest.mark.slow
+
+SHORT = settings(
+    "linear.steps=4", "linear.peak_lr=1", "linear.global_batch=16", "linear.warmup_epochs=0", "attentive.steps=4",
+    "attentive.batch=16", "attentive.peak_lr=0.001", "encode.precision=fp32",
+)  # fmt: skip
+
+
+def _short(task):
+    """Those of SHORT that a task has."""
+    return settings(*(each for each in SHORT[1::2] if each.startswith((task, "encode"))))
+
+
+@pytest.fixture
+def compared(run, shards, tmp_path):
+    """compared(*options) -> what result.json holds of an M3AE beside an image-only model, `mae`."""
+    torch.manual_seed(1)
+    mae = tiny_run(tmp_path / "mae", vocab_size=0)
+
+    def perform(*options, models=(run, mae), short=SHORT):
+        data = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]
+        assert main(["compare", *map(str, models), *data, *short, *options]) == 0
+        return json.loads((tmp_path / "out/result.json").read_text())
+
+    return perform
+
+
+def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path, capsys):
+    result = compared("--seeds", "2")
+    models, probes = [UNTRAINED, SCALED, run.name, "mae"], ["knn", "linear", "attentive"]
+    rows = {(row["model"], row["probe"]): row for row in result["rows"]}
+    done = [(model, probe) for model in models for probe in probes]
+    done.remove((SCALED, "attentive"))  # pixels have no patch tokens
+    assert list(rows) == done
+    assert {row["trials"] for (model, probe), row in rows.items() if probe != "knn"} == {2}
+    assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1, 1]  # k-NN has nothing to draw
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    for (model, probe), row in rows.items():
+        own = table[(table.model == model) & (table.probe == probe)]
+        assert row["top1"] == pytest.approx((own.label == own.prediction).mean())
+    assert [(test["probe"], test["first"], test["second"]) for test in result["tests"]] == [
+        (probe, first, second)
+        for probe in probes
+        for second, first in combinations([LARGEST, *(model for model, own in done if own == probe)], 2)
+    ]
+    assert pictures(tmp_path / "out") == ["comparison"] and result["chance"] == pytest.approx(1 / 3)
+    page = (tmp_path / "out/comparison.md").read_text()
+    said = capsys.readouterr().out
+    cell = rows["mae", "linear"]
+    assert page in said and f"{100 * cell['top1']:.1f} ± {100 * cell['top1_se']:.1f}" in page
+    assert "- knn: mae " in page and "4 of 4 models done" in said
+    assert re.search(rf"\n\| {SCALED} \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \| - \|\n", page)
+
+    first = result["config"]["run"]["seed"]
+    random = table[(table.model == UNTRAINED) & (table.probe == "knn")].groupby("seed").score
+    one, other = (scores.tolist() for _, scores in random)
+    assert [*random.groups] == [first, first + 1] and one != other, "each seed has weights of its own"
+    cached = ["--cache-features", "--set", f"run.seed={first + 1}"]
+    for name, task, seed, options in (("mae", "knn", first, []), (run.name, "linear", first + 1, cached)):
+        model = str(run if name == run.name else tmp_path / "mae")
+        data = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / task), "--set", "data.workers=0"]
+        assert main([task, model, *data, *_short(task), *options]) == 0
+        alone = parquet.read_table(tmp_path / task / "predictions.parquet").to_pandas()
+        own = table[(table.model == name) & (table.probe == task) & (table.seed == seed)]
+        assert alone.score.tolist() == own.score.tolist(), "each is what its task alone would give, to the bit"
+
+
+def _found(**correct):
+    """Of one probe; by model the samples that are right, a row a seed."""
+    found, keys = Found([0, 1]), [str(i) for i in range(100)]
+    for model, rows in correct.items():
+        for seed, right in enumerate(rows):
+            best_NK = torch.from_numpy(~np.asarray(right)).long()[:, None]
+            found.add(model, "knn", seed, Predictions(keys, torch.zeros(100).long(), best_NK, torch.ones(100)))
+    return found
+
+
+def test_a_sample_that_half_the_seeds_have_right_counts_for_neither():
+    even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
+    assert difference(even, other).p == difference(other, even).p == 1.0  # as often right
+    mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more, of which the other has every second one
+    assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
+
+
+def test_a_test_is_paired_on_the_mean_over_seeds():
+    generator = np.random.default_rng(0)
+    good, poor = generator.random((2, 100)) < 0.9, generator.random((1, 100)) < 0.5
+    found = _found(poor=poor, good=good)
+    of_poor, of_good, (probe, first, second, test) = found.tests()
+    assert (probe, first, second) == ("knn", "good", "poor")
+    for (_, *names, against), name, right in ((of_poor, "poor", poor), (of_good, "good", good)):
+        assert names == [name, LARGEST] and against == difference(right.mean(0), np.ones(100))  # all are of one class
+    assert test == difference(good.mean(0), poor[0].astype(float)) and test.is_significant
+    decided = good[0] == good[1]
+    theirs = stats.binomtest(
+        int((good[0] & ~poor[0] & decided).sum()), int(((good[0] != poor[0]) & decided).sum())
+    ).pvalue
+    assert test.p == pytest.approx(theirs)
+    assert "- knn: good is better than poor" in found.page()
+    assert "- knn: good is worse than the largest class: -1" in found.page()
+    assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
+    assert found.result()["chance"] == 1.0  # all are of one of the two classes
+    assert "the largest class has 100.0 % of the samples" in found.page()
+    assert Found([0, 1]).result() == {}
+
+
+def test_models_are_called_by_their_folders_where_these_differ():
+    own = {"a": "runs/a", "b": "runs/b"}
+    assert model_names(["runs/a", "runs/b"]) == {UNTRAINED: "random:runs/a", SCALED: "pixels:runs/a"} | own
+    assert model_names(["runs/a", "runs/b"], pixels=False) == {UNTRAINED: "random:runs/a"} | own
+    assert list(model_names(["x/run", "y/run"])) == [UNTRAINED, SCALED, "x/run", "y/run"]
+    assert model_names(["random:x"]) == {UNTRAINED: "random:x", SCALED: "pixels:x", "random:x": "random:x"}
+    with pytest.raises(UserError, match="pixels:a: compare has pixels of its own; leave it out"):
+        model_names(["a", "pixels:a"])
+    with pytest.raises(UserError, match="one is named twice"):
+        model_names(["a", "a"])
+
+
+def test_mistakes_are_told_before_anything_is_encoded(compared, run, tmp_path, capsys):
+    with pytest.raises(UserError, match="nothing: no such file or folder"):
+        compared(models=(run, tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"linear.epochs: compare does not use it; its sections are encode, knn, run"):
+        compared("--probes", "knn", "--set", "linear.epochs=3", short=())
+    for options, message in ((["--probes", "knn,svm"], "no probe 'svm'"), (["--seeds", "0"], "invalid choice")):
+        with pytest.raises(SystemExit):
+            compared(*options)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_results_are_told_apart_or_not(transfer, run, shards, tmp_path, capsys):
+    transfer("knn", out="one")
+    transfer("knn", model=f"random:{run}", out="other")
+    capsys.readouterr()
+    folders = [str(tmp_path / "one"), str(tmp_path / "other")]
+    assert main(["difference", *folders]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{folders[0]} ") and folders[1] in said and "McNemar p = " in said
+    transfer("knn", val=shards[0], out="elsewhere")
+    with pytest.raises(UserError, match="66 samples are in one of them alone"):
+        main(["difference", folders[0], str(tmp_path / "elsewhere")])
+    transfer("knn", "--layers", "all", out="layers")
+    with pytest.raises(UserError, match="has no predictions of a class for each sample, once"):
+        main(["difference", folders[0], str(tmp_path / "layers")])
+    with pytest.raises(UserError, match=r"predictions.parquet: cannot be read"):
+        main(["difference", folders[0], str(tmp_path / "nowhere")])
+
+
+def test_predictions_of_no_class_are_no_result(tmp_path):
+    for name, prediction in (("one", [1, 2]), ("other", [1, None])):
+        columns = {"key": ["a", "b"], "label": [1, 2], "prediction": prediction}
+        (tmp_path / name).mkdir()
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / name / "predictions.parquet")
+    with pytest.raises(UserError, match="other: has no predictions of a class for each sample"):
+        main(["difference", str(tmp_path / "one"), str(tmp_path / "other")])
+
+
+def test_a_result_in_another_order_is_the_same_result(tmp_path, monkeypatch):
+    """Samples are met by key, and those of each set apart."""
+    monkeypatch.setattr(ood, "BOOTSTRAPS", 20)
+    random = np.random.RandomState(0)
+    keys = [f"{i:02}" for i in range(40)]
+    classes = {"label": random.randint(3, size=40), "prediction": random.randint(3, size=40)}
+    scores = {"set": np.repeat(["val", "a", "b"], [20, 12, 8])} | {score: random.rand(40) for score in SCORES}
+    for columns, lines in ((classes, 1), (scores, 2 * len(SCORES))):
+        for name, order in (("one", np.arange(40)), ("other", random.permutation(40))):
+            table = {"key": [keys[i] for i in order]} | {name: own[order].tolist() for name, own in columns.items()}
+            write_parquet(tmp_path / name / "predictions.parquet", table)
+        said = compare_results([tmp_path / "one", tmp_path / "other"]).splitlines()
+        assert len(said) == lines
+        for line in said:
+            assert re.search(
+                r"does not differ significantly .*\+0\.0+( points)?, 95 % interval \+0\.0+ to \+0\.0+\b", line
+            ), line

@@ -1,0 +1,94 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.evaluation import encoding, knn
+from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.train import main
+from m3ae_fast.weights.open_model import open_model
+from tests.evaluation.conftest import settings
+from tests.helpers.labelled import NAMES, coloured
+
+pytestmark = pytest.mark.slow
+
+
+def probe(shards, **more):
+    train, val = ([{"shards": shard, "modality": "image"}] for shard in shards)
+    return settings(f"train.probe={json.dumps({'train': train, 'val': val, 'every': 2, **more})}")
+
+
+@pytest.fixture
+def pretrain(trainer, shards):
+    """pretrain(name, *options) -> metrics of three steps."""
+
+    def run(name, *options):
+        folder = trainer.folder / name
+        fixed = settings(f"run.dir={folder}", "train.steps=3", "data.workers=0", "train.eval_samples=8")
+        assert main(["--config", str(trainer.config), *fixed, *options]) == 0
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_a_run_shows_a_transfer_curve_and_the_same_losses(pretrain, shards, trainer, monkeypatch):
+    given, real = [], knn.knn_scores
+    monkeypatch.setattr(knn, "knn_scores", lambda *args: given.append(args) or real(*args))
+    plain = pretrain("plain")
+    probed = pretrain("probed", *probe(shards, pool="cls", k=3, temperature=0.5))
+    *_, (bank, labels, queries, classes, k, temperature) = given
+    model = open_model(str(trainer.folder / "probed"), text=False)
+    images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(100, 118)]
+    torch.testing.assert_close(queries, model.encode(images, pool="cls", precision="fp32"), rtol=1e-4, atol=1e-5)
+    assert (len(bank), labels.tolist(), classes, k, temperature) == (48, [i % 3 for i in range(48)], 3, 3, 0.5)
+    shown = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
+    assert [step for step, _ in shown] == [0, 2, 3]
+    assert all(0.5 < share <= 1 for _, share in shown)  # three colours
+    assert {line["val_knn_largest_class"] for line in probed if "val_knn_top1" in line} == {1 / 3}
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, probed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monkeypatch):
+    pool, calls = encoding._pool, []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # the training samples' batch after step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pool(*args, **kwargs)
+
+    monkeypatch.setattr(encoding, "_pool", signalled)
+    lines = pretrain("stopped", *probe(shards))
+    assert len(calls) == 3 and lines[-1]["step"] == 2
+    assert [line["step"] for line in lines if "val_knn_top1" in line] == [0]
+    monkeypatch.undo()
+    whole = pretrain("whole", *probe(shards))
+    resumed = pretrain("stopped", *probe(shards), "--resume", "auto")
+    assert resumed[-1] == whole[-1] and "val_knn_top1" in whole[-1]
+
+
+def test_labels_that_cannot_be_used_end_the_run_before_it_begins(pretrain, shards, tmp_path):
+    with pytest.raises(UserError, match=r"48 of 48 samples have no label .json.other."):
+        pretrain("wrong", *probe(shards, labels="json.other"))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_curve_of_a_partitioned_model_is_the_same(trainer, shards):
+    """ZeRO-3 on three ranks gathers weights that it has given away, also where ranks have no sample: of three that an
+    evaluation has, which shows in pictures too, and at the end of the probe's."""
+    options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=3", "train.pictures=2")]
+    options += [*probe(shards), "--set", "train.eval_every=1"]
+    split = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    curves = []
+    for name, section, ranks in (("plain", None, 1), ("partitioned", split, 3)):
+        trainer(name, *options, "--set", f"deepspeed={json.dumps(section)}", ranks=ranks)
+        lines = map(json.loads, (trainer.folder / name / "metrics.jsonl").read_text().splitlines())
+        keys = "loss", "val_knn_top1", "val_image_loss", "val_rankme"
+        curves.append([line[key] for line in lines for key in keys if key in line])
+        assert (trainer.folder / name / "reconstructions.png").is_file()
+    assert len(curves[0]) == 3 + 3 + 2 * 4
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)

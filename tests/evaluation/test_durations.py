@@ -1,0 +1,163 @@
+"""How long a task takes is said before it has begun, and what would be shorter."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.evaluation import attentive, forecast
+from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.finetune import FineTuning
+from m3ae_fast.evaluation.heads import AttentiveHead
+from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.lars import LARS
+from m3ae_fast.evaluation.linear import Probing
+from m3ae_fast.evaluation.probe_engine import Live, Setting
+from m3ae_fast.evaluation.recipe import OFFICIAL, settled
+from m3ae_fast.process.ranks import join_ranks
+from tests.evaluation.test_rates import _Pulse
+
+
+def _config(**sections):
+    return TransferConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
+
+
+def _setting(ranks, live=None, **sections):
+    return Setting(_config(**sections), 3, 2, 0, ranks, _Pulse(), live=live)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass with a probe's steps alone."""
+    seconds = [0.0]
+
+    def costs(module, name, cost):
+        real = getattr(module, name)
+
+        def slow(*given, **more):
+            seconds[0] += cost
+            return real(*given, **more)
+
+        monkeypatch.setattr(module, name, slow)
+
+    costs(AttentiveHead, "forward", 0.01)
+    costs(LARS, "step", 0.02)
+    monkeypatch.setattr(forecast, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
+@pytest.mark.parametrize("samples", [30, 1000])
+def test_a_probes_duration_is_that_of_its_steps(clock, samples):
+    with join_ranks() as ranks:
+        setting = _setting(ranks)
+        linear = settled(setting.config.linear, samples, {})
+        steps = Schedule(linear, linear, samples).total_steps
+        found = forecast.seconds("linear", samples, (4,), setting)
+        assert found == pytest.approx(2 * 0.02 * steps), "rates are tried, and then one is taken"
+        given = _setting(ranks, linear={"peak_lr": 1.0, "steps": 70}, attentive={"peak_lr": 1e-3, "steps": 50})
+        assert forecast.seconds("linear", samples, (4,), given) == pytest.approx(0.02 * 70)
+        assert forecast.seconds("attentive", samples, (3, 4), given) == pytest.approx(0.01 * 50)
+        steps = attentive.settled(setting.config.attentive, samples, 2).steps
+        found = forecast.seconds("attentive", samples, (3, 4), setting)
+        assert found == pytest.approx(6 * 0.01 * steps, rel=0.25), "five rates, which are judged, and then one"
+        assert forecast.seconds("knn", samples, (4,), setting) == 0.0
+
+
+def test_a_first_step_that_takes_long_is_enough(clock, monkeypatch):
+    real = AttentiveHead.forward
+    monkeypatch.setattr(AttentiveHead, "forward", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
+    with join_ranks() as ranks:
+        given = _setting(ranks, attentive={"peak_lr": 1e-3, "steps": 50})
+        assert forecast.seconds("attentive", 100, (3, 4), given) == pytest.approx(2.01 * 50) and clock[0] < 3
+
+
+def test_an_attentive_probe_in_training_may_be_asked():
+    """Of several rates the best on the held-out tenth speaks; the training goes on as if nobody had asked."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randn(60, 3, 4, generator=generator), torch.arange(60) % 3
+    bank = Features([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
+    with join_ranks() as ranks:
+        live, config = Live(), _config(attentive={"batch": 20, "steps": 6, "heads": 2}).attentive
+        setting = _setting(ranks, live)
+        assert attentive.so_far(live, bank, bank, ranks) is None
+        train, tenth = attentive.split(bank)
+        trained = attentive.train_heads(train, config, attentive.RATES, setting)
+        predictions, where = attentive.so_far(live, bank, bank, ranks)
+        tried = [attentive.judged(0.0, attentive.logits(each.head, tenth, ranks), tenth.labels) for each in trained]
+        best = trained[tried.index(attentive.best(tried))].head
+        assert where == "attentive probe, 5 rates at step 6 of 6"
+        assert torch.equal(predictions.best_NK[:, 0], attentive.logits(best, bank, ranks).argmax(1))
+        asked = attentive.train_heads(bank, config, (1e-2,), setting)[0].head
+        alone = attentive.train_heads(bank, config, (1e-2,), _setting(ranks))[0].head
+        assert all(torch.equal(a, b) for a, b in zip(asked.state_dict().values(), alone.state_dict().values()))
+
+
+def _loop(kind, device="cpu", samples=1482, cached=False, **sections):
+    config = _config(**sections)
+    section = settled(getattr(config, kind.settings_section), samples, {})
+    loop = object.__new__(kind.loop)
+    loop.ranks, loop.schedule = SimpleNamespace(device=torch.device(device)), Schedule(section, section, samples)
+    loop.job = SimpleNamespace(config=config, args=SimpleNamespace(cache_features=cached))
+    return loop
+
+
+TUNE = SimpleNamespace(loop=FineTuning, settings_section="finetune")
+PROBE = SimpleNamespace(loop=Probing, settings_section="linear")
+
+
+def test_a_long_run_on_a_cpu_is_told_with_a_shorter_one():
+    first, note = _loop(TUNE).expectation(1.0, 4001)
+    assert first == "expected: 1:06:41 for 4,001 more steps, and evaluations"
+    assert note == (
+        "note: that is long on this CPU; shorter: --set finetune.epochs=26 (598 steps, which learn less), or the task "
+        "linear with --cache-features: of 1,000 to 2,400 samples it was no worse (lab/results/recipe.md)"
+    )
+    assert (
+        _loop(TUNE, samples=50_000)
+        .expectation(9.0, 78_000)[1]
+        .startswith("note: that is long on this CPU; shorter: --set finetune.epochs=1 (781 steps")
+    )
+    assert _loop(PROBE).expectation(1.0, 1001)[1].endswith("shorter: --cache-features, which encodes each image once")
+    assert _loop(PROBE, cached=True).expectation(2.0, 1001)[1].endswith("shorter: --set linear.steps=300")
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        _loop(TUNE, "cuda"),
+        _loop(TUNE, finetune={"epochs": 174}),
+        _loop(TUNE, finetune={"steps": 4002}),
+        _loop(PROBE, linear={"epochs": 90}),
+    ],
+)
+def test_who_gave_the_length_or_has_a_gpu_is_told_the_duration_alone(loop):
+    assert len(loop.expectation(1.0, 4001)) == 1
+
+
+def test_the_defaults_are_still_the_measured_ones():
+    assert OFFICIAL["finetune"].scaled(1482).epochs == 174 and OFFICIAL["finetune"].scaled(1_281_167).epochs == 100
+
+
+@pytest.mark.parametrize(("device", "pace", "told"), [("cpu", 36.0, True), ("cpu", 1.0, False), ("cuda", 36.0, False)])
+def test_a_long_task_on_a_cpu_is_told_with_what_is_shorter_once(device, pace, told):
+    said = []
+    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), say=said.append)
+    left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
+    left.during(1, pace)
+    left.during(2, pace)
+    note = "note: this takes about 0:59:24 on this CPU; shorter: --set robustness.samples=168"
+    assert said == ([note] if told else [])
+
+
+def test_a_training_that_is_long_is_told_before_anything_is_encoded():
+    said = []
+    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), say=said.append)
+    Job.time_left(job, 100, 3600, shorter=lambda _: "--seeds 1").during(50, 1.0)
+    assert said == ["note: this takes about 1:00:00 on this CPU; shorter: --seeds 1"]
+    quick = Job.time_left(job, 100, 600, shorter=lambda _: "--seeds 1")
+    assert len(said) == 1
+    quick._now = lambda now=quick._now: now() + 1000  # the first of two parts took that long
+    quick.after(50)
+    assert said[1:] == ["note: this takes about 0:26:40 on this CPU; shorter: --seeds 1"]

@@ -1,0 +1,350 @@
+import itertools
+import math
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.base.bad_samples import Skipped
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.inputs import unmasked_sample
+from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.config import DataConfig, ModelConfig, SourceConfig
+from m3ae_fast.config.evaluation import EncodeConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.evaluation.encoding import check_skipped, encode_corpus
+from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.model import inference
+from m3ae_fast.model.inference import check_finite, encoding
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.weights.open_model import open_model
+from tests.helpers.labelled import labelled_members
+from tests.helpers.shards import write_tar
+from tests.helpers.trainer import TINY
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return open_model(str(run), text=True).eval()
+
+
+def images(count, size=32):
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_are_pooled_from_the_representation(model, pool):
+    pictures, text = images(5), "a red house by the river"
+    tokens = torch.from_numpy(model.tokenizer.encode(text)).expand(5, -1)
+    for expected, given in (
+        (model.representation(pictures), {"images": list(pictures)}),
+        (model.representation(None, tokens), {"texts": [text] * 5}),
+        (model.representation(pictures, tokens), {"images": list(pictures), "texts": [text] * 5}),
+    ):
+        pooled = expected[:, 0] if pool == "cls" else expected[:, 1:].mean(1)
+        found = model.encode(**given, pool=pool, batch=2, precision="fp32")
+        torch.testing.assert_close(found, pooled, rtol=1e-5, atol=1e-5)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_rows_that_only_fill_a_batch_up_have_no_features(model, pool):
+    samples = [
+        Sample(str(i), image=x, image_mask=torch.zeros(model.config.patches_per_image, dtype=torch.bool))
+        for i, x in enumerate(images(5))
+    ]
+    exact, filled = (pack(samples, model.geometry, repeat_shapes=repeat) for repeat in (False, True))
+    assert filled.encoder.rows > exact.encoder.rows
+    torch.testing.assert_close(model.pooled(filled, pool), model.pooled(exact, pool))
+
+
+@pytest.mark.parametrize("order", ["after_norm", "before_norm"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_of_a_layer_are_those_of_a_model_that_ends_there(tmp_path, pool, order):
+    """And the last layer's are today's, to the bit, alone or in one pass with others."""
+    deep = M3AE(ModelConfig.model_validate({**TINY["model"], "depth": 3, "mean_pool": order}, strict=False))
+    pictures, texts = list(images(5)), ["a red house"] * 5
+    deep.tokenizer = load_tokenizer(TINY["data"]["tokenizer"], deep.config.text_length)
+    cut = M3AE(deep.config.model_copy(update={"depth": 2}))
+    names = cut.state_dict().keys()
+    cut.load_state_dict({name: tensor for name, tensor in deep.state_dict().items() if name in names})
+    cut.tokenizer = deep.tokenizer
+    given = {"images": pictures, "texts": texts, "pool": pool, "precision": "fp32"}
+    torch.testing.assert_close(deep.encode(**given, layer=2), cut.encode(**given), rtol=1e-5, atol=1e-5)
+    assert (deep.encode(**given, layer=1) - deep.encode(**given, layer=2)).abs().max() > 1e-2
+    samples = [unmasked_sample(i, x, "a red house", deep.config, deep.tokenizer) for i, x in enumerate(pictures)]
+    batch = pack(samples, deep.geometry)
+    with torch.no_grad():
+        whole, each = deep.pooled(batch, pool), deep.pooled_of_layers(batch, [3, 1, 2], pool)
+        patches = deep.pooled_and_patches(batch, [2, 3], pool)[1]
+    assert torch.equal(each[:, 0], whole) and torch.equal(deep.encode(**given, batch=5), whole)
+    for place, layer in enumerate((3, 1, 2)):
+        assert torch.equal(each[:, place], deep.encode(**given, batch=5, layer=layer))
+    torch.testing.assert_close(patches[:, 1], deep.representation(torch.stack(pictures), _tokens(deep))[:, 1:17])
+    for layer in (0, 4):
+        with pytest.raises(ValueError, match=f"layer {layer}: the encoder has layers 1 to 3"):
+            deep.encode(**given, layer=layer)
+
+
+def _tokens(model):
+    return torch.from_numpy(model.tokenizer.encode("a red house")).expand(5, -1)
+
+
+def test_images_come_as_pil_or_tensors_of_any_size(model):
+    pixels = images(1, 32)[0]
+    pil = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    config = model.config
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    normalised = (pixels / 255 - mean) / std
+    first, second, third = (model.encode(images=[x], precision="fp32") for x in (pixels, pil, normalised))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, third, rtol=1e-4, atol=1e-4)
+    assert model.encode(images=[images(1, 50)[0], pil.convert("L"), pil.resize((64, 20))]).shape == (3, 32)
+    assert model.encode(images=[]).shape == model.encode(texts=[]).shape == (0, 32)
+    with torch.no_grad():
+        empty = model.encode(texts=[""])
+    assert not empty.any()  # of an empty caption only cls is left
+
+
+def test_floats_are_what_value_range_says(model):
+    """All three meanings, at the model's size and at others, and as arrays too: the features of uint8."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
+    close = {"rtol": 0, "atol": 1e-5}
+    for size in (32, 50):
+        pixels = images(2, size)
+        expected, unit = model.encode(pixels, precision="fp32"), pixels / 255
+        ours = {(0, 1): unit, (0, 255): pixels.float(), (-1, 1): 2 * unit - 1, (0.0, 65535.0): pixels.double() * 257}
+        for value_range, floats in ours.items():
+            found = model.encode(floats, value_range=value_range, precision="fp32")
+            torch.testing.assert_close(found, expected, **close)
+            arrays = floats.permute(0, 2, 3, 1).numpy()
+            assert torch.equal(model.encode(arrays, value_range=value_range, precision="fp32"), found)
+    pixels = images(2)
+    expected, normal = model.encode(pixels, precision="fp32"), (pixels / 255 - mean) / std
+    for value_range in (None, "normalised"):
+        found = model.encode(normal, value_range=value_range, precision="fp32")
+        torch.testing.assert_close(found, expected, **close)
+    tokens = model.representation(pixels)
+    torch.testing.assert_close(model.representation(pixels / 255, value_range=(0, 1)), tokens, **close)
+    torch.testing.assert_close(model.representation(normal), tokens, **close)
+    unrounded = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = model.encode(unrounded, value_range=(0, 1), precision="fp32")
+    torch.testing.assert_close(found, model.encode((unrounded - mean) / std, precision="fp32"), **close)
+
+
+def test_floats_that_are_evidently_not_normalised_are_refused(model):
+    pixels = images(3)
+    for floats, guess in (
+        (pixels / 255, (0, 1)),
+        (pixels.float(), (0, 255)),
+        (pixels.float() * 257, (0, 65535)),
+        (pixels.half() / 255, (0, 1)),
+    ):
+        told = f"values from 0 to .*: pass value_range={guess} if that".replace("(", r"\(").replace(")", r"\)")
+        for call in (model.encode, model.representation):
+            with pytest.raises(ValueError, match=told):
+                call(floats)
+        with pytest.raises(ValueError, match=told):
+            model.encode([images(1)[0], *floats])
+        assert model.encode(floats, value_range="normalised").isfinite().all()
+    for wrong in ((1, 0), (0,), "unit", 255):
+        with pytest.raises(ValueError, match=r"value_range .*: must be the values of black and"):
+            model.encode(pixels, value_range=wrong)
+
+
+def test_floats_that_may_be_normalised_are_taken(model):
+    """One value says nothing of a range, nor does one bright image among others; with mean 0 and deviation 1 both
+    meanings are one."""
+    bright = images(1) / 255
+    for floats in (torch.zeros(1, 3, 32, 32), torch.full((2, 3, 32, 32), 0.5), torch.cat((bright, -bright))):
+        assert torch.equal(model.encode(floats), model.encode(floats, value_range="normalised"))
+    plain = M3AE(model.config.model_copy(update={"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}))
+    assert torch.equal(plain.encode(bright), plain.encode(bright, value_range="normalised"))
+
+
+def test_images_come_as_paths_arrays_or_one_alone(model, tmp_path):
+    """And all give the features of the tensor; transparency is as in the shards."""
+    pixels = images(3, 40)
+    arrays = [image.permute(1, 2, 0).numpy() for image in pixels]
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, array in zip(paths, arrays):
+        Image.fromarray(array).save(path)
+    expected = model.encode(list(pixels), precision="fp32")
+    for many in (pixels, np.stack(arrays), arrays, paths, list(map(str, paths)), [paths[0], arrays[1], pixels[2]]):
+        assert torch.equal(model.encode(many, precision="fp32"), expected)
+    for one in (pixels[0], arrays[0], paths[0], str(paths[0]), Image.fromarray(arrays[0])):
+        torch.testing.assert_close(model.encode(one, precision="fp32"), expected[:1], rtol=1e-5, atol=1e-5)
+    alpha = np.dstack((arrays[0], np.full((40, 40), 99, np.uint8)))
+    Image.fromarray(alpha).save(tmp_path / "clear.png")
+    shard = decode_image((tmp_path / "clear.png").read_bytes(), 3)
+    for clear in (tmp_path / "clear.png", Image.fromarray(alpha)):
+        torch.testing.assert_close(model.encode(clear), model.encode(shard))
+    torch.testing.assert_close(model.encode(texts="a red house"), model.encode(texts=["a red house"]))
+    grey = M3AE(model.config.model_copy(update={"channels": 1, "image_mean": (0.5,), "image_std": (0.5,)}))
+    flat = arrays[0][..., 0]
+    assert torch.equal(grey.encode(flat, precision="fp32"), grey.encode(pixels[0][:1], precision="fp32"))
+
+
+def test_images_and_texts_come_in_any_order_of_things(model):
+    pixels, texts = images(2), ["a red house", "a cat"]
+    expected = model.encode(pixels, texts)
+    for more in (np.array(texts), tuple(texts), (text for text in texts)):
+        assert torch.equal(model.encode(iter(pixels), more), expected)
+
+
+@pytest.mark.parametrize(("precision", "faster", "casts"), [
+    ("auto", "bf16", True), ("auto", "fp32", False), ("bf16", "fp32", True), ("fp32", "bf16", False),
+])  # fmt: skip
+def test_matmuls_are_of_the_precision_that_is_said_or_faster(model, monkeypatch, precision, faster, casts):
+    monkeypatch.setattr(inference, "fast_precision", lambda device: faster)
+    with encoding(model, precision, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") is casts and not torch.is_grad_enabled()
+        assert not casts or torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("order", ["after_norm", "before_norm"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_are_as_exact_as_the_weights_and_never_less_than_float32(run, pool, order):
+    pictures = list(images(3))
+    own = open_model(str(run), text=False).eval()
+    own.config = own.config.model_copy(update={"mean_pool": order})
+    expected = own.double().encode(pictures, pool=pool, precision="fp32")
+    batch = pack([unmasked_sample(i, x, None, own.config, None) for i, x in enumerate(pictures)], own.geometry)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        own.to(dtype)
+        with torch.no_grad():
+            alone = own.pooled(batch, pool)
+            pooled, patches = own.pooled_and_patches(batch, [2], pool)
+        for found in (own.encode(pictures, pool=pool, precision="fp32"), alone, pooled[:, 0]):
+            assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        assert patches.dtype == dtype
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+def test_half_precision_is_encoded(run, precision):
+    """Encode float16 weights and images on a CPU, where autocast does not know float16."""
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = open_model(str(run), text=False).eval()
+    expected = model.encode(pixels, precision="fp32")
+    for own in (model, model.half()):
+        found = own.encode(pixels.half(), precision=precision)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_file_that_is_no_image_is_named(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"a.png: not an image in a known format"):
+        model.encode(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"nowhere.png: cannot be read \(No such file or directory\)"):
+        model.encode(["nowhere.png"])
+    for wrong in (np.zeros((4, 4, 3)), np.zeros((2, 2, 4, 4, 3), np.uint8)):
+        with pytest.raises(
+            ValueError, match=r"an image cannot be used: an array (of float64, whose values need|\[2, 4, 4, 3\], not)"
+        ):
+            model.encode(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "needs images, texts or both"),
+        ({"images": [], "texts": ["a"]}, "0 images and 1 texts"),
+        ({"images": [torch.zeros(1, 32, 32, dtype=torch.uint8)]}, "has shape"),
+        ({"images": [torch.zeros(3, 40, 40)]}, "a floating image has shape"),
+        ({"images": [torch.zeros(3, 32, 32, dtype=torch.int64)]}, "neither uint8 nor floating"),
+        ({"images": [torch.zeros(3, 0, 32, dtype=torch.uint8)]}, "has shape"),
+        ({"images": [b"a file"]}, "an image is bytes, and no path"),
+        ({"images": [torch.full((3, 32, 32), math.nan)]}, "values that are not finite"),
+        ({"images": [torch.zeros(3, 32, 32)], "pool": "max"}, "pool 'max', .* must be mean or cls"),
+        ({"images": [torch.zeros(3, 32, 32)], "precision": "fp64"}, "precision 'fp64': must be .* auto, bf16 or fp32"),
+        ({"images": [torch.zeros(3, 32, 32)], "batch": -1}, "batch -1: must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_encoded_is_a_value_error(model, given, message):
+    with pytest.raises(ValueError, match=message):
+        model.encode(**given)
+
+
+def test_texts_need_a_tokenizer(run):
+    with pytest.raises(UserError, match="has no tokenizer"):
+        open_model(str(run), text=False).encode(texts=["a cat"])
+
+
+def test_a_corpus_is_encoded_in_file_order_with_labels_and_without_broken_samples(model, tmp_path):
+    files = dict(labelled_members(range(7), {5: -1}))
+    files["00002.png"] = b"broken"
+    corpus = open_corpus(
+        [SourceConfig(shards=write_tar(tmp_path / "a.tar", files.items()), modality="image")], ShardStore(tmp_path)
+    )
+    labelled, _ = label_corpus(corpus, "cls")
+    data = DataConfig(train=[SourceConfig(shards="x")], workers=0, max_bad_fraction=0.2)
+    with join_ranks() as ranks:
+        found = encode_corpus(model, labelled, data, EncodeConfig(batch=2, precision="fp32"), ranks)
+        with pytest.raises(UserError, match=r"1 of 6 samples cannot be used, such as .*00002: not an image"):
+            encode_corpus(model, labelled, data.model_copy(update={"max_bad_fraction": 0}), EncodeConfig(), ranks)
+    assert [key.rsplit("/")[-1] for key in found.keys] == ["00000", "00001", "00003", "00004", "00006"]
+    assert found.labels_N.tolist() == [0, 1, 0, 1, 0]
+    pil = [Image.open(BytesIO(files[f"{i:05d}.png"])) for i in (0, 1, 3, 4, 6)]
+    torch.testing.assert_close(found.features_ND, model.encode(images=pil, precision="fp32"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_left_in_its_mode(run, training):
+    """Every module of it, also if the samples cannot be encoded."""
+    model = open_model(str(run), text=False).train(training)
+    model.encode(images=list(images(1)))
+    assert {part.training for part in model.modules()} == {training}
+    with pytest.raises(ValueError, match="not finite"), encoding(model, "auto", torch.device("cpu")):
+        assert not any(part.training for part in model.modules())
+        raise ValueError("not finite")
+    assert {part.training for part in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["pooled", "patches"])
+def test_features_that_are_not_finite_are_refused_and_their_sample_is_named(run, tmp_path, part, value):
+    model = open_model(str(run), text=True)
+    pooled, both, second = model.pooled_of_layers, model.pooled_and_patches, torch.tensor([1])
+
+    def spoilt(*args):
+        return pooled(*args).index_fill(0, second, value)
+
+    def patches_spoilt(*args):
+        return both(*args)[0], both(*args)[1].index_fill(0, second, value)
+
+    model.pooled_of_layers, model.pooled_and_patches = spoilt, patches_spoilt
+    shard = write_tar(tmp_path / "a.tar", labelled_members(range(3)))
+    corpus = open_corpus([SourceConfig(shards=shard, modality="image")], ShardStore(tmp_path))
+    data = DataConfig(train=[SourceConfig(shards="x")], workers=0)
+    with join_ranks() as ranks, pytest.raises(UserError, match=r"1 of 3 samples have features .* as .*/00001; the"):
+        encode_corpus(model, corpus, data, EncodeConfig(), ranks, patches=part == "patches")
+    with pytest.raises(UserError, match="1 of 2 samples have features that are not finite, such as number 1; the"):
+        model.encode(images=list(images(2)))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
+def test_one_value_that_is_not_finite_is_found_in_any_row(shape):
+    check_finite(torch.zeros(shape), "abcd")
+    check_finite(torch.zeros(0, *shape[1:]), "")
+    for place in itertools.product(*map(range, shape)):
+        values = torch.zeros(shape)
+        values[place] = torch.nan
+        values[3, ..., 0] = torch.inf
+        with pytest.raises(UserError, match=f"{1 + (place[0] < 3)} of 4 samples .* such as {'abcd'[place[0]]};"):
+            check_finite(values, "abcd")
+
+
+def test_as_many_samples_may_be_bad_as_is_said_but_not_all():
+    bad = Skipped("a.tar", "0", "broken")
+    check_skipped([bad] * 2, 10, 0.2)
+    for count, samples, most in ((3, 10, 0.2), (1, 10, 0.0), (10, 10, 1.0)):
+        with pytest.raises(UserError, match=f"{count} of {samples} samples cannot be used"):
+            check_skipped([bad] * count, samples, most)

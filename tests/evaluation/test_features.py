@@ -1,0 +1,104 @@
+import json
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.features import main
+from m3ae_fast.weights.open_model import open_model
+from tests.helpers.labelled import labelled_members, labelled_tar
+from tests.helpers.shards import write_tar
+
+
+@pytest.fixture
+def features(run, tmp_path):
+    """features(shards, name, *options) -> the file that was written."""
+
+    def make(shards, name="out.npz", *options):
+        given = [shards] if isinstance(shards, str) else shards
+        fixed = ["--out", str(tmp_path / name), "--set", "data.workers=0", "--set", "encode.precision=fp32"]
+        assert main([str(run), *given, *fixed, *options]) == 0
+        return tmp_path / name
+
+    return make
+
+
+def test_a_table_of_keys_features_and_labels(features, tmp_path, run):
+    files = dict(labelled_members(range(5), {3: None}))
+    files["00001.png"] = b"broken"
+    first = write_tar(tmp_path / "a.tar", files.items())
+    second = labelled_tar(tmp_path / "b.tar", range(5, 8))
+    file = np.load(features([first, second], "out.npz", "--set", "data.max_bad_fraction=0.2"))
+    assert sorted(file) == ["features", "keys", "labels", "shards"]
+    assert file["keys"].tolist() == [f"{i:05d}" for i in (0, 2, 3, 4, 5, 6, 7)]
+    assert file["shards"].tolist() == [first] * 4 + [second] * 3
+    assert file["labels"].tolist() == [0, 2, -1, 1, 2, 0, 1]
+    assert (file["features"].shape, file["features"].dtype) == ((7, 32), np.float32)
+
+
+def test_parquet_holds_the_same_as_npz(features, shards):
+    options = ["--labels", "json.name", "--patches", "--pool", "cls"]
+    arrays = np.load(features(shards[1], "a.npz", *options))
+    table = parquet.read_table(features(shards[1], "a.parquet", *options))
+    assert table.column_names == list(arrays)
+    for name in ("keys", "shards", "labels"):
+        assert table[name].to_pylist() == arrays[name].tolist()
+    for name in ("features", "patches"):
+        column = np.stack(table[name].to_numpy())
+        assert np.array_equal(column, arrays[name].reshape(len(column), -1))
+    assert arrays["patches"].shape == (18, 16, 32)
+
+
+def test_columns_tell_which_sample_it_is(features, tmp_path):
+    """Of the samples that could be read; from images and captions alike."""
+    files = {}
+    for name, content in labelled_members(range(5)):
+        files[name] = content
+        if name.endswith("json"):
+            files[name] = json.dumps({"path": f"red/{name}", "class_name": "Rouge"}).encode()
+    files["00001.png"] = b"broken"
+    del files["00002.txt"], files["00003.json"]
+    shards = [write_tar(tmp_path / "a.tar", files.items()), labelled_tar(tmp_path / "b.tar", range(5, 7))]
+    options = ["--columns", "caption,path,class", "--set", "data.max_bad_fraction=0.2"]
+    table = parquet.read_table(features(shards, "out.parquet", *options)).to_pydict()
+    captions = {n[:5]: c.decode() for n, c in labelled_members(range(7)) if n.endswith("txt")} | {"00002": ""}
+    assert table["keys"] == ["00000", "00002", "00003", "00004", "00005", "00006"]
+    assert table["caption"] == [captions[key] for key in table["keys"]]
+    assert table["path"] == ["red/00000.json", "red/00002.json", "", "red/00004.json", "", ""]
+    assert table["class"] == ["Rouge", "Rouge", "", "Rouge", "", ""]
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_patches_leave_pooled_features_as_they_are(features, shards, pool):
+    plain = np.load(features(shards[1], "plain.npz", "--pool", pool))
+    patches = np.load(features(shards[1], "patches.npz", "--pool", pool, "--patches"))
+    np.testing.assert_allclose(patches["features"], plain["features"], rtol=1e-4, atol=1e-5)
+    if pool == "mean":
+        np.testing.assert_allclose(patches["patches"].mean(1, np.float32), plain["features"], rtol=1e-2, atol=2e-3)
+
+
+def test_captions_are_encoded_without_their_images(features, shards, run):
+    found = np.load(features(shards[1], "text.npz", "--modality", "text"))["features"]
+    first = dict(labelled_members([100]))["00100.txt"].decode()
+    expected = open_model(str(run), text=True).encode(texts=[first], precision="fp32")[0]
+    np.testing.assert_allclose(found[0], expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_mistakes_are_one_line_and_write_nothing(features, shards, tmp_path, monkeypatch):
+    kept = features(shards[1], "kept.npz")
+    before = kept.read_bytes()
+    for name, options, message in (
+        ("kept.npz", [], "exists already"),
+        ("new.npz", ["--patches", "--modality", "text"], "texts have none"),
+        ("new.npz", ["--set", "encode.bath=3"], "unknown key encode.bath; did you mean batch?"),
+        (
+            "new.npz",
+            ["--set", "linear.batch=3"],
+            "--set linear.batch: features does not use it; did you mean encode.batch?",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            features(shards[1], name, *options)
+    assert kept.read_bytes() == before
+    assert not list(tmp_path.glob("*new*"))

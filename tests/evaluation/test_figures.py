@@ -1,0 +1,284 @@
+"""What the pictures of results show, read from what matplotlib is given and from the pixels."""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import auc
+
+from m3ae_fast.batch.packing import Sample
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.evaluation import LinearProbeConfig
+from m3ae_fast.drawing import figures
+from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Cell
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.evaluation import job, knn, labelled_loop, retrieval
+from m3ae_fast.evaluation.encoding import Features
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they were saved."""
+    kept, save = [], figures._save
+    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure) or save(figure, path))
+    return kept
+
+
+def points(axes):
+    names = [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else ["samples"]
+    return {
+        name: sorted(map(tuple, np.asarray(artist.get_offsets()).tolist()))
+        for name, artist in zip(names, axes.collections, strict=True)
+    }
+
+
+def test_a_map_shows_each_sample_as_of_its_class(drawn, tmp_path):
+    random = np.random.RandomState(0)
+    places, labels = random.randn(40, 2), random.randint(3, size=40)
+    panels = [figures.MapPanel("one", places, "told"), figures.MapPanel("two", -places)]
+    figures.draw_map(tmp_path / "map.png", panels, labels, ["cat", "dog", "emu"])
+    left, right = drawn[0].axes
+    for axes, sign in ((left, 1), (right, -1)):
+        for number, artist in enumerate(axes.collections):
+            np.testing.assert_array_equal(artist.get_offsets(), sign * places[labels == number])
+    assert points(right).keys() == {"cat", "dog", "emu"} and left.get_legend() is None
+    colours = [[tuple(artist.get_facecolor()[0]) for artist in axes.collections] for axes in (left, right)]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 3
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["cat", "dog", "emu"]
+    assert [(axes.get_title(), axes.get_xlabel()) for axes in (left, right)] == [("one", "told"), ("two", "")]
+
+
+@pytest.mark.parametrize(("classes", "named"), [(20, True), (21, True), (40, True), (41, False)])
+def test_many_classes_have_colours_of_their_own_and_few_their_names(drawn, tmp_path, classes, named):
+    labels = np.arange(classes)
+    panel = figures.MapPanel("", np.random.RandomState(0).randn(classes, 2))
+    figures.draw_map(tmp_path / "map.png", [panel], labels, labels.tolist())
+    (axes,) = drawn[0].axes
+    assert len({tuple(artist.get_facecolor()[0]) for artist in axes.collections}) == classes
+    assert (axes.get_legend() is not None) == named
+    figures.draw_confusion(tmp_path / "a.png", torch.arange(classes), torch.arange(classes), labels.tolist())
+    ticks = [text.get_text() for text in drawn[1].axes[0].get_yticklabels()]
+    assert (ticks == [str(label) for label in labels]) == named
+
+
+def test_a_confusion_matrix_has_shares_of_each_label_in_its_row(drawn, tmp_path):
+    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 0, 2, 1, 0, 0, 1])
+    figures.draw_confusion(tmp_path / "a.png", labels, predicted, ["a", "b", "c", "d"])
+    axes = drawn[0].axes[0]
+    expected = np.array([[0.75, 0, 0.25, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(axes.images[0].get_array(), expected)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "label")
+    assert axes.images[0].get_clim() == (0, 1)  # one colour is one share in all pictures
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [text.get_text() for text in ticks] == ["a", "b", "c", "d"]
+
+
+def test_a_training_curve_is_over_epochs_and_by_name(drawn, tmp_path):
+    metrics = [{"step": 5, "loss": 2.0, "accuracy": 0.25}, {"step": 10, "loss": 1.0, "val_top1": 0.5, "val_top5": 0.75}]
+    figures.draw_training(tmp_path / "a.png", metrics, steps_per_epoch=5)
+    losses, shares = ({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in drawn[0].axes)
+    assert losses == {"training": [[1, 2], [2, 1]]}
+    assert shares == {"training": [[1, 0.25]], "held out, top 1": [[2, 0.5]], "held out, top 5": [[2, 0.75]]}
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "accuracy"]
+
+
+def test_an_attack_begins_with_clean_images(drawn, tmp_path):
+    figures.draw_attack(tmp_path / "a.png", [0.5, 2], [0.75, 0.25], clean=0.875)
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xydata().tolist() == [[0, 0.875], [0.5, 0.75], [2, 0.25]]
+
+
+def test_a_comparison_has_a_bar_for_each_model_and_probe(drawn, tmp_path):
+    names = [(model, probe) for model in ("one", "two", "three") for probe in ("knn", "linear")]
+    top1 = dict(zip(names, (0.5, 0.625, 0.75, 0.25, 0.375, 0.125)))
+    errors = dict(zip(names, (0.01, 0.02, 0.03, 0.04, 0.05, 0.06)))
+    rows = [{"model": m, "probe": p, "top1": top1[m, p], "top1_se": errors[m, p]} for m, p in names]
+    figures.draw_comparison(tmp_path / "a.png", rows, chance=0.1)
+    (axes,) = drawn[0].axes
+    probes = [text.get_text() for text in axes.get_xticklabels()]
+    bars, spans = {}, []
+    for group in (held for held in axes.containers if hasattr(held, "patches")):
+        whiskers = group.errorbar.lines[2][0].get_segments()
+        for bar, whisker in zip(group, whiskers, strict=True):
+            spans.append((bar.get_x(), bar.get_x() + bar.get_width()))
+            probe = probes[round(sum(spans[-1]) / 2)]  # of the nearest tick
+            bars[group.get_label(), probe] = bar.get_height(), np.ptp(whisker[:, 1]) / 2
+    assert bars == {name: (top1[name], pytest.approx(errors[name])) for name in names}
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(sorted(spans)))
+    (line,) = (line for line in axes.lines if line.get_label() == "largest class")
+    assert set(line.get_ydata()) == {0.1}
+
+
+def test_accuracies_have_their_errors(drawn, tmp_path):
+    lines = {"one": [(1, 0.5, 0.125), (10, 0.75, 0.0625)], "two": [(1, 0.25, 0.25)]}
+    figures.draw_accuracies(tmp_path / "a.png", lines, "labels")
+    (axes,) = drawn[0].axes
+    for group, points in zip(axes.containers, lines.values(), strict=True):
+        assert group.lines[0].get_xydata().tolist() == [[x, y] for x, y, _ in points]
+        ends = [segment[:, 1].tolist() for segment in group.lines[2][0].get_segments()]
+        assert ends == [[y - error, y + error] for _, y, error in points]
+    assert [group.get_label() for group in axes.containers] == ["one", "two"] and axes.get_xlabel() == "labels"
+
+
+def test_a_detection_shows_which_samples_are_which(drawn, tmp_path):
+    familiar, strange = {"good": np.arange(5.0) + 10, "bad": np.zeros(5)}, {"good": np.arange(4.0), "bad": np.ones(4)}
+    figures.draw_detection(tmp_path / "a.png", familiar, strange)
+    curves, *panels = drawn[0].axes
+    areas = {line.get_label(): auc(line.get_xdata(), line.get_ydata()) for line in curves.lines}
+    assert {label.split(" (")[0]: area for label, area in areas.items()} == {"good": 1.0, "bad": 0.0}
+    assert [panel.get_title() for panel in panels] == ["good", "bad"]
+    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert labels == ["validation", "other"]
+    centres = [
+        np.average([bar.get_x() for bar in bars], weights=[bar.get_height() for bar in bars])
+        for bars in panels[0].containers
+    ]
+    assert centres[0] > centres[1]
+    for bars in (bars for panel in panels for bars in panel.containers):  # few samples are as high as many
+        assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(1)
+
+
+def test_a_sheet_has_each_cell_in_its_row_and_column(tmp_path):
+    colours = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250), (250, 250, 0)]]
+    cells = [[Cell(torch.tensor(c, dtype=torch.uint8)[:, None, None].expand(3, 8, 8)) for c in row] for row in colours]
+    figures.draw_sheet(tmp_path / "a.png", cells)
+    sheet = Image.open(tmp_path / "a.png")
+    width, height = sheet.size
+    found = [[sheet.getpixel((width * (2 * x + 1) // 4, height * (2 * y + 1) // 4)) for x in (0, 1)] for y in (0, 1)]
+    assert found == colours
+    figures.draw_sheet(tmp_path / "b.png", [[Cell(cells[0][0].image, "word", GREEN)]], ("title",))
+    inks = {colour for _, colour in Image.open(tmp_path / "b.png").getcolors(1 << 20)}
+    assert {GREEN, (250, 0, 0)} <= inks and RED not in inks
+
+
+def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
+    """Of texts as long as they can be, in every row and column: none lies on an image or on another text."""
+    green = torch.tensor([0, 250, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    long = "word after word " * 20
+    cells = [Cell(green, long, RED), Cell(None, long, RED), Cell(green, "short", RED)]
+    figures.draw_sheet(tmp_path / "a.png", [cells] * 2, ("one", "two", "three"))
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    image = (sheet == (0, 250, 0)).all(2)
+    assert image.sum() == 4 * figures._SIDE**2
+    dark = sheet.sum(2) < 3 * 200
+    width, height = figures._SIDE + figures._GAP, (len(sheet) - 20) // 2
+    assert all(dark[:18, figures._GAP + i * width :][:, : figures._SIDE].any() for i in range(3))  # titles
+    ink = dark & ~image
+    for row in range(2):
+        parts = [ink[20 + row * height :][:height, figures._GAP + i * width :][:, :width] for i in range(3)]
+        lines = [int((np.diff(part.any(1).astype(int)) == 1).sum()) for part in parts]
+        assert lines[0] >= 2 > lines[2] == 1 and lines[1] > 5
+        assert not any(part[-2:].any() for part in parts)
+
+
+def shown_by(samples=None, names=()):
+    """A task's job whose samples are their keys, and whose cells are what was to be shown."""
+    return argparse.Namespace(
+        out=Path("out"),
+        names=names,
+        samples=lambda corpus, keys: {key: f"{corpus}{key}" for key in keys} if samples is None else samples,
+        cell=lambda sample, text=None, colour=None: (sample, text, colour),
+    )
+
+
+def on_a_circle(angles: torch.Tensor) -> torch.Tensor:
+    """Features [N, 2] of any lengths, which do not count."""
+    return torch.stack((angles.cos(), angles.sin()), 1) * torch.arange(1, len(angles) + 1)[:, None]
+
+
+def test_neighbours_are_the_most_alike_and_green_where_they_are_of_the_samples_class(monkeypatch):
+    """Of eight samples that lie evenly among all."""
+    sheets, classes = [], ["cat", "dog", "emu"]
+    monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
+    random = np.random.RandomState(0)
+    angles = [torch.from_numpy(random.rand(count) * 6.28) for count in (30, 20)]
+    labels = [torch.from_numpy(random.randint(3, size=count)) for count in (30, 20)]
+    bank, asked = (Features([*range(len(a))], on_a_circle(a), own, None, []) for a, own in zip(angles, labels))
+    predicted = torch.from_numpy(random.randint(3, size=20))
+    knn._draw_neighbours(shown_by(names=classes), ("train", "val"), (bank, asked), predicted)
+    (rows,) = sheets
+    assert [row[0][0] for row in rows] == [f"val{20 * number // 8}" for number in range(8)]
+    for number, ((_, text, colour), *found) in enumerate(rows):
+        mine = 20 * number // 8
+        own, taken = int(labels[1][mine]), int(predicted[mine])
+        assert text == (classes[own] if own == taken else f"{classes[own]}, taken for {classes[taken]}")
+        assert colour == (GREEN if own == taken else RED)
+        nearest = torch.cos(angles[0] - angles[1][mine]).argsort(descending=True)[:7].tolist()
+        expected = [(f"train{i}", classes[labels[0][i]], GREEN if labels[0][i] == own else RED) for i in nearest]
+        assert found == expected
+
+
+def test_what_is_found_is_the_most_alike_and_green_where_it_is_the_own_one(monkeypatch):
+    sheets = {}
+    monkeypatch.setattr(retrieval, "draw_sheet", lambda path, rows, titles: sheets.__setitem__(path.stem, rows))
+    random = np.random.RandomState(0)
+    images, texts = (torch.from_numpy(random.rand(12) * 6.28) for _ in range(2))
+    texts[:6] = images[:6]  # of which each finds itself first
+    features = [on_a_circle(angles) for angles in (images, texts)]
+    keys = [f"{number:02d}" for number in range(12)]
+    samples = {key: Sample(key, torch.zeros(1), tokens=torch.zeros(1)) for key in keys}
+    retrieval._draw(shown_by(samples), None, keys, *features)
+    assert {*sheets} == {"text_to_image", "image_to_text"}
+    for name, (asked, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
+        assert [row[0][0].key for row in sheets[name]] == [keys[12 * number // 5] for number in range(5)]
+        for number, ((sample, _, _), *found) in enumerate(sheets[name]):
+            row = 12 * number // 5
+            best = torch.cos(candidates - asked[row]).argsort(descending=True)[:5].tolist()
+            text = {True: "its own", False: ""} if name == "text_to_image" else {True: None, False: None}
+            expected = [(keys[i], text[i == row], GREEN if i == row else BLACK) for i in best]
+            assert [(cell[0].key, *cell[1:]) for cell in found] == expected
+            assert (sample.image is not None) == (name == "image_to_text")
+            assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
+
+
+def test_a_cell_has_the_image_or_else_the_caption_with_what_is_said_of_it():
+    tokenizer = argparse.Namespace(decode=lambda ids: f"caption {ids}")
+    model = argparse.Namespace(tokenizer=tokenizer, config=ModelConfig())
+    shown = argparse.Namespace(data=argparse.Namespace(show_channels=None))
+    task = argparse.Namespace(model=model, config=shown)
+    image, tokens = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([1, 2])
+    both, alone = Sample("a", image, tokens=tokens), Sample("a", tokens=tokens)
+    cases = [
+        (None, "cat", Cell(None)),
+        (both, None, Cell(image, "caption [1, 2]", RED)),
+        (both, "cat", Cell(image, "cat", RED)),
+        (alone, None, Cell(None, "caption [1, 2]", RED)),
+        (alone, "cat", Cell(None, "cat: caption [1, 2]", RED)),
+        (Sample("a", image), None, Cell(image, "", RED)),
+    ]
+    for sample, text, expected in cases:
+        found = job.Job.cell(task, sample, text, RED)
+        assert found._replace(image=None) == expected._replace(image=None)
+        torch.testing.assert_close(found.image, expected.image)
+
+
+def test_a_run_of_a_classifier_is_drawn_with_its_best_guesses(monkeypatch, tmp_path):
+    drawn = {}
+    for name in ("draw_training", "draw_confusion"):
+        monkeypatch.setattr(labelled_loop, name, lambda path, *what, name=name: drawn.__setitem__(name, (path, *what)))
+    monkeypatch.setattr(labelled_loop, "read_metrics", lambda folder: [folder])
+    guesses = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    loop = argparse.Namespace(
+        run=argparse.Namespace(dir=tmp_path),
+        schedule=Schedule(LinearProbeConfig(global_batch=4), LinearProbeConfig(), samples=12),
+        predictions=argparse.Namespace(labels_N=torch.tensor([2, 0]), best_NK=guesses),
+        job=argparse.Namespace(names=["a", "b", "c"]),
+    )
+    labelled_loop.LabelledLoop.draw(loop)
+    assert drawn["draw_training"] == (tmp_path / "training.png", [tmp_path], 3)
+    path, labels, found, classes = drawn["draw_confusion"]
+    assert (path, classes) == (tmp_path / "confusion.png", loop.job.names)
+    assert (labels.tolist(), found.tolist()) == ([2, 0], [2, 1])
+
+
+def test_a_sheet_of_captions_alone_is_drawn(tmp_path):
+    figures.draw_sheet(
+        tmp_path / "sheet.png", [[Cell(None, "a caption"), Cell(None, "another", GREEN)]], ("one", "two")
+    )
+    assert Image.open(tmp_path / "sheet.png").width > 200

@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.packing import Geometry
+from m3ae_fast.cli.export import export
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
+from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.data.labels import label_corpus
+from m3ae_fast.evaluation import job, knn
+from m3ae_fast.evaluation.knn import knn_scores
+from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
+from m3ae_fast.images.decoding import decode_image
+from tests.evaluation.conftest import pictures
+from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
+
+
+def test_votes_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(200, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    labels = torch.randint(0, 7, (200,), generator=generator)
+    judge = KNeighborsClassifier(
+        20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07), algorithm="brute"
+    ).fit(bank, labels)
+    scores = knn_scores(bank, labels, queries, 7, 20, 0.07)
+    torch.testing.assert_close(
+        scores / scores.sum(1, keepdim=True),
+        torch.from_numpy(judge.predict_proba(queries)).float(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_more_neighbours_than_samples_and_a_low_temperature_are_fine():
+    scores = knn_scores(torch.eye(3), torch.arange(3), torch.eye(3), 3, 20, 1e-3)
+    assert scores.isfinite().all()
+    assert (
+        knn_scores(torch.eye(3), torch.arange(3), torch.tensor([[1.0, 0, 0], [1, 1, 1]]), 3, 1, 1e-3).sum(1).min() == 1
+    )
+    assert topk_accuracy(best_classes(scores), torch.arange(3)) == {"top1": 1.0}
+
+
+def test_accuracies_are_shares_of_the_best_scores():
+    scores = torch.arange(8.0).expand(4, 8)
+    assert topk_accuracy(best_classes(scores), torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
+    assert [best_classes(torch.eye(classes)).shape[1] for classes in (5, 6)] == [1, 5]  # of five all would be right
+
+
+@pytest.mark.slow
+def test_colours_are_told_apart(transfer, run, tmp_path):
+    result = transfer("knn", "--labels", "json.name")
+    assert (result["task"], result["top1"], result["classes"], result["val_samples"]) == ("knn", 1.0, 3, 18)
+    few = transfer("knn", "--labels", "json.name", "--set", "knn.k=1000", out="few")
+    assert few["k"] == few["train_samples"]  # all of them
+    assert list((tmp_path / "out/tensorboard").iterdir())
+    assert pictures(tmp_path / "out") == ["confusion", "neighbours"]
+    untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")
+    assert 0 <= untrained["top1"] <= 1
+    export(run, tmp_path / "exported")
+    assert transfer("knn", model=tmp_path / "exported", out="export")["top1"] == 1.0
+
+
+def test_pictures_show_the_names_of_classes(transfer, shards, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(knn, "draw_confusion", lambda path, labels, predicted, names: drawn.update(confusion=names))
+    monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: drawn.update(texts=[r[0].text for r in rows]))
+    monkeypatch.setattr(job, "class_names", lambda corpus, classes: ["navy", "lime", "ruby"])
+    assert transfer("knn")["classes"] == 3
+    assert drawn["confusion"] == ["navy", "lime", "ruby"] and {*drawn["texts"]} <= {*drawn["confusion"]}
+
+
+def test_samples_are_found_by_their_keys(shards, tmp_path):
+    corpus = open_corpus([SourceConfig(shards=list(shards), modality="image")], ShardStore(tmp_path))
+    corpus, _ = label_corpus(corpus, "cls")
+    keys = [f"{shards[1]}/00105", f"{shards[0]}/00003", f"{shards[0]}/99999"]
+    preparation = Preparation(Geometry(40, 8, 3, 16), UNMASKED, None, 0)
+    found = samples_of(corpus, preparation, keys)
+    assert found.keys() == set(keys[:2])
+    for key, number in zip(keys, (105, 3)):
+        assert torch.equal(found[key].image, decode_image(coloured(number, NAMES[number % 3]), 3))
+        assert found[key].label == number % 3
+
+
+@pytest.mark.slow
+def test_a_result_is_never_written_over(transfer, tmp_path):
+    transfer("knn")
+    before = (tmp_path / "out/result.json").read_bytes()
+    with pytest.raises(UserError, match=r"already holds a result.json"):
+        transfer("knn")
+    assert (tmp_path / "out/result.json").read_bytes() == before
+
+
+def test_mistakes_are_one_line_and_leave_nothing(transfer, run, shards, tmp_path):
+    image_only = tiny_run(tmp_path / "image-only", vocab_size=0)
+    foreign = labelled_tar(tmp_path / "foreign.tar", range(6), dict.fromkeys(range(6), 9))
+    for options, more, message in (
+        (["--set", "knn.kay=3"], {}, "unknown key knn.kay; did you mean k?"),
+        (["--set", "linear.k=3"], {}, "--set linear.k: knn does not use it; did you mean knn.k?"),
+        (["--draws", "3"], {}, "--draws 3: is of --shots; name --shots too"),
+        ([], {"model": tmp_path / "nothing"}, "nothing: no such file or folder"),
+        ([], {"val": foreign}, "no training sample has the label 9"),
+        (["--labels", "txt"], {}, "must be cls, or json.FIELD"),
+        (["--modality", "text"], {"model": image_only}, "is an image-only model, which cannot take text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            transfer("knn", *options, **more)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_no_accuracy(value):
+    scores = torch.eye(3)
+    scores[1, 2] = value
+    with pytest.raises(UserError, match="1 of 3 samples have scores that are not finite"):
+        best_classes(scores)

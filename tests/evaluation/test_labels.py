@@ -1,0 +1,144 @@
+import json
+
+import numpy as np
+import pytest
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data.labels import class_names, keep_classes, label_corpus, read_labels
+from m3ae_fast.data.reader import Reader
+from tests.helpers.labelled import labelled_members, labelled_tar
+from tests.helpers.shards import write_tar
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """opened(numbers, labels) -> a corpus; several to make several shards."""
+
+    def make(*shards):
+        paths = [labelled_tar(tmp_path / f"{i}.tar", *shard) for i, shard in enumerate(shards)]
+        return open_corpus([SourceConfig(shards=paths)], ShardStore(tmp_path / "cache"))
+
+    return make
+
+
+def test_labels_are_read_from_cls_and_json(opened):
+    corpus = opened((range(4),), (range(4, 7),))
+    assert read_labels(corpus, "cls") == read_labels(corpus, "json.label") == [[0, 1, 2, 0, 1, 2, 0]]
+    assert read_labels(corpus, "json.name") == [["blue", "green", "red", "blue", "green", "red", "blue"]]
+    assert read_labels(corpus, "json.other") == [[None] * 7]
+
+
+def test_pictures_call_classes_by_their_names(tmp_path, opened):
+    """classes.json beside the shards goes before class_name in the samples; texts are names already."""
+
+    def corpus(name, class_names):
+        files = dict(labelled_members(range(6)))
+        for number, written in class_names.items():
+            files[f"{number:05d}.json"] = json.dumps({"class_name": written, "label": number % 3}).encode()
+        path = write_tar(tmp_path / f"{name}.tar", files.items())
+        return label_corpus(open_corpus([SourceConfig(shards=path)], ShardStore(tmp_path / "cache")), "cls")
+
+    assert class_names(*corpus("none", {})) == ["0", "1", "2"]
+    assert class_names(*corpus("some", {0: "cat", 3: "cat", 5: "emu"})) == ["cat", "1", "emu"]
+    assert class_names(*corpus("two", {0: "cat", 3: "dog"})) == ["0", "1", "2"]  # a name of two labels says nothing
+    assert class_names(*label_corpus(opened((range(4),)), "json.name")) == ["blue", "green", "red"]
+    labelled, classes = corpus("chosen", {0: "cat", 2: "emu"})
+    assert class_names(*keep_classes(labelled, classes, ["2", "0"])) == ["emu", "cat"]
+    (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    assert class_names(*corpus("listed", {0: "cat"})) == ["a", "b", "c"]
+    (tmp_path / "classes.json").write_text("[broken")
+    assert class_names(*corpus("broken", {0: "cat"})) == ["cat", "1", "2"]
+
+
+def test_names_become_ids_in_sorted_order_and_minus_one_leaves_a_sample_out(opened):
+    corpus = opened((range(4), {1: -1}), (range(4, 8), {4: -1, 5: -1}))
+    found, classes = label_corpus(corpus, "cls")
+    assert (list(classes), found.samples, [sizes.tolist() for sizes in found.sizes]) == ([0, 1, 2], 5, [[3, 2]])
+    assert found.sources[0].labels.tolist() == [0, 2, 0, 0, 1]
+    reader = Reader(found.sources[0], found.store)
+    assert [reader.key(*reader.find(i)) for i in range(5)] == ["00000", "00002", "00003", "00006", "00007"]
+    whole, names = label_corpus(opened((range(4),)), "json.name")
+    assert (names, whole.sources[0].labels.tolist()) == (["blue", "green", "red"], [0, 1, 2, 0])
+
+
+def test_samples_stay_left_out_where_a_damaged_index_is_made_anew(opened):
+    found, _ = label_corpus(opened((range(4), {1: -1}), (range(4, 8),)), "cls")
+    sidecar = found.sources[0].shards[0].sidecar
+    sidecar.write_bytes(sidecar.read_bytes()[:-1])
+    reader = Reader(found.sources[0], found.store)
+    assert [reader.key(*reader.find(i)) for i in range(3)] == ["00000", "00002", "00003"]
+
+
+def test_a_shard_without_a_labelled_sample_is_left_out(opened):
+    found, _ = label_corpus(opened((range(3), {0: -1, 1: -1, 2: -1}), (range(3),)), "cls")
+    assert found.sizes == [[3]]
+
+
+def test_validation_labels_are_those_of_training(opened):
+    found, _ = label_corpus(opened((range(2),)), "json.name", ["amber", "blue", "green"])
+    assert found.sources[0].labels.tolist() == [1, 2]
+    with pytest.raises(UserError, match="no training sample has the label 'green'"):
+        label_corpus(opened((range(2),)), "json.name", ["amber", "blue"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            {3: None},
+            "1 of 6 samples have no label .cls., such as .*0.tar/00003; it has neither .cls nor .json, or label",
+        ),
+        (dict.fromkeys(range(6), -1), "no sample has a label .* other than -1"),
+        (dict.fromkeys(range(6), 2), "all samples have the label 2 .*; two classes"),
+        ({2: 7, 5: 7}, "go up to 7, but no sample has 2"),
+        ({2: -5}, "the label -5 .* is out of range"),
+        ({2: 1 << 30}, "the label 1073741824 .* is out of range"),
+        ({2: "red"}, "00002: its cls holds 'red', not a whole number"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_named_in_one_line(opened, labels, message):
+    with pytest.raises(UserError, match=message) as error:
+        label_corpus(opened((range(6), labels)), "cls")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_field_is_answered_with_those_that_there_are(opened):
+    with pytest.raises(UserError, match=r"0\.tar/00000; it has cls, json.name, json.label: choose one"):
+        label_corpus(opened((range(3),)), "json.colour")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b'{"label": [1]}', "neither a whole number"),
+        (b'{"label": 9223372036854775808}', "json.label is 9223372036854775808, beyond the whole numbers of 64 bits"),
+        (b'{"label": -9223372036854775809}', "beyond the whole numbers"),
+    ],
+)
+def test_json_that_holds_no_label_is_named(tmp_path, text, message):
+    files = [*labelled_members(range(2)), ("7.png", next(labelled_members([7]))[1]), ("7.json", text)]
+    path = write_tar(tmp_path / "a.tar", files)
+    corpus = open_corpus([SourceConfig(shards=path)], ShardStore(tmp_path / "cache"))
+    with pytest.raises(UserError, match=message):
+        label_corpus(corpus, "json.label")
+
+
+def test_an_unknown_place_of_labels_is_named(opened):
+    with pytest.raises(UserError, match=r"must be cls, or json.FIELD"):
+        read_labels(opened((range(3),)), "json.")
+
+
+def test_mixed_labels_are_refused(opened):
+    with pytest.raises(UserError, match=r"some labels .* are numbers and some are text"):
+        label_corpus(opened((range(3), {1: "two"})), "json.label")
+
+
+def test_an_index_of_an_earlier_version_is_made_again(opened, tmp_path):
+    corpus = opened((range(3),))
+    sidecar = corpus.sources[0].shards[0].sidecar
+    sidecar.write_bytes(sidecar.read_bytes().replace(b'"version": 2', b'"version": 1', 1))
+    again = opened((range(3),))
+    assert np.array_equal(again.sources[0].shards[0].table()["cls_size"], [1, 1, 1])

@@ -1,0 +1,204 @@
+import argparse
+import json
+
+import pytest
+import torch
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
+from m3ae_fast.evaluation import labelled_loop, linear
+from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.probe_engine import CachedSteps, EncodedBatch, ProbeEngine
+from m3ae_fast.evaluation.rates import Tried, choose
+from m3ae_fast.evaluation.recipe import OFFICIAL
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.weights.open_model import open_model
+from tests.evaluation.conftest import pictures, settings
+from tests.helpers.labelled import labelled_members, labelled_tar
+from tests.helpers.ranks import run_ranks
+from tests.helpers.shards import write_tar
+
+pytestmark = pytest.mark.slow
+
+FAST = settings("linear.peak_lr=30", "linear.global_batch=24", "linear.micro_batch=8", "linear.warmup_epochs=2")
+
+
+@pytest.mark.parametrize("options", [["--cache-features"], []])
+def test_colours_are_told_apart(transfer, run, tmp_path, options):
+    result = transfer("linear", "--labels", "json.name", *options, *FAST, *settings("linear.epochs=15"))
+    assert (result["top1"], result["steps"], result["classes"]) == (1.0, 30, 3)
+    assert pictures(tmp_path / "out") == ["confusion", "training"]
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert sum("val_top1" in line for line in lines) == 15  # every epoch
+    classifier = Classifier.from_pretrained(tmp_path / "out").eval()
+    assert classifier.config.classes == ["blue", "green", "red"]
+    encoder = open_model(str(run), text=False)
+    assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)  # it was frozen
+
+
+def test_a_step_is_one_of_lars_on_the_loss_of_the_whole_batch():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(12, 8, generator=generator), torch.arange(12) % 3
+    with join_ranks() as ranks:
+        head = LinearProbeHead(8, 3)
+        weight = head.linear.weight.detach().clone()
+        engine = ProbeEngine(head, LinearProbeConfig(), ranks, None, EncodeConfig())
+        parts = [EncodedBatch(list("abcdef"), features[:6], labels[:6]), EncodedBatch([], features[6:], labels[6:])]
+        (losses,), _ = engine.step(parts, 12.0, lr=0.5)
+    normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
+    weight.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(normal @ weight.T, labels)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(losses.loss, loss.detach())
+    expected = weight - 0.5 * 1e-3 * weight.norm() / gradient.norm() * gradient
+    torch.testing.assert_close(head.linear.weight.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [["--cache-features"], []])
+def test_a_resumed_probe_is_the_one_that_was_interrupted(transfer, run, tmp_path, monkeypatch, options):
+    options = [*options, *FAST, *settings("linear.steps=6", "linear.save_every=2")]
+    whole = transfer("linear", *options, out="whole")
+    save = checkpoint.save
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise UserError("killed")
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(UserError, match="killed"):
+        transfer("linear", *options, out="cut")
+    assert not (tmp_path / "cut/result.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        transfer("linear", *options, out="cut")
+    for other, was in (("encode.pool=cls", "mean"), ("linear.global_batch=48", "24")):
+        name, _, now = other.partition("=")
+        with pytest.raises(UserError, match=f"was made with {name} = {was}, the config says {now}"):
+            transfer("linear", *options, "--resume", "auto", *settings(other), out="cut")
+    with pytest.raises(UserError, match=r"was made with task\.weights = .*, the config says"):
+        transfer("linear", *options, "--resume", "auto", model=f"random:{run}", out="cut")
+    same = run.parent / "." / run.name / "checkpoints" / ".."  # the same weights, named in another way
+    resumed = transfer("linear", *options, "--resume", "auto", model=same, out="cut")
+    assert resumed["top1"] == whole["top1"]
+    states = [checkpoint.saved_steps(tmp_path / name)[-1] / "state.safetensors" for name in ("whole", "cut")]
+    assert states[0].read_bytes() == states[1].read_bytes()
+
+
+def test_the_section_s_former_name_still_works_with_a_note(transfer, tmp_path, capsys):
+    options = ["--cache-features", "--labels", "json.name"]
+    transfer("linear", *options, *settings("probe.steps=1", "probe.warmup_epochs=0", "probe.global_batch=8"))
+    assert "note: --set probe: is called linear now" in capsys.readouterr().err
+    info_file = checkpoint.saved_steps(tmp_path / "out")[-1] / checkpoint.INFO_FILE
+    info = json.loads(info_file.read_text())
+    assert (info["config"]["linear"]["steps"], info["config"]["linear"]["global_batch"]) == (1, 8)
+
+    (tmp_path / "out/result.json").unlink()
+    info["config"]["probe"] = info["config"].pop("linear")  # as checkpoints had it
+    info_file.write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"was made with linear\.global_batch = 8, the config says 16"):
+        transfer("linear", *options, "--resume", "auto", *settings("linear.steps=2", "linear.global_batch=16"))
+    more = settings("linear.steps=2", "linear.warmup_epochs=0", "linear.global_batch=8")
+    assert transfer("linear", *options, "--resume", "auto", *more)["steps"] == 2
+    assert "note: --set" not in capsys.readouterr().err
+
+
+def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):
+    """They are normalised with the statistics of training, not with their own."""
+    val = labelled_tar(tmp_path / "red.tar", range(101, 125, 3))
+    result = transfer("linear", "--cache-features", *FAST, *settings("linear.epochs=15", "encode.pool=cls"), val=val)
+    assert (result["top1"], result["val_samples"], result["train_samples"]) == (1.0, 8, 48)
+    saved = Classifier.from_pretrained(tmp_path / "out").config
+    assert (saved.pool, saved.head, saved.modality, saved.classes) == ("cls", "linear", "image", [0, 1, 2])
+
+
+def test_bad_samples_count_among_those_that_were_seen(transfer, tmp_path):
+    """One of five."""
+    broken = [("99.png", b""), ("99.txt", b"red"), ("99.cls", b"2")]
+    train = write_tar(tmp_path / "train.tar", [*labelled_members(range(4)), *broken])
+    options = settings("linear.global_batch=5", "linear.micro_batch=5", "linear.steps=2")
+    result = transfer("linear", *options, *settings("data.max_bad_fraction=0.2"), train=train)
+    assert result["skipped"] == 2
+    with pytest.raises(UserError, match="1 of 5 samples cannot be used"):
+        transfer("linear", *options, *settings("data.max_bad_fraction=0.19"), train=train, out="other")
+
+
+def test_rates_are_those_since_the_last_time(monkeypatch):
+    clock = [104.0]
+    monkeypatch.setattr(labelled_loop.time, "perf_counter", lambda: clock[0])
+    loop = argparse.Namespace(seen=20.0, waited=1.0, since=100.0)
+    assert labelled_loop.LabelledLoop.rates(loop) == {"samples_per_s": 5, "data_wait": 0.25}
+    clock[0] = 106.0
+    loop.seen += 4
+    assert labelled_loop.LabelledLoop.rates(loop) == {"samples_per_s": 2, "data_wait": 0}
+
+
+def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
+    options = [*FAST, *settings("linear.steps=3", "encode.batch=4", "encode.precision=fp32")]
+    transfer("linear", *options, out="one")
+    command = ["linear", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
+    command += [*settings("data.workers=0"), *options]
+    code, out = run_ranks("m3ae_fast.cli.transfer", command, 2, tmp_path / "log")
+    assert code == 0, out
+    one, two = (checkpoint.read_weights(checkpoint.locate(tmp_path / name)) for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
+    with pytest.raises(UserError, match=r"not finite.*lower linear.peak_lr"):
+        transfer("linear", "--cache-features", *FAST, *settings("linear.peak_lr=1e30", "linear.steps=20"))
+
+
+def test_epochs_of_cached_features_are_other_permutations_each():
+    features = Features([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100, None, [])
+    batches = list(CachedSteps(features, range(7), 5, seed=3))
+    rows = torch.cat([batch.features_SD[:, 0] for batch in batches]).long()
+    epochs = rows[:30].view(3, 10)
+    assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+    for batch in batches:
+        assert batch.labels.tolist() == [100 + row for row in batch.features_SD[:, 0].long().tolist()]
+        assert batch.keys == [str(int(row)) for row in batch.features_SD[:, 0]]
+    later = list(CachedSteps(features, range(4, 7), 5, seed=3))
+    assert all(torch.equal(one.features_SD, other.features_SD) for one, other in zip(batches[4:], later))
+    odd = torch.cat([batch.features_SD[:, 0] for batch in CachedSteps(features, range(10), 3, seed=3)]).long()
+    assert torch.equal(odd, rows[:30]), "a step may span two epochs"
+    other = next(iter(CachedSteps(features, range(1), 10, seed=4)))
+    assert not torch.equal(other.features_SD[:, 0].long(), epochs[0])
+
+
+def test_without_settings_it_tries_rates_and_a_resumed_run_keeps_the_one_it_chose(transfer, tmp_path, monkeypatch):
+    short = settings("linear.steps=12", "linear.global_batch=24", "linear.save_every=6")
+    whole = transfer("linear", "--cache-features", *short, out="whole")
+    rates = {tried["peak_lr"]: tried["top1"] for tried in whole["rates"]}
+    rate = whole["recipe"]["peak_lr"]
+    usual = OFFICIAL["linear"].scaled(48).peak_lr
+    assert len(rates) == 6 and rate == choose([Tried(**each) for each in whole["rates"]], usual, 4).peak_lr
+    assert "12 steps are few" in whole["cautions"][0]
+    given = transfer("linear", "--cache-features", *short, *settings(f"linear.peak_lr={rate}"), out="given")
+    assert given["rates"] == [] and given["recipe"] == whole["recipe"]
+    weights = [checkpoint.read_weights(checkpoint.locate(tmp_path / name)) for name in ("whole", "given")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    last = checkpoint.saved_steps(tmp_path / "whole")[-1] / "state.safetensors"
+    state = last.read_bytes()
+    (tmp_path / "whole/result.json").unlink()
+    monkeypatch.setattr(linear, "try_rates", None)
+    first = str(checkpoint.saved_steps(tmp_path / "whole")[0])
+    resumed = transfer("linear", "--cache-features", "--resume", first, out="whole")
+    assert (resumed["recipe"], resumed["rates"], resumed["steps"]) == (whole["recipe"], whole["rates"], 12)
+    assert last.read_bytes() == state
+
+
+def test_the_run_is_said_before_the_first_step_and_its_duration_soon_after(transfer, capsys):
+    transfer("linear", *FAST, *settings("linear.epochs=5"))
+    out = capsys.readouterr().out
+    said = (
+        "48 samples, batch 24, steps 0 to 10 (5 epochs, of which 2 warm up), learning rate 2.81 = linear.peak_lr 30 x "
+    )
+    said += "batch 24 / 256"
+    assert out.index(said) < out.index("step 1 ") < out.index("expected: ")
+    assert "for 4 more steps" in out

@@ -1,0 +1,44 @@
+"""The model that a command names, and the classifier that it leaves."""
+
+import torch
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.weights import open_model as opening
+from m3ae_fast.weights.open_model import open_model, saved_run
+
+
+def test_an_untrained_network_depends_on_the_seed_alone(run):
+    def weights(seed):
+        torch.manual_seed(torch.seed() % 1000)
+        return open_model(f"random:{run}", text=False, seed=seed).patch_embed.weight
+
+    before = torch.get_rng_state()
+    open_model(f"random:{run}", text=False, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    assert not torch.equal(weights(1), open_model(str(run), text=False).patch_embed.weight)
+
+
+def test_a_tokenizer_that_is_named_goes_before_the_runs_own(run, monkeypatch):
+    asked, real = [], opening.load_tokenizer
+    monkeypatch.setattr(opening, "load_tokenizer", lambda name, *sizes: asked.append(name) or real(own, *sizes))
+    own = saved_run(run).tokenizer
+    open_model(str(run), text=True)
+    open_model(str(run), text=True, tokenizer="another.json")
+    open_model(str(run), text=False, tokenizer="another.json")
+    assert asked == [own, "another.json"]
+
+
+def test_a_classifier_is_saved_with_the_weights_that_are_given(tmp_path):
+    sizes = ModelConfig(size=None, emb_dim=16, depth=1, num_heads=1, image_size=16, patch_size=8, vocab_size=0)
+    for pool in ("mean", "cls"):
+        config = ClassifierConfig(model=sizes, head="finetune", pool=pool, modality="image", classes=["a", "b"])
+        model = Classifier(config)
+        model.backbone.reset_parameters()
+        given = {"head.linear.bias": torch.tensor([1.5, -2.0])}
+        model.save_pretrained(tmp_path / pool, given)
+        found = Classifier.from_pretrained(tmp_path / pool)
+        assert found.config == config
+        for name, weight in found.state_dict().items():
+            assert torch.equal(weight, given.get(name, model.state_dict()[name]))

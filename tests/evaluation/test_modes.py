@@ -1,0 +1,118 @@
+"""In which modes every program runs the encoder: training or evaluation, autocast, gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from m3ae_fast.cli import features
+from m3ae_fast.cli.transfer import TASKS, main
+from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.config.messages import section_of
+from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.heads import BatchNorm
+from m3ae_fast.model.encoder import MultimodalEncoder
+from tests.evaluation.conftest import settings
+from tests.helpers.labelled import labelled_tar
+
+pytestmark = pytest.mark.slow
+
+EVALUATES, ATTACKS, TRAINS = (False, False), (False, True), (True, True)  # (training, with gradients)
+LINEAR = settings("linear.steps=2", "linear.global_batch=8", "linear.peak_lr=0.1")
+TUNE = settings("finetune.steps=2", "finetune.global_batch=8", "finetune.warmup_epochs=0", "finetune.drop_path=0")
+LIGHT = settings("robustness.epsilons=[1]", "robustness.steps=2", 'robustness.corruptions=["jpeg"]')
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(training, with gradients, autocast) of each pass through the encoder."""
+    found, real = [], MultimodalEncoder._input
+
+    def looked_at(self, batch):
+        modes = {module.training for module in self.modules()}
+        assert len(modes) == 1
+        found.append((modes.pop(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return real(self, batch)
+
+    monkeypatch.setattr(MultimodalEncoder, "_input", looked_at)
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_asks_where_its_result_goes(task, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([task, "model", "--train", "a.tar", "--val", "b.tar"])
+    assert "required" in (said := capsys.readouterr().err) and "--out" in said.partition("required")[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("task", ["knn", "ood", "retrieval", "linear", "attentive", "finetune"])
+def test_a_task_encodes_in_the_modes_that_it_should(transfer, shards, seen, task, precision):
+    encode = settings(f"encode.precision={precision}") if task != "finetune" else []
+    options = {
+        "ood": ["--ood", shards[1]],
+        "linear": LINEAR,
+        "attentive": settings("attentive.steps=2"),
+        "finetune": [*TUNE, *settings(f"finetune.precision={precision}", "finetune.rand_augment=null")],
+    }
+    more = {"train": None} if task == "retrieval" else {}
+    transfer(task, *options.get(task, []), *encode, **more)
+    expected = {TRAINS, EVALUATES} if task == "finetune" else {EVALUATES}
+    assert {modes[:2] for modes in seen} == expected
+    assert {modes[2] for modes in seen} == {precision == "bf16"}
+
+
+def test_robustness_evaluates_in_float32_and_has_gradients_in_attacks_alone(transfer, tmp_path, seen):
+    transfer("linear", *LINEAR, out="classifier")
+    trained = Classifier.from_pretrained(tmp_path / "classifier")
+    seen.clear()
+    transfer("robustness", *LIGHT, model=tmp_path / "classifier", train=None, out="attacked")
+    assert {modes[:2] for modes in seen} == {EVALUATES, ATTACKS} and not any(modes[2] for modes in seen)
+    assert sum(modes[1] for modes in seen) == 2  # the steps of the attack
+    after = Classifier.from_pretrained(tmp_path / "classifier")
+    assert torch.equal(trained.head.norm.mean, after.head.norm.mean)
+
+
+def test_the_tasks_are_all_of_them(seen):
+    assert {*TASKS} == {"knn", "ood", "retrieval", "linear", "attentive", "compare", "finetune", "robustness"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_are_those_of_an_evaluation(run, shards, tmp_path, seen, precision):
+    out = tmp_path / "a.npz"
+    assert features.main([str(run), shards[1], "--out", str(out), *settings(f"encode.precision={precision}")]) == 0
+    assert {*seen} == {(*EVALUATES, precision == "bf16")} and len(np.load(out)["features"]) == 18
+
+
+def test_a_probe_trains_on_statistics_of_the_step_and_evaluates_with_the_running_ones(transfer, monkeypatch):
+    modes, real = [], BatchNorm.forward
+    monkeypatch.setattr(BatchNorm, "forward", lambda self, x: modes.append((self.training, len(x))) or real(self, x))
+    transfer("linear", "--cache-features", *LINEAR)
+    assert modes == [(True, 8), (True, 8), (False, 18)]
+
+
+def test_one_sample_is_evaluated_as_among_many(transfer, tmp_path):
+    """No statistics of the batch, no drop."""
+    transfer("linear", "--cache-features", *LINEAR, out="classifier")
+    shard = labelled_tar(tmp_path / "a.tar", range(6))
+    light = settings("robustness.epsilons=[]", "robustness.corruptions=[]", "robustness.samples=99")
+    whole, single = (
+        transfer("robustness", *light, *settings(f"robustness.batch={batch}"), model=tmp_path / "classifier",
+                 train=None, val=shard, out=f"b{batch}")
+        for batch in (6, 1)
+    )  # fmt: skip
+    assert whole["top1"] == single["top1"] and whole["val_samples"] == single["val_samples"] == 6  # there are no more
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_shows_every_setting_of_a_task(task, capsys):
+    with pytest.raises(SystemExit):
+        main([task, "--help"])
+    shown = capsys.readouterr().out
+    for section in TASKS[task].sections:
+        for key in section_of(TransferConfig.model_fields[section].annotation).model_fields:
+            assert f"  {section}.{key}\n" in shown
+    said = " ".join(shown.split())
+    if task in ("knn", "ood", "compare"):
+        assert "Number of neighbours that vote. Default: 20; allowed: integer > 0." in said
+    if task == "robustness":
+        assert "Severities to run, from 1 to 5. Default: [1, 2, 3, 4, 5]; allowed: list: integer ≥ 1, ≤ 5." in said

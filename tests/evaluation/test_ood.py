@@ -1,0 +1,322 @@
+import json
+import re
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.special import logsumexp, softmax
+from sklearn.covariance import LedoitWolf
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import read_parquet, write_parquet
+from m3ae_fast.cli.transfer import main
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.evaluation import ood
+from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.evaluation.difference import areas_apart
+from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval, named_sets
+from m3ae_fast.images.decoding import decode_image
+from tests.evaluation.conftest import pictures
+from tests.helpers.labelled import NAMES, coloured, labelled_tar
+from tests.helpers.shards import members, picture, write_tar
+
+pytestmark = pytest.mark.slow
+
+SIZES = ModelConfig(
+    size=None, emb_dim=32, depth=2, num_heads=4, image_size=32, patch_size=8, text_length=16, vocab_size=0
+)
+
+
+def test_auroc_and_fpr_are_those_of_the_curve():
+    random = np.random.RandomState(0)
+    familiar, strange = random.randn(200) + 1, random.randn(300)
+    area, passed = auroc_and_fpr(familiar, strange)
+    assert area == pytest.approx((familiar[:, None] > strange).mean())
+    fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate((familiar, strange)), drop_intermediate=False)
+    assert passed == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+    coarse = familiar.round(), strange.round()  # of which many are equal, also to the threshold
+    fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate(coarse), drop_intermediate=False)
+    assert auroc_and_fpr(*coarse)[1] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+    assert auroc_and_fpr(np.arange(30.0), np.arange(30.0))[1] == 29 / 30  # 95 % are 28.5 samples, so that 29 pass
+    assert auroc_and_fpr(np.ones(5), np.zeros(5)) == (1.0, 0.0)
+    assert auroc_and_fpr(np.zeros(5), np.ones(5)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_every_score_is_lower_far_from_the_training_samples(classes):
+    random = np.random.RandomState(0)
+    labels = np.arange(120) % classes
+    train = (4 * np.eye(6)[labels] + random.randn(120, 6)).astype(np.float32)
+    scores = Scores(train, labels, 5, seed=0)
+    near, far = scores(train[:40] + 0.01), scores(-6 + random.randn(40, 6).astype(np.float32))
+    for name in ("knn", "mahalanobis"):
+        assert near[name].min() > far[name].max()
+    means = np.stack([train[labels == c].mean(0) for c in range(classes)])
+    precision = LedoitWolf(assume_centered=True).fit(train - means[labels]).precision_
+    distance = [min((x - m) @ precision @ (x - m) for m in means) for x in train[:3]]
+    np.testing.assert_allclose(scores(train[:3])["mahalanobis"], -np.array(distance), rtol=1e-5)
+    odds = scores.classifier.predict_proba(train[:5]).max(1)
+    np.testing.assert_allclose(scores(train[:5])["max_softmax"], odds, rtol=1e-5)
+
+
+def test_noise_of_all_colours_is_told_from_plain_colours(transfer, tmp_path, monkeypatch):
+    drawn = []
+    other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
+    draw = ood.draw_detection
+    monkeypatch.setattr(ood, "draw_detection", lambda path, *scores: drawn.extend(scores) or draw(path, *scores))
+    result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # below a class's 16 samples
+    assert result["knn_auroc"] > 0.95
+    assert pictures(tmp_path / "out") == ["scores"]
+    familiar, strange = drawn
+    for name in familiar:  # what is drawn is what is told
+        both = np.concatenate((familiar[name], strange[name]))
+        assert result[f"{name}_auroc"] == pytest.approx(roc_auc_score(np.arange(len(both)) < 18, both))
+    assert result["mahalanobis_fpr95"] < 0.1
+    assert (result["train_samples"], result["val_samples"], result["ood_samples"]) == (48, 18, 20)
+
+
+def test_scores_below_a_half_are_said_to_be_inverted(transfer, tmp_path, monkeypatch, capsys):
+    """Where the whole interval is; a score that is merely no better than chance is not."""
+    scores = ood.Scores.__call__
+
+    def turned(self, features):
+        found = scores(self, features)
+        return found | {"knn": -found["knn"], "energy": np.linspace(-1, 1, len(features))}
+
+    monkeypatch.setattr(ood.Scores, "__call__", turned)
+    other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
+    result = transfer("ood", "--ood", f"noise={other}", "--set", "knn.k=5")
+    (caution,) = result["cautions"]
+    assert f"note: {caution}\n" in capsys.readouterr().out
+    assert caution.startswith(f"noise: inverted on this data: knn (AUROC {result['noise_knn_auroc']:.2f}). Out-of-dist")
+    fine = {f"{name}_auroc{end}": 0.5 for name in ood.SCORES for end in ("", "_high")}
+    assert not ood.inverted(fine)
+    both = ood.inverted(fine | {"max_softmax_auroc_high": 0.49, "energy_auroc": 0.25, "energy_auroc_high": 0.4})
+    assert "max_softmax (AUROC 0.50), energy (AUROC 0.25). " in both
+
+
+def test_how_far_it_is_is_said_and_a_stop_leaves_the_sets_so_far(transfer, tmp_path, monkeypatch, capsys):
+    left, encode = [], Job.encode
+
+    def stopped(job, *corpus, **more):
+        left.append(job.stop.at_leaving())
+        return encode(job, *corpus, **more)
+
+    monkeypatch.setattr(Job, "encode", stopped)
+    sets = {name: write_tar(tmp_path / f"{name}.tar", members(range(9), "image")) for name in "ab"}
+    given = [word for name, shards in sets.items() for word in ("--ood", f"{name}={shards}")]
+    columns = []
+    monkeypatch.setattr("m3ae_fast.evaluation.job.write_parquet", lambda path, each: columns.append(each["set"]))
+    transfer("ood", *given, "--set", "knn.k=3")
+    said = capsys.readouterr().out
+    assert re.search(r"encoding val: 18 samples done \(79% of the encoding, about \d:\d\d:\d\d left\)", said)
+    assert "encoding b: 9 samples done (100% of the encoding)\n" in said
+    assert left[:3] == ["nothing was found yet (0 of 2 sets); the same command starts over"] * 3
+    assert left[3].startswith(f"partial result, 1 of 2 sets, in {tmp_path}/out/result-so-far.json: a_max_softmax_")
+    assert columns == [["val"] * 18 + ["a"] * 9, ["val"] * 18 + ["a"] * 9 + ["b"] * 9]
+
+
+def test_two_areas_are_told_apart_by_the_same_draws_of_both(transfer, run, tmp_path, capsys):
+    random = np.random.RandomState(3)
+    familiar, strange = random.randn(300), random.randn(200)
+    noise = [0.1 * random.randn(len(part)) for part in (familiar, strange)]
+    good = [familiar + 1.0 + noise[0], strange + noise[1]]
+    bad, same = [familiar + 0.9, strange], [familiar + 1.0, strange]
+    assert areas_apart(good, [familiar, strange], "A", "B").startswith("A is better than B: AUROC +0.2")
+    assert areas_apart([familiar, strange], good, "B", "A").startswith("B is worse than A: AUROC -0.2")
+    assert areas_apart(good, good, "A", "B") == (
+        "A does not differ significantly from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
+    )
+    # alone, the intervals of these two overlap; of the same draws they do not
+    low, high = auroc_interval(*bad, 0)[1], auroc_interval(*same, 0)[0]
+    assert low > high and "A is better than B" in areas_apart(same, bad, "A", "B")
+    draws = stats.bootstrap(
+        (np.arange(300), np.arange(200)),
+        lambda i, j: np.subtract(*(auroc_and_fpr(f[i], s[j])[0] for f, s in (same, bad))),
+        vectorized=False, n_resamples=400, method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    told = [float(number) for number in re.findall(r"[+-]\d\.\d{3}", areas_apart(same, bad, "A", "B"))[1:]]
+    assert told == pytest.approx(list(draws.confidence_interval), abs=3e-3)
+
+    other = write_tar(tmp_path / "o.tar", members(range(9), "image"))
+    for name, model in (("one", run), ("two", f"random:{run}")):
+        transfer("ood", "--ood", f"o={other}", "--set", "knn.k=3", out=name, model=model)
+    table = read_parquet(tmp_path / "one/predictions.parquet")
+    write_parquet(tmp_path / "three/predictions.parquet", {name: column[1:] for name, column in table.items()})
+    capsys.readouterr()
+    assert main(["difference", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"o, {score}" for score in SCORES]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    for score, line in zip(SCORES, lines):
+        apart = results[0][f"o_{score}_auroc"] - results[1][f"o_{score}_auroc"]
+        assert f"AUROC {apart:+.3f}, 95 % interval" in line
+    with pytest.raises(UserError, match="1 samples are in one of them alone"):
+        main(["difference", str(tmp_path / "one"), str(tmp_path / "three")])
+
+
+def test_scores_take_no_memory_for_each_sample_class_and_dimension():
+    """ImageNet's validation samples would have asked for 154 GB."""
+    random = np.random.RandomState(0)
+    train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
+    scores = Scores(train, labels, 5, seed=0, head=lambda features: torch.from_numpy(features))
+    tracemalloc.start()
+    scores(random.randn(2000, 32).astype(np.float32))
+    assert tracemalloc.get_traced_memory()[1] < 2000 * 200 * 32 * 4
+    tracemalloc.stop()
+
+
+def test_scores_are_those_of_scikit_learn_and_of_a_sort():
+    random = np.random.RandomState(1)
+    labels = np.array([7, 2, 5])[np.arange(90) % 3]  # ids with gaps, as where a class has no readable sample
+    spread = random.randn(6, 6)
+    train = (6 * np.eye(6)[labels % 6] + random.randn(90, 6) @ spread).astype(np.float32)
+    queries = (3 * random.randn(20, 6)).astype(np.float32)
+    found = Scores(train, labels, 4, seed=0)(queries)
+
+    means = {label: train[labels == label].mean(0) for label in set(labels)}
+    within = LedoitWolf(assume_centered=True).fit([x - means[label] for x, label in zip(train, labels)])
+    distances = [within.mahalanobis(queries - mean) for mean in means.values()]
+    np.testing.assert_allclose(found["mahalanobis"], -np.min(distances, 0), rtol=1e-4)
+
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, train)]
+    sorted_MN = np.sort(np.linalg.norm(unit[0][:, None] - unit[1][None], axis=2), axis=1)
+    np.testing.assert_allclose(found["knn"], -sorted_MN[:, 3], rtol=1e-4)
+    few = Scores(train[:6], labels[:6], 50, seed=0)(queries)["knn"]  # of fewer than k the last one counts
+    farthest_M = np.linalg.norm(unit[0][:, None] - unit[1][None, :6], axis=2).max(1)
+    np.testing.assert_allclose(few, -farthest_M, rtol=1e-4)
+
+    judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, labels)
+    np.testing.assert_allclose(found["max_softmax"], judge.predict_proba(queries).max(1), rtol=1e-3)
+    np.testing.assert_allclose(found["energy"], logsumexp(judge.decision_function(queries), axis=1), rtol=1e-3)
+
+
+def test_every_score_is_of_the_samples_that_it_is_said_to_be_of(transfer, shards, tmp_path, monkeypatch):
+    """Familiar ones come first, and each number is of its own score."""
+    given = []
+    monkeypatch.setattr(ood, "auroc_and_fpr", lambda familiar, strange: (given.append((familiar, strange)), (0, 0))[1])
+    other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
+    result = transfer("ood", "--ood", other, "--set", "knn.k=3")
+    assert [(len(familiar), len(strange)) for familiar, strange in given] == [(18, 20)] * 4
+    assert all(familiar.mean() > strange.mean() for familiar, strange in given[2:])
+    assert [name for name in result if name.endswith("auroc")] == [
+        f"{name}_auroc" for name in ("max_softmax", "energy", "knn", "mahalanobis")
+    ]
+
+
+def test_an_interval_is_that_of_scikit_learns_areas_of_the_same_draws(monkeypatch):
+    monkeypatch.setattr(ood, "BOOTSTRAPS", 60)
+    random = np.random.RandomState(2)
+    familiar, strange = random.randn(40).round(1) + 1, random.randn(25).round(1)  # some are equal
+    draws, truth, areas = np.random.default_rng(7), np.repeat([1, 0], [40, 25]), []
+    for _ in range(60):
+        known, other = (part[draws.integers(len(part), size=len(part))] for part in (familiar, strange))
+        areas.append(roc_auc_score(truth, np.concatenate((known, other))))
+    assert auroc_interval(familiar, strange, 7) == pytest.approx(np.quantile(areas, (0.025, 0.975)))
+    assert auroc_interval(familiar, strange, 7) != auroc_interval(familiar, strange, 8)
+
+
+def test_an_interval_is_about_as_wide_as_the_area_is_uncertain():
+    """By its standard deviation over samples drawn anew."""
+    random = np.random.RandomState(3)
+    pairs = [(random.randn(150) + 1, random.randn(100)) for _ in range(200)]
+    spread = np.std([auroc_and_fpr(*pair)[0] for pair in pairs])
+    low, high = auroc_interval(*pairs[0], 0)
+    assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.25)
+    assert low < auroc_and_fpr(*pairs[0])[0] < high
+    assert auroc_interval(np.ones(5), np.zeros(5), 0) == (1.0, 1.0)
+
+
+def test_sets_have_names_where_there_are_several():
+    assert named_sets([["a-*.tar", "b.tar"]]) == {"": ["a-*.tar", "b.tar"]}
+    assert named_sets([["pipe:cat a=b.tar"]]) == {"": ["pipe:cat a=b.tar"]}
+    assert named_sets([["svhn=a.tar", "b.tar"], ["dtd=s3://x?y=z"]]) == {
+        "svhn": ["a.tar", "b.tar"],
+        "dtd": ["s3://x?y=z"],
+    }
+    for given in ([["a.tar"], ["b=b.tar"]], [["b=a.tar"], ["b=b.tar"]]):
+        with pytest.raises(UserError, match="give each of several sets a name of its own"):
+            named_sets(given)
+    with pytest.raises(UserError, match="val is what the result calls --val"):
+        named_sets([["val=a.tar"]])
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """The folder of a fine-tuned classifier of three colours whose weights are random, and the classifier."""
+    torch.manual_seed(0)
+    config = ClassifierConfig(model=SIZES, head="finetune", pool="cls", modality="image", classes=[0, 1, 2])
+    model = Classifier(config).eval()
+    model.backbone.reset_parameters()
+    torch.nn.init.normal_(model.head.linear.weight)
+    model.save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier", model
+
+
+def test_a_classifiers_scores_are_of_its_own_features_and_head(transfer, classifier, tmp_path, monkeypatch):
+    folder, model = classifier
+    given = []
+    real = ood.auroc_and_fpr
+    monkeypatch.setattr(ood, "auroc_and_fpr", lambda *both: given.append(both) or real(*both))
+    sets = {"noise": members(range(20), "image"), "other": members(range(40, 52), "image")}
+    words = [word for name, files in sets.items() for word in (
+        "--ood", f"{name}={write_tar(tmp_path / (name + '.tar'), files)}")]  # fmt: skip
+    result = transfer("ood", *words, "--set", "knn.k=5", "--set", "encode.precision=fp32", model=folder)
+    assert pictures(tmp_path / "out") == ["scores-noise", "scores-other"]
+    assert [result[f"{name}_samples"] for name in ("train", "val", "noise", "other")] == [48, 18, 20, 12]
+    assert len(given) == 8
+
+    def by_hand(images):
+        with torch.no_grad():
+            features_SD = model.backbone.encode(
+                [decode_image(image, 3) for image in images], pool="cls", precision="fp32"
+            )
+            return features_SD.double().numpy(), model.head(features_SD).double().numpy()
+
+    train, _ = by_hand([coloured(i, NAMES[i % 3]) for i in range(48)])
+    labels = np.arange(48) % 3
+    means = np.stack([train[labels == label].mean(0) for label in range(3)])
+    within = LedoitWolf(assume_centered=True).fit(train - means[labels])
+    for number, numbers in enumerate((range(20), range(40, 52))):
+        parts = [[coloured(i, NAMES[i % 3]) for i in range(100, 118)], [picture(i) for i in numbers]]
+        for place, images in enumerate(parts):
+            features, logits = by_hand(images)
+            softmaxes, energies, _, distances = (pair[place] for pair in given[4 * number : 4 * number + 4])
+            np.testing.assert_allclose(softmaxes, softmax(logits, 1).max(1), rtol=1e-4)
+            np.testing.assert_allclose(energies, logsumexp(logits, 1), rtol=1e-4, atol=1e-4)
+            expected = np.min([within.mahalanobis(features - mean) for mean in means], 0)
+            np.testing.assert_allclose(-distances, expected, rtol=1e-3)
+    for number, name in enumerate(f"{a}_{b}" for a in sets for b in ("max_softmax", "energy", "knn", "mahalanobis")):
+        assert result[f"{name}_auroc"] == pytest.approx(real(*given[number])[0])
+        low, high = auroc_interval(*given[number], 42)
+        assert (result[f"{name}_auroc_low"], result[f"{name}_auroc_high"]) == pytest.approx((low, high))
+    assert 0 < result["noise_max_softmax_auroc_high"] - result["noise_max_softmax_auroc_low"] < 1
+
+
+def test_a_classifier_of_other_classes_or_another_input_is_refused(transfer, classifier, shards, tmp_path):
+    folder, _ = classifier
+    for options, message in (
+        (["--labels", "json.name"], "have 3 classes, the classifier 3, and only one of them '0'"),
+        (["--modality", "text"], "--modality text: the classifier .* sees image; leave it out"),
+        (["--set", "encode.pool=mean"], "--set encode.pool=mean: the classifier's head reads cls; leave it out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            transfer("ood", "--ood", shards[1], *options, model=folder)
+        assert not (tmp_path / "out/result.json").exists()
+    fewer = labelled_tar(tmp_path / "fewer.tar", range(12), {i: i % 2 for i in range(12)})
+    with pytest.raises(UserError, match="have 2 classes, the classifier 3, and only one of them '2'"):
+        transfer("ood", "--ood", shards[1], model=folder, train=fewer, val=fewer)
+    config = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(config | {"classes": [2, 1, 0]}))
+    with pytest.raises(UserError, match="have 3 classes, the classifier 3, and in another order"):
+        transfer("ood", "--ood", shards[1], model=folder)
+    (folder / "classifier.json").write_text(json.dumps({"head": 1}))
+    with pytest.raises(UserError, match=r"classifier\.json"):
+        transfer("ood", "--ood", shards[1], model=folder)

@@ -1,0 +1,110 @@
+"""Which rate a linear probe takes of those that it tries."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from m3ae_fast.config.evaluation import LinearProbeConfig, TransferConfig
+from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.probe_engine import Setting
+from m3ae_fast.evaluation.probes import fit_linear
+from m3ae_fast.evaluation.rates import FACTORS, Tried, best, choose, edge, split, table, try_rates
+from m3ae_fast.process.heartbeats import Pulse
+from m3ae_fast.process.ranks import join_ranks
+
+
+def _bank(count, seed=0):
+    """Features in which one of three numbers is large: that of the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    features = torch.randn(count, 8, generator=generator)
+    features[torch.arange(count), labels] += 2
+    return Features([f"a.tar/{i:04}" for i in range(count)], features, labels, None, [])
+
+
+class _Pulse:
+    def __init__(self):
+        self.marks = 0
+
+    def mark(self, doing):
+        assert hasattr(Pulse, "mark")
+        self.marks += 1
+
+
+def test_a_tenth_is_held_out_by_key_whatever_the_order():
+    bank = _bank(203)
+    train, held_out = split(bank)
+    assert (len(train.keys), len(held_out.keys)) == (183, 20)
+    assert {*train.keys, *held_out.keys} == {*bank.keys}
+    rows = [bank.keys.index(key) for key in held_out.keys]
+    assert rows == sorted(rows) and rows != list(range(rows[0], rows[0] + 20))
+    assert torch.equal(held_out.features_ND, bank.features_ND[rows])
+    assert torch.equal(held_out.labels_N, bank.labels_N[rows])
+    turned = Features(bank.keys[::-1], bank.features_ND.flip(0), bank.labels_N.flip(0), None, [])
+    assert {*split(turned)[1].keys} == {*held_out.keys}
+    moved = replace(bank, keys=[f"/data/elsewhere/{key}" for key in bank.keys])  # the same data in another folder
+    assert split(moved)[1].keys == [f"/data/elsewhere/{key}" for key in held_out.keys]
+
+
+def test_each_rate_is_tried_as_a_run_of_its_own_would_be():
+    """The best one learns; what torch draws afterwards is as before."""
+    config = LinearProbeConfig(global_batch=16, steps=40, warmup_epochs=0, peak_lr=400.0)
+    with join_ranks() as ranks:
+        state, pulse = torch.get_rng_state(), _Pulse()
+        tried = try_rates(_bank(200), config, 3, 0, ranks, pulse)
+        again = try_rates(_bank(200), config, 3, 0, ranks, _Pulse())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert try_rates(_bank(9), config, 3, 0, ranks, _Pulse()) == []
+    assert tried == again and pulse.marks == 40
+    assert [each.peak_lr for each in tried] == [float(f"{400 * factor:.3g}") for factor in FACTORS]
+    assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(FACTORS)
+
+
+def test_a_rate_comes_to_what_a_run_at_it_comes_to():
+    """With momentum, decay and warm-up, and on statistics of all steps."""
+    bank = _bank(200)
+    train, held_out = split(bank)
+    linear = {
+        "global_batch": 16,
+        "steps": 20,
+        "warmup_epochs": 0.5,
+        "peak_lr": 40.0,
+        "weight_decay": 0.3,
+        "momentum": 0.5,
+    }
+    given = TransferConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "linear": linear})
+    with join_ranks() as ranks:
+        for each in try_rates(bank, given.linear, 3, 7, ranks, _Pulse())[1::2]:
+            at_it = given.linear.model_copy(update={"peak_lr": each.peak_lr, "warmup_epochs": 0.5 * 200 / 180})
+            setting = Setting(given.model_copy(update={"linear": at_it}), 3, 1, 7, ranks, _Pulse())
+            logits = fit_linear(train, setting).eval()(held_out.features_ND)
+            found = torch.nn.functional.cross_entropy(logits, held_out.labels_N).item()
+            assert each.loss == pytest.approx(found, rel=1e-5), each
+            assert each.top1 == pytest.approx((logits.argmax(1) == held_out.labels_N).double().mean().item())
+
+
+def test_a_rate_that_diverges_is_never_the_best():
+    config = LinearProbeConfig(global_batch=16, steps=20, warmup_epochs=0, peak_lr=1e38)
+    with join_ranks() as ranks:
+        tried = try_rates(_bank(100), config, 3, 0, ranks, _Pulse())
+    assert tried[-1][1:] == (0.0, None)
+    assert best([Tried(1, 0.0, None), Tried(2, 0.0, 3.0)]).peak_lr == 2
+
+
+def test_a_rate_is_chosen_for_what_is_no_chance():
+    """Of 100 samples 70 % has a standard error of 4.6 points."""
+    tried = [Tried(0.1, 0.7, 0.9), Tried(0.3, 0.66, 0.8), Tried(1, 0.64, 0.6), Tried(3, 0.0, None)]
+    assert [choose(tried, usual, 100).peak_lr for usual in (0.1, 0.25, 0.8, 5)] == [0.1, 0.3, 0.3, 0.3]
+    assert choose(tried, 1, 50).peak_lr == 1 and choose(tried, 1, 10_000).peak_lr == 0.1
+    assert choose([tried[0], Tried(1, 0.7, 0.9)], 0.4, 100).peak_lr == 1  # of which 0.1 is a quarter
+    assert choose([Tried(1, 0.0, None), Tried(2, 0.0, 3.0)], 1.4, 9).peak_lr == 2
+
+
+def test_of_equal_rates_the_one_of_lower_loss_is_the_best():
+    tried = [Tried(0.1, 0.5, 0.9), Tried(0.3, 0.7, 0.8), Tried(1, 0.7, 0.6)]
+    assert best(tried).peak_lr == 1
+    assert table(tried, 0.3) == "0.1: 50.0%, 0.3: 70.0%, 1: 70.0%; chosen: 0.3"
+    assert "1, is the highest of those tried" in edge(tried, 1)[0]
+    assert "0.1, is the lowest of those tried" in edge(tried, 0.1)[0]
+    assert edge(tried, 0.3) == edge(tried, 5.0) == edge([], 1.0) == []

@@ -1,0 +1,90 @@
+"""What a number of samples makes of the settings that are open."""
+
+import re
+
+import pytest
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig, transfer_config
+from m3ae_fast.evaluation.labelled_loop import rising
+from m3ae_fast.evaluation.recipe import IMAGENET, OFFICIAL, Recipe, chosen, settled
+from tests.helpers.trainer import ROOT
+
+
+@pytest.mark.parametrize("samples", [IMAGENET, 1_280_000, 14_000_000])
+def test_at_imagenet_s_size_it_is_the_official_recipe(samples):
+    assert OFFICIAL["linear"].scaled(samples) == Recipe(2048, 90, 10.0, 0.1)
+    assert OFFICIAL["finetune"].scaled(samples) == Recipe(1024, 100, 5.0, 1e-3)
+    probe, tuning = settled(LinearProbeConfig(), samples, {}), settled(FineTuneConfig(), samples, {})
+    expected = {"global_batch": 2048, "epochs": 90.0, "steps": None, "warmup_epochs": 10.0, "peak_lr": 0.1}
+    assert chosen(probe) == expected
+    assert chosen(tuning) == expected | {"global_batch": 1024, "epochs": 100.0, "warmup_epochs": 5.0, "peak_lr": 1e-3}
+
+
+def test_what_is_given_stays():
+    given = {"global_batch": 24, "epochs": 15.0, "steps": None, "warmup_epochs": 2.0, "peak_lr": 30.0}
+    assert chosen(settled(LinearProbeConfig(**given), 500, {})) == given
+    steps = settled(LinearProbeConfig(steps=90, global_batch=100), 1000, {})
+    assert chosen(steps) == {
+        **given,
+        "global_batch": 100,
+        "steps": 90,
+        "epochs": None,
+        "warmup_epochs": 1,
+        "peak_lr": 4.99,
+    }
+
+
+def test_a_run_that_continues_keeps_what_it_began_with():
+    saved = {"global_batch": 2048, "epochs": None, "steps": 77, "warmup_epochs": 10.0, "peak_lr": 0.1}
+    assert chosen(settled(LinearProbeConfig(), 500, saved)) == saved
+    longer = settled(LinearProbeConfig(steps=99), 500, saved)
+    assert chosen(longer) == saved | {"steps": 99}
+
+
+def test_no_number_of_samples_is_too_few_steps_or_jumps_far():
+    for official in OFFICIAL.values():
+        last = None
+        for samples in (1, 2, 10, 47, 300, 999, 5_000, 30_000, 90_000, 300_000, 900_000, 2_000_000):
+            recipe = official.scaled(samples)
+            steps = recipe.epochs * max(samples // recipe.global_batch, 1)
+            assert steps >= official.fewest_steps and 2 <= recipe.global_batch <= max(2, 1.42 * samples)
+            if official.rate_per_sample is not None:  # 45,000: the official run's sum
+                rate = recipe.peak_lr * recipe.global_batch / 256
+                most = 45_000 * (IMAGENET / samples) ** 0.2
+                expected = min(official.rate_per_sample * samples, most) / steps
+                assert rate == pytest.approx(max(expected, 0.8), rel=0.01)
+            assert last is None or steps <= 20 * last
+            last = steps
+
+
+def test_the_guide_s_table_is_what_the_rule_gives():
+    text = (ROOT / "docs/guide/evaluating.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| (.+) \|$", text, re.MULTILINE)
+    assert [int(samples.replace(",", "")) for samples, _ in rows] == [1_000, 10_000, 50_000, IMAGENET]
+    for samples, row in rows:
+        expected = []
+        for official in OFFICIAL.values():
+            recipe = official.scaled(n := int(samples.replace(",", "")))
+            steps = recipe.epochs * (n // recipe.global_batch)
+            expected += [recipe.global_batch, recipe.epochs, steps, recipe.peak_lr]
+        assert [float(cell.replace(",", "")) for cell in row.split(" | ")] == expected
+
+
+def test_epochs_and_steps_are_not_given_both():
+    data = {"train": [{"shards": "a.tar"}], "val": [{"shards": "a.tar"}]}
+    for section in ("linear", "finetune"):
+        with pytest.raises(UserError, match="give epochs or steps, not both"):
+            transfer_config({"data": data}, [f"{section}.epochs=2", f"{section}.steps=2"])
+        assert getattr(transfer_config({"data": data}, []), section).epochs is None
+
+
+def test_accuracy_that_still_rises_is_told_from_noise():
+    rise = [{"step": i, "accuracy": i / 100} for i in range(40)]
+    assert rising(rise, 64) == pytest.approx(0.1)
+    assert rising(rise, 1) == 0.0, "ten samples say nothing"
+    assert rising([{"step": i, "accuracy": 0.5 + i / 10_000} for i in range(40)], 4096) == 0.0
+    little = [{"step": i, "accuracy": 0.53 if i >= 30 else 0.5} for i in range(40)]  # one and a half errors, or three
+    assert (rising(little, 125), rising(little, 500)) == (0.0, pytest.approx(0.03))
+    assert rising([*rise[:3], {"step": 4, "val_top1": 1.0}], 64) == 0.0
+    assert rising(rise[::-1], 64) == 0.0

@@ -1,0 +1,111 @@
+"""What a task has found is kept, whatever its pictures come to, and pictures show any name as it is."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.transfer import main
+from m3ae_fast.drawing.figures import MapPanel, draw_confusion, draw_map
+from m3ae_fast.evaluation import job, knn, labelled_loop, ood, retrieval
+from tests.evaluation.conftest import settings
+from tests.helpers.labelled import labelled_members
+from tests.helpers.shards import write_tar
+
+pytestmark = pytest.mark.slow
+
+ODD = ["$\\frac{$", "_hidden", "a\\b{c}"]
+QUICK = {
+    "knn": (),
+    "ood": (),
+    "retrieval": (),
+    "linear": ("--cache-features", *settings("linear.steps=2", "linear.global_batch=16", "linear.warmup_epochs=0")),
+    "finetune": settings("finetune.steps=1", "finetune.global_batch=16", "finetune.micro_batch=16"),
+}
+
+
+def test_a_result_takes_the_place_of_what_was_found_before_a_stop(tmp_path):
+    for name, result in ((job.SO_FAR_FILE, {"top1": 0.5}), (job.RESULT_FILE, {"top1": 0.75})):
+        job.write_result(tmp_path, result, name)
+        (written,) = tmp_path.iterdir()
+        assert written.name == name and json.loads(written.read_text()) == result
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What the pictures say, of all that are saved."""
+    said = []
+    save = Figure.savefig
+
+    def savefig(figure, *args, **options):
+        save(figure, *args, **options)
+        said.extend(text.get_text() for text in figure.findobj(Text) if text.get_visible())
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return said
+
+
+def test_names_are_drawn_as_they_are(tmp_path, texts):
+    labels_N = torch.arange(6) % 3
+    draw_map(tmp_path / "map.png", [MapPanel("", np.random.RandomState(0).rand(6, 2))], labels_N.numpy(), ODD)
+    assert set(ODD) <= set(texts)
+    texts.clear()
+    draw_confusion(tmp_path / "confusion.png", labels_N, labels_N, ODD)
+    assert set(ODD) <= set(texts)
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        (["robustness", "run", "--val", "b.tar", "--out", "out"], "robustness"),
+        (["linear", "run", "--train", "a.tar", "--val", "b.tar", "--out", "out", "--shots", "1"], "--shots"),
+    ],
+)
+def test_a_library_that_is_missing_is_told_first(monkeypatch, line, what):
+    """`pip install m3ae-fast` installs none of the extra transfer."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match=rf"^{what} needs SciPy: pip install 'm3ae-fast\[transfer\]'$"):
+        main(line)
+
+
+def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypatch, capsys):
+    """However their paths are written."""
+    train = Path(shards[0])
+    transfer("knn", "--labels", "json.name")
+    assert "--val: " not in capsys.readouterr().out
+    monkeypatch.chdir(train.parent)
+    transfer("knn", "--labels", "json.name", train=str(train), val=f"./{train.name}", out="again")
+    said = capsys.readouterr().out
+    assert f"note: --val: 1 of its shards is in --train too, such as ./{train.name}: no accuracy is of unseen" in said
+
+
+def test_a_task_on_classes_of_any_name_ends_with_result_and_pictures(transfer, tmp_path):
+    names = dict(enumerate(ODD))
+    shards = []
+    for split, numbers in (("train", range(24)), ("val", range(30, 42))):
+        files = dict(labelled_members(numbers))
+        for number in numbers:
+            files[f"{number:05d}.json"] = json.dumps({"name": names[number % 3]}).encode()
+        shards.append(write_tar(tmp_path / f"{split}.tar", files.items()))
+    assert transfer("knn", "--labels", "json.name", train=shards[0], val=shards[1])["classes"] == 3
+    assert (tmp_path / "out/confusion.png").exists()
+
+
+@pytest.mark.parametrize("task", QUICK)
+def test_a_picture_that_fails_costs_no_result(transfer, shards, tmp_path, monkeypatch, task):
+    def fails(*_, **__):
+        raise ValueError("no such glyph")
+
+    for name in ("draw_confusion", "draw_training", "draw_detection", "draw_sheet"):
+        for module in (knn, ood, retrieval, labelled_loop):
+            monkeypatch.setattr(module, name, fails, raising=False)
+    more = ["--ood", shards[1]] if task == "ood" else []
+    with pytest.raises(ValueError, match="no such glyph"):
+        transfer(task, *more, *QUICK[task], **({"train": None} if task == "retrieval" else {}))
+    assert json.loads((tmp_path / "out" / job.RESULT_FILE).read_text())["task"] == task

@@ -1,0 +1,128 @@
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.evaluation import retrieval
+from m3ae_fast.evaluation.retrieval import own_ranks, recalls
+from tests.evaluation.conftest import pictures
+from tests.helpers.shards import members, write_tar
+
+pytestmark = pytest.mark.slow
+
+
+def test_recalls_are_those_of_a_sort():
+    generator = torch.Generator().manual_seed(0)
+    candidates = torch.randn(600, 6, generator=generator)
+    queries = candidates + torch.randn(600, 6, generator=generator)
+    found = recalls(own_ranks(queries, candidates))
+    order = torch.cosine_similarity(queries[:, None], candidates[None], dim=2).argsort(1, descending=True)
+    for k in (1, 5, 10):
+        expected = (order[:, :k] == torch.arange(600)[:, None]).any(1).double().mean().item()
+        assert found[k] == pytest.approx(expected, abs=2 / 600)
+    assert 0.05 < found[1] < found[5] < found[10] < 1
+
+
+def test_features_that_are_alike_find_nothing():
+    assert set(recalls(own_ranks(torch.ones(20, 3), torch.ones(20, 3))).values()) == {0.0}
+    assert set(recalls(own_ranks(torch.eye(3), torch.eye(3))).values()) == {1.0}
+
+
+def test_pairs_are_found_both_ways(transfer, shards, tmp_path):
+    result = transfer("retrieval", train=None)
+    assert (result["pairs"], result["skipped"], result["chance_recall1"]) == (18, 0, 1 / 18)
+    assert pictures(tmp_path / "out") == ["image_to_text", "text_to_image"]
+    for way in ("image_to_text", "text_to_image"):
+        shares = [result[f"{way}_recall{k}"] for k in (1, 5, 10)]
+        assert shares == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1
+
+
+def test_how_far_it_is_is_said_and_a_stop_leaves_what_was_found(transfer, tmp_path, monkeypatch, capsys):
+    left, jobs, ranks, real = [], [], retrieval.own_ranks, retrieval._encode
+    monkeypatch.setattr(retrieval, "_encode", lambda job, pairs: jobs.append(job) or real(job, pairs))
+
+    def stopped(*features):
+        left.append(jobs[0].stop.at_leaving())
+        return ranks(*features)
+
+    monkeypatch.setattr(retrieval, "own_ranks", stopped)
+    transfer("retrieval", train=None)
+    said = capsys.readouterr().out
+    assert re.search(r"encoding images: 18 samples done \(50% of the encoding, about \d:\d\d:\d\d left\)", said)
+    assert "encoding texts: 18 samples done (100% of the encoding)\n" in said
+    assert left[0] == "nothing was found yet (0 of 2 ways); the same command starts over"
+    found = next(line for line in left if line.startswith("partial result, 1 of 2 ways"))
+    assert f"{tmp_path}/out/result-so-far.json: image_to_text_recall1 " in found and "text_to_image" not in found
+
+
+def test_a_sample_that_lacks_one_of_the_two_is_left_out(transfer, tmp_path):
+    files = dict(members(range(9)))
+    del files["00003.txt"]
+    files["00005.jpg"] = b"broken"
+    result = transfer(
+        "retrieval", "--set", "data.max_bad_fraction=0.5", train=None, val=write_tar(tmp_path / "a.tar", files.items())
+    )
+    assert (result["pairs"], result["skipped"]) == (7, 2)
+    assert [result[f"chance_recall{k}"] for k in (1, 5, 10)] == [1 / 7, 5 / 7, 1]
+    with pytest.raises(UserError, match="1 samples of --val have an image and a caption"):
+        one = write_tar(tmp_path / "one.tar", members(range(1)))
+        transfer("retrieval", train=None, val=one, out="one")
+
+
+def test_samples_of_one_key_are_refused(transfer, tmp_path):
+    twice = write_tar(tmp_path / "a.tar", [*members(range(3)), *members(range(1, 2))])
+    with pytest.raises(UserError, match=r"two samples have the key .*a\.tar/00001; name each shard once"):
+        transfer("retrieval", train=None, val=twice)
+
+
+def test_a_result_that_chance_gives_is_said_to_be_one(transfer, monkeypatch, capsys):
+    given = {"image": torch.eye(18), "text": torch.eye(18).roll(1, 0)}  # each is most like another's
+    real = retrieval._encode
+
+    def encode(job, pairs):
+        return tuple(replace(part, features_ND=given[kind]) for kind, part in zip(given, real(job, pairs)))
+
+    monkeypatch.setattr(retrieval, "_encode", encode)
+    monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
+    result = transfer("retrieval", train=None)
+    assert retrieval.at_chance(result)
+    said = capsys.readouterr().out
+    assert "it learns no alignment of whole captions with whole images" in said
+    assert "18 samples, encoded twice" in said and "text_to_image: text_to_image_recall1 " in said
+    given["text"] = torch.eye(18)
+    assert not retrieval.at_chance(transfer("retrieval", train=None, out="found"))
+    assert "no alignment" not in capsys.readouterr().out
+
+
+def test_above_chance_is_what_two_standard_errors_of_chance_do_not_explain():
+    chance = {k: k / 100 for k in retrieval.RANKS}
+    result = {"pairs": 100} | {f"chance_recall{k}": share for k, share in chance.items()}
+    result |= {f"{way}_recall{k}": chance[k] for way in ("image_to_text", "text_to_image") for k in chance}
+    assert retrieval.at_chance(result)
+    for way in ("image_to_text", "text_to_image"):
+        for k, share in chance.items():
+            error = (share * (1 - share) / 100) ** 0.5
+            for errors, at_chance in ((1.9, True), (2.1, False)):
+                assert retrieval.at_chance(result | {f"{way}_recall{k}": share + errors * error}) == at_chance
+
+
+def test_each_way_asks_with_what_it_says(transfer, monkeypatch):
+    """By hand: image i is e_i; six captions are their images, and each other one is twice as much like image 0 as like
+    its own, which no other caption is like."""
+    own = torch.eye(18)
+    captions = own.clone()
+    captions[6:] = own[0] + own[6:] / 2
+    given = {"image": own, "text": captions * (1 + torch.arange(18))[:, None]}  # lengths do not count
+    real = retrieval._encode
+
+    def encode(job, pairs):
+        return tuple(replace(part, features_ND=given[kind]) for kind, part in zip(given, real(job, pairs)))
+
+    monkeypatch.setattr(retrieval, "_encode", encode)
+    monkeypatch.setattr(retrieval, "_draw", lambda *_: None)
+    result = transfer("retrieval", train=None)
+    assert [result[f"image_to_text_recall{k}"] for k in (1, 5, 10)] == [1, 1, 1]
+    assert [result[f"text_to_image_recall{k}"] for k in (1, 5, 10)] == [6 / 18, 1, 1]
+    assert [result[f"chance_recall{k}"] for k in (1, 5, 10)] == [1 / 18, 5 / 18, 10 / 18]

@@ -1,0 +1,354 @@
+"""Attacks and corruptions are what they are said to be, and the task counts right."""
+
+import argparse
+import colorsys
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from pyarrow import parquet
+from torch import nn
+
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.transfer import main
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.evaluation import CommonCorruption, ExtraCorruption, RobustnessConfig
+from m3ae_fast.evaluation import robustness
+from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.evaluation.corruptions import KINDS, SEVERITIES, Corruption
+from m3ae_fast.evaluation.corruptions.blur import trail
+from m3ae_fast.evaluation.corruptions.digital import saturate
+from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.robustness import _result, _start, corruption_errors, pgd
+from m3ae_fast.images.decoding import decode_image
+from tests.evaluation.conftest import settings
+from tests.helpers.labelled import NAMES, coloured
+from tests.test_stop_and_stall import program
+
+pytestmark = pytest.mark.slow
+
+CORRUPTED = Path(__file__).with_name("corruptions.png")
+SIZES = ModelConfig(
+    size=None, emb_dim=32, depth=2, num_heads=4, image_size=32, patch_size=8, text_length=16, vocab_size=2048
+)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A folder with an untrained encoder, and a linear head that tells colours apart by it (least squares)."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("classifier")
+    config = ClassifierConfig(model=SIZES, head="linear", pool="mean", modality="image", classes=[0, 1, 2])
+    model = Classifier(config)
+    model.backbone.reset_parameters()
+    images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(48)]
+    features_SD = model.backbone.encode(images, pool="mean", precision="fp32")
+    model.head.norm.var.copy_(features_SD.var(0, correction=0))
+    model.head.norm.mean.copy_(features_SD.mean(0))
+    wanted_SK = torch.eye(3)[torch.arange(48) % 3]
+    solution = torch.linalg.lstsq(model.eval().head.norm(features_SD), wanted_SK - 1 / 3).solution
+    model.head.linear.weight.data = solution.T.contiguous()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.1])
+def test_pgd_is_foolboxs(epsilon):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    images, labels = torch.rand(6, 3, 4, 4), torch.arange(6) % 4
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 4, steps=7, random_start=False)
+    criterion = foolbox.criteria.Misclassification(labels)
+    theirs = attack.run(foolbox.PyTorchModel(model, bounds=(0, 1)), images, criterion, epsilon=epsilon)
+    ours = pgd(model, images, labels, torch.zeros_like(images), epsilon, 7, epsilon / 4)
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours, images)
+
+
+def test_an_attack_stays_within_its_bounds_and_raises_the_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4)).eval()
+    images, labels = torch.rand(8, 3, 4, 4), torch.arange(8) % 4
+    start = torch.rand_like(images) * 2 - 1
+    attacked = pgd(model, images, labels, start, 0.05, 10, 0.0125)
+    assert (attacked - images).abs().max() <= 0.05 + 1e-6
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    before, after = (nn.functional.cross_entropy(model(x), labels) for x in (images, attacked))
+    assert after > before + 0.05
+
+
+def test_the_config_names_every_corruption():
+    assert [*get_args(CommonCorruption), *get_args(ExtraCorruption)] == list(KINDS)
+    assert len(RobustnessConfig().corruptions) == 15
+
+
+def _image(size=224):
+    """uint8 [3, H, W]: coloured shapes and stripes on a bright ground."""
+    image = Image.new("RGB", (224, 224), (235, 240, 225))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((30, 40, 150, 160), fill=(200, 60, 40))
+    draw.rectangle((120, 90, 200, 190), fill=(40, 90, 180))
+    for x in range(20, 210, 30):
+        draw.line((x, 20, x + 25, 205), fill=(30, 30, 30), width=6)
+    return torch.from_numpy(np.array(image.resize((size, size)))).permute(2, 0, 1).contiguous()
+
+
+DRAWN = {"glass_blur", "motion_blur", "snow", "frost", "fog", "elastic", "spatter"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_corruption_depends_on_its_seed_alone_and_grows_with_its_severity(kind):
+    image = _image()
+    found = [Corruption(kind, severity)(image, 7) for severity in SEVERITIES]
+    assert all(each.shape == image.shape and each.dtype == torch.uint8 for each in found)
+    assert torch.equal(found[2], Corruption(kind, 3)(image, 7))
+    drawn = kind.endswith("noise") or kind in DRAWN
+    assert drawn != torch.equal(found[2], Corruption(kind, 3)(image, 8))
+    distances = [(each.double() - image.double()).square().mean().item() for each in found]
+    # two kinds in one each: less colour, then more; shifts of the whole, then ripples
+    parts = [distances[:2], distances[2:]] if kind in ("saturate", "elastic") else [distances]
+    assert all(part == sorted(part) and part[0] > 1 for part in parts)
+
+
+@pytest.mark.parametrize(("kind", "severity"), [("defocus_blur", 3), ("motion_blur", 4), ("gaussian_blur", 2)])
+def test_a_blur_is_as_wide_for_the_size_of_the_image(kind, severity):
+    """Of a small image as of a large one that is then made small."""
+    large = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    large[:, 80:144, 80:144] = 255
+    shrunk, clean = (
+        nn.functional.avg_pool2d(image.float()[None], 4)[0] for image in (Corruption(kind, severity)(large, 0), large)
+    )
+    small = Corruption(kind, severity)(large[:, ::4, ::4].contiguous(), 0).float()
+    assert (small - shrunk).abs().mean() < 0.15 * (shrunk - clean).abs().mean() + 1
+
+
+def test_a_trail_is_half_a_gaussian_along_its_angle():
+    point = np.zeros((41, 41, 1))
+    point[20, 20] = 1
+    weights = np.exp(-(np.arange(21) ** 2) / 18)
+    level = trail(point, 10, 3, 0)[20, ::-1, 0][20:]
+    np.testing.assert_allclose(level, weights / weights.sum())
+    down = trail(point, 10, 3, -90)[20:, 20, 0]
+    np.testing.assert_allclose(down, weights / weights.sum())
+
+
+def sheet():
+    """Every kind, a row each, at every severity: of 48 pixels, as means of 4 x 4. Kept as CORRUPTED."""
+    rows = [torch.cat([Corruption(kind, severity)(_image(48), 7) for severity in SEVERITIES], 2) for kind in KINDS]
+    means = nn.functional.avg_pool2d(torch.cat(rows, 1)[None].float(), 4)[0]
+    return Image.fromarray(means.round().byte().permute(1, 2, 0).numpy())
+
+
+def test_corruptions_are_what_they_were():
+    """Else accuracies under them do not compare with those of an older version."""
+    before, now = np.array(Image.open(CORRUPTED), float), np.array(sheet(), float)
+    apart = np.abs(now - before).reshape(len(KINDS), 12, len(SEVERITIES), 12, 3).max((1, 3, 4))
+    assert {kind: own.tolist() for kind, own in zip(KINDS, apart) if own.max() > 3} == {}
+
+
+def test_an_image_of_a_few_pixels_is_corrupted_too():
+    image = torch.randint(256, (3, 2, 3), dtype=torch.uint8)
+    assert {Corruption(kind, 5)(image, 0).shape for kind in KINDS} == {image.shape}
+
+
+def test_corruption_errors_are_plain_means():
+    found = corruption_errors({"fog": [0.5, 0.7], "frost": [0.9, 0.9]}, clean=0.95)
+    assert found["corruption_error"] == pytest.approx({"fog": 0.4, "frost": 0.1})
+    assert found["mean_corruption_error"] == pytest.approx(0.25)
+    assert found["relative_mean_corruption_error"] == pytest.approx(0.2)
+    assert found["procedural"] == ["frost"]
+
+
+def test_accuracies_are_in_the_order_of_the_severities_that_were_asked_for():
+    def right(count):
+        return Predictions([""] * 10, torch.zeros(10), (torch.arange(10) >= count)[:, None].long(), torch.ones(10))
+
+    found = {"clean": right(9), "fog 5": right(2), "fog 1": right(8), "fog 3": right(4)}
+    config = RobustnessConfig(epsilons=[], corruptions=["fog"], severities=[5, 1, 3])
+    assert _result(config, found)["corruptions"] == {"fog": [0.2, 0.8, 0.4]}
+    del found["fog 3"]
+    assert "corruption_error" not in _result(config, found)
+
+
+def test_brightness_and_saturation_are_those_of_hsv():
+    image = torch.randint(256, (3, 5, 5), dtype=torch.uint8)
+    for kind, change in (
+        ("brightness", lambda h, s, v: (h, s, min(v + 0.3, 1))),
+        ("saturate", lambda h, s, v: (h, min(s * 2, 1), v)),
+    ):
+        found = Corruption(kind, 3)(image, 0).permute(1, 2, 0).reshape(-1, 3)
+        for pixel, ours in zip(image.permute(1, 2, 0).reshape(-1, 3) / 255, found):
+            expected = colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel.tolist())))
+            assert ours.tolist() == pytest.approx([255 * x for x in expected], abs=1.01)
+    grey = np.full((1, 1, 3), 0.5)
+    assert saturate(grey, (5, 0.1), None)[0, 0].tolist() == pytest.approx(colorsys.hsv_to_rgb(0, 0.1, 0.5))
+
+
+def test_noises_have_the_size_that_is_said():
+    grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
+    noise = (Corruption("gaussian_noise", 1)(grey, 0).double() - 127.5) / 255
+    assert noise.std().item() == pytest.approx(0.08, rel=0.02)
+    noise = (Corruption("speckle_noise", 1)(grey, 0).double() - 127.5) / 255
+    assert noise.std().item() == pytest.approx(0.15 * 0.502, rel=0.02)
+    shot = Corruption("shot_noise", 1)(grey, 0).double() / 255
+    assert shot.std().item() == pytest.approx((0.502 / 60) ** 0.5, rel=0.02)
+    impulses = Corruption("impulse_noise", 5)(grey, 0)
+    assert (impulses == 255).double().mean().item() == pytest.approx(0.27 / 2, rel=0.05)
+    assert (impulses == 0).double().mean().item() == pytest.approx(0.27 / 2, rel=0.05)
+
+
+def test_blurs_keep_an_even_picture_and_spread_a_point():
+    even = torch.full((3, 40, 40), 100, dtype=torch.uint8)
+    point = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    point[:, 112, 112] = 255
+    for kind in ("gaussian_blur", "defocus_blur", "zoom_blur"):
+        assert (Corruption(kind, 3)(even, 0).int() - 100).abs().max() <= 1
+    disk = Corruption("defocus_blur", 1)(point, 0)[0] > 0
+    rows, columns = np.mgrid[-112:112, -112:112]
+    assert (disk.numpy() == (rows**2 + columns**2 <= 9)).all()
+
+
+def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tmp_path, monkeypatch, capsys):
+    drawn = {}
+    for name in ("draw_attack", "draw_sheet"):
+        draw = getattr(robustness, name)
+
+        def keep(path, *what, draw=draw, name=name):
+            drawn[name] = what
+            draw(path, *what)
+
+        monkeypatch.setattr(robustness, name, keep)
+    predict = robustness._predictions
+
+    def with_mistakes(job, corpus, each, title, whole):  # one more at each severity
+        found = predict(job, corpus, each, title, whole)
+        mistakes, best = each.corruption.severity if each.corruption else 0, found.best_NK.clone()
+        best[:mistakes, 0] = (found.labels_N[:mistakes] + 1) % len(job.model.config.classes)
+        return replace(found, best_NK=best)
+
+    monkeypatch.setattr(robustness, "_predictions", with_mistakes)
+    options = ["--set", "robustness.epsilons=[1e-6,64]", "--set", 'robustness.corruptions=["jpeg","contrast"]']
+    result = transfer("robustness", *options, model=classifier, train=None)
+    assert result["task"] == "robustness" and list(result["pgd"]) == ["1e-06/255", "64/255"]
+    assert result["pgd"]["1e-06/255"] == result["top1"]  # no attack to speak of
+    assert result["top1"] > 0.9 > result["pgd"]["64/255"]
+    assert [len(found) for found in result["corruptions"].values()] == [5, 5]
+    every = np.mean(list(result["corruptions"].values()))
+    assert result["mean_corruption_error"] == pytest.approx(1 - every)
+    assert result["val_samples"] == 18 and result["top1_se"] < 0.1
+    said = capsys.readouterr().out
+    assert "18 images, 13 times: clean, 2 attacks of 10 steps, 2 corruptions at 5 severities" in said
+    assert f"as long as {18 * (1 + 2 * 31 + 10):,} images" in said
+    assert "clean (1 of 13, about 0:" in said and "contrast 5 (13 of 13): top1" in said
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    for name, top1 in (("clean", result["top1"]), ("jpeg 2", result["corruptions"]["jpeg"][1])):
+        rows = table[table.condition == name]
+        assert len(rows) == 18 and (rows.label == rows.prediction).mean() == pytest.approx(top1)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attack.png", "corruptions.png"}
+    assert drawn["draw_attack"] == ([1e-6, 64], list(result["pgd"].values()), result["top1"])
+    rows, titles = drawn["draw_sheet"]
+    assert titles == ("", *(f"severity {number}" for number in range(1, 6)))
+    for (kind, found), (clean, *corrupted) in zip(result["corruptions"].items(), rows, strict=True):
+        assert clean.text == f"{kind}: none"
+        for severity, (cell, top1) in enumerate(zip(corrupted, found, strict=True), 1):
+            assert cell.text == f"{top1:.1%} right"
+            assert torch.equal(cell.image, Corruption(kind, severity)(clean.image, result["config"]["run"]["seed"]))
+
+
+STOPPED = """
+    import threading
+    from m3ae_fast.evaluation import robustness
+    from m3ae_fast.cli.transfer import main
+
+    real = robustness._predictions
+
+    def held_up(job, corpus, each, title, whole):
+        if title.startswith("elastic 2"):
+            print("held up", flush=True)
+            threading.Event().wait()
+        return real(job, corpus, each, title, whole)
+
+    robustness._predictions = held_up
+    main({})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_found_before_a_stop_is_written_and_said(classifier, shards, tmp_path, number):
+    options = settings("robustness.epsilons=[]", 'robustness.corruptions=["jpeg","elastic"]', "data.workers=0")
+    options += settings("robustness.severities=[1,2]")
+    process = program(
+        STOPPED.format(["robustness", str(classifier), "--val", shards[1], "--out", str(tmp_path / "out"), *options])
+    )
+    for line in process.stdout:
+        if line == "held up\n":
+            break
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait(20) == 0 and not (tmp_path / "out/result.json").exists()
+    result = json.loads((tmp_path / "out/result-so-far.json").read_text())
+    said = f"stopped ({number.name}); partial result, 4 of 5 passes, in {tmp_path}/out/result-so-far.json: top1 "
+    assert said in rest and rest.endswith("; the same command starts over\n")
+    assert (result["task"], result["partial"], result["done"]) == ("robustness", True, "4 of 5 passes")
+    assert [len(found) for found in result["corruptions"].values()] == [2, 1]
+    assert "mean_corruption_error" not in result
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pydict()
+    assert [*dict.fromkeys(table["condition"])] == ["clean", "jpeg 1", "jpeg 2", "elastic 1"]
+
+
+def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
+    quick = {"global_batch": 16, "epochs": 4, "warmup_epochs": 0, "peak_lr": 3e-3, "mixup": 0, "cutmix": 0}
+    options = [o for k, v in quick.items() for o in ("--set", f"finetune.{k}={json.dumps(v)}")]
+    tuned = transfer("finetune", "--set", "finetune.rand_augment=null", *options, out="tuned")
+    light = ["--set", "robustness.epsilons=[64]", "--set", "robustness.corruptions=[]", "--set", "robustness.batch=5"]
+    result = transfer("robustness", *light, model=tmp_path / "tuned", train=None, out="attacked")
+    assert result["top1"] == pytest.approx(tuned["top1"]) and result["pgd"]["64/255"] < result["top1"]
+    assert "mean_corruption_error" not in result
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "robustness.severities=[6]"], "less than or equal to 5"),
+        (["--set", 'robustness.corruptions=["rain"]'], "robustness.corruptions"),
+        (["--set", "robustness.severities=[]"], "corruptions [] leaves corruptions out"),
+        (["--set", "robustness.epsilons=[1,2,1.0]"], "epsilons has 1 twice"),
+        (["--labels", "json.name"], "no training sample has the label"),
+        (["--labels", "text.x"], "must be cls"),
+    ],
+)
+def test_mistakes_are_one_line(classifier, shards, tmp_path, capsys, options, message):
+    command = ["robustness", str(classifier), "--val", shards[1], "--out", str(tmp_path / "out")]
+    assert exit_cleanly(lambda: main([*command, *options])) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_a_classifier(run, shards, tmp_path, capsys):
+    command = ["robustness", str(run), "--val", shards[1], "--out", str(tmp_path / "out")]
+    assert exit_cleanly(lambda: main(command)) == 2
+    assert "not a classifier" in capsys.readouterr().err
+
+
+def test_an_attack_starts_where_the_seed_and_the_sample_say():
+    def starts(keys, seed=3):
+        images, grids = torch.zeros(len(keys), 3, 8, 8), [(2, 2)] * len(keys)
+        return dict(zip(keys, _start(argparse.Namespace(keys=keys, images=images, grids=grids), seed)))
+
+    whole = starts(["a/1", "a/2", "a/3", "b/1"])
+    for keys in (["b/1"], ["a/3", "a/1"]):
+        assert all(torch.equal(start, whole[key]) for key, start in starts(keys).items())
+    values = torch.stack([*whole.values(), *starts(["a/1"], seed=4).values()])
+    assert len({start.numpy().tobytes() for start in values}) == 5
+    # native ones are the patches of all
+    native = argparse.Namespace(keys=["a/1", "a/2"], images=torch.zeros(8, 3, 4, 4), grids=[(1, 3), (5, 1)])
+    assert _start(native, 3).shape == (8, 3, 4, 4)
+    assert -1 <= values.min() < -0.98 and 0.98 < values.max() <= 1 and abs(values.mean()) < 0.05

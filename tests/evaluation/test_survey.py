@@ -1,0 +1,165 @@
+"""Probes by layer and by shots: one pass over the images, and what a probe of its own would give."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+from scipy import stats
+from sklearn.neighbors import KNeighborsClassifier
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.evaluation import survey
+from m3ae_fast.evaluation.encoding import Features
+from m3ae_fast.evaluation.significance import interval, mean_accuracy
+from m3ae_fast.evaluation.survey import chosen_layers, few_shot
+from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.weights.open_model import open_model
+from tests.evaluation.conftest import pictures, settings
+from tests.helpers.labelled import NAMES, coloured
+
+pytestmark = pytest.mark.slow
+
+SHORT = {
+    "knn": [],
+    "linear": settings("linear.steps=30", "linear.global_batch=16", "linear.warmup_epochs=0"),
+    "attentive": settings("attentive.steps=20", "attentive.batch=16"),
+}
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many samples the encoder has seen."""
+    seen, real = [], MultimodalEncoder._input
+    monkeypatch.setattr(MultimodalEncoder, "_input", lambda self, batch: seen.extend(batch.keys) or real(self, batch))
+    return seen
+
+
+@pytest.mark.parametrize("task", SHORT)
+def test_one_pass_serves_all_layers_and_a_picture_shows_them(transfer, tmp_path, passes, task, capsys):
+    result = transfer(task, "--layers", "all", *SHORT[task])
+    assert len(passes) == 48 + 18
+    assert [(row["layer"], row["shots"]) for row in result["results"]] == [(1, None), (2, None)]
+    assert result["top1"] == result["results"][1]["top1"] and result["top1"] > 0.4  # chance: a third
+    assert pictures(tmp_path / "out") == ["depth"]
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    for row in result["results"]:
+        own = table[table.layer == row["layer"]]
+        assert len(own) == 18 and (own.label == own.prediction).mean() == pytest.approx(row["top1"])
+    said = capsys.readouterr().out
+    assert f"{task} probe at 2 of 2 layers, all 48 training samples: 2 probes" in said and "layer 1: " in said
+    attends = task == "attentive"
+    assert ("the patch tokens of 66 samples at 2 layers take" in said) == attends
+    few = "layer 2: 20 steps are few: a run without attentive.steps takes 1,000 or more"
+    assert (few in result["cautions"]) == (f"note: {few}" in said) == attends
+
+
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_the_last_layer_equals_the_task_without_layers_to_the_bit(transfer, tmp_path, task):
+    transfer(task, "--layers", "1,2", *SHORT[task], out="layers")
+    transfer(task, *(["--cache-features"] if task == "linear" else []), *SHORT[task], out="plain")
+    layers, plain = (
+        parquet.read_table(tmp_path / name / "predictions.parquet").to_pandas() for name in ("layers", "plain")
+    )
+    last = layers[layers.layer == 2].reset_index(drop=True)
+    for column in ("key", "label", "prediction", "score"):
+        assert last[column].equals(plain[column])
+
+
+def test_few_shots_are_those_of_a_k_nn_by_hand(transfer, run, shards, tmp_path):
+    result = transfer("knn", "--shots", "1,5", "--draws", "3", *settings("knn.k=5", "encode.precision=fp32"))
+    rows = result["results"]
+    assert [(row["shots"], row["draws"], row["layer"]) for row in rows] == [(1, 3, 2), (5, 3, 2)]
+    assert pictures(tmp_path / "out") == ["shots"]
+    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
+    model = open_model(str(run), text=False)
+    bank, queries = _encoded(model, range(48)), _encoded(model, range(100, 118))
+    keys = [f"{shards[0]}/{number:05d}" for number in range(48)]
+    whole = Features(keys, bank, torch.arange(48) % 3, None, [])
+    for shots in (1, 5):
+        accuracies = []
+        for draw in range(3):
+            few = few_shot(whole, shots, draw, range(3))
+            judge = KNeighborsClassifier(
+                min(5, len(few.keys)), metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute"
+            ).fit(few.features_ND, few.labels_N)
+            expected = judge.predict(queries)
+            own = table[(table.shots == shots) & (table.draw == draw)]
+            assert own.prediction.tolist() == expected.tolist()
+            np.testing.assert_allclose(own.score, judge.predict_proba(queries).max(1), rtol=1e-3)  # differ by draw
+            accuracies.append((expected == np.arange(100, 118) % 3).mean())
+        row = next(row for row in rows if row["shots"] == shots)
+        assert row["top1"] == pytest.approx(np.mean(accuracies))
+        assert (row["low"], row["high"]) == pytest.approx(np.clip(interval(accuracies), 0, 1))
+
+
+def _encoded(model, numbers):
+    images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in numbers]
+    return model.encode(images=images, precision="fp32")
+
+
+def test_too_many_shots_are_told_before_any_probe(transfer, capsys):
+    with pytest.raises(UserError, match="--shots 99: the class 0 has 16 training samples"):
+        transfer("knn", "--shots", "1,99")
+    assert "1 shots" not in capsys.readouterr().out
+
+
+def test_more_shots_hold_those_of_fewer_and_draws_differ():
+    bank = Features([f"a.tar/{i}" for i in range(60)], torch.arange(60.0)[:, None], torch.arange(60) % 3, None, [])
+    one, five = (few_shot(bank, shots, 0, range(3)) for shots in (1, 5))
+    assert {*one.keys} < {*five.keys} and five.labels_N.bincount().tolist() == [5, 5, 5]
+    assert torch.equal(five.features_ND[:, 0].long() % 3, five.labels_N)
+    assert {*five.keys} != {*few_shot(bank, 5, 1, range(3)).keys}
+    with pytest.raises(UserError, match="--shots 21: the class b has 20 training samples"):
+        few_shot(bank, 21, 0, ["b", "a", "c"])
+
+
+def test_an_interval_is_students_and_an_error_is_of_samples_and_of_draws():
+    values = [0.5, 0.55, 0.65]
+    assert interval(values) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)))
+    alike = np.repeat((np.arange(100) < 70)[None], 3, 0)
+    assert mean_accuracy(alike) == pytest.approx((0.7, (0.7 * 0.3 / 100) ** 0.5))
+    apart = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=bool)
+    of_samples = np.var([1, 1, 0.5, 0.5]) / 4
+    assert mean_accuracy(apart) == pytest.approx((0.75, (of_samples + np.var([0.5, 1], ddof=1) / 2) ** 0.5))
+
+
+def test_layers_are_numbers_of_blocks():
+    assert chosen_layers("all", 4) == [1, 2, 3, 4] and chosen_layers(None, 4) == [4]
+    assert chosen_layers("3,1,3", 4) == [1, 3]
+    for wrong in ("0", "5", "1,,2", "last"):
+        with pytest.raises(UserError, match=f"--layers {wrong}: must be all, or numbers from 1 to 4"):
+            chosen_layers(wrong, 4)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(transfer, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--resume: a probe with --layers or --shots has no checkpoints"):
+        transfer("linear", "--layers", "all", "--resume", "auto")
+    with pytest.raises(UserError, match="--layers 3: must be all, or numbers from 1 to 2"):
+        transfer("knn", "--layers", "3")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
+    told = r"the patch tokens of 66 samples at 1 layer do not fit into memory: .* GB are needed, and 0.0001 GB are free"
+    with pytest.raises(UserError, match=told):
+        transfer("attentive")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "shots", "file", "lines"),
+    [
+        ((3, 6), (None,), "depth.png", {"all samples": [(3, 30, 1), (6, 60, 1)]}),
+        ((3, 6), (1, 5), "depth.png", {"shots 1": [(3, 31, 1), (6, 61, 1)], "shots 5": [(3, 35, 1), (6, 65, 1)]}),
+        ((6,), (1, 5), "shots.png", {"layer 6": [(1, 61, 1), (5, 65, 1)]}),
+        ((6,), (5,), None, None),
+    ],
+)  # fmt: skip
+def test_accuracies_are_drawn_by_depth_or_of_one_layer_by_shots(tmp_path, monkeypatch, layers, shots, file, lines):
+    drawn = []
+    monkeypatch.setattr(survey, "draw_accuracies", lambda *what: drawn.append(what))
+    rows = [
+        {"layer": layer, "shots": of, "top1": 10 * layer + (of or 0), "top1_se": 1} for layer in layers for of in shots
+    ]
+    survey._draw(SimpleNamespace(out=tmp_path), rows)
+    assert [(path.name, points) for path, points, _ in drawn] == ([(file, lines)] if file else [])

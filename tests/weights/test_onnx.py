@@ -1,0 +1,153 @@
+"""The image encoder as an ONNX file gives the features of `encode`, of any number of images."""
+
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.cli.export import main as export
+from m3ae_fast.cli.transfer import main as transfer
+from m3ae_fast.weights import onnx_model
+from tests.helpers.labelled import labelled_tar
+from tests.helpers.trainer import ROOT
+from tests.weights.test_timm import CASES, make
+
+pytestmark = pytest.mark.slow
+
+SPLITS = {"train": range(30), "val": range(30, 42)}
+
+
+def _features(path, pixels):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["features"], {"pixels": pixels})[0])
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_its_features_are_those_of_encode(tmp_path, settings, capsys):
+    model, _, _ = make(**settings)
+    model.save_pretrained(tmp_path / "model")
+    assert export([str(tmp_path / "model"), str(tmp_path / "encoder.onnx"), "--format", "onnx"]) == 0
+    said = capsys.readouterr().out
+    pixels = np.random.default_rng(1).integers(0, 256, (5, model.config.channels, 24, 24), dtype=np.uint8)
+    for count in (1, 5):
+        expected = model.encode(torch.from_numpy(pixels[:count]), precision="fp32")
+        found = _features(tmp_path / "encoder.onnx", pixels[:count])
+        assert found.shape == expected.shape
+        assert torch.cosine_similarity(found, expected).min().item() > 0.99999
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        small = _features(tmp_path / "encoder.int8.onnx", pixels[:count])
+        assert 0.98 < torch.cosine_similarity(small, expected).min().item() < 0.9999999
+    assert f"{tmp_path}/encoder.onnx: cosine with torch 1.0000" in said and "encoder.int8.onnx: cosine" in said
+    assert "images/s on this machine" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "encoder.onnx", "encoder.int8.onnx"}
+
+
+def test_its_accuracy_on_labelled_shards_is_told_beside_torch(tmp_path, capsys):
+    """Colours are told apart by random weights; the accuracy is that of k-NN on `encode`'s features."""
+    model, _, _ = make()
+    model.save_pretrained(tmp_path / "model")
+    shards = [labelled_tar(tmp_path / f"{name}.tar", numbers) for name, numbers in SPLITS.items()]
+    command = [str(tmp_path / "model"), str(tmp_path / "a.onnx"), "--format", "onnx", "--train", shards[0]]
+    assert export([*command, "--val", shards[1]]) == 0
+    told = capsys.readouterr().out.partition("k-NN on 12 of 3 classes, neighbours among 30")[2]
+    arguments = ["knn", str(tmp_path / "model"), "--train", shards[0], "--val", shards[1], "--modality", "image"]
+    assert transfer([*arguments, "--out", str(tmp_path / "knn"), "--set", "encode.precision=fp32"]) == 0
+    exact = json.loads((tmp_path / "knn/result.json").read_text())
+    accuracy = f"k-NN {exact['top1']:.1%} ± {exact['top1_se']:.1%}"
+    assert exact["top1"] > 0.5
+    assert f"torch: {accuracy}, " in told and f"a.onnx: {accuracy}, +0.0 points from torch, " in told
+    small = re.search(r"a.int8.onnx: k-NN ([\d.]+)% ± [\d.]+%, ([+-][\d.]+) points from torch, .* images/s", told)
+    assert float(small[1]) == pytest.approx(100 * exact["top1"] + float(small[2]), abs=0.11)
+    assert exit_cleanly(lambda: export([command[0], str(tmp_path / "b.onnx"), *command[2:], "--val", "no.tar"])) == 2
+    assert "no.tar" in capsys.readouterr().err and not (tmp_path / "b.onnx").exists()
+    for wrong in (command, [*command, "--val", shards[1], "--format", "timm"]):
+        with pytest.raises(SystemExit):
+            export(wrong)
+        assert "--train and --val go together, with --format onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.onnx.bak", "a", "a.onnxx"])
+def test_a_file_of_another_name_is_not_written(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name}: must end in .onnx"):
+        onnx_model.write_onnx(tmp_path / name, None, {})
+
+
+def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
+    """Though they lack some classes."""
+    train, val = labelled_tar(tmp_path / "a.tar", range(6)), labelled_tar(tmp_path / "b.tar", [1, 2, 4, 5])
+    found = onnx_model.open_labelled([train], [val], "json.name")
+    ids = [part.sources[0].labels.tolist() for part in (found.train, found.val)]
+    assert (found.classes, ids) == (3, [[0, 1, 2, 0, 1, 2], [1, 2, 1, 2]])
+
+
+def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
+    """The features say nothing, and the clock goes on by a second at each look."""
+    model, _, _ = make()
+    images = onnx_model.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
+    draw = np.random.default_rng(0).standard_normal
+    monkeypatch.setattr(
+        onnx_model, "_runs", lambda path: lambda pixels: torch.from_numpy(draw((len(pixels), 8))).float()
+    )
+    monkeypatch.setattr(onnx_model, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    _, exact, lost = onnx_model.knn_lines([Path("a.onnx")], model.config, model.state_dict(), images)
+    right = [float(re.search(r"k-NN ([\d.]+)%", line)[1]) for line in (exact, lost)]
+    assert right[1] < right[0] and f", {right[1] - right[0]:.1f} points from torch" in lost
+    assert all(line.endswith(", 12 images/s on this machine") for line in (exact, lost))
+
+
+def test_the_example_needs_no_torch(tmp_path):
+    model, _, _ = make()
+    onnx_model.write_onnx(tmp_path / "encoder.onnx", model.config, model.state_dict())
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 256, (30, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+    code = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    example = str(ROOT / "examples/onnx_features.py")
+    command = [sys.executable, "-c", code, example, "encoder.onnx", "0.png", "1.png"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert len(Path(example).read_text().splitlines()) <= 30
+    first, second = model.encode([tmp_path / f"{number}.png" for number in range(2)], precision="fp32")
+    told = float(out.split()[-1])
+    assert told == pytest.approx(torch.cosine_similarity(first, second, dim=0).item(), abs=2e-3)
+
+
+def test_a_file_that_is_right_for_batches_alone_is_not_written(tmp_path, monkeypatch):
+    model, _, _ = make()
+    encoder = onnx_model.ImageEncoder(model.config, model.state_dict()).eval()
+
+    class Session:
+        def run(self, _, inputs):
+            features = encoder(torch.from_numpy(inputs["pixels"])).numpy()
+            return [features if len(features) > 1 else features[:, ::-1].copy()]
+
+    monkeypatch.setattr(onnx_model, "_export", lambda encoder, config, path: path.touch())
+    monkeypatch.setattr(onnx_model, "session", lambda path: Session())
+    with pytest.raises(UserError, match="its features differ from torch's"):
+        onnx_model.write_onnx(tmp_path / "a.onnx", model.config, model.state_dict())
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):
+    model, _, _ = make()
+    with pytest.raises(UserError, match=r"encoder: must end in .onnx"):
+        onnx_model.write_onnx(tmp_path / "encoder", model.config, model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_model, "NEEDED", 1.1)
+        with pytest.raises(UserError, match="its features differ from torch's"):
+            onnx_model.write_onnx(tmp_path / "a.onnx", model.config, model.state_dict())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--format onnx needs onnx, onnxruntime, timm: pip install"):
+        onnx_model.write_onnx(tmp_path / "a.onnx", model.config, model.state_dict())
+    assert not list(tmp_path.iterdir())
