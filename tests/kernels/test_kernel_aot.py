@@ -60,14 +60,15 @@ def test_every_dtype_and_head_width_is_compiled_in_both_directions(monkeypatch):
     monkeypatch.setattr(aot, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert aot.main([]) == 0
-    archs = {arch for arch in SHARED_BYTES if arch != "sm_75"}
+    archs = SHARED_BYTES.keys() - {"sm_75", *aot.AS_OTHERS}
+    assert all(tuning.nvidia_arch(aot._capability(arch)) == "sm_89" for arch in aot.AS_OTHERS)
     for kernel in ("attention", "attention_backward"):
         for arch in archs:
             assert {(kernel, dim, arch, dtype) for dim in (32, 64, 80, 128) for dtype in ("bf16", "fp32")} <= asked
         every = {(kernel, dim, "sm_90", dtype) for dim in (32, 64, 80, 96, 128) for dtype in aot.DTYPES}
         assert every <= asked
     assert {arch for _, _, arch, _ in asked} == archs
-    assert {dtype for kernel, _, arch, dtype in asked if (kernel, arch) == ("token_rows", "sm_80")} == {*aot.DTYPES}
+    assert {dtype for kernel, _, arch, dtype in asked if (kernel, arch) == ("token_rows", "sm_90")} == {*aot.DTYPES}
 
 
 @pytest.mark.slow
