@@ -72,7 +72,6 @@ def test_every_dtype_and_head_width_is_compiled_in_both_directions(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_few_spills_pass_and_more_do_not(monkeypatch):
     report = compile_case(CASE["pixel_error"], "sm_90", "bf16", SPILLING)
     assert report.spills > aot.MOST_SPILLS and "spills" in report.problems[0]
