@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 from m3ae_fast.base.memory import no_memory, out_of_memory
@@ -94,14 +93,6 @@ def raise_shared(own: BaseException | None, all_told: Iterable[Sequence[Any] | N
     found = sorted((Told(*each) for each in all_told if each), key=lambda each: not each.complete)  # which is stable
     if found:
         raise (UserError if found[0].complete else ErrorElsewhere)(found[0].line)
-
-
-def library(name: str, wanted: str) -> Any:
-    """Import and return a library that not every installation has. Raises UserError, `wanted`, where it is missing."""
-    try:
-        return import_module(name)
-    except ImportError:
-        raise UserError(wanted) from None
 
 
 def _on_one_line(text: str) -> str:

@@ -6,22 +6,21 @@ A process for each object, since the threads of obstore do not outlive a fork, a
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from typing import Any
 
-from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import require_libraries
 
 SCHEMES = ("s3://", "gs://")
 NOT_THERE = 66  # EX_NOINPUT of sysexits.h: another try would not help
 _LONGEST = "1d"  # for a request; who reads the output has limits of its own
 
 
-def require(url: str) -> None:
-    """Raise UserError where what reads such URLs is not installed."""
-    if url.startswith(SCHEMES) and not (find_spec("obstore") and find_spec("boto3")):
-        raise UserError(
-            f"{url}: pip install 'm3ae-fast[remote]' to read it, or name it by a command: 'pipe:aws s3 cp {url} -'"
-        )
+def require(*shards: str) -> None:
+    """Raise UserError if a shard, or a pattern of shards, is such a URL and what reads it is not installed."""
+    urls = (url for pattern in shards for url in pattern.split("::") if url.startswith(SCHEMES))
+    if (url := next(urls, None)) is not None:
+        otherwise = f", or name it by a command: 'pipe:aws s3 cp {url} -'"
+        require_libraries({"boto3": url, "obstore": url}, otherwise)
 
 
 def command(url: str) -> list[str]:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.cli.command_line import add_labels, program
 from m3ae_fast.weights.export import export
 
@@ -41,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--private is for --push, which makes a model on the hub")
     if (args.train or args.val) and not (args.train and args.val and args.format == "onnx"):
         parser.error("--train and --val go together, with --format onnx")
+    if args.format == "onnx":
+        from m3ae_fast.weights.onnx_model import NEEDS
+
+        require_libraries(NEEDS)
     images = None
     if args.train:
         from m3ae_fast.evaluation.onnx_check import open_labelled

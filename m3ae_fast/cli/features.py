@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import whole_file
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.base.parquet import write_parquet
@@ -88,6 +89,7 @@ def _settings(args: argparse.Namespace) -> TransferConfig:
         given["encode"] = {"pool": args.pool}
     if args.patches and args.modality == "text":
         raise UserError("--patches: texts have none; choose another --modality")
+    object_store.require(*args.shards)
     return transfer_config(given, args.set, ("features", ("encode",)))
 
 

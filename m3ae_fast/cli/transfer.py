@@ -17,10 +17,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m3ae_fast.base.errors import UserError, exit_cleanly, library
+from m3ae_fast.base import object_store
+from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program
 from m3ae_fast.cli.config import settings_help
 from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.process.launchers import alone
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP, MODEL_HELP, PIXELS
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -45,10 +48,10 @@ class Task(NamedTuple):
     compares: bool = False  # takes several MODELs, and opens them itself
     takes_pixels: bool = False  # MODEL may be pixels:MODEL
     sections: tuple[str, ...] = ("encode",)  # of settings
+    libraries: tuple[str, ...] = ()  # that not every installation has
 
 
 DIFFERENCE = "difference"
-_NEED_SCIPY = ("robustness",)  # for corruptions
 TASKS = {
     "knn": Task(
         "k-nearest-neighbour accuracy of frozen features", surveys=True, takes_pixels=True, sections=("encode", "knn")
@@ -73,18 +76,23 @@ TASKS = {
         sections=("encode", "knn", "linear", "attentive"),
     ),
     "finetune": Task(
-        "train the encoder with a classification head; OUT gets the classifier", resumes=True, sections=("finetune",)
+        "train the encoder with a classification head; OUT gets the classifier",
+        resumes=True,
+        sections=("finetune",),
+        libraries=("timm",),
     ),
     "robustness": Task(
         "accuracy of a classifier on attacked and on corrupted images",
         trains=False,
         classifies=True,
         sections=("robustness",),
+        libraries=("scipy",),
     ),
     "ood": Task(
         "detect out-of-distribution samples from frozen features or a classifier",
         may_classify=True,
         sections=("encode", "knn"),
+        libraries=("sklearn",),
     ),
     "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
 }
@@ -211,19 +219,26 @@ def _module(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    shots = getattr(args, "shots", None)
-    if shots or args.task in _NEED_SCIPY:  # told before any work is done
-        library("scipy", f"{'--shots' if shots else args.task} needs SciPy: pip install 'm3ae-fast[transfer]'")
     if args.task == DIFFERENCE:
         from m3ae_fast.evaluation.difference import compare_results
 
         print(compare_results(args.results))
         return 0
+    if alone():
+        _require_libraries(args)  # a missing one is told before the imports, which take seconds
     from m3ae_fast.process.program import joined_program
 
     with joined_program() as session:
         perform(args, session)
     return 0
+
+
+def _require_libraries(args: argparse.Namespace) -> None:
+    """Raise UserError if a library that the task needs is not installed."""
+    needs = dict.fromkeys(("tensorboard", *TASKS[args.task].libraries), args.task)
+    require_libraries(needs | ({"scipy": "--shots"} if getattr(args, "shots", None) else {}))
+    others = [shards for named in getattr(args, "ood", []) for shards in named]
+    object_store.require(*getattr(args, "train", []), *args.val, *others)
 
 
 def _is_pixels(args: argparse.Namespace) -> bool:
@@ -278,6 +293,7 @@ def perform(args: argparse.Namespace, session: Session) -> None:
     from m3ae_fast.weights.open_model import open_encoder, set_images
 
     ranks = session.ranks
+    ranks.on_main(lambda: _require_libraries(args))
     if _is_pixels(args):
         _require_pixels(args)
     args.modality = ranks.broadcast(lambda: _modality(args))

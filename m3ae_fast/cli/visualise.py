@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3ae_fast.base.errors import UserError, exit_cleanly, library
+from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.cli.command_line import add_labels, output, program
 
 if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # torch is imported by what needs it, not by --help
     from m3ae_fast.data import Corpus, ShardStore
     from m3ae_fast.drawing.attention import Look
 
+MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")
 _SEARCHED = 2000  # samples, for a word
 _OPTIONS_OF = {
     "pictures": ("reconstructions", "attention"),
@@ -86,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--samples {args.samples}: a map needs 4 or more")
     if not all(0 <= ratio <= 1 for ratio in args.ratios):
         raise UserError(f"--ratios {' '.join(map('{:g}'.format, args.ratios))}: must be from 0 to 1")
+    if args.what == "map":
+        require_libraries(MAP_NEEDS)
     from m3ae_fast import checkpoint
     from m3ae_fast.config import Config, parse
     from m3ae_fast.data import open_corpus
@@ -169,7 +173,6 @@ def _map(args: argparse.Namespace, config: Config, corpus: Corpus, out: Path) ->
     from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
     from m3ae_fast.evaluation.feature_map import draw_feature_map
 
-    library("sklearn", "a map needs scikit-learn: pip install 'm3ae-fast[transfer]'")
     labelled, classes = label_corpus(corpus, args.labels, gaps=True, progress=True)
     if args.classes is not None:
         labelled, classes = keep_classes(labelled, classes, args.classes.split(","))

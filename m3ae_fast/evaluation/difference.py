@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.job import SO_FAR_FILE
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
@@ -35,7 +36,7 @@ def compare_results(folders: Sequence[Path]) -> str:
 def _compared(folders: Sequence[Path]) -> str:
     first, second = (read_parquet(folder / FILE) for folder in folders)
     if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
-        library("sklearn", "two results of ood need scikit-learn: pip install 'm3ae-fast[transfer]'")
+        require_libraries({"sklearn": "the difference of two results of ood"})
         return _compare_areas(folders, first, second)
     ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
     return _words(ours, theirs, folders)

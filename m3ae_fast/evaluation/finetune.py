@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m3ae_fast.base.bad_samples import BadSamples, Skipped
-from m3ae_fast.base.errors import library
 from m3ae_fast.base.hardware import pins_memory, settle_precision
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import STREAM, Resume, layout_of, require_same
@@ -148,7 +147,6 @@ class FineTuning(LabelledLoop):
 
 def set_up(job: Job) -> FineTuning:
     """Open data, classifier and checkpoint. Raises UserError where something is missing, or does not fit."""
-    library("timm", "finetune needs timm: pip install 'm3ae-fast[transfer]'")
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
     found = Resume(run.dir, job.args.resume, ranks)

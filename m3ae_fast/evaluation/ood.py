@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig
@@ -125,9 +125,8 @@ def _normalised(features: np.ndarray) -> np.ndarray:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if scikit-learn is missing, the classifier is of other classes, two sets have one
+    """Run the task. Raises UserError if the classifier is of other classes, two sets have one
     name, or as `Job.open_labelled` does."""
-    library("sklearn", "ood needs scikit-learn: pip install 'm3ae-fast[transfer]'")
     sets = named_sets(job.args.ood)
     if isinstance(job.model, Classifier):
         _check_pool(job.model, job.config.encode)

@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import library
 
 NPY = b"\x93NUMPY"
 MAX_VALUES = 1 << 28  # of an array; more are taken for a decompression bomb
@@ -22,6 +24,10 @@ _PLAIN = (1, 2)  # TIFF's PhotometricInterpretation: 0 is black; red, green and 
 _SAMPLES, _ORIENTATION, _EXTRA = 277, 274, 338  # tags of TIFF
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of odd files: they are used or reported
+
+
+class ReaderMissing(BadSample):
+    """A TIFF that only tifffile reads, which is not installed."""
 
 
 def is_npy(data: bytes) -> bool:
@@ -66,9 +72,9 @@ def read_tiff(data: bytes) -> np.ndarray:
     """Return the first page of a TIFF of any bands, [H, W, C]. Raises BadSample as `checked`, and where tifffile is
     missing or cannot read it, or it is turned, or its values are no bands."""
     try:
-        import tifffile
-    except ImportError:
-        raise BadSample("a TIFF of bands or depths that Pillow does not read: pip install 'm3ae-fast[tiff]'") from None
+        tifffile = library("tifffile", "a TIFF of bands or depths that Pillow does not read")
+    except UserError as error:
+        raise ReaderMissing(str(error)) from None
     try:
         with tifffile.TiffFile(BytesIO(data)) as file:
             page = file.pages.first

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import parse_json
-from m3ae_fast.config import LONGEST, Config, Range, parse
+from m3ae_fast.config import LONGEST, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 
 TOKENIZER = "tokenizer.json"  # of a run folder
@@ -189,7 +189,7 @@ def reaches(seconds: float, pace: float, samples: int) -> bool:
 
 def check_overrides(overrides: Sequence[str]) -> Range | None:
     """Return the `data.range` that they set. Raises UserError if the overrides are possible for no samples at all,
-    before there are any."""
+    before there are any, or need a library that is not installed."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
@@ -202,7 +202,9 @@ def check_overrides(overrides: Sequence[str]) -> Range | None:
     def config_of(rung: Rung) -> Config:
         return settings(facts, shards, Path("run"), rung, 64, 1000, "cls", overrides)
 
-    return config_of(possible(LADDER, config_of)[0]).model.image_range
+    config = config_of(possible(LADDER, config_of)[0])
+    require_libraries_of(config)
+    return config.model.image_range
 
 
 def assumed(overrides: Sequence[str], samples: int = 10**6) -> Facts:

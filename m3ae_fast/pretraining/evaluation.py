@@ -13,6 +13,7 @@ from typing import Any
 from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.cli import transfer, visualise
@@ -81,6 +82,15 @@ def _forget_other_weights(run: Path) -> None:
     except OSError as error:
         raise UserError(f"{error.filename or mark.parent}: cannot be replaced ({error.strerror or error})") from None
     write_whole(mark, now)
+
+
+def why_no_map() -> str:
+    """Return why no map of the features can be drawn here, "" if one can."""
+    try:
+        require_libraries(visualise.MAP_NEEDS)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def draw_map(config: Config) -> None:

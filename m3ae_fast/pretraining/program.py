@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, Range, follow, load_config, read_config, remembered
@@ -16,7 +17,7 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_probe import knn_probe
 from m3ae_fast.evaluation.report import REPORT_FILE, write_report
 from m3ae_fast.pretraining.choices import check_overrides
-from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table, verdicts
+from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
@@ -71,6 +72,7 @@ def pretrain(
     if not 0 < hours < 10_000:
         raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
     image_range = check_overrides(overrides)
+    object_store.require(str(source), *val)
     check_field(labels)
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -78,6 +80,8 @@ def pretrain(
     table_of_captions = None if captions is None else Path(captions)
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the folder may be a copy, or named from elsewhere
     config = _configured(str(source), out, hours, began, table_of_captions, val, labels, here, image_range, dry_run)
+    if config and config.train.probe and (missing := why_no_map()):
+        print(f"note: a run here ends without a map of the features: {missing}", flush=True)
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome

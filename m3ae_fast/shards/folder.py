@@ -17,6 +17,8 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.index import IMAGE_SUFFIXES
+from m3ae_fast.images.bands import ReaderMissing
+from m3ae_fast.images.decoding import own_bands
 from m3ae_fast.shards.caption_table import Row, read_captions
 from m3ae_fast.shards.duplicate_images import join, middle, number_same
 from m3ae_fast.shards.layout import TRAIN, printable, split_of_folder, understand
@@ -72,6 +74,7 @@ class Folder(Records):
         paths = [path for path in files if path.lower().endswith(SUFFIXES)]
         if not paths:
             raise UserError(f"{folder}: no image in it ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+        _require_reader(self.folder, paths)
         directories = {os.path.dirname(path) for path in paths}
         layout = understand(self.folder, directories, classes, flat)
         self.classes, self.notes = layout.classes, layout.notes
@@ -197,6 +200,19 @@ def _digest(path: str) -> str:
         return hashlib.sha256(read_file(path)).hexdigest()
     except BadSample:
         return path
+
+
+def _require_reader(folder: str, paths: Sequence[str]) -> None:
+    """Raise UserError if the first TIFF is one that only tifffile reads, which is not installed."""
+    first = next((path for path in paths if path.lower().endswith((".tif", ".tiff"))), None)
+    if first is None:
+        return
+    try:
+        own_bands(read_file(os.path.join(folder, first)))
+    except ReaderMissing as error:
+        raise UserError(f"{folder}/{printable(first)}: {error}") from None
+    except BadSample:
+        pass  # it is reported with the others
 
 
 def _find(folder: str, flat: bool) -> Iterator[str]:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3ae_fast.base.bad_samples import BadSample
-from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import library
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.shards.records import Record, Records, caption_of_row, count_samples, to_int
 
@@ -38,7 +39,7 @@ class Hdf5(Records):
     Raises UserError where h5py is not installed, or the file is not HDF5 or lacks the fields."""
 
     def __init__(self, path: Path) -> None:
-        h5py = library("h5py", "from-hdf5: needs h5py; pip install 'm3ae-fast[hdf5]'")
+        h5py = library("h5py", str(path))
         self.path = path
         self._open: Any = None
         self._fields: dict[str, _Fields] = {}

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub_access import hub_answers
+from m3ae_fast.base.libraries import library
 from m3ae_fast.base.progress import track
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.shards.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
@@ -33,7 +34,7 @@ class HuggingFace(Records):
     def __init__(
         self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]
     ) -> None:
-        datasets = library("datasets", "a Hugging Face data set needs the library datasets: pip install datasets")
+        datasets = library("datasets", "a Hugging Face data set")
         data = _load(datasets, name, subset)
         if split is not None:
             if split not in data:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import library
 
 WANDB_ID_FILE = "wandb-id"
 
@@ -52,7 +53,7 @@ class WandB:
     """
 
     def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:
-        wandb = library("wandb", 'run.loggers: "wandb" is not installed; pip install wandb')
+        wandb = library("wandb", "run.loggers")
         id_file = folder / WANDB_ID_FILE
         known = id_file.read_text(encoding="utf-8").strip() if start_step and id_file.is_file() else None
         try:

@@ -28,7 +28,7 @@ from m3ae_fast.base.hardware import (
 )
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, layout_of, require_same
-from m3ae_fast.config import Config, remembered
+from m3ae_fast.config import Config, remembered, require_libraries_of
 from m3ae_fast.data import Data, Preparation, ShardStore, eval_loader, manifest, open_data, train_loader
 from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
@@ -258,6 +258,7 @@ def pre_train(
         UserError: something is missing or does not fit, a loss is not finite, or a checkpoint cannot be written.
     """
     ranks = session.ranks
+    ranks.on_main(lambda: require_libraries_of(config))
     settled = ranks.broadcast(lambda: settle_precision(config.train, ranks.device))
     config = config.model_copy(update={"train": settled})
     session.pulse.watch_over(config.run)

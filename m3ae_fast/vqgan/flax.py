@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3ae_fast.base.errors import UserError, library
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import library
 from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 
@@ -90,7 +91,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    msgpack = library("msgpack", f"{path}: needs msgpack; pip install 'm3ae-fast[vqgan]'")
+    msgpack = library("msgpack", str(path))
 
     def array(code: int, data: bytes) -> Any:
         if code != _NDARRAY:

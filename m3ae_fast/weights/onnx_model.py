@@ -6,7 +6,6 @@ Shapes: B images, C channels, S image size, D width.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 import warnings
 from pathlib import Path
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 
 from m3ae_fast.base.atomic_file import whole_file
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.images.normalisation import to_unit
 from m3ae_fast.weights.timm_model import model_arguments, timm_weights
 
+NEEDS = dict.fromkeys(("onnx", "onnxruntime", "timm"), "--format onnx")
 SUFFIX, INT8_SUFFIX = ".onnx", ".int8.onnx"
 NEEDED = 0.99999  # cosine of the file's features with torch's, in float32
 _BATCH, _TIMED = 8, 3  # images of a batch that is timed, and how many are
@@ -83,8 +84,7 @@ def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -
     out = Path(out)
     if out.suffix != SUFFIX:
         raise UserError(f"{out}: must end in {SUFFIX}")
-    if missing := [name for name in ("onnx", "onnxruntime", "timm") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'm3ae-fast[onnx]'")
+    require_libraries(NEEDS)
     encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
     with whole_file(out) as partial:
         _export(encoder, config, partial)

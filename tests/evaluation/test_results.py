@@ -1,7 +1,6 @@
 """What a task has found is kept, whatever its pictures come to, and pictures show any name as it is."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli.transfer import main
 from m3ae_fast.drawing.figures import MapPanel, draw_confusion, draw_map
 from m3ae_fast.evaluation import job, knn, labelled_loop, ood, retrieval
 from tests.evaluation.conftest import settings
@@ -58,20 +55,6 @@ def test_names_are_drawn_as_they_are(tmp_path, texts):
     texts.clear()
     draw_confusion(tmp_path / "confusion.png", labels_N, labels_N, ODD)
     assert set(ODD) <= set(texts)
-
-
-@pytest.mark.parametrize(
-    "line, what",
-    [
-        (["robustness", "run", "--val", "b.tar", "--out", "out"], "robustness"),
-        (["linear", "run", "--train", "a.tar", "--val", "b.tar", "--out", "out", "--shots", "1"], "--shots"),
-    ],
-)
-def test_a_library_that_is_missing_is_told_first(monkeypatch, line, what):
-    """`pip install m3ae-fast` installs none of the extra transfer."""
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(UserError, match=rf"^{what} needs SciPy: pip install 'm3ae-fast\[transfer\]'$"):
-        main(line)
 
 
 def test_held_out_shards_that_are_trained_on_are_told(transfer, shards, monkeypatch, capsys):

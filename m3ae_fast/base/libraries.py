@@ -1,0 +1,68 @@
+"""Libraries that only some commands and settings need, and the extras of this package that install them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from m3ae_fast.base.errors import UserError
+
+# pyproject.toml's optional dependencies by extra, by the names that are imported; "" has those of every installation
+EXTRAS = {
+    "": ("tensorboard",),
+    "train": ("deepspeed",),
+    "transfer": ("sklearn", "scipy", "timm"),
+    "onnx": ("onnx", "onnxruntime", "timm"),
+    "wandb": ("wandb",),
+    "remote": ("boto3", "obstore"),
+    "hdf5": ("h5py",),
+    "huggingface": ("datasets",),
+    "tiff": ("tifffile",),
+    "vqgan": ("msgpack",),
+}
+NAMES = {"sklearn": "scikit-learn", "scipy": "SciPy", "deepspeed": "DeepSpeed"}  # unlike those that are imported
+
+
+def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:
+    """Raise UserError if a library is not installed; nothing is imported. `needs`: the command, option or setting that
+    needs it, by the library's name; `otherwise`: what else helps, for the end of the message."""
+    missing: dict[str, list[str]] = {}
+    for name, what in needs.items():
+        if not _is_installed(name):
+            missing.setdefault(what, []).append(name)
+    if missing:
+        wanted = [f"{what} needs {_listed(names)}" for what, names in missing.items()]
+        extras = _extras({name for names in missing.values() for name in names})
+        raise UserError(f"{'; '.join(wanted)}: pip install 'm3ae-fast{extras}'{otherwise}")
+
+
+def library(name: str, what: str) -> Any:
+    """Import and return a library. `what` needs it. Raises UserError if it is not installed, or cannot be imported."""
+    require_libraries({name: what})
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(f"{what} needs {NAMES.get(name, name)}, which cannot be imported: {error}") from error
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # a module that was made by hand has no spec
+        return True
+
+
+def _listed(names: list[str]) -> str:
+    *most, last = (NAMES.get(name, name) for name in names)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _extras(missing: set[str]) -> str:
+    """Return the extras that install these libraries, as pip takes them: one if one has them all."""
+    whole = next((extra for extra, names in EXTRAS.items() if missing <= {*names}), None)
+    if whole is not None:
+        return f"[{whole}]" if whole else ""
+    first = {next(extra for extra, names in EXTRAS.items() if name in names) for name in missing}
+    return f"[{','.join(sorted(first - {''}))}]"

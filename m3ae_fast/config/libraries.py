@@ -1,0 +1,18 @@
+"""The libraries that a config asks for."""
+
+from __future__ import annotations
+
+from m3ae_fast.base import object_store
+from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.config.schema import Config
+
+
+def require_libraries_of(config: Config) -> None:
+    """Raise UserError if a library that a run needs is not installed. What shards a manifest names is known only when
+    it is read."""
+    needs = {} if config.deepspeed is None else {"deepspeed": "the section deepspeed"}
+    require_libraries(needs | dict.fromkeys(config.run.loggers, "run.loggers"))  # named as their libraries are
+    probe = config.train.probe
+    sources = [*config.data.train, *config.data.val, *([*probe.train, *probe.val] if probe else [])]
+    for source in sources:
+        object_store.require(*([source.shards] if isinstance(source.shards, str) else source.shards))
