@@ -633,7 +633,7 @@ def test_an_epoch_is_of_whole_batches():
         (OptimConfig(peak_lr=1e-3), 56, "learning rate 0.000219 = optim.peak_lr 0.001 x batch 56 / 256"),
         (OptimConfig(peak_lr=1.5e-4), 4096, "learning rate 0.0024 = optim.peak_lr 0.00015 x batch 4,096 / 256"),
         (OptimConfig(peak_lr=1e-3), 256, "learning rate 0.001"),
-        (FineTuneConfig(peak_lr=1e-3), 1024, "learning rate 0.001"),
+        (FineTuneConfig(peak_lr=1e-3, warmup_epochs=5), 1024, "learning rate 0.001"),
     ],
 )
 def test_a_rate_is_said_as_logs_have_it_and_as_the_config_has_it(optim, batch, words):
@@ -661,7 +661,7 @@ def test_what_is_odd_about_a_run_is_told_and_nothing_else(tmp_path, mixed):
 
     warmup, colours = notes(wild)
     assert "the warm-up of 3,000 steps (optim.warmup_epochs=1000) is cut to the run's 6" in warmup
-    assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae_fast.data stats" in colours
+    assert "model.image_std are still the defaults, CC12M's" in colours and "m3ae-fast data stats" in colours
     assert notes(calm) == []
     large = calm.model_copy(update={"train": calm.train.model_copy(update={"global_batch": 100})})
     (batch,) = notes(large)
