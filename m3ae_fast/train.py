@@ -20,11 +20,13 @@ if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handl
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.progress import working
 from m3ae_fast.cli.command_line import add_resume, add_settings, program
-from m3ae_fast.config import load_config
+from m3ae_fast.config import load_config, require_libraries_of
 from m3ae_fast.process.launchers import alone
 
 if TYPE_CHECKING:  # torch is imported by what needs it: not by --help, nor by what only says that the config is wrong
+    from m3ae_fast.config import Config
     from m3ae_fast.process.program import Session
 
 
@@ -47,11 +49,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     dry.add_argument(
         "--dry-run",
         action="store_true",
-        help="check config, shards and tokenizer, print sizes, memory, communication and, measured by a few steps, how "
-        "long the run takes on this machine; then exit",
+        help="check config, shards, tokenizer and probe, print sizes and memory and, measured by a few steps, how long "
+        "the run takes on this machine; then exit",
     )
     dry.add_argument(
-        "--world", type=int, metavar="N", help="for N GPUs elsewhere (default: as many as need no accumulation)"
+        "--world",
+        type=int,
+        metavar="N",
+        help="plan for N GPUs elsewhere, by an H100's data sheet (default: this machine)",
     )
     dry.add_argument(
         "--sizes",
@@ -70,27 +75,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if alone():
-        load_config(args.config, args.set)  # a mistake is told before the imports, which take seconds
-    from m3ae_fast.process.program import joined_program
+    if alone():  # a mistake is told before the imports, which take seconds
+        _load(args)
+    with working("importing torch", show=args.dry_run and alone()):
+        from m3ae_fast.process.program import joined_program
 
     with joined_program() as session:
         perform(args, session)
     return 0  # also where a rank was asked to stop
 
 
+def _load(args: argparse.Namespace) -> Config:
+    """Read the config. Raises UserError if it is wrong, or a run on this machine lacks a library."""
+    config = load_config(args.config, args.set)
+    if args.world is None and not args.no_data:
+        require_libraries_of(config)
+    return config
+
+
 def perform(args: argparse.Namespace, session: Session) -> None:
     """Do what the command line asks for. Raises UserError where that is not possible."""
     from m3ae_fast.evaluation.knn_probe import knn_probe
-    from m3ae_fast.training.dry_run import report, report_time
     from m3ae_fast.training.run import pre_train
 
-    ranks = session.ranks
-    config = ranks.broadcast(lambda: load_config(args.config, args.set))
+    config = session.ranks.broadcast(lambda: _load(args))
     if args.dry_run:
-        ranks.on_main(lambda: report(config, args.world, data=not args.no_data, sizes=args.sizes))
-        if args.world is None and not args.no_data:
-            report_time(config, session)
+        _look_at(config, args, session)
         return
     pre_train(
         config,
@@ -100,6 +110,30 @@ def perform(args: argparse.Namespace, session: Session) -> None:
         profile=args.profile,
         make_probe=knn_probe,
     )
+
+
+def _look_at(config: Config, args: argparse.Namespace, session: Session) -> None:
+    """Do what --dry-run asks for. Every rank must call it. Raises UserError as a run would at its start."""
+    from m3ae_fast.base.hardware import settle_precision
+    from m3ae_fast.evaluation.knn_probe import open_probe
+    from m3ae_fast.training.dry_run import report, report_time
+
+    ranks = session.ranks
+    gpus = args.world is not None or ranks.device.type == "cuda"
+    settled = config if gpus else config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
+
+    def look() -> None:
+        more = []
+        if config.train.probe and not args.no_data:
+            with working("opening the samples of train.probe"):
+                probe = open_probe(config, progress=True)
+            more = [("probe", probe.describe())] if probe else []
+        world = args.world if gpus else ranks.world
+        report(settled, world, gpus=gpus, data=not args.no_data, sizes=args.sizes, more=more)
+
+    ranks.on_main(look)
+    if args.world is None and not args.no_data:
+        report_time(config, session)
 
 
 if __name__ == "__main__":

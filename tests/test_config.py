@@ -1,6 +1,7 @@
 """A user's mistake is one line that names the thing, exit code 2, and nothing is written."""
 
 import json
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -23,6 +24,7 @@ from m3ae_fast.engine.memory_estimate import zero_bytes
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.process import ranks
 from m3ae_fast.training.dry_run import _fetching, _images, _memory_table, network_bytes, report
+from tests.helpers.labelled import labelled_tar
 from tests.helpers.ranks import free_port
 from tests.helpers.trainer import CLIPART, ROOT, TINY
 
@@ -299,7 +301,7 @@ def test_overrides_and_defaults():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
 def test_dry_run(path, capsys):
     """Every config is valid; the numbers are the known ones."""
-    assert train.main(["--config", str(path), "--dry-run", "--no-data"]) == 0
+    assert train.main(["--config", str(path), "--dry-run", "--no-data", "--world", "8"]) == 0
     out = capsys.readouterr().out
     assert "ZeRO stage" in out
     known = {"large": ("376,155,194", "209.9 G"), "base": ("150,757,434", "102.9 G"), "small": ("74,782,266", "71.2 G")}
@@ -383,6 +385,46 @@ def test_dry_run_fails_on_what_a_start_would_fail_on(run):
         assert run("--dry-run", "--no-data", "--set", mistake)[0] == 0
     code, err = run("--dry-run", "--world", "17")
     assert code == 2 and "train.global_batch 16 has no sample for some of 17 ranks" in err
+
+
+@pytest.mark.slow
+def test_a_dry_run_without_a_gpu_has_no_number_of_one(run, tmp_path):
+    labelled = [{"shards": labelled_tar(tmp_path / "labelled.tar", range(9)), "modality": "image"}]
+    probe = json.dumps({"train": labelled, "val": labelled})
+    code, out = run("--dry-run", "--set", f"train.probe={probe}", out=True)
+    assert code == 0 and not re.search("GPU|H100|ZeRO|sent per", out)
+    assert "batch                 16 = 1 rank x 4 samples x 4 accumulated\n" in out
+    for line in (r"memory +[\d.e-]+ GB per rank", r"loader +[\d.e-]+ cores, for .* samples/s, measured over"):
+        assert re.search(line, out), line
+    assert "\nprobe                 k-NN of 9 samples among 9 labelled ones, 3 classes\n" in out
+    code, out = run("--dry-run", "--no-data", out=True)
+    assert code == 0 and "GPUs elsewhere" in out and not re.search("H100|ZeRO|sent per|cores", out)
+    assert "an H100 by its data sheet" in run("--dry-run", "--no-data", "--world", "8", out=True)[1]
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_not_silent(run, monkeypatch):
+    stages = []
+    monkeypatch.setattr("m3ae_fast.base.progress._say", stages.append)
+    assert run("--dry-run")[0] == 0
+    assert [*dict.fromkeys(stages)] == ["importing torch", "opening the data", "measuring steps of 8 samples"]
+
+
+def test_a_dry_run_looks_at_the_shards_of_the_probe(run, tmp_path):
+    good = labelled_tar(tmp_path / "good.tar", range(6))
+    for name, wrong, told in (
+        ("train", "/nowhere/x.tar", "/nowhere/x.tar"),
+        ("val", "/nowhere/x.tar", "/nowhere/x.tar"),
+        ("train", str(CLIPART / "val-0000.tar"), "no label (cls)"),
+        ("val", labelled_tar(tmp_path / "other.tar", range(3), {0: 7}), "no training sample has the label 7"),
+    ):
+        probe = {part: [{"shards": good, "modality": "image"}] for part in ("train", "val")}
+        probe[name][0]["shards"] = wrong
+        option = ("--set", f"train.probe={json.dumps(probe)}")
+        code, err = run("--dry-run", *option)
+        assert code == 2 and told in err, (name, err)
+        assert run("--dry-run", "--no-data", *option)[0] == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_says_what_travels(run):

@@ -190,7 +190,7 @@ def test_a_dry_run_takes_the_sizes_that_stats_wrote(trainer, shards, tmp_path, c
 
     def flops(*options):
         capsys.readouterr()
-        assert train.main(trainer.arguments("x", "--dry-run", "--no-data", *options, *large)) == 0
+        assert train.main(trainer.arguments("x", "--dry-run", "--no-data", "--world", "1", *options, *large)) == 0
         out = capsys.readouterr().out
         activations = re.search(r"│ 0 +│(?: +[\d.]+ +│){3} +([\d.]+) +│", out)
         return float(out.split("official code")[1].split("G in this")[0].split()[-1]), float(activations[1]), out

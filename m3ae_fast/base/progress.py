@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -130,6 +131,33 @@ class Lines:
 
 
 @contextmanager
+def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[None]:
+    """Say on stderr that some work begins whose length is not known, and `every` so many seconds that it goes on."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def go_on() -> None:
+        while not ended.wait(every):
+            _say(f"{title}: {duration(time.monotonic() - began)} so far")
+
+    if not show:
+        yield
+        return
+    _say(title)
+    teller = threading.Thread(target=go_on, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever reads it has left, or the disk is full
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
 def progress(
     title: str, total: int | None = None, *, show: bool = True, whole: TimeLeft | None = None, part: float = 0.0
 ) -> Iterator[Callable[[int], None]]:
@@ -163,8 +191,7 @@ def progress(
             if console.is_terminal:
                 bar.update(task, whole=f"whole task {of_task}" if of_task else "")
                 return
-            with contextlib.suppress(OSError):  # whoever reads it has left, or the disk is full
-                print(f"{text}; whole task: about {of_task} left" if of_task else text, file=sys.stderr, flush=True)
+            _say(f"{text}; whole task: about {of_task} left" if of_task else text)
 
         yield advance
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import KnnProbeConfig
+from m3ae_fast.config import Config, KnnProbeConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Classes, label_corpus
@@ -20,24 +21,42 @@ from m3ae_fast.training.run import Run
 _NAME, _LARGEST = "val_knn_top1", "val_knn_largest_class"
 
 
+class Probe(NamedTuple):
+    """The labelled samples of `train.probe`."""
+
+    config: KnnProbeConfig
+    train: Corpus
+    val: Corpus
+    classes: Classes
+
+    def describe(self) -> str:
+        """Return numbers of samples and classes."""
+        samples = f"{self.val.samples:,} samples among {self.train.samples:,}"
+        return f"k-NN of {samples} labelled ones, {len(self.classes):,} classes"
+
+
+def open_probe(config: Config, *, progress: bool = False) -> Probe | None:
+    """Open the labelled samples of `train.probe`; None if the config asks for no probe. Raises UserError if shards or
+    labels cannot be used."""
+    probe, data = config.train.probe, config.data
+    if probe is None:
+        return None
+    store = ShardStore(data.cache_dir, data.cache_gb)
+    train, val = (open_corpus(sources, store, progress=progress) for sources in (probe.train, probe.val))
+    train, classes = label_corpus(train, probe.labels, progress=progress)
+    val, _ = label_corpus(val, probe.labels, classes, progress=progress)
+    if train.has_captions or val.has_captions:
+        raise UserError('train.probe: takes only images; set "modality": "image" on its sources')
+    return Probe(probe, train, val, classes)
+
+
 def knn_probe(run: Run) -> Callable[[Run], None] | None:
     """Open the labelled samples of `train.probe` before training starts. Return what logs the accuracy where it is due,
     unless a rank is asked to stop, even half-way; every rank must call it. None where the config asks for no probe.
     Raises UserError where shards or labels cannot be used."""
-    config, ranks, data = run.config.train.probe, run.ranks, run.config.data
-    if config is None:
-        return None
-    store = ShardStore(data.cache_dir, data.cache_gb)
-
-    def open_both() -> tuple[Corpus, Corpus, Classes]:
-        train, val = (open_corpus(s, store, progress=ranks.is_main) for s in (config.train, config.val))
-        train, classes = label_corpus(train, config.labels, progress=ranks.is_main)
-        return train, label_corpus(val, config.labels, classes, progress=ranks.is_main)[0], classes
-
-    train, val, classes = ranks.main_first(open_both)
-    if train.has_captions or val.has_captions:
-        raise UserError('train.probe: takes only images; set "modality": "image" on its sources')
-    return partial(_log, config, train, val, classes)
+    ranks = run.ranks
+    probe = ranks.main_first(lambda: open_probe(run.config, progress=ranks.is_main))
+    return None if probe is None else partial(_log, *probe)
 
 
 def _log(config: KnnProbeConfig, train: Corpus, val: Corpus, classes: Classes, run: Run) -> None:

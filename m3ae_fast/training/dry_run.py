@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import data_sheet, missing_memory, settle_precision
+from m3ae_fast.base.progress import working
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
@@ -41,11 +43,29 @@ SIZES = 256  # of images, at most, that stand for all
 DECODED_PER_CORE = 600  # images per second and core at 256 px: benchmarks/results
 
 
-def report(config: Config, world: int | None = None, *, data: bool = True, sizes: Path | None = None) -> None:
-    """Print what `config` needs on `world` GPUs (None: as many as one step without accumulation takes), for native
-    images of the `sizes` that stats wrote (None: all of max_patches). Raises UserError for what would stop a run at its
-    start: the batch cannot be split over the GPUs or, with `data`, shards or tokenizer are missing or do not fit the
-    model; or where `sizes` is no such file, or images are square."""
+def report(
+    config: Config,
+    world: int | None = None,
+    *,
+    gpus: bool = True,
+    data: bool = True,
+    sizes: Path | None = None,
+    more: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Print what `config` needs.
+
+    Args:
+        config: of the run; without `gpus` with its precision settled.
+        world: number of GPUs, or of ranks without one; None: as many as one step without accumulation takes.
+        gpus: also print rates and times of GPUs, by an H100's data sheet; else only what holds on any machine.
+        data: open shards and tokenizer.
+        sizes: a file of image sizes that stats wrote, for native images; None: all have max_patches.
+        more: lines to print after these, each a title and a text.
+
+    Raises:
+        UserError: for what would stop a run at its start: the batch cannot be split over the ranks, or shards or
+            tokenizer are missing or do not fit the model; or `sizes` is no such file, or images are square.
+    """
     if sizes is not None and config.model.resize == "square":
         raise UserError(f"--sizes {sizes}: goes with model.resize=native; square images are all of one size")
     with torch.device("meta"):
@@ -62,6 +82,8 @@ def report(config: Config, world: int | None = None, *, data: bool = True, sizes
     peaks = data_sheet("H100")
     assert peaks is not None
     rate = UTILISATION * peaks.flops / ours  # samples per second of an H100
+    gpu = f"an H100 by its data sheet, {peaks.flops / 1e12:,.0f} TFLOP/s, of which {UTILISATION:.0%} are assumed"
+    unit = "GPUs" if gpus else "rank" if world == 1 else "ranks"
     square = ", of a square image" if config.model.resize == "native" else ""
     lines = [
         ("parameters", f"{parameters:,}"),
@@ -69,27 +91,35 @@ def report(config: Config, world: int | None = None, *, data: bool = True, sizes
         ("", f"{ours / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
         (
             "batch",
-            f"{config.train.global_batch} = {world} GPUs x {micro} samples x {accumulation} accumulated"
+            f"{config.train.global_batch} = {world} {unit} x {micro} samples x {accumulation} accumulated"
             + (" at most" if micro * world * accumulation != config.train.global_batch else "")
             + (" (train.micro_batch is a maximum)" if micro != (config.train.micro_batch or micro) else ""),
         ),
         *([] if grids is None else _images(batch, micro)),
-        ("network", _network(config, parameters, world, accumulation, rate)),
-        (
-            "loader",
-            f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for the {rate:,.0f} samples/s of an H100 at "
-            f"{UTILISATION:.0%} of its peak",
-        ),
     ]
+    if gpus:
+        lines += [
+            ("GPU", gpu),
+            ("network", _network(config, parameters, world, accumulation, rate)),
+            ("loader", f"{rate / DECODED_PER_CORE:,.1f} cores per GPU, for {rate:,.0f} samples/s"),
+        ]
     if data:
-        found = open_data(config.data, config.model, progress=True)
+        with working("opening the data"):
+            found = open_data(config.data, config.model, progress=True)
         schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
         held_out = f", {found.val.samples:,} held out" if found.val else ""
         lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
-        lines += _fetching(config, found.train, world, rate)
-    for name, text in lines:
-        console.print(f"{name:21} {text}")
+        lines += _fetching(config, found.train, world, rate) if gpus else []
     activations = micro * activation_bytes(config, batch) / len(batch.keys)
+    if not gpus:
+        memory = sum(zero_bytes(parameters, config.zero.stage if config.zero else 0, world, in_bf16(config)))
+        lines.append(("memory", f"{(memory + activations) / 1e9:,.3g} GB per rank, an estimate"))
+    if not (gpus or data):
+        lines.append(("time", "not measured without data; --world N plans a run on N GPUs elsewhere"))
+    for name, text in [*lines, *more]:
+        console.print(f"{name:21} {text}")
+    if not gpus:
+        return
     console.print(_memory_table(config, parameters, world, activations))
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
     if recomputes(config.train):
@@ -98,8 +128,8 @@ def report(config: Config, world: int | None = None, *, data: bool = True, sizes
 
 
 def report_time(config: Config, session: Session) -> None:
-    """Print how long the run takes here, on the ranks that there are, measured by some steps. Every rank must call it.
-    Raises UserError as at the run's start."""
+    """Print how long the run takes here, on the ranks that there are, measured by some steps, and without GPUs what the
+    loader has to do then. Every rank must call it. Raises UserError as at the run's start."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
@@ -107,8 +137,15 @@ def report_time(config: Config, session: Session) -> None:
     settled = config.model_copy(update={"train": settle_precision(config.train, ranks.device)})
     pace = measure(settled, session, MEASURED_S)
     if ranks.is_main:
-        samples = open_data(config.data, config.model).train.samples * config.data.repeats
-        print(f"{'time':21} {pace.sentence(config, Schedule(config.train, config.optim, samples))}", flush=True)
+        found = open_data(config.data, config.model)
+        schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
+        lines = [("time", pace.sentence(config, schedule))]
+        if ranks.device.type == "cpu":
+            cores = 1 / pace.sample / DECODED_PER_CORE
+            lines.append(("loader", f"{cores:,.2g} cores, for {pace.rate()}"))
+            lines += _fetching(config, found.train, ranks.world, 1 / pace.sample / ranks.world)
+        for name, text in lines:
+            print(f"{name:21} {text}", flush=True)
 
 
 def network_bytes(

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 
 from torch.utils.data import DataLoader
 
-from m3ae_fast.base.progress import duration
+from m3ae_fast.base.progress import duration, working
 from m3ae_fast.config import Config
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.program import Session
@@ -83,7 +83,10 @@ def measure(config: Config, session: Session, seconds: float) -> Pace:
 
 def _trial(config: Config, session: Session, batch: int, seconds: float) -> Pace:
     """Measure steps of `batch` samples."""
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        working(f"measuring steps of {batch:,} samples", show=session.ranks.is_main),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         nowhere = config.run.model_copy(update={"dir": Path(folder) / "run", "loggers": []})
         changes = {"global_batch": batch, "steps": 1 << 30, "epochs": None, "hours": None}
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})

@@ -1,0 +1,147 @@
+"""What a command, an option or a setting needs and `pip install m3ae-fast` does not install is told at once."""
+
+import json
+import re
+import sys
+import time
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import tifffile
+
+from m3ae_fast.__main__ import MODULES
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import EXTRAS, library, require_libraries
+from m3ae_fast.base.progress import working
+from m3ae_fast.shards.folder import Folder
+from tests.helpers.trainer import ROOT, TINY
+
+TRANSFER = "run --val val.tar --out out"
+TRAINS = f"{TRANSFER} --train train.tar"
+PRETRAIN = "pretrain photos --out out"
+PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("train", "val")}, separators=(",", ":"))
+# the library, the command line, and what needs it
+CASES = [
+    ("sklearn", f"transfer ood {TRAINS} --ood other.tar", "ood"),
+    ("timm", f"transfer finetune {TRAINS}", "finetune"),
+    ("scipy", f"transfer robustness {TRANSFER}", "robustness"),
+    ("scipy", f"transfer linear {TRAINS} --shots 1,5", "--shots"),
+    ("tensorboard", f"transfer knn {TRAINS}", "knn"),
+    ("obstore", f"transfer knn {TRAINS} s3://bucket/a.tar", "s3://bucket/a.tar"),
+    ("boto3", f"transfer ood {TRAINS} --ood gs://bucket/a.tar", "gs://bucket/a.tar"),
+    ("boto3", "features run a.tar s3://bucket/{0..3}.tar --out out.npz", "s3://bucket/{0..3}.tar"),
+    ("wandb", 'train --config tiny.json --set run.loggers=["wandb"]', "run.loggers"),
+    ("tensorboard", "train --config tiny.json", "run.loggers"),
+    ("tensorboard", "train --config tiny.json --dry-run", "run.loggers"),
+    (
+        "deepspeed",
+        'train --config tiny.json --set deepspeed={"zero_optimization":{"stage":1}}',
+        "the section deepspeed",
+    ),
+    ("boto3", "train --config tiny.json --set data.train.0.shards=s3://bucket/a.tar", "s3://bucket/a.tar"),
+    ("obstore", f"train --config tiny.json --set train.probe={PROBE}", "gs://bucket/{0..9}.tar"),
+    ("wandb", f'{PRETRAIN} --set run.loggers=["wandb"]', "run.loggers"),
+    ("tensorboard", PRETRAIN, "run.loggers"),
+    ("deepspeed", f'{PRETRAIN} --set deepspeed={{"zero_optimization":{{"stage":1}}}}', "the section deepspeed"),
+    ("boto3", "pretrain s3://bucket/a.tar --out out", "s3://bucket/a.tar"),
+    ("boto3", "pretrain a.tar --val s3://bucket/a.tar --out out", "s3://bucket/a.tar"),
+    ("datasets", "pretrain owner/name --out out", "a Hugging Face data set"),
+    ("datasets", "data from-hf owner/name out", "a Hugging Face data set"),
+    ("h5py", "data from-hdf5 a.hdf5 out", "a.hdf5"),
+    ("obstore", "data index s3://bucket/a.tar", "s3://bucket/a.tar"),
+    ("onnx", "export run out.onnx --format onnx --train a.tar --val b.tar", "--format onnx"),
+    ("onnxruntime", "export run out.onnx --format onnx", "--format onnx"),
+    ("timm", "export run out.onnx --format onnx", "--format onnx"),
+    ("msgpack", "convert vqgan.msgpack out", "vqgan.msgpack"),
+    ("sklearn", "visualise run map", "a map"),
+    ("scipy", "visualise run map", "a map"),
+]
+
+
+@pytest.fixture
+def hide(monkeypatch):
+    return lambda *names: [monkeypatch.setitem(sys.modules, name, None) for name in names]
+
+
+@pytest.mark.parametrize(("name", "line", "what"), CASES, ids=[f"{name}: {line[:40]}" for name, line, _ in CASES])
+def test_a_missing_library_is_told_before_anything_is_made(tmp_path, monkeypatch, hide, name, line, what):
+    """Neither the run nor shards of these lines exist: the library comes first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("signal.pthread_sigmask", lambda *_: None)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    (tmp_path / "vqgan.msgpack").touch()
+    before = sorted(tmp_path.rglob("*"))
+    hide(name)
+    command, *words = line.split()
+    with pytest.raises(UserError) as told:
+        import_module(MODULES[command]).main(words)
+    said = str(told.value)
+    known = next(extra for extra, names in EXTRAS.items() if name in names)
+    assert f"{what} needs " in said and f"pip install 'm3ae-fast{f'[{known}]' if known else ''}'" in said
+    assert "\n" not in said and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plan_for_machines_elsewhere_needs_no_library_here(tmp_path, hide, capsys):
+    hide("deepspeed", "tensorboard")
+    line = ["--config", str(ROOT / "configs/base.json"), "--dry-run", "--no-data"]
+    for more in (["--world", "8"], []):
+        assert import_module(MODULES["train"]).main([*line, *more]) == 0
+
+
+def test_the_extras_are_those_of_the_package():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {"": project["dependencies"], **project["optional-dependencies"]}
+    for extra, names in EXTRAS.items():
+        wanted = {re.match(r"[\w-]+", each)[0].replace("scikit-learn", "sklearn") for each in listed[extra]}
+        assert {*names} <= wanted if extra == "" else {*names} == wanted
+    assert {*listed} - {*EXTRAS} == {"docs", "dev"}  # which no command needs
+
+
+def test_one_line_names_all_that_is_missing(hide):
+    hide("onnx", "timm", "wandb", "sklearn")
+    for needs, said in (
+        ({"onnx": "a", "timm": "a"}, "a needs onnx and timm: pip install 'm3ae-fast[onnx]'"),
+        ({"timm": "a", "scipy": "a"}, "a needs timm: pip install 'm3ae-fast[transfer]'"),
+        (
+            {"sklearn": "a", "wandb": "b"},
+            "a needs scikit-learn; b needs wandb: pip install 'm3ae-fast[transfer,wandb]'",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+            require_libraries(needs)
+    require_libraries({"scipy": "a"})
+
+
+def test_a_library_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    (tmp_path / "msgpack.py").write_text("import nothing_of_this_name")
+    monkeypatch.delitem(sys.modules, "msgpack", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"^x needs msgpack, which cannot be imported: No module named 'nothing_of"):
+        library("msgpack", "x")
+
+
+def test_a_folder_of_tiffs_that_pillow_does_not_read_is_told(tmp_path, hide):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 6), np.uint8), planarconfig="contig", photometric="minisblack")
+    assert Folder(tmp_path)
+    hide("tifffile")
+    with pytest.raises(UserError, match=r"a\.tif: a TIFF of bands .* needs tifffile: pip install 'm3ae-fast\[tiff\]'"):
+        Folder(tmp_path)
+
+
+def test_work_of_unknown_length_says_that_it_goes_on(capsys):
+    with working("waiting", every=0.001):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and capsys.readouterr().err.count("so far") < 1:
+            time.sleep(0.001)
+    assert time.monotonic() < deadline
+    with working("quiet", show=False, every=0.001):
+        time.sleep(0.01)
+    assert "quiet" not in capsys.readouterr().err
+
+
+def test_all_of_these_libraries_are_there_in_development():
+    assert all(find_spec(name) for names in EXTRAS.values() for name in names)
