@@ -40,6 +40,15 @@ def test_a_run_that_ended_says_how(tmp_path, capsys):
     assert len(set(CODES.values())) == len(CODES) and not {1, 2} & set(CODES.values())
 
 
+def test_the_reason_of_a_failure_is_the_line_that_the_run_printed(tmp_path):
+    """Not what gloo says where a rank was killed."""
+    lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError):
+        recorded(tmp_path, 7, lost)
+    said = "another rank has ended; its output says why. --resume auto continues from the last checkpoint"
+    assert status(tmp_path)[1] == f"failed at step 7 of 10 ({said})"
+
+
 def test_a_killed_run_has_failed_after_the_last_step_that_it_logged(tmp_path):
     Recorder(tmp_path, 10).begin(2)
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')

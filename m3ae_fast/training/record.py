@@ -12,6 +12,7 @@ from pathlib import Path
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.process.failures import explain
 from m3ae_fast.training.log import read_metrics
 from m3ae_fast.training.run_folder import is_held
 
@@ -59,7 +60,7 @@ class Recorder:
             state = FINISHED if step() >= self._total else STOPPED
             why = reason() if state == STOPPED else ""
         except BaseException as error:
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = " ".join(str(explain(error) or error).split()) or type(error).__name__
             raise
         finally:
             if self._begun:
