@@ -813,7 +813,7 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0):
     monkeypatch.setattr(pace, "_times", steps)
     monkeypatch.setattr(pace, "_ahead", lambda run: ahead)
     monkeypatch.setattr(pace, "gc", SimpleNamespace(collect=lambda: None))
-    session = SimpleNamespace(ranks=SimpleNamespace(world=1, from_main=lambda value: value))
+    session = SimpleNamespace(ranks=SimpleNamespace(world=1, is_main=False, from_main=lambda value: value))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 4, "steps": 9}}, "test")
     return pace._trial(config, session, 4, seconds)
 
