@@ -41,7 +41,7 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
     if isinstance(images, np.ndarray):
         is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in (1, 2, 3, 4, channels))
         return [images] if is_one else list(images)
-    return [images] if isinstance(images, Tensor) and images.ndim == 3 else images  # type: ignore[return-value]
+    return [images] if isinstance(images, Tensor) and images.ndim <= 3 else images  # type: ignore[return-value]
 
 
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
@@ -105,8 +105,9 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
         image: the path of a file, which is read as one in a shard is, a PIL image, an array [H, W, C] or [H, W], which
             is read as a .npy file of it is, or a tensor [C, H, W], uint8, or uint16 of a model of such images, of which
             the central square is taken, or all; or a floating tensor.
-        value_range: of floating tensors and arrays. (black, white), such as (0, 1): an image of any size, read as a
-            file of it is, which rounds an image that must be resized to the model's integers. "normalised": an image
+        value_range: of floating tensors and arrays, and of files, PIL images and arrays of more than 8 bits, in place
+            of the model's image_range. (black, white), such as (0, 1): an image of any size, read as a file of it is,
+            which rounds an image that must be resized to the model's integers. "normalised": an image
             [C, image_size, image_size], of a native model of sides that its patches divide, minus the model's
             image_mean and over its image_std. None: that for tensors, and image_range for arrays.
 
@@ -115,6 +116,8 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
         UserError: the file cannot be read.
     """
     channels = config.channels
+    if isinstance(value_range, (tuple, list)):
+        config = config.model_copy(update={"image_range": tuple(value_range)})
     if isinstance(image, (str, os.PathLike)):
         return _read_image(image, config)
     if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim in (2, 3):

@@ -207,7 +207,8 @@ class MultimodalEncoder(nn.Module):
                 square is taken (a native model takes all of it), or a floating tensor, see `value_range`; a list of
                 them, or one tensor or array of many; or None.
             texts: one or a list, for which the model's `tokenizer` is needed; or None.
-            value_range: of floating tensors and arrays. None or "normalised": tensors [C, image_size, image_size], of a
+            value_range: of floating tensors and arrays, and of files, PIL images and arrays of more than 8 bits, in
+                place of the model's image_range. None or "normalised": tensors [C, image_size, image_size], of a
                 native model of sides that its patches divide, which are normalised already: (x - mean) / std, with
                 image_mean and image_std of `config`, x from 0 to 1. (black, white): of any size, (0, 1) as
                 torchvision's ToTensor gives them, (0, 255) for floats of 8-bit levels. With None, tensors that

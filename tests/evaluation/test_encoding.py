@@ -137,6 +137,17 @@ def test_floats_are_what_value_range_says(model):
     torch.testing.assert_close(found, model.encode((unrounded - mean) / std, precision="fp32"), **close)
 
 
+def test_value_range_is_that_of_images_of_more_than_8_bits(model, tmp_path):
+    """Files, PIL images and arrays; those of 8 bits are not scaled."""
+    grey = images(1)[0, 0].numpy()
+    expected = model.encode(Image.fromarray(grey), precision="fp32")
+    deep = Image.fromarray(grey.astype(np.uint16) * 16)
+    deep.save(tmp_path / "deep.png")
+    for given in (deep, tmp_path / "deep.png", np.stack([np.asarray(deep)] * 3, -1)):
+        assert torch.equal(model.encode(given, value_range=(0, 255 * 16), precision="fp32"), expected)
+    assert torch.equal(model.encode(Image.fromarray(grey), value_range=(0, 4095), precision="fp32"), expected)
+
+
 def test_floats_that_are_evidently_not_normalised_are_refused(model):
     pixels = images(3)
     for floats, guess in (
@@ -258,6 +269,7 @@ def test_a_file_that_is_no_image_is_named(model, tmp_path):
         ({}, "needs images, texts or both"),
         ({"images": [], "texts": ["a"]}, "0 images and 1 texts"),
         ({"images": [torch.zeros(1, 32, 32, dtype=torch.uint8)]}, "has shape"),
+        ({"images": torch.zeros(32, 32, dtype=torch.uint8)}, r"has shape \[32, 32\], not \[3, height"),
         ({"images": [torch.zeros(3, 40, 40)]}, "a floating image has shape"),
         ({"images": [torch.zeros(3, 32, 32, dtype=torch.int64)]}, "neither uint8 nor floating"),
         ({"images": [torch.zeros(3, 0, 32, dtype=torch.uint8)]}, "has shape"),
