@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli import visualise
 from m3ae_fast.cli.export import export
@@ -78,8 +79,7 @@ def test_export_mistakes(tmp_path):
 
 @pytest.mark.parametrize("module", ["verify", "export", "convert", "visualise", "train", "data"])
 def test_help_teaches(module, capsys):
-    name = f"m3ae_fast.{module}"
-    program = import_module(name if module in ("export", "visualise", "train") else f"{name}.__main__")
+    program = import_module(MODULES[module])
     with pytest.raises(SystemExit, match="0"):
         program.main(["--help"])
     out = capsys.readouterr().out

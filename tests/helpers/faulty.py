@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from m3ae_fast import checkpoint, train
+from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.checkpoint import state_files
+from m3ae_fast.checkpoint import folder, state_files
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.training import log, run
@@ -23,7 +23,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "copy": (Staging, "_into_buffer"),
     "write": (state_files, "save_file"),
     "table": (state_files, "write_table"),
-    "rename": (checkpoint, "put_in_place"),
+    "rename": (folder, "put_in_place"),
     "pictures": (run, "draw_training"),
     "log": (log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
