@@ -23,7 +23,7 @@ from PIL import Image
 from m3ae_fast import train
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli import transfer
+from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.shards.member import add_member
 
 CLIPART = Path("data/openclipart")
@@ -80,9 +80,15 @@ def config(run: Path, shards: Path, mode: str, seed: int, steps: int) -> dict[st
 def accuracy(model: str, shards: Path, mode: str, task: str, out: Path) -> float:
     """Return held-out accuracy in %."""
     if not (out / "result.json").exists():
-        names = "--train", str(shards / "train-*.tar"), "--val", str(shards / "val-*.tar")
-        given = ["--set", f"encode.resize={mode}", "--out", str(out)]
-        transfer.main([task, model, *names, *given, *(["--cache-features"] if task == "linear" else [])])
+        evaluate(
+            task,
+            model,
+            train=str(shards / "train-*.tar"),
+            val=str(shards / "val-*.tar"),
+            out=out,
+            cache_features=task == "linear",
+            overrides=[f"encode.resize={mode}"],
+        )
     return 100 * json.loads((out / "result.json").read_text(encoding="utf-8"))["top1"]
 
 

@@ -31,7 +31,6 @@ from lab.study.statistics import Estimate, Seeds, accuracy, difference
 from m3ae_fast import train
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli import transfer
 from m3ae_fast.config.evaluation import TransferConfig, transfer_config
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
@@ -39,6 +38,7 @@ from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import fit_linear
 from m3ae_fast.evaluation.rates import choose, try_rates
 from m3ae_fast.evaluation.recipe import OFFICIAL, settled
+from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.shards.member import add_member
 from m3ae_fast.weights.open_model import RANDOM, open_model
@@ -277,11 +277,10 @@ class Laboratory:
         _write(shard := self.out / "drawn.tar", samples)
         settings = self._settings(trial, len(keys))
         given = {"data.workers": 0, "finetune.log_every": 100, **{f"finetune.{k}": v for k, v in settings.items()}}
-        options = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+        overrides = [f"{name}={value}" for name, value in given.items()]
         held_out = [str(self.shard(trial.data, part)) for part in (VALIDATION, TEST)]
         out = self.out / "tuned" / trial.name
-        transfer.main(["finetune", model, "--train", str(shard), "--val", *held_out, "--out", str(out),
-                       "--resume", "auto", *options])  # fmt: skip
+        evaluate("finetune", model, train=str(shard), val=held_out, out=out, resume="auto", overrides=overrides)
         if not (out / PREDICTIONS).exists():
             return None
         table = pyarrow.parquet.read_table(out / PREDICTIONS).to_pydict()

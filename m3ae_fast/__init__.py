@@ -2,12 +2,30 @@
 
 import os
 import sys
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from m3ae_fast.base.environment import settle_home, settle_libraries
 from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 
-__all__ = ["__version__", "pretrain"]
+if TYPE_CHECKING:
+    from m3ae_fast.evaluation.embedding import embed
+    from m3ae_fast.evaluation.task_runner import evaluate
+    from m3ae_fast.pretraining.program import pretrain
+    from m3ae_fast.weights.converting import convert
+    from m3ae_fast.weights.exporting import export
+    from m3ae_fast.weights.open_model import load_model
+
+__all__ = ["__version__", "convert", "embed", "evaluate", "export", "load_model", "pretrain"]
+
+_MODULES = {
+    "convert": "m3ae_fast.weights.converting",
+    "embed": "m3ae_fast.evaluation.embedding",
+    "evaluate": "m3ae_fast.evaluation.task_runner",
+    "export": "m3ae_fast.weights.exporting",
+    "load_model": "m3ae_fast.weights.open_model",
+    "pretrain": "m3ae_fast.pretraining.program",
+}
 
 _folder = os.path.dirname(os.path.realpath(__file__))
 if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == _folder:
@@ -23,9 +41,11 @@ def __getattr__(name: str) -> Any:
         from m3ae_kernels.version import __version__
 
         return __version__
-    if name == "pretrain":
+    if name in _MODULES:
         settle_libraries()
-        from m3ae_fast.pretraining.program import pretrain
-
-        return pretrain
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

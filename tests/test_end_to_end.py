@@ -12,8 +12,8 @@ from PIL import Image
 from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli import visualise
-from m3ae_fast.cli.export import export
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.weights.exporting import export
 from tests.helpers.labelled import tiny_run
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,8 @@ from PIL import Image
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
-from m3ae_fast.cli.fill import fill_text, main, make_sample
+from m3ae_fast.cli.fill import main
+from m3ae_fast.evaluation.filling import fill_text, make_sample
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
 from m3ae_fast.weights.open_model import open_model
 from tests.helpers.labelled import coloured, tiny_run

@@ -19,7 +19,6 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.checkpoint import resuming
 from m3ae_fast.checkpoint.state_files import STATE_FILE, State
-from m3ae_fast.cli.fill import make_sample
 from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
 from m3ae_fast.data import ShardStore, open_corpus
@@ -27,6 +26,7 @@ from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.evaluation.classifier import read_config
+from m3ae_fast.evaluation.filling import make_sample
 from m3ae_fast.evaluation.report import read_results
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import read_pretrained

@@ -17,10 +17,10 @@ from m3ae_fast.checkpoint import folder as folder_module
 from m3ae_fast.checkpoint import resuming, state_files
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
-from m3ae_fast.cli.export import export
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.process import agreement
 from m3ae_fast.training.loop import Loop
+from m3ae_fast.weights.exporting import export
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks

@@ -1,6 +1,5 @@
 """What `visualise` draws is what the model does."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,14 @@ from PIL import Image
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.cli.visualise import _look, main, parse_args
+from m3ae_fast.cli.visualise import main, parse_args
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.data import ShardStore, open_corpus, open_tokenizer
 from m3ae_fast.drawing import attention, reconstructions
 from m3ae_fast.drawing.attention import _laid_over, attention_to_patches
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.drawing.reconstructions import draw_run
+from m3ae_fast.evaluation.run_figures import look_at
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.open_model import open_model
@@ -106,7 +106,7 @@ def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypa
 
 def test_blocks_and_heads_are_counted_from_1():
     def look(layer=None, head=None):
-        return tuple(_look(Namespace(layer=layer, head=head), SIZES))
+        return tuple(look_at(SIZES, layer, head))
 
     assert [look(), look(1), look(2, 1), look(head=4)] == [(1, None), (0, None), (1, 0), (1, 3)]
     for wrong in ((0, 1), (3, 1), (1, 0), (1, 5)):

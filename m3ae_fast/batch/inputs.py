@@ -147,6 +147,25 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
     return _prepared(widened(image, config.image_dtype) if image.dtype == torch.uint8 else image, config)
 
 
+class Preprocess:
+    """The transform of images to input of a model: an image as `prepare_image` accepts it -> its tensor [C, H, W].
+
+    `torch.stack` makes a batch of square tensors. Integer tensors are normalised by the model itself; `M3AE.encode`
+    returns the same features for the tensor as for the image.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    def __call__(self, image: OneImage) -> Tensor:
+        return prepare_image(image, self.config)
+
+    def __repr__(self) -> str:
+        c = self.config
+        size = f"{c.image_size} x {c.image_size}" if c.resize == "square" else "native"
+        return f"Preprocess({size}, {c.channels} channels, {c.image_dtype})"
+
+
 def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, float] | Literal["normalised"]) -> Tensor:
     if not image.isfinite().all():
         raise ValueError("a floating image has values that are not finite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,8 @@ def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the rank that prints, once the ranks have joined."""
+    return os.environ.get("RANK", "0") == "0"

@@ -14,8 +14,6 @@ A model in OUT can be loaded, fine-tuned, and trained on: set model.init_from to
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m3ae_fast.base.errors import exit_cleanly
@@ -33,24 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-heads", type=int, help="of a .pth or .safetensors of no published width")
     parser.add_argument("--dec-num-heads", type=int, help="likewise, of the decoder")
     args = parser.parse_args(argv)
-    from m3ae_fast.batch.tokenizer import load_tokenizer
-    from m3ae_fast.model.card import model_card
-    from m3ae_fast.model.pretrained import write_pretrained
-    from m3ae_fast.vqgan.flax import convert_vqgan
-    from m3ae_fast.weights.mae import ViTOptions
-    from m3ae_fast.weights.source import read_source
+    from m3ae_fast.vqgan.model import VQGAN
+    from m3ae_fast.weights.converting import convert
 
-    if Path(args.source).suffix == ".msgpack":
-        vqgan = convert_vqgan(args.source, args.out)
-        print(f"MaskGIT VQGAN of {vqgan.config.codebook_size:,} codes, written to {args.out}")
-        return 0
-    found = read_source(args.source, ViTOptions(args.num_heads, args.dec_num_heads))
-    if args.tokenizer:
-        sizes = found.config.text_length, found.config.vocab_size
-        found = replace(found, tokenizer=load_tokenizer(args.tokenizer, *sizes, label="--tokenizer"))
-    card = model_card(Path(args.out).resolve().name, found.config, f"Converted from: {found.kind}.\n")
-    write_pretrained(args.out, found, card)
-    print(_summary(found, args.out))
+    heads = {"num_heads": args.num_heads, "dec_num_heads": args.dec_num_heads}
+    found = convert(args.source, args.out, tokenizer=args.tokenizer, **heads)
+    if isinstance(found, VQGAN):
+        print(f"MaskGIT VQGAN of {found.config.codebook_size:,} codes, written to {args.out}")
+    else:
+        print(_summary(found, args.out))
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.cli.command_line import add_labels, program
-from m3ae_fast.weights.export import export
+from m3ae_fast.weights.exporting import export
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -152,8 +152,8 @@ def with_error(accuracy: Mapping[str, Any]) -> str:
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if a model cannot be opened, or memory is too small."""
-    args, seeds = job.args, range(job.config.run.seed, job.config.run.seed + job.args.seeds)
-    names = model_names(args.model, pixels=not all(PROBES[probe].tokens for probe in args.probes))
+    options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
+    names = model_names(options.models, pixels=not all(PROBES[probe].tokens for probe in options.probes))
     # a mistake is told at once, not when its turn has come
     shapes = {name: _shape(job, open_encoder(model, text=False)) for name, model in names.items()}
     train, val, classes = job.open_labelled()
@@ -175,7 +175,7 @@ def run(job: Job) -> dict[str, Any]:
         shorter=lambda _: _shorter(job, work.values()),
     )
     job.say(
-        f"compare: {', '.join(names)}; probes: {', '.join(args.probes)}; {len(seeds)} seeds; {len(names)} models "
+        f"compare: {', '.join(names)}; probes: {', '.join(options.probes)}; {len(seeds)} seeds; {len(names)} models "
         f"encode {train.samples + val.samples:,} images each, random weights once for each seed"
         + (f"; the probes train about {duration(whole.beside)} in all" if whole.beside > 1 else "")
     )
@@ -203,7 +203,7 @@ class Shape(NamedTuple):
 
 
 def _shape(job: Job, encoder: MultimodalEncoder) -> Shape:
-    c, probes = encoder.config, tuple(job.args.probes)
+    c, probes = encoder.config, tuple(job.options.probes)
     cost = float(c.depth * c.emb_dim**2 * c.most_patches)
     if isinstance(encoder, Pixels):
         pooled = tuple(probe for probe in probes if not PROBES[probe].tokens)
@@ -220,7 +220,7 @@ def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, f
 
 def _shorter(job: Job, work: Iterable[Work]) -> str:
     """Return what makes a comparison shorter."""
-    probes, seeds = job.args.probes, job.args.seeds
+    probes, seeds = job.options.probes, job.options.seeds
     ways = []
     if "attentive" in probes and len(probes) > 1:
         others = ",".join(probe for probe in probes if probe != "attentive")

@@ -123,6 +123,46 @@ def encode_corpus(
     """
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     loader = encoding_loader(model, corpus, data, share, ranks.device)
+    return encode_batches(
+        model,
+        loader,
+        config,
+        ranks,
+        title=title,
+        layers=layers,
+        patches=patches,
+        pulse=pulse,
+        stop=stop,
+        whole=whole,
+        part=part,
+        samples=corpus.samples,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def encode_batches(
+    model: MultimodalEncoder,
+    loader: DataLoader[PackedBatch],
+    config: EncodeConfig,
+    ranks: Ranks,
+    *,
+    samples: int,
+    max_bad_fraction: float,
+    title: str = "encoding",
+    layers: Sequence[int] | None = None,
+    patches: bool = False,
+    pulse: Pulse | None = None,
+    stop: StopRequest | None = None,
+    whole: TimeLeft | None = None,
+    part: float = 0.0,
+) -> Features:
+    """Return pooled features of all ranks' batches; arguments and errors as of `encode_corpus`.
+
+    Args:
+        loader: this rank's batches, as many as every other rank has; rank r's b-th is number b x world + r of all.
+        samples: the number of samples of all ranks, those that cannot be read included.
+        max_bad_fraction: the largest fraction of them that may be left out.
+    """
     batches: Iterable[PackedBatch] = pulse.watch(loader, title) if pulse else loader
     if stop:
         batches = until_stopped(batches, ranks, stop)
@@ -143,7 +183,7 @@ def encode_corpus(
     # rank r's b-th batch is the stream's number b x world + r
     parts = list(chain.from_iterable(zip(*ranks.gather(own)))) if ranks.world > 1 else own
     found = Features.joined(parts)
-    check_skipped(found.skipped, corpus.samples, data.max_bad_fraction)
+    check_skipped(found.skipped, samples, max_bad_fraction)
     found = found if layers else found.layer(0)
     for features in (found.features_ND, found.patches_NLD):
         if features is not None:

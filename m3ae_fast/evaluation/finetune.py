@@ -149,7 +149,7 @@ def set_up(job: Job) -> FineTuning:
     """Open data, classifier and checkpoint. Raises UserError where something is missing, or does not fit."""
     ranks, run, data = job.ranks, job.config.run, job.config.data
     config = ranks.broadcast(lambda: settle_precision(job.config.finetune, ranks.device))
-    found = Resume(run.dir, job.args.resume, ranks)
+    found = Resume(run.dir, job.options.resume, ranks)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
@@ -159,12 +159,12 @@ def set_up(job: Job) -> FineTuning:
 
     torch.manual_seed(run.seed)
     # a lane has pairs of samples in each step where samples are mixed
-    pairs = 2 if mixes(config, job.args.modality == "image") else 1
+    pairs = 2 if mixes(config, job.modality == "image") else 1
     layout, notes = layout_of(found.info, data, train, share.global_batch // pairs)
     model = _build(job, config, classes, layout.lanes)
     model.mixing.check_share(share)
     transform = None
-    if config.rand_augment and job.args.modality != "text":
+    if config.rand_augment and job.modality != "text":
         transform = RandAugment(config.rand_augment, model.config.model)
     fixed, averaged = constants(model, None), None
     if config.ema is not None:
@@ -177,7 +177,7 @@ def set_up(job: Job) -> FineTuning:
         "data": data.model_dump(mode="json"),
         "finetune": config.model_dump(mode="json"),
         "classifier": model.config.model_dump(mode="json"),
-        "task": {"model": job.args.model},
+        "task": {"model": job.options.model},
     }
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(ranks, stream, val)
@@ -215,9 +215,9 @@ def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> Tr
     """Build the classifier on the CPU, with the pre-trained encoder."""
     sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
     classifier = ClassifierConfig(
-        model=sizes, head="finetune", pool=config.pool, modality=job.args.modality, classes=list(classes)
+        model=sizes, head="finetune", pool=config.pool, modality=job.modality, classes=list(classes)
     )
-    images_only = job.args.modality == "image"
+    images_only = job.modality == "image"
     seed, repeats = job.config.run.seed, job.config.data.repeats
     mixing = Mixing(config, sizes, len(classes), images_only, seed, repeats, lanes)
     model = TrainableClassifier(classifier, mixing)

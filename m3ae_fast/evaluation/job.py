@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.evaluation.encoding import Features, encode_corpus
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
+from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
 from m3ae_fast.process.program import Session
 from m3ae_fast.training.run_folder import RunFolder
 
@@ -54,7 +54,8 @@ class SoFar(NamedTuple):
 class Job:
     """One task on one model."""
 
-    args: Namespace  # the task's own options
+    options: Options
+    modality: Modality  # what the encoder sees of a sample
     config: TransferConfig
     session: Session
     folder: RunFolder | None  # OUT, on the main rank only
@@ -82,7 +83,7 @@ class Job:
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
         """Return training and validation samples that have a class, and the classes by id; `names` then has what to
         call them. Raises UserError as `open_corpus` and `label_corpus` do."""
-        field, progress = self.args.labels, self.ranks.is_main
+        field, progress = self.options.labels, self.ranks.is_main
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
         classes: Classes | None = None
         labelled = []
@@ -172,9 +173,10 @@ class Job:
 
     def described(self, result: dict[str, Any], *, partial: bool) -> dict[str, Any]:
         """Return a result, whole or partial, with what it is of."""
-        args, config = self.args, self.config.model_dump(mode="json")
-        about = {"task": args.task, "partial": partial}
-        return about | result | {"model": args.model, "modality": args.modality, "config": config}
+        options, config = self.options, self.config.model_dump(mode="json")
+        about = {"task": options.task, "partial": partial}
+        model = list(options.models) if TASKS[options.task].compares else options.model
+        return about | result | {"model": model, "modality": self.modality, "config": config}
 
     def keep_if_stopped(self, found: Callable[[], SoFar]) -> None:
         """From now on, if a rank is asked to stop, write and print what was found so far, before the ranks leave.

@@ -61,7 +61,7 @@ class Probing(LabelledLoop):
         return given.epochs is None and given.steps is None
 
     def shorter(self, steps: float) -> str:
-        if not self.job.args.cache_features:
+        if not self.job.options.cache_features:
             return "--cache-features, which encodes each image once"
         return f"--set linear.steps={max(int(steps), 1)}"
 
@@ -81,7 +81,7 @@ class Probing(LabelledLoop):
         job = self.job
         pool, classes = job.config.encode.pool, list(self.classes)
         config = ClassifierConfig(
-            model=job.model.config, head="linear", pool=pool, modality=job.args.modality, classes=classes
+            model=job.model.config, head="linear", pool=pool, modality=job.modality, classes=classes
         )
 
         def save() -> None:
@@ -96,8 +96,8 @@ class Probing(LabelledLoop):
 def set_up(job: Job) -> Probing:
     """Open data and checkpoint, encode what stays the same. Raises UserError where one is missing or does not fit."""
     ranks, run = job.ranks, job.config.run
-    cached = job.args.cache_features
-    found = Resume(run.dir, job.args.resume, ranks)
+    cached = job.options.cache_features
+    found = Resume(run.dir, job.options.resume, ranks)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
@@ -121,7 +121,7 @@ def set_up(job: Job) -> Probing:
         "encode": job.config.encode.model_dump(mode="json"),
         "data": job.config.data.model_dump(mode="json"),
         "task": {
-            "model": job.args.model,
+            "model": job.options.model,
             "weights": weights_digest(job.model.state_dict()),
             "cache_features": cached,
             "classes": list(classes),

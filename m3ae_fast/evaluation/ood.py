@@ -11,8 +11,7 @@ Shapes: N training samples, M samples to score, K classes, D width, V different 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,7 +35,6 @@ TRAIN, VAL = "train", "val"  # what results call the samples that are familiar
 SCORES = ("max_softmax", "energy", "knn", "mahalanobis")
 TRUE_POSITIVES = 0.95
 BOOTSTRAPS = 1000
-_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first shards
 
 
 def auroc_and_fpr(familiar: np.ndarray, strange: np.ndarray) -> tuple[float, float]:
@@ -125,13 +123,13 @@ def _normalised(features: np.ndarray) -> np.ndarray:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task. Raises UserError if the classifier is of other classes, two sets have one
-    name, or as `Job.open_labelled` does."""
-    sets = named_sets(job.args.ood)
+    """Run the task. Raises UserError if the classifier is of other classes, or as `Job.open_labelled` does."""
     if isinstance(job.model, Classifier):
         _check_pool(job.model, job.config.encode)
     labelled, held_out, classes = job.open_labelled()
-    sources = {name: SourceConfig(shards=shards, modality=job.args.modality) for name, shards in sets.items()}
+    sources = {
+        name: SourceConfig(shards=list(shards), modality=job.modality) for name, shards in job.options.ood.items()
+    }
     strange = {name: job.open([source]) for name, source in sources.items()}
     head = None
     if isinstance(job.model, Classifier):
@@ -187,21 +185,6 @@ def inverted(found: dict[str, float]) -> str:
         f"inverted on this data: {', '.join(low)}. Out-of-distribution samples score as more in-distribution than "
         "those of --val; choose another score"
     )
-
-
-def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Return shards by name of their set, "" where only one is given, of each --ood's words. Raises UserError where one
-    of several has no name, two have the same, or one has that of other samples."""
-    sets: dict[str, list[str]] = {}
-    for first, *rest in given:
-        match = _NAMED.fullmatch(first)
-        name, shards = match.groups() if match else ("", first)
-        if name in (TRAIN, VAL):
-            raise UserError(f"--ood {first}: {name} is what the result calls --{name}; choose another name")
-        if name in sets or (not name and len(given) > 1):
-            raise UserError(f"--ood {first}: give each of several sets a name of its own, such as --ood other={shards}")
-        sets[name] = [shards, *rest]
-    return sets
 
 
 def _check_classes(classifier: Classifier, classes: Classes) -> None:

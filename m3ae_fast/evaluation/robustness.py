@@ -47,13 +47,13 @@ class Pass(NamedTuple):
 def run(job: Job) -> dict[str, Any]:
     config, model = job.config.robustness, job.model
     if model.config.modality == "text":
-        raise UserError(f"{job.args.model}: classifies texts; robustness needs a classifier of images")
+        raise UserError(f"{job.options.model}: classifies texts; robustness needs a classifier of images")
     if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
         raise UserError("robustness.corruptions: need RGB images of 8 bits; set it to [] for others")
     if config.epsilons and model.config.model.image_dtype == "float32":
         raise UserError("robustness.epsilons: need pixels from black to white; set it to [] for image_dtype float32")
     val, _ = label_corpus(
-        job.open(job.config.data.val), job.args.labels, model.config.classes, progress=job.ranks.is_main
+        job.open(job.config.data.val), job.options.labels, model.config.classes, progress=job.ranks.is_main
     )
     if val.has_captions:
         model.backbone.require_tokenizer()

@@ -26,6 +26,7 @@ from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.probe_engine import Live, Setting
 from m3ae_fast.evaluation.probes import PROBES, Probe
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
+from m3ae_fast.evaluation.tasks import DRAWS
 from m3ae_fast.process.ranks import Ranks
 
 
@@ -89,25 +90,26 @@ class Found:
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task. Raises UserError if there is no such layer, a class has too few samples, or memory is too small."""
-    args, task = job.args, job.args.task
-    if getattr(args, "resume", "no") != "no":
+    options, task = job.options, job.options.task
+    if options.resume != "no":
         raise UserError("--resume: a probe with --layers or --shots has no checkpoints; leave it out")
-    layers = chosen_layers(args.layers, job.model.config.depth)
-    draws = args.draws if args.shots else 1
-    cases = [Case(layer, shots) for shots in args.shots or [None] for layer in layers]
+    layers = chosen_layers(options.layers, job.model.config.depth)
+    draws = (options.draws or DRAWS) if options.shots else 1
+    numbers: list[int | None] = [*options.shots] or [None]
+    cases = [Case(layer, shots) for shots in numbers for layer in layers]
     job.keep_if_stopped(lambda: SoFar("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
-    expected = {shots: draws * len(layers) * _seconds(job, shots, train, classes) for shots in args.shots or [None]}
+    expected = {shots: draws * len(layers) * _seconds(job, shots, train, classes) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
     job.say(
         f"{task} probe at {len(layers)} of {job.model.config.depth} layers, "
-        + (f"{', '.join(map(str, args.shots))} of {train.samples:,}" if args.shots else f"all {train.samples:,}")
-        + f" training samples{' a class' if args.shots else ''}: {len(cases) * draws} probes"
+        + (f"{', '.join(map(str, options.shots))} of {train.samples:,}" if options.shots else f"all {train.samples:,}")
+        + f" training samples{' a class' if options.shots else ''}: {len(cases) * draws} probes"
         + (f", which train about {duration(whole.beside)}" if whole.beside > 1 else "")
     )
     encoded = encode_layers(job, PROBES[task], layers, (train, val, classes), whole)
-    if args.shots:
-        few_shot(encoded.bank[layers[0]], max(args.shots), 0, classes)  # too many are told before any probe
+    if options.shots:
+        few_shot(encoded.bank[layers[0]], max(options.shots), 0, classes)  # too many are told before any probe
     found = Found(cases, draws, encoded)
     job.keep_if_stopped(lambda: found.so_far(job.ranks))
     for case in cases:
@@ -127,7 +129,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes) -> float:
     """Return about how long one probe trains."""
-    task, model = job.args.task, job.model.config
+    task, model = job.options.task, job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     shape = (model.most_patches, model.emb_dim) if PROBES[task].tokens else (model.emb_dim,)
     setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.pulse)
@@ -137,9 +139,9 @@ def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes) -> fl
 def _shorter(job: Job, layers: Sequence[int]) -> str:
     """Return what makes a survey shorter."""
     ways = ["fewer --train shards"]
-    if job.args.task == "attentive" and job.config.attentive.peak_lr is None:
+    if job.options.task == "attentive" and job.config.attentive.peak_lr is None:
         ways = ["--set attentive.peak_lr=1e-3, which tries no other rates, takes a sixth of the training"]
-    if job.args.shots:
+    if job.options.shots:
         ways.append("fewer --shots or --draws")
     if len(layers) > 1:
         ways.append("fewer --layers")
@@ -212,7 +214,7 @@ def _predictions(job: Job, found: Found, case: Case, draw: int) -> Predictions:
         found.cautions.append(f"{name}: {text}")
 
     setting = Setting(job.config, len(encoded.classes), heads, seed, job.ranks, job.pulse, caution, found.live)
-    return PROBES[job.args.task].predict(bank, encoded.held_out[case.layer], setting)
+    return PROBES[job.options.task].predict(bank, encoded.held_out[case.layer], setting)
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from m3ae_kernels import PatchEmbed, scatter_tokens
 from torch import Tensor, nn
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.batch.inputs import OneImage, ValueRange, as_images, check_values, in_unit, unmasked_sample
+from m3ae_fast.batch.inputs import OneImage, Preprocess, ValueRange, as_images, check_values, in_unit, unmasked_sample
 from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
@@ -104,6 +104,12 @@ class MultimodalEncoder(nn.Module):
     def geometry(self) -> Geometry:
         """Return what decoding and `pack` need to know."""
         return Geometry.of(self.config)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Return the transform of a PIL image, or a path, to the tensor that `encode` and `representation` accept: the
+        central square, resized, as uint8; see `Preprocess`. Data loaders can use it in their workers."""
+        return Preprocess(self.config)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
         """Return encoder rows [T, D] of a batch on the model's device, after the final LayerNorm. Differentiable."""

@@ -16,24 +16,29 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
-from m3ae_fast.cli import transfer, visualise
 from m3ae_fast.config import Config, SourceConfig
 from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, with_error
 from m3ae_fast.evaluation.difference import LARGEST, in_words
 from m3ae_fast.evaluation.job import RESULT_FILE
+from m3ae_fast.evaluation.run_figures import feature_map
+from m3ae_fast.evaluation.task_runner import evaluate
+from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.pretraining import GOES_ON
 from m3ae_fast.process.program import Session, joined_program
 from m3ae_fast.training.loggers import show
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
-_QUIET = ["--set", "linear.log_every=1000", "--set", "linear.eval_every=1000"]
 _TASKS = {"knn": "k-NN", "linear": "linear probe"}
-_OPTIONS = {"knn": [], "linear": ["--cache-features", "--resume", "auto", *_QUIET]}  # of a model
+_QUIET = ["linear.log_every=1000", "linear.eval_every=1000"]
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "knn": {},
+    "linear": {"cache_features": True, "resume": "auto", "overrides": _QUIET},
+}  # of a model
 _ON_A_MAP = 2000  # samples: t-SNE takes half a minute
 RESULTS, MAP = "results", "map.png"  # of a run folder
 _MEASURED = "measured"  # beside the results: which checkpoint they are of
 RUN = "this run"
-# what is measured, by name: what stands before the run's folder on a command line, and behind the task in its results
+# what is measured, by name: what stands before the run's folder in the model's name, and behind the task in its results
 _MEASURED_BY = {RUN: ("", ""), UNTRAINED: (RANDOM, "-random"), SCALED: (PIXELS, "-pixels")}
 
 
@@ -46,7 +51,7 @@ def stage() -> Iterator[Session]:
         yield session
 
 
-def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
+def evaluate_run(config: Config) -> dict[str, dict[str, Any]] | None:
     """Return by task the results of the run, of random weights and of pixels; what an earlier call has measured of the
     same weights is read. None where a task was stopped. Raises UserError where a task cannot be done."""
     probe, run = config.train.probe, config.run.dir
@@ -57,12 +62,19 @@ def evaluate(config: Config) -> dict[str, dict[str, Any]] | None:
         for whose, (prefix, suffix) in _MEASURED_BY.items():
             out = run / RESULTS / f"{task}{suffix}"
             if not (out / RESULT_FILE).exists():
-                shards = ["--train", *_shards(probe.train), "--val", *_shards(probe.val)]
-                options = _OPTIONS[task] if whose != SCALED else []
-                line = [task, f"{prefix}{run}", *shards, "--labels", probe.labels, "--out", str(out), *options]
+                options = _OPTIONS[task] if whose != SCALED else {}
                 print(f"{title} of {whose}:", flush=True)
                 with stage() as session:
-                    transfer.perform(transfer.parse_args(line), session)
+                    evaluate(
+                        task,
+                        f"{prefix}{run}",
+                        train=_shards(probe.train),
+                        val=_shards(probe.val),
+                        labels=probe.labels,
+                        out=out,
+                        session=session,
+                        **options,
+                    )
                 if session.stop.asked or not (out / RESULT_FILE).exists():
                     return None
             found.setdefault(task, {})[whose] = read_json(out / RESULT_FILE)
@@ -87,7 +99,7 @@ def _forget_other_weights(run: Path) -> None:
 def why_no_map() -> str:
     """Return why no map of the features can be drawn here, "" if one can."""
     try:
-        require_libraries(visualise.MAP_NEEDS)
+        require_libraries(MAP_NEEDS)
     except UserError as error:
         return str(error)
     return ""
@@ -101,9 +113,8 @@ def draw_map(config: Config) -> None:
     path = run / MAP
     if path.exists():
         return
-    shards = ["--shards", *_shards(probe.val), "--samples", str(_ON_A_MAP)]
     try:
-        visualise.main([str(run), "map", "--labels", probe.labels, *shards])
+        feature_map(run, path, labels=probe.labels, samples=_ON_A_MAP, shards=_shards(probe.val))
         show(run, config.run.loggers, checkpoint.step_of(checkpoint.locate(run)), "map", path)
     except UserError as error:
         print(f"note: no map of the features: {error}", flush=True)

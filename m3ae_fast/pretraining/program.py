@@ -17,14 +17,14 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_probe import knn_probe
 from m3ae_fast.evaluation.report import REPORT_FILE, write_report
 from m3ae_fast.pretraining.choices import check_overrides
-from m3ae_fast.pretraining.evaluation import draw_map, evaluate, stage, table, verdicts, why_no_map
+from m3ae_fast.pretraining.evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.look import look
 from m3ae_fast.pretraining.plan import Plan, choose
 from m3ae_fast.pretraining.source import find_shards
 from m3ae_fast.training.record import status
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_folder import is_held
-from m3ae_fast.weights.export import export
+from m3ae_fast.weights.exporting import export
 
 CONFIG, EXPORT = "config.json", "export"  # of a run folder
 
@@ -90,7 +90,7 @@ def pretrain(
         pre_train(config, session, resume="auto", make_probe=knn_probe)
     if session.stop.asked or status(out)[0] != "finished":
         return outcome
-    results = evaluate(config) if config.train.probe else {}
+    results = evaluate_run(config) if config.train.probe else {}
     if results is None:
         return outcome
     if results:

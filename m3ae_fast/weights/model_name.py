@@ -2,6 +2,7 @@
 
 # prefixes: the same network with random weights; the pixels that a model sees, scaled down, as features
 RANDOM, PIXELS = "random:", "pixels:"
+MASK = "[MASK]"  # stands for one token of a caption
 MODEL_HELP = (
     "a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a hub name, or "
     "random:MODEL for the same network with random weights"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +85,55 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
     Raises:
         UserError: there is no such model, it is damaged, or it cannot take text though `text` is set.
     """
+    model, own = _opened(name, seed)
+    if not text:
+        return model
+    if not model.config.vocab_size:
+        raise UserError(f"{name}: is an image-only model, which cannot take text")
+    if wanted := tokenizer or own:
+        model.tokenizer = load_tokenizer(wanted, model.config.text_length, model.config.vocab_size)
+    if model.tokenizer is None:
+        raise UserError(
+            f"{name}: has no tokenizer with it; name one with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
+        )
+    return model
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    tokenizer: str | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> M3AE:
+    """Return a model in evaluation mode, float32, with its tokenizer if it has one.
+
+    Args:
+        name: a run folder (its last checkpoint; with train.ema the average), a checkpoint, an export folder, a name on
+            the Hugging Face hub, or `random:` before any of them for the same network with random weights.
+        tokenizer: the file or name of a tokenizer of captions to use instead of the model's own.
+        seed: of random weights.
+        device: where the model is to be.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or `tokenizer` does not fit it.
+    """
+    model, own = _opened(os.fspath(name), seed)
+    lengths = model.config.text_length, model.config.vocab_size
+    if tokenizer is not None:
+        if not model.config.vocab_size:
+            raise UserError(f"{name}: is an image-only model, which cannot take text; leave out the tokenizer")
+        model.tokenizer = load_tokenizer(tokenizer, *lengths)
+    elif own and model.config.vocab_size:
+        try:
+            model.tokenizer = load_tokenizer(own, *lengths)
+        except UserError as error:  # images can still be encoded
+            logging.getLogger(__name__).warning("the tokenizer is left out: %s", error)
+    return model.to(device).eval()
+
+
+def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
+    """Return a model on the CPU, and the tokenizer that the config of its run names."""
     source = name.removeprefix(RANDOM)
     if is_run(Path(source)):
         run = saved_run(Path(source))
@@ -97,17 +148,7 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
         if source != name:
             model, trained = _untrained(model.config, model.loss_config, seed), model
             model.tokenizer = trained.tokenizer
-    if not text:
-        return model
-    if not model.config.vocab_size:
-        raise UserError(f"{name}: is an image-only model, which cannot take text")
-    if wanted := tokenizer or own:
-        model.tokenizer = load_tokenizer(wanted, model.config.text_length, model.config.vocab_size)
-    if model.tokenizer is None:
-        raise UserError(
-            f"{name}: has no tokenizer with it; name one with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
-        )
-    return model
+    return model, own
 
 
 def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> MultimodalEncoder:

@@ -99,7 +99,7 @@ def _loop(kind, device="cpu", samples=1482, cached=False, **sections):
     section = settled(getattr(config, kind.settings_section), samples, {})
     loop = object.__new__(kind.loop)
     loop.ranks, loop.schedule = SimpleNamespace(device=torch.device(device)), Schedule(section, section, samples)
-    loop.job = SimpleNamespace(config=config, args=SimpleNamespace(cache_features=cached))
+    loop.job = SimpleNamespace(config=config, options=SimpleNamespace(cache_features=cached))
     return loop
 
 

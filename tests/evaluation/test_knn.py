@@ -5,7 +5,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
-from m3ae_fast.cli.export import export
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
 from m3ae_fast.data.dataset import UNMASKED
@@ -14,6 +13,7 @@ from m3ae_fast.evaluation import job, knn
 from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.weights.exporting import export
 from tests.evaluation.conftest import pictures
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 

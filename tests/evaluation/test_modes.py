@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from m3ae_fast.cli import features
-from m3ae_fast.cli.transfer import TASKS, main
+from m3ae_fast.cli.transfer import main
 from m3ae_fast.config.evaluation import TransferConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.heads import BatchNorm
+from m3ae_fast.evaluation.tasks import TASKS
 from m3ae_fast.model.encoder import MultimodalEncoder
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_tar

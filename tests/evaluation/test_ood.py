@@ -21,7 +21,8 @@ from m3ae_fast.evaluation import ood
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.difference import areas_apart
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval, named_sets
+from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval
+from m3ae_fast.evaluation.tasks import Options, named_sets
 from m3ae_fast.images.decoding import decode_image
 from tests.evaluation.conftest import pictures
 from tests.helpers.labelled import NAMES, coloured, labelled_tar
@@ -245,7 +246,7 @@ def test_sets_have_names_where_there_are_several():
         with pytest.raises(UserError, match="give each of several sets a name of its own"):
             named_sets(given)
     with pytest.raises(UserError, match="val is what the result calls --val"):
-        named_sets([["val=a.tar"]])
+        Options("ood", ["run"], ["b.tar"], ["c.tar"], ood=named_sets([["val=a.tar"]]))
 
 
 @pytest.fixture

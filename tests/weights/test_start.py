@@ -11,11 +11,11 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import resuming
 from m3ae_fast.cli.convert import main as convert
-from m3ae_fast.cli.export import export
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.model import M3AE
 from m3ae_fast.model.pretrained import ENCODER, Pretrained, check_start, check_weights
 from m3ae_fast.training.initial_weights import start_from
+from m3ae_fast.weights.exporting import export
 from tests.helpers.mae import MAE
 from tests.helpers.trainer import TINY, zero
 

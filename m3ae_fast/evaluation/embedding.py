@@ -1,0 +1,305 @@
+"""Features of shards or of image files, as a table.
+
+Shapes: N samples, L patches, D encoder width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from m3ae_fast.base import object_store
+from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.bad_samples import BadSample, Skipped
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import keep_freed_memory, pins_memory
+from m3ae_fast.base.parquet import write_parquet
+from m3ae_fast.base.progress import track
+from m3ae_fast.batch.inputs import unmasked_sample
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.batch.packing import Sample
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
+from m3ae_fast.data.labels import Label, read_labels
+from m3ae_fast.data.loader import MicroBatches, collate
+from m3ae_fast.data.reader import Reader
+from m3ae_fast.evaluation.encoding import Features, encode_batches, encode_corpus
+from m3ae_fast.evaluation.tasks import COLUMN_NAMES
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.pooling import Pool
+from m3ae_fast.process.program import raise_once
+from m3ae_fast.process.ranks import Ranks, join_ranks
+from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
+from m3ae_fast.shards.folder import SUFFIXES
+from m3ae_fast.weights.open_model import open_model, set_images
+
+PARQUET, NPZ = ".parquet", ".npz"
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def embed(
+    model: str | os.PathLike[str] | MultimodalEncoder,
+    source: Source,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    modality: str = "image",
+    pool: Pool | None = None,
+    labels: str = "cls",
+    patches: bool = False,
+    columns: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """Return the features of every sample of a source, by the frozen encoder, unmasked, on every rank.
+
+    Args:
+        model: the name of a model, see `model_name.MODEL_HELP`, or a model.
+        source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of paths of
+            images.
+        out: a .parquet or .npz file to write too.
+        modality: what the encoder sees of a sample: "image", "text" or "paired"; of images only "image".
+        pool: "mean" over all tokens but cls, or "cls"; None: as `encode.pool` says.
+        labels: where shards have their labels: "cls", or "json." and the name of a field.
+        patches: return the features of all patches too.
+        columns: of shards, more about each sample: "path", "class", "caption".
+        overrides: of the sections encode, data and run, "section.key=value".
+
+    Returns:
+        Arrays: `keys` [N], of images their paths as given or below the folder; `shards` [N], of shards; `features`
+        float32 [N, D]; `labels` [N] if any is found (-1 or "" for a sample without); with `patches` `patches` float16
+        [N, L, D] and, of a native model, `grids` [N, 2], their rows and columns; and `columns`, "" for a sample
+        without. Samples that cannot be read are left out.
+
+    Raises:
+        UserError: model or source cannot be used, or `out` exists.
+    """
+    with join_ranks() as ranks:
+        try:
+            images = ranks.broadcast(lambda: _image_files(source))
+            config = ranks.broadcast(lambda: _settings(source, modality, pool, patches, columns, overrides, images))
+            path = None if out is None else Path(out)
+            ranks.on_main(lambda: _check_out(path))
+            with _on_device(model, config, ranks.device, modality) as opened:
+                arrays = _arrays(opened, config, ranks, images, labels, patches, columns)
+            if path is not None:
+                ranks.on_main(lambda: _write(path, arrays))
+        except Exception as error:
+            raise_once(error, ranks)
+    return arrays
+
+
+def _listed(source: Source) -> list[str]:
+    return [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(each) for each in source]
+
+
+def _image_files(source: Source) -> tuple[str, list[str]] | None:
+    """Return a folder, "" if none is named, and the images below it, or None if the source is shards. Raises UserError
+    if a folder has no images."""
+    names = _listed(source)
+    if not names:
+        raise UserError("there is nothing to embed: name shards, a folder of images, or images")
+    if len(names) == 1 and os.path.isdir(names[0]):
+        folder = names[0]
+        if _tars(folder):
+            return None
+        found = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
+        images = sorted(path for path in found if path.lower().endswith(SUFFIXES))
+        if not images:
+            raise UserError(
+                f"{folder}: has neither images ({', '.join(each[1:] for each in SUFFIXES)}) nor .tar shards"
+            )
+        return folder, [os.path.relpath(path, folder) for path in images]
+    return ("", names) if all(name.lower().endswith(SUFFIXES) for name in names) else None
+
+
+def _tars(folder: str) -> list[str]:
+    return sorted(map(str, Path(folder).glob("*.tar")))
+
+
+def _settings(
+    source: Source,
+    modality: str,
+    pool: str | None,
+    patches: bool,
+    columns: Sequence[str],
+    overrides: Sequence[str],
+    images: tuple[str, list[str]] | None,
+) -> TransferConfig:
+    if patches and modality == "text":
+        raise UserError("--patches: texts have none; choose another --modality")
+    if unknown := [name for name in columns if name not in COLUMN_NAMES]:
+        raise UserError(f"--columns {unknown[0]}: no such column; choose from {', '.join(COLUMN_NAMES)}")
+    if images and (modality != "image" or columns):
+        option = "--columns" if columns else f"--modality {modality}"
+        raise UserError(f"{option}: images that are not in shards have neither captions nor columns; leave it out")
+    names = _listed(source)
+    shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
+    object_store.require(*shards)
+    given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
+    if pool:
+        given["encode"] = {"pool": pool}
+    return transfer_config(given, list(overrides), ("features", ("encode",)))
+
+
+def _check_out(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.suffix not in (PARQUET, NPZ):
+        raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it or choose another name")
+
+
+@contextmanager
+def _on_device(
+    model: str | os.PathLike[str] | MultimodalEncoder, config: TransferConfig, device: torch.device, modality: str
+) -> Iterator[MultimodalEncoder]:
+    """Open a model, or lend a given one to this device for the block."""
+    if isinstance(model, MultimodalEncoder):
+        before = model.encoder_input.cls_token.device
+        yield model.to(device)
+        model.to(before)
+        return
+    text, tokenizer = modality != "image", config.data.tokenizer
+    opened = open_model(os.fspath(model), text=text, tokenizer=tokenizer, seed=config.run.seed).to(device)
+    set_images(opened, config.data.range, config.encode.resize)
+    yield opened
+
+
+def _arrays(
+    model: MultimodalEncoder,
+    config: TransferConfig,
+    ranks: Ranks,
+    images: tuple[str, list[str]] | None,
+    labels: str,
+    patches: bool,
+    columns: Sequence[str],
+) -> dict[str, np.ndarray]:
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    if images:
+        found = _encode_files(model, *images, config, ranks, patches)
+        return {"keys": np.array(found.keys, dtype=str)} | _features(model, found)
+    store = ShardStore(config.data.cache_dir, config.data.cache_gb)
+    corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
+    known = read_labels(corpus, labels, progress=ranks.is_main)
+    found = encode_corpus(model, _number(corpus), config.data, config.encode, ranks, patches=patches)
+    numbers = found.labels.numpy()
+    arrays = _names(corpus, numbers, found.keys)
+    table = _features(model, found)
+    arrays["features"] = table.pop("features")
+    everything = [label for own in known for label in own]
+    if any(label is not None for label in everything):
+        arrays["labels"] = _label_array([everything[number] for number in numbers])
+    return arrays | table | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in columns}
+
+
+def _features(model: MultimodalEncoder, found: Features) -> dict[str, np.ndarray]:
+    arrays = {"features": found.features_ND.numpy()}
+    if found.patches_NLD is not None:
+        arrays["patches"] = found.patches_NLD.numpy()
+        if model.config.resize == "native":
+            arrays["grids"] = np.array(found.grids)
+    return arrays
+
+
+class _ImageFiles(Dataset[Sample | Skipped]):
+    """Images as samples; one that cannot be read is Skipped."""
+
+    def __init__(self, folder: str, names: Sequence[str], config: ModelConfig) -> None:
+        self.folder, self.names, self.config = folder, names, config
+
+    def __getitem__(self, number: int) -> Sample | Skipped:
+        name = self.names[number]
+        try:
+            sample = unmasked_sample(number, os.path.join(self.folder, name), None, self.config, None)
+        except (UserError, ValueError) as error:
+            return Skipped(self.folder, name, str(error))
+        return replace(sample, key=name)
+
+
+def _encode_files(
+    model: MultimodalEncoder, folder: str, names: Sequence[str], config: TransferConfig, ranks: Ranks, patches: bool
+) -> Features:
+    """Return the features of image files, as `encode_corpus` returns those of shards."""
+    data, share = config.data, Share(config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)
+    share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
+    steps = range(-(-len(names) // share.global_batch))
+    workers = default_workers() if data.workers is None else data.workers
+    allow_open_files()
+    loader = Loader(
+        cast("Dataset[PackedBatch]", _ImageFiles(folder, names, model.config)),  # `collate` makes batches of samples
+        batch_sampler=MicroBatches(steps, share, end=len(names)),
+        num_workers=min(workers, len(steps)),
+        collate_fn=partial(collate, geometry=model.geometry, model=None),
+        pin_memory=pins_memory(ranks.device),
+        worker_init_fn=start_worker,
+    )
+    most_bad = data.max_bad_fraction
+    return encode_batches(
+        model, loader, config.encode, ranks, samples=len(names), max_bad_fraction=most_bad, patches=patches
+    )
+
+
+def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:
+    """Return a field of the json of these samples, "" of one without."""
+    found = [value for own in read_labels(corpus, f"json.{name}", progress=True) for value in own]
+    return ["" if found[number] is None else str(found[number]) for number in numbers]
+
+
+def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
+    """Return the captions of these samples, "" of one without."""
+    sources = [replace(s, modalities=["text"] * len(s.shards), caption_fraction=1.0) for s in corpus.sources]
+    readers = [(Reader(source, corpus.store), int(source.sizes.sum())) for source in sources]
+    places = [(reader, number) for reader, samples in readers for number in range(samples)]
+    captions = []
+    for reader, number in track([places[number] for number in numbers], "reading captions"):
+        try:
+            captions.append(reader.read(*reader.find(number)).caption or "")
+        except BadSample:
+            captions.append("")
+    return captions
+
+
+COLUMNS: dict[str, Callable[[Any, np.ndarray], list[str]]] = {
+    "path": partial(_field, "path"),
+    "class": partial(_field, "class_name"),
+    "caption": _captions,
+}
+
+
+def _number(corpus: Corpus) -> Corpus:
+    """Return the corpus with each sample's number in place of its label: samples that cannot be read leave gaps."""
+    starts = np.cumsum([0, *(sum(source.sizes) for source in corpus.sources)])
+    sources = [replace(s, labels=np.arange(sum(s.sizes)) + start) for s, start in zip(corpus.sources, starts)]
+    return replace(corpus, sources=sources)
+
+
+def _names(corpus: Corpus, numbers: np.ndarray, keys: list[str]) -> dict[str, np.ndarray]:
+    shards = [shard for source in corpus.sources for shard in source.shards]
+    names = np.repeat([shard.shard for shard in shards], [shard.summary.samples for shard in shards])[numbers]
+    bare = [key.removeprefix(f"{name}/") for key, name in zip(keys, names)]
+    return {"keys": np.array(bare, dtype=str), "shards": names}
+
+
+def _label_array(labels: list[Label | None]) -> np.ndarray:
+    if any(isinstance(label, str) for label in labels):
+        return np.array(["" if label is None else str(label) for label in labels])
+    return np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+
+
+def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the arrays. Raises UserError if the disk refuses."""
+    if out.suffix == PARQUET:
+        return write_parquet(out, arrays)
+    with whole_file(out) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]

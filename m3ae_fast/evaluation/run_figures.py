@@ -1,0 +1,194 @@
+"""Figures of a run's samples: reconstructions, attention, and maps of features."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
+from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
+from m3ae_fast.data.dataset import UNMASKED
+from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
+from m3ae_fast.data.untrusted import require_harmless
+from m3ae_fast.drawing.attention import Look, draw_attention, draw_patch_attention
+from m3ae_fast.drawing.reconstructions import draw_run
+from m3ae_fast.evaluation.feature_map import draw_feature_map
+from m3ae_fast.evaluation.tasks import MAP_NEEDS
+from m3ae_fast.weights.open_model import open_model
+
+PICTURES = 12  # samples shown, by default
+_SEARCHED = 2000  # samples, for a word
+
+
+class _Source(NamedTuple):
+    """What is drawn of a run."""
+
+    checkpoint: Path
+    config: Config
+    corpus: Corpus
+
+
+def reconstructions(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    pictures: int = PICTURES,
+    ratios: Sequence[float] = (),
+    shards: Sequence[str] = (),
+    trust: bool = False,
+) -> Path:
+    """Draw samples, their masked input and the model's reconstruction, and return the path of the figure.
+
+    Args:
+        run: a run folder, whose last checkpoint is used, or a checkpoint.
+        out: the .png to write; None: reconstructions.png in `run`.
+        pictures: the number of samples.
+        ratios: mask ratios of the image; empty: the run's.
+        shards: whose samples are drawn; empty: those of the run's data.val or, without it, data.train.
+        trust: open whatever shards the run names, also those that run a program.
+
+    Raises:
+        UserError: there is no checkpoint, an argument is impossible, or no sample can be used.
+    """
+    _check_pictures(pictures)
+    if not all(0 <= ratio <= 1 for ratio in ratios):
+        raise UserError(f"--ratios {' '.join(map('{:g}'.format, ratios))}: must be from 0 to 1")
+    source = _open(run, shards, trust)
+    # the last weights, whose losses the run logged, not their moving average
+    weights = checkpoint.read_weights(source.checkpoint, average=False)
+    tokenizer = open_tokenizer(source.config.data, source.config.model)
+    path = _path(run, out, "reconstructions")
+    if not draw_run(source.config, weights, source.corpus, tokenizer, path, pictures, list(ratios)):
+        raise UserError("none of the samples can be used; m3ae-fast data stats SHARDS says why")
+    return path
+
+
+def attention(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    pictures: int = PICTURES,
+    word: str | None = None,
+    patch: str | tuple[int, int] | None = None,
+    layer: int | None = None,
+    head: int | None = None,
+    shards: Sequence[str] = (),
+    trust: bool = False,
+) -> Path:
+    """Draw the attention of tokens over the patches, or of a patch over the words, and return the path of the figure.
+
+    Args:
+        run, out, pictures, shards, trust: as of `reconstructions`.
+        word: the word whose attention is shown; None: that of each caption's first words.
+        patch: row and column, from 0, of the patch whose attention over the words is shown instead.
+        layer: the encoder block, from 1; None: the last one.
+        head: the attention head, from 1; None: the mean over all heads.
+
+    Raises:
+        UserError: there is no checkpoint, word, patch, layer or head as named.
+    """
+    _check_pictures(pictures)
+    if word is not None and patch is not None:
+        raise UserError("--word and --patch: are two figures; name one of them")
+    source = _open(run, shards, trust)
+    config, path = source.config, _path(run, out, "attention")
+    look, place = look_at(config.model, layer, head), _patch(patch, config.model)
+    text = bool(config.model.vocab_size) or place is not None
+    model = open_model(str(run), text=text, tokenizer=config.data.tokenizer).eval()
+    preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, config.run.seed)
+    samples = eval_samples(source.corpus, preparation, _SEARCHED if word else pictures)
+    if place:
+        draw_patch_attention(model, samples, path, pictures, place, look, config.data.show_channels)
+    else:
+        draw_attention(model, samples, path, pictures, word, look, config.data.show_channels)
+    return path
+
+
+def feature_map(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    labels: str = "cls",
+    classes: Sequence[str] | None = None,
+    samples: int | None = None,
+    shards: Sequence[str] = (),
+    trust: bool = False,
+) -> Path:
+    """Draw t-SNE maps of the features of labelled samples, one of each run, and return the path of the figure.
+
+    Args:
+        runs: one or several; the samples are those of the first.
+        out: the .png to write; None: map.png in the first run.
+        labels: where labels are read: "cls", or "json." and the name of a field.
+        classes: the classes that are shown; None: all.
+        samples: the largest number of samples on the map; None: all.
+        shards, trust: as of `reconstructions`.
+
+    Raises:
+        UserError: there is no checkpoint, fewer than 4 samples have a class, or scikit-learn is missing.
+    """
+    if samples is not None and samples < 4:
+        raise UserError(f"--samples {samples}: a map needs 4 or more")
+    require_libraries(MAP_NEEDS)
+    names = [runs] if isinstance(runs, str | Path) else list(runs)
+    source = _open(names[0], shards, trust, images=True)
+    labelled, found = label_corpus(source.corpus, labels, gaps=True, progress=True)
+    if classes is not None:
+        labelled, found = keep_classes(labelled, found, list(classes))
+    path, config = _path(names[0], out, "map"), source.config
+    shown = class_names(labelled, found)
+    draw_feature_map(path, [str(name) for name in names], labelled, shown, config.data, config.run.seed, samples)
+    return path
+
+
+def _open(run: str | Path, shards: Sequence[str], trust: bool, images: bool = False) -> _Source:
+    """Open the samples of a run, or those of `shards`; `images`: as images alone. Raises UserError if that takes more
+    trust in the run."""
+    path = checkpoint.locate(Path(run))
+    config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
+    sources, store = _shown(config, shards, trust, f"checkpoint {path}")
+    if images:
+        sources = [source.model_copy(update={"modality": "image", "caption_fraction": 1.0}) for source in sources]
+    return _Source(path, config, open_corpus(sources, store, progress=True))
+
+
+def _shown(config: Config, shards: Sequence[str], trust: bool, where: str) -> tuple[list[SourceConfig], ShardStore]:
+    sources = config.data.val or config.data.train
+    if shards:
+        return [sources[0].model_copy(update={"shards": list(shards), "caption_fraction": 1.0})], ShardStore()
+    if not trust:
+        require_harmless(sources, config.data.cache_dir, where)
+    return sources, ShardStore(config.data.cache_dir, config.data.cache_gb)
+
+
+def _path(run: str | Path, out: str | Path | None, name: str) -> Path:
+    return Path(run) / f"{name}.png" if out is None else Path(out)
+
+
+def _check_pictures(pictures: int) -> None:
+    if pictures < 1:
+        raise UserError(f"--pictures {pictures}: must be 1 or more")
+
+
+def look_at(model: ModelConfig, layer: int | None, head: int | None) -> Look:
+    """Return the block and the head whose attention is asked for. Raises UserError if the model has no such one."""
+    for name, number, most in (("layer", layer, model.depth), ("head", head, model.num_heads)):
+        if number is not None and not 1 <= number <= most:
+            raise UserError(f"--{name} {number}: the encoder has {most}, counted from 1")
+    return Look((layer or model.depth) - 1, head and head - 1)
+
+
+def _patch(given: str | tuple[int, int] | None, model: ModelConfig) -> tuple[int, int] | None:
+    """Return row and column of a patch, from 0. Raises UserError if the model has no such patch."""
+    if given is None:
+        return None
+    side, text = model.longest_side, given if isinstance(given, str) else ",".join(map(str, given))
+    found = re.fullmatch(r"(\d{1,5}),(\d{1,5})", text)
+    if not found or max(place := (int(found[1]), int(found[2]))) >= side:
+        raise UserError(f"--patch {text}: must be row and column from 0,0 to {side - 1},{side - 1}")
+    return place

@@ -1,0 +1,178 @@
+"""Evaluates a model by one of the tasks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import keep_freed_memory
+from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
+from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
+from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS, Modality, Options, require_for
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.process.program import Session, joined_program
+from m3ae_fast.training.run_folder import RunFolder
+from m3ae_fast.weights.open_model import open_encoder, set_images
+
+
+def evaluate(
+    task: str,
+    model: str | os.PathLike[str] | Sequence[str],
+    *,
+    val: str | Sequence[str],
+    out: str | os.PathLike[str],
+    train: str | Sequence[str] = (),
+    labels: str = "cls",
+    modality: Modality | None = None,
+    resume: str = "no",
+    cache_features: bool = False,
+    layers: Literal["all"] | str | Sequence[int] | None = None,
+    shots: Sequence[int] = (),
+    draws: int | None = None,
+    probes: Sequence[str] = PROBE_NAMES,
+    seeds: int = 3,
+    ood: Mapping[str, Sequence[str]] | None = None,
+    overrides: Sequence[str] = (),
+    session: Session | None = None,
+) -> dict[str, Any] | None:
+    """Evaluate a model by a task, and write its result, predictions and figures to a folder.
+
+    Args:
+        task: "knn", "linear", "attentive", "compare", "finetune", "robustness", "ood" or "retrieval"; see `TASKS`.
+        model: the name of a model, see `model_name.MODEL_HELP`; of `robustness` the folder of a classifier, which `ood`
+            accepts too; of `compare` one model or several.
+        val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.
+        out: the folder for the result, which must not hold one.
+        train: shards of training samples; robustness and retrieval have none.
+        labels: where labels are read: "cls", or "json." and the name of a field.
+        modality: what the encoder sees of a sample: "image", "text" or "paired"; None: as the task or the classifier.
+        resume: of linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
+        cache_features: of linear: encode every sample once, without augmentation.
+        layers: of knn, linear and attentive: "all" or numbers of blocks, from 1; None: the last one.
+        shots: of the same: numbers of training samples of each class; empty: all samples.
+        draws: how often each number of shots is drawn; None: 5 times.
+        probes: of compare: the probes.
+        seeds: of compare: the number of seeds of each probe and of random weights.
+        ood: of ood: shards of out-of-distribution samples by the name of their set.
+        overrides: of settings, "section.key=value"; docs/transfer-config.md lists the settings.
+        session: the ranks of a program that goes on afterwards; None: those that were started with this process join.
+
+    Returns:
+        What result.json holds; None if the task was stopped before its end.
+
+    Raises:
+        UserError: the model, the shards or an option cannot be used, or `out` holds a result.
+    """
+    options = Options(
+        task=task,
+        models=_names(model),
+        val=_names(val),
+        train=_names(train),
+        labels=labels,
+        modality=modality,
+        resume=resume,
+        cache_features=cache_features,
+        layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
+        shots=tuple(sorted({*shots})),
+        draws=draws,
+        probes=tuple(dict.fromkeys(probes)),
+        seeds=seeds,
+        ood=ood or {},
+    )
+    if session is not None:
+        return _perform(options, Path(out), overrides, session)
+    with joined_program() as own:
+        return _perform(options, Path(out), overrides, own)
+    return None  # stopped
+
+
+def _names(given: str | os.PathLike[str] | Sequence[str]) -> list[str]:
+    return [os.fspath(given)] if isinstance(given, str | os.PathLike) else list(map(str, given))
+
+
+def _is_classifier(options: Options) -> bool:
+    """Return whether the model is to be opened as a classifier."""
+    task = TASKS[options.task]
+    return task.classifies or (task.may_classify and (Path(options.model) / CONFIG_FILE).is_file())
+
+
+def _modality(options: Options) -> Modality:
+    """Return the modality of the encoder's input. Raises UserError if it is not the classifier's."""
+    given = options.modality
+    if not _is_classifier(options):
+        return given or TASKS[options.task].modality or "image"
+    own = read_config(options.model).modality
+    if given not in (None, own):
+        raise UserError(f"--modality {given}: the classifier {options.model} sees {own}; leave it out")
+    return own
+
+
+def _config(options: Options, modality: Modality, out: Path, overrides: Sequence[str]) -> TransferConfig:
+    task = TASKS[options.task]
+    val = [{"shards": list(options.val), "modality": modality}]
+    train = [{"shards": list(options.train), "modality": modality}] if task.trains else val
+    sections = ("encode", *options.probes) if task.compares else task.sections
+    given = {"run": {"dir": str(out)}, "data": {"train": train, "val": val}}
+    return transfer_config(given, list(overrides), (options.task, sections))
+
+
+def _require_pixels(options: Options) -> None:
+    """Raise UserError if the task cannot be done with pixels."""
+    if not TASKS[options.task].takes_pixels:
+        able = " and ".join(name for name, task in TASKS.items() if task.takes_pixels)
+        raise UserError(f"{options.model}: {options.task} does not take pixels; {able} do")
+    if options.layers is not None or options.resume != "no":
+        raise UserError(f"{options.model}: pixels have no layers and no checkpoints; leave --layers and --resume out")
+
+
+def _open(options: Options, modality: Modality, config: TransferConfig) -> MultimodalEncoder | Classifier | None:
+    """Return the model in evaluation mode, on the CPU; None if the task opens its models itself."""
+    if TASKS[options.task].compares:
+        return None
+    model: MultimodalEncoder | Classifier
+    if _is_classifier(options):
+        model = Classifier.from_pretrained(options.model)
+    else:
+        text = modality != "image"
+        model = open_encoder(options.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+    set_images(model.backbone if isinstance(model, Classifier) else model, config.data.range, config.encode.resize)
+    return model.eval()
+
+
+def _perform(options: Options, out: Path, overrides: Sequence[str], session: Session) -> dict[str, Any] | None:
+    """Perform the task and write its result. Raises UserError if that is not possible; `out` then has no result."""
+    ranks, task = session.ranks, options.task
+    ranks.on_main(lambda: require_for(task, options.shards, options.shots))
+    if options.is_pixels:
+        _require_pixels(options)
+    modality = ranks.broadcast(lambda: _modality(options))
+    config = ranks.broadcast(lambda: _config(options, modality, out, overrides))
+    ranks.on_main(lambda: refuse_existing(config.run.dir))
+    started = time.perf_counter()
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    model = _open(options, modality, config)
+    model = model and model.to(ranks.device)
+    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
+        job = Job(options, modality, config, session, folder, model)
+        result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)
+        if result is None:
+            return None
+        result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
+        result |= ranks.on_main(lambda: against_largest_class(job.out)) or {}
+        ranks.on_main(lambda: write_result(job.out, result))
+        for draw in job.pictures:
+            ranks.on_main(draw)
+        ranks.on_main(lambda: show_result(job.out, result))
+        job.say(f"{task}: {summary(result)}")
+        if "verdict" in result:
+            job.say(f"{task}: {result['verdict']}")
+        return result

@@ -1,0 +1,189 @@
+"""The tasks and the options that each of them has. Imports no torch, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+from m3ae_fast.base import object_store
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.weights.model_name import PIXELS
+
+DRAWS = 5  # of `shots`, by default
+MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries
+PROBE_NAMES = ("knn", "linear", "attentive")  # that `compare` can use
+MOST_SEEDS = 100
+COLUMN_NAMES = ("path", "class", "caption")  # of `embed`
+Modality = Literal["image", "text", "paired"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # a set and its first shards
+
+
+class Task(NamedTuple):
+    """A module of this package with `run(job) -> result`, which is None where a run was stopped before its end."""
+
+    about: str
+    trains: bool = True  # has --train and --labels
+    resumes: bool = False  # has --resume
+    classifies: bool = False  # MODEL is a classifier; has --labels
+    may_classify: bool = False  # MODEL may be one
+    modality: Modality | None = None  # the only one that it accepts
+    surveys: bool = False  # has --layers and --shots
+    compares: bool = False  # accepts several MODELs, and opens them itself
+    takes_pixels: bool = False  # MODEL may be pixels:MODEL
+    sections: tuple[str, ...] = ("encode",)  # of settings
+    libraries: tuple[str, ...] = ()  # that not every installation has
+
+
+TASKS = {
+    "knn": Task(
+        "k-nearest-neighbour accuracy of frozen features", surveys=True, takes_pixels=True, sections=("encode", "knn")
+    ),
+    "linear": Task(
+        "train a linear classifier on frozen features; OUT gets the classifier",
+        resumes=True,
+        surveys=True,
+        takes_pixels=True,
+        sections=("encode", "linear"),
+    ),
+    "attentive": Task(
+        "train a query that pools the frozen patch tokens, and a linear classifier; all tokens stay in memory",
+        modality="image",
+        surveys=True,
+        sections=("encode", "attentive"),
+    ),
+    "compare": Task(
+        "random weights, downscaled pixels and each MODEL by several probes and seeds: a table, and which differ",
+        modality="image",
+        compares=True,
+        sections=("encode", "knn", "linear", "attentive"),
+    ),
+    "finetune": Task(
+        "train the encoder with a classification head; OUT gets the classifier",
+        resumes=True,
+        sections=("finetune",),
+        libraries=("timm",),
+    ),
+    "robustness": Task(
+        "accuracy of a classifier on attacked and on corrupted images",
+        trains=False,
+        classifies=True,
+        sections=("robustness",),
+        libraries=("scipy",),
+    ),
+    "ood": Task(
+        "detect out-of-distribution samples from frozen features or a classifier",
+        may_classify=True,
+        sections=("encode", "knn"),
+        libraries=("sklearn",),
+    ),
+    "retrieval": Task("find the caption of an image and the image of a caption", trains=False, modality="paired"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a task is given, apart from its settings; see `task_runner.evaluate`. Raises UserError if a value is
+    impossible, or the task does not use an option."""
+
+    task: str
+    models: Sequence[str]  # one; of `compare` one or more
+    val: Sequence[str]
+    train: Sequence[str] = ()
+    labels: str = "cls"
+    modality: Modality | None = None
+    resume: str = "no"
+    cache_features: bool = False
+    layers: str | None = None  # "all", or numbers with commas
+    shots: Sequence[int] = ()
+    draws: int | None = None
+    probes: Sequence[str] = PROBE_NAMES
+    seeds: int = 3
+    ood: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise UserError(f"{self.task}: no such task; choose from {', '.join(TASKS)}")
+        task = TASKS[self.task]
+        used = {
+            "train": task.trains,
+            "labels": task.trains or task.classifies,
+            "modality": not task.classifies,
+            "resume": task.resumes,
+            "cache_features": self.task == "linear",
+            "layers": task.surveys,
+            "shots": task.surveys,
+            "draws": task.surveys,
+            "probes": task.compares,
+            "seeds": task.compares,
+            "ood": self.task == "ood",
+        }
+        for name, is_used in used.items():
+            if not is_used and getattr(self, name) != _default(name):
+                raise UserError(f"--{name.replace('_', '-')}: {self.task} does not use it; leave it out")
+        for name, is_needed in (("val", True), ("train", task.trains), ("ood", used["ood"])):
+            if is_needed and not getattr(self, name):
+                raise UserError(f"--{name}: {self.task} needs shards; name some")
+        if not self.models or (len(self.models) > 1 and not task.compares):
+            raise UserError(f"{self.task} evaluates one model, not {len(self.models)}; compare accepts several")
+        allowed = (task.modality,) if task.modality else MODALITIES
+        if self.modality not in (None, *allowed):
+            raise UserError(f"--modality {self.modality}: must be {' or '.join(allowed)} for {self.task}")
+        if unknown := [probe for probe in self.probes if probe not in PROBE_NAMES]:
+            raise UserError(f"--probes {unknown[0]}: no such probe; choose from {', '.join(PROBE_NAMES)}")
+        if not self.probes or not 1 <= self.seeds <= MOST_SEEDS:
+            raise UserError(f"compare needs one probe or more, and from 1 to {MOST_SEEDS} seeds")
+        if self.draws is not None and not self.shots:
+            raise UserError(f"--draws {self.draws}: is of --shots; name --shots too, such as 1,5,10, or leave it out")
+        if taken := [name for name in self.ood if name in ("train", "val")]:
+            raise UserError(f"--ood {taken[0]}: is what the result calls --{taken[0]}; choose another name")
+        if any(shots < 1 for shots in self.shots) or (self.draws is not None and self.draws < 2):
+            raise UserError("--shots must be numbers from 1, and --draws a number from 2")
+
+    @property
+    def model(self) -> str:
+        """Return the only model, or the first of several."""
+        return self.models[0]
+
+    @property
+    def shards(self) -> list[str]:
+        """Return all shards that are named."""
+        return [*self.train, *self.val, *(each for named in self.ood.values() for each in named)]
+
+    @property
+    def is_pixels(self) -> bool:
+        return not TASKS[self.task].compares and self.model.startswith(PIXELS)
+
+    @property
+    def module(self) -> str:
+        """Return the name of the module of this package that performs the task."""
+        surveys = self.task == "attentive" or bool(self.layers or self.shots)
+        surveys = surveys or (self.task == "linear" and self.is_pixels)  # pixels have no encoder for a classifier
+        return "survey" if surveys else self.task
+
+
+def _default(name: str) -> Any:
+    return {} if name == "ood" else Options.__dataclass_fields__[name].default
+
+
+def require_for(task: str, shards: Iterable[str], shots: Sequence[int] = ()) -> None:
+    """Raise UserError if a library that a task or its shards need is not installed."""
+    needs = dict.fromkeys(("tensorboard", *TASKS[task].libraries), task)
+    require_libraries(needs | ({"scipy": "--shots"} if shots else {}))
+    object_store.require(*shards)
+
+
+def named_sets(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Return shards by name of their set, "" if only one is given, of each --ood's words. Raises UserError if one of
+    several has no name, or two have the same."""
+    sets: dict[str, list[str]] = {}
+    for first, *rest in given:
+        match = _NAMED.fullmatch(first)
+        name, shards = match.groups() if match else ("", first)
+        if name in sets or (not name and len(given) > 1):
+            raise UserError(f"--ood {first}: give each of several sets a name of its own, such as --ood other={shards}")
+        sets[name] = [shards, *rest]
+    return sets

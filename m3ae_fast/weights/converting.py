@@ -1,0 +1,48 @@
+"""Converts weights of other programs to a folder that `M3AE.from_pretrained` loads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.model.card import model_card
+from m3ae_fast.model.pretrained import Pretrained, write_pretrained
+from m3ae_fast.vqgan.flax import convert_vqgan
+from m3ae_fast.vqgan.model import VQGAN
+from m3ae_fast.weights.mae import ViTOptions
+from m3ae_fast.weights.source import read_source
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | None = None,
+    num_heads: int | None = None,
+    dec_num_heads: int | None = None,
+) -> Pretrained | VQGAN:
+    """Convert weights and return what was written: a model or, of a .msgpack, the image tokenizer.
+
+    Args:
+        source: the file, folder or name on the Hugging Face hub of the weights; `m3ae-fast convert --help` lists the
+            kinds. Nothing that a file names is run.
+        out: the folder to write.
+        tokenizer: the tokenizer.json, BERT vocab.txt or hub name of the captions' tokenizer.
+        num_heads, dec_num_heads: attention heads of encoder and decoder, of a .pth or .safetensors of a width that was
+            never published.
+
+    Raises:
+        UserError: the source is unknown or damaged, the tokenizer does not fit, or `out` cannot be written.
+    """
+    name, folder = os.fspath(source), os.fspath(out)
+    if Path(name).suffix == ".msgpack":
+        return convert_vqgan(name, folder)
+    found = read_source(name, ViTOptions(num_heads, dec_num_heads))
+    if tokenizer:
+        sizes = found.config.text_length, found.config.vocab_size
+        found = replace(found, tokenizer=load_tokenizer(tokenizer, *sizes, label="--tokenizer"))
+    card = model_card(Path(folder).resolve().name, found.config, f"Converted from: {found.kind}.\n")
+    write_pretrained(folder, found, card)
+    return found

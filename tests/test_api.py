@@ -1,0 +1,141 @@
+"""The Python API at the root of the package: what the commands do, as functions."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import m3ae_fast
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.model.m3ae import M3AE
+from tests.helpers.labelled import labelled_tar, tiny_run
+from tests.helpers.trainer import ROOT
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of images of several sizes and formats, in sub-folders too."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    (folder / "more").mkdir()
+    for name, size in (("a.png", (40, 64)), ("b.jpg", (50, 33)), ("more/c.png", (32, 32))):
+        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def test_a_model_is_loaded_from_a_run_an_export_and_with_random_weights(run, tmp_path):
+    model = m3ae_fast.load_model(run)
+    assert isinstance(model, M3AE) and not model.training
+    m3ae_fast.export(run, tmp_path / "out")
+    exported, untrained = m3ae_fast.load_model(tmp_path / "out"), m3ae_fast.load_model(f"random:{run}", seed=3)
+    same, other = ([*each.state_dict().values()] for each in (exported, untrained))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same))
+    assert not all(torch.equal(a, b) for a, b in zip(same, other))
+    again = m3ae_fast.load_model(f"random:{run}", seed=3).state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(other, again))
+
+
+def test_what_preprocess_returns_has_the_features_of_the_image(run, images):
+    model = m3ae_fast.load_model(run)
+    opened = [Image.open(path) for path in sorted(images.rglob("*.*"))]
+    tensors = torch.stack([model.preprocess(image) for image in opened])
+    size = model.config.image_size
+    assert tensors.shape == (3, 3, size, size)
+    assert torch.equal(model.encode(tensors), model.encode(opened))
+    assert torch.equal(model.preprocess(images / "a.png"), tensors[0])
+
+
+@pytest.mark.parametrize("kind", ["folder", "paths", "model"])
+def test_images_outside_shards_are_embedded(run, images, tmp_path, kind):
+    model = m3ae_fast.load_model(run)
+    paths = [images / name for name in ("a.png", "b.jpg", "more/c.png")]
+    source = paths if kind == "paths" else images
+    settings = ["data.workers=0", "encode.batch=2", "encode.precision=fp32"]
+    found = m3ae_fast.embed(
+        model if kind == "model" else run, source, out=tmp_path / "out.npz", patches=True, overrides=settings
+    )
+    names = [str(path) for path in paths] if kind == "paths" else ["a.png", "b.jpg", os.path.join("more", "c.png")]
+    assert found["keys"].tolist() == names
+    expected = model.encode(paths, precision="fp32").numpy()
+    np.testing.assert_allclose(found["features"], expected, atol=1e-5)
+    written = np.load(tmp_path / "out.npz")
+    assert all(np.array_equal(written[name], found[name]) for name in found)
+
+
+def test_an_image_that_cannot_be_read_is_named_or_left_out(run, images, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    paths, settings = [images / "a.png", tmp_path / "bad.png"], ["data.workers=0"]
+    with pytest.raises(UserError, match=r"1 of 2 samples cannot be used, such as .*bad.png"):
+        m3ae_fast.embed(run, paths, overrides=settings)
+    found = m3ae_fast.embed(run, paths, overrides=[*settings, "data.max_bad_fraction=0.5"])
+    assert found["keys"].tolist() == [str(images / "a.png")]
+
+
+def test_a_folder_of_shards_is_embedded_as_its_shards_are(run, tmp_path):
+    shard = labelled_tar(tmp_path / "a.tar", range(6))
+    one, other = (m3ae_fast.embed(run, source, overrides=["data.workers=0"]) for source in (tmp_path, shard))
+    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    assert set(one) == {"keys", "shards", "features", "labels"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": ["caption"]}, "--columns: images that are not in shards"),
+        ({"modality": "text"}, "--modality text: images that are not in shards"),
+        ({"columns": ["size"]}, "--columns size: no such column"),
+        ({"out": "features.csv"}, r"--out features.csv: must end in .parquet or .npz"),
+    ],
+)
+def test_what_images_outside_shards_do_not_have_is_refused(run, images, options, message):
+    with pytest.raises(UserError, match=message):
+        m3ae_fast.embed(run, images, **options)
+
+
+def test_a_folder_without_images_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"has neither images .* nor .tar shards"):
+        m3ae_fast.embed(run, tmp_path)
+
+
+def test_a_model_is_evaluated_with_typed_arguments(run, tmp_path):
+    train, val = labelled_tar(tmp_path / "train.tar", range(24)), labelled_tar(tmp_path / "val.tar", range(30, 42))
+    out = tmp_path / "out"
+    found = m3ae_fast.evaluate("knn", run, train=train, val=[val], out=out, overrides=["knn.k=3", "data.workers=0"])
+    assert found == json.loads((out / "result.json").read_text())
+    assert found["config"]["knn"]["k"] == 3 and found["val_samples"] == 12 and 0 <= found["top1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("kmeans", {}, "kmeans: no such task; choose from knn, linear"),
+        ("knn", {"seeds": 5}, "--seeds: knn does not use it"),
+        ("finetune", {"layers": "all"}, "--layers: finetune does not use it"),
+        ("knn", {"train": ()}, "--train: knn needs shards"),
+        ("attentive", {"modality": "text"}, "--modality text: must be image for attentive"),
+        ("compare", {"probes": ["svm"]}, "--probes svm: no such probe"),
+        ("knn", {"draws": 3}, "--draws 3: is of --shots"),
+        ("ood", {"ood": {"val": ["a.tar"]}}, "--ood val: is what the result calls --val"),
+        ("knn", {"model": ["a", "b"]}, "knn evaluates one model, not 2"),
+    ],
+)
+def test_an_option_that_a_task_cannot_use_is_refused(tmp_path, task, options, message):
+    given = {"model": "run", "train": "a.tar", "val": "b.tar", "out": tmp_path} | options
+    with pytest.raises(UserError, match=message):
+        m3ae_fast.evaluate(task, given.pop("model"), **given)
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    """A submodule that is imported becomes an attribute of its package, and would hide the function there."""
+    modules = {path.stem for path in (ROOT / "m3ae_fast").rglob("*.py") if path.parent.name != "cli"}
+    packages = {path.parent.name for path in (ROOT / "m3ae_fast").rglob("__init__.py")}
+    assert not {*m3ae_fast.__all__} & (modules | packages)
+    assert all(callable(getattr(m3ae_fast, name)) for name in m3ae_fast.__all__ if name != "__version__")
