@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["m3ae_fast*"]), *find_packages("kernels")],
-    package_dir={"m3ae_kernels": "kernels/m3ae_kernels"},
-    package_data={"m3ae_kernels": ["tuning/*.json", "cpu/*.c", "cpu/*.h"]},
+    packages=[*find_packages(include=["m3ae_fast*"]), "m3ae_fast.configs", *find_packages("kernels")],
+    package_dir={"m3ae_kernels": "kernels/m3ae_kernels", "m3ae_fast.configs": "configs"},
+    package_data={"m3ae_fast.configs": ["*.json"], "m3ae_kernels": ["tuning/*.json", "cpu/*.c", "cpu/*.h"]},
 )

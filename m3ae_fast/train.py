@@ -22,7 +22,7 @@ if __name__ == "__main__":  # torch takes seconds to import; `StopRequest` handl
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.progress import working
 from m3ae_fast.cli.command_line import add_resume, add_settings, program
-from m3ae_fast.config import load_config, require_libraries_of
+from m3ae_fast.config import load_config, require_libraries_of, shipped_configs
 from m3ae_fast.process.launchers import alone
 
 if TYPE_CHECKING:  # torch is imported by what needs it: not by --help, nor by what only says that the config is wrong
@@ -33,7 +33,10 @@ if TYPE_CHECKING:  # torch is imported by what needs it: not by --help, nor by w
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("train", __doc__)
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a JSON config, such as configs/quickstart.json"
+        "--config",
+        required=True,
+        metavar="FILE|NAME",
+        help=f"a JSON config, or the name of one that comes with m3ae-fast: {', '.join(shipped_configs())}",
     )
     add_settings(parser, "train.epochs=20")
     add_resume(parser, "run.dir")

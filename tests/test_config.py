@@ -98,6 +98,17 @@ MISTAKES = [
 ]
 
 
+def test_a_shipped_config_is_named_without_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("large") == load_config(ROOT / "configs/large.json")
+    with pytest.raises(
+        UserError, match=r"config big: is neither a file nor a config .* \(base, huge, large, .*small\)"
+    ):
+        load_config("big")
+    (tmp_path / "large").write_text((ROOT / "configs/small.json").read_text())  # a path wins
+    assert load_config("large") == load_config(ROOT / "configs/small.json")
+
+
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
 def test_mistakes(run, overrides, message):
     if overrides == ["data.tokenizer=null"]:

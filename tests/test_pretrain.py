@@ -76,7 +76,7 @@ def make_pictures(folder, each=20, captions=True):
 def site(tmp_path_factory):
     """A folder with the wheel's packages, installed without the network."""
     work = tmp_path_factory.mktemp("wheel")
-    for name in ("m3ae_fast", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("m3ae_fast", "kernels", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, work / "source" / name) if name != "m3ae_fast" else copy(
             ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__")
@@ -90,6 +90,17 @@ def site(tmp_path_factory):
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # an import of one fails
     (work / "site/sitecustomize.py").write_text(blocked)
     return work / "site"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_configs_by_name(site, tmp_path):
+    """In an empty folder."""
+    where = environment() | {"PYTHONPATH": str(site)}
+    line = ["m3ae_fast", "train", "--config", "small", "--dry-run", "--no-data", "--world", "8"]
+    done = subprocess.run([sys.executable, "-m", *line], cwd=tmp_path, env=where, capture_output=True, text=True)
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stdout + done.stderr
+    installed = {path.name for path in (site / "m3ae_fast/configs").glob("*.json")}
+    assert installed == {path.name for path in (ROOT / "configs").glob("*.json")}
 
 
 @pytest.mark.slow

@@ -18,12 +18,34 @@ T = TypeVar("T", bound=Section)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a JSON config file and apply `section.key=value` overrides (values are JSON, or else plain strings). Raises
-    UserError where the file is missing or not valid JSON, or a field is unknown, of the wrong type or impossible."""
-    data = read_config(Path(path), "config")
+    """Read a JSON config file, or a shipped config by its name, and apply `section.key=value` overrides (values are
+    JSON, or else plain strings). Raises UserError if the file is missing or not valid JSON, or a field is unknown, of
+    the wrong type or impossible."""
+    data = read_config(_found(path), "config")
     for override in overrides or []:
         apply_override(data, override)
     return parse(Config, data, f"config {path}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the paths of the configs that come with the package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package / "configs", package.parent / "configs")  # of an installation; of a clone
+    folder = next((each for each in folders if (each / "base.json").is_file()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.json"))} if folder else {}
+
+
+def _found(path: str | Path) -> Path:
+    """Return the path of a config. Raises UserError if what is named is neither a path nor a shipped config."""
+    name = str(path)
+    if Path(path).is_file() or name.endswith(".json") or "/" in name:
+        return Path(path)
+    shipped = shipped_configs()
+    if name not in shipped:
+        raise UserError(
+            f"config {name}: is neither a file nor a config that comes with m3ae-fast ({', '.join(shipped)})"
+        )
+    return shipped[name]
 
 
 def read_config(path: Path, label: str) -> dict[str, Any]:
