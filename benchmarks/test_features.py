@@ -1,4 +1,4 @@
-"""`m3ae_fast.cli.features` beside a loop by hand over batches that are ready in memory; `M3AE.encode` by precision."""
+"""`m3ae-fast embed` beside a loop by hand over batches that are ready in memory; `M3AE.encode` by precision."""
 
 import statistics
 import time

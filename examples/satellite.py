@@ -72,7 +72,7 @@ def main() -> None:
     run(sys.executable, "-m", "m3ae_fast", "train", "--config", file, *shown)
     run(sys.executable, "-m", "m3ae_fast", "visualise", out, "--out", args.folder / "bands.png")
     knn = ["knn", out, "--train", train, "--val", val, "--out", args.folder / "knn", "--set", "knn.k=5"]
-    run(sys.executable, "-m", "m3ae_fast", "transfer", *knn)
+    run(sys.executable, "-m", "m3ae_fast", "evaluate", *knn)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from lab.study.statistics import Estimate, Seeds, accuracy, difference
 from m3ae_fast import train
 from m3ae_fast.base.atomic_file import whole_file, write_whole
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
 from m3ae_fast.evaluation.probe_engine import Setting
@@ -259,10 +259,10 @@ class Laboratory:
                 torch.save(self._encoded[model], partial)
         return self._encoded[model]
 
-    def _config(self, sections: dict[str, Any]) -> TransferConfig:
+    def _config(self, sections: dict[str, Any]) -> EvaluationConfig:
         unused = {"train": [{"shards": "-"}]}  # has to be named
         encode = {"encode": {"batch": 256}}
-        return transfer_config({"run": {"dir": str(self.out)}, "data": unused} | encode | sections, [])
+        return evaluation_config({"run": {"dir": str(self.out)}, "data": unused} | encode | sections, [])
 
     def _chosen(self, trial: Trial, keys: Sequence[str]) -> list[str]:
         """Return the samples that a trial trains on."""

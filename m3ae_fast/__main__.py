@@ -7,15 +7,16 @@ import sys
 
 from m3ae_fast.base.environment import settle_libraries
 from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.former_names import present_name
 
 COMMANDS = {
     "pretrain": "pictures in, model out: makes shards, chooses settings, trains, evaluates, writes a report, exports",
     "train": "pre-train a model; with several GPUs: deepspeed m3ae_fast/train.py",
     "data": "make shards of folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
-    "transfer": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
+    "evaluate": "measure a model: linear probe, nearest neighbours, fine-tuning, retrieval, out-of-distribution, ...",
     "status": "say whether a run is finished, stopped, running or failed, and at which step",
-    "features": "write a model's features of a data set as .npz or .parquet",
+    "embed": "write a model's features of shards or of a folder of images as .npz or .parquet",
     "fill": "guess masked words of a caption, complete an image",
     "visualise": "draw reconstructions of a run's samples",
     "report": "write a run's curves, pictures and results as one page, report.html",
@@ -33,7 +34,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
-        ["usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; --help on each)", "", *lines]
+        ["usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; --help on each; --version)", "", *lines]
     )
 
 
@@ -47,11 +48,20 @@ def _run() -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
+    if name == "--version":
+        from m3ae_kernels.version import __version__
+
+        print(f"m3ae-fast {__version__}")
+        return 0
+    if line := present_name(name):
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     if name not in COMMANDS:
         print(f"error: no command {name!r}; m3ae-fast --help lists the commands", file=sys.stderr)
         return 2
     settle_libraries()
-    sys.argv = [f"m3ae-fast {name}", *sys.argv[2:]]
+    is_module = any(pair == ("-m", "m3ae_fast") for pair in zip(sys.orig_argv, sys.orig_argv[1:]))
+    sys.argv = [f"{'python -m m3ae_fast' if is_module else 'm3ae-fast'} {name}", *sys.argv[2:]]
     runpy.run_module(MODULES[name], run_name="__main__", alter_sys=False)
     return 0
 

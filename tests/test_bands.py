@@ -13,8 +13,8 @@ from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
-from m3ae_fast.cli.transfer import main as transfer
 from m3ae_fast.cli.visualise import main as visualise
 from m3ae_fast.config import Config, ModelConfig, load_config, parse
 from m3ae_fast.data.shared_memory import batch_bytes
@@ -196,7 +196,7 @@ def test_the_satellite_example_runs(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("satellite", ROOT / "examples" / "satellite.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    programs = {"data": data_tools, "train": train.main, "visualise": visualise, "transfer": transfer}
+    programs = {"data": data_tools, "train": train.main, "visualise": visualise, "evaluate": transfer}
 
     def run(*command):
         assert programs[command[3]]([str(part) for part in command[4:]]) == 0

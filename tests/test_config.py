@@ -15,8 +15,8 @@ import torch
 from m3ae_fast import train
 from m3ae_fast.__main__ import COMMANDS, MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.cli.config import evaluation_page, train_page
 from m3ae_fast.cli.config import main as write_page
-from m3ae_fast.cli.config import train_page, transfer_page
 from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, follow, load_config, parse
 from m3ae_fast.data import ShardStore, open_corpus, open_data
 from m3ae_fast.data.manifest import KINDS, rows_of, write
@@ -479,7 +479,7 @@ def test_repeats_lengthen_an_epoch(run):
         assert f"; {steps} steps" in out
 
 
-@pytest.mark.parametrize(("page", "file"), [("train", "config.md"), ("transfer", "transfer-config.md")])
+@pytest.mark.parametrize(("page", "file"), [("train", "config.md"), ("evaluation", "evaluation-config.md")])
 def test_the_pages_of_settings_are_current(page, file, capsys):
     write_page([page])
     again = f"regenerate it: m3ae-fast config {page} > docs/{file}"
@@ -487,7 +487,7 @@ def test_the_pages_of_settings_are_current(page, file, capsys):
 
 
 def test_every_setting_is_explained():
-    text = train_page() + transfer_page()
+    text = train_page() + evaluation_page()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) > 120 and all(len(row) == 4 and len(row[3]) > 10 for row in rows)
     for name in ("peak_lr", "micro_batch", "overlap_comm", "crop_scale", "layer_decay", "epsilons"):
@@ -518,9 +518,9 @@ def test_the_page_of_settings_says_what_is_allowed(key, allowed):
 
 
 def test_a_kind_of_section_is_explained_once():
-    headings = [line for line in (train_page() + transfer_page()).splitlines() if line.startswith("## ")]
+    headings = [line for line in (train_page() + evaluation_page()).splitlines() if line.startswith("## ")]
     assert len(headings) == len(set(headings)) and "## data.train" in headings and "## data.val" not in headings
-    assert "[deepspeed](config.md#deepspeed) or `null`" in transfer_page()
+    assert "[deepspeed](config.md#deepspeed) or `null`" in evaluation_page()
 
 
 def test_every_program_is_listed():

@@ -18,20 +18,20 @@ from m3ae_fast.base.progress import working
 from m3ae_fast.shards.folder import Folder
 from tests.helpers.trainer import ROOT, TINY
 
-TRANSFER = "run --val val.tar --out out"
-TRAINS = f"{TRANSFER} --train train.tar"
+EVALUATE = "run --val val.tar --out out"
+TRAINS = f"{EVALUATE} --train train.tar"
 PRETRAIN = "pretrain photos --out out"
 PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("train", "val")}, separators=(",", ":"))
 # the library, the command line, and what needs it
 CASES = [
-    ("sklearn", f"transfer ood {TRAINS} --ood other.tar", "ood"),
-    ("timm", f"transfer finetune {TRAINS}", "finetune"),
-    ("scipy", f"transfer robustness {TRANSFER}", "robustness"),
-    ("scipy", f"transfer linear {TRAINS} --shots 1,5", "--shots"),
-    ("tensorboard", f"transfer knn {TRAINS}", "knn"),
-    ("obstore", f"transfer knn {TRAINS} s3://bucket/a.tar", "s3://bucket/a.tar"),
-    ("boto3", f"transfer ood {TRAINS} --ood gs://bucket/a.tar", "gs://bucket/a.tar"),
-    ("boto3", "features run a.tar s3://bucket/{0..3}.tar --out out.npz", "s3://bucket/{0..3}.tar"),
+    ("sklearn", f"evaluate ood {TRAINS} --ood other.tar", "ood"),
+    ("timm", f"evaluate finetune {TRAINS}", "finetune"),
+    ("scipy", f"evaluate robustness {EVALUATE}", "robustness"),
+    ("scipy", f"evaluate linear {TRAINS} --shots 1,5", "--shots"),
+    ("tensorboard", f"evaluate knn {TRAINS}", "knn"),
+    ("obstore", f"evaluate knn {TRAINS} s3://bucket/a.tar", "s3://bucket/a.tar"),
+    ("boto3", f"evaluate ood {TRAINS} --ood gs://bucket/a.tar", "gs://bucket/a.tar"),
+    ("boto3", "embed run a.tar s3://bucket/{0..3}.tar --out out.npz", "s3://bucket/{0..3}.tar"),
     ("wandb", 'train --config tiny.json --set run.loggers=["wandb"]', "run.loggers"),
     ("tensorboard", "train --config tiny.json", "run.loggers"),
     ("tensorboard", "train --config tiny.json --dry-run", "run.loggers"),
@@ -105,10 +105,10 @@ def test_one_line_names_all_that_is_missing(hide):
     hide("onnx", "timm", "wandb", "sklearn")
     for needs, said in (
         ({"onnx": "a", "timm": "a"}, "a needs onnx and timm: pip install 'm3ae-fast[onnx]'"),
-        ({"timm": "a", "scipy": "a"}, "a needs timm: pip install 'm3ae-fast[transfer]'"),
+        ({"timm": "a", "scipy": "a"}, "a needs timm: pip install 'm3ae-fast[evaluate]'"),
         (
             {"sklearn": "a", "wandb": "b"},
-            "a needs scikit-learn; b needs wandb: pip install 'm3ae-fast[transfer,wandb]'",
+            "a needs scikit-learn; b needs wandb: pip install 'm3ae-fast[evaluate,wandb]'",
         ),
     ):
         with pytest.raises(UserError, match=f"^{re.escape(said)}$"):

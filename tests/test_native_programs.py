@@ -12,9 +12,10 @@ from PIL import Image
 
 from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli import export, features, fill, visualise
+from m3ae_fast.cli import embed as features
+from m3ae_fast.cli import export, fill, visualise
+from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
-from m3ae_fast.cli.transfer import main as transfer
 from m3ae_fast.drawing.figures import box_in, shown
 from m3ae_fast.evaluation.corruptions import KINDS, Corruption
 from m3ae_fast.evaluation.heads import AttentiveHead

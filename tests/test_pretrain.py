@@ -128,7 +128,7 @@ def test_one_line_of_an_installed_wheel_makes_a_report(site, tmp_path):
         for other in ("random weights", "downscaled pixels", "the largest class"):
             assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
     assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>largest class</th>" in page
-    missing = "a map needs scikit-learn and SciPy: pip install 'm3ae-fast[transfer]'"
+    missing = "a map needs scikit-learn and SciPy: pip install 'm3ae-fast[evaluate]'"
     assert done.stdout.index(f"without a map of the features: {missing}") < done.stdout.index("plain torch")
     assert f"note: no map of the features: {missing}" in done.stdout
     features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
@@ -216,7 +216,7 @@ def test_a_finished_run_is_measured_with_the_settings_that_are_given_now(tmp_pat
     (run / "config.json").write_text(config.model_dump_json())
     monkeypatch.setattr(program, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(program, "status", lambda _: ("finished", ""))
-    monkeypatch.setattr(program, "evaluate", seen.append)  # which says that it was stopped
+    monkeypatch.setattr(program, "evaluate_run", seen.append)  # which says that it was stopped
     assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"]).finished
     probe = config.train.probe.model_copy(update={"k": 7})
     assert seen == [config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})})]
@@ -286,28 +286,28 @@ def test_a_call_beside_another_leaves_its_config(tmp_path, monkeypatch):
 def test_results_are_of_the_last_checkpoint(tmp_path, monkeypatch):
     run, measured = tiny_run(tmp_path / "run"), []
 
-    def perform(args, session):
-        measured.append(args.task)
-        evaluation.write_whole(args.out / "result.json", json.dumps({"top1": len(measured)}))
+    def evaluate(task, model, *, out, **_):
+        measured.append(task)
+        evaluation.write_whole(out / "result.json", json.dumps({"top1": len(measured)}))
 
-    monkeypatch.setattr(evaluation.transfer, "perform", perform)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     shards = [{"shards": "a.tar"}]
     given = {"data": {"train": shards}, "train": {"steps": 9, "probe": {"train": shards, "val": shards}}}
     config = Config.model_validate({"run": {"dir": str(run)}, **given}, strict=False)
-    first = evaluation.evaluate(config)
+    first = evaluation.evaluate_run(config)
     (run / "map.png").touch()
-    assert evaluation.evaluate(config) == first and measured == ["knn"] * 3 + ["linear"] * 3
+    assert evaluation.evaluate_run(config) == first and measured == ["knn"] * 3 + ["linear"] * 3
     assert (run / "map.png").exists()
     (run / "results/linear/checkpoints").mkdir()
     info = checkpoint.read_info(checkpoint.locate(run))
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
-    assert evaluation.evaluate(config)["linear"][evaluation.RUN] == {"top1": 10}
+    assert evaluation.evaluate_run(config)["linear"][evaluation.RUN] == {"top1": 10}
     assert not (run / "map.png").exists() and not (run / "results/linear/checkpoints").exists()
     (run / "results").rename(tmp_path / "elsewhere")
     (run / "results").symlink_to(tmp_path / "elsewhere")
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=3))
     with pytest.raises(UserError, match="results: cannot be replaced"):
-        evaluation.evaluate(config)
+        evaluation.evaluate_run(config)
 
 
 def test_each_accuracy_stands_below_its_task_beside_what_it_is_of():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import m3ae_fast
 from m3ae_fast.__main__ import COMMANDS, MODULES, usage
 from m3ae_fast.evaluation import probes
 from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS
@@ -79,7 +80,7 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
     assert {*modules} <= shown
     tools = ("from-folder", "from-hdf5", "from-hf", "index", "stats", "manifest", "train-tokenizer", "tokenize-images")
     assert {f"m3ae-fast data {tool}" for tool in tools} <= shown
-    assert {f"m3ae-fast transfer {task}" for task in (*TASKS, "difference")} <= shown
+    assert {f"m3ae-fast evaluate {task}" for task in (*TASKS, "difference")} <= shown
     assert tuple(probes.PROBES) == PROBE_NAMES  # their names are known without torch
 
 
@@ -121,3 +122,30 @@ def test_one_rank_of_several_leaves_the_config_to_the_first(monkeypatch):
     assert not alone()
     monkeypatch.delenv("WORLD_SIZE")
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["m3ae_fast", "transfer", "knn"], "m3ae-fast transfer is called m3ae-fast evaluate now"),
+        (["m3ae_fast", "features"], "m3ae-fast features is called m3ae-fast embed now"),
+        (["m3ae_fast.transfer", "knn"], "python -m m3ae_fast.transfer is called m3ae-fast evaluate now"),
+        (["m3ae_fast.report", "run"], "python -m m3ae_fast.report is called m3ae-fast report now"),
+    ],
+)
+def test_a_former_name_says_the_present_one(arguments, line):
+    names, said = imported("-m", *arguments, code=2)
+    assert said == f"error: {line}" and "torch" not in names
+
+
+def test_help_shows_the_name_that_was_typed_and_version_the_version():
+    script = "import sys; sys.argv = ['bin/m3ae-fast', 'embed', '-h']; from m3ae_fast.__main__ import run; run()"
+    for arguments, typed in (
+        (["-m", "m3ae_fast", "status", "--help"], "python -m m3ae_fast status"),
+        ([f"{ROOT}/m3ae_fast/train.py", "--help"], f"{ROOT}/m3ae_fast/train.py"),
+        (["-c", script], "m3ae-fast embed"),
+    ):
+        _, said = imported(*arguments)
+        assert said.startswith(f"usage: {typed} ")
+    _, said = imported("-m", "m3ae_fast", "--version")
+    assert said.strip() == f"m3ae-fast {m3ae_fast.__version__}"

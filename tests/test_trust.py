@@ -9,8 +9,9 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import convert as convert_main
-from m3ae_fast.cli import export, features, fill, report, visualise
-from m3ae_fast.cli import transfer as transfer_main
+from m3ae_fast.cli import embed as features
+from m3ae_fast.cli import evaluate as transfer_main
+from m3ae_fast.cli import export, fill, report, visualise
 from m3ae_fast.data import ShardStore
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.shards import picture

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.evaluation.encoding import Features, encode_corpus
 from m3ae_fast.evaluation.ood import Scores, auroc_and_fpr, auroc_interval
@@ -61,7 +61,7 @@ class Measuring:
     """Tests of one encoder."""
 
     def __init__(
-        self, encode: Encode, split: Split, labels: Labels, config: TransferConfig, heads: int, session: Session
+        self, encode: Encode, split: Split, labels: Labels, config: EvaluationConfig, heads: int, session: Session
     ):
         """Take the `heads` of the attentive probe, and the `session` of the program that measures."""
         self.encode, self.split, self.labels, self.config = encode, split, labels, config
@@ -165,7 +165,7 @@ def _joined(parts: Sequence[Features]) -> Features:
     return Features(keys, torch.cat([part.features_ND for part in parts]), None, patches_NLD, [])
 
 
-def encoder(model: M3AE, config: TransferConfig, session: Session) -> Encode:
+def encoder(model: M3AE, config: EvaluationConfig, session: Session) -> Encode:
     """Return the frozen encoder's features, of the image or of the caption alone."""
 
     def encode(shards: Sequence[Path], patches: bool, text: bool) -> Features:

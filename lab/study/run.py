@@ -15,7 +15,7 @@ from lab.study.plan import Encoder, central, m3ae
 from lab.study.shards import FOLDS, LABELS, PARTS, TEST, VENDORS
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_whole
-from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.process.program import joined_program
 from m3ae_fast.training.log import read_metrics
 from m3ae_fast.weights.open_model import RANDOM, open_model
@@ -140,10 +140,10 @@ class Study:
         model = self.settings["train"]["model"]
         return max(1, model["num_heads"] * width // model["emb_dim"])  # of the same size
 
-    def _transfer(self, encoder: Encoder) -> TransferConfig:
+    def _transfer(self, encoder: Encoder) -> EvaluationConfig:
         shards = [str(self.shards / f"fashion-{TEST}.tar")]  # has to be named; what is read is in the split
         given = {"run": {"dir": str(self.out), "seed": encoder.seed}, "data": {"train": [{"shards": shards}]}}
-        return transfer_config(given | self.settings["transfer"], [])
+        return evaluation_config(given | self.settings["transfer"], [])
 
     def _config(self, encoder: Encoder) -> dict[str, Any]:
         config = json.loads(json.dumps(self.settings["train"]))

@@ -13,7 +13,7 @@ from m3ae_fast.base.errors import UserError
 EXTRAS = {
     "": ("tensorboard",),
     "train": ("deepspeed",),
-    "transfer": ("sklearn", "scipy", "timm"),
+    "evaluate": ("sklearn", "scipy", "timm"),
     "onnx": ("onnx", "onnxruntime", "timm"),
     "wandb": ("wandb",),
     "remote": ("boto3", "obstore"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from m3ae_fast.base.errors import UserError
 
 
 def program(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Return a parser for `m3ae-fast NAME`, whose help shows the lines of `text` as they are."""
+    """Return a parser for `m3ae-fast NAME`, whose help shows the name that was typed and `text` line by line."""
     shown = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"m3ae-fast {name}", description=text, formatter_class=shown)
+    typed = sys.argv[0] if sys.argv[0].endswith((f"m3ae_fast {name}", f"{name}.py")) else f"m3ae-fast {name}"
+    return argparse.ArgumentParser(prog=typed, description=text, formatter_class=shown)
 
 
 def command(

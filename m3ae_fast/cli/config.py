@@ -1,8 +1,7 @@
-"""m3ae-fast config [PAGE]: settings as a Markdown page, docs/config.md or docs/transfer-config.md."""
+"""m3ae-fast config [PAGE]: settings as a Markdown page, docs/config.md or docs/evaluation-config.md."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import sys
@@ -14,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.cli.command_line import program
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.config.schema import Config
 
@@ -22,14 +22,14 @@ TRAIN_HEAD = """# Settings
 
 All settings of a training run, in the sections of its JSON file; `--set section.key=value` overrides any. Made from
 m3ae_fast/config/schema.py by `m3ae-fast config > docs/config.md`. Those of probes and fine-tuning:
-[Transfer settings](transfer-config.md).
+[Evaluation settings](evaluation-config.md).
 """
-TRANSFER_HEAD = """# Transfer settings
+EVALUATION_HEAD = """# Evaluation settings
 
-Settings of `m3ae-fast transfer` and `m3ae-fast features`, which have no file: give them by
+Settings of `m3ae-fast evaluate` and `m3ae-fast embed`, which have no file: give them by
 `--set section.key=value`. The sections `run` and `data` are as in [a training run](config.md); options such as `--out`
 and `--train` set a part of them. Made from m3ae_fast/config/evaluation.py by
-`m3ae-fast config transfer > docs/transfer-config.md`.
+`m3ae-fast config evaluation > docs/evaluation-config.md`.
 """
 _INDENT = " " * 6
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -40,12 +40,12 @@ def train_page() -> str:
     return _page(TRAIN_HEAD, Config)
 
 
-def transfer_page() -> str:
-    """Return docs/transfer-config.md: the sections that only transfer tasks have."""
-    return _page(TRANSFER_HEAD, TransferConfig, _links(_sections(Config), "config.md"))
+def evaluation_page() -> str:
+    """Return docs/evaluation-config.md: the sections that only the tasks of `evaluate` have."""
+    return _page(EVALUATION_HEAD, EvaluationConfig, _links(_sections(Config), "config.md"))
 
 
-PAGES = {"train": train_page, "transfer": transfer_page}
+PAGES = {"train": train_page, "evaluation": evaluation_page}
 
 
 def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
@@ -144,7 +144,7 @@ def _default(section: type[BaseModel], key: str, field: FieldInfo) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="m3ae-fast config", description=__doc__.partition(": ")[2])
+    parser = program("config", (__doc__ or "").partition(": ")[2])
     parser.add_argument("page", nargs="?", choices=PAGES, default="train", help="whose settings (default: train)")
     print(PAGES[parser.parse_args(argv).page](), end="")
     return 0

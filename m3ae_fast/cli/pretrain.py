@@ -24,8 +24,7 @@ from m3ae_fast.pretraining.choices import check_overrides
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = program("pretraining", __doc__)
-    parser.prog = "m3ae-fast pretrain"
+    parser = program("pretrain", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="a folder of images, shards, or a data set's name")
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help="the run folder")
     parser.add_argument(

@@ -8,15 +8,15 @@ of the image tokenizer hold features, ids, and decoded images.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.command_line import program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="m3ae-fast verify", description=__doc__)
+    parser = program("verify", __doc__)
     parser.add_argument("files", nargs="+", metavar="FILE.npz", help="golden files of the official implementation")
     parser.add_argument("--tolerance-scale", type=float, default=1.0, help="widen every tolerance by this factor")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")

@@ -1,4 +1,4 @@
-"""Settings of `m3ae-fast transfer`: a section per task, besides those shared with training."""
+"""Settings of `m3ae-fast evaluate`: a section per task, besides those shared with training."""
 
 from __future__ import annotations
 
@@ -193,8 +193,8 @@ class RobustnessConfig(Section):
         return self
 
 
-class TransferConfig(Section):
-    """A transfer task on a trained model."""
+class EvaluationConfig(Section):
+    """A task of `m3ae-fast evaluate`, or `m3ae-fast embed`, on a trained model."""
 
     run: RunConfig = RunConfig()
     data: DataConfig
@@ -206,9 +206,9 @@ class TransferConfig(Section):
     robustness: RobustnessConfig = RobustnessConfig()
 
 
-def transfer_config(
+def evaluation_config(
     given: dict, overrides: list[str], reader: tuple[str, Sequence[str]] | None = None
-) -> TransferConfig:
+) -> EvaluationConfig:
     """Return the sections that the command line gives, with its overrides. `reader`: a program or task, and the
     sections that it reads besides those of `_COMMON`; None: all. Raises UserError as `parse`, and for a setting that
     the reader would ignore."""
@@ -216,15 +216,17 @@ def transfer_config(
         if reader:
             _require_read(override, *reader)
         apply_override(given, override)
-    return parse(TransferConfig, given, "--set")
+    return parse(EvaluationConfig, given, "--set")
 
 
 def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
     name = override.partition("=")[0]
     if name.startswith((*sections, *_COMMON)):
         return
-    meant = [each for each in settings_called(TransferConfig, name.rpartition(".")[2]) if each.startswith((*sections,))]
-    if meant or name.partition(".")[0] in TransferConfig.model_fields:
+    meant = [
+        each for each in settings_called(EvaluationConfig, name.rpartition(".")[2]) if each.startswith((*sections,))
+    ]
+    if meant or name.partition(".")[0] in EvaluationConfig.model_fields:
         other = (
             f"did you mean {' or '.join(meant)}?" if meant else f"its sections are {', '.join((*sections, *_COMMON))}"
         )

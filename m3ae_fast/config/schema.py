@@ -416,7 +416,7 @@ class TransformerLoopConfig(LoopConfig):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype: `bf16`, `fp32`, or `auto` (bf16 where the hardware is faster in it)."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights, such as 0.9999, for export and transfer; null: none."""
+    """Decay per step of a moving average of the weights, such as 0.9999, for export and evaluation; null: none."""
     activation_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass: less memory, a third more time."""
     compile: bool = False

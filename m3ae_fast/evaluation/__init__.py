@@ -1,1 +1,1 @@
-"""Evaluates the representation of a trained model. `m3ae-fast transfer --help` lists them."""
+"""Evaluates the representation of a trained model. `m3ae-fast evaluate --help` lists them."""

@@ -28,7 +28,7 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import MicroBatches, collate
@@ -133,7 +133,7 @@ def _settings(
     columns: Sequence[str],
     overrides: Sequence[str],
     images: tuple[str, list[str]] | None,
-) -> TransferConfig:
+) -> EvaluationConfig:
     if patches and modality == "text":
         raise UserError("--patches: texts have none; choose another --modality")
     if unknown := [name for name in columns if name not in COLUMN_NAMES]:
@@ -147,7 +147,7 @@ def _settings(
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
     if pool:
         given["encode"] = {"pool": pool}
-    return transfer_config(given, list(overrides), ("features", ("encode",)))
+    return evaluation_config(given, list(overrides), ("embed", ("encode",)))
 
 
 def _check_out(out: Path | None) -> None:
@@ -161,7 +161,7 @@ def _check_out(out: Path | None) -> None:
 
 @contextmanager
 def _on_device(
-    model: str | os.PathLike[str] | MultimodalEncoder, config: TransferConfig, device: torch.device, modality: str
+    model: str | os.PathLike[str] | MultimodalEncoder, config: EvaluationConfig, device: torch.device, modality: str
 ) -> Iterator[MultimodalEncoder]:
     """Open a model, or lend a given one to this device for the block."""
     if isinstance(model, MultimodalEncoder):
@@ -177,7 +177,7 @@ def _on_device(
 
 def _arrays(
     model: MultimodalEncoder,
-    config: TransferConfig,
+    config: EvaluationConfig,
     ranks: Ranks,
     images: tuple[str, list[str]] | None,
     labels: str,
@@ -228,7 +228,7 @@ class _ImageFiles(Dataset[Sample | Skipped]):
 
 
 def _encode_files(
-    model: MultimodalEncoder, folder: str, names: Sequence[str], config: TransferConfig, ranks: Ranks, patches: bool
+    model: MultimodalEncoder, folder: str, names: Sequence[str], config: EvaluationConfig, ranks: Ranks, patches: bool
 ) -> Features:
     """Return the features of image files, as `encode_corpus` returns those of shards."""
     data, share = config.data, Share(config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)

@@ -21,7 +21,7 @@ from m3ae_fast.base.progress import TimeLeft, duration
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import UNMASKED, Transform
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
@@ -56,7 +56,7 @@ class Job:
 
     options: Options
     modality: Modality  # what the encoder sees of a sample
-    config: TransferConfig
+    config: EvaluationConfig
     session: Session
     folder: RunFolder | None  # OUT, on the main rank only
     model: Any  # M3AE, or the Classifier where the task is about one; on the ranks' device

@@ -17,7 +17,7 @@ from torch import Tensor
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.data import Corpus, Preparation, ShardStore, Share, eval_loader, open_corpus
 from m3ae_fast.data.dataset import UNMASKED
 from m3ae_fast.data.labels import label_corpus
@@ -32,7 +32,7 @@ Encode = Callable[[np.ndarray], Tensor]  # pixels [B, C, S, S] with the dtype of
 class Labelled(NamedTuple):
     """Images with a class: those to look for neighbours in, and those to classify by them."""
 
-    config: TransferConfig
+    config: EvaluationConfig
     train: Corpus
     val: Corpus
     classes: int
@@ -42,7 +42,7 @@ def open_labelled(train: list[str], val: list[str], labels: str) -> Labelled:
     """Open shards. Raises UserError where they, or their labels (see `read_labels`), cannot be used."""
     parts = {"train": train, "val": val}
     data = {name: [{"shards": shards, "modality": "image"}] for name, shards in parts.items()}
-    config = transfer_config({"data": data}, [])
+    config = evaluation_config({"data": data}, [])
     opened = (open_corpus(sources, ShardStore(), progress=True) for sources in (config.data.train, config.data.val))
     (bank, classes), queries = label_corpus(next(opened), labels), next(opened)
     return Labelled(config, bank, label_corpus(queries, labels, classes)[0], len(classes))
@@ -78,7 +78,7 @@ def _runs(path: Path) -> Encode:
 
 @torch.no_grad()
 def _encode(
-    corpus: Corpus, transfer: TransferConfig, config: ModelConfig, encoders: dict[str, Encode]
+    corpus: Corpus, transfer: EvaluationConfig, config: ModelConfig, encoders: dict[str, Encode]
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
     """Return the features of the central squares by each encoder, the labels, and the seconds that each took."""
     preparation = Preparation(Geometry.of(config), UNMASKED, None, seed=0)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig, TransferConfig
+from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig, LinearProbeConfig
 from m3ae_fast.data.order import permutation
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
@@ -60,7 +60,7 @@ class Live:
 class Setting(NamedTuple):
     """Tells a probe what it needs beside the samples."""
 
-    config: TransferConfig
+    config: EvaluationConfig
     classes: int
     encoder_heads: int  # of attention
     seed: int  # of a probe's weights and of its order

@@ -43,7 +43,7 @@ def _linear(bank: Features, held_out: Features, setting: Setting) -> Predictions
 
 
 def fit_linear(bank: Features, setting: Setting) -> LinearProbeHead:
-    """Return the head that `transfer linear --cache-features` would end with, to the bit."""
+    """Return the head that `evaluate linear --cache-features` would end with, to the bit."""
     ranks, encode = setting.ranks, setting.config.encode
     config = _with_rate(bank, settled(setting.config.linear, len(bank.keys), {}), setting)
     schedule = Schedule(config, config, len(bank.keys))

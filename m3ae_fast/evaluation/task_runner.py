@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
-from m3ae_fast.config.evaluation import TransferConfig, transfer_config
+from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
@@ -62,7 +62,7 @@ def evaluate(
         probes: of compare: the probes.
         seeds: of compare: the number of seeds of each probe and of random weights.
         ood: of ood: shards of out-of-distribution samples by the name of their set.
-        overrides: of settings, "section.key=value"; docs/transfer-config.md lists the settings.
+        overrides: of settings, "section.key=value"; docs/evaluation-config.md lists the settings.
         session: the ranks of a program that goes on afterwards; None: those that were started with this process join.
 
     Returns:
@@ -115,13 +115,13 @@ def _modality(options: Options) -> Modality:
     return own
 
 
-def _config(options: Options, modality: Modality, out: Path, overrides: Sequence[str]) -> TransferConfig:
+def _config(options: Options, modality: Modality, out: Path, overrides: Sequence[str]) -> EvaluationConfig:
     task = TASKS[options.task]
     val = [{"shards": list(options.val), "modality": modality}]
     train = [{"shards": list(options.train), "modality": modality}] if task.trains else val
     sections = ("encode", *options.probes) if task.compares else task.sections
     given = {"run": {"dir": str(out)}, "data": {"train": train, "val": val}}
-    return transfer_config(given, list(overrides), (options.task, sections))
+    return evaluation_config(given, list(overrides), (options.task, sections))
 
 
 def _require_pixels(options: Options) -> None:
@@ -133,7 +133,7 @@ def _require_pixels(options: Options) -> None:
         raise UserError(f"{options.model}: pixels have no layers and no checkpoints; leave --layers and --resume out")
 
 
-def _open(options: Options, modality: Modality, config: TransferConfig) -> MultimodalEncoder | Classifier | None:
+def _open(options: Options, modality: Modality, config: EvaluationConfig) -> MultimodalEncoder | Classifier | None:
     """Return the model in evaluation mode, on the CPU; None if the task opens its models itself."""
     if TASKS[options.task].compares:
         return None

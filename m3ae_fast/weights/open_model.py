@@ -46,7 +46,7 @@ def saved_run(run: Path) -> SavedRun:
     path = checkpoint.locate(run)
     info = checkpoint.read_info(path)
     if "classifier" in info.config or "task" in info.config:
-        raise UserError(f"{run}: holds a classifier, the result of a transfer task; name the model that it began from")
+        raise UserError(f"{run}: holds a classifier, the result of an evaluation; name the model that it began from")
 
     def setting(section: str, key: str) -> Any:
         return (info.config.get(section) or {}).get(key)

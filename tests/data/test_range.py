@@ -10,10 +10,11 @@ from PIL import Image
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import resuming
-from m3ae_fast.cli import features, fill
+from m3ae_fast.cli import embed as features
+from m3ae_fast.cli import fill
+from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.export import main as export
 from m3ae_fast.cli.shards import main as data_tools
-from m3ae_fast.cli.transfer import main as transfer
 from m3ae_fast.config import Config, load_config, parse
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE

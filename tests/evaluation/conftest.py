@@ -4,7 +4,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m3ae_fast.cli.transfer import main
+from m3ae_fast.cli.evaluate import main
 from tests.helpers.labelled import labelled_tar, tiny_run
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from m3ae_fast.config.evaluation import AttentiveProbeConfig, TransferConfig
+from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig
 from m3ae_fast.evaluation import attentive
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import AttentiveHead, LinearProbeHead
@@ -69,14 +69,14 @@ def _marked(samples, seed):
 
 
 def _setting(ranks):
-    config = TransferConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
+    config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
     return Setting(config, 5, 4, 3, ranks, _Pulse())
 
 
 @pytest.mark.slow
 def test_it_finds_the_token_that_tells_where_the_mean_does_not():
     given = {"data": {"train": [{"shards": "x"}]}, "attentive": {"batch": 64, "steps": 150}}
-    config = TransferConfig.model_validate(given)
+    config = EvaluationConfig.model_validate(given)
     bank, held_out = _marked(400, 0), _marked(200, 1)
     means = [Features(part.keys, part.features_ND.mean(1), part.labels_N, None, []) for part in (bank, held_out)]
     with join_ranks() as ranks:

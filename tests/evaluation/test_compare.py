@@ -14,7 +14,7 @@ from scipy import stats
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import write_parquet
-from m3ae_fast.cli.transfer import main
+from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import ood
 from m3ae_fast.evaluation.compare import SCALED, UNTRAINED, Found, model_names
 from m3ae_fast.evaluation.difference import LARGEST, compare_results

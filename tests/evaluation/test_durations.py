@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import attentive, forecast
 from m3ae_fast.evaluation.encoding import Features
@@ -21,7 +21,7 @@ from tests.evaluation.test_rates import _Pulse
 
 
 def _config(**sections):
-    return TransferConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
+    return EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
 
 
 def _setting(ranks, live=None, **sections):

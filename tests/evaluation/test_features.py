@@ -5,7 +5,7 @@ import pytest
 from pyarrow import parquet
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli.features import main
+from m3ae_fast.cli.embed import main
 from m3ae_fast.weights.open_model import open_model
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.shards import write_tar
@@ -95,7 +95,7 @@ def test_mistakes_are_one_line_and_write_nothing(features, shards, tmp_path, mon
         (
             "new.npz",
             ["--set", "linear.batch=3"],
-            "--set linear.batch: features does not use it; did you mean encode.batch?",
+            "--set linear.batch: embed does not use it; did you mean encode.batch?",
         ),
     ):
         with pytest.raises(UserError, match=message):

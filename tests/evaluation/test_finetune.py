@@ -13,7 +13,7 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.cli.transfer import main
+from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data.loader import MicroBatches, Share
@@ -121,7 +121,7 @@ def test_ranks_and_zero_change_nothing(transfer, run, shards, tmp_path):
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
     command += ["--set", "data.workers=0", *options]
     command += ["--set", 'finetune.deepspeed={"zero_optimization": {"stage": 3}}']
-    code, out = run_ranks("m3ae_fast.cli.transfer", command, 2, tmp_path / "log")
+    code, out = run_ranks("m3ae_fast.cli.evaluate", command, 2, tmp_path / "log")
     assert code == 0, out[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-4)

@@ -140,7 +140,7 @@ def test_two_ranks_take_the_steps_of_one(transfer, run, shards, tmp_path):
     transfer("linear", *options, out="one")
     command = ["linear", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
     command += [*settings("data.workers=0"), *options]
-    code, out = run_ranks("m3ae_fast.cli.transfer", command, 2, tmp_path / "log")
+    code, out = run_ranks("m3ae_fast.cli.evaluate", command, 2, tmp_path / "log")
     assert code == 0, out
     one, two = (checkpoint.read_weights(checkpoint.locate(tmp_path / name)) for name in ("one", "two"))
     for name in one:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from m3ae_fast.cli import features
-from m3ae_fast.cli.transfer import main
-from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.cli import embed as features
+from m3ae_fast.cli.evaluate import main
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.heads import BatchNorm
@@ -110,7 +110,7 @@ def test_help_shows_every_setting_of_a_task(task, capsys):
         main([task, "--help"])
     shown = capsys.readouterr().out
     for section in TASKS[task].sections:
-        for key in section_of(TransferConfig.model_fields[section].annotation).model_fields:
+        for key in section_of(EvaluationConfig.model_fields[section].annotation).model_fields:
             assert f"  {section}.{key}\n" in shown
     said = " ".join(shown.split())
     if task in ("knn", "ood", "compare"):

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet, write_parquet
-from m3ae_fast.cli.transfer import main
+from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.evaluation import ood
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig

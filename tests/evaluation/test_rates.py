@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from m3ae_fast.config.evaluation import LinearProbeConfig, TransferConfig
+from m3ae_fast.config.evaluation import EvaluationConfig, LinearProbeConfig
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.probe_engine import Setting
 from m3ae_fast.evaluation.probes import fit_linear
@@ -73,7 +73,7 @@ def test_a_rate_comes_to_what_a_run_at_it_comes_to():
         "weight_decay": 0.3,
         "momentum": 0.5,
     }
-    given = TransferConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "linear": linear})
+    given = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "linear": linear})
     with join_ranks() as ranks:
         for each in try_rates(bank, given.linear, 3, 7, ranks, _Pulse())[1::2]:
             at_it = given.linear.model_copy(update={"peak_lr": each.peak_lr, "warmup_epochs": 0.5 * 200 / 180})

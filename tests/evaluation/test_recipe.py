@@ -5,7 +5,7 @@ import re
 import pytest
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig, transfer_config
+from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig, evaluation_config
 from m3ae_fast.evaluation.labelled_loop import rising
 from m3ae_fast.evaluation.recipe import IMAGENET, OFFICIAL, Recipe, chosen, settled
 from tests.helpers.trainer import ROOT
@@ -75,8 +75,8 @@ def test_epochs_and_steps_are_not_given_both():
     data = {"train": [{"shards": "a.tar"}], "val": [{"shards": "a.tar"}]}
     for section in ("linear", "finetune"):
         with pytest.raises(UserError, match="give epochs or steps, not both"):
-            transfer_config({"data": data}, [f"{section}.epochs=2", f"{section}.steps=2"])
-        assert getattr(transfer_config({"data": data}, []), section).epochs is None
+            evaluation_config({"data": data}, [f"{section}.epochs=2", f"{section}.steps=2"])
+        assert getattr(evaluation_config({"data": data}, []), section).epochs is None
 
 
 def test_accuracy_that_still_rises_is_told_from_noise():

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from torch import nn
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.transfer import main
+from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import CommonCorruption, ExtraCorruption, RobustnessConfig
 from m3ae_fast.evaluation import robustness
@@ -265,7 +265,7 @@ def test_the_task_counts_what_the_classifier_gets_right(transfer, classifier, tm
 STOPPED = """
     import threading
     from m3ae_fast.evaluation import robustness
-    from m3ae_fast.cli.transfer import main
+    from m3ae_fast.cli.evaluate import main
 
     real = robustness._predictions
 

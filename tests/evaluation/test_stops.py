@@ -26,7 +26,7 @@ def stopped(run, shards, tmp_path):
     def perform(when, task, *options, ranks=1, to=0):
         log, out = tmp_path / "log", tmp_path / "out"
         data = ["--train", shards[0], "--val", shards[1], "--out", str(out), "--set", "data.workers=0"]
-        processes = fork_ranks("m3ae_fast.cli.transfer", [task, str(run), *data, *options], ranks, log)
+        processes = fork_ranks("m3ae_fast.cli.evaluate", [task, str(run), *data, *options], ranks, log)
         deadline = time.monotonic() + LIMIT_S
         while not (log.exists() and re.search(when, log.read_text())):
             assert time.monotonic() < deadline and all(process.is_alive() for process in processes), log.read_text()

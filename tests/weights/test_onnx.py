@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.export import main as export
-from m3ae_fast.cli.transfer import main as transfer
 from m3ae_fast.weights import onnx_model
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import ROOT

@@ -1,10 +1,10 @@
 """Evaluate the representation of a trained model.
 
-m3ae-fast transfer knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
-m3ae-fast transfer knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
+m3ae-fast evaluate knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
+m3ae-fast evaluate knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
 
 Labels are whole numbers in KEY.cls, or numbers or names in a field of KEY.json. OUT gets result.json,
-pictures and TensorBoard events. Several ranks share the work: torchrun --nproc-per-node 8 -m m3ae_fast transfer ...
+pictures and TensorBoard events. Several ranks share the work: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program
 from m3ae_fast.cli.config import settings_help
-from m3ae_fast.config.evaluation import TransferConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.tasks import DRAWS, MODALITIES, MOST_SEEDS, PROBE_NAMES, TASKS, named_sets, require_for
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP, MODEL_HELP, PIXELS
@@ -25,14 +25,14 @@ DIFFERENCE = "difference"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = program("transfer", __doc__)
+    parser = program("evaluate", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
         command = tasks.add_parser(
             name,
             help=task.about,
             description=task.about,
-            epilog=settings_help(TransferConfig, task.sections),
+            epilog=settings_help(EvaluationConfig, task.sections),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         about = CLASSIFIER_HELP if task.classifies else MODEL_HELP

@@ -1,8 +1,8 @@
 """Features of every sample of shards, or of every image of a folder, by the frozen encoder, unmasked, as a table.
 
-m3ae-fast features runs/large 'imagenet/val-*.tar' --out val.parquet
-m3ae-fast features runs/large photos/ --out photos.parquet
-m3ae-fast features out/ 'shards/*.tar' --out captions.npz --modality text --pool cls
+m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
+m3ae-fast embed runs/large photos/ --out photos.parquet
+m3ae-fast embed out/ 'shards/*.tar' --out captions.npz --modality text --pool cls
 
 FILE has the arrays or columns `keys` [N] (of images their paths), of shards `shards` [N], `features` float32 [N, D],
 `labels` [N] if any are found (-1 or "" for a sample without), with --patches `patches` float16 [N, L, D] (in parquet
@@ -23,7 +23,7 @@ from m3ae_fast.weights.model_name import MODEL_HELP
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = program("features", __doc__)
+    parser = program("embed", __doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "source",
