@@ -41,7 +41,7 @@ def gather(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
     """Return the whole state on rank 0, nothing elsewhere."""
     state = {}
     for name, p in engine.model.named_parameters():
-        for kind in ("model", *engine.kinds):
+        for kind in ("model", *engine.kinds[name]):
             tensor = engine._whole(p, kind)
             if ranks.is_main:
                 state[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)

@@ -108,7 +108,7 @@ def test_what_is_collected_is_a_copy_in_float32():
         asked.append(kind)
         return p
 
-    found = collect(model, "ema", whole)
+    found = collect(model, "ema", {"weight": ("ema",), "bias": ("exp_avg", "ema")}, whole)
     assert {name: (t.dtype, t.device.type) for name, t in found.items()} == {
         name: (torch.float32, "cpu") for name in ("weight", "bias")
     }

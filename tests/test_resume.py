@@ -233,9 +233,11 @@ SETTINGS = {
     | dict.fromkeys(("range", "resize", "max_patches", "min_patches"), FREE)  # by what follows them in the model
     | {"show_channels": FREE}
     | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
-    "optim": dict.fromkeys(
+    "optim": {"name": REFUSED}
+    | dict.fromkeys(
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
-    ),
+    )
+    | dict.fromkeys(("muon_momentum", "muon_lr_ratio"), NOTED),
     "train": {"global_batch": REFUSED}
     | dict.fromkeys(("epochs", "steps", "precision"), NOTED)
     | dict.fromkeys(

@@ -16,7 +16,7 @@ from m3ae_fast.data import Corpus, Layout, lay_out
 from m3ae_fast.data.fingerprint import WRITTEN
 from m3ae_fast.data.lanes import without_lanes
 from m3ae_fast.engine.interface import Engine, Read
-from m3ae_fast.engine.optimizer import EMA
+from m3ae_fast.engine.optimizer import EMA, Kinds
 from m3ae_fast.process.ranks import Ranks
 
 # settings of the data section on which the stream of samples depends, beside what the fingerprint holds
@@ -77,7 +77,7 @@ class Resume:
         notes = check_fits(self.path, self.info, config, stream, with_changes) if self.path and self.info else []
         return notes + (self.ranks.broadcast(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
 
-    def open(self, model: nn.Module, kinds: Sequence[str]) -> None:
+    def open(self, model: nn.Module, kinds: Kinds) -> None:
         """Make `read` give the checkpoint's tensors of a model and of its optimiser's `kinds`, as `open_checkpoint`."""
         if self.path and self.info:
             self.read = open_checkpoint(self.path, self.info, model, self.ranks, kinds)
@@ -144,7 +144,7 @@ def check_fits(
         return [(f"{section}.{key}", then[key], now[key]) for key in keys if key in then and then[key] != now[key]]
 
     same = [("model", key) for key in wanted["model"] if key != "init_from"]
-    check_same(path, info, wanted, [*same, ("run", "seed"), ("train", "global_batch")])
+    check_same(path, info, wanted, [*same, ("run", "seed"), ("train", "global_batch"), ("optim", "name")])
     other = differing("data", STREAM) + differing("masking", wanted["masking"])
     advice = "--resume-with-changes continues anyway"
     notes = check_stream(path, info, stream, advice, other, with_changes)
@@ -212,23 +212,28 @@ def check_same(path: Path, info: checkpoint.Info, wanted: dict[str, Any], same: 
     if saved.get("model"):  # one of an earlier version lacks settings, which had their defaults
         model = parse(ModelConfig, saved["model"], f"checkpoint {path}")
         saved = saved | {"model": model.model_dump(mode="json")}
+    saved = saved | {"optim": {"name": "adamw"} | (saved.get("optim") or {})}
     for section, key in same:
         was, now = (saved.get(section) or {}).get(key), wanted[section][key]
         if was != now:
             raise UserError(f"checkpoint {path}: was made with {section}.{key} = {was}, the config says {now}")
 
 
-def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Sequence[str]) -> Read:
+def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: Ranks, kinds: Kinds) -> Read:
     """Return a reader of the tensors of a checkpoint of `model`.
 
     `kinds`: of the optimiser's state, as the engine has them; an average of the weights may begin here. Every rank must
     call it. Raises UserError where the checkpoint is damaged, or a tensor of it does not fit the model.
     """
     had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
-    saved = ("model", *(kind for kind in kinds if kind != EMA or had_ema))
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     state = ranks.together(lambda: checkpoint.open_state(path, ranks.rank, ranks.world))
-    wanted = {f"{kind}/{name}": shape for kind in saved for name, shape in shapes.items()}
+    wanted = {
+        f"{kind}/{name}": shape
+        for name, shape in shapes.items()
+        for kind in ("model", *kinds[name])
+        if kind != EMA or had_ema
+    }
     ranks.together(lambda: state.check(wanted))
 
     def read(name: str, start: int, count: int) -> Tensor:

@@ -17,6 +17,7 @@ from m3ae_fast.config.schema import (
     MaskingConfig,
     ModelConfig,
     OptimConfig,
+    PretrainingOptimConfig,
     RunConfig,
     ScheduleConfig,
     Section,

@@ -376,6 +376,19 @@ class OptimConfig(ScheduleConfig):
     """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
 
+class PretrainingOptimConfig(OptimConfig):
+    """AdamW with linear warm-up and cosine decay, as in the official code, or Muon."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimiser: `adamw`; or `muon`, which orthogonalises the updates of the blocks' matrices and leaves the rest to
+    AdamW (Jordan et al. 2024; arXiv 2502.16982). Not with ZeRO stage 3 or an offloaded optimiser."""
+    muon_momentum: Beta = 0.95
+    """Muon: decay rate of the momentum, per step."""
+    muon_lr_ratio: float = Field(2.0, gt=0, le=1e3)
+    """Muon: learning rate of its matrices, as a multiple of AdamW's. Their updates have the size of AdamW's at equal
+    rates; orthogonalised ones bear larger rates."""
+
+
 class LoopConfig(Section):
     """Steps, and what happens around them."""
 
@@ -588,7 +601,7 @@ class Config(Section):
     masking: MaskingConfig = MaskingConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig
-    optim: OptimConfig = OptimConfig()
+    optim: PretrainingOptimConfig = PretrainingOptimConfig()
     train: TrainConfig
     deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
     """null: plain torch, data-parallel (DDP)."""
@@ -604,6 +617,12 @@ class Config(Section):
             raise ValueError(
                 "model.dec_attention cross predicts masked tokens alone: set loss.image_all_tokens and "
                 "loss.text_all_tokens to false, or model.dec_attention to self"
+            )
+        if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
+            what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"
+            raise ValueError(
+                f"optim.name muon needs whole matrices, of which {what} of ZeRO keeps parts or sends them to the CPU: "
+                "set zero_optimization.stage to 0, 1 or 2 without offload_optimizer, or optim.name to adamw"
             )
         if self.data.image_tokens == "shards" and self.data.repeats > 1:
             raise ValueError(

@@ -11,7 +11,7 @@ from m3ae_fast.base.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.memory_estimate import lacking_for_activations, recomputes
-from m3ae_fast.engine.optimizer import parameter_groups
+from m3ae_fast.engine.optimizer import optimizer_groups
 from m3ae_fast.engine.schedule import split_batch
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.model.m3ae import M3AE
@@ -22,7 +22,7 @@ from m3ae_fast.process.ranks import Ranks
 def build_engine(model: M3AE, config: Config, ranks: Ranks) -> Engine:
     """Build the engine of pre-training; on GPUs it keeps all activations where there is memory for them. Arguments and
     errors as in `make_engine`."""
-    groups = parameter_groups(model, config.optim.weight_decay)
+    groups = optimizer_groups(model, config.optim)
     transformers = (model.encoder, model.decoder)
     train, optim = config.train, config.optim
     keep, said = False, ""
@@ -50,7 +50,7 @@ def make_engine(
     checkpointed as `loop` says, with its precision settled.
 
     Args:
-        groups: the optimiser's, of all parameters.
+        groups: the optimiser's, of all parameters: see `build_optimizer`.
         deepspeed: None: plain torch.
         ema: decay of the weights' moving average in the optimiser's state; None: none.
         keep_activations: all of them; else compiled blocks make some again, see `Blocks.compile_blocks`.

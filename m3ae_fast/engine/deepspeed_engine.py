@@ -35,7 +35,8 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
-from m3ae_fast.engine.optimizer import build_adamw, collect, name_of, prime, set_lr, state_kinds
+from m3ae_fast.engine.muon import Muon
+from m3ae_fast.engine.optimizer import build_optimizer, collect, name_of, prime, set_lr, state_kinds
 from m3ae_fast.model.transformer import MLP
 from m3ae_fast.process.ranks import Ranks
 
@@ -83,9 +84,9 @@ class DeepSpeedEngine:
         for module in model.modules():
             if isinstance(module, MLP):
                 set_z3_leaf_module(module, True)  # ZeRO-3 gathers its layers' parameters for it
-        optimizer = build_adamw(groups, optim, ema, self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
+        self.kinds = state_kinds(model, groups, ema)
+        optimizer = build_optimizer(groups, optim, ema, self.zero.offloads_optimizer, partitioned=self.zero.stage == 3)
         self.optimizer_name = name_of(optimizer)
-        self.kinds = state_kinds(ema)
         section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints the machine's memory
@@ -99,7 +100,11 @@ class DeepSpeedEngine:
         if self.zero.stage in (1, 2):
             names = _BF16_BUFFERS if hasattr(self.ds.optimizer, _BF16_BUFFERS[0]) else _BUFFERS
             flats, masters = (_private(self.ds.optimizer, name) for name in names)
-            self._places = _places(model, flats, masters, ranks.rank)
+            starts = _starts(model, flats)
+            self._places = {p: _place(p, first, masters[i], ranks.rank) for p, (i, first) in starts.items()}
+            if isinstance(optimizer, Muon):  # its group is the first
+                firsts: dict[Tensor, int] = {p: first for p, (i, first) in starts.items() if i == 0}
+                optimizer.shard(masters[0], ranks.rank * len(masters[0]), firsts, self._gathered)
             if names == _BUFFERS and not self.zero.offloads_optimizer:
                 _wait_for_one_stream(self.ds.optimizer)
 
@@ -136,7 +141,7 @@ class DeepSpeedEngine:
         return {name: self._own(p, kind) for name, p, kind in self._state()}
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        return collect(self.model, kind, self._full if self.zero.stage == 0 else self._joined)
+        return collect(self.model, kind, self.kinds, self._full if self.zero.stage == 0 else self._joined)
 
     def _full(self, p: nn.Parameter, kind: str) -> Tensor:
         """Return weight `p` (kind "model") or its moment `kind`, which every rank has at stage 0."""
@@ -149,6 +154,12 @@ class DeepSpeedEngine:
         full[own.start : own.start + len(own.data)] = own.data
         dist.all_reduce(full)
         return full.view(own.shape)
+
+    def _gathered(self, part: Tensor) -> Tensor:
+        """Return equally long parts of all ranks in a row. Every rank must call it."""
+        whole = part.new_empty(self.ranks.world * len(part))
+        dist.all_gather(list(whole.chunk(self.ranks.world)), part)
+        return whole
 
     def _own(self, p: Any, kind: str) -> Fragment:
         """Return what this rank keeps in float32 of weight `p` (kind "model") or of its moment `kind` from stage 1
@@ -176,7 +187,7 @@ class DeepSpeedEngine:
     def _state(self) -> Iterator[tuple[str, nn.Parameter, str]]:
         """Yield each tensor's name in the state, its parameter and its kind."""
         for name, p in self.model.named_parameters():
-            for kind in ("model", *self.kinds):
+            for kind in ("model", *self.kinds[name]):
                 yield f"{kind}/{name}", p, kind
 
     @property
@@ -234,20 +245,24 @@ def deepspeed_section(
     return section
 
 
-def _places(
-    model: nn.Module, flats: Sequence[Tensor], masters: Sequence[Tensor], rank: int
-) -> dict[nn.Parameter, Place]:
-    """Return the place of each weight at stages 1 and 2. Memory itself says where that is: weights are views of the
-    buffers `flats`, and `masters` are this rank's equal parts of them. DeepSpeed's own record, `_hp_mapping`, has
-    another order than the buffers with `round_robin_gradients`."""
-    buffers = {flat.untyped_storage().data_ptr(): (flat, master) for flat, master in zip(flats, masters)}
-    places = {}
+def _starts(model: nn.Module, flats: Sequence[Tensor]) -> dict[nn.Parameter, tuple[int, int]]:
+    """Return the buffer that each weight lies in at stages 1 and 2, and its first element there. Memory itself says
+    that: weights are views of the buffers `flats`. DeepSpeed's own record, `_hp_mapping`, has another order than the
+    buffers with `round_robin_gradients`."""
+    numbers = {flat.untyped_storage().data_ptr(): i for i, flat in enumerate(flats)}
+    found = {}
     for p in model.parameters():
-        flat, master = buffers[p.untyped_storage().data_ptr()]
-        first = int(p.storage_offset() - flat.storage_offset()) - rank * len(master)  # in `master`, were it long enough
-        offset, end = (min(max(edge, 0), len(master)) for edge in (first, first + p.numel()))
-        places[p] = Place(offset - first if offset < end else 0, master, offset, end - offset)
-    return places
+        i = numbers[p.untyped_storage().data_ptr()]
+        found[p] = i, int(p.storage_offset() - flats[i].storage_offset())
+    return found
+
+
+def _place(p: nn.Parameter, first: int, master: Tensor, rank: int) -> Place:
+    """Return the place of a weight that begins at element `first` of a buffer. Each rank's `master` is an equal part of
+    the buffer."""
+    first -= rank * len(master)  # in `master`, were it long enough
+    offset, end = (min(max(edge, 0), len(master)) for edge in (first, first + p.numel()))
+    return Place(offset - first if offset < end else 0, master, offset, end - offset)
 
 
 def _private(of: Any, name: str) -> Any:

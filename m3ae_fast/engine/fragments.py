@@ -16,7 +16,8 @@ class Fragment(NamedTuple):
     shape: tuple[int, ...]  # of the whole tensor
 
 
-# "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq" and, with train.ema, "ema".
+# "model/NAME" and "KIND/NAME" for the engine's `kinds`: with AdamW "exp_avg", "exp_avg_sq", with Muon "momentum_buffer"
+# and, with train.ema, "ema".
 # Rank 0 names every tensor, also those of which it has nothing.
 Fragments = dict[str, Fragment]
 

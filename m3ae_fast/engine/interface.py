@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.engine.fragments import Fragments
+from m3ae_fast.engine.optimizer import Kinds
 
 Read = Callable[[str, int, int], Tensor]  # name in a state, first element, number of elements -> float32, 1-D
 
@@ -34,7 +35,7 @@ class Engine(Protocol):
     optimizer_name: str
     memory: str  # what its memory has decided, for a log; "": nothing
     before_update: Callable[[], None]  # called before each change of the state, which may be read until then
-    kinds: tuple[str, ...]  # of optimiser state: keys of `Fragments` before the parameter's name
+    kinds: Kinds  # of optimiser state: in keys of `Fragments` before the parameter's name
 
     def step(self, batches: Sequence[PackedBatch], counts: Any, lr: float) -> tuple[list[Any], Tensor]:
         """Run forward, backward and update; gradients are summed over micro-batches and averaged over ranks.
@@ -56,8 +57,8 @@ class Engine(Protocol):
         tensor once. No rank waits for another, and forward and backward may run meanwhile."""
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        """Return "model", the weights, or one of `kinds` by parameter name, whole on every rank: float32, on the CPU.
-        Every rank must call it."""
+        """Return "model", the weights, or one of `kinds` by the names of the parameters that have it, whole on every
+        rank: float32, on the CPU. Every rank must call it."""
 
     def load_state(self, step: int, read: Read) -> None:
         """Load a state as of `step` updates. Each rank reads the elements that it keeps."""

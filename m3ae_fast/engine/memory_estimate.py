@@ -26,8 +26,10 @@ def memory_needed(config: Config, world: int, samples: int) -> float:
     parameters = sum(p.numel() for p in model.parameters())
     stage = 0 if config.zero is None else config.zero.stage
     micro = min(samples, config.train.micro_batch or samples)
-    weights = zero_bytes(parameters, stage, world, in_bf16(config))
-    return sum(weights) + micro * activation_bytes(config, typical_batch(config, model))
+    matrices = matrix_elements(config, model)
+    weights = zero_bytes(parameters, stage, world, in_bf16(config), matrices)
+    activations = micro * activation_bytes(config, typical_batch(config, model))
+    return sum(weights) + max(activations, muon_bytes(matrices, stage, world))
 
 
 def lacking_for_activations(config: Config, ranks: Ranks, samples: int) -> str:
@@ -42,14 +44,25 @@ def recomputes(loop: TransformerLoopConfig) -> bool:
     return loop.compile and not loop.activation_checkpointing
 
 
-def zero_bytes(parameters: int, stage: int, world: int, bf16: bool) -> tuple[float, float, float]:
-    """Return bytes per GPU of (weights, gradients, fp32 master weights and Adam moments); ZeRO, arXiv 1910.02054.
-    Gradients are accumulated in float32."""
+def matrix_elements(config: Config, model: M3AE) -> int:
+    """Return the number of weights that Muon updates."""
+    return sum(p.numel() for p in model.hidden_matrices()) if config.optim.name == "muon" else 0
+
+
+def muon_bytes(matrices: int, stage: int, world: int) -> float:
+    """Return bytes per GPU that an update by Muon takes beside the state, when no activations are kept any more: the
+    whole momentum's update in float32, and at most three times the matrices that this rank orthogonalises."""
+    return 4 * matrices * (1 + 3 / (world if stage >= 1 else 1))
+
+
+def zero_bytes(parameters: int, stage: int, world: int, bf16: bool, matrices: int = 0) -> tuple[float, float, float]:
+    """Return bytes per GPU of (weights, gradients, fp32 master weights and moments); ZeRO, arXiv 1910.02054.
+    Gradients are accumulated in float32. `matrices`: weights that Muon updates, with one moment instead of two."""
     master = 4 if bf16 and stage > 0 else 0  # stage 0 keeps float32 weights
     return (
         (2 if master else 4) * parameters / (world if stage >= 3 else 1),
         4 * parameters / (world if stage >= 2 else 1),
-        (8 + master) * parameters / (world if stage >= 1 else 1),
+        ((8 + master) * parameters - 4 * matrices) / (world if stage >= 1 else 1),
     )
 
 

@@ -1,26 +1,49 @@
-"""AdamW as the official M3AE code has it, and an optimiser's state as tensors by parameter name."""
+"""AdamW as the official M3AE code has it, Muon beside it, and an optimiser's state as tensors by parameter name."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.config import OptimConfig
+from m3ae_fast.config import OptimConfig, PretrainingOptimConfig
+from m3ae_fast.engine.muon import MOMENTUM, Muon
+from m3ae_fast.model.m3ae import M3AE
 
 _log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
+Kinds = Mapping[str, tuple[str, ...]]  # of the optimiser's state, by parameter name
 
 
-def state_kinds(ema: float | None) -> tuple[str, ...]:
+def state_kinds(model: nn.Module, groups: list[dict], ema: float | None) -> Kinds:
     """Return the kinds of the optimiser's state; `ema`: decay of the weights' moving average, None: none."""
-    return MOMENTS if ema is None else (*MOMENTS, EMA)
+    by_muon = {p for group in groups if "momentum" in group for p in group["params"]}
+    average = () if ema is None else (EMA,)
+    return {name: (*((MOMENTUM,) if p in by_muon else MOMENTS), *average) for name, p in model.named_parameters()}
+
+
+def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
+    """Return the groups of pre-training's optimiser: AdamW's, and, with Muon, before them the hidden matrices."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "adamw":
+        return groups
+    stacked = model.hidden_matrices()
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in stacked]
+    muon = {
+        "params": list(stacked),
+        "matrices": list(stacked.values()),
+        "momentum": config.muon_momentum,
+        "weight_decay": config.weight_decay,
+        "lr_scale": config.muon_lr_ratio,
+    }
+    return [muon, *groups]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -33,8 +56,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_adamw(
+def build_optimizer(
     groups: list[dict], config: OptimConfig, ema: float | None = None, on_cpu: bool = False, partitioned: bool = False
+) -> torch.optim.Optimizer:
+    """Return AdamW, with Muon for the group that is Muon's, if any: see `optimizer_groups`. `ema`: decay of a moving
+    average of the weights, see `track_ema`; None: none. Other arguments as of `build_adamw`."""
+    adamw = build_adamw([group for group in groups if "momentum" not in group], config, on_cpu, partitioned)
+    muon = [group for group in groups if "momentum" in group]
+    optimizer = Muon(muon[0], adamw) if muon else adamw
+    track_ema(optimizer, ema)
+    return optimizer
+
+
+def build_adamw(
+    groups: list[dict], config: OptimConfig, on_cpu: bool = False, partitioned: bool = False
 ) -> torch.optim.Optimizer:
     """Return torch's fused AdamW, or NVIDIA apex's FusedAdam where that is installed and fits.
 
@@ -44,25 +79,24 @@ def build_adamw(
     Args:
         groups: parameters, on their final device, with their weight decay.
         config: decay rates and epsilon; the learning rate is set before each step.
-        ema: decay of a moving average of the weights, see `track_ema`; None: none.
         on_cpu: the parameters are on a GPU, but will be updated on the CPU (ZeRO-Offload).
         partitioned: ZeRO-3 steps one part of a group at a time, which apex's, counting steps per group, cannot follow.
     """
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
-    optimizer = None
     first = groups[0]["params"][0]
     if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
         try:
-            optimizer = importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
+            return importlib.import_module("apex.optimizers").FusedAdam(groups, adam_w_mode=True, **options)
         except Exception:  # not installed, without its extension, or PyPI's unrelated package of that name
             _log.debug("no apex", exc_info=True)
-    optimizer = optimizer or torch.optim.AdamW(groups, fused=True, **options)
-    track_ema(optimizer, ema)
-    return optimizer
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return "torch AdamW" or "apex FusedAdam"."""
+    """Return "torch AdamW" or "apex FusedAdam", and what Muon updates."""
+    if isinstance(optimizer, Muon):
+        ratio = optimizer.param_groups[0]["lr_scale"]
+        return f"Muon for hidden matrices (learning rate x {ratio:g}), {name_of(optimizer.others)} for the rest"
     return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
 
 
@@ -128,6 +162,13 @@ def _set_step(counter: dict, step: int) -> None:
         counter["step"] = torch.full_like(counter["step"], step) if isinstance(counter["step"], Tensor) else step
 
 
-def collect(model: nn.Module, kind: str, whole: Callable[[nn.Parameter, str], Tensor]) -> dict[str, Tensor]:
-    """Return `whole(parameter, kind)` of each parameter by its name, as float32 copies on the CPU."""
-    return {name: whole(p, kind).detach().to("cpu", torch.float32, copy=True) for name, p in model.named_parameters()}
+def collect(
+    model: nn.Module, kind: str, kinds: Kinds, whole: Callable[[nn.Parameter, str], Tensor]
+) -> dict[str, Tensor]:
+    """Return `whole(parameter, kind)` of each parameter that has a state of this kind, or all for "model", by its name,
+    as float32 copies on the CPU."""
+    return {
+        name: whole(p, kind).detach().to("cpu", torch.float32, copy=True)
+        for name, p in model.named_parameters()
+        if kind in ("model", *kinds[name])
+    }

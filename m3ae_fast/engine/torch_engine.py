@@ -14,7 +14,15 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import OptimConfig
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
-from m3ae_fast.engine.optimizer import build_adamw, clip_by_global_norm, collect, name_of, prime, set_lr, state_kinds
+from m3ae_fast.engine.optimizer import (
+    build_optimizer,
+    clip_by_global_norm,
+    collect,
+    name_of,
+    prime,
+    set_lr,
+    state_kinds,
+)
 from m3ae_fast.process.ranks import Ranks
 
 
@@ -36,9 +44,9 @@ class TorchEngine:
         self.model = model.to(ranks.device)
         self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
-        self.optimizer = build_adamw(groups, optim, ema)
+        self.kinds = state_kinds(model, groups, ema)
+        self.optimizer = build_optimizer(groups, optim, ema)
         self.optimizer_name = name_of(self.optimizer)
-        self.kinds = state_kinds(ema)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
             ddp = nn.parallel.DistributedDataParallel
@@ -80,12 +88,12 @@ class TorchEngine:
         tensors = {
             f"{kind}/{name}": self._whole(p, kind)
             for name, p in self.model.named_parameters()
-            for kind in ("model", *self.kinds)
+            for kind in ("model", *self.kinds[name])
         }
         return cut(tensors, self.ranks.rank, self.ranks.world)
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        return collect(self.model, kind, self._whole)
+        return collect(self.model, kind, self.kinds, self._whole)
 
     def _whole(self, p: nn.Parameter, kind: str) -> Tensor:
         return p if kind == "model" else self.optimizer.state[p][kind]
@@ -93,5 +101,5 @@ class TorchEngine:
     def load_state(self, step: int, read: Read) -> None:
         prime(self.optimizer, step)
         for name, p in self.model.named_parameters():
-            for kind in ("model", *self.kinds):
+            for kind in ("model", *self.kinds[name]):
                 self._whole(p, kind).data.copy_(read(f"{kind}/{name}", 0, p.numel()).view_as(p))

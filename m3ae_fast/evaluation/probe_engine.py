@@ -21,6 +21,7 @@ from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig, LinearPr
 from m3ae_fast.data.order import permutation
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
+from m3ae_fast.engine.optimizer import Kinds
 from m3ae_fast.evaluation.encoding import Features
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.labelled_loop import ClassLosses
@@ -117,7 +118,6 @@ class ProbeEngine:
 
     optimizer_name = "LARS"
     memory = ""
-    kinds: tuple[str, ...] = ("momentum",)
     model: nn.Module
 
     def __init__(
@@ -129,6 +129,7 @@ class ProbeEngine:
         encode: EncodeConfig,
     ) -> None:
         self.before_update: Callable[[], None] = lambda: None
+        self.kinds: Kinds = {name: ("momentum",) for name, _ in head.named_parameters()}
         self.model, self.ranks, self.frozen, self.encode = head, ranks, model, encode
         self.lars = LARS(head.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
         for p in head.parameters():

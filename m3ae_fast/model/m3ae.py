@@ -26,7 +26,7 @@ from m3ae_fast.model.cross_decoder import CrossDecoder
 from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_options
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import Pretrained, build, read_pretrained, write_pretrained
-from m3ae_fast.model.transformer import EPS, Gelu, Transformer, gelu
+from m3ae_fast.model.transformer import EPS, QKV, Gelu, Transformer, gelu
 
 
 class Losses(NamedTuple):
@@ -117,6 +117,17 @@ class M3AE(MultimodalEncoder):
         self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
         self.text_head = MaskedTokenLoss(width, config.vocab_size, reduction="sum") if config.vocab_size else None
         self.reset_parameters()
+
+    def hidden_matrices(self) -> dict[Tensor, int]:
+        """Return the weights between hidden layers, those of the blocks and of the decoder's input, and the number of
+        matrices that each stacks: queries, keys and values, or the decoder's keys and values of each block."""
+        found: dict[Tensor, int] = {self.decoder_input.proj.weight: 1}
+        for module in (m for part in (self.encoder, self.decoder) for m in part.blocks.modules()):
+            if isinstance(module, nn.Linear):
+                found[module.weight] = 3 if isinstance(module, QKV) else 1
+        if isinstance(self.decoder, CrossDecoder):
+            found[self.decoder.kv.weight] = 2 * len(self.decoder.blocks)
+        return found
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -22,6 +22,7 @@ from m3ae_fast.engine.memory_estimate import (
     activation_bytes,
     caption_tokens,
     in_bf16,
+    matrix_elements,
     memory_needed,
     recomputes,
     typical_batch,
@@ -111,8 +112,10 @@ def report(
         lines.append(("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"))
         lines += _fetching(config, found.train, world, rate) if gpus else []
     activations = micro * activation_bytes(config, batch) / len(batch.keys)
+    matrices = matrix_elements(config, model)
     if not gpus:
-        memory = sum(zero_bytes(parameters, config.zero.stage if config.zero else 0, world, in_bf16(config)))
+        stage = config.zero.stage if config.zero else 0
+        memory = sum(zero_bytes(parameters, stage, world, in_bf16(config), matrices))
         lines.append(("memory", f"{(memory + activations) / 1e9:,.3g} GB per rank, an estimate"))
     if not (gpus or data):
         lines.append(("time", "not measured without data; --world N plans a run on N GPUs elsewhere"))
@@ -120,7 +123,7 @@ def report(
         console.print(f"{name:21} {text}")
     if not gpus:
         return
-    console.print(_memory_table(config, parameters, world, activations))
+    console.print(_memory_table(config, parameters, world, activations, matrices))
     console.print("activations are an estimate: what autograd saves for each block, in the run's precision")
     if recomputes(config.train):
         fraction = (6 + config.model.mlp_ratio) / (8 + 2 * config.model.mlp_ratio)
@@ -204,10 +207,12 @@ def _fetching(config: Config, corpus: Corpus, world: int, rate: float) -> list[t
     ]
 
 
-def _memory_table(config: Config, parameters: int, world: int, activations: float) -> Table:
-    table = Table("ZeRO stage", "weights", "gradients", "master + Adam", "activations", "GB per GPU")
+def _memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:
+    adam = "Adam" if config.optim.name == "adamw" else "Muon and Adam"
+    table = Table("ZeRO stage", "weights", "gradients", f"master + {adam}", "activations", "GB per GPU")
     for stage in range(4):
-        rows = [part / 1e9 for part in (*zero_bytes(parameters, stage, world, in_bf16(config)), activations)]
+        state = zero_bytes(parameters, stage, world, in_bf16(config), matrices)
+        rows = [part / 1e9 for part in (*state, activations)]
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
     return table

@@ -68,6 +68,18 @@ def cautions(config: Config, data: Data, schedule: Schedule) -> list[str]:
     return notes
 
 
+def open_options(config: Config) -> str:
+    """Return a line on the options of a run that is not the official M3AE's; "" if it is."""
+    values = {
+        "model.dec_attention": (config.model.dec_attention, "self"),
+        "masking.image_predicted": (config.masking.image_predicted, 1.0),
+        "masking.text_predicted": (config.masking.text_predicted, 1.0),
+        "optim.name": (config.optim.name, "adamw"),
+    }
+    changed = ", ".join(f"{name}={value}" for name, (value, official) in values.items() if value != official)
+    return f"Open: {changed}; without it the run is Closed, equal to the official M3AE" if changed else ""
+
+
 def _trains(config: Config) -> bool:
     """Return whether any loss has a weight and something to be of."""
     loss, masking = config.loss, config.masking

@@ -34,7 +34,7 @@ from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.optimizer import state_kinds
+from m3ae_fast.engine.optimizer import optimizer_groups, state_kinds
 from m3ae_fast.engine.schedule import Change, Schedule, split_batch
 from m3ae_fast.engine.validation import Yardsticks, evaluate
 from m3ae_fast.model.m3ae import M3AE
@@ -45,7 +45,7 @@ from m3ae_fast.process.stopping import Stopped, until_stopped
 from m3ae_fast.training.attention import RunAttention
 from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.loop import Loop, train
-from m3ae_fast.training.notices import cautions
+from m3ae_fast.training.notices import cautions, open_options
 from m3ae_fast.training.run_folder import RunFolder
 from m3ae_fast.training.throughput import StepCounts, Throughput
 from m3ae_fast.training.time_limit import TimeLimit
@@ -227,8 +227,7 @@ class Run(Loop):
             f"steps {self.step} to {self.schedule.total_steps}{adjusted}, run folder {config.run.dir}",
             f"{self.schedule.describe_rate()}, after {self.schedule.warmup_steps:,} steps of warm-up",
         ]
-        if self.engine.memory:
-            lines.append(self.engine.memory)
+        lines += filter(None, (open_options(config), self.engine.memory))
         if self.step >= self.schedule.total_steps:
             fixed = "set train.hours=null and " if config.train.hours else ""
             lines.append(f"training is complete; {fixed}raise train.epochs or train.steps to continue")
@@ -301,7 +300,7 @@ def _build_model(config: Config, found: Resume, ranks: Ranks) -> tuple[M3AE, dic
     a note on others' weights. Raises UserError where weights do not fit it."""
     torch.manual_seed(config.run.seed)
     model, notes = M3AE(config.model, config.loss), []
-    found.open(model, state_kinds(config.train.ema))
+    found.open(model, state_kinds(model, optimizer_groups(model, config.optim), config.train.ema))
     if not found.read and config.model.init_from:
         notes = [start_from(model, config.model.init_from, ranks)]
     return model, constants(model, found.read), notes

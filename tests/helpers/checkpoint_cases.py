@@ -73,14 +73,15 @@ def probe(engine: Engine) -> Tensor:
 
 def as_deepspeed_has_it(engine: Engine) -> dict[str, Tensor]:
     """Return the state as `engine.whole` has it, which from stage 1 on must be as DeepSpeed itself has it."""
-    found = {f"{k}/{name}": t for k in ("model", *engine.kinds) for name, t in engine.whole(k).items()}
+    kinds = {kind for each in engine.kinds.values() for kind in each}
+    found = {f"{k}/{name}": t for k in ("model", *sorted(kinds)) for name, t in engine.whole(k).items()}
     if not isinstance(engine, DeepSpeedEngine) or engine.zero.stage == 0:
         return found
     if engine.zero.stage < 3:  # it links moments after its first step, and those of its first group alone
         engine.ds.optimizer._hp_optimizer_states_linked = False
         engine.ds.optimizer._lazy_init_hp_params_optimizer_state()
     for name, p in engine.model.named_parameters():
-        for kind in engine.kinds:
+        for kind in engine.kinds[name]:
             assert torch.equal(safe_get_full_optimizer_state(p, kind), found[f"{kind}/{name}"]), (name, kind)
         assert torch.equal(safe_get_full_fp32_param(p), found[f"model/{name}"]), name
     return found

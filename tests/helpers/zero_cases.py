@@ -1,7 +1,8 @@
 """Many engines, one after another in this process, on one rank or two: run by test_engine_parity.py.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases matrix|unclipped|configs|uneven FILE
+    python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases CASES FILE
 
+CASES: matrix, unclipped, configs, uneven or muon.
 Writes one line of JSON per case into FILE: its name, and (loss, gradient norm) of every step.
 """
 
@@ -46,12 +47,14 @@ def config_of(
     zero: dict[str, Any],
     clip_grad: float | None = 1.0,
     resize: str = "square",
+    model: dict[str, Any] | None = None,
+    optim: dict[str, Any] | None = None,
     **section: Any,
 ) -> Config:
     data = {
-        "model": TINY | {"resize": resize},
+        "model": TINY | {"resize": resize} | (model or {}),
         "data": {"train": [{"shards": "none.tar"}]},
-        "optim": {"clip_grad": clip_grad},
+        "optim": {"clip_grad": clip_grad} | (optim or {}),
         "train": {
             "steps": STEPS,
             "global_batch": BATCH,
@@ -89,6 +92,17 @@ def uneven(world: int) -> Iterator[Case]:
     for stage, accumulation in itertools.product((None, 0, 1, 2, 3), (1, 2)):
         name = f"stage={stage} accumulation={accumulation}"
         yield name, config_of(world, stage, accumulation, "fp32", SMALL_BUCKET if stage else {}, resize="native")
+
+
+def muon(world: int) -> Iterator[Case]:
+    """Return Muon at the stages that it works at, with a decoder whose keys and values are one weight, and with
+    gradients spread over ranks in another order than the weights'."""
+    options: dict[str, Any] = {"model": {"dec_attention": "cross"}, "optim": {"name": "muon"}}
+    for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2)):
+        for round_robin in (False, True) if stage else (False,):
+            zero = SMALL_BUCKET | {"round_robin_gradients": round_robin} if stage else {}
+            name = f"{precision} stage={stage} round_robin={round_robin}"
+            yield name, config_of(world, stage, 2, precision, zero, **options)
 
 
 def configs(world: int) -> Iterator[Case]:
@@ -154,7 +168,7 @@ def take(ranks: Ranks, engine: Engine, config: Config, steps: range) -> list[tup
 def main(argv: list[str] | None = None) -> int:
     which, out = argv or sys.argv[1:]
     logging.disable(logging.WARNING)
-    cases = {"matrix": matrix, "unclipped": unclipped, "configs": configs, "uneven": uneven}[which]
+    cases = {"matrix": matrix, "unclipped": unclipped, "configs": configs, "uneven": uneven, "muon": muon}[which]
     with join_ranks() as ranks, open(out if ranks.is_main else os.devnull, "w", encoding="utf-8") as file:
         torch.set_num_threads(1)
         curves: dict[str, list[tuple[float, float]]] = {}

@@ -1,0 +1,119 @@
+"""Muon: each update of a hidden matrix is orthogonalised. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon,
+with the scale of Moonlight, arXiv 2502.16982.
+
+Shapes: N matrices, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MOMENTUM = "momentum_buffer"  # of the state: torch.optim.Muon's name for it
+UPDATE_RMS = 0.2  # root mean square of an update's elements at a learning rate of 1, as Adam's typically have
+ITERATIONS = 5
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's: singular values end between 0.68 and 1.14
+_EPS = 1e-7
+
+
+class Matrix(NamedTuple):
+    """A matrix within a flat buffer."""
+
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows * self.columns
+
+
+class Part(NamedTuple):
+    """What a parameter of the optimiser is of a flat buffer."""
+
+    start: int  # the parameter's first element in the buffer
+    matrices: list[Matrix]  # those that overlap with the parameter
+    gather: Callable[[Tensor], Tensor]  # gives the whole buffer of what each rank has of it
+
+
+def orthogonalise(x_NRC: Tensor) -> Tensor:
+    """Return approximations of the nearest semi-orthogonal matrices, by Newton-Schulz iterations in the dtype of `x`;
+    of a matrix of zeros, zeros."""
+    if x_NRC.shape[1] > x_NRC.shape[2]:
+        return orthogonalise(x_NRC.mT).mT
+    x_NRC = x_NRC / (x_NRC.norm(dim=(1, 2), keepdim=True) + _EPS)
+    for _ in range(ITERATIONS):
+        gram_NRR = x_NRC @ x_NRC.mT
+        factor_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=_B, alpha=_C)
+        x_NRC = torch.baddbmm(x_NRC, factor_NRR, x_NRC, beta=_A)
+    return x_NRC
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for one group of parameters, and another optimiser for all others.
+
+    The group has `momentum`, `weight_decay` (decoupled), and `matrices`: the number of matrices of equally many rows
+    that each parameter consists of. All groups are the other optimiser's own dictionaries and the state is its own,
+    so that ZeRO, which puts flat buffers in the place of parameters, does so for both; see `shard`.
+    """
+
+    def __init__(self, group: dict[str, Any], others: torch.optim.Optimizer) -> None:
+        """Take the group and the optimiser of the others."""
+        self.others = others
+        super().__init__([group, *others.param_groups], {"lr": 0.0})
+        self.state = others.state
+        self._stacked = dict(zip(group["params"], group.pop("matrices")))
+        self._parts = {p: Part(0, self._matrices(p, 0), torch.flatten) for p in group["params"]}
+
+    def _matrices(self, p: Tensor, start: int) -> list[Matrix]:
+        """Return the matrices of a parameter that begins at `start` of a buffer."""
+        number = self._stacked[p]
+        rows, columns = len(p) // number, p.shape[1]
+        return [Matrix(start + i * rows * columns, rows, columns) for i in range(number)]
+
+    def shard(self, flat: Tensor, start: int, starts: Mapping[Tensor, int], gather: Callable[[Tensor], Tensor]) -> None:
+        """Let `flat` stand for this rank's part of a buffer, which begins at its element `start`. `starts`: the first
+        element of each parameter in the buffer; `gather`: see `Part`."""
+        matrices = [matrix for p in self._stacked for matrix in self._matrices(p, starts[p])]
+        own = [m for m in matrices if m.start < start + len(flat) and start < m.stop]
+        self._parts = {flat: Part(start, own, gather)}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the groups' parameters. Where the Muon group is sharded, every rank must call it."""
+        self.others.param_groups = [group for group in self.param_groups if "momentum" not in group]
+        if self.others.param_groups:
+            self.others.step()
+        for group in self.param_groups:
+            if "momentum" in group:
+                self._step(group["params"], group["lr"], group["momentum"], group["weight_decay"])
+
+    def _step(self, params: list[Tensor], lr: float, beta: float, weight_decay: float) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Matrix, Tensor]]] = {}
+        for p in params:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if MOMENTUM not in state:
+                state[MOMENTUM] = torch.zeros_like(p)
+            momentum = state[MOMENTUM].lerp_(p.grad, 1 - beta)
+            if lr == 0:  # the weights stay
+                continue
+            part = self._parts[p]
+            whole = part.gather(torch.lerp(p.grad, momentum, beta))  # Nesterov's
+            p.mul_(1 - lr * weight_decay)
+            for matrix in part.matrices:
+                x_RC = whole[matrix.start : matrix.stop].view(matrix.rows, matrix.columns)
+                wide_RC = x_RC.mT if matrix.rows > matrix.columns else x_RC
+                by_shape.setdefault((len(wide_RC), wide_RC.shape[1]), []).append((p, matrix, wide_RC))
+        for (_, columns), members in by_shape.items():
+            scale = UPDATE_RMS * math.sqrt(columns)
+            for (p, matrix, _), wide_RC in zip(members, orthogonalise(torch.stack([wide for *_, wide in members]))):
+                update = (wide_RC.mT if matrix.rows > matrix.columns else wide_RC).flatten()
+                first = matrix.start - self._parts[p].start  # in the parameter
+                begin, end = max(first, 0), min(first + len(update), p.numel())
+                p.view(-1)[begin:end].add_(update[begin - first : end - first], alpha=-lr * scale)

@@ -1,0 +1,212 @@
+"""Muon: its update against the polar factor, its steps against a loop over matrices, the same curve on all ranks and
+ZeRO stages, and what becomes of its state."""
+
+import json
+import math
+import shutil
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.packing import pack
+from m3ae_fast.checkpoint import resuming
+from m3ae_fast.config import Config, parse
+from m3ae_fast.config.evaluation import FineTuneConfig
+from m3ae_fast.engine.build import build_engine
+from m3ae_fast.engine.memory_estimate import matrix_elements, muon_bytes, zero_bytes
+from m3ae_fast.engine.muon import orthogonalise
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.training.notices import open_options
+from tests.helpers.ranks import run_ranks
+from tests.helpers.trainer import TINY, zero
+from tests.test_model import MIXED
+from tests.test_model import TINY as SMALL
+
+MUON = ["--set", "optim.name=muon", "--set", "train.save_every=2", "--set", "train.keep=9", "--set", "train.ema=0.7"]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (1, 7)])
+def test_newton_schulz_gives_about_the_polar_factor(shape):
+    """Its singular vectors are those of the matrix. Jordan's coefficients bring all singular values that are not tiny
+    between 0.68 and 1.14."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, *shape, generator=generator)
+    u, sizes, v = torch.linalg.svd(x, full_matrices=False)
+    inside = u.mT @ orthogonalise(x) @ v.mT
+    values = inside.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=2e-5)
+    values = values[sizes > 0.02 * sizes.norm(dim=1, keepdim=True)]
+    assert len(values) > 0 and values.min() > 0.6 and values.max() < 1.2
+    assert not orthogonalise(torch.zeros(2, *shape)).any()
+
+
+def config(**optim) -> Config:
+    data = json.loads(json.dumps(TINY))
+    data["optim"] |= {"name": "muon", "weight_decay": 0.3, "betas": [0.8, 0.6], "eps": 0.01} | optim
+    data["train"] |= {"global_batch": 6, "micro_batch": 3}
+    return parse(Config, data, "test")
+
+
+def stacked(name: str, model: M3AE) -> int:
+    """The number of matrices of a weight that Muon updates, by its name; 0 where AdamW does."""
+    if name == "decoder.kv.weight":
+        return 2 * model.config.dec_depth
+    if name.endswith(".qkv.weight"):
+        return 3
+    return int(
+        name == "decoder_input.proj.weight" or (".blocks." in name and name.endswith("weight") and "norm" not in name)
+    )
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_steps_are_those_of_a_loop_over_matrices(attention):
+    """Clipped before the orthogonalisation, with Nesterov's momentum and decoupled weight decay; AdamW for the rest."""
+    settings = config(clip_grad=0.1, muon_momentum=0.7, muon_lr_ratio=3.0)
+    with join_ranks() as ranks:
+        torch.manual_seed(0)
+        model = M3AE(SMALL.model_copy(update={"dec_attention": attention}), settings.loss)
+        batch = pack(MIXED, model.geometry)
+        engine = build_engine(model, settings, ranks)
+        weights = engine.whole("model")
+        moments = {name: torch.zeros(2, *w.shape) for name, w in weights.items()}
+        for step, rate in enumerate((0.02, 0.0, 0.05), 1):
+            model.zero_grad()
+            model(batch, batch.counts).loss.backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            model.zero_grad()
+            norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+            for name, gradient in gradients.items():
+                gradient = gradient * min(1.0, 0.1 / norm.item())
+                first, second = moments[name]
+                decay = 0.3 if name.endswith(".weight") else 0.0
+                if number := stacked(name, model):
+                    first += 0.3 * (gradient - first)
+                    update = gradient + 0.7 * (first - gradient)
+                    pieces = [orthogonalise(x[None])[0] * 0.2 * math.sqrt(max(x.shape)) for x in update.chunk(number)]
+                    weights[name] -= 3 * rate * (torch.cat(pieces) + decay * weights[name])
+                else:
+                    first += 0.2 * (gradient - first)
+                    second += 0.4 * (gradient.square() - second)
+                    size = (second / (1 - 0.6**step)).sqrt() + 0.01
+                    weights[name] -= rate * (first / (1 - 0.8**step) / size + decay * weights[name])
+            engine.step([batch], batch.counts, rate)
+            for name, found in engine.whole("model").items():
+                torch.testing.assert_close(found, weights[name], rtol=2e-4, atol=2e-5, msg=name)
+        kinds = engine.kinds
+    assert {name for name, each in kinds.items() if each == ("momentum_buffer",)} == {
+        name for name in weights if stacked(name, model)
+    }
+    assert sum(stacked(name, model) > 1 for name in weights) >= 2
+    assert engine.optimizer_name == "Muon for hidden matrices (learning rate x 3), torch AdamW for the rest"
+
+
+@pytest.mark.slow
+def test_curves_are_plain_torchs_on_one_rank(tmp_path):
+    """On one, two and three ranks, which cut matrices anywhere, at every stage: exactly in float32."""
+    found = {}
+    for ranks in (1, 2, 3):
+        path = tmp_path / f"{ranks}.jsonl"
+        code, out = run_ranks("tests.helpers.zero_cases", ["muon", str(path)], ranks, tmp_path / f"{ranks}.log")
+        assert code == 0, out[-3000:]
+        found[ranks] = {name: np.array(curve) for name, curve in map(json.loads, path.read_text().splitlines())}
+    plain = found[1]["fp32 stage=None round_robin=False"]
+    assert np.ptp(plain[:, 0]) > 0.1
+    for (ranks, curves), (precision, tolerance) in product(found.items(), (("fp32", 1e-5), ("bf16", 2e-2))):
+        cases = {name: curve for name, curve in curves.items() if name.startswith(precision)}
+        assert len(cases) == 6
+        for name, curve in cases.items():
+            np.testing.assert_allclose(curve, plain, rtol=tolerance, err_msg=f"{name} on {ranks} ranks")
+
+
+def _cut(trainer, run: str, step: int) -> None:
+    for path in checkpoint.saved_steps(trainer.folder / run):
+        if checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 1])
+def test_resume_is_bitwise(trainer, stage):
+    options = [*zero(stage), *MUON, "--set", "train.precision=bf16"]
+    out = trainer("run", *options)
+    assert "optimiser: Muon for hidden matrices (learning rate x 2), torch AdamW for the rest" in out
+    whole = trainer.losses("run")
+    _cut(trainer, "run", 4)
+    trainer("run", *options, "--resume", "auto")
+    assert trainer.losses("run") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks", "then_stage", "then_ranks"), [(2, 2, None, 1), (None, 1, 1, 2)])
+def test_resume_on_other_ranks_and_stage(trainer, stage, ranks, then_stage, then_ranks):
+    trainer("run", *zero(stage), *MUON, ranks=ranks)
+    whole = np.array(trainer.losses("run"))
+    _cut(trainer, "run", 4)
+    trainer("run", *zero(then_stage), *MUON, "--resume", "auto", ranks=then_ranks)
+    np.testing.assert_allclose(np.array(trainer.losses("run")), whole, rtol=2e-5)
+    (saved,) = checkpoint.saved_steps(trainer.folder / "run")[-1:]
+    names = checkpoint.open_state(saved).shapes
+    kinds = {
+        kind for kind, _, name in (each.partition("/") for each in names) if name == "encoder.blocks.0.mlp.fc1.weight"
+    }
+    assert kinds == {"model", "momentum_buffer", "ema"}
+
+
+@pytest.mark.slow
+def test_the_other_optimiser_is_refused_at_a_resume(trainer):
+    trainer("run", *MUON, "--set", "train.steps=2")
+    out = trainer("run", "--resume", "auto", "--set", "train.steps=4", code=2)
+    (line,) = out.strip().splitlines()[-1:]
+    assert "was made with optim.name = muon, the config says adamw" in line
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
+    ids=["stage 3", "offload_optimizer"],
+)
+def test_what_keeps_no_whole_matrices_is_refused(section, request):
+    data = json.loads(json.dumps(TINY))
+    data["optim"] |= {"name": "muon"}
+    data["deepspeed"] = {"zero_optimization": section}
+    with pytest.raises(UserError, match=f"optim.name muon needs whole matrices, of which {request.node.callspec.id}"):
+        parse(Config, data, "test")
+    data["optim"]["name"] = "adamw"
+    parse(Config, data, "test")
+
+
+def test_a_checkpoint_of_a_version_without_muon_is_adamws(tmp_path):
+    settings = config()
+    saved = settings.model_dump(mode="json")
+    del saved["optim"]["name"]
+    info = checkpoint.Info(1, 0, settings.run.seed, saved, {})
+    with pytest.raises(UserError, match=r"was made with optim\.name = adamw, the config says muon"):
+        resuming.check_fits(tmp_path, info, settings, {})
+    resuming.check_fits(tmp_path, info, config(name="adamw"), {})
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_memory_estimate_has_one_moment_of_a_matrix(stage):
+    model = M3AE(SMALL)
+    parameters = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for name, p in model.named_parameters() if stacked(name, model))
+    assert matrix_elements(config(name="adamw"), model) == 0
+    assert matrix_elements(config(), model) == matrices > 0
+    *same, moments = zero_bytes(parameters, stage, 4, True)
+    assert zero_bytes(parameters, stage, 4, True, matrices) == (*same, moments - matrices * 4 / (4 if stage else 1))
+    assert muon_bytes(matrices, stage, 4) == 4 * matrices * (1.75 if stage else 4)
+
+
+def test_a_run_says_that_it_is_open():
+    assert open_options(config(name="adamw")) == ""
+    assert open_options(config()).startswith("Open: optim.name=muon; ")
+
+
+def test_fine_tuning_has_adamw_alone():
+    with pytest.raises(UserError, match=r"unknown key .*name"):
+        parse(FineTuneConfig, {"name": "muon", "epochs": 1}, "test")
