@@ -391,7 +391,7 @@ def test_a_save_begins_the_copy_that_the_next_update_waits_for():
         settings=SimpleNamespace(global_batch=4, keep=1),
         run=SimpleNamespace(seed=0),
         step=3, finite_evaluation=None, constants=dict, staging=staging, sections={}, stream={}, attention={},
-        limit=None, schedule=SimpleNamespace(changes=()),
+        limit=None, schedule=SimpleNamespace(changes=(), decay_begin=None),
     )  # fmt: skip
     Loop.save(loop)
     waiting = threading.Thread(target=staging.wait)

@@ -237,7 +237,7 @@ SETTINGS = {
     | dict.fromkeys(
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
     )
-    | dict.fromkeys(("muon_momentum", "muon_lr_ratio"), NOTED),
+    | dict.fromkeys(("muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
     "train": {"global_batch": REFUSED}
     | dict.fromkeys(("epochs", "steps", "precision"), NOTED)
     | dict.fromkeys(

@@ -5,6 +5,7 @@ from m3ae_fast.checkpoint.folder import (
     GOOD,
     INFO_FILE,
     Info,
+    before_decay,
     checkpoints_dir,
     is_good,
     locate,

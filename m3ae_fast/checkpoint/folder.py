@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,7 @@ class Info:
     sha256: dict[str, str] = field(default_factory=dict)  # by file
     attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the kernel that was chosen, by part
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)  # of its `Schedule`
+    decays: bool = False  # whether the learning rate has begun to fall, with a schedule that can be extended
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds, where the run has a time limit
 
 
@@ -208,11 +209,12 @@ class _Save(NamedTuple):
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep` and the last one that is known to be good."""
+    """Remove all checkpoints but the last `keep`, the last one that is known to be good, and the last one before the
+    learning rate fell, from which a run can be extended."""
     saved = saved_steps(run_dir)
-    good = [path for path in saved if is_good(path)][-1:]
+    kept = [*[path for path in saved if is_good(path)][-1:], before_decay(saved)]
     for old in saved[:-keep]:
-        if old not in good:
+        if old not in kept:
             removed = old.with_name(f".removing-{old.name}")  # renamed first: it is whole or not there
             with contextlib.suppress(FileNotFoundError):  # the run's folder was renamed or removed meanwhile
                 old.rename(removed)
@@ -221,6 +223,19 @@ def prune(run_dir: Path, keep: int) -> None:
 
 def is_good(path: Path) -> bool:
     return (path / GOOD).exists()
+
+
+def before_decay(saved: Sequence[Path]) -> Path | None:
+    """Return the last of these checkpoints whose learning rate had not begun to fall, if that of the last one had; else
+    the last. None where there is none. One that is damaged counts as if its rate had not."""
+
+    def decays(path: Path) -> bool:
+        try:
+            return read_info(path).decays
+        except UserError:
+            return False
+
+    return next((path for path in reversed(saved) if not decays(path)), None)
 
 
 def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ _Change = tuple[str, Any, Any]  # name, old and new value
 _GROUP = 16  # what data.shuffle_shards was by default, before there were lanes
 
 
-def find(run_dir: Path, resume: str) -> Path | None:
-    """Return the checkpoint that `--resume` means: "auto" (the last one that has not FAILED, if any), "no", or a path
-    for `checkpoint.locate`. Raises UserError where the path holds none, `run_dir` holds those of another run, or all
-    have failed."""
+def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool] = lambda info: False) -> Path | None:
+    """Return the checkpoint that `--resume` means: "auto", "no", or a path for `checkpoint.locate`. "auto" is the last
+    one that has not FAILED, if any; if the run that wrote it is now `extended`, the last one before the learning rate
+    fell. Raises UserError where the path holds none, `run_dir` holds those of another run, or all have failed."""
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
@@ -36,7 +36,10 @@ def find(run_dir: Path, resume: str) -> Path | None:
             raise UserError(
                 f"{run_dir}: none of its checkpoints gave a finite loss; delete them to start over, with another config"
             )
-        return usable[-1] if own else None
+        if not own:
+            return None
+        before = checkpoint.before_decay(usable)
+        return before if before not in (None, usable[-1]) and extended(checkpoint.read_info(usable[-1])) else usable[-1]
     path = None if resume == "no" else checkpoint.locate(Path(resume))
     if own and (path is None or path.resolve() not in [p.resolve() for p in own]):
         raise UserError(f"{run_dir} already holds checkpoints; add --resume auto, or choose another run.dir")
@@ -46,10 +49,17 @@ def find(run_dir: Path, resume: str) -> Path | None:
 class Resume:
     """The checkpoint that a run continues from, if any. Every rank must make one, and call its methods."""
 
-    def __init__(self, run_dir: Path, resume: str, ranks: Ranks) -> None:
-        """Find the checkpoint that `--resume` means. Raises UserError as `find` does, and where it is damaged."""
+    def __init__(
+        self,
+        run_dir: Path,
+        resume: str,
+        ranks: Ranks,
+        extended: Callable[[checkpoint.Info], bool] = lambda info: False,
+    ) -> None:
+        """Find the checkpoint that `--resume` means: arguments as of `find`. Raises UserError as `find` does, and where
+        it is damaged."""
         self.ranks = ranks
-        self.path = path = ranks.broadcast(lambda: find(run_dir, resume))
+        self.path = path = ranks.broadcast(lambda: find(run_dir, resume, extended))
         self.info = ranks.broadcast(lambda: checkpoint.read_info(path)) if path else None
         self.step = self.info.step if self.info else 0
         self.read: Read | None = None  # see `open`

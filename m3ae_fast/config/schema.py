@@ -358,6 +358,11 @@ class ScheduleConfig(Section):
     warmup_epochs: float = Field(5, ge=0, le=1e6)
     """Length of the warm-up, in epochs; at most the whole run."""
 
+    @property
+    def decay(self) -> float | None:
+        """Return the fraction of the steps in which the learning rate falls, after which it stays; None: a cosine."""
+        return None
+
     def lr_factor(self, global_batch: int) -> float:
         """Return the factor of the learning rates."""
         return global_batch / 256
@@ -377,7 +382,7 @@ class OptimConfig(ScheduleConfig):
 
 
 class PretrainingOptimConfig(OptimConfig):
-    """AdamW with linear warm-up and cosine decay, as in the official code, or Muon."""
+    """AdamW with linear warm-up and cosine decay, as in the official code; or Muon, and another schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """Optimiser: `adamw`; or `muon`, which orthogonalises the updates of the blocks' matrices and leaves the rest to
@@ -387,6 +392,16 @@ class PretrainingOptimConfig(OptimConfig):
     muon_lr_ratio: float = Field(2.0, gt=0, le=1e3)
     """Muon: learning rate of its matrices, as a multiple of AdamW's. Their updates have the size of AdamW's at equal
     rates; orthogonalised ones bear larger rates."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up: `cosine`; or `wsd` (warm-up, stable, decay), which stays at its peak and falls
+    at the end, so that a run can be extended from its checkpoint before the decay."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd: fraction of the steps in which the learning rate falls, as 1 minus the root of the decay's progress
+    (arXiv 2405.18392)."""
+
+    @property
+    def decay(self) -> float | None:
+        return self.decay_fraction if self.schedule == "wsd" else None
 
 
 class LoopConfig(Section):

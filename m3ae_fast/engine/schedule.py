@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +27,15 @@ def warmup_cosine(
         return init + (peak - init) * step / warmup_steps
     progress = min(step - warmup_steps, total_steps - warmup_steps) / max(total_steps - warmup_steps, 1)
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_stable_decay(
+    step: float, warmup_steps: int, decayed: float, init: float = 0.0, peak: float = 1.0, end: float = 0.0
+) -> float:
+    """Return what rises linearly from `init` to `peak` in the warm-up, and then falls to `end` as 1 minus the root of
+    `decayed`, the progress of the decay (arXiv 2405.18392)."""
+    rate = init + (peak - init) * step / warmup_steps if step < warmup_steps else peak
+    return end + (rate - end) * (1 - math.sqrt(decayed))
 
 
 def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
@@ -94,6 +104,38 @@ class Schedule:
             since, pace = change.step, (self.configured_steps - position) / (change.total - change.step)
         return position + (step - since) * pace
 
+    def _decays(self) -> Iterator[tuple[int, int, int, float]]:
+        """Yield, from the start and from each change on: the step from which that holds, the first and the last step of
+        the decay, and its progress before the first. A decay that has not begun is planned anew, for the end of all
+        steps; one that has begun takes what is left of it over the steps that are left."""
+        fraction = self.optim.decay or 0.0
+
+        def begin(total: int) -> int:
+            return total - max(round(fraction * total), 1)
+
+        first, last, before = begin(self.configured_steps), self.configured_steps, 0.0
+        yield 0, first, last, before
+        for step, total in self.changes:
+            if step > first:
+                before += (1 - before) * (step - first) / (last - first)
+                first = step
+            else:
+                first = max(step, begin(total))
+            last = total
+            yield step, first, last, before
+
+    @property
+    def decay_begin(self) -> int | None:
+        """Return the steps taken when the decay begins, with all changes so far; None with a cosine."""
+        if self.optim.decay is None:
+            return None
+        return [first for _, first, _, before in self._decays() if before == 0][-1]
+
+    def decayed(self, step: int) -> float:
+        """Return the progress of the decay before 0-based `step`, from 0 to 1."""
+        _, first, last, before = [each for each in self._decays() if each[0] <= step][-1]
+        return before + (1 - before) * min(max(step - first, 0) / (last - first), 1)
+
     def describe_rate(self) -> str:
         """Return the learning rate after the warm-up in words, which logs have, and how it follows from `peak_lr`."""
         optim, batch = self.optim, self.train.global_batch
@@ -104,6 +146,10 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Return the learning rate of 0-based `step`."""
         batch = self.train.global_batch
+        if self.optim.decay is not None:
+            scale = self.optim.lr_factor(batch)
+            rates = (scale * lr for lr in (self.optim.init_lr, self.optim.peak_lr, self.optim.end_lr))
+            return warmup_stable_decay(step, self.warmup_steps, self.decayed(step), *rates)
         return learning_rate(self.position(step), self.optim, batch, self.warmup_steps, self.configured_steps)
 
     def due(self, step: int, every: int | None) -> bool:

@@ -240,8 +240,13 @@ class Loop(ABC):
         """Log that a stop interrupted an evaluation; the next start repeats it."""
         self.log.say(f"the evaluation after step {self.step} was cut short; --resume auto makes up for it")
 
+    def _saves(self) -> bool:
+        """Return whether a checkpoint is due: in its period, and before the learning rate falls, so that the run can be
+        extended from there."""
+        return self.schedule.due(self.step, self.settings.save_every) or self.step == self.schedule.decay_begin
+
     def save_if_due(self) -> None:
-        if self.schedule.due(self.step, self.settings.save_every):
+        if self._saves():
             self.stop_if_not_finite()
             self.save()
 
@@ -256,7 +261,9 @@ class Loop(ABC):
         about = (step, step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
         spent = self.limit.spent if self.limit else 0.0
         changes: list[tuple[int, int]] = list(self.schedule.changes)
-        info = checkpoint.Info(*about, self.stream, attention=self.attention, changes=changes, spent=spent)
+        begin = self.schedule.decay_begin
+        decays = begin is not None and step > begin
+        info = checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent)
 
         def write() -> None:
             part = self.agreement.together(lambda: self._copy(step, constants))
@@ -305,7 +312,7 @@ class Loop(ABC):
             self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
         if self.step >= self.schedule.total_steps:
             return
-        if self.step > self.start and not self.schedule.due(self.step, self.settings.save_every):
+        if self.step > self.start and not self._saves():
             self.save()
             self.ranks.together(self.saving.wait)
         reason = self.stop.reason or BY_ANOTHER

@@ -75,6 +75,7 @@ def open_options(config: Config) -> str:
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
         "masking.text_predicted": (config.masking.text_predicted, 1.0),
         "optim.name": (config.optim.name, "adamw"),
+        "optim.schedule": (config.optim.schedule, "cosine"),
     }
     changed = ", ".join(f"{name}={value}" for name, (value, official) in values.items() if value != official)
     return f"Open: {changed}; without it the run is Closed, equal to the official M3AE" if changed else ""

@@ -75,7 +75,7 @@ class Run(Loop):
         """Open the data, build or restore model and engine. Raises UserError where something is missing or unfit."""
         ranks, cfg = session.ranks, config.train
         _require_kernels(ranks.device)
-        found = Resume(config.run.dir, resume, ranks)
+        found = Resume(config.run.dir, resume, ranks, partial(_extended, config))
         limit = TimeLimit(3600 * cfg.hours, found.info.spent if found.info else 0.0) if cfg.hours else None
         share = split_batch(cfg, ranks.world, ranks.rank)
         _count_shards(config, ranks, session.pulse)
@@ -219,13 +219,15 @@ class Run(Loop):
         per_rank = f"{least} or {least + 1}" if rest else f"{least}"
         accumulated = f" in {self.share.accumulation} parts" if self.share.accumulation > 1 else ""
         adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
+        begin = self.schedule.decay_begin
+        falls = "" if begin is None else f", and falling after {begin:,} steps"
         lines = [
             f"M3AE, {parameters:,} parameters, on {self.ranks.world} x {device.type}, {precision}, {kind}, "
             f"attention: {attention}, optimiser: {self.engine.optimizer_name}",
             f"{self.data.train.samples:,} samples{views}, "
             f"batch {config.train.global_batch} = {self.ranks.world} ranks x {per_rank} samples{accumulated}, "
             f"steps {self.step} to {self.schedule.total_steps}{adjusted}, run folder {config.run.dir}",
-            f"{self.schedule.describe_rate()}, after {self.schedule.warmup_steps:,} steps of warm-up",
+            f"{self.schedule.describe_rate()}, after {self.schedule.warmup_steps:,} steps of warm-up{falls}",
         ]
         lines += filter(None, (open_options(config), self.engine.memory))
         if self.step >= self.schedule.total_steps:
@@ -265,6 +267,13 @@ def pre_train(
         run = Run.set_up(config, resume, session, folder, with_changes)
         run.probe = make_probe(run)
         train(run, config.run.dir if profile and ranks.is_main else None)
+
+
+def _extended(config: Config, info: checkpoint.Info) -> bool:
+    """Return whether a run whose learning rate stays until a decay is to be longer than when it wrote a checkpoint."""
+    was, now = info.config.get("train") or {}, config.train
+    lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
+    return config.optim.decay is not None and any(new and old and new > old for new, old in lengths)
 
 
 def _shown(times: dict[str, float]) -> str:

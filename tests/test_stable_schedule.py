@@ -1,0 +1,84 @@
+"""A learning rate that stays and then falls: its formula, changes of the number of steps, and runs that are extended or
+branch off."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+
+from m3ae_fast.config import Config, parse
+from m3ae_fast.engine.schedule import Schedule
+from tests.helpers.trainer import TINY
+
+
+def schedule(steps: int, decay: float = 0.2, warmup: float = 0.0, **optim) -> Schedule:
+    data = json.loads(json.dumps(TINY))
+    data["train"] |= {"steps": steps, "global_batch": 256}
+    data["optim"] |= {"schedule": "wsd", "decay_fraction": decay, "warmup_epochs": warmup, "peak_lr": 1.0} | optim
+    config = parse(Config, data, "test")
+    return Schedule(config.train, config.optim, samples=256)
+
+
+def test_the_rate_rises_stays_and_falls_as_a_root():
+    plan = schedule(100, warmup=10.0, init_lr=0.1, end_lr=0.01)
+    assert plan.decay_begin == 80
+    assert [plan.lr(step) for step in (0, 5, 10, 50, 80)] == pytest.approx([0.1, 0.55, 1, 1, 1])
+    for step in (81, 85, 99):
+        assert plan.lr(step) == pytest.approx(0.01 + 0.99 * (1 - math.sqrt((step - 80) / 20)))
+    assert plan.lr(100) == plan.lr(500) == pytest.approx(0.01)
+
+
+def test_a_decay_follows_the_end_until_it_has_begun():
+    plan = schedule(100)
+    longer = plan.changed(50, 200)
+    assert longer.decay_begin == 160 and longer.lr(159) == 1 and longer.lr(60) == 1
+    assert [longer.lr(step) for step in range(160, 200)] == [schedule(200).lr(step) for step in range(160, 200)]
+    shorter = plan.changed(90 - 30, 65)  # whose decay would have begun before
+    assert shorter.decay_begin == 60 and shorter.lr(60) == 1 and shorter.lr(65) == pytest.approx(0)
+
+
+def test_a_decay_that_has_begun_takes_the_steps_that_are_left():
+    """So the rate does not jump, and ends where it should."""
+    plan = schedule(100).changed(90, 95).changed(92, 110)
+    rates = [plan.lr(step) for step in range(80, 111)]
+    assert plan.decay_begin == 80 and rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0)
+    assert plan.lr(90) == pytest.approx(schedule(100).lr(90)) and max(a - b for a, b in pairwise(rates)) < 0.25
+    assert plan.decayed(92) == pytest.approx(0.5 + 0.5 * 2 / 5)
+
+
+@pytest.mark.parametrize("decay", [1e-6, 1.0])
+def test_any_fraction_leaves_a_step_to_fall_in(decay):
+    plan = schedule(3, decay)
+    assert plan.decay_begin == (2 if decay < 1 else 0) and plan.lr(3) == 0 and plan.lr(plan.decay_begin) == 1
+
+
+def test_a_cosine_has_no_decay_to_go_back_to():
+    plan = schedule(100, schedule="cosine")
+    assert plan.decay_begin is None and plan.lr(50) == pytest.approx(0.5)
+
+
+WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--set", "optim.warmup_epochs=0"]
+
+
+@pytest.mark.slow
+def test_an_extended_run_is_that_of_its_new_length(trainer):
+    """It goes on from the checkpoint before its decay, which is kept however few are."""
+    options = [*WSD, "--set", "train.save_every=1", "--set", "train.keep=1"]
+    trainer("whole", *options, "--set", "train.steps=8")
+    out = trainer("run", *options, "--set", "train.steps=6")
+    assert "and falling after 3 steps" in out and "Open: optim.schedule=wsd" in out
+    assert trainer.checkpoints("run")[:1] == ["step-00000003"]
+    trainer("run", *options, "--set", "train.steps=6", "--resume", "auto")  # the same length: complete
+    trainer("run", *options, "--set", "train.steps=8", "--resume", "auto")
+    assert trainer.losses("run") == trainer.losses("whole")
+    assert trainer.checkpoints("run")[-1] == "step-00000008" and "step-00000004" in trainer.checkpoints("run")
+
+
+@pytest.mark.slow
+def test_a_decay_branches_off_a_stable_run(trainer):
+    trainer("whole", *WSD, "--set", "train.steps=8")
+    trainer("stable", *WSD, "--set", "train.steps=12", "--set", "train.save_every=4", "--set", "train.keep=9")
+    path = trainer.folder / "stable/checkpoints/step-00000004"
+    trainer("branch", *WSD, "--set", "train.steps=8", "--resume", str(path))
+    assert trainer.losses("branch") == trainer.losses("whole")[4:]
