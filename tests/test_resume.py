@@ -223,7 +223,7 @@ REFUSED, STREAM, NOTED, FREE = "was made with", "not the same stream of samples"
 SETTINGS = {
     "run": {"seed": REFUSED, "dir": FREE, "loggers": FREE, "stall_timeout": FREE},
     "model": {name: FREE if name == "init_from" else REFUSED for name in ModelConfig.model_fields},
-    "masking": dict.fromkeys(("image_ratio", "text_ratio", "per"), STREAM),
+    "masking": dict.fromkeys(("image_ratio", "text_ratio", "image_predicted", "text_predicted", "per"), STREAM),
     "loss": dict.fromkeys(
         ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED
     ),
@@ -239,7 +239,7 @@ SETTINGS = {
     )
     | dict.fromkeys(("muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
     "train": {"global_batch": REFUSED}
-    | dict.fromkeys(("epochs", "steps", "precision"), NOTED)
+    | dict.fromkeys(("epochs", "steps", "hours", "precision"), NOTED)
     | dict.fromkeys(
         (
             "micro_batch", "log_every", "eval_every", "save_every", "keep", "ema", "activation_checkpointing",
@@ -281,7 +281,7 @@ def test_another_value_of_a_setting_has_the_consequence_that_it_is_classified_by
 def _another(value):
     """A value of the same kind that is possible for every setting of a tiny model."""
     others = {"tanh": "exact", "sincos": "stored", "after_norm": "before_norm", "pixels": "vqgan", None: "small"}
-    others |= {"square": "native", "absolute": "centred", "uint8": "uint16"}
+    others |= {"square": "native", "absolute": "centred", "uint8": "uint16", "self": "cross"}
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
