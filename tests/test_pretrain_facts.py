@@ -274,6 +274,22 @@ def test_samples_that_cannot_be_used_are_told(tmp_path):
 
 
 @pytest.mark.slow
+def test_labels_that_are_asked_for_and_not_there_end_it_before_training(tmp_path):
+    """Labels that nobody asked for are only noted: see above."""
+
+    def labelled(name):
+        files = [
+            (f"{n}.{end}", data) for n in range(4) for end, data in (("jpg", picture(n)), ("cls", b"%d" % (n % 2)))
+        ]
+        return write_tar(tmp_path / f"{name}.tar", files)
+
+    train, val = map(labelled, ("train", "val"))
+    shards = Shards([train], [val], [])
+    assert look(shards, tmp_path / "run", "cls")[0].classes > 1
+    with pytest.raises(UserError, match=r"--labels json\.nope: .*nope"):
+        look(shards, tmp_path / "run", "json.nope")
+
+
 def test_an_imbalanced_grey_folder_with_splits_and_labels_is_trained_on(tmp_path, capsys):
     """In the layout of ImageFolder, with a table of labels: one look comes first, then a model of grey images."""
     root = tmp_path / "cells"

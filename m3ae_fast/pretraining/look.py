@@ -102,7 +102,8 @@ class _Classes(NamedTuple):
 
 
 def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, str]:
-    """Return the classes, and why their labels cannot be used."""
+    """Return the classes, and why labels that the user did not ask for cannot be used. Raises UserError if those of
+    `--labels` cannot be used."""
     if not shards.val:
         return _Classes(0), ""
     none = "there is no k-NN accuracy and no linear probe"
@@ -115,6 +116,8 @@ def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, 
         train, classes = label_corpus(train, labels)
         val, _ = label_corpus(val, labels, classes)
     except UserError as error:
+        if labels != "cls":  # the user asked for an evaluation by them
+            raise UserError(f"--labels {labels}: {error}") from None
         return _Classes(0), f"{none}: {error}"
     names = class_names(train, classes)
     return _Classes(len(classes), *(_counts(corpus, names) for corpus in (train, val))), ""
