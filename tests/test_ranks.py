@@ -91,6 +91,18 @@ def test_what_is_to_fetch_begins_before_connections_and_cuda(tmp_path):
     assert run_ranks(__name__, ["standing by"], 2, tmp_path / "log") == (0, "fetcher True True False True\n" * 2)
 
 
+def test_a_rank_alone_starts_no_threads_of_gloo(monkeypatch):
+    """One that was in the interpreter when a loader worker is forked can crash that worker."""
+    with program.joined_program() as (alone, *_):
+        for name in ("broadcast_object_list", "all_gather_object", "all_reduce"):
+            monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("a collective of one rank"))
+        assert alone.from_main("a") == "a" and alone.gather(3) == [3] and alone.sum([True, 0.5]) == [1.0, 0.5]
+        values = [1]
+        wait = alone.start_sum(values)
+        values[0] = 2
+        assert wait() == [1.0] and alone.on_main(lambda: 4) == alone.together(lambda: 4) == 4
+
+
 def many_clients():
     """A store whose process may have few files open, until it is a rank."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

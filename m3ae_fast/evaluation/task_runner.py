@@ -94,8 +94,8 @@ def evaluate(
     return None  # stopped
 
 
-def _names(given: str | os.PathLike[str] | Sequence[str]) -> list[str]:
-    return [os.fspath(given)] if isinstance(given, str | os.PathLike) else list(map(str, given))
+def _names(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
+    return (os.fspath(given),) if isinstance(given, str | os.PathLike) else tuple(map(str, given))
 
 
 def _is_classifier(options: Options) -> bool:

@@ -61,11 +61,16 @@ class Ranks:
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin a `sum`; the result is waited for where it is called, in the same order on every rank."""
+        if self.world == 1:
+            alone = [float(value) for value in values]
+            return lambda: alone
         wait = self.sums.start(torch.tensor(values, dtype=torch.float64))
         return lambda: wait().tolist()
 
     def from_main(self, value: T) -> T:
         """Return rank 0's picklable `value` on every rank."""
+        if self.world == 1:  # gloo's threads could be in the interpreter when a loader worker is forked
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
@@ -172,6 +177,8 @@ def _join() -> Ranks:
 
 
 def _gather(value: T, world: int, group: dist.ProcessGroup) -> list[T]:
+    if world == 1:
+        return [value]
     values = [value] * world
     dist.all_gather_object(values, value, group=group)
     return values
