@@ -21,6 +21,7 @@ import torch
 from torch._utils import ExceptionWrapper  # with which a DataLoader's workers hand over their exceptions
 from torch.utils.data import DataLoader
 
+from m3ae_fast.base import forking  # noqa: F401  # for its effect on workers
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.stop_signals import SIGNALS
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from m3ae_fast.base import forking  # noqa: F401  # for its effect on the processes that write
 from m3ae_fast.base.atomic_file import put_in_place
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError

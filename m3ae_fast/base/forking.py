@@ -1,0 +1,27 @@
+"""Keeps the garbage collector of forked processes away from their parent's objects. Importing this module is enough.
+
+A cycle that the parent has not collected yet may hold a process group or a store of torch. If a forked loader worker
+collected it, the destructor would wait for threads that only the parent has: the worker would crash. Python's
+documentation of `gc.freeze` recommends the same before a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+
+_were_frozen = False  # before the fork under way: the training loop freezes too, and its objects stay frozen
+
+
+def _before() -> None:
+    global _were_frozen
+    _were_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+
+
+def _after_in_parent() -> None:
+    if not _were_frozen:
+        gc.unfreeze()
+
+
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent)
