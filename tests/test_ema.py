@@ -10,8 +10,8 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.cli.export import main as export
 from m3ae_fast.cli.visualise import main as visualise
-from m3ae_fast.drawing import reconstructions
 from m3ae_fast.engine.optimizer import EMA, track_ema
+from m3ae_fast.evaluation import run_figures
 from m3ae_fast.weights.open_model import open_model
 from tests.helpers.trainer import zero
 
@@ -72,7 +72,7 @@ def test_what_leaves_the_run_is_the_average(trainer, capsys, monkeypatch):
         weights = open_model(str(model), text=False).state_dict()
         assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])
     drawn = []
-    monkeypatch.setattr(reconstructions, "draw_run", lambda config, weights, *_: drawn.append(weights) or True)
+    monkeypatch.setattr(run_figures, "draw_run", lambda config, weights, *_: drawn.append(weights) or True)
     assert visualise([str(run)]) == 0
     assert torch.equal(drawn[0]["text_head.weight"], average["model/text_head.weight"])
 

@@ -346,7 +346,7 @@ def test_stopped_in_any_stage_the_same_line_goes_on(tmp_path):
         [sys.executable, "-c", STOPS, *line], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    *stopped, whole = re.findall(r"--- (.+)\n((?:.*\n)*?)\n=== code (\d+)\n", done.stdout)
+    *stopped, whole = re.findall(r"--- (.+)\n([\s\S]*?)\n=== code (\d+)\n", done.stdout)
     assert len(stopped) == 10
     for stage, said, code in stopped:
         assert said.splitlines()[-1].endswith("; the same line goes on") and "Traceback" not in said, said

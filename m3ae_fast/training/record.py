@@ -12,7 +12,6 @@ from pathlib import Path
 from m3ae_fast.base.atomic_file import write_whole
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
-from m3ae_fast.process.failures import explain
 from m3ae_fast.training.log import read_metrics
 from m3ae_fast.training.run_folder import is_held
 
@@ -60,6 +59,8 @@ class Recorder:
             state = FINISHED if step() >= self._total else STOPPED
             why = reason() if state == STOPPED else ""
         except BaseException as error:
+            from m3ae_fast.process.failures import explain  # here: it imports torch, and `status` reads records alone
+
             why = " ".join(str(explain(error) or error).split()) or type(error).__name__
             raise
         finally:

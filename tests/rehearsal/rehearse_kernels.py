@@ -147,6 +147,6 @@ def test_official_numbers_on_the_cuda_path(cuda, monkeypatch, capsys):
     golden = min((ROOT / "tests/golden").glob("*.npz"), key=lambda path: path.stat().st_size)
     monkeypatch.setattr(sys, "argv", ["verify", str(golden), "--device", "cuda"])
     with pytest.raises(SystemExit) as done:
-        runpy.run_module("m3ae_fast.verify", run_name="__main__")
+        runpy.run_module("m3ae_fast.cli.verify", run_name="__main__")
     assert done.value.code == 0
     assert "agree with the official implementation" in capsys.readouterr().out
