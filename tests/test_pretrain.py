@@ -164,7 +164,7 @@ def test_the_map_is_beside_the_other_pictures(tmp_path, monkeypatch, capsys):
 
 
 STOPS = """
-import os, signal, sys, time
+import gc, os, signal, sys, time
 from dataclasses import replace
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.pretraining import look, plan, program
@@ -199,6 +199,7 @@ for stage in [*STAGES, None]:
     child = os.fork()
     if not child:
         os.setpgid(0, 0)
+        gc.unfreeze()  # a program of its own: what is left at its end is collected
         os.dup2(1, 2)
         print("---", stage, flush=True)
         if stage:
