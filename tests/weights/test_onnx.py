@@ -17,6 +17,7 @@ from PIL import Image
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.export import main as export
+from m3ae_fast.evaluation import onnx_check
 from m3ae_fast.weights import onnx_model
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import ROOT
@@ -85,7 +86,7 @@ def test_a_file_of_another_name_is_not_written(tmp_path, name):
 def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
     """Though they lack some classes."""
     train, val = labelled_tar(tmp_path / "a.tar", range(6)), labelled_tar(tmp_path / "b.tar", [1, 2, 4, 5])
-    found = onnx_model.open_labelled([train], [val], "json.name")
+    found = onnx_check.open_labelled([train], [val], "json.name")
     ids = [part.sources[0].labels.tolist() for part in (found.train, found.val)]
     assert (found.classes, ids) == (3, [[0, 1, 2, 0, 1, 2], [1, 2, 1, 2]])
 
@@ -93,13 +94,13 @@ def test_samples_to_classify_have_the_class_numbers_of_the_others(tmp_path):
 def test_what_a_file_loses_and_how_fast_it_is_are_told(tmp_path, monkeypatch):
     """The features say nothing, and the clock goes on by a second at each look."""
     model, _, _ = make()
-    images = onnx_model.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
+    images = onnx_check.open_labelled(*([labelled_tar(tmp_path / f"{n}.tar", r)] for n, r in SPLITS.items()), "cls")
     draw = np.random.default_rng(0).standard_normal
     monkeypatch.setattr(
-        onnx_model, "_runs", lambda path: lambda pixels: torch.from_numpy(draw((len(pixels), 8))).float()
+        onnx_check, "_runs", lambda path: lambda pixels: torch.from_numpy(draw((len(pixels), 8))).float()
     )
-    monkeypatch.setattr(onnx_model, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    _, exact, lost = onnx_model.knn_lines([Path("a.onnx")], model.config, model.state_dict(), images)
+    monkeypatch.setattr(onnx_check, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    _, exact, lost = onnx_check.knn_lines([Path("a.onnx")], model.config, model.state_dict(), images)
     right = [float(re.search(r"k-NN ([\d.]+)%", line)[1]) for line in (exact, lost)]
     assert right[1] < right[0] and f", {right[1] - right[0]:.1f} points from torch" in lost
     assert all(line.endswith(", 12 images/s on this machine") for line in (exact, lost))
